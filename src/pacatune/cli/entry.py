@@ -1,0 +1,107 @@
+"""The table of commands and what they share: help, version, and clean error lines."""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+# Each command is the module `pacatune.cli.NAME` with `run(argv: list[str]) -> int`.
+COMMANDS = {
+    "demo": "fine-tune a real model on real data and show what changed",
+    "train": "fine-tune a model on your data",
+    "generate": "stream text from a model, with or without an adapter",
+    "merge": "write an adapter into its base model: a plain model folder",
+    "export": "turn an adapter into an exact LoRA adapter for any server",
+    "inspect": "show what an adapter holds and what it fits",
+}
+
+EXIT_USER_ERROR = 2
+EXIT_BROKEN_PIPE = 141
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status of the process.
+
+    Errors that a user can mend (ValueError, TypeError, OSError) become one line on stderr;
+    `pacatune --debug COMMAND ...` shows their traceback instead. Anything else is a defect
+    and keeps its traceback.
+
+    Args:
+        argv: Words after `pacatune`; those of the process when None.
+
+    Returns:
+        0 on success, 2 for a user error, 130 when interrupted, else what the command returns.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = words[:1] == ["--debug"]
+    if debug:
+        words = words[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else EXIT_USER_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"pacatune {_version()}")
+        return 0
+    try:
+        return _run_command(words[0], words[1:])
+    except KeyboardInterrupt:
+        print("pacatune: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has left; a second failure while flushing would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, TypeError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"pacatune: error: {_describe(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run_command(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(COMMANDS)}."
+        kind = "option" if name.startswith("-") else "command"
+        raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
+    module = importlib.import_module(f"pacatune.cli.{name}")
+    status: int = module.run(argv)
+    return status
+
+
+def _describe(error: Exception) -> str:
+    """Return the message on one line; say where it came from if that was not our own check."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
+        return message
+    place = "/".join(Path(frames[-1].filename).parts[-2:])
+    return (
+        f"{message} ({type(error).__name__} from {place}:{frames[-1].lineno}; "
+        "`pacatune --debug COMMAND ...` shows where)"
+    )
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: pacatune [--debug] COMMAND [OPTIONS]\n\n"
+        "Fine-tune a few columns of each pretrained weight in place (PaCA).\n\n"
+        f"commands:\n{table}\n\n"
+        "options:\n"
+        "  --debug        show the traceback of an error\n"
+        "  -V, --version  show the version\n"
+        "  -h, --help     show this text\n\n"
+        "`pacatune COMMAND --help` lists the options of a command."
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("pacatune")
