@@ -1,0 +1,34 @@
+# make demo | test | conformance | bench: each sets up .venv by itself (plain pip, Python >= 3.11).
+# PYTHON=python3.12 chooses the interpreter of a new .venv, ARGS="..." passes options on.
+RUN := .venv/bin/python
+ARGS ?=
+
+.PHONY: help demo test lint conformance bench setup-demo setup-dev
+
+help:
+	@echo 'make demo         fine-tune a real language model and show what changed'
+	@echo 'make test         lint, types, spelling and every test'
+	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
+	@echo 'make bench        measure step time and memory against the other methods'
+
+demo: setup-demo
+	@$(RUN) -m pacatune demo $(ARGS)
+
+test: lint
+	$(RUN) tests/conformance/run.py --quick
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
+
+conformance: setup-dev
+	$(RUN) tests/conformance/run.py $(ARGS)
+
+bench: setup-dev
+	$(RUN) -m benchmarks $(ARGS)
+
+setup-demo setup-dev:
+	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

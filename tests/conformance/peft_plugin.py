@@ -1,0 +1,255 @@
+"""The pytest plugin that runs PEFT's tests on one method.
+
+Each test module is imported as PEFT wrote it; the lists of its `parametrize` marks that go over
+PEFT methods are replaced by our cases, and tests on which nothing was replaced are deselected.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from peft_cases import Method, replacement
+
+ENV = "PEFT_CONFORMANCE_OPTIONS"
+
+SUITES = {
+    "custom": "test_custom_models.py",
+    "config": "test_config.py",
+    "decoder": "test_decoder_models.py",
+    "encdec": "test_encoder_decoder_models.py",
+    "feature": "test_feature_extraction_models.py",
+    "seqcls": "test_seq_classifier.py",
+    "tokencls": "test_token_classification_qa.py",
+    "params": "test_target_parameters.py",
+    "quant": "test_quantization.py",
+    "vision": "test_vision_models.py",
+    "compile": "test_torch_compile.py",
+}
+DEFAULT_SUITES = ("custom", "config")
+# tests that no local cache can serve (they download into a fresh folder)
+HUB_ONLY = {"test_from_pretrained_cache_dir"}
+
+
+@functools.cache
+def _method():
+    return Method(json.loads(os.environ[ENV]))
+
+
+def _suite_of(path):
+    for suite, name in SUITES.items():
+        if Path(path).name == name:
+            return suite
+    return None
+
+
+def _inject(module, suite):
+    """Replace the parametrize marks of a module's tests; remember which tests were touched."""
+    touched = set()
+    todo = [(None, vars(module))]
+    for name, obj in list(vars(module).items()):
+        if isinstance(obj, type) and name.startswith("Test") and obj.__module__ == module.__name__:
+            todo.append((name, vars(obj)))
+    for owner, namespace in todo:
+        for name, func in list(namespace.items()):
+            marks = getattr(func, "pytestmark", None)
+            if not name.startswith("test") or not marks or not callable(func):
+                continue
+            new = []
+            hit = False
+            for mark in marks:
+                if mark.name == "parametrize":
+                    names = mark.args[0]
+                    names = names.split(",") if isinstance(names, str) else names
+                    names = [n.strip() for n in names]
+                    values = replacement(_method(), suite, names, mark.args[1])
+                    if values is not None:
+                        kwargs = {k: v for k, v in mark.kwargs.items() if k != "ids" or callable(v)}
+                        names = names if len(names) > 1 else names[0]
+                        mark = pytest.mark.parametrize(names, values, **kwargs).mark
+                        hit = True
+                new.append(mark)
+            if hit:
+                func.pytestmark = new
+                touched.add((owner, name))
+    module.__peft_conformance__ = touched
+    return touched
+
+
+class _AlwaysCached(dict):
+    """Stands for PEFT's record of models seen before: hub_online_once then stays offline."""
+
+    def __contains__(self, key):
+        return True
+
+    def __missing__(self, key):
+        return 1
+
+    def get(self, key, default=None):
+        return 1
+
+    def __delitem__(self, key):
+        pass
+
+
+def _patch_testing_utils(package):
+    utils = importlib.import_module(f"{package}.testing_utils")
+    if getattr(utils, "__peft_conformance__", False):
+        return
+    utils.__peft_conformance__ = True
+    utils._HUB_MODEL_ACCESSES = _AlwaysCached()
+
+    def quotes():
+        from datasets import Dataset, DatasetDict
+
+        rows = [f"w{i % 50} w{(3 * i) % 50} w{(7 * i) % 50} w{(11 * i) % 50}" for i in range(64)]
+        data = Dataset.from_dict({"quote": rows, "author": ["a"] * 64, "tags": [["t"]] * 64})
+        return DatasetDict({"train": data})
+
+    def cat():
+        import numpy as np
+        from PIL import Image
+
+        rng = np.random.default_rng(0)
+        return Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8))
+
+    utils.load_dataset_english_quotes = quotes
+    utils.load_cat_image = cat
+
+
+def _open_guards(module, package):
+    """Lift guards of the suite that were not meant for our method.
+
+    `check_beft_config` is to skip Llama and Gemma3 for BEFT only, but tests
+    `isinstance(a class, BeftConfig)`, so that no method's merging is ever tried on them.
+    `_skip_if_conv1d_not_supported` goes by a list of classes.
+    """
+    if "Beft" not in _method().cls.__name__ and hasattr(module, "check_beft_config"):
+        module.check_beft_config = lambda *args: None
+    if "hfconv1d" in _method().families:
+        common = importlib.import_module(f"{package}.testing_common")
+        common._skip_if_conv1d_not_supported = lambda *args: None
+
+
+# Tests that PEFT opens only to a hard-coded class (LoRA); opened to ours for the test's duration.
+MIXED_BATCH_TESTS = {"test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches"}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    open_it = (
+        ENV in os.environ
+        and _method().options["mixed_batches"]
+        and getattr(item, "originalname", "") in MIXED_BATCH_TESTS
+    )
+    if not open_it:
+        yield
+        return
+    modules = [item.module, sys.modules[item.module.__package__ + ".testing_common"]]
+    saved = [m.LoraConfig for m in modules]
+    for m in modules:
+        m.LoraConfig = _method().cls
+    try:
+        yield
+    finally:
+        for m, value in zip(modules, saved, strict=True):
+            m.LoraConfig = value
+
+
+def pytest_configure(config):
+    if ENV not in os.environ:
+        return
+    for marker in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
+        config.addinivalue_line("markers", f"{marker}: marker of PEFT's test-suite")
+    _method()
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if ENV not in os.environ:
+        return None
+    suite = _suite_of(module_path)
+    if suite is None:
+        return None
+
+    class InjectedModule(pytest.Module):
+        def _getobj(self):
+            package = module_path.parent.name
+            sys.path.insert(0, str(module_path.parent.parent))
+            try:
+                _patch_testing_utils(package)
+                module = super()._getobj()
+                _open_guards(module, package)
+            finally:
+                sys.path.pop(0)
+            _inject(module, suite)
+            return module
+
+    return InjectedModule.from_parent(parent, path=module_path)
+
+
+def pytest_collection_modifyitems(config, items):
+    if ENV not in os.environ:
+        return
+    keep, drop = [], []
+    for item in items:
+        touched = getattr(getattr(item, "module", None), "__peft_conformance__", None)
+        owner = item.cls.__name__ if getattr(item, "cls", None) is not None else None
+        name = getattr(item, "originalname", item.name)
+        if touched is None or (owner, name) in touched:
+            if name in HUB_ONLY:
+                item.add_marker(pytest.mark.skip(reason="downloads from the Hub"))
+            keep.append(item)
+        else:
+            drop.append(item)
+    if drop:
+        config.hook.pytest_deselected(items=drop)
+        items[:] = keep
+
+
+_RESULTS = collections.Counter()
+_FAILED = []
+
+
+def pytest_runtest_logreport(report):
+    if ENV not in os.environ:
+        return
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+        is_error = report.when == "setup" and report.outcome == "failed"
+        _RESULTS["error" if is_error else report.outcome] += 1
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = crash.message.splitlines()[0][:300] if crash and crash.message else ""
+            _FAILED.append([report.nodeid, text])
+
+
+def pytest_terminal_summary(terminalreporter):
+    if ENV not in os.environ or os.environ.get("PYTEST_XDIST_WORKER"):
+        return
+    options = _method().options
+    counts = {k: _RESULTS.get(k, 0) for k in ("passed", "failed", "error", "skipped")}
+    terminalreporter.write_line(f"conformance {_method().label}: {counts}")
+    groups = collections.Counter(n.split("::")[-1].split("[")[0] for n, _ in _FAILED)
+    for name, number in groups.most_common():
+        terminalreporter.write_line(f"  failed {number:4d}  {name}")
+    if options.get("json"):
+        import peft
+        import torch
+        import transformers
+
+        report = {
+            "method": f"{options['module']}.{options['config']}",
+            "peft": peft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "suites": options["suites"],
+            "layers": sorted(options["layers"]),
+            "counts": counts,
+            "failed": _FAILED,
+        }
+        Path(options["json"]).write_text(json.dumps(report, indent=1))
