@@ -1,0 +1,1 @@
+"""Everything done to a finished adapter: check, inspect, compare, merge, export, generate."""

@@ -1,0 +1,147 @@
+"""What every PaCA tensor must fulfil, wherever it comes from; torch only.
+
+An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
+`<module>.paca_indices` (R,), sorted and unique (docs/method.md).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DELTA = "paca_delta"
+INDICES = "paca_indices"
+PEFT_PREFIX = "base_model.model."
+
+_DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ColumnUpdate(NamedTuple):
+    """The two tensors that adapt one module."""
+
+    delta: Tensor
+    """(O, R) update of the trained columns, before scaling."""
+    indices: Tensor
+    """(R,) int64, the trained columns in increasing order."""
+
+
+def split_tensor_name(name: str) -> tuple[str, str] | None:
+    """Split a file's tensor name into module and kind.
+
+    Args:
+        name: Such as `base_model.model.layers.0.q_proj.paca_delta`.
+
+    Returns:
+        (`layers.0.q_proj`, `paca_delta`), or None if the tensor is not one of PaCA's.
+    """
+    module, _, kind = name.rpartition(".")
+    if kind not in (DELTA, INDICES):
+        return None
+    return module.removeprefix(PEFT_PREFIX), kind
+
+
+def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, ColumnUpdate]:
+    """Pair each module's delta with its indices; tensors of other kinds are passed over.
+
+    Args:
+        tensors: Tensors by name, as in an adapter file.
+        source: Where they come from, for the error.
+
+    Raises:
+        ValueError: If a delta has no indices or indices have no delta.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (split := split_tensor_name(name)) is not None:
+            module, kind = split
+            parts.setdefault(module, {})[kind] = tensor
+    for module, found in parts.items():
+        for kind, other in ((DELTA, INDICES), (INDICES, DELTA)):
+            if kind not in found:
+                raise ValueError(
+                    f"{source}: module {module!r} has `{other}` but no `{kind}`; each adapted "
+                    "module needs both. The file is incomplete: save the adapter again."
+                )
+    return {module: ColumnUpdate(found[DELTA], found[INDICES]) for module, found in parts.items()}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse PaCA tensors that no training run can have written.
+
+    Checks what the tensors alone can show: pairs, dtypes, shapes, finite deltas, indices that
+    are non-negative, unique and increasing. Tensors of other kinds (biases, `modules_to_save`)
+    are passed over, and the values of tensors on the meta device are not looked at.
+
+    Args:
+        tensors: Tensors by name, as in an adapter file; the PEFT prefix is optional.
+        source: Where they come from, the first words of the error.
+
+    Raises:
+        ValueError: If any tensor breaks a rule; the message names module, value and rule.
+    """
+    for module, update in group_tensors(tensors, source=source).items():
+        where = f"{source}: module {module!r}"
+        _check_layout(update, where)
+        if not update.delta.is_meta:
+            _check_finite(update.delta, where)
+        if not update.indices.is_meta:
+            _check_order(update.indices, where)
+
+
+def _check_layout(update: ColumnUpdate, where: str) -> None:
+    delta, indices = update
+    if delta.dtype not in _DELTA_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DELTA_DTYPES)
+        raise ValueError(
+            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {allowed}."
+        )
+    if delta.ndim != 2 or 0 in delta.shape:
+        raise ValueError(
+            f"{where}: `{DELTA}` has shape {tuple(delta.shape)}; it must be (out_features, rank), "
+            "both at least 1."
+        )
+    if indices.dtype != torch.int64:
+        raise ValueError(
+            f"{where}: `{INDICES}` has dtype {indices.dtype}; it must be torch.int64. "
+            "Convert it with `.long()` and save the adapter again."
+        )
+    if indices.shape != delta.shape[1:]:
+        raise ValueError(
+            f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be "
+            f"({delta.shape[1]},), one entry for each of the {delta.shape[1]} columns of `{DELTA}`."
+        )
+
+
+def _check_finite(delta: Tensor, where: str) -> None:
+    if torch.isfinite(delta).all():
+        return
+    num_nan = int(torch.isnan(delta).sum())
+    num_infinite = int(torch.isinf(delta).sum())
+    raise ValueError(
+        f"{where}: `{DELTA}` holds {num_nan} NaN and {num_infinite} infinite values of "
+        f"{delta.numel()}; every value must be finite. Training diverged or the file is damaged: "
+        "use an earlier checkpoint."
+    )
+
+
+def _check_order(indices: Tensor, where: str) -> None:
+    if (smallest := int(indices.min())) < 0:
+        raise ValueError(
+            f"{where}: `{INDICES}` holds {smallest}; column numbers must be at least 0."
+        )
+    steps = indices.diff()
+    if bool((steps > 0).all()):
+        return
+    values, counts = indices.unique(return_counts=True)
+    if repeated := values[counts > 1].tolist():
+        raise ValueError(
+            f"{where}: `{INDICES}` holds column {repeated[0]} more than once "
+            f"({len(repeated)} duplicated in all); each column must occur once."
+        )
+    position = int((steps < 0).nonzero()[0])
+    raise ValueError(
+        f"{where}: `{INDICES}` is unsorted: {int(indices[position])} at position {position} comes "
+        f"before {int(indices[position + 1])}; indices must increase. Sort them and reorder the "
+        f"columns of `{DELTA}` alike."
+    )

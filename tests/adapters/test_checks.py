@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from pacatune.adapters.checks import check_tensors, group_tensors, split_tensor_name
+
+PREFIX = "base_model.model.layers.0.q_proj"
+
+
+def tensors(delta=None, indices=None):
+    """One module's valid tensors, with either replaced."""
+    return {
+        f"{PREFIX}.paca_delta": torch.ones(4, 3) if delta is None else delta,
+        f"{PREFIX}.paca_indices": torch.tensor([0, 2, 5]) if indices is None else indices,
+    }
+
+
+def test_valid_tensors_pass_and_are_grouped_by_module():
+    extra = {"base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)}
+    check_tensors(tensors() | extra, source="here")
+    (module, update), *rest = group_tensors(tensors() | extra, source="here").items()
+    assert module == "layers.0.q_proj"
+    assert not rest
+    assert update.delta.shape == (4, 3)
+    assert update.indices.tolist() == [0, 2, 5]
+
+
+def test_the_prefix_of_peft_is_optional():
+    assert split_tensor_name("layers.0.q_proj.paca_delta") == ("layers.0.q_proj", "paca_delta")
+    assert split_tensor_name("base_model.model.q.paca_indices") == ("q", "paca_indices")
+    assert split_tensor_name("base_model.model.q.bias") is None
+
+
+def test_values_on_the_meta_device_are_not_looked_at():
+    meta = {name: tensor.to("meta") for name, tensor in tensors().items()}
+    check_tensors(meta, source="here")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("paca_indices", "here: module 'layers.0.q_proj' has `paca_delta` but no `paca_indices`"),
+        ("paca_delta", "here: module 'layers.0.q_proj' has `paca_indices` but no `paca_delta`"),
+    ],
+)
+def test_half_a_module_is_refused(missing, message):
+    half = tensors()
+    del half[f"{PREFIX}.{missing}"]
+    with pytest.raises(ValueError, match=message):
+        check_tensors(half, source="here")
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float32"),
+        (torch.ones(4, 3).to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; it must be one of"),
+        (torch.ones(4, 3, 1), r"shape \(4, 3, 1\); it must be \(out_features, rank\)"),
+        (torch.ones(0, 3), r"shape \(0, 3\); it must be \(out_features, rank\)"),
+        (torch.ones(4, 0), r"shape \(4, 0\); it must be \(out_features, rank\)"),
+        (torch.ones(4, 2), r"shape \(3,\); it must be \(2,\), one entry for each of the 2 columns"),
+    ],
+)
+def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
+    with pytest.raises(ValueError, match=f"here: module 'layers.0.q_proj': .*{message}"):
+        check_tensors(tensors(delta=delta), source="here")
+
+
+def test_values_that_are_not_finite_are_counted():
+    delta = torch.ones(4, 3)
+    delta[0] = torch.nan
+    delta[1, 0], delta[2, 0] = torch.inf, -torch.inf
+    with pytest.raises(ValueError, match="'layers.0.q_proj'.* 3 NaN and 2 infinite values of 12"):
+        check_tensors(tensors(delta=delta), source="here")
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.tensor([0, 2, 5], dtype=torch.int32), "dtype torch.int32; it must be torch.int64"),
+        (torch.tensor([0.0, 2.0, 5.0]), "dtype torch.float32; it must be torch.int64"),
+        (torch.tensor([[0, 2, 5]]), r"shape \(1, 3\); it must be \(3,\)"),
+        (torch.tensor([-1, 2, 5]), "holds -1; column numbers must be at least 0"),
+        (torch.tensor([0, 5, 2]), "is unsorted: 5 at position 1 comes before 2"),
+        (torch.tensor([0, 2, 2]), r"holds column 2 more than once \(1 duplicated in all\)"),
+        (torch.tensor([5, 2, 5]), r"holds column 5 more than once \(1 duplicated in all\)"),
+    ],
+)
+def test_indices_must_be_int64_sorted_and_unique(indices, message):
+    with pytest.raises(ValueError, match=f"here: module 'layers.0.q_proj': .*{message}"):
+        check_tensors(tensors(indices=indices), source="here")
