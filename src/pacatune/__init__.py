@@ -1,0 +1,26 @@
+"""Fine-tune a few columns of each pretrained weight in place: PaCA as a first-class PEFT method.
+
+`import pacatune` costs nothing but makes PaCA known to PEFT, whether PEFT was imported before or will be after.
+"""
+
+from typing import Any
+
+from pacatune._peft_hook import register_with_peft
+
+__version__ = "0.1.0"
+
+__all__ = ["PacaConfig", "PacaModel", "__version__"]
+
+register_with_peft()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PacaConfig", "PacaModel"):
+        from pacatune import tuner
+
+        return getattr(tuner, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,120 @@
+"""The configuration of a PaCA adapter, written to and read from adapter_config.json."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from pacatune.selection import strategies
+
+__all__ = ["PacaConfig"]
+
+
+def _option(default: Any, help_text: str) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class PacaConfig(PeftConfig):
+    """Configure Partial Connection Adaptation: `r` columns of each target weight are trained.
+
+    Effective columns: W[:, indices] + paca_alpha / r * delta. The keys up to `modules_to_save` are those of
+    PEFT 0.22's own PaCA; the others are ours, and a reader that does not know them ignores them.
+
+    Args:
+        r: Number of trained input columns per weight.
+        paca_alpha: Scale of the update; the factor is paca_alpha / r. Under Adam it multiplies
+            the learning rate.
+        target_modules: Names, a regular expression, or "all-linear". None: the default for the
+            model's architecture.
+        exclude_modules: Names or a regular expression of modules to leave out.
+        layers_to_transform: Layer number or numbers to adapt; the others are left alone.
+        layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
+        random_seed: Chooses the columns, together with each module's name.
+        init_weights: True starts at the pretrained weights. False starts at random deltas, for tests.
+        modules_to_save: Modules trained in full and saved with the adapter, such as a new head.
+        selection: Strategy that chooses the columns.
+        bias: Which biases are trained: "none", "all", or "paca_only" (those of adapted modules).
+        rank_pattern: Module name or regular expression -> its own `r`.
+        alpha_pattern: Module name or regular expression -> its own `paca_alpha`.
+        trainable_token_indices: Token ids (or module name -> ids) whose embeddings are trained too.
+        target_parameters: Names of 3-D expert parameters; not supported for plain layers.
+
+    Raises:
+        ValueError: If a value is out of its range or contradicts another one.
+
+    Source: PaCA, Sec. 3.1; `paca_alpha` is the alpha of Tables 9-11.
+    """
+
+    r: int = _option(8, "Number of trained input columns per weight.")
+    paca_alpha: float = _option(8, "Scale of the update: its factor is paca_alpha / r.")
+    target_modules: list[str] | str | None = _option(
+        None, "Names of modules, a regular expression, or 'all-linear'."
+    )
+    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
+    layers_to_transform: list[int] | int | None = _option(None, "Numbers of the layers to adapt.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers.")
+    random_seed: int = _option(0, "Chooses the columns, together with each module's name.")
+    init_weights: bool = _option(True, "False starts at random deltas (for tests).")
+    modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved.")
+    selection: str = _option("random", "Strategy that chooses the columns.")
+    bias: Literal["none", "all", "paca_only"] = _option("none", "Which biases are trained.")
+    rank_pattern: dict[str, int] = _option(dict, "Module name or pattern -> its own r.")
+    alpha_pattern: dict[str, float] = _option(dict, "Module name or pattern -> its own alpha.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
+        None, "Token ids whose embeddings are trained too."
+    )
+    target_parameters: list[str] | None = _option(None, "Names of 3-D expert parameters.")
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without the model."""
+        super().__post_init__()
+        self.peft_type = PeftType.PACA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        _check_rank("r", self.r)
+        _check_alpha("paca_alpha", self.paca_alpha)
+        for name, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{name!r}]", rank)
+        for name, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        if type(self.random_seed) is not int or not 0 <= self.random_seed < 2**63:
+            raise ValueError(
+                f"`random_seed` ({self.random_seed!r}) must be an integer in [0, 2^63), so that "
+                "every rank and every later run chooses the same columns."
+            )
+        if self.selection not in strategies():
+            raise ValueError(f"`selection` ({self.selection!r}) must be one of {strategies()}.")
+        if self.bias not in ("none", "all", "paca_only"):
+            raise ValueError(f"`bias` ({self.bias!r}) must be 'none', 'all' or 'paca_only'.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self._refuse_with_regex("layers_to_transform")
+            self._refuse_with_regex("layers_pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it needs "
+                "`layers_to_transform`; set that too or drop `layers_pattern`."
+            )
+
+    def _refuse_with_regex(self, name: str) -> None:
+        if getattr(self, name) is not None:
+            raise ValueError(
+                f"`{name}` ({getattr(self, name)!r}) cannot be used when `target_modules` is a str "
+                f"({self.target_modules!r}): give `target_modules` as a list of names, or put the "
+                "layers into the regular expression."
+            )
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"`{name}` ({value!r}) must be an integer of at least 1.")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number above 0.")

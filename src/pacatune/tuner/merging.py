@@ -1,0 +1,122 @@
+"""Merging: the adapted columns become the base weight, and can be taken out again bit for bit.
+
+What a merge overwrites is kept aside and copied back; nothing is ever subtracted, so no number of merge and unmerge cycles drifts in
+any dtype. A quantised weight is dequantised, changed and quantised again, and unmerging puts the original quantised object back.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from pacatune.residency import Residency, release
+
+__all__ = ["MergeMixin"]
+
+
+class MergeMixin:
+    """Merge, unmerge and unload for a layer with `paca_delta`, `paca_indices` and `scaling`."""
+
+    base_layer: nn.Module
+    residency: Residency | None
+    column_dim: int
+    shares_weight: bool
+    _kept: list[Any]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base weight.
+
+        Args:
+            safe_merge: Check the merged columns for NaN and infinity before anything is changed.
+            adapter_names: Adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a value that is not finite.
+        """
+        layer = cast(Any, self)
+        for name in check_adapters_to_merge(layer, adapter_names):
+            if name in layer.paca_delta:
+                self._merge_one(name, safe_merge)
+                layer.merged_adapters.append(name)
+        if self.residency is not None:
+            self.residency.is_merged = bool(layer.merged_adapters)
+
+    @torch.no_grad()
+    def _merge_one(self, name: str, safe_merge: bool) -> None:
+        layer = cast(Any, self)
+        if self.residency is not None:
+            self.residency.restore()
+        weight = layer.get_base_weight()
+        indices = layer.paca_indices[name].to(weight.device)
+        originals = weight.index_select(self.column_dim, indices)
+        update = self._oriented(layer.paca_delta[name].weight.to(weight.device))
+        merged = torch.add(originals, update, alpha=layer.scaling[name]).to(weight.dtype)
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+            )
+        if layer.quantization_backend is not None or self.shares_weight:
+            self._kept.append(_snapshot(self.base_layer))
+            weight = weight.clone()
+        else:
+            self._kept.append((indices, originals))
+        weight.index_copy_(self.column_dim, indices, merged)
+        if layer.quantization_backend is not None:
+            layer.set_base_weight(weight)
+        elif self.shares_weight:  # the other module keeps the pretrained weight
+            self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again, bit for bit."""
+        layer = cast(Any, self)
+        while layer.merged_adapters:
+            layer.merged_adapters.pop()
+            kept = self._kept.pop()
+            if isinstance(kept, nn.Module):
+                self.base_layer = kept
+            elif isinstance(kept, dict):
+                self.base_layer.__dict__.update(kept)
+            else:
+                indices, originals = kept
+                weight = layer.get_base_weight()
+                weight.index_copy_(
+                    self.column_dim, indices.to(weight.device), originals.to(weight)
+                )
+        if self.residency is not None:
+            self.residency.is_merged = False
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
+        layer = cast(Any, self)
+        delta = layer.paca_delta[adapter].weight
+        dense = delta.new_zeros(layer.out_features, layer.in_features)
+        dense.index_copy_(1, layer.paca_indices[adapter], delta.detach() * layer.scaling[adapter])
+        return self._oriented(dense)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PaCA is an exact LoRA whose A selects columns, so yes."""
+        return True
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer without anything of ours, merged if asked for."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        release(self.base_layer)
+        return self.base_layer
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.column_dim == 0 else weight
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    """What a module consists of, by reference: putting it back undoes any replacement of its parts."""
+    state = dict(module.__dict__)
+    parameters = state.pop("_parameters")
+    state["_parameters"] = parameters.copy()
+    if "state" in state:  # bitsandbytes' 8-bit layers keep the quantised weight in it
+        state["state"] = copy.copy(state["state"])
+    return state

@@ -1,0 +1,57 @@
+"""Makes PaCA known to PEFT from outside: the one place that touches PEFT's registry.
+
+PEFT up to 0.21 has no `PeftType.PACA`. Its enum is extended with a real member, so that everything which looks the type up (the
+`peft_type` string of adapter_config.json, iteration, `.value`, pickle) finds it. PEFT from 0.22 on ships a PaCA of its own for
+plain Linear layers; ours reads and writes the same files and takes its place, so that an adapter is loaded by one implementation
+whichever package wrote it.
+"""
+
+import sys
+
+from peft import mapping
+from peft.utils.peft_types import PeftType, register_peft_method
+
+__all__ = ["ensure_peft_type", "register"]
+
+_NAME = "PACA"
+
+
+def ensure_peft_type() -> PeftType:
+    """Return `PeftType.PACA`, adding the member where PEFT has none."""
+    if _NAME in PeftType.__members__:
+        return PeftType.__members__[_NAME]
+    # PeftType is a str enum whose members are found by plain strings: name and value must be equal.
+    member = str.__new__(PeftType, _NAME)
+    member._name_ = member._value_ = _NAME
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(_NAME)
+    PeftType._member_map_[_NAME] = member
+    PeftType._value2member_map_[_NAME] = member
+    hashable_values = getattr(PeftType, "_hashable_values_", None)  # Python >= 3.12.4
+    if hashable_values is not None and _NAME not in hashable_values:
+        hashable_values.append(_NAME)
+    type.__setattr__(PeftType, _NAME, member)  # EnumType's own would refuse
+    return member
+
+
+def register(config_class: type, model_class: type) -> None:
+    """Register the method with PEFT, in place of a PaCA that PEFT itself ships.
+
+    Args:
+        config_class: The PeftConfig of the method.
+        model_class: Its tuner.
+    """
+    peft_type = ensure_peft_type()
+    foreign = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING.pop(peft_type, None)
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
+    register_peft_method(name=_NAME.lower(), config_cls=config_class, model_cls=model_class)
+    if foreign is None:
+        return
+    for module_name in ("peft", "peft.tuners"):
+        module = sys.modules[module_name]
+        for attribute, ours in (("PacaConfig", config_class), ("PacaModel", model_class)):
+            if hasattr(module, attribute):
+                setattr(module, attribute, ours)
