@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,9 +70,19 @@ def _run_command(name: str, argv: list[str]) -> int:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(COMMANDS)}."
         kind = "option" if name.startswith("-") else "command"
         raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
+    _silence_dependencies()
     module = importlib.import_module(f"pacatune.cli.{name}")
     status: int = module.run(argv)
     return status
+
+
+def _silence_dependencies() -> None:
+    """Hide what a user of a command can do nothing about."""
+    # A hint about an optional kernel of bitsandbytes, wherever that is installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Deprecations between the packages that we build on.
+    for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
 
 
 def _describe(error: Exception) -> str:

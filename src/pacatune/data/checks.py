@@ -1,0 +1,122 @@
+"""What is wrong with encoded data: errors where training would be, warnings where it might be."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_STATISTICS = ["num_tokens", "num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved"]
+
+
+def keep_learnable(
+    data: "Dataset",
+    what: str,
+    max_length: int | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    warnings: list[str],
+) -> "Dataset":
+    """Return the examples that teach something, and append what looks wrong to `warnings`.
+
+    Args:
+        data: Encoded examples with their statistics, which are dropped.
+        what: "training" or "evaluation", for messages.
+        max_length: Tokens at which examples were cut.
+        tokenizer: Tokenizer that encoded them.
+        warnings: Sentences are appended here.
+
+    Raises:
+        ValueError: If an example begins with two BOS tokens or has nothing to learn, or if none
+            is left.
+    """
+    places = data["place"][:]
+
+    def where(column: str, value: object) -> list[str]:
+        pairs = zip(places, data[column], strict=True)
+        return [place for place, found in pairs if found == value]
+
+    if doubled := where("doubled_bos", True):
+        raise ValueError(
+            f"{_some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
+            "chat template and once from the tokenizer; remove it from the data or template."
+        )
+    if empty := where("num_learned", 0):
+        raise ValueError(
+            f"{_some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
+            "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
+        )
+    kept = [index for index, num in enumerate(data["num_kept"]) if num > 0]
+    if not kept:
+        raise ValueError(
+            f"all {len(data)} {what} examples are longer than `training.max_length` "
+            f"({max_length}) before their completion begins; raise it or shorten the prompts."
+        )
+    if lost := where("num_kept", 0):
+        warnings.append(
+            f"{len(lost)} of {len(data)} {what} examples lose their whole completion at "
+            f"`training.max_length` ({max_length}) and are left out: {_some(lost)}."
+        )
+    data = data.select(kept, keep_in_memory=True)
+    _warn(data, what, max_length, tokenizer, warnings)
+    return data.remove_columns(_STATISTICS)
+
+
+def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
+    """Return a warning if evaluation examples are also trained on."""
+    seen = set(row_digests(train))
+    shared = [
+        place
+        for place, digest in zip(evaluation["place"], row_digests(evaluation), strict=True)
+        if digest in seen
+    ]
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of {len(evaluation)} evaluation examples are also trained on, so the "
+        f"evaluation loss flatters: {_some(shared)}. Remove the duplicates."
+    ]
+
+
+def row_digests(data: "Dataset") -> Iterator[bytes]:
+    """Yield a short digest of the token ids and labels of each example."""
+    for row in data.with_format("numpy", columns=["input_ids", "labels"]):
+        digest = hashlib.blake2b(row["input_ids"].tobytes(), digest_size=16)
+        digest.update(row["labels"].tobytes())
+        yield digest.digest()
+
+
+def _warn(
+    data: "Dataset",
+    what: str,
+    max_length: int | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    warnings: list[str],
+) -> None:
+    num_tokens = data["num_tokens"][:]
+    cut = [max_length is not None and num > max_length for num in num_tokens]
+    whole = [ends for ends, is_cut in zip(data["ends"], cut, strict=True) if not is_cut]
+    if any(cut):
+        warnings.append(
+            f"{sum(cut)} of {len(data)} {what} examples are cut at `training.max_length` "
+            f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop."
+        )
+    if what == "training" and whole and not any(whole):
+        warnings.append(
+            f"no training example ends in a stop token (the tokenizer's is "
+            f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "
+            "`data.chat_template` that ends each assistant turn with it."
+        )
+    moved = sum(data["boundary_moved"])
+    if moved:
+        warnings.append(
+            f"in {moved} of {len(data)} {what} examples the prompt alone is tokenized otherwise "
+            "than in front of its completion, so the model is trained on a prompt that it will "
+            "not see; end prompts on a token boundary, as before a space or line break."
+        )
+
+
+def _some(places: Sequence[str]) -> str:
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return "; ".join(places[:3]) + more

@@ -1,0 +1,210 @@
+"""The accepted formats: which one a row has, and each as one kind of example."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast, get_args
+
+from pacatune.data.config import Format
+from pacatune.data.read import Row
+
+Message = dict[str, Any]
+
+# Required columns, most specific first: a row that fits several is the first of them.
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+_ACCEPTED = "messages | prompt, completion | instruction, (input,) output | text"
+
+# For models without a chat template; the wording of Stanford Alpaca without its preamble.
+_INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
+_INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and what is to be learned after it: both texts, or both lists of messages.
+
+    A text of its own has an empty prompt. A chat has an empty list: every assistant turn in
+    `completion` is learned, the other turns are context.
+    """
+
+    place: str
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    tools: list[Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary."""
+        return asdict(self)
+
+
+def detect_format(row: Row) -> Format:
+    """Return the format that the columns of `row` fit.
+
+    Raises:
+        ValueError: If they fit none; lists the columns found and the formats accepted.
+    """
+    present = _present(row)
+    for name, required in COLUMNS.items():
+        if all(column in present for column in required):
+            return name
+    raise ValueError(
+        f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. "
+        "Rename the columns."
+    )
+
+
+def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iterator[Example]:
+    """Yield one checked example per row; every row must have the format of the first.
+
+    Args:
+        rows: Rows of the data.
+        format: A format, or "auto" for that of the first row.
+        has_template: Whether the tokenizer has a chat template; without one, instructions
+            become plain text.
+
+    Raises:
+        ValueError: If a row lacks a field, has an empty one or one of another type, or is of
+            another format than the rows before it.
+    """
+    chosen = None if format == "auto" else cast(Format, format)
+    assert chosen is None or chosen in get_args(Format)
+    for row in rows:
+        if chosen is None:
+            chosen = detect_format(row)
+        _check_columns(row, chosen)
+        yield _CONVERTERS[chosen](row, has_template)
+
+
+def _present(row: Row) -> set[str]:
+    """Columns that hold something; tables fill what a row lacks with nulls."""
+    return {column for column, value in row.values.items() if value is not None}
+
+
+def _check_columns(row: Row, format: Format) -> None:
+    missing = [column for column in COLUMNS[format] if column not in _present(row)]
+    if not missing:
+        return
+    others = [
+        name for name, required in COLUMNS.items() if all(c in _present(row) for c in required)
+    ]
+    if others:
+        raise ValueError(
+            f"{row.place}: format {others[0]!r} among rows of format {format!r}; "
+            "one run takes one format: split the data or convert these rows."
+        )
+    raise ValueError(
+        f"{row.place}: field {missing[0]!r} is missing (columns {sorted(_present(row))}); "
+        f"format {format!r} needs {', '.join(COLUMNS[format])}. Add it or remove the row."
+    )
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.values[column]
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{row.place}: {column!r} is a {type(value).__name__}; it must be a string."
+        )
+    if not value.strip():
+        raise ValueError(f"{row.place}: {column!r} is empty; fill it or remove the row.")
+    return value
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    value = row.values[column]
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{row.place}: {column!r} is a {type(value).__name__}; it must be a list of messages, "
+            'as {"role": "user", "content": "..."}.'
+        )
+    if not value:
+        raise ValueError(f"{row.place}: {column!r} is empty; fill it or remove the row.")
+    return [_message(row.place, f"{column}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(place: str, where: str, message: Any) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"{place}: {where} is {message!r:.80}; a message must be an object with the "
+            "strings 'role' and 'content'."
+        )
+    content = message.get("content")
+    kept = {key: value for key, value in message.items() if value is not None}
+    if content in (None, "") and kept.get("tool_calls"):
+        return {**kept, "content": ""}
+    if not isinstance(content, str):
+        kind = "missing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{place}: content of {where} is {kind}; it must be a string.")
+    if not content.strip():
+        raise ValueError(f"{place}: content of {where} is empty; fill it or remove the row.")
+    return kept
+
+
+def _tools(row: Row) -> list[Any] | None:
+    tools = row.values.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(
+            f"{row.place}: 'tools' is a {type(tools).__name__}; it must be a list of functions."
+        )
+    return tools
+
+
+def _from_messages(row: Row, has_template: bool) -> Example:
+    messages = _messages(row, "messages")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(
+            f"{row.place}: 'messages' has no assistant turn, so nothing to learn; "
+            "add the answer or remove the row."
+        )
+    return Example(row.place, [], messages, _tools(row))
+
+
+def _from_prompt_completion(row: Row, has_template: bool) -> Example:
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise ValueError(
+            f"{row.place}: 'prompt' is a {type(prompt).__name__} and 'completion' a "
+            f"{type(completion).__name__}; both must be strings or both lists of messages."
+        )
+    if not isinstance(prompt, list):
+        return Example(row.place, _text(row, "prompt"), _text(row, "completion"))
+    answer = _messages(row, "completion")
+    if not any(message["role"] == "assistant" for message in answer):
+        raise ValueError(
+            f"{row.place}: 'completion' has no assistant turn, so nothing to learn; "
+            "give the answer the role 'assistant'."
+        )
+    return Example(row.place, _messages(row, "prompt"), answer, _tools(row))
+
+
+def _from_instruction(row: Row, has_template: bool) -> Example:
+    fields = {"instruction": _text(row, "instruction"), "input": row.values.get("input") or ""}
+    if not isinstance(fields["input"], str):
+        raise ValueError(
+            f"{row.place}: 'input' is a {type(fields['input']).__name__}; it must be a string."
+        )
+    output = _text(row, "output")
+    if not has_template:
+        form = _INSTRUCTION_INPUT if fields["input"] else _INSTRUCTION
+        return Example(row.place, form.format(**fields), output)
+    question = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
+    return Example(
+        row.place,
+        [{"role": "user", "content": question}],
+        [{"role": "assistant", "content": output}],
+    )
+
+
+def _from_text(row: Row, has_template: bool) -> Example:
+    return Example(row.place, "", _text(row, "text"))
+
+
+_CONVERTERS = {
+    "messages": _from_messages,
+    "prompt-completion": _from_prompt_completion,
+    "instruction": _from_instruction,
+    "text": _from_text,
+}

@@ -1,0 +1,176 @@
+"""From rows to tokens: read, encode, split, check, before any model weight is loaded."""
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pacatune.data.checks import find_overlap, keep_learnable
+from pacatune.data.config import DataConfig
+from pacatune.data.encode import Encoder
+from pacatune.data.formats import Example, to_examples
+from pacatune.data.read import read_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_NUM_ROWS_FOR_BAR = 10_000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenized data: columns input_ids, labels (-100 where nothing is learned) and place."""
+
+    train: "Dataset"
+    evaluation: "Dataset | None"
+    longest: int
+    """Tokens of the longest training example, after cutting."""
+    warnings: list[str]
+    """What is probably not meant, one sentence each."""
+
+
+def prepare_data(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    stop_ids: Collection[int],
+    num_processes: int | None = None,
+) -> PreparedData:
+    """Read, encode, split and check the data of a run.
+
+    Args:
+        config: Where the data is and what is learned from it.
+        tokenizer: Tokenizer with the chat template to use, if any.
+        max_length: Tokens at which examples are cut; None never cuts.
+        stop_ids: Tokens that end a generation.
+        num_processes: Processes that tokenize; None for this one.
+
+    Raises:
+        ValueError: If a row or the whole is not usable; names the file and row.
+        FileNotFoundError: If a local path does not exist.
+    """
+    encoder = Encoder(tokenizer, stop_ids, learn_all=config.loss == "all")
+
+    def load(path: str, split: str, what: str) -> "Dataset":
+        rows = read_rows(path, name=config.name, split=split)
+        has_template = bool(tokenizer.chat_template)
+        examples = list(to_examples(rows, config.format, has_template=has_template))
+        if isinstance(examples[0].completion, list) and not has_template:
+            raise ValueError(
+                f"{examples[0].place} is a chat, but the model's tokenizer has no chat template; "
+                "give `data.chat_template`, or use an instruction-tuned model."
+            )
+        return _encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
+
+    train = load(config.path, config.split, "training")
+    if config.eval_path or config.eval_split:
+        evaluation: Dataset | None = load(
+            config.eval_path or config.path,
+            config.eval_split or config.split,
+            "evaluation",
+        )
+    else:
+        train, evaluation = _split(train, config.eval_fraction, config.seed)
+    warnings: list[str] = []
+    longest = max(train["num_tokens"][:])
+    train = keep_learnable(train, "training", max_length, tokenizer, warnings)
+    if evaluation is not None:
+        evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
+        warnings += find_overlap(train, evaluation)
+    return PreparedData(train, evaluation, min(longest, max_length or longest), warnings)
+
+
+def _encode(
+    examples: list[Example],
+    encoder: Encoder,
+    max_length: int | None,
+    num_processes: int | None,
+    title: str,
+) -> "Dataset":
+    from datasets import Dataset, Features, List, Value
+
+    # As JSON, since messages may have any keys and Arrow columns may not.
+    table = Dataset.from_dict({"example": [json.dumps(e.to_dict()) for e in examples]})
+    features = Features(
+        {
+            "place": Value("string"),
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "num_tokens": Value("int64"),
+            "num_learned": Value("int64"),
+            "num_kept": Value("int64"),
+            "doubled_bos": Value("bool"),
+            "ends": Value("bool"),
+            "boundary_moved": Value("bool"),
+        }
+    )
+    with _progress_bars(len(examples) >= _NUM_ROWS_FOR_BAR):
+        return table.map(
+            _encode_one(encoder, max_length),
+            remove_columns=["example"],
+            features=features,
+            keep_in_memory=True,
+            num_proc=num_processes if len(examples) > (num_processes or 1) else None,
+            # Nothing is cached, so the costly hash of the tokenizer is not needed.
+            new_fingerprint=title.replace(" ", "-"),
+            desc=title,
+        )
+
+
+def _encode_one(
+    encoder: Encoder, max_length: int | None
+) -> Callable[[dict[str, str]], dict[str, Any]]:
+    bos = encoder.tokenizer.bos_token_id
+
+    def encode(row: dict[str, str]) -> dict[str, Any]:
+        example = Example(**json.loads(row["example"]))
+        encoded = encoder(example)
+        last = max((i for i, learned in enumerate(encoded.learned) if learned), default=-1)
+        return {
+            "place": example.place,
+            "input_ids": encoded.input_ids[:max_length],
+            "labels": encoded.labels(max_length),
+            "num_tokens": len(encoded.input_ids),
+            # The first token is never predicted, so labelling it teaches nothing.
+            "num_learned": sum(encoded.learned[1:]),
+            "num_kept": sum(encoded.learned[1:max_length]),
+            "doubled_bos": bos is not None and encoded.input_ids[:2] == [bos, bos],
+            "ends": last >= 0 and encoded.input_ids[last] in encoder.stop_ids,
+            "boundary_moved": encoded.boundary_moved,
+        }
+
+    return encode
+
+
+def _split(data: "Dataset", fraction: float, seed: int) -> "tuple[Dataset, Dataset | None]":
+    """Hold out a fraction of the rows, at least one, both parts in their first order."""
+    import torch
+
+    if not fraction:
+        return data, None
+    num_held_out = max(1, round(len(data) * fraction))
+    if num_held_out >= len(data):
+        raise ValueError(
+            f"`data.eval_fraction` ({fraction}) of {len(data)} rows leaves none to train on; give "
+            "more data, or set `data.eval_fraction` to 0, or give `data.eval_path`."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out, rest = sorted(order[:num_held_out]), sorted(order[num_held_out:])
+    return data.select(rest, keep_in_memory=True), data.select(held_out, keep_in_memory=True)
+
+
+@contextlib.contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    import datasets
+
+    was_shown = datasets.are_progress_bars_disabled() is False
+    if not show:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,158 @@
+"""Rows of local files and hub data sets, each with the place it comes from."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+_EVALUATION_NAME = re.compile(r"(test|eval|valid|validation|dev)([-_.]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of the data and where it stands, for messages about it."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_rows(path: str, *, name: str | None = None, split: str = "train") -> Iterator[Row]:
+    """Yield every row of a file, a folder of files, or a hub data set.
+
+    Rows are numbered from 1; in JSONL the number is that of the line.
+
+    Args:
+        path: File, folder, or hub data set id.
+        name: Configuration of a hub data set.
+        split: Split of a hub data set.
+
+    Raises:
+        FileNotFoundError: If `path` looks like a local path and does not exist.
+        ValueError: If a file cannot be read as its suffix says, or holds no row.
+    """
+    local = Path(path).expanduser()
+    if not local.exists():
+        if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise FileNotFoundError(f"{path} does not exist; check `data.path`.")
+        rows = _read_hub(path, name, split)
+    elif local.is_dir():
+        rows = (row for file in _files_of(local) for row in _read_file(file))
+    else:
+        rows = _read_file(local)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{path} holds no rows; give data with at least one example.")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
+    held_out = [file for file in files if _EVALUATION_NAME.match(file.name.lower())]
+    if held_out and len(held_out) < len(files):
+        raise ValueError(
+            f"{folder} mixes training data with {held_out[0].name}, which looks like evaluation "
+            f"data; set `data.path` to the training files and `data.eval_path` to {held_out[0]}."
+        )
+    return files
+
+
+def _read_file(file: Path) -> Iterator[Row]:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if file.suffix not in readers:
+        raise ValueError(
+            f"{file} has the suffix {file.suffix!r}; data files are {_ACCEPTED}. Convert it."
+        )
+    try:
+        for number, values in readers[file.suffix](file):
+            place = f"{file}, row {number}"
+            if not isinstance(values, dict):
+                raise ValueError(
+                    f"{place}: a {type(values).__name__}; each row must be an object with named "
+                    'fields, as {"text": "..."}.'
+                )
+            yield Row(place, values)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason}); convert it to UTF-8.") from error
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parse_json(line, f"{file}, row {number}")
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+    rows = _parse_json(file.read_text(encoding="utf-8-sig"), str(file))
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{file} holds a {type(rows).__name__}; a .json file must be one list of rows. "
+            "One object per line is .jsonl."
+        )
+    yield from enumerate(rows, start=1)
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = " Rename it to .jsonl if it holds one object per line." * (error.msg == "Extra data")
+        raise ValueError(f"{place}: not valid JSON ({error}); mend it.{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: JSON nested too deeply to be data; flatten it.") from error
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, restkey="", strict=True)
+        number = 0
+        try:
+            for number, values in enumerate(reader, start=1):
+                if "" in values:
+                    raise ValueError(
+                        f"{file}, row {number}: more fields than the header's "
+                        f"{len(reader.fieldnames or ())}; quote fields that hold commas."
+                    )
+                yield number, values
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}, row {number + 1}: not valid CSV ({error}); mend it or use .jsonl."
+            ) from error
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1000))
+            yield from enumerate((row for batch in batches for row in batch), start=1)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is not a readable Parquet file ({error}).") from error
+
+
+def _read_hub(path: str, name: str | None, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    for number, values in enumerate(load_dataset(path, name, split=split), start=1):
+        yield Row(f"{path} ({split}), row {number}", dict(values))

@@ -1,0 +1,26 @@
+"""The text fine-tuning recipe: `train(RunConfig(...))`."""
+
+from pacatune.data import DataConfig
+from pacatune.training.config import (
+    LoraSection,
+    ModelConfig,
+    PacaSection,
+    RunConfig,
+    TrainingConfig,
+)
+from pacatune.training.interrupt import TrainingInterrupted
+from pacatune.training.recipe import preview, train
+from pacatune.training.report import Report
+
+__all__ = [
+    "DataConfig",
+    "LoraSection",
+    "ModelConfig",
+    "PacaSection",
+    "Report",
+    "RunConfig",
+    "TrainingConfig",
+    "TrainingInterrupted",
+    "preview",
+    "train",
+]

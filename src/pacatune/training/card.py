@@ -1,0 +1,57 @@
+"""README.md beside the result: what it is, how to load it, how it was made."""
+
+from pathlib import Path
+
+import yaml
+
+from pacatune.training.config import RunConfig
+from pacatune.training.report import Report
+
+
+def write_card(config: RunConfig, report: Report, folder: Path) -> None:
+    """Write README.md with the front matter that model hubs read."""
+    name = {"paca": "PaCA", "lora": "LoRA", "dora": "DoRA", "full": "Full"}[config.method]
+    front = {
+        "base_model": report.model,
+        "library_name": "transformers" if config.method == "full" else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": sorted({config.method, "pacatune", "sft", "trl"}),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
+    text = (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# {name} fine-tuning of {Path(report.model).name}\n\n"
+        f"{_loading(config.method, report.model)}\n"
+        f"## Training\n\n"
+        f"Data: `{config.data.path}` ({report.num_train_examples:,} examples, "
+        f"{report.num_eval_examples:,} held out). "
+        f"Settings: [config.yaml](config.yaml), which `pacatune train --config config.yaml` "
+        f"repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _loading(method: str, model: str) -> str:
+    if method == "full":
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
+        )
+    package = "import pacatune  # makes PaCA known to PEFT\n" if method == "paca" else ""
+    code = (
+        f"```python\n{package}from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
+    )
+    if method != "paca":
+        return code
+    return (
+        "Install with `pip install pacatune`, then:\n\n" + code + "```bash\n"
+        f'pacatune generate --model {model} --adapter FOLDER --prompt "..."\n'
+        f"pacatune merge --model {model} --adapter FOLDER --output MERGED      # a plain model\n"
+        f"pacatune export --model {model} --adapter FOLDER --to lora --output LORA  "
+        "# an exact LoRA adapter, for any server\n```\n\n"
+    )

@@ -1,0 +1,180 @@
+"""Write a run's configuration to YAML, read it back as plain values, compare two of them."""
+
+import difflib
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, Field, asdict, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pacatune.training.config import RunConfig, TrainingConfig
+
+CONFIG_NAME = "config.yaml"
+MAX_CONFIG_BYTES = 2**20
+_MAX_NODES = 10_000
+_MAX_DEPTH = 20
+
+# Never written: secrets, and what only this process knows.
+_UNSAVED = ("hub_token", "local_rank")
+# Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
+_PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template")
+# Where results go and how they are shown: free to change when a run is resumed.
+_FREE_ON_RESUME = (
+    "training.output_dir",
+    "training.report_to",
+    "training.run_name",
+    "training.disable_tqdm",
+    "training.save_total_limit",
+)
+
+
+def to_values(config: RunConfig) -> dict[str, Any]:
+    """Return every option of ours and every training option that is not SFTConfig's default.
+
+    What `TrainingConfig` sets otherwise than SFTConfig is always there, so that a later version
+    with other defaults repeats the run.
+    """
+    ours = set(TrainingConfig.__annotations__)
+    training = {
+        f.name: _plain(config.training.given[f.name])
+        for f in fields(TrainingConfig)
+        if f.name in config.training.given
+        and f.name not in _UNSAVED
+        and (f.name in ours or config.training.given[f.name] != _default_of(f))
+    }
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "training"}
+    plain = {
+        name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        for name, value in values.items()
+    }
+    plain["training"] = training
+    for path in _PATHS:
+        section, key = path.split(".")
+        plain[section][key] = _absolute(plain[section][key])
+    return plain
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the configuration so that `pacatune train --config PATH` repeats the run."""
+    text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# Repeat with: pacatune train --config {path.name}\n{text}", encoding="utf-8")
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a YAML file as plain values.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is larger than 1 MiB, no YAML, not a mapping, or expands to too much.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; check the path.")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"config file {path} has {path.stat().st_size} bytes; a configuration has at most "
+            f"{MAX_CONFIG_BYTES}. Is it the right file?"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"config file {path} is nested too deeply; flatten it.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"config file {path} holds a {type(values).__name__}; it must be a mapping with "
+            "sections such as model and data."
+        )
+    if sum(1 for _ in zip(_walk(values), range(_MAX_NODES + 1), strict=False)) > _MAX_NODES:
+        raise ValueError(
+            f"config file {path} expands to more than {_MAX_NODES} values; remove YAML aliases."
+        )
+    return values
+
+
+def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
+    """Refuse keys that no option has.
+
+    Args:
+        values: Nested values, as read from a file.
+        known: Dotted names of all options, such as `data.path`.
+        source: Name of the file, for the message.
+
+    Raises:
+        ValueError: For the first unknown key; names the nearest known one.
+    """
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    for key in _dotted(values, sections):
+        if key not in known and key not in sections:
+            raise ValueError(f"{source}: unknown key {key!r}; {suggest(key, known)}")
+
+
+def suggest(key: str, known: Collection[str]) -> str:
+    """Return a sentence naming the known key nearest to `key`."""
+    last = key.rpartition(".")[2]
+    same_name = sorted(name for name in known if name.rpartition(".")[2] == last)
+    nearest = same_name or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)
+    return f"did you mean {nearest[0]!r}? `pacatune train --print_config` lists all keys."
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a line per option that differs, without those that a resumed run may change."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in sorted({*flat_old, *flat_new})
+        if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _default_of(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _absolute(value: str | None) -> str | None:
+    try:
+        exists = value is not None and Path(value).expanduser().exists()
+    except OSError:  # A chat template given as text may be too long for a file name.
+        exists = False
+    return str(Path(value).expanduser().resolve()) if exists and value else value
+
+
+def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"the config file is nested deeper than {_MAX_DEPTH} levels; flatten it.")
+    yield value
+    children = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list):
+        for child in children:
+            yield from _walk(child, depth + 1)
+
+
+def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in sections and isinstance(value, dict):
+            yield from _dotted(value, sections, f"{name}.")
+        else:
+            yield name
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    sections = {key for key, value in values.items() if isinstance(value, dict)}
+    return {name: _lookup(values, name) for name in _dotted(values, sections)}
+
+
+def _lookup(values: dict[str, Any], name: str) -> Any:
+    section, _, key = name.rpartition(".")
+    return values[section][key] if section else values[key]

@@ -1,0 +1,220 @@
+"""Tokenizer, targets and weights of the model; all that can be checked is, before the weights."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pacatune.training.config import RunConfig
+from pacatune.training.precision import choose_dtype
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, known without a single weight."""
+
+    targets: dict[str, str]
+    """Name of each adapted module -> its shape, as "576 -> 192"."""
+    num_trainable_parameters: int
+    num_parameters: int
+    max_positions: int | None
+    """Longest sequence that the model has positions for."""
+
+    def summary(self) -> list[str]:
+        """Return a line per kind of target, such as `30 x q_proj (576 -> 576)`."""
+        kinds = Counter((name.rpartition(".")[2], shape) for name, shape in self.targets.items())
+        return [f"{count} x {name} ({shape})" for (name, shape), count in kinds.items()]
+
+
+def model_path(config: RunConfig) -> str:
+    """Return the hub id, or the absolute path of a local folder."""
+    local = Path(config.model.path).expanduser()
+    return str(local.resolve()) if local.exists() else config.model.path
+
+
+def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer with the chat template and stop token of the run.
+
+    Raises:
+        ValueError: If the model needs code of its own, or `training.eos_token` is unknown.
+    """
+    from transformers import AutoTokenizer
+
+    with _no_remote_code(config.model.path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path(config), revision=config.model.revision, trust_remote_code=False
+        )
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.data.chat_template)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    stop = config.training.eos_token
+    if stop is not None:
+        if stop not in tokenizer.get_vocab():
+            raise ValueError(
+                f"`training.eos_token` ({stop!r}) is not in the vocabulary of the tokenizer; "
+                f"use one of its tokens (its own is {tokenizer.eos_token!r})."
+            )
+        tokenizer.eos_token = stop
+    return tokenizer
+
+
+def find_stop_ids(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens at which a generation of this model ends."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        generation = GenerationConfig.from_pretrained(
+            model_path(config), revision=config.model.revision
+        )
+    except OSError:  # Older models have no generation_config.json.
+        return ids - {None}
+    stops = generation.eos_token_id
+    return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
+
+
+def check_attention(config: RunConfig) -> None:
+    """Refuse to pack examples with attention that would let them see each other.
+
+    Raises:
+        ValueError: If packing or padding-free batches are asked for without flash attention.
+    """
+    training = config.training
+    packed = training.packing or training.eval_packing or training.padding_free
+    attention = config.model.attn_implementation
+    if packed and "flash" not in (attention or ""):
+        raise ValueError(
+            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
+            f"({attention!r}): only flash attention keeps packed examples apart; set it to "
+            "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
+        )
+
+
+def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
+    """Return the PEFT configuration of the method; None where every weight is trained."""
+    if config.method == "full":
+        return None
+    if config.method == "paca":
+        from pacatune import PacaConfig
+
+        return PacaConfig(task_type="CAUSAL_LM", **asdict(config.paca))
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM", use_dora=config.method == "dora", **asdict(config.lora)
+    )
+
+
+def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Plan:
+    """Put the adapter on a model without weights, and say what it trains.
+
+    Raises:
+        ValueError: If the model is no causal language model, or the targets match nothing.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoModelForCausalLM
+
+    model_config = _load_model_config(config)
+    with _no_remote_code(config.model.path), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                model_config,
+                attn_implementation=config.model.attn_implementation,
+                trust_remote_code=False,
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"`model.attn_implementation` ({config.model.attn_implementation!r}) cannot be "
+                f"used: {error}. Install it or choose another."
+            ) from error
+    num_parameters = model.num_parameters()
+    targets: dict[str, str] = {}
+    if adapter_config is not None:
+        wrapped = get_peft_model(model, copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+        for name, module in wrapped.get_base_model().named_modules():
+            if isinstance(module, BaseTunerLayer):
+                targets[name] = f"{module.in_features} -> {module.out_features}"
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return Plan(targets, num_trainable, num_parameters, positions)
+
+
+def load_model(config: RunConfig) -> "PreTrainedModel":
+    """Load the weights, in the type that `model.dtype` asks for."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
+    with _no_remote_code(config.model.path):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_path(config),
+            revision=config.model.revision,
+            dtype=weights_dtype(config),
+            attn_implementation=config.model.attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        )
+    return model
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type in which the weights of the run's model are held."""
+    checkpoint = getattr(_load_model_config(config), "dtype", None)
+    return choose_dtype(
+        config.model.dtype,
+        checkpoint if isinstance(checkpoint, torch.dtype) else None,
+        full=config.method == "full",
+        use_cpu=config.training.use_cpu,
+    )
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Return the number of trained values, counting sharded ones in full."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _load_model_config(config: RunConfig) -> Any:
+    from transformers import AutoConfig
+
+    with _no_remote_code(config.model.path):
+        return AutoConfig.from_pretrained(
+            model_path(config), revision=config.model.revision, trust_remote_code=False
+        )
+
+
+def _read_template(template: str) -> str:
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
+            "give a .jinja file, or the text with its {{ }} and {% %}."
+        )
+    return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _no_remote_code(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model {path} comes with code of its own, which is never executed; use a version "
+            "of it that transformers supports."
+        ) from error

@@ -1,0 +1,178 @@
+"""The folder of a run: never mixed with another run, always left with its last good checkpoint."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pacatune.training.config_file import CONFIG_NAME
+
+STAGING_NAME = ".incomplete"
+STATE_NAME = "trainer_state.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a run leaves; with one of these, starting another run would lose something.
+_RESULT = re.compile(
+    r"checkpoint-\d+|adapter_model\.safetensors|adapter_config\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|report\.(json|md)|loss\.png"
+)
+# What else a run writes.
+_ACCESSORY = re.compile(
+    rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|config\.json"
+    r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\..*|merges\.txt"
+)
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder in which this run would lose or mix something.
+
+    Raises:
+        ValueError: If both options are given, or `resume` finds no run or a finished one.
+        FileExistsError: If the folder holds another run and no option says what to do, or holds
+            files of the names that a run writes but no run.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; choose another `training.output_dir`.")
+    if resume:
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
+        if (folder / "report.json").exists():
+            raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
+        return
+    names = _names(folder)
+    results = [name for name in names if _RESULT.fullmatch(name)]
+    if CONFIG_NAME in names:
+        if results and not overwrite:
+            going_on = "" if "report.json" in names else "continue with --resume, "
+            raise FileExistsError(
+                f"output folder {folder} holds another run ({', '.join(results[:3])}); choose "
+                f"another `training.output_dir`, {going_on}or delete it with --overwrite."
+            )
+        return
+    foreign = [name for name in names if _RESULT.fullmatch(name) or _ACCESSORY.fullmatch(name)]
+    if foreign:
+        raise FileExistsError(
+            f"output folder {folder} holds {', '.join(foreign[:3])}, which no run of pacatune "
+            "wrote; choose another `training.output_dir`."
+        )
+
+
+def clear_folder(folder: Path) -> list[str]:
+    """Delete what a run wrote and nothing else; return the names deleted."""
+    names = [n for n in _names(folder) if _RESULT.fullmatch(n) or _ACCESSORY.fullmatch(n)]
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return names
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if _step(path) is not None]
+    for checkpoint in sorted(checkpoints, key=lambda path: _step(path) or 0, reverse=True):
+        if read_state(checkpoint) is not None:
+            return checkpoint
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the trainer's state of a checkpoint, None where it is missing or cut off."""
+    try:
+        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and "global_step" in state else None
+
+
+@contextmanager
+def staged(folder: Path, what: str) -> Iterator[Path]:
+    """Give a folder inside `folder` for files that are not complete yet; delete it afterwards.
+
+    Raises:
+        OSError: If writing fails, with what is still intact.
+    """
+    staging = folder / STAGING_NAME
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_failure(error):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        kept = last_checkpoint(folder)
+        fix = (
+            f"{kept} is intact: make room, then continue with --resume."
+            if kept
+            else "No checkpoint was saved before; make room, then start again."
+        )
+        raise OSError(f"could not save {what} in {folder} ({error}). {fix}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error comes from a disk that does not take more."""
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)
+    if isinstance(error, OSError):
+        return True
+    # torch.save reports a failed write of its zip file as a plain RuntimeError.
+    return "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a complete file or folder to its place, on disk before it is seen there."""
+    for path in [source, *source.rglob("*")]:
+        _sync(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+    _sync(target.parent)
+
+
+def refuse_empty_tensors(folder: Path) -> None:
+    """Refuse files in which a tensor has no element: weights that were sharded when saved.
+
+    Raises:
+        ValueError: Names the tensor and the fix.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                shape = tensors.get_slice(name).get_shape()
+                if 0 in shape:
+                    raise ValueError(
+                        f"tensor {name!r} has shape {tuple(shape)} in {path.name}: it was saved "
+                        "while its values lay on other processes. Let DeepSpeed gather them "
+                        "(stage3_gather_16bit_weights_on_model_save: true)."
+                    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _step(path: Path) -> int | None:
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def _sync(path: Path) -> None:
+    # Without this a power cut may leave the new name on old or empty contents.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""What is seen while training: a bar on a terminal, lines elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from pacatune.adapters.output import format_bytes
+from pacatune.memory import peak_process_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+_NUM_LINES = 20
+
+
+class Meter(TrainerCallback):  # type: ignore[misc]
+    """Measures steps: their time, and the tokens that are not padding.
+
+    Evaluation, saving and logging lie between steps and are not counted.
+    """
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.num_tokens: float | torch.Tensor = 0
+        self._start = 0.0
+
+    def add_tokens(self, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+        """Count the tokens of a micro-batch, on their device so that nothing waits."""
+        num = input_ids.numel() if attention_mask is None else attention_mask.sum()
+        self.num_tokens = self.num_tokens + num
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock of a step."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock when the device has finished the step."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - self._start)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of this process per second of its steps; 0 before the first."""
+        seconds = sum(self.step_seconds)
+        return float(self.num_tokens) / seconds if seconds else 0.0
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median time of a step; the first, which warms up, is left out where there are others."""
+        seconds = sorted(self.step_seconds[1:] or self.step_seconds)
+        if not seconds:
+            return None
+        middle = len(seconds) // 2
+        median = seconds[middle] if len(seconds) % 2 else sum(seconds[middle - 1 : middle + 1]) / 2
+        return 1000 * median
+
+
+class ProgressReporter(TrainerCallback):  # type: ignore[misc]
+    """Shows loss, tokens per second and memory of the main process.
+
+    Args:
+        console: Where to show it; a quiet one shows nothing.
+        meter: Source of the speed; must be called before this.
+    """
+
+    def __init__(self, console: "Console", meter: Meter) -> None:
+        self._console = console
+        self._meter = meter
+        self._progress: Progress | None = None
+        self._numbers: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: "TrainingArguments", state: "TrainerState", *_: Any, **__: Any
+    ) -> None:
+        """Show an empty bar."""
+        if not self._console.is_terminal or self._console.quiet or args.disable_tqdm:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._progress.start()
+        self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(
+        self, args: "TrainingArguments", state: "TrainerState", *_: Any, **__: Any
+    ) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0], completed=state.global_step, description=self._status()
+            )
+
+    def on_log(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Take over the newest losses; without a bar, print about 20 lines per run."""
+        news = {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
+        self._numbers |= news
+        if "eval_loss" in news:
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}: "
+                f"evaluation loss {news['eval_loss']:.4f}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        elif "loss" in news and self._progress is None:
+            every = max(1, state.max_steps // _NUM_LINES)
+            if state.global_step % every == 0 or state.global_step == 1:
+                self._console.print(
+                    f"step {state.global_step}/{state.max_steps}: {self._status()}",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the bar where it is."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also when training failed."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _status(self) -> str:
+        memory = format_bytes(peak_memory_bytes()[0])
+        speed = f"{self._meter.tokens_per_second:,.0f} tokens/s  peak {memory}"
+        return f"loss {self._numbers['loss']:.4f}  {speed}" if "loss" in self._numbers else speed
+
+
+def peak_memory_bytes() -> tuple[int, str]:
+    """Return the peak memory and what it is: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), "cuda_max_memory_allocated"
+    return peak_process_bytes(), "process_peak_resident"

@@ -1,0 +1,149 @@
+"""What a run achieved: report.json, report.md and loss.png."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pacatune.adapters.output import format_bytes
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Results of one run; losses are means per learned token."""
+
+    eval_loss_before: float | None
+    """Held-out loss before the first step; None without evaluation data."""
+    eval_loss_after: float | None
+    """Held-out loss of what was saved."""
+    train_loss: float | None
+    """Mean over all steps."""
+    num_trainable_parameters: int
+    step_ms: float | None
+    """Median time of an optimizer step."""
+    tokens_per_second: float
+    """Tokens that are not padding, of all processes, per second of steps."""
+    peak_memory_bytes: int
+    saved_activation_bytes: int | None
+    """Kept for backward by the first micro-batch, weights aside; None where they are sharded."""
+    seed: int
+    versions: dict[str, str]
+    targets: list[str]
+    """Names of the adapted modules; empty where every weight is trained."""
+    method: str
+    model: str
+    num_parameters: int
+    num_steps: int
+    num_train_examples: int
+    num_eval_examples: int
+    device: str
+    dtype: str
+    learning_rate: float
+    peak_memory_kind: str
+    """`cuda_max_memory_allocated` or `process_peak_resident`."""
+    train_losses: Curve = field(default_factory=list)
+    """(step, mean loss since the last point)."""
+    eval_losses: Curve = field(default_factory=list)
+    """(step, loss)."""
+    warnings: list[str] = field(default_factory=list)
+    """What was found in the data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what report.json holds."""
+        return asdict(self)
+
+    def table(self) -> list[tuple[str, str]]:
+        """Return the results as pairs of text."""
+        share = self.num_trainable_parameters / max(self.num_parameters, 1)
+        step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
+        saved = self.saved_activation_bytes
+        return [
+            ("held-out loss before", _loss(self.eval_loss_before)),
+            ("held-out loss after", _loss(self.eval_loss_after)),
+            ("training loss", _loss(self.train_loss)),
+            ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
+            ("time per step (median)", step),
+            ("tokens per second", f"{self.tokens_per_second:,.0f}"),
+            (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
+            ("kept for backward", "-" if saved is None else format_bytes(saved)),
+            ("steps", f"{self.num_steps:,}"),
+            ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
+            ("device, weights", f"{self.device}, {self.dtype}"),
+            ("learning rate, seed", f"{self.learning_rate:g}, {self.seed}"),
+        ]
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and loss.png into `folder`."""
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    _plot(report, folder / "loss.png")
+
+
+def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
+    """Return the logged training losses and their mean over all steps.
+
+    Args:
+        log: The trainer's log; each loss is the mean since the log before it.
+    """
+    curve = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+    if not curve:
+        return [], None
+    starts = [0, *(step for step, _ in curve[:-1])]
+    weighted = sum((step - start) * loss for start, (step, loss) in zip(starts, curve, strict=True))
+    return curve, weighted / curve[-1][0]
+
+
+def eval_curve(log: list[dict[str, Any]]) -> Curve:
+    """Return the evaluation losses, one per step."""
+    points = {int(e["step"]): float(e["eval_loss"]) for e in log if "eval_loss" in e}
+    return sorted(points.items())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the numbers."""
+    from importlib.metadata import version
+
+    packages = ("pacatune", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _markdown(report: Report) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in report.table())
+    kinds = sorted({name.rpartition(".")[2] for name in report.targets})
+    targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else "every weight"
+    warnings = "".join(f"- {warning}\n" for warning in report.warnings)
+    packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"Trained: {targets}.\n\n![Loss](loss.png)\n\n"
+        + (f"Warnings about the data:\n\n{warnings}\n" if warnings else "")
+        + f"Versions: {packages}.\n"
+    )
+
+
+def _plot(report: Report, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: it would choose a window system and keep the figure in global state.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if report.train_losses:
+        axes.plot(*zip(*report.train_losses, strict=True), label="training", linewidth=1)
+    if report.eval_losses:
+        axes.plot(*zip(*report.eval_losses, strict=True), "o-", label="held out")
+    axes.set(xlabel="step", ylabel="loss per learned token", title=report.method)
+    if report.train_losses or report.eval_losses:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
