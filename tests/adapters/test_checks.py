@@ -61,7 +61,7 @@ def test_half_a_module_is_refused(missing, message):
     ],
 )
 def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
-    with pytest.raises(ValueError, match=f"here: module 'layers.0.q_proj': .*{message}"):
+    with pytest.raises(ValueError, match=rf"here: module 'layers.0.q_proj': .*{message}"):
         check_tensors(tensors(delta=delta), source="here")
 
 
@@ -69,7 +69,7 @@ def test_values_that_are_not_finite_are_counted():
     delta = torch.ones(4, 3)
     delta[0] = torch.nan
     delta[1, 0], delta[2, 0] = torch.inf, -torch.inf
-    with pytest.raises(ValueError, match="'layers.0.q_proj'.* 3 NaN and 2 infinite values of 12"):
+    with pytest.raises(ValueError, match=r"'layers.0.q_proj'.* 3 NaN and 2 infinite values of 12"):
         check_tensors(tensors(delta=delta), source="here")
 
 
@@ -86,5 +86,5 @@ def test_values_that_are_not_finite_are_counted():
     ],
 )
 def test_indices_must_be_int64_sorted_and_unique(indices, message):
-    with pytest.raises(ValueError, match=f"here: module 'layers.0.q_proj': .*{message}"):
+    with pytest.raises(ValueError, match=rf"here: module 'layers.0.q_proj': .*{message}"):
         check_tensors(tensors(indices=indices), source="here")

@@ -1,0 +1,238 @@
+"""Load the base model an adapter belongs to, or only its shapes."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pacatune.tuner.config import PacaConfig
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+"""`auto` is the dtype the base was saved in."""
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def base_name(model: str | None, config: PacaConfig) -> str:
+    """Return the base to load: the one given, else the one the adapter names.
+
+    Args:
+        model: What the user gave, or None.
+        config: The adapter's configuration.
+
+    Raises:
+        ValueError: If neither names a base.
+    """
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ValueError(
+            "`model` is not given and the adapter does not name its base "
+            "(`base_model_name_or_path` is empty); give the base's folder or hub id."
+        )
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def load_base_config(name: str) -> Any:
+    """Load a base model's configuration; code that comes with a model is never run.
+
+    Args:
+        name: A local folder or a hub id.
+
+    Raises:
+        FileNotFoundError: If there is no such model, or it cannot be reached.
+        ValueError: If the folder's config.json is not one that transformers knows.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        hint = "; it is an adapter, not a base" if (folder / "adapter_config.json").exists() else ""
+        raise FileNotFoundError(f"base model {name!r} has no config.json{hint}.")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"base model {name!r} is neither a model folder nor a hub id that can be reached; "
+            "check the path or the network."
+        ) from error
+    except KeyError as error:
+        raise ValueError(
+            f"base model {name!r} has a config.json without the key {error}; transformers "
+            f"{transformers.__version__} cannot tell which architecture it is."
+        ) from error
+
+
+def load_base(
+    name: str, *, task_type: str | None, dtype: DTypeName = "auto", device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a base model for inference.
+
+    Args:
+        name: A local folder or a hub id.
+        task_type: The adapter's task, which decides the head; None takes the class that the base
+            was saved from.
+        dtype: Of the weights.
+        device: Where to put it; see `resolve_device`.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If its weights cannot be read, or its class or the device are not known.
+    """
+    target = resolve_device(device)
+    config = load_base_config(name)
+    model_class = _model_class(config, task_type, name)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = model_class.from_pretrained(
+            name, config=config, dtype=torch_dtype, trust_remote_code=False
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of base model {name!r} cannot be read ({error}); copy them again."
+        ) from error
+    return cast(PreTrainedModel, model.to(target).eval())
+
+
+def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
+    """Build a base model without weights, on the meta device: only its modules and shapes.
+
+    Args:
+        name: A local folder or a hub id; only its config.json is read.
+        task_type: As for `load_base`.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If the class is not known.
+    """
+    config = load_base_config(name)
+    model_class = _model_class(config, task_type, name)
+    with torch.device("meta"):
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        return cast(PreTrainedModel, build(config))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name, and see that it is there.
+
+    Args:
+        name: Such as `cpu`, `cuda` or `cuda:1`; `auto` is the accelerator if there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`device` ({name!r}) is not one that PyTorch knows; try 'cpu'."
+        ) from error
+    if device.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator else 0
+        if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count:
+            there = "none" if accelerator is None else f"{count} of type {accelerator.type!r}"
+            raise ValueError(
+                f"`device` ({name!r}) is not there (accelerators: {there}); use 'cpu' or 'auto'."
+            )
+    return device
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies beside a model, or None if there is none.
+
+    Args:
+        name: A local folder or a hub id.
+
+    Raises:
+        ValueError: If there is one but it cannot be read.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        # The Rust part of tokenizers raises plain Exception for a damaged file.
+        if not folder.is_dir() and isinstance(error, OSError):
+            return None
+        raise ValueError(
+            f"the tokenizer of {name!r} cannot be read ({type(error).__name__}: {error}); "
+            "repair its files, or remove them to go without."
+        ) from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that training left with the adapter, else the base's.
+
+    Training may have been given a chat template of its own, and saves it there.
+
+    Args:
+        base: Folder or hub id of the base.
+        adapter_folder: The adapter's folder, if there is an adapter.
+
+    Raises:
+        ValueError: If there is one but it cannot be read.
+    """
+    own = None if adapter_folder is None else load_tokenizer(str(adapter_folder))
+    return load_tokenizer(base) if own is None else own
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (O, I) of a layer that PaCA can adapt, else None.
+
+    Args:
+        module: nn.Linear, transformers' Conv1D, a quantised linear layer, or one of these inside
+            a PEFT layer.
+    """
+    module = innermost(module)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        num_in, num_out = cast(Tensor, module.weight).shape
+        return num_out, num_in
+    out_features = getattr(module, "out_features", None)
+    in_features = getattr(module, "in_features", None)
+    if isinstance(out_features, int) and isinstance(in_features, int):
+        return out_features, in_features
+    return None
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the layer of the base model inside any PEFT layers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _model_class(config: Any, task_type: str | None, name: str) -> Any:
+    if task_type in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[task_type])
+    if not config.architectures:
+        return transformers.AutoModel
+    model_class = getattr(transformers, config.architectures[0], None)
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class
+    raise ValueError(
+        f"base model {name!r} is a {config.architectures[0]!r}, which transformers "
+        f"{transformers.__version__} does not have; upgrade transformers. Models that bring their "
+        "own code are not run."
+    )

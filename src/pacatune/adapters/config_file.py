@@ -1,0 +1,111 @@
+"""Read and check adapter_config.json before anything acts on it."""
+
+import difflib
+import re
+import types
+import typing
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from pacatune.adapters.json_file import read_json_object
+from pacatune.tuner.config import PacaConfig
+
+CONFIG_NAME = "adapter_config.json"
+PATTERN_KEYS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+
+
+def read_config(path: Path) -> PacaConfig:
+    """Read the configuration of a PaCA adapter.
+
+    Args:
+        path: An adapter_config.json.
+
+    Returns:
+        The configuration; its own checks have passed too.
+
+    Raises:
+        ValueError: If the file is no bounded JSON object, is not PaCA's, holds a key that
+            PacaConfig does not have, or a value of another type or out of range.
+    """
+    config = read_json_object(path)
+    method = config.get("peft_type")
+    if method != "PACA":
+        raise ValueError(
+            f"{path} gives `peft_type` = {method!r}; it must be 'PACA'. This is not a PaCA adapter."
+        )
+    hints = typing.get_type_hints(PacaConfig)
+    known = {field.name for field in fields(PacaConfig)}
+    for key, value in config.items():
+        if key not in known:
+            raise ValueError(_unknown_key(key, known, path))
+        if not _fits(value, hints[key]):
+            raise ValueError(
+                f"{path} gives `{key}` = {str(value)[:80]!r} ({type(value).__name__}); "
+                f"it must be {_describe(hints[key])}."
+            )
+    _check_patterns(config, path)
+    try:
+        return PacaConfig(**config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unknown_key(key: str, known: set[str], path: Path) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    return (
+        f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {nearest[0]!r}. "
+        "Correct or remove it; a newer pacatune may have written it, then upgrade."
+    )
+
+
+def _check_patterns(config: dict[str, Any], path: Path) -> None:
+    # PEFT compiles these later, and `re.error` is no ValueError.
+    for key in PATTERN_KEYS:
+        value = config.get(key)
+        for pattern in [value] if isinstance(value, str) else value or ():
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{path} gives `{key}` the pattern {pattern[:80]!r}, which is no regular "
+                    f"expression ({error}); correct it."
+                ) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; an int is a float, a bool is no int."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict or hint is dict:
+        value_hint = arguments[1] if arguments else Any
+        return isinstance(value, dict) and all(_fits(item, value_hint) for item in value.values())
+    if hint is Any:
+        return True
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        # Which members exist is PEFT's own check.
+        return isinstance(value, str)
+    return type(value) is hint
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if hint is type(None):
+        return "null"
+    if origin is list:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is dict or hint is dict:
+        return "an object" if not arguments else f"an object of {_describe(arguments[1])}"
+    return str(getattr(hint, "__name__", hint))

@@ -1,0 +1,87 @@
+"""Load an exported LoRA adapter as a stranger would: in a new process, with PEFT alone."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pacatune.adapters.attach import attach
+from pacatune.adapters.base import load_base, load_tokenizer
+from pacatune.adapters.folder import Adapter
+from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
+
+_SCRIPT = Path(__file__).with_name("plain_peft.py")
+
+
+def compare_with_plain_peft(
+    base: str,
+    adapter: Adapter,
+    lora_folder: Path,
+    dtype: str,
+    device: str = "cpu",
+    allow_other_base: bool = False,
+) -> OutputError:
+    """Compare the outputs of a LoRA adapter in plain PEFT with those of the PaCA adapter.
+
+    Both run on the base in float32, on the inputs of `probe_inputs`.
+
+    Args:
+        base: Folder or hub id of the base.
+        adapter: The PaCA adapter.
+        lora_folder: The LoRA adapter's folder.
+        dtype: Of the exported tensors; decides how much rounding is expected.
+        device: Where the PaCA model runs; the new process uses the CPU.
+        allow_other_base: As for `check_base`.
+
+    Raises:
+        ValueError: If plain PEFT cannot load the folder, or its outputs differ by more than
+            rounding.
+    """
+    model = load_base(base, task_type=adapter.config.task_type, dtype="float32", device=device)
+    model_class = type(model).__name__
+    inputs = probe_inputs(model, load_tokenizer(base))
+    peft_model, _ = attach(model, adapter, allow_other_base=allow_other_base)
+    reference = run_probe(peft_model, inputs)
+    del model, peft_model  # the other process needs the memory for its own copy
+    outputs = _run_plain_peft(base, model_class, lora_folder, inputs)
+    error = output_error(reference, outputs)
+    tolerance = TOLERANCES[getattr(torch, dtype)]
+    # Written so that NaN fails.
+    if not error.max_relative <= tolerance:
+        raise ValueError(
+            f"in plain PEFT the outputs differ from PaCA's by {error.max_relative:.1e} of their "
+            f"size; rounding in {dtype} explains {tolerance:.0e}. Nothing was written. Export in "
+            "more bits: `dtype`=float32 (--dtype float32)."
+        )
+    return error
+
+
+def _run_plain_peft(
+    base: str, model_class: str, lora_folder: Path, inputs: list[dict[str, Tensor]]
+) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, batch in enumerate(inputs):
+            save_file(batch, Path(scratch) / f"input-{number}.safetensors")
+        job = {
+            "base": base,
+            "model_class": model_class,
+            "adapter": str(lora_folder.absolute()),
+            "scratch": scratch,
+            "num_batches": len(inputs),
+        }
+        # -P: otherwise the script's own folder comes first, and its inspect.py hides Python's.
+        command = [sys.executable, "-P", str(_SCRIPT), json.dumps(job)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(
+                f"plain PEFT cannot load the exported adapter ({last_line}); nothing was written. "
+                "If memory ran out, go without: `verify=False`."
+            )
+        outputs = load_file(Path(scratch) / "outputs.safetensors")
+    return [outputs[str(number)] for number in range(len(inputs))]

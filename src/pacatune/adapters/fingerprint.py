@@ -1,0 +1,141 @@
+"""Tell one base model from another of the same shapes, by a few hundred of its weights.
+
+The fingerprint of each adapted module hashes up to 64 x 16 weights from rows and columns at equal
+distances, adapted columns left out. Loading a base in fewer bits rounds its weights, so one hash
+is kept for each dtype that the weights can be rounded to; two loads of one base always share one,
+except bfloat16 against float16.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pacatune.adapters.base import innermost
+from pacatune.adapters.folder import SIDECAR_NAME, find_file, read_adapter
+from pacatune.adapters.json_file import read_json_object
+
+FINGERPRINT_KEY = "base_fingerprint"
+SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+_MAX_ROWS, _MAX_COLUMNS = 64, 16
+_HASH_DIGITS = 16
+# dtype of the weights -> the dtypes they can be rounded to, as a load in that dtype would.
+_ROUNDINGS = {
+    torch.float64: ("float32", "bfloat16", "float16"),
+    torch.float32: ("float32", "bfloat16", "float16"),
+    torch.bfloat16: ("bfloat16",),
+    torch.float16: ("float16",),
+}
+
+
+def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Compute the fingerprint of a base model.
+
+    Args:
+        model: The base, or a PEFT model around it.
+        adapter_modules: Adapted columns (R,) by the name of the module in the base.
+
+    Returns:
+        JSON-ready: `architecture`, `model_type`, a few sizes, and `modules`, which maps a module's
+        name to its hash by dtype. A module has no hashes if its weight is quantised, sharded, not
+        loaded, or adapted in every column.
+    """
+    model = unwrap(model)
+    config = getattr(model, "config", None)
+    # fully_shard puts FSDP before the name of the class.
+    result: dict[str, Any] = {"architecture": type(model).__name__.removeprefix("FSDP")}
+    for key in ("model_type", *SHAPE_KEYS):
+        if (value := getattr(config, key, None)) is not None:
+            result[key] = value
+    result["modules"] = {
+        name: _hash_module(model.get_submodule(name), indices)
+        for name, indices in adapter_modules.items()
+    }
+    return result
+
+
+def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
+    """Store the fingerprint of the base in an adapter's folder, in `pacatune.json`.
+
+    Args:
+        folder: A saved PaCA adapter.
+        model: The base it was trained on, or the PEFT model around it.
+
+    Raises:
+        FileNotFoundError: If the folder holds no adapter.
+        ValueError: If the adapter is damaged.
+    """
+    folder = Path(folder)
+    columns = {name: update.indices for name, update in read_adapter(folder).modules.items()}
+    path = folder / SIDECAR_NAME
+    sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if path.exists() else {}
+    sidecar[FINGERPRINT_KEY] = fingerprint(model, columns)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def differing_modules(
+    stored: Mapping[str, Mapping[str, str]], current: Mapping[str, Mapping[str, str]]
+) -> tuple[list[str], int]:
+    """Compare the hashes of two fingerprints.
+
+    Args:
+        stored: `modules` of one fingerprint.
+        current: `modules` of the other.
+
+    Returns:
+        Names of the modules that differ, and the number of modules that could be compared.
+    """
+    differing, num_compared = [], 0
+    for name, hashes in current.items():
+        shared = hashes.keys() & stored.get(name, {}).keys()
+        num_compared += bool(shared)
+        # Both sides round downwards from what they have, so any shared dtype must agree.
+        if any(hashes[dtype] != stored[name][dtype] for dtype in shared):
+            differing.append(name)
+    return differing, num_compared
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the base model inside a PEFT model, else the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+@torch.no_grad()
+def _hash_module(module: nn.Module, indices: Tensor) -> dict[str, str]:
+    module = innermost(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not _is_readable(weight):
+        return {}
+    if type(module).__name__ == "Conv1D":
+        weight = weight.t()
+    is_free = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_free[indices.cpu()] = False
+    columns = _spread(is_free.nonzero().flatten(), _MAX_COLUMNS)
+    if len(columns) == 0:
+        return {}
+    rows = _spread(torch.arange(weight.shape[0]), _MAX_ROWS)
+    sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)].cpu()
+    return {name: _hash(sample, getattr(torch, name)) for name in _ROUNDINGS[weight.dtype]}
+
+
+def _is_readable(weight: Tensor) -> bool:
+    is_sharded = hasattr(weight, "full_tensor") or weight.ndim != 2 or weight.numel() == 0
+    return weight.dtype in _ROUNDINGS and not weight.is_meta and not is_sharded
+
+
+def _spread(positions: Tensor, most: int) -> Tensor:
+    return positions[:: max(1, -(-len(positions) // most))]
+
+
+def _hash(sample: Tensor, dtype: torch.dtype) -> str:
+    # NumPy has no bfloat16; float32 holds each value of the three dtypes.
+    rounded = sample.to(dtype).float().contiguous()
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]

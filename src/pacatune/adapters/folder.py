@@ -1,0 +1,186 @@
+"""Open an adapter folder that a stranger made, without its base model."""
+
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from pacatune.adapters.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
+from pacatune.adapters.config_file import CONFIG_NAME, read_config
+from pacatune.adapters.json_file import read_json_object
+from pacatune.adapters.tensor_file import read_tensors
+from pacatune.tuner.config import PacaConfig
+
+TENSORS_NAME = "adapter_model.safetensors"
+SIDECAR_NAME = "pacatune.json"
+
+_PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_HUB_FILES = [CONFIG_NAME, TENSORS_NAME, SIDECAR_NAME, "tokenizer*", "chat_template.jinja"]
+_HUB_ID = re.compile(r"[\w\-.]+/[\w\-.]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A checked PaCA adapter in memory."""
+
+    folder: Path
+    """Where it was read from."""
+    config: PacaConfig
+    """Its configuration."""
+    modules: dict[str, ColumnUpdate]
+    """Delta and indices of each adapted module, by the module's name in the base model."""
+    extra: dict[str, Tensor]
+    """All other tensors of the file by their name there: biases, `modules_to_save`, tokens."""
+    sidecar: dict[str, Any]
+    """What `pacatune.json` holds; empty without one."""
+
+    def scaling(self, module: str) -> float:
+        """Return alpha / rank of one adapted module."""
+        return module_alpha(self.config, module) / self.modules[module].delta.shape[1]
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check a PaCA adapter; only JSON and safetensors are opened, nothing is run.
+
+    Args:
+        folder: A local folder or an id on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its two files is missing.
+        ValueError: If anything in it is not what training writes; the message says what.
+    """
+    folder = locate_folder(folder)
+    config = read_config(find_file(folder, CONFIG_NAME))
+    path = find_tensors(folder)
+    tensors = read_tensors(path)
+    check_tensors(tensors, source=str(path))
+    modules = group_tensors(tensors, source=str(path))
+    if not modules:
+        raise ValueError(
+            f"{path} holds no `paca_delta`; it is empty or belongs to another method. "
+            "Save the adapter again."
+        )
+    check_ranks(config, modules, source=str(path))
+    extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
+    sidecar_path = folder / SIDECAR_NAME
+    sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if sidecar_path.exists() else {}
+    return Adapter(folder=folder, config=config, modules=modules, extra=extra, sidecar=sidecar)
+
+
+def locate_folder(folder: str | Path) -> Path:
+    """Return a local folder, fetching configuration and tensors first if it is a hub id.
+
+    Args:
+        folder: A local folder or an id such as `name/adapter`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and no such id that can be reached.
+        ValueError: If the path is a file.
+    """
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"adapter {str(folder)!r} is a file; give the folder that holds it.")
+    if isinstance(folder, Path) or not _HUB_ID.fullmatch(folder):
+        raise FileNotFoundError(f"adapter folder {str(folder)!r} does not exist; check the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        # The hub's client raises a dozen types; to a user they all mean the same.
+        raise FileNotFoundError(
+            f"adapter {folder!r} is neither a local folder nor a hub id that can be reached "
+            f"({type(error).__name__}); check the path or the network."
+        ) from error
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """Return the path of a regular file that lies inside the folder.
+
+    Args:
+        folder: The adapter's folder.
+        name: A file name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is a link to outside of the folder, or no regular file.
+    """
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{str(folder)!r} has no {name}; it is not an adapter folder.")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the folder; copy the file into the folder."
+        )
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file; an adapter folder holds plain files only.")
+    return path
+
+
+def find_tensors(folder: Path) -> Path:
+    """Return the path of the adapter's tensors, safetensors only.
+
+    Args:
+        folder: The adapter's folder.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If there are only pickled ones, or as in `find_file`.
+    """
+    pickled = [name for name in _PICKLE_NAMES if (folder / name).exists()]
+    if pickled and not (folder / TENSORS_NAME).exists():
+        raise ValueError(
+            f"{str(folder)!r} holds {pickled[0]} but no {TENSORS_NAME}; pickled files can run code "
+            "when opened and are refused. Save the adapter with `safe_serialization=True`."
+        )
+    return find_file(folder, TENSORS_NAME)
+
+
+def module_rank(config: PacaConfig, module: str) -> int:
+    """Return the rank that the configuration gives a module, `rank_pattern` included."""
+    return int(_lookup(config.rank_pattern, module, config.r))
+
+
+def module_alpha(config: PacaConfig, module: str) -> float:
+    """Return the alpha that the configuration gives a module, `alpha_pattern` included."""
+    return float(_lookup(config.alpha_pattern, module, config.paca_alpha))
+
+
+def check_ranks(config: PacaConfig, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
+    """Refuse tensors whose rank is not the configuration's: their scaling would be wrong.
+
+    Args:
+        config: The adapter's configuration.
+        modules: Its tensors by module.
+        source: Where the tensors come from, for the error.
+
+    Raises:
+        ValueError: At the first module whose rank differs.
+    """
+    for module, update in modules.items():
+        rank, expected = update.delta.shape[1], module_rank(config, module)
+        if rank != expected:
+            raise ValueError(
+                f"{source}: module {module!r} has rank {rank} but the configuration says "
+                f"{expected} (`r` = {config.r}, `rank_pattern` = {config.rank_pattern}); "
+                "configuration and tensors are of different runs, or one was edited."
+            )
+
+
+def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
+def _roots(folder: Path) -> list[Path]:
+    # The hub's cache links `snapshots/REVISION/FILE` to `blobs/HASH` of the same repository.
+    if folder.parent.name == "snapshots":
+        return [folder, folder.parents[1] / "blobs"]
+    return [folder]

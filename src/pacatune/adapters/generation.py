@@ -1,0 +1,220 @@
+"""Stream text from a model, with and without its adapter."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from pacatune.adapters.attach import attach
+from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base
+from pacatune.adapters.folder import read_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen and when to stop."""
+
+    max_new_tokens: int = 256
+    """Most tokens to generate."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher values sample, 1 from the model's own distribution."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"`max_new_tokens` ({self.max_new_tokens}) must be at least 1; raise it."
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"`temperature` ({self.temperature}) must be 0 (greedy) or a positive number."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` ({self.top_p}) must be in (0, 1]; 1 keeps every token.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` ({self.seed}) must be at least 0.")
+
+
+class TextGenerator:
+    """A model with its tokenizer, and its adapter if it has one.
+
+    Args:
+        model: Folder or hub id of the base; None takes the one that the adapter names.
+        adapter: Folder or hub id of the adapter; None goes without.
+        dtype: Of the base's weights; `auto` is the one it was saved in.
+        device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
+        allow_other_base: As for `check_base`.
+
+    Attributes:
+        notes: What the user should know about base and adapter.
+
+    Raises:
+        FileNotFoundError: If base or adapter are missing.
+        ValueError: If the adapter is damaged or belongs to another base, or the base has no
+            tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str | None,
+        adapter: str | Path | None = None,
+        *,
+        dtype: DTypeName = "auto",
+        device: str = "cpu",
+        allow_other_base: bool = False,
+    ) -> None:
+        if adapter is None and model is None:
+            raise ValueError("`model` and `adapter` are both missing; give at least one of them.")
+        checked = None if adapter is None else read_adapter(adapter)
+        name = str(model) if checked is None else base_name(model, checked.config)
+        tokenizer = find_tokenizer(name, None if checked is None else checked.folder)
+        if tokenizer is None:
+            raise ValueError(
+                f"base model {name!r} has no tokenizer; put its tokenizer files into the folder."
+            )
+        self.notes: list[str] = []
+        self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._model: PreTrainedModel | PeftModel = load_base(
+            name, task_type="CAUSAL_LM", dtype=dtype, device=device
+        )
+        if checked is not None:
+            self._model, self.notes = attach(
+                self._model, checked, allow_other_base=allow_other_base
+            )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how to write a conversation."""
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, prompt: str, *, system: str | None = None, chat: bool = True) -> Tensor:
+        """Return the tokens (1, T) of a prompt.
+
+        Args:
+            prompt: What the user says.
+            system: Instruction before it; needs a chat template.
+            chat: Write it as a conversation if the tokenizer has a template for that.
+
+        Raises:
+            ValueError: If there is nothing to read, or `system` has no place.
+        """
+        if chat and self.has_chat_template:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": prompt})
+            encoded: Any = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            if system is not None:
+                raise ValueError(
+                    f"`system` ({system[:40]!r}) needs a chat template, which this tokenizer lacks "
+                    "or --no-chat turns off; put it into the prompt."
+                )
+            encoded = self._tokenizer(prompt, return_tensors="pt")
+        tokens: Tensor = encoded["input_ids"]
+        if tokens.numel() == 0:
+            raise ValueError("`prompt` is empty; write at least one word.")
+        return tokens
+
+    def generate(
+        self,
+        tokens: Tensor,
+        sampling: Sampling,
+        *,
+        with_adapter: bool = True,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Generate an answer, handing out its text as it comes.
+
+        Args:
+            tokens: (1, T) from `encode`.
+            sampling: How to choose; the global random state is left as it was.
+            with_adapter: False goes without the adapter, as the base would answer.
+            on_text: Called with each new piece of text.
+
+        Returns:
+            The whole answer.
+
+        Raises:
+            ValueError: If prompt and answer are longer than the model's context.
+        """
+        self._check_length(tokens.shape[1], sampling.max_new_tokens)
+        tokens = tokens.to(self._model.device)
+        streamer = _CallbackStreamer(self._tokenizer, on_text)
+        devices = [tokens.device] if tokens.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self._switched(with_adapter):
+            torch.manual_seed(sampling.seed)
+            self._model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=sampling.max_new_tokens,
+                streamer=streamer,
+                **self._stop_tokens(),
+                **_choice(sampling),
+            )
+        return "".join(streamer.pieces)
+
+    def _switched(self, with_adapter: bool) -> AbstractContextManager[None]:
+        if isinstance(self._model, PeftModel) and not with_adapter:
+            switched: AbstractContextManager[None] = self._model.disable_adapter()
+            return switched
+        return nullcontext()
+
+    def _stop_tokens(self) -> dict[str, Any]:
+        stop = self._model.generation_config.eos_token_id
+        ids = set(stop if isinstance(stop, list) else [stop]) | {self._tokenizer.eos_token_id}
+        ids.discard(None)
+        pad = self._tokenizer.pad_token_id
+        # One sequence is never padded; without a number, transformers warns that it chose one.
+        return {
+            "eos_token_id": sorted(ids) or None,
+            "pad_token_id": min(ids, default=0) if pad is None else pad,
+        }
+
+    def _check_length(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        config: Any = self._model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and num_prompt_tokens + num_new_tokens > context:
+            raise ValueError(
+                f"the prompt ({num_prompt_tokens} tokens) and `max_new_tokens` ({num_new_tokens}) "
+                f"exceed the model's context of {context}; shorten one of them."
+            )
+
+
+class _CallbackStreamer(TextStreamer):  # type: ignore[misc]  # transformers is not followed
+    """Hands decoded text on, and keeps it."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces: list[str] = []
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Receive the next piece from transformers."""
+        self.pieces.append(text)
+        if self._on_text is not None:
+            self._on_text(text)
+
+
+def _choice(sampling: Sampling) -> dict[str, Any]:
+    # A base's generation_config.json may ask for sampling; what the user asked for decides.
+    if sampling.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }

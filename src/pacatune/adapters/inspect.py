@@ -1,0 +1,230 @@
+"""Describe an adapter folder without its base model."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacatune.adapters.checks import PEFT_PREFIX
+from pacatune.adapters.config_file import CONFIG_NAME
+from pacatune.adapters.fingerprint import FINGERPRINT_KEY
+from pacatune.adapters.folder import (
+    SIDECAR_NAME,
+    Adapter,
+    find_file,
+    find_tensors,
+    locate_folder,
+    read_adapter,
+)
+from pacatune.adapters.json_file import read_json_object
+from pacatune.adapters.tensor_file import read_tensors
+
+# Options of ours that PEFT's own PaCA does not have, and that change what an adapter computes.
+_NEEDS_US = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleReport:
+    """One adapted module."""
+
+    name: str
+    """In the base model, such as `model.layers.0.self_attn.q_proj`."""
+    rank: int
+    """Trained columns, or the rank of a LoRA update."""
+    scaling: float
+    """Factor of the update, alpha / rank."""
+    out_features: int
+    """Of the module."""
+    num_parameters: int
+    """Trained numbers."""
+    update_norm: float
+    """Frobenius norm of W' - W."""
+    columns: list[int] | None
+    """The trained columns; None for other methods than PaCA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What an adapter folder holds."""
+
+    folder: Path
+    """Where it lies."""
+    method: str
+    """`PACA`, `LORA`, ..."""
+    base: str | None
+    """Name of the base it was trained on."""
+    task_type: str | None
+    """Such as `CAUSAL_LM`."""
+    rank: int | None
+    """For modules without a pattern of their own."""
+    alpha: float | None
+    """For modules without a pattern of their own."""
+    scaling: float | None
+    """alpha / rank."""
+    random_seed: int | None
+    """PaCA: chose the columns."""
+    selection: str | None
+    """PaCA: the strategy that chose the columns."""
+    targets: list[str]
+    """`target_modules` of the configuration."""
+    modules: list[ModuleReport]
+    """Adapted modules, largest update first."""
+    num_modules_by_kind: dict[str, int]
+    """Number of adapted modules by the last part of their name."""
+    extra: list[str]
+    """Other tensors: biases, `modules_to_save`, token embeddings."""
+    num_trainable_parameters: int
+    """Trained numbers, extra tensors included."""
+    file_bytes: int
+    """Size of the tensor file."""
+    notes: list[str]
+    """What it needs and what it fits."""
+
+
+def inspect_adapter(folder: str | Path) -> AdapterReport:
+    """Read and describe an adapter; PaCA adapters are checked in full, others only read safely.
+
+    Args:
+        folder: A local folder or a hub id.
+
+    Raises:
+        FileNotFoundError: If it is missing or incomplete.
+        ValueError: If it is damaged; see `read_adapter`.
+    """
+    folder = locate_folder(folder)
+    config = read_json_object(find_file(folder, CONFIG_NAME))
+    method = config.get("peft_type")
+    if method == "PACA":
+        return _describe_paca(read_adapter(folder))
+    if not isinstance(method, str):
+        raise ValueError(
+            f"{folder / CONFIG_NAME} gives `peft_type` = {method!r}; it must name a PEFT method."
+        )
+    return _describe_other(folder, config, method)
+
+
+def _describe_paca(adapter: Adapter) -> AdapterReport:
+    config = adapter.config
+    modules = [
+        ModuleReport(
+            name=name,
+            rank=delta.shape[1],
+            scaling=adapter.scaling(name),
+            out_features=delta.shape[0],
+            num_parameters=delta.numel(),
+            update_norm=float(delta.double().norm()) * adapter.scaling(name),
+            columns=indices.tolist(),
+        )
+        for name, (delta, indices) in adapter.modules.items()
+    ]
+    return _report(
+        folder=adapter.folder,
+        config={**vars(config), "peft_type": "PACA"},
+        modules=modules,
+        extra=adapter.extra,
+        alpha=config.paca_alpha,
+        notes=_paca_notes(adapter),
+    )
+
+
+def _describe_other(folder: Path, config: dict[str, Any], method: str) -> AdapterReport:
+    tensors = read_tensors(find_tensors(folder))
+    modules, extra = [], dict(tensors)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    for key, factor_b in tensors.items():
+        name = key.removesuffix(".lora_B.weight")
+        factor_a = tensors.get(f"{name}.lora_A.weight")
+        if name == key or factor_a is None or factor_a.ndim != 2 or factor_b.ndim != 2:
+            continue
+        del extra[key], extra[f"{name}.lora_A.weight"]
+        module_rank = factor_a.shape[0]
+        scaling = alpha / module_rank if isinstance(alpha, (int, float)) and module_rank else 1.0
+        modules.append(
+            ModuleReport(
+                name=name.removeprefix(PEFT_PREFIX),
+                rank=module_rank,
+                scaling=scaling,
+                out_features=factor_b.shape[0],
+                num_parameters=factor_a.numel() + factor_b.numel(),
+                update_norm=scaling * _product_norm(factor_b, factor_a),
+                columns=None,
+            )
+        )
+    notes = [f"a {method} adapter: PEFT reads it without pacatune."]
+    if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
+        notes.append("its scaling follows options that are not read here; norms are approximate.")
+    return _report(
+        folder=folder,
+        config=config,
+        modules=modules,
+        extra=extra,
+        alpha=alpha if isinstance(rank, int) else None,
+        notes=notes,
+    )
+
+
+def _report(
+    *,
+    folder: Path,
+    config: dict[str, Any],
+    modules: list[ModuleReport],
+    extra: dict[str, Tensor],
+    alpha: float | None,
+    notes: list[str],
+) -> AdapterReport:
+    targets = config.get("target_modules") or []
+    rank = config.get("r")
+    # PEFT copies the frozen weight of an adapted embedding or head into the file.
+    num_extra = sum(t.numel() for n, t in extra.items() if not n.endswith(".base_layer.weight"))
+    return AdapterReport(
+        folder=folder,
+        method=str(config["peft_type"]),
+        base=config.get("base_model_name_or_path"),
+        task_type=config.get("task_type"),
+        rank=rank,
+        alpha=alpha,
+        scaling=alpha / rank if rank and alpha is not None else None,
+        random_seed=config.get("random_seed"),
+        selection=config.get("selection"),
+        targets=[targets] if isinstance(targets, str) else sorted(targets),
+        modules=sorted(modules, key=lambda module: -module.update_norm),
+        num_modules_by_kind=dict(Counter(m.name.rpartition(".")[2] for m in modules)),
+        extra=sorted(extra),
+        num_trainable_parameters=sum(module.num_parameters for module in modules) + num_extra,
+        file_bytes=find_tensors(folder).stat().st_size,
+        notes=notes,
+    )
+
+
+def _paca_notes(adapter: Adapter) -> list[str]:
+    config, notes = adapter.config, []
+    needs = [key for key in _NEEDS_US if getattr(config, key)]
+    needs += ["bias"] if config.bias != "none" else []
+    if needs:
+        listed = ", ".join(f"`{key}`" for key in needs)
+        notes.append(f"needs pacatune: PEFT's own PaCA (0.22 and newer) does not know {listed}.")
+    else:
+        notes.append("PEFT 0.22 and newer read it without pacatune; older PEFT needs it imported.")
+    if adapter.extra:
+        notes.append(
+            "holds more than PaCA's tensors: `export` needs --keep-extra, `merge` does not."
+        )
+    else:
+        notes.append("can be exported as an exact LoRA adapter: `pacatune export --to lora`.")
+    if FINGERPRINT_KEY not in adapter.sidecar:
+        notes.append(
+            f"no {SIDECAR_NAME} with a fingerprint: another base of equal shapes is not seen."
+        )
+    if not any(update.delta.any() for update in adapter.modules.values()):
+        notes.append("every delta is zero: the adapter is untrained and changes nothing.")
+    return notes
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm of left @ right, (O, R) and (R, I), without forming the (O, I) product."""
+    left, right = left.double(), right.double()
+    squared = torch.trace((left.T @ left) @ (right @ right.T))
+    return float(squared.clamp(min=0).sqrt())

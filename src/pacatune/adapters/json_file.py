@@ -1,0 +1,111 @@
+"""Read JSON that a stranger wrote: bounded in size and depth, strict in grammar."""
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_JSON_DEPTH = 16
+_MAX_DIGITS = 30
+
+# A whole string, closed or not, so that brackets inside strings do not count; or one bracket.
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read one JSON object from a file of at most 4 MiB and 16 levels.
+
+    Args:
+        path: A regular file.
+
+    Raises:
+        ValueError: If the file is larger, deeper, no UTF-8, no JSON, no object, repeats a key,
+            or holds NaN, Infinity, an endless number or a control character.
+    """
+    with path.open("rb") as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    if len(raw) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} is {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read. "
+            "It is not a file that training writes."
+        )
+    parsed = parse_json_object(raw, source=str(path))
+    _check_strings(parsed, str(path))
+    return parsed
+
+
+def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
+    """Parse bytes that must hold exactly one JSON object.
+
+    Args:
+        raw: UTF-8 text.
+        source: Where it comes from, the first words of the error.
+
+    Raises:
+        ValueError: As for `read_json_object`, size and control characters apart.
+    """
+    _check_depth(raw, source)
+
+    def refuse(value: str) -> NoReturn:
+        raise ValueError(f"{source} holds {value}, which is not JSON; write a finite number.")
+
+    def parse_int(digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            raise ValueError(
+                f"{source} holds a number of {len(digits)} digits; at most {_MAX_DIGITS} are read."
+            )
+        return int(digits)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"{source} gives the key {key!r} twice; keep one of them.")
+            result[key] = value
+        return result
+
+    try:
+        parsed = json.loads(
+            raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_int=parse_int
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source} is not valid JSON: {error}. The file is damaged.") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"{source} holds a JSON {type(parsed).__name__}; it must be an object, {{...}}."
+        )
+    return parsed
+
+
+def _check_depth(raw: bytes, source: str) -> None:
+    # json.loads recurses once per level and dies with RecursionError: count before it starts.
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(raw):
+        token = match.group()
+        if token in (b"{", b"["):
+            depth += 1
+        elif token in (b"}", b"]"):
+            depth -= 1
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(
+                f"{source} is nested deeper than {MAX_JSON_DEPTH} levels; it is not a file that "
+                "training writes."
+            )
+
+
+def _check_strings(value: Any, source: str) -> None:
+    # These strings are printed: an escape sequence could rewrite the terminal around them.
+    if isinstance(value, str):
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            raise ValueError(
+                f"{source} holds the string {value[:80]!a}; control characters are not allowed."
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_strings(key, source)
+            _check_strings(item, source)
+    elif isinstance(value, list):
+        for item in value:
+            _check_strings(item, source)

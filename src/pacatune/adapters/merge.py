@@ -1,0 +1,217 @@
+"""Write an adapter into its base model: a plain model folder that needs nothing of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pacatune.adapters.attach import answered_warnings, attach
+from pacatune.adapters.base import (
+    DTypeName,
+    base_name,
+    find_tokenizer,
+    innermost,
+    load_base,
+    load_base_config,
+)
+from pacatune.adapters.compatibility import check_shapes
+from pacatune.adapters.folder import Adapter, read_adapter
+from pacatune.adapters.output import check_output, staged_folder
+from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """What a merge wrote and how it was verified."""
+
+    output: Path
+    """The model folder."""
+    base: str
+    """The base that was loaded."""
+    dtype: str
+    """Of the written weights, such as `bfloat16`."""
+    num_modules: int
+    """Modules whose columns were changed."""
+    num_bytes: int
+    """Size of the weights."""
+    error: OutputError | None
+    """The written model's outputs against the unmerged ones; None if not verified."""
+    effect: float | None
+    """Largest absolute change of the outputs by the adapter; None if not verified."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def merge(
+    model: str | None,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: DTypeName = "auto",
+    device: str = "cpu",
+    verify: bool = True,
+    allow_other_base: bool = False,
+) -> MergeResult:
+    """Merge a PaCA adapter into its base and write the result.
+
+    The trained columns become round(W + scaling * delta) in the base's dtype; every other weight
+    stays as it is. Outputs of the merged model are compared with the unmerged ones before anything
+    is written, and those of the written model, loaded again, before it gets its name.
+
+    Args:
+        model: Folder or hub id of the base; None takes the one that the adapter names.
+        adapter: Folder or hub id of the adapter.
+        output: Folder to write, missing or empty.
+        dtype: Of the base and the result; `auto` keeps the one the base was saved in.
+        device: Where to compute.
+        verify: False skips the two comparisons.
+        allow_other_base: Merge even if the base is not the one the adapter was trained on.
+
+    Raises:
+        FileNotFoundError: If base or adapter are missing.
+        FileExistsError: If `output` is in use.
+        ValueError: If the adapter is damaged or belongs to another base, the base is quantised,
+            the outputs differ by more than rounding, or the disk is full.
+    """
+    checked = read_adapter(adapter)
+    name = base_name(model, checked.config)
+    output = Path(output)
+    check_output(output, num_bytes=0)
+    _refuse_quantised(name)
+    base = load_base(name, task_type=checked.config.task_type, dtype=dtype, device=device)
+    tokenizer = find_tokenizer(name, checked.folder)
+    inputs = probe_inputs(base, tokenizer) if verify else []
+    merged = _merge_in_memory(base, checked, inputs, allow_other_base)
+    num_bytes = sum(parameter.nbytes for parameter in base.parameters())
+    del base  # or it would stay in memory beside the model that is read back
+    with staged_folder(output, num_bytes) as staging:
+        result_dtype = merged.write(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        error = None
+        if verify:
+            written = load_base(str(staging), task_type=checked.config.task_type, device=device)
+            error = _check_outputs(merged.unmerged, run_probe(written, inputs), result_dtype)
+            merged.notes.extend(_weigh(error, merged.effect))
+    return MergeResult(
+        output=output,
+        base=name,
+        dtype=str(result_dtype).removeprefix("torch."),
+        num_modules=len(checked.modules),
+        num_bytes=num_bytes,
+        error=error,
+        effect=merged.effect if verify else None,
+        notes=merged.notes,
+    )
+
+
+@dataclass(kw_only=True)
+class _Merged:
+    """A merged model that has not been written yet, and what it is measured against."""
+
+    model: PreTrainedModel | None
+    unmerged: list[Tensor]
+    effect: float
+    notes: list[str]
+
+    def write(self, folder: Path) -> torch.dtype:
+        """Save the model, let go of it, and return its dtype."""
+        assert self.model is not None
+        dtype = cast(torch.dtype, self.model.dtype)
+        self.model.save_pretrained(folder)
+        self.model = None
+        return dtype
+
+
+def _merge_in_memory(
+    base: PreTrainedModel, adapter: Adapter, inputs: list[dict[str, Tensor]], allow_other_base: bool
+) -> _Merged:
+    plain = run_probe(base, inputs)
+    check_shapes(adapter.modules, base, source=str(adapter.folder))
+    pretrained = {
+        name: _columns(base.get_submodule(name), update.indices)
+        for name, update in adapter.modules.items()
+    }
+    peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
+    unmerged = run_probe(peft_model, inputs)
+    with answered_warnings():
+        merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
+    _check_columns(merged, adapter, pretrained)
+    _declare_untied(merged)
+    if inputs:
+        _check_outputs(unmerged, run_probe(merged, inputs), merged.dtype)
+    effect = output_error(plain, unmerged).max_absolute if inputs else 0.0
+    return _Merged(model=merged, unmerged=unmerged, effect=effect, notes=notes)
+
+
+def _check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:
+    """Hold every merged column against round(W + scaling * delta)."""
+    for name, (delta, indices) in adapter.modules.items():
+        merged = _columns(model.get_submodule(name), indices)
+        update = delta.to(merged.device, torch.float64) * adapter.scaling(name)
+        expected = pretrained[name].double() + update
+        # One unit in the last place of the larger term: a float32 sum rounds its product first.
+        info = torch.finfo(merged.dtype)
+        allowed = info.eps * torch.maximum(expected.abs(), pretrained[name].abs().double())
+        if not ((merged.double() - expected).abs() <= allowed + info.eps * info.tiny).all():
+            raise ValueError(
+                f"module {name!r}: the merged columns are not W + scaling * delta in "
+                f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
+            )
+
+
+def _columns(layer: nn.Module, indices: Tensor) -> Tensor:
+    layer = innermost(layer)
+    weight = cast(Tensor, layer.weight).detach()
+    column_dim = 0 if type(layer).__name__ == "Conv1D" else 1
+    columns = weight.index_select(column_dim, indices.to(weight.device))
+    return columns.t() if column_dim == 0 else columns
+
+
+def _declare_untied(model: Any) -> None:
+    # An adapted lm_head no longer equals the embedding it was tied to; a configuration that still
+    # says so would drop it from the file.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    untied = [
+        target
+        for target, source in tied.items()
+        if model.get_parameter(target) is not model.get_parameter(source)
+    ]
+    for target in untied:
+        del tied[target]
+    if untied:
+        model.config.tie_word_embeddings = False
+
+
+def _check_outputs(unmerged: list[Tensor], merged: list[Tensor], dtype: torch.dtype) -> OutputError:
+    error = output_error(unmerged, merged)
+    # Written so that NaN fails.
+    if not error.max_relative <= TOLERANCES[dtype]:
+        raise ValueError(
+            f"the merged model's outputs differ from the unmerged ones by {error.max_relative:.1e} "
+            f"of their size; rounding in {dtype} explains {TOLERANCES[dtype]:.0e}. Nothing was "
+            "written. Merge in more bits: `dtype`=float32 (--dtype float32)."
+        )
+    return error
+
+
+def _weigh(error: OutputError, effect: float) -> list[str]:
+    if effect == 0:
+        return ["the adapter changes no output of the probe: it may be untrained."]
+    if error.max_absolute > effect / 2:
+        return [
+            f"rounding ({error.max_absolute:.1e}) is not small against what the adapter changes "
+            f"({effect:.1e}); `dtype`=float32 keeps it."
+        ]
+    return []
+
+
+def _refuse_quantised(name: str) -> None:
+    if getattr(load_base_config(name), "quantization_config", None) is not None:
+        raise ValueError(
+            f"base model {name!r} is saved quantised; merging would round every weight again. "
+            "Give the original base that is not quantised."
+        )

@@ -1,0 +1,99 @@
+"""Write a folder all at once or not at all."""
+
+import errno
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# Room for the small files beside the tensors, and for what the file system itself takes.
+_SPARE_BYTES = 16 * 2**20
+
+
+def check_output(folder: Path, num_bytes: int) -> None:
+    """Refuse an output folder that is in use or whose disk is too full.
+
+    Args:
+        folder: May be missing or empty; its parents may be missing.
+        num_bytes: Size of what will be written.
+
+    Raises:
+        FileExistsError: If the folder holds something, or is a file.
+        ValueError: If the disk has less than `num_bytes` and a few MiB free.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"output {str(folder)!r} is not a folder; choose another path.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"output folder {str(folder)!r} is not empty; choose another or empty it first."
+        )
+    free = shutil.disk_usage(_nearest_existing(folder)).free
+    if free < num_bytes + _SPARE_BYTES:
+        raise ValueError(
+            f"the disk of {str(folder)!r} has {format_bytes(free)} free but "
+            f"{format_bytes(num_bytes + _SPARE_BYTES)} are needed; make room or use another disk."
+        )
+
+
+@contextmanager
+def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """Give an empty folder beside `folder` that takes its name when the block succeeds.
+
+    Whatever happens in the block (an error, Ctrl-C, a full disk), `folder` is either complete or
+    as it was before.
+
+    Args:
+        folder: Final path; see `check_output`.
+        num_bytes: Size of what will be written.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FileExistsError: If `folder` is in use.
+        ValueError: If the disk is too full before, or runs full while writing.
+    """
+    folder = folder.absolute()
+    check_output(folder, num_bytes)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    staging.mkdir()
+    try:
+        yield staging
+        # Again: someone may have filled the folder while we were writing.
+        check_output(folder, num_bytes=0)
+        staging.rename(folder)
+    except (SafetensorError, OSError) as error:
+        if not _is_write_failure(error):
+            raise
+        raise ValueError(
+            f"could not write {str(folder)!r} ({error}); nothing was left behind. "
+            "Make room or choose another disk."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size with the unit that keeps it short, such as `1.5 MiB`."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _is_write_failure(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    # safetensors wraps the system's error in its own type and keeps only the text.
+    return "os error" in str(error)
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,36 @@
+"""A script, run by path: load a LoRA adapter with PEFT and save the model's outputs.
+
+It must not import anything of this package: it proves that the adapter does without.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the job given as JSON on the command line."""
+    job = json.loads(sys.argv[1])
+    import torch
+    import transformers
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    model = getattr(transformers, job["model_class"]).from_pretrained(
+        job["base"], dtype=torch.float32, trust_remote_code=False
+    )
+    model = PeftModel.from_pretrained(model, job["adapter"]).eval()
+    outputs = {}
+    scratch = Path(job["scratch"])
+    for number in range(job["num_batches"]):
+        with torch.no_grad():
+            result = model(**load_file(scratch / f"input-{number}.safetensors"))
+        logits = result.get("logits")
+        outputs[str(number)] = (result[0] if logits is None else logits).contiguous()
+    if any(name.partition(".")[0] == "pacatune" for name in sys.modules):
+        raise RuntimeError("pacatune was imported, so this proves nothing")
+    save_file(outputs, scratch / "outputs.safetensors")
+
+
+if __name__ == "__main__":
+    main()

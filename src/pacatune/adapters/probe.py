@@ -1,0 +1,102 @@
+"""Run fixed inputs through two models and measure how far apart their outputs are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+PROBE_TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
+
+# Largest |difference| / largest |output| that rounding alone can explain, through a whole model.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+_NUM_SEQUENCES, _NUM_TOKENS = 2, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputError:
+    """How far one model's outputs are from another's."""
+
+    max_absolute: float
+    """Largest absolute difference."""
+    max_relative: float
+    """The same, divided by the largest absolute output of the reference."""
+
+
+def probe_inputs(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Tensor]]:
+    """Return fixed inputs for a model: random tokens or pixels by seed, and a text.
+
+    Args:
+        model: A transformers model for text or images, or a PEFT model around it.
+        tokenizer: Adds a real sentence.
+
+    Raises:
+        ValueError: If the model takes neither tokens nor pixels.
+    """
+    config: Any = model.config
+    main_input = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+    if main_input == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = (_NUM_SEQUENCES, config.num_channels, height, width)
+        batches = [{"pixel_values": torch.randn(pixels, generator=generator)}]
+    elif main_input == "input_ids":
+        vocab_size = config.get_text_config().vocab_size
+        tokens = torch.randint(vocab_size, (_NUM_SEQUENCES, _NUM_TOKENS), generator=generator)
+        batches = [{"input_ids": tokens}]
+        if tokenizer is not None:
+            tokens = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
+            batches.append({"input_ids": tokens.clamp(max=vocab_size - 1)})
+    else:
+        raise ValueError(
+            f"{type(model).__name__} takes {main_input!r}; only models for tokens or pixels can be "
+            "verified. Go without: `verify=False` (--no-verify)."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        for batch in batches:
+            batch["decoder_input_ids"] = batch["input_ids"]
+    return batches
+
+
+@torch.no_grad()
+def run_probe(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Return a model's outputs in float32 on the CPU: logits, or hidden states without a head.
+
+    Args:
+        model: In evaluation mode.
+        inputs: From `probe_inputs`.
+    """
+    parameter = next(model.parameters())
+    outputs = []
+    for batch in inputs:
+        moved = {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
+        result = model(**moved)
+        logits = result.get("logits")
+        outputs.append((result[0] if logits is None else logits).float().cpu())
+    return outputs
+
+
+def output_error(reference: list[Tensor], candidate: list[Tensor]) -> OutputError:
+    """Measure the largest difference over all probes.
+
+    Args:
+        reference: Outputs that are right.
+        candidate: Outputs of the same shapes.
+    """
+    pairs = list(zip(reference, candidate, strict=True))
+    absolute = max(float((a - b).abs().max()) for a, b in pairs)
+    scale = max(float(a.abs().max()) for a in reference)
+    return OutputError(max_absolute=absolute, max_relative=absolute / max(scale, 1e-30))

@@ -1,0 +1,122 @@
+"""Read safetensors that a stranger wrote; nothing is allocated before the header is checked."""
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pacatune.adapters.json_file import parse_json_object
+
+MAX_FILE_BYTES = 16 * 2**30
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_NAME_LENGTH = 512
+
+_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+_LENGTH_BYTES = 8
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of one safetensors file onto the CPU.
+
+    Args:
+        path: A regular file of at most 16 GiB whose header has at most 16 MiB.
+
+    Raises:
+        ValueError: If the file is truncated, damaged or too large, or if a tensor's name is
+            more than letters, digits, `_`, `-` and single dots.
+    """
+    check_names(read_header(path), source=str(path))
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        # KeyError and AttributeError: a dtype that safetensors or this torch does not know.
+        raise ValueError(
+            f"{path} is not a valid safetensors file ({error}); it is damaged. Copy it again."
+        ) from error
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the description of each tensor, without `__metadata__` and without the data.
+
+    Args:
+        path: A regular file.
+
+    Raises:
+        ValueError: If the file is too large, truncated, or its header is no JSON object.
+    """
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} is {size} bytes; at most {MAX_FILE_BYTES} are read.")
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else size
+        if header_bytes > MAX_HEADER_BYTES and header_bytes < size:
+            raise ValueError(
+                f"{path} has a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read."
+            )
+        if _LENGTH_BYTES + header_bytes > size:
+            raise ValueError(
+                f"{path} is {size} bytes but its header alone needs "
+                f"{_LENGTH_BYTES + header_bytes}; it is truncated or no safetensors file. "
+                "Copy it again."
+            )
+        header = parse_json_object(file.read(header_bytes), source=f"the header of {path}")
+    header.pop("__metadata__", None)
+    _check_extent(header, size - _LENGTH_BYTES - header_bytes, path)
+    return header
+
+
+def check_names(names: dict[str, Any], *, source: str) -> None:
+    """Refuse tensor names that are paths, or that a terminal would not print as they are.
+
+    Args:
+        names: Anything keyed by tensor name.
+        source: Where they come from, the first words of the error.
+
+    Raises:
+        ValueError: At the first name that is not `word.word.word`.
+    """
+    for name in names:
+        if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{source} holds a tensor named {name[:80]!a}; a name must be words of letters, "
+                f"digits, `_` and `-` joined by dots, at most {MAX_NAME_LENGTH} characters."
+            )
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as PEFT does, marked as PyTorch's.
+
+    Args:
+        tensors: By name, on any device.
+        path: File to write.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def _check_extent(header: dict[str, Any], num_bytes: int, path: Path) -> None:
+    ends = [0]
+    for name, entry in header.items():
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or not all(type(offset) is int and offset >= 0 for offset in offsets)
+        ):
+            raise ValueError(
+                f"{path} does not say where tensor {name[:80]!a} lies; the header is damaged. "
+                "Copy it again."
+            )
+        ends.append(offsets[1])
+    if max(ends) != num_bytes:
+        problem = "truncated" if max(ends) > num_bytes else "followed by other data"
+        raise ValueError(
+            f"{path} holds {num_bytes} bytes of tensors but its header describes {max(ends)}; "
+            f"it is {problem}. Copy it again."
+        )

@@ -1,0 +1,65 @@
+"""`pacatune export`: turn an adapter into an exact LoRA adapter for any server."""
+
+from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune export` with the words after it; return the exit status."""
+    parser = new_parser(
+        "export",
+        "Write an adapter in another method's format. LoRA of the same rank is exact: A selects "
+        "the trained columns, B holds what was trained.",
+    )
+    add_base_options(parser, adapter_required=True, device="cpu")
+    parser.add_argument("--to", choices=("lora",), required=True, help="format to write")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the tensors; float32 (the default) is exact",
+    )
+    parser.add_argument(
+        "--keep-extra",
+        action="store_true",
+        help="carry modules_to_save, biases and token embeddings over; PEFT loads them, most "
+        "servers do not",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="load the result with PEFT alone in a new process and compare outputs",
+    )
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from pacatune.adapters.export import export_lora
+    from pacatune.adapters.output import format_bytes
+
+    result = export_lora(
+        options.model,
+        options.adapter,
+        options.output,
+        dtype=options.dtype,
+        keep_extra=options.keep_extra,
+        verify=options.verify,
+        device=options.device,
+        allow_other_base=options.allow_other_base,
+    )
+    print(f"base      {result.base}")
+    print(f"exported  {result.num_modules} modules as LoRA, {options.dtype}", end="")
+    print(
+        f", rounded by at most {result.rounding:.1e} of their size"
+        if result.rounding
+        else ", exact"
+    )
+    if result.error is None:
+        print("verified  no (--verify compares with plain PEFT)")
+    else:
+        print(
+            f"verified  outputs in plain PEFT differ by at most {result.error.max_absolute:.1e} "
+            f"({result.error.max_relative:.1e} of their size)"
+        )
+    print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+    print_notes(result.notes)
+    return 0

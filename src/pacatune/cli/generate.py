@@ -1,0 +1,129 @@
+"""`pacatune generate`: stream text from a model, with or without an adapter."""
+
+import argparse
+import sys
+import unicodedata
+from typing import TYPE_CHECKING
+
+from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+
+if TYPE_CHECKING:
+    from pacatune.adapters.generation import Sampling, TextGenerator
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune generate` with the words after it; return the exit status."""
+    options = _parse(argv)
+    prompt = _read_prompt(options.prompt)
+    quiet_libraries()
+
+    from pacatune.adapters.generation import Sampling, TextGenerator
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    generator = TextGenerator(
+        options.model,
+        options.adapter,
+        dtype=options.dtype,
+        device=options.device,
+        allow_other_base=options.allow_other_base,
+    )
+    print_notes(generator.notes)
+    if prompt is not None:
+        _answer(generator, prompt, sampling, options)
+    else:
+        _converse(generator, sampling, options)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = new_parser("generate", "Stream text from a model, with or without an adapter.")
+    add_base_options(parser, adapter_required=False, device="auto")
+    parser.add_argument(
+        "--prompt",
+        help="what to answer; - reads it from stdin; without it, prompts are asked for one by one",
+    )
+    parser.add_argument("--system", help="instruction that precedes the prompt in a chat")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--without-adapter", action="store_true", help="answer as the base does")
+    which.add_argument(
+        "--compare", action="store_true", help="answer twice, first without the adapter"
+    )
+    parser.add_argument(
+        "--no-chat", action="store_true", help="continue the prompt as it is, without chat template"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="most tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token (the default); above it, tokens are sampled",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens up to this probability (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)"
+    )
+    options = parser.parse_args(argv)
+    if options.compare and options.adapter is None:
+        parser.error("--compare needs --adapter")
+    return options
+
+
+def _read_prompt(prompt: str | None) -> str | None:
+    if prompt == "-":
+        return sys.stdin.read()
+    if prompt is None and not sys.stdin.isatty():
+        raise ValueError("--prompt is missing; give a text, or - to read it from stdin.")
+    return prompt
+
+
+def _converse(
+    generator: "TextGenerator", sampling: "Sampling", options: argparse.Namespace
+) -> None:
+    print("Each line is answered on its own. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        if not prompt.strip():
+            continue
+        try:
+            _answer(generator, prompt, sampling, options)
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            print(f"pacatune: error: {error}", file=sys.stderr)
+
+
+def _answer(
+    generator: "TextGenerator", prompt: str, sampling: "Sampling", options: argparse.Namespace
+) -> None:
+    tokens = generator.encode(prompt, system=options.system, chat=not options.no_chat)
+    runs = [("", not options.without_adapter)]
+    if options.compare:
+        runs = [("base:\n", False), ("\nwith the adapter:\n", True)]
+    for heading, with_adapter in runs:
+        print(heading, end="")
+        generator.generate(tokens, sampling, with_adapter=with_adapter, on_text=_print_text)
+        print()
+
+
+def _print_text(text: str) -> None:
+    if sys.stdout.isatty():
+        # A model can write escape sequences; a terminal would obey them.
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    print(text, end="", flush=True)

@@ -1,0 +1,164 @@
+"""`pacatune inspect`: show what an adapter holds and what it fits."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pacatune.cli.options import new_parser, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pacatune.adapters.compare import Comparison
+    from pacatune.adapters.inspect import AdapterReport
+
+_MOST_ROWS = 12
+_MOST_NAMES = 8
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune inspect` with the words after it; return the exit status."""
+    parser = new_parser("inspect", "Show what an adapter holds; its base model is not needed.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
+    parser.add_argument(
+        "--against", metavar="OTHER", help="compare the updates of two PaCA adapters instead"
+    )
+    parser.add_argument("--columns", action="store_true", help="list the columns of each module")
+    parser.add_argument("--all", action="store_true", help="list every module")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from rich.console import Console
+
+    from pacatune.adapters.compare import compare
+    from pacatune.adapters.inspect import inspect_adapter
+
+    # Names come from a stranger's file: no markup in them.
+    console = Console(markup=False, highlight=False)
+    result: AdapterReport | Comparison
+    if options.against is not None:
+        result = compare(options.adapter, options.against)
+    else:
+        result = inspect_adapter(options.adapter)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result), indent=2, default=_plain))
+        return 0
+    most = None if options.all or options.columns else _MOST_ROWS
+    if options.against is not None:
+        _print_comparison(result, console, most)
+    else:
+        _print_report(result, console, most, with_columns=options.columns)
+    return 0
+
+
+def _print_report(report: Any, console: "Console", most: int | None, *, with_columns: bool) -> None:
+    from pacatune.adapters.output import format_bytes
+
+    kinds = report.num_modules_by_kind.items()
+    adapted = ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds))
+    rows = {
+        "method": report.method,
+        "base": report.base,
+        "task": report.task_type,
+        "rank, alpha": f"{report.rank}, {report.alpha:g} (scaling {report.scaling:g})"
+        if report.scaling is not None
+        else report.rank,
+        "selection": f"{report.selection}, seed {report.random_seed}" if report.selection else None,
+        "targets": _some(report.targets),
+        "adapted": f"{len(report.modules)} modules: {adapted}" if report.modules else None,
+        "also holds": _some(report.extra) if report.modules else None,
+        "trained": f"{report.num_trainable_parameters:,} parameters",
+        "file": format_bytes(report.file_bytes),
+    }
+    _print_rows(str(report.folder), rows, console)
+    _print_modules(report, console, most, with_columns=with_columns)
+    for note in report.notes:
+        console.print(f"- {note}", soft_wrap=True)
+
+
+def _print_rows(title: str, rows: dict[str, Any], console: "Console") -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, str(value))
+    console.print(table)
+
+
+def _print_modules(
+    report: Any, console: "Console", most: int | None, *, with_columns: bool
+) -> None:
+    from rich.table import Table
+
+    if not report.modules:
+        return
+    table = Table(title="largest updates first", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for name in ("rank", "scaling", "out", "norm"):
+        table.add_column(name, justify="right")
+    if with_columns:
+        table.add_column("columns", overflow="fold")
+    for module in report.modules[:most]:
+        cells = [
+            module.name,
+            str(module.rank),
+            f"{module.scaling:g}",
+            str(module.out_features),
+            f"{module.update_norm:.4g}",
+        ]
+        if with_columns:
+            columns = module.columns
+            cells.append("-" if columns is None else " ".join(map(str, columns)))
+        table.add_row(*cells)
+    console.print(table)
+    _print_left_out(len(report.modules), most, console)
+
+
+def _print_comparison(comparison: Any, console: "Console", most: int | None) -> None:
+    from rich.table import Table
+
+    shared = sum(module.num_shared_columns for module in comparison.modules)
+    columns = sum(module.rank_a for module in comparison.modules)
+    rows = {
+        "modules of both": len(comparison.modules),
+        "only in the first": _some(comparison.only_a),
+        "only in the other": _some(comparison.only_b),
+        "shared columns": f"{shared} of {columns}",
+        "cosine": f"{comparison.cosine:.4f}",
+        "norms": f"{comparison.norm_a:.4g} and {comparison.norm_b:.4g}",
+    }
+    _print_rows("two adapters", rows, console)
+    table = Table(title="least alike first", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for name in ("shared", "cosine", "norm", "other norm"):
+        table.add_column(name, justify="right")
+    for module in sorted(comparison.modules, key=lambda module: module.cosine)[:most]:
+        table.add_row(
+            module.name,
+            f"{module.num_shared_columns} of {module.rank_a}",
+            f"{module.cosine:.4f}",
+            f"{module.norm_a:.4g}",
+            f"{module.norm_b:.4g}",
+        )
+    console.print(table)
+    _print_left_out(len(comparison.modules), most, console)
+
+
+def _print_left_out(total: int, most: int | None, console: "Console") -> None:
+    if most is not None and total > most:
+        console.print(f"{total - most} more modules; --all lists them")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _plain(value: Any) -> str:
+    assert isinstance(value, Path)
+    return str(value)

@@ -1,0 +1,48 @@
+"""`pacatune merge`: write an adapter into its base model, a plain model folder."""
+
+from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune merge` with the words after it; return the exit status."""
+    parser = new_parser(
+        "merge", "Write an adapter into its base model: a folder that transformers loads alone."
+    )
+    add_base_options(parser, adapter_required=True, device="cpu")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the result (default: the base's own)"
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="skip comparing outputs before and after (saves two forward passes and a load)",
+    )
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from pacatune.adapters.merge import merge
+    from pacatune.adapters.output import format_bytes
+
+    result = merge(
+        options.model,
+        options.adapter,
+        options.output,
+        dtype=options.dtype,
+        device=options.device,
+        verify=not options.no_verify,
+        allow_other_base=options.allow_other_base,
+    )
+    print(f"base      {result.base}")
+    print(f"merged    {result.num_modules} modules, {result.dtype}")
+    if result.error is None:
+        print("verified  no (--no-verify)")
+    else:
+        print(
+            f"verified  outputs differ from the unmerged model's by at most "
+            f"{result.error.max_absolute:.1e} ({result.error.max_relative:.1e} of their size); "
+            f"the adapter changes them by up to {result.effect:.1e}"
+        )
+    print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+    print_notes(result.notes)
+    return 0

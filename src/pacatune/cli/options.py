@@ -1,0 +1,70 @@
+"""Options and habits that the commands on a finished adapter share."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of one command.
+
+    Args:
+        command: Its name.
+        description: One sentence for the help text.
+    """
+    return argparse.ArgumentParser(
+        prog=f"pacatune {command}",
+        description=description,
+        allow_abbrev=False,
+    )
+
+
+def add_base_options(
+    parser: argparse.ArgumentParser, *, adapter_required: bool, device: str
+) -> None:
+    """Add --model, --adapter, --device and --allow-other-base.
+
+    Args:
+        parser: Gets the options.
+        adapter_required: Whether the command makes sense without an adapter.
+        device: Default of --device.
+    """
+    parser.add_argument(
+        "--model", metavar="BASE", help="folder or hub id of the base (default: the adapter's own)"
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        required=adapter_required,
+        help="folder or hub id of the adapter",
+    )
+    parser.add_argument(
+        "--device",
+        default=device,
+        help="cpu, cuda, ...; auto takes the accelerator if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-other-base",
+        action="store_true",
+        help="go on although the base is not the one the adapter was trained on",
+    )
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and log lines of other packages out of our output."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes on stderr, so that they never mix with a command's result."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

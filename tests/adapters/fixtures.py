@@ -1,0 +1,56 @@
+"""Finished adapters made by PEFT itself, for the tests of everything that is done to them."""
+
+import shutil
+
+import pytest
+
+
+def save_adapter(model_dir, folder, *, dtype="float32", seed=0, with_fingerprint=True, **config):
+    """Save a PaCA adapter with random deltas for the model in a folder; return the PEFT model."""
+    import torch
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+    from pacatune.adapters.attach import answered_warnings
+    from pacatune.adapters.base import load_base
+    from pacatune.adapters.fingerprint import write_fingerprint
+
+    settings = {
+        "r": 4,
+        "paca_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
+    base = load_base(str(model_dir), task_type=settings["task_type"], dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with answered_warnings():
+        model = get_peft_model(base, PacaConfig(**settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data += noise.to(parameter.dtype)
+        model.save_pretrained(folder)
+    if with_fingerprint:
+        write_fingerprint(folder, model)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tmp_path_factory, tiny_model_dir):
+    """An adapter of the tiny Llama, with a fingerprint of it; not to be changed."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    save_adapter(tiny_model_dir, folder)
+    return folder
+
+
+@pytest.fixture
+def adapter_copy(adapter_dir, tmp_path):
+    """The same adapter, to be damaged."""
+    return shutil.copytree(adapter_dir, tmp_path / "adapter")
+
+
+@pytest.fixture
+def model_copy(tiny_model_dir, tmp_path):
+    """The tiny Llama, to be changed."""
+    return shutil.copytree(tiny_model_dir, tmp_path / tiny_model_dir.name)

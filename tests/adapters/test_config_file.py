@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from pacatune.adapters.config_file import read_config
+
+
+@pytest.fixture
+def edited(adapter_copy):
+    """Return a function that changes adapter_config.json and gives its path."""
+
+    def edit(**changes):
+        path = adapter_copy / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return path
+
+    return edit
+
+
+def test_a_saved_configuration_is_read(edited):
+    config = read_config(edited(rank_pattern={"v_proj": 2}, paca_alpha=4.5))
+    assert config.peft_type == "PACA"
+    assert (config.r, config.paca_alpha, config.rank_pattern) == (4, 4.5, {"v_proj": 2})
+    assert config.target_modules == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_the_keys_of_another_reader_are_enough(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    config = {
+        "peft_type": "PACA",
+        "r": 8,
+        "paca_alpha": 16,
+        "target_modules": "all-linear",
+        "random_seed": 1,
+        "init_weights": True,
+    }
+    path.write_text(json.dumps(config))
+    assert read_config(path).paca_alpha == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"paca_alfa": 8},
+            "holds the unknown key 'paca_alfa'; the nearest known one is 'paca_alpha'",
+        ),
+        ({"auto_map": {}}, "holds the unknown key 'auto_map'; the nearest .* 'auto_mapping'"),
+        ({"peft_type": "LORA"}, "gives `peft_type` = 'LORA'; it must be 'PACA'"),
+        ({"peft_type": None}, "gives `peft_type` = None; it must be 'PACA'"),
+        ({"r": "8"}, r"gives `r` = '8' \(str\); it must be int"),
+        ({"r": 8.0}, r"gives `r` = '8.0' \(float\); it must be int"),
+        ({"r": True}, r"gives `r` = 'True' \(bool\); it must be int"),
+        ({"r": 0}, r"`r` \(0\) must be an integer of at least 1"),
+        ({"paca_alpha": None}, "gives `paca_alpha` = 'None' .*; it must be float"),
+        ({"paca_alpha": -1}, r"`paca_alpha` \(-1\) must be a finite number above 0"),
+        ({"rank_pattern": {"q": "x"}}, "gives `rank_pattern` = .* it must be an object of int"),
+        ({"rank_pattern": {"q": 0}}, r"`rank_pattern\['q'\]` \(0\) must be"),
+        ({"alpha_pattern": [1]}, "gives `alpha_pattern` = .* it must be an object of float"),
+        ({"target_modules": [1]}, "gives `target_modules` = .* a list of str or str or null"),
+        ({"modules_to_save": "head"}, "gives `modules_to_save` = .* a list of str or null"),
+        ({"bias": "some"}, "gives `bias` = 'some' .* 'none' or 'all' or 'paca_only'"),
+        ({"selection": "unheard_of"}, r"`selection` \('unheard_of'\) must be one of"),
+        ({"random_seed": -1}, r"`random_seed` \(-1\) must be an integer in"),
+        ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
+        ({"target_modules": "(q_proj"}, r"the pattern '\(q_proj', which is no regular expression"),
+        ({"exclude_modules": ["*"]}, r"the pattern '\*', which is no regular expression"),
+        ({"rank_pattern": {"[": 4}}, r"the pattern '\[', which is no regular expression"),
+        ({"alpha_pattern": {"[": 4}}, r"the pattern '\[', which is no regular expression"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(edited, changes, message):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*{message}"):
+        read_config(edited(**changes))

@@ -1,0 +1,146 @@
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pacatune.adapters.folder import find_file, locate_folder, read_adapter
+
+
+def rewrite(folder, change):
+    """Let a function change the tensors of an adapter in place."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_an_adapter_is_read_without_its_base(adapter_dir):
+    adapter = read_adapter(adapter_dir)
+    assert len(adapter.modules) == 6
+    delta, indices = adapter.modules["model.layers.1.mlp.down_proj"]
+    assert delta.shape == (32, 4)
+    assert indices.shape == (4,)
+    assert adapter.scaling("model.layers.1.mlp.down_proj") == 2
+    assert adapter.config.r == 4
+    assert not adapter.extra
+    assert "base_fingerprint" in adapter.sidecar
+
+
+def test_patterns_give_modules_their_own_scaling(adapter_copy):
+    path = adapter_copy / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"rank_pattern": {r"layers\.0\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
+    path.write_text(json.dumps(config))
+
+    def shrink(tensors):
+        prefix = "base_model.model.model.layers.0.self_attn.v_proj"
+        for kind, keep in (("paca_delta", (slice(None), slice(2))), ("paca_indices", slice(2))):
+            tensors[f"{prefix}.{kind}"] = tensors[f"{prefix}.{kind}"][keep].contiguous()
+
+    rewrite(adapter_copy, shrink)
+    adapter = read_adapter(adapter_copy)
+    assert adapter.scaling("model.layers.0.self_attn.v_proj") == 2.5
+    assert adapter.scaling("model.layers.1.self_attn.v_proj") == 1.25
+    assert adapter.scaling("model.layers.0.self_attn.q_proj") == 2
+
+
+def test_other_tensors_are_kept_under_their_names(adapter_copy):
+    head = torch.ones(3, 2)
+    rewrite(adapter_copy, lambda tensors: tensors.update({"base_model.model.head.weight": head}))
+    adapter = read_adapter(adapter_copy)
+    assert torch.equal(adapter.extra["base_model.model.head.weight"], head)
+
+
+def test_a_missing_folder_or_file_is_named(adapter_copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter folder '.*nowhere' does not exist"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is a file; give the folder that holds it"):
+        read_adapter(adapter_copy / "adapter_config.json")
+    (adapter_copy / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; it is not an"):
+        read_adapter(adapter_copy)
+    (adapter_copy / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; it is not an"):
+        read_adapter(adapter_copy)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named():
+    with pytest.raises(FileNotFoundError, match=r"'someone/adapter' is neither a local folder nor"):
+        locate_folder("someone/adapter")
+
+
+def test_pickled_tensors_are_refused_unopened(adapter_copy, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/exploded",))
+
+    (adapter_copy / "adapter_model.safetensors").unlink()
+    (adapter_copy / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"adapter_model\.bin but no .* can run code when opened"):
+        read_adapter(adapter_copy)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_link_to_outside_is_refused(adapter_copy, tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "pacatune.json"):
+        target = shutil.move(adapter_copy / name, tmp_path / name)
+        (adapter_copy / name).symlink_to(target)
+        with pytest.raises(ValueError, match=rf"{name} is a link to .*, outside of the folder"):
+            read_adapter(adapter_copy)
+        (adapter_copy / name).unlink()
+        shutil.move(target, adapter_copy / name)
+    read_adapter(adapter_copy)
+
+
+def test_links_of_the_hub_cache_are_followed(adapter_dir, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(adapter_dir, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert len(read_adapter(snapshot).modules) == 6
+    (snapshot / "other").symlink_to(adapter_dir / "adapter_config.json")
+    with pytest.raises(ValueError, match="outside of the folder"):
+        find_file(snapshot, "other")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(adapter_copy):
+    (adapter_copy / "adapter_config.json").unlink()
+    os.mkfifo(adapter_copy / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not a regular file"):
+        read_adapter(adapter_copy)
+
+
+def test_tensors_of_another_rank_than_configured_are_refused(adapter_copy):
+    path = adapter_copy / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    with pytest.raises(ValueError, match=r"has rank 4 but the configuration says 8 \(`r` = 8"):
+        read_adapter(adapter_copy)
+
+
+def test_a_file_without_tensors_of_paca_is_refused(adapter_copy):
+    rewrite(adapter_copy, lambda tensors: tensors.clear())
+    with pytest.raises(
+        ValueError, match="holds no `paca_delta`; it is empty or belongs to another"
+    ):
+        read_adapter(adapter_copy)
+
+
+def test_wrong_tensors_are_refused_with_the_file_named(adapter_copy):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.paca_delta"
+    rewrite(adapter_copy, lambda tensors: tensors[name].fill_(torch.nan))
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors: module 'model\.layers\.0.*NaN"
+    ):
+        read_adapter(adapter_copy)
+
+
+def test_a_damaged_sidecar_is_refused(adapter_copy):
+    (adapter_copy / "pacatune.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pacatune\.json is not valid JSON"):
+        read_adapter(adapter_copy)

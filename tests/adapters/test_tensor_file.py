@@ -1,0 +1,117 @@
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pacatune.adapters.tensor_file import (
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
+
+
+def write_raw(path, header, data=b""):
+    """Write a safetensors file with any header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter_model.safetensors"
+
+
+def test_written_tensors_are_read_back(path):
+    tensors = {"a.b": torch.arange(6.0).view(2, 3), "c": torch.tensor([1, 2]), "d": torch.zeros(0)}
+    write_tensors(tensors | {"t": tensors["a.b"].t()}, path)
+    result = read_tensors(path)
+    assert torch.equal(result.pop("t"), tensors["a.b"].t())
+    assert result.keys() == tensors.keys()
+    assert all(torch.equal(result[name], tensors[name]) for name in tensors)
+    assert read_header(path)["c"]["shape"] == [2]
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 40])
+def test_a_file_cut_in_its_header_is_refused(path, kept):
+    save_file({"a": torch.ones(100)}, path)
+    os.truncate(path, kept)
+    with pytest.raises(ValueError, match=r"is \d+ bytes but its header alone needs .* truncated"):
+        read_tensors(path)
+
+
+def test_a_file_cut_in_its_tensors_is_refused(path):
+    save_file({"a": torch.ones(100)}, path)
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ValueError, match=r"holds 300 bytes of tensors but .* 400; it is truncated"):
+        read_tensors(path)
+
+
+def test_a_file_with_something_behind_it_is_refused(path):
+    save_file({"a": torch.ones(100)}, path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"404 bytes of tensors .* 400; it is followed by other"):
+        read_tensors(path)
+
+
+def test_a_header_that_claims_too_much_is_refused_before_it_is_read(path):
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(ValueError, match=r"its header alone needs 4611686018427387912"):
+        read_tensors(path)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+        file.truncate(MAX_HEADER_BYTES + 100)
+    with pytest.raises(ValueError, match=r"has a header of 16777217 bytes; at most 16777216"):
+        read_tensors(path)
+
+
+def test_an_oversized_file_is_refused_before_it_is_read(path):
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no room
+    with pytest.raises(ValueError, match=r"is 17179869185 bytes; at most 17179869184 are read"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a b", "a..b", "", "a\x1b[2J", "a" * 513, "a\\b"]
+)
+def test_names_that_are_paths_or_unprintable_are_refused(path, name):
+    save_file({name: torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"holds a tensor named .* words of letters, digits"):
+        read_tensors(path)
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"not json", "the header of .* is not valid JSON"),
+        (b"[]", "the header of .* holds a JSON list"),
+        (b"{" * 100, "the header of .* is nested deeper than"),
+        ({"a": 1}, "does not say where tensor 'a' lies"),
+        ({"a": {**ENTRY, "data_offsets": [0, 4, 8]}}, "does not say where tensor 'a' lies"),
+        ({"a": {**ENTRY, "data_offsets": [-4, 4]}}, "does not say where tensor 'a' lies"),
+        ({"a": {**ENTRY, "dtype": "F31"}}, "is not a valid safetensors file"),
+        ({"a": {**ENTRY, "shape": [2**62, 2**62]}}, "is not a valid safetensors file"),
+        ({"a": {**ENTRY, "shape": [3]}}, "is not a valid safetensors file"),
+        ({"a": {**ENTRY, "shape": "x"}}, "is not a valid safetensors file"),
+        ({"a": ENTRY, "b": ENTRY}, "is not a valid safetensors file"),
+    ],
+)
+def test_a_wrong_header_is_refused(path, header, message):
+    with pytest.raises(ValueError, match=message):
+        read_tensors(write_raw(path, header, b"\0" * 4))
+
+
+def test_a_pickle_under_the_name_is_refused(path):
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"truncated or no safetensors file|not valid JSON"):
+        read_tensors(path)
