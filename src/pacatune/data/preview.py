@@ -31,7 +31,9 @@ def show_preview(
     mark = "green" if console.color_system else "between [[ and ]]"
     for row in data.select(range(min(num_examples, len(data)))):
         num_learned = sum(label != IGNORED for label in row["labels"])
-        console.rule(f"{row['place']}: {len(row['input_ids'])} tokens, {num_learned} learned")
+        title = f"{row['place']}: {len(row['input_ids'])} tokens, {num_learned} learned"
+        console.rule()
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
         console.print(_render(row["input_ids"], row["labels"], tokenizer, console))
     console.rule()
     console.print(f"Learned tokens are {mark}; the others are context.", highlight=False)

@@ -97,11 +97,16 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def staged(folder: Path, what: str) -> Iterator[Path]:
-    """Give a folder inside `folder` for files that are not complete yet; delete it afterwards.
+def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
+    """Give a folder inside `folder` for files that are not complete yet.
+
+    Args:
+        folder: Output folder of the run.
+        what: What is saved, for the message.
+        owner: Whether this process deletes the staging folder afterwards; one does.
 
     Raises:
-        OSError: If writing fails, with what is still intact.
+        OSError: If writing fails; says what is still intact.
     """
     staging = folder / STAGING_NAME
     staging.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def staged(folder: Path, what: str) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        shutil.rmtree(staging, ignore_errors=True)
+        clear_staging(folder)
         kept = last_checkpoint(folder)
         fix = (
             f"{kept} is intact: make room, then continue with --resume."
@@ -119,7 +124,13 @@ def staged(folder: Path, what: str) -> Iterator[Path]:
         )
         raise OSError(f"could not save {what} in {folder} ({error}). {fix}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if owner:
+            clear_staging(folder)
+
+
+def clear_staging(folder: Path) -> None:
+    """Delete what a process that was killed while saving has left."""
+    shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)
 
 
 def is_write_failure(error: Exception) -> bool:

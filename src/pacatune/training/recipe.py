@@ -17,6 +17,7 @@ from pacatune.training.interrupt import StopOnSignal, TrainingInterrupted
 from pacatune.training.output import (
     check_folder,
     clear_folder,
+    clear_staging,
     publish,
     read_state,
     refuse_empty_tensors,
@@ -92,7 +93,9 @@ def _open_folder(
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
-    if config.training.process_index == 0 and checkpoint is None:
+    if config.training.process_index == 0 and checkpoint is not None:
+        clear_staging(folder)
+    elif config.training.process_index == 0:
         deleted = clear_folder(folder)
         if deleted:
             console.print(
@@ -112,6 +115,11 @@ def _make_trainer(
         arguments.do_eval = False
     # The loss before training; a resumed run has it in its log.
     arguments.eval_on_start = run.data.evaluation is not None and checkpoint is None
+    if checkpoint is not None:
+        # Resolved to whole steps by the first process of the run; shares would look changed.
+        state = read_state(checkpoint) or {}
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(arguments, name, state.get(name, getattr(arguments, name)))
     if not arguments.packing:
         arguments.dataset_kwargs = {"skip_prepare_dataset": True}
         arguments.max_length = None
@@ -218,10 +226,11 @@ def _make_report(config: RunConfig, run: Run, trainer: RunTrainer) -> Report:
 
 
 def _save_result(config: RunConfig, report: Report, trainer: RunTrainer, folder: Path) -> None:
-    with staged(folder, "the result") as staging:
+    main = trainer.args.process_index == 0
+    with staged(folder, "the result", owner=main) as staging:
         trainer.save_model(str(staging), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
-        if trainer.args.process_index == 0:
+        if main:
             refuse_empty_tensors(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
             write_report(report, staging)

@@ -60,7 +60,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        with staged(folder, name) as staging:
+        with staged(folder, name, owner=self.args.should_save) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
@@ -72,6 +72,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(folder),

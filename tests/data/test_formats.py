@@ -1,0 +1,128 @@
+import pytest
+
+from pacatune.data.formats import Example, to_examples
+from pacatune.data.read import Row
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+
+
+def convert(*rows, format="auto", has_template=True):
+    numbered = [Row(f"f.jsonl, row {i}", values) for i, values in enumerate(rows, start=1)]
+    return list(to_examples(numbered, format, has_template=has_template))
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt", "completion"),
+    [
+        ({"messages": [USER, ASSISTANT]}, [], [USER, ASSISTANT]),
+        ({"prompt": "q", "completion": "a"}, "q", "a"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, [USER], [ASSISTANT]),
+        ({"instruction": "q", "output": "a"}, [USER], [ASSISTANT]),
+        ({"instruction": "q", "input": "", "output": "a"}, [USER], [ASSISTANT]),
+        ({"instruction": "q", "input": None, "output": "a"}, [USER], [ASSISTANT]),
+        ({"text": "t"}, "", "t"),
+    ],
+)
+def test_formats_are_detected(values, prompt, completion):
+    assert convert(values) == [Example("f.jsonl, row 1", prompt, completion)]
+
+
+def test_instruction_with_input_becomes_one_question():
+    (example,) = convert({"instruction": "Add.", "input": "1 2", "output": "3"})
+    assert example.prompt == [{"role": "user", "content": "Add.\n\n1 2"}]
+
+
+def test_instruction_without_template_becomes_text():
+    (example,) = convert(
+        {"instruction": "Add {x}.", "input": "1", "output": "3"}, has_template=False
+    )
+    assert example.prompt == ("### Instruction:\nAdd {x}.\n\n### Input:\n1\n\n### Response:\n")
+    assert example.completion == "3"
+    (example,) = convert({"instruction": "Add.", "output": "3"}, has_template=False)
+    assert example.prompt == "### Instruction:\nAdd.\n\n### Response:\n"
+
+
+def test_nulls_of_tables_count_as_absent():
+    (example,) = convert({"messages": None, "text": "t"})
+    assert example.completion == "t"
+
+
+def test_most_specific_format_wins_and_can_be_overridden():
+    row = {"instruction": "q", "output": "a", "text": "t"}
+    assert convert(row)[0].prompt == [USER]
+    assert convert(row, format="text")[0].completion == "t"
+
+
+def test_tools_and_other_message_fields_are_kept():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    (example,) = convert({"messages": [{**USER, "name": None}, call], "tools": [{"name": "f"}]})
+    assert example.completion == [USER, {**call, "content": ""}]
+    assert example.tools == [{"name": "f"}]
+
+
+def test_unknown_columns_list_what_was_found_and_what_is_accepted():
+    with pytest.raises(
+        ValueError,
+        match=r"row 1: columns \['answer', 'question'\] fit no format; accepted are messages \| "
+        r"prompt, completion \| instruction, \(input,\) output \| text. Rename the columns",
+    ):
+        convert({"question": "q", "answer": "a"})
+
+
+def test_mixed_formats():
+    with pytest.raises(
+        ValueError, match=r"row 2: format 'text' among rows of format 'messages'; one run takes"
+    ):
+        convert({"messages": [USER, ASSISTANT]}, {"text": "t"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "q"}, r"row 2: field 'completion' is missing \(columns \['prompt'\]\).*Add it"),
+        ({"prompt": "q", "completion": None}, "row 2: field 'completion' is missing"),
+        ({"prompt": "q", "completion": " "}, "row 2: 'completion' is empty; fill it or remove"),
+        ({"prompt": "", "completion": "a"}, "row 2: 'prompt' is empty"),
+        ({"prompt": "q", "completion": 3}, "row 2: 'completion' is a int; it must be a string"),
+        ({"prompt": [USER], "completion": "a"}, "'prompt' is a list and 'completion' a str; both"),
+        ({"prompt": [USER], "completion": [USER]}, "'completion' has no assistant turn"),
+        ({"prompt": [], "completion": [ASSISTANT]}, "row 2: 'prompt' is empty"),
+    ],
+)
+def test_bad_prompt_completion_rows(values, message):
+    with pytest.raises(ValueError, match=message):
+        convert({"prompt": "q", "completion": "a"}, values)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "'messages' is a str; it must be a list of messages"),
+        ([], "'messages' is empty"),
+        ([USER], "'messages' has no assistant turn, so nothing to learn"),
+        (["hi"], r"messages\[0\] is 'hi'; a message must be an object"),
+        ([USER, {"content": "a"}], r"messages\[1\] is .*strings 'role' and 'content'"),
+        ([USER, {"role": "assistant"}], r"content of messages\[1\] is missing"),
+        ([USER, {**ASSISTANT, "content": ["a"]}], r"content of messages\[1\] is a list; it must"),
+        ([USER, {**ASSISTANT, "content": "\n"}], r"content of messages\[1\] is empty; fill it"),
+    ],
+)
+def test_bad_messages(messages, message):
+    with pytest.raises(ValueError, match=message):
+        convert({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a int; it must be a string"),
+        ({"instruction": "", "output": "a"}, "'instruction' is empty"),
+        ({"instruction": "q", "output": ""}, "'output' is empty"),
+        ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is a str; it must be a list"),
+        ({"text": ""}, "row 1: 'text' is empty"),
+    ],
+)
+def test_other_bad_rows(values, message):
+    with pytest.raises(ValueError, match=message):
+        convert(values)

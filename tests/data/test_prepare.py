@@ -1,0 +1,185 @@
+import copy
+import json
+
+import pytest
+
+from pacatune.data import DataConfig, prepare_data
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return copy.deepcopy(tiny_tokenizer)
+
+
+def chat(question, answer):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepare(tokenizer, max_length=200, num_processes=None, **options):
+    return prepare_data(
+        DataConfig(**options),
+        tokenizer,
+        max_length=max_length,
+        stop_ids={2},
+        num_processes=num_processes,
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "data.jsonl", [chat(f"What is {i}?", f"It is {i}.") for i in range(20)])
+
+
+def test_holds_out_a_seeded_fraction_in_order(tokenizer, path):
+    data = prepare(tokenizer, path=path, eval_fraction=0.2)
+    assert (len(data.train), len(data.evaluation)) == (16, 4)
+    places = [int(place.rpartition(" ")[2]) for place in data.train["place"]]
+    held_out = [int(place.rpartition(" ")[2]) for place in data.evaluation["place"]]
+    assert places == sorted(places)
+    assert held_out == sorted(held_out)
+    assert sorted(places + held_out) == list(range(1, 21))
+    again = prepare(tokenizer, path=path, eval_fraction=0.2)
+    assert again.evaluation["place"][:] == data.evaluation["place"][:]
+    other = prepare(tokenizer, path=path, eval_fraction=0.2, seed=1)
+    assert other.evaluation["place"][:] != data.evaluation["place"][:]
+    assert data.warnings == []
+
+
+def test_fraction_holds_out_at_least_one(tokenizer, path):
+    assert len(prepare(tokenizer, path=path, eval_fraction=0.001).evaluation) == 1
+
+
+def test_nothing_held_out(tokenizer, path):
+    data = prepare(tokenizer, path=path, eval_fraction=0)
+    assert len(data.train) == 20
+    assert data.evaluation is None
+
+
+def test_separate_evaluation_data(tokenizer, path, tmp_path):
+    eval_path = write(tmp_path / "held.jsonl", [chat("Hi?", "Yes.")])
+    data = prepare(tokenizer, path=path, eval_path=eval_path)
+    assert (len(data.train), len(data.evaluation)) == (20, 1)
+    assert "held.jsonl, row 1" in data.evaluation["place"][0]
+
+
+def test_columns_are_what_the_trainer_takes(tokenizer, path):
+    data = prepare(tokenizer, path=path, eval_fraction=0)
+    assert sorted(data.train.column_names) == ["input_ids", "labels", "place"]
+    row = data.train[0]
+    learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned) == "It is 0.</s>"
+    assert data.longest == max(map(len, data.train["input_ids"]))
+
+
+def test_several_processes_give_the_same(tokenizer, path):
+    one = prepare(tokenizer, path=path)
+    two = prepare(tokenizer, path=path, num_processes=2)
+    assert one.train[:] == two.train[:]
+
+
+def test_progress_bars_are_left_as_they_were(tokenizer, path):
+    import datasets
+
+    datasets.enable_progress_bars()
+    prepare(tokenizer, path=path)
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_fraction_that_leaves_nothing(tokenizer, tmp_path):
+    path = write(tmp_path / "one.jsonl", [chat("Hi?", "Yes.")])
+    with pytest.raises(ValueError, match=r"`data.eval_fraction` \(0.5\) of 1 rows leaves none"):
+        prepare(tokenizer, path=path, eval_fraction=0.5)
+
+
+def test_chat_without_template(tokenizer, path):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"row 1 is a chat, but .* has no chat template; give"):
+        prepare(tokenizer, path=path)
+
+
+def test_error_in_a_row_names_it(tokenizer, tmp_path):
+    path = write(tmp_path / "bad.jsonl", [chat("Hi?", "Yes."), chat("Hi?", "")])
+    with pytest.raises(ValueError, match=r"bad.jsonl, row 2: content of messages\[1\] is empty"):
+        prepare(tokenizer, path=path)
+
+
+def test_cut_examples_are_reported(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [chat("Hi?", "Yes."), chat("Hi?", "It is so. " * 20)])
+    data = prepare(tokenizer, path=path, eval_fraction=0, max_length=30)
+    (warning,) = data.warnings
+    assert warning.startswith(
+        "1 of 2 training examples are cut at `training.max_length` (30; the longest has "
+    )
+    assert data.longest == 30
+    assert len(data.train[1]["input_ids"]) == len(data.train[1]["labels"]) == 30
+
+
+def test_examples_that_lose_their_completion_are_left_out_and_reported(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [chat("Hi?", "Yes."), chat("Hi? " * 40, "Yes.")])
+    data = prepare(tokenizer, path=path, eval_fraction=0, max_length=30)
+    assert len(data.train) == 1
+    (warning,) = data.warnings
+    assert warning.startswith("1 of 2 training examples lose their whole completion at ")
+    assert warning.endswith("a.jsonl, row 2.")
+
+
+def test_all_completions_lost(tokenizer, path):
+    with pytest.raises(ValueError, match=r"all 19 training examples are longer than .*\(5\)"):
+        prepare(tokenizer, path=path, max_length=5)
+
+
+def test_nothing_to_learn(tokenizer, path):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'tool' %}"
+        "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(
+        ValueError, match=r"row 1; .*row 2; .*row 3 and 16 more: nothing to learn, no token"
+    ):
+        prepare(tokenizer, path=path, eval_fraction=0.05, seed=4)
+
+
+def test_double_bos(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "<s>twice"}])
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, row 2: begins with '<s>' twice, once from the data"
+    ):
+        prepare(tokenizer, path=path, eval_fraction=0)
+
+
+def test_double_bos_of_the_template(tokenizer, path):
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="begins with '<s>' twice"):
+        prepare(tokenizer, path=path)
+
+
+def test_stop_token_that_is_never_trained(tokenizer, path):
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "")
+    data = prepare(tokenizer, path=path)
+    assert data.warnings == [
+        "no training example ends in a stop token (the tokenizer's is '</s>'), so the model will "
+        "not learn to end its answers; give a `data.chat_template` that ends each assistant turn "
+        "with it."
+    ]
+
+
+def test_moved_boundary_is_reported(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "It ", "completion": "is so."}])
+    (warning,) = prepare(tokenizer, path=path, eval_fraction=0).warnings
+    assert warning.startswith("in 1 of 1 training examples the prompt alone is tokenized otherwise")
+
+
+def test_evaluation_data_that_is_trained_on_is_reported(tokenizer, path):
+    (warning,) = prepare(tokenizer, path=path, eval_path=path).warnings
+    assert warning.startswith("20 of 20 evaluation examples are also trained on")
+    assert "row 3 and 17 more" in warning
