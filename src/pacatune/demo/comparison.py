@@ -1,0 +1,152 @@
+"""The demo's runs: PaCA, and LoRA with as many trained parameters on the same steps."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pacatune.training import DataConfig, Report, RunConfig
+
+BATCH_SIZE = 8
+# The best of 1e-3, 2e-3 and 4e-3 for each method on these 24 steps: both would differ elsewhere.
+LEARNING_RATES = {"paca": 2e-3, "lora": 2e-3}
+MAX_ANSWER_TOKENS = 40
+# A CPU without bfloat16 units emulates it, at several times the cost.
+_FASTER = 1.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model says to one prompt, without and with the adapter."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def choose_dtype() -> str:
+    """Return the type of the weights: the faster one of a CPU, `auto` where there is a GPU."""
+    if torch.accelerator.is_available():
+        return "auto"
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    is_faster = seconds[torch.bfloat16] * _FASTER < seconds[torch.float32]
+    return "bfloat16" if is_faster else "float32"
+
+
+def make_runs(
+    model: str, data: "DataConfig", folder: Path, *, num_steps: int, seed: int, dtype: str
+) -> "dict[str, RunConfig]":
+    """Return the two runs, by method, in the order in which they are done.
+
+    Args:
+        model: Folder or hub id.
+        data: Of both.
+        folder: Gets one folder per method.
+        num_steps: Optimizer steps of each run.
+        seed: Of the data's order, the columns and the start of LoRA.
+        dtype: Of the weights, as `choose_dtype` returns it.
+    """
+    paca = _make_run("paca", model, data, folder, num_steps=num_steps, seed=seed, dtype=dtype)
+    lora = _make_run("lora", model, data, folder, num_steps=num_steps, seed=seed, dtype=dtype)
+    paca.paca.random_seed = seed
+    lora.lora.r = _equal_rank(paca, lora)
+    lora.lora.lora_alpha = lora.lora.r
+    return {"paca": paca, "lora": lora}
+
+
+def run_all(runs: "dict[str, RunConfig]", console: "Console") -> "dict[str, Report]":
+    """Train one after the other, replacing what an earlier demo left in their folders."""
+    from pacatune.training import train
+
+    reports = {}
+    for method, config in runs.items():
+        console.rule(f"[bold]{method}", align="left")
+        reports[method] = train(config, overwrite=True, console=console)
+    return reports
+
+
+def answer(
+    model: str, adapter: Path, prompts: list[str], say: Callable[[Answer], None]
+) -> list[Answer]:
+    """Ask each prompt without and with the adapter; the likeliest tokens, no sampling.
+
+    Args:
+        model: Folder or hub id of the base.
+        adapter: Folder.
+        prompts: What a user would write.
+        say: Called with each answer as it comes.
+    """
+    from pacatune.adapters.generation import Sampling, TextGenerator
+
+    generator = TextGenerator(model, adapter, device="auto")
+    sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
+    answers = []
+    for prompt in prompts:
+        tokens = generator.encode(prompt)
+        before, after = (
+            generator.generate(tokens, sampling, with_adapter=with_adapter).strip()
+            for with_adapter in (False, True)
+        )
+        answers.append(Answer(prompt=prompt, before=before, after=after))
+        say(answers[-1])
+    return answers
+
+
+def _make_run(
+    method: Any,
+    model: str,
+    data: "DataConfig",
+    folder: Path,
+    *,
+    num_steps: int,
+    seed: int,
+    dtype: Any,
+) -> "RunConfig":
+    from pacatune.training import ModelConfig, RunConfig, TrainingConfig
+
+    training = TrainingConfig(
+        output_dir=str(folder / method),
+        max_steps=num_steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=2 * BATCH_SIZE,
+        learning_rate=LEARNING_RATES[method],
+        bf16=None if dtype == "auto" else dtype == "bfloat16",
+        eval_steps=num_steps,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+    model_config = ModelConfig(path=model, dtype=dtype)
+    return RunConfig(method=method, model=model_config, data=data, training=training)
+
+
+def _equal_rank(paca: "RunConfig", lora: "RunConfig") -> int:
+    """Return the rank at which LoRA trains as many parameters as PaCA, or nearly."""
+    from pacatune.training.model import make_adapter_config, plan_training
+
+    single = copy.deepcopy(lora)
+    single.lora.r = 1
+    numbers = [
+        plan_training(config, make_adapter_config(config)).num_trainable_parameters
+        for config in (paca, single)
+    ]
+    return max(1, round(numbers[0] / numbers[1]))
+
+
+def _matmul_seconds(dtype: torch.dtype, num_repeats: int = 5) -> float:
+    """Return the least time of a product as large as those of a small model's MLP."""
+    x = torch.randn(512, 1024).to(dtype)
+    weight = torch.randn(2048, 1024).to(dtype)
+    seconds = []
+    for _ in range(num_repeats):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
