@@ -133,15 +133,15 @@ def _describe_paca(adapter: Adapter) -> AdapterReport:
 def _describe_other(folder: Path, config: dict[str, Any], method: str) -> AdapterReport:
     tensors = read_tensors(find_tensors(folder))
     modules, extra = [], dict(tensors)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    alpha = _typed(config, "lora_alpha", int, float)
     for key, factor_b in tensors.items():
         name = key.removesuffix(".lora_B.weight")
         factor_a = tensors.get(f"{name}.lora_A.weight")
-        if name == key or factor_a is None or factor_a.ndim != 2 or factor_b.ndim != 2:
+        if name == key or factor_a is None or factor_a.shape[:1] != factor_b.shape[1:]:
             continue
         del extra[key], extra[f"{name}.lora_A.weight"]
         module_rank = factor_a.shape[0]
-        scaling = alpha / module_rank if isinstance(alpha, (int, float)) and module_rank else 1.0
+        scaling = alpha / module_rank if alpha is not None and module_rank else 1.0
         modules.append(
             ModuleReport(
                 name=name.removeprefix(PEFT_PREFIX),
@@ -161,7 +161,7 @@ def _describe_other(folder: Path, config: dict[str, Any], method: str) -> Adapte
         config=config,
         modules=modules,
         extra=extra,
-        alpha=alpha if isinstance(rank, int) else None,
+        alpha=alpha,
         notes=notes,
     )
 
@@ -175,21 +175,21 @@ def _report(
     alpha: float | None,
     notes: list[str],
 ) -> AdapterReport:
-    targets = config.get("target_modules") or []
-    rank = config.get("r")
+    targets = _typed(config, "target_modules", str, list, set) or []
+    rank = _typed(config, "r", int)
     # PEFT copies the frozen weight of an adapted embedding or head into the file.
     num_extra = sum(t.numel() for n, t in extra.items() if not n.endswith(".base_layer.weight"))
     return AdapterReport(
         folder=folder,
         method=str(config["peft_type"]),
-        base=config.get("base_model_name_or_path"),
-        task_type=config.get("task_type"),
+        base=_typed(config, "base_model_name_or_path", str),
+        task_type=_typed(config, "task_type", str),
         rank=rank,
         alpha=alpha,
         scaling=alpha / rank if rank and alpha is not None else None,
-        random_seed=config.get("random_seed"),
-        selection=config.get("selection"),
-        targets=[targets] if isinstance(targets, str) else sorted(targets),
+        random_seed=_typed(config, "random_seed", int),
+        selection=_typed(config, "selection", str),
+        targets=[targets] if isinstance(targets, str) else sorted(map(str, targets)),
         modules=sorted(modules, key=lambda module: -module.update_norm),
         num_modules_by_kind=dict(Counter(m.name.rpartition(".")[2] for m in modules)),
         extra=sorted(extra),
@@ -221,6 +221,12 @@ def _paca_notes(adapter: Adapter) -> list[str]:
     if not any(update.delta.any() for update in adapter.modules.values()):
         notes.append("every delta is zero: the adapter is untrained and changes nothing.")
     return notes
+
+
+def _typed(config: dict[str, Any], key: str, *types: type) -> Any:
+    # The configuration of another method is not checked, so a value may be anything.
+    value = config.get(key)
+    return value if isinstance(value, types) and not isinstance(value, bool) else None
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:

@@ -1,0 +1,115 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pacatune import PacaConfig
+from pacatune.adapters.base import (
+    base_name,
+    empty_base,
+    find_tokenizer,
+    layer_shape,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_given_base_comes_before_the_adapters_own():
+    config = PacaConfig(base_model_name_or_path="theirs")
+    assert base_name("mine", config) == "mine"
+    assert base_name(None, config) == "theirs"
+    with pytest.raises(ValueError, match="`model` is not given and the adapter does not name"):
+        base_name(None, PacaConfig())
+
+
+def test_task_and_saved_class_decide_the_head(tiny_model_dir):
+    assert type(load_base(str(tiny_model_dir), task_type=None)).__name__ == "LlamaForCausalLM"
+    headless = empty_base(str(tiny_model_dir), task_type="FEATURE_EXTRACTION")
+    assert type(headless).__name__ == "LlamaModel"
+    classifier = empty_base(str(tiny_model_dir), task_type="SEQ_CLS")
+    assert type(classifier).__name__ == "LlamaForSequenceClassification"
+
+
+def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
+    model = load_base(str(tiny_model_dir), task_type="CAUSAL_LM", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+
+
+def test_a_missing_base_is_named(tmp_path, adapter_dir):
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a model folder nor a hub id"):
+        load_base("nowhere", task_type=None)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json\.$"):
+        load_base(str(tmp_path), task_type=None)
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config\.json; it is an adapter, not a base"
+    ):
+        load_base(str(adapter_dir), task_type=None)
+
+
+def test_an_unknown_architecture_is_refused_and_its_code_not_run(model_copy, tmp_path):
+    (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit_config(model_copy, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    edit_config(model_copy, model_type="nonsense")
+    with pytest.raises(ValueError, match=r"nonsense|custom code|trust_remote_code"):
+        load_base(str(model_copy), task_type="CAUSAL_LM")
+    edit_config(model_copy, model_type="llama", architectures=["EvilForCausalLM"])
+    with pytest.raises(ValueError, match=r"is a 'EvilForCausalLM', which transformers .* not run"):
+        load_base(str(model_copy), task_type=None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_weights_are_named(model_copy):
+    (model_copy / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"weights of base model .* cannot be read"):
+        load_base(str(model_copy), task_type=None)
+    (model_copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"weights of base model .* cannot be read"):
+        load_base(str(model_copy), task_type=None)
+
+
+def test_a_tokenizer_is_found_missing_or_damaged(model_copy, tmp_path):
+    assert load_tokenizer(str(model_copy)).eos_token == "</s>"
+    (model_copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
+        load_tokenizer(str(model_copy))
+    assert load_tokenizer(str(tmp_path)) is None
+    assert load_tokenizer("someone/unreachable") is None
+
+
+def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):
+    assert find_tokenizer(str(model_copy), adapter_copy).chat_template is not None
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_copy / name, adapter_copy)
+    (adapter_copy / "chat_template.jinja").write_text("ours")
+    assert find_tokenizer(str(model_copy), adapter_copy).chat_template == "ours"
+    assert find_tokenizer(str(model_copy), None).chat_template != "ours"
+
+
+def test_shapes_are_read_from_each_kind_of_layer():
+    assert layer_shape(nn.Linear(3, 5)) == (5, 3)
+    assert layer_shape(Conv1D(5, 3)) == (5, 3)
+    assert layer_shape(nn.LayerNorm(3)) is None
+    wrapped = inject_adapter_in_model(
+        LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(3, 5))
+    )
+    assert layer_shape(wrapped[0]) == (5, 3)
+
+
+def test_devices_are_checked_before_they_are_used():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(ValueError, match=r"`device` \('warp'\) is not one that PyTorch knows"):
+        resolve_device("warp")
+    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not there"):
+        resolve_device("cuda:99")

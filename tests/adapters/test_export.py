@@ -1,0 +1,189 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from tests.adapters.fixtures import save_adapter
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from pacatune.adapters import export_check
+from pacatune.adapters.export import column_selector, export_lora, lora_config
+from pacatune.adapters.folder import read_adapter
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def lora_logits(model_dir, lora_dir):
+    """Logits of the exported adapter in PEFT's own LoRA."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, lora_dir).eval()(TOKENS).logits
+
+
+def paca_logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT asks transformers in an old way.
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)
+
+
+def test_a_selector_selects():
+    x = torch.randn(5, 7)
+    indices = torch.tensor([1, 4, 6])
+    assert torch.equal(x @ column_selector(indices, 7).T, x[:, indices])
+
+
+def test_the_lora_adapter_computes_the_same(tiny_model_dir, tmp_path):
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter")
+    result = export_lora(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "lora")
+    assert (result.num_modules, result.rounding, result.error, result.notes) == (6, 0, None, [])
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+def test_only_factors_of_lora_are_in_the_file(tiny_model_dir, adapter_dir, tmp_path):
+    export_lora(None, adapter_dir, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    adapter = read_adapter(adapter_dir)
+    assert len(tensors) == 2 * len(adapter.modules)
+    for name, (delta, indices) in adapter.modules.items():
+        factor_a = tensors[f"base_model.model.{name}.lora_A.weight"]
+        assert torch.equal(factor_a.nonzero()[:, 1], indices)
+        assert factor_a.sum() == len(indices)
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], delta)
+
+
+def test_the_configuration_is_plain_loras(tiny_model_dir, adapter_dir, tmp_path):
+    export_lora(None, adapter_dir, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    LoraConfig(**config)
+    assert config["target_modules"] == sorted(read_adapter(adapter_dir).modules)
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
+    assert config["base_model_name_or_path"] == str(tiny_model_dir)
+    assert not any("paca" in key for key in config)
+
+
+def test_targets_are_exact_where_one_name_ends_another(adapter_dir):
+    adapter = read_adapter(adapter_dir)
+    adapter = replace(adapter, modules={"q": next(iter(adapter.modules.values()))})
+    layers = nn.ModuleDict({"q": nn.Linear(2, 2)})
+    base = nn.ModuleDict({"q": nn.Linear(2, 2), "deep": layers})
+    adapter = type(adapter)(
+        **{**vars(adapter), "modules": {"q": next(iter(adapter.modules.values()))}}
+    )
+    targets = lora_config(adapter, base, "base")["target_modules"]
+    assert isinstance(targets, str)
+    assert re.fullmatch(targets, "q")
+    assert not re.fullmatch(targets, "deep.q")
+
+
+def test_patterns_are_carried_over_and_noted(tiny_model_dir, tmp_path):
+    patterns = {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **patterns)
+    result = export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    assert "modules differ in rank or alpha" in result.notes[0]
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in patterns} == patterns
+    logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+def test_weights_stored_the_other_way_round(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    adapted = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"])
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] is True
+    logits = lora_logits(tmp_path / "base", tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_fewer_bits_round_b_alone_and_say_so(adapter_dir, tmp_path, dtype, most):
+    result = export_lora(None, adapter_dir, tmp_path / "lora", dtype=dtype)
+    assert 0 < result.rounding <= most
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+
+
+def test_values_too_large_for_the_dtype_are_refused(adapter_copy, tmp_path):
+    path = adapter_copy / "adapter_model.safetensors"
+    save_file({n: t * 10**6 if "delta" in n else t for n, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"too big for torch\.float16; export in float32"):
+        export_lora(None, adapter_copy, tmp_path / "lora", dtype="float16")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_verifying_runs_plain_peft_in_a_new_process(tiny_model_dir, adapter_dir, tmp_path):
+    result = export_lora(str(tiny_model_dir), adapter_dir, tmp_path / "lora", verify=True)
+    assert result.error.max_relative <= 1e-5
+
+
+def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path, monkeypatch):
+    def outputs(base, model_class, folder, inputs):
+        return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
+
+    monkeypatch.setattr(export_check, "_run_plain_peft", outputs)
+    with pytest.raises(ValueError, match=r"in plain PEFT the outputs differ from PaCA's by 1\.0e"):
+        export_lora(None, adapter_dir, tmp_path / "lora", verify=True)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_an_export_that_plain_peft_cannot_load_is_refused(tiny_model_dir, adapter_dir, tmp_path):
+    inputs = [{"input_ids": TOKENS}]
+    with pytest.raises(ValueError, match=r"plain PEFT cannot load the exported adapter \(.*PACA"):
+        export_check._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}]
+)
+def test_what_lora_servers_do_not_load_is_refused_or_kept(tiny_model_dir, tmp_path, extra):
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **extra)
+    with pytest.raises(ValueError, match=r"also holds 1 tensors that are not PaCA's.*--keep-extra"):
+        export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora", keep_extra=True)
+    logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["all", "paca_only"])
+def test_trained_biases_are_kept_for_peft(tmp_path, bias):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn"], "bias": bias}
+    adapted = save_adapter(tmp_path / "base", tmp_path / "adapter", **options)
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora", keep_extra=True)
+    logits = lora_logits(tmp_path / "base", tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+def test_shapes_come_from_the_configuration_alone(model_copy, adapter_dir, tmp_path):
+    (model_copy / "model.safetensors").unlink()
+    assert export_lora(str(model_copy), adapter_dir, tmp_path / "lora").num_modules == 6
+
+
+def test_another_base_is_refused(model_copy, adapter_dir, tmp_path):
+    path = model_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 8}))
+    with pytest.raises(ValueError, match=r"adapts column \d+ but the base has in_features = 8"):
+        export_lora(str(model_copy), adapter_dir, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_folder_in_use_is_refused(adapter_copy):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export_lora(None, adapter_copy, adapter_copy)

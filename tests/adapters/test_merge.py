@@ -1,0 +1,268 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.adapters.fixtures import save_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from pacatune.adapters import merge as merge_module
+from pacatune.adapters.merge import merge
+from pacatune.adapters.probe import OutputError
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def tied_dir(tmp_path, tiny_tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def test_the_merged_folder_needs_nothing_of_ours(tiny_model_dir, tmp_path):
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter")
+    result = merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out")
+    assert (result.dtype, result.num_modules, result.notes) == ("float32", 6, [])
+    assert result.error.max_relative <= 1e-6
+    assert result.effect > 0.01
+    with torch.no_grad():
+        torch.save(adapted(TOKENS).logits, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}).eval()
+AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    logits = model(torch.arange(24).view(2, 12)).logits
+assert torch.allclose(logits, expected, atol=1e-6)
+assert "pacatune" not in sys.modules and "peft" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_only_adapted_columns_change_and_are_rounded_once(tiny_model_dir, tmp_path, dtype):
+    torch_dtype = getattr(torch, dtype)
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch_dtype).save_pretrained(
+        tmp_path / "base"
+    )
+    save_adapter(tmp_path / "base", tmp_path / "adapter", dtype=dtype)
+    result = merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    assert result.dtype == dtype
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        key = "base_model.model." + name.removesuffix(".weight")
+        expected = weight.clone()
+        if f"{key}.paca_delta" in adapter:
+            indices = adapter[f"{key}.paca_indices"]
+            columns = weight[:, indices].float() + 2 * adapter[f"{key}.paca_delta"]
+            expected[:, indices] = columns.to(torch_dtype)
+        assert after[name].dtype == torch_dtype
+        assert torch.equal(after[name], expected), name
+
+
+def test_another_dtype_can_be_asked_for(tiny_model_dir, adapter_dir, tmp_path):
+    result = merge(str(tiny_model_dir), adapter_dir, tmp_path / "out", dtype="bfloat16")
+    assert result.dtype == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_the_base_the_adapter_names_is_the_default(tiny_model_dir, adapter_dir, tmp_path):
+    assert merge(None, adapter_dir, tmp_path / "out").base == str(tiny_model_dir)
+
+
+def test_a_tied_head_is_untied_by_the_merge(tied_dir, tmp_path):
+    with pytest.warns(UserWarning, match=r"save_embedding_layers"):
+        adapted = save_adapter(tied_dir, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    result = merge(str(tied_dir), tmp_path / "adapter", tmp_path / "out")
+    assert result.error.max_relative < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    base = AutoModelForCausalLM.from_pretrained(tied_dir)
+    assert merged.config.tie_word_embeddings is False
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+    with torch.no_grad():
+        assert torch.allclose(merged(TOKENS).logits, adapted(TOKENS).logits, atol=1e-5)
+
+
+def test_tied_embeddings_that_are_not_adapted_stay_tied(tied_dir, tmp_path):
+    save_adapter(tied_dir, tmp_path / "adapter")
+    merge(str(tied_dir), tmp_path / "adapter", tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_weights_stored_the_other_way_round(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    adapted = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"])
+    result = merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    assert result.error.max_relative < 1e-5
+    assert result.effect > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(TOKENS).logits, adapted(TOKENS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        pytest.param(
+            {"trainable_token_indices": [3, 5]},
+            "model.embed_tokens.weight",
+            marks=pytest.mark.xfail(reason="BaseTuner._replace_module", raises=TypeError),
+        ),
+    ],
+)
+def test_what_else_was_trained_is_merged_too(tiny_model_dir, tmp_path, config, changed):
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **config)
+    merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out")
+    before = load_file(tiny_model_dir / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert not torch.equal(before[changed], after[changed])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(TOKENS).logits, adapted(TOKENS).logits, atol=1e-5)
+
+
+def test_trained_biases_are_merged_too(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    save_adapter(
+        tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], bias="paca_only"
+    )
+    merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    name = "transformer.h.0.attn.c_attn.bias"
+    assert not torch.equal(before[name], after[name])
+
+
+def test_the_tokenizer_comes_along(tiny_model_dir, adapter_dir, tmp_path):
+    merge(str(tiny_model_dir), adapter_dir, tmp_path / "out")
+    merged, base = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "out", tiny_model_dir))
+    assert merged.get_vocab() == base.get_vocab()
+    assert merged.chat_template == base.chat_template
+
+
+def test_without_verifying_nothing_is_measured(tiny_model_dir, adapter_dir, tmp_path):
+    result = merge(str(tiny_model_dir), adapter_dir, tmp_path / "out", verify=False)
+    assert (result.error, result.effect) == (None, None)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+    from pacatune.adapters.attach import answered_warnings
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with answered_warnings():
+        get_peft_model(
+            base, PacaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        ).save_pretrained(tmp_path / "adapter")
+    result = merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out")
+    assert result.effect == 0
+    assert any("may be untrained" in note for note in result.notes)
+
+
+def test_rounding_that_swallows_the_adapter_is_noted():
+    small, large = (
+        merge_module._weigh(OutputError(max_absolute=e, max_relative=e), 1.0) for e in (0.1, 0.6)
+    )
+    assert small == []
+    assert "`dtype`=float32 keeps it" in large[0]
+
+
+def test_a_folder_in_use_is_refused_before_the_base_is_loaded(adapter_dir, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        merge("never looked at", adapter_dir, tmp_path)
+
+
+def test_a_quantised_base_is_refused(model_copy, adapter_dir, tmp_path):
+    path = model_copy / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    with pytest.raises(ValueError, match=r"is saved quantised; .* Give the original base"):
+        merge(str(model_copy), adapter_dir, tmp_path / "out")
+
+
+def test_another_base_is_refused_and_nothing_written(model_copy, adapter_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_copy)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(0.01)
+    model.save_pretrained(model_copy)
+    with pytest.raises(ValueError, match=r"weights of 1 of 6 adapted modules .*--allow-other-base"):
+        merge(str(model_copy), adapter_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = merge(str(model_copy), adapter_dir, tmp_path / "out", allow_other_base=True)
+    assert "weights of 1 of 6" in result.notes[0]
+
+
+def test_a_merge_that_changes_outputs_is_refused(
+    tiny_model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    from pacatune.tuner import PacaLayer
+
+    original = PacaLayer.merge
+
+    def merge_and_damage(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        indices = self.paca_indices["default"]
+        others = [i for i in range(self.in_features) if i not in indices]
+        self.base_layer.weight.data[:, others] *= 1.5
+
+    monkeypatch.setattr(PacaLayer, "merge", merge_and_damage)
+    with pytest.raises(ValueError, match=r"outputs differ from the unmerged ones by .* of"):
+        merge(str(tiny_model_dir), adapter_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_forgets_a_column_is_refused(
+    tiny_model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    from pacatune.tuner import PacaLayer
+
+    monkeypatch.setattr(PacaLayer, "merge", lambda self, *args, **kwargs: None)
+    message = (
+        r"module 'model\.layers\..*: the merged columns are not W \+ scaling \* delta in torch"
+    )
+    with pytest.raises(ValueError, match=message):
+        merge(str(tiny_model_dir), adapter_dir, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_written_wrong_never_gets_its_name(
+    tiny_model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    def write_base_instead(self, folder):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        base.save_pretrained(folder)
+        self.model = None
+        return base.dtype
+
+    monkeypatch.setattr(merge_module._Merged, "write", write_base_instead)
+    with pytest.raises(ValueError, match=r"outputs differ from the unmerged ones by .* of their"):
+        merge(str(tiny_model_dir), adapter_dir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

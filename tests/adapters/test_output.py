@@ -1,0 +1,110 @@
+import resource
+import shutil
+import signal
+import stat
+
+import pytest
+import torch
+
+from pacatune.adapters.output import check_output, format_bytes, staged_folder
+from pacatune.adapters.tensor_file import write_tensors
+
+
+def fill(folder, action):
+    """Let a function write into the staging folder of an output folder."""
+    with staged_folder(folder, 10) as staging:
+        action(staging)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    target = tmp_path / "new" / "out"
+    with staged_folder(target, 10) as staging:
+        (staging / "file").write_text("text")
+        assert not target.exists()
+        assert staging.parent == target.parent
+    assert (target / "file").read_text() == "text"
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(target.parent.stat().st_mode)
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    with staged_folder(target, 10) as staging:
+        (staging / "file").touch()
+    assert (target / "file").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, FileNotFoundError])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    def fail(staging):
+        (staging / "file").touch()
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        fill(tmp_path / "out", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused_and_kept(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"output folder '.*' is not empty; choose another"):
+        fill(tmp_path, lambda staging: (staging / "mine").touch())
+    with pytest.raises(FileExistsError, match=r"output '.*mine' is not a folder"):
+        check_output(tmp_path / "mine", 10)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match=r"output '.*link' is not a folder"):
+        check_output(tmp_path / "link", 10)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_folder_filled_in_the_meantime_is_kept(tmp_path):
+    target = tmp_path / "out"
+
+    def interfere(staging):
+        target.mkdir()
+        (target / "theirs").touch()
+
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fill(target, interfere)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target / "theirs").exists()
+
+
+def test_a_disk_without_room_is_refused_before_writing(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(ValueError, match=r"the disk of '.*' has .* free but .* are needed"):
+        check_output(tmp_path / "a" / "b", 2 * free)
+
+
+def write_text(staging):
+    (staging / "file").write_text("x" * 2000)
+
+
+def write_safetensors(staging):
+    write_tensors({"a": torch.ones(1000)}, staging / "file.safetensors")
+
+
+@pytest.fixture
+def limited_files():
+    """Limit files to 1000 bytes: writing more fails in the same calls as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("write", [write_text, write_safetensors])
+@pytest.mark.usefixtures("limited_files")
+def test_a_disk_that_runs_full_leaves_nothing(tmp_path, write):
+    with pytest.raises(ValueError, match=r"could not write '.*out' .*nothing was left behind"):
+        fill(tmp_path / "out", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_short():
+    sizes = [0, 1023, 1024, 3 * 2**19, 5 * 2**30, 2**50]
+    expected = ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB", "1024.0 TiB"]
+    assert [format_bytes(size) for size in sizes] == expected
