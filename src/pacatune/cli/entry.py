@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run_command(words[0], words[1:])
-    except KeyboardInterrupt:
-        print("pacatune: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        # Training says where it stopped and how to go on.
+        print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has left; a second failure while flushing would print a traceback.

@@ -108,7 +108,7 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for key in _dotted(values, sections):
         if key not in known and key not in sections:
-            raise ValueError(f"{source}: unknown key {key!r}; {suggest(key, known)}")
+            raise ValueError(f"{source}: unknown key {key!r}; {suggest(key, {*known, *sections})}")
 
 
 def suggest(key: str, known: Collection[str]) -> str:

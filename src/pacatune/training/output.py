@@ -139,8 +139,9 @@ def is_write_failure(error: Exception) -> bool:
         return "os error" in str(error)
     if isinstance(error, OSError):
         return True
-    # torch.save reports a failed write of its zip file as a plain RuntimeError.
-    return "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+    # torch.save reports a failed write of its zip file as a RuntimeError of one of these.
+    marks = ("PytorchStreamWriter", "inline_container", "iostream error")
+    return any(mark in str(error) for mark in marks)
 
 
 def publish(source: Path, target: Path) -> None:

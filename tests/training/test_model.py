@@ -1,0 +1,179 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from pacatune.training import LoraSection, PacaSection
+from pacatune.training import model as models
+from pacatune.training.precision import bfloat16_is_fast, choose_dtype
+
+
+@pytest.fixture
+def model_copy(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_chat_template_as_text_and_as_file(make_config, tmp_path):
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert models.load_tokenizer(make_config(data={"chat_template": text})).chat_template == text
+    (tmp_path / "t.jinja").write_text(text)
+    config = make_config(data={"chat_template": str(tmp_path / "t.jinja")})
+    assert models.load_tokenizer(config).chat_template == text
+
+
+def test_missing_chat_template(make_config):
+    with pytest.raises(FileNotFoundError, match=r"`data.chat_template` \('t.jinja'\) is neither"):
+        models.load_tokenizer(make_config(data={"chat_template": "t.jinja"}))
+
+
+def test_stop_token(make_config):
+    config = make_config(training={"eos_token": "<|user|>"})
+    tokenizer = models.load_tokenizer(config)
+    assert tokenizer.eos_token == "<|user|>"
+    assert models.find_stop_ids(config, tokenizer) == {2, tokenizer.eos_token_id}
+    with pytest.raises(ValueError, match=r"`training.eos_token` \('<no>'\) is not in the vocab"):
+        models.load_tokenizer(make_config(training={"eos_token": "<no>"}))
+
+
+def test_stop_ids_are_those_of_generation(make_config, model_copy):
+    config = make_config(model={"path": str(model_copy)})
+    tokenizer = models.load_tokenizer(config)
+    edit(model_copy / "generation_config.json", eos_token_id=[2, 5])
+    assert models.find_stop_ids(config, tokenizer) == {2, 5}
+    (model_copy / "generation_config.json").unlink()
+    assert models.find_stop_ids(config, tokenizer) == {2}
+
+
+def test_code_of_a_model_is_never_executed(make_config, model_copy, tmp_path):
+    (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit(
+        model_copy / "config.json",
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+    )
+    config = make_config(model={"path": str(model_copy)})
+    with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
+        models.plan_training(config, None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_loaded(make_config, model_copy):
+    torch.save({}, model_copy / "pytorch_model.bin")
+    (model_copy / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        models.load_model(make_config(model={"path": str(model_copy)}))
+
+
+@pytest.mark.parametrize(
+    "training", [{"packing": True}, {"padding_free": True}, {"eval_packing": True}]
+)
+def test_packing_needs_flash_attention(make_config, training):
+    for attention in (None, "sdpa", "eager"):
+        config = make_config(model={"attn_implementation": attention}, training=training)
+        with pytest.raises(ValueError, match="only flash attention keeps packed examples apart"):
+            models.check_attention(config)
+    for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
+        config = make_config(model={"attn_implementation": attention}, training=training)
+        models.check_attention(config)
+
+
+def test_no_packing_needs_nothing(make_config):
+    models.check_attention(make_config())
+
+
+def plan(config):
+    return models.plan_training(config, models.make_adapter_config(config))
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "dora", "full"])
+def test_plan_is_what_is_trained(make_config, method):
+    from peft import get_peft_model
+
+    config = make_config(method)
+    adapter_config = models.make_adapter_config(config)
+    planned = models.plan_training(config, adapter_config)
+    model = models.load_model(config)
+    if adapter_config is not None:
+        model = get_peft_model(model, adapter_config)
+    assert planned.num_trainable_parameters == models.count_trainable(model)
+    assert planned.max_positions == 256
+    assert len(planned.targets) == (0 if method == "full" else 14)
+
+
+def test_plan_of_other_targets(make_config):
+    section = PacaSection(target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    planned = plan(make_config(paca=section))
+    assert planned.targets == {
+        "model.layers.1.self_attn.q_proj": "32 -> 32",
+        "model.layers.1.mlp.down_proj": "64 -> 32",
+    }
+    assert planned.summary() == ["1 x q_proj (32 -> 32)", "1 x down_proj (64 -> 32)"]
+
+
+def test_peft_default_targets(make_config):
+    for planned in (
+        plan(make_config(paca=PacaSection(target_modules=None))),
+        plan(make_config("lora", lora=LoraSection(target_modules=None))),
+    ):
+        assert {name.rpartition(".")[2] for name in planned.targets} == {"q_proj", "v_proj"}
+
+
+def test_sections_reach_peft(make_config):
+    paca = models.make_adapter_config(
+        make_config(paca=PacaSection(r=4, paca_alpha=8, random_seed=7, rank_pattern={"q_proj": 2}))
+    )
+    assert (paca.r, paca.paca_alpha, paca.random_seed) == (4, 8, 7)
+    assert paca.rank_pattern == {"q_proj": 2}
+    dora = models.make_adapter_config(make_config("dora", lora=LoraSection(r=4, lora_dropout=0.5)))
+    assert dora.use_dora
+    assert (dora.r, dora.lora_dropout) == (4, 0.5)
+    assert models.make_adapter_config(make_config("full")) is None
+
+
+def test_model_arguments_are_passed_on(make_config):
+    config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
+    with pytest.raises(TypeError, match="no_such_argument"):
+        models.load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "full", "expected"),
+    [
+        ("auto", torch.float32, False, torch.float32),
+        ("auto", torch.float16, False, torch.float32),
+        ("auto", None, False, torch.float32),
+        ("auto", torch.bfloat16, True, torch.float32),
+        ("bfloat16", torch.float32, True, torch.bfloat16),
+        ("float16", torch.float32, False, torch.float16),
+    ],
+)
+def test_dtype_on_the_cpu(dtype, checkpoint, full, expected):
+    assert choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
+    from pacatune.training import precision
+
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda use_cpu: fast)
+    dtype = choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
+    assert dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert bfloat16_is_fast(use_cpu=True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not bfloat16_is_fast(use_cpu=True)
+
+
+def test_weights_are_loaded_in_the_chosen_type(make_config):
+    config = make_config(model={"dtype": "bfloat16"})
+    assert models.weights_dtype(config) == torch.bfloat16
+    assert models.load_model(config).dtype == torch.bfloat16

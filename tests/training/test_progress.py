@@ -1,0 +1,84 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
+
+ARGUMENTS = SimpleNamespace(disable_tqdm=False)
+
+
+def state(step, total=40):
+    return SimpleNamespace(global_step=step, max_steps=total)
+
+
+def test_meter_takes_the_median_without_the_first_step():
+    meter = Meter()
+    assert meter.step_ms is None
+    assert meter.tokens_per_second == 0
+    meter.step_seconds = [9.0]
+    assert meter.step_ms == 9000
+    meter.step_seconds = [9.0, 0.1, 0.5, 0.3]
+    assert meter.step_ms == pytest.approx(300)
+    meter.step_seconds = [9.0, 0.1, 0.3]
+    assert meter.step_ms == pytest.approx(200)
+
+
+def test_meter_counts_tokens_that_are_not_padding():
+    meter = Meter()
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    meter.add_tokens(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), ids)
+    meter.add_tokens(None, ids)
+    meter.step_seconds = [2.0]
+    assert meter.tokens_per_second == (8 + 10) / 2
+
+
+def test_meter_times_steps():
+    meter = Meter()
+    meter.on_step_begin()
+    meter.on_step_end()
+    assert len(meter.step_seconds) == 1
+    assert meter.step_seconds[0] >= 0
+
+
+def lines(force_terminal=False, **console):
+    out = io.StringIO()
+    meter = Meter()
+    meter.step_seconds, meter.num_tokens = [1.0], 100
+    options = {"width": 200, "force_terminal": force_terminal, **console}
+    reporter = ProgressReporter(Console(file=out, **options), meter)
+    reporter.on_train_begin(ARGUMENTS, state(0))
+    reporter.on_log(ARGUMENTS, state(0), None, logs={"eval_loss": 3.0, "step": 0})
+    for step in range(1, 41):
+        reporter.on_step_end(ARGUMENTS, state(step))
+        reporter.on_log(ARGUMENTS, state(step), None, logs={"loss": 2.0, "grad_norm": 1.0})
+    reporter.on_train_end()
+    reporter.close()
+    return out.getvalue()
+
+
+def test_lines_where_there_is_no_terminal():
+    text = lines()
+    assert text.startswith("step 0/40: evaluation loss 3.0000\n")
+    assert "step 40/40: loss 2.0000  100 tokens/s  peak " in text
+    assert text.count("\n") == 22
+
+
+def test_bar_on_a_terminal():
+    text = lines(force_terminal=True)
+    assert "step 40/40" in text
+    assert "loss 2.0000  100 tokens/s  peak" in text
+
+
+def test_quiet():
+    assert lines(quiet=True) == ""
+
+
+def test_peak_memory_of_the_process():
+    num_bytes, kind = peak_memory_bytes()
+    assert kind == (
+        "cuda_max_memory_allocated" if torch.cuda.is_available() else "process_peak_resident"
+    )
+    assert num_bytes > 2**20

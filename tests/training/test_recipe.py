@@ -1,0 +1,316 @@
+"""Whole runs on a tiny model."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from pacatune.training import preview, train
+from pacatune.training import recipe as recipe_module
+from pacatune.training.config_file import read_values, to_values
+
+REPORT_KEYS = {
+    "eval_loss_before",
+    "eval_loss_after",
+    "train_loss",
+    "num_trainable_parameters",
+    "step_ms",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "saved_activation_bytes",
+    "seed",
+    "versions",
+    "targets",
+}
+RESULT_NAMES = {"config.yaml", "report.json", "report.md", "loss.png", "README.md"}
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+def mean_loss(model, tokenizer, path, places):
+    """Mean loss per answer token of some rows, in plain PyTorch."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    total = count = 0
+    for place in places:
+        messages = rows[int(place) - 1]["messages"]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
+        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)
+        start, end = len(prompt["input_ids"]), ids.shape[1] - 1  # not the last line break
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+        chosen = log_probs.gather(1, ids[0, 1:, None])[start - 1 : end - 1]
+        total, count = total - chosen.sum().item(), count + len(chosen)
+    return total / count
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "dora"])
+def test_adapter_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, console, method):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(method, data={"eval_fraction": 0.1})
+    report = train(config, console=console)
+
+    folder = Path(config.training.output_dir)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= RESULT_NAMES | {"adapter_config.json", "adapter_model.safetensors"}
+    assert not any("training_args" in name or ".incomplete" in name for name in names)
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_dict()))
+    assert saved.keys() >= REPORT_KEYS
+
+    assert report.num_steps == 7
+    assert report.eval_loss_after < report.eval_loss_before - 0.1
+    assert len(report.targets) == 14
+    assert all("lm_head" not in target for target in report.targets)
+    assert report.step_ms > 0
+    assert report.tokens_per_second > 0
+    assert report.saved_activation_bytes > 0
+    assert report.peak_memory_kind == "process_peak_resident"
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    from pacatune.data import prepare_data
+
+    held_out = prepare_data(config.data, tiny_tokenizer, max_length=1024, stop_ids={2}).evaluation[
+        "place"
+    ]
+    places = [place.rpartition(" ")[2] for place in held_out]
+    before = mean_loss(base, tiny_tokenizer, data_path, places)
+    model = PeftModel.from_pretrained(base, folder)
+    after = mean_loss(model, tiny_tokenizer, data_path, places)
+    assert report.eval_loss_before == pytest.approx(before, rel=1e-4)
+    assert report.eval_loss_after == pytest.approx(after, rel=1e-4)
+
+
+def test_full_run(make_config, tmp_path, console):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = make_config("full", training={"learning_rate": 1e-3})
+    report = train(config, console=console)
+    folder = tmp_path / "out"
+    assert {path.name for path in folder.iterdir()} >= RESULT_NAMES | {"model.safetensors"}
+    assert not (folder / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert report.num_trainable_parameters == model.num_parameters()
+    assert report.targets == []
+    assert report.eval_loss_after < report.eval_loss_before
+
+
+def test_same_losses_as_plain_trl(make_config, tiny_model_dir, data_path, tmp_path, console):
+    """The recipe adds nothing to what SFTTrainer computes."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+    }
+    report = train(
+        make_config("lora", data={"eval_fraction": 0}, training=settings), console=console
+    )
+    rows = load_dataset("json", data_files=str(data_path), cache_dir=tmp_path / "c")["train"]
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        args=SFTConfig(
+            str(tmp_path / "plain"),
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=None,
+            dataloader_pin_memory=False,
+            **settings,
+        ),
+        train_dataset=rows.map(
+            lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
+            remove_columns="messages",
+        ),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"
+        ),
+    )
+    # Theirs also learns the line break after each answer.
+    trainer.train_dataset = trainer.train_dataset.map(
+        lambda row: {"labels": [*row["labels"][:-1], -100]}
+    )
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == 16
+    assert [loss for _, loss in report.train_losses] == theirs
+
+
+def test_config_beside_the_adapter_repeats_the_run(make_config, tmp_path, console):
+    from pacatune.cli import main
+
+    config = make_config(training={"num_train_epochs": 0.5})
+    train(config, console=console)
+    saved = str(tmp_path / "out" / "config.yaml")
+    again = str(tmp_path / "again")
+    assert main(["train", "--config", saved, "--training.output_dir", again]) == 0
+    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    second = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    old, new = (
+        read_values(tmp_path / "out/config.yaml"),
+        read_values(tmp_path / "again/config.yaml"),
+    )
+    assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
+    assert old == new
+
+
+def test_run_without_evaluation(make_config, console):
+    config = make_config(data={"eval_fraction": 0}, training={"max_steps": 2})
+    report = train(config, console=console)
+    assert report.eval_loss_before is None
+    assert report.eval_loss_after is None
+    assert report.num_eval_examples == 0
+
+
+def test_targets_and_parameters_are_shown_before_training(make_config, console):
+    train(make_config(training={"max_steps": 1}), console=console)
+    out = console.file.getvalue()
+    assert "training 8,192 of 37,792 parameters (paca): 2 x q_proj (32 -> 32)" in out
+    assert out.index("data: 57 examples, 3 held out") < out.index("step 0/1: evaluation loss")
+    assert "held-out loss after" in out
+
+
+def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
+    config = make_config(
+        training={
+            "learning_rate": 0.5,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "num_train_epochs": 3,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+        },
+        early_stopping_patience=2,
+    )
+    report = train(config, console=console)
+    losses = dict(report.eval_losses)
+    best = min((loss, step) for step, loss in losses.items() if step > 0)
+    assert report.num_steps == best[1] + 2 < 24
+    assert report.eval_loss_after == pytest.approx(best[0], rel=1e-5)
+    kept = load_file(tmp_path / f"out/checkpoint-{best[1]}" / "adapter_model.safetensors")
+    final = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+def test_preview_loads_no_weights(make_config, console, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    preview(make_config(), 2, console=console)
+    out = console.file.getvalue()
+    assert out.count("tokens,") == 2
+    assert "[[It is 7.</s>]]" in out
+
+
+def test_warnings_about_the_data_are_shown(make_config, console):
+    config = make_config(training={"max_steps": 1, "max_length": 18})
+    train(config, console=console)
+    assert "training examples are cut at `training.max_length` (18;" in console.file.getvalue()
+
+
+class TestBeforeWeights:
+    """What is refused, is refused before any weight is loaded and anything is written."""
+
+    @pytest.fixture(autouse=True)
+    def no_weights(self, monkeypatch, tmp_path):
+        def refuse(config):
+            raise AssertionError("weights were loaded")
+
+        monkeypatch.setattr(recipe_module.models, "load_model", refuse)
+        yield
+        assert not (tmp_path / "out").exists()
+
+    def test_bad_row(self, make_config, tmp_path):
+        path = tmp_path / "bad.jsonl"
+        path.write_text('{"text": "a"}\n{"text": ""}\n')
+        with pytest.raises(ValueError, match=r"bad.jsonl, row 2: 'text' is empty"):
+            train(make_config(data={"path": str(path)}))
+
+    def test_target_that_matches_nothing(self, make_config):
+        from pacatune.training import LoraSection, PacaSection
+
+        with pytest.raises(ValueError, match="no_such"):
+            train(make_config(paca=PacaSection(target_modules=["no_such"])))
+        with pytest.raises(ValueError, match="no_such"):
+            train(make_config("lora", lora=LoraSection(target_modules=["no_such"])))
+
+    def test_rank_out_of_range(self, make_config):
+        from pacatune.training import PacaSection
+
+        with pytest.raises(ValueError, match=r"33.*32"):
+            train(make_config(paca=PacaSection(r=33)))
+
+    def test_packing_without_flash_attention(self, make_config):
+        with pytest.raises(
+            ValueError,
+            match=r"`model.attn_implementation` \(None\): only flash attention keeps packed "
+            "examples apart; set it to flash_attention_2",
+        ):
+            train(make_config(training={"packing": True}))
+
+    def test_flash_attention_that_is_not_installed(self, make_config):
+        with pytest.raises(ValueError, match=r"\('flash_attention_2'\) cannot be used"):
+            train(make_config(model={"attn_implementation": "flash_attention_2"}))
+
+    def test_tracker_that_is_not_installed(self, make_config):
+        with pytest.raises(ValueError, match=r"`training.report_to` \('wandb'\) is not installed"):
+            train(make_config(training={"report_to": "wandb"}))
+
+    def test_resume_of_nothing(self, make_config):
+        with pytest.raises(ValueError, match="out holds no run to resume; start it without"):
+            train(make_config(), resume=True)
+
+    def test_model_that_does_not_exist(self, make_config):
+        with pytest.raises(OSError, match="no/such"):
+            train(make_config(model={"path": "./no/such"}))
+
+
+def test_too_long_for_the_model_is_a_warning(make_config, tmp_path, console):
+    path = tmp_path / "long.jsonl"
+    rows = [{"text": "It is so. " * 80}, {"text": "No."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "eval_fraction": 0}
+    train(make_config(data=data, training={"max_steps": 1}), console=console)
+    assert "tokens, but the model was made for 256; lower `training.max_length`" in (
+        console.file.getvalue()
+    )
+
+
+def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(recipe_module.RunTrainer, "training_step", out_of_memory)
+    with pytest.raises(ValueError, match=r"out of memory .*`training.per_device_train_batch_size`"):
+        train(make_config(), console=console)
+
+
+def test_several_gpus_in_one_process(make_config, monkeypatch):
+    config = make_config()
+    monkeypatch.setattr(type(config.training), "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process; start one process"):
+        train(config)
+
+
+def test_saved_config_names_what_was_used(make_config):
+    values = to_values(make_config())
+    assert values["training"]["learning_rate"] == 5e-3
+    assert values["training"]["num_train_epochs"] == 1.0

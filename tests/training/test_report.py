@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from pacatune.training.card import write_card
+from pacatune.training.report import Report, eval_curve, train_curve, versions, write_report
+
+
+def make_report(**changes):
+    values = {
+        "eval_loss_before": 2.5,
+        "eval_loss_after": 1.25,
+        "train_loss": 1.5,
+        "num_trainable_parameters": 1000,
+        "step_ms": 12.34,
+        "tokens_per_second": 5000.0,
+        "peak_memory_bytes": 2**30,
+        "saved_activation_bytes": 2**20,
+        "seed": 42,
+        "versions": versions(),
+        "targets": ["layers.0.q_proj", "layers.1.q_proj"],
+        "method": "paca",
+        "model": "owner/model",
+        "num_parameters": 100_000,
+        "num_steps": 3,
+        "num_train_examples": 20,
+        "num_eval_examples": 2,
+        "device": "cpu",
+        "dtype": "float32",
+        "learning_rate": 5e-4,
+        "peak_memory_kind": "process_peak_resident",
+        "train_losses": [(1, 2.0), (3, 1.25)],
+        "eval_losses": [(0, 2.5), (3, 1.25)],
+    }
+    return Report(**{**values, **changes})
+
+
+def test_files(tmp_path):
+    report = make_report(warnings=["a warning"])
+    write_report(report, tmp_path)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_dict()))
+    text = (tmp_path / "report.md").read_text()
+    assert "# paca on owner/model" in text
+    assert "| held-out loss before | 2.5000 |" in text
+    assert "| trained parameters | 1,000 (1.000%) |" in text
+    assert "| peak memory (process_peak_resident) | 1.0 GiB |" in text
+    assert "Trained: 2 modules (q_proj)." in text
+    assert "- a warning" in text
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (840, 480)
+
+
+def test_files_where_nothing_was_measured(tmp_path):
+    report = make_report(
+        eval_loss_before=None,
+        eval_loss_after=None,
+        train_loss=None,
+        step_ms=None,
+        saved_activation_bytes=None,
+        targets=[],
+        train_losses=[],
+        eval_losses=[],
+        num_eval_examples=0,
+    )
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| held-out loss after | - |" in text
+    assert "Trained: every weight." in text
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_plot_leaves_no_global_state(tmp_path):
+    import sys
+
+    write_report(make_report(), tmp_path)
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_train_loss_is_the_mean_over_steps():
+    log = [
+        {"step": 0, "eval_loss": 9.0},
+        {"step": 1, "loss": 4.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 4, "eval_loss": 3.0},
+        {"step": 4, "train_runtime": 1.0},
+    ]
+    assert train_curve(log) == ([(1, 4.0), (4, 2.0)], (4.0 + 3 * 2.0) / 4)
+    assert eval_curve(log) == [(0, 9.0), (4, 3.0)]
+    assert train_curve([]) == ([], None)
+
+
+def test_versions_name_what_decides_the_numbers():
+    assert versions().keys() >= {"python", "pacatune", "torch", "transformers", "peft", "trl"}
+
+
+@pytest.mark.parametrize(
+    ("method", "library", "contains"),
+    [
+        ("paca", "peft", ["import pacatune  # makes PaCA known", "pacatune merge", "--to lora"]),
+        ("lora", "peft", ["PeftModel.from_pretrained"]),
+        ("dora", "peft", ["PeftModel.from_pretrained"]),
+        ("full", "transformers", ["AutoModelForCausalLM.from_pretrained"]),
+    ],
+)
+def test_card(make_config, tmp_path, method, library, contains):
+    write_card(make_config(method), make_report(method=method), tmp_path)
+    _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["base_model"] == "owner/model"
+    assert front["library_name"] == library
+    assert {method, "pacatune"} <= set(front["tags"])
+    assert all(text in body for text in contains)
+    assert "20 examples, 2 held out" in body
+    assert ("import pacatune" in body) == (method == "paca")
+
+
+def test_code_of_the_card_runs(make_config, tmp_path, tiny_model_dir):
+    from rich.console import Console
+
+    from pacatune.training import train
+
+    train(make_config(training={"max_steps": 1}), console=Console(quiet=True))
+    folder = tmp_path / "out"
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("FOLDER", str(folder)), names)
+    assert names["model"].active_adapter == "default"

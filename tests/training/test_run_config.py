@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+from trl import SFTConfig
+
+from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from pacatune.training.config import LEARNING_RATES
+
+
+def run_config(training=None, **options):
+    return RunConfig(
+        model=ModelConfig(path="m"),
+        data=DataConfig(path="d"),
+        training=TrainingConfig(**{"use_cpu": True, **(training or {})}),
+        **options,
+    )
+
+
+def test_model_path_is_required():
+    with pytest.raises(ValueError, match=r"`model.path` is ''; give a hub id or the folder"):
+        ModelConfig()
+
+
+@pytest.mark.parametrize("method", LEARNING_RATES)
+def test_learning_rate_is_that_of_the_method(method):
+    assert run_config(method=method).training.learning_rate == LEARNING_RATES[method]
+    assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, dora"):
+        run_config(method="qlora")
+
+
+def test_training_of_another_type():
+    with pytest.raises(TypeError, match=r"is a SFTConfig; it must be a pacatune.training.Trai"):
+        RunConfig(
+            model=ModelConfig(path="m"),
+            data=DataConfig(path="d"),
+            training=SFTConfig(use_cpu=True, bf16=False, gradient_checkpointing=None),
+        )
+
+
+def test_has_every_option_of_trl():
+    ours = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert ours == {field.name for field in dataclasses.fields(SFTConfig)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template_path": "x"}, r"chat_template_path` \('x'\) is not offered: set `data.ch"),
+        ({"completion_only_loss": False}, "not offered: set `data.loss`"),
+        ({"assistant_only_loss": True}, "not offered: set `data.loss`"),
+        ({"dataset_text_field": "body"}, "not offered: name the column 'text'"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "not offered: data is always"),
+        ({"resume_from_checkpoint": "x"}, "not offered: use --resume"),
+        ({"trust_remote_code": True}, "not offered: code of a model is never executed"),
+        ({"push_to_hub": True}, "not offered: upload the finished folder with `hf upload"),
+        ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
+        ({"remove_unused_columns": False}, "not offered: the data has the columns"),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "has 'trust_remote_code', which is"),
+        ({"model_init_kwargs": {"dtype": "auto"}}, "has 'dtype', which is not offered: set `mod"),
+        ({"packing": True, "packing_strategy": "wrapped"}, r"\('wrapped'\) lets examples attend"),
+    ],
+)
+def test_options_decided_elsewhere(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)
+
+
+def test_given_values_stay_as_given():
+    training = TrainingConfig(use_cpu=True)
+    assert training.given["bf16"] is None
+    assert training.bf16 in (True, False)
+    assert training.given["report_to"] == "tensorboard"
+    assert training.report_to == ["tensorboard"]
+
+
+def test_mixed_precision_is_not_forced_onto_fp16():
+    assert TrainingConfig(fp16=True, use_cpu=True).bf16 is False
+
+
+@pytest.mark.parametrize("patience", [0, -1])
+def test_patience_range(patience):
+    with pytest.raises(ValueError, match=rf"`early_stopping_patience` \({patience}\) must be at"):
+        run_config(early_stopping_patience=patience)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_strategy": "no"},
+        {"eval_strategy": "epoch"},
+        {"eval_steps": 0.1},
+        {"eval_strategy": "no", "save_strategy": "no"},
+    ],
+)
+def test_early_stopping_needs_a_checkpoint_per_evaluation(options):
+    with pytest.raises(ValueError, match=r"keeps the best adapter, so each evaluation needs its"):
+        run_config(options, early_stopping_patience=2)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_early_stopping(strategy):
+    training = run_config(
+        {"eval_strategy": strategy, "save_strategy": strategy}, early_stopping_patience=2
+    ).training
+    assert training.load_best_model_at_end
+    assert training.metric_for_best_model == "eval_loss"
+    assert training.greater_is_better is False

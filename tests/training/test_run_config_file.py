@@ -1,0 +1,114 @@
+import pytest
+import yaml
+
+from pacatune.training.config_file import (
+    MAX_CONFIG_BYTES,
+    changed_keys,
+    check_keys,
+    read_values,
+    save_config,
+    to_values,
+)
+
+KNOWN = {"method", "model.path", "data.path", "data.split", "paca.r", "paca.rank_pattern"}
+
+
+def test_saved_values_come_back(make_config, tmp_path):
+    config = make_config(training={"lr_scheduler_type": "linear", "optim_args": "a=1"})
+    save_config(config, tmp_path / "config.yaml")
+    values = read_values(tmp_path / "config.yaml")
+    assert values == to_values(config)
+    assert values["training"]["lr_scheduler_type"] == "linear"
+    assert values["training"]["optim_args"] == "a=1"
+    assert values["training"]["bf16"] is False
+    assert "per_device_train_batch_size" not in values["training"]
+
+
+def test_local_paths_are_saved_absolute(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "d.jsonl").touch()
+    config = make_config(
+        model={"path": "model"},
+        data={"path": "d.jsonl", "eval_path": "owner/data", "chat_template": "{{ x }}" * 1000},
+    )
+    values = to_values(config)
+    assert values["model"]["path"] == str(tmp_path / "model")
+    assert values["data"]["path"] == str(tmp_path / "d.jsonl")
+    assert values["data"]["eval_path"] == "owner/data"
+    assert values["data"]["chat_template"] == "{{ x }}" * 1000
+
+
+def test_secrets_are_not_saved(make_config, tmp_path):
+    config = make_config(training={"hub_token": "hf_secret", "run_name": "x"})
+    save_config(config, tmp_path / "config.yaml")
+    assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config file .*no.yaml does not exist; check"):
+        read_values(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "is not valid YAML"),
+        (b"a: \xff", "is not valid YAML"),
+        ("a: !!python/object/apply:os.system ['x']", "is not valid YAML"),
+        ("- a", "holds a list; it must be a mapping"),
+        ("", "holds a NoneType; it must be a mapping"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("a: " + "[" * 30 + "]" * 30, "is nested deeper than 20 levels"),
+        ("x" * (MAX_CONFIG_BYTES + 1), f"a configuration has at most {MAX_CONFIG_BYTES}"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_values(path)
+
+
+def test_alias_bomb(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="expands to more than 10000 values; remove YAML aliases"):
+        read_values(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("modle: {path: x}", "modle", "model"),
+        ("model: {pth: x}", "model.pth", "model.path"),
+        ("rank: 3", "rank", "paca.r"),
+        ("r: 3", "r", "paca.r"),
+        ("metod: lora", "metod", "method"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(text, key, nearest):
+    with pytest.raises(ValueError, match=f"run.yaml: unknown key '{key}'; did you mean '{nearest}"):
+        check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
+
+
+def test_known_keys_pass():
+    text = "method: lora\nmodel: {path: x}\npaca: {rank_pattern: {q_proj: 4}}\ndata:"
+    check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
+
+
+def test_changed_keys():
+    old = {"method": "paca", "paca": {"r": 8, "rank_pattern": {}}, "training": {"seed": 1}}
+    assert changed_keys(old, old) == []
+    new = {
+        "method": "lora",
+        "paca": {"r": 8, "rank_pattern": {"q": 1}},
+        "training": {"seed": 1, "max_steps": 3, "output_dir": "elsewhere"},
+    }
+    assert changed_keys(old, new) == [
+        "method: 'paca' -> 'lora'",
+        "paca.rank_pattern: {} -> {'q': 1}",
+        "training.max_steps: None -> 3",
+    ]
