@@ -5,6 +5,7 @@ from pacatune.training.config_file import (
     MAX_CONFIG_BYTES,
     changed_keys,
     check_keys,
+    load_yaml,
     read_values,
     save_config,
     to_values,
@@ -43,6 +44,32 @@ def test_secrets_are_not_saved(make_config, tmp_path):
     config = make_config(training={"hub_token": "hf_secret", "run_name": "x"})
     save_config(config, tmp_path / "config.yaml")
     assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("1e-3", 1e-3),
+        ("5.0E-4", 5e-4),
+        (".5", 0.5),
+        ("-3", -3),
+        ("12", 12),
+        ("1.", 1.0),
+        (".inf", float("inf")),
+        ("2024-01-01", "2024-01-01"),
+        ("'12'", "12"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_values_are_those_of_yaml_1_2(text, value):
+    loaded = load_yaml(text)
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
 def test_missing_file(tmp_path):
@@ -84,7 +111,7 @@ def test_alias_bomb(tmp_path):
     [
         ("modle: {path: x}", "modle", "model"),
         ("model: {pth: x}", "model.pth", "model.path"),
-        ("rank: 3", "rank", "paca.r"),
+        ("rank_pattrn: {}", "rank_pattrn", "paca.rank_pattern"),
         ("r: 3", "r", "paca.r"),
         ("metod: lora", "metod", "method"),
     ],

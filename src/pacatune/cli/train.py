@@ -35,18 +35,21 @@ def run(argv: list[str]) -> int:
 
 def build_parser() -> "ArgumentParser":
     """Return the parser: one option per field of RunConfig and its sections, and the flags."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
     from jsonargparse.typing import PositiveInt
 
     from pacatune import training
+    from pacatune.training.config_file import load_yaml
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog="pacatune train",
         description="Fine-tune a causal language model. Options of a config file come first, "
         "options here override them.",
         exit_on_error=False,
         print_config=None,
+        parser_mode="yaml_1_2",
     )
     parser.add_argument("--config", action="config", help="YAML file with options.")
     parser.add_argument(
@@ -130,7 +133,10 @@ def _check_words(parser: "ArgumentParser", argv: list[str]) -> None:
         if not any(name == option or name.startswith(f"{option}.") for option in known):
             raise ValueError(f"unknown option --{name}; {suggest(name, known)}")
     for path in _config_files(argv):
-        check_keys(read_values(Path(path)), known, path)
+        values = read_values(Path(path))
+        for flag in set(_FLAGS) & set(values):
+            raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
+        check_keys(values, known, path)
 
 
 def _config_files(argv: list[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Write a run's configuration to YAML, read it back as plain values, compare two of them."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, asdict, fields
 from enum import Enum
@@ -27,6 +28,28 @@ _FREE_ON_RESUME = (
     "training.run_name",
     "training.disable_tqdm",
     "training.save_total_limit",
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader with the booleans and floats of YAML 1.2, and no dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        rule for rule in rules if rule[0].rpartition(":")[2] not in ("bool", "float", "timestamp")
+    ]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
 )
 
 
@@ -77,7 +100,7 @@ def read_values(path: Path) -> dict[str, Any]:
             f"{MAX_CONFIG_BYTES}. Is it the right file?"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {error}") from error
     except RecursionError as error:
@@ -112,11 +135,19 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
 
 
 def suggest(key: str, known: Collection[str]) -> str:
-    """Return a sentence naming the known key nearest to `key`."""
-    last = key.rpartition(".")[2]
-    same_name = sorted(name for name in known if name.rpartition(".")[2] == last)
-    nearest = same_name or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)
-    return f"did you mean {nearest[0]!r}? `pacatune train --print_config` lists all keys."
+    """Return a sentence naming the known key nearest to `key`, in whole or in its last part."""
+
+    def similarity(name: str) -> float:
+        pairs = ((key, name), (key.rpartition(".")[2], name.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    nearest = max(sorted(known), key=similarity)
+    return f"did you mean {nearest!r}? `pacatune train --print_config` lists all keys."
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML in which `no` is a word and 1e-3 a number, as in YAML 1.2."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
