@@ -54,3 +54,22 @@ def adapter_copy(adapter_dir, tmp_path):
 def model_copy(tiny_model_dir, tmp_path):
     """The tiny Llama, to be changed."""
     return shutil.copytree(tiny_model_dir, tmp_path / tiny_model_dir.name)
+
+
+@pytest.fixture(scope="session")
+def lora_dir(tmp_path_factory, tiny_model_dir):
+    """A LoRA adapter of the tiny Llama with random factors; not to be changed."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from pacatune.adapters.attach import answered_warnings
+    from pacatune.adapters.base import load_base
+
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"])
+    with answered_warnings(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        config.init_lora_weights = False
+        get_peft_model(base, config).save_pretrained(folder)
+    return folder

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from tests.adapters.fixtures import save_adapter
 
 from pacatune.adapters.attach import attach
 from pacatune.adapters.base import load_base
-from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.folder import open_adapter, read_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -70,3 +71,11 @@ def test_values_that_do_not_arrive_are_noticed(adapter_copy, model):
     save_file({n: t + 1 if "delta" in n else t for n, t in load_file(path).items()}, path)
     with pytest.raises(ValueError, match="does not hold the file's values after loading"):
         attach(model, adapter)
+
+
+def test_a_lora_adapter_with_missing_tensors_is_refused(lora_dir, tmp_path, model):
+    folder = shutil.copytree(lora_dir, tmp_path / "lora")
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "v_proj" not in n}, path)
+    with pytest.raises(ValueError, match=r"PEFT cannot load the adapter .*missing adapter keys"):
+        attach(model, open_adapter(folder))

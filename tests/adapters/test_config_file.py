@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pacatune.adapters.config_file import read_config
+from pacatune.adapters.config_file import read_config, read_lora_config
 
 
 @pytest.fixture
@@ -72,3 +72,30 @@ def test_the_keys_of_another_reader_are_enough(tmp_path):
 def test_a_wrong_configuration_is_refused(edited, changes, message):
     with pytest.raises(ValueError, match=rf"adapter_config\.json.*{message}"):
         read_config(edited(**changes))
+
+
+def test_keys_of_another_peft_do_not_matter_while_they_are_off(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.5, "use_future": False, "new": None}
+    path.write_text(json.dumps(config))
+    assert read_lora_config(path).lora_alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "gives `peft_type` = 'IA3'; only adapters of the methods PACA and"),
+        ({"use_future": True}, "holds the unknown key 'use_future'; the nearest"),
+        ({"runtime_config": {"a": 1}}, "holds the unknown key 'runtime_config'"),
+        ({"megatron_config": {"a": 1}}, "sets `megatron_config`, which makes PEFT import a module"),
+        ({"target_modules": "("}, r"the pattern '\(', which is no regular expression"),
+        ({"target_modules": [1]}, "the pattern '1', which is no regular expression"),
+        ({"task_type": "NONSENSE"}, "Invalid task type"),
+        ({"use_dora": True, "target_modules": 3}, "the pattern '3', which is no regular"),
+    ],
+)
+def test_a_wrong_lora_configuration_is_refused(tmp_path, changes, message):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", **changes}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*{message}"):
+        read_lora_config(path)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pacatune.adapters.folder import find_file, locate_folder, read_adapter
+from pacatune.adapters.folder import (
+    LoraAdapter,
+    find_file,
+    locate_folder,
+    open_adapter,
+    read_adapter,
+)
 
 
 def rewrite(folder, change):
@@ -144,3 +150,17 @@ def test_a_damaged_sidecar_is_refused(adapter_copy):
     (adapter_copy / "pacatune.json").write_text("{")
     with pytest.raises(ValueError, match=r"pacatune\.json is not valid JSON"):
         read_adapter(adapter_copy)
+
+
+def test_adapters_that_can_be_run_are_opened(adapter_dir, lora_dir):
+    assert len(open_adapter(adapter_dir).modules) == 6
+    adapter = open_adapter(lora_dir)
+    assert isinstance(adapter, LoraAdapter)
+    assert (adapter.folder, adapter.config.r) == (lora_dir, 4)
+
+
+def test_a_lora_adapter_with_infinite_values_is_refused(lora_dir, tmp_path):
+    folder = shutil.copytree(lora_dir, tmp_path / "lora")
+    rewrite(folder, lambda tensors: next(iter(tensors.values())).fill_(torch.inf))
+    with pytest.raises(ValueError, match=r"tensor '.*lora_A.weight' holds values that are not"):
+        open_adapter(folder)

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from tests.adapters.fixtures import save_adapter
@@ -107,12 +105,18 @@ def test_without_a_template_text_is_continued(model_copy):
         generator.encode("Hello", system="Be kind.")
 
 
-def test_a_prompt_without_tokens_is_refused(model_copy):
-    path = model_copy / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    path.write_text(json.dumps(tokenizer | {"post_processor": None}))
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(generator, prompt):
     with pytest.raises(ValueError, match="`prompt` is empty; write at least one word"):
-        TextGenerator(str(model_copy)).encode("", chat=False)
+        generator.encode(prompt)
+
+
+def test_a_lora_adapter_generates_as_well(tiny_model_dir, lora_dir):
+    generator = TextGenerator(str(tiny_model_dir), lora_dir)
+    assert "is not checked" in generator.notes[0]
+    tokens = generator.encode("What is")
+    without = generator.generate(tokens, SHORT, with_adapter=False)
+    assert generator.generate(tokens, SHORT) != without
 
 
 def test_more_tokens_than_the_model_can_read_are_refused(generator):

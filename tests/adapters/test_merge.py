@@ -4,11 +4,14 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.adapters.fixtures import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from pacatune import PacaConfig
 from pacatune.adapters import merge as merge_module
+from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.merge import merge
 from pacatune.adapters.probe import OutputError
 
@@ -157,6 +160,18 @@ def test_trained_biases_are_merged_too(tmp_path):
     assert not torch.equal(before[name], after[name])
 
 
+def test_a_lora_adapter_is_merged_by_peft(tiny_model_dir, lora_dir, tmp_path):
+    result = merge(str(tiny_model_dir), lora_dir, tmp_path / "out")
+    assert result.num_modules == 6
+    assert result.error.max_relative < 1e-5
+    assert result.effect > 0.01
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with answered_warnings(), torch.no_grad():
+        expected = PeftModel.from_pretrained(model, lora_dir)(TOKENS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.allclose(merged(TOKENS).logits, expected, atol=1e-5)
+
+
 def test_the_tokenizer_comes_along(tiny_model_dir, adapter_dir, tmp_path):
     merge(str(tiny_model_dir), adapter_dir, tmp_path / "out")
     merged, base = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "out", tiny_model_dir))
@@ -171,11 +186,6 @@ def test_without_verifying_nothing_is_measured(tiny_model_dir, adapter_dir, tmp_
 
 
 def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
-    from peft import get_peft_model
-
-    from pacatune import PacaConfig
-    from pacatune.adapters.attach import answered_warnings
-
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with answered_warnings():
         get_peft_model(

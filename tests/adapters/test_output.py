@@ -20,11 +20,14 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     target = tmp_path / "new" / "out"
     with staged_folder(target, 10) as staging:
         (staging / "file").write_text("text")
+        (staging / "file").chmod(0o600)  # as safetensors leaves it
         assert not target.exists()
         assert staging.parent == target.parent
     assert (target / "file").read_text() == "text"
     assert [path.name for path in target.parent.iterdir()] == ["out"]
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(target.parent.stat().st_mode)
+    mode = stat.S_IMODE(target.parent.stat().st_mode)
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+    assert stat.S_IMODE((target / "file").stat().st_mode) == mode & 0o666
 
 
 def test_an_empty_folder_is_filled(tmp_path):

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pacatune.adapters.compatibility import check_base
-from pacatune.adapters.folder import Adapter
+from pacatune.adapters.folder import Adapter, LoraAdapter
 from pacatune.tuner import PacaLayer
 
 _ADAPTER_NAME = "default"
@@ -23,13 +23,13 @@ _ANSWERED_WARNINGS = (
 
 
 def attach(
-    model: nn.Module, adapter: Adapter, *, allow_other_base: bool = False
+    model: nn.Module, adapter: Adapter | LoraAdapter, *, allow_other_base: bool = False
 ) -> tuple[PeftModel, list[str]]:
     """Load an adapter onto its base for inference.
 
     Args:
         model: The base; it is changed in place, as PEFT does.
-        adapter: What `read_adapter` returned.
+        adapter: What `read_adapter` or `open_adapter` returned.
         allow_other_base: As for `check_base`.
 
     Returns:
@@ -39,16 +39,21 @@ def attach(
         ValueError: If the adapter does not belong to the base, or if what PEFT loaded is not
             what the file holds.
     """
-    notes = check_base(adapter, model, allow_other_base=allow_other_base)
+    notes = [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
+    if isinstance(adapter, Adapter):
+        notes = check_base(adapter, model, allow_other_base=allow_other_base)
     try:
         with answered_warnings():
+            if isinstance(adapter, LoraAdapter):
+                warnings.filterwarnings("error", message="Found missing adapter keys")
             peft_model = PeftModel.from_pretrained(cast(Any, model), str(adapter.folder))
-    except RuntimeError as error:
+    except (RuntimeError, UserWarning) as error:
         raise ValueError(
             f"{adapter.folder}: PEFT cannot load the adapter onto {type(model).__name__} "
             f"({error}); it belongs to another base."
         ) from error
-    _check_loaded(peft_model, adapter)
+    if isinstance(adapter, Adapter):
+        _check_loaded(peft_model, adapter)
     return peft_model.eval(), notes
 
 

@@ -5,11 +5,10 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from pacatune.tuner.config import PacaConfig
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 """`auto` is the dtype the base was saved in."""
@@ -31,7 +30,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def base_name(model: str | None, config: PacaConfig) -> str:
+def base_name(model: str | None, config: PeftConfig) -> str:
     """Return the base to load: the one given, else the one the adapter names.
 
     Args:

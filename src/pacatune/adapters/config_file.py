@@ -9,6 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from peft import LoraConfig
+
 from pacatune.adapters.json_file import read_json_object
 from pacatune.tuner.config import PacaConfig
 
@@ -52,11 +54,46 @@ def read_config(path: Path) -> PacaConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_lora_config(path: Path) -> LoraConfig:
+    """Read the configuration of a LoRA adapter, as far as PEFT does not check it itself.
+
+    Keys of another version of PEFT are passed over while they are empty, so off.
+
+    Args:
+        path: An adapter_config.json.
+
+    Raises:
+        ValueError: If the file is no bounded JSON object, is not LoRA's, sets a key that PEFT does
+            not know, names code to import, or is not accepted by LoraConfig.
+    """
+    config = read_json_object(path)
+    method = config.get("peft_type")
+    if method != "LORA":
+        raise ValueError(
+            f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA and LORA "
+            "can be loaded."
+        )
+    known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+    for key, value in config.items():
+        if key not in known and value:
+            raise ValueError(_unknown_key(key, known, path))
+    if config.get("megatron_config"):
+        raise ValueError(
+            f"{path} sets `megatron_config`, which makes PEFT import a module that the file names; "
+            "set it to null."
+        )
+    _check_patterns(config, path)
+    try:
+        return LoraConfig(**{key: value for key, value in config.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _unknown_key(key: str, known: set[str], path: Path) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
     return (
         f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {nearest[0]!r}. "
-        "Correct or remove it; a newer pacatune may have written it, then upgrade."
+        "Correct or remove it; if a newer version of pacatune or PEFT wrote it, upgrade."
     )
 
 
@@ -64,12 +101,12 @@ def _check_patterns(config: dict[str, Any], path: Path) -> None:
     # PEFT compiles these later, and `re.error` is no ValueError.
     for key in PATTERN_KEYS:
         value = config.get(key)
-        for pattern in [value] if isinstance(value, str) else value or ():
+        for pattern in value if isinstance(value, (list, dict)) else [value]:
             try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
+                re.compile(pattern or "")
+            except (re.error, OverflowError, RecursionError, TypeError) as error:
                 raise ValueError(
-                    f"{path} gives `{key}` the pattern {pattern[:80]!r}, which is no regular "
+                    f"{path} gives `{key}` the pattern {str(pattern)[:80]!r}, which is no regular "
                     f"expression ({error}); correct it."
                 ) from error
 

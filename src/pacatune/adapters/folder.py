@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from pacatune.adapters.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
-from pacatune.adapters.config_file import CONFIG_NAME, read_config
+from pacatune.adapters.config_file import CONFIG_NAME, read_config, read_lora_config
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.tuner.config import PacaConfig
@@ -42,6 +43,41 @@ class Adapter:
     def scaling(self, module: str) -> float:
         """Return alpha / rank of one adapted module."""
         return module_alpha(self.config, module) / self.modules[module].delta.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraAdapter:
+    """The checked folder of a LoRA adapter, which PEFT itself loads."""
+
+    folder: Path
+    """Where it lies."""
+    config: LoraConfig
+    """Its configuration."""
+
+
+def open_adapter(folder: str | Path) -> Adapter | LoraAdapter:
+    """Read and check an adapter that can be run: PaCA's in full, LoRA's as far as PEFT does not.
+
+    Args:
+        folder: A local folder or an id on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its two files is missing.
+        ValueError: If it is damaged or of another method.
+    """
+    folder = locate_folder(folder)
+    path = find_file(folder, CONFIG_NAME)
+    if read_json_object(path).get("peft_type") == "PACA":
+        return read_adapter(folder)
+    config = read_lora_config(path)
+    tensors_path = find_tensors(folder)
+    for name, tensor in read_tensors(tensors_path).items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{tensors_path}: tensor {name!r} holds values that are not finite. Training "
+                "diverged or the file is damaged: use an earlier checkpoint."
+            )
+    return LoraAdapter(folder=folder, config=config)
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pacatune.adapters.attach import attach
 from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base
-from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.folder import open_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class TextGenerator:
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
-        adapter: Folder or hub id of the adapter; None goes without.
+        adapter: Folder or hub id of a PaCA or LoRA adapter; None goes without.
         dtype: Of the base's weights; `auto` is the one it was saved in.
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         allow_other_base: As for `check_base`.
@@ -75,7 +75,7 @@ class TextGenerator:
     ) -> None:
         if adapter is None and model is None:
             raise ValueError("`model` and `adapter` are both missing; give at least one of them.")
-        checked = None if adapter is None else read_adapter(adapter)
+        checked = None if adapter is None else open_adapter(adapter)
         name = str(model) if checked is None else base_name(model, checked.config)
         tokenizer = find_tokenizer(name, None if checked is None else checked.folder)
         if tokenizer is None:
@@ -108,6 +108,8 @@ class TextGenerator:
         Raises:
             ValueError: If there is nothing to read, or `system` has no place.
         """
+        if not prompt.strip():
+            raise ValueError("`prompt` is empty; write at least one word.")
         if chat and self.has_chat_template:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": prompt})
@@ -122,8 +124,6 @@ class TextGenerator:
                 )
             encoded = self._tokenizer(prompt, return_tensors="pt")
         tokens: Tensor = encoded["input_ids"]
-        if tokens.numel() == 0:
-            raise ValueError("`prompt` is empty; write at least one word.")
         return tokens
 
     def generate(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from pacatune.adapters.base import (
     load_base_config,
 )
 from pacatune.adapters.compatibility import check_shapes
-from pacatune.adapters.folder import Adapter, read_adapter
+from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
 
@@ -55,15 +56,16 @@ def merge(
     verify: bool = True,
     allow_other_base: bool = False,
 ) -> MergeResult:
-    """Merge a PaCA adapter into its base and write the result.
+    """Merge an adapter into its base and write the result.
 
-    The trained columns become round(W + scaling * delta) in the base's dtype; every other weight
-    stays as it is. Outputs of the merged model are compared with the unmerged ones before anything
-    is written, and those of the written model, loaded again, before it gets its name.
+    PaCA's trained columns become round(W + scaling * delta) in the base's dtype; every other
+    weight stays as it is. LoRA adapters are merged by PEFT. Outputs of the merged model are
+    compared with the unmerged ones before anything is written, and those of the written model,
+    loaded again, before it gets its name.
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
-        adapter: Folder or hub id of the adapter.
+        adapter: Folder or hub id of a PaCA or LoRA adapter.
         output: Folder to write, missing or empty.
         dtype: Of the base and the result; `auto` keeps the one the base was saved in.
         device: Where to compute.
@@ -76,7 +78,7 @@ def merge(
         ValueError: If the adapter is damaged or belongs to another base, the base is quantised,
             the outputs differ by more than rounding, or the disk is full.
     """
-    checked = read_adapter(adapter)
+    checked = open_adapter(adapter)
     name = base_name(model, checked.config)
     output = Path(output)
     check_output(output, num_bytes=0)
@@ -100,7 +102,7 @@ def merge(
         output=output,
         base=name,
         dtype=str(result_dtype).removeprefix("torch."),
-        num_modules=len(checked.modules),
+        num_modules=merged.num_modules,
         num_bytes=num_bytes,
         error=error,
         effect=merged.effect if verify else None,
@@ -113,6 +115,7 @@ class _Merged:
     """A merged model that has not been written yet, and what it is measured against."""
 
     model: PreTrainedModel | None
+    num_modules: int
     unmerged: list[Tensor]
     effect: float
     notes: list[str]
@@ -127,24 +130,31 @@ class _Merged:
 
 
 def _merge_in_memory(
-    base: PreTrainedModel, adapter: Adapter, inputs: list[dict[str, Tensor]], allow_other_base: bool
+    base: PreTrainedModel,
+    adapter: Adapter | LoraAdapter,
+    inputs: list[dict[str, Tensor]],
+    allow_other_base: bool,
 ) -> _Merged:
     plain = run_probe(base, inputs)
-    check_shapes(adapter.modules, base, source=str(adapter.folder))
-    pretrained = {
-        name: _columns(base.get_submodule(name), update.indices)
-        for name, update in adapter.modules.items()
-    }
+    pretrained = {}
+    if isinstance(adapter, Adapter):
+        check_shapes(adapter.modules, base, source=str(adapter.folder))
+        for name, update in adapter.modules.items():
+            pretrained[name] = _columns(base.get_submodule(name), update.indices)
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
     unmerged = run_probe(peft_model, inputs)
+    num_modules = sum(isinstance(module, BaseTunerLayer) for module in peft_model.modules())
     with answered_warnings():
         merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
-    _check_columns(merged, adapter, pretrained)
+    if isinstance(adapter, Adapter):
+        _check_columns(merged, adapter, pretrained)
     _declare_untied(merged)
     if inputs:
         _check_outputs(unmerged, run_probe(merged, inputs), merged.dtype)
     effect = output_error(plain, unmerged).max_absolute if inputs else 0.0
-    return _Merged(model=merged, unmerged=unmerged, effect=effect, notes=notes)
+    return _Merged(
+        model=merged, num_modules=num_modules, unmerged=unmerged, effect=effect, notes=notes
+    )
 
 
 def _check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:

@@ -65,6 +65,7 @@ def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
         yield staging
         # Again: someone may have filled the folder while we were writing.
         check_output(folder, num_bytes=0)
+        _make_readable(staging)
         staging.rename(folder)
     except (SafetensorError, OSError) as error:
         if not _is_write_failure(error):
@@ -85,6 +86,14 @@ def format_bytes(num_bytes: int) -> str:
             return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _make_readable(folder: Path) -> None:
+    # safetensors 0.8 makes its files private; a folder for a server should follow the umask.
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _is_write_failure(error: Exception) -> bool:
