@@ -3,7 +3,7 @@
 RUN := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo test lint conformance bench setup-demo setup-dev
+.PHONY: help demo test lint conformance bench docs setup-demo setup-dev
 
 help:
 	@echo 'make demo         fine-tune a real language model and show what changed'
@@ -32,3 +32,7 @@ bench: setup-dev
 
 setup-demo setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)
+
+docs: setup-dev
+	$(RUN) -m tools.cli_reference
+	$(RUN) -m benchmarks.tables

@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "many trained parameters; show losses, cost and answers before and after.",
     )
     add = parser.add_argument
-    add("--output", metavar="DIR", default="demo-output", help="default: %(default)s")
+    add("--output", metavar="DIR", default="demo-output", help="of the runs (default: %(default)s)")
     add("--steps", type=_positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
     add("--seed", type=int, default=0, help="of data, columns and LoRA (default: %(default)s)")
     add("--prompt", action="append", help="ask this instead; may be repeated")
@@ -144,10 +144,9 @@ def _print_table(reports: "dict[str, Report]", ranks: dict[str, int], console: "
 
 def _print_notes(options: Any, output: Path, model: str, console: "Console") -> None:
     notes = [
-        "One seed, few steps: the difference between the two losses is within what another seed "
-        "changes. docs/ has the measurements.",
-        "Same data, order, steps, type and seed; LoRA without dropout. 'Kept for backward' is of "
-        "the first step, weights aside.",
+        "Both runs have the same data, order, steps, number type and seed; LoRA has no dropout. "
+        "'Kept for backward' is what the first step keeps, weights aside.",
+        "One seed and few steps: this shows the training, not which method learns better.",
     ]
     if options.model is None:
         notes.append("The model's weights are the originals rounded to 4 bits (GGUF Q4_1).")

@@ -118,6 +118,7 @@ def _make_run(
         per_device_eval_batch_size=2 * BATCH_SIZE,
         learning_rate=LEARNING_RATES[method],
         bf16=None if dtype == "auto" else dtype == "bfloat16",
+        use_cpu=dtype != "auto",
         eval_steps=num_steps,
         save_strategy="no",
         report_to="none",

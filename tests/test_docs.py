@@ -1,0 +1,172 @@
+"""Every block of code in README and docs runs, in a folder with a tiny model and some data.
+
+The blocks of a document run in order in one folder, each in a process of its own, as a reader would
+paste them. A YAML block is written to the file that its first line names. A block that cannot run
+here (hub, GPU, another program) has a visible line above it that says so; their number is fixed.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from tools import cli_reference, doc_block
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+)
+NOT_RUN_MARK = "*Not run in the tests:"
+NOT_RUN = {
+    "docs/cli.md": 1,
+    "docs/distributed.md": 1,
+    "docs/quickstart.md": 1,
+    "docs/serving.md": 2,
+}
+# Languages that are shown only.
+SHOWN = ("text", "math")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int
+    is_run: bool
+
+
+def read_blocks(document):
+    """Fenced blocks of a document, in order."""
+    blocks, language, lines, start, above = [], None, [], 0, ""
+    for number, line in enumerate((ROOT / document).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.startswith("```"):
+            if language is not None:
+                lines.append(line)
+            elif line.strip():
+                above = line
+        elif language is None:
+            language, lines, start = line[3:].strip(), [], number
+        else:
+            is_run = not above.startswith(NOT_RUN_MARK)
+            blocks.append(Block(language, "\n".join(lines) + "\n", start, is_run))
+            language, above = None, ""
+    assert language is None, f"{document}:{start}: the block is not closed"
+    return blocks
+
+
+def is_make(block):
+    return block.language == "bash" and all(
+        line.startswith("make ") for line in block.code.splitlines()
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_model_dir):
+    """Folder of a reader: my-model and my-data.jsonl."""
+    shutil.copytree(tiny_model_dir, tmp_path / "my-model")
+    config = tmp_path / "my-model" / "config.json"
+    longer = json.loads(config.read_text()) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(longer))
+    with (tmp_path / "my-data.jsonl").open("w") as file:
+        for i in range(20):
+            user = {"role": "user", "content": f"What is {i} and {i}?"}
+            assistant = {"role": "assistant", "content": f"It is {2 * i}."}
+            file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    return tmp_path
+
+
+def run(command, folder):
+    env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="100")
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    env.pop("PYTHONPATH", None)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+def run_block(block, folder):
+    if is_make(block):
+        for line in block.code.splitlines():
+            result = run(["bash", "-c", line.replace("make ", "make -n ", 1)], ROOT)
+            assert result.returncode == 0, result.stderr
+        return
+    if block.language == "yaml":
+        name = re.match(r"# ([\w.-]+\.ya?ml)\n", block.code)
+        assert name, "the first line of a YAML block names its file: # run.yaml"
+        (folder / name[1]).write_text(block.code)
+        return
+    command = {
+        "python": [sys.executable, "-c", block.code],
+        "bash": ["bash", "-euo", "pipefail", "-c", block.code],
+    }[block.language]
+    result = run(command, folder)
+    assert result.returncode == 0, f"{block.code}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if read_blocks(name)])
+def test_blocks_run(document, workplace):
+    for block in read_blocks(document):
+        if block.is_run and block.language not in SHOWN:
+            print(f"{document}:{block.line}")
+            run_block(block, workplace)
+
+
+def test_blocks_have_a_known_language():
+    for document in DOCUMENTS:
+        for block in read_blocks(document):
+            assert block.language in ("python", "bash", "yaml", *SHOWN), f"{document}:{block.line}"
+
+
+def test_number_of_blocks_that_are_not_run():
+    counted = {
+        document: number
+        for document in DOCUMENTS
+        if (number := sum(not block.is_run for block in read_blocks(document)))
+    }
+    assert counted == NOT_RUN
+
+
+def test_local_links_lead_somewhere():
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+
+
+def test_readme_shows_the_two_commands_on_the_first_screen():
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:20]
+    assert any(line.startswith("make demo") for line in first_screen)
+    assert any(line.startswith("make test") for line in first_screen)
+
+
+def test_tables_of_options_are_those_of_the_commands():
+    path = cli_reference.DOCUMENT
+    expected = doc_block.render(path, "options", cli_reference.options_table)
+    assert path.read_text(encoding="utf-8") == expected, "run `make docs`"
+
+
+def test_every_command_has_a_section():
+    from pacatune.cli.entry import COMMANDS
+
+    text = cli_reference.DOCUMENT.read_text(encoding="utf-8")
+    assert re.findall(r"^## pacatune (\w+)$", text, re.MULTILINE) == list(COMMANDS)
+
+
+def test_tables_of_measurements_are_those_of_the_committed_results():
+    for path in tables.DOCUMENTS:
+        expected = doc_block.render(path, "table", tables.table)
+        assert path.read_text(encoding="utf-8") == expected, f"{path}: run `make docs`"
+
+
+def test_block_without_end_is_refused(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("<!-- table: a -->\n<!-- table: b -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="2 blocks of kind 'table', 1 closed; add the end"):
+        doc_block.render(path, "table", str.upper)

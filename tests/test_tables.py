@@ -1,0 +1,46 @@
+"""The tables of measurements: what they show of a result file."""
+
+import json
+
+import pytest
+
+from benchmarks import tables
+
+RESULT = {
+    "command": "python -m benchmarks.step",
+    "device": "a CPU, 2 cores",
+    "versions": {"torch": "2.13.0"},
+    "commit": "0123456789abcdef",
+    "seed": 0,
+    "model": "Llama, hidden 512, 8 layers",
+    "rows": [
+        {"setting": "16 tokens", "method": "paca", "step_ms": 10.0},
+        {"setting": "16 tokens", "method": "lora", "step_ms": 12.5},
+        {"setting": "512 tokens", "method": "paca", "step_ms": 123.456},
+        {"setting": "512 tokens", "method": "lora", "step_ms": 100.0},
+    ],
+}
+
+
+def write(folder, result):
+    (folder / "step.json").write_text(json.dumps(result))
+
+
+def test_table_shows_times_shares_and_where_they_come_from(tmp_path):
+    write(tmp_path, RESULT)
+    lines = tables.table("step", tmp_path).splitlines()
+    assert lines[0] == "| step, ms (PaCA's share) | paca | lora |"
+    assert lines[2] == "| 16 tokens | 10 | 12.5 (0.80) |"
+    assert lines[3] == "| 512 tokens | 123.5 | 100 (1.23) |"
+    assert "on a CPU, 2 cores (torch 2.13.0)" in lines[-1]
+    assert "at commit 012345678 wrote" in lines[-1]
+
+
+def test_missing_result_says_how_to_make_it(tmp_path):
+    assert tables.table("step", tmp_path).startswith("Not measured yet: `make bench` writes")
+
+
+def test_setting_without_a_method_is_refused(tmp_path):
+    write(tmp_path, RESULT | {"rows": RESULT["rows"][:3]})
+    with pytest.raises(ValueError, match=r"'512 tokens' has .*; measure all methods in all"):
+        tables.table("step", tmp_path)

@@ -1,0 +1,109 @@
+"""Write the tables of options in docs/cli.md from the commands' own parsers.
+
+python -m tools.cli_reference
+"""
+
+import argparse
+import importlib
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from tools.doc_block import rewrite
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+class _Parsed(Exception):
+    """Carries the parser out of a command that is about to use it."""
+
+    def __init__(self, parser):
+        self.parser = parser
+
+
+def options_table(name):
+    """Return the options of a command (`merge`), or of a section of train (`train-data`)."""
+    if name.startswith("train"):
+        return _train_table(name.removeprefix("train").removeprefix("-"))
+    return _table(find_parser(name)._actions)
+
+
+def find_parser(command):
+    """Return the argument parser of a command."""
+    if command == "train":
+        return importlib.import_module("pacatune.cli.train").build_parser()
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args, **kwargs):
+        raise _Parsed(parser)
+
+    argparse.ArgumentParser.parse_args = stop
+    try:
+        importlib.import_module(f"pacatune.cli.{command}").run([])
+    except _Parsed as parsed:
+        return parsed.parser
+    finally:
+        argparse.ArgumentParser.parse_args = parse_args
+    raise AssertionError(f"{command} parsed no options")
+
+
+def _train_table(section):
+    """Return the options of one section of train; those of training that are not TRL's own."""
+    from pacatune.training import TrainingConfig
+
+    ours = {f"training.{f.name}" for f in fields(TrainingConfig)} & {
+        f"training.{name}" for name in TrainingConfig.__annotations__
+    }
+    actions = [
+        action
+        for action in find_parser("train")._actions
+        if action.option_strings
+        and action.dest != section
+        and action.dest.rpartition(".")[0] == section
+        and (section != "training" or action.dest in ours)
+        and action.dest not in ("model", "data", "paca", "lora", "training")
+    ]
+    return _table(actions)
+
+
+def _table(actions):
+    rows = ["| option | default | |", "|---|---|---|"]
+    for action in actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        if action.dest.endswith(".help") or action.help == argparse.SUPPRESS:
+            continue
+        shown = ", ".join(f"`{option}`" for option in action.option_strings)
+        shown = shown or f"`{action.metavar or action.dest}`"
+        rows.append(f"| {shown} | {_default(action)} | {_help(action)} |")
+    return "\n".join(rows)
+
+
+def _default(action):
+    if action.required:
+        return "required"
+    if action.default is None or action.default is False or action.default == "":
+        return ""
+    value = getattr(action.default, "value", action.default)
+    return f"`{value}`"
+
+
+def _help(action):
+    text = " ".join((action.help or "").replace("(default: %(default)s)", "").split())
+    text = text.replace("%%", "%").replace("default: %(default)s", "").replace("|", r"\|")
+    text = text.replace("%(default)s", str(action.default))
+    return text.strip() or _choices(action)
+
+
+def _choices(action):
+    return ", ".join(f"`{choice}`" for choice in action.choices or ())
+
+
+def main():
+    """Rewrite docs/cli.md."""
+    for path in rewrite([DOCUMENT], "options", options_table):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
