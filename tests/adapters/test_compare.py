@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.adapters.fixtures import save_adapter
 
 from pacatune.adapters.compare import compare
 from pacatune.adapters.folder import read_adapter
+from tests.adapters.fixtures import save_adapter
 
 
 def dense(folder):

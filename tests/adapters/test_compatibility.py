@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from tests.adapters.fixtures import save_adapter
 from torch import nn
 
 from pacatune.adapters.base import empty_base, load_base
 from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.folder import read_adapter
+from tests.adapters.fixtures import save_adapter
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tests.adapters.fixtures import save_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pacatune.adapters import export_check
 from pacatune.adapters.export import column_selector, export_lora, lora_config
 from pacatune.adapters.folder import read_adapter
+from tests.adapters.fixtures import save_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 

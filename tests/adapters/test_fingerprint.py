@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from tests.adapters.fixtures import save_adapter
 
 from pacatune.adapters.base import load_base
 from pacatune.adapters.fingerprint import differing_modules, fingerprint, write_fingerprint
 from pacatune.adapters.folder import read_adapter
+from tests.adapters.fixtures import save_adapter
 
 MODULE = "model.layers.0.mlp.down_proj"
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.adapters.fixtures import save_adapter
 from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.generation import Sampling, TextGenerator
+from tests.adapters.fixtures import save_adapter
 
 SHORT = Sampling(max_new_tokens=8)
 

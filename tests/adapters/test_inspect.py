@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.adapters.fixtures import save_adapter
 from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.inspect import inspect_adapter
+from tests.adapters.fixtures import save_adapter
 
 
 def test_a_paca_adapter_is_described_in_full(adapter_dir, tiny_model_dir):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.adapters.fixtures import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pacatune import PacaConfig
@@ -14,6 +13,7 @@ from pacatune.adapters import merge as merge_module
 from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.merge import merge
 from pacatune.adapters.probe import OutputError
+from tests.adapters.fixtures import save_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 

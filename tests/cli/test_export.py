@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from tests.adapters.fixtures import save_adapter
 
 from pacatune.cli import main
+from tests.adapters.fixtures import save_adapter
 
 
 def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):

@@ -4,10 +4,10 @@ import re
 import sys
 
 import pytest
-from tests.adapters.fixtures import save_adapter
 
 from pacatune.cli import main
 from pacatune.cli.generate import _print_text
+from tests.adapters.fixtures import save_adapter
 
 
 @pytest.fixture(scope="module")

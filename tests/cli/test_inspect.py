@@ -2,9 +2,9 @@ import json
 import re
 
 import pytest
-from tests.adapters.fixtures import save_adapter
 
 from pacatune.cli import main
+from tests.adapters.fixtures import save_adapter
 
 
 @pytest.fixture(autouse=True)

@@ -88,11 +88,6 @@ def export_lora(
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(checked, base, getattr(torch, dtype))
     config = lora_config(checked, base, name, keep_extra=keep_extra)
-    if config["rank_pattern"] or config["alpha_pattern"]:
-        notes.append(
-            "modules differ in rank or alpha: PEFT reads `rank_pattern` and `alpha_pattern`, but "
-            "some servers (vLLM) use one rank and one alpha for all."
-        )
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     error = None
     with staged_folder(output, num_bytes) as staging:
@@ -108,7 +103,7 @@ def export_lora(
         num_bytes=num_bytes,
         rounding=rounding,
         error=error,
-        notes=notes,
+        notes=notes + _pattern_notes(config),
     )
 
 
@@ -206,6 +201,15 @@ def _refuse_extra(adapter: Adapter) -> None:
         f"`bias` = {adapter.config.bias!r}); vLLM and most LoRA servers do not load them. Pass "
         "`keep_extra` (--keep-extra) to carry them over for PEFT, or merge the adapter instead."
     )
+
+
+def _pattern_notes(config: dict[str, Any]) -> list[str]:
+    if not config["rank_pattern"] and not config["alpha_pattern"]:
+        return []
+    return [
+        "modules differ in rank or alpha: PEFT reads `rank_pattern` and `alpha_pattern`, but some "
+        "servers (vLLM) use one rank and one alpha for all."
+    ]
 
 
 def _plain_number(value: float) -> float:

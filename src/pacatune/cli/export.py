@@ -1,10 +1,36 @@
 """`pacatune export`: turn an adapter into an exact LoRA adapter for any server."""
 
+import argparse
+from typing import TYPE_CHECKING
+
 from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+
+if TYPE_CHECKING:
+    from pacatune.adapters.export import ExportResult
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune export` with the words after it; return the exit status."""
+    options = _parse(argv)
+    quiet_libraries()
+
+    from pacatune.adapters.export import export_lora
+
+    result = export_lora(
+        options.model,
+        options.adapter,
+        options.output,
+        dtype=options.dtype,
+        keep_extra=options.keep_extra,
+        verify=options.verify,
+        device=options.device,
+        allow_other_base=options.allow_other_base,
+    )
+    _print_result(result, options.dtype)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
         "export",
         "Write an adapter in another method's format. LoRA of the same rank is exact: A selects "
@@ -30,28 +56,17 @@ def run(argv: list[str]) -> int:
         action="store_true",
         help="load the result with PEFT alone in a new process and compare outputs",
     )
-    options = parser.parse_args(argv)
-    quiet_libraries()
+    return parser.parse_args(argv)
 
-    from pacatune.adapters.export import export_lora
+
+def _print_result(result: "ExportResult", dtype: str) -> None:
     from pacatune.adapters.output import format_bytes
 
-    result = export_lora(
-        options.model,
-        options.adapter,
-        options.output,
-        dtype=options.dtype,
-        keep_extra=options.keep_extra,
-        verify=options.verify,
-        device=options.device,
-        allow_other_base=options.allow_other_base,
-    )
+    rounding = f"rounded by at most {result.rounding:.1e} of their size"
     print(f"base      {result.base}")
-    print(f"exported  {result.num_modules} modules as LoRA, {options.dtype}", end="")
     print(
-        f", rounded by at most {result.rounding:.1e} of their size"
-        if result.rounding
-        else ", exact"
+        f"exported  {result.num_modules} modules as LoRA, {dtype}, "
+        f"{rounding if result.rounding else 'exact'}"
     )
     if result.error is None:
         print("verified  no (--verify compares with plain PEFT)")
@@ -62,4 +77,3 @@ def run(argv: list[str]) -> int:
         )
     print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
     print_notes(result.notes)
-    return 0

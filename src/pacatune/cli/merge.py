@@ -1,10 +1,35 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
+import argparse
+from typing import TYPE_CHECKING
+
 from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+
+if TYPE_CHECKING:
+    from pacatune.adapters.merge import MergeResult
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune merge` with the words after it; return the exit status."""
+    options = _parse(argv)
+    quiet_libraries()
+
+    from pacatune.adapters.merge import merge
+
+    result = merge(
+        options.model,
+        options.adapter,
+        options.output,
+        dtype=options.dtype,
+        device=options.device,
+        verify=not options.no_verify,
+        allow_other_base=options.allow_other_base,
+    )
+    _print_result(result)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
         "merge", "Write an adapter into its base model: a folder that transformers loads alone."
     )
@@ -16,23 +41,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="skip comparing outputs before and after (saves two forward passes and a load)",
+        help="skip comparing outputs before and after (saves four forward passes and a load)",
     )
-    options = parser.parse_args(argv)
-    quiet_libraries()
+    return parser.parse_args(argv)
 
-    from pacatune.adapters.merge import merge
+
+def _print_result(result: "MergeResult") -> None:
     from pacatune.adapters.output import format_bytes
 
-    result = merge(
-        options.model,
-        options.adapter,
-        options.output,
-        dtype=options.dtype,
-        device=options.device,
-        verify=not options.no_verify,
-        allow_other_base=options.allow_other_base,
-    )
     print(f"base      {result.base}")
     print(f"merged    {result.num_modules} modules, {result.dtype}")
     if result.error is None:
@@ -45,4 +61,3 @@ def run(argv: list[str]) -> int:
         )
     print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
     print_notes(result.notes)
-    return 0
