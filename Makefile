@@ -2,6 +2,8 @@
 # PYTHON=python3.12 chooses the interpreter of a new .venv, ARGS="..." passes options on.
 RUN := .venv/bin/python
 ARGS ?=
+# Processes of the tests; each computes on one thread.
+WORKERS ?= 2
 
 .PHONY: help demo test lint conformance bench docs setup-demo setup-dev
 
@@ -15,8 +17,8 @@ demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
 
 test: lint
-	$(RUN) tests/conformance/run.py --quick
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup-dev
 	$(RUN) -m ruff check .
@@ -25,7 +27,7 @@ lint: setup-dev
 	$(RUN) -m codespell_lib
 
 conformance: setup-dev
-	$(RUN) tests/conformance/run.py $(ARGS)
+	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
 
 bench: setup-dev
 	$(RUN) -m benchmarks $(ARGS)

@@ -1,0 +1,128 @@
+"""tools/setup_venv.sh: what it says when something is missing, and that it does nothing twice.
+
+A stand-in for the interpreter notes how it was called; the environments that it "creates" have it
+as their python, so no package is installed here.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "touch")
+
+STAND_IN = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case "$*" in
+    *version_info*) exit {old} ;;
+    *ensurepip,*) exit {no_venv} ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/pyvenv.cfg ;;
+    *"pip install"*) exit {no_network} ;;
+    --version) echo Python 3.11.9 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Copy of what the script reads, in a path with a space."""
+    folder = tmp_path / "a checkout"
+    (folder / "tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tools" / "setup_venv.sh", folder / "tools")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "bin").mkdir()
+    for tool in SYSTEM_TOOLS:
+        if (found := shutil.which(tool)) is not None:
+            (folder / "bin" / tool).symlink_to(found)
+    return folder
+
+
+def put_python(folder, name="python3", *, old=0, no_venv=0, no_network=0):
+    path = folder / "bin" / name
+    path.write_text(STAND_IN.format(old=old, no_venv=no_venv, no_network=no_network))
+    path.chmod(0o755)
+
+
+def setup(folder, *, extra="demo", **settings):
+    environment = {"PATH": str(folder / "bin"), "CALLS": str(folder / "calls"), **settings}
+    command = ["/bin/sh", str(folder / "tools" / "setup_venv.sh"), extra]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
+
+
+def calls(folder):
+    path = folder / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_first_call_installs_and_the_second_does_nothing(checkout):
+    put_python(checkout)
+    first = setup(checkout)
+    assert first.returncode == 0, first.stderr
+    assert "creating .venv with Python 3.11.9" in first.stdout
+    assert any(call.endswith("-e .[demo]") for call in calls(checkout))
+    number = len(calls(checkout))
+    assert setup(checkout).stdout == ""
+    assert len(calls(checkout)) == number
+
+
+def test_another_extra_or_changed_pyproject_installs_again(checkout):
+    put_python(checkout)
+    setup(checkout)
+    assert "installing pacatune[dev]" in setup(checkout, extra="dev").stdout
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert "installing pacatune[demo]" in setup(checkout).stdout
+
+
+def test_moved_checkout_installs_again(checkout):
+    put_python(checkout)
+    setup(checkout)
+    moved = checkout.with_name("moved")
+    checkout.rename(moved)
+    assert "installing pacatune[demo]" in setup(moved).stdout
+
+
+def test_no_python(checkout):
+    result = setup(checkout)
+    assert result.returncode == 1
+    assert "no Python >= 3.11 found; install one, or name it: make PYTHON=" in result.stderr
+
+
+def test_old_python_is_passed_over(checkout):
+    put_python(checkout, "python3", old=1)
+    put_python(checkout, "python3.12")
+    assert setup(checkout).returncode == 0
+
+
+def test_named_python_must_be_new_enough(checkout):
+    put_python(checkout, "python3")
+    put_python(checkout, "old", old=1)
+    result = setup(checkout, PYTHON="old")
+    assert result.returncode == 1
+    assert "PYTHON=old is not a Python >= 3.11; name another one" in result.stderr
+
+
+def test_no_venv_module(checkout):
+    put_python(checkout, no_venv=1)
+    result = setup(checkout)
+    assert result.returncode == 1
+    assert "python3 lacks the venv module; install it" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_no_network(checkout):
+    put_python(checkout, no_network=1)
+    result = setup(checkout)
+    assert result.returncode == 1
+    assert "pip could not install the packages" in result.stderr
+    assert "installing" in setup(checkout).stdout, "a failed setup must not leave a stamp"
+
+
+def test_extra_must_be_named(checkout):
+    result = subprocess.run(
+        ["/bin/sh", str(checkout / "tools" / "setup_venv.sh")], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "usage: sh tools/setup_venv.sh EXTRA" in result.stderr
