@@ -30,11 +30,13 @@ conformance: setup-dev
 	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
 
 bench: setup-dev
-	$(RUN) -m benchmarks $(ARGS)
-
-setup-demo setup-dev:
-	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)
+	$(RUN) -m benchmarks.layer $(ARGS)
+	$(RUN) -m benchmarks.step $(ARGS)
+	$(RUN) -m benchmarks.tables
 
 docs: setup-dev
 	$(RUN) -m tools.cli_reference
 	$(RUN) -m benchmarks.tables
+
+setup-demo setup-dev:
+	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

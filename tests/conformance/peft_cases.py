@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-import peft
-
 FAMILIES = (
     "linear",
     "hfconv1d",
@@ -124,6 +122,8 @@ class Method:
 
 
 def _is_peft_config(obj):
+    import peft  # not before HF_HOME is set, which is read at import
+
     return isinstance(obj, type) and issubclass(obj, peft.PeftConfig)
 
 

@@ -89,7 +89,8 @@ def parse(argv):
     parser.add_argument("--module", default="pacatune", help="importing it registers the method")
     parser.add_argument("--config", default="PacaConfig", help="the config class in that module")
     parser.add_argument("--label", default="", help="name in test ids (default: from the class)")
-    parser.add_argument("--kwargs", default='{"r": 2}', help="JSON: config of every case")
+    # At r=2, all columns that a seed chooses may belong to units whose ReLU is 0: no gradient.
+    parser.add_argument("--kwargs", default='{"r": 8}', help="JSON: config of every case")
     parser.add_argument("--no-mixed-batches", dest="mixed_batches", action="store_false")
     parser.add_argument("--peft-tests", type=Path, help="PEFT's tests folder (default: fetched)")
     parser.add_argument("--json", help="write a report there")
@@ -107,7 +108,8 @@ def set_environment(options):
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    os.environ["HF_HOME"] = str(write_tiny_models(CACHE / "conformance-models"))
+    os.environ["HF_HOME"] = str(CACHE / "conformance-models")  # before transformers is imported
+    write_tiny_models(CACHE / "conformance-models")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "compile" in options.suites:
         os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
