@@ -182,8 +182,10 @@ def test_publish_replaces_files_and_folders(tmp_path):
     publish(tmp_path / "new", tmp_path / "old")
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["new.txt"]
     (tmp_path / "a").write_text("a")
+    (tmp_path / "a").chmod(0o600)
     publish(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "a"
+    assert (tmp_path / "b").stat().st_mode & 0o666 == tmp_path.stat().st_mode & 0o666
 
 
 def test_empty_tensors_are_refused(tmp_path):

@@ -63,7 +63,7 @@ class PacaSection:
     selection: str = "random"
     """Strategy that chooses the columns."""
 
-    random_seed: int = 0
+    random_seed: int = 42
     """Seed of the choice of the columns."""
 
     layers_to_transform: list[int] | int | None = None

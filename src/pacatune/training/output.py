@@ -146,7 +146,11 @@ def is_write_failure(error: Exception) -> bool:
 
 def publish(source: Path, target: Path) -> None:
     """Move a complete file or folder to its place, on disk before it is seen there."""
+    # safetensors makes its files private; results should be as readable as their folder.
+    mode = target.parent.stat().st_mode & 0o666
     for path in [source, *source.rglob("*")]:
+        if path.is_file():
+            path.chmod(mode)
         _sync(path)
     if target.is_dir():
         shutil.rmtree(target)

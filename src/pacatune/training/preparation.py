@@ -1,6 +1,7 @@
 """What is known before the weights are loaded: data, targets, and the checkpoint to continue."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,9 @@ def prepare_run(config: RunConfig, console: Console) -> Run:
     """
     models.check_attention(config)
     _check_environment(config)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
+        # What `accelerate launch` was told; it ignores it on CPUs without a word.
+        show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     adapter_config = models.make_adapter_config(config)

@@ -1,0 +1,113 @@
+"""Two processes on CPUs (gloo) give the losses and the adapter of one."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+import pacatune.training
+from pacatune.training import train
+from pacatune.training.config_file import save_config
+
+LAUNCH = Path(pacatune.training.__file__).parent / "launch"
+BIN = Path(sys.executable).parent
+FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+LAUNCHERS = {
+    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "-m", "pacatune.cli"],
+    "ddp": [BIN / "accelerate", "launch", "--config_file", LAUNCH / "ddp.yaml", "-m", "pacatune"],
+    "fsdp2": [BIN / "accelerate", "launch", "--config_file", LAUNCH / "fsdp2.yaml", FSDP_ON_CPU],
+}
+
+
+def config_of(make_config, data_path, tmp_path, name, batch_size, method="paca"):
+    """Ten steps, each of eight examples over all processes."""
+    lines = data_path.read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:40]))
+    (tmp_path / "held.jsonl").write_text("".join(lines[40:56]))
+    return make_config(
+        method,
+        data={"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "held.jsonl")},
+        training={
+            "output_dir": str(tmp_path / name),
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": batch_size,
+            "save_total_limit": 20,
+        },
+    )
+
+
+def launch(launcher, *words, timeout=120):
+    command = [*map(str, LAUNCHERS[launcher]), "train", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def one_process(make_config, data_path, tmp_path):
+    config = config_of(make_config, data_path, tmp_path, "one", 8)
+    train(config, console=Console(file=io.StringIO()))
+    return tmp_path / "one"
+
+
+def assert_close(first, second):
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
+    for one, two in zip(reports[0]["train_losses"], reports[1]["train_losses"], strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert reports[0]["eval_loss_after"] == pytest.approx(reports[1]["eval_loss_after"], rel=1e-3)
+    for key in ("num_trainable_parameters", "targets", "num_steps"):
+        assert reports[0][key] == reports[1][key]
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_equal_one(make_config, data_path, tmp_path, one_process, launcher):
+    config = config_of(make_config, data_path, tmp_path, "two", 4)
+    save_config(config, tmp_path / "run.yaml")
+    done = launch(launcher, "--config", tmp_path / "run.yaml")
+    assert done.stdout.count("data: 40 examples, 16 held out") == 1
+    assert_close(one_process, tmp_path / "two")
+
+    # Resumed from the middle, the very same.
+    shutil.copytree(tmp_path / "two", tmp_path / "cut")
+    (tmp_path / "cut/report.json").unlink()
+    for step in (6, 8, 10):
+        shutil.rmtree(tmp_path / f"cut/checkpoint-{step}")
+    output = ["--training.output_dir", tmp_path / "cut"]
+    launch(launcher, "--config", tmp_path / "run.yaml", "--resume", *output)
+    whole, cut = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "cut")
+    )
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_fsdp_that_accelerate_ignores_is_said(make_config, data_path, tmp_path):
+    config = config_of(make_config, data_path, tmp_path, "two", 4)
+    config.training.given["max_steps"] = 1
+    save_config(config, tmp_path / "run.yaml")
+    words = [*LAUNCHERS["fsdp2"][:-1], "-m", "pacatune", "train", "--config", tmp_path / "run.yaml"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: accelerate shards nothing on CPUs") == 1
+
+
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+def test_launch_files_are_what_accelerate_takes(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(LAUNCH / name))
+    assert config.num_processes == 2
+    assert yaml.safe_load((LAUNCH / name).read_text())["mixed_precision"] == "no"
