@@ -1,6 +1,7 @@
 """Fine-tune a few columns of each pretrained weight in place: PaCA as a first-class PEFT method.
 
-`import pacatune` costs nothing but makes PaCA known to PEFT, whether PEFT was imported before or will be after.
+`import pacatune` costs nothing but makes PaCA known to PEFT, whether PEFT was imported before or
+will be after.
 """
 
 from typing import Any

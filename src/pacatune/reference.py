@@ -1,7 +1,7 @@
 """The equations of PaCA in plain autograd: slow, obvious, and the oracle of every test.
 
-Nothing here is fast or lean: the adapted weight is built as a new tensor in every call, so autograd sees an ordinary
-linear layer whose weight depends on `delta`.
+Nothing here is fast or lean: the adapted weight is built as a new tensor in every call, so autograd
+sees an ordinary linear layer whose weight depends on `delta`.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Which columns of a weight are trained. A strategy is a function with a name, chosen by `PacaConfig.selection`."""
+"""Which columns of a weight are trained.
+
+A strategy is a function with a name, chosen by `PacaConfig.selection`.
+"""
 
 import zlib
 from collections.abc import Callable
@@ -86,7 +89,7 @@ def select_columns(
     in_features = weight.shape[1]
     is_valid = (
         indices.shape == (rank,)
-        and (rank == 0 or (0 <= int(indices[0]) and int(indices[-1]) < in_features))
+        and (rank == 0 or (int(indices[0]) >= 0 and int(indices[-1]) < in_features))
         and bool((indices.diff() > 0).all())
     )
     if not is_valid:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pacatune.adapters.base import layer_shape
-from pacatune.adapters.checks import PEFT_PREFIX, ColumnUpdate
+from pacatune.checks import PEFT_PREFIX, ColumnUpdate
 from pacatune.adapters.fingerprint import (
     FINGERPRINT_KEY,
     differing_modules,

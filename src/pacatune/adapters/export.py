@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import base_name, empty_base, innermost, layer_shape
-from pacatune.adapters.checks import PEFT_PREFIX
+from pacatune.checks import PEFT_PREFIX
 from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.export_check import compare_with_plain_peft

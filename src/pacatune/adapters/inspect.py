@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.adapters.checks import PEFT_PREFIX
+from pacatune.checks import PEFT_PREFIX
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.fingerprint import FINGERPRINT_KEY
 from pacatune.adapters.folder import (

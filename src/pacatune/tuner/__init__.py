@@ -5,7 +5,8 @@ from pacatune.tuner.registration import ensure_peft_type, register
 ensure_peft_type()
 
 from pacatune.tuner.config import PacaConfig  # noqa: E402 (the config needs the enum member)
-from pacatune.tuner.layer import Linear, PacaLayer  # noqa: E402
+from pacatune.tuner.layer import PacaLayer  # noqa: E402
+from pacatune.tuner.linear import Linear  # noqa: E402
 from pacatune.tuner.model import PacaModel  # noqa: E402
 
 register(PacaConfig, PacaModel)

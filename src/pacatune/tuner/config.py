@@ -11,37 +11,13 @@ from pacatune.selection import strategies
 __all__ = ["PacaConfig"]
 
 
-def _option(default: Any, help_text: str) -> Any:
-    if callable(default):
-        return field(default_factory=default, metadata={"help": help_text})
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class PacaConfig(PeftConfig):
     """Configure Partial Connection Adaptation: `r` columns of each target weight are trained.
 
-    Effective columns: W[:, indices] + paca_alpha / r * delta. The keys up to `modules_to_save` are those of
-    PEFT 0.22's own PaCA; the others are ours, and a reader that does not know them ignores them.
-
-    Args:
-        r: Number of trained input columns per weight.
-        paca_alpha: Scale of the update; the factor is paca_alpha / r. Under Adam it multiplies
-            the learning rate.
-        target_modules: Names, a regular expression, or "all-linear". None: the default for the
-            model's architecture.
-        exclude_modules: Names or a regular expression of modules to leave out.
-        layers_to_transform: Layer number or numbers to adapt; the others are left alone.
-        layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
-        random_seed: Chooses the columns, together with each module's name.
-        init_weights: True starts at the pretrained weights. False starts at random deltas, for tests.
-        modules_to_save: Modules trained in full and saved with the adapter, such as a new head.
-        selection: Strategy that chooses the columns.
-        bias: Which biases are trained: "none", "all", or "paca_only" (those of adapted modules).
-        rank_pattern: Module name or regular expression -> its own `r`.
-        alpha_pattern: Module name or regular expression -> its own `paca_alpha`.
-        trainable_token_indices: Token ids (or module name -> ids) whose embeddings are trained too.
-        target_parameters: Names of 3-D expert parameters; not supported for plain layers.
+    Effective columns: W[:, indices] + paca_alpha / r * delta. The keys up to `modules_to_save` are
+    those of PEFT 0.22's own PaCA; the others are ours, and a reader that does not know them
+    ignores them.
 
     Raises:
         ValueError: If a value is out of its range or contradicts another one.
@@ -49,25 +25,36 @@ class PacaConfig(PeftConfig):
     Source: PaCA, Sec. 3.1; `paca_alpha` is the alpha of Tables 9-11.
     """
 
-    r: int = _option(8, "Number of trained input columns per weight.")
-    paca_alpha: float = _option(8, "Scale of the update: its factor is paca_alpha / r.")
-    target_modules: list[str] | str | None = _option(
-        None, "Names of modules, a regular expression, or 'all-linear'."
-    )
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out.")
-    layers_to_transform: list[int] | int | None = _option(None, "Numbers of the layers to adapt.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers.")
-    random_seed: int = _option(0, "Chooses the columns, together with each module's name.")
-    init_weights: bool = _option(True, "False starts at random deltas (for tests).")
-    modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved.")
-    selection: str = _option("random", "Strategy that chooses the columns.")
-    bias: Literal["none", "all", "paca_only"] = _option("none", "Which biases are trained.")
-    rank_pattern: dict[str, int] = _option(dict, "Module name or pattern -> its own r.")
-    alpha_pattern: dict[str, float] = _option(dict, "Module name or pattern -> its own alpha.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
-        None, "Token ids whose embeddings are trained too."
-    )
-    target_parameters: list[str] | None = _option(None, "Names of 3-D expert parameters.")
+    r: int = 8
+    """Number of trained input columns per weight."""
+    paca_alpha: float = 8
+    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
+    target_modules: list[str] | str | None = None
+    """Names, a regular expression, or "all-linear". None: the architecture's default."""
+    exclude_modules: list[str] | str | None = None
+    """Names or a regular expression of modules to leave out."""
+    layers_to_transform: list[int] | int | None = None
+    """Number or numbers of the layers to adapt; the others are left alone."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers that `layers_to_transform` counts in."""
+    random_seed: int = 42
+    """Chooses the columns, together with each module's name."""
+    init_weights: bool = True
+    """True starts at the pretrained weights. False starts at random deltas, for tests."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter, such as a new head."""
+    selection: str = "random"
+    """Strategy that chooses the columns."""
+    bias: Literal["none", "all", "paca_only"] = "none"
+    """Which biases are trained: none, all, or those of the adapted modules."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or regular expression -> its own `r`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Module name or regular expression -> its own `paca_alpha`."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids (or embedding's name -> ids) whose embeddings are trained and saved too."""
+    target_parameters: list[str] | None = None
+    """Names of bare parameters (fused experts) to adapt; none is supported yet."""
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
@@ -97,8 +84,13 @@ class PacaConfig(PeftConfig):
             self._refuse_with_regex("layers_pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it needs "
-                "`layers_to_transform`; set that too or drop `layers_pattern`."
+                f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
+                "needs `layers_to_transform`; set that too or drop `layers_pattern`."
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"`target_parameters` ({self.target_parameters!r}) is not supported: PaCA adapts "
+                "linear layers; name them in `target_modules`."
             )
 
     def _refuse_with_regex(self, name: str) -> None:

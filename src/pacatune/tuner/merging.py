@@ -1,7 +1,8 @@
 """Merging: the adapted columns become the base weight, and can be taken out again bit for bit.
 
-What a merge overwrites is kept aside and copied back; nothing is ever subtracted, so no number of merge and unmerge cycles drifts in
-any dtype. A quantised weight is dequantised, changed and quantised again, and unmerging puts the original quantised object back.
+What a merge overwrites is kept aside and copied back; nothing is ever subtracted, so no number of
+merge and unmerge cycles drifts in any dtype. A quantised weight is dequantised, changed and
+quantised again, and unmerging puts the original quantised object back.
 """
 
 import copy
@@ -11,7 +12,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from pacatune.residency import Residency, release
+from pacatune.observing import release
+from pacatune.residency import Residency
 
 __all__ = ["MergeMixin"]
 
@@ -81,9 +83,7 @@ class MergeMixin:
             else:
                 indices, originals = kept
                 weight = layer.get_base_weight()
-                weight.index_copy_(
-                    self.column_dim, indices.to(weight.device), originals.to(weight)
-                )
+                weight.index_copy_(self.column_dim, indices.to(weight.device), originals.to(weight))
         if self.residency is not None:
             self.residency.is_merged = False
 
@@ -113,7 +113,7 @@ class MergeMixin:
 
 
 def _snapshot(module: nn.Module) -> dict[str, Any]:
-    """What a module consists of, by reference: putting it back undoes any replacement of its parts."""
+    """What a module consists of, by reference; putting it back undoes any replacement."""
     state = dict(module.__dict__)
     parameters = state.pop("_parameters")
     state["_parameters"] = parameters.copy()

@@ -1,23 +1,26 @@
-"""The PEFT tuner: finds the target modules, replaces them, and answers for the adapter as a whole."""
+"""The PEFT tuner: finds and replaces the target modules, and answers for the adapter as a whole."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from pacatune.checks import check_tensors
+from pacatune.tuner import combining
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.layer import Linear, PacaLayer
+from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.linear import Linear
+from pacatune.tuner.sharing import mark_shared_weights
+from pacatune.tuner.targets import available_targets, check_targets, for_module
 
 __all__ = ["PacaModel"]
 
@@ -25,7 +28,8 @@ __all__ = ["PacaModel"]
 class PacaModel(BaseTuner):
     """Trains `r` columns of each target weight in place.
 
-    Made by `peft.get_peft_model(model, PacaConfig(...))`; everything PEFT offers for its own methods works on it.
+    Made by `peft.get_peft_model(model, PacaConfig(...))`; everything PEFT offers for its own
+    methods works on it.
     """
 
     prefix = "paca_"
@@ -33,9 +37,21 @@ class PacaModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """Put the adapter's layers into `model`; then see which weights are shared."""
-        super().inject_adapter(model, adapter_name, **kwargs)
+        """Put the adapter's layers into `model`, then see which weights are shared.
+
+        Raises:
+            ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
+        """
+        self.peft_config[adapter_name] = _adopt(self.peft_config[adapter_name])
+        try:
+            super().inject_adapter(model, adapter_name, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise type(error)(f"{error} {available_targets(model)}") from None
         mark_shared_weights(model)
+
+    def _prepare_model(self, peft_config: PacaConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        check_targets(self, peft_config, model, **get_quantization_kwargs(self))
 
     def _create_and_replace(
         self,
@@ -47,27 +63,65 @@ class PacaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks = {
-            "r": _for_module(peft_config.rank_pattern, current_key, peft_config.r),
-            "paca_alpha": _for_module(
-                peft_config.alpha_pattern, current_key, peft_config.paca_alpha
-            ),
-        }
+        r = for_module(peft_config.rank_pattern, current_key, peft_config.r)
+        paca_alpha = for_module(peft_config.alpha_pattern, current_key, peft_config.paca_alpha)
+        ranks = {"r": r, "paca_alpha": paca_alpha}
         if isinstance(target, PacaLayer):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
             return
         kwargs = get_quantization_kwargs(self)
-        check_supported(target, current_key, **kwargs)
         layer = Linear(target, adapter_name, current_key, peft_config, **ranks, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # Unlike PEFT's own: never assign weights. Our layers bring their base layer, and an
+        # unloaded embedding with trained tokens is no place for a bare tensor.
+        setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add the exact weighted sum of adapters as a new one; see `combining`.
+
+        Raises:
+            ValueError: If `combination_type` is not "linear", or as `combining` says.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"`combination_type` ({combination_type!r}) must be 'linear': the sum of column "
+                "updates is exact, so there is nothing to approximate."
+            )
+        combining.add_weighted_adapter(self, adapters, weights, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Map `...paca_delta.<adapter>.weight` to the file's `...paca_delta`."""
         key = super()._remove_adapter_name_from_key(key, adapter_name)
         return re.sub(r"(^|\.)paca_delta\.weight$", r"\1paca_delta", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Map a file's keys to the model's, and refuse tensors that do not belong to this model."""
+        check_tensors(state_dict, source=f"adapter {adapter_name!r}")
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        _check_fits(model, adapter_name, remapped)
+        return remapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -110,62 +164,35 @@ class PacaModel(BaseTuner):
             )
 
 
-def check_supported(module: nn.Module, name: str, **kwargs: Any) -> None:
-    """Refuse a module that PaCA cannot adapt.
-
-    Args:
-        module: The target.
-        name: Its name in the model.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Raises:
-        TypeError: If the module is not a linear layer of a supported kind.
-        ValueError: If its weight is parametrised.
-    """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if hasattr(base, "parametrizations"):
-        raise ValueError(
-            f"Target module {name!r} has a parametrised weight "
-            f"({', '.join(sorted(base.parametrizations))}); its columns cannot be trained in place. Call "
-            "torch.nn.utils.parametrize.remove_parametrizations first, or drop it from `target_modules`."
-        )
-    if isinstance(base, (nn.Linear, Conv1D)):
-        return
-    if resolve_quantization_backend(base, **kwargs) is None:
-        raise TypeError(
-            f"Target module {name!r} ({type(base).__name__}) is not supported. PaCA adapts "
-            "torch.nn.Linear, transformers' Conv1D and quantised linear layers."
-        )
+def _adopt(config: PeftConfig) -> PacaConfig:
+    """Return our config for one of the PaCA that PEFT >= 0.22 ships."""
+    if isinstance(config, PacaConfig):
+        return config
+    known = {field.name for field in dataclasses.fields(PacaConfig) if field.init}
+    values = {key: value for key, value in vars(config).items() if key in known}
+    return PacaConfig(**values)
 
 
-def mark_shared_weights(model: nn.Module) -> None:
-    """Find adapted weights that another module sees as well (tied embeddings); they stay untouched."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and not parameter.is_meta:
-                owners.setdefault(_address(parameter), []).append(module)
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer):
-            weight = layer.base_layer._parameters.get("weight")
-            if weight is not None and len(owners.get(_address(weight), ())) > 1:
-                layer.shares_weight = True
-                if layer.residency is not None:
-                    layer.residency.is_blocked = True
-
-
-def _address(parameter: Tensor) -> int:
-    """What two tensors over one memory have in common."""
-    try:
-        return parameter.untyped_storage().data_ptr() or id(parameter)
-    except (NotImplementedError, RuntimeError):  # tensor subclasses without a storage of their own
-        return id(parameter)
-
-
-def _for_module(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    if not patterns:
-        return default
-    return patterns.get(get_pattern_key(patterns.keys(), name), default)
+def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    in_features: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PacaLayer) and adapter_name in module.r:
+            prefix = f"{name}." if name else ""
+            in_features[f"{prefix}paca_indices.{adapter_name}"] = module.in_features
+            in_features[f"{prefix}paca_delta.{adapter_name}.weight"] = module.in_features
+    for key, tensor in state_dict.items():
+        if not re.search(r"(^|\.)paca_(delta|indices)(\.|$)", key):
+            continue
+        if key not in in_features:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has {key!r}, but this model has no such adapted module: "
+                "it was made for another base model, or its configuration was changed."
+            )
+        if "paca_indices" in key and len(tensor) and int(tensor.max()) >= in_features[key]:
+            raise ValueError(
+                f"Adapter {adapter_name!r}: {key!r} names column {int(tensor.max())}, but the base "
+                f"weight has in_features={in_features[key]}: it was made for another base model."
+            )
 
 
 def _pass_names(module: nn.Module, adapter_names: list[str]) -> Any:

@@ -1,9 +1,10 @@
 """Makes PaCA known to PEFT from outside: the one place that touches PEFT's registry.
 
-PEFT up to 0.21 has no `PeftType.PACA`. Its enum is extended with a real member, so that everything which looks the type up (the
-`peft_type` string of adapter_config.json, iteration, `.value`, pickle) finds it. PEFT from 0.22 on ships a PaCA of its own for
-plain Linear layers; ours reads and writes the same files and takes its place, so that an adapter is loaded by one implementation
-whichever package wrote it.
+PEFT up to 0.21 has no `PeftType.PACA`. Its enum is extended with a real member, so that everything
+which looks the type up (the `peft_type` string of adapter_config.json, iteration, `.value`, pickle)
+finds it. PEFT from 0.22 on ships a PaCA of its own for plain Linear layers; ours reads and writes
+the same files and takes its place, so that an adapter is loaded by one implementation whichever
+package wrote it.
 """
 
 import sys
@@ -23,7 +24,7 @@ def ensure_peft_type() -> PeftType:
     # PeftType is a str enum whose members are found by plain strings: name and value must be equal.
     member = str.__new__(PeftType, _NAME)
     member._name_ = member._value_ = _NAME
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType._member_names_)
     PeftType._member_names_.append(_NAME)
     PeftType._member_map_[_NAME] = member
