@@ -4,7 +4,8 @@
 
 A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, which holds
 
-    {"command", "device", "versions", "commit", "seed", "model",
+    {"command", "device", "versions", "commit", "is_modified", "seed", "model",
+     "methods": {"lora": "PEFT's LoRA, r = 8", ...},
      "rows": [{"setting": "512 tokens, float32", "method": "lora", "step_ms": 1.0}, ...]}
 
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
@@ -51,7 +52,8 @@ def table(name: str, results: Path = RESULTS) -> str:
                 "measure all methods in all settings."
             )
         lines.append(f"| {setting} | {' | '.join(_cell(row, method) for method in methods)} |")
-    return "\n".join([*lines, "", _source(name, result)])
+    meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
+    return "\n".join([*lines, "", "; ".join(meanings) + ".", "", _source(name, result)])
 
 
 def _by_setting(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -69,10 +71,11 @@ def _cell(row: dict[str, float], method: str) -> str:
 
 def _source(name: str, result: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    changes = ", with changes that were not committed," if result["is_modified"] else ""
     return (
         f"{result['model']}; medians of whole steps, all methods alternating in one run, seed "
         f"{result['seed']}, on {result['device']} ({versions}). `{result['command']}` at commit "
-        f"{result['commit'][:9]} wrote `benchmarks/results/{name}.json`."
+        f"{result['commit'][:9]}{changes} wrote `benchmarks/results/{name}.json`."
     )
 
 

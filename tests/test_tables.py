@@ -11,6 +11,8 @@ RESULT = {
     "device": "a CPU, 2 cores",
     "versions": {"torch": "2.13.0"},
     "commit": "0123456789abcdef",
+    "is_modified": False,
+    "methods": {"paca": "ours", "lora": "PEFT's LoRA"},
     "seed": 0,
     "model": "Llama, hidden 512, 8 layers",
     "rows": [
@@ -32,8 +34,16 @@ def test_table_shows_times_shares_and_where_they_come_from(tmp_path):
     assert lines[0] == "| step, ms (PaCA's share) | paca | lora |"
     assert lines[2] == "| 16 tokens | 10 | 12.5 (0.80) |"
     assert lines[3] == "| 512 tokens | 123.5 | 100 (1.23) |"
+    assert lines[5] == "`paca`: ours; `lora`: PEFT's LoRA."
     assert "on a CPU, 2 cores (torch 2.13.0)" in lines[-1]
     assert "at commit 012345678 wrote" in lines[-1]
+
+
+def test_uncommitted_changes_are_told(tmp_path):
+    write(tmp_path, RESULT | {"is_modified": True})
+    assert "012345678, with changes that were not committed, wrote" in tables.table(
+        "step", tmp_path
+    )
 
 
 def test_missing_result_says_how_to_make_it(tmp_path):
