@@ -31,7 +31,7 @@ class Watcher(Protocol):
 
 
 class DeltaParameter(nn.Parameter):
-    """A trained update that remembers whether somebody took `.data`, the untracked way to edit it."""
+    """A trained update that remembers if somebody took `.data`, the untracked way to edit it."""
 
     residency: "weakref.ref[Watcher] | None" = None  # whoever wrote it last
     is_exposed = False

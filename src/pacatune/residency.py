@@ -157,7 +157,7 @@ class Residency:
         self.originals = self.memory.index_select(1, indices)
 
     def find_weight(self) -> Tensor | None:
-        """Return the module's weight if it is a plain frozen one, though perhaps not ours to write."""
+        """Return the module's weight if it is a plain frozen one; writing it may be forbidden."""
         if self.parameters is None or self.is_sharded:
             return None
         weight = dict.get(self.parameters, "weight")

@@ -1,0 +1,86 @@
+"""A small network through PEFT, and what plain autograd says of it."""
+
+import copy
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pacatune import PacaConfig
+from pacatune.reference import paca_linear
+
+ALPHA = 6.0
+
+
+class Net(nn.Module):
+    """Two linear layers; `checkpointing` is None, "reentrant" or "non-reentrant"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 12)
+        self.second = nn.Linear(12, 6, bias=False)
+        self.checkpointing: str | None = None
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing is None:
+            return self.body(x)
+        return checkpoint(self.body, x, use_reentrant=self.checkpointing == "reentrant")
+
+
+def adapt(base: Net, **options) -> nn.Module:
+    config = PacaConfig(r=3, paca_alpha=ALPHA, target_modules=["first", "second"], **options)
+    model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.normal_(generator=torch.Generator().manual_seed(delta.numel()))
+    return model
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "paca_delta")]
+
+
+def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+    return [layer.paca_delta[adapter].weight for layer in layers(model)]
+
+
+def expected(base: Net, model: nn.Module, x: Tensor, adapter: str = "default"):
+    """Output and gradients (x, deltas) of sum(y ** 2) by plain autograd at the current deltas."""
+    x = x.clone().requires_grad_()
+    values = [delta.detach().clone().requires_grad_() for delta in deltas(model, adapter)]
+    h = x
+    for number, (layer, delta, plain) in enumerate(
+        zip(layers(model), values, (base.first, base.second), strict=True)
+    ):
+        h = torch.tanh(h) if number else h
+        h = paca_linear(
+            h,
+            plain.weight.detach(),
+            delta,
+            layer.paca_indices[adapter],
+            layer.scaling[adapter],
+            None if plain.bias is None else plain.bias.detach(),
+        )
+    return h.detach(), torch.autograd.grad(h.square().sum(), [x, *values])
+
+
+def check(base: Net, model: nn.Module, x: Tensor, adapter: str = "default") -> None:
+    """Forward and every gradient equal plain autograd; earlier gradients are cleared."""
+    y, grads = expected(base, model, x, adapter)
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, y, atol=1e-10, rtol=1e-10)
+    found = [x.grad, *(delta.grad for delta in deltas(model, adapter))]
+    for ours, theirs in zip(found, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def assert_base(base: Net, model: nn.Module) -> None:
+    for layer, plain in zip(layers(model), (base.first, base.second), strict=True):
+        assert torch.equal(layer.base_layer.weight, plain.weight)
