@@ -144,8 +144,9 @@ def _print_table(reports: "dict[str, Report]", ranks: dict[str, int], console: "
 
 def _print_notes(options: Any, output: Path, model: str, console: "Console") -> None:
     notes = [
-        "Both runs have the same data, order, steps, number type and seed; LoRA has no dropout. "
-        "'Kept for backward' is what the first step keeps, weights aside.",
+        "Both runs have the same data, order, steps, number type and seed, and the learning rate "
+        "that was the best of three for either; LoRA has no dropout. 'Kept for backward' is what "
+        "the first step keeps, weights aside.",
         "One seed and few steps: this shows the training, not which method learns better.",
     ]
     if options.model is None:
