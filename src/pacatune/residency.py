@@ -211,10 +211,14 @@ class Residency:
         self._drop_originals()
 
     def after_step(self) -> None:
-        """Note that an optimiser changed delta; restore at once if somebody holds the weight."""
-        self.is_stale = True
-        if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
+        """Note that an optimiser changed delta.
+
+        Restores at once if somebody holds the weight, or if nobody has written since the last step:
+        then compiled graphs run, which work around columns that are there at the cost of a copy.
+        """
+        if self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
             self.restore()
+        self.is_stale = self.is_written
 
     def __del__(self) -> None:
         if self.is_written and sys is not None and not sys.is_finalizing():

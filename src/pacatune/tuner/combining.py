@@ -55,9 +55,7 @@ def add_weighted_adapter(
     for name, (delta, indices) in sums.items():
         combined = tuner.model.get_submodule(name)
         assert isinstance(combined, PacaLayer)
-        combined.paca_indices[adapter_name] = indices
-        with torch.no_grad():
-            combined.delta_of(adapter_name).copy_(delta)
+        combined.replace_update(adapter_name, delta, indices, len(indices))
 
 
 def _check(tuner: "PacaModel", adapters: list[str], weights: list[float], name: str) -> None:

@@ -104,6 +104,29 @@ class PacaLayer(MergeMixin, BaseTunerLayer):
         """Return one adapter's (O, R) update, before scaling."""
         return cast(Delta, self.paca_delta[adapter_name]).weight
 
+    @torch.no_grad()
+    def replace_update(
+        self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
+    ) -> None:
+        """Give an adapter other values; its parameter object stays where the shape does.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            delta: (O, R) update, before scaling.
+            indices: (R,) int64 sorted columns.
+            paca_alpha: Scale of the update; the factor is paca_alpha / R.
+        """
+        self.restore()
+        holder, rank = cast(Delta, self.paca_delta[adapter_name]), len(indices)
+        old = holder.weight
+        if old.shape == delta.shape:
+            old.copy_(delta)
+        else:
+            holder.weight = nn.Parameter(delta.to(old), requires_grad=old.requires_grad)
+        self.paca_indices[adapter_name] = indices.to(old.device)
+        self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
+        self.scaling[adapter_name] = paca_alpha / rank
+
     def restore(self) -> None:
         """Put the pretrained columns back into the base weight, if adapted ones are there."""
         if self.residency is not None:

@@ -111,8 +111,8 @@ class Linear(PacaLayer, nn.Module):
         if not torch.compiler.is_compiling():
             self.restore()
         elif self.residency is not None and self.residency.is_written:
-            # A traced graph cannot restore, so it undoes the columns in a copy; the next optimiser
-            # step, or whoever looks at the weight, ends this.
+            # A traced graph cannot restore, so it undoes the columns in a copy, until the optimiser
+            # has stepped twice or somebody looks at the weight.
             weight = self.residency.pretrained_weight()
             return F.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
         result = self.base_layer(x, *args, **kwargs)

@@ -7,9 +7,14 @@ the same files and takes its place, so that an adapter is loaded by one implemen
 package wrote it.
 """
 
+import functools
+import inspect
+import re
 import sys
+from typing import Any
 
 from peft import mapping
+from peft.utils import transformers_weight_conversion
 from peft.utils.peft_types import PeftType, register_peft_method
 
 __all__ = ["ensure_peft_type", "register"]
@@ -49,6 +54,7 @@ def register(config_class: type, model_class: type) -> None:
     mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=_NAME.lower(), config_cls=config_class, model_cls=model_class)
+    _teach_transformers()
     if foreign is None:
         return
     for module_name in ("peft", "peft.tuners"):
@@ -56,3 +62,31 @@ def register(config_class: type, model_class: type) -> None:
         for attribute, ours in (("PacaConfig", config_class), ("PacaModel", model_class)):
             if hasattr(module, attribute):
                 setattr(module, attribute, ours)
+
+
+def _teach_transformers() -> None:
+    """Let `model.load_adapter` and `AutoModel.from_pretrained(adapter)` find the deltas.
+
+    transformers loads adapters by itself, with renamings from PEFT that put the adapter's name
+    after `paca_delta`; the parameter is called `paca_delta.<adapter>.weight`. Without this one more
+    renaming the deltas would be skipped, with a message that is easily missed.
+    """
+    build = transformers_weight_conversion.build_peft_weight_mapping
+    if getattr(build, "knows_paca", False):
+        return
+
+    @functools.wraps(build)
+    def build_with_paca(*args: Any, **kwargs: Any) -> list[Any]:
+        renamings: list[Any] = build(*args, **kwargs)
+        arguments = inspect.signature(build).bind(*args, **kwargs).arguments
+        if renamings and getattr(arguments.get("peft_config"), "peft_type", None) == _NAME:
+            adapter_name = re.escape(arguments["adapter_name"])
+            renamings.append(
+                transformers_weight_conversion.WeightRenaming(
+                    rf"(paca_delta\.{adapter_name})$", r"\1.weight"
+                )
+            )
+        return renamings
+
+    build_with_paca.knows_paca = True  # type: ignore[attr-defined]
+    transformers_weight_conversion.build_peft_weight_mapping = build_with_paca
