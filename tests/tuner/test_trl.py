@@ -1,0 +1,97 @@
+"""TRL's trainers with PacaConfig: SFT from a configuration, DPO from a loaded adapter."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pacatune import PacaConfig
+from pacatune.tuner import PacaLayer
+
+pytestmark = [
+    # transformers' Trainer asks torch, and itself, by names that are on their way out.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+]
+
+
+@pytest.fixture
+def base(tiny_model_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def config():
+    return PacaConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft(base, tokenizer, tmp_path, checkpointing):
+    from trl import SFTConfig, SFTTrainer
+
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    trainer = SFTTrainer(
+        base,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            gradient_checkpointing=checkpointing,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict({"text": ["What is the capital of France? Paris."] * 24}),
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    layers = [module for module in trainer.model.modules() if isinstance(module, PacaLayer)]
+    assert len(layers) == 6
+    assert all(layer.delta_of("default").abs().sum() > 0 for layer in layers)
+    seen = trainer.model.unload().state_dict()
+    assert all(torch.equal(seen[name], value) for name, value in before.items())
+
+
+def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
+    """The first loss is log 2 only if policy and reference are the same adapter."""
+    from trl import DPOConfig, DPOTrainer
+
+    model = get_peft_model(base, config())
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            layer.delta_of("default").data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    base = model.unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    rows = {"prompt": ["What is"] * 4, "chosen": [" the capital"] * 4, "rejected": [" France"] * 4}
+    trainer = DPOTrainer(
+        loaded,
+        args=DPOConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0]
