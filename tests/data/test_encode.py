@@ -1,10 +1,10 @@
 import copy
 
 import pytest
-from tests.conftest import CHAT_TEMPLATE
 
 from pacatune.data.encode import Encoder
 from pacatune.data.formats import Example
+from tests.conftest import CHAT_TEMPLATE
 
 MARKED_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n"
@@ -183,9 +183,11 @@ def test_labels_are_cut_and_masked(tokenizer):
 )
 def test_same_tokens_and_labels_as_trl(tokenizer, tmp_path, prompt, completion):
     """TRL's own preparation is the reference where it has a mask of its own."""
+    import trl
     from datasets import Dataset
-    from tests.conftest import build_model
     from trl import SFTConfig, SFTTrainer
+
+    from tests.conftest import build_model
 
     row = {"prompt": prompt, "completion": completion} if prompt else {"text": completion}
     trainer = SFTTrainer(
@@ -198,6 +200,8 @@ def test_same_tokens_and_labels_as_trl(tokenizer, tmp_path, prompt, completion):
     )
     theirs = trainer.train_dataset[0]
     ours = encode(tokenizer, prompt, completion)
+    if ours.boundary_moved and not hasattr(trl.data_utils, "common_prefix_length"):
+        pytest.skip("older versions of TRL mask a token that holds part of the completion")
     assert ours.input_ids == theirs["input_ids"]
     labels = ours.labels(None)
     # They also learn the line break behind the stop token, which no generation reaches.

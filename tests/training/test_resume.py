@@ -243,33 +243,40 @@ def test_overwrite_says_what_it_deletes_and_spares_the_rest(make_config, tmp_pat
     assert "notes.txt" not in out
 
 
+FULL_DISK = """
+import resource, sys
+from pacatune.cli import main
+from pacatune.training.recipe import RunTrainer
+
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+plain = RunTrainer._save_checkpoint
+
+def limited(self, *args):
+    if self.state.global_step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    plain(self, *args)
+
+RunTrainer._save_checkpoint = limited
+for limit in (20_000, 60_000):  # the adapter has 33 kB, the state of the optimizer 70 kB
+    folder = f"{sys.argv[2]}/{limit}"
+    status = main(["train", "--config", sys.argv[1], "--training.output_dir", folder])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert status == 2, status
+"""
+
+
 def test_save_failure_keeps_the_previous_checkpoint(make_config, tmp_path):
     """A disk that is full at the second checkpoint, by a real limit of file sizes."""
     save_config(make_config(), tmp_path / "run.yaml")
-    code = (
-        "import resource, sys\n"
-        "from pacatune.cli import main\n"
-        "from pacatune.training.recipe import RunTrainer\n"
-        "plain = RunTrainer._save_checkpoint\n"
-        "def limited(self, *args):\n"
-        "    if self.state.global_step == 4:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
-        "    plain(self, *args)\n"
-        "RunTrainer._save_checkpoint = limited\n"
-        "sys.exit(main(['train', '--config', sys.argv[1]]))\n"
-    )
-    for limit in ("20000", "60000"):  # the adapter has 33 kB, the optimizer 70 kB
-        command = [sys.executable, "-c", code, str(tmp_path / "run.yaml"), limit]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        last = done.stderr.splitlines()[-1]
-        assert "pacatune: error: could not save checkpoint-4 in" in last
-        assert "checkpoint-2 is intact: make room, then continue with --resume." in last
-        folder = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run.yaml"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("pacatune: error:")]
+    assert len(errors) == 2
+    for error, limit in zip(errors, ("20000", "60000"), strict=True):
+        assert "could not save checkpoint-4 in" in error
+        assert "checkpoint-2 is intact: make room, then continue with --resume." in error
+        folder = tmp_path / limit
         assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "config.yaml"]
-        assert load_file(folder / "checkpoint-2/adapter_model.safetensors")
-        if limit == "60000":
-            break
-        shutil.rmtree(folder)
-    report = train(make_config(), resume=True, console=Console(quiet=True))
-    assert report.num_steps == 8
+        config = make_config(training={"output_dir": str(folder)})
+        assert train(config, resume=True, console=Console(quiet=True)).num_steps == 8
