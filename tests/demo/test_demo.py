@@ -141,14 +141,18 @@ def test_missing_model_is_named(tmp_path, words, capsys):
 def test_dtype_is_the_faster_one(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     times = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(comparison, "_matmul_seconds", times.get)
+    monkeypatch.setattr(comparison, "_matmul_seconds", lambda *dtypes: times)
     assert comparison.choose_dtype() == "bfloat16"
     times[torch.bfloat16] = 1.9
     assert comparison.choose_dtype() == "float32"
 
 
 def test_measured_times_are_those_of_a_product():
-    assert 1e-6 < comparison._matmul_seconds(torch.float32) < 10
+    num_threads = torch.get_num_threads()
+    seconds = comparison._matmul_seconds(torch.float32, torch.bfloat16, num_repeats=2)
+    assert list(seconds) == [torch.float32, torch.bfloat16]
+    assert all(1e-6 < value < 10 for value in seconds.values())
+    assert torch.get_num_threads() == num_threads
 
 
 def test_prompts_are_not_in_the_data(tmp_path):

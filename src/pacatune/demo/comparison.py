@@ -35,7 +35,7 @@ def choose_dtype() -> str:
     """Return the type of the weights: the faster one of a CPU, `auto` where there is a GPU."""
     if torch.accelerator.is_available():
         return "auto"
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = _matmul_seconds(torch.float32, torch.bfloat16)
     is_faster = seconds[torch.bfloat16] * _FASTER < seconds[torch.float32]
     return "bfloat16" if is_faster else "float32"
 
@@ -141,13 +141,22 @@ def _equal_rank(paca: "RunConfig", lora: "RunConfig") -> int:
     return max(1, round(numbers[0] / numbers[1]))
 
 
-def _matmul_seconds(dtype: torch.dtype, num_repeats: int = 5) -> float:
-    """Return the least time of a product as large as those of a small model's MLP."""
-    x = torch.randn(512, 1024).to(dtype)
-    weight = torch.randn(2048, 1024).to(dtype)
-    seconds = []
-    for _ in range(num_repeats):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _matmul_seconds(*dtypes: torch.dtype, num_repeats: int = 30) -> dict[torch.dtype, float]:
+    """Return the least time of a matrix product in each type, on one thread.
+
+    Short products in turns, and their least time: other programs may be running.
+    """
+    num_threads = torch.get_num_threads()
+    x, weight = torch.randn(128, 512), torch.randn(512, 512)
+    least = dict.fromkeys(dtypes, float("inf"))
+    try:
+        torch.set_num_threads(1)
+        for _ in range(num_repeats):
+            for dtype in dtypes:
+                operands = x.to(dtype), weight.to(dtype)
+                start = time.perf_counter()
+                torch.nn.functional.linear(*operands)
+                least[dtype] = min(least[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return least
