@@ -18,6 +18,25 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.parametrize("path", ["./no/such", "/no", "~/no-such-model", "a/b/c"])
+def test_missing_model_folder(make_config, path):
+    with pytest.raises(FileNotFoundError, match=f"model folder {path} does not exist; check"):
+        models.load_tokenizer(make_config(model={"path": path}))
+
+
+def test_folder_without_a_model(make_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; `model.path` must be a mod"):
+        models.load_tokenizer(make_config(model={"path": str(tmp_path)}))
+
+
+def test_output_head_as_target(make_config):
+    section = PacaSection(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"`paca.target_modules` names the output head, which"):
+        plan(make_config(paca=section))
+    with pytest.raises(ValueError, match=r"`lora.target_modules` names the output head, which"):
+        plan(make_config("lora", lora=LoraSection(target_modules=["lm_head"])))
+
+
 def test_chat_template_as_text_and_as_file(make_config, tmp_path):
     text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert models.load_tokenizer(make_config(data={"chat_template": text})).chat_template == text

@@ -80,6 +80,12 @@ def test_file_instead_of_folder(tmp_path):
         check(tmp_path / "out")
 
 
+def test_place_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=f"nothing can be written in {tmp_path}; choose"):
+        check(tmp_path / "new" / "deep")
+
+
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="--resume and --overwrite exclude each other"):
         check(tmp_path, resume=True, overwrite=True)

@@ -109,3 +109,42 @@ def test_early_stopping(strategy):
     assert training.load_best_model_at_end
     assert training.metric_for_best_model == "eval_loss"
     assert training.greater_is_better is False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 0},
+        {"per_device_eval_batch_size": -1},
+        {"gradient_accumulation_steps": 0},
+        {"num_train_epochs": 0},
+        {"max_length": 0},
+    ],
+)
+def test_numbers_that_train_nothing(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0; raise"):
+        TrainingConfig(**options)
+
+
+def test_numbers_that_do_not_matter():
+    assert TrainingConfig(num_train_epochs=0, max_steps=3, max_length=None, use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_stopping_patience": 2},
+        {"training": {"load_best_model_at_end": True}},
+        {"training": {"save_strategy": "best", "metric_for_best_model": "eval_loss"}},
+    ],
+)
+def test_best_of_no_evaluation(options):
+    training = TrainingConfig(use_cpu=True, **options.pop("training", {}))
+    with pytest.raises(ValueError, match=r"but there is no evaluation data; set `data.eval_path`"):
+        RunConfig(
+            model=ModelConfig(path="m"),
+            data=DataConfig(path="d", eval_fraction=0),
+            training=training,
+            **options,
+        )

@@ -7,6 +7,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
+from pacatune.training.option_checks import check_ranges, refuse_foreign_options
 from pacatune.training.precision import bfloat16_is_fast
 
 Method = Literal["paca", "lora", "dora", "full"]
@@ -183,7 +184,8 @@ class TrainingConfig(SFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         # As given, before TRL and transformers resolve them: what a saved config must say.
         self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        _refuse_foreign_options(self)
+        refuse_foreign_options(self)
+        check_ranges(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)
             if self.bf16 and not _has_accelerator():
@@ -238,6 +240,18 @@ class RunConfig:
             self.training.learning_rate = self.training.given["learning_rate"] = rate
         if self.early_stopping_patience is not None:
             self._set_early_stopping(self.early_stopping_patience)
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        """Refuse to choose the best of several checkpoints without data to judge them by."""
+        training = self.training
+        chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
+        if chooses and not (self.data.eval_path or self.data.eval_split or self.data.eval_fraction):
+            raise ValueError(
+                "the best checkpoint is to be kept (`early_stopping_patience`, "
+                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
+                "evaluation data; set `data.eval_path` or `data.eval_fraction`."
+            )
 
     def _set_early_stopping(self, patience: int) -> None:
         training = self.training
@@ -257,47 +271,6 @@ class RunConfig:
         training.load_best_model_at_end = True
         training.metric_for_best_model = "eval_loss"
         training.greater_is_better = False
-
-
-# Options of SFTConfig that this recipe decides elsewhere, and where.
-_ELSEWHERE = {
-    "chat_template_path": "set `data.chat_template`",
-    "dataset_text_field": "name the column 'text'",
-    "dataset_kwargs": "data is always prepared before the model is loaded",
-    "completion_only_loss": "set `data.loss` to completion or all",
-    "assistant_only_loss": "set `data.loss` to completion or all",
-    "resume_from_checkpoint": "use --resume",
-    "trust_remote_code": "code of a model is never executed; use a converted model",
-    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
-    "truncation_mode": "examples are cut at their end; shorten them yourself",
-    "remove_unused_columns": "the data has the columns that training needs",
-}
-_MODEL_ARGUMENTS = {
-    "trust_remote_code": "code of a model is never executed",
-    "dtype": "set `model.dtype`",
-    "torch_dtype": "set `model.dtype`",
-    "revision": "set `model.revision`",
-    "attn_implementation": "set `model.attn_implementation`",
-}
-
-
-def _refuse_foreign_options(training: TrainingConfig) -> None:
-    defaults = {f.name: f.default for f in fields(SFTConfig)}
-    for name, instead in _ELSEWHERE.items():
-        value = getattr(training, name)
-        if value != defaults[name]:
-            raise ValueError(f"`training.{name}` ({value!r}) is not offered: {instead}.")
-    for name in training.model_init_kwargs or {}:
-        if name in _MODEL_ARGUMENTS:
-            raise ValueError(
-                f"`training.model_init_kwargs` has {name!r}, which is not offered: "
-                f"{_MODEL_ARGUMENTS[name]}."
-            )
-    if training.packing and training.packing_strategy == "wrapped":
-        raise ValueError(
-            "`training.packing_strategy` ('wrapped') lets examples attend to each other; "
-            "use 'bfd' or 'bfd_split'."
-        )
 
 
 def _name(choice: Any) -> str:

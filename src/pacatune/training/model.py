@@ -37,9 +37,20 @@ class Plan:
 
 
 def model_path(config: RunConfig) -> str:
-    """Return the hub id, or the absolute path of a local folder."""
-    local = Path(config.model.path).expanduser()
-    return str(local.resolve()) if local.exists() else config.model.path
+    """Return the hub id, or the absolute path of a local folder.
+
+    Raises:
+        FileNotFoundError: If it looks like a local folder and holds no model.
+    """
+    path = config.model.path
+    local = Path(path).expanduser()
+    if local.exists() and not (local / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no config.json; `model.path` must be a model folder."
+        )
+    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"model folder {path} does not exist; check `model.path`.")
+    return str(local.resolve()) if local.exists() else path
 
 
 def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
@@ -143,6 +154,12 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     targets: dict[str, str] = {}
     if adapter_config is not None:
         wrapped = get_peft_model(model, copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+        if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
+            # TRL multiplies by the weight of the head itself, past any adapter on it.
+            raise ValueError(
+                f"`{_section(config)}.target_modules` names the output head, which the loss reads "
+                "directly, so an adapter there would not be trained; drop it."
+            )
         for name, module in wrapped.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer):
                 targets[name] = f"{module.in_features} -> {module.out_features}"
@@ -184,6 +201,10 @@ def weights_dtype(config: RunConfig) -> torch.dtype:
 def count_trainable(model: nn.Module) -> int:
     """Return the number of trained values, counting sharded ones in full."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _section(config: RunConfig) -> str:
+    return "paca" if config.method == "paca" else "lora"
 
 
 def _load_model_config(config: RunConfig) -> Any:

@@ -37,11 +37,11 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         ValueError: If both options are given, or `resume` finds no run or a finished one.
         FileExistsError: If the folder holds another run and no option says what to do, or holds
             files of the names that a run writes but no run.
+        PermissionError: If nothing can be written there.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; choose another `training.output_dir`.")
+    _check_place(folder)
     if resume:
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
@@ -174,6 +174,17 @@ def refuse_empty_tensors(folder: Path) -> None:
                         "while its values lay on other processes. Let DeepSpeed gather them "
                         "(stage3_gather_16bit_weights_on_model_save: true)."
                     )
+
+
+def _check_place(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; choose another `training.output_dir`.")
+    ancestors = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(path for path in ancestors if path.exists())
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(
+            f"nothing can be written in {nearest}; choose another `training.output_dir`."
+        )
 
 
 def _names(folder: Path) -> list[str]:

@@ -120,7 +120,7 @@ def _make_trainer(
         state = read_state(checkpoint) or {}
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(arguments, name, state.get(name, getattr(arguments, name)))
-    if not arguments.packing:
+    if not (arguments.packing or arguments.eval_packing or arguments.shuffle_dataset):
         arguments.dataset_kwargs = {"skip_prepare_dataset": True}
         arguments.max_length = None
     set_seed(arguments.seed)
