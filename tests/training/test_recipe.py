@@ -191,6 +191,38 @@ def test_targets_and_parameters_are_shown_before_training(make_config, console):
     assert "held-out loss after" in out
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packed_examples_are_trained_as_alone(make_config, console, monkeypatch, strategy):
+    """Only with flash attention in use, but sdpa masks this model right too, at a cost."""
+    monkeypatch.setattr("pacatune.training.model.check_attention", lambda config: None)
+    options = {"per_device_train_batch_size": 57, "per_device_eval_batch_size": 60, "max_steps": 2}
+    alone = train(make_config(training=options), console=console)
+    options |= {"packing": True, "packing_strategy": strategy, "max_length": 64}
+    packed = train(make_config(training=options), overwrite=True, console=console)
+    assert packed.eval_loss_before == pytest.approx(alone.eval_loss_before, rel=1e-5)
+    for (_, one), (_, two) in zip(alone.train_losses, packed.train_losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_checkpointed_activations_change_no_loss(make_config, console):
+    plain = train(make_config(training={"max_steps": 3}), console=console)
+    name = "activation_checkpointing"
+    name = name if hasattr(make_config().training, name) else "gradient_checkpointing"
+    config = make_config(training={"max_steps": 3, name: True})
+    lean = train(config, overwrite=True, console=console)
+    for (_, one), (_, two) in zip(plain.train_losses, lean.train_losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    assert lean.saved_activation_bytes < plain.saved_activation_bytes
+
+
+def test_shuffled_data_set_is_honoured(make_config, console):
+    options = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    plain = train(make_config(training=options), console=console)
+    config = make_config(training={**options, "shuffle_dataset": True})
+    shuffled = train(config, overwrite=True, console=console)
+    assert shuffled.train_losses[0] != plain.train_losses[0]
+
+
 def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
     config = make_config(
         training={
@@ -262,8 +294,8 @@ class TestBeforeWeights:
     def test_packing_without_flash_attention(self, make_config):
         with pytest.raises(
             ValueError,
-            match=r"`model.attn_implementation` \(None\): only flash attention keeps packed "
-            "examples apart; set it to flash_attention_2",
+            match=r"`model.attn_implementation` \(None\): flash attention alone keeps packed "
+            "examples apart in every model; set it to flash_attention_2",
         ):
             train(make_config(training={"packing": True}))
 

@@ -107,8 +107,8 @@ def check_attention(config: RunConfig) -> None:
     if packed and "flash" not in (attention or ""):
         raise ValueError(
             f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({attention!r}): only flash attention keeps packed examples apart; set it to "
-            "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
+            f"({attention!r}): flash attention alone keeps packed examples apart in every model; "
+            "set it to flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
         )
 
 
