@@ -12,6 +12,7 @@ import torch
 from pacatune.cli import demo, main
 from pacatune.demo import comparison, prepare_questions
 from pacatune.demo.output import open_output
+from pacatune.training import Report
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,14 @@ def test_measured_times_are_those_of_a_product():
     assert list(seconds) == [torch.float32, torch.bfloat16]
     assert all(1e-6 < value < 10 for value in seconds.values())
     assert torch.get_num_threads() == num_threads
+
+
+def test_runs_on_unequal_cores_are_told(finished):
+    report = Report(**json.loads((finished[0] / "demo.json").read_text())["reports"]["paca"])
+    quiet, busy = (comparison.Outcome(report=report, num_cores=number) for number in (1.8, 0.9))
+    assert comparison.unequal_cores({"paca": quiet, "lora": quiet}) is None
+    told = comparison.unequal_cores({"paca": quiet, "lora": busy})
+    assert "the two runs had 1.8 and 0.9 processor cores. Compare step times on an idle" in told
 
 
 def test_prompts_are_not_in_the_data(tmp_path):

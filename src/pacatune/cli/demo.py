@@ -43,7 +43,8 @@ def run(argv: list[str]) -> int:
     runs = comparison.make_runs(
         model, data, output, num_steps=options.steps, seed=options.seed, dtype=dtype
     )
-    reports = comparison.run_all(runs, console)
+    outcomes = comparison.run_all(runs, console)
+    reports = {method: outcome.report for method, outcome in outcomes.items()}
     console.rule("[bold]answers", align="left")
     answers = comparison.answer(
         model,
@@ -54,7 +55,8 @@ def run(argv: list[str]) -> int:
     console.rule("[bold]result", align="left")
     ranks = {"paca": runs["paca"].paca.r, "lora": runs["lora"].lora.r}
     _print_table(reports, ranks, console)
-    _print_notes(options, output, model, console)
+    _print_notes(options, comparison.unequal_cores(outcomes), console)
+    _print_next(output, model, console)
     result = {
         "finished": True,
         "ranks": ranks,
@@ -142,15 +144,23 @@ def _print_table(reports: "dict[str, Report]", ranks: dict[str, int], console: "
     console.print(table)
 
 
-def _print_notes(options: Any, output: Path, model: str, console: "Console") -> None:
+def _print_notes(options: argparse.Namespace, unequal: str | None, console: "Console") -> None:
     notes = [
-        "Both runs have the same data, order, steps, number type and seed, and the learning rate "
-        "that was the best of three for either; LoRA has no dropout. 'Kept for backward' is what "
-        "the first step keeps, weights aside.",
+        "Both runs have the same data, order, steps, number type and seed; LoRA has no dropout. "
+        "'Kept for backward' is what the first step keeps, weights aside.",
         "One seed and few steps: this shows the training, not which method learns better.",
     ]
     if options.model is None:
         notes.append("The model's weights are the originals rounded to 4 bits (GGUF Q4_1).")
+    if unequal is not None:
+        notes.append(unequal)
+    console.print()
+    for note in notes:
+        console.print(note, style="dim")
+
+
+def _print_next(output: Path, model: str, console: "Console") -> None:
+    """Print commands that work when they are pasted."""
     program = _program()
     adapter = shlex.quote(str(output / "paca"))
     base = f"--model {shlex.quote(model)} --adapter {adapter}"
@@ -161,9 +171,6 @@ def _print_notes(options: Any, output: Path, model: str, console: "Console") -> 
         f"{program} export {base} --to lora --output {target['exported-lora']}",
         f"{program} inspect {adapter}",
     ]
-    console.print()
-    for note in notes:
-        console.print(note, style="dim")
     console.print(f"\nThe adapter is in {output / 'paca'}. What to do next:\n", soft_wrap=True)
     for command in commands:
         console.print(f"  {command}", soft_wrap=True, markup=False)

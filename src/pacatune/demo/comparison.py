@@ -20,6 +20,8 @@ LEARNING_RATE = 4e-3
 MAX_ANSWER_TOKENS = 40
 # A CPU without bfloat16 units emulates it, at several times the cost.
 _FASTER = 1.2
+# Cores of the run that had fewer, as a share of the other's, that still make them comparable.
+_EQUAL = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,15 @@ class Answer:
     prompt: str
     before: str
     after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one run achieved, and on how many processor cores."""
+
+    report: "Report"
+    num_cores: float
+    """Processor time per time: what other programs left, of what the run could use."""
 
 
 def choose_dtype() -> str:
@@ -61,15 +72,30 @@ def make_runs(
     return {"paca": paca, "lora": lora}
 
 
-def run_all(runs: "dict[str, RunConfig]", console: "Console") -> "dict[str, Report]":
+def run_all(runs: "dict[str, RunConfig]", console: "Console") -> "dict[str, Outcome]":
     """Train one after the other, replacing what an earlier demo left in their folders."""
     from pacatune.training import train
 
-    reports = {}
+    outcomes = {}
     for method, config in runs.items():
         console.rule(f"[bold]{method}", align="left")
-        reports[method] = train(config, overwrite=True, console=console)
-    return reports
+        wall, used = time.perf_counter(), time.process_time()
+        report = train(config, overwrite=True, console=console)
+        wall, used = time.perf_counter() - wall, time.process_time() - used
+        outcomes[method] = Outcome(report=report, num_cores=used / wall)
+    return outcomes
+
+
+def unequal_cores(outcomes: "dict[str, Outcome]") -> str | None:
+    """Say so if other programs slowed one run on the CPU more than the other."""
+    cores = [outcome.num_cores for outcome in outcomes.values()]
+    if outcomes["paca"].report.device != "cpu" or min(cores) > _EQUAL * max(cores):
+        return None
+    shown = " and ".join(f"{number:.1f}" for number in cores)
+    return (
+        f"Other programs were running: the two runs had {shown} processor cores. "
+        "Compare step times on an idle machine."
+    )
 
 
 def answer(
