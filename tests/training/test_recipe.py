@@ -223,6 +223,17 @@ def test_shuffled_data_set_is_honoured(make_config, console):
     assert shuffled.train_losses[0] != plain.train_losses[0]
 
 
+def test_options_of_another_method_are_said_to_be_unused(make_config, console):
+    from pacatune.training import LoraSection
+
+    config = make_config(lora=LoraSection(r=4), training={"max_steps": 1})
+    train(config, console=console)
+    assert "warning: the options of `lora` are not used by the method paca." in (
+        console.file.getvalue()
+    )
+    assert "`paca` are not used" not in console.file.getvalue()
+
+
 def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
     config = make_config(
         training={

@@ -71,10 +71,18 @@ def test_options_decided_elsewhere(options, message):
 
 def test_given_values_stay_as_given():
     training = TrainingConfig(use_cpu=True)
-    assert training.given["bf16"] is None
-    assert training.bf16 in (True, False)
     assert training.given["report_to"] == "tensorboard"
     assert training.report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_mixed_precision_is_pinned_to_what_is_fast(monkeypatch, fast):
+    monkeypatch.setattr("pacatune.training.config.bfloat16_is_fast", lambda use_cpu: fast)
+    training = TrainingConfig()
+    assert training.bf16 is fast
+    assert training.given["bf16"] is fast
+    again = TrainingConfig(**training.given)
+    assert again.bf16 is fast
 
 
 def test_mixed_precision_is_not_forced_onto_fp16():

@@ -1,6 +1,5 @@
 """Measure what training really holds: activations kept for backward, peaks of the process."""
 
-import resource
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +63,8 @@ def peak_process_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

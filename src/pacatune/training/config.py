@@ -187,9 +187,11 @@ class TrainingConfig(SFTConfig):  # type: ignore[misc]
         refuse_foreign_options(self)
         check_ranges(self)
         if self.bf16 is None:
+            # Pinned, so that a saved config gives the same numbers on another machine.
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)
-            if self.bf16 and not _has_accelerator():
-                self.use_cpu = True  # transformers wants it said before it takes bf16 on a CPU
+            self.given["bf16"] = self.bf16
+        if self.bf16 and not _has_accelerator():
+            self.use_cpu = True  # transformers wants it said before it takes bf16 on a CPU
         super().__post_init__()
         if not _has_accelerator() or self.use_cpu:
             self.dataloader_pin_memory = False

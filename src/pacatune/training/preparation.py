@@ -49,6 +49,7 @@ def prepare_run(config: RunConfig, console: Console) -> Run:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
+    show_warnings(_unused_sections(config), console)
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     adapter_config = models.make_adapter_config(config)
@@ -102,6 +103,15 @@ def _check_environment(config: RunConfig) -> None:
                 f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
                 f"{', '.join(available) or 'none'}."
             )
+
+
+def _unused_sections(config: RunConfig) -> list[str]:
+    used = {"paca": ("paca",), "lora": ("lora", "dora")}
+    return [
+        f"the options of `{name}` are not used by the method {config.method}."
+        for name, methods in used.items()
+        if config.method not in methods and getattr(config, name) != type(getattr(config, name))()
+    ]
 
 
 def show_warnings(warnings: list[str], console: Console) -> None:
