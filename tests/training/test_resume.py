@@ -191,6 +191,20 @@ def test_resume_of_a_finished_run(interrupted):
         train(interrupted, resume=True)
 
 
+def test_resume_of_a_run_that_only_lacks_its_result(make_config, tmp_path):
+    """Killed after the last step, before the adapter was saved."""
+    first = train(make_config(), console=Console(quiet=True))
+    whole = load_file(tmp_path / "out/adapter_model.safetensors")
+    for name in ("report.json", "adapter_model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    report = train(make_config(), resume=True, console=Console(quiet=True))
+    again = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert report.train_losses == first.train_losses
+    assert report.eval_loss_after == first.eval_loss_after
+    assert report.step_ms is None
+
+
 def test_resume_deletes_what_a_killed_save_left(interrupted, tmp_path):
     left = tmp_path / "out/.incomplete/checkpoint-6"
     left.mkdir(parents=True)
@@ -224,6 +238,19 @@ def test_early_stopping_counts_on(make_config, tmp_path, monkeypatch):
     cut = train(config("cut"), resume=True, console=Console(quiet=True))
     assert cut.eval_losses == whole.eval_losses
     assert cut.eval_loss_after == whole.eval_loss_after
+
+
+def test_overwrite_deletes_nothing_before_training_can_start(make_config, tmp_path, monkeypatch):
+    train(make_config(training={"max_steps": 2}), console=Console(quiet=True))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+
+    def fail(config):
+        raise ValueError("no memory for the weights")
+
+    monkeypatch.setattr("pacatune.training.model.load_model", fail)
+    with pytest.raises(ValueError, match="no memory for the weights"):
+        train(make_config(), overwrite=True, console=Console(quiet=True))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
 def test_overwrite_says_what_it_deletes_and_spares_the_rest(make_config, tmp_path, console):

@@ -125,11 +125,11 @@ def fingerprint(data: "Dataset") -> str:
     return hashlib.blake2b(b"".join(row_digests(data)), digest_size=16).hexdigest()
 
 
-def find_checkpoint(config: RunConfig, run: Run, folder: Path) -> Path:
-    """Return the checkpoint to continue, once sure that it belongs to this very run.
+def check_same_options(config: RunConfig, folder: Path) -> None:
+    """Refuse to resume a run with other options than it was started with.
 
     Raises:
-        ValueError: If options or data differ, or no checkpoint is complete.
+        ValueError: Names each option that differs, with both values.
     """
     changes = changed_keys(read_values(folder / CONFIG_NAME), to_values(config))
     if changes:
@@ -137,6 +137,14 @@ def find_checkpoint(config: RunConfig, run: Run, folder: Path) -> Path:
             f"the run in {folder} was started with other options, so resuming would mix two "
             f"runs ({'; '.join(changes)}); resume with `--config {folder / CONFIG_NAME}`."
         )
+
+
+def find_checkpoint(run: Run, folder: Path) -> Path:
+    """Return the checkpoint to continue, once sure that it saw the same data.
+
+    Raises:
+        ValueError: If no checkpoint is complete, or the data has changed.
+    """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(

@@ -25,6 +25,7 @@ from pacatune.training.output import (
 )
 from pacatune.training.preparation import (
     Run,
+    check_same_options,
     find_checkpoint,
     fingerprint,
     main_console,
@@ -67,10 +68,13 @@ def train(
     console = main_console(config, console)
     folder = Path(str(config.training.output_dir))
     check_folder(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_options(config, folder)
     run = prepare_run(config, console)
-    checkpoint = find_checkpoint(config, run, folder) if resume else None
-    _open_folder(config, folder, checkpoint, console)
+    checkpoint = find_checkpoint(run, folder) if resume else None
     trainer = _make_trainer(config, run, checkpoint, console)
+    # Only now, when training can start, is anything of an older run deleted.
+    _open_folder(config, folder, checkpoint, console)
     _train(trainer, checkpoint, folder, console)
     report = _make_report(config, run, trainer)
     _save_result(config, report, trainer, folder)
