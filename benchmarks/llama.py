@@ -1,0 +1,100 @@
+"""The model of the benchmarks: a small Llama with random weights, and its training step."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.methods import Contender
+
+__all__ = ["MAX_LENGTH", "Shape", "linear_layers", "make_batch", "make_model", "make_step"]
+
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Size of the Llama."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    vocab_size: int = 1024
+
+
+def make_model(shape: Shape, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Return a Llama whose embeddings ask for a gradient, in every method alike.
+
+    Input gradients then flow through every layer: what a method does is exactly what the frozen
+    model does and something more.
+
+    Args:
+        shape: Its size.
+        dtype: Of its weights.
+        seed: Of its weights.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        **dataclasses.asdict(shape), max_position_embeddings=MAX_LENGTH, use_cache=False
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.enable_input_require_grads()
+    return model
+
+
+def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
+    """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`.
+
+    Args:
+        num_tokens: B * T.
+        vocab_size: Tokens are below it.
+        seed: Of the tokens.
+
+    Raises:
+        ValueError: If the rows cannot be of equal length.
+    """
+    num_rows = max(1, num_tokens // MAX_LENGTH)
+    if num_tokens > MAX_LENGTH and num_tokens % MAX_LENGTH:
+        raise ValueError(
+            f"`tokens` ({num_tokens}) must be a multiple of {MAX_LENGTH}, the length of a row, or "
+            "less than one row; round it."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (num_rows, num_tokens // num_rows), generator=generator)
+
+
+def make_step(contender: Contender, batch: Tensor, accumulation: int) -> Callable[[], float]:
+    """Return a function that makes one optimizer step and returns its seconds.
+
+    Args:
+        contender: Model and optimizer.
+        batch: (B, T) tokens, the same in every micro-batch.
+        accumulation: Micro-batches per optimizer step.
+    """
+    model, optimizer = contender.model, contender.optimizer
+
+    def step() -> float:
+        start = time.perf_counter()
+        for _ in range(accumulation):
+            model(input_ids=batch, labels=batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step
+
+
+def linear_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Map each linear layer of the blocks, adapted or not, to its kind, such as `q_proj`."""
+    return {
+        module: name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.endswith("_proj")
+    }

@@ -1,0 +1,105 @@
+"""The methods that are compared: what each makes of a model, and what it trains.
+
+Every adapter is made by PEFT with the same rank, alpha (= rank, so that the factor is 1), targets
+and defaults; every method that trains has torch's fused AdamW over its trainable parameters only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.swap import swap_layers
+from pacatune import PacaConfig
+from pacatune.tuner.layer import PacaLayer
+
+__all__ = ["METHODS", "OURS", "Contender", "adapt", "all_methods"]
+
+OURS = "paca"
+METHODS = {
+    "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
+    "paca": "ours, r = 8",
+    "swap": "columns swapped in and out around every matmul (PEFT 0.22's way), r = 8",
+    "lora": "PEFT's LoRA, r = 8, no dropout",
+    "lora_r4": "PEFT's LoRA, r = 4: about as many trained parameters as paca",
+    "lora_dropout": "PEFT's LoRA, r = 8, dropout 0.1",
+    "dora": "PEFT's DoRA, r = 8",
+    "full": "every weight trained",
+}
+# Measured only where asked for.
+_OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
+_RANK = 8
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model ready to be trained by one method."""
+
+    method: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def all_methods() -> dict[str, str]:
+    """Return every method with its description, the optional ones last."""
+    return METHODS | _OPTIONAL
+
+
+def adapt(model: nn.Module, method: str, *, targets: str | list[str], seed: int) -> Contender:
+    """Make `model` a contender, in training mode.
+
+    Args:
+        model: Untouched, in the dtype of the comparison; adapted in place.
+        method: One of `all_methods()`.
+        targets: PEFT's `target_modules`.
+        seed: Of PaCA's columns and LoRA's start.
+
+    Raises:
+        ValueError: If `method` is unknown.
+    """
+    if method not in all_methods():
+        raise ValueError(f"`method` ({method!r}) must be one of {sorted(all_methods())}.")
+    model.requires_grad_(method == "full")
+    if method not in ("frozen", "full"):
+        torch.manual_seed(seed)
+        model = get_peft_model(model, _config(method, targets, seed))
+    if method == "swap":
+        swap_layers(model)
+    if method == "additive":
+        _make_additive(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True) if trained else None
+    return Contender(method, model.train(), optimizer)
+
+
+def _config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
+    if method in ("paca", "swap", "additive"):
+        return PacaConfig(r=_RANK, paca_alpha=_RANK, target_modules=targets, random_seed=seed)
+    rank = 4 if method == "lora_r4" else _RANK
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets,
+        lora_dropout=0.1 if method == "lora_dropout" else 0.0,
+        use_dora=method == "dora",
+    )
+
+
+def _make_additive(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            layer.forward = _additive_forward(layer)  # type: ignore[method-assign, assignment]
+
+
+def _additive_forward(layer: Any) -> Callable[[Tensor], Tensor]:
+    names = layer.active_adapters
+    return lambda x: layer._additive_forward(x, names)

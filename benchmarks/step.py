@@ -1,0 +1,189 @@
+"""Measure whole training steps of a small Llama: PaCA against every other method.
+
+    python -m benchmarks.step                  writes benchmarks/results/step.json
+    python -m benchmarks.step --compiled       writes benchmarks/results/step-compiled.json
+
+A step is forward, backward and optimizer: with `--accumulation 4`, four micro-batches and one
+optimizer step. All methods alternate in one process, one step each per round, and ratios are those
+of the medians over the rounds. The exact counts beside them (bytes kept for backward, writes of
+columns) do not depend on the machine; the command fails if PaCA keeps one byte more than it should.
+"""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.counts import SavedByLayer, check_bytes, count_column_writes, formula_bytes
+from benchmarks.llama import Shape, linear_layers, make_batch, make_model, make_step
+from benchmarks.methods import METHODS, OURS, Contender, adapt, all_methods
+from benchmarks.record import (
+    DTYPES,
+    Noise,
+    arguments,
+    at_least_1,
+    prepare,
+    provenance,
+    write,
+)
+from benchmarks.report import make_ratios, ratio_table
+from benchmarks.timing import alternate, summarize
+
+# Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
+SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
+COMPILED_METHODS = ("paca", "lora")
+# The highest acceptable ratio of paca's step to another method's, by setting.
+TARGETS = {
+    "frozen": dict(zip(SETTINGS, (1.30, 1.15, 1.07, 1.03), strict=True)),
+    "swap": dict(zip(SETTINGS, (0.85, 0.75, 0.96, 0.98), strict=True)),
+    "lora": dict(zip(SETTINGS, (0.92, 0.85, 0.88, 0.94), strict=True)),
+    "lora_dropout": dict(zip(SETTINGS, (0.82, 0.75, 0.62, 0.65), strict=True)),
+    "dora": dict(zip(SETTINGS, (0.40, 0.40, 0.45, 0.45), strict=True)),
+    "full": dict(zip(SETTINGS, (0.60, 0.60, 0.78, 0.82), strict=True)),
+}
+COMPILED_TARGETS = {"lora": dict.fromkeys(SETTINGS, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one comparison is made with."""
+
+    num_tokens: int
+    """Per micro-batch."""
+    accumulation: int
+    """Micro-batches per optimizer step."""
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        times = "" if self.accumulation == 1 else f"{self.accumulation} x "
+        return f"{times}{self.num_tokens} tokens, {self.dtype}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, and the label as `setting`."""
+        return {"setting": self.label, **dataclasses.asdict(self)}
+
+
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = arguments(__doc__, seconds=45.0)
+    parser.add_argument(
+        "--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="compare under torch.compile; needs a C++ compiler"
+    )
+    for field in dataclasses.fields(Shape):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=at_least_1, default=field.default, help="of the Llama")
+    args = parser.parse_args(options)
+    args.methods = args.methods or list(COMPILED_METHODS if args.compiled else METHODS)
+    return args
+
+
+def choose_settings(args: argparse.Namespace) -> list[Setting]:
+    """Return the standard settings, or all combinations of the numbers that are given."""
+    pairs = SETTINGS
+    if args.tokens or args.accumulation:
+        tokens = args.tokens or list(dict.fromkeys(number for number, _ in SETTINGS))
+        pairs = tuple((number, k) for number in tokens for k in args.accumulation or [1])
+    return [
+        Setting(num_tokens=number, accumulation=k, dtype=dtype)
+        for number, k in pairs
+        for dtype in args.dtypes
+    ]
+
+
+def measure(
+    setting: Setting, shape: Shape, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Compare the methods in one setting; return a row per method and a ratio per pair."""
+    batch = make_batch(setting.num_tokens, shape.vocab_size, args.seed)
+    contenders = []
+    for method in args.methods:
+        model = make_model(shape, DTYPES[setting.dtype], args.seed)
+        contenders.append(adapt(model, method, targets="all-linear", seed=args.seed))
+    counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
+    if args.compiled:
+        for contender in contenders:
+            contender.model.compile(dynamic=False)
+    steps = {c.method: make_step(c, batch, setting.accumulation) for c in contenders}
+    noise = Noise()
+    times = alternate(
+        steps, seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
+    )
+    surroundings = noise.to_dict()
+    rows = [
+        {
+            **setting.to_dict(),
+            "method": method,
+            **summarize([1e3 * second for second in seconds], "step_ms"),
+            "num_rounds": len(seconds),
+            **surroundings,
+            **counts[method],
+        }
+        for method, seconds in times.items()
+    ]
+    key = (setting.num_tokens, setting.accumulation)
+    by_reference: dict[str, dict[tuple[int, int], float]] = (
+        COMPILED_TARGETS if args.compiled else TARGETS
+    )
+    targets = {name: limits[key] for name, limits in by_reference.items() if key in limits}
+    return rows, make_ratios(setting.to_dict(), times, targets, args.seed)
+
+
+def count(contender: Contender, batch: Tensor, accumulation: int) -> dict[str, Any]:
+    """Return what is exact about a method: parameters, bytes kept for backward, column writes."""
+    model, layers = contender.model, linear_layers(contender.model)
+    with SavedByLayer(model, layers) as saved:
+        loss = model(input_ids=batch, labels=batch).loss
+    del loss
+    counts: dict[str, Any] = {
+        "num_trainable_parameters": contender.num_trainable_parameters,
+        "saved_bytes": saved.num_bytes,
+        "saved_bytes_by_layer": saved.num_bytes_by_kind,
+    }
+    if contender.method == OURS:
+        counts["formula_bytes_by_layer"] = formula_bytes(layers, batch.numel())
+        step = make_step(contender, batch, accumulation)
+        step()
+        with count_column_writes() as num_writes:
+            step()
+        counts["column_writes_per_layer"] = num_writes() / len(layers)
+    return counts
+
+
+def main(options: list[str] | None = None) -> None:
+    """Measure every setting, write the result, print the ratios."""
+    args = parse(options)
+    prepare(args)
+    console = Console(highlight=False, width=120)
+    shape = Shape(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Shape)})
+    rows, ratios = [], []
+    result = provenance("benchmarks.step", args, options)
+    for setting in choose_settings(args):
+        console.print(f"measuring {setting.label} ...")
+        more_rows, more_ratios = measure(setting, shape, args)
+        rows += more_rows
+        ratios += more_ratios
+    check_bytes(rows)
+    result |= {
+        "model": f"Llama, hidden {shape.hidden_size}, {shape.num_hidden_layers} layers"
+        + (", compiled" if args.compiled else ""),
+        "shape": dataclasses.asdict(shape),
+        "methods": {name: all_methods()[name] for name in args.methods},
+        "rows": rows,
+        "ratios": ratios,
+    }
+    path = write(result, args.output, "step-compiled" if args.compiled else "step")
+    console.print(ratio_table(result))
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
