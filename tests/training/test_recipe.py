@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from pacatune.adapters.compatibility import check_base
 from pacatune.training import preview, train
 from pacatune.training import recipe as recipe_module
 from pacatune.training.config_file import read_values, to_values
@@ -76,6 +77,8 @@ def test_adapter_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, con
     assert report.peak_memory_kind == "process_peak_resident"
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    if method == "paca":
+        assert check_base(folder, base) == []  # the fingerprint of the base lies beside it
     from pacatune.data import prepare_data
 
     held_out = prepare_data(config.data, tiny_tokenizer, max_length=1024, stop_ids={2}).evaluation[

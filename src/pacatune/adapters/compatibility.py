@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from pacatune.adapters.base import layer_shape
-from pacatune.checks import PEFT_PREFIX, ColumnUpdate
 from pacatune.adapters.fingerprint import (
     FINGERPRINT_KEY,
     differing_modules,
@@ -16,6 +15,7 @@ from pacatune.adapters.fingerprint import (
     unwrap,
 )
 from pacatune.adapters.folder import SIDECAR_NAME, Adapter, read_adapter
+from pacatune.checks import PEFT_PREFIX, ColumnUpdate
 
 _OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
 

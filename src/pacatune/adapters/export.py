@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import base_name, empty_base, innermost, layer_shape
-from pacatune.checks import PEFT_PREFIX
 from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.export_check import compare_with_plain_peft
@@ -22,6 +21,7 @@ from pacatune.adapters.folder import TENSORS_NAME, Adapter, read_adapter
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError
 from pacatune.adapters.tensor_file import write_tensors
+from pacatune.checks import PEFT_PREFIX
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from pacatune.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
 from pacatune.adapters.config_file import CONFIG_NAME, read_config, read_lora_config
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
+from pacatune.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
 from pacatune.tuner.config import PacaConfig
 
 TENSORS_NAME = "adapter_model.safetensors"

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.checks import PEFT_PREFIX
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.fingerprint import FINGERPRINT_KEY
 from pacatune.adapters.folder import (
@@ -21,6 +20,7 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
+from pacatune.checks import PEFT_PREFIX
 
 # Options of ours that PEFT's own PaCA does not have, and that change what an adapter computes.
 _NEEDS_US = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")

@@ -26,7 +26,7 @@ _RESULT = re.compile(
 _ACCESSORY = re.compile(
     rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|config\.json"
     r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\..*|merges\.txt"
+    r"|added_tokens\.json|vocab\..*|merges\.txt|pacatune\.json"
 )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.data import show_preview
 from pacatune.training import model as models
 from pacatune.training.card import write_card
@@ -236,6 +237,8 @@ def _save_result(config: RunConfig, report: Report, trainer: RunTrainer, folder:
         trainer.accelerator.wait_for_everyone()
         if main:
             refuse_empty_tensors(staging)
+            if config.method == "paca":
+                write_fingerprint(staging, trainer.accelerator.unwrap_model(trainer.model))
             (staging / "training_args.bin").unlink(missing_ok=True)
             write_report(report, staging)
             write_card(config, report, staging)
