@@ -37,7 +37,7 @@ class DeltaParameter(nn.Parameter):
     is_exposed = False
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """An alias whose edits do not change this parameter's version."""
         self.is_exposed = True
         return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
