@@ -1,13 +1,14 @@
 """Every block of code in README and docs runs, in a folder with a tiny model and some data.
 
-The blocks of a document run in order in one folder, each in a process of its own, as a reader would
-paste them. A YAML block is written to the file that its first line names. A block that cannot run
-here (hub, GPU, another program) has a visible line above it that says so; their number is fixed.
+The blocks of a document run in order in one folder, as a reader would paste them. A YAML block is
+written to the file that its first line names. A block that cannot run here (hub, GPU, another
+program) has a visible line above it that says so; their number is fixed.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from pacatune.cli import main
 from tools import cli_reference, doc_block
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +92,26 @@ def run(command, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
-def run_block(block, folder):
+def is_plain_command(line):
+    """Whether a line is one command of ours without anything for a shell to do."""
+    return line.startswith("pacatune ") and not re.search(r"[|&;<>$`*\\]", line)
+
+
+def run_commands(block, folder, monkeypatch):
+    """Run each line in this process where that is the same, which spares loading torch anew."""
+    lines = [line.partition("  #")[0] for line in block.code.splitlines()]
+    if not all(is_plain_command(line) for line in lines):
+        return run(["bash", "-euo", "pipefail", "-c", block.code], folder)
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        for line in lines:
+            words = shlex.split(line)[1:]
+            if (status := main(words)) != 0:
+                return subprocess.CompletedProcess(words, status, stdout="", stderr="")
+    return subprocess.CompletedProcess(block.code, 0)
+
+
+def run_block(block, folder, monkeypatch):
     if is_make(block):
         for line in block.code.splitlines():
             result = run(["bash", "-c", line.replace("make ", "make -n ", 1)], ROOT)
@@ -101,21 +122,20 @@ def run_block(block, folder):
         assert name, "the first line of a YAML block names its file: # run.yaml"
         (folder / name[1]).write_text(block.code)
         return
-    command = {
-        "python": [sys.executable, "-c", block.code],
-        "bash": ["bash", "-euo", "pipefail", "-c", block.code],
-    }[block.language]
-    result = run(command, folder)
+    if block.language == "bash":
+        result = run_commands(block, folder, monkeypatch)
+    else:
+        result = run([sys.executable, "-c", block.code], folder)
     assert result.returncode == 0, f"{block.code}\n{result.stdout}\n{result.stderr}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if read_blocks(name)])
-def test_blocks_run(document, workplace):
+def test_blocks_run(document, workplace, monkeypatch):
     for block in read_blocks(document):
         if block.is_run and block.language not in SHOWN:
             print(f"{document}:{block.line}")
-            run_block(block, workplace)
+            run_block(block, workplace, monkeypatch)
 
 
 def test_blocks_have_a_known_language():

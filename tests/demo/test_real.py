@@ -30,7 +30,7 @@ def test_model_is_the_real_one(model):
 
 def test_demo_lowers_the_loss_of_the_real_model(model, tmp_path, capsys):
     output = tmp_path / "out"
-    assert main(["demo", "--steps", "2", "--output", str(output)]) == 0
+    assert main(["demo", "--steps", "2", "--prompt", "Hi", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "originals rounded to 4 bits" in printed
     result = json.loads((output / "demo.json").read_text())
@@ -38,4 +38,4 @@ def test_demo_lowers_the_loss_of_the_real_model(model, tmp_path, capsys):
         assert report["eval_loss_after"] < report["eval_loss_before"]
     numbers = [report["num_trainable_parameters"] for report in result["reports"].values()]
     assert max(numbers) < 1.03 * min(numbers)
-    assert len(result["answers"]) == 3
+    assert result["answers"][0]["before"] != ""
