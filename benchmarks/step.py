@@ -108,10 +108,10 @@ def measure(
     for method in args.methods:
         model = make_model(shape, DTYPES[setting.dtype], args.seed)
         contenders.append(adapt(model, method, targets="all-linear", seed=args.seed))
-    counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
     if args.compiled:
-        for contender in contenders:
-            contender.model.compile(dynamic=False)
+        counts = {c.method: compile_and_count(c, batch) for c in contenders}
+    else:
+        counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
     steps = {c.method: make_step(c, batch, setting.accumulation) for c in contenders}
     noise = Noise()
     times = alternate(
@@ -156,6 +156,21 @@ def count(contender: Contender, batch: Tensor, accumulation: int) -> dict[str, A
             step()
         counts["column_writes_per_layer"] = num_writes() / len(layers)
     return counts
+
+
+def compile_and_count(contender: Contender, batch: Tensor) -> dict[str, Any]:
+    """Compile the model in place; return what its graphs keep for backward."""
+    model = contender.model
+    model.compile(dynamic=False)
+    model(input_ids=batch, labels=batch).loss.backward()
+    with SavedByLayer(model, {}) as saved:
+        loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    model.zero_grad()
+    return {
+        "num_trainable_parameters": contender.num_trainable_parameters,
+        "saved_bytes": saved.num_bytes,
+    }
 
 
 def main(options: list[str] | None = None) -> None:
