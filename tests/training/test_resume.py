@@ -116,8 +116,13 @@ def test_second_signal_stops_at_once(make_config, tmp_path, console, monkeypatch
         signal.raise_signal(signal.SIGINT)
 
     stop_at(monkeypatch, 5, twice)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        train(make_config(), console=console)
+    # A shell starts background jobs with SIGINT ignored, and tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(make_config(), console=console)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(caught.value, TrainingInterrupted)
     assert not (tmp_path / "out" / "checkpoint-5").exists()
 
