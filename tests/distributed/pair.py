@@ -1,0 +1,86 @@
+"""Two processes in one gloo group, kept over many tests: starting them costs more than any test."""
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+WORLD_SIZE = 2
+
+
+class Pair:
+    """Runs a function on both processes at once and returns what each returned.
+
+    Args:
+        rendezvous: Path of a file, not there yet, by which the processes find each other.
+    """
+
+    def __init__(self, rendezvous):
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, rank, str(rendezvous)))
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args, timeout=120):
+        """Return [result of rank 0, result of rank 1]; raise what went wrong on either."""
+        # Not Connection.send: with it torch would pass tensors as handles of the process's memory.
+        message = pickle.dumps((function, args))
+        for connection in self.connections:
+            connection.send_bytes(message)
+        failed, results = [], []
+        for rank, connection in enumerate(self.connections):
+            # Once one has failed, the other may wait for it for ever.
+            ready = connection.poll(2 if failed else timeout)
+            is_right, result = (
+                pickle.loads(connection.recv_bytes()) if ready else (False, "still running")
+            )
+            if not is_right:
+                failed.append(f"rank {rank}: {result}")
+            results.append(result)
+        if failed:
+            self.close()
+            raise RuntimeError("\n".join(failed))
+        return results
+
+    @property
+    def is_alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self):
+        """End both processes."""
+        for process, connection in zip(self.processes, self.connections, strict=True):
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def serve(connection: Connection, rank: int, rendezvous: str) -> None:
+    """Join the group, then run what comes in until the other end is closed."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    while True:
+        try:
+            function, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))

@@ -1,0 +1,69 @@
+"""nn.DataParallel copies the modules' dictionaries into replicas in each step, in one process."""
+
+import importlib
+
+import pytest
+import torch
+
+from tests.distributed import net
+
+# The package has a function of the same name.
+replicating = importlib.import_module("torch.nn.parallel.replicate")
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """torch's replicate, with what needs GPUs done on the CPU: the first replica gets the tensors
+    themselves, the others copies that pass gradients back."""
+
+    def broadcast(tensors, devices, detach=False):
+        return [list(tensors), *([t.clone() for t in tensors] for _ in devices[1:])]
+
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, *_: device)
+    return lambda model: replicating.replicate(model, [0, 1])
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Addresses of the weights that columns are put into."""
+    from pacatune import residency
+
+    addresses, put_columns_ = [], residency._put_columns_
+
+    def recording_(memory, columns, values):
+        addresses.append(memory.data_ptr())
+        put_columns_(memory, columns, values)
+
+    monkeypatch.setattr(residency, "_put_columns_", recording_)
+    return addresses
+
+
+def test_replicas_write_no_weight_and_give_the_gradients(replicate, writes):
+    model, one = net.adapt(), net.adapt()
+    before = net.frozen(model)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    losses = []
+    for batch in net.batches():
+        parts = zip(replicate(model), batch.chunk(2), strict=True)
+        loss = sum(net.loss_of(replica, ids) for replica, ids in parts) / 2
+        loss.backward()
+        assert not writes
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    after = net.frozen(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    expected = (net.train(one), net.adapter_of(one))
+    net.assert_equal_to_one([(losses, net.adapter_of(model))], expected)
+
+
+def test_replicas_of_a_model_whose_columns_are_written(replicate, writes):
+    model = net.adapt(init_weights=False)
+    ids = net.batches()[0]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert len(set(writes)) == len(net.layers_of(model))
+        for replica in replicate(model):
+            torch.testing.assert_close(replica(input_ids=ids).logits, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)

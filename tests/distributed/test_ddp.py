@@ -1,0 +1,151 @@
+"""DistributedDataParallel: each process has the whole model and half of each batch."""
+
+import pytest
+import torch
+
+from tests.distributed import net
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {
+    "default": {},
+    "no buffers sent": {"broadcast_buffers": False},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+}
+
+
+def wrap(model, **options):
+    return torch.nn.parallel.DistributedDataParallel(model, **options)
+
+
+def train_copies(dtype, options, accumulation=1):
+    model = net.adapt(dtype)
+    before = net.frozen(model)
+    wrapped = wrap(model, **options)
+    losses = net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
+    after = net.frozen(model)
+    return losses, net.adapter_of(model), all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_losses_adapter_and_base(pair, options):
+    results = pair.run(train_copies, "float64", options)
+    net.assert_equal_to_one(results)
+    assert all(is_base_untouched for *_, is_base_untouched in results)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}], ids=["default", "bare"])
+def test_accumulation_without_sync(pair, options, accumulation):
+    net.assert_equal_to_one(pair.run(train_copies, "float64", options, accumulation))
+
+
+def test_float32(pair):
+    results = pair.run(train_copies, "float32", {})
+    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+
+
+def count_writes(accumulation, checkpointing):
+    from pacatune import residency
+
+    model = net.adapt()
+    if checkpointing:
+        net.checkpoint(model, use_reentrant=False)
+    wrapped = wrap(model)
+    put_columns_, writes = residency._put_columns_, []
+
+    def counting_(memory, columns, values):
+        writes.append(memory.data_ptr())
+        put_columns_(memory, columns, values)
+
+    residency._put_columns_ = counting_
+    try:
+        net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
+    finally:
+        residency._put_columns_ = put_columns_
+    return len(set(writes)), len(net.layers_of(model)), len(writes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_at_most_two_column_writes_per_step(pair, accumulation, checkpointing):
+    for num_written, num_layers, num_writes in pair.run(count_writes, accumulation, checkpointing):
+        assert num_written == num_layers
+        assert num_layers * net.NUM_STEPS <= num_writes <= 2 * num_layers * net.NUM_STEPS
+
+
+def two_forwards_before_one_backward():
+    model = net.adapt()
+    wrapped = wrap(model)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    losses = []
+    for batch in net.batches():
+        pieces = [net.loss_of(wrapped, net.half(ids)) for ids in batch.chunk(2)]
+        loss = sum(pieces) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, net.adapter_of(model)
+
+
+def test_two_forwards_before_one_backward(pair):
+    # The indices are buffers, and sent again in each forward: autograd must not mind.
+    net.assert_equal_to_one(pair.run(two_forwards_before_one_backward))
+
+
+def train_from_other_starts():
+    model = net.adapt()
+    rank = torch.distributed.get_rank()
+    with torch.no_grad():
+        for delta in net.trained(model):
+            delta.fill_(rank)
+    net.loss_of(model, net.batches()[0])  # now the columns of this start are in the weights
+    wrapped = wrap(model)
+    return net.train(wrapped, part=net.half), net.adapter_of(model)
+
+
+def test_the_first_process_says_where_to_start(pair):
+    net.assert_equal_to_one(pair.run(train_from_other_starts))
+
+
+def train_with_sharded_optimizer(as_views):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = net.adapt()
+    wrapped = wrap(model)
+    optimizer = ZeroRedundancyOptimizer(
+        net.trained(model), torch.optim.AdamW, parameters_as_bucket_view=as_views, lr=1e-2
+    )
+    return net.train(wrapped, optimizer, part=net.half), net.adapter_of(model)
+
+
+@pytest.mark.parametrize("as_views", [False, True])
+def test_optimizer_that_sends_new_values(pair, as_views):
+    # A process steps half of the deltas and receives the others through `.data`.
+    net.assert_equal_to_one(pair.run(train_with_sharded_optimizer, as_views))
+
+
+def train_and_average():
+    from torch.distributed.algorithms.model_averaging.utils import average_parameters
+
+    model = net.adapt()
+    losses = []
+    for batch in net.batches():
+        optimizer = torch.optim.SGD(net.trained(model), lr=0.5)
+        loss = net.loss_of(model, net.half(batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average_parameters(iter(net.trained(model)), torch.distributed.group.WORLD)
+        losses.append(loss.item())
+    return losses, net.adapter_of(model)
+
+
+def test_averaged_parameters(pair):
+    # One step of SGD on each half, averaged, is one step on the whole.
+    model = net.adapt()
+    losses = net.train(model, torch.optim.SGD(net.trained(model), lr=0.5))
+    net.assert_equal_to_one(pair.run(train_and_average), (losses, net.adapter_of(model)))
