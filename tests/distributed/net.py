@@ -1,6 +1,7 @@
 """A tiny Llama through PEFT, and ten steps that one process takes or two share."""
 
 import functools
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -12,7 +13,7 @@ NUM_STEPS = 10
 VOCAB_SIZE = 64
 # Half a batch has more tokens than those for which the columns are not written.
 BATCH_SHAPE = (8, 40)
-# No out_features can be halved, and v_proj has fewer columns than others.
+# The out_features of o_proj, gate_proj, up_proj and down_proj are odd.
 UNEVEN = {
     "hidden_size": 37,
     "intermediate_size": 63,
@@ -61,6 +62,17 @@ def adapter_of(model, state_dict=None):
 
     saved = get_peft_model_state_dict(model, state_dict=state_dict)
     return {name: tensor.clone() for name, tensor in saved.items()}
+
+
+def checkpoint(model, *, use_reentrant):
+    """Let each block recompute its activations in the backward pass."""
+    options = {"use_reentrant": use_reentrant}
+    with warnings.catch_warnings():
+        # transformers 5.24 renames it; 5.17 has only this name.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
+    model.train()
 
 
 def batches():
@@ -123,11 +135,3 @@ def assert_equal_to_one(results, one=None, atol=1e-10):
         for name, tensor in adapter.items():
             torch.testing.assert_close(result[1][name], tensor, rtol=0, atol=atol, msg=name)
     assert any(tensor.abs().max() > 0.01 for name, tensor in adapter.items() if "delta" in name)
-
-
-def checkpoint(model, *, use_reentrant):
-    """Let each block recompute its activations in the backward pass."""
-    options = {"use_reentrant": use_reentrant}
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.enable_input_require_grads()
-    model.train()

@@ -22,7 +22,9 @@ class Pair:
         self.connections, self.processes = [], []
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, rank, str(rendezvous)))
+            process = context.Process(
+                target=serve, args=(theirs, rank, str(rendezvous)), daemon=True
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -34,19 +36,16 @@ class Pair:
         message = pickle.dumps((function, args))
         for connection in self.connections:
             connection.send_bytes(message)
-        failed, results = [], []
+        results, errors = [], []
         for rank, connection in enumerate(self.connections):
             # Once one has failed, the other may wait for it for ever.
-            ready = connection.poll(2 if failed else timeout)
-            is_right, result = (
-                pickle.loads(connection.recv_bytes()) if ready else (False, "still running")
-            )
-            if not is_right:
-                failed.append(f"rank {rank}: {result}")
+            result, error = receive(connection, 2 if errors else timeout)
             results.append(result)
-        if failed:
+            if error is not None:
+                errors.append(f"rank {rank}: {error}")
+        if errors:
             self.close()
-            raise RuntimeError("\n".join(failed))
+            raise RuntimeError("\n".join(errors))
         return results
 
     @property
@@ -59,6 +58,16 @@ class Pair:
             process.kill()
             process.join()
             connection.close()
+
+
+def receive(connection: Connection, timeout: float):
+    """Return (result, None) or (None, what went wrong)."""
+    if not connection.poll(timeout):
+        return None, f"no answer within {timeout} seconds"
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        return None, "the process has ended"
 
 
 def serve(connection: Connection, rank: int, rendezvous: str) -> None:
@@ -80,7 +89,7 @@ def serve(connection: Connection, rank: int, rendezvous: str) -> None:
         except EOFError:
             return
         try:
-            answer = (True, function(*args))
+            answer = (function(*args), None)
         except Exception:
-            answer = (False, traceback.format_exc())
+            answer = (None, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))

@@ -1,0 +1,174 @@
+"""DeepSpeed ZeRO: real where it is installed (`pip install deepspeed`), and ZeRO-3 imitated."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from tests.distributed import net
+from tests.distributed.partition import gather, partition, release
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def configure(stage, accumulation=1):
+    import deepspeed
+
+    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_scatter": False}
+    return {**DEEPSPEED, "zero_optimization": zero, "gradient_accumulation_steps": accumulation}
+
+
+def train_engine(model, config):
+    import deepspeed
+
+    accumulation = config["gradient_accumulation_steps"]
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    losses = []
+    for batch in net.batches():
+        losses.append(0.0)
+        for ids in batch.chunk(accumulation):
+            loss = net.loss_of(engine, net.half(ids))
+            engine.backward(loss)
+            engine.step()
+            losses[-1] += loss.item() / accumulation
+    return engine, losses
+
+
+def whole_adapter_of(model):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return net.adapter_of(model)
+
+
+def train_zero(stage, accumulation=1, reentrant=None):
+    model = net.adapt("float32")
+    if reentrant is not None:
+        net.checkpoint(model, use_reentrant=reentrant)
+    _, losses = train_engine(model, configure(stage, accumulation))
+    return losses, whole_adapter_of(model)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_losses_and_adapter(pair, stage, accumulation):
+    results = pair.run(train_zero, stage, accumulation)
+    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(pair, reentrant):
+    results = pair.run(train_zero, 3, 1, reentrant)
+    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+
+
+@torch.no_grad()
+def build_partitioned_base(config):
+    """Partition each weight where it is made, as from_pretrained does."""
+    import deepspeed
+
+    plain = net.build_base("float32")
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        base = net.build_base("float32", (("pad_token_id", None),))
+    for buffer, value in zip(base.buffers(), plain.buffers(), strict=True):
+        buffer.copy_(value)  # zero.Init rounds them
+    with deepspeed.zero.GatheredParameters(list(base.parameters()), modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            for parameter, value in zip(base.parameters(), plain.parameters(), strict=True):
+                parameter.copy_(value)
+    return base
+
+
+def adapt_partitioned_and_save(folder):
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+
+    config = configure(3)
+    base = build_partitioned_base(config)
+    assert all(parameter.numel() == 0 for parameter in base.parameters())
+    model = get_peft_model(base, PacaConfig(r=4, paca_alpha=8, target_modules="all-linear"))
+    engine, losses = train_engine(model, config)
+    state_dict = engine._zero3_consolidated_16bit_state_dict()
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state_dict)
+    return losses, whole_adapter_of(model)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_weights_partitioned_before_they_are_adapted(pair, tmp_path):
+    from peft import PeftModel
+
+    results = pair.run(adapt_partitioned_and_save, str(tmp_path))
+    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+    one = PeftModel.from_pretrained(net.build_base("float32"), tmp_path)
+    saved = net.adapter_of(one)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in results[0][1].items())
+
+
+def train_partitioned(*, reentrant=None, after_use=False):
+    model = net.adapt()
+    before = net.frozen(model)
+    if reentrant is not None:
+        net.checkpoint(model, use_reentrant=reentrant)
+    if after_use:
+        net.loss_of(model, net.batches()[0]).backward()
+        model.zero_grad()
+    partition(model)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    losses = []
+    for batch in net.batches():
+        loss = net.loss_of(model, batch)
+        loss.backward()
+        gather(model.parameters())
+        optimizer.step()
+        release(model.parameters())
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    gather(model.parameters())
+    after = net.frozen(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    return losses, net.adapter_of(model)
+
+
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_imitated_partition(reentrant):
+    net.assert_equal_to_one([train_partitioned(reentrant=reentrant)])
+
+
+def test_imitated_partition_of_weights_with_columns_in_them():
+    net.assert_equal_to_one([train_partitioned(after_use=True)])
+
+
+@pytest.mark.xfail(strict=True, reason="an empty adapter is saved without a word")
+def test_empty_adapter_is_not_saved(tmp_path):
+    model = partition(net.adapt())
+    with pytest.raises(ValueError, match=r"q_proj.paca_delta.* is empty.*GatheredParameters"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    gather(model.parameters())
+    model.save_pretrained(tmp_path)
+
+
+def test_nothing_writes_to_partitioned_weights(monkeypatch):
+    from pacatune import residency
+
+    monkeypatch.setattr(residency, "_put_columns_", None)
+    train_partitioned()
