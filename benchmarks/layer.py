@@ -33,6 +33,7 @@ from benchmarks.record import (
 )
 from benchmarks.report import make_ratios, ratio_table
 from benchmarks.timing import alternate, summarize
+from pacatune.memory.measure import peak_process_bytes
 
 SHAPES = ("512x512", "1408x512", "512x1408")
 TOKENS = (16, 512)
@@ -221,6 +222,7 @@ def main(options: list[str] | None = None) -> None:
     result |= {
         "model": "one linear layer, caches cold",
         "methods": {name: all_methods()[name] for name in args.methods},
+        "peak_process_bytes": peak_process_bytes(),
         "rows": rows,
         "ratios": ratios,
     }

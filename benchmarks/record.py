@@ -48,10 +48,16 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(all_methods()), metavar="NAME", help="what to compare"
+        "--methods",
+        nargs="+",
+        choices=list(all_methods()),
+        metavar="NAME",
+        help="None: all but the optional ones",
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--tokens", nargs="+", type=at_least_1, help="tokens per micro-batch")
+    parser.add_argument(
+        "--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual"
+    )
     parser.add_argument(
         "--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded"
     )

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from benchmarks.record import (
 )
 from benchmarks.report import make_ratios, ratio_table
 from benchmarks.timing import alternate, summarize
+from pacatune.memory.measure import peak_process_bytes
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
@@ -82,6 +84,11 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=at_least_1, default=field.default, help="of the Llama")
     args = parser.parse_args(options)
+    for number in args.tokens or ():
+        try:
+            make_batch(number, args.vocab_size, args.seed)
+        except ValueError as error:
+            parser.error(str(error))
     args.methods = args.methods or list(COMPILED_METHODS if args.compiled else METHODS)
     return args
 
@@ -109,6 +116,8 @@ def measure(
         model = make_model(shape, DTYPES[setting.dtype], args.seed)
         contenders.append(adapt(model, method, targets="all-linear", seed=args.seed))
     if args.compiled:
+        # Compiled code is cached per function, up to a limit beyond which models run uncompiled.
+        torch.compiler.reset()
         counts = {c.method: compile_and_count(c, batch) for c in contenders}
     else:
         counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
@@ -192,6 +201,7 @@ def main(options: list[str] | None = None) -> None:
         + (", compiled" if args.compiled else ""),
         "shape": dataclasses.asdict(shape),
         "methods": {name: all_methods()[name] for name in args.methods},
+        "peak_process_bytes": peak_process_bytes(),
         "rows": rows,
         "ratios": ratios,
     }
