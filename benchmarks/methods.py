@@ -97,7 +97,7 @@ def _config(method: str, targets: str | list[str], seed: int) -> PacaConfig | Lo
 def _make_additive(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, PacaLayer):
-            layer.forward = _additive_forward(layer)  # type: ignore[method-assign, assignment]
+            layer.forward = _additive_forward(layer)
 
 
 def _additive_forward(layer: Any) -> Callable[[Tensor], Tensor]:

@@ -95,7 +95,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
 
 def choose_settings(args: argparse.Namespace) -> list[Setting]:
     """Return the standard settings, or all combinations of the numbers that are given."""
-    pairs = SETTINGS
+    pairs: tuple[tuple[int, int], ...] = SETTINGS
     if args.tokens or args.accumulation:
         tokens = args.tokens or list(dict.fromkeys(number for number, _ in SETTINGS))
         pairs = tuple((number, k) for number in tokens for k in args.accumulation or [1])
