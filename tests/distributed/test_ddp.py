@@ -20,8 +20,10 @@ def wrap(model, **options):
     return torch.nn.parallel.DistributedDataParallel(model, **options)
 
 
-def train_copies(dtype, options, accumulation=1):
+def train_copies(dtype, options, accumulation=1, reentrant=None):
     model = net.adapt(dtype)
+    if reentrant is not None:
+        net.checkpoint(model, use_reentrant=reentrant)
     before = net.frozen(model)
     wrapped = wrap(model, **options)
     losses = net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
@@ -40,6 +42,11 @@ def test_losses_adapter_and_base(pair, options):
 @pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}], ids=["default", "bare"])
 def test_accumulation_without_sync(pair, options, accumulation):
     net.assert_equal_to_one(pair.run(train_copies, "float64", options, accumulation))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(pair, reentrant):
+    net.assert_equal_to_one(pair.run(train_copies, "float64", {}, 2, reentrant))
 
 
 def test_float32(pair):

@@ -46,19 +46,21 @@ def train_engine(model, config):
     return engine, losses
 
 
-def whole_adapter_of(model):
+def whole_adapter_and_base(model):
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return net.adapter_of(model)
+        return net.adapter_of(model), net.frozen(model)
 
 
 def train_zero(stage, accumulation=1, reentrant=None):
     model = net.adapt("float32")
+    before = net.frozen(model)
     if reentrant is not None:
         net.checkpoint(model, use_reentrant=reentrant)
     _, losses = train_engine(model, configure(stage, accumulation))
-    return losses, whole_adapter_of(model)
+    adapter, after = whole_adapter_and_base(model)
+    return losses, adapter, all(torch.equal(before[name], after[name]) for name in before)
 
 
 @needs_deepspeed
@@ -68,6 +70,7 @@ def train_zero(stage, accumulation=1, reentrant=None):
 def test_losses_and_adapter(pair, stage, accumulation):
     results = pair.run(train_zero, stage, accumulation)
     net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+    assert all(same_base for *_, same_base in results)
 
 
 @needs_deepspeed
@@ -108,7 +111,7 @@ def adapt_partitioned_and_save(folder):
     state_dict = engine._zero3_consolidated_16bit_state_dict()
     if torch.distributed.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state_dict)
-    return losses, whole_adapter_of(model)
+    return losses, *whole_adapter_and_base(model)
 
 
 @needs_deepspeed
