@@ -80,7 +80,7 @@ class Layers(nn.Module):
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments(__doc__, seconds=8.0)
+    parser = arguments(__doc__, seconds=6.0)
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=[*map(_shape, SHAPES)], metavar="OUTxIN"
     )

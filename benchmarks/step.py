@@ -73,7 +73,7 @@ class Setting:
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments(__doc__, seconds=45.0)
+    parser = arguments(__doc__, seconds=40.0)
     parser.add_argument(
         "--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step"
     )
