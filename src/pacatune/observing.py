@@ -21,7 +21,7 @@ class Watcher(Protocol):
     """What is told: a Residency."""
 
     is_sharded: bool
-    """Set when a weight is put in place that is no plain parameter."""
+    """Set when a weight is put in place that is no plain parameter: then no weight is written."""
 
     def after_step(self) -> None:
         """An optimiser has changed the delta."""

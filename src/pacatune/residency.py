@@ -61,7 +61,7 @@ class Residency:
     def __init__(self, module: nn.Module) -> None:
         # Another module sees the weight as well (tied embeddings): never write.
         self.is_shared = False
-        # What stands in the module is a temporary copy of a part (FSDP2): not ours to use.
+        # What stands in the module during a forward pass is a temporary copy (FSDP2): read only.
         self.is_sharded = False
         self.is_merged = False
         self.is_written = False
@@ -158,7 +158,7 @@ class Residency:
 
     def find_weight(self) -> Tensor | None:
         """Return the module's weight if it is a plain frozen one; writing it may be forbidden."""
-        if self.parameters is None or self.is_sharded:
+        if self.parameters is None:
             return None
         weight = dict.get(self.parameters, "weight")
         if weight is not self.weight:
@@ -171,7 +171,7 @@ class Residency:
     def _may_write(self, delta: Tensor) -> bool:
         """Whether W is ours alone to write, and every change of `delta` will be noticed."""
         weight = self.find_weight()
-        if weight is None or self.is_shared or delta.device != weight.device:
+        if weight is None or self.is_shared or self.is_sharded or delta.device != weight.device:
             return False
         if weight._version != self.weight_version and self.originals is not None:
             if self.is_written:

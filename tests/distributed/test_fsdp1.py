@@ -49,7 +49,6 @@ def train_flat(policy, use_orig_params):
 WRAPPINGS = [("blocks", True), ("peft", True), ("peft", False)]
 
 
-@pytest.mark.xfail(strict=True, reason="wrappers inside the model hide its adapter from PEFT")
 @pytest.mark.parametrize(("policy", "use_orig_params"), WRAPPINGS)
 def test_losses_adapter_and_base(pair, policy, use_orig_params):
     results = pair.run(train_flat, policy, use_orig_params)
@@ -66,13 +65,7 @@ def load_flat(policy, use_orig_params, state_dict):
         return wrapped(input_ids=net.batches()[0]).logits
 
 
-WRAPPED_DELTA = pytest.mark.xfail(strict=True, reason="a wrapped delta is not recognised")
-
-
-@pytest.mark.parametrize(
-    ("policy", "use_orig_params"),
-    [WRAPPINGS[0], *(pytest.param(*wrapping, marks=WRAPPED_DELTA) for wrapping in WRAPPINGS[1:])],
-)
+@pytest.mark.parametrize(("policy", "use_orig_params"), WRAPPINGS)
 def test_state_dict_of_one_process(pair, policy, use_orig_params):
     one = net.adapt()
     net.train(one)

@@ -160,7 +160,6 @@ def test_imitated_partition_of_weights_with_columns_in_them():
     net.assert_equal_to_one([train_partitioned(after_use=True)])
 
 
-@pytest.mark.xfail(strict=True, reason="an empty adapter is saved without a word")
 def test_empty_adapter_is_not_saved(tmp_path):
     model = partition(net.adapt())
     with pytest.raises(ValueError, match=r"q_proj.paca_delta.* is empty.*GatheredParameters"):

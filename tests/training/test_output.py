@@ -205,6 +205,14 @@ def test_empty_tensors_are_refused(tmp_path):
         refuse_empty_tensors(tmp_path)
 
 
+def test_file_without_tensors_is_refused(tmp_path):
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors holds no tensor: .*FULL_STATE"
+    ):
+        refuse_empty_tensors(tmp_path)
+
+
 def test_state_is_read_as_json_only(tmp_path):
     make_run(tmp_path, "checkpoint-1")
     state = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())

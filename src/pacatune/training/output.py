@@ -159,14 +159,22 @@ def publish(source: Path, target: Path) -> None:
 
 
 def refuse_empty_tensors(folder: Path) -> None:
-    """Refuse files in which a tensor has no element: weights that were sharded when saved.
+    """Refuse files without tensors, or with empty ones: weights that were sharded when saved.
 
     Raises:
-        ValueError: Names the tensor and the fix.
+        ValueError: Names the file or the tensor, and the fix.
     """
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            names = tensors.keys()
+            if not names:
+                raise ValueError(
+                    f"{path.name} holds no tensor: none of the trained weights reached the process "
+                    "that saves. Let DeepSpeed gather them "
+                    "(stage3_gather_16bit_weights_on_model_save: true), or with FSDP2 set "
+                    "fsdp_state_dict_type to FULL_STATE_DICT."
+                )
+            for name in names:
                 shape = tensors.get_slice(name).get_shape()
                 if 0 in shape:
                     raise ValueError(

@@ -21,6 +21,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What `accelerate launch` sets: variable, its default, the option, what it must be, and why.
+_FSDP_RULES = (
+    (
+        "FSDP_VERSION",
+        "1",
+        "fsdp_version",
+        "2",
+        "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
+    ),
+    (
+        "FSDP_STATE_DICT_TYPE",
+        "SHARDED_STATE_DICT",
+        "fsdp_state_dict_type",
+        "FULL_STATE_DICT",
+        "otherwise no process has the result to save it",
+    ),
+    (
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "false",
+        "fsdp_cpu_ram_efficient_loading",
+        "false",
+        "accelerate cannot send the chosen columns, which are buffers, to the other processes",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """What is known before the weights are loaded."""
@@ -96,6 +122,8 @@ def _check_environment(config: RunConfig) -> None:
             f"{config.training.n_gpu} GPUs are visible to one process; start one process per GPU "
             "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _check_fsdp(config.method)
     available = get_available_reporting_integrations()
     for name in config.training.report_to or ():
         if name not in available:
@@ -103,6 +131,18 @@ def _check_environment(config: RunConfig) -> None:
                 f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
                 f"{', '.join(available) or 'none'}."
             )
+
+
+def _check_fsdp(method: str) -> None:
+    for variable, default, option, needed, reason in _FSDP_RULES:
+        value = os.environ.get(variable, default)
+        if value.lower() == needed.lower():
+            continue
+        if option == "fsdp_cpu_ram_efficient_loading" and method != "paca":
+            continue
+        raise ValueError(
+            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
+        )
 
 
 def _unused_sections(config: RunConfig) -> list[str]:

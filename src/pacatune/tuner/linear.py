@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pacatune.functional import apply_paca_linear, autocast
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.layer import Delta, PacaLayer
 
 __all__ = ["Linear"]
 
@@ -75,7 +75,7 @@ class Linear(PacaLayer, nn.Module):
         """Apply one adapter by the hand-written gradients; None where the base layer must run."""
         residency = self.residency
         holder = self.paca_delta._modules.get(name)
-        if residency is None or holder is None:
+        if residency is None or type(holder) is not Delta:  # FSDP may wrap or shard holders alone
             return None
         base = self.base_layer.__dict__
         if base["_parameters"] is not residency.parameters or _has_hooks(base):

@@ -35,7 +35,7 @@ class MergeMixin:
             adapter_names: Adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: If `safe_merge` finds a value that is not finite.
+            ValueError: If `safe_merge` finds a value that is not finite, or a weight is sharded.
         """
         layer = cast(Any, self)
         for name in check_adapters_to_merge(layer, adapter_names):
@@ -51,6 +51,7 @@ class MergeMixin:
         if self.residency is not None:
             self.residency.restore()
         weight = layer.get_base_weight()
+        _refuse_part(weight)
         indices = layer.paca_indices[name].to(weight.device)
         originals = weight.index_select(self.column_dim, indices)
         update = self._oriented(layer.paca_delta[name].weight.to(weight.device))
@@ -110,6 +111,14 @@ class MergeMixin:
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.column_dim == 0 else weight
+
+
+def _refuse_part(weight: Tensor) -> None:
+    if hasattr(weight, "placements") or weight.dim() != 2:  # a DTensor, or flat, or empty
+        raise ValueError(
+            f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process has "
+            "a part. Save the adapter and merge it in one process (`pacatune merge`)."
+        )
 
 
 def _snapshot(module: nn.Module) -> dict[str, Any]:

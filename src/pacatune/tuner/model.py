@@ -24,6 +24,8 @@ from pacatune.tuner.targets import available_targets, check_targets, for_module
 
 __all__ = ["PacaModel"]
 
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+
 
 class PacaModel(BaseTuner):
     """Trains `r` columns of each target weight in place.
@@ -108,6 +110,27 @@ class PacaModel(BaseTuner):
         return re.sub(r"(^|\.)paca_delta\.weight$", r"\1paca_delta", key)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, adapter_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Select an adapter's entries of a state_dict, and refuse those whose values are elsewhere.
+
+        Raises:
+            ValueError: If a tensor is empty (ZeRO-3).
+        """
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model=_PlainNames(model), adapter_name=adapter_name, **kwargs
+        )
+        for name, tensor in selected.items():
+            if tensor.numel() == 0:
+                raise ValueError(
+                    f"Adapter {adapter_name!r}: {name!r} is empty, its values are spread over the "
+                    "processes. Save it inside deepspeed.zero.GatheredParameters("
+                    "list(model.parameters())), or give `state_dict` to save_pretrained."
+                )
+        return selected
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -118,9 +141,12 @@ class PacaModel(BaseTuner):
         """Map a file's keys to the model's, and refuse tensors that do not belong to this model."""
         check_tensors(state_dict, source=f"adapter {adapter_name!r}")
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=_PlainNames(model),
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
         )
-        _check_fits(model, adapter_name, remapped)
+        _check_fits(_PlainNames(model), adapter_name, remapped)
         return remapped
 
     @contextmanager
@@ -164,6 +190,25 @@ class PacaModel(BaseTuner):
             )
 
 
+class _PlainNames:
+    """A model under the names of its state_dict, in which wrappers leave no trace.
+
+    FSDP1 and torch's checkpoint_wrapper (accelerate's `fsdp_activation_checkpointing`) put modules
+    into the tree but take their names out of the state_dict. PEFT compares the two, so it would
+    find nothing, save an empty adapter and say nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self.model.named_modules():
+            yield _WRAPPERS.sub("", name).rstrip("."), module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+
 def _adopt(config: PeftConfig) -> PacaConfig:
     """Return our config for one of the PaCA that PEFT >= 0.22 ships."""
     if isinstance(config, PacaConfig):
@@ -173,7 +218,7 @@ def _adopt(config: PeftConfig) -> PacaConfig:
     return PacaConfig(**values)
 
 
-def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     in_features: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
