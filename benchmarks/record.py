@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.methods import all_methods
+from pacatune.training.precision import bfloat16_is_fast
 
 __all__ = [
     "DTYPES",
@@ -54,7 +55,13 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
         metavar="NAME",
         help="None: all but the optional ones",
     )
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=_fast_dtypes(),
+        choices=list(DTYPES),
+        help="by default those that this processor multiplies in hardware",
+    )
     parser.add_argument(
         "--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual"
     )
@@ -66,6 +73,10 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
     parser.add_argument("--threads", type=at_least_1, default=_num_cores(), help="torch's threads")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _fast_dtypes() -> list[str]:
+    return [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
 
 
 def at_least_1(text: str) -> int:

@@ -56,7 +56,7 @@ def paca_linear(
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return apply_paca_linear(autocast(x), weight, delta, indices, scaling, bias, True, None)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True, None)  # type: ignore[no-any-return]
 
 
 def paca_linear_additive(
@@ -91,7 +91,7 @@ def paca_linear_additive(
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return apply_paca_linear(autocast(x), weight, delta, indices, scaling, bias, False, None)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False, None)  # type: ignore[no-any-return]
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -146,8 +146,7 @@ class _PacaLinear(torch.autograd.Function):
         look_again: Callable[[], bool] | None,
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        ctx.scaling, ctx.x_shape = scaling, x.shape
-        ctx.is_resident, ctx.look_again = is_resident, look_again
+        ctx.call = x.shape, scaling, is_resident, look_again
         x_R = x.index_select(-1, indices) if needs_delta or not is_resident else None
         # `delta` and `weight` are saved even where only their version is read: an in-place change
         # between forward and backward then raises torch's own error instead of giving a mixed
@@ -157,8 +156,10 @@ class _PacaLinear(torch.autograd.Function):
         )
         y = F.linear(x, weight, bias)
         if x_R is not None and not is_resident:
-            update_OR = (delta * scaling if scaling != 1.0 else delta).to(y.dtype)
-            y.view(-1, y.shape[-1]).addmm_(x_R.to(y.dtype).view(-1, x_R.shape[-1]), update_OR.t())
+            out_features, rank = delta.shape
+            update_RO = _cast(delta, y.dtype).t()
+            x_NR = _cast(x_R, y.dtype).view(-1, rank)
+            y.view(-1, out_features).addmm_(x_NR, update_RO, alpha=scaling)
         return y
 
     @staticmethod
@@ -169,22 +170,21 @@ class _PacaLinear(torch.autograd.Function):
                 "`create_graph=True`."
             )
         needs_x, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
-        x_NR, weight_OI, delta_OR, indices_R = ctx.saved_tensors
+        x_R, weight_OI, delta_OR, indices_R = ctx.saved_tensors
+        x_shape, scaling, is_resident, look_again = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            if x_NR.dim() != 2:
-                x_NR = x_NR.view(-1, x_NR.shape[-1])
-            gdelta = _grad_delta(gy_NO, x_NR, ctx.scaling, delta_OR.dtype)
+            x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
+            gdelta = _grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
-            is_resident = ctx.is_resident if ctx.look_again is None else ctx.look_again()
-            if weight_OI.dtype != gy.dtype:  # autocast
-                weight_OI = weight_OI.to(gy.dtype)
-            gx_NI = gy_NO.mm(weight_OI)
+            if look_again is not None:
+                is_resident = look_again()
+            gx_NI = gy_NO.mm(_cast(weight_OI, gy.dtype))  # autocast's differs from the weight's
             if not is_resident:
-                columns_NR = gy_NO.mm(delta_OR.to(gy.dtype))
-                gx_NI.index_add_(1, indices_R, columns_NR, alpha=ctx.scaling)
-            gx = gx_NI.view(ctx.x_shape)
+                columns_NR = gy_NO.mm(_cast(delta_OR, gy.dtype))
+                gx_NI.index_add_(1, indices_R, columns_NR, alpha=scaling)
+            gx = gx_NI.view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
         return gx, None, gdelta, None, None, gbias, None, None
@@ -193,11 +193,23 @@ class _PacaLinear(torch.autograd.Function):
 def _grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
 
-    Computed as (x^T dy)^T: with many tokens and R much smaller than O this order is faster on CPUs.
+    With many tokens computed as (x^T dy)^T: R being much smaller than O, that order is faster on
+    CPUs.
     """
-    gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
+    if len(gy_NO) < _FEW_TOKENS:
+        gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
+    else:
+        gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
     return gdelta_OR if scaling == 1.0 else gdelta_OR.mul_(scaling)
 
 
-# The unchecked form of both functions, for callers on the hot path whose shapes are known to fit.
-apply_paca_linear: Callable[..., Tensor] = _PacaLinear.apply
+_FEW_TOKENS = 128
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+# The unchecked form of both functions, for hot paths: Function.apply without its first half, which
+# takes as long as the second and refuses torch.func's transforms. The caller sees to both.
+apply_paca_linear: Callable[..., Tensor] = super(torch.autograd.Function, _PacaLinear).apply

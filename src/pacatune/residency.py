@@ -80,6 +80,7 @@ class Residency:
         # adapter's own may be reloaded.
         self.originals: Tensor | None = None
         self.columns: Tensor | None = None
+        self.positions: Tensor | None = None  # theirs in the flat memory, where worth keeping
         self.delta: Tensor | None = None
         self.indices: Tensor | None = None
         self.scaling = 0.0
@@ -121,9 +122,10 @@ class Residency:
         """
         return self.holds(delta, indices, scaling) or self._write(delta, indices, scaling)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._write(delta, indices, scaling)
         self._refuse_if_merged()
         if not self._may_write(delta):
             self.restore()
@@ -134,9 +136,10 @@ class Residency:
         assert self.memory is not None
         assert self.columns is not None
         assert self.originals is not None
-        adapted = torch.add(self.originals, delta, alpha=scaling).to(self.memory.dtype)
+        update = delta.detach()
+        adapted = torch.add(self.originals, update, alpha=scaling).to(self.memory.dtype)
         self.is_written = self.is_stale = True  # should we be interrupted here: `restore` knows
-        _put_columns_(self.memory, self.columns, adapted)
+        _put_columns_(self.memory, self.columns, adapted, self.positions)
         self.is_stale = False
         self.delta, self.delta_version, self.scaling = delta, delta._version, scaling
         delta.residency, delta.is_exposed = self.link, False  # type: ignore[attr-defined]
@@ -155,6 +158,9 @@ class Residency:
         self.weight_version = self.weight._version
         self.indices, self.columns = indices, indices.clone()
         self.originals = self.memory.index_select(1, indices)
+        self.positions = None
+        if _is_flat(self.memory) and self.originals.numel() <= _MAX_KEPT_POSITIONS:
+            self.positions = _flat_positions(self.memory, self.columns)
 
     def find_weight(self) -> Tensor | None:
         """Return the module's weight if it is a plain frozen one; writing it may be forbidden."""
@@ -191,11 +197,10 @@ class Residency:
     def restore(self) -> None:
         """Put the pretrained columns back, bit for bit, if they are not there."""
         if self.is_written:
+            assert self.originals is not None
             assert self.memory is not None
             assert self.columns is not None
-            assert self.originals is not None
-            with torch.no_grad():
-                _put_columns_(self.memory, self.columns, self.originals)
+            _put_columns_(self.memory, self.columns, self.originals, self.positions)
             self.is_written = self.is_stale = False
 
     def pretrained_weight(self) -> Tensor:
@@ -233,13 +238,30 @@ def _is_ordinary(weight: Tensor) -> bool:
 _NUM_OWN_REFERENCES = 3
 
 
-def _put_columns_(memory: Tensor, columns: Tensor, values: Tensor) -> None:
+def _put_columns_(
+    memory: Tensor, columns: Tensor, values: Tensor, positions: Tensor | None
+) -> None:
     """Write memory[:, columns] = values by the fastest kernel for the device."""
-    if memory.device.type == "cpu" and memory.is_contiguous():
+    if _is_flat(memory):
         # Row by row; index_copy_ goes column by column and misses the cache each time.
-        memory.view(-1).put_(_row_starts(*memory.shape) + columns, values)
+        if positions is None:
+            positions = _flat_positions(memory, columns)
+        memory.view(-1).put_(positions, values)
     else:
         memory.index_copy_(1, columns, values)
+
+
+# Eight bytes each: 256 KiB per layer at most, for layers so small that finding them takes time.
+_MAX_KEPT_POSITIONS = 2**15
+
+
+def _is_flat(memory: Tensor) -> bool:
+    return memory.device.type == "cpu" and memory.is_contiguous()
+
+
+def _flat_positions(memory: Tensor, columns: Tensor) -> Tensor:
+    """Return the (O, R) positions of the columns in the flat memory of a contiguous (O, I)."""
+    return _row_starts(*memory.shape) + columns
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,9 +31,9 @@ def writes(monkeypatch):
 
     addresses, put_columns_ = [], residency._put_columns_
 
-    def recording_(memory, columns, values):
+    def recording_(memory, *args):
         addresses.append(memory.data_ptr())
-        put_columns_(memory, columns, values)
+        put_columns_(memory, *args)
 
     monkeypatch.setattr(residency, "_put_columns_", recording_)
     return addresses

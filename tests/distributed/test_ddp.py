@@ -63,9 +63,9 @@ def count_writes(accumulation, checkpointing):
     wrapped = wrap(model)
     put_columns_, writes = residency._put_columns_, []
 
-    def counting_(memory, columns, values):
+    def counting_(memory, *args):
         writes.append(memory.data_ptr())
-        put_columns_(memory, columns, values)
+        put_columns_(memory, *args)
 
     residency._put_columns_ = counting_
     try:

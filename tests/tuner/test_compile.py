@@ -75,3 +75,15 @@ def test_compiled_after_and_between_eager_calls(models):
         train(twin, twin, 3)
         assert not model.base_model.model.first.residency.is_written
     assert counter.frame_count <= 3  # columns there, columns gone, and nothing for the third round
+
+
+def test_transforms_of_torch_func(models):
+    """They see plain operations, even with columns in the weight from an eager call."""
+    _, model = models
+    layer, x = model.base_model.model.first, torch.randn(5, 10, dtype=torch.float64)
+    layer(x)
+    rowwise = torch.func.grad(lambda row: layer(row).square().sum())
+    gradient = torch.func.vmap(rowwise)(x)
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)

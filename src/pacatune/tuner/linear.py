@@ -56,6 +56,45 @@ class Linear(PacaLayer, nn.Module):
             **kwargs: Passed to the base layer, except `adapter_names`: one adapter name (or
                 "__base__") per row of the batch, for inference.
         """
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or _is_traced()):
+            result = self._fast_forward(x)
+            if result is not None:
+                return result
+        return self._general_forward(x, *args, **kwargs)
+
+    def _fast_forward(self, x: Tensor) -> Tensor | None:
+        """Apply one adapter by the hand-written gradients; None where the base layer must run."""
+        name: Any = self._active_adapter
+        if type(name) is list:
+            if len(name) != 1:
+                return None
+            name = name[0]
+        residency = self.residency
+        modules: dict[str, Any] = self.__dict__["_modules"]  # nn.Module's own look-up is slow
+        holder = modules["paca_delta"]._modules.get(name)
+        if residency is None or type(holder) is not Delta:  # FSDP may wrap or shard holders alone
+            return None
+        base = modules["base_layer"].__dict__
+        if base["_parameters"] is not residency.parameters or _has_hooks(base):
+            return None
+        delta: Any = holder._parameters["weight"]
+        indices = modules["paca_indices"]._buffers[name]
+        scaling = self.scaling[name]
+        grad_enabled = torch.is_grad_enabled()
+        prepare = residency.holds_or_restore if grad_enabled and _is_small(x) else residency.write
+        is_resident = prepare(delta, indices, scaling)
+        weight = residency.weight if is_resident else residency.find_weight()
+        if weight is None:
+            return None
+        bias = dict.get(residency.parameters, "bias")
+        if is_resident and not grad_enabled:
+            return F.linear(x, weight, bias)
+        if torch._C._is_any_autocast_enabled():
+            x = autocast(x)
+        look_again = partial(prepare, delta, indices, scaling)
+        return apply_paca_linear(x, weight, delta, indices, scaling, bias, is_resident, look_again)
+
+    def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
@@ -65,37 +104,7 @@ class Linear(PacaLayer, nn.Module):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         active = self._active_adapter
         names = [active] if isinstance(active, str) else active
-        if len(names) == 1 and not args and not kwargs and not torch.compiler.is_compiling():
-            result = self._fast_forward(x, names[0])
-            if result is not None:
-                return result
         return self._additive_forward(x, names, *args, **kwargs)
-
-    def _fast_forward(self, x: Tensor, name: str) -> Tensor | None:
-        """Apply one adapter by the hand-written gradients; None where the base layer must run."""
-        residency = self.residency
-        holder = self.paca_delta._modules.get(name)
-        if residency is None or type(holder) is not Delta:  # FSDP may wrap or shard holders alone
-            return None
-        base = self.base_layer.__dict__
-        if base["_parameters"] is not residency.parameters or _has_hooks(base):
-            return None
-        delta = cast(Tensor, holder._parameters["weight"])
-        indices = cast(Tensor, self.paca_indices._buffers[name])
-        scaling = self.scaling[name]
-        grad_enabled = torch.is_grad_enabled()
-        prepare = residency.holds_or_restore if grad_enabled and _is_small(x) else residency.write
-        is_resident = prepare(delta, indices, scaling)
-        weight = residency.weight if is_resident else residency.find_weight()
-        if weight is None:
-            return None
-        bias = dict.get(cast(Any, residency.parameters), "bias")
-        if is_resident and not grad_enabled:
-            return F.linear(x, weight, bias)
-        look_again = partial(prepare, delta, indices, scaling)
-        return apply_paca_linear(
-            autocast(x), weight, delta, indices, scaling, bias, is_resident, look_again
-        )
 
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Add any number of adapters to what the base layer returns."""
@@ -108,7 +117,7 @@ class Linear(PacaLayer, nn.Module):
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight."""
-        if not torch.compiler.is_compiling():
+        if not _is_traced():
             self.restore()
         elif self.residency is not None and self.residency.is_written:
             # A traced graph cannot restore, so it undoes the columns in a copy, until the optimiser
@@ -160,9 +169,10 @@ def _has_hooks(base: dict[str, Any]) -> bool:
     )
 
 
+def _is_traced() -> bool:
+    """Whether torch.compile or a torch.func transform is at work: then plain operations only."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _is_small(x: Tensor) -> bool:
-    return (
-        x.dtype is torch.float32
-        and x.numel() < _FEW_TOKENS * x.shape[-1]
-        and x.device.type == "cpu"
-    )
+    return x.numel() < _FEW_TOKENS * x.shape[-1] and x.dtype is torch.float32 and x.is_cpu
