@@ -64,12 +64,14 @@ class GuardedParameters(dict[str, Any]):
             residency.look()
 
     def __getitem__(self, name: str) -> Any:
-        self._look()
+        if name == "weight":
+            self._look()
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """As dict's."""
-        self._look()
+        if name == "weight":
+            self._look()
         return super().get(name, default)
 
     def items(self) -> Any:
