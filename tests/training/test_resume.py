@@ -175,6 +175,15 @@ def test_resume_refuses_changed_data(interrupted, make_config, data_path, tmp_pa
         data_path.write_text("\n".join(lines) + "\n")
 
 
+def test_resume_refuses_another_number_of_processes(interrupted, tmp_path):
+    state = tmp_path / "out/checkpoint-5/trainer_state.json"
+    text = state.read_text()
+    assert text.count('"num_processes": 1') == 1
+    state.write_text(text.replace('"num_processes": 1', '"num_processes": 2'))
+    with pytest.raises(ValueError, match=r"checkpoint-5 was trained by 2 processes and cannot be "):
+        train(interrupted, resume=True)
+
+
 def test_resume_takes_the_last_complete_checkpoint(interrupted, tmp_path):
     state = tmp_path / "out/checkpoint-5/trainer_state.json"
     state.write_text(state.read_text()[:100])

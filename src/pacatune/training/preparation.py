@@ -179,11 +179,11 @@ def check_same_options(config: RunConfig, folder: Path) -> None:
         )
 
 
-def find_checkpoint(run: Run, folder: Path) -> Path:
-    """Return the checkpoint to continue, once sure that it saw the same data.
+def find_checkpoint(run: Run, folder: Path, num_processes: int) -> Path:
+    """Return the checkpoint to continue, once sure that it saw the same data in the same order.
 
     Raises:
-        ValueError: If no checkpoint is complete, or the data has changed.
+        ValueError: If no checkpoint is complete, or the data or the number of processes differ.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -191,11 +191,16 @@ def find_checkpoint(run: Run, folder: Path) -> Path:
             f"the run in {folder} has no complete checkpoint; start it again without --resume."
         )
     state = read_state(checkpoint) or {}
-    callbacks = state.get("stateful_callbacks", {})
-    before = callbacks.get("DataFingerprint", {}).get("args", {}).get("fingerprint")
-    if before != fingerprint(run.data.train):
+    before = state.get("stateful_callbacks", {}).get("TrainedOn", {}).get("args", {})
+    if before.get("fingerprint") != fingerprint(run.data.train):
         raise ValueError(
             f"the training data has changed since {checkpoint} was saved, so it cannot be "
             "continued; restore the data, or start again with --overwrite."
+        )
+    if before.get("num_processes") != num_processes:
+        raise ValueError(
+            f"{checkpoint} was trained by {before.get('num_processes')} processes and cannot be "
+            f"continued by {num_processes}: each would see other examples. Start as many as "
+            "before, or start again with --overwrite."
         )
     return checkpoint

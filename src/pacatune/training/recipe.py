@@ -36,7 +36,7 @@ from pacatune.training.preparation import (
 )
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
 from pacatune.training.report import Report, eval_curve, train_curve, versions, write_report
-from pacatune.training.trainer import DataFingerprint, LogBeforeSave, RunTrainer
+from pacatune.training.trainer import LogBeforeSave, RunTrainer, TrainedOn
 
 
 def train(
@@ -72,7 +72,7 @@ def train(
     if resume:
         check_same_options(config, folder)
     run = prepare_run(config, console)
-    checkpoint = find_checkpoint(run, folder) if resume else None
+    checkpoint = find_checkpoint(run, folder, config.training.world_size) if resume else None
     trainer = _make_trainer(config, run, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     _open_folder(config, folder, checkpoint, console)
@@ -138,7 +138,7 @@ def _make_trainer(
         eval_dataset=run.data.evaluation,
         processing_class=run.tokenizer,
         peft_config=copy.deepcopy(run.adapter_config),
-        callbacks=[meter, DataFingerprint(fingerprint(run.data.train))],
+        callbacks=[meter, TrainedOn(fingerprint(run.data.train), arguments.world_size)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

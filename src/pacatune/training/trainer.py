@@ -108,16 +108,21 @@ class LogBeforeSave(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
 
 
-class DataFingerprint(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps in each checkpoint which data it was trained on.
+class TrainedOn(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps in each checkpoint what it takes to continue it step by step.
 
     Args:
         fingerprint: Digest of the token ids and labels.
+        num_processes: Among which they were shared out.
     """
 
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, num_processes: int) -> None:
         self.fingerprint = fingerprint
+        self.num_processes = num_processes
 
     def state(self) -> dict[str, Any]:
         """Return what the trainer writes into trainer_state.json."""
-        return {"args": {"fingerprint": self.fingerprint}, "attributes": {}}
+        return {
+            "args": {"fingerprint": self.fingerprint, "num_processes": self.num_processes},
+            "attributes": {},
+        }
