@@ -29,6 +29,7 @@ KINDS = {
     **dict.fromkeys(("gate_proj", "up_proj"), INTERMEDIATE),
 }
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
+BOTH = ["--dtypes", "float32", "bfloat16"]
 SUMMARY = {"step_ms", "step_ms_quartile_1", "step_ms_quartile_3", "step_ms_min"}
 NOISE = {"load_average", "num_cores_of_others"}
 
@@ -45,7 +46,7 @@ def _keep_threads_and_precision():
 def step_result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")
     options = ["--output", str(folder), "--tokens", "6", "--accumulation", "1", "3", *QUICK]
-    options += ["--methods", *all_methods()]
+    options += ["--methods", *all_methods(), *BOTH]
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         options += ["--" + name.replace("_", "-"), str(getattr(SHAPE, name))]
     step.main(options)
@@ -56,7 +57,7 @@ def step_result(tmp_path_factory):
 def layer_result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layer")
     options = ["--output", str(folder), "--tokens", "6", "--shapes", "32x16", "--num-layers", "3"]
-    layer.main([*options, *QUICK])
+    layer.main([*options, *QUICK, *BOTH])
     return folder, json.loads((folder / "layer.json").read_text())
 
 
@@ -257,7 +258,7 @@ def test_wrong_options_are_explained(options, message, capsys):
 
 
 def test_standard_settings_are_those_with_targets():
-    settings = step.choose_settings(step.parse([]))
+    settings = step.choose_settings(step.parse(BOTH))
     assert len(settings) == 2 * len(step.SETTINGS)
     for setting in settings:
         for targets in step.TARGETS.values():

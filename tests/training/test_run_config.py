@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 from trl import SFTConfig
 
 from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -83,6 +84,13 @@ def test_mixed_precision_is_pinned_to_what_is_fast(monkeypatch, fast):
     assert training.given["bf16"] is fast
     again = TrainingConfig(**training.given)
     assert again.bf16 is fast
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
+    """Otherwise accelerate, under torchrun, takes each process for the only one."""
+    assert TrainingConfig(bf16=bf16).use_cpu
 
 
 def test_mixed_precision_is_not_forced_onto_fp16():

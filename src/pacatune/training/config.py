@@ -190,10 +190,12 @@ class TrainingConfig(SFTConfig):  # type: ignore[misc]
             # Pinned, so that a saved config gives the same numbers on another machine.
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)
             self.given["bf16"] = self.bf16
-        if self.bf16 and not _has_accelerator():
-            self.use_cpu = True  # transformers wants it said before it takes bf16 on a CPU
+        if not _has_accelerator():
+            # Unless it is said, transformers takes no bf16, and accelerate takes each of several
+            # processes for the only one.
+            self.use_cpu = True
         super().__post_init__()
-        if not _has_accelerator() or self.use_cpu:
+        if self.use_cpu:
             self.dataloader_pin_memory = False
 
 

@@ -1,5 +1,6 @@
 """What every adapted layer has, whatever its base: deltas, columns, switching, copying."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,16 +26,16 @@ class Delta(nn.Module):
     `.default.`, FSDP1 wraps modules, and ZeRO-3 gathers when a module is called.
     """
 
-    def __init__(self, out_features: int, rank: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(out_features, rank))
+        self.weight = nn.Parameter(torch.zeros(shape))
 
     def forward(self, columns: Tensor, scaling: float) -> Tensor:
         """Return columns (scaling * delta)^T: (..., R) -> (..., O), in the dtype of `columns`."""
         return F.linear(columns, (self.weight * scaling).to(columns.dtype))
 
 
-class PacaLayer(MergeMixin, BaseTunerLayer):
+class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
     """Per-adapter deltas and columns over one base layer.
 
     Attributes:
@@ -46,7 +47,23 @@ class PacaLayer(MergeMixin, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("paca_delta",)
     other_param_names: tuple[str, ...] = ("paca_indices", "r", "paca_alpha", "scaling")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    # Of BaseTunerLayer, which has no types.
+    active_adapters: list[str]
+    get_base_layer: Callable[[], nn.Module]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        name: str,
+        config: PacaConfig,
+        *,
+        r: int,
+        paca_alpha: float,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
         self.base_layer = base_layer
         self.paca_delta = nn.ModuleDict({})
         self.paca_indices = BufferDict({}, persistent=True)
@@ -62,6 +79,8 @@ class PacaLayer(MergeMixin, BaseTunerLayer):
         self.shares_weight = False  # another module sees the same weight; set by the model
         self.residency: Residency | None = None
         self._attach()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha)
 
     def _attach(self) -> None:
         base_layer = self.base_layer
@@ -69,6 +88,16 @@ class PacaLayer(MergeMixin, BaseTunerLayer):
             self.residency = Residency(base_layer)
             self.residency.is_shared = self.shares_weight
             self.residency.is_merged = bool(self.merged_adapters)
+
+    @staticmethod
+    def num_columns_of(base_layer: nn.Module) -> int:
+        """Return I, the number of columns to choose from in the weight of a base layer."""
+        in_features, _ = _get_in_out_features(base_layer)
+        return cast(int, in_features)
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return the shape of the update of `r` columns."""
+        return self.out_features, r
 
     def update_layer(
         self, adapter_name: str, name: str, config: PacaConfig, *, r: int, paca_alpha: float
@@ -85,17 +114,18 @@ class PacaLayer(MergeMixin, BaseTunerLayer):
         Raises:
             ValueError: If `r` exceeds the in_features of the base layer.
         """
-        check_rank(r, self.in_features, name)
+        num_columns = self.num_columns_of(self.get_base_layer())
+        check_rank(r, num_columns, name)
         self.restore()
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
-        delta = Delta(self.out_features, r)
+        delta = Delta(*self.delta_shape(r))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
-        shape = torch.empty(self.out_features, self.in_features, device="meta")
+        weight = torch.empty(self.out_features, num_columns, device="meta")
         self.paca_indices[adapter_name] = select_columns(
-            config.selection, shape, r, seed=seed_for(config.random_seed, name)
+            config.selection, weight, r, seed=seed_for(config.random_seed, name)
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -14,11 +14,10 @@ from typing import Any, cast
 
 import torch
 from peft.utils.quantization_utils import quantization_extra_repr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional import apply_paca_linear, autocast
-from pacatune.tuner.config import PacaConfig
+from pacatune.functional.linear import apply_paca_linear, autocast
 from pacatune.tuner.layer import Delta, PacaLayer
 
 __all__ = ["Linear"]
@@ -28,24 +27,8 @@ __all__ = ["Linear"]
 _FEW_TOKENS = 64
 
 
-class Linear(PacaLayer, nn.Module):
+class Linear(PacaLayer):
     """An adapted nn.Linear, Conv1D (transformers) or quantised linear layer."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        name: str,
-        config: PacaConfig,
-        *,
-        r: int,
-        paca_alpha: float,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        PacaLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer with its active adapters: (..., I) -> (..., O).

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pacatune.checks import check_tensors
 from pacatune.tuner import combining
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.kinds import layer_class
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.linear import Linear
 from pacatune.tuner.sharing import mark_shared_weights
 from pacatune.tuner.targets import available_targets, check_targets, for_module
 
@@ -72,7 +72,9 @@ class PacaModel(BaseTuner):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
             return
         kwargs = get_quantization_kwargs(self)
-        layer = Linear(target, adapter_name, current_key, peft_config, **ranks, **kwargs)
+        new = layer_class(target, **kwargs)
+        assert new is not None, "check_targets refuses what no layer adapts"
+        layer = new(target, adapter_name, current_key, peft_config, **ranks, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -11,12 +11,11 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.layer import check_rank
+from pacatune.tuner.kinds import is_supported, layer_class, supported_kinds
+from pacatune.tuner.layer import PacaLayer, check_rank
 
 __all__ = ["available_targets", "check_targets", "for_module"]
 
@@ -44,12 +43,9 @@ def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwar
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
         if tuner._check_target_module_exists(config, name):
-            _check_supported(module, name, **kwargs)
-            in_features = getattr(module, "in_features", None)
-            if in_features is None and isinstance(module, Conv1D):
-                in_features = module.weight.shape[0]
-            if in_features is not None:
-                check_rank(for_module(config.rank_pattern, name, config.r), in_features, name)
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            num_columns = _layer_class(base, name, **kwargs).num_columns_of(base)
+            check_rank(for_module(config.rank_pattern, name, config.r), num_columns, name)
 
 
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
@@ -73,15 +69,17 @@ def available_targets(model: nn.Module) -> str:
     """Return a sentence that lists the names of all modules that can be adapted, with counts."""
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and ".base_layer" not in name:
+        if (
+            is_supported(module) or isinstance(module, BaseTunerLayer)
+        ) and ".base_layer" not in name:
             parts = [part for part in name.split(".") if not part.isdigit()]
             counts[parts[-1] if parts else name] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     return f"It has these linear layers: {listed or 'none'}."
 
 
-def _check_supported(module: nn.Module, name: str, **kwargs: Any) -> None:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
+    """Return the class that adapts a target, or say why none does."""
     parametrizations = getattr(base, "parametrizations", None)
     if isinstance(parametrizations, nn.ModuleDict):
         raise ValueError(
@@ -90,13 +88,13 @@ def _check_supported(module: nn.Module, name: str, **kwargs: Any) -> None:
             "torch.nn.utils.parametrize.remove_parametrizations first, or drop it from "
             "`target_modules`."
         )
-    if isinstance(base, (nn.Linear, Conv1D)):
-        return
-    if resolve_quantization_backend(base, **kwargs) is None:
+    layer = layer_class(base, **kwargs)
+    if layer is None:
         raise TypeError(
             f"Target module {name!r} ({type(base).__name__}) is not supported. PaCA adapts "
-            "torch.nn.Linear, transformers' Conv1D and quantised linear layers."
+            f"{supported_kinds()}."
         )
+    return layer
 
 
 def for_module(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
