@@ -5,16 +5,20 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo test lint conformance bench docs setup-demo setup-dev
+.PHONY: help demo demo-vision test lint conformance bench docs setup-demo setup-demo-vision setup-dev
 
 help:
 	@echo 'make demo         fine-tune a real language model and show what changed'
+	@echo 'make demo-vision  the same with real image models'
 	@echo 'make test         lint, types, spelling and every test'
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
 	@echo 'make bench        measure step time and memory against the other methods'
 
 demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
+
+demo-vision: setup-demo-vision
+	@$(RUN) -m pacatune demo-vision $(ARGS)
 
 test: lint
 	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
@@ -32,11 +36,13 @@ conformance: setup-dev
 bench: setup-dev
 	$(RUN) -m benchmarks.layer $(ARGS)
 	$(RUN) -m benchmarks.step $(ARGS)
+	$(RUN) -m benchmarks.switch $(ARGS)
 	$(RUN) -m benchmarks.tables
 
 docs: setup-dev
 	$(RUN) -m tools.cli_reference
+	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
 
-setup-demo setup-dev:
+setup-demo setup-demo-vision setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

@@ -78,9 +78,11 @@ class Layers(nn.Module):
         return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
 
 
-def parse(options: list[str] | None = None) -> argparse.Namespace:
+def parse(
+    options: list[str] | None = None, description: str | None = __doc__
+) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments(__doc__, seconds=6.0)
+    parser = arguments(description, seconds=6.0)
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=[*map(_shape, SHAPES)], metavar="OUTxIN"
     )
@@ -173,7 +175,7 @@ def count(contender: Contender, inputs: list[Tensor]) -> dict[str, Any]:
         "saved_bytes_by_layer": saved.num_bytes_by_kind,
     }
     if contender.method == OURS:
-        counts["formula_bytes_by_layer"] = formula_bytes(layers, len(inputs[0]))
+        counts["formula_bytes_by_layer"] = formula_bytes(layers, len(inputs[0]), inputs[0].dtype)
     return counts
 
 

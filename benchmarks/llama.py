@@ -1,6 +1,7 @@
 """The model of the benchmarks: a small Llama with random weights, and its training step."""
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ class Shape:
     vocab_size: int = 1024
 
 
-def make_model(shape: Shape, dtype: torch.dtype, seed: int) -> nn.Module:
+def make_model(
+    shape: Shape, dtype: torch.dtype, seed: int, quantization: str | None = None
+) -> nn.Module:
     """Return a Llama whose embeddings ask for a gradient, in every method alike.
 
     Input gradients then flow through every layer: what a method does is exactly what the frozen
@@ -36,14 +39,29 @@ def make_model(shape: Shape, dtype: torch.dtype, seed: int) -> nn.Module:
         shape: Its size.
         dtype: Of its weights.
         seed: Of its weights.
+        quantization: nf4 or fp4, doubly quantised by bitsandbytes; None leaves it as it is.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+    from transformers.utils.logging import disable_progress_bar
 
     config = LlamaConfig(
         **dataclasses.asdict(shape), max_position_embeddings=MAX_LENGTH, use_cache=False
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if quantization is not None:
+        disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="sdpa", quantization_config=config
+            )
     model.enable_input_require_grads()
     return model
 

@@ -16,7 +16,7 @@ from benchmarks.swap import swap_layers
 from pacatune import PacaConfig
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["METHODS", "OURS", "Contender", "adapt", "all_methods"]
+__all__ = ["METHODS", "OURS", "Contender", "adapt", "adapter_config", "all_methods"]
 
 OURS = "paca"
 METHODS = {
@@ -71,7 +71,7 @@ def adapt(model: nn.Module, method: str, *, targets: str | list[str], seed: int)
     model.requires_grad_(method == "full")
     if method not in ("frozen", "full"):
         torch.manual_seed(seed)
-        model = get_peft_model(model, _config(method, targets, seed))
+        model = get_peft_model(model, adapter_config(method, targets, seed))
     if method == "swap":
         swap_layers(model)
     if method == "additive":
@@ -81,7 +81,8 @@ def adapt(model: nn.Module, method: str, *, targets: str | list[str], seed: int)
     return Contender(method, model.train(), optimizer)
 
 
-def _config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
+def adapter_config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
+    """Return the PEFT configuration of a method that has one."""
     if method in ("paca", "swap", "additive"):
         return PacaConfig(r=_RANK, paca_alpha=_RANK, target_modules=targets, random_seed=seed)
     rank = 4 if method == "lora_r4" else _RANK

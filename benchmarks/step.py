@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                  writes benchmarks/results/step.json
     python -m benchmarks.step --compiled       writes benchmarks/results/step-compiled.json
+    python -m benchmarks.step --quantization nf4   QPaCA and QLoRA, into step-nf4.json
 
 A step is forward, backward and optimizer: with `--accumulation 4`, four micro-batches and one
 optimizer step. All methods alternate in one process, one step each per round, and ratios are those
@@ -38,6 +39,7 @@ from pacatune.memory.measure import peak_process_bytes
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
 COMPILED_METHODS = ("paca", "lora")
+QUANTISED_METHODS = ("frozen", "paca", "lora", "lora_r4")
 # The highest acceptable ratio of paca's step to another method's, by setting.
 TARGETS = {
     "frozen": dict(zip(SETTINGS, (1.30, 1.15, 1.07, 1.03), strict=True)),
@@ -48,6 +50,7 @@ TARGETS = {
     "full": dict(zip(SETTINGS, (0.60, 0.60, 0.78, 0.82), strict=True)),
 }
 COMPILED_TARGETS = {"lora": dict.fromkeys(SETTINGS, 1.0)}
+QUANTISED_TARGETS = {"lora": dict.fromkeys(SETTINGS, 0.85)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compiled", action="store_true", help="compare under torch.compile; needs a C++ compiler"
     )
+    parser.add_argument(
+        "--quantization", choices=("nf4", "fp4"), help="of the frozen weights, by bitsandbytes"
+    )
     for field in dataclasses.fields(Shape):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=at_least_1, default=field.default, help="of the Llama")
@@ -89,7 +95,11 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
             make_batch(number, args.vocab_size, args.seed)
         except ValueError as error:
             parser.error(str(error))
-    args.methods = args.methods or list(COMPILED_METHODS if args.compiled else METHODS)
+    if args.compiled and args.quantization:
+        parser.error("--compiled and --quantization exclude each other")
+    args.methods = args.methods or list(
+        COMPILED_METHODS if args.compiled else QUANTISED_METHODS if args.quantization else METHODS
+    )
     return args
 
 
@@ -113,7 +123,7 @@ def measure(
     batch = make_batch(setting.num_tokens, shape.vocab_size, args.seed)
     contenders = []
     for method in args.methods:
-        model = make_model(shape, DTYPES[setting.dtype], args.seed)
+        model = make_model(shape, DTYPES[setting.dtype], args.seed, args.quantization)
         contenders.append(adapt(model, method, targets="all-linear", seed=args.seed))
     if args.compiled:
         # Compiled code is cached per function, up to a limit beyond which models run uncompiled.
@@ -139,9 +149,9 @@ def measure(
         for method, seconds in times.items()
     ]
     key = (setting.num_tokens, setting.accumulation)
-    by_reference: dict[str, dict[tuple[int, int], float]] = (
-        COMPILED_TARGETS if args.compiled else TARGETS
-    )
+    by_reference: dict[str, dict[tuple[int, int], float]] = TARGETS
+    if args.compiled or args.quantization:
+        by_reference = COMPILED_TARGETS if args.compiled else QUANTISED_TARGETS
     targets = {name: limits[key] for name, limits in by_reference.items() if key in limits}
     return rows, make_ratios(setting.to_dict(), times, targets, args.seed)
 
@@ -158,7 +168,7 @@ def count(contender: Contender, batch: Tensor, accumulation: int) -> dict[str, A
         "saved_bytes_by_layer": saved.num_bytes_by_kind,
     }
     if contender.method == OURS:
-        counts["formula_bytes_by_layer"] = formula_bytes(layers, batch.numel())
+        counts["formula_bytes_by_layer"] = formula_bytes(layers, batch.numel(), model.dtype)
         step = make_step(contender, batch, accumulation)
         step()
         with count_column_writes() as num_writes:
@@ -198,14 +208,16 @@ def main(options: list[str] | None = None) -> None:
     check_bytes(rows)
     result |= {
         "model": f"Llama, hidden {shape.hidden_size}, {shape.num_hidden_layers} layers"
-        + (", compiled" if args.compiled else ""),
+        + (", compiled" if args.compiled else "")
+        + (f", {args.quantization}" if args.quantization else ""),
         "shape": dataclasses.asdict(shape),
         "methods": {name: all_methods()[name] for name in args.methods},
         "peak_process_bytes": peak_process_bytes(),
         "rows": rows,
         "ratios": ratios,
     }
-    path = write(result, args.output, "step-compiled" if args.compiled else "step")
+    kind = "compiled" if args.compiled else args.quantization
+    path = write(result, args.output, f"step-{kind}" if kind else "step")
     console.print(ratio_table(result))
     console.print(f"wrote {path}")
 

@@ -257,6 +257,20 @@ def test_wrong_options_are_explained(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_quantised_step(tmp_path):
+    options = ["--quantization", "nf4", "--tokens", "6", "--output", str(tmp_path), *QUICK]
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        options += ["--" + name.replace("_", "-"), str(getattr(SHAPE, name))]
+    step.main([*options, "--dtypes", "float32"])
+    result = json.loads((tmp_path / "step-nf4.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == list(step.QUANTISED_METHODS)
+    assert result["model"].endswith("nf4")
+    kept = 6 * RANK * 4 * 7 * NUM_LAYERS
+    assert rows["paca"]["saved_bytes_beyond_frozen"] == kept
+    assert rows["lora"]["saved_bytes_beyond_frozen"] > kept
+
+
 def test_standard_settings_are_those_with_targets():
     settings = step.choose_settings(step.parse(BOTH))
     assert len(settings) == 2 * len(step.SETTINGS)

@@ -54,10 +54,12 @@ def test_half_a_module_is_refused(missing, message):
     [
         (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float32"),
         (torch.ones(4, 3).to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; it must be one of"),
-        (torch.ones(4, 3, 1), r"shape \(4, 3, 1\); it must be \(out_features, rank\)"),
+        (torch.ones(3), r"shape \(3,\); it must be \(out_features, rank\)"),
         (torch.ones(0, 3), r"shape \(0, 3\); it must be \(out_features, rank\)"),
         (torch.ones(4, 0), r"shape \(4, 0\); it must be \(out_features, rank\)"),
-        (torch.ones(4, 2), r"shape \(3,\); it must be \(2,\), one entry for each of the 2 columns"),
+        (torch.ones(4, 2), r"shape \(3,\); it must be \(2,\), one entry for each column"),
+        (torch.ones(3, 2, 1, 3), r"shape \(3,\); it must be \(2,\), .* shape \(3, 2, 1, 3\)"),
+        (torch.ones(4, 2, 5), r"shape \(3,\); it must be \(2,\) or \(5,\), one entry"),
     ],
 )
 def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):

@@ -1,7 +1,8 @@
 """What every PaCA tensor must fulfil, wherever it comes from; torch only.
 
 An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
-`<module>.paca_indices` (R,), sorted and unique (docs/method.md).
+`<module>.paca_indices` (R,), sorted and unique (docs/method.md). The deltas of convolutions have
+the kernel's dimensions after these, those of expert parameters the number of experts before.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ class ColumnUpdate(NamedTuple):
     """The two tensors that adapt one module."""
 
     delta: Tensor
-    """(O, R) update of the trained columns, before scaling."""
+    """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling."""
     indices: Tensor
     """(R,) int64, the trained columns in increasing order."""
 
@@ -96,20 +97,23 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         raise ValueError(
             f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {allowed}."
         )
-    if delta.ndim != 2 or 0 in delta.shape:
+    if delta.ndim < 2 or 0 in delta.shape:
         raise ValueError(
             f"{where}: `{DELTA}` has shape {tuple(delta.shape)}; it must be (out_features, rank), "
-            "both at least 1."
+            "both at least 1, with the kernel's sizes after them or the number of experts before."
         )
     if indices.dtype != torch.int64:
         raise ValueError(
             f"{where}: `{INDICES}` has dtype {indices.dtype}; it must be torch.int64. "
             "Convert it with `.long()` and save the adapter again."
         )
-    if indices.shape != delta.shape[1:]:
+    # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
+    ranks = {delta.shape[1], delta.shape[2] if delta.ndim == 3 else delta.shape[1]}
+    if indices.ndim != 1 or len(indices) not in ranks:
+        listed = " or ".join(f"({rank},)" for rank in sorted(ranks))
         raise ValueError(
-            f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be "
-            f"({delta.shape[1]},), one entry for each of the {delta.shape[1]} columns of `{DELTA}`."
+            f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be {listed}, one "
+            f"entry for each column of `{DELTA}`, which has shape {tuple(delta.shape)}."
         )
 
 

@@ -5,7 +5,16 @@ import shutil
 import pytest
 
 
-def save_adapter(model_dir, folder, *, dtype="float32", seed=0, with_fingerprint=True, **config):
+def save_adapter(
+    model_dir,
+    folder,
+    *,
+    dtype="float32",
+    seed=0,
+    with_fingerprint=True,
+    quantization=None,
+    **config,
+):
     """Save a PaCA adapter with random deltas for the model in a folder; return the PEFT model."""
     import torch
     from peft import get_peft_model
@@ -22,7 +31,9 @@ def save_adapter(model_dir, folder, *, dtype="float32", seed=0, with_fingerprint
         "task_type": "CAUSAL_LM",
         **config,
     }
-    base = load_base(str(model_dir), task_type=settings["task_type"], dtype=dtype)
+    base = load_base(
+        str(model_dir), task_type=settings["task_type"], dtype=dtype, quantization=quantization
+    )
     generator = torch.Generator().manual_seed(seed)
     with answered_warnings():
         model = get_peft_model(base, PacaConfig(**settings))

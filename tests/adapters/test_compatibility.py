@@ -50,7 +50,7 @@ def test_a_missing_module_is_named_with_the_nearest(adapter_dir, model):
 
 def test_a_module_that_is_not_linear_is_refused(adapter_dir, model):
     model.model.layers[0].mlp.down_proj = nn.Identity()
-    with pytest.raises(ValueError, match=r"has no linear layer 'model\.layers\.0\.mlp\.down_proj'"):
+    with pytest.raises(ValueError, match=r"no adaptable layer 'model\.layers\.0\.mlp\.down_proj'"):
         check_base(adapter_dir, model)
 
 

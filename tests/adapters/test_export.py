@@ -7,12 +7,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from pacatune.adapters import export_check
-from pacatune.adapters.export import column_selector, export_lora, lora_config
+from pacatune.adapters.export import export_lora, lora_config
+from pacatune.adapters.export_factors import column_selector
 from pacatune.adapters.folder import read_adapter
 from tests.adapters.fixtures import save_adapter
+from tests.conftest import build_model
+from tools.families import FAMILIES
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -69,7 +72,7 @@ def test_the_configuration_is_plain_loras(tiny_model_dir, adapter_dir, tmp_path)
     export_lora(None, adapter_dir, tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     LoraConfig(**config)
-    assert config["target_modules"] == sorted(read_adapter(adapter_dir).modules)
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
     assert config["base_model_name_or_path"] == str(tiny_model_dir)
     assert not any("paca" in key for key in config)
@@ -89,14 +92,69 @@ def test_targets_are_exact_where_one_name_ends_another(adapter_dir):
     assert not re.fullmatch(targets, "deep.q")
 
 
-def test_patterns_are_carried_over_and_noted(tiny_model_dir, tmp_path):
-    patterns = {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
-    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **patterns)
+@pytest.mark.parametrize(
+    ("options", "alpha", "notes"),
+    [
+        (
+            {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+            8,
+            [
+                "4 modules of lower rank are filled up with zeros to 6.",
+                "4 modules with another alpha / rank than 8 / 6 have the difference in B.",
+            ],
+        ),
+        (
+            {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"down_proj": 12}},
+            12,
+            ["4 modules of lower rank are filled up with zeros to 6."],
+        ),
+        (
+            {"paca_alpha": 2.5},
+            4,
+            ["6 modules with another alpha / rank than 4 / 4 have the difference in B."],
+        ),
+    ],
+    ids=["ranks and alphas", "ranks", "a broken alpha"],
+)
+def test_servers_get_one_rank_and_one_whole_alpha(tiny_model_dir, tmp_path, options, alpha, notes):
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **options)
     result = export_lora(None, tmp_path / "adapter", tmp_path / "lora")
-    assert "modules differ in rank or alpha" in result.notes[0]
+    assert result.notes == notes
+    assert (result.rounding == 0) == (len(notes) == 1 and alpha == 12)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert {key: config[key] for key in patterns} == patterns
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    assert type(config["lora_alpha"]) is int
+    assert config["lora_alpha"] == alpha
+    for name, tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").items():
+        assert tensor.shape[0 if "lora_A" in name else 1] == config["r"], name
     logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+def test_a_quantised_base_is_exported_and_verified(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build_model(64, hidden_size=64).save_pretrained(tmp_path / "plain")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=nf4)
+    base.save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    result = export_lora(None, tmp_path / "adapter", tmp_path / "lora", verify=True)
+    assert result.num_modules == 6
+    assert result.error.max_relative <= 1e-5
+    keys = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
+
+
+def test_fused_projections_are_exported(tmp_path):
+    base = FAMILIES["Phi-3"].build()
+    base.save_pretrained(tmp_path / "base")
+    adapted = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=None)
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    logits = lora_logits(tmp_path / "base", tmp_path / "lora")
     assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
 
 
@@ -145,6 +203,17 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
 def test_an_export_that_plain_peft_cannot_load_is_refused(tiny_model_dir, adapter_dir, tmp_path):
     inputs = [{"input_ids": TOKENS}]
     with pytest.raises(ValueError, match=r"plain PEFT cannot load the exported adapter \(.*PACA"):
+        export_check._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
+
+
+def test_pacatune_cannot_be_imported_where_plain_peft_runs(
+    tiny_model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    """A site hook that imports it would make even the PaCA adapter load."""
+    (tmp_path / "sitecustomize.py").write_text("import pacatune\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    inputs = [{"input_ids": TOKENS}]
+    with pytest.raises(ValueError, match="pacatune is imported when Python starts, so this would"):
         export_check._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
 
 

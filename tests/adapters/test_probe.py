@@ -11,6 +11,7 @@ from transformers import (
 
 from pacatune.adapters.base import load_base
 from pacatune.adapters.probe import output_error, probe_inputs, run_probe
+from tools.families import FAMILIES
 
 
 def test_tokens_and_a_text_for_a_language_model(tiny_model_dir, tiny_tokenizer):
@@ -45,6 +46,20 @@ def test_both_sides_for_an_encoder_and_decoder():
     config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
     model = T5ForConditionalGeneration(config).eval()
     assert run_probe(model, probe_inputs(model))[0].shape == (2, 32, 50)
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "shape"),
+    [
+        ("CLIP", {"input_ids": (2, 32), "pixel_values": (2, 3, 16, 16)}, (2, 2)),
+        ("Whisper", {"input_features": (2, 8, 32), "decoder_input_ids": (2, 32)}, (2, 32, 64)),
+    ],
+)
+def test_pairs_and_sounds(family, inputs, shape):
+    model = FAMILIES[family].build()
+    batches = probe_inputs(model)
+    assert [{name: tensor.shape for name, tensor in batch.items()} for batch in batches] == [inputs]
+    assert run_probe(model, batches)[0].shape == shape
 
 
 def test_other_inputs_are_refused():

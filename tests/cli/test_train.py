@@ -116,7 +116,7 @@ def test_flag_in_a_config_file(words, capsys, tmp_path):
     ("extra", "message"),
     [
         (["--training.learning_rate", "fast"], "training.learning_rate"),
-        (["--method", "qlora"], "method"),
+        (["--method", "adapter"], "method"),
         (["--paca.r", "0"], "`r` (0) must be an integer of at least 1"),
         (["--paca.r", "3.5"], "paca.r"),
         (["--paca.selection", "best"], "`selection` ('best') must be one of"),
@@ -158,7 +158,7 @@ def test_template_shows_what_is_given(capsys):
     values = yaml.safe_load(capsys.readouterr().out)
     assert values["paca"]["r"] == 3
     assert values["data"]["path"] == "x.csv"
-    assert values["paca"]["target_modules"] == "all-linear"
+    assert values["paca"]["target_modules"] is None
 
 
 def test_help(capsys):

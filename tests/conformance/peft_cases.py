@@ -24,6 +24,9 @@ def custom_cases(cls, label, families, base, has_field):
     def add(name, model_id, **kwargs):
         out.append((f"{name} {label}", model_id, cls, {**base, **kwargs}))
 
+    def rank(r):
+        return {"r": r} if "r" in base else {}
+
     if "linear" in families:
         add("Vanilla MLP 1", "MLP", target_modules="lin0")
         add("Vanilla MLP 2", "MLP", target_modules=["lin0"])
@@ -61,9 +64,10 @@ def custom_cases(cls, label, families, base, has_field):
         add("Conv1d 1", "Conv1dBigger", target_modules=["conv1d"])
     if "conv2d" in families:
         add("Conv2d 1", "Conv2d", target_modules=["conv2d"])
-        add("Conv2d 2", "Conv2d", target_modules=["conv2d", "lin0"])
+        # With a rank of 2, both columns of lin0 would be of channels that its relu has silenced.
+        add("Conv2d 2", "Conv2d", target_modules=["conv2d", "lin0"], **rank(4))
         add("Conv2d 3", "Conv2d2", target_modules=["conv2d", "lin0"])
-        add("Conv2d 1x1", "Conv2d1x1", target_modules=["conv2d"])
+        add("Conv2d 1x1", "Conv2d1x1", target_modules=["conv2d"], **rank(1))  # one input channel
     if "conv2d_groups" in families:
         add("Conv2d Groups", "Conv2dGroups", target_modules=["conv2d"])
         add("Conv2d Groups2", "Conv2dGroups2", target_modules=["conv2d"])

@@ -38,7 +38,8 @@ from peft_plugin import ENV, SUITES  # noqa: E402
 from tiny_models import write_tiny_models  # noqa: E402
 
 QUICK_SUITES = "custom,config"
-ALL_SUITES = "custom,config,decoder,encdec,feature,seqcls,tokencls,quant"
+ALL_SUITES = "custom,config,decoder,encdec,feature,seqcls,tokencls,vision,quant"
+LAYERS = "linear,hfconv1d,conv1d,conv2d,conv2d_groups,conv3d"
 
 
 def fetch_peft_tests(cache):
@@ -85,7 +86,7 @@ def parse(argv):
     )
     parser.add_argument("--quick", action="store_true", help=f"suites {QUICK_SUITES} only")
     parser.add_argument("--suites", help=f"some of {','.join(SUITES)}")
-    parser.add_argument("--layers", default="linear,hfconv1d", help=f"some of {','.join(FAMILIES)}")
+    parser.add_argument("--layers", default=LAYERS, help=f"some of {','.join(FAMILIES)}")
     parser.add_argument("--module", default="pacatune", help="importing it registers the method")
     parser.add_argument("--config", default="PacaConfig", help="the config class in that module")
     parser.add_argument("--label", default="", help="name in test ids (default: from the class)")

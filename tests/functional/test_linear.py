@@ -204,6 +204,25 @@ def test_second_derivative_is_refused() -> None:
         torch.autograd.grad(y.sum(), tensors["x"], create_graph=True)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_output_may_be_changed_in_place(
+    form: str, leading: tuple[int, ...], bias: bool
+) -> None:
+    """As that of a linear layer: many models add to it, or scale a transposed view of it."""
+    found = []
+    for which in (form, "reference"):
+        tensors = make(leading, bias=bias)
+        tensors["delta"].requires_grad_()
+        y = run(which, tensors, 0.5)
+        y += 1
+        view = y.transpose(0, -1)
+        view *= 3
+        found.append(torch.autograd.grad(y.square().sum(), tensors["delta"]))
+    torch.testing.assert_close(*found)
+
+
 def test_changing_delta_in_place_before_backward_is_refused() -> None:
     tensors = make((5,))
     tensors["delta"].requires_grad_()

@@ -27,13 +27,13 @@ LAUNCHERS = {
 }
 
 
-def config_of(make_config, data_path, tmp_path, name, batch_size, method="paca"):
+def config_of(make_config, data_path, tmp_path, name, batch_size, quantization=None):
     """Ten steps, each of eight examples over all processes."""
     lines = data_path.read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:40]))
     (tmp_path / "held.jsonl").write_text("".join(lines[40:56]))
     return make_config(
-        method,
+        model={"quantization": quantization},
         data={"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "held.jsonl")},
         training={
             "output_dir": str(tmp_path / name),
@@ -51,13 +51,6 @@ def launch(launcher, *words, timeout=120):
     return done
 
 
-@pytest.fixture
-def one_process(make_config, data_path, tmp_path):
-    config = config_of(make_config, data_path, tmp_path, "one", 8)
-    train(config, console=Console(file=io.StringIO()))
-    return tmp_path / "one"
-
-
 def assert_close(first, second):
     reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
     for one, two in zip(reports[0]["train_losses"], reports[1]["train_losses"], strict=True):
@@ -72,13 +65,17 @@ def assert_close(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_equal_one(make_config, data_path, tmp_path, one_process, launcher):
-    config = config_of(make_config, data_path, tmp_path, "two", 4)
+@pytest.mark.parametrize(
+    ("launcher", "quantization"), [*((name, None) for name in LAUNCHERS), ("fsdp2", "nf4")]
+)
+def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, quantization):
+    config = config_of(make_config, data_path, tmp_path, "one", 8, quantization)
+    train(config, console=Console(file=io.StringIO()))
+    config = config_of(make_config, data_path, tmp_path, "two", 4, quantization)
     save_config(config, tmp_path / "run.yaml")
     done = launch(launcher, "--config", tmp_path / "run.yaml")
     assert done.stdout.count("data: 40 examples, 16 held out") == 1
-    assert_close(one_process, tmp_path / "two")
+    assert_close(tmp_path / "one", tmp_path / "two")
 
     # Resumed from the middle, the very same.
     shutil.copytree(tmp_path / "two", tmp_path / "cut")

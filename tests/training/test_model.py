@@ -134,12 +134,14 @@ def test_plan_of_other_targets(make_config):
     assert planned.summary() == ["1 x q_proj (32 -> 32)", "1 x down_proj (64 -> 32)"]
 
 
-def test_peft_default_targets(make_config):
-    for planned in (
-        plan(make_config(paca=PacaSection(target_modules=None))),
-        plan(make_config("lora", lora=LoraSection(target_modules=None))),
-    ):
-        assert {name.rpartition(".")[2] for name in planned.targets} == {"q_proj", "v_proj"}
+@pytest.mark.parametrize("method", ["paca", "lora", "dora"])
+def test_default_targets_are_the_same_for_every_method(make_config, method):
+    config = make_config(method)
+    adapter_config = models.make_adapter_config(config)
+    assert len(models.plan_training(config, adapter_config).targets) == 14
+    assert adapter_config.target_modules == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_sections_reach_peft(make_config):

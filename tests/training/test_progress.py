@@ -17,7 +17,7 @@ def state(step, total=40):
 def test_meter_takes_the_median_without_the_first_step():
     meter = Meter()
     assert meter.step_ms is None
-    assert meter.tokens_per_second == 0
+    assert meter.items_per_second == 0
     meter.step_seconds = [9.0]
     assert meter.step_ms == 9000
     meter.step_seconds = [9.0, 0.1, 0.5, 0.3]
@@ -26,13 +26,12 @@ def test_meter_takes_the_median_without_the_first_step():
     assert meter.step_ms == pytest.approx(200)
 
 
-def test_meter_counts_tokens_that_are_not_padding():
+def test_meter_counts_numbers_and_tensors():
     meter = Meter()
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    meter.add_tokens(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), ids)
-    meter.add_tokens(None, ids)
+    meter.add(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).sum())
+    meter.add(10)
     meter.step_seconds = [2.0]
-    assert meter.tokens_per_second == (8 + 10) / 2
+    assert meter.items_per_second == (8 + 10) / 2
 
 
 def test_meter_times_steps():
@@ -46,7 +45,7 @@ def test_meter_times_steps():
 def lines(force_terminal=False, **console):
     out = io.StringIO()
     meter = Meter()
-    meter.step_seconds, meter.num_tokens = [1.0], 100
+    meter.step_seconds, meter.num_items = [1.0], 100
     options = {"width": 200, "force_terminal": force_terminal, **console}
     reporter = ProgressReporter(Console(file=out, **options), meter)
     reporter.on_train_begin(ARGUMENTS, state(0))

@@ -78,7 +78,7 @@ def test_given_values_stay_as_given():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_mixed_precision_is_pinned_to_what_is_fast(monkeypatch, fast):
-    monkeypatch.setattr("pacatune.training.config.bfloat16_is_fast", lambda use_cpu: fast)
+    monkeypatch.setattr("pacatune.training.arguments.bfloat16_is_fast", lambda use_cpu: fast)
     training = TrainingConfig()
     assert training.bf16 is fast
     assert training.given["bf16"] is fast

@@ -31,7 +31,6 @@ from pacatune import PacaConfig
             {"target_modules": ["q_proj"], "layers_pattern": "layers"},
             r"`layers_pattern` \('layers'\).* needs `layers_to_transform`",
         ),
-        ({"target_parameters": ["experts.up"]}, r"`target_parameters` \(\['experts.up'\]\)"),
     ],
 )
 def test_wrong_values(options, message):

@@ -82,6 +82,7 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
     for name, (delta, indices) in adapter.modules.items():
         loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
         columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
+        delta = layers[name].as_stored(delta)
         if not (torch.equal(columns, indices) and torch.equal(loaded, delta.to(loaded.dtype))):
             raise ValueError(
                 f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "

@@ -78,7 +78,12 @@ def load_base_config(name: str) -> Any:
 
 
 def load_base(
-    name: str, *, task_type: str | None, dtype: DTypeName = "auto", device: str = "cpu"
+    name: str,
+    *,
+    task_type: str | None,
+    dtype: DTypeName = "auto",
+    device: str = "cpu",
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a base model for inference.
 
@@ -88,6 +93,8 @@ def load_base(
             was saved from.
         dtype: Of the weights.
         device: Where to put it; see `resolve_device`.
+        quantization: How to quantise it, as an adapter's `base_quantization`; ignored for a base
+            that is saved quantised.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -97,15 +104,26 @@ def load_base(
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    options: dict[str, Any] = {}
+    if quantization is not None and getattr(config, "quantization_config", None) is None:
+        from pacatune.adapters.quantized import quantization_config
+
+        compute_dtype: Any = config.dtype or torch.float32 if dtype == "auto" else torch_dtype
+        options = {
+            "quantization_config": quantization_config(quantization, compute_dtype),
+            "device_map": {"": target},
+        }
     try:
         model = model_class.from_pretrained(
-            name, config=config, dtype=torch_dtype, trust_remote_code=False
+            name, config=config, dtype=torch_dtype, trust_remote_code=False, **options
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"the weights of base model {name!r} cannot be read ({error}); copy them again."
         ) from error
-    return cast(PreTrainedModel, model.to(target).eval())
+    if not options:
+        model = model.to(target)
+    return cast(PreTrainedModel, model.eval())
 
 
 def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
@@ -197,17 +215,21 @@ def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenize
     return load_tokenizer(base) if own is None else own
 
 
-def layer_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (O, I) of a layer that PaCA can adapt, else None.
+def layer_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Return (O, I), or (O/G, I, *k) of a convolution, for a layer that PaCA can adapt, else None.
+
+    It is the shape of the update if every column were trained.
 
     Args:
-        module: nn.Linear, transformers' Conv1D, a quantised linear layer, or one of these inside
-            a PEFT layer.
+        module: nn.Linear, transformers' Conv1D, a quantised linear layer, a convolution, or one of
+            these inside a PEFT layer.
     """
     module = innermost(module)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         num_in, num_out = cast(Tensor, module.weight).shape
         return num_out, num_in
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.out_channels // module.groups, module.in_channels, *module.kernel_size
     out_features = getattr(module, "out_features", None)
     in_features = getattr(module, "in_features", None)
     if isinstance(out_features, int) and isinstance(in_features, int):

@@ -64,11 +64,11 @@ def compare(adapter_a: str | Path | Adapter, adapter_b: str | Path | Adapter) ->
     shared = [name for name in updates_a if name in updates_b]
     modules, dot = [], 0.0
     for name in shared:
-        rows_a, rows_b = updates_a[name].shape[0], updates_b[name].shape[0]
-        if rows_a != rows_b:
+        sizes_a, sizes_b = (_sizes(updates[name]) for updates in (updates_a, updates_b))
+        if sizes_a != sizes_b:
             raise ValueError(
-                f"module {name!r} has out_features = {rows_a} in {a.folder} but {rows_b} in "
-                f"{b.folder}; only adapters of one base can be compared."
+                f"module {name!r} has out_features and kernel {sizes_a} in {a.folder} but "
+                f"{sizes_b} in {b.folder}; only adapters of one base can be compared."
             )
         module, module_dot = _compare_module(name, a, b, updates_a[name], updates_b[name])
         modules.append(module)
@@ -111,6 +111,11 @@ def _scaled(adapter: Adapter) -> dict[str, Tensor]:
         name: update.delta.double() * adapter.scaling(name)
         for name, update in adapter.modules.items()
     }
+
+
+def _sizes(update: Tensor) -> tuple[int, ...]:
+    """All sizes but the rank."""
+    return (*update.shape[:1], *update.shape[2:])
 
 
 def _norm(updates: dict[str, Tensor]) -> float:

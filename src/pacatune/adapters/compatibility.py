@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pacatune.adapters.base import layer_shape
 from pacatune.adapters.fingerprint import (
     FINGERPRINT_KEY,
     differing_modules,
@@ -15,7 +14,9 @@ from pacatune.adapters.fingerprint import (
     unwrap,
 )
 from pacatune.adapters.folder import SIDECAR_NAME, Adapter, read_adapter
+from pacatune.adapters.target import find_target, target_shape
 from pacatune.checks import PEFT_PREFIX, ColumnUpdate
+from pacatune.tuner.experts import is_expert_parameter
 
 _OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
 
@@ -61,17 +62,25 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
     Raises:
         ValueError: At the first module that does not fit.
     """
-    found = dict(model.named_modules())
     for name, (delta, indices) in modules.items():
-        shape = layer_shape(found[name]) if name in found else None
+        shape = target_shape(model, name)
         if shape is None:
+            found = dict(model.named_modules())
             nearest = difflib.get_close_matches(name, found, n=1, cutoff=0)
-            problem = "no module" if name not in found else "no linear layer"
+            problem = "no module" if name not in found else "no adaptable layer"
             raise ValueError(
                 f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
                 f"name is {nearest[0]!r}. The adapter belongs to another base."
             )
-        out_features, in_features = shape
+        out_features, in_features, *others = shape
+        if list(delta.shape[2:]) != others:
+            target = find_target(model, name)
+            is_expert = target is not None and is_expert_parameter(*target)
+            what = "experts" if is_expert else "a kernel of"
+            raise ValueError(
+                f"{source}: module {name!r} has {what} {tuple(delta.shape[2:])} in the adapter but "
+                f"{tuple(others)} in the base; the adapter belongs to another base."
+            )
         if delta.shape[0] != out_features:
             raise ValueError(
                 f"{source}: module {name!r} has out_features = {delta.shape[0]} in the adapter but "

@@ -1,7 +1,12 @@
 """Turn a PaCA adapter into a LoRA adapter that says exactly the same, for any LoRA server.
 
 LoRA adds scaling * B A to a weight. With A (R, I) the 0/1 matrix that selects the trained columns
-and B (O, R) = delta, that is PaCA's update and nothing else; alpha and rank stay as they are.
+and B (O, R) = delta, that is PaCA's update and nothing else.
+
+Servers stack the factors of fused layers (q, k and v; gate and up), read one rank and one alpha for
+all modules, and pass over the patterns that PEFT knows. So a module of lower rank than another is
+filled up with zeros, and where alpha / rank differs, B takes the difference. Convolutions, which
+those servers do not adapt, keep their own rank (export_convolution.py).
 """
 
 import json
@@ -11,17 +16,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 
-from pacatune.adapters.base import base_name, empty_base, innermost, layer_shape
+from pacatune.adapters.base import base_name, empty_base, innermost
 from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.export_check import compare_with_plain_peft
-from pacatune.adapters.folder import TENSORS_NAME, Adapter, read_adapter
+from pacatune.adapters.export_convolution import convolution_notes, convolution_patterns
+from pacatune.adapters.export_factors import lora_factors
+from pacatune.adapters.folder import (
+    TENSORS_NAME,
+    Adapter,
+    is_parameter,
+    module_alpha,
+    read_adapter,
+)
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError
 from pacatune.adapters.tensor_file import write_tensors
 from pacatune.checks import PEFT_PREFIX
+from pacatune.tuner.attention import target_of
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 
@@ -39,7 +54,7 @@ class ExportResult:
     num_bytes: int
     """Size of the tensors."""
     rounding: float
-    """Largest relative error of a module's B, in the Frobenius norm; 0 in float32."""
+    """Largest relative error of a factor, in the Frobenius norm; 0 in float32."""
     error: OutputError | None
     """Outputs in plain PEFT against PaCA's, both in float32; None if not verified."""
     notes: list[str]
@@ -57,7 +72,7 @@ def export_lora(
     device: str = "cpu",
     allow_other_base: bool = False,
 ) -> ExportResult:
-    """Write a PaCA adapter as a LoRA adapter of the same rank.
+    """Write a PaCA adapter as a LoRA adapter of the same rank, the largest of its modules.
 
     Only the base's config.json is read, for the number of in_features, unless `verify` is set.
 
@@ -87,7 +102,10 @@ def export_lora(
     base = empty_base(name, task_type=checked.config.task_type)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(checked, base, getattr(torch, dtype))
+    if not keep_extra:
+        assert all(re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key) for key in tensors)
     config = lora_config(checked, base, name, keep_extra=keep_extra)
+    config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     error = None
     with staged_folder(output, num_bytes) as staging:
@@ -103,23 +121,8 @@ def export_lora(
         num_bytes=num_bytes,
         rounding=rounding,
         error=error,
-        notes=notes + _pattern_notes(config),
+        notes=notes + _pattern_notes(checked) + convolution_notes(tensors),
     )
-
-
-def column_selector(indices: Tensor, in_features: int) -> Tensor:
-    """Return the 0/1 matrix A with A x = x[indices].
-
-    Args:
-        indices: (R,) columns.
-        in_features: I.
-
-    Returns:
-        (R, I) float32.
-    """
-    selector = torch.zeros(len(indices), in_features)
-    selector[torch.arange(len(indices)), indices] = 1
-    return selector
 
 
 def lora_config(
@@ -134,26 +137,31 @@ def lora_config(
         keep_extra: Whether its other tensors are carried over.
     """
     config = adapter.config
-    modules = {name: base.get_submodule(name) for name in adapter.modules}
+    parameters = sorted(name for name in adapter.modules if is_parameter(config, name))
+    targets = {target_of(name) for name in adapter.modules.keys() - set(parameters)}
+    modules = [innermost(base.get_submodule(name)) for name in targets]
+    rank, alpha = rank_and_alpha(adapter)
     result = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path or name,
         "revision": config.revision,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": _plain_number(config.paca_alpha),
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "target_modules": _exact_targets(list(modules), base),
-        "fan_in_fan_out": any(type(innermost(m)).__name__ == "Conv1D" for m in modules.values()),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": _exact_targets(sorted(targets), base),
+        "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in modules),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
         "modules_to_save": None,
     }
+    if parameters:
+        result["target_parameters"] = parameters
     if keep_extra:
         result["bias"] = "lora_only" if config.bias == "paca_only" else config.bias
         result["modules_to_save"] = config.modules_to_save
@@ -162,34 +170,48 @@ def lora_config(
     return result
 
 
+def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
+    """Return the rank and the alpha that the LoRA adapter has for all of its modules.
+
+    Alpha is that of the module with the largest rank; if that is no whole number, which some
+    servers need, it is the rank.
+    """
+    ranks = _linear_ranks(adapter) or {n: len(u.indices) for n, u in adapter.modules.items()}
+    largest = max(ranks, key=lambda name: ranks[name])
+    alpha = module_alpha(adapter.config, largest)
+    return ranks[largest], int(alpha) if alpha.is_integer() else ranks[largest]
+
+
 def _lora_tensors(
     adapter: Adapter, base: nn.Module, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], float]:
     tensors, rounding = dict(adapter.extra), 0.0
-    for name, (delta, indices) in adapter.modules.items():
-        shape = layer_shape(base.get_submodule(name))
-        assert shape is not None, "check_base has seen it"
-        factor = delta.to(dtype)
-        exact = delta.double()
-        error = float((factor.double() - exact).norm() / exact.norm().clamp(min=1e-30))
-        if not factor.isfinite().all():
-            raise ValueError(
-                f"{adapter.folder}: module {name!r} holds {float(delta.abs().max()):.0e}, too big "
-                f"for {dtype}; export in float32 or bfloat16."
-            )
-        rounding = max(rounding, error)
-        selector = column_selector(indices, shape[1]).to(dtype)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = selector
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factor
+    rank, alpha = rank_and_alpha(adapter)
+    for name, (delta, _) in adapter.modules.items():
+        is_scaled = adapter.scaling(name) != alpha / rank
+        exact = delta.double() * (adapter.scaling(name) * rank / alpha if is_scaled else 1)
+        for key, factor in lora_factors(adapter, base, name, exact, rank).items():
+            rounded = factor.to(dtype)
+            if not rounded.isfinite().all():
+                raise ValueError(
+                    f"{adapter.folder}: module {name!r} holds {float(delta.abs().max()):.0e}, too "
+                    f"big for {dtype}; export in float32 or bfloat16."
+                )
+            error = float((rounded.double() - factor).norm() / factor.norm().clamp(min=1e-30))
+            rounding = max(rounding, error)
+            tensors[PEFT_PREFIX + key] = rounded.contiguous()
     return tensors, rounding
 
 
 def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
     # A list matches by the end of the name; full names are exact unless they end another name.
-    every_name = [name for name, _ in base.named_modules()]
-    if any(other.endswith(f".{name}") for name in names for other in every_name):
+    if not names:
+        return []
+    others = {name for name, _ in base.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for name in names for other in others):
         return "|".join(map(re.escape, sorted(names)))
-    return sorted(names)
+    # Short names are what people write themselves, and what some servers compare with a list.
+    return sorted(_find_minimal_target_modules(names, others))
 
 
 def _refuse_extra(adapter: Adapter) -> None:
@@ -203,14 +225,22 @@ def _refuse_extra(adapter: Adapter) -> None:
     )
 
 
-def _pattern_notes(config: dict[str, Any]) -> list[str]:
-    if not config["rank_pattern"] and not config["alpha_pattern"]:
-        return []
-    return [
-        "modules differ in rank or alpha: PEFT reads `rank_pattern` and `alpha_pattern`, but some "
-        "servers (vLLM) use one rank and one alpha for all."
-    ]
+def _pattern_notes(adapter: Adapter) -> list[str]:
+    rank, alpha = rank_and_alpha(adapter)
+    notes = []
+    if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
+        notes.append(f"{num_padded} modules of lower rank are filled up with zeros to {rank}.")
+    if num_scaled := sum(adapter.scaling(name) != alpha / rank for name in adapter.modules):
+        notes.append(
+            f"{num_scaled} modules with another alpha / rank than {alpha} / {rank} have the "
+            "difference in B."
+        )
+    return notes
 
 
-def _plain_number(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
+def _linear_ranks(adapter: Adapter) -> dict[str, int]:
+    return {
+        name: len(indices)
+        for name, (delta, indices) in adapter.modules.items()
+        if delta.ndim == 2 or is_parameter(adapter.config, name)
+    }

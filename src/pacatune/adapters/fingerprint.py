@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.base import innermost
 from pacatune.adapters.folder import SIDECAR_NAME, find_file, read_adapter
 from pacatune.adapters.json_file import read_json_object
+from pacatune.adapters.target import find_target, target_matrix
+from pacatune.functional.columns import columns_of_kernel
 
 FINGERPRINT_KEY = "base_fingerprint"
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -53,8 +54,7 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
         if (value := getattr(config, key, None)) is not None:
             result[key] = value
     result["modules"] = {
-        name: _hash_module(model.get_submodule(name), indices)
-        for name, indices in adapter_modules.items()
+        name: _hash_target(model, name, indices) for name, indices in adapter_modules.items()
     }
     return result
 
@@ -109,13 +109,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _hash_module(module: nn.Module, indices: Tensor) -> dict[str, str]:
-    module = innermost(module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not _is_readable(weight):
+def _hash_target(model: nn.Module, name: str, indices: Tensor) -> dict[str, str]:
+    found = find_target(model, name)
+    if found is None:
+        raise ValueError(f"the base ({type(model).__name__}) has no module {name!r} to compare.")
+    module, weight = found[0], target_matrix(*found)
+    if weight is None or not _is_readable(weight):
         return {}
     if type(module).__name__ == "Conv1D":
         weight = weight.t()
+    if weight.ndim > 2:
+        weight = columns_of_kernel(weight, module.groups)
     is_free = torch.ones(weight.shape[1], dtype=torch.bool)
     is_free[indices.cpu()] = False
     columns = _spread(is_free.nonzero().flatten(), _MAX_COLUMNS)
@@ -127,7 +131,7 @@ def _hash_module(module: nn.Module, indices: Tensor) -> dict[str, str]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    is_sharded = hasattr(weight, "full_tensor") or weight.ndim != 2 or weight.numel() == 0
+    is_sharded = hasattr(weight, "full_tensor") or weight.ndim < 2 or weight.numel() == 0
     return weight.dtype in _ROUNDINGS and not weight.is_meta and not is_sharded
 
 

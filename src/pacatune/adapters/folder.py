@@ -15,6 +15,7 @@ from pacatune.adapters.config_file import CONFIG_NAME, read_config, read_lora_co
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
+from pacatune.tuner.attention import target_of
 from pacatune.tuner.config import PacaConfig
 
 TENSORS_NAME = "adapter_model.safetensors"
@@ -34,7 +35,8 @@ class Adapter:
     config: PacaConfig
     """Its configuration."""
     modules: dict[str, ColumnUpdate]
-    """Delta and indices of each adapted module, by the module's name in the base model."""
+    """Delta and indices of each adapted module, by the module's name in the base model. The deltas
+    of E experts are (O, R, E) here, so that the columns are always the second dimension."""
     extra: dict[str, Tensor]
     """All other tensors of the file by their name there: biases, `modules_to_save`, tokens."""
     sidecar: dict[str, Any]
@@ -42,7 +44,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """Return alpha / rank of one adapted module."""
-        return module_alpha(self.config, module) / self.modules[module].delta.shape[1]
+        return module_alpha(self.config, module) / len(self.modules[module].indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             "Save the adapter again."
         )
     check_ranks(config, modules, source=str(path))
+    modules = {name: _columns_second(update, config, name) for name, update in modules.items()}
     extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
     sidecar_path = folder / SIDECAR_NAME
     sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if sidecar_path.exists() else {}
@@ -202,7 +205,7 @@ def check_ranks(config: PacaConfig, modules: Mapping[str, ColumnUpdate], *, sour
         ValueError: At the first module whose rank differs.
     """
     for module, update in modules.items():
-        rank, expected = update.delta.shape[1], module_rank(config, module)
+        rank, expected = len(update.indices), module_rank(config, module)
         if rank != expected:
             raise ValueError(
                 f"{source}: module {module!r} has rank {rank} but the configuration says "
@@ -212,7 +215,26 @@ def check_ranks(config: PacaConfig, modules: Mapping[str, ColumnUpdate], *, sour
 
 
 def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    module = target_of(module)
     return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
+def is_parameter(config: PacaConfig, name: str) -> bool:
+    """Whether an adapted module is one of `target_parameters`: the fused weights of experts."""
+    return any(f".{name}".endswith(f".{target}") for target in config.target_parameters or [])
+
+
+def _columns_second(update: ColumnUpdate, config: PacaConfig, name: str) -> ColumnUpdate:
+    delta, indices = update
+    if delta.ndim == 3 and is_parameter(config, name):
+        delta = delta.permute(1, 2, 0)
+    if delta.shape[1] != len(indices):
+        raise ValueError(
+            f"module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which fits its "
+            f"{len(indices)} `paca_indices` only as one of `target_parameters` "
+            f"({config.target_parameters}), or only as none; the configuration was changed."
+        )
+    return ColumnUpdate(delta, indices)
 
 
 def _roots(folder: Path) -> list[Path]:

@@ -84,8 +84,9 @@ class TextGenerator:
             )
         self.notes: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        quantization = getattr(checked and checked.config, "base_quantization", None)
         self._model: PreTrainedModel | PeftModel = load_base(
-            name, task_type="CAUSAL_LM", dtype=dtype, device=device
+            name, task_type="CAUSAL_LM", dtype=dtype, device=device, quantization=quantization
         )
         if checked is not None:
             self._model, self.notes = attach(

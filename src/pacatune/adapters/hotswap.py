@@ -33,8 +33,9 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     _check(layers, adapter, adapter_name)
     for name, layer in layers.items():
         update = adapter.modules[name]
+        delta = layer.as_stored(update.delta)
         layer.replace_update(
-            adapter_name, update.delta, update.indices, adapter.scaling(name) * len(update.indices)
+            adapter_name, delta, update.indices, adapter.scaling(name) * len(update.indices)
         )
 
 
@@ -59,9 +60,11 @@ def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) ->
         )
     for name, layer in layers.items():
         delta, indices = adapter.modules[name]
-        if delta.shape[0] != layer.out_features or int(indices.max()) >= layer.in_features:
+        delta = layer.as_stored(delta)
+        shape = layer.delta_shape(len(indices))
+        if delta.shape != shape or int(indices.max()) >= layer.in_features:
             raise ValueError(
                 f"{adapter.folder}: {name!r} has a delta of {tuple(delta.shape)} and columns up to "
-                f"{int(indices.max())}, but the layer is ({layer.out_features}, "
-                f"{layer.in_features}): it was made for another base model."
+                f"{int(indices.max())}, but the layer needs {shape} and has {layer.in_features} "
+                "columns: it was made for another base model."
             )

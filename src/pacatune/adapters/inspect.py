@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pacatune.adapters.config_file import CONFIG_NAME
@@ -15,12 +14,14 @@ from pacatune.adapters.folder import (
     Adapter,
     find_file,
     find_tensors,
+    is_parameter,
     locate_folder,
     read_adapter,
 )
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import PEFT_PREFIX
+from pacatune.tuner.quantized_base import format_quantization
 
 # Options of ours that PEFT's own PaCA does not have, and that change what an adapter computes.
 _NEEDS_US = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
@@ -37,7 +38,7 @@ class ModuleReport:
     scaling: float
     """Factor of the update, alpha / rank."""
     out_features: int
-    """Of the module."""
+    """Of the module; of one group of it for a convolution with groups."""
     num_parameters: int
     """Trained numbers."""
     update_norm: float
@@ -111,7 +112,7 @@ def _describe_paca(adapter: Adapter) -> AdapterReport:
     modules = [
         ModuleReport(
             name=name,
-            rank=delta.shape[1],
+            rank=len(indices),
             scaling=adapter.scaling(name),
             out_features=delta.shape[0],
             num_parameters=delta.numel(),
@@ -137,7 +138,7 @@ def _describe_other(folder: Path, config: dict[str, Any], method: str) -> Adapte
     for key, factor_b in tensors.items():
         name = key.removesuffix(".lora_B.weight")
         factor_a = tensors.get(f"{name}.lora_A.weight")
-        if name == key or factor_a is None or factor_a.shape[:1] != factor_b.shape[1:]:
+        if name == key or factor_a is None or not _is_product(factor_b, factor_a):
             continue
         del extra[key], extra[f"{name}.lora_A.weight"]
         module_rank = factor_a.shape[0]
@@ -201,10 +202,18 @@ def _report(
 
 def _paca_notes(adapter: Adapter) -> list[str]:
     config, notes = adapter.config, []
+    if config.base_quantization:
+        how = format_quantization(config.base_quantization)
+        start = "the checkpoint's" if config.columns_from == "original" else "its own"
+        notes.append(f"trained on a base quantised as {how}; columns started from {start} weights.")
     needs = [key for key in _NEEDS_US if getattr(config, key)]
     needs += ["bias"] if config.bias != "none" else []
-    if needs:
-        listed = ", ".join(f"`{key}`" for key in needs)
+    has_convolutions = any(
+        update.delta.ndim > 2 and not is_parameter(config, name)
+        for name, update in adapter.modules.items()
+    )
+    if needs or has_convolutions:
+        listed = ", ".join([f"`{key}`" for key in needs] + ["convolutions"] * has_convolutions)
         notes.append(f"needs pacatune: PEFT's own PaCA (0.22 and newer) does not know {listed}.")
     else:
         notes.append("PEFT 0.22 and newer read it without pacatune; older PEFT needs it imported.")
@@ -213,7 +222,10 @@ def _paca_notes(adapter: Adapter) -> list[str]:
             "holds more than PaCA's tensors: `export` needs --keep-extra, `merge` does not."
         )
     else:
-        notes.append("can be exported as an exact LoRA adapter: `pacatune export --to lora`.")
+        limit = ", dilated or oddly padded convolutions excepted" if has_convolutions else ""
+        notes.append(
+            f"can be exported as an exact LoRA adapter{limit}: `pacatune export --to lora`."
+        )
     if FINGERPRINT_KEY not in adapter.sidecar:
         notes.append(
             f"no {SIDECAR_NAME} with a fingerprint: another base of equal shapes is not seen."
@@ -230,7 +242,20 @@ def _typed(config: dict[str, Any], key: str, *types: type) -> Any:
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of left @ right, (O, R) and (R, I), without forming the (O, I) product."""
-    left, right = left.double(), right.double()
-    squared = torch.trace((left.T @ left) @ (right @ right.T))
+    """Frobenius norm of left @ right, (O, R) and (R, I), without forming the (O, I) product.
+
+    Of a convolution: (O, R/G, 1, ...) and (R, I, *k), a product for each of the G groups.
+    """
+    groups = len(right) // left.shape[1]
+    left = left.double().flatten(1).unflatten(0, (groups, -1))
+    right = right.double().flatten(1).unflatten(0, (groups, -1))
+    squared = ((left.mT @ left) * (right @ right.mT)).sum()
     return float(squared.clamp(min=0).sqrt())
+
+
+def _is_product(left: Tensor, right: Tensor) -> bool:
+    """Whether these are the factors of a linear layer or of a convolution."""
+    is_pointwise = all(size == 1 for size in left.shape[2:])
+    if left.ndim == 2 or left.ndim != right.ndim:
+        return right.shape[:1] == left.shape[1:]
+    return is_pointwise and left.shape[1] > 0 and len(right) % left.shape[1] == 0

@@ -1,6 +1,7 @@
 """Write an adapter into its base model: a plain model folder that needs nothing of ours."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,6 @@ from pacatune.adapters.base import (
     DTypeName,
     base_name,
     find_tokenizer,
-    innermost,
     load_base,
     load_base_config,
 )
@@ -22,6 +22,9 @@ from pacatune.adapters.compatibility import check_shapes
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
+from pacatune.adapters.quantized import MergeBase, replace_quantised
+from pacatune.adapters.target import read_target_columns
+from pacatune.tuner.quantized_base import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class MergeResult:
     """The model folder."""
     base: str
     """The base that was loaded."""
+    onto: MergeBase
+    """Whose weights the untrained ones are."""
     dtype: str
     """Of the written weights, such as `bfloat16`."""
     num_modules: int
@@ -55,6 +60,7 @@ def merge(
     device: str = "cpu",
     verify: bool = True,
     allow_other_base: bool = False,
+    onto: MergeBase | None = None,
 ) -> MergeResult:
     """Merge an adapter into its base and write the result.
 
@@ -62,6 +68,11 @@ def merge(
     weight stays as it is. LoRA adapters are merged by PEFT. Outputs of the merged model are
     compared with the unmerged ones before anything is written, and those of the written model,
     loaded again, before it gets its name.
+
+    An adapter that was trained on a quantised base can be merged onto three bases. `dequantized`,
+    its default, is the function that was trained, written in 16 bits. `original` takes whatever
+    was not trained from the checkpoint before quantisation, and `nf4` rounds every weight again;
+    both change the outputs, by what the result says.
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
@@ -71,24 +82,30 @@ def merge(
         device: Where to compute.
         verify: False skips the two comparisons.
         allow_other_base: Merge even if the base is not the one the adapter was trained on.
+        onto: The base to merge onto; None takes the adapter's default.
 
     Raises:
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.
-        ValueError: If the adapter is damaged or belongs to another base, the base is quantised,
-            the outputs differ by more than rounding, or the disk is full.
+        ValueError: If the adapter is damaged or belongs to another base, `onto` is not for it, the
+            outputs differ by more than rounding, or the disk is full.
     """
     checked = open_adapter(adapter)
     name = base_name(model, checked.config)
     output = Path(output)
     check_output(output, num_bytes=0)
-    _refuse_quantised(name)
-    base = load_base(name, task_type=checked.config.task_type, dtype=dtype, device=device)
+    quantization = getattr(checked.config, "base_quantization", None)
+    onto = _choose_base(onto, quantization)
+    if onto == "original":
+        _refuse_quantised(name)
+    load = partial(load_base, name, task_type=checked.config.task_type, dtype=dtype, device=device)
+    base = load(quantization=quantization)
     tokenizer = find_tokenizer(name, checked.folder)
     inputs = probe_inputs(base, tokenizer) if verify else []
-    merged = _merge_in_memory(base, checked, inputs, allow_other_base)
+    original = load() if onto == "original" and quantization is not None else None
+    merged = _merge_in_memory(base, checked, inputs, allow_other_base, onto, original)
     num_bytes = sum(parameter.nbytes for parameter in base.parameters())
-    del base  # or it would stay in memory beside the model that is read back
+    del base, original  # or they would stay in memory beside the model that is read back
     with staged_folder(output, num_bytes) as staging:
         result_dtype = merged.write(staging)
         if tokenizer is not None:
@@ -96,11 +113,16 @@ def merge(
         error = None
         if verify:
             written = load_base(str(staging), task_type=checked.config.task_type, device=device)
-            error = _check_outputs(merged.unmerged, run_probe(written, inputs), result_dtype)
-            merged.notes.extend(_weigh(error, merged.effect))
+            outputs = run_probe(written, inputs)
+            _check_outputs(
+                merged.expected, outputs, result_dtype, factor=1 if onto == "original" else 2
+            )
+            error = output_error(merged.unmerged, outputs)
+            merged.notes.extend(_weigh(error, merged.effect, onto))
     return MergeResult(
         output=output,
         base=name,
+        onto=onto,
         dtype=str(result_dtype).removeprefix("torch."),
         num_modules=merged.num_modules,
         num_bytes=num_bytes,
@@ -117,6 +139,8 @@ class _Merged:
     model: PreTrainedModel | None
     num_modules: int
     unmerged: list[Tensor]
+    expected: list[Tensor]
+    """The outputs that the written model must have: `unmerged`, unless `onto` changes them."""
     effect: float
     notes: list[str]
 
@@ -129,38 +153,63 @@ class _Merged:
         return dtype
 
 
+def _choose_base(onto: MergeBase | None, quantization: Quantization | None) -> MergeBase:
+    if quantization is None:
+        if onto in (None, "original"):
+            return "original"
+        raise ValueError(
+            f"`onto` ({onto!r}) is for adapters of PaCA that were trained on a quantised base, and "
+            "this one was not; drop it (--base)."
+        )
+    return onto or "dequantized"
+
+
 def _merge_in_memory(
     base: PreTrainedModel,
     adapter: Adapter | LoraAdapter,
     inputs: list[dict[str, Tensor]],
     allow_other_base: bool,
+    onto: MergeBase,
+    original: PreTrainedModel | None,
 ) -> _Merged:
     plain = run_probe(base, inputs)
-    pretrained = {}
     if isinstance(adapter, Adapter):
         check_shapes(adapter.modules, base, source=str(adapter.folder))
-        for name, update in adapter.modules.items():
-            pretrained[name] = _columns(base.get_submodule(name), update.indices)
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
     unmerged = run_probe(peft_model, inputs)
     num_modules = sum(isinstance(module, BaseTunerLayer) for module in peft_model.modules())
+    if onto == "dequantized" or original is not None:
+        replace_quantised(base, original)
+    pretrained = {}
+    if isinstance(adapter, Adapter) and onto != "nf4":
+        for name, update in adapter.modules.items():
+            pretrained[name] = read_target_columns(base, name, update.indices)
     with answered_warnings():
         merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
-    if isinstance(adapter, Adapter):
+    if isinstance(adapter, Adapter) and onto != "nf4":
         _check_columns(merged, adapter, pretrained)
     _declare_untied(merged)
+    expected = unmerged
     if inputs:
-        _check_outputs(unmerged, run_probe(merged, inputs), merged.dtype)
-    effect = output_error(plain, unmerged).max_absolute if inputs else 0.0
+        outputs = run_probe(merged, inputs)
+        if onto == "nf4" or original is not None:
+            expected = outputs
+        # The quantised layers multiply by kernels of their own, which round differently.
+        _check_outputs(expected, outputs, merged.dtype, factor=1 if onto == "original" else 2)
     return _Merged(
-        model=merged, num_modules=num_modules, unmerged=unmerged, effect=effect, notes=notes
+        model=merged,
+        num_modules=num_modules,
+        unmerged=unmerged,
+        expected=expected,
+        effect=output_error(plain, unmerged).max_absolute if inputs else 0.0,
+        notes=notes,
     )
 
 
 def _check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:
     """Hold every merged column against round(W + scaling * delta)."""
     for name, (delta, indices) in adapter.modules.items():
-        merged = _columns(model.get_submodule(name), indices)
+        merged = read_target_columns(model, name, indices)
         update = delta.to(merged.device, torch.float64) * adapter.scaling(name)
         expected = pretrained[name].double() + update
         # A float32 sum rounds its product first, so it may be off by 1.5 units in the last place.
@@ -171,14 +220,6 @@ def _check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Ten
                 f"module {name!r}: the merged columns are not W + scaling * delta in "
                 f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
             )
-
-
-def _columns(layer: nn.Module, indices: Tensor) -> Tensor:
-    layer = innermost(layer)
-    weight = cast(Tensor, layer.weight).detach()
-    column_dim = 0 if type(layer).__name__ == "Conv1D" else 1
-    columns = weight.index_select(column_dim, indices.to(weight.device))
-    return columns.t() if column_dim == 0 else columns
 
 
 def _declare_untied(model: Any) -> None:
@@ -196,21 +237,27 @@ def _declare_untied(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _check_outputs(unmerged: list[Tensor], merged: list[Tensor], dtype: torch.dtype) -> OutputError:
-    error = output_error(unmerged, merged)
+def _check_outputs(
+    unmerged: list[Tensor], merged: list[Tensor], dtype: torch.dtype, *, factor: int
+) -> None:
+    error, tolerance = output_error(unmerged, merged), factor * TOLERANCES[dtype]
     # Written so that NaN fails.
-    if not error.max_relative <= TOLERANCES[dtype]:
+    if not error.max_relative <= tolerance:
         raise ValueError(
             f"the merged model's outputs differ from the unmerged ones by {error.max_relative:.1e} "
-            f"of their size; rounding in {dtype} explains {TOLERANCES[dtype]:.0e}. Nothing was "
+            f"of their size; rounding in {dtype} explains {tolerance:.0e}. Nothing was "
             "written. Merge in more bits: `dtype`=float32 (--dtype float32)."
         )
-    return error
 
 
-def _weigh(error: OutputError, effect: float) -> list[str]:
+def _weigh(error: OutputError, effect: float, onto: MergeBase) -> list[str]:
     if effect == 0:
         return ["the adapter changes no output of the probe: it may be untrained."]
+    if error.max_absolute > effect / 2 and onto == "nf4":
+        return [
+            f"rounding to few bits again ({error.max_absolute:.1e}) is not small against what the "
+            f"adapter changes ({effect:.1e}); serve it unmerged or merge onto `dequantized`."
+        ]
     if error.max_absolute > effect / 2:
         return [
             f"rounding ({error.max_absolute:.1e}) is not small against what the adapter changes "
@@ -223,5 +270,6 @@ def _refuse_quantised(name: str) -> None:
     if getattr(load_base_config(name), "quantization_config", None) is not None:
         raise ValueError(
             f"base model {name!r} is saved quantised; merging would round every weight again. "
-            "Give the original base that is not quantised."
+            "Give the original base that is not quantised, or merge onto the dequantised one "
+            "(--base dequantized)."
         )

@@ -33,39 +33,53 @@ class OutputError:
 def probe_inputs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return fixed inputs for a model: random tokens or pixels by seed, and a text.
+    """Return fixed inputs for a model: random tokens, pixels or sounds by seed, and a text.
 
     Args:
-        model: A transformers model for text or images, or a PEFT model around it.
+        model: A transformers model for text, images, pairs of both (CLIP) or speech (Whisper), or
+            a PEFT model around it.
         tokenizer: Adds a real sentence.
 
     Raises:
-        ValueError: If the model takes neither tokens nor pixels.
+        ValueError: If the model takes something else.
     """
     config: Any = model.config
     main_input = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if main_input == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = (_NUM_SEQUENCES, config.num_channels, height, width)
-        batches = [{"pixel_values": torch.randn(pixels, generator=generator)}]
+        batches = [{"pixel_values": _pixels(config, generator)}]
+    elif main_input == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = (_NUM_SEQUENCES, config.num_mel_bins, 2 * config.max_source_positions)
+        features = torch.randn(frames, generator=generator)
+        batches = [{"input_features": features, "decoder_input_ids": _tokens(config, generator)}]
     elif main_input == "input_ids":
         vocab_size = config.get_text_config().vocab_size
-        tokens = torch.randint(vocab_size, (_NUM_SEQUENCES, _NUM_TOKENS), generator=generator)
-        batches = [{"input_ids": tokens}]
+        batches = [{"input_ids": _tokens(config, generator)}]
         if tokenizer is not None:
             tokens = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
             batches.append({"input_ids": tokens.clamp(max=vocab_size - 1)})
     else:
         raise ValueError(
-            f"{type(model).__name__} takes {main_input!r}; only models for tokens or pixels can be "
-            "verified. Go without: `verify=False` (--no-verify)."
+            f"{type(model).__name__} takes {main_input!r}; only models for tokens, pixels or "
+            "log-mel features can be verified. Go without: `verify=False` (--no-verify)."
         )
-    if getattr(config, "is_encoder_decoder", False):
-        for batch in batches:
+    for batch in batches:
+        if getattr(config, "is_encoder_decoder", False) and "input_ids" in batch:
             batch["decoder_input_ids"] = batch["input_ids"]
+        if hasattr(model, "logit_scale"):  # compares texts with images
+            batch["pixel_values"] = _pixels(config.vision_config, generator)
     return batches
+
+
+def _tokens(config: Any, generator: torch.Generator) -> Tensor:
+    shape, vocab_size = (_NUM_SEQUENCES, _NUM_TOKENS), config.get_text_config().vocab_size
+    return torch.randint(vocab_size, shape, generator=generator)
+
+
+def _pixels(config: Any, generator: torch.Generator) -> Tensor:
+    size = getattr(config, "image_size", 64)  # a purely convolutional network has no size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(_NUM_SEQUENCES, config.num_channels, height, width, generator=generator)
 
 
 @torch.no_grad()

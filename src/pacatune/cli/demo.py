@@ -3,12 +3,10 @@
 import argparse
 import dataclasses
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import new_parser, quiet_libraries
+from pacatune.cli.options import new_parser, positive, program_name, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +32,7 @@ def run(argv: list[str]) -> int:
 
     from pacatune.demo import comparison
     from pacatune.demo.output import open_output, write_result
+    from pacatune.training import train
 
     console = Console(highlight=False)
     open_output(output)
@@ -43,8 +42,8 @@ def run(argv: list[str]) -> int:
     runs = comparison.make_runs(
         model, data, output, num_steps=options.steps, seed=options.seed, dtype=dtype
     )
-    outcomes = comparison.run_all(runs, console)
-    reports = {method: outcome.report for method, outcome in outcomes.items()}
+    outcomes = comparison.run_all(runs, train, console)
+    reports: dict[str, Any] = {method: outcome.report for method, outcome in outcomes.items()}
     console.rule("[bold]answers", align="left")
     answers = comparison.answer(
         model,
@@ -75,20 +74,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", metavar="DIR", default="demo-output", help="of the runs (default: %(default)s)")
-    add("--steps", type=_positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
+    add("--steps", type=positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
     add("--seed", type=int, default=0, help="of data, columns and LoRA (default: %(default)s)")
     add("--prompt", action="append", help="ask this instead; may be repeated")
     add("--model", metavar="BASE", help="another model: a folder or hub id")
     add("--data", metavar="PATH", help="other data: a file, folder or hub id, as for train")
     add("--cache", metavar="DIR", help="keeps model and data (default: ~/.cache/pacatune)")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return number
 
 
 def _prepare(options: argparse.Namespace, console: "Console") -> "tuple[str, DataConfig]":
@@ -161,7 +153,7 @@ def _print_notes(options: argparse.Namespace, unequal: str | None, console: "Con
 
 def _print_next(output: Path, model: str, console: "Console") -> None:
     """Print commands that work when they are pasted."""
-    program = _program()
+    program = program_name()
     adapter = shlex.quote(str(output / "paca"))
     base = f"--model {shlex.quote(model)} --adapter {adapter}"
     target = {name: shlex.quote(str(output / name)) for name in ("merged", "exported-lora")}
@@ -175,15 +167,3 @@ def _print_next(output: Path, model: str, console: "Console") -> None:
     for command in commands:
         console.print(f"  {command}", soft_wrap=True, markup=False)
     console.print("\nThe next demo replaces paca/, lora/ and demo.json there.", style="dim")
-
-
-def _program() -> str:
-    """Return how this very installation is called from here."""
-    script = Path(sys.executable).with_name("pacatune")
-    if not script.exists():
-        return f"{shlex.quote(sys.executable)} -m pacatune"
-    found = shutil.which("pacatune")
-    if found is not None and Path(found).resolve() == script.resolve():
-        return "pacatune"
-    here = Path.cwd()
-    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))

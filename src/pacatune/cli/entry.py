@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-# Each command is the module `pacatune.cli.NAME` with `run(argv: list[str]) -> int`.
+# Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 COMMANDS = {
     "demo": "fine-tune a real model on real data and show what changed",
+    "demo-vision": "the same with image models",
     "train": "fine-tune a model on your data",
+    "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
@@ -72,7 +74,7 @@ def _run_command(name: str, argv: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
     _silence_dependencies()
-    module = importlib.import_module(f"pacatune.cli.{name}")
+    module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
     status: int = module.run(argv)
     return status
 

@@ -24,6 +24,7 @@ def run(argv: list[str]) -> int:
         device=options.device,
         verify=not options.no_verify,
         allow_other_base=options.allow_other_base,
+        onto=options.base,
     )
     _print_result(result)
     return 0
@@ -39,6 +40,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPES, default="auto", help="of the result (default: the base's own)"
     )
     parser.add_argument(
+        "--base",
+        choices=("original", "dequantized", "nf4"),
+        help="for adapters of a quantised base, whose weights the untrained ones are: those of the "
+        "checkpoint before quantisation, those that were trained with (the default), or these "
+        "quantised again, which costs accuracy",
+    )
+    parser.add_argument(
         "--no-verify",
         action="store_true",
         help="skip comparing outputs before and after (saves four forward passes and a load)",
@@ -49,7 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _print_result(result: "MergeResult") -> None:
     from pacatune.adapters.output import format_bytes
 
-    print(f"base      {result.base}")
+    print(f"base      {result.base}" + (f" ({result.onto})" if result.onto != "original" else ""))
     print(f"merged    {result.num_modules} modules, {result.dtype}")
     if result.error is None:
         print("verified  no (--no-verify)")

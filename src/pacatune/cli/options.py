@@ -1,8 +1,11 @@
-"""Options and habits that the commands on a finished adapter share."""
+"""Options and habits that commands share."""
 
 import argparse
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -68,3 +71,27 @@ def print_notes(notes: Iterable[str]) -> None:
     """Print notes on stderr, so that they never mix with a command's result."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    """Return the number of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none of at least 1.
+    """
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return number
+
+
+def program_name() -> str:
+    """Return how this very installation is called from here."""
+    script = Path(sys.executable).with_name("pacatune")
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m pacatune"
+    found = shutil.which("pacatune")
+    if found is not None and Path(found).resolve() == script.resolve():
+        return "pacatune"
+    here = Path.cwd()
+    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))

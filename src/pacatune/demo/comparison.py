@@ -12,7 +12,8 @@ import torch
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.training import DataConfig, Report, RunConfig
+    from pacatune.training import DataConfig, RunConfig
+    from pacatune.training.report import RunReport
 
 BATCH_SIZE = 8
 # For both methods the best of 2e-3, 4e-3 and 8e-3 in 24 steps on the demo's data, with seed 0.
@@ -37,7 +38,7 @@ class Answer:
 class Outcome:
     """What one run achieved, and on how many processor cores."""
 
-    report: "Report"
+    report: "RunReport"
     num_cores: float
     """Processor time per time: what other programs left, of what the run could use."""
 
@@ -72,10 +73,16 @@ def make_runs(
     return {"paca": paca, "lora": lora}
 
 
-def run_all(runs: "dict[str, RunConfig]", console: "Console") -> "dict[str, Outcome]":
-    """Train one after the other, replacing what an earlier demo left in their folders."""
-    from pacatune.training import train
+def run_all(
+    runs: dict[str, Any], train: Callable[..., Any], console: "Console"
+) -> "dict[str, Outcome]":
+    """Train one after the other, replacing what an earlier demo left in their folders.
 
+    Args:
+        runs: Configuration of each run by method.
+        train: The recipe.
+        console: Where to show progress.
+    """
     outcomes = {}
     for method, config in runs.items():
         console.rule(f"[bold]{method}", align="left")
@@ -87,13 +94,13 @@ def run_all(runs: "dict[str, RunConfig]", console: "Console") -> "dict[str, Outc
 
 
 def unequal_cores(outcomes: "dict[str, Outcome]") -> str | None:
-    """Say so if other programs slowed one run on the CPU more than the other."""
+    """Say so if other programs slowed one run on the CPU more than another."""
     cores = [outcome.num_cores for outcome in outcomes.values()]
     if outcomes["paca"].report.device != "cpu" or min(cores) > _EQUAL * max(cores):
         return None
     shown = " and ".join(f"{number:.1f}" for number in cores)
     return (
-        f"Other programs were running: the two runs had {shown} processor cores. "
+        f"Other programs were running: the runs had {shown} processor cores. "
         "Compare step times on an idle machine."
     )
 

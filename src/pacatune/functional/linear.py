@@ -102,6 +102,12 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def owned(y: Tensor) -> Tensor:
+    """Return `y` as its own tensor, no copy: what a Function returns as a view is read-only."""
+    # Compilers know how to make their own.
+    return y if torch.compiler.is_compiling() or not y._is_view() else y.data
+
+
 def _check_shapes(
     x: Tensor, weight: Tensor, delta: Tensor, indices: Tensor, bias: Tensor | None
 ) -> None:
@@ -154,7 +160,7 @@ class _PacaLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x_R if needs_delta else None, weight if needs_x else None, delta, indices
         )
-        y = F.linear(x, weight, bias)
+        y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
             out_features, rank = delta.shape
             update_RO = _cast(delta, y.dtype).t()
@@ -176,7 +182,7 @@ class _PacaLinear(torch.autograd.Function):
         gx = gdelta = gbias = None
         if needs_delta:
             x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
-            gdelta = _grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
             if look_again is not None:
                 is_resident = look_again()
@@ -190,7 +196,7 @@ class _PacaLinear(torch.autograd.Function):
         return gx, None, gdelta, None, None, gbias, None, None
 
 
-def _grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
 
     With many tokens computed as (x^T dy)^T: R being much smaller than O, that order is faster on

@@ -1,35 +1,56 @@
 """README.md beside the result: what it is, how to load it, how it was made."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
-from pacatune.training.report import Report
+from pacatune.training.report import Report, RunReport
+
+_NAMES = {"paca": "PaCA", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "full": "Full"}
 
 
 def write_card(config: RunConfig, report: Report, folder: Path) -> None:
     """Write README.md with the front matter that model hubs read."""
-    name = {"paca": "PaCA", "lora": "LoRA", "dora": "DoRA", "full": "Full"}[config.method]
+    name = _NAMES[config.method]
+    if config.model.quantization and not name.startswith("Q"):
+        name = f"Q{name}"
     front = {
         "base_model": report.model,
         "library_name": "transformers" if config.method == "full" else "peft",
         "pipeline_tag": "text-generation",
         "tags": sorted({config.method, "pacatune", "sft", "trl"}),
     }
+    text = compose_card(config, report, front, name, _loading(config.method, report.model))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def compose_card(
+    config: AnyRun, report: RunReport, front: dict[str, Any], name: str, loading: str
+) -> str:
+    """Return the text of a card, whatever the task.
+
+    Args:
+        config: The run.
+        report: Its results.
+        front: Front matter.
+        name: Of the method.
+        loading: Markdown that says how to load the result.
+    """
     rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
-    text = (
+    return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {name} fine-tuning of {Path(report.model).name}\n\n"
-        f"{_loading(config.method, report.model)}\n"
+        f"{loading}\n"
         f"## Training\n\n"
         f"Data: `{config.data.path}` ({report.num_train_examples:,} examples, "
         f"{report.num_eval_examples:,} held out). "
-        f"Settings: [config.yaml](config.yaml), which `pacatune train --config config.yaml` "
-        f"repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
+        f"Settings: [config.yaml](config.yaml), which `pacatune {config.command} --config "
+        f"config.yaml` repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
         f"| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n"
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _loading(method: str, model: str) -> str:

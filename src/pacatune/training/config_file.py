@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pacatune.training.config import RunConfig, TrainingConfig
+from pacatune.training.any_run import AnyRun
+from pacatune.training.arguments import own_options
 
 CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
@@ -20,7 +21,7 @@ _MAX_DEPTH = 20
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
-_PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template")
+_PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template", "data.root")
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.output_dir",
@@ -53,21 +54,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def to_values(config: RunConfig) -> dict[str, Any]:
-    """Return every option of ours and every training option that is not SFTConfig's default.
+def to_values(config: AnyRun) -> dict[str, Any]:
+    """Return every option of ours and every training option that has not its default.
 
-    What `TrainingConfig` sets otherwise than SFTConfig is always there, so that a later version
-    with other defaults repeats the run.
+    What our class of training options sets otherwise than TRL's or transformers' is always there,
+    so that a later version with other defaults repeats the run.
     """
-    ours = set(TrainingConfig.__annotations__)
+    ours = own_options(type(config.training))
     training = {
         f.name: _plain(config.training.given[f.name])
-        for f in fields(TrainingConfig)
+        for f in fields(config.training)
         if f.name in config.training.given
         and f.name not in _UNSAVED
         and (f.name in ours or config.training.given[f.name] != _default_of(f))
     }
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "training"}
+    names = [f.name for f in fields(config) if f.name != "training"]  # type: ignore[arg-type]
+    values = {name: getattr(config, name) for name in names}
     plain = {
         name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
         for name, value in values.items()
@@ -75,14 +77,16 @@ def to_values(config: RunConfig) -> dict[str, Any]:
     plain["training"] = training
     for path in _PATHS:
         section, key = path.split(".")
-        plain[section][key] = _absolute(plain[section][key])
+        if key in plain[section]:
+            plain[section][key] = _absolute(plain[section][key])
     return plain
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the configuration so that `pacatune train --config PATH` repeats the run."""
+def save_config(config: AnyRun, path: Path) -> None:
+    """Write the configuration so that the command with `--config PATH` repeats the run."""
     text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
-    path.write_text(f"# Repeat with: pacatune train --config {path.name}\n{text}", encoding="utf-8")
+    head = f"# Repeat with: pacatune {config.command} --config {path.name}\n"
+    path.write_text(head + text, encoding="utf-8")
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def suggest(key: str, known: Collection[str]) -> str:
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(sorted(known), key=similarity)
-    return f"did you mean {nearest!r}? `pacatune train --print_config` lists all keys."
+    return f"did you mean {nearest!r}? `--print_config` lists all keys."
 
 
 def load_yaml(text: str) -> Any:

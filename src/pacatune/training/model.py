@@ -13,6 +13,7 @@ from torch import nn
 
 from pacatune.training.config import RunConfig
 from pacatune.training.precision import choose_dtype
+from pacatune.training.quantization import check_quantization, quantization_options
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -130,6 +131,8 @@ def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
 def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Plan:
     """Put the adapter on a model without weights, and say what it trains.
 
+    Targets that are not set are set to the default, the same for every method.
+
     Raises:
         ValueError: If the model is no causal language model, or the targets match nothing.
     """
@@ -137,7 +140,10 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
+    from pacatune.tuner.defaults import default_targets
+
     model_config = _load_model_config(config)
+    check_quantization(config, model_config)
     with _no_remote_code(config.model.path), torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(
@@ -153,7 +159,13 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     num_parameters = model.num_parameters()
     targets: dict[str, str] = {}
     if adapter_config is not None:
-        wrapped = get_peft_model(model, copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+        if adapter_config.target_modules is None:
+            adapter_config.target_modules = default_targets(model)
+            adapter_config.__post_init__()  # checks it against the other options
+        planned = copy.deepcopy(adapter_config)
+        if config.method == "paca":
+            planned.columns_from = "dequantized"  # no weights are read for a plan
+        wrapped = get_peft_model(model, planned, low_cpu_mem_usage=True)
         if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
             # TRL multiplies by the weight of the head itself, past any adapter on it.
             raise ValueError(
@@ -173,12 +185,14 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     """Load the weights, in the type that `model.dtype` asks for."""
     from transformers import AutoModelForCausalLM
 
+    dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
+    options |= quantization_options(config, dtype)
     with _no_remote_code(config.model.path):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.model.revision,
-            dtype=weights_dtype(config),
+            dtype=dtype,
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,

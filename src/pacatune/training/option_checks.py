@@ -1,6 +1,8 @@
-"""Training options of TRL that cannot be taken as they are."""
+"""Training options of TRL and transformers that cannot be taken as they are."""
 
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from trl import SFTConfig
 
@@ -32,11 +34,7 @@ def refuse_foreign_options(training: SFTConfig) -> None:
     Raises:
         ValueError: Says where it is decided.
     """
-    defaults = {f.name: f.default for f in fields(SFTConfig)}
-    for name, instead in _ELSEWHERE.items():
-        value = getattr(training, name)
-        if value != defaults[name]:
-            raise ValueError(f"`training.{name}` ({value!r}) is not offered: {instead}.")
+    refuse_elsewhere(training, _ELSEWHERE)
     for name in training.model_init_kwargs or {}:
         if name in _MODEL_ARGUMENTS:
             raise ValueError(
@@ -50,7 +48,24 @@ def refuse_foreign_options(training: SFTConfig) -> None:
         )
 
 
-def check_ranges(training: SFTConfig) -> None:
+def refuse_elsewhere(training: Any, elsewhere: Mapping[str, str]) -> None:
+    """Refuse options that have another value than their default.
+
+    Args:
+        training: The arguments.
+        elsewhere: Option -> where it is decided, or why it is not offered.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    defaults = {f.name: f.default for f in fields(training)}
+    for name, instead in elsewhere.items():
+        value = getattr(training, name)
+        if value != defaults[name]:
+            raise ValueError(f"`training.{name}` ({value!r}) is not offered: {instead}.")
+
+
+def check_ranges(training: Any) -> None:
     """Refuse numbers with which nothing would be trained.
 
     Raises:
@@ -61,7 +76,7 @@ def check_ranges(training: SFTConfig) -> None:
     names += ["gradient_accumulation_steps"]
     if training.max_steps <= 0:
         names.append("num_train_epochs")
-    if training.max_length is not None:
+    if getattr(training, "max_length", None) is not None:
         names.append("max_length")
     for name in names:
         value = getattr(training, name)

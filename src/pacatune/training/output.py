@@ -20,13 +20,14 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run leaves; with one of these, starting another run would lose something.
 _RESULT = re.compile(
     r"checkpoint-\d+|adapter_model\.safetensors|adapter_config\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|report\.(json|md)|loss\.png"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|report\.(json|md)"
+    r"|(loss|confusion|mistakes)\.png"
 )
 # What else a run writes.
 _ACCESSORY = re.compile(
     rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|config\.json"
     r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\..*|merges\.txt|pacatune\.json"
+    r"|added_tokens\.json|preprocessor_config\.json|vocab\..*|merges\.txt|pacatune\.json"
 )
 
 

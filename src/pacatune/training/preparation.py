@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pacatune.data import PreparedData, prepare_data, row_digests
 from pacatune.training import model as models
+from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, changed_keys, read_values, to_values
 from pacatune.training.output import last_checkpoint, read_state
@@ -57,7 +58,7 @@ class Run:
     plan: models.Plan
 
 
-def main_console(config: RunConfig, console: Console | None) -> Console:
+def main_console(config: AnyRun, console: Console | None) -> Console:
     """Return the console of the main process; the others get one that prints nothing."""
     if config.training.process_index != 0:
         return Console(quiet=True)
@@ -71,11 +72,11 @@ def prepare_run(config: RunConfig, console: Console) -> Run:
         ValueError: If the options, the data and the model do not fit together.
     """
     models.check_attention(config)
-    _check_environment(config)
+    check_environment(config)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    show_warnings(_unused_sections(config), console)
+    show_warnings(unused_sections(config), console)
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     adapter_config = models.make_adapter_config(config)
@@ -114,7 +115,12 @@ def prepare_run_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") ->
     )
 
 
-def _check_environment(config: RunConfig) -> None:
+def check_environment(config: AnyRun) -> None:
+    """Refuse what the process was started with, or lacks, and the trainer would not mind.
+
+    Raises:
+        ValueError: Names the setting and the fix.
+    """
     from transformers.integrations import get_available_reporting_integrations
 
     if config.training.n_gpu > 1:
@@ -145,8 +151,9 @@ def _check_fsdp(method: str) -> None:
         )
 
 
-def _unused_sections(config: RunConfig) -> list[str]:
-    used = {"paca": ("paca",), "lora": ("lora", "dora")}
+def unused_sections(config: AnyRun) -> list[str]:
+    """Return a sentence per section that has options, but not for the method of the run."""
+    used = {"paca": ("paca",), "lora": ("lora", "dora", "qlora")}
     return [
         f"the options of `{name}` are not used by the method {config.method}."
         for name, methods in used.items()
@@ -165,7 +172,7 @@ def fingerprint(data: "Dataset") -> str:
     return hashlib.blake2b(b"".join(row_digests(data)), digest_size=16).hexdigest()
 
 
-def check_same_options(config: RunConfig, folder: Path) -> None:
+def check_same_options(config: AnyRun, folder: Path) -> None:
     """Refuse to resume a run with other options than it was started with.
 
     Raises:
@@ -179,8 +186,13 @@ def check_same_options(config: RunConfig, folder: Path) -> None:
         )
 
 
-def find_checkpoint(run: Run, folder: Path, num_processes: int) -> Path:
+def find_checkpoint(digest: str, folder: Path, num_processes: int) -> Path:
     """Return the checkpoint to continue, once sure that it saw the same data in the same order.
+
+    Args:
+        digest: Of the training data.
+        folder: Output folder of the run.
+        num_processes: Among which the data is shared out.
 
     Raises:
         ValueError: If no checkpoint is complete, or the data or the number of processes differ.
@@ -192,7 +204,7 @@ def find_checkpoint(run: Run, folder: Path, num_processes: int) -> Path:
         )
     state = read_state(checkpoint) or {}
     before = state.get("stateful_callbacks", {}).get("TrainedOn", {}).get("args", {})
-    if before.get("fingerprint") != fingerprint(run.data.train):
+    if before.get("fingerprint") != digest:
         raise ValueError(
             f"the training data has changed since {checkpoint} was saved, so it cannot be "
             "continued; restore the data, or start again with --overwrite."

@@ -18,20 +18,23 @@ _NUM_LINES = 20
 
 
 class Meter(TrainerCallback):  # type: ignore[misc]
-    """Measures steps: their time, and the tokens that are not padding.
+    """Measures steps: their time, and how much they process.
 
     Evaluation, saving and logging lie between steps and are not counted.
+
+    Args:
+        unit: Name of what is counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tokens") -> None:
+        self.unit = unit
         self.step_seconds: list[float] = []
-        self.num_tokens: float | torch.Tensor = 0
+        self.num_items: float | torch.Tensor = 0
         self._start = 0.0
 
-    def add_tokens(self, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
-        """Count the tokens of a micro-batch, on their device so that nothing waits."""
-        num = input_ids.numel() if attention_mask is None else attention_mask.sum()
-        self.num_tokens = self.num_tokens + num
+    def add(self, number: float | torch.Tensor) -> None:
+        """Count what a micro-batch holds, on its device so that nothing waits."""
+        self.num_items = self.num_items + number
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
@@ -44,10 +47,10 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self.step_seconds.append(time.perf_counter() - self._start)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens of this process per second of its steps; 0 before the first."""
+    def items_per_second(self) -> float:
+        """Tokens or images of this process per second of its steps; 0 before the first."""
         seconds = sum(self.step_seconds)
-        return float(self.num_tokens) / seconds if seconds else 0.0
+        return float(self.num_items) / seconds if seconds else 0.0
 
     @property
     def step_ms(self) -> float | None:
@@ -61,7 +64,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
-    """Shows loss, tokens per second and memory of the main process.
+    """Shows loss, speed and memory of the main process.
 
     Args:
         console: Where to show it; a quiet one shows nothing.
@@ -111,9 +114,11 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         news = {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
         self._numbers |= news
         if "eval_loss" in news:
+            accuracy = (logs or {}).get("eval_accuracy")
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}: "
-                f"evaluation loss {news['eval_loss']:.4f}",
+                f"evaluation loss {news['eval_loss']:.4f}"
+                + ("" if accuracy is None else f", accuracy {accuracy:.3f}"),
                 soft_wrap=True,
                 highlight=False,
             )
@@ -138,7 +143,8 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
 
     def _status(self) -> str:
         memory = format_bytes(peak_memory_bytes()[0])
-        speed = f"{self._meter.tokens_per_second:,.0f} tokens/s  peak {memory}"
+        meter = self._meter
+        speed = f"{meter.items_per_second:,.0f} {meter.unit}/s  peak {memory}"
         return f"loss {self._numbers['loss']:.4f}  {speed}" if "loss" in self._numbers else speed
 
 

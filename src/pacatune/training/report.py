@@ -2,9 +2,10 @@
 
 import json
 import platform
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pacatune.adapters.output import format_bytes
 
@@ -12,8 +13,11 @@ Curve = list[tuple[int, float]]
 
 
 @dataclass(kw_only=True)
-class Report:
-    """Results of one run; losses are means per learned token."""
+class RunReport:
+    """Results of one run, whatever its task."""
+
+    loss_per: ClassVar[str]
+    """What losses are means over."""
 
     eval_loss_before: float | None
     """Held-out loss before the first step; None without evaluation data."""
@@ -24,8 +28,6 @@ class Report:
     num_trainable_parameters: int
     step_ms: float | None
     """Median time of an optimizer step."""
-    tokens_per_second: float
-    """Tokens that are not padding, of all processes, per second of steps."""
     peak_memory_bytes: int
     saved_activation_bytes: int | None
     """Kept for backward by the first micro-batch, weights aside; None where they are sharded."""
@@ -41,6 +43,8 @@ class Report:
     num_eval_examples: int
     device: str
     dtype: str
+    quantization: str | None = None
+    """How the frozen weights were held, such as nf4; None: in `dtype`."""
     learning_rate: float
     peak_memory_kind: str
     """`cuda_max_memory_allocated` or `process_peak_resident`."""
@@ -61,22 +65,50 @@ class Report:
         step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
         saved = self.saved_activation_bytes
         return [
-            ("held-out loss before", _loss(self.eval_loss_before)),
-            ("held-out loss after", _loss(self.eval_loss_after)),
+            *self.outcome(),
             ("training loss", _loss(self.train_loss)),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
-            ("tokens per second", f"{self.tokens_per_second:,.0f}"),
+            self.speed(),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
-            ("device, weights", f"{self.device}, {self.dtype}"),
+            ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),
             ("learning rate, seed", f"{self.learning_rate:g}, {self.seed}"),
         ]
 
+    def outcome(self) -> list[tuple[str, str]]:
+        """Return the rows of the table that say what was reached."""
+        return [
+            ("held-out loss before", _loss(self.eval_loss_before)),
+            ("held-out loss after", _loss(self.eval_loss_after)),
+        ]
 
-def write_report(report: Report, folder: Path) -> None:
+    @abstractmethod
+    def speed(self) -> tuple[str, str]:
+        """Return the row of the table that says how fast it went."""
+
+    def details(self) -> str:
+        """Return what report.md shows below the table, as Markdown."""
+        return ""
+
+
+@dataclass(kw_only=True)
+class Report(RunReport):
+    """Results of one run on text."""
+
+    loss_per: ClassVar[str] = "learned token"
+
+    tokens_per_second: float
+    """Tokens that are not padding, of all processes, per second of steps."""
+
+    def speed(self) -> tuple[str, str]:
+        """Return tokens per second."""
+        return "tokens per second", f"{self.tokens_per_second:,.0f}"
+
+
+def write_report(report: RunReport, folder: Path) -> None:
     """Write report.json, report.md and loss.png into `folder`."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -116,7 +148,7 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _markdown(report: Report) -> str:
+def _markdown(report: RunReport) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in report.table())
     kinds = sorted({name.rpartition(".")[2] for name in report.targets})
     targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else "every weight"
@@ -124,13 +156,13 @@ def _markdown(report: Report) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"Trained: {targets}.\n\n![Loss](loss.png)\n\n"
+        f"Trained: {targets}.\n\n{report.details()}![Loss](loss.png)\n\n"
         + (f"Warnings about the data:\n\n{warnings}\n" if warnings else "")
         + f"Versions: {packages}.\n"
     )
 
 
-def _plot(report: Report, path: Path) -> None:
+def _plot(report: RunReport, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -142,7 +174,7 @@ def _plot(report: Report, path: Path) -> None:
         axes.plot(*zip(*report.train_losses, strict=True), label="training", linewidth=1)
     if report.eval_losses:
         axes.plot(*zip(*report.eval_losses, strict=True), "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss per learned token", title=report.method)
+    axes.set(xlabel="step", ylabel=f"loss per {report.loss_per}", title=report.method)
     if report.train_losses or report.eval_losses:
         axes.legend()
     axes.grid(alpha=0.3)

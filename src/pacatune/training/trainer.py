@@ -1,21 +1,15 @@
-"""TRL's SFTTrainer with checkpoints that are whole or absent, and with what is measured."""
+"""TRL's SFTTrainer with whole checkpoints and with what is measured."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from pacatune.memory import SavedBytes
-from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
+from pacatune.training.checkpoints import WholeCheckpoints
 from pacatune.training.progress import Meter
 
 
-class RunTrainer(SFTTrainer):  # type: ignore[misc]
+class RunTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that writes each checkpoint aside and renames it when it is complete.
 
     Args:
@@ -24,105 +18,23 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(self, *, meter: Meter, **kwargs: Any) -> None:
-        self._meter = meter
-        self._staging: Path | None = None
-        self.saved_activation_bytes: int | None = None
-        super().__init__(**kwargs)
+        super().__init__(meter=meter, **kwargs)
+        if getattr(self.model, "is_quantized", False):
+            # TRL holds adapters on quantised models in bfloat16, which loses small updates.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Take one micro-batch forward and backward, counting its tokens."""
-        self._meter.add_tokens(inputs.get("attention_mask"), inputs["input_ids"])
+        self._meter.add(num_tokens(inputs))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first time in training, count what is kept for backward."""
-        first = self.saved_activation_bytes is None and torch.is_grad_enabled()
-        if not first or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Gathered weights lie in storages of their own and would count as activations.
-            return super().compute_loss(model, *args, **kwargs)
-        with SavedBytes(model) as saved:
-            result = super().compute_loss(model, *args, **kwargs)
-        self.saved_activation_bytes = saved.num_bytes
-        return result
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run writes its own card when it knows the results."""
-
-    def _send_telemetry(self) -> None:
-        """Do nothing: a run tells nobody about itself."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        with staged(folder, name, owner=self.args.should_save) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    refuse_empty_tensors(staging / name)
-                    self._name_best_checkpoint(folder, staging / name)
-                    publish(staging / name, folder / name)
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-
-    def _name_best_checkpoint(self, folder: Path, checkpoint: Path) -> None:
-        """Let the state name the best checkpoint where it will be, not where it is staged."""
-        best = self.state.best_global_step
-        if not best:
-            return
-        target = folder / f"checkpoint-{best}"
-        if target.name == checkpoint.name or target.is_dir():
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(checkpoint / STATE_NAME))
-
-
-class LogBeforeSave(TrainerCallback):  # type: ignore[misc]
-    """Logs at every checkpoint and at the last step.
-
-    The loss since the last log is not part of a checkpoint, so a resumed run would lose it.
-    """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a log where a checkpoint or the end follows."""
-        if control.should_save or control.should_training_stop:
-            control.should_log = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As at the end of a step."""
-        if control.should_save:
-            control.should_log = True
-
-
-class TrainedOn(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps in each checkpoint what it takes to continue it step by step.
-
-    Args:
-        fingerprint: Digest of the token ids and labels.
-        num_processes: Among which they were shared out.
-    """
-
-    def __init__(self, fingerprint: str, num_processes: int) -> None:
-        self.fingerprint = fingerprint
-        self.num_processes = num_processes
-
-    def state(self) -> dict[str, Any]:
-        """Return what the trainer writes into trainer_state.json."""
-        return {
-            "args": {"fingerprint": self.fingerprint, "num_processes": self.num_processes},
-            "attributes": {},
-        }
+def num_tokens(inputs: dict[str, Any]) -> int | Tensor:
+    """Return how many tokens of a micro-batch are not padding."""
+    mask: Tensor | None = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel()) if mask is None else mask.sum()

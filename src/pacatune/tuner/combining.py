@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pacatune.tuner.attention import target_of
+from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
 
 if TYPE_CHECKING:
@@ -37,16 +39,20 @@ def add_weighted_adapter(
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, PacaLayer) and any(one in layer.paca_delta for one in adapters):
             sums[name] = _sum_of(layer, adapters, weights)
-    ranks = {name: len(indices) for name, (_, indices) in sums.items()}
+    ranks = {target_of(name): len(indices) for name, (_, indices) in sums.items()}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank}
+    parameters = [
+        name for name in sums if isinstance(tuner.model.get_submodule(name), ExpertParameter)
+    ]
     tuner.peft_config[adapter_name] = dataclasses.replace(
         tuner.peft_config[adapters[0]],
         r=rank,
         paca_alpha=rank,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=sorted(sums),
+        target_modules=sorted(set(ranks) - set(parameters)),
+        target_parameters=parameters,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -55,6 +61,8 @@ def add_weighted_adapter(
     for name, (delta, indices) in sums.items():
         combined = tuner.model.get_submodule(name)
         assert isinstance(combined, PacaLayer)
+        # PEFT makes it in the dtype of the base, which would round the sum.
+        combined.paca_delta[adapter_name].to(delta.dtype)
         combined.replace_update(adapter_name, delta, indices, len(indices))
 
 
@@ -77,9 +85,9 @@ def _check(tuner: "PacaModel", adapters: list[str], weights: list[float], name: 
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
     indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
-    delta = layer.delta_of(present[0][0]).new_zeros(layer.out_features, len(indices))
+    delta = layer.delta_of(present[0][0]).new_zeros(layer.delta_shape(len(indices)))
     for name, weight in present:
         places = torch.searchsorted(indices, layer.paca_indices[name])
         update = layer.delta_of(name).to(delta) * (weight * layer.scaling[name])
-        delta.index_add_(1, places, update)
+        delta.index_add_(layer.delta_dim, places, update)
     return delta, indices

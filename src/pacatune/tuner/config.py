@@ -53,8 +53,13 @@ class PacaConfig(PeftConfig):
     """Module name or regular expression -> its own `paca_alpha`."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids (or embedding's name -> ids) whose embeddings are trained and saved too."""
+    columns_from: Literal["dequantized", "original"] = "dequantized"
+    """What the columns of a quantised base start from: its own, rounded weights, or those of the
+    checkpoint that it was quantised from."""
+    base_quantization: dict[str, Any] | None = None
+    """How the base was quantised; filled in when the adapter is made."""
     target_parameters: list[str] | None = None
-    """Names of bare parameters (fused experts) to adapt; none is supported yet."""
+    """Names of fused expert parameters (E, O, I) to adapt, such as "experts.down_proj"."""
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
@@ -79,6 +84,10 @@ class PacaConfig(PeftConfig):
             raise ValueError(f"`selection` ({self.selection!r}) must be one of {strategies()}.")
         if self.bias not in ("none", "all", "paca_only"):
             raise ValueError(f"`bias` ({self.bias!r}) must be 'none', 'all' or 'paca_only'.")
+        if self.columns_from not in ("dequantized", "original"):
+            raise ValueError(
+                f"`columns_from` ({self.columns_from!r}) must be 'dequantized' or 'original'."
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             self._refuse_with_regex("layers_to_transform")
             self._refuse_with_regex("layers_pattern")
@@ -87,10 +96,10 @@ class PacaConfig(PeftConfig):
                 f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
                 "needs `layers_to_transform`; set that too or drop `layers_pattern`."
             )
-        if self.target_parameters:
-            raise ValueError(
-                f"`target_parameters` ({self.target_parameters!r}) is not supported: PaCA adapts "
-                "linear layers; name them in `target_modules`."
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"`target_parameters` ({self.target_parameters!r}) must be a list of names, such "
+                "as ['experts.down_proj']."
             )
 
     def _refuse_with_regex(self, name: str) -> None:

@@ -30,9 +30,14 @@ class Delta(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, columns: Tensor, scaling: float) -> Tensor:
-        """Return columns (scaling * delta)^T: (..., R) -> (..., O), in the dtype of `columns`."""
-        return F.linear(columns, (self.weight * scaling).to(columns.dtype))
+    def forward(
+        self, columns: Tensor, scaling: float, apply: Callable[..., Tensor] = F.linear
+    ) -> Tensor:
+        """Apply scaling * delta as the weight of `apply`, in the dtype of `columns`.
+
+        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O).
+        """
+        return apply(columns, (self.weight * scaling).to(columns.dtype))
 
 
 class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
@@ -46,6 +51,9 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
 
     adapter_layer_names: tuple[str, ...] = ("paca_delta",)
     other_param_names: tuple[str, ...] = ("paca_indices", "r", "paca_alpha", "scaling")
+    delta_class: type[Delta] = Delta
+    parameter_name = "weight"  # of the base layer: what is adapted
+    delta_dim = 1  # of the columns in delta
 
     # Of BaseTunerLayer, which has no types.
     active_adapters: list[str]
@@ -74,7 +82,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         self.merged_adapters: list[str] = []
         self._kept: list[Any] = []  # what merging replaced, innermost first
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._features()
         self.column_dim = 0 if isinstance(self.get_base_layer(), Conv1D) else 1
         self.shares_weight = False  # another module sees the same weight; set by the model
         self.residency: Residency | None = None
@@ -95,9 +103,32 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         in_features, _ = _get_in_out_features(base_layer)
         return cast(int, in_features)
 
+    @staticmethod
+    def check_base(base_layer: nn.Module, name: str) -> None:
+        """Refuse a base layer that cannot be adapted as it is.
+
+        Raises:
+            ValueError, TypeError: See the kinds of layers.
+        """
+
+    def num_columns(self) -> int:
+        """Return I, the number of columns to choose from."""
+        return self.num_columns_of(self.get_base_layer())
+
+    def _features(self) -> tuple[int, int]:
+        return cast("tuple[int, int]", _get_in_out_features(self.get_base_layer()))
+
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return the shape of the update of `r` columns."""
         return self.out_features, r
+
+    def as_stored(self, delta: Tensor) -> Tensor:
+        """Return an update whose first two dimensions are O and R as this layer keeps it."""
+        return delta
+
+    def dense_shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight, output features first."""
+        return self.delta_shape(self.in_features)
 
     def update_layer(
         self, adapter_name: str, name: str, config: PacaConfig, *, r: int, paca_alpha: float
@@ -114,12 +145,12 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         Raises:
             ValueError: If `r` exceeds the in_features of the base layer.
         """
-        num_columns = self.num_columns_of(self.get_base_layer())
+        num_columns = self.num_columns()
         check_rank(r, num_columns, name)
         self.restore()
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
-        delta = Delta(*self.delta_shape(r))
+        delta = self.delta_class(*self.delta_shape(r))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta

@@ -6,6 +6,7 @@ quantised again, and unmerging puts the original quantised object back.
 """
 
 import copy
+import warnings
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,20 @@ from pacatune.residency import Residency
 __all__ = ["MergeMixin"]
 
 
+_ROUNDED_AGAIN = (
+    "Merging into a quantised model rounds the weight of every adapted layer again, columns that "
+    "were never trained included. Serve the adapter unmerged (`pacatune export` makes it a LoRA), "
+    "or write a 16-bit model with `pacatune merge`, which reports the error."
+)
+
+
 class MergeMixin:
     """Merge, unmerge and unload for a layer with `paca_delta`, `paca_indices` and `scaling`."""
 
     base_layer: nn.Module
     residency: Residency | None
     column_dim: int
+    parameter_name: str
     shares_weight: bool
     _kept: list[Any]
 
@@ -51,25 +60,30 @@ class MergeMixin:
         if self.residency is not None:
             self.residency.restore()
         weight = layer.get_base_weight()
-        _refuse_part(weight)
+        _refuse_part(weight, num_dims=len(layer.dense_shape()))
         indices = layer.paca_indices[name].to(weight.device)
-        originals = weight.index_select(self.column_dim, indices)
+        originals = self._read_columns(weight, indices)
         update = self._oriented(layer.paca_delta[name].weight.to(weight.device))
         merged = torch.add(originals, update, alpha=layer.scaling[name]).to(weight.dtype)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
-        if layer.quantization_backend is not None or self.shares_weight:
+        if layer.quantization_backend is not None:
             self._kept.append(_snapshot(self.base_layer))
+            weight = weight.clone()
+        elif self.shares_weight:
+            self._kept.append(getattr(self.base_layer, self.parameter_name))
             weight = weight.clone()
         else:
             self._kept.append((indices, originals))
-        weight.index_copy_(self.column_dim, indices, merged)
+        self._put_columns_(weight, indices, merged)
         if layer.quantization_backend is not None:
+            warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
             layer.set_base_weight(weight)
         elif self.shares_weight:  # the other module keeps the pretrained weight
-            self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            adapted = nn.Parameter(weight, requires_grad=False)
+            setattr(self.base_layer, self.parameter_name, adapted)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, bit for bit."""
@@ -81,20 +95,22 @@ class MergeMixin:
                 self.base_layer = kept
             elif isinstance(kept, dict):
                 self.base_layer.__dict__.update(kept)
+            elif isinstance(kept, nn.Parameter):
+                setattr(self.base_layer, self.parameter_name, kept)
             else:
                 indices, originals = kept
                 weight = layer.get_base_weight()
-                weight.index_copy_(self.column_dim, indices.to(weight.device), originals.to(weight))
+                self._put_columns_(weight, indices.to(weight.device), originals.to(weight))
         if self.residency is not None:
             self.residency.is_merged = False
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
         layer = cast(Any, self)
-        delta = layer.paca_delta[adapter].weight
-        dense = delta.new_zeros(layer.out_features, layer.in_features)
-        dense.index_copy_(1, layer.paca_indices[adapter], delta.detach() * layer.scaling[adapter])
-        return self._oriented(dense)
+        update = layer.paca_delta[adapter].weight.detach() * layer.scaling[adapter]
+        dense = self._oriented(update.new_zeros(layer.dense_shape()))
+        self._put_columns_(dense, layer.paca_indices[adapter], self._oriented(update))
+        return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PaCA is an exact LoRA whose A selects columns, so yes."""
@@ -109,12 +125,18 @@ class MergeMixin:
         release(self.base_layer)
         return self.base_layer
 
+    def _read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
+        return weight.index_select(self.column_dim, indices)
+
+    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        weight.index_copy_(self.column_dim, indices, columns)
+
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.column_dim == 0 else weight
 
 
-def _refuse_part(weight: Tensor) -> None:
-    if hasattr(weight, "placements") or weight.dim() != 2:  # a DTensor, or flat, or empty
+def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
+    if hasattr(weight, "placements") or weight.dim() != num_dims:  # a DTensor, or flat, or empty
         raise ValueError(
             f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process has "
             "a part. Save the adapter and merge it in one process (`pacatune merge`)."

@@ -3,24 +3,36 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from pacatune.checks import check_tensors
 from pacatune.tuner import combining
+from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.defaults import default_targets, log_targets
+from pacatune.tuner.experts import Experts
+from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.kinds import layer_class
 from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.mixed_batch import adapter_names_passed
+from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
+from pacatune.tuner.quantized_base import find_originals, settle_columns
 from pacatune.tuner.sharing import mark_shared_weights
-from pacatune.tuner.targets import available_targets, check_targets, for_module
+from pacatune.tuner.targets import (
+    available_targets,
+    check_targets,
+    find_parameters,
+    parameters_count,
+    ranks_of,
+)
 
 __all__ = ["PacaModel"]
 
@@ -36,7 +48,6 @@ class PacaModel(BaseTuner):
 
     prefix = "paca_"
     tuner_layer_cls = PacaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """Put the adapter's layers into `model`, then see which weights are shared.
@@ -44,12 +55,35 @@ class PacaModel(BaseTuner):
         Raises:
             ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
         """
-        self.peft_config[adapter_name] = _adopt(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config = _adopt(self.peft_config[adapter_name])
+        originals = find_originals(model, config, **get_quantization_kwargs(self))
         try:
-            super().inject_adapter(model, adapter_name, **kwargs)
+            with parameters_count(self, config):
+                super().inject_adapter(model, adapter_name, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise type(error)(f"{error} {available_targets(model)}") from None
         mark_shared_weights(model)
+        forbid_fast_path(model)
+        try:
+            config = settle_columns(model, config, adapter_name, originals)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+        self.peft_config[adapter_name] = config
+
+    def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
+        if peft_config.target_modules is None:
+            kwargs = get_quantization_kwargs(self)
+            try:
+                targets = default_targets(self.model, **kwargs)
+            except ValueError:
+                if not peft_config.target_parameters:
+                    raise
+                return peft_config
+            peft_config.target_modules = targets  # type: ignore[assignment]
+            peft_config.__post_init__()  # a regular expression cannot go with every other option
+            log_targets(self.model, **kwargs)
+        return peft_config
 
     def _prepare_model(self, peft_config: PacaConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -65,9 +99,15 @@ class PacaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = for_module(peft_config.rank_pattern, current_key, peft_config.r)
-        paca_alpha = for_module(peft_config.alpha_pattern, current_key, peft_config.paca_alpha)
-        ranks = {"r": r, "paca_alpha": paca_alpha}
+        ranks = ranks_of(peft_config, current_key)
+        if isinstance(target, ParameterLayer):
+            return  # no module of the base: `target_modules` does not mean it
+        if isinstance(target, nn.MultiheadAttention | MultiheadAttention):
+            name = f"{current_key}.{IN_PROJ}"
+            self._adapt_parameter(MultiheadAttention, name, adapter_name, peft_config, ranks)
+            return
+        if isinstance(parent, nn.MultiheadAttention):  # it would never call its out_proj
+            parent = put_in_place(MultiheadAttention, self.model, current_key.rpartition(".")[0])
         if isinstance(target, PacaLayer):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
             return
@@ -79,12 +119,41 @@ class PacaModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(
+        self, peft_config: PacaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # Unlike PEFT's own: parameters that are adapted keep their names, whatever their order.
+        names = find_parameters(self, peft_config, model)
+        for name in names:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                ranks = ranks_of(peft_config, name)
+                self._adapt_parameter(Experts, name, adapter_name, peft_config, ranks)
+        return names
+
+    def _adapt_parameter(
+        self,
+        owner_class: type[ParameterOwner],
+        name: str,
+        adapter_name: str,
+        config: PacaConfig,
+        ranks: dict[str, Any],
+    ) -> None:
+        owner = put_in_place(owner_class, self.model, name.rpartition(".")[0])
+        layer = owner.adapt(adapter_name, name, config, **ranks)
+        if adapter_name not in self.active_adapters:
+            layer.paca_delta[adapter_name].requires_grad_(False)
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         # Unlike PEFT's own: never assign weights. Our layers bring their base layer, and an
         # unloaded embedding with trained tokens is no place for a bare tensor.
         setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        allow_fast_path(model)
+        return model
 
     def add_weighted_adapter(
         self,
@@ -157,39 +226,9 @@ class PacaModel(BaseTuner):
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        self._check_adapter_names(adapter_names)
-        num_beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(num_beams)]
-        layers = (PacaLayer, AuxiliaryTrainingWrapper)
-        handles = [
-            _pass_names(module, repeated) for module in self.modules() if isinstance(module, layers)
-        ]
-        encoder = _encoder_of(self.model)
-        if num_beams > 1 and encoder is not None:  # an encoder sees each sample once
-            handles += [
-                _pass_names(module, adapter_names)
-                for module in encoder.modules()
-                if isinstance(module, layers)
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        known = {"__base__"}
-        for module in self.modules():
-            if isinstance(module, PacaLayer):
-                known |= set(module.paca_delta.keys())
-        unknown = set(adapter_names) - known
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
-            )
+        else:
+            with adapter_names_passed(self.model, adapter_names, kwargs.get("num_beams") or 1):
+                yield
 
 
 class _PlainNames:
@@ -240,22 +279,3 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
                 f"Adapter {adapter_name!r}: {key!r} names column {int(tensor.max())}, but the base "
                 f"weight has in_features={in_features[key]}: it was made for another base model."
             )
-
-
-def _pass_names(module: nn.Module, adapter_names: list[str]) -> Any:
-    return module.register_forward_pre_hook(
-        partial(_add_names, adapter_names=adapter_names), with_kwargs=True
-    )
-
-
-def _add_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], *, adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
-
-
-def _encoder_of(model: nn.Module) -> nn.Module | None:
-    get_encoder = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if get_encoder is not None else None
-    return encoder if encoder is not model else None

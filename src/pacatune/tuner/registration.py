@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from peft import mapping
-from peft.utils import transformers_weight_conversion
+from peft.utils import save_and_load, transformers_weight_conversion
 from peft.utils.peft_types import PeftType, register_peft_method
 
 __all__ = ["ensure_peft_type", "register"]
@@ -55,6 +55,7 @@ def register(config_class: type, model_class: type) -> None:
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=_NAME.lower(), config_cls=config_class, model_cls=model_class)
     _teach_transformers()
+    _teach_base_names()
     if foreign is None:
         return
     for module_name in ("peft", "peft.tuners"):
@@ -90,3 +91,27 @@ def _teach_transformers() -> None:
 
     build_with_paca.knows_paca = True  # type: ignore[attr-defined]
     transformers_weight_conversion.build_peft_weight_mapping = build_with_paca
+
+
+def _teach_base_names() -> None:
+    """Let PEFT's `get_base_model_state_dict` see through the owners of adapted parameters.
+
+    It takes `base_layer` out of names only below the layers that it calls tuner layers.
+    """
+    from pacatune.tuner.parameter import ParameterOwner  # needs the enum's member
+
+    convert = save_and_load._peft_key_to_original_key
+    if getattr(convert, "knows_paca", False):
+        return
+
+    @functools.wraps(convert)
+    def convert_with_owners(model: Any, peft_key: str) -> str:
+        parts, current = [], model.base_model.model
+        for part in peft_key.split("."):
+            if part != "base_layer" or not isinstance(current, ParameterOwner):
+                parts.append(part)
+            current = getattr(current, part, None)
+        return str(convert(model, ".".join(parts)))
+
+    convert_with_owners.knows_paca = True  # type: ignore[attr-defined]
+    save_and_load._peft_key_to_original_key = convert_with_owners

@@ -21,7 +21,7 @@ def mark_shared_weights(model: nn.Module) -> None:
                 owners[address] = owners.get(address, 0) + 1
     for layer in model.modules():
         if isinstance(layer, PacaLayer):
-            weight = layer.base_layer._parameters.get("weight")
+            weight = layer.base_layer._parameters.get(layer.parameter_name)
             if weight is not None and owners.get(_address(weight), 0) > 1:
                 layer.shares_weight = True
                 if layer.residency is not None:

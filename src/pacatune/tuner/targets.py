@@ -2,22 +2,35 @@
 
 import copy
 import re
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.experts import features_of, is_expert_parameter
 from pacatune.tuner.kinds import is_supported, layer_class, supported_kinds
 from pacatune.tuner.layer import PacaLayer, check_rank
+from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
-__all__ = ["available_targets", "check_targets", "for_module"]
+__all__ = [
+    "available_targets",
+    "check_targets",
+    "find_parameters",
+    "for_module",
+    "parameters_count",
+    "ranks_of",
+]
 
 
 def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwargs: Any) -> None:
@@ -32,18 +45,20 @@ def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwar
     Raises:
         ValueError: If some of the target names match nothing, a rank exceeds its weight's
             in_features, or a weight is parametrised.
-        TypeError: If a target is no linear layer of a supported kind.
+        TypeError: If a target is of no supported kind.
     """
+    find_parameters(tuner, config, model)
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     _check_names(config, model)
     adapted: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in _modules(model).items():
         if not name or name.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
         if tuner._check_target_module_exists(config, name):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            base = base.base_layer if isinstance(base, ParameterOwner) else base
             num_columns = _layer_class(base, name, **kwargs).num_columns_of(base)
             check_rank(for_module(config.rank_pattern, name, config.r), num_columns, name)
 
@@ -51,7 +66,7 @@ def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwar
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
     if not isinstance(config.target_modules, (list, set)):
         return
-    names = [name for name, _ in model.named_modules()]
+    names = _modules(model)
     suffixes = {name[i:] for name in names for i in _suffix_starts(name)}
     missing = sorted(set(config.target_modules) - suffixes)
     if missing and len(missing) < len(config.target_modules):
@@ -65,28 +80,34 @@ def _suffix_starts(name: str) -> list[int]:
     return [0] + [match.end() for match in re.finditer(r"\.", name)]
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by name, except those that stand for an adapted parameter."""
+    return {n: m for n, m in model.named_modules() if not isinstance(m, ParameterLayer)}
+
+
 def available_targets(model: nn.Module) -> str:
     """Return a sentence that lists the names of all modules that can be adapted, with counts."""
     counts: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if (
-            is_supported(module) or isinstance(module, BaseTunerLayer)
-        ) and ".base_layer" not in name:
+    for name, module in _modules(model).items():
+        base = module.base_layer if isinstance(module, ParameterOwner) else module
+        if (is_supported(base) or isinstance(module, BaseTunerLayer)) and ".base_layer" not in name:
             parts = [part for part in name.split(".") if not part.isdigit()]
             counts[parts[-1] if parts else name] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-    return f"It has these linear layers: {listed or 'none'}."
+    return f"It has these layers: {listed or 'none'}."
 
 
 def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
     """Return the class that adapts a target, or say why none does."""
     parametrizations = getattr(base, "parametrizations", None)
-    if isinstance(parametrizations, nn.ModuleDict):
+    names = list(parametrizations) if isinstance(parametrizations, nn.ModuleDict) else []
+    if {"weight_g", "weight_orig"} & base._parameters.keys():
+        names.append("weight")  # by a hook: the older weight_norm, spectral_norm, and pruning
+    if names:
         raise ValueError(
-            f"Target module {name!r} has a parametrised {' and '.join(parametrizations)}; its "
-            "columns cannot be trained in place. Call "
-            "torch.nn.utils.parametrize.remove_parametrizations first, or drop it from "
-            "`target_modules`."
+            f"Target module {name!r} has a parametrised {' and '.join(names)}; its columns cannot "
+            "be trained in place. Remove the parametrisation first (remove_parametrizations, "
+            "remove_weight_norm, prune.remove), or drop it from `target_modules`."
         )
     layer = layer_class(base, **kwargs)
     if layer is None:
@@ -94,7 +115,124 @@ def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
             f"Target module {name!r} ({type(base).__name__}) is not supported. PaCA adapts "
             f"{supported_kinds()}."
         )
+    layer.check_base(base, name)
     return layer
+
+
+def find_parameters(tuner: BaseTuner, config: PacaConfig, model: nn.Module) -> list[str]:
+    """Return the names of the parameters to adapt: those that `target_parameters` names the end of.
+
+    Args:
+        tuner: Knows which names match the configuration.
+        config: The configuration; `exclude_modules` and `layers_to_transform` count.
+        model: The model to be adapted; not changed.
+
+    Raises:
+        ValueError: If a name matches nothing, or a parameter cannot be adapted as it is.
+        TypeError: If a parameter is of no supported kind.
+    """
+    targets = config.target_parameters or []
+    parameters = _bare_parameters(model) if targets else {}
+    missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in parameters)]
+    if missing:
+        raise ValueError(
+            f"`target_parameters`: {missing} match no parameter of {type(model).__name__}. "
+            f"{_available_parameters(parameters)}"
+        )
+    config = copy.copy(config)
+    config.target_modules = config.target_parameters
+    found = []
+    for name, module in parameters.items():
+        owner = name.rpartition(".")[0]
+        is_excluded = isinstance(tuner._check_target_module_exists(config, owner), _ExcludedModule)
+        if tuner._check_target_module_exists(config, name) and not is_excluded:
+            _check_parameter(name, module, config, parameters)
+            found.append(name)
+    if targets and not found:
+        raise ValueError(
+            f"`target_parameters` ({targets}): every parameter of these names is left out by "
+            "`exclude_modules`, `modules_to_save` or `layers_to_transform`."
+        )
+    return found
+
+
+def _bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the module of each parameter, by the parameter's name in the base model."""
+    return {
+        f"{name}.{parameter_name}".replace(".base_layer.", ".").removeprefix("."): module
+        for name, module in model.named_modules()
+        for parameter_name, parameter in module._parameters.items()
+        if parameter is not None and ".paca_" not in name
+    }
+
+
+def _check_parameter(
+    name: str, module: nn.Module, config: PacaConfig, parameters: dict[str, nn.Module]
+) -> None:
+    owner, _, parameter_name = name.rpartition(".")
+    parameter: Any = getattr(module, parameter_name)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if len(shape) != 3:
+        raise ValueError(
+            f"`target_parameters`: {name!r} has shape {shape}; it must be the three-dimensional "
+            f"weight of all experts. Layers are named in `target_modules`. "
+            f"{_available_parameters(parameters)}"
+        )
+    if not is_expert_parameter(module, parameter_name) or not owner:
+        raise TypeError(
+            f"Target parameter {name!r} ({type(module).__name__}) is not supported: PaCA adapts "
+            "the weights of experts modules that run on transformers' experts interface. "
+            f"{_available_parameters(parameters)}"
+        )
+    is_shared_out = getattr(module, "_is_expert_parallel", False)
+    if is_shared_out or not parameter.is_floating_point() or hasattr(parameter, "placements"):
+        raise TypeError(
+            f"Target parameter {name!r} is {parameter.dtype} {type(parameter).__name__}; quantised "
+            "and sharded experts are not supported. Adapt the model before it is sharded, or load "
+            "it in 16 bits."
+        )
+    if config.bias != "none" and getattr(module, "has_bias", False):
+        raise ValueError(
+            f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
+            "which PEFT would train but not save."
+        )
+    _, in_features, _ = features_of(module, parameter_name)
+    check_rank(for_module(config.rank_pattern, name, config.r), in_features, name)
+
+
+def _available_parameters(parameters: dict[str, nn.Module]) -> str:
+    counts: Counter[str] = Counter()
+    for name, module in parameters.items():
+        if is_expert_parameter(module, name.rpartition(".")[2]):
+            parts = [part for part in name.split(".") if not part.isdigit()]
+            counts[".".join(parts[-2:])] += 1
+    listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    return f"It has these expert parameters: {listed or 'none'}."
+
+
+@contextmanager
+def parameters_count(tuner: BaseTuner, config: PacaConfig) -> Iterator[None]:
+    """Let patterns name adapted parameters too: PEFT warns of all that match no module."""
+    if not config.target_parameters:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
+    names = tuner.targeted_module_names + tuner.targeted_parameter_names
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option) or {}
+        unused = sorted(set(patterns) - {get_pattern_key(patterns, name) for name in names})
+        if unused:
+            warnings.warn(f"`{option}`: {unused} match nothing that is adapted.", stacklevel=2)
+
+
+def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
+    """Return the rank and alpha of a target, patterns resolved."""
+    return {
+        "r": for_module(config.rank_pattern, name, config.r),
+        "paca_alpha": for_module(config.alpha_pattern, name, config.paca_alpha),
+    }
 
 
 def for_module(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:

@@ -1,0 +1,159 @@
+"""Options of a run: one per field of its configuration and sections, from words and YAML files."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+_FLAGS = ("help", "config", "resume", "overwrite", "print_config")
+
+
+class RunOptions:
+    """The command line of a command that trains.
+
+    Args:
+        run_class: Dataclass of the run; its class attribute `command` names the command.
+        sections: Name of each field that is a section -> its dataclass.
+        description: One sentence for the help text.
+        flags: Further flags, which are no options of the run -> arguments of `add_argument`.
+    """
+
+    def __init__(
+        self,
+        run_class: Any,
+        sections: Mapping[str, Any],
+        description: str,
+        flags: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+        from pacatune.training.config_file import load_yaml
+
+        self.run_class = run_class
+        self.sections = dict(sections)
+        self.flags = (*_FLAGS, *flags)
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
+        self.parser: ArgumentParser = ArgumentParser(
+            prog=f"pacatune {run_class.command}",
+            description=f"{description} Options of a config file come first, options here override "
+            "them.",
+            exit_on_error=False,
+            print_config=None,
+            parser_mode="yaml_1_2",
+        )
+        self._add_flags(flags)
+        self.parser.add_class_arguments(run_class, skip=set(sections))
+        for name, section in sections.items():
+            self.parser.add_class_arguments(section, name)
+        self._add_help_of_arguments()
+
+    def _add_flags(self, flags: Mapping[str, Mapping[str, Any]]) -> None:
+        add = self.parser.add_argument
+        add("--config", action="config", help="YAML file with options.")
+        resume = "Continue the run in training.output_dir from its last checkpoint."
+        add("--resume", action="store_true", help=resume)
+        overwrite = "Delete the files of another run in training.output_dir first."
+        add("--overwrite", action="store_true", help=overwrite)
+        for name, arguments in flags.items():
+            add(f"--{name}", **arguments)
+        show = "Print all options as a commented config file, and stop."
+        add("--print_config", action="store_true", help=show)
+
+    def _add_help_of_arguments(self) -> None:
+        """Take the help of training options from where TRL and transformers write it."""
+        # What we declare ourselves has its help in docstrings instead.
+        kind = self.sections["training"]
+        texts = {f"training.{f.name}": f.metadata.get("help") for f in fields(kind)}
+        for action in self.parser._actions:
+            text = texts.get(action.dest)
+            if text:
+                action.help = text.replace("%%", "%").replace("%", "%%")
+
+    def parse(self, argv: list[str]) -> "Namespace":
+        """Parse the words of the command line.
+
+        Raises:
+            ValueError: If a word, or a key of a config file, is wrong; names the nearest one.
+        """
+        from argparse import ArgumentError
+
+        self._check_words(argv)
+        try:
+            return self.parser.parse_args(argv)
+        except ArgumentError as error:
+            raise ValueError(f"{error}; see `{self.parser.prog} --help`.") from error
+
+    def _check_words(self, argv: list[str]) -> None:
+        """Refuse unknown options and unknown keys of config files."""
+        from pacatune.training.config_file import check_keys, read_values, suggest
+
+        others = {*self.flags, *self.sections}
+        known = {action.dest for action in self.parser._actions} - others
+        for word in argv:
+            name = word[2:].partition("=")[0].rstrip("+")
+            if not word.startswith("--") or name in others:
+                continue
+            # A key inside an option that holds a dictionary, such as paca.rank_pattern.q_proj.
+            if not any(name == option or name.startswith(f"{option}.") for option in known):
+                raise ValueError(f"unknown option --{name}; {suggest(name, known)}")
+        for path in values_of(argv, "config"):
+            values = read_values(Path(path))
+            for flag in set(self.flags) & set(values):
+                raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
+            check_keys(values, known, path)
+
+    def to_config(self, options: "Namespace") -> Any:
+        """Build the run.
+
+        Raises:
+            ValueError: If the options contradict each other.
+        """
+        values = options.as_dict()
+        sections = {name: kind(**values[name]) for name, kind in self.sections.items()}
+        names = [f.name for f in fields(self.run_class) if f.name not in self.sections]
+        return self.run_class(**{name: values[name] for name in names}, **sections)
+
+    def template(self, options: "Namespace") -> str:
+        """Return the options as YAML, each under a comment that explains it."""
+        values = options.as_dict()
+        help_of = {action.dest: _plain_help(action.help) for action in self.parser._actions}
+        names = [name for name in values if name not in (*self.flags, *self.sections)]
+        head = f"# Options of `{self.parser.prog}`. Those left out have these values.\n"
+        parts = [head, *(_entry(name, values[name], help_of[name], "") for name in names)]
+        for section in self.sections:
+            parts.append(f"\n{section}:\n")
+            parts += [
+                _entry(name, value, help_of.get(f"{section}.{name}", ""), "  ")
+                for name, value in values[section].items()
+            ]
+        return "".join(parts)
+
+
+def values_of(argv: list[str], flag: str) -> Iterator[str]:
+    """Yield what is given to a flag, as `--flag VALUE` or `--flag=VALUE`."""
+    for position, word in enumerate(argv):
+        if word == f"--{flag}" and position + 1 < len(argv):
+            yield argv[position + 1]
+        elif word.startswith(f"--{flag}="):
+            yield word.partition("=")[2]
+
+
+def _plain_help(text: str | None) -> str:
+    return " ".join((text or "").replace("%%", "%").split())
+
+
+def _entry(name: str, value: Any, help_text: str, indent: str) -> str:
+    comment = textwrap.fill(
+        help_text, 98, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+    )
+    # As the item of a list, since a scalar alone would get an end mark of its own.
+    item = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()
+    line = f"{indent}{name}: {item[1:-1]}\n"
+    return f"{comment}\n{line}" if help_text else line

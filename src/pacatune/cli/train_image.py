@@ -1,0 +1,72 @@
+"""`pacatune train-image`: fine-tune an image classifier on your images."""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from pacatune.cli.options import quiet_libraries
+from pacatune.cli.run_options import RunOptions, values_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_PACKAGES = ("PIL", "torchvision", "timm")
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune train-image` with the words after it; return the exit status."""
+    require_packages()
+    quiet_libraries()
+
+    from pacatune.vision import train
+
+    run_options = _run_options()
+    for name in values_of(argv, "preset"):
+        from pacatune.vision.presets import find_preset
+
+        run_options.parser.set_defaults(find_preset(name).options())
+    options = run_options.parse(argv)
+    if options.print_config:
+        print(run_options.template(options), end="")
+        return 0
+    train(run_options.to_config(options), resume=options.resume, overwrite=options.overwrite)
+    return 0
+
+
+def require_packages() -> None:
+    """Say what to install where a package for images is missing.
+
+    Raises:
+        ValueError: Names it.
+    """
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"the package {name!r} for images is not installed; install it: "
+                "pip install 'pacatune[vision]'"
+            )
+
+
+def build_parser() -> "ArgumentParser":
+    """Return the parser: one option per field of ImageRunConfig and its sections, and the flags."""
+    return _run_options().parser
+
+
+def _run_options() -> RunOptions:
+    from pacatune import vision
+    from pacatune.vision.presets import PRESETS
+
+    sections = {
+        "model": vision.ImageModelConfig,
+        "data": vision.ImageDataConfig,
+        "paca": vision.PacaSection,
+        "lora": vision.LoraSection,
+        "training": vision.ImageTrainingConfig,
+    }
+    preset = {
+        "metavar": "NAME",
+        "help": "Start from a run of the paper's Tables 6 and 7 (model and data set; the other "
+        f"settings are ours): {', '.join(PRESETS)}. Options override it.",
+    }
+    return RunOptions(
+        vision.ImageRunConfig, sections, "Fine-tune an image classifier.", {"preset": preset}
+    )

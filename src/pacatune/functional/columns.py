@@ -1,0 +1,173 @@
+"""Where the input channels of a convolution's kernel are, whatever its groups.
+
+A kernel is (O, I/G, *k). With one group, input channel i is column i, as in a linear layer. With G
+groups it is column i mod I/G of the rows of group i // (I/G), and of no others.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "CONVOLUTIONS",
+    "Size",
+    "adapted_kernel",
+    "columns_of_kernel",
+    "conv_of_columns",
+    "one_group_each",
+    "outputs_of",
+    "put_columns_",
+    "read_columns",
+    "select_channels",
+]
+
+Size = int | Sequence[int]
+
+# Number of spatial dimensions -> the convolution.
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def read_columns(weight: Tensor, indices: Tensor, groups: int = 1) -> Tensor:
+    """Return what a kernel holds for some input channels.
+
+    Args:
+        weight: (O, I/G, *k), or (O, I) of a linear layer.
+        indices: (R,) of the I input channels.
+        groups: G.
+
+    Returns:
+        (O/G, R, *k): entry [o, j] leads from channel indices[j] to output o of its group.
+    """
+    if groups == 1:
+        return weight.index_select(1, indices)
+    per_group = weight.shape[1]
+    grouped: Tensor = weight.unflatten(0, (groups, -1))
+    return grouped[indices // per_group, :, indices % per_group].transpose(0, 1)
+
+
+def columns_of_kernel(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return a kernel as a matrix with a column for each input channel.
+
+    Args:
+        weight: (O, I/G, *k).
+        groups: G.
+
+    Returns:
+        (O/G * prod(k), I); a copy, unless the kernel has one tap and one group.
+    """
+    grouped: Tensor = weight.unflatten(0, (groups, -1)).flatten(3)
+    return grouped.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+
+
+def put_columns_(weight: Tensor, indices: Tensor, columns: Tensor, groups: int = 1) -> None:
+    """Write what `read_columns` reads, into `weight` itself.
+
+    Args:
+        weight: (O, I/G, *k).
+        indices: (R,) of the I input channels.
+        columns: (O/G, R, *k) in the dtype of `weight`.
+        groups: G.
+    """
+    if groups == 1:
+        weight.index_copy_(1, indices, columns)
+        return
+    per_group = weight.shape[1]
+    grouped = weight.unflatten(0, (groups, -1))
+    grouped[indices // per_group, :, indices % per_group] = columns.transpose(0, 1)
+
+
+def adapted_kernel(
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """Return W' as a new tensor; autograd can go through it.
+
+    Args:
+        weight: (O, I/G, *k) pretrained kernel.
+        delta: (O/G, R, *k) update.
+        indices: (R,) of the I input channels.
+        scaling: alpha / R.
+        groups: G.
+        dtype: Of the result, that of `weight` by default. The sum is rounded to the dtype of
+            `weight` in any case, as a merge would.
+        memory_format: Of the result.
+    """
+    dtype = dtype or weight.dtype
+    columns = torch.add(read_columns(weight, indices, groups), delta, alpha=scaling)
+    kernel = weight.to(dtype, copy=True, memory_format=memory_format)
+    put_columns_(kernel, indices, columns.to(weight.dtype).to(dtype), groups)
+    return kernel
+
+
+def select_channels(x: Tensor, indices: Tensor, num_dims: int) -> Tensor:
+    """Return x[..., indices, *positions] in the memory order of x.
+
+    Args:
+        x: (B, I, *positions) or (I, *positions).
+        indices: (R,) input channels.
+        num_dims: Number of spatial dimensions.
+    """
+    dim = x.dim() - num_dims - 1
+    if x.stride(dim) == 1:  # channels last: index_select would return another order
+        return x.movedim(dim, -1).index_select(-1, indices).movedim(-1, dim)
+    return x.index_select(dim, indices)
+
+
+def conv_of_columns(
+    columns: Tensor,
+    kernel: Tensor,
+    indices: Tensor,
+    in_channels: int,
+    groups: int,
+    convolve: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
+    """Return what trained channels add to a convolution's output, by plain operations.
+
+    For whatever leaves the convolution itself to others: hooks, compiled graphs, several adapters.
+
+    Args:
+        columns: (B, R, *positions) or (R, *positions), the trained channels of x.
+        kernel: (O/G, R, *k) scaled update.
+        indices: (R,) of the I input channels.
+        in_channels: I.
+        groups: G.
+        convolve: The convolution without its bias: takes input, kernel and number of groups.
+
+    Returns:
+        (B, O, *positions) or (O, *positions).
+    """
+    if groups == 1:
+        return convolve(columns, kernel, 1)
+    each = convolve(columns, one_group_each(kernel), len(indices))
+    dim = each.dim() - kernel.dim() + 1
+    shape = list(each.shape)
+    shape[dim] = groups * len(kernel)
+    outputs = outputs_of(indices, in_channels // groups, len(kernel))
+    return each.new_zeros(shape).index_add(dim, outputs, each)
+
+
+def one_group_each(kernel: Tensor) -> Tensor:
+    """Return (O/G, R, *k) as the (R * O/G, 1, *k) kernel of a convolution with R groups."""
+    return kernel.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+
+
+def outputs_of(indices: Tensor, in_per_group: int, out_per_group: int) -> Tensor:
+    """Return the outputs that input channels lead to: all those of their group.
+
+    Args:
+        indices: (R,) input channels.
+        in_per_group: I/G.
+        out_per_group: O/G.
+
+    Returns:
+        (R * O/G,) output channels, those of each input channel together.
+    """
+    first = indices // in_per_group * out_per_group
+    return (first.unsqueeze(1) + torch.arange(out_per_group, device=indices.device)).flatten()

@@ -1,0 +1,294 @@
+"""The linear maps of a mixture of experts, of which the same R input columns are trained in each.
+
+A router sends every token to a few of E experts. Sorted by expert, the S routed tokens (N tokens
+times the number of experts of each) are one matrix whose groups of rows belong to one expert each:
+
+    forward   y_e = x_e W'_e^T          W'_e = W_e, with W'_e[:, indices] += scaling * delta_e
+    backward  dx_e = dy_e W'_e          d(delta_e) = scaling * dy_e^T x_e[:, indices]
+    kept      x[:, indices], S * R elements
+
+An expert that no token was sent to costs nothing and gets a gradient of zero. The weights are never
+written: all experts together are the largest tensors of a model, and each step uses a part of them.
+
+Two equal ways to form the products of all groups:
+
+    per expert   one GEMM after the other
+    grouped      torch's grouped GEMM, where it takes the dtype and the sizes
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pacatune.functional.linear import autocast, grad_delta
+
+__all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
+
+
+def paca_experts_linear(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    offsets: Tensor,
+    *,
+    is_transposed: bool = False,
+    is_grouped: bool = False,
+) -> Tensor:
+    """Apply each expert's linear map to its tokens, training the columns `indices` of all.
+
+    Saves x[:, indices], and references to the other arguments.
+
+    Args:
+        x: (S, I) activations of the routed tokens, sorted by expert.
+        weight: (E, O, I) frozen pretrained weights.
+        delta: (E, O, R) trained update of the columns.
+        indices: (R,) int64, the trained columns.
+        scaling: alpha / R.
+        offsets: (E,) int32, where each expert's tokens end.
+        is_transposed: The weights are (E, I, O).
+        is_grouped: Use torch's grouped GEMM where it can be used.
+
+    Returns:
+        (S, O) activations; in the dtype of `weight` if grouped, otherwise of `x` or autocast.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source: PaCA, Eqs. 7-9, for each expert.
+    """
+    _check_weight(x, weight, offsets, is_transposed)
+    _check_delta(x, delta, indices, offsets)
+    num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
+    if delta.shape[:2] != (num_experts, out_features):
+        raise ValueError(
+            f"`delta` must be (E={num_experts}, O={out_features}, R={len(indices)}) to fit "
+            f"`weight` and `indices`, got shape {tuple(delta.shape)}."
+        )
+    x = x.to(weight.dtype) if is_grouped else autocast(x)
+    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
+        x, weight, delta, indices, scaling, offsets, is_transposed, is_grouped
+    )
+
+
+def experts_linear(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    is_transposed: bool = False,
+    is_grouped: bool = False,
+) -> Tensor:
+    """Apply each expert's frozen linear map to its tokens; saves nothing but references.
+
+    Args:
+        x: (S, I) activations, sorted by expert.
+        weight: (E, O, I) frozen weights.
+        offsets: (E,) int32, where each expert's tokens end.
+        is_transposed: The weights are (E, I, O).
+        is_grouped: Use torch's grouped GEMM where it can be used.
+
+    Returns:
+        (S, O) activations, as from `paca_experts_linear`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    _check_weight(x, weight, offsets, is_transposed)
+    x = x.to(weight.dtype) if is_grouped else autocast(x)
+    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
+        x, weight, None, None, 0.0, offsets, is_transposed, is_grouped
+    )
+
+
+def paca_experts_update(
+    x: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    offsets: Tensor,
+    *,
+    is_grouped: bool = False,
+) -> Tensor:
+    """Return what an adapter adds to `experts_linear`: x_e[:, indices] (scaling * delta_e)^T.
+
+    For adapters beyond the first. Arguments as for `paca_experts_linear`.
+
+    Returns:
+        (S, O) in the dtype of `x`, or of autocast.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    _check_delta(x, delta, indices, offsets)
+    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
+        autocast(x), None, delta, indices, scaling, offsets, False, is_grouped
+    )
+
+
+def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool) -> None:
+    layout = "(E, I, O)" if is_transposed else "(E, O, I)"
+    if weight.dim() != 3:
+        raise ValueError(f"`weight` must be {layout}, got shape {tuple(weight.shape)}.")
+    in_features = weight.shape[1 if is_transposed else 2]
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(
+            f"`x` must be (S, I={in_features}) to fit `weight` {tuple(weight.shape)}, "
+            f"{layout}; got shape {tuple(x.shape)}."
+        )
+    if offsets.shape != (len(weight),) or offsets.dtype != torch.int32:
+        raise ValueError(
+            f"`offsets` must be (E={len(weight)},) int32 to fit `weight`, got shape "
+            f"{tuple(offsets.shape)} of {offsets.dtype}."
+        )
+
+
+def _check_delta(x: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise ValueError(
+            f"`indices` must be (R,) int64, got shape {tuple(indices.shape)} of {indices.dtype}."
+        )
+    if delta.dim() != 3 or len(delta) != len(offsets) or delta.shape[2] != len(indices):
+        raise ValueError(
+            f"`delta` must be (E={len(offsets)}, O, R={len(indices)}) to fit `offsets` and "
+            f"`indices`, got shape {tuple(delta.shape)}."
+        )
+
+
+class _ExpertsLinear(torch.autograd.Function):
+    """Eqs. 7-9 for groups of rows; without `weight` the update alone, without `delta` no update."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        delta: Tensor | None,
+        indices: Tensor | None,
+        scaling: float,
+        offsets: Tensor,
+        is_transposed: bool,
+        is_grouped: bool,
+    ) -> Tensor:
+        needs_x, _, needs_delta, *_ = ctx.needs_input_grad
+        ctx.call = x.shape, scaling, is_transposed, is_grouped
+        x_R = None if delta is None or indices is None else x.index_select(1, indices)
+        # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
+        # after the forward pass and put it back before the backward pass.
+        ctx.save_for_backward(
+            x_R if needs_delta else None, weight if needs_x else None, delta, indices, offsets
+        )
+        if weight is None:
+            assert x_R is not None
+            assert delta is not None
+            return _products(x_R, delta, offsets, is_grouped).mul_(scaling)
+        weight_EOI = weight.transpose(1, 2) if is_transposed else weight
+        y = _products(x, weight_EOI, offsets, is_grouped)
+        if x_R is not None and delta is not None:
+            y.add_(_products(x_R, delta, offsets, is_grouped), alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "paca_experts_linear has no second derivative; use "
+                "pacatune.reference.paca_experts_linear for `create_graph=True`."
+            )
+        needs_x, _, needs_delta, *_ = ctx.needs_input_grad
+        x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors
+        x_shape, scaling, is_transposed, is_grouped = ctx.call
+        gx = gdelta = None
+        gy = gy.contiguous()
+        if needs_delta:
+            gdelta = _grad_delta(gy, x_R, offsets, scaling, delta_EOR.dtype, is_grouped)
+        if needs_x:
+            if weight is None:
+                gx = gy.new_zeros(x_shape)
+            else:
+                weight_EIO = weight if is_transposed else weight.transpose(1, 2)
+                gx = _products(gy, weight_EIO, offsets, is_grouped)
+            if delta_EOR is not None:
+                columns_SR = _products(gy, delta_EOR.transpose(1, 2), offsets, is_grouped)
+                gx.index_add_(1, indices_R, columns_SR, alpha=scaling)
+        return gx, None, gdelta, None, None, None, None, None
+
+
+def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:
+    """Return x_e weight_e^T of all groups: (S, I), (E, O, I) -> (S, O), in the dtype of x."""
+    if is_grouped:
+        weight = weight.to(x.dtype)
+        if _can_group(x, weight):
+            return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    if torch.compiler.is_compiling():
+        return torch.ops.pacatune.experts_products(x, weight, offsets)  # type: ignore[no-any-return]
+    return _products_per_expert(x, weight, offsets)
+
+
+def _grad_delta(
+    gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype, is_grouped: bool
+) -> Tensor:
+    """Return scaling * dy_e^T x_e of all groups: (S, O), (S, R) -> (E, O, R)."""
+    if is_grouped and _can_group(gy, x):
+        return F.grouped_mm(gy.t(), x, offs=offsets).to(dtype).mul_(scaling)
+    if torch.compiler.is_compiling():
+        return torch.ops.pacatune.experts_grad_delta(gy, x, offsets, scaling, dtype)  # type: ignore[no-any-return]
+    return _grad_delta_per_expert(gy, x, offsets, scaling, dtype)
+
+
+def _can_group(*tensors: Tensor) -> bool:
+    """Whether torch's grouped GEMM takes these: 16-byte rows, tensor cores of Ampere or newer."""
+    x = tensors[0]
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    # inductor compiles it for bfloat16 only.
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return False
+    return all(max(t.stride()[-2:]) * t.itemsize % 16 == 0 and 0 not in t.shape for t in tensors)
+
+
+def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_empty(len(x), weight.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if start < end:
+            torch.mm(x[start:end], weight[expert].to(x.dtype).t(), out=y[start:end])
+        start = end
+    y[start:].zero_()
+    return y
+
+
+def _grad_delta_per_expert(
+    gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    gdelta = gy.new_zeros(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if start < end:
+            gdelta[expert] = grad_delta(gy[start:end], x[start:end], scaling, dtype)
+        start = end
+    return gdelta
+
+
+# A traced graph must not read the sizes of the groups, so it sees each loop as one operation.
+_products_op = torch.library.custom_op(
+    "pacatune::experts_products", _products_per_expert, mutates_args=()
+)
+_grad_delta_op = torch.library.custom_op(
+    "pacatune::experts_grad_delta", _grad_delta_per_expert, mutates_args=()
+)
+
+
+@_products_op.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.shape[1])
+
+
+@_grad_delta_op.register_fake
+def _(gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return gy.new_empty(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)

@@ -1,0 +1,102 @@
+"""QPaCA: a frozen weight of few bits, of which R columns are trained in full precision.
+
+The weight is never written. Each pass dequantises it into a temporary, puts the adapted columns
+there, multiplies once and lets go of it:
+
+    forward    W = dequantize()   W[:, indices] += scaling * delta   y  = x W^T + b
+    backward   the same W again                                      dx = dy W
+                                                d(delta) = scaling * dy^T x[..., indices]
+
+Kept for backward are x[..., indices] and references; the peak is one dequantised weight.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pacatune.functional.linear import grad_delta, owned
+
+__all__ = ["paca_quantized_linear"]
+
+
+def paca_quantized_linear(
+    x: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    dequantize: Callable[[torch.dtype], Tensor],
+    bias: Tensor | None = None,
+    multiply: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Apply a quantised linear map of which the input columns `indices` are trained.
+
+    Args:
+        x: (..., I) activations, in the dtype to compute in.
+        delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
+        indices: (R,) int64, the trained columns.
+        scaling: alpha / R, the factor between `delta` and the columns.
+        dequantize: Returns the frozen (O, I) weight in a dtype, as a tensor that is ours to change.
+            Called once in the forward and once in the backward pass.
+        bias: (O,) bias, frozen or trained.
+        multiply: Computes x W^T + b by a kernel of its own for the quantised weight, such as one
+            that quantises x as well. The columns are then added to its result; the backward pass
+            dequantises.
+
+    Returns:
+        (..., O) activations in the dtype of `x`, or in that of `multiply`.
+
+    Source: PaCA, Sec. 4.3 and Eqs. 7-9, with the columns written as W + scaling * delta.
+    """
+    result: Tensor = _PacaQuantizedLinear.apply(
+        x, delta, indices, scaling, dequantize, bias, multiply
+    )
+    return result
+
+
+class _PacaQuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor,
+        indices: Tensor,
+        scaling: float,
+        dequantize: Callable[[torch.dtype], Tensor],
+        bias: Tensor | None,
+        multiply: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        _, needs_delta, *_ = ctx.needs_input_grad
+        x_R = x.index_select(-1, indices) if needs_delta or multiply is not None else None
+        ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
+        ctx.call = x.shape, scaling, dequantize
+        if multiply is None:
+            return owned(F.linear(x, _adapted(dequantize(x.dtype), delta, indices, scaling), bias))
+        assert x_R is not None
+        y = owned(multiply(x))
+        return y.add_(F.linear(x_R.to(y.dtype), delta.to(y.dtype)), alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_delta, _, _, _, needs_bias, _ = ctx.needs_input_grad
+        x_R, delta, indices = ctx.saved_tensors
+        x_shape, scaling, dequantize = ctx.call
+        gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
+        gx = gdelta = gbias = None
+        if needs_delta:
+            gdelta = grad_delta(gy_NO, x_R.view(-1, x_R.shape[-1]), scaling, delta.dtype)
+        if needs_x:
+            gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
+        if needs_bias:
+            gbias = gy_NO.sum(0)
+        return gx, gdelta, None, None, None, gbias, None
+
+
+def _adapted(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
+    """Add scaling * delta to the columns of a dequantised weight, in place, rounding once."""
+    columns = torch.add(weight.index_select(1, indices), delta, alpha=scaling)
+    return weight.index_copy_(1, indices, columns.to(weight.dtype))

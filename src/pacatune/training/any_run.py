@@ -1,0 +1,88 @@
+"""What every kind of run has, and the checks that concern several of its sections."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+
+class AnyRun(Protocol):
+    """A run on text or on images."""
+
+    command: ClassVar[str]
+
+    @property
+    def method(self) -> str:
+        """How to fine-tune."""
+
+    @property
+    def model(self) -> Any:
+        """The pretrained model: `path` and `revision` at least."""
+
+    @property
+    def data(self) -> Any:
+        """The data, with the options `eval_path`, `eval_split` and `eval_fraction`."""
+
+    @property
+    def training(self) -> Any:
+        """The arguments of the trainer, of a class that begins with `SharedDefaults`."""
+
+    @property
+    def early_stopping_patience(self) -> int | None:
+        """After how many evaluations without progress to stop."""
+
+
+def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, float]) -> None:
+    """Check what concerns several sections, and fill in what one leaves to another.
+
+    Args:
+        run: The run; its training section is changed.
+        training_class: Class that the training section must be of.
+        learning_rates: Method -> learning rate, where none is given.
+
+    Raises:
+        ValueError: If the sections contradict each other.
+        TypeError: If the training section is of another class.
+    """
+    training: Any = run.training
+    if not isinstance(training, training_class):
+        package = training_class.__module__.rpartition(".")[0]
+        raise TypeError(
+            f"`training` is a {type(training).__name__}; it must be a "
+            f"{package}.{training_class.__name__}."
+        )
+    if run.method not in learning_rates:
+        raise ValueError(f"`method` ({run.method!r}) must be one of {', '.join(learning_rates)}.")
+    if training.learning_rate is None:
+        rate = learning_rates[run.method]
+        training.learning_rate = training.given["learning_rate"] = rate
+    if run.early_stopping_patience is not None:
+        _set_early_stopping(training, run.early_stopping_patience)
+    chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
+    if chooses and not (run.data.eval_path or run.data.eval_split or run.data.eval_fraction):
+        raise ValueError(
+            "the best checkpoint is to be kept (`early_stopping_patience`, "
+            "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
+            "evaluation data; set `data.eval_path` or `data.eval_fraction`."
+        )
+
+
+def _set_early_stopping(training: Any, patience: int) -> None:
+    if patience < 1:
+        raise ValueError(f"`early_stopping_patience` ({patience}) must be at least 1, or null.")
+    same = training.save_strategy == training.eval_strategy and (
+        training.eval_strategy != "steps" or training.save_steps == training.eval_steps
+    )
+    if training.eval_strategy == "no" or not same:
+        raise ValueError(
+            "`early_stopping_patience` keeps the best adapter, so each evaluation needs its "
+            f"checkpoint: `training.save_strategy` ({_name(training.save_strategy)}) and "
+            f"`training.save_steps` ({training.save_steps}) must equal "
+            f"`training.eval_strategy` ({_name(training.eval_strategy)}) and "
+            f"`training.eval_steps` ({training.eval_steps}), and not be 'no'."
+        )
+    training.load_best_model_at_end = True
+    training.metric_for_best_model = "eval_loss"
+    training.greater_is_better = False
+
+
+def _name(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))

@@ -1,0 +1,175 @@
+"""The adapted convolution, and the choice between equal ways to compute it.
+
+    transient  the adapted kernel is a copy that lives as long as one convolution runs
+    additive   conv(x, W) + conv(x[:, indices], scaling * delta), on top of the base layer's forward
+    whole      the base layer's own forward with the adapted kernel in place of its weight
+
+Transient is the rule, compiled or not, and keeps x[:, indices] for backward. Additive serves
+several active adapters, mixed batches, torch.func's transforms, hooks on the base layer, and
+sharded and offloaded weights. Whole serves subclasses with a forward of their own, which may pad by
+the size of the input or standardise the kernel, and is right for any of them. In these two torch's
+own convolution runs, which keeps all of x even if its weight is frozen. None writes the weight.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pacatune.functional import paca_conv
+from pacatune.functional.columns import (
+    CONVOLUTIONS,
+    adapted_kernel,
+    conv_of_columns,
+    put_columns_,
+    read_columns,
+    select_channels,
+)
+from pacatune.tuner.additive import AdditiveLayer
+
+__all__ = ["Conv", "runs_torchs_forward"]
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FORWARDS = {(kind.forward, kind._conv_forward) for kind in _KINDS}
+
+
+def _of_base(name: str) -> Any:
+    def get(self: "Conv") -> Any:
+        return getattr(self.get_base_layer(), name)
+
+    return property(get)
+
+
+class Conv(AdditiveLayer):
+    """An adapted nn.Conv1d, nn.Conv2d or nn.Conv3d, or a subclass of one."""
+
+    has_torchs_forward: bool
+
+    # Read by networks that pad for their layers (transformers' MobileNets).
+    in_channels, out_channels = _of_base("in_channels"), _of_base("out_channels")
+    kernel_size, stride, padding = _of_base("kernel_size"), _of_base("stride"), _of_base("padding")
+    dilation, groups = _of_base("dilation"), _of_base("groups")
+    padding_mode = _of_base("padding_mode")
+
+    def _attach(self) -> None:
+        # Once, while nothing (FSDP, checkpoint_wrapper) has been put around the base layer.
+        self.__dict__.setdefault("has_torchs_forward", runs_torchs_forward(self._base))
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return (O/G, r, *k)."""
+        return self.out_features // self.groups, r, *self.kernel_size
+
+    def dense_shape(self) -> tuple[int, ...]:
+        """Return (O, I/G, *k)."""
+        return self.out_features, self.in_features // self.groups, *self.kernel_size
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT converts linear layers alone; `pacatune export` writes convolutions as LoRA, too."""
+        return False
+
+    @property
+    def _base(self) -> Any:
+        return self.get_base_layer()
+
+    @staticmethod
+    def _is_traced() -> bool:
+        # torch.compile traces the hand-written gradients, and then keeps what they keep.
+        return torch._C._are_functorch_transforms_active()
+
+    def _fast_forward(self, x: Tensor) -> Tensor | None:
+        update, base = self._single_update(), cast(Any, self.base_layer)
+        if update is None or not self.has_torchs_forward:
+            return None
+        weight = base._parameters.get("weight")
+        # Dictionaries and weights of other types are DeepSpeed's or FSDP2's, and may be a part.
+        if type(base._parameters) is not dict or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        if weight.requires_grad and torch.is_grad_enabled():
+            return None
+        x, padding = self._padded(x)
+        sizes = self.stride, padding, self.dilation, self.groups
+        return paca_conv(x, weight, *update, base.bias, *sizes)
+
+    def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        indices = self.paca_indices[name]
+        columns = select_channels(x, indices, len(self.kernel_size)).to(dtype)
+        apply = partial(self._convolve_columns, indices)
+        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
+
+    def _convolve_columns(self, indices: Tensor, columns: Tensor, kernel: Tensor) -> Tensor:
+        sizes = self.in_channels, self.groups
+        return conv_of_columns(columns, kernel, indices, *sizes, self._convolve)
+
+    def _convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        x, padding = self._padded(x)
+        convolution = CONVOLUTIONS[len(self.kernel_size)]
+        return convolution(x, kernel, None, self.stride, padding, self.dilation, groups)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Pad as the base layer does where that is not with zeros; return what is left to pad."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        both_sides = self._base._reversed_padding_repeated_twice
+        return F.pad(x, both_sides, mode=self.padding_mode), 0
+
+    def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self.has_torchs_forward:
+            return super()._additive_forward(x, names, *args, **kwargs)
+        weight = {"weight": self._kernel(names)}
+        result = torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
+        return cast(Tensor, result)
+
+    def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        if self.has_torchs_forward:
+            return super()._with_update(result, x, name)
+        return self._additive_forward(x, [name])
+
+    def _kernel(self, names: list[str]) -> Tensor:
+        """Return the kernel with adapters in it, as merging them would make it."""
+        base = self._base
+        weight: Tensor = base.weight
+        if not _is_whole(weight):
+            raise ValueError(
+                f"The weight of a {type(base).__name__} is offloaded or sharded, so its adapted "
+                "kernel cannot be built. Keep the layer on one device or drop it from "
+                "`target_modules`."
+            )
+        for name in names:
+            if name in self.paca_delta:
+                update = self.delta_of(name), self.paca_indices[name], self.scaling[name]
+                weight = adapted_kernel(weight, *update, self.groups)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel that is in use: with the active adapters in it, or the base layer's own.
+
+        Mixers with a fused causal convolution (Mamba, Qwen3-Next, LFM2) read their layer's weight
+        and never call the layer; what they do with it is right, and trains the adapter.
+        """
+        weight: Tensor = self._base.weight
+        if self.disable_adapters or self.merged_adapters or not _is_whole(weight):
+            return weight
+        return self._kernel(self.active_adapters)
+
+    def _read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
+        return read_columns(weight, indices, self.groups)
+
+    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        put_columns_(weight, indices, columns, self.groups)
+
+    def _get_name(self) -> str:
+        return type(self._base).__name__
+
+
+def runs_torchs_forward(base: nn.Module) -> bool:
+    """Whether a convolution does what torch's own class does, or is a subclass that differs."""
+    kind: Any = type(base)
+    return (kind.forward, kind._conv_forward) in _FORWARDS
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """False for offloaded weights and for parts that are not the kernel (ZeRO-3, FSDP)."""
+    return not weight.is_meta and weight.dim() > 2 and not hasattr(weight, "placements")

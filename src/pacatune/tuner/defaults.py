@@ -1,0 +1,167 @@
+"""Which layers are adapted where `target_modules` is not given.
+
+The linear layers of the repeated blocks, all of them, as in the paper (Sec. 4). They are found by
+structure and not by names: libraries rename and fuse modules, and a list per architecture then
+trains a part of the model only, or nothing. What is left out, and why:
+
+    outside the blocks           heads, poolers, projections, embeddings: their output is the task's
+    beside the language model    vision and audio towers of generative models, which servers of
+                                 LoRA adapters do not adapt either
+    router                       linear layers beside `experts`: a small change reroutes tokens
+    state-space mixer            its kernels read the weights and never call the layers
+    torch's MultiheadAttention   four projections in two modules; both can be named
+    bare parameters              fused experts are no layers; see `target_parameters`
+"""
+
+import functools
+import itertools
+import logging
+import re
+from collections import Counter
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pacatune.tuner.kinds import layer_class
+from pacatune.tuner.linear import Linear
+from pacatune.tuner.targets import available_targets
+
+__all__ = ["default_targets", "log_targets", "survey"]
+
+
+def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
+    """Return what to adapt, as `target_modules` says it: names, each as short as can be.
+
+    Args:
+        model: Whole model, adapted or not; its weights are not needed.
+        **kwargs: What PEFT needs to recognise quantised layers.
+
+    Returns:
+        The ends of the modules' names, or a regular expression where a tower beside the language
+        model has the same ones.
+
+    Raises:
+        ValueError: If the model has no linear layers in repeated blocks.
+    """
+    targets = {name for name, reason in survey(model, **kwargs).items() if not reason}
+    if not targets:
+        raise ValueError(
+            f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no "
+            f"repeated blocks with linear layers that could be the default. "
+            f"{available_targets(model)}"
+        )
+    modules = _outer_modules(model)
+    root = _language_model(modules)
+    others = {name.removeprefix(root) for name in modules if name.startswith(root)}
+    targets = {name.removeprefix(root) for name in targets}
+    names: set[str] = _find_minimal_target_modules(targets, others - targets)
+    if not root:
+        return names
+    return rf"{re.escape(root)}(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names)))})"
+
+
+def log_targets(model: nn.Module, **kwargs: Any) -> None:
+    """Say which layers the default adapts, once for equal models."""
+    reasons = survey(model, **kwargs)
+    counts = Counter(_last_word(name) for name, reason in reasons.items() if not reason)
+    left_out = sorted({_last_word(name) for name, reason in reasons.items() if reason})
+    _log_once(
+        f"`target_modules` is not set: PaCA adapts the {counts.total()} linear layers in the "
+        f"blocks of {type(model).__name__} "
+        f"({', '.join(f'{count} x {name}' for name, count in sorted(counts.items()))}); "
+        f"it leaves out {', '.join(left_out) or 'nothing'}."
+    )
+
+
+def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
+    """Return every module with a weight matrix, and why the default leaves it out.
+
+    Args:
+        model: Whole model, adapted or not.
+        **kwargs: What PEFT needs to recognise quantised layers.
+
+    Returns:
+        Name -> reason, empty where the module is adapted.
+    """
+    modules = _outer_modules(model)
+    blocks = tuple(f"{name}." for name in modules if _is_block(name, modules))
+    root = _language_model(modules)
+    reasons = {}
+    for name, module in modules.items():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer = layer_class(base, **kwargs)
+        if layer is None and not _has_matrix(base):
+            continue
+        if layer is None or not issubclass(layer, Linear):
+            reasons[name] = _kind_of_other(base)
+        elif not name.startswith(blocks):
+            reasons[name] = "outside the blocks"
+        elif not name.startswith(root):
+            reasons[name] = "beside the language model"
+        else:
+            reasons[name] = _reason_in_block(base, modules[name.rpartition(".")[0]])
+    return reasons
+
+
+def _outer_modules(model: nn.Module) -> dict[str, Any]:
+    """Return the modules by name, without what is inside of an adapted layer."""
+    modules: dict[str, Any] = {}
+    inner: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inner):
+            modules[name] = module
+            if isinstance(module, BaseTunerLayer):
+                inner += (f"{name}.",)
+    return modules
+
+
+def _language_model(modules: dict[str, Any]) -> str:
+    """Return what the names in the language model of a multimodal one start with, else ""."""
+    names = (name for name in modules if _last_word(name) == "language_model")
+    return "".join(f"{name}." for name in itertools.islice(names, 1))
+
+
+def _is_block(name: str, modules: dict[str, Any]) -> bool:
+    """Whether a module is an element of a list of modules that have children of their own."""
+    module, parent = modules[name], modules.get(name.rpartition(".")[0])
+    return (
+        name != ""
+        and isinstance(parent, (nn.ModuleList, nn.Sequential))
+        and not isinstance(module, BaseTunerLayer)
+        and any(True for _ in module.children())
+    )
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p is not None and p.squeeze().dim() > 1 for p in module._parameters.values())
+
+
+def _kind_of_other(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.MultiheadAttention):
+        return "torch's MultiheadAttention"
+    return "convolution" if isinstance(module, _ConvNd) else "bare parameters"
+
+
+def _reason_in_block(layer: nn.Module, parent: nn.Module) -> str:
+    if hasattr(parent, "experts"):
+        return "router"
+    if hasattr(parent, "A_log") and hasattr(parent, "D"):
+        return "state-space mixer"
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "torch's MultiheadAttention"
+    return ""
+
+
+def _last_word(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    # A warning, because what is trained should be seen without setting up logging.
+    logging.getLogger(__name__).warning(message)

@@ -1,0 +1,96 @@
+"""The adapted embedding: R of its D dimensions are trained, for every token.
+
+    y = W[ids]    y[..., indices] += scaling * delta[ids]          delta (V, R)
+
+Only the ids are kept for backward, and the gradient of delta is zero in the rows of tokens that did
+not occur; with `sparse=True` it is a sparse tensor of the others. The weight is not written.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pacatune.tuner.additive import AdditiveLayer
+from pacatune.tuner.layer import Delta
+
+__all__ = ["Embedding"]
+
+
+class EmbeddingDelta(Delta):
+    """Holds one adapter's (V, R) update of an embedding."""
+
+    def forward(self, ids: Tensor, scaling: float, base: Any) -> Tensor:  # type: ignore[override]
+        """Return scaling * delta[ids], (...) -> (..., R), with the options of the embedding."""
+        rows = F.embedding(
+            ids,
+            self.weight,
+            base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        return rows * scaling
+
+
+class Embedding(AdditiveLayer):
+    """An adapted nn.Embedding, or one of transformers' that multiply by `embed_scale`."""
+
+    delta_class = EmbeddingDelta
+
+    @staticmethod
+    def num_columns_of(base_layer: Any) -> int:
+        """Return D, the number of dimensions to choose from."""
+        return int(base_layer.embedding_dim)
+
+    @staticmethod
+    def check_base(base_layer: Any, name: str) -> None:
+        """Refuse embeddings that do more than look up and multiply.
+
+        Raises:
+            ValueError: If `max_norm` is set.
+            TypeError: If the class has a forward of its own that is not known.
+        """
+        if base_layer.max_norm is not None:
+            raise ValueError(
+                f"Target module {name!r} has `max_norm` ({base_layer.max_norm}): it changes its "
+                "weight in each forward pass. Set it to None, or drop the module from "
+                "`target_modules`."
+            )
+        has_own_forward = type(base_layer).forward is not nn.Embedding.forward
+        is_plain = list(base_layer._parameters) == ["weight"]
+        if has_own_forward and not (is_plain and _scale_of(base_layer) is not None):
+            raise TypeError(
+                f"Target module {name!r} ({type(base_layer).__name__}) is not supported: it has a "
+                "forward of its own. PaCA adapts torch.nn.Embedding and embeddings that multiply "
+                "by a number `embed_scale`."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion knows linear layers; `pacatune export` does it."""
+        return False
+
+    def _features(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        return base.embedding_dim, base.num_embeddings
+
+    def _fast_forward(self, x: Tensor) -> Tensor | None:
+        return None  # looking up is all there is
+
+    def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        base = self.get_base_layer()
+        rows: Tensor = self.paca_delta[name](x, self.scaling[name], base)
+        scale = _scale_of(base)
+        if scale is not None:
+            rows = rows * scale
+        update = rows.new_zeros(*x.shape, self.in_features, dtype=dtype)
+        update[..., self.paca_indices[name]] = rows.to(dtype)  # index_copy would keep the rows
+        return update
+
+
+def _scale_of(base_layer: Any) -> Any:
+    """Return the number that an embedding multiplies by, None if it does not."""
+    scale = getattr(base_layer, "embed_scale", None)
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        return scale.to(base_layer.weight.dtype)  # as Gemma does
+    return scale if isinstance(scale, float | int) else None

@@ -1,0 +1,219 @@
+"""Adapted weights of mixtures of experts: the fused, three-dimensional parameters of transformers.
+
+Their columns are never written: all experts together are the largest tensors of a model, and each
+step uses a part of them. The tokens take the same steps as in transformers' own implementations
+(sort by expert, first product, the module's own gate, second product, weigh, sum), with our
+products in place of theirs.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from pacatune.functional.experts import experts_linear, paca_experts_linear, paca_experts_update
+from pacatune.tuner.additive import has_hooks
+from pacatune.tuner.layer import Delta
+from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, names_to_apply
+
+__all__ = ["ExpertParameter", "Experts", "features_of", "is_expert_parameter"]
+
+_NAMES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_expert_parameter(module: nn.Module, parameter_name: str) -> bool:
+    """Whether this is a parameter of an experts module that runs on transformers' interface.
+
+    Such a module says how its forward goes (`has_gate`, `is_transposed`, ...): to transformers' own
+    implementations, and to ours.
+    """
+    return parameter_name in _NAMES and "has_gate" in module.__dict__
+
+
+def features_of(experts: Any, parameter_name: str) -> tuple[int, int, int]:
+    """Return (E, I, O) of the linear maps that a parameter holds."""
+    parameter = getattr(experts, parameter_name)
+    first, second, third = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
+    return (first, second, third) if experts.is_transposed else (first, third, second)
+
+
+class ExpertDelta(Delta):
+    """Holds one adapter's (E, O, R) update of the weights of all experts."""
+
+    def forward(self, x: Tensor, weight: Tensor | None, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        """Apply the experts' linear maps with the update; without `weight` the update alone."""
+        if weight is None:
+            del options["is_transposed"]
+            return paca_experts_update(x, self.weight, *args, **options)
+        return paca_experts_linear(x, weight, self.weight, *args, **options)
+
+
+class ExpertParameter(ParameterLayer):
+    """An adapted parameter of an experts module: (E, O, I), or (E, I, O) if that is transposed.
+
+    All experts train the same columns; delta is (E, O, R).
+    """
+
+    delta_class = ExpertDelta
+    delta_dim = 2
+
+    def _features(self) -> tuple[int, int]:
+        experts: Any = self.get_base_layer()
+        self.is_transposed = bool(experts.is_transposed)
+        self.num_experts, in_features, out_features = features_of(experts, self.parameter_name)
+        return in_features, out_features
+
+    def _attach(self) -> None:
+        self.column_dim = 1 if self.is_transposed else 2
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return (E, O, R)."""
+        return self.num_experts, self.out_features, r
+
+    def as_stored(self, delta: Tensor) -> Tensor:
+        """Return an (O, R, E) update as (E, O, R)."""
+        return delta.permute(2, 0, 1)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2) if self.is_transposed else weight
+
+    def project(
+        self, x: Tensor, weight: Tensor, offsets: Tensor, names: list[str], **options: Any
+    ) -> Tensor:
+        """Apply the linear maps of all experts with some adapters: (S, I) -> (S, O)."""
+        terms: Iterator[Tensor] = (
+            self.paca_delta[name](
+                x,
+                weight if name == names[0] else None,
+                self.paca_indices[name],
+                self.scaling[name],
+                offsets,
+                **options,
+            )
+            for name in names
+        )
+        return functools.reduce(torch.add, terms)
+
+
+class Experts(ParameterOwner):
+    """In place of an experts module, some of whose parameters are adapted."""
+
+    layer_class = ExpertParameter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the experts module's: hidden states, chosen experts and their weights -> (N, I)."""
+        layers: _Layers = {}
+        for name, module in self._modules.items():
+            names = names_to_apply(module)
+            if names:
+                layers[name] = (cast(ExpertParameter, module), names)
+        experts: Any = self.base_layer
+        if not layers:
+            return experts(*args, **kwargs)  # type: ignore[no-any-return]
+        if "has_gate" in experts.__dict__ and not has_hooks(experts.__dict__):
+            return _forward(experts, layers, *args, **kwargs)
+        with _running_ours(experts, layers):
+            return experts(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+_Layers = dict[str, tuple[ExpertParameter, list[str]]]
+
+
+def _forward(
+    experts: Any, layers: _Layers, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run an experts module with adapted parameters.
+
+    Args:
+        experts: The module.
+        layers: The adapted parameters by name, and the adapters to apply.
+        hidden_states: (N, I) tokens.
+        top_k_index: (N, K) the experts of each token.
+        top_k_weights: (N, K) what each expert's output is multiplied by.
+    """
+    num_tokens, top_k = top_k_index.shape
+    expert_ids, order, offsets = _sort_by_expert(top_k_index, experts.num_experts)
+    options = {
+        "is_transposed": bool(experts.is_transposed),
+        "is_grouped": experts.config._experts_implementation != "eager",
+    }
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight = getattr(experts, name)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"`{name}` of {type(experts).__name__} requires a gradient, which adapted experts "
+                "do not compute; freeze it or delete the adapter."
+            )
+        if name in layers:
+            layer, names = layers[name]
+            y = layer.project(x, weight, offsets, names, **options)
+        else:
+            y = experts_linear(x, weight, offsets, **options)
+        return y + getattr(experts, f"{name}_bias")[expert_ids] if experts.has_bias else y
+
+    x = hidden_states.index_select(0, order // top_k)
+    if experts.has_gate:
+        x = experts._apply_gate(project("gate_up_proj", x))
+    else:
+        x = experts.act_fn(project("up_proj", x))
+    x = project("down_proj", x)
+    if getattr(experts, "has_post_expert_norm", False):
+        x = experts.post_expert_norm(x)
+    x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    by_token = x.index_select(0, order.argsort()).view(num_tokens, top_k, x.shape[-1])
+    return by_token.sum(1).to(hidden_states.dtype)
+
+
+def _sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the (S,) experts in order, the places they come from, and where each one's end."""
+    expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
+    next_experts = torch.arange(1, num_experts + 1, device=order.device)
+    # Without a look at the values, which would make a GPU wait.
+    return expert_ids, order, torch.searchsorted(expert_ids, next_experts, out_int32=True)
+
+
+_IMPLEMENTATION = "pacatune"
+
+
+class _Config:
+    """An experts module's configuration that asks for our forward, for one call."""
+
+    _experts_implementation = _IMPLEMENTATION
+
+    def __init__(self, config: Any, layers: _Layers) -> None:
+        self.config, self.layers, self.has_run = config, layers, False
+
+
+def _forward_from_config(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    ours: _Config = experts.config
+    ours.has_run, experts.config = True, ours.config
+    return _forward(experts, ours.layers, *args, **kwargs)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _forward_from_config)
+
+
+@contextmanager
+def _running_ours(module: nn.Module, layers: _Layers) -> Iterator[None]:
+    """Let whatever surrounds an experts module (hooks, offloading, FSDP) run, and then our forward.
+
+    transformers asks the module's configuration for the implementation.
+    """
+    experts: Any = next(m for m in module.modules() if "has_gate" in m.__dict__)
+    original = experts.config
+    experts.config = ours = _Config(original, layers)
+    try:
+        yield
+    finally:
+        experts.config = original
+    if not ours.has_run:
+        raise RuntimeError(
+            f"The forward of {type(experts).__name__} has been replaced by one that passes by "
+            "transformers' experts interface, and so by the adapter. Adapt the model before, or "
+            "leave the experts out of `target_parameters`."
+        )

@@ -1,0 +1,35 @@
+"""Keeps torch's fused inference of transformer encoders from passing by the adapter.
+
+nn.TransformerEncoderLayer evaluates by one kernel that reads the weights of its layers and never
+calls them; nn.TransformerEncoder then hands nested tensors to its layers. Each has an attribute
+that decides about it and about nothing else.
+"""
+
+from torch import nn
+
+from pacatune.tuner.layer import PacaLayer
+
+__all__ = ["allow_fast_path", "forbid_fast_path"]
+
+_SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+_KEPT = "_paca_fast_path"
+
+
+def forbid_fast_path(model: nn.Module) -> None:
+    """Let every encoder in which something is adapted call its layers."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if isinstance(module, kind) and any(isinstance(m, PacaLayer) for m in module.modules()):
+                module.__dict__.setdefault(_KEPT, getattr(module, switch))
+                setattr(module, switch, False)
+
+
+def allow_fast_path(model: nn.Module) -> None:
+    """Undo `forbid_fast_path`."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if isinstance(module, kind) and _KEPT in module.__dict__:
+                setattr(module, switch, module.__dict__.pop(_KEPT))

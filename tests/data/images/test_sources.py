@@ -1,0 +1,185 @@
+"""Images of the hub and of torchvision, from files that look like theirs."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.data.images.hub import read_hub
+from pacatune.data.images.torchvision_sets import read_torchvision
+
+
+def hub_folder(folder, **columns):
+    """A data set as the hub would give it."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    images = [Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(6)]
+    features = {"image": ImageFeature()}
+    values = {"image": images}
+    for name, (kind, entries) in columns.items():
+        kinds = {"class": ClassLabel(names=["cat", "dog", "owl"])}
+        features[name] = kinds.get(kind, Value(kind) if kind != "class" else None)
+        values[name] = entries
+    folder.mkdir()
+    Dataset.from_dict(values, features=Features(features)).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def read(path, split="train", **options):
+    return read_hub(ImageDataConfig(path=path, **options), path, split)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_hub_images_with_named_classes(tmp_path):
+    path = hub_folder(tmp_path / "d", label=("class", [0, 1, 2, 0, 1, 2]))
+    source = read(path)
+    assert source.classes == ["cat", "dog", "owl"]
+    assert source.labels == [0, 1, 2, 0, 1, 2]
+    assert source.load(3).getpixel((0, 0)) == (60, 0, 0)
+    assert source.place(3) == f"{path} (train), row 4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "classes"),
+    [
+        ("string", ["b", "a", "b", "a", "b", "a"], ["a", "b"]),
+        ("int64", [7, 3, 7, 3, 7, 3], ["3", "7"]),
+    ],
+)
+def test_hub_classes_that_are_plain_values(tmp_path, kind, entries, classes):
+    source = read(hub_folder(tmp_path / "d", label=(kind, entries)))
+    assert source.classes == classes
+    assert source.labels == [1, 0, 1, 0, 1, 0]
+
+
+def test_hub_column_must_be_chosen_where_there_are_several(tmp_path):
+    columns = {"fine": ("class", [0, 1] * 3), "coarse": ("class", [0, 0, 1] * 2)}
+    path = hub_folder(tmp_path / "d", **columns)
+    with pytest.raises(ValueError, match=r"2 columns that could hold classes; set `data.label_col"):
+        read(path)
+    assert read(path, label_column="coarse").labels == [0, 0, 1, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"no column 'x'; set `data.image_column` to one of image"):
+        read(path, label_column="coarse", image_column="x")
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("class", -1), ("string", None)])
+def test_hub_row_without_a_class(tmp_path, kind, missing):
+    other = 0 if kind == "class" else "a"
+    path = hub_folder(tmp_path / "d", label=(kind, [other, missing, *[other] * 4]))
+    with pytest.raises(ValueError, match=r"row 2 has no class in 'label'; give data whose every"):
+        read(path)
+
+
+def test_hub_that_cannot_be_reached():
+    with pytest.raises(
+        FileNotFoundError, match=r"'owner/birds' is neither a folder here nor a hub"
+    ):
+        prepare_images(ImageDataConfig(path="owner/birds"))
+
+
+def test_hub_row_without_an_image(tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    (tmp_path / "d").mkdir()
+    values = {"image": [Image.new("RGB", (8, 8)), None], "label": ["a", "b"]}
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    Dataset.from_dict(values, features=features).to_parquet(tmp_path / "d" / "train.parquet")
+    with pytest.raises(ValueError, match=r"row 2: the row has no image"):
+        read(str(tmp_path / "d")).load(1)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """The files of CIFAR-10 with five training images and ten test images."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    sums = {}
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    rng = np.random.default_rng(0)
+    for number in range(1, 6):
+        data = rng.integers(0, 256, (1, 3072)).astype(np.uint8)
+        write(f"data_batch_{number}", {"data": data, "labels": [number % 2]})
+    write("test_batch", {"data": np.zeros((10, 3072), np.uint8), "labels": [0, 1] * 5})
+    names = ["airplane", "automobile", *(f"class {n}" for n in range(8))]
+    write("batches.meta", {"label_names": names})
+    kind = torchvision.datasets.CIFAR10
+    train = [[name, sums[name]] for name in sums if name.startswith("data")]
+    monkeypatch.setattr(kind, "train_list", train)
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums["batches.meta"]})
+    return tmp_path
+
+
+def test_cifar10(cifar):
+    config = ImageDataConfig(path="torchvision:CIFAR10", eval_split="test", root=str(cifar))
+    data = prepare_images(config)
+    assert data.classes[:2] == ["airplane", "automobile"]
+    assert data.train.source.labels == [1, 0, 1, 0, 1]
+    assert len(data.evaluation.indices) == 10
+    assert data.train.source.load(0).size == (32, 32)
+    assert data.train.source.place(4) == "torchvision:CIFAR10 (train), image 5"
+    assert "has no images of the class 'class 0', 'class 1'" in data.warnings[0]
+
+
+def test_pets_train_on_what_is_called_trainval(tmp_path):
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    names = [f"{breed}_{number}" for number in range(2) for breed in ("Abyssinian", "beagle")]
+    for part in ("trainval", "test"):
+        lines = [f"{name} {1 + name.startswith('b')} 1 1\n" for name in names]
+        (folder / "annotations" / f"{part}.txt").write_text("".join(lines))
+    for name in names:
+        Image.new("RGB", (9, 7), (len(name), 0, int(name[-1]))).save(folder / f"images/{name}.jpg")
+    config = ImageDataConfig(path="x", root=str(tmp_path))
+    source = read_torchvision(config, "OxfordIIITPet", None)
+    assert source.name == "torchvision:OxfordIIITPet (trainval)"
+    assert source.classes == ["Abyssinian", "Beagle"]
+    assert source.labels == [0, 1, 0, 1]
+    assert source.load(1).size == (9, 7)
+
+
+def test_torchvision_sets_and_splits_that_are_not_there(tmp_path):
+    config = ImageDataConfig(path="x", root=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"torchvision:MNIST is not offered; use one of torchvision:C"
+    ):
+        prepare_images(ImageDataConfig(path="torchvision:MNIST"))
+    with pytest.raises(ValueError, match=r"CIFAR100 has no split 'val'; use one of train, test"):
+        read_torchvision(config, "CIFAR100", "val")
+
+
+def test_torchvision_set_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    config = ImageDataConfig(path="torchvision:CIFAR100", root=str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"is not in .* and cannot be downloaded \(no route"
+    ):
+        prepare_images(config)
+
+
+def test_torchvision_set_that_needs_another_package(tmp_path, monkeypatch):
+    def lacks(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", lacks)
+    config = ImageDataConfig(path="torchvision:Flowers102", root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"needs the package 'scipy' to read Flowers102; install"):
+        prepare_images(config)

@@ -1,0 +1,338 @@
+"""The hand-written gradients of convolutions against plain autograd."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pacatune import reference
+from pacatune.functional import paca_conv
+from pacatune.functional.columns import (
+    CONVOLUTIONS,
+    conv_of_columns,
+    put_columns_,
+    read_columns,
+    select_channels,
+)
+
+# Per case: I, O, kernel size in each dimension, rank, and what F.conv2d calls by these names.
+CASES = {
+    "1d": (5, 4, (3,), 2, {}),
+    "1d strided": (5, 4, (4,), 3, {"stride": 2, "padding": 1}),
+    "1d dilated": (5, 4, (3,), 2, {"dilation": 2, "padding": "same"}),
+    "1d depthwise": (6, 6, (4,), 3, {"padding": 3, "groups": 6}),
+    "2d": (5, 4, (3, 3), 2, {}),
+    "2d pointwise": (5, 4, (1, 1), 2, {}),
+    "2d strided": (5, 4, (3, 2), 3, {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    "2d even same": (5, 4, (2, 4), 2, {"padding": "same"}),
+    "2d valid": (5, 4, (2, 3), 5, {"padding": "valid"}),
+    "2d groups": (6, 4, (3, 3), 3, {"groups": 2, "padding": 1}),
+    "2d groups, same, dilated": (6, 9, (2, 3), 4, {"groups": 3, "padding": "same", "dilation": 2}),
+    "2d depthwise": (6, 6, (3, 3), 2, {"groups": 6, "stride": 2, "padding": 1}),
+    "2d depthwise, multiplier": (4, 12, (3, 3), 3, {"groups": 4, "padding": 1}),
+    "2d fewer outputs than inputs": (8, 4, (2, 2), 5, {"groups": 4}),
+    "3d": (3, 4, (2, 3, 2), 2, {"stride": (1, 2, 1), "padding": 1}),
+    "3d groups": (4, 4, (2, 2, 3), 3, {"groups": 2, "padding": "same"}),
+    "3d depthwise": (4, 8, (3, 3, 3), 2, {"groups": 4, "padding": 1}),
+}
+POSITIONS = {1: (9,), 2: (7, 6), 3: (5, 6, 4)}
+# torch's own remark on the reference.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+RUN = {"paca": paca_conv, "reference": reference.paca_conv}
+
+
+def make(
+    case: str, dtype: torch.dtype = torch.float64, bias: bool = True, batch: tuple[int, ...] = (2,)
+) -> tuple[dict[str, Tensor | None], dict]:
+    in_channels, out_channels, kernel_size, rank, options = CASES[case]
+    groups = options.get("groups", 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = {
+        "x": normal(*batch, in_channels, *POSITIONS[len(kernel_size)]),
+        "weight": normal(out_channels, in_channels // groups, *kernel_size),
+        "delta": normal(out_channels // groups, rank, *kernel_size),
+        "indices": torch.randperm(in_channels, generator=generator)[:rank].sort().values,
+        "bias": normal(out_channels) if bias else None,
+    }
+    return tensors, dict(options)
+
+
+def gradients(
+    which: str, tensors: dict[str, Tensor | None], options: dict, trained: set[str]
+) -> dict[str, Tensor | None]:
+    leaves = {
+        name: tensor.detach().clone().requires_grad_(name in trained)
+        if tensor is not None and tensor.is_floating_point()
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    y = RUN[which](**leaves, scaling=0.75, **options)
+    if y.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        gy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+        y.backward(gy)
+    found = {name: leaves[name].grad for name in ("x", "delta", "bias") if leaves[name] is not None}
+    return {"y": y.detach(), **found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case: str) -> None:
+    tensors, options = make(case, batch=(1,))
+    weight, indices = tensors["weight"], tensors["indices"]
+
+    def function(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
+        return paca_conv(x, weight, delta, indices, 0.5, bias, **options)
+
+    leaves = [tensors[name].requires_grad_() for name in ("x", "delta", "bias")]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
+@pytest.mark.parametrize("batch", [(), (3,), (0,)], ids=["unbatched", "batch", "empty"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["f64", "f32"]
+)
+def test_equal_to_reference(
+    case: str, bias: str, batch: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    tensors, options = make(case, dtype, bias != "none", batch)
+    for x_trained, delta_trained in itertools.product([True, False], repeat=2):
+        trained = {"bias"} if bias == "trained" else set()
+        trained |= {"x"} if x_trained else set()
+        trained |= {"delta"} if delta_trained else set()
+        ours = gradients("paca", tensors, options, trained)
+        theirs = gradients("reference", tensors, options, trained)
+        for name, expected in theirs.items():
+            if expected is None:
+                assert ours[name] is None, name
+            else:
+                torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
+def test_low_precision_error_is_within_plain_autograds(
+    case: str, dtype: torch.dtype, delta_dtype: torch.dtype | None
+) -> None:
+    tensors, options = make(case, dtype)
+    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
+    trained = {"x", "delta", "bias"}
+    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
+    truth = gradients("reference", exact, options, trained)
+    plain = gradients("reference", tensors, options, trained)
+    ours = gradients("paca", tensors, options, trained)
+    for name, expected in truth.items():
+        assert ours[name].dtype == plain[name].dtype
+        budget = (plain[name].double() - expected).abs().max()
+        error = (ours[name].double() - expected).abs().max()
+        assert error <= 1.5 * budget + 1e-6, f"{name}: {error} > {budget}"
+
+
+@pytest.mark.parametrize("case", ["1d", "2d strided", "2d depthwise", "3d groups"])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_as_reference(case: str, delta_dtype: torch.dtype) -> None:
+    tensors, options = make(case, torch.float32)
+    tensors["delta"] = tensors["delta"].to(delta_dtype)
+    results = []
+    for which in ("paca", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(gradients(which, tensors, options, {"x", "delta", "bias"}))
+    ours, theirs = results
+    assert ours["y"].dtype == torch.bfloat16
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype
+        torch.testing.assert_close(ours[name], expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes(case: str, dtype: torch.dtype) -> None:
+    """B * R * positions elements, and nothing the caller has not got already."""
+    tensors, options = make(case, dtype)
+    leaves = {
+        k: v.detach().requires_grad_(k in ("x", "delta")) if v.is_floating_point() else v
+        for k, v in tensors.items()
+    }
+    kept: dict[int, int] = {}
+    given = {v.untyped_storage().data_ptr() for v in leaves.values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        paca_conv(**leaves, scaling=2.0, **options)
+    own = {pointer: size for pointer, size in kept.items() if pointer not in given}
+    positions = list(leaves["x"].shape[2:])
+    if options.get("padding") == "same":  # an odd row of zeros on one side
+        step = options.get("dilation", 1)
+        sizes = leaves["weight"].shape[2:]
+        positions = [n + step * (k - 1) % 2 for n, k in zip(positions, sizes, strict=True)]
+    numel = 2 * len(leaves["indices"]) * torch.Size(positions).numel()
+    assert sum(own.values()) == numel * dtype.itemsize
+
+
+def test_nothing_is_saved_for_a_gradient_nobody_needs() -> None:
+    tensors, options = make("2d")
+    kept = []
+    tensors["x"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        paca_conv(**tensors, scaling=1.0, **options)
+    assert all(t.shape != (2, 2, 7, 6) for t in kept)  # delta is frozen: x[:, indices] is not kept
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weight_is_never_written(case: str) -> None:
+    tensors, options = make(case)
+    before, version = tensors["weight"].clone(), tensors["weight"]._version
+    tensors["x"].requires_grad_()
+    tensors["delta"].requires_grad_()
+    paca_conv(**tensors, scaling=1.0, **options).sum().backward()
+    assert torch.equal(tensors["weight"], before)
+    assert tensors["weight"]._version == version
+
+
+# On a CPU torch itself loses the order of bfloat16 in three dimensions.
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES if case[0] != "1"]
+    + [(case, torch.bfloat16) for case in CASES if case[0] == "2"],
+)
+def test_channels_last_stays_channels_last(case: str, dtype: torch.dtype) -> None:
+    tensors, options = make(case, dtype)
+    plain = gradients("paca", tensors, options, {"x", "delta", "bias"})
+    order = torch.channels_last if tensors["x"].dim() == 4 else torch.channels_last_3d
+    x = tensors["x"].contiguous(memory_format=order).requires_grad_()
+    delta = tensors["delta"].clone().requires_grad_()
+    y = paca_conv(**{**tensors, "x": x, "delta": delta}, scaling=0.75, **options)
+    assert y.is_contiguous(memory_format=order)
+    generator = torch.Generator().manual_seed(1)
+    gy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    (gx,) = torch.autograd.grad(y, x, gy.contiguous(memory_format=order), retain_graph=True)
+    (gdelta,) = torch.autograd.grad(y, delta, gy.contiguous(memory_format=order))
+    assert gx.is_contiguous(memory_format=order)
+    assert gdelta.is_contiguous()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    for ours, name in ((y, "y"), (gx, "x"), (gdelta, "delta")):
+        torch.testing.assert_close(ours, plain[name], atol=tolerance, rtol=tolerance)
+
+
+def test_selected_channels_keep_the_memory_order() -> None:
+    indices = torch.tensor([0, 2])
+    for x, num_dims in (
+        (torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last), 2),
+        (torch.randn(2, 9, 5).transpose(1, 2), 1),
+        (torch.randn(2, 5, 9), 1),
+        (torch.randn(5, 4, 3), 2),
+    ):
+        dim = x.dim() - num_dims - 1
+        chosen = select_channels(x, indices, num_dims)
+        assert torch.equal(chosen, x.index_select(dim, indices))
+        assert (chosen.stride(dim) == 1) == (x.stride(dim) == 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["unbatched", "batch"])
+def test_what_columns_add_by_plain_operations(case: str, batch: tuple[int, ...]) -> None:
+    tensors, options = make(case, bias=False, batch=batch)
+    adapted = reference.paca_conv(**tensors, scaling=0.5, **options)
+    plain = reference.paca_conv(
+        **{**tensors, "delta": torch.zeros_like(tensors["delta"])}, scaling=0.5, **options
+    )
+    x, indices = tensors["x"], tensors["indices"]
+    num_dims = tensors["weight"].dim() - 2
+    in_channels = x.shape[-num_dims - 1]
+    columns = select_channels(x, indices, num_dims)
+    groups = options.pop("groups", 1)
+
+    def convolve(x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        return CONVOLUTIONS[num_dims](x, kernel, **options, groups=groups)
+
+    kernel = 0.5 * tensors["delta"]
+    added = conv_of_columns(columns, kernel, indices, in_channels, groups, convolve)
+    torch.testing.assert_close(plain + added, adapted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_are_read_and_written_as_the_reference_says(case: str) -> None:
+    tensors, options = make(case)
+    weight, indices, groups = tensors["weight"], tensors["indices"], options.get("groups", 1)
+    columns = read_columns(weight, indices, groups)
+    adapted = reference.adapted_kernel(weight, tensors["delta"], indices, 0.5, groups)
+    assert torch.equal(read_columns(adapted, indices, groups), columns + 0.5 * tensors["delta"])
+    put_columns_(adapted, indices, columns, groups)
+    assert torch.equal(adapted, weight)
+
+
+# Dynamo itself instantiates autograd Functions while it traces them.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("case", ["1d strided", "2d even same", "2d groups", "3d depthwise"])
+def test_compiles_whole_and_once(case: str) -> None:
+    torch._dynamo.reset()
+    tensors, options = make(case, torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(paca_conv, fullgraph=True, backend=counter)
+    for step in range(3):
+        results = []
+        for function in (compiled, paca_conv):
+            leaves = {k: v.clone() for k, v in tensors.items()}
+            leaves["weight"].mul_(1.0 + step)
+            for name in ("x", "delta", "bias"):
+                leaves[name].requires_grad_()
+            function(**leaves, scaling=0.5, **options).sum().backward()
+            results.append([leaves[name].grad for name in ("x", "delta", "bias")])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count == 1
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors, options = make("2d")
+    tensors["x"].requires_grad_()
+    y = paca_conv(**tensors, scaling=1.0, **options)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), tensors["x"], create_graph=True)
+
+
+def test_changing_delta_in_place_before_backward_is_refused() -> None:
+    tensors, options = make("2d")
+    tensors["delta"].requires_grad_()
+    y = paca_conv(**tensors, scaling=1.0, **options)
+    with torch.no_grad():
+        tensors["delta"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", torch.zeros(4, 3), r"`weight` must be \(O, I/G, \*k\).* got shape \(4, 3\)"),
+        ("weight", torch.zeros(5, 3, 3, 3), r"O a multiple of groups=2, got shape \(5, 3, 3, 3\)"),
+        ("x", torch.zeros(2, 5, 7, 6), r"`x` must be \(B, I=6.* got shape \(2, 5, 7, 6\)"),
+        ("x", torch.zeros(6, 7), r"`x` must be \(B, I=6.* got shape \(6, 7\)"),
+        ("delta", torch.zeros(4, 3, 3, 3), r"`delta` must be .* = \(2, 3, 3, 3\) to fit"),
+        ("delta", torch.zeros(2, 3, 3), r"`delta` must be .* got shape \(2, 3, 3\)"),
+        ("indices", torch.zeros(3), r"`indices` must be \(R,\) int64, got .* torch.float32"),
+        ("bias", torch.zeros(3), r"`bias` must be \(O=4,\), got shape \(3,\)"),
+        ("padding", "full", r"`padding` \('full'\) must be 'same', 'valid' or numbers"),
+    ],
+)
+def test_wrong_shapes(name: str, value: Tensor | str, message: str) -> None:
+    tensors, options = make("2d groups", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        paca_conv(**{**tensors, **options, name: value}, scaling=1.0)
+
+
+def test_same_with_a_stride_is_refused() -> None:
+    tensors, _ = make("2d", torch.float32)
+    with pytest.raises(ValueError, match=r"'same' needs stride 1, got stride=\(2, 2\)"):
+        paca_conv(**tensors, scaling=1.0, stride=2, padding="same")

@@ -1,0 +1,266 @@
+"""The linear maps of experts against plain autograd, in both layouts and both ways to compute."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pacatune import reference
+from pacatune.functional import experts_linear, paca_experts_linear, paca_experts_update
+
+NUM_EXPERTS, OUT_FEATURES, IN_FEATURES, RANK = 4, 8, 12, 4
+# Where each expert's tokens end: two experts get none, one gets all, there are no tokens.
+ROUTINGS = [(3, 3, 9, 9), (7, 7, 7, 7), (0, 0, 0, 0)]
+LAYOUTS = pytest.mark.parametrize("is_transposed", [False, True], ids=["EOI", "EIO"])
+WAYS = pytest.mark.parametrize("is_grouped", [False, True], ids=["per-expert", "grouped"])
+
+
+def make(
+    ends: tuple[int, ...] = ROUTINGS[0],
+    dtype: torch.dtype = torch.float64,
+    is_transposed: bool = False,
+    rank: int = RANK,
+    out_features: int = OUT_FEATURES,
+    in_features: int = IN_FEATURES,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    features = (in_features, out_features) if is_transposed else (out_features, in_features)
+    return {
+        "x": normal(ends[-1], in_features),
+        "weight": normal(NUM_EXPERTS, *features),
+        "delta": normal(NUM_EXPERTS, out_features, rank),
+        "indices": torch.randperm(in_features, generator=generator)[:rank].sort().values,
+        "offsets": torch.tensor(ends, dtype=torch.int32),
+    }
+
+
+def gradients(function, tensors: dict[str, Tensor], trained: set[str], **options) -> dict:
+    leaves = {
+        name: tensor.clone().requires_grad_(name in trained)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    y = function(**leaves, scaling=0.75, **options)
+    if y.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
+    return {"y": y.detach(), "x": leaves["x"].grad, "delta": leaves["delta"].grad}
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ends", ROUTINGS)
+def test_gradcheck(is_transposed: bool, ends: tuple[int, ...]) -> None:
+    tensors = make(ends, is_transposed=is_transposed)
+    x, delta = tensors.pop("x").requires_grad_(), tensors.pop("delta").requires_grad_()
+    weight, offsets = tensors["weight"], tensors["offsets"]
+    options = {"scaling": 0.5, "is_transposed": is_transposed}
+    assert torch.autograd.gradcheck(
+        lambda x, delta: paca_experts_linear(x, delta=delta, **tensors, **options), (x, delta)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: experts_linear(x, weight, offsets, is_transposed=is_transposed), (x,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, delta: paca_experts_update(x, delta, tensors["indices"], 0.5, offsets),
+        (x, delta),
+    )
+
+
+@LAYOUTS
+@WAYS
+@pytest.mark.parametrize("ends", ROUTINGS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+def test_equal_to_reference(
+    is_transposed: bool,
+    is_grouped: bool,
+    ends: tuple[int, ...],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    tensors = make(ends, dtype, is_transposed)
+    for x_trained, delta_trained in itertools.product([True, False], repeat=2):
+        trained = ({"x"} if x_trained else set()) | ({"delta"} if delta_trained else set())
+        layout = {"is_transposed": is_transposed}
+        ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
+        theirs = gradients(reference.paca_experts_linear, tensors, trained, **layout)
+        for name, expected in theirs.items():
+            if expected is None:
+                assert ours[name] is None, name
+            else:
+                torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+
+
+def test_experts_without_tokens_get_no_gradient() -> None:
+    delta = gradients(paca_experts_linear, make((3, 3, 9, 9)), {"delta"})["delta"]
+    assert [bool(one.any()) for one in delta] == [True, False, True, False]
+
+
+@WAYS
+def test_second_adapter_is_added(is_grouped: bool) -> None:
+    one, two = make(dtype=torch.float32), make(dtype=torch.float32, rank=8)
+    x, weight, offsets = one["x"], one["weight"], one["offsets"]
+    update = (two["delta"], two["indices"], 0.5, offsets)
+    adapted = reference.adapted_experts(weight, two["delta"], two["indices"], 0.5)
+    expected = reference.paca_experts_linear(**{**one, "weight": adapted}, scaling=2.0)
+    y = paca_experts_linear(**one, scaling=2.0, is_grouped=is_grouped)
+    y = y + paca_experts_update(x, *update, is_grouped=is_grouped)
+    torch.testing.assert_close(y, expected)
+
+
+class Seen(TorchDispatchMode):
+    """Collects the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "number"),
+    [
+        (torch.float32, 4, 5),  # two products forward, two and the gradient of delta backward
+        (torch.float32, 3, 2),  # rows of 12 bytes: only the frozen weights' products
+        (torch.bfloat16, 8, 3),  # 12 in_features are 24 bytes: all but the frozen weights'
+        (torch.float64, 4, 0),
+    ],
+)
+def test_grouped_products_where_torch_takes_them(dtype, rank: int, number: int) -> None:
+    with Seen() as seen:
+        gradients(
+            paca_experts_linear, make(dtype=dtype, rank=rank), {"x", "delta"}, is_grouped=True
+        )
+    assert seen.names.count("aten::_grouped_mm") == number
+    with Seen() as seen:
+        gradients(paca_experts_linear, make(dtype=dtype, rank=rank), {"x", "delta"})
+    assert "aten::_grouped_mm" not in seen.names
+
+
+@LAYOUTS
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
+def test_low_precision_error_is_within_plain_autograds(
+    is_transposed: bool, is_grouped: bool, dtype: torch.dtype, delta_dtype: torch.dtype | None
+) -> None:
+    tensors = make((30, 30, 61, 64), dtype, is_transposed, 8, out_features=48, in_features=96)
+    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
+    trained, layout = {"x", "delta"}, {"is_transposed": is_transposed}
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    truth = gradients(reference.paca_experts_linear, exact, trained, **layout)
+    plain = gradients(reference.paca_experts_linear, tensors, trained, **layout)
+    ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
+    for name, expected in truth.items():
+        assert ours[name].dtype == plain[name].dtype
+        budget = (plain[name].double() - expected).abs().max()
+        error = (ours[name].double() - expected).abs().max()
+        # The sum of two products is rounded twice, the product with one written weight once.
+        assert error <= 2 * budget + 1e-6, f"{name}: {error} > {budget}"
+
+
+def test_autocast_as_reference() -> None:
+    tensors = make(dtype=torch.float32)
+    results = []
+    for function in (paca_experts_linear, reference.paca_experts_linear):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(gradients(function, tensors, {"x", "delta"}))
+    for name, expected in results[1].items():
+        assert results[0][name].dtype == expected.dtype, name
+        torch.testing.assert_close(results[0][name], expected, atol=0.1, rtol=0.05)
+
+
+@LAYOUTS
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_saved_bytes_are_routed_tokens_times_rank(is_transposed, is_grouped, dtype) -> None:
+    tensors = make(dtype=dtype, is_transposed=is_transposed)
+    leaves = {k: v.requires_grad_(k in ("x", "delta")) for k, v in tensors.items()}
+    given = {v.untyped_storage().data_ptr() for v in leaves.values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        paca_experts_linear(**leaves, scaling=2.0, **options)
+        experts_linear(leaves["x"], leaves["weight"], leaves["offsets"], **options)
+    own = {pointer: size for pointer, size in kept.items() if pointer not in given}
+    assert sum(own.values()) == 9 * RANK * dtype.itemsize
+
+
+# Dynamo itself instantiates autograd Functions while it traces them.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@LAYOUTS
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_whole_and_once(is_transposed: bool, is_grouped: bool, dtype) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(paca_experts_linear, fullgraph=True, backend=counter)
+    for ends in [(3, 3, 9, 9), (0, 9, 9, 9), (2, 4, 6, 9)]:  # other groups, same graph
+        tensors = make(ends, dtype, is_transposed, rank=8)
+        options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
+        ours = gradients(compiled, tensors, {"x", "delta"}, **options)
+        theirs = gradients(paca_experts_linear, tensors, {"x", "delta"}, **options)
+        for name, expected in theirs.items():
+            torch.testing.assert_close(ours[name], expected)
+    assert counter.frame_count == 1
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors = make()
+    tensors["x"].requires_grad_()
+    y = paca_experts_linear(**tensors, scaling=1.0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), tensors["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["delta", "weight"])
+def test_changes_in_place_before_backward_are_refused(name: str) -> None:
+    tensors = make()
+    tensors["x"].requires_grad_()
+    tensors["delta"].requires_grad_()
+    y = paca_experts_linear(**tensors, scaling=1.0)
+    with torch.no_grad():
+        tensors[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", torch.zeros(8, 12), r"`weight` must be \(E, O, I\), got shape \(8, 12\)"),
+        ("x", torch.zeros(9, 8), r"`x` must be \(S, I=12\).*\(E, O, I\); got shape \(9, 8\)"),
+        ("x", torch.zeros(12), r"`x` must be \(S, I=12\)"),
+        ("offsets", torch.zeros(3, dtype=torch.int32), r"`offsets` must be \(E=4,\) int32"),
+        ("offsets", torch.zeros(4, dtype=torch.int64), r"got shape \(4,\) of torch.int64"),
+        ("delta", torch.zeros(8, 4), r"`delta` must be \(E=4, O, R=4\).*got shape \(8, 4\)"),
+        ("delta", torch.zeros(4, 7, 4), r"`delta` must be \(E=4, O=8, R=4\).*\(4, 7, 4\)"),
+        ("indices", torch.zeros(4), r"`indices` must be \(R,\) int64, got .* torch.float32"),
+    ],
+)
+def test_wrong_shapes(name: str, value: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paca_experts_linear(**{**make(dtype=torch.float32), name: value}, scaling=1.0)
+
+
+def test_wrong_shape_of_a_transposed_weight() -> None:
+    tensors = make(is_transposed=False)
+    with pytest.raises(ValueError, match=r"`x` must be \(S, I=8\) to fit `weight` \(4, 8, 12\), "):
+        paca_experts_linear(**tensors, scaling=1.0, is_transposed=True)

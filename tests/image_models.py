@@ -1,0 +1,57 @@
+"""Small images whose classes can be learned, and tiny models to learn them."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+CLASSES = ["blue", "green", "red"]
+_CHANNELS = {"red": 0, "green": 1, "blue": 2}
+
+
+def write_images(folder, num_per_class, classes=CLASSES, seed=0, size=(40, 36)):
+    """Write a folder per colour with noisy PNG files of it."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(num_per_class):
+            pixels = rng.integers(0, 140, (size[1], size[0], 3)).astype(np.uint8)
+            pixels[..., _CHANNELS[name]] += 90
+            Image.fromarray(pixels).save(folder / name / f"{number:02}.png")
+    return folder
+
+
+def save_vit(folder, **config):
+    """Write a random ViT of two layers, with its transform, as from a hub."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_dropout_prob": 0.1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(ViTConfig(**{**settings, **config})).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def save_timm(folder, architecture="test_efficientnet"):
+    """Write a random timm model as timm itself does, with BatchNorm that has seen some data."""
+    import timm
+    from timm.models import save_for_hf
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(architecture).train()
+        model(torch.randn(4, 3, 64, 64) if architecture == "test_efficientnet" else _own(model))
+    save_for_hf(model.eval(), folder, safe_serialization=True)
+    return folder
+
+
+def _own(model):
+    return torch.randn(2, *model.pretrained_cfg["input_size"])

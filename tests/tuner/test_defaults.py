@@ -1,0 +1,130 @@
+"""What is adapted where `target_modules` is not set: the rules, on the smallest models."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from pacatune import PacaConfig
+from pacatune.tuner import PacaLayer
+from pacatune.tuner.defaults import default_targets, survey
+from tools.families import FAMILIES
+
+
+class Block(nn.Module):
+    """A linear layer, torch's attention, and a router beside experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.moe = nn.Module()
+        self.moe.gate = nn.Linear(8, 2)
+        self.moe.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+
+class Model(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.blocks = blocks
+        self.head = nn.Linear(12, 4)
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES["Llama"].build()
+
+
+def adapted(model):
+    return [name for name, module in model.named_modules() if isinstance(module, PacaLayer)]
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
+def test_linear_layers_of_repeated_blocks_are_found_in_any_model(container):
+    model = Model(container([Block(), Block()]))
+    reasons = survey(model)
+    assert {name for name, reason in reasons.items() if not reason} == {
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "moe.experts.0", "moe.experts.1")
+    }
+    assert reasons["stem.0"] == reasons["head"] == "outside the blocks"
+    assert reasons["blocks.0.moe.gate"] == "router"
+    assert reasons["blocks.0.attention"] == "torch's MultiheadAttention"
+    assert reasons["blocks.0.attention.out_proj"] == "torch's MultiheadAttention"
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    model = Model(nn.ModuleList([Block(), Block()]))
+    model.up = nn.Linear(8, 8)
+    assert default_targets(model) == {"0.up", "1.up", "experts.0", "experts.1"}
+    assert default_targets(FAMILIES["BERT"].build()) == {
+        *("query", "key", "value", "intermediate.dense", "output.dense")
+    }
+
+
+def test_a_model_without_blocks_needs_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"Please specify `target_modules` in `peft_config`: Seq"):
+        get_peft_model(model, PacaConfig(r=2))
+
+
+def test_state_space_mixers_are_left_alone():
+    config = MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match=r"has no repeated blocks.*in_proj \(1\), lm_head \(1\)"):
+        get_peft_model(MambaForCausalLM(config), PacaConfig(r=2))
+
+
+def test_a_second_adapter_gets_the_same_targets(llama):
+    model = get_peft_model(llama, PacaConfig(r=2))
+    model.add_adapter("other", PacaConfig(r=3))
+    assert model.peft_config["other"].target_modules == model.peft_config["default"].target_modules
+    assert all("other" in model.get_submodule(name).r for name in adapted(model))
+
+
+def test_a_second_adapter_on_a_list_of_layers():
+    """A layer with an adapter has children; it is still no block."""
+    model = Model(nn.ModuleList([Block()]))
+    model.experts = nn.ModuleList([nn.Linear(8, 8)])
+    model = get_peft_model(model, PacaConfig(r=2, target_modules=["experts.0", "up"]))
+    assert survey(model.base_model.model)["experts.0"] == "outside the blocks"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"layers_to_transform": [1]}, lambda name: ".1." in name),
+        ({"exclude_modules": ["down_proj"]}, lambda name: "down_proj" not in name),
+        ({"exclude_modules": ".*self_attn.*"}, lambda name: "mlp" in name),
+        ({"modules_to_save": ["mlp"]}, lambda name: "self_attn" in name),
+    ],
+)
+def test_the_other_options_narrow_the_default(llama, options, kept):
+    everything = adapted(get_peft_model(copy.deepcopy(llama), PacaConfig(r=2)))
+    model = get_peft_model(llama, PacaConfig(r=2, **options))
+    assert adapted(model) == [name for name in everything if kept(name)]
+
+
+def test_towers_are_left_alone_and_options_that_names_need_are_refused():
+    base = FAMILIES["Gemma 3, multimodal"].build()
+    model = get_peft_model(copy.deepcopy(base), PacaConfig(r=2))
+    assert len(adapted(model)) == 14
+    assert all(".language_model.layers." in name for name in adapted(model))
+    with pytest.raises(ValueError, match=r"`layers_to_transform` \(\[1\]\) cannot be used when"):
+        get_peft_model(base, PacaConfig(r=2, layers_to_transform=[1]))
+    assert not adapted(base)
+
+
+def test_given_targets_mean_what_they_mean_in_peft(llama):
+    for targets, number in ((["q_proj"], 2), (r".*\.mlp\..*_proj", 6), ("all-linear", 14)):
+        model = get_peft_model(copy.deepcopy(llama), PacaConfig(r=2, target_modules=targets))
+        assert len(adapted(model)) == number
+
+
+def test_half_precision_and_meta_models_have_the_same_default(llama):
+    expected = default_targets(llama)
+    with torch.device("meta"):
+        assert default_targets(FAMILIES["Llama"].build()) == expected
+    assert default_targets(llama.to(torch.bfloat16)) == expected

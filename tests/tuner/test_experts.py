@@ -1,0 +1,538 @@
+"""Adapted expert parameters: against plain autograd through transformers' own eager forward."""
+
+import copy
+import io
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pacatune import PacaConfig
+from tests.tuner.moe import (
+    BOTH,
+    Reference,
+    adapt,
+    assert_equal,
+    build,
+    deltas,
+    fill,
+    ids,
+    layers,
+    loss_of,
+)
+
+KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss"]
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+
+
+def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "paca" not in n}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
+def test_equal_to_reference(kind: str, implementation: str, targets: list[str]) -> None:
+    base = build(kind)
+    model = adapt(build(kind, implementation), target_parameters=targets)
+    assert len(layers(model)) == 2 * len(targets)
+    assert_equal(model, Reference(base, model), ids())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(kind: str, use_reentrant: bool) -> None:
+    base = build(kind)
+    model = adapt(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
+        model.get_base_model().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+        )
+    model.enable_input_require_grads()
+    model.train()
+    assert_equal(model, Reference(base, model), ids())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_training_equals_reference(kind: str) -> None:
+    base = build(kind)
+    model = adapt(base, random=False)
+    reference = Reference(base, model)
+    losses = []
+    for which, parameters in ((model, deltas(model)), (reference, reference.deltas)):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        losses.append([])
+        for step in range(20):
+            loss = loss_of(which, ids(step % 2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][-1] < losses[0][1]
+    for name, parameter in frozen(model.get_base_model()).items():
+        assert torch.equal(parameter, base.get_parameter(name)), name
+
+
+def test_bfloat16_untrained_is_the_base() -> None:
+    for kind in KINDS:
+        base = build(kind, "grouped_mm", torch.bfloat16)
+        model = adapt(base, random=False)
+        assert torch.equal(model(input_ids=ids()).logits, base(input_ids=ids()).logits)
+
+
+def test_experts_without_gate_and_with_a_norm() -> None:
+    """Of what transformers' interface knows, the two options that the models above do not use."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    class Plain(nn.Module):
+        def __init__(self, config) -> None:
+            super().__init__()
+            self.num_experts = 4
+            self.up_proj = nn.Parameter(torch.randn(4, 8, 6, dtype=torch.float64))
+            self.down_proj = nn.Parameter(torch.randn(4, 6, 8, dtype=torch.float64))
+            self.act_fn = nn.SiLU()
+            self.post_expert_norm = nn.LayerNorm(6, dtype=torch.float64)
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            raise NotImplementedError
+
+    class Config:
+        _experts_implementation = "batched_mm"
+
+    torch.manual_seed(0)
+    try:
+        experts_class = use_experts_implementation(has_gate=False, has_post_expert_norm=True)(Plain)
+    except TypeError:  # transformers 5.17
+        experts_class = use_experts_implementation(has_gate=False)(Plain)
+    base = nn.ModuleDict({"experts": experts_class(Config())})
+    model = get_peft_model(
+        copy.deepcopy(base),
+        PacaConfig(r=2, target_modules=[], target_parameters=["up_proj", "down_proj"]),
+    )
+    fill(model)
+    x, index = torch.randn(5, 6, dtype=torch.float64), torch.tensor([[0, 3]] * 5)
+    weights = torch.rand(5, 2, dtype=torch.float64)
+    merged = copy.deepcopy(model).merge_and_unload()
+    found = model.base_model.model["experts"](x, index, weights)
+    torch.testing.assert_close(found, merged["experts"](x, index, weights), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, base["experts"](x, index, weights), atol=1e-3)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes that the first experts module keeps for backward beyond the weights, S = 14."""
+    experts = next(m for name, m in model.named_modules() if name.endswith("layers.0.mlp.experts"))
+    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    given = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # the tensors themselves, so that no address is used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in given and tensor.is_floating_point():
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(x, torch.tensor([[0, 3]] * 7), weights)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_only_trained_columns_of_routed_tokens_are_kept(kind: str, implementation: str) -> None:
+    base = build(kind, implementation).requires_grad_(False)
+    model = adapt(base)
+    trained = saved_bytes(model)
+    model.requires_grad_(False)
+    frozen_bytes = saved_bytes(model)
+    assert trained - frozen_bytes == 2 * 14 * 4 * 8  # two parameters, S * R, float64
+    if implementation == "eager":  # torch's grouped GEMM does not take float64
+        assert frozen_bytes <= saved_bytes(base)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(kind: str, dtype: torch.dtype) -> None:
+    base = build(kind, dtype=dtype)
+    model = adapt(base)
+    before = {name: p.clone() for name, p in frozen(model.get_base_model()).items()}
+    unmerged = model(input_ids=ids()).logits
+    for _ in range(3):
+        model.merge_adapter(safe_merge=True)
+        merged = model(input_ids=ids()).logits
+        if dtype == torch.float32:  # in 16 bits a router may decide differently
+            torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=1e-4)
+        model.unmerge_adapter()
+        for name, parameter in frozen(model.get_base_model()).items():
+            assert torch.equal(parameter, before[name]), name
+    for name, layer in layers(model).items():
+        want = base.get_parameter(name) + layer.get_delta_weight("default").to(dtype)
+        model.merge_adapter()
+        merged = frozen(model.get_base_model())[name]
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(merged, want, atol=tolerance, rtol=tolerance)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids()).logits, base(input_ids=ids()).logits)
+        for parameter, original in before.items():
+            assert torch.equal(frozen(model.get_base_model())[parameter], original)
+
+
+def test_merge_and_unload_leaves_nothing_of_ours() -> None:
+    base = build("qwen2")
+    model = adapt(base)
+    unmerged = model(input_ids=ids()).logits
+    merged = model.merge_and_unload()
+    assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
+    torch.testing.assert_close(merged(input_ids=ids()).logits, unmerged, atol=1e-6, rtol=1e-6)
+    plain = adapt(base).unload()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, base.get_parameter(name))
+
+
+def test_safe_merge_refuses_what_is_not_finite() -> None:
+    model = adapt(build("mixtral"))
+    with torch.no_grad():
+        deltas(model)[0][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_weights_shared_by_two_experts_modules() -> None:
+    """Merging into one must not change the other."""
+    base = build("mixtral")
+    first, second = (layer.mlp.experts for layer in base.model.layers)
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    model = adapt(base, target_parameters=["layers.0.mlp.experts.down_proj"])
+    unmerged = model(input_ids=ids()).logits
+    shared = model.get_base_model().model.layers[1].mlp.experts.down_proj
+    before = shared.clone()
+    model.merge_adapter()
+    assert torch.equal(shared, before)
+    torch.testing.assert_close(model(input_ids=ids()).logits, unmerged, atol=1e-6, rtol=1e-6)
+    model.unmerge_adapter()
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    assert experts.base_layer.down_proj is shared
+
+
+def test_names_do_not_depend_on_what_else_is_adapted() -> None:
+    names = set(get_peft_model_state_dict(adapt(build("mixtral"))))
+    one = set(get_peft_model_state_dict(adapt(build("mixtral"), target_parameters=BOTH[1:])))
+    stem = "base_model.model.model.layers.0.mlp.experts"
+    assert f"{stem}.down_proj.paca_delta" in one < names
+    assert f"{stem}.gate_up_proj.paca_indices" in names - one
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_oss"])
+def test_save_and_load(tmp_path, kind: str, low_cpu_mem_usage: bool) -> None:
+    base = build(kind)
+    patterns = {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {r"experts\.down_proj": 2}}
+    model = adapt(base, random_seed=7, **patterns)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        copy.deepcopy(base),
+        tmp_path,
+        autocast_adapter_dtype=False,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    for name, layer in layers(model).items():
+        other = layers(loaded)[name]
+        assert torch.equal(layer.delta_of("default"), other.delta_of("default"))
+        assert torch.equal(layer.paca_indices["default"], other.paca_indices["default"])
+        assert layer.r == other.r == {"default": 3 if "gate_up" in name else 4}
+    assert torch.equal(model(input_ids=ids()).logits, loaded(input_ids=ids()).logits)
+
+
+def test_transformers_loads_it(tmp_path) -> None:
+    base = build("qwen3", dtype=torch.float32)
+    model = adapt(base)
+    model.save_pretrained(tmp_path)
+    plain = copy.deepcopy(base)
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(plain(input_ids=ids()).logits, model(input_ids=ids()).logits)
+
+
+def test_a_file_for_other_parameters_is_refused() -> None:
+    from peft import set_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapt(build("mixtral"), target_parameters=BOTH[:1]))
+    model = adapt(build("mixtral"), target_parameters=BOTH[1:])
+    with pytest.raises(ValueError, match=r"gate_up_proj.paca_delta', but this model has no such"):
+        set_peft_model_state_dict(model, tensors)
+
+
+def test_several_adapters() -> None:
+    base = build("gpt_oss")
+    model = adapt(base, target_parameters=BOTH[1:])
+    untouched = model(input_ids=ids()).logits
+    config = PacaConfig(r=3, target_modules=[], target_parameters=BOTH, random_seed=5)
+    model.add_adapter("other", config)
+    fill(model, "other")
+    assert torch.equal(model(input_ids=ids()).logits, untouched)
+    assert all(p.requires_grad is False for p in deltas(model, "other"))
+    model.set_adapter("other")
+    assert all(p.requires_grad for p in deltas(model, "other"))
+    reference = Reference(base, model, "other")
+    torch.testing.assert_close(model(input_ids=ids()).logits, reference(input_ids=ids()).logits)
+    model.base_model.set_adapter(["default", "other"])
+    reference = Reference(base, model, "default", "other")
+    torch.testing.assert_close(
+        model(input_ids=ids()).logits, reference(input_ids=ids()).logits, atol=1e-6, rtol=1e-6
+    )
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids()).logits, base(input_ids=ids()).logits)
+    model.base_model.set_adapter("default")
+    assert torch.equal(model(input_ids=ids()).logits, untouched)
+    model.delete_adapter("other")
+    assert all(set(layer.r) <= {"default"} for layer in layers(model).values())
+    assert torch.equal(model(input_ids=ids()).logits, untouched)
+
+
+def test_weighted_sum_of_adapters() -> None:
+    base = build("mixtral")
+    model = adapt(base, target_parameters=BOTH[1:], target_modules=["q_proj"])
+    config = PacaConfig(r=3, target_modules=[], target_parameters=BOTH, random_seed=5)
+    model.add_adapter("other", config)
+    fill(model, "other")
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    assert set(model.peft_config["sum"].target_parameters) == {
+        f"model.layers.{number}.mlp.{name}" for number in (0, 1) for name in BOTH
+    }
+    for layer in layers(model).values():
+        want = sum(
+            factor * layer.get_delta_weight(name)
+            for name, factor in (("default", 0.5), ("other", -2.0))
+            if name in layer.r
+        )
+        torch.testing.assert_close(layer.get_delta_weight("sum"), want)
+
+
+def test_copies_are_independent() -> None:
+    model = adapt(build("mixtral"))
+    expected = model(input_ids=ids()).logits
+    stream = io.BytesIO(pickle.dumps(model))
+    for twin in (copy.deepcopy(model), pickle.load(stream)):
+        assert torch.equal(twin(input_ids=ids()).logits, expected)
+        for layer in layers(twin).values():
+            experts = twin.get_base_model().model.layers[0].mlp.experts
+            assert layer.base_layer is experts.base_layer or layer.base_layer.num_experts == 4
+            layer.delta_of("default").data.zero_()
+        assert not torch.equal(twin(input_ids=ids()).logits, expected)
+    assert torch.equal(model(input_ids=ids()).logits, expected)
+
+
+def test_hooks_on_the_experts_run() -> None:
+    base = build("mixtral")
+    model = adapt(base)
+    expected = model(input_ids=ids()).logits
+    seen = []
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.experts.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
+    assert torch.equal(model(input_ids=ids()).logits, expected)
+    assert len(seen) == 2
+    assert all(module.config._experts_implementation == "eager" for module in seen)
+
+
+def test_a_forward_that_passes_by_the_adapter_is_an_error() -> None:
+    model = adapt(build("mixtral"))
+    experts = model.get_base_model().model.layers[1].mlp.experts.base_layer
+    experts.forward = lambda hidden_states, *args: hidden_states
+    with pytest.raises(RuntimeError, match="The forward of MixtralExperts has been replaced"):
+        model(input_ids=ids())
+    assert experts.config._experts_implementation == "eager"
+
+
+def test_offloaded_weights() -> None:
+    from accelerate import cpu_offload
+
+    model = adapt(build("gpt_oss"))
+    expected = model(input_ids=ids()).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for n, p in model.named_parameters() if n.endswith("gate_up_proj"))
+    torch.testing.assert_close(model(input_ids=ids()).logits, expected)
+
+
+# Dynamo itself instantiates autograd Functions while it traces them.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_compiles_in_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    base = build(kind, "grouped_mm", torch.float32)
+    model = adapt(base)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.SGD(deltas(model), lr=0.1)
+    for step in range(3):
+        gradients = []
+        for forward in (model, compiled):
+            optimizer.zero_grad()
+            forward(input_ids=ids(step)).logits.square().mean().backward()
+            gradients.append([delta.grad.clone() for delta in deltas(model)])
+        for eager, ours in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+        optimizer.step()
+    assert counter.frame_count == 1
+
+
+def test_rows_of_different_adapters_are_refused() -> None:
+    model = adapt(build("mixtral")).eval()
+    with pytest.raises(ValueError, match="`adapter_names` to a model with adapted experts"):
+        model(input_ids=ids(), adapter_names=["default", "__base__", "default"])
+
+
+def test_unset_target_modules_are_the_default_ones() -> None:
+    """As PEFT does; an empty list means the parameters alone."""
+    model = get_peft_model(build("qwen2"), PacaConfig(r=2, target_parameters=["down_proj"]))
+    kinds = {name.rpartition(".")[2] for name in layers(model)}
+    assert {"q_proj", "down_proj"} < kinds
+    assert len([name for name in layers(model) if name.endswith("experts.down_proj")]) == 2
+
+
+def test_a_second_adapters_target_modules_do_not_mean_parameters() -> None:
+    model = adapt(build("qwen2"), target_parameters=BOTH[1:])
+    model.add_adapter("other", PacaConfig(r=2, target_modules=["down_proj"]))
+    assert {name for name, layer in layers(model).items() if "other" in layer.r} == {
+        f"model.layers.{number}.mlp.shared_expert.down_proj" for number in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [1]},
+        {"exclude_modules": ["layers.0.mlp.experts"]},
+        {"exclude_modules": r".*layers\.0\..*"},
+        {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
+    ],
+)
+def test_some_layers_only(options) -> None:
+    model = adapt(build("mixtral"), **{"target_parameters": BOTH[1:], **options})
+    assert list(layers(model)) == ["model.layers.1.mlp.experts.down_proj"]
+
+
+def test_columns_follow_from_seed_and_name() -> None:
+    from pacatune.selection import seed_for
+
+    model = adapt(build("mixtral"), random_seed=3)
+    for name, layer in layers(model).items():
+        generator = torch.Generator().manual_seed(seed_for(3, name))
+        columns = torch.randperm(layer.in_features, generator=generator)[:4].sort().values
+        assert torch.equal(layer.paca_indices["default"], columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"target_parameters": ["experts.up"]},
+            ValueError,
+            r"\['experts.up'\] match no parameter of MixtralForCausalLM. It has these expert "
+            r"parameters: experts.down_proj \(2\), experts.gate_up_proj \(2\)\.",
+        ),
+        (
+            {"target_parameters": ["q_proj.weight"]},
+            ValueError,
+            r"q_proj.weight' has shape \(16, 16\); it must be the three-dimensional weight of all "
+            r"experts. Layers are named in `target_modules`. It has these expert parameters",
+        ),
+        (
+            {"target_parameters": BOTH, "layers_to_transform": [7]},
+            ValueError,
+            r"every parameter of these names is left out by `exclude_modules`",
+        ),
+        ({"r": 17}, ValueError, r"`r` \(17\) must be in \[1, in_features=16\] for .*gate_up_proj"),
+        (
+            {"target_parameters": "experts.down_proj"},
+            TypeError,
+            r"`target_parameters` \('experts.down_proj'\) must be a list of names",
+        ),
+    ],
+)
+def test_errors(options, error, message: str) -> None:
+    base = build("mixtral")
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(error, match=message):
+        get_peft_model(base, PacaConfig(**{"target_parameters": BOTH, **options}))
+    assert [type(module) for module in base.modules()] == before
+
+
+def test_trained_biases_of_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`bias` \('all'\) must be 'none' with .*experts have"):
+        adapt(build("gpt_oss"), bias="all")
+
+
+def test_experts_that_pass_by_the_interface_are_refused() -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        intermediate_size_mlp=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+    )
+    with pytest.raises(
+        TypeError, match=r"\(Llama4TextExperts\) is not supported.*parameters: none"
+    ):
+        adapt(Llama4ForCausalLM(config))
+
+
+def test_quantised_and_sharded_experts_are_refused() -> None:
+    base = build("mixtral")
+    experts = base.model.layers[0].mlp.experts
+    packed = torch.zeros_like(experts.down_proj, dtype=torch.uint8)
+    experts.down_proj = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(TypeError, match=r"is torch.uint8 Parameter; quantised and sharded experts"):
+        adapt(base)
+
+
+def test_experts_of_several_devices_are_refused() -> None:
+    base = build("mixtral")
+    base.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(TypeError, match=r"quantised and sharded experts are not supported"):
+        adapt(base)
+
+
+def test_weights_that_would_get_no_gradient_are_refused() -> None:
+    model = adapt(build("mixtral"))
+    model.get_base_model().model.layers[0].mlp.experts.base_layer.down_proj.requires_grad_()
+    with pytest.raises(ValueError, match=r"`down_proj` of MixtralExperts requires a gradient"):
+        model(input_ids=ids())
+    with torch.no_grad():
+        model(input_ids=ids())
+
+
+def test_patterns_that_match_nothing_are_named() -> None:
+    with pytest.warns(UserWarning, match=re.escape("`alpha_pattern`: ['down'] match nothing")):
+        adapt(build("mixtral"), alpha_pattern={"down": 2, "down_proj": 4})
+
+
+def test_peft_sees_the_base_under_its_own_names() -> None:
+    from peft.utils import get_base_model_state_dict, set_base_model_state_dict
+
+    base = build("gpt_oss")
+    model = adapt(base)
+    state = get_base_model_state_dict(model)
+    assert set(state) == set(base.state_dict())
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.experts.base_layer.down_proj.zero_()
+    set_base_model_state_dict(model, base.state_dict())
+    for name, parameter in frozen(model.get_base_model()).items():
+        assert torch.equal(parameter, base.get_parameter(name)), name
+
+
+def test_repr_names_the_parameters() -> None:
+    text = repr(adapt(build("gpt_oss")))
+    assert "(gate_up_proj): paca.ExpertParameter(" in text
+    assert "shape=(4, 16, 48)" in text

@@ -1,0 +1,156 @@
+"""Every family works without `target_modules`: tiny random models, from adapting to LoRA export."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pacatune import PacaConfig
+from pacatune.adapters.export import export_lora
+from pacatune.memory import SavedBytes
+from pacatune.tuner import PacaLayer, defaults
+from pacatune.tuner.defaults import survey
+from tools import doc_block, families
+from tools.families import FAMILIES
+
+RANK = 4
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def base(family):
+    return family.build()
+
+
+@pytest.fixture(scope="module")
+def trained(family, base):
+    """The adapted model after three optimizer steps, and the losses before each and after."""
+    model = adapt(base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(**family.make_batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(model(**family.make_batch()).loss.item())
+    return model, losses
+
+
+def adapt(base):
+    # In evaluation mode: some of these models drop layers or tokens at random in training.
+    return get_peft_model(copy.deepcopy(base), PacaConfig(r=RANK, paca_alpha=8)).eval()
+
+
+def paca_layers(model):
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, PacaLayer)
+    }
+
+
+def outputs(model, family):
+    """What the model computes besides the loss."""
+    with torch.no_grad():
+        result = model(**family.make_batch())
+    return result["logits_per_image" if family.batch == "pairs" else "logits"]
+
+
+def test_the_default_adapts_what_the_survey_says(base, trained):
+    adapted = {name for name, reason in survey(base).items() if not reason}
+    assert set(paca_layers(trained[0])) == adapted
+    assert {name for name, reason in survey(trained[0].get_base_model()).items() if not reason} == (
+        adapted
+    )
+
+
+def test_every_layer_is_trained_and_the_loss_falls(trained):
+    model, losses = trained
+    assert losses[3] < losses[2] < losses[1] < losses[0]
+    for name, layer in paca_layers(model).items():
+        assert layer.delta_of("default").any(), name
+
+
+def test_the_base_is_bit_identical_when_disabled(family, base, trained):
+    model, _ = trained
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, family), outputs(base, family))
+    for name, layer in paca_layers(model).items():
+        assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight), name
+    assert not torch.equal(outputs(model, family), outputs(base, family))
+
+
+def test_kept_bytes_beyond_the_frozen_model_are_the_formula(family, base):
+    """N * R elements per layer; where the base layer is called, the scaled delta, O * R, too."""
+    model = adapt(base)
+    expected, handles = [], []
+    for layer in paca_layers(model).values():
+        num_scaled = layer.out_features * RANK if type(layer.base_layer) is Conv1D else 0
+
+        def count(layer, args, num_scaled=num_scaled):
+            num_tokens = args[0].numel() // layer.in_features
+            expected.append((num_tokens * RANK + num_scaled) * args[0].itemsize)
+
+        handles.append(layer.register_forward_pre_hook(count))
+    kept = saved_bytes(model, family)
+    assert kept - saved_bytes(copy.deepcopy(base), family) == sum(expected)
+    assert len(expected) == len(handles)
+
+
+def saved_bytes(model, family):
+    """Bytes kept where every input of a linear layer needs a gradient, and its weight none."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    model.requires_grad_()
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    with SavedBytes(model) as saved:
+        loss = model(**family.make_batch()).loss
+    del loss
+    return saved.num_bytes
+
+
+def test_saving_and_loading_restores_the_outputs(family, base, trained, tmp_path):
+    model, _ = trained
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(outputs(loaded, family), outputs(model, family))
+
+
+def test_the_exported_lora_computes_the_same(family, base, trained, tmp_path):
+    model, _ = trained
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    result = export_lora(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora")
+    assert result.num_modules == len(paca_layers(model))
+    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    torch.testing.assert_close(outputs(lora, family), outputs(model, family), atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_chosen_is_logged_once(caplog):
+    base = FAMILIES["Llama"].build()
+    defaults._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "pacatune"):
+        adapt(base)
+        adapt(base)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "`target_modules` is not set: PaCA adapts the 14 linear layers in the blocks of "
+        "LlamaForCausalLM (2 x down_proj, 2 x gate_proj, 2 x k_proj, 2 x o_proj, 2 x q_proj, "
+        "2 x up_proj, 2 x v_proj); it leaves out embed_tokens, lm_head."
+    )
+
+
+def test_the_table_of_families_is_up_to_date():
+    expected = doc_block.render(families.DOCUMENT, "families", families.families_table)
+    assert families.DOCUMENT.read_text(encoding="utf-8") == expected, "run `make docs`"

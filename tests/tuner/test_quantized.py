@@ -1,0 +1,309 @@
+"""QPaCA over every quantiser that runs on a CPU: training, PEFT's features, where columns start."""
+
+import copy
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from pacatune import PacaConfig, reference
+from pacatune.tuner.quantized import QuantizedLinear, dequantized
+from tests.tuner.quantizers import QUANTIZERS, quantise
+
+IN, OUT, RANK = 64, 96, 4
+
+
+class Net(nn.Module):
+    """Two quantised layers, beside which transformers would hold what torchao asks for."""
+
+    def __init__(self, method, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = quantise(nn.Linear(IN, OUT).to(dtype), method)
+        self.second = quantise(nn.Linear(OUT, IN, bias=False).to(dtype), method)
+        if method.startswith("torchao"):
+            from torchao.quantization import Int8WeightOnlyConfig as Config
+
+            options = types.SimpleNamespace(get_apply_tensor_subclass=Config)
+            self.hf_quantizer = types.SimpleNamespace(quantization_config=options)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.fixture(params=list(QUANTIZERS))
+def method(request):
+    return request.param
+
+
+def adapt(net, **options):
+    config = PacaConfig(r=RANK, target_modules=["first", "second"], **options)
+    return get_peft_model(net, config)
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def randomise(model):
+    for layer in layers_of(model):
+        torch.nn.init.normal_(layer.delta_of("default"), std=0.1)
+
+
+def batch(step=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(3, 70, IN, generator=generator).to(dtype)
+
+
+class Twin(nn.Module):
+    """The same two layers in plain autograd, on the dequantised weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = layers_of(model)
+        self.weights = [
+            dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
+            for layer in self.layers
+        ]
+        self.deltas = nn.ParameterList(
+            layer.delta_of("default").detach().clone() for layer in self.layers
+        )
+
+    def forward(self, x):
+        for i, (layer, weight) in enumerate(zip(self.layers, self.weights, strict=True)):
+            bias = layer.base_layer.bias
+            indices, scaling = layer.paca_indices["default"], layer.scaling["default"]
+            x = torch.tanh(x) if i else x
+            x = reference.paca_linear(x, weight, self.deltas[i], indices, scaling, bias)
+        return x
+
+
+def train(model, parameters, steps=10):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        loss = (model(batch(step)) - batch(step + 100)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_trains_as_plain_autograd_on_the_dequantised_weights(method):
+    model = adapt(Net(method), paca_alpha=6)
+    twin = Twin(model)
+    losses = train(model, [layer.delta_of("default") for layer in layers_of(model)])
+    assert losses == pytest.approx(train(twin, twin.deltas.parameters()), rel=1e-5)
+    assert losses[-1] < losses[0]
+    for layer, delta in zip(layers_of(model), twin.deltas, strict=True):
+        torch.testing.assert_close(layer.delta_of("default"), delta, atol=1e-5, rtol=1e-4)
+
+
+def test_base_is_the_base_when_disabled_and_after_unload(method):
+    net = Net(method).eval()
+    before = net(batch()).detach()
+    model = adapt(net)
+    torch.testing.assert_close(model.eval()(batch()), before)
+    train(model.train(), [p for p in model.parameters() if p.requires_grad], steps=2)
+    assert not torch.allclose(model.eval()(batch()), before)
+    with model.disable_adapter():
+        assert torch.equal(model(batch()), before)
+    assert torch.equal(model.unload()(batch()), before)
+
+
+def test_inference_equals_training(method):
+    model = adapt(Net(method))
+    randomise(model)
+    trained = model.train()(batch()).detach()
+    # In evaluation, and on a GPU always, bitsandbytes rounds activations to 8 bits as well.
+    tolerance = 0.02 if method == "bitsandbytes-int8" else 2e-5
+    with torch.no_grad():
+        error = (model.eval()(batch()) - trained).abs().max()
+    assert error <= tolerance * trained.abs().max()
+
+
+def test_keeps_the_chosen_channels_and_nothing_hidden(method):
+    """Also not outside autograd's own saved tensors, as bitsandbytes' 8-bit function does."""
+    model = adapt(Net(method))
+    x = batch().requires_grad_()
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    layer = layers_of(model)[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passing = x * 1
+        alive = weakref.ref(passing)
+        y = layer(passing)
+        del passing
+    gc.collect()
+    assert alive() is None
+    delta, indices = layer.delta_of("default"), layer.paca_indices["default"]
+    kept = [t for t in saved if t is not delta and t is not indices]
+    assert sum(t.numel() * t.itemsize for t in kept) == 3 * 70 * RANK * 4
+    y.sum().backward()
+
+
+def test_save_and_load(method, tmp_path):
+    model = adapt(Net(method))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(method), tmp_path)
+    assert torch.equal(loaded.eval()(batch()), model.eval()(batch()))
+    assert loaded.peft_config["default"].base_quantization
+
+
+def test_merging_says_what_rounding_costs_and_can_be_undone(method):
+    model = adapt(Net(method))
+    randomise(model)
+    before = model.eval()(batch()).detach()
+    with pytest.warns(UserWarning, match=r"rounds the weight of every.* again.*pacatune merge"):
+        model.merge_adapter()
+    assert not torch.equal(model(batch()), before)
+    model.unmerge_adapter()
+    assert torch.equal(model(batch()), before)
+
+
+def test_another_rounding_is_told(tmp_path):
+    adapt(Net("bitsandbytes-nf4")).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"quantised as 'bitsandbytes nf4.*'bitsandbytes int8'"):
+        PeftModel.from_pretrained(Net("bitsandbytes-int8"), tmp_path)
+
+
+@pytest.fixture
+def load(tiny_model_dir):
+    def load(**options):
+        config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **options}
+        return AutoModelForCausalLM.from_pretrained(
+            tiny_model_dir,
+            dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **config),
+        )
+
+    return load
+
+
+TARGETS = ["q_proj", "down_proj"]
+IDS = torch.randint(0, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+class TestColumnsFromTheCheckpoint:
+    @pytest.fixture
+    def model(self, load):
+        config = PacaConfig(r=4, paca_alpha=8, target_modules=TARGETS, columns_from="original")
+        return get_peft_model(load(), config)
+
+    def test_effective_columns_are_the_originals(self, model, tiny_model_dir):
+        original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        for name, layer in model.get_base_model().named_modules():
+            if isinstance(layer, QuantizedLinear):
+                weight = original.get_submodule(name).weight
+                rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
+                assert not torch.allclose(weight, rounded, atol=1e-4)
+                adapted = reference.adapted_weight(
+                    rounded, layer.delta_of("default"), layer.paca_indices["default"], 2.0
+                )
+                columns = layer.paca_indices["default"]
+                torch.testing.assert_close(adapted[:, columns], weight[:, columns])
+
+    def test_loads_on_the_same_rounding_only(self, model, load, tmp_path, tiny_model_dir):
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(load(), tmp_path, is_trainable=True)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        with pytest.raises(ValueError, match=r"'bitsandbytes nf4.*'bitsandbytes fp4.* wrong"):
+            PeftModel.from_pretrained(load(bnb_4bit_quant_type="fp4"), tmp_path)
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        with pytest.raises(ValueError, match=r"this base is not quantised, where its update"):
+            PeftModel.from_pretrained(plain, tmp_path)
+
+    def test_a_base_that_is_not_quantised(self, tiny_model_dir):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        with pytest.raises(ValueError, match=r"`columns_from` \('original'\) is for quantised"):
+            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
+        assert not any("paca" in name for name, _ in base.named_parameters())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda model: setattr(model, "name_or_path", ""), "no safetensors checkpoint at ''"),
+            (lambda model: setattr(model, "name_or_path", "/nowhere"), "no safetensors checkpoint"),
+        ],
+    )
+    def test_no_checkpoint(self, load, change, message):
+        base = load()
+        change(base)
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
+
+    def test_another_checkpoint(self, load, tmp_path, tiny_model_dir):
+        other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        for parameter in other.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        other.save_pretrained(tmp_path)
+        base = load()
+        base.name_or_path = str(tmp_path)
+        before = base(IDS).logits.detach()
+        with pytest.raises(ValueError, match=r"differs from the quantised weight by 1\d\d%"):
+            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
+        assert torch.equal(base(IDS).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_prepared_for_kbit_training_with_checkpointing(load):
+    """Equal gradients with and without; only deltas are trained."""
+    gradients = []
+    for checkpointing in (False, True):
+        base = prepare_model_for_kbit_training(
+            load(),
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.shape[-1] == 4 for p in trained)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in trained])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_evaluation_never_packs_the_weight(load):
+    """bitsandbytes packs it in place for AVX-512 CPUs, with rounded scales and no gradients."""
+    base = load()
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).eval()
+    layer = layers_of(model)[0]
+    codes = layer.base_layer.weight.data.clone()
+    with torch.no_grad():
+        layer(torch.randn(1, 3, layer.in_features))
+    assert torch.equal(layer.base_layer.weight.data, codes)
+
+
+def test_deepcopy_trains_on_its_own(method):
+    if method.startswith("hqq"):
+        pytest.skip("HQQLinear keeps its bias in a form that deepcopy refuses")
+    model = adapt(Net(method))
+    twin = copy.deepcopy(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in twin.parameters() if p.requires_grad]
+    assert train(model, parameters, 3) == pytest.approx(train(twin, others, 3), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_compiles_and_trains_alike():
+    model = adapt(Net("bitsandbytes-nf4"))
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in twin.parameters() if p.requires_grad]
+    assert train(compiled, parameters, 3) == pytest.approx(train(twin, others, 3), rel=1e-5)
