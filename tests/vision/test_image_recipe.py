@@ -300,16 +300,18 @@ def test_config_beside_the_result_repeats_the_run(make_config, tmp_path, console
     assert old == new
 
 
-def test_early_stopping_keeps_the_best(make_config, images_dir, tmp_path, console):
+@pytest.mark.parametrize("method", ["paca", "full"])
+def test_early_stopping_keeps_the_best(make_config, images_dir, tmp_path, console, method):
     options = {
-        "learning_rate": 2.0,
+        "learning_rate": 2.0 if method == "paca" else 0.3,
         "eval_steps": 1,
         "save_steps": 1,
         "max_steps": 20,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }
-    report = train(make_config(training=options, early_stopping_patience=2), console=console)
+    config = make_config(method, training=options, early_stopping_patience=2)
+    report = train(config, console=console)
     losses = dict(report.eval_losses)
     best = min((loss, step) for step, loss in losses.items() if step > 0)
     assert report.num_steps == best[1] + 2 < 20

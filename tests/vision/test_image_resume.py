@@ -78,7 +78,7 @@ def interrupt(config, monkeypatch, step=5):
 
 @pytest.mark.parametrize(
     ("method", "workers", "step"),
-    [("paca", 0, 5), ("paca", 2, 8), ("full", 0, 6), ("head", 0, 7)],
+    [("paca", 0, 5), ("paca", 2, 8), ("full", 0, 5), ("full", 0, 6), ("head", 0, 7)],
 )
 def test_signal_and_resume(make_config, tmp_path, quiet, monkeypatch, method, workers, step):
     options = {"method": method, "dataloader_num_workers": workers}

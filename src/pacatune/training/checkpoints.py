@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -44,6 +44,29 @@ class WholeCheckpoints:
 
     def _send_telemetry(self) -> None:
         """Do nothing: a run tells nobody about itself."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_plain_model(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if not self._load_plain_model(self.state.best_model_checkpoint):  # type: ignore[attr-defined]
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _load_plain_model(self, checkpoint: str) -> bool:
+        """Load every weight of a model without adapter; return False if it is another kind.
+
+        transformers saves some models under the names of older releases and translates them in
+        `from_pretrained` only: Trainer would find none of those and keep what it has, silently.
+        """
+        trainer: Any = self
+        model = trainer.model
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if is_sharded or not isinstance(model, PreTrainedModel):
+            return False
+        saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return True
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)  # type: ignore[attr-defined]

@@ -144,7 +144,8 @@ def _forward(
 
     def project(name: str, x: Tensor) -> Tensor:
         weight = getattr(experts, name)
-        if weight.requires_grad and torch.is_grad_enabled():
+        # FSDP1 shows frozen weights as views into a flat one that requires a gradient.
+        if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
             raise ValueError(
                 f"`{name}` of {type(experts).__name__} requires a gradient, which adapted experts "
                 "do not compute; freeze it or delete the adapter."

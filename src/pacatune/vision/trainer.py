@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.training.checkpoints import WholeCheckpoints
 from pacatune.vision.parts import find_batch_norms
@@ -48,6 +49,15 @@ class ImageTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
                 layer.eval()
         inputs = {**inputs, **self._forward_options}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Evaluate; the loss is a mean over images, which Trainer's is not in several processes."""
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        logits, labels = (torch.from_numpy(a) for a in (result.predictions, result.label_ids))
+        result.metrics[f"{metric_key_prefix}_loss"] = float(F.cross_entropy(logits, labels))
+        return result
 
     def _loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
