@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.distributed import net
-from tests.distributed.test_fsdp1 import full_state
+from tests.distributed.test_fsdp1 import WRAPPINGS, full_state
 from tests.distributed.test_fsdp2 import full_adapter_of, shard
 from tests.tuner import moe
 
@@ -85,7 +85,7 @@ def test_fsdp2(pair, kind, reentrant):
     assert all(same_shards for *_, same_shards in results)
 
 
-def train_flat(kind, policy):
+def train_flat(kind, policy, use_orig_params):
     from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -97,7 +97,7 @@ def train_flat(kind, policy):
     wrapped = FullyShardedDataParallel(
         model,
         auto_wrap_policy=policies[policy],
-        use_orig_params=True,
+        use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
     losses = net.train(wrapped, part=net.half)
@@ -107,9 +107,9 @@ def train_flat(kind, policy):
     return losses, net.adapter_of(model, state_dict), same_base
 
 
-@pytest.mark.parametrize("policy", ["blocks", "peft"])
+@pytest.mark.parametrize(("policy", "use_orig_params"), WRAPPINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fsdp1(pair, kind, policy):
-    results = pair.run(train_flat, kind, policy)
+def test_fsdp1(pair, kind, policy, use_orig_params):
+    results = pair.run(train_flat, kind, policy, use_orig_params)
     net.assert_equal_to_one(results, train_one(kind), atol=1e-5)
     assert all(same_base for *_, same_base in results)
