@@ -19,6 +19,7 @@ import pytest
 
 from benchmarks import tables
 from pacatune.cli import main
+from tests.image_models import save_vit, write_images
 from tools import cli_reference, doc_block
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +29,9 @@ DOCUMENTS = sorted(
 )
 NOT_RUN_MARK = "*Not run in the tests:"
 NOT_RUN = {
-    "docs/cli.md": 1,
+    "docs/cli.md": 2,
     "docs/distributed.md": 1,
+    "docs/images.md": 2,
     "docs/quickstart.md": 1,
     "docs/serving.md": 2,
 }
@@ -72,8 +74,10 @@ def is_make(block):
 
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir):
-    """Folder of a reader: my-model and my-data.jsonl."""
+    """Folder of a reader: my-model, my-data.jsonl, my-image-model and my-images."""
     shutil.copytree(tiny_model_dir, tmp_path / "my-model")
+    save_vit(tmp_path / "my-image-model")
+    write_images(tmp_path / "my-images", 12)
     config = tmp_path / "my-model" / "config.json"
     longer = json.loads(config.read_text()) | {"max_position_embeddings": 2048}
     config.write_text(json.dumps(longer))

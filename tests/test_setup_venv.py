@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+QUANTIZERS = Path("tests/tuner/quantizers.txt")
 SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "touch")
 
 STAND_IN = """#!/bin/sh
@@ -32,6 +33,8 @@ def checkout(tmp_path):
     (folder / "tools").mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "setup_venv.sh", folder / "tools")
     shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / QUANTIZERS).parent.mkdir(parents=True)
+    shutil.copy(ROOT / QUANTIZERS, folder / QUANTIZERS)
     (folder / "bin").mkdir()
     for tool in SYSTEM_TOOLS:
         if (found := shutil.which(tool)) is not None:
@@ -65,6 +68,12 @@ def test_first_call_installs_and_the_second_does_nothing(checkout):
     number = len(calls(checkout))
     assert setup(checkout).stdout == ""
     assert len(calls(checkout)) == number
+
+
+def test_quantisers_of_the_tests_are_kept_apart(checkout):
+    put_python(checkout)
+    setup(checkout, extra="dev")
+    assert calls(checkout)[-1].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
 
 
 def test_another_extra_or_changed_pyproject_installs_again(checkout):

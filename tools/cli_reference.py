@@ -6,12 +6,14 @@ python -m tools.cli_reference
 import argparse
 import importlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from tools.doc_block import rewrite
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
+# Commands whose options form sections, the longer name first.
+_WITH_SECTIONS = ("train-image", "train")
+_SECTIONS = ("model", "data", "paca", "lora", "training")
 
 
 class _Parsed(Exception):
@@ -22,16 +24,18 @@ class _Parsed(Exception):
 
 
 def options_table(name):
-    """Return the options of a command (`merge`), or of a section of train (`train-data`)."""
-    if name.startswith("train"):
-        return _train_table(name.removeprefix("train").removeprefix("-"))
+    """Return the options of a command (`merge`), or of a section of one (`train-data`)."""
+    for command in _WITH_SECTIONS:
+        if name == command or name.startswith(f"{command}-"):
+            return _section_table(command, name.removeprefix(command).removeprefix("-"))
     return _table(find_parser(name)._actions)
 
 
 def find_parser(command):
     """Return the argument parser of a command."""
-    if command == "train":
-        return importlib.import_module("pacatune.cli.train").build_parser()
+    module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
+    if command in _WITH_SECTIONS:
+        return module.build_parser()
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(parser, *args, **kwargs):
@@ -39,7 +43,7 @@ def find_parser(command):
 
     argparse.ArgumentParser.parse_args = stop
     try:
-        importlib.import_module(f"pacatune.cli.{command}").run([])
+        module.run([])
     except _Parsed as parsed:
         return parsed.parser
     finally:
@@ -47,21 +51,22 @@ def find_parser(command):
     raise AssertionError(f"{command} parsed no options")
 
 
-def _train_table(section):
-    """Return the options of one section of train; those of training that are not TRL's own."""
+def _section_table(command, section):
+    """Return the options of one section; those of training that are not transformers' own."""
     from pacatune.training import TrainingConfig
+    from pacatune.training.arguments import own_options
+    from pacatune.vision import ImageTrainingConfig
 
-    ours = {f"training.{f.name}" for f in fields(TrainingConfig)} & {
-        f"training.{name}" for name in TrainingConfig.__annotations__
-    }
+    training = ImageTrainingConfig if command == "train-image" else TrainingConfig
+    ours = {f"training.{name}" for name in own_options(training)}
     actions = [
         action
-        for action in find_parser("train")._actions
+        for action in find_parser(command)._actions
         if action.option_strings
         and action.dest != section
         and action.dest.rpartition(".")[0] == section
         and (section != "training" or action.dest in ours)
-        and action.dest not in ("model", "data", "paca", "lora", "training")
+        and action.dest not in _SECTIONS
     ]
     return _table(actions)
 

@@ -30,8 +30,11 @@ find_python() {
     die 'no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3.11 ...'
 }
 
+# Quantisers that PEFT imports wherever it finds them, slowly and with warnings: kept beside .venv.
+apart=tests/tuner/quantizers.txt
+
 # The folder counts too: a copied or moved checkout would otherwise import the code of the old place.
-wanted="$(cksum <pyproject.toml) $(pwd -P)"
+wanted="$(cat pyproject.toml "$apart" | cksum) $(pwd -P)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$python" ]; then
     exit 0
 fi
@@ -52,4 +55,9 @@ echo "setup: installing pacatune[$extra] into .venv (the first time takes minute
 "$python" -m pip install -q --disable-pip-version-check 'setuptools>=77' &&
     "$python" -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$extra]" ||
     die 'pip could not install the packages (its message is above); is there a network connection?'
+if [ "$extra" = dev ]; then
+    "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
+        --target .cache/quantizers -r "$apart" ||
+        die "pip could not install what $apart lists (its message is above)."
+fi
 printf '%s' "$wanted" >"$stamp"

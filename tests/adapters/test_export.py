@@ -147,6 +147,19 @@ def test_a_quantised_base_is_exported_and_verified(tmp_path):
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
 
 
+@pytest.mark.parametrize("columns_from", ["dequantized", "original"])
+def test_an_adapter_of_a_base_quantised_on_loading_is_verified_on_it(columns_from, tmp_path):
+    build_model(64, hidden_size=64).save_pretrained(tmp_path / "base")
+    quantization = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
+    options = {"quantization": quantization, "columns_from": columns_from}
+    save_adapter(tmp_path / "base", tmp_path / "adapter", **options)
+    result = export_lora(None, tmp_path / "adapter", tmp_path / "lora", verify=True)
+    assert result.error.max_relative <= 1e-5
+    (note,) = result.notes
+    assert "quantised as 'bitsandbytes nf4, block_size 64, double'" in note
+    assert ("and on no other" in note) == (columns_from == "original")
+
+
 def test_fused_projections_are_exported(tmp_path):
     base = FAMILIES["Phi-3"].build()
     base.save_pretrained(tmp_path / "base")
@@ -191,7 +204,7 @@ def test_verifying_runs_plain_peft_in_a_new_process(tiny_model_dir, adapter_dir,
 
 
 def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path, monkeypatch):
-    def outputs(base, model_class, folder, inputs):
+    def outputs(base, model_class, folder, inputs, quantization):
         return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
 
     monkeypatch.setattr(export_check, "_run_plain_peft", outputs)

@@ -11,6 +11,7 @@ from pacatune.adapters.generation import TextGenerator
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.merge import merge
 from pacatune.adapters.quantized import quantization_config
+from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.quantized import QuantizedLinear
 from tests.adapters.fixtures import save_adapter
 
@@ -27,6 +28,7 @@ def adapted(request, tmp_path_factory, tiny_model_dir):
 
 
 def logits(model):
+    forbid_packing(model)
     with torch.no_grad():
         return model.eval()(TOKENS).logits
 

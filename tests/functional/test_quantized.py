@@ -132,3 +132,21 @@ def test_in_a_module_with_checkpointing():
     x.grad = layer.delta.grad = None
     torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
     torch.testing.assert_close((x.grad, layer.delta.grad), expected)
+
+
+@pytest.mark.parametrize("own_kernel", [True, False])
+def test_autocast_computes_as_it_does_for_a_linear_layer(own_kernel):
+    weight = Codes()
+    multiply = (lambda x: F.linear(x, weight(x.dtype)).float()) if own_kernel else None
+    ours = inputs(2, 3, dtype=torch.float32, bias=False)
+    theirs = inputs(2, 3, dtype=torch.float32, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = paca_quantized_linear(*ours[:2], INDICES, 0.7, weight, None, multiply)
+        plain = reference.paca_linear(theirs[0], weight(torch.float32), theirs[1], INDICES, 0.7)
+    assert y.dtype == (torch.float32 if own_kernel else torch.bfloat16)
+    torch.testing.assert_close(y.float(), plain.float(), rtol=2e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    plain.float().square().sum().backward()
+    for tensor, expected in zip(ours[:2], theirs[:2], strict=True):
+        assert tensor.grad.dtype == torch.float32
+        torch.testing.assert_close(tensor.grad, expected.grad, rtol=5e-2, atol=0.5)

@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
+from pacatune.training.trainer import num_tokens
 
 ARGUMENTS = SimpleNamespace(disable_tqdm=False)
 
@@ -81,3 +82,10 @@ def test_peak_memory_of_the_process():
         "cuda_max_memory_allocated" if torch.cuda.is_available() else "process_peak_resident"
     )
     assert num_bytes > 2**20
+
+
+def test_padding_is_not_counted():
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert num_tokens({"input_ids": ids, "attention_mask": mask}) == 8
+    assert num_tokens({"input_ids": ids}) == 10

@@ -29,8 +29,8 @@ def test_learning_rate_is_that_of_the_method(method):
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, dora"):
-        run_config(method="qlora")
+    with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, lora, dora"):
+        run_config(method="vera")
 
 
 def test_training_of_another_type():

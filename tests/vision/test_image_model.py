@@ -196,7 +196,7 @@ def test_model_without_a_head():
 
 
 def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
-    config = make_config()
+    config = make_config(model={"revision": "main"})
     base = describe_base(config.model.path, None, CLASSES, None)
     adapter_config, _ = make_adapter_config(config, base)
     make_trainable(load_model(base, torch.float32), config, adapter_config).save_pretrained(
@@ -204,3 +204,4 @@ def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
     )
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(vit_dir)
+    assert saved["revision"] == "main"

@@ -444,6 +444,9 @@ def test_pictures(make_config, images_dir, tmp_path, console):
     for name in ("confusion.png", "mistakes.png", "loss.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert min(image.size) > 200
+            if name == "mistakes.png":  # noisy pictures of one colour fill a good part of it
+                coloured = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2) > 40
+                assert coloured.mean() > 0.05 * len(report.mistakes) / 5
     text = (tmp_path / "out" / "report.md").read_text()
     assert "![Misclassified images](mistakes.png)" in text
     number, label, predicted = report.confusions()[0]

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pacatune.tuner.cpu_packing import forbid_packing
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 """`auto` is the dtype the base was saved in."""
 
@@ -123,6 +125,7 @@ def load_base(
         ) from error
     if not options:
         model = model.to(target)
+    forbid_packing(model)
     return cast(PreTrainedModel, model.eval())
 
 

@@ -37,6 +37,7 @@ from pacatune.adapters.probe import OutputError
 from pacatune.adapters.tensor_file import write_tensors
 from pacatune.checks import PEFT_PREFIX
 from pacatune.tuner.attention import target_of
+from pacatune.tuner.quantized_base import format_quantization
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 
@@ -121,7 +122,12 @@ def export_lora(
         num_bytes=num_bytes,
         rounding=rounding,
         error=error,
-        notes=notes + _pattern_notes(checked) + convolution_notes(tensors),
+        notes=[
+            *notes,
+            *_pattern_notes(checked),
+            *convolution_notes(tensors),
+            *_quantization_notes(checked),
+        ],
     )
 
 
@@ -244,3 +250,13 @@ def _linear_ranks(adapter: Adapter) -> dict[str, int]:
         for name, (delta, indices) in adapter.modules.items()
         if delta.ndim == 2 or is_parameter(adapter.config, name)
     }
+
+
+def _quantization_notes(adapter: Adapter) -> list[str]:
+    quantization = adapter.config.base_quantization
+    if quantization is None:
+        return []
+    base = f"a base quantised as {format_quantization(quantization)!r}"
+    if adapter.config.columns_from == "original":
+        return [f"its columns start from the original weights: right on {base}, and on no other."]
+    return [f"trained on {base}: serve it there; elsewhere outputs differ by that rounding."]

@@ -14,6 +14,8 @@ from pacatune.adapters.attach import attach
 from pacatune.adapters.base import load_base, load_tokenizer
 from pacatune.adapters.folder import Adapter
 from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
+from pacatune.adapters.quantized import quantization_config
+from pacatune.tuner.quantized_base import Quantization
 
 _SCRIPT = Path(__file__).with_name("plain_peft.py")
 
@@ -28,7 +30,8 @@ def compare_with_plain_peft(
 ) -> OutputError:
     """Compare the outputs of a LoRA adapter in plain PEFT with those of the PaCA adapter.
 
-    Both run on the base in float32, on the inputs of `probe_inputs`.
+    Both run in float32, on the inputs of `probe_inputs` and on the base that the adapter was
+    trained on: quantised, where that can be repeated.
 
     Args:
         base: Folder or hub id of the base.
@@ -42,13 +45,20 @@ def compare_with_plain_peft(
         ValueError: If plain PEFT cannot load the folder, or its outputs differ by more than
             rounding.
     """
-    model = load_base(base, task_type=adapter.config.task_type, dtype="float32", device=device)
+    quantization = _repeatable(adapter)
+    model = load_base(
+        base,
+        task_type=adapter.config.task_type,
+        dtype="float32",
+        device=device,
+        quantization=quantization,
+    )
     model_class = type(model).__name__
     inputs = probe_inputs(model, load_tokenizer(base))
     peft_model, _ = attach(model, adapter, allow_other_base=allow_other_base)
     reference = run_probe(peft_model, inputs)
     del model, peft_model  # the other process needs the memory for its own copy
-    outputs = _run_plain_peft(base, model_class, lora_folder, inputs)
+    outputs = _run_plain_peft(base, model_class, lora_folder, inputs, quantization)
     error = output_error(reference, outputs)
     tolerance = TOLERANCES[getattr(torch, dtype)]
     # Written so that NaN fails.
@@ -61,8 +71,26 @@ def compare_with_plain_peft(
     return error
 
 
+def _repeatable(adapter: Adapter) -> Quantization | None:
+    """Return how to quantise the base; None where the adapter is as right on a plain one."""
+    quantization = adapter.config.base_quantization
+    if quantization is None:
+        return None
+    try:
+        quantization_config(quantization, torch.float32)
+    except ValueError:
+        if adapter.config.columns_from == "original":
+            raise
+        return None
+    return quantization
+
+
 def _run_plain_peft(
-    base: str, model_class: str, lora_folder: Path, inputs: list[dict[str, Tensor]]
+    base: str,
+    model_class: str,
+    lora_folder: Path,
+    inputs: list[dict[str, Tensor]],
+    quantization: Quantization | None = None,
 ) -> list[Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         for number, batch in enumerate(inputs):
@@ -73,6 +101,8 @@ def _run_plain_peft(
             "adapter": str(lora_folder.absolute()),
             "scratch": scratch,
             "num_batches": len(inputs),
+            "quantization": quantization
+            and quantization_config(quantization, torch.float32).to_dict(),
         }
         # -P: otherwise the script's own folder comes first, and its inspect.py hides Python's.
         command = [sys.executable, "-P", str(_SCRIPT), json.dumps(job)]

@@ -19,9 +19,17 @@ def main() -> None:
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
+    options = {}
+    if job["quantization"]:
+        config = transformers.BitsAndBytesConfig.from_dict(job["quantization"])
+        options = {"quantization_config": config, "device_map": {"": "cpu"}}
     model = getattr(transformers, job["model_class"]).from_pretrained(
-        job["base"], dtype=torch.float32, trust_remote_code=False
+        job["base"], dtype=torch.float32, trust_remote_code=False, **options
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes computes in bfloat16, which hides smaller errors.
+            module.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(model, job["adapter"]).eval()
     outputs = {}
     scratch = Path(job["scratch"])

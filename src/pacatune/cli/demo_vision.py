@@ -12,6 +12,7 @@ from pacatune.cli.train_image import require_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pacatune.demo.comparison import Outcome
     from pacatune.vision import ImageDataConfig, ImageRunConfig
@@ -38,8 +39,7 @@ def run(argv: list[str]) -> int:
     open_output(output)
     quiet_libraries()
     data = _prepare_data(options, console)
-    result: dict[str, Any] = {"finished": True, "models": {}}
-    unequal = None
+    tables, reports, unequal = [], {}, None
     for name in options.model or _default_models():
         runs, title = _make_runs(name, data, options, output, console)
         console.rule(f"[bold]{title}", align="left")
@@ -47,12 +47,14 @@ def run(argv: list[str]) -> int:
         # Without the head's run: it prepares images most of the time, on one core.
         adapted = {method: outcomes[method] for method in ("lora", "paca")}
         unequal = unequal or comparison.unequal_cores(adapted)
-        _print_table(title, runs, outcomes, console)
-        reports = {method: outcome.report.to_dict() for method, outcome in outcomes.items()}
-        result["models"][name] = reports
+        tables.append(_make_table(title, runs, outcomes))
+        reports[name] = {method: outcome.report.to_dict() for method, outcome in outcomes.items()}
+    console.rule("[bold]result", align="left")
+    for table in tables:
+        console.print(table)
     _print_notes(options, unequal, console)
     _print_next(output, runs["paca"], console)
-    write_result(output, result)
+    write_result(output, {"finished": True, "models": reports})
     return 0
 
 
@@ -64,7 +66,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     name = "efficientnet-lite0, dinov2-small, or a folder or hub id; may be repeated"
-    add("--output", metavar="DIR", default="demo-vision-output", help="(default: %(default)s)")
+    default = "demo-vision-output"
+    add("--output", metavar="DIR", default=default, help="of the runs (default: %(default)s)")
     add("--model", action="append", help=f"{name} (default: the first two)")
     add("--data", metavar="FOLDER", help="other images: a folder per class, as for train-image")
     add("--steps", type=positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
@@ -124,18 +127,15 @@ def _cache(options: argparse.Namespace) -> Path:
     return default_cache() if options.cache is None else Path(options.cache)
 
 
-def _print_table(
-    title: str,
-    runs: "Mapping[str, ImageRunConfig]",
-    outcomes: "Mapping[str, Outcome]",
-    console: "Console",
-) -> None:
+def _make_table(
+    title: str, runs: "Mapping[str, ImageRunConfig]", outcomes: "Mapping[str, Outcome]"
+) -> "Table":
     from rich.table import Table
 
     from pacatune.adapters.output import format_bytes
 
     ranks = {"head": "", "lora": f", r={runs['lora'].lora.r}", "paca": f", r={runs['paca'].paca.r}"}
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, title=f"\n{title}", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     for method in outcomes:
@@ -153,7 +153,7 @@ def _print_table(
     row("kept for backward", lambda r: format_bytes(r.saved_activation_bytes))
     row("learning rate", lambda r: f"{r.learning_rate:g}")
     row("images", lambda r: f"{r.num_train_examples:,} + {r.num_eval_examples:,}")
-    console.print(table)
+    return table
 
 
 def _print_notes(options: argparse.Namespace, unequal: str | None, console: "Console") -> None:

@@ -23,21 +23,22 @@ class DemoModel:
     prepare: Callable[..., Path]
     image_size: int
     learning_rates: dict[str, float]
-    """By method: the best of a small grid on the demo's data."""
+    """By method: that with the best held-out accuracy of a few, from 1e-3 to 1e-2, in 40 steps
+    with seed 0; for the head of DINOv2-S up to 3e-2."""
 
 
 MODELS = {
     "efficientnet-lite0": DemoModel(
-        title="EfficientNet-Lite0, ImageNet weights: 3.4 M parameters, convolutions",
+        title="EfficientNet-Lite0, ImageNet weights (3.4 M parameters)",
         prepare=prepare_efficientnet,
         image_size=96,
-        learning_rates={"head": 1e-2, "lora": 3e-3, "paca": 3e-3},
+        learning_rates={"head": 3e-3, "lora": 3e-3, "paca": 3e-3},
     ),
     "dinov2-small": DemoModel(
-        title="DINOv2-S, fine-tuned for saliency by others: 22 M parameters, a transformer",
+        title="DINOv2-S, fine-tuned for saliency by others (22 M parameters)",
         prepare=prepare_dino,
         image_size=98,
-        learning_rates={"head": 1e-2, "lora": 3e-3, "paca": 3e-3},
+        learning_rates={"head": 1e-2, "lora": 3e-3, "paca": 2e-3},
     ),
 }
 

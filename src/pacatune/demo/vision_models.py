@@ -140,7 +140,7 @@ def read_dino(path: Path) -> dict[str, Tensor]:
     positions = [arrays[_CLASS_POSITION], arrays[_PATCH_POSITIONS]]
     found["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     found["embeddings.mask_token"] = np.zeros((1, found["layernorm.weight"].size), np.float32)
-    return {name: torch.tensor(array) for name, array in found.items()}
+    return {name: torch.tensor(array).contiguous() for name, array in found.items()}
 
 
 def save_dino(weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pacatune.functional.linear import grad_delta, owned
+from pacatune.functional.linear import autocast, grad_delta, owned
 
 __all__ = ["paca_quantized_linear"]
 
@@ -35,7 +35,7 @@ def paca_quantized_linear(
     """Apply a quantised linear map of which the input columns `indices` are trained.
 
     Args:
-        x: (..., I) activations, in the dtype to compute in.
+        x: (..., I) activations, in the dtype to compute in where autocast is off.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
         indices: (R,) int64, the trained columns.
         scaling: alpha / R, the factor between `delta` and the columns.
@@ -47,12 +47,12 @@ def paca_quantized_linear(
             dequantises.
 
     Returns:
-        (..., O) activations in the dtype of `x`, or in that of `multiply`.
+        (..., O) activations in the dtype of `x`, of autocast where that is on, or of `multiply`.
 
     Source: PaCA, Sec. 4.3 and Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     result: Tensor = _PacaQuantizedLinear.apply(
-        x, delta, indices, scaling, dequantize, bias, multiply
+        autocast(x), delta, indices, scaling, dequantize, bias, multiply
     )
     return result
 
@@ -88,7 +88,8 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            gdelta = grad_delta(gy_NO, x_R.view(-1, x_R.shape[-1]), scaling, delta.dtype)
+            x_NR = x_R.view(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
         if needs_x:
             gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
         if needs_bias:

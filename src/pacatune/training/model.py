@@ -38,12 +38,16 @@ class Plan:
 
 
 def model_path(config: RunConfig) -> str:
-    """Return the hub id, or the absolute path of a local folder.
+    """Return the hub id, or the absolute path of a local folder; see `find_model`."""
+    return find_model(config.model.path)
+
+
+def find_model(path: str) -> str:
+    """Return a hub id as it is, and the absolute path of a local folder.
 
     Raises:
         FileNotFoundError: If it looks like a local folder and holds no model.
     """
-    path = config.model.path
     local = Path(path).expanduser()
     if local.exists() and not (local / "config.json").is_file():
         raise FileNotFoundError(
@@ -185,6 +189,8 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     """Load the weights, in the type that `model.dtype` asks for."""
     from transformers import AutoModelForCausalLM
 
+    from pacatune.tuner.cpu_packing import forbid_packing
+
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
     options |= quantization_options(config, dtype)
@@ -198,6 +204,7 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
             use_safetensors=True,
             **options,
         )
+    forbid_packing(model)  # the evaluation before training would spoil LoRA's base
     return model
 
 

@@ -157,7 +157,7 @@ def _markdown(report: RunReport) -> str:
     return (
         f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
         f"Trained: {targets}.\n\n{report.details()}![Loss](loss.png)\n\n"
-        + (f"Warnings about the data:\n\n{warnings}\n" if warnings else "")
+        + (f"Warnings:\n\n{warnings}\n" if warnings else "")
         + f"Versions: {packages}.\n"
     )
 

@@ -62,8 +62,10 @@ class AdditiveLayer(PacaLayer):
         # FSDP may wrap or shard holders alone.
         if type(holder) is not Delta or has_hooks(modules["base_layer"].__dict__):
             return None
-        indices = modules["paca_indices"]._buffers[name]
-        return holder._parameters["weight"], indices, self.scaling[name]
+        delta = holder._parameters.get("weight")
+        if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
+            return None
+        return delta, modules["paca_indices"]._buffers[name], self.scaling[name]
 
     def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

@@ -17,6 +17,7 @@ from pacatune.checks import check_tensors
 from pacatune.tuner import combining
 from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
 from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
@@ -56,6 +57,7 @@ class PacaModel(BaseTuner):
             ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
         """
         self.peft_config[adapter_name] = config = _adopt(self.peft_config[adapter_name])
+        forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
         try:
             with parameters_count(self, config):

@@ -22,12 +22,7 @@ class QuantizedLinear(Linear):
     """An adapted linear layer of bitsandbytes, torchao, HQQ or another of PEFT's backends."""
 
     def _attach(self) -> None:
-        base_layer: Any = self.base_layer
-        if getattr(base_layer, "support_avx512bf16_for_cpu", False):
-            # bitsandbytes would pack the weight for inference, in place and with rounded scales,
-            # the first time somebody evaluates, and would give no gradients from then on.
-            base_layer.state_dict()  # unpacks it, should that have happened
-            base_layer.support_avx512bf16_for_cpu = False
+        pass  # a weight of few bits is never written
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         update = self._single_update()

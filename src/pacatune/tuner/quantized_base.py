@@ -130,12 +130,14 @@ def _describe_one(backend: Any, base_layer: Any) -> Quantization:
         options = base_layer.quant_config["weight_quant_params"]
         return {"method": "hqq", "bits": options["nbits"], "group_size": options["group_size"]}
     if name == "torchao":
-        blocks = getattr(weight, "block_size", None)
+        blocks = list(getattr(weight, "block_size", None) or [])
+        if blocks and blocks[-1] == base_layer.weight.shape[-1]:
+            blocks[-1] = "row"  # one scale for a whole row, whatever the layer's size
         return {
             "method": "torchao",
             "type": type(weight).__name__,
             "dtype": str(getattr(weight, "target_dtype", "")).removeprefix("torch."),
-            "block_size": list(blocks) if blocks else None,
+            "block_size": blocks or None,
         }
     return {"method": name}
 

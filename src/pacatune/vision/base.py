@@ -2,15 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pacatune.data.images import Preprocessing
-from pacatune.training.model import model_path
+from pacatune.training.model import find_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ def is_timm(config: Any) -> bool:
 
 def _find(path: str) -> str:
     """Return the hub id of a timm model's bare name, or the path as it is."""
-    found = model_path(SimpleNamespace(model=SimpleNamespace(path=path)))  # type: ignore[arg-type]
+    found = find_model(path)
     if "/" in found:
         return found
     import timm
@@ -142,11 +140,12 @@ def _find_preprocessing(
 
 
 def _timm_cfg(config: Any) -> dict[str, Any]:
+    """Return timm's description of the weights: that of the model, else of its architecture."""
     import timm
 
+    stored: dict[str, Any] | None = getattr(config, "pretrained_cfg", None)
     known = timm.get_pretrained_cfg(config.architecture)
-    stored: Mapping[str, Any] = getattr(config, "pretrained_cfg", None) or {}
-    return {**(known.to_dict() if known else {}), **stored}
+    return stored or (known.to_dict() if known else {"input_size": (3, 224, 224)})
 
 
 def _fit_to_size(config: Any, size: int) -> dict[str, Any]:

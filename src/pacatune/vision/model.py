@@ -40,6 +40,7 @@ def make_adapter_config(
     if config.training.train_batch_norm:
         saved += _batch_norms_or_refuse(model)
     values["modules_to_save"] = sorted(set(saved))
+    values["revision"] = config.model.revision
     if config.method == "paca":
         from pacatune import PacaConfig
 
@@ -93,7 +94,7 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
     )
     heads = find_heads(model)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    prefixes = tuple(f"{name}." for name in heads)
+    prefixes = () if base.has_own_head else tuple(f"{name}." for name in heads)
     lost = [k for k in [*info["missing_keys"], *mismatched] if not k.startswith(prefixes)]
     if lost:
         raise ValueError(

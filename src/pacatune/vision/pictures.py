@@ -39,7 +39,7 @@ def draw_mistakes(mistakes: list[Mistake], dataset: ImageDataset, path: Path) ->
     """Draw misclassified images as the model saw them, with class and prediction."""
     num_rows = math.ceil(len(mistakes) / _NUM_COLUMNS)
     figure = _figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
-    grid = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat
+    grid = list(figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
     for axes, mistake in zip(grid, mistakes, strict=False):

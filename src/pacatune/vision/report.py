@@ -68,7 +68,8 @@ class ImageReport(RunReport):
         return (
             "![Confusion matrix](confusion.png)\n\n"
             f"| class | taken for | images |\n|---|---|--:|\n{rows}\n"
-            "The surest mistakes:\n\n![Misclassified images](mistakes.png)\n\n"
+            "The surest mistakes (class of the image, then what it was taken for, with its "
+            "probability):\n\n![Misclassified images](mistakes.png)\n\n"
         )
 
     def confusions(self) -> list[tuple[int, str, str]]:

@@ -56,7 +56,7 @@ class Preprocessing:
         """Return the same for another size, with the same share of the image cropped away."""
         return replace(self, size=size, resize=round(size * self.resize / self.size))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, which transformers reads too."""
         square = {"height": self.size, "width": self.size}
         values: dict[str, Any] = {
@@ -79,7 +79,7 @@ class Preprocessing:
                 "crop_size": square,
             }
         text = json.dumps(values, indent=2)
-        (folder / PREPROCESSOR_NAME).write_text(text + "\n", encoding="utf-8")
+        Path(folder, PREPROCESSOR_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_transformers(cls, values: Mapping[str, Any]) -> "Preprocessing":
