@@ -5,8 +5,6 @@ their classes and code. What cannot work without memory is PaCA's watch over who
 weight; `FakeResidency` takes the answers of a training run on one device, where nobody does.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from pacatune.memory.setting import Setting
 from pacatune.residency import Residency
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["FakeResidency", "Held", "materialize"]
+__all__ = ["FakeResidency", "Held", "kept_aside", "materialize"]
 
 
 class Held:
@@ -66,7 +64,7 @@ def materialize(model: nn.Module, setting: Setting) -> Held:
                 own.append(replaced[id(value)][0])
             target = parameters if name in dict.keys(parameters) else buffers
             dict.__setitem__(target, name, replaced[id(value)][0])
-    held.adapter += _make_resident(model, setting)
+    _make_resident(model, setting)
     return held
 
 
@@ -82,27 +80,26 @@ def _is_of_adapter(value: Tensor, setting: Setting) -> bool:
     return setting.method != "full" and value.requires_grad
 
 
-def _make_resident(model: nn.Module, setting: Setting) -> list[Tensor]:
-    """Let the columns be written into the weights; return what is kept aside for that."""
+def _make_resident(model: nn.Module, setting: Setting) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer) and layer.residency is not None:
+            layer.residency = FakeResidency(layer.get_base_layer())
+            layer.residency.is_shared = layer.shares_weight
+            layer.residency.is_sharded = setting.sharding in ("zero3", "fsdp2")
+
+
+def kept_aside(model: nn.Module) -> list[Tensor]:
+    """Write all columns, as a training step before has; return what is kept aside for that.
+
+    The next forward pass writes them again, as after an optimiser step.
+    """
     kept: list[Tensor] = []
     for layer in model.modules():
-        if not isinstance(layer, PacaLayer):
+        residency = getattr(layer, "residency", None)
+        if not isinstance(layer, PacaLayer) or not isinstance(residency, FakeResidency):
             continue
-        kept += [value for value in layer.paca_indices.values() if isinstance(value, Tensor)]
-        if layer.residency is None:
-            continue
-        layer.residency = FakeResidency(layer.get_base_layer())
-        layer.residency.is_shared = layer.shares_weight
-        layer.residency.is_sharded = setting.sharding in ("zero3", "fsdp2")
         (name,) = layer.r
-        layer.residency.write(layer.delta_of(name), layer.paca_indices[name], layer.scaling[name])
-        kept += [x for x in (layer.residency.originals, layer.residency.columns) if x is not None]
+        residency.write(layer.delta_of(name), layer.paca_indices[name], layer.scaling[name])
+        residency.is_stale = residency.is_written
+        kept += [x for x in (residency.originals, residency.columns) if x is not None]
     return kept
-
-
-def mark_stale(model: nn.Module) -> None:
-    """Let the next forward write columns again, as after a real optimiser step."""
-    for layer in model.modules():
-        residency: Any = getattr(layer, "residency", None)
-        if isinstance(residency, FakeResidency):
-            residency.is_stale = residency.is_written

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.memory.fake_model import Held, mark_stale, materialize
+from pacatune.memory.fake_model import Held, kept_aside, materialize
 from pacatune.memory.gpu_kernels import allocations_of_gpu
 from pacatune.memory.methods import adapt, quantize_
 from pacatune.memory.models import load_config, make_model
@@ -79,7 +79,7 @@ class FakeTraining:
         if setting.lean != "off":
             self._enable_lean()
         if setting.gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(self.base)
         self.base.config.use_cache = False
         self.model.train()
 
@@ -117,7 +117,7 @@ class FakeTraining:
                 room = torch.empty(self._gathered, dtype=torch.uint8)
                 tracker.hold([room], "gathered")
             optimizer = _warm_optimizer(self._trained, tracker)
-            mark_stale(self.model)
+            tracker.hold(kept_aside(self.model), "adapter")
             tracker.watch_gradients(self._trained)
             tracker.reset_peak()
             for _ in range(min(2, self.setting.gradient_accumulation)):
@@ -150,6 +150,13 @@ class FakeTraining:
             loss: Tensor = self.base(input_ids=ids, labels=ids).loss
             return loss
         return _chunked_loss(self.base, ids)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let each block keep its inputs only."""
+    # Renamed within version 5 of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _chunked_loss(model: Any, ids: Tensor) -> Tensor:
