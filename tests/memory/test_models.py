@@ -38,7 +38,7 @@ def test_unknown_name_suggests_the_nearest():
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "config.json", "a/b/c"])
 def test_missing_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist; give a config.json or a model"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; give a config.json or a model"):
         load_config(name)
 
 
@@ -48,7 +48,7 @@ def test_folder_without_config(tmp_path):
 
 
 def test_hub_id_that_cannot_be_had():
-    with pytest.raises(ValueError, match="config.json of some/model cannot be had from the hub"):
+    with pytest.raises(ValueError, match=r"config.json of some/model cannot be had from the hub"):
         load_config("some/model")
 
 
@@ -61,7 +61,7 @@ def test_file_that_is_no_configuration(text, message, tmp_path):
 
 def test_file_that_is_too_large(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"a": "x" * 2**22}))
-    with pytest.raises(ValueError, match="a config.json has at most 4194304"):
+    with pytest.raises(ValueError, match=r"a config.json has at most 4194304"):
         load_config(str(tmp_path))
 
 
