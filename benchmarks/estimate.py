@@ -8,6 +8,7 @@ its packages, on any machine. Takes about three minutes.
 
 import argparse
 import sys
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,8 @@ def main(options: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args(options)
+    # PEFT asks transformers in an old way.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     result = {
         "command": "python -m benchmarks.estimate",
         "versions": {name: version(name) for name in _PACKAGES},

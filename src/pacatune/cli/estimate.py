@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--gradient-accumulation", type=int, default=1, metavar="N", help=accumulation)
     add("--sharding", default="none", metavar="KIND", help="zero1, zero2, zero3 or fsdp2")
     add("--num-gpus", type=int, default=1, help="that share it (default: %(default)s)")
-    add("--target-modules", type=_names, default=(), metavar="A,B,...", help=_TARGETS_HELP)
+    add("--target-modules", type=_names, metavar="A,B,...", help=_TARGETS_HELP)
     add("--gpu", metavar="NAME", help="does it fit on this one: a100-80g, h100, 4090, ...")
     add("--memory", metavar="SIZE", help="or in this much, such as 24GiB")
     add("--max", choices=list(_QUANTITIES), help="find the largest that fits")
@@ -114,6 +114,7 @@ def _setting(options: argparse.Namespace, method: str, num_methods: int) -> "Set
 
     values = {name: value for name, value in vars(options).items() if name not in _OWN}
     values |= {"model": options.model, "method": method, "dropout": 0.0}
+    values["target_modules"] = options.target_modules or ()
     setting = Setting(**values)
     if num_methods > 1 and setting.method in ("paca", "full"):
         return setting  # beside methods that have dropout
