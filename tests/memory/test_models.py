@@ -31,8 +31,8 @@ def test_file_and_folder_are_the_same(tmp_path):
 
 
 def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(ValueError, match="unknown model 'lama3-8b'; did you mean 'llama3-8b'"):
-        load_config("lama3-8b")
+    with pytest.raises(ValueError, match="unknown model 'llma3-8b'; did you mean 'llama3-8b'"):
+        load_config("llma3-8b")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "config.json", "a/b/c"])
@@ -78,8 +78,8 @@ def test_remote_code_is_never_executed(tmp_path):
 
 
 def test_unknown_model_type(tmp_path):
-    path = write_config(tmp_path, LLAMA, model_type="lama")
-    with pytest.raises(ValueError, match=r"`model_type` \('lama'\) is unknown .*'llama'\?"):
+    path = write_config(tmp_path, LLAMA, model_type="llamo")
+    with pytest.raises(ValueError, match=r"`model_type` \('llamo'\) is unknown .*'llama'\?"):
         load_config(path)
 
 
@@ -125,3 +125,9 @@ def test_value_that_transformers_refuses(tmp_path):
     path = write_config(tmp_path, LLAMA, rms_norm_eps="small")
     with pytest.raises(ValueError, match=r"transformers refuses its config.json: "):
         load_config(path)
+
+
+def test_value_that_the_model_refuses(tmp_path):
+    config = load_config(write_config(tmp_path, LLAMA, hidden_act="sillu"))
+    with pytest.raises(ValueError, match=r"model it: transformers cannot build it \(.*sillu"):
+        make_model(config, "it", torch.float32)

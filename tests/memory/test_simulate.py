@@ -268,3 +268,12 @@ def test_model_is_freed(tmp_path):
     del training
     gc.collect()
     assert model() is None
+
+
+def test_experts_are_chosen_by_values(tmp_path):
+    """Eager experts loop over those that are hit; the others sort tokens, and need no values."""
+    values = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    training = FakeTraining(tiny(tmp_path, values))
+    training.base.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="MixtralForCausalLM decides by values what it computes"):
+        training.step(1, 8)

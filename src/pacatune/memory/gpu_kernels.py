@@ -15,9 +15,9 @@ copy. Rows of one sequence run without any mask.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,25 +40,33 @@ _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 def allocations_of_gpu() -> Iterator[None]:
     """Let attention, dropout, column writes and TRL's loss allocate as on a GPU."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(patch.object(F, "dropout", dropout))
+        replace = partial(_replace, stack)
+        replace(F, "scaled_dot_product_attention", attention)
+        replace(F, "dropout", dropout)
         # Columns are written by `index_copy_` there, without positions.
-        stack.enter_context(patch.object(residency, "_is_flat", lambda memory: False))
-        find = "find_packed_sequence_indices"
-        stack.enter_context(patch.object(masking_utils, find, lambda position_ids: None))
+        replace(residency, "_is_flat", lambda memory: False)
+        replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         try:
             from trl.kernels import chunked_logprob
         except ImportError:  # older TRL; the loss that needs it says so
             pass
         else:
-            for name in ("_forward_kernel", "_backward_kernel"):
-                stack.enter_context(patch.object(chunked_logprob, name, _NoKernel()))
-            stack.enter_context(patch.object(chunked_logprob, "_use_triton", lambda device: True))
-            cdiv = SimpleNamespace(cdiv=lambda a, b: -(-a // b))
-            stack.enter_context(patch.object(chunked_logprob, "triton", cdiv, create=True))
+            replace(chunked_logprob, "_forward_kernel", _NoKernel())
+            replace(chunked_logprob, "_backward_kernel", _NoKernel())
+            replace(chunked_logprob, "_use_triton", lambda device: True)
+            replace(chunked_logprob, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
             # From 16 to 32 bits without a copy.
-            stack.enter_context(patch.object(chunked_logprob, "_addmm_fp32", _nothing))
+            replace(chunked_logprob, "_addmm_fp32", lambda total, a, b: None)
         yield
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Put a value in an attribute's place until the stack is left."""
+    if hasattr(owner, name):
+        stack.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -137,10 +145,6 @@ class _Attention(torch.autograd.Function):
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def _nothing(*args: Any) -> None:
-    """Stand for a product into memory that is there."""
 
 
 class _NoKernel:

@@ -75,9 +75,11 @@ def make_model(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> "Pr
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
-    except ValueError as error:
+    except Exception as error:
+        # Classes fail at wrong values in their own ways: unknown activations, missing sizes.
         if "Unrecognized configuration class" not in str(error):
-            raise ValueError(f"model {name}: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model {name}: transformers cannot build it ({what}).") from error
         raise ValueError(
             f"model {name}: {config.model_type!r} is no causal language model; estimates are of "
             "training one."

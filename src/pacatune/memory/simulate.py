@@ -9,7 +9,11 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from pacatune.memory.fake_model import Held, kept_aside, materialize
 from pacatune.memory.gpu_kernels import allocations_of_gpu
@@ -108,8 +112,26 @@ class FakeTraining:
         Args:
             batch_size: Sequences per micro-batch.
             seq_len: Tokens of each.
+
+        Raises:
+            ValueError: If what the model computes, or keeps, depends on values.
         """
         tracker = StorageTracker(_shares(self.setting))
+        try:
+            saved = self._run(tracker, batch_size, seq_len)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"model {self.setting.model}: {type(self.base).__name__} decides by values what it "
+                f"computes ({error}), as routers of experts do; its memory cannot be estimated."
+            ) from error
+        notes = [*self.notes]
+        if self._positions is not None and seq_len > self._positions:
+            notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
+        parts = {name: tracker.by_category.get(name, 0) for name in CATEGORIES}
+        categories = {name: number for name, number in parts.items() if number}
+        return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
+
+    def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
         with self._fake(), tracker:
             tracker.hold(self.held.weights, "weights")
             tracker.hold(self.held.adapter, "adapter")
@@ -125,12 +147,7 @@ class FakeTraining:
             tracker.phase = "optimizer"
             optimizer.step()
             optimizer.zero_grad()
-        notes = [*self.notes]
-        if self._positions is not None and seq_len > self._positions:
-            notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
-        parts = {name: tracker.by_category.get(name, 0) for name in CATEGORIES}
-        categories = {name: number for name, number in parts.items() if number}
-        return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
+        return saved
 
     def _micro_batch(
         self, tracker: StorageTracker, batch_size: int, seq_len: int
