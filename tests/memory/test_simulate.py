@@ -218,14 +218,17 @@ def test_lean_is_required_or_done_without(tmp_path):
 
 @pytest.mark.parametrize("values", [LLAMA, GEMMA], ids=["llama", "gemma3"])
 def test_lean_layers_keep_what_they_keep_for_real(values, tmp_path):
+    """All but the loss, which is TRL's in an estimate."""
     lean = pytest.importorskip("pacatune.lean")
-    setting = tiny(tmp_path, values, lean="auto", loss="logits")
+    setting = tiny(tmp_path, values, lean="auto")
     measured, model = simulate(setting), real_model(setting)
     lean.enable(model)
     with gpu_kernels.allocations_of_gpu():
-        real, _ = real_peak(model, setting)
-    assert measured.peak_bytes == pytest.approx(real.peak_bytes, rel=0.002)
-    assert measured.saved_bytes < simulate(setting.but(lean="off")).saved_bytes
+        _, kept = real_peak(model, setting)
+    saved = dict(measured.saved_by_module)
+    assert saved.pop("loss") > 0
+    kept.pop(type(model.get_base_model()).__name__)
+    assert saved == pytest.approx(kept, rel=0.01)
 
 
 def test_sharded_training_shares_what_it_says(tmp_path):
