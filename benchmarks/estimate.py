@@ -3,7 +3,7 @@
     python -m benchmarks.estimate
 
 Nothing is measured and no GPU is needed: every number follows from the code and the versions of
-its packages, on any machine. Takes about three minutes.
+its packages, on any machine. Takes seven minutes.
 """
 
 import argparse
