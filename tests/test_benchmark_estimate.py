@@ -8,7 +8,7 @@ from benchmarks import estimate, estimate_tables, tables
 from pacatune.memory import paper
 from pacatune.memory.estimate import estimate_memory
 from pacatune.memory.gpus import gpu_bytes
-from tests.memory.real_step import tiny
+from tests.memory.real_step import LLAMA, tiny, write_config
 
 
 @pytest.fixture
@@ -16,13 +16,14 @@ def committed():
     return json.loads((tables.RESULTS / "estimate.json").read_text(encoding="utf-8"))
 
 
-def test_rows_compare_what_the_settings_take(monkeypatch):
-    monkeypatch.setattr(paper, "TABLE_1", {("llama3.2-1b", "lora", 8): 4})
+def test_rows_compare_what_the_settings_take(tmp_path, monkeypatch):
+    model = write_config(tmp_path, LLAMA, vocab_size=65536)
+    monkeypatch.setattr(paper, "TABLE_1", {(model, "lora", 8): 4})
     (row,) = estimate.rows_of_table_1()
-    setting = paper.table_1("llama3.2-1b", "lora", 8)
+    setting = paper.table_1(model, "lora", 8)
     assert (setting.dropout, setting.batch_size, setting.lean) == (0.1, 2, "off")
     peak = estimate_memory(setting).peak_bytes
-    assert row["simulated_gb"] == round(peak / 1e9, 2)
+    assert row["simulated_gb"] == round(peak / 1e9, 2) > 0.5
     assert row["difference"] == round(peak / 4e9 - 1, 3)
 
 
