@@ -25,6 +25,7 @@ __all__ = [
     "Noise",
     "arguments",
     "at_least_1",
+    "git",
     "prepare",
     "provenance",
     "write",
@@ -119,8 +120,8 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "commit": _git("rev-parse", "HEAD"),
-        "is_modified": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "commit": git("rev-parse", "HEAD"),
+        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "seed": args.seed,
         "settings": {
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
@@ -182,7 +183,8 @@ def _cpu_name() -> str:
     return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
-def _git(*args: str) -> str:
+def git(*args: str) -> str:
+    """Return what a git command prints in this repository, `unknown` where it fails."""
     try:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -9,7 +9,8 @@ A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, whic
      "rows": [{"setting": "512 tokens, float32", "method": "lora", "step_ms": 1.0}, ...]}
 
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
-and, per method, the time of its step; then what PaCA's takes as a share of it.
+and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
+`estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py).
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import estimate_tables
 from tools.doc_block import rewrite
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +31,14 @@ def table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of one result, and where it comes from.
 
     Args:
-        name: Of the file, without `.json`.
+        name: Of the file, without `.json`; or `estimate-` and the number of the paper's table.
         results: Folder.
 
     Raises:
         ValueError: If a setting lacks one of the methods.
     """
+    if name.startswith("estimate-"):
+        return estimate_tables.table(name.removeprefix("estimate-"), results)
     path = results / f"{name}.json"
     if not path.is_file():
         return f"Not measured yet: `make bench` writes `benchmarks/results/{name}.json`."

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "stream text from a model, with or without an adapter",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
+    "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
 }
 

@@ -1,0 +1,133 @@
+"""Hold `pacatune estimate` against the memory that the paper reports: Tables 1, 3 and 4.
+
+    python -m benchmarks.estimate
+
+Nothing is measured and no GPU is needed: every number follows from the code and the versions of
+its packages, on any machine. Takes seven minutes.
+"""
+
+import argparse
+import sys
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, git, write
+from pacatune.memory import paper
+from pacatune.memory.estimate import Estimate, estimate_memory, find_max
+from pacatune.memory.gpus import gpu_bytes
+from pacatune.memory.setting import Setting
+
+__all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
+
+_PACKAGES = ("pacatune", "torch", "transformers", "peft", "trl", "bitsandbytes")
+_GB = 10**9
+# Two lengths between which a line is drawn.
+_LENGTHS = (256, 512)
+
+
+def rows_of_table_1() -> list[dict[str, Any]]:
+    """Compare every cell of Table 1's memory column."""
+    rows = []
+    for (model, method, rank), reported in paper.TABLE_1.items():
+        estimate = estimate_memory(paper.table_1(model, method, rank))
+        names = {"model": model, "method": method, "rank": rank}
+        rows.append({**names, **_compare(estimate, reported)})
+    return rows
+
+
+def rows_of_table_3() -> list[dict[str, Any]]:
+    """Compare Table 3 at the longest texts, and find how many tokens explain it.
+
+    The texts are shorter than the limit, and the paper does not say by how much.
+    """
+    rows = []
+    for (model, method), reported in paper.TABLE_3.items():
+        setting = paper.table_3(model, method)
+        checkpointed = estimate_memory(setting.but(gradient_checkpointing=True))
+        rows.append(
+            {
+                "model": model,
+                "method": method,
+                "rank": setting.rank,
+                **_compare(estimate_memory(setting), reported),
+                "checkpointed_gb": round(checkpointed.peak_bytes / _GB, 2),
+                "tokens": setting.batch_size * setting.seq_len,
+                "tokens_that_explain_it": _tokens_for(setting, reported * _GB),
+            }
+        )
+    return rows
+
+
+def rows_of_table_4() -> list[dict[str, Any]]:
+    """Compare the longest sequences of Table 4; with dropout too, which the paper leaves open."""
+    available, rows = gpu_bytes(paper.GPU), []
+    for method, reported in paper.TABLE_4.items():
+        for dropout in (0.0,) if method == "paca" else (0.0, 0.1):
+            setting = paper.table_4(method).but(dropout=dropout)
+            rows.append({"method": method, "dropout": dropout, "lean": "off", "paper": reported})
+            rows[-1] |= _longest(setting, available, reported)
+    for method in ("paca", "lora") if find_spec("pacatune.lean") else ():
+        setting = paper.table_4(method).but(lean="auto", loss="auto")
+        rows.append({"method": method, "dropout": 0.0, "lean": "auto", "paper": None})
+        rows[-1] |= _longest(setting, available, None)
+    return rows
+
+
+def _longest(setting: Setting, available: int, reported: int | None) -> dict[str, Any]:
+    longest, estimate = find_max(setting, "seq_len", available)
+    assert estimate is not None
+    values: dict[str, Any] = {"max_seq_len": longest, "notes": estimate.measured.notes}
+    if reported is not None:
+        at_reported = estimate_memory(setting.but(seq_len=reported))
+        values["gib_at_papers_length"] = round(at_reported.peak_bytes / 2**30, 2)
+        values["difference"] = round(longest / reported - 1, 3)
+    return values
+
+
+def _compare(estimate: Estimate, reported: int) -> dict[str, Any]:
+    return {
+        "paper_gb": reported,
+        "simulated_gb": round(estimate.peak_bytes / _GB, 2),
+        "difference": round(estimate.peak_bytes / _GB / reported - 1, 3),
+    }
+
+
+def _tokens_for(setting: Setting, num_bytes: int) -> int:
+    """Return the tokens of a micro-batch that take so much, by the line through two lengths."""
+    short, long = (
+        estimate_memory(setting.but(batch_size=1, seq_len=length)).peak_bytes for length in _LENGTHS
+    )
+    per_token = (long - short) / (_LENGTHS[1] - _LENGTHS[0])
+    return round(_LENGTHS[0] + (num_bytes - short) / per_token)
+
+
+def main(options: list[str] | None = None) -> Path:
+    """Compare, write the result, and return its path."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    args = parser.parse_args(options)
+    # PEFT asks transformers in an old way.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    result = {
+        "command": "python -m benchmarks.estimate",
+        "versions": {name: version(name) for name in _PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "table_1": rows_of_table_1(),
+        "table_3": rows_of_table_3(),
+        "table_4": rows_of_table_4(),
+    }
+    path = write(result, args.output, "estimate")
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    from pacatune.cli.options import quiet_libraries
+
+    quiet_libraries()
+    main()
+    sys.exit(0)

@@ -1,0 +1,154 @@
+"""What a step on a GPU allocates where the same step on a CPU allocates something else.
+
+Fake tensors here have the CPU as their device, since a fake GPU needs a build of PyTorch for one.
+Three kernels differ, and only their allocations are made:
+
+    attention   FlashAttention keeps q, k, v, its output and a log-sum-exp, and no repeated heads of
+                keys and values; with a mask, the memory-efficient kernel keeps a float copy of it
+    dropout     keeps a mask of one byte per element, not a scaled one in the dtype of the input
+    loss        TRL's Triton kernels fold tiles of logits without copies of them
+
+And one decision: transformers looks at the values of positions to see whether rows hold several
+sequences, and builds a causal mask where it cannot look, of which each layer would keep a quadratic
+copy. Rows of one sequence run without any mask.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import masking_utils
+
+from pacatune import residency
+
+__all__ = ["allocations_of_gpu", "attention", "dropout"]
+
+# FlashAttention's largest head.
+_MAX_FLASH_DIM = 256
+# Its backward pass rounds the length of the accumulator of dq up to blocks of this many rows, and
+# the head to this many columns.
+_FLASH_ROWS, _FLASH_COLUMNS = 128, 32
+
+
+@contextmanager
+def allocations_of_gpu() -> Iterator[None]:
+    """Let attention, dropout, column writes and TRL's loss allocate as on a GPU."""
+    with ExitStack() as stack:
+        replace = partial(_replace, stack)
+        replace(F, "scaled_dot_product_attention", attention)
+        replace(F, "dropout", dropout)
+        # Columns are written by `index_copy_` there, without positions.
+        replace(residency, "_is_flat", lambda memory: False)
+        replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        try:
+            from trl.kernels import chunked_logprob
+        except ImportError:  # older TRL; the loss that needs it says so
+            pass
+        else:
+            replace(chunked_logprob, "_forward_kernel", _NoKernel())
+            replace(chunked_logprob, "_backward_kernel", _NoKernel())
+            replace(chunked_logprob, "_use_triton", lambda device: True)
+            replace(chunked_logprob, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
+            # From 16 to 32 bits without a copy.
+            replace(chunked_logprob, "_addmm_fp32", lambda total, a, b: None)
+        yield
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Put a value in an attribute's place until the stack is left."""
+    if hasattr(owner, name):
+        stack.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As F.dropout, by the kernel that GPUs use; keeps one byte per element."""
+    if not training or p == 0.0:
+        return x
+    result: Tensor = torch.native_dropout(x, p, True)[0]
+    return result
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As F.scaled_dot_product_attention, with the allocations of its GPU kernels and no values.
+
+    Saves q, k, v, the output and N * H numbers; with a mask also that, in the dtype of q.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D); G divides H.
+        value: (B, G, S, E).
+        attn_mask: (B or 1, H or 1, T, S), boolean or to be added.
+        dropout_p: Allocates nothing: the kernels draw again in backward.
+        is_causal: Allocates nothing.
+        scale: Allocates nothing.
+        enable_gqa: Whether G may differ from H.
+
+    Returns:
+        (B, H, T, E).
+    """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attn_mask is not None and attn_mask.dtype != query.dtype:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    if attn_mask is not None or max(query.shape[-1], value.shape[-1]) > _MAX_FLASH_DIM:
+        repeats = query.shape[1] // key.shape[1]  # the other kernel has no groups
+        key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
+    result: Tensor = _Attention.apply(query, key, value, attn_mask)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = q.shape
+        # Stored as (B, T, H, E), like the rows that the projections give.
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+        log_sum_exp = q.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        batch, heads, length, dim = q.shape
+        rows, columns = _round_up(length, _FLASH_ROWS), _round_up(dim, _FLASH_COLUMNS)
+        accumulator = q.new_empty(batch, heads, rows, columns, dtype=torch.float32)
+        row_sums = q.new_empty(batch, heads, rows, dtype=torch.float32)
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        if k.shape[1] != heads:
+            # One gradient per head of q first, then their sums.
+            expanded = [x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v)]
+            del expanded
+        del accumulator, row_sums
+        return gq, gk, gv, None
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+class _NoKernel:
+    """Stands for a Triton kernel: launched on a grid, it allocates nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None

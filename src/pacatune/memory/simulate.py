@@ -1,0 +1,241 @@
+"""Runs the real training step of the real model on fake tensors, and measures what it holds."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from pacatune.memory.fake_model import Held, kept_aside, materialize
+from pacatune.memory.gpu_kernels import allocations_of_gpu
+from pacatune.memory.methods import adapt, quantize_
+from pacatune.memory.models import load_config, make_model
+from pacatune.memory.setting import Setting
+from pacatune.memory.tracker import CATEGORIES, Category, StorageTracker
+
+__all__ = ["FakeTraining", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one device holds in a training step, in bytes."""
+
+    peak_bytes: int
+    by_category: dict[Category, int]
+    """Parts of the peak."""
+    phase: str
+    """When the peak is: forward, backward or optimizer."""
+    saved_by_module: dict[str, int]
+    """What is kept for backward when the forward pass ends, by the kind of module that keeps it."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What is kept for backward when the forward pass ends."""
+        return sum(self.saved_by_module.values())
+
+
+class FakeTraining:
+    """A model ready for training steps of any batch and length, without weights.
+
+    Args:
+        setting: Everything but the batch and the length stays as it is here.
+
+    Raises:
+        ValueError: If the model, the method or the options do not exist together.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.notes = setting, list[str]()
+        config = load_config(setting.model)
+        model: Any = make_model(config, setting.model, setting.weight_dtype)
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if setting.quantization is not None:
+            quantize_(model, setting)
+        self.model = adapt(model, setting)
+        self.base: Any = model
+        self._enable_options()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake():
+            self.held: Held = materialize(self.model, setting)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._gathered = _gathered_bytes(self.model) if _shares_weights(setting) else 0
+
+    def max_rank(self) -> int:
+        """Return the most columns that every adapted layer has."""
+        return min(
+            int(cast(Any, module).in_features)
+            for module in self.model.modules()
+            if isinstance(module, BaseTunerLayer)
+        )
+
+    def _enable_options(self) -> None:
+        setting = self.setting
+        if setting.lean != "off":
+            self._enable_lean()
+        if setting.gradient_checkpointing:
+            checkpoint_blocks(self.base)
+        self.base.config.use_cache = False
+        self.model.train()
+
+    def _enable_lean(self) -> None:
+        try:
+            from pacatune import lean
+        except ImportError as error:
+            if self.setting.lean == "require":
+                raise ValueError(
+                    "`lean` ('require'): this version of pacatune has no lean layers; use 'auto' "
+                    "or 'off'."
+                ) from error
+            self.notes.append("this version of pacatune has no lean layers: estimated without.")
+        else:
+            cast(Any, lean).enable(self.base)
+
+    @contextmanager
+    def _fake(self) -> Iterator[None]:
+        with self._mode, allocations_of_gpu(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about values, of which there are none
+            yield
+
+    def step(self, batch_size: int, seq_len: int) -> Measured:
+        """Measure one optimiser step in the middle of training.
+
+        Args:
+            batch_size: Sequences per micro-batch.
+            seq_len: Tokens of each.
+
+        Raises:
+            ValueError: If what the model computes, or keeps, depends on values.
+        """
+        tracker = StorageTracker(_shares(self.setting))
+        try:
+            saved = self._run(tracker, batch_size, seq_len)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"model {self.setting.model}: {type(self.base).__name__} decides by values what it "
+                f"computes ({error}), as routers of experts do; its memory cannot be estimated."
+            ) from error
+        notes = [*self.notes]
+        if self._positions is not None and seq_len > self._positions:
+            notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
+        parts = {name: tracker.by_category.get(name, 0) for name in CATEGORIES}
+        categories = {name: number for name, number in parts.items() if number}
+        return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
+
+    def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
+        with self._fake(), tracker:
+            tracker.hold(self.held.weights, "weights")
+            tracker.hold(self.held.adapter, "adapter")
+            if self._gathered:
+                room = torch.empty(self._gathered, dtype=torch.uint8)
+                tracker.hold([room], "gathered")
+            optimizer = _warm_optimizer(self._trained, tracker)
+            tracker.hold(kept_aside(self.model), "adapter")
+            tracker.watch_gradients(self._trained)
+            tracker.reset_peak()
+            for _ in range(min(2, self.setting.gradient_accumulation)):
+                saved = self._micro_batch(tracker, batch_size, seq_len)
+            tracker.phase = "optimizer"
+            optimizer.step()
+            optimizer.zero_grad()
+        return saved
+
+    def _micro_batch(
+        self, tracker: StorageTracker, batch_size: int, seq_len: int
+    ) -> dict[str, int]:
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        tracker.phase = "forward"
+        with torch.autocast("cpu", dtype=self.setting.compute_dtype):
+            loss = self._loss(ids)
+        tracker.settle_activations(ids, loss)
+        saved = tracker.owned_by_module("activations")
+        tracker.phase = "backward"
+        loss.backward()
+        return saved
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        if self.setting.loss_kind == "logits":
+            loss: Tensor = self.base(input_ids=ids, labels=ids).loss
+            return loss
+        return _chunked_loss(self.base, ids)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let each block keep its inputs only."""
+    # Renamed within version 5 of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _chunked_loss(model: Any, ids: Tensor) -> Tensor:
+    """Compute the loss as TRL's SFTTrainer does: tiles of logits, never all of them."""
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+    except ImportError as error:
+        raise ValueError(
+            "`loss` ('chunked') needs a newer TRL; pip install -U trl, or estimate with 'logits'."
+        ) from error
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # A copy, like the selection of the learned positions there.
+    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).clone()
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    outputs = ("log_probs", "entropy", "is_top1")
+    arguments = (ids[:, 1:].reshape(-1), 1.0, chunk_size, softcap, 1.0, outputs)
+    log_probs: Tensor = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, *arguments)[0]
+    return -log_probs.sum() / len(log_probs)
+
+
+def _warm_optimizer(trained: list[nn.Parameter], tracker: StorageTracker) -> torch.optim.Optimizer:
+    """Return the optimiser with its state, as after the first step."""
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = (value for values in optimizer.state.values() for value in values.values())
+    tracker.hold((value for value in state if isinstance(value, Tensor)), "optimizer")
+    return optimizer
+
+
+def _shares_weights(setting: Setting) -> bool:
+    return setting.sharding in ("zero3", "fsdp2")
+
+
+def _shares(setting: Setting) -> dict[Category, float]:
+    shared: dict[str, tuple[Category, ...]] = {
+        "none": (),
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+        "zero3": ("optimizer", "gradients", "weights", "adapter"),
+        "fsdp2": ("optimizer", "gradients", "weights", "adapter"),
+    }
+    return dict.fromkeys(shared[setting.sharding], 1 / setting.num_gpus)
+
+
+def _gathered_bytes(model: nn.Module) -> int:
+    """Return what is gathered at once where weights are sharded.
+
+    Two blocks, the running one and the one fetched ahead, and what is outside of the blocks.
+    """
+    blocks = [
+        _num_bytes(block)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+    return _num_bytes(model) - sum(blocks) + 2 * max(blocks)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
