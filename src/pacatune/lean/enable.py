@@ -19,6 +19,9 @@ class LeanReport:
 
     made: dict[str, list[str]] = field(default_factory=dict)
     """Kind (`gated_mlp`, `norm`, `attention`, `loss`) -> names of the modules that are lean."""
+    already: dict[str, list[str]] = field(default_factory=dict)
+    """Kind -> names of the modules that keep no more than they must as they are: torch's LayerNorm
+    keeps its input as it came and two numbers per row."""
     left: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> names of the modules that keep more than they must."""
 
@@ -27,12 +30,17 @@ class LeanReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        made = ", ".join(f"{len(names)} x {kind}" for kind, names in self.made.items())
-        lines = [f"lean: {made or 'nothing'}"]
+        lines = [f"lean: {_counts(self.made) or 'nothing'}"]
+        if self.already:
+            lines.append(f"lean as they are: {_counts(self.already)}")
         for reason, names in self.left.items():
             more = f" and {len(names) - 1} more" if names[1:] else ""
             lines.append(f"not lean: {names[0]}{more}: {reason}")
         return "\n".join(lines)
+
+
+def _counts(kinds: dict[str, list[str]]) -> str:
+    return ", ".join(f"{len(names)} x {kind}" for kind, names in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class _Plan:
     lean_class: type[LeanModule] | None = None
     settings: Any = None
     reason: str = ""
+    is_lean_already: bool = False
 
 
 def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
@@ -55,7 +64,7 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
     Args:
         model: Any model; changed in place, until `disable`.
         mode: "auto" makes lean what can be; "require" refuses a model in which something else
-            keeps more than it must, or in which there is nothing to do.
+            keeps more than it must, or of which nothing is known.
 
     Returns:
         What was made lean and what was not.
@@ -74,13 +83,15 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
     plans: list[tuple[nn.Module, _Plan]] = []
     for name, module in model.named_modules():
         for plan in _plans(module):
-            if plan.lean_class is None:
+            if plan.is_lean_already:
+                report.already.setdefault(plan.kind, []).append(name)
+            elif plan.lean_class is None:
                 report.left.setdefault(plan.reason, []).append(name)
             else:
                 report.made.setdefault(plan.kind, []).append(name)
                 plans.append((module, plan))
     _add_losses(model, report, plans)
-    if mode == "require" and (report.left or not report.made):
+    if mode == "require" and (report.left or not (report.made or report.already)):
         raise ValueError(f"`mode` is 'require', but this model cannot be all lean.\n{report}")
     for module, plan in plans:
         assert plan.lean_class is not None
@@ -108,13 +119,14 @@ def _plans(module: nn.Module) -> Iterator[_Plan]:
     for find in (_plan_gated, _plan_norm, _plan_attention, _plan_experts):
         plan = find(module)
         if plan is not None:
-            yield plan if plan.lean_class is None else _unless_replaced(module, plan)
+            yield plan
 
 
-def _unless_replaced(module: nn.Module, plan: _Plan) -> _Plan:
-    if "forward" in vars(module):
-        return _Plan(plan.kind, reason=f"its forward was replaced by {_source(module)}")
-    return plan
+def _replaced(module: nn.Module, kind: str) -> _Plan | None:
+    """Say why a module is left alone that has a forward of its own (offloading, patches)."""
+    if "forward" not in vars(module):
+        return None
+    return _Plan(kind, reason=f"its forward was replaced by {_source(module)}")
 
 
 def _source(module: nn.Module) -> str:
@@ -127,22 +139,25 @@ def _plan_gated(module: nn.Module) -> _Plan | None:
     if not probe.looks_like_gated(module):
         return None
     names = probe.find_gated(module)
-    if names is None:
-        what = f"{type(module).__name__} is not down(act(gate(x)) * up(x)) with a known activation"
-        return _Plan("gated_mlp", reason=what)
-    return _Plan("gated_mlp", LeanGatedMLP, names)
+    what = f"{type(module).__name__} is not down(act(gate(x)) * up(x)) with a known activation"
+    found = _Plan("gated_mlp", reason=what)
+    if names is not None:
+        found = _Plan("gated_mlp", LeanGatedMLP, names)
+    return _replaced(module, "gated_mlp") or found
 
 
 def _plan_norm(module: nn.Module) -> _Plan | None:
     if isinstance(module, LeanNorm):
         return _Plan("norm", LeanNorm)
-    # torch's LayerNorm keeps its input as it came, and two numbers per row.
-    if not probe.looks_like_norm(module) or type(module).forward is nn.LayerNorm.forward:
+    if type(module).forward is nn.LayerNorm.forward:
+        return _Plan("norm", is_lean_already=True)
+    if not probe.looks_like_norm(module):
         return None
     norm = probe.find_norm(module)
-    if norm is None:
-        return _Plan("norm", reason=f"{type(module).__name__} is no RMSNorm or LayerNorm we know")
-    return _Plan("norm", LeanNorm, norm)
+    found = _Plan("norm", reason=f"{type(module).__name__} is no RMSNorm or LayerNorm we know")
+    if norm is not None:
+        found = _Plan("norm", LeanNorm, norm)
+    return _replaced(module, "norm") or found
 
 
 def _plan_attention(module: nn.Module) -> _Plan | None:

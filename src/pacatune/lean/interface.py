@@ -32,16 +32,24 @@ def find_registry() -> Any:
 def install(attention: nn.Module) -> None:
     """Serve a lean module."""
     registry = find_registry()
-    _attentions.add(attention)
+    if attention not in _attentions:
+        _attentions.add(attention)
+        weakref.finalize(attention, _leave).atexit = False
     if not isinstance(registry[ATTENTION], _Dispatch):
         registry[ATTENTION] = _Dispatch(registry[ATTENTION])
 
 
 def uninstall(attention: nn.Module) -> None:
     """Serve a module no longer; leave the registry when nobody is left."""
-    registry = find_registry()
     _attentions.discard(attention)
-    if registry is None or _attentions or not isinstance(registry[ATTENTION], _Dispatch):
+    _leave()
+
+
+def _leave() -> None:
+    """Restore the registry unless a lean module is alive; the set may not know that one died."""
+    registry = find_registry()
+    is_needed = any(True for _ in _attentions)
+    if registry is None or is_needed or not isinstance(registry[ATTENTION], _Dispatch):
         return
     plain = registry[ATTENTION].plain
     del registry[ATTENTION]

@@ -126,11 +126,11 @@ class LeanHead(LeanModule):
         """Return logits (..., V), or what stands for them."""
         weight = self.weight
         if (
-            not _wants_loss.get()
+            is_traced()
+            or not _wants_loss.get()
             or not torch.is_grad_enabled()
             or not (x.requires_grad or weight.requires_grad)
             or x.dim() < 2
-            or is_traced()
             # The weight may be there during the call only: sharded, offloaded.
             or self._forward_hooks
             or self._forward_pre_hooks

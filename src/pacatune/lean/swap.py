@@ -25,9 +25,11 @@ class LeanModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        function, arguments, *rest = reduced
-        plain = tuple(a.plain_class if _is_lean_class(a) else a for a in arguments)
-        return (function, plain, *rest)
+        return (_new, (_plain(type(self)),), *reduced[2:])
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
 
 
 def make_lean(module: nn.Module, kind: type[LeanModule], settings: Any = None) -> None:
