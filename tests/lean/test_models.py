@@ -54,7 +54,9 @@ def test_report(name):
         assert len(places) == 2
         assert f"not lean: {places[0]} and 1 more: {reason}" in str(report)
         lean.disable(model)
-        with pytest.raises(ValueError, match="`mode` is 'require', but this model cannot be all"):
+        with pytest.raises(
+            ValueError, match="this model cannot be all lean, which 'require' asks for"
+        ):
             lean.enable(model, mode="require")
         assert not lean_classes(model)
     else:

@@ -92,7 +92,10 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
                 plans.append((module, plan))
     _add_losses(model, report, plans)
     if mode == "require" and (report.left or not (report.made or report.already)):
-        raise ValueError(f"`mode` is 'require', but this model cannot be all lean.\n{report}")
+        raise ValueError(
+            "this model cannot be all lean, which 'require' asks for; 'auto' would do what can be "
+            f"done.\n{report}"
+        )
     for module, plan in plans:
         assert plan.lean_class is not None
         if not is_lean(module):
@@ -130,7 +133,12 @@ def _replaced(module: nn.Module, kind: str) -> _Plan | None:
 
 
 def _source(module: nn.Module) -> str:
-    return getattr(vars(module)["forward"], "__module__", None) or "somebody"
+    """Return the package whose function stands in place of a module's forward."""
+    function = vars(module)["forward"]
+    function = getattr(function, "func", function)  # of a partial
+    function = getattr(function, "__func__", function)  # of a method
+    name = getattr(function, "__globals__", {}).get("__name__", "")
+    return name.partition(".")[0] or "somebody"
 
 
 def _plan_gated(module: nn.Module) -> _Plan | None:
@@ -209,7 +217,7 @@ def _add_losses(model: nn.Module, report: LeanReport, plans: list[tuple[nn.Modul
             plans.append((module, _Plan("loss", LeanModel)))
             plans += ((layer, _Plan("loss", LeanHead)) for layer in layers)
             continue
-        if "trl" not in reason:  # TRL's head is chunked as well
+        if not reason.startswith("trl "):  # TRL's head is chunked as well
             report.left.setdefault(reason, []).append(name)
 
 
