@@ -225,6 +225,44 @@ def test_an_adapter_that_comes_later(batch):
     assert_equal_results(ours, gradients(later, batch)[0])
 
 
+def test_a_loss_function_of_ones_own_gets_a_tensor(batch):
+    model = build("Llama")
+    lean.enable(model)
+    found = []
+
+    def loss_function(logits, labels, **kwargs):
+        found.append(logits)
+        return logits.float().mean()
+
+    model.loss_function = loss_function
+    model(**batch).loss.backward()
+    assert isinstance(found[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("is_bias_trained", [True, False])
+def test_attention_with_a_bias(is_bias_trained):
+    """A bias that is learned gets its gradient; one that is not changes nothing."""
+    model = build("Llama")
+    attention = model.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 4, 6, 6, generator=generator).requires_grad_(is_bias_trained)
+    results = []
+    for is_lean in (False, True):
+        if is_lean:
+            lean.enable(model)
+        query, key, value = (
+            torch.randn(2, heads, 6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+        inputs = [query, key, value, *([bias] if is_bias_trained else [])]
+        apply = find_registry()["sdpa"]
+        y, _ = apply(attention, query, key, value, mask, position_bias=bias, scaling=0.3)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_head_with_hooks_is_called_as_it_was(batch):
     model = adapted()
     lean.enable(model)

@@ -82,6 +82,7 @@ class _Dispatch:
             or is_traced()
             or _shares_heads(query, key, value, attention_mask)
             or not (query.requires_grad or key.requires_grad or value.requires_grad)
+            or _is_trained(attention_mask, *kwargs.values())
         ):
             return self.plain(module, query, key, value, attention_mask, **kwargs)
         mask = additive_mask(attention_mask, query)
@@ -99,6 +100,11 @@ def _shares_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     if query.shape[1] == key.shape[1] or query.shape[2] == 1:
         return True
     return mask is None and key.shape[-1] == value.shape[-1] <= 256
+
+
+def _is_trained(*values: Any) -> bool:
+    """Whether something beside query, key and value needs a gradient (learned biases)."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 class _Ungrouped:

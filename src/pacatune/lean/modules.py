@@ -101,10 +101,16 @@ class LeanModel(LeanModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; tell its head if there are labels."""
-        if kwargs.get("labels") is None or not self.training or is_traced():
+        if is_traced() or kwargs.get("labels") is None or not self.training or _has_own_loss(self):
             return super().forward(*args, **kwargs)
         with _loss_wanted():
             return super().forward(*args, **kwargs)
+
+
+def _has_own_loss(model: nn.Module) -> bool:
+    """Whether somebody gave the model a loss function, which may want a tensor."""
+    function = vars(model).get("_loss_function")
+    return function is not None and not str(function.__module__).startswith("transformers.")
 
 
 @contextmanager
