@@ -24,6 +24,7 @@ class Shape:
     intermediate_size: int = 1408
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
+    num_key_value_heads: int | None = None  # as many as attention heads
     vocab_size: int = 1024
 
 

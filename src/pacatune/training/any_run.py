@@ -26,6 +26,10 @@ class AnyRun(Protocol):
         """The arguments of the trainer, of a class that begins with `SharedDefaults`."""
 
     @property
+    def lean(self) -> str:
+        """Whether modules keep less for backward: auto, off or require."""
+
+    @property
     def early_stopping_patience(self) -> int | None:
         """After how many evaluations without progress to stop."""
 

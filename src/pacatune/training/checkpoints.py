@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from pacatune.lean import LeanReport
 from pacatune.memory import SavedBytes
 from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
 from pacatune.training.progress import Meter
@@ -26,6 +27,7 @@ class WholeCheckpoints:
         self._meter = meter
         self._staging: Path | None = None
         self.saved_activation_bytes: int | None = None
+        self.lean_report: LeanReport | None = None
         super().__init__(**kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -188,6 +188,10 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Every option of TRL's SFTConfig."""
 
+    lean: Literal["auto", "off", "require"] = "auto"
+    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
+    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best adapter."""
 

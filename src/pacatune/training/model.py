@@ -179,10 +179,24 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
         for name, module in wrapped.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer):
                 targets[name] = f"{module.in_features} -> {module.out_features}"
+    require_lean(config.lean, model)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     text_config = model_config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     return Plan(targets, num_trainable, num_parameters, positions)
+
+
+def require_lean(mode: str, model: nn.Module) -> None:
+    """Refuse a model, weights or not, that keeps more for backward than `require` allows.
+
+    Raises:
+        ValueError: Says what cannot be made lean, and why.
+    """
+    from pacatune import lean
+
+    if mode == "require":
+        lean.enable(model, mode)
+        lean.disable(model)
 
 
 def load_model(config: RunConfig) -> "PreTrainedModel":

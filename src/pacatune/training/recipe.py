@@ -29,6 +29,7 @@ from pacatune.training.running import (
     add_callbacks,
     adjusted_arguments,
     items_per_second,
+    make_lean,
     measured,
     open_folder,
     run_trainer,
@@ -116,6 +117,7 @@ def _make_trainer(
         peft_config=copy.deepcopy(run.adapter_config),
         callbacks=[meter, TrainedOn(digest, arguments.world_size)],
     )
+    make_lean(trainer, config, console)
     add_callbacks(trainer, config, checkpoint, meter, console)
     return trainer
 

@@ -31,6 +31,8 @@ class RunReport:
     peak_memory_bytes: int
     saved_activation_bytes: int | None
     """Kept for backward by the first micro-batch, weights aside; None where they are sharded."""
+    lean: dict[str, Any] | None = None
+    """What was made lean (`made`), was already, and was `left`, with reasons; None: `lean` off."""
     seed: int
     versions: dict[str, str]
     targets: list[str]
@@ -72,6 +74,7 @@ class RunReport:
             self.speed(),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
+            ("lean activations", _lean(self.lean)),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
             ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),
@@ -142,6 +145,14 @@ def versions() -> dict[str, str]:
 
     packages = ("pacatune", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _lean(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "off"
+    made = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
+    left = "; ".join(f"not {names[0]}: {reason}" for reason, names in report["left"].items())
+    return "; ".join(filter(None, [made or "nothing to make lean", left]))
 
 
 def _loss(value: float | None) -> str:

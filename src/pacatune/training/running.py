@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from pacatune import lean
 from pacatune.training.any_run import AnyRun
 from pacatune.training.checkpoints import LogBeforeSave
 from pacatune.training.config_file import CONFIG_NAME, save_config
@@ -58,6 +59,18 @@ def add_callbacks(
     for name, value in saved.get("attributes", {}).items():
         setattr(callback, name, value)
     trainer.add_callback(callback)
+
+
+def make_lean(trainer: Any, config: AnyRun, console: Console) -> None:
+    """Let the trainer's model keep less for backward, if asked for, and say what could not be.
+
+    Raises:
+        ValueError: If `config.lean` is "require" and something could not be.
+    """
+    if config.lean == "off":
+        return
+    trainer.lean_report = lean.enable(trainer.model, config.lean)
+    console.print(str(trainer.lean_report), soft_wrap=True, highlight=False)
 
 
 def open_folder(config: AnyRun, folder: Path, checkpoint: Path | None, console: Console) -> None:
@@ -135,6 +148,7 @@ def measured(config: AnyRun, trainer: Any) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "peak_memory_kind": peak_kind,
         "saved_activation_bytes": trainer.saved_activation_bytes,
+        "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "seed": config.training.seed,
         "versions": versions(),
         "method": config.method,

@@ -131,6 +131,10 @@ class ImageRunConfig:
     training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
     """Every option of transformers' TrainingArguments."""
 
+    lean: Literal["auto", "off", "require"] = "auto"
+    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
+    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pacatune.training.model import Plan, count_trainable
+from pacatune.training.model import Plan, count_trainable, require_lean
 from pacatune.vision.base import ImageBase
 from pacatune.vision.config import ImageRunConfig
 from pacatune.vision.parts import find_batch_norms, find_heads, reset_heads
@@ -65,6 +65,7 @@ def plan_training(
     model = base.empty_model()
     num_parameters = sum(p.numel() for p in model.parameters())
     trained = make_trainable(model, config, adapter_config)
+    require_lean(config.lean, trained)
     targets = {
         name: f"{module.in_features} -> {module.out_features}"
         for name, module in model.named_modules()

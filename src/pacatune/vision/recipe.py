@@ -28,6 +28,7 @@ from pacatune.training.running import (
     add_callbacks,
     adjusted_arguments,
     items_per_second,
+    make_lean,
     measured,
     open_folder,
     run_trainer,
@@ -179,6 +180,7 @@ def _make_trainer(
             NewEpoch(run.train),
         ],
     )
+    make_lean(trainer, config, console)
     add_callbacks(trainer, config, checkpoint, meter, console)
     return trainer
 

@@ -1,0 +1,245 @@
+"""Count what lean activations keep, and time training steps with and without them.
+
+    python -m benchmarks.lean                  writes benchmarks/results/lean.json
+
+Counts are exact and depend on no clock: bytes that one decoder layer of the size of LLaMA3-8B's
+keeps for backward, per token, in units of one byte per hidden channel (a vector of hidden size is
+2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one, with and
+without padding in the batch. The command fails if a lean PaCA keeps a byte more than its formula.
+DoRA is counted only where `--methods` names it: it keeps weights too, which no token count divides.
+Times are of whole steps of a smaller model of the same proportions, lean on and off alternating.
+"""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.counts import SavedByLayer
+from benchmarks.llama import Shape, make_batch, make_model, make_step
+from benchmarks.methods import OURS, adapt, all_methods
+from benchmarks.record import DTYPES, Noise, arguments, prepare, provenance, write
+from benchmarks.timing import alternate, compare, summarize
+from pacatune import lean
+
+COUNTED = ("full", "lora", "lora_dropout", OURS)
+# PEFT's default is float32, for which LoRA keeps a float32 copy of each input.
+ADAPTERS = {OURS: ("float32",), "lora": ("bfloat16", "float32")}
+TIMED = (OURS, "lora")
+TOKENS = (512, 2048)
+MAX_UNITS, MAX_RATIO = 23.5, 1.02
+# Of LLaMA3-8B; a vocabulary as large would only cost time here.
+LAYER = Shape(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=1024,
+)
+SMALL = Shape(intermediate_size=1792, num_key_value_heads=2, vocab_size=4096)
+
+
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = arguments(__doc__, seconds=40.0)
+    parser.add_argument(
+        "--scale", type=int, default=1, help="counts are of a layer that is so many times smaller"
+    )
+    parser.add_argument("--no-times", action="store_true", help="count only")
+    args = parser.parse_args(options)
+    if args.scale < 1 or LAYER.num_key_value_heads % args.scale:
+        parser.error(f"--scale ({args.scale}) must divide the {LAYER.num_key_value_heads} KV heads")
+    args.tokens = args.tokens or list(TOKENS)
+    return args
+
+
+def count(
+    method: str, adapters: str, is_lean: bool, is_padded: bool, shape: Shape, seed: int
+) -> dict[str, Any]:
+    """Return what one layer keeps per token, in units, by kind of module; adapters in a dtype."""
+    batch = make_batch(_NUM_COUNTED, shape.vocab_size, seed)
+    units: dict[str, float] = {}
+    for num_layers, sign in ((2, 1), (1, -1)):
+        shape = dataclasses.replace(shape, num_hidden_layers=num_layers)
+        model = make_model(shape, torch.bfloat16, seed)
+        model = adapt(model, method, targets="all-linear", seed=seed).model
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(DTYPES[adapters])
+        if is_lean:
+            lean.enable(model, mode="require")
+        for kind, num_bytes in kept(model, batch, is_padded).items():
+            share = sign * num_bytes / batch.numel() / shape.hidden_size
+            units[kind] = units.get(kind, 0.0) + share
+    row = {"method": method, "adapters": adapters, "is_lean": is_lean, "is_padded": is_padded}
+    return {**row, "units": sum(units.values()), "units_by_module": units}
+
+
+_NUM_COUNTED = 256
+
+
+def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
+    """Return the bytes that a forward pass keeps, by kind of module; `others` are between them."""
+    kinds = {"mlp": "mlp", "self_attn": "attention", "norm": "norms"}
+    layers = {
+        module: kind
+        for name, module in model.named_modules()
+        for end, kind in kinds.items()
+        if name.rpartition(".")[2].endswith(end)
+    }
+    mask = torch.ones_like(batch)
+    if is_padded:
+        mask[:, -3:] = 0
+    with SavedByLayer(model, layers) as saved:
+        loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
+    del loss
+    kept = saved.num_bytes_by_kind
+    return {**kept, "others": saved.num_bytes - sum(kept.values())}
+
+
+def formula_units(shape: Shape, rank: int = 8) -> float:
+    """Return what a lean PaCA layer keeps without padding: gate, up; norms; q, k, v, y; columns."""
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    kv = hidden // heads * shape.num_key_value_heads
+    elements = 2 * shape.intermediate_size + 2 * hidden + 2 * hidden + 2 * kv + 6 * rank
+    return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
+
+
+def check(rows: list[dict[str, Any]], shape: Shape) -> None:
+    """Refuse a lean PaCA that keeps more, or less, than its formula.
+
+    Raises:
+        RuntimeError: Names both numbers.
+    """
+    for row in rows:
+        if row["method"] == OURS and row["is_lean"] and not row["is_padded"]:
+            formula = formula_units(shape)
+            if abs(row["units"] - formula) > 1e-6:
+                raise RuntimeError(
+                    f"lean paca keeps {row['units']} units per token and layer; its formula gives "
+                    f"{formula}, so something else is saved."
+                )
+
+
+def measure(
+    tokens: int, dtype: str, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time steps with lean on and off; return a row for each and a ratio per method."""
+    setting = {"setting": f"{tokens} tokens, {dtype}", "num_tokens": tokens, "dtype": dtype}
+    batch = make_batch(tokens, SMALL.vocab_size, args.seed)
+    steps = {}
+    for method in args.methods or TIMED:
+        for is_lean in (False, True):
+            model = make_model(SMALL, DTYPES[dtype], args.seed)
+            contender = adapt(model, method, targets="all-linear", seed=args.seed)
+            if is_lean:
+                lean.enable(contender.model, mode="require")
+            steps[method, is_lean] = make_step(contender, batch, 1)
+    noise = Noise()
+    times: Any = alternate(
+        steps,  # type: ignore[arg-type]
+        seconds=args.seconds,
+        min_rounds=args.min_rounds,
+        num_warmup=args.warmup,
+    )
+    surroundings = noise.to_dict()
+    rows = [
+        {
+            **setting,
+            "method": method,
+            "is_lean": is_lean,
+            **summarize([1e3 * second for second in seconds], "step_ms"),
+            "num_rounds": len(seconds),
+            **surroundings,
+        }
+        for (method, is_lean), seconds in times.items()
+    ]
+    ratios = []
+    for method in args.methods or TIMED:
+        ratio = compare(times[method, True], times[method, False], seed=args.seed)
+        verdict = {"target": MAX_RATIO, "is_reached": ratio["ratio"] <= MAX_RATIO}
+        ratios.append({**setting, "method": method, **ratio, **verdict})
+    return rows, ratios
+
+
+def units_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the counts as a Markdown table."""
+    table = Table("method", "adapters", "padding", "lean", box=box.MARKDOWN)
+    kinds = list(rows[0]["units_by_module"])
+    for title in ("units", *kinds):
+        table.add_column(title, justify="right")
+    for row in rows:
+        numbers = [row["units"], *(row["units_by_module"][kind] for kind in kinds)]
+        flags = ("yes" if row[name] else "no" for name in ("is_padded", "is_lean"))
+        table.add_row(
+            row["method"], row["adapters"], *flags, *(f"{number:.2f}" for number in numbers)
+        )
+    return table
+
+
+def times_table(ratios: list[dict[str, Any]]) -> Table:
+    """Return the ratios of step times as a Markdown table."""
+    table = Table("setting", "method", "lean / not", "95 %", "of minima", box=box.MARKDOWN)
+    for ratio in ratios:
+        table.add_row(
+            ratio["setting"],
+            ratio["method"],
+            f"{ratio['ratio']:.3f}",
+            f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+            f"{ratio['ratio_of_minima']:.3f}",
+        )
+    return table
+
+
+def main(options: list[str] | None = None) -> None:
+    """Count, time, write the result, print the tables."""
+    args = parse(options)
+    prepare(args)
+    console = Console(highlight=False, width=120)
+    result = provenance("benchmarks.lean", args, options)
+    sizes = dataclasses.asdict(LAYER)
+    shape = Shape(
+        **{n: v if n == "vocab_size" else max(1, v // args.scale) for n, v in sizes.items()}
+    )
+    counts = []
+    for method in args.methods or COUNTED:
+        console.print(f"counting {method} ...")
+        counts += [
+            count(method, adapters, is_lean, is_padded, shape, args.seed)
+            for adapters in ADAPTERS.get(method, ("bfloat16",))
+            for is_padded in (False, True)
+            for is_lean in (False, True)
+        ]
+    check(counts, shape)
+    rows, ratios = [], []
+    settings = [(n, dtype) for n in args.tokens for dtype in args.dtypes]
+    for tokens, dtype in [] if args.no_times else settings:
+        console.print(f"measuring {tokens} tokens, {dtype} ...")
+        more_rows, more_ratios = measure(tokens, dtype, args)
+        rows += more_rows
+        ratios += more_ratios
+    names = dict.fromkeys([*(args.methods or COUNTED), *(args.methods or TIMED)])
+    result |= {
+        "unit": "bytes per token, layer and hidden channel",
+        "layer": dataclasses.asdict(shape),
+        "shape": dataclasses.asdict(SMALL),
+        "methods": {name: all_methods()[name] for name in names},
+        "max_units": MAX_UNITS,
+        "counts": counts,
+        "rows": rows,
+        "ratios": ratios,
+    }
+    path = write(result, args.output, "lean")
+    console.print(units_table(counts))
+    console.print(times_table(ratios))
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

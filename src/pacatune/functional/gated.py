@@ -1,0 +1,122 @@
+"""A gated product and the PaCA layer that follows it, in one: nothing of the product is kept.
+
+    h = act(gate) * up        y = h W'^T + b        d(delta) = scaling * dy^T h[..., indices]
+
+h is needed for the gradient of delta only, and of it R columns, which two columns each of gate and
+up give again. Kept is what the product keeps anyway: gate and up, 2 I elements per token.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pacatune.functional.linear import grad_delta, owned
+
+__all__ = ["Elementwise", "apply_paca_gated"]
+
+
+class Elementwise(Protocol):
+    """An activation: `pacatune.lean.activation.Activation` is one."""
+
+    @property
+    def value(self) -> Callable[[Tensor], Tensor]:
+        """Activation x -> act(x)."""
+
+    @property
+    def gradient(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Gradient of act(x), and x -> gradient of x."""
+
+
+class _PacaGated(torch.autograd.Function):
+    """See `apply_paca_gated`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        indices: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        is_resident: bool,
+        look_again: Callable[[], bool],
+        activation: Elementwise,
+    ) -> Tensor:
+        ctx.call = scaling, is_resident, look_again, activation
+        ctx.save_for_backward(gate, up, weight, delta, indices)
+        h = activation.value(gate).mul_(up)
+        y = owned(F.linear(h, weight, bias))
+        if not is_resident:
+            h_NR = h.index_select(-1, indices).to(y.dtype).view(-1, len(indices))
+            y.view(-1, len(delta)).addmm_(h_NR, delta.to(y.dtype).t(), alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A lean MLP has no second derivative; call `pacatune.lean.disable(model)` before "
+                "`create_graph=True`."
+            )
+        needs_gate, needs_up, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
+        gate, up, weight_OI, delta_OR, indices_R = ctx.saved_tensors
+        scaling, is_resident, look_again, activation = ctx.call
+        gy_NO = gy.reshape(-1, gy.shape[-1])
+        ggate = gup = gdelta = None
+        if needs_delta:
+            gate_R, up_R = (x.index_select(-1, indices_R) for x in (gate, up))
+            h_NR = activation.value(gate_R).mul_(up_R).view(-1, len(indices_R))
+            gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype)
+        if needs_gate or needs_up:
+            is_resident = look_again()
+            gh_NI = gy_NO.mm(weight_OI.to(gy.dtype))
+            if not is_resident:
+                columns_NR = gy_NO.mm(delta_OR.to(gy.dtype))
+                gh_NI.index_add_(1, indices_R, columns_NR, alpha=scaling)
+            gh = gh_NI.view(gate.shape)
+            ggate = activation.gradient(gh * up, gate) if needs_gate else None
+            gup = activation.value(gate).mul_(gh) if needs_up else None
+        gbias = gy_NO.sum(0) if needs_bias else None
+        return ggate, gup, None, gdelta, None, None, gbias, None, None, None
+
+
+def apply_paca_gated(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    is_resident: bool,
+    look_again: Callable[[], bool],
+    activation: Elementwise,
+) -> Tensor:
+    """Apply a PaCA layer to act(gate) * up.
+
+    Saves gate, up, and references to the weight, delta and indices. Costs in the backward pass, by
+    comparison with the layer and the product apart, act on R columns once more.
+
+    Args:
+        gate: (..., I) in the dtype that the layer computes in.
+        up: (..., I) in the same dtype.
+        weight: (O, I) frozen; holds the adapted columns where `is_resident`.
+        delta: (O, R) trained.
+        indices: (R,) int64.
+        scaling: alpha / R.
+        bias: (O,) or None.
+        is_resident: Whether `weight` holds the adapted columns now.
+        look_again: Called in the backward pass before `weight` is read; says it for then.
+        activation: act.
+
+    Returns:
+        (..., O).
+    """
+    return _PacaGated.apply(  # type: ignore[no-any-return]
+        gate, up, weight, delta, indices, scaling, bias, is_resident, look_again, activation
+    )

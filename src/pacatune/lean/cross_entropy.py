@@ -1,0 +1,198 @@
+"""Cross-entropy of a linear map without its (N, V) output, which is the largest tensor of all.
+
+Plain autograd keeps the logits in the model's dtype, in float32, and their log-softmax: ten bytes
+per token and word in bfloat16. Here rows are taken in chunks: logits, loss and the gradients of
+this chunk, in that order, and the logits are gone. Backward multiplies by one number. Rows that the
+loss ignores are left out, which plain cross-entropy multiplies all the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from pacatune.lean.tracing import refuse_second_derivative
+
+__all__ = ["linear_cross_entropy"]
+
+Transform = Callable[[Tensor], Tensor]
+
+# Logits per chunk: 128 MiB in float32, and a few times as much while its gradient is computed.
+_MAX_LOGITS = 2**25
+_MIN_ROWS = 64
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    transform: Transform | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Return F.cross_entropy(transform(x weight^T + bias), target), never holding all logits.
+
+    Forward   for chunks of rows: logits, loss, and dx, d(weight), d(bias) of them
+    Backward  multiplies these by the gradient of the loss
+    Saves dx of the rows that count, and for a trained weight its gradient in float32.
+
+    Args:
+        x: (N, I) rows.
+        weight: (V, I) of the head, frozen or trained.
+        target: (N,) int64 in [0, V), or `ignore_index`.
+        bias: (V,) or None.
+        ignore_index: Target of rows that are left out.
+        reduction: "mean" over the rows that count, or "sum".
+        label_smoothing: As in F.cross_entropy.
+        transform: What happens to logits before the loss, elementwise and without parameters: a
+            cast to float32, a soft cap.
+        chunk_rows: Rows per chunk; by default so many that a chunk has 2^25 logits.
+
+    Returns:
+        A number in the dtype of the transformed logits.
+
+    Raises:
+        ValueError: If a shape, `reduction` or `chunk_rows` is not as above.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` must be (N, I) and `weight` (V, I), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}."
+        )
+    if target.shape != x.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"`target` must be (N={len(x)},) int64, got {tuple(target.shape)} of {target.dtype}."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` ({reduction!r}) must be 'mean' or 'sum'.")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"`chunk_rows` ({chunk_rows}) must be at least 1.")
+    rows = chunk_rows or max(_MIN_ROWS, _MAX_LOGITS // len(weight))
+    device_type, dtype = x.device.type, None
+    if torch.is_autocast_enabled(device_type) and x.itemsize < 8:
+        dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
+            x, weight, bias, target,
+            (ignore_index, reduction, label_smoothing, transform, rows, dtype),
+        )  # fmt: skip
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Any
+    ) -> Tensor:
+        ignore_index, reduction, label_smoothing, transform, rows, dtype = call
+        ctx.inputs = x.shape, x.dtype, weight.dtype, None if bias is None else bias.dtype
+        places = (target != ignore_index).nonzero().squeeze(1)
+        chunks = _Chunks(x, weight, bias, ctx.needs_input_grad, dtype)
+        for of_chunk in places.split(rows):
+            chunks.add(of_chunk, target, label_smoothing, transform)
+        loss = chunks.loss(transform)
+        ctx.num_counted = len(places) if reduction == "mean" else 1
+        ctx.is_whole = len(places) == len(x)
+        ctx.save_for_backward(places, *chunks.gradients())
+        return loss / len(places) if reduction == "mean" else loss
+
+    @staticmethod
+    def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy")
+        places, gx, gweight, gbias = ctx.saved_tensors
+        shape, *dtypes = ctx.inputs
+        factor = gloss / ctx.num_counted if ctx.num_counted else gloss * 0
+        gx, gweight, gbias = (
+            None if g is None else (g * factor).to(dtype)
+            for g, dtype in zip((gx, gweight, gbias), dtypes, strict=True)
+        )
+        if gx is not None and not ctx.is_whole:
+            gx = gx.new_zeros(shape).index_copy_(0, places, gx)
+        return gx, gweight, gbias, None, None
+
+
+def _same(x: Tensor) -> Tensor:
+    """Give back what was kept: the graph of a chunk is no concern of hooks around the loss."""
+    return x
+
+
+class _Chunks:
+    """Sums up loss and gradients over chunks of rows."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: tuple[bool, ...],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._x, self._is_autocast = x, dtype is not None
+        self._dtype = dtype or x.dtype
+        self._weight = weight.to(self._dtype)
+        self._bias = None if bias is None else bias.to(self._dtype)
+        self._needs_x, self._needs_weight, self._needs_bias, *_ = needed
+        self._losses: list[Tensor] = []
+        self._gx: list[Tensor] = []
+        self._gweight = self._sum_like(weight) if self._needs_weight else None
+        self._gbias = self._sum_like(bias) if self._needs_bias else None
+
+    @staticmethod
+    def _sum_like(parameter: Tensor | None) -> Tensor:
+        assert parameter is not None
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return torch.zeros_like(parameter, dtype=wide)
+
+    def add(
+        self, places: Tensor, target: Tensor, label_smoothing: float, transform: Transform | None
+    ) -> None:
+        """Compute the rows at `places`, (C,)."""
+        x = self._x if len(places) == len(self._x) else self._x.index_select(0, places)
+        x = x.to(self._dtype)
+        logits = F.linear(x, self._weight, self._bias)
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, _same):
+            logits.requires_grad_(self._needs_x or self._needs_weight or self._needs_bias)
+            loss = F.cross_entropy(
+                self._transformed(logits, transform),
+                target.index_select(0, places),
+                reduction="sum",
+                label_smoothing=label_smoothing,
+            )
+        self._losses.append(loss.detach())
+        if not logits.requires_grad:
+            return
+        (glogits,) = torch.autograd.grad(loss, logits)
+        if self._needs_x:
+            self._gx.append(glogits.mm(self._weight))
+        if self._gweight is not None:
+            self._gweight += glogits.t().mm(x)
+        if self._gbias is not None:
+            self._gbias += glogits.sum(0)
+
+    def _transformed(self, logits: Tensor, transform: Transform | None) -> Tensor:
+        logits = logits if transform is None else transform(logits)
+        return logits.float() if self._is_autocast and logits.itemsize < 4 else logits
+
+    def loss(self, transform: Transform | None) -> Tensor:
+        """Return the sum over all rows, in the dtype of plain cross-entropy."""
+        if not self._losses:
+            empty = self._x.new_zeros((1, len(self._weight)), dtype=self._dtype)
+            return self._transformed(empty, transform).new_zeros(())
+        first = self._losses[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        return torch.stack(self._losses).sum(dtype=wide).to(first.dtype)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return those of the rows that count, of weight and of bias; None where not needed."""
+        gx = None
+        if self._needs_x:
+            gx = torch.cat(self._gx) if self._gx else self._x.new_zeros((0, self._x.shape[1]))
+        return gx, self._gweight, self._gbias

@@ -1,0 +1,252 @@
+"""Finds what can be made lean in a model, makes it lean, and says what could not be."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pacatune.lean import interface, probe
+from pacatune.lean.modules import LeanAttention, LeanGatedMLP, LeanHead, LeanModel, LeanNorm
+from pacatune.lean.swap import LeanModule, is_lean, make_lean, make_plain
+
+__all__ = ["LeanReport", "disable", "enable"]
+
+
+@dataclass(kw_only=True)
+class LeanReport:
+    """What `enable` did."""
+
+    made: dict[str, list[str]] = field(default_factory=dict)
+    """Kind (`gated_mlp`, `norm`, `attention`, `loss`) -> names of the modules that are lean."""
+    already: dict[str, list[str]] = field(default_factory=dict)
+    """Kind -> names of the modules that keep no more than they must as they are: torch's LayerNorm
+    keeps its input as it came and two numbers per row."""
+    left: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> names of the modules that keep more than they must."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"lean: {_counts(self.made) or 'nothing'}"]
+        if self.already:
+            lines.append(f"lean as they are: {_counts(self.already)}")
+        for reason, names in self.left.items():
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            lines.append(f"not lean: {names[0]}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def _counts(kinds: dict[str, list[str]]) -> str:
+    return ", ".join(f"{len(names)} x {kind}" for kind, names in kinds.items())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one module becomes; without a class, why it stays as it is."""
+
+    kind: str
+    lean_class: type[LeanModule] | None = None
+    settings: Any = None
+    reason: str = ""
+    is_lean_already: bool = False
+
+
+def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
+    """Let modules keep less for backward; outputs and gradients stay what they are.
+
+    Gated MLPs keep gate and up, norms their input as it came, grouped attention no repeated heads,
+    and the model's loss no logits. Modules are found by what they compute. Adapters, of any method,
+    may be there already or come later; call it again for modules that came later.
+
+    Args:
+        model: Any model; changed in place, until `disable`.
+        mode: "auto" makes lean what can be; "require" refuses a model in which something else
+            keeps more than it must, or of which nothing is known.
+
+    Returns:
+        What was made lean and what was not.
+
+    Raises:
+        TypeError: If `model` is no module.
+        ValueError: If `mode` is unknown, or "require" cannot be met; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
+    if mode not in ("auto", "require"):
+        raise ValueError(
+            f"`mode` ({mode!r}) must be 'auto' or 'require'; to do without, call `disable`."
+        )
+    report = LeanReport()
+    plans: list[tuple[nn.Module, _Plan]] = []
+    for name, module in model.named_modules():
+        for plan in _plans(module):
+            if plan.is_lean_already:
+                report.already.setdefault(plan.kind, []).append(name)
+            elif plan.lean_class is None:
+                report.left.setdefault(plan.reason, []).append(name)
+            else:
+                report.made.setdefault(plan.kind, []).append(name)
+                plans.append((module, plan))
+    _add_losses(model, report, plans)
+    if mode == "require" and (report.left or not (report.made or report.already)):
+        raise ValueError(
+            "this model cannot be all lean, which 'require' asks for; 'auto' would do what can be "
+            f"done.\n{report}"
+        )
+    for module, plan in plans:
+        assert plan.lean_class is not None
+        if not is_lean(module):
+            make_lean(module, plan.lean_class, plan.settings)
+        if plan.lean_class is LeanAttention:
+            interface.install(module)
+    return report
+
+
+def disable(model: nn.Module) -> None:
+    """Undo `enable`: every module has its own class again, and nothing else has changed.
+
+    Args:
+        model: Lean or not.
+    """
+    for module in model.modules():
+        if isinstance(module, LeanAttention):
+            interface.uninstall(module)
+        make_plain(module)
+
+
+def _plans(module: nn.Module) -> Iterator[_Plan]:
+    """Yield what to do with a module: nothing, mostly."""
+    for find in (_plan_gated, _plan_norm, _plan_attention, _plan_experts):
+        plan = find(module)
+        if plan is not None:
+            yield plan
+
+
+def _replaced(module: nn.Module, kind: str) -> _Plan | None:
+    """Say why a module is left alone that has a forward of its own (offloading, patches)."""
+    if "forward" not in vars(module):
+        return None
+    return _Plan(kind, reason=f"its forward was replaced by {_source(module)}")
+
+
+def _source(module: nn.Module) -> str:
+    """Return the package whose function stands in place of a module's forward."""
+    function = vars(module)["forward"]
+    function = getattr(function, "func", function)  # of a partial
+    function = getattr(function, "__func__", function)  # of a method
+    name = getattr(function, "__globals__", {}).get("__name__", "")
+    return name.partition(".")[0] or "somebody"
+
+
+def _plan_gated(module: nn.Module) -> _Plan | None:
+    if isinstance(module, LeanGatedMLP):
+        return _Plan("gated_mlp", LeanGatedMLP)
+    if not probe.looks_like_gated(module):
+        return None
+    names = probe.find_gated(module)
+    what = f"{type(module).__name__} is not down(act(gate(x)) * up(x)) with a known activation"
+    found = _Plan("gated_mlp", reason=what)
+    if names is not None:
+        found = _Plan("gated_mlp", LeanGatedMLP, names)
+    return _replaced(module, "gated_mlp") or found
+
+
+def _plan_norm(module: nn.Module) -> _Plan | None:
+    if isinstance(module, LeanNorm):
+        return _Plan("norm", LeanNorm)
+    if type(module).forward is nn.LayerNorm.forward:
+        return _Plan("norm", is_lean_already=True)
+    if not probe.looks_like_norm(module):
+        return None
+    norm = probe.find_norm(module)
+    found = _Plan("norm", reason=f"{type(module).__name__} is no RMSNorm or LayerNorm we know")
+    if norm is not None:
+        found = _Plan("norm", LeanNorm, norm)
+    return _replaced(module, "norm") or found
+
+
+def _plan_attention(module: nn.Module) -> _Plan | None:
+    groups = getattr(module, "num_key_value_groups", None)
+    if not isinstance(groups, int) or (groups < 2 and _implementation(module) != "eager"):
+        return None
+    if isinstance(module, LeanAttention):
+        return _Plan("attention", LeanAttention)
+    implementation = _implementation(module)
+    if implementation == interface.ATTENTION and interface.find_registry() is not None:
+        return _Plan("attention", LeanAttention)
+    if implementation == "eager":
+        return _Plan("attention", reason=_EAGER)
+    if implementation is not None and "flash" in implementation:
+        return None  # repeats nothing
+    return _Plan("attention", reason=f"attention {implementation!r} repeats heads as it likes")
+
+
+_EAGER = (
+    "eager attention keeps the scores of all pairs of tokens; use sdpa, or for soft caps "
+    "flex_attention"
+)
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _plan_experts(module: nn.Module) -> _Plan | None:
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    if len(weights) < 2 or len({len(p) for p in weights}) > 1 or len(weights[0]) < 2:
+        return None
+    return _Plan("experts", reason=f"{type(module).__name__}: fused experts are not made lean")
+
+
+def _add_losses(model: nn.Module, report: LeanReport, plans: list[tuple[nn.Module, _Plan]]) -> None:
+    """Plan the heads of all models within the model, and what keeps others from being lean."""
+    for name, module in model.named_modules():
+        head = _head_of(module)
+        if head is None:
+            continue
+        layers = _linears_of(head)
+        if "forward" in vars(module):
+            reason = f"{_source(module)} replaced the model's forward and computes the loss"
+        elif layers is None:
+            reason = f"the output head is a {type(head).__name__}, so its logits are kept"
+        else:
+            report.made.setdefault("loss", []).append(name)
+            plans.append((module, _Plan("loss", LeanModel)))
+            plans += ((layer, _Plan("loss", LeanHead)) for layer in layers)
+            continue
+        if not reason.startswith("trl "):  # TRL's head is chunked as well
+            report.left.setdefault(reason, []).append(name)
+
+
+def _head_of(module: nn.Module) -> nn.Module | None:
+    """Return the output head of a model that computes a loss from labels."""
+    getter: Callable[[nn.Module], Any] | None = getattr(type(module), "get_output_embeddings", None)
+    code = getattr(_unwrapped(type(module).forward), "__code__", None)
+    if getter is None or code is None or "labels" not in code.co_varnames:
+        return None
+    head = getter(module)
+    return head if isinstance(head, nn.Module) else None
+
+
+def _unwrapped(function: Any) -> Any:
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _linears_of(head: nn.Module) -> list[nn.Module] | None:
+    """Return the plain linear layers that a head consists of; None if it is something else."""
+    copies = head._modules.get("modules_to_save")  # PEFT's: trained copies beside the original
+    original = head._modules.get("original_module")
+    layers = [head]
+    if copies is not None and original is not None:
+        layers = [original, *copies.children()]
+    return layers if all(_is_plain_linear(layer) for layer in layers) else None
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    is_linear = type(layer).forward is nn.Linear.forward or isinstance(layer, LeanHead)
+    return is_linear and "forward" not in vars(layer)

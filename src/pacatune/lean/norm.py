@@ -1,0 +1,195 @@
+"""Normalisation that keeps its input as it came, and one or two numbers per row.
+
+In 16 bits, the norms of transformers compute in float32, and plain autograd then keeps the float32
+copy of the input: four bytes per element where the input has two. Here the input is kept in its
+own dtype (often something else keeps the same tensor, and it is kept once) and the copy is made
+again. The forward pass does the same operations in the same order as the modules do.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacatune.lean.tracing import refuse_second_derivative
+
+__all__ = ["Norm", "apply_norm", "layer_norm", "plain_norm", "rms_norm"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How a module normalises: what families differ in.
+
+    Attributes:
+        eps: Added to the variance.
+        centred: Whether the mean is subtracted (LayerNorm).
+        plus_one: Whether the factor is 1 + weight, in float32 (Gemma).
+        rounds_first: Whether rows are rounded to the dtype of the input before they are multiplied
+            with the weight (Llama) or after (Gemma, OLMo 2).
+        mixes: Whether this holds, too, where input and weight differ in dtype.
+    """
+
+    eps: float
+    centred: bool = False
+    plus_one: bool = False
+    rounds_first: bool = True
+    mixes: bool = True
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    plus_one: bool = False,
+    rounds_first: bool = True,
+) -> Tensor:
+    """Divide rows by their root mean square.
+
+    Forward   n = x rstd     rstd = (mean(x^2) + eps)^(-1/2)     y = n * weight
+    Backward  dn = dy * weight    dx = rstd (dn - n mean(dn * n))    d(weight) = sum(dy * n)
+    Saves x in its own dtype and rstd, one float32 number per row; computes n twice.
+
+    Args:
+        x: (..., I). The rows are computed in float32 (float64 stays).
+        weight: (I,), frozen or trained, or None.
+        eps: Added to the mean square.
+        plus_one: Multiply by 1 + weight instead.
+        rounds_first: Round n to the dtype of x before it is multiplied, as Llama does.
+
+    Returns:
+        (..., I) in the dtype of x; with `rounds_first`, in that of x and weight together.
+
+    Raises:
+        ValueError: If `weight` is not (I,).
+
+    Source: B. Zhang, R. Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+    _check(x, weight)
+    return apply_norm(x, weight, None, Norm(eps, plus_one=plus_one, rounds_first=rounds_first))
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalise rows in float32 to mean 0 and variance 1, then round to the dtype of x.
+
+    Saves x in its own dtype, mean and rstd; makes the float32 copy twice.
+
+    Args:
+        x: (..., I).
+        weight: (I,) or None.
+        bias: (I,) or None.
+        eps: Added to the variance.
+
+    Returns:
+        (..., I) in the dtype of x.
+
+    Raises:
+        ValueError: If `weight` or `bias` is not (I,).
+    """
+    _check(x, weight)
+    _check(x, bias)
+    return apply_norm(x, weight, bias, Norm(eps, centred=True, rounds_first=False))
+
+
+def _check(x: Tensor, weight: Tensor | None) -> None:
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"`weight` and `bias` must be (I={x.shape[-1]},) to fit `x` {tuple(x.shape)}, got "
+            f"shape {tuple(weight.shape)}."
+        )
+
+
+def plain_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
+    """Compute the same in plain autograd; (..., I) as above."""
+    return _forward(x, weight, bias, norm)[0]
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return output, means (None where they are not subtracted) and rstd, both (..., 1)."""
+    wide = _wide(x)
+    if norm.centred:
+        w, b = (None if p is None else _wide(p) for p in (weight, bias))
+        y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, norm.eps)
+        return y.to(x.dtype), mean, rstd
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    n = wide * rstd
+    if norm.rounds_first:
+        n = n.to(x.dtype)
+        return (n if weight is None else weight * n), None, rstd
+    if weight is not None:
+        n = n * _factor(weight, norm)
+    return n.to(x.dtype), None, rstd
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _factor(weight: Tensor, norm: Norm) -> Tensor:
+    return 1.0 + _wide(weight) if norm.plus_one else weight
+
+
+class _Norm(torch.autograd.Function):
+    """See `rms_norm` and `layer_norm`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
+    ) -> Tensor:
+        y, mean, rstd = _forward(x, weight, bias, norm)
+        ctx.norm, ctx.bias_dtype = norm, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("rms_norm and layer_norm")
+        return (*(_centred if ctx.norm.centred else _uncentred)(ctx, gy), None)
+
+
+def _uncentred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    x, weight, _, rstd = ctx.saved_tensors
+    norm = ctx.norm
+    gx = gweight = None
+    n = _wide(x) * rstd
+    if needs_weight:
+        products = gy * n.to(x.dtype) if norm.rounds_first else _wide(gy) * n
+        gweight = _sum_rows(products).to(weight.dtype)
+    if needs_x:
+        if norm.rounds_first:
+            gn = _wide((gy if weight is None else gy * weight).to(x.dtype))
+        else:
+            gn = _wide(gy) if weight is None else _wide(gy) * _factor(weight, norm)
+        mean = (gn * n).mean(-1, keepdim=True)
+        gx = n.mul_(mean).sub_(gn).mul_(-rstd).to(x.dtype)
+    return gx, gweight, None
+
+
+def _centred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    wide = None if weight is None else _wide(weight)
+    wanted = [needs_x, needs_weight, False]
+    gx, gweight, _ = torch.ops.aten.native_layer_norm_backward(
+        _wide(gy), _wide(x), x.shape[-1:], mean, rstd, wide, None, wanted
+    )
+    return (
+        gx.to(x.dtype) if needs_x else None,
+        gweight.to(weight.dtype) if needs_weight else None,
+        _sum_rows(_wide(gy)).to(ctx.bias_dtype) if needs_bias else None,
+    )
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+def apply_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
+    """Apply `rms_norm` or `layer_norm` without their checks."""
+    return _Norm.apply(x, weight, bias, norm)  # type: ignore[no-any-return]

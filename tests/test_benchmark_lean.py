@@ -1,0 +1,77 @@
+"""The benchmark of lean activations: a small run is complete, and counts what is kept."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import lean as benchmark
+from benchmarks.lean import check, count, formula_units, parse
+from benchmarks.llama import Shape
+from pacatune import lean
+
+SHAPE = Shape(
+    hidden_size=64,
+    intermediate_size=224,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+)
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads_and_precision():
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark, "LAYER", SHAPE)
+    monkeypatch.setattr(benchmark, "SMALL", SHAPE)
+    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
+
+
+@pytest.mark.usefixtures("small")
+def test_complete_result(tmp_path, capsys):
+    options = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
+    options += ["--tokens", "6", "--dtypes", "float32", "--methods", "paca", "lora"]
+    benchmark.main(["--output", str(tmp_path), *options])
+    result = json.loads((tmp_path / "lean.json").read_text())
+    assert [row["method"] for row in result["counts"]] == ["paca"] * 4 + ["lora"] * 8
+    for row in result["counts"]:
+        assert row["units"] == pytest.approx(sum(row["units_by_module"].values()))
+    paca = {(r["is_lean"], r["is_padded"]): r["units"] for r in result["counts"][:4]}
+    assert paca[True, False] == pytest.approx(formula_units(SHAPE))
+    # One mask for all layers: a second layer keeps none.
+    assert paca[True, True] == pytest.approx(paca[True, False])
+    assert paca[False, False] > 1.4 * paca[True, False]
+    assert paca[False, True] > paca[False, False]
+    assert {row["method"] for row in result["rows"]} == {"paca", "lora"}
+    assert all(row["step_ms"] > 0 for row in result["rows"])
+    assert [ratio["target"] for ratio in result["ratios"]] == [1.02, 1.02]
+    assert "| paca" in capsys.readouterr().out
+
+
+def test_units_of_the_real_layer():
+    """2 x 14 for gate and up, 4 for two norms, 5 for attention, and little else."""
+    assert formula_units(benchmark.LAYER) == pytest.approx(23.05664)
+    assert formula_units(benchmark.LAYER) < benchmark.MAX_UNITS
+
+
+def test_something_else_that_is_kept_is_an_error(monkeypatch):
+    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
+    row = count("paca", "float32", True, False, SHAPE, 0)
+    check([row], SHAPE)
+    monkeypatch.setattr(lean, "enable", lambda model, mode: None)
+    row = count("paca", "float32", True, False, SHAPE, 0)
+    with pytest.raises(RuntimeError, match="so something else is saved"):
+        check([row], SHAPE)
+
+
+def test_bad_options(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--scale", "3"])
+    assert "--scale (3) must divide the 8 KV heads" in capsys.readouterr().err
