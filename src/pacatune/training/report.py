@@ -43,6 +43,8 @@ class RunReport:
     num_eval_examples: int
     device: str
     dtype: str
+    columns: str | None = None
+    """How the trained columns were chosen; None for other methods than PaCA."""
     quantization: str | None = None
     """How the frozen weights were held, such as nf4; None: in `dtype`."""
     learning_rate: float
@@ -72,6 +74,7 @@ class RunReport:
             self.speed(),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
+            *([("columns", self.columns)] if self.columns else []),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
             ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),
