@@ -301,12 +301,10 @@ def test_batches_and_losses_that_are_none():
         collect_statistics(build_model(64), [{"input_ids": ids}], llama)
     batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     with pytest.raises(
-        ValueError, match="2 targets have no gradient in 1 batches.*or no batch has"
+        ValueError, match=r"2 targets have no gradient in .*or no batch has a label"
     ):
         collect_statistics(build_model(64), [batch], llama)
-    with pytest.raises(
-        ValueError, match="module 'up': `gradient` holds values that are not finite"
-    ):
+    with pytest.raises(ValueError, match="'up': `gradient` holds values that are not finite"):
         collect_statistics(
             model,
             make_batches(1),
