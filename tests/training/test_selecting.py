@@ -116,6 +116,17 @@ def test_a_resumed_run_keeps_its_columns(make_config, tmp_path):
     assert cut.train_losses[-1] == pytest.approx(whole.train_losses[-1])
 
 
+def test_a_folder_is_known_by_its_name(tmp_path, monkeypatch):
+    """As a path, or where no strategy is called like it; it is saved with its whole path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("some-run", "gradient"):
+        (tmp_path / name).mkdir()
+    assert PacaSection(selection="some-run").selection == str(tmp_path / "some-run")
+    assert PacaSection(selection="gradient").selection == "gradient"
+    assert PacaSection(selection="./gradient").selection == str(tmp_path / "gradient")
+    assert PacaSection(selection="c.safetensors").selection == str(tmp_path / "c.safetensors")
+
+
 def test_fixed_columns_in_yaml(make_config):
     given = yaml.safe_load("{q_proj: [0, 3], v_proj: [1, 2]}")
     section = PacaSection(r=2, selection=given, target_modules=["q_proj", "v_proj"])

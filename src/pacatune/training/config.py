@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
+from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.option_checks import check_ranges, refuse_foreign_options
@@ -114,6 +116,15 @@ class PacaSection:
             raise ValueError(
                 f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
             )
+        if self._names_a_file():
+            # Absolute, so that the run can be repeated from elsewhere.
+            self.selection = str(Path(str(self.selection)).expanduser().resolve())
+
+    def _names_a_file(self) -> bool:
+        name = self.selection
+        if not isinstance(name, str) or name in strategies():
+            return False
+        return name.endswith(".safetensors") or "/" in name or Path(name).is_dir()
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives.
@@ -124,11 +135,10 @@ class PacaSection:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         del values["selection_batches"]
-        selection = self.selection
-        if isinstance(selection, str) and (selection.endswith(".safetensors") or "/" in selection):
+        if self._names_a_file():
             from pacatune.selection import load_columns
 
-            values["selection"] = load_columns(selection)
+            values["selection"] = load_columns(str(self.selection))
         return copy.deepcopy(values)
 
 
