@@ -91,7 +91,7 @@ class _Observed(torch.autograd.Function):
         """Return the output; `anchor` makes it require a gradient where the input does not."""
         ctx.save_for_backward(x)
         ctx.add = add
-        return output.view_as(output)
+        return output.clone()  # a view could not be changed in place by what follows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
