@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pacatune import PacaConfig
+from pacatune import MosLoraConfig, PacaConfig
 from pacatune.selection import choose_columns, collect_statistics
 from pacatune.tuner import PacaLayer
 
@@ -66,7 +66,7 @@ def test_sft(base, tokenizer, tmp_path, checkpointing):
     assert all(torch.equal(seen[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient"])
+@pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient", "moslora"])
 def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path, selection):
     """The first loss is log 2 only if policy and reference are the same adapter.
 
@@ -74,15 +74,17 @@ def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tm
     """
     from trl import DPOConfig, DPOTrainer
 
-    options = config(selection)
+    options = config("random" if selection == "moslora" else selection)
     if selection == "gradient":
         batch = dict(tokenizer(["What is the capital?"], return_tensors="pt"))
         batches = [{**batch, "labels": batch["input_ids"]}]
         options = choose_columns(base, options, collect_statistics(base, batches, options))
+    if selection == "moslora":
+        options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, options)
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer):
-            layer.delta_of("default").data.normal_(std=0.3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     base = model.unload()
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
