@@ -13,7 +13,7 @@ from tools.doc_block import rewrite
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
 # Commands whose options form sections, the longer name first.
 _WITH_SECTIONS = ("train-image", "train")
-_SECTIONS = ("model", "data", "paca", "lora", "training")
+_SECTIONS = ("model", "data", "paca", "moslora", "lora", "training")
 
 
 class _Parsed(Exception):

@@ -1,7 +1,7 @@
 """Fine-tune a few columns of each pretrained weight in place: PaCA as a first-class PEFT method.
 
-`import pacatune` costs nothing but makes PaCA known to PEFT, whether PEFT was imported before or
-will be after.
+`import pacatune` costs nothing but makes PaCA and MosLoRA known to PEFT, whether PEFT was imported
+before or will be after.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from pacatune._peft_hook import register_with_peft
 
 __version__ = "0.1.0"
 
-__all__ = ["PacaConfig", "PacaModel", "__version__"]
+__all__ = ["MosLoraConfig", "PacaConfig", "PacaModel", "__version__"]
 
 register_with_peft()
 
@@ -20,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from pacatune import tuner
 
         return getattr(tuner, name)
+    if name == "MosLoraConfig":
+        from pacatune import baselines
+
+        return baselines.MosLoraConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

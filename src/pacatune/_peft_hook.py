@@ -1,4 +1,4 @@
-"""Registers PaCA as soon as PEFT is there, without importing PEFT: that alone takes seconds."""
+"""Registers our methods as soon as PEFT is there, without importing PEFT: that takes seconds."""
 
 import importlib
 import importlib.util
@@ -10,17 +10,24 @@ from typing import Any
 
 __all__ = ["register_with_peft"]
 
+_REGISTERING = ("pacatune.tuner", "pacatune.baselines")
+
 
 def register_with_peft() -> None:
-    """Import the tuner now if PEFT is imported, else right after its first import."""
+    """Import the methods now if PEFT is imported, else right after its first import."""
     if "peft" in sys.modules:
-        importlib.import_module("pacatune.tuner")
+        _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
 
 
+def _register() -> None:
+    for name in _REGISTERING:
+        importlib.import_module(name)
+
+
 class _PeftFinder(MetaPathFinder):
-    """Answers for `peft` alone, once, with a loader that registers PaCA after loading it."""
+    """Answers for `peft` alone, once, with a loader that registers ours after loading it."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != "peft":
@@ -47,4 +54,4 @@ class _RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        importlib.import_module("pacatune.tuner")
+        _register()

@@ -208,7 +208,7 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
         return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
 
     monkeypatch.setattr(export_check, "_run_plain_peft", outputs)
-    with pytest.raises(ValueError, match=r"in plain PEFT the outputs differ from PaCA's by 1\.0e"):
+    with pytest.raises(ValueError, match=r"PEFT the outputs differ from the adapter's by 1\.0e"):
         export_lora(None, adapter_dir, tmp_path / "lora", verify=True)
     assert not (tmp_path / "lora").exists()
 

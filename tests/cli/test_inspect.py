@@ -80,3 +80,17 @@ def test_a_damaged_adapter_is_one_line(adapter_copy, capsys):
     assert err.startswith("pacatune: error: ")
     assert "truncated or no safetensors file" in err
     assert err.count("\n") == 1
+
+
+def test_the_strategy_and_a_plot(tiny_model_dir, tmp_path, capsys):
+    save_adapter(tiny_model_dir, tmp_path / "adapter", selection="weight_norm")
+    words = ["inspect", str(tmp_path / "adapter"), "--plot", str(tmp_path / "columns.png")]
+    assert main(words) == 0
+    assert (tmp_path / "columns.png").read_bytes().startswith(b"\x89PNG")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["selection", "weight_norm"] in lines
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config["selection_options"] = {"num_batches": 100}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert "weight_norm, num_batches 100" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import pacatune.training
-from pacatune.training import train
+from pacatune.cli import main
+from pacatune.training import PacaSection, train
 from pacatune.training.config_file import save_config
 
 LAUNCH = Path(pacatune.training.__file__).parent / "launch"
@@ -88,6 +89,26 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "cut")
     )
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_columns_of_one(make_config, data_path, tmp_path):
+    """One process takes twice as many batches of the same size; the statistics are of the same."""
+    results = {}
+    for name, accumulation in (("one", 2), ("two", 1)):
+        config = config_of(make_config, data_path, tmp_path, name, 4)
+        config.training.given.update(gradient_accumulation_steps=accumulation, max_steps=2)
+        config.paca = PacaSection(r=4, selection="gradient", selection_batches=5)
+        save_config(config, tmp_path / f"{name}.yaml")
+        if name == "one":
+            words = ["--config", str(tmp_path / "one.yaml")]
+            assert main(["train", *words]) == 0
+        else:
+            done = launch("torchrun", "--config", tmp_path / "two.yaml")
+            assert done.stdout.count("columns chosen by gradient from 5 batches") == 1
+        results[name] = json.loads((tmp_path / name / "adapter_config.json").read_text())
+    assert results["one"]["columns"] == results["two"]["columns"]
+    assert_close(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def plan(config):
     return models.plan_training(config, models.make_adapter_config(config))
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "dora", "full"])
+@pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora", "full"])
 def test_plan_is_what_is_trained(make_config, method):
     from peft import get_peft_model
 
@@ -134,7 +134,7 @@ def test_plan_of_other_targets(make_config):
     assert planned.summary() == ["1 x q_proj (32 -> 32)", "1 x down_proj (64 -> 32)"]
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "dora"])
+@pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora"])
 def test_default_targets_are_the_same_for_every_method(make_config, method):
     config = make_config(method)
     adapter_config = models.make_adapter_config(config)

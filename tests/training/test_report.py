@@ -103,6 +103,7 @@ def test_versions_name_what_decides_the_numbers():
         ("paca", "peft", ["import pacatune  # makes PaCA known", "pacatune merge", "--to lora"]),
         ("lora", "peft", ["PeftModel.from_pretrained"]),
         ("dora", "peft", ["PeftModel.from_pretrained"]),
+        ("moslora", "peft", ["import pacatune  # makes MosLoRA known", "--to lora"]),
         ("full", "transformers", ["AutoModelForCausalLM.from_pretrained"]),
     ],
 )
@@ -115,7 +116,7 @@ def test_card(make_config, tmp_path, method, library, contains):
     assert {method, "pacatune"} <= set(front["tags"])
     assert all(text in body for text in contains)
     assert "20 examples, 2 held out" in body
-    assert ("import pacatune" in body) == (method == "paca")
+    assert ("import pacatune" in body) == (method in ("paca", "moslora"))
 
 
 def test_code_of_the_card_runs(make_config, tmp_path, tiny_model_dir):

@@ -21,7 +21,10 @@ from pacatune import PacaConfig
         ({"random_seed": None}, r"`random_seed` \(None\) must be an integer in \[0, 2\^63\)"),
         ({"random_seed": -1}, r"`random_seed` \(-1\)"),
         ({"random_seed": 2**63}, r"`random_seed` \(9223372036854775808\)"),
-        ({"selection": "best"}, r"`selection` \('best'\) must be one of \['random'\]"),
+        (
+            {"selection": "best"},
+            r"`selection` \('best'\) must be one of \['activation', 'gradient'",
+        ),
         ({"bias": "some"}, r"`bias` \('some'\) must be 'none', 'all' or 'paca_only'"),
         (
             {"target_modules": ".*q_proj", "layers_to_transform": [0]},

@@ -6,7 +6,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pacatune import PacaConfig
+from pacatune import MosLoraConfig, PacaConfig
+from pacatune.selection import choose_columns, collect_statistics
 from pacatune.tuner import PacaLayer
 
 pytestmark = [
@@ -27,8 +28,9 @@ def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
-def config():
-    return PacaConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+def config(selection="random"):
+    targets = ["q_proj", "v_proj", "up_proj"]
+    return PacaConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", selection=selection)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -64,14 +66,25 @@ def test_sft(base, tokenizer, tmp_path, checkpointing):
     assert all(torch.equal(seen[name], value) for name, value in before.items())
 
 
-def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
-    """The first loss is log 2 only if policy and reference are the same adapter."""
+@pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient", "moslora"])
+def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path, selection):
+    """The first loss is log 2 only if policy and reference are the same adapter.
+
+    TRL makes the reference from the configuration and copies parameters, so not the columns.
+    """
     from trl import DPOConfig, DPOTrainer
 
-    model = get_peft_model(base, config())
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer):
-            layer.delta_of("default").data.normal_(std=0.3)
+    options = config("random" if selection == "moslora" else selection)
+    if selection == "gradient":
+        batch = dict(tokenizer(["What is the capital?"], return_tensors="pt"))
+        batches = [{**batch, "labels": batch["input_ids"]}]
+        options = choose_columns(base, options, collect_statistics(base, batches, options))
+    if selection == "moslora":
+        options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     base = model.unload()
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)

@@ -453,3 +453,16 @@ def test_pictures(make_config, images_dir, tmp_path, console):
     assert f"| {label} | {predicted} | {number} |" in text
     prepared = prepare_images(make_config().data)
     assert prepared.evaluation.source.place(report.mistakes[0].position) == report.mistakes[0].place
+
+
+def test_columns_are_chosen_from_the_images(make_config, console):
+    from pacatune.selection import load_columns
+    from pacatune.vision import PacaSection
+
+    section = PacaSection(r=4, selection="gradient", selection_batches=2)
+    config = make_config(paca=section, training={"max_steps": 2})
+    report = train(config, console=console)
+    assert report.columns == "gradient, num_batches 2"
+    folder = Path(config.training.output_dir)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert saved["columns"] == load_columns(folder)

@@ -12,10 +12,11 @@ from typing import Any, Literal, Union
 from peft import LoraConfig
 
 from pacatune.adapters.json_file import read_json_object
+from pacatune.baselines import MosLoraConfig
 from pacatune.tuner.config import PacaConfig
 
 CONFIG_NAME = "adapter_config.json"
-PATTERN_KEYS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+PATTERN_KEYS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "columns")
 
 
 def read_config(path: Path) -> PacaConfig:
@@ -55,7 +56,7 @@ def read_config(path: Path) -> PacaConfig:
 
 
 def read_lora_config(path: Path) -> LoraConfig:
-    """Read the configuration of a LoRA adapter, as far as PEFT does not check it itself.
+    """Read the configuration of a LoRA or MosLoRA adapter, as far as PEFT does not check it itself.
 
     Keys of another version of PEFT are passed over while they are empty, so off.
 
@@ -68,12 +69,13 @@ def read_lora_config(path: Path) -> LoraConfig:
     """
     config = read_json_object(path)
     method = config.get("peft_type")
-    if method != "LORA":
+    if method not in ("LORA", "MOSLORA"):
         raise ValueError(
-            f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA and LORA "
-            "can be loaded."
+            f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, LORA and "
+            "MOSLORA can be loaded."
         )
-    known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+    config_class = LoraConfig if method == "LORA" else MosLoraConfig
+    known = {field.name for field in fields(config_class)} - {"runtime_config"}
     for key, value in config.items():
         if key not in known and value:
             raise ValueError(_unknown_key(key, known, path))
@@ -84,7 +86,7 @@ def read_lora_config(path: Path) -> LoraConfig:
         )
     _check_patterns(config, path)
     try:
-        return LoraConfig(**{key: value for key, value in config.items() if key in known})
+        return config_class(**{key: value for key, value in config.items() if key in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,5 +1,7 @@
 """Turn a PaCA adapter into a LoRA adapter that says exactly the same, for any LoRA server.
 
+MosLoRA adapters are written by `export_moslora.py`.
+
 LoRA adds scaling * B A to a weight. With A (R, I) the 0/1 matrix that selects the trained columns
 and B (O, R) = delta, that is PaCA's update and nothing else.
 
@@ -25,13 +27,18 @@ from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.export_check import compare_with_plain_peft
 from pacatune.adapters.export_convolution import convolution_notes, convolution_patterns
 from pacatune.adapters.export_factors import lora_factors
+from pacatune.adapters.export_moslora import plan_moslora
+from pacatune.adapters.export_plan import ExportPlan, refuse_extra
 from pacatune.adapters.folder import (
     TENSORS_NAME,
     Adapter,
+    find_file,
     is_parameter,
+    locate_folder,
     module_alpha,
     read_adapter,
 )
+from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError
 from pacatune.adapters.tensor_file import write_tensors
@@ -73,7 +80,7 @@ def export_lora(
     device: str = "cpu",
     allow_other_base: bool = False,
 ) -> ExportResult:
-    """Write a PaCA adapter as a LoRA adapter of the same rank, the largest of its modules.
+    """Write a PaCA or MosLoRA adapter as a LoRA adapter of the same rank, its modules' largest.
 
     Only the base's config.json is read, for the number of in_features, unless `verify` is set.
 
@@ -94,34 +101,68 @@ def export_lora(
         ValueError: If the adapter is damaged, belongs to another base, or trains what LoRA servers
             do not load, or if the outputs differ by more than rounding.
     """
-    checked = read_adapter(adapter)
-    name = base_name(model, checked.config)
     output = Path(output)
     check_output(output, num_bytes=0)
+    folder = locate_folder(adapter)
+    if read_json_object(find_file(folder, CONFIG_NAME)).get("peft_type") == "MOSLORA":
+        plan = plan_moslora(folder, model, getattr(torch, dtype), keep_extra=keep_extra)
+    else:
+        plan = _plan_paca(
+            folder,
+            model,
+            getattr(torch, dtype),
+            keep_extra=keep_extra,
+            allow_other_base=allow_other_base,
+        )
+    num_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
+    error = None
+    with staged_folder(output, num_bytes) as staging:
+        text = json.dumps(plan.config, indent=2, sort_keys=True)
+        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_tensors(plan.tensors, staging / TENSORS_NAME)
+        if verify:
+            error = compare_with_plain_peft(
+                plan.base, plan.adapter, staging, dtype, device, allow_other_base
+            )
+    return ExportResult(
+        output=output,
+        base=plan.base,
+        num_modules=plan.num_modules,
+        num_bytes=num_bytes,
+        rounding=plan.rounding,
+        error=error,
+        notes=plan.notes,
+    )
+
+
+def _plan_paca(
+    folder: Path,
+    model: str | None,
+    dtype: torch.dtype,
+    *,
+    keep_extra: bool,
+    allow_other_base: bool,
+) -> ExportPlan:
+    checked = read_adapter(folder)
+    name = base_name(model, checked.config)
     if not keep_extra:
-        _refuse_extra(checked)
+        what = f"(`modules_to_save` = {checked.config.modules_to_save}, `bias` = "
+        what += f"{checked.config.bias!r})"
+        refuse_extra(checked.folder, list(checked.extra), "PaCA", what)
     base = empty_base(name, task_type=checked.config.task_type)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
-    tensors, rounding = _lora_tensors(checked, base, getattr(torch, dtype))
+    tensors, rounding = _lora_tensors(checked, base, dtype)
     if not keep_extra:
         assert all(re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key) for key in tensors)
     config = lora_config(checked, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    error = None
-    with staged_folder(output, num_bytes) as staging:
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        write_tensors(tensors, staging / TENSORS_NAME)
-        if verify:
-            error = compare_with_plain_peft(name, checked, staging, dtype, device, allow_other_base)
-    return ExportResult(
-        output=output,
+    return ExportPlan(
+        adapter=checked,
         base=name,
         num_modules=len(checked.modules),
-        num_bytes=num_bytes,
+        config=config,
+        tensors=tensors,
         rounding=rounding,
-        error=error,
         notes=[
             *notes,
             *_pattern_notes(checked),
@@ -218,17 +259,6 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
         return "|".join(map(re.escape, sorted(names)))
     # Short names are what people write themselves, and what some servers compare with a list.
     return sorted(_find_minimal_target_modules(names, others))
-
-
-def _refuse_extra(adapter: Adapter) -> None:
-    if not adapter.extra:
-        return
-    raise ValueError(
-        f"{adapter.folder} also holds {len(adapter.extra)} tensors that are not PaCA's, first "
-        f"{next(iter(adapter.extra))!r} (`modules_to_save` = {adapter.config.modules_to_save}, "
-        f"`bias` = {adapter.config.bias!r}); vLLM and most LoRA servers do not load them. Pass "
-        "`keep_extra` (--keep-extra) to carry them over for PEFT, or merge the adapter instead."
-    )
 
 
 def _pattern_notes(adapter: Adapter) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pacatune.adapters.attach import attach
 from pacatune.adapters.base import load_base, load_tokenizer
-from pacatune.adapters.folder import Adapter
+from pacatune.adapters.folder import Adapter, LoraAdapter
 from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
 from pacatune.adapters.quantized import quantization_config
 from pacatune.tuner.quantized_base import Quantization
@@ -22,23 +22,23 @@ _SCRIPT = Path(__file__).with_name("plain_peft.py")
 
 def compare_with_plain_peft(
     base: str,
-    adapter: Adapter,
+    adapter: Adapter | LoraAdapter,
     lora_folder: Path,
     dtype: str,
     device: str = "cpu",
     allow_other_base: bool = False,
 ) -> OutputError:
-    """Compare the outputs of a LoRA adapter in plain PEFT with those of the PaCA adapter.
+    """Compare the outputs of a LoRA adapter in plain PEFT with those of its original.
 
     Both run in float32, on the inputs of `probe_inputs` and on the base that the adapter was
     trained on: quantised, where that can be repeated.
 
     Args:
         base: Folder or hub id of the base.
-        adapter: The PaCA adapter.
+        adapter: The PaCA or MosLoRA adapter.
         lora_folder: The LoRA adapter's folder.
         dtype: Of the exported tensors; decides how much rounding is expected.
-        device: Where the PaCA model runs; the new process uses the CPU.
+        device: Where that one runs; the new process uses the CPU.
         allow_other_base: As for `check_base`.
 
     Raises:
@@ -64,18 +64,18 @@ def compare_with_plain_peft(
     # Written so that NaN fails.
     if not error.max_relative <= tolerance:
         raise ValueError(
-            f"in plain PEFT the outputs differ from PaCA's by {error.max_relative:.1e} of their "
-            f"size; rounding in {dtype} explains {tolerance:.0e}. Nothing was written. Export in "
-            "more bits: `dtype`=float32 (--dtype float32)."
+            f"in plain PEFT the outputs differ from the adapter's by {error.max_relative:.1e} of "
+            f"their size; rounding in {dtype} explains {tolerance:.0e}. Nothing was written. "
+            "Export in more bits: `dtype`=float32 (--dtype float32)."
         )
     return error
 
 
-def _repeatable(adapter: Adapter) -> Quantization | None:
+def _repeatable(adapter: Adapter | LoraAdapter) -> Quantization | None:
     """Return how to quantise the base; None where the adapter is as right on a plain one."""
-    quantization = adapter.config.base_quantization
-    if quantization is None:
+    if isinstance(adapter, LoraAdapter) or adapter.config.base_quantization is None:
         return None
+    quantization = adapter.config.base_quantization
     try:
         quantization_config(quantization, torch.float32)
     except ValueError:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pacatune.adapters.folder import Adapter, read_adapter
 from pacatune.tuner import PacaLayer
+from pacatune.tuner.columns import keep_columns
 
 __all__ = ["hotswap_adapter"]
 
@@ -37,6 +38,11 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         layer.replace_update(
             adapter_name, delta, update.indices, adapter.scaling(name) * len(update.indices)
         )
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        config.selection = adapter.config.selection
+        config.selection_options = adapter.config.selection_options
+        keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:

@@ -68,7 +68,9 @@ class AdapterReport:
     random_seed: int | None
     """PaCA: chose the columns."""
     selection: str | None
-    """PaCA: the strategy that chose the columns."""
+    """PaCA: the strategy that chose the columns; "fixed" where they were given."""
+    selection_options: dict[str, Any] | None
+    """PaCA: what they were chosen from, such as the number of batches."""
     targets: list[str]
     """`target_modules` of the configuration."""
     modules: list[ModuleReport]
@@ -141,6 +143,9 @@ def _describe_other(folder: Path, config: dict[str, Any], method: str) -> Adapte
         if name == key or factor_a is None or not _is_product(factor_b, factor_a):
             continue
         del extra[key], extra[f"{name}.lora_A.weight"]
+        mixer = extra.pop(f"{name}.lora_mixer.weight", None)
+        if mixer is not None and mixer.shape == (factor_b.shape[1],) * 2:
+            factor_b = factor_b @ mixer.to(factor_b)
         module_rank = factor_a.shape[0]
         scaling = alpha / module_rank if alpha is not None and module_rank else 1.0
         modules.append(
@@ -149,12 +154,16 @@ def _describe_other(folder: Path, config: dict[str, Any], method: str) -> Adapte
                 rank=module_rank,
                 scaling=scaling,
                 out_features=factor_b.shape[0],
-                num_parameters=factor_a.numel() + factor_b.numel(),
+                num_parameters=factor_a.numel()
+                + factor_b.numel()
+                + (0 if mixer is None else mixer.numel()),
                 update_norm=scaling * _product_norm(factor_b, factor_a),
                 columns=None,
             )
         )
     notes = [f"a {method} adapter: PEFT reads it without pacatune."]
+    if method == "MOSLORA":
+        notes = ["needs pacatune; can be exported as an exact LoRA adapter: `pacatune export`."]
     if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
         notes.append("its scaling follows options that are not read here; norms are approximate.")
     return _report(
@@ -190,6 +199,7 @@ def _report(
         scaling=alpha / rank if rank and alpha is not None else None,
         random_seed=_typed(config, "random_seed", int),
         selection=_typed(config, "selection", str),
+        selection_options=_typed(config, "selection_options", dict),
         targets=[targets] if isinstance(targets, str) else sorted(map(str, targets)),
         modules=sorted(modules, key=lambda module: -module.update_norm),
         num_modules_by_kind=dict(Counter(m.name.rpartition(".")[2] for m in modules)),

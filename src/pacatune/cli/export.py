@@ -34,7 +34,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
         "export",
         "Write an adapter in another method's format. LoRA of the same rank is exact: A selects "
-        "the trained columns, B holds what was trained.",
+        "the trained columns, B holds what was trained; of MosLoRA, B takes the mixer.",
     )
     add_base_options(parser, adapter_required=True, device="cpu")
     parser.add_argument("--to", choices=("lora",), required=True, help="format to write")

@@ -26,6 +26,9 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--columns", action="store_true", help="list the columns of each module")
     parser.add_argument("--all", action="store_true", help="list every module")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw which columns each module trains, as .png or .svg"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
     quiet_libraries()
@@ -42,6 +45,10 @@ def run(argv: list[str]) -> int:
         result = compare(options.adapter, options.against)
     else:
         result = inspect_adapter(options.adapter)
+    if options.plot is not None:
+        from pacatune.adapters.plot import plot_columns
+
+        plot_columns(result, Path(options.plot))
     if options.json:
         print(json.dumps(dataclasses.asdict(result), indent=2, default=_plain))
         return 0
@@ -65,7 +72,7 @@ def _print_report(report: Any, console: "Console", most: int | None, *, with_col
         "rank, alpha": f"{report.rank}, {report.alpha:g} (scaling {report.scaling:g})"
         if report.scaling is not None
         else report.rank,
-        "selection": f"{report.selection}, seed {report.random_seed}" if report.selection else None,
+        "selection": _selection(report),
         "targets": _some(report.targets),
         "adapted": f"{len(report.modules)} modules: {adapted}" if report.modules else None,
         "also holds": _some(report.extra) if report.modules else None,
@@ -76,6 +83,15 @@ def _print_report(report: Any, console: "Console", most: int | None, *, with_col
     _print_modules(report, console, most, with_columns=with_columns)
     for note in report.notes:
         console.print(f"- {note}", soft_wrap=True)
+
+
+def _selection(report: Any) -> str | None:
+    if report.selection is None:
+        return None
+    if report.selection == "random":
+        return f"random, seed {report.random_seed}"
+    options = report.selection_options or {}
+    return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
 def _print_rows(title: str, rows: dict[str, Any], console: "Console") -> None:

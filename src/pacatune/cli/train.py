@@ -40,6 +40,7 @@ def _run_options() -> RunOptions:
         "data": training.DataConfig,
         "paca": training.PacaSection,
         "lora": training.LoraSection,
+        "moslora": training.MosLoraSection,
         "training": training.TrainingConfig,
     }
     preview = {

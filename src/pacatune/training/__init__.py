@@ -4,6 +4,7 @@ from pacatune.data import DataConfig
 from pacatune.training.config import (
     LoraSection,
     ModelConfig,
+    MosLoraSection,
     PacaSection,
     RunConfig,
     TrainingConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "DataConfig",
     "LoraSection",
     "ModelConfig",
+    "MosLoraSection",
     "PacaSection",
     "Report",
     "RunConfig",

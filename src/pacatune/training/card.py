@@ -9,7 +9,15 @@ from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
 from pacatune.training.report import Report, RunReport
 
-_NAMES = {"paca": "PaCA", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "full": "Full"}
+_NAMES = {
+    "paca": "PaCA",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "moslora": "MosLoRA",
+    "qlora": "QLoRA",
+    "full": "Full",
+}
+_OURS = {"paca": "PaCA", "moslora": "MosLoRA"}
 
 
 def write_card(config: RunConfig, report: Report, folder: Path) -> None:
@@ -60,14 +68,15 @@ def _loading(method: str, model: str) -> str:
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
         )
-    package = "import pacatune  # makes PaCA known to PEFT\n" if method == "paca" else ""
+    ours = _OURS.get(method)
+    package = f"import pacatune  # makes {ours} known to PEFT\n" if ours else ""
     code = (
         f"```python\n{package}from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
         'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
     )
-    if method != "paca":
+    if ours is None:
         return code
     return (
         "Install with `pip install pacatune`, then:\n\n" + code + "```bash\n"

@@ -1,22 +1,26 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import copy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
+from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.option_checks import check_ranges, refuse_foreign_options
 
-Method = Literal["paca", "lora", "dora", "qlora", "full"]
+Method = Literal["paca", "lora", "dora", "moslora", "qlora", "full"]
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight.
 LEARNING_RATES: dict[str, float] = {
     "paca": 5e-4,
     "lora": 2e-4,
     "dora": 2e-4,
+    "moslora": 2e-4,
     "qlora": 2e-4,
     "full": 1e-5,
 }
@@ -74,8 +78,14 @@ class PacaSection:
     exclude_modules: list[str] | str | None = None
     """Names or a regular expression of modules to leave out."""
 
-    selection: str = "random"
-    """Strategy that chooses the columns."""
+    selection: str | dict[str, list[int]] = "random"
+    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
+    activation, weight_activation. Or the columns themselves, by the module's name or pattern; or
+    the folder or .safetensors file of a PaCA adapter, whose columns are taken."""
+
+    selection_batches: int = 100
+    """How many batches of the training data the strategies gradient, activation and
+    weight_activation look at, over all processes."""
 
     random_seed: int = 42
     """Seed of the choice of the columns."""
@@ -101,10 +111,40 @@ class PacaSection:
     columns_from: Literal["dequantized", "original"] = "dequantized"
     """On a quantised base: whether columns start from its rounded weights or the checkpoint's."""
 
+    def __post_init__(self) -> None:
+        if self.selection_batches < 1:
+            raise ValueError(
+                f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
+            )
+        if self._names_a_file():
+            # Absolute, so that the run can be repeated from elsewhere.
+            self.selection = str(Path(str(self.selection)).expanduser().resolve())
+
+    def _names_a_file(self) -> bool:
+        name = self.selection
+        if not isinstance(name, str) or name in strategies():
+            return False
+        return name.endswith(".safetensors") or "/" in name or Path(name).is_dir()
+
+    def adapter_options(self) -> dict[str, Any]:
+        """Return the options as PacaConfig takes them, with columns that a file gives.
+
+        Raises:
+            FileNotFoundError: If `selection` looks like a file and is none.
+            ValueError: If the file holds no columns.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        del values["selection_batches"]
+        if self._names_a_file():
+            from pacatune.selection import load_columns
+
+            values["selection"] = load_columns(str(self.selection))
+        return copy.deepcopy(values)
+
 
 @dataclass(kw_only=True)
 class LoraSection:
-    """Options of the methods `lora`, `dora` and `qlora`, checked by `peft.LoraConfig`."""
+    """Options of the methods `lora`, `dora`, `moslora` and `qlora`; `peft.LoraConfig` checks."""
 
     r: int = 8
     """Rank."""
@@ -140,6 +180,14 @@ class LoraSection:
     """Scale by lora_alpha / sqrt(r) instead."""
 
 
+@dataclass(kw_only=True)
+class MosLoraSection:
+    """Options of the method `moslora` beside those of `lora`; `pacatune.MosLoraConfig` checks."""
+
+    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
+    """How the r x r mixer between A and B starts."""
+
+
 @dataclass
 class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     """Every option of TRL's SFTConfig, with these defaults.
@@ -149,8 +197,8 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     """
 
     learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 5e-4 paca, 2e-4 lora and dora,
-    1e-5 full."""
+    """Peak learning rate; where null, that of the method: 5e-4 paca, 2e-4 lora, dora, moslora
+    and qlora, 1e-5 full."""
 
     def check_options(self) -> None:
         """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
@@ -170,8 +218,9 @@ class RunConfig:
     command: ClassVar[str] = "train"
 
     method: Method = "paca"
-    """How to fine-tune: `paca`, `lora`, `dora`, `qlora` (LoRA on a quantised base, nf4 unless
-    `model.quantization` says otherwise), or `full` (every weight)."""
+    """How to fine-tune: `paca`, `lora`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
+    (LoRA on a quantised base, nf4 unless `model.quantization` says otherwise), or `full` (every
+    weight)."""
 
     model: ModelConfig
     """The pretrained model."""
@@ -183,7 +232,10 @@ class RunConfig:
     """Options of the method paca."""
 
     lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, dora and qlora."""
+    """Options of the methods lora, dora, moslora and qlora."""
+
+    moslora: MosLoraSection = field(default_factory=MosLoraSection)
+    """Options of the method moslora."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Every option of TRL's SFTConfig."""

@@ -124,7 +124,12 @@ def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
     if config.method == "paca":
         from pacatune import PacaConfig
 
-        return PacaConfig(task_type="CAUSAL_LM", **asdict(config.paca))
+        return PacaConfig(task_type="CAUSAL_LM", **config.paca.adapter_options())
+    if config.method == "moslora":
+        from pacatune import MosLoraConfig
+
+        options = asdict(config.lora) | asdict(config.moslora)
+        return MosLoraConfig(task_type="CAUSAL_LM", **options)
     from peft import LoraConfig
 
     return LoraConfig(
@@ -168,7 +173,10 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
             adapter_config.__post_init__()  # checks it against the other options
         planned = copy.deepcopy(adapter_config)
         if config.method == "paca":
-            planned.columns_from = "dequantized"  # no weights are read for a plan
+            # No weights are read for a plan.
+            planned.columns_from = "dequantized"
+            if planned.columns is None:
+                planned.selection = "random"
         wrapped = get_peft_model(model, planned, low_cpu_mem_usage=True)
         if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
             # TRL multiplies by the weight of the head itself, past any adapter on it.

@@ -15,6 +15,7 @@ from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, changed_keys, read_values, to_values
 from pacatune.training.output import last_checkpoint, read_state
+from pacatune.training.selecting import check_selection
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,7 @@ def prepare_run(config: RunConfig, console: Console) -> Run:
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     adapter_config = models.make_adapter_config(config)
+    check_selection(config, adapter_config)
     plan = models.plan_training(config, adapter_config)
     if plan.max_positions is not None and data.longest > plan.max_positions:
         data.warnings.append(
@@ -153,11 +155,16 @@ def _check_fsdp(method: str) -> None:
 
 def unused_sections(config: AnyRun) -> list[str]:
     """Return a sentence per section that has options, but not for the method of the run."""
-    used = {"paca": ("paca",), "lora": ("lora", "dora", "qlora")}
+    used = {
+        "paca": ("paca",),
+        "lora": ("lora", "dora", "moslora", "qlora"),
+        "moslora": ("moslora",),
+    }
+    sections = {name: getattr(config, name, None) for name in used}
     return [
         f"the options of `{name}` are not used by the method {config.method}."
-        for name, methods in used.items()
-        if config.method not in methods and getattr(config, name) != type(getattr(config, name))()
+        for name, section in sections.items()
+        if section is not None and config.method not in used[name] and section != type(section)()
     ]
 
 

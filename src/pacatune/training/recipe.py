@@ -1,6 +1,6 @@
 """Fine-tune: config -> data -> plan -> model -> trainer -> report."""
 
-import copy
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +36,8 @@ from pacatune.training.running import (
     save_result,
     show_result,
 )
-from pacatune.training.trainer import RunTrainer
+from pacatune.training.selecting import choose_from_data, describe_columns, share_of_batches
+from pacatune.training.trainer import RunTrainer, collate_rows
 
 _LESS_MEMORY = "`training.max_length`, or set `training.gradient_checkpointing` to true"
 
@@ -107,14 +108,20 @@ def _make_trainer(
         arguments.max_length = None
     set_seed(arguments.seed)
     meter = Meter()
+    model = models.load_model(config)
+    collate = partial(collate_rows, run.data.train, run.tokenizer)
+    batches = share_of_batches(len(run.data.train), config, collate)
+    adapter_config = choose_from_data(
+        config, run.adapter_config, model, batches, checkpoint, console
+    )
     trainer = RunTrainer(
         meter=meter,
-        model=models.load_model(config),
+        model=model,
         args=arguments,
         train_dataset=run.data.train,
         eval_dataset=run.data.evaluation,
         processing_class=run.tokenizer,
-        peft_config=copy.deepcopy(run.adapter_config),
+        peft_config=adapter_config,
         callbacks=[meter, TrainedOn(digest, arguments.world_size)],
     )
     make_lean(trainer, config, console)
@@ -147,6 +154,7 @@ def _make_report(config: RunConfig, run: Run, trainer: RunTrainer) -> Report:
         dtype=str(models.weights_dtype(config)).removeprefix("torch."),
         quantization=config.model.quantization,
         warnings=run.data.warnings,
+        columns=describe_columns(trainer.model),
     )
 
 

@@ -45,6 +45,8 @@ class RunReport:
     num_eval_examples: int
     device: str
     dtype: str
+    columns: str | None = None
+    """How the trained columns were chosen; None for other methods than PaCA."""
     quantization: str | None = None
     """How the frozen weights were held, such as nf4; None: in `dtype`."""
     learning_rate: float
@@ -75,6 +77,7 @@ class RunReport:
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("lean activations", _lean(self.lean)),
+            *([("columns", self.columns)] if self.columns else []),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
             ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.training.checkpoints import WholeCheckpoints
 from pacatune.training.progress import Meter
@@ -32,6 +33,22 @@ class RunTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
         self._meter.add(num_tokens(inputs))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+
+def collate_rows(data: Any, tokenizer: Any, places: list[int]) -> dict[str, Tensor]:
+    """Return the rows at some places as one padded batch, as the trainer makes it.
+
+    Args:
+        data: Rows of `input_ids` and `labels`.
+        tokenizer: Its padding, or where it has none the end of a text, fills rows up.
+        places: Of the rows.
+    """
+    padding = tokenizer.pad_token_id
+    collator = DataCollatorForLanguageModeling(
+        pad_token_id=tokenizer.eos_token_id if padding is None else padding
+    )
+    rows = [data[place] for place in places]
+    return dict(collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
 
 
 def num_tokens(inputs: dict[str, Any]) -> int | Tensor:

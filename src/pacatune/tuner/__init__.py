@@ -1,5 +1,7 @@
 """PaCA as a PEFT method. Importing this package registers it."""
 
+import peft  # noqa: F401 (its first import runs our hook, which needs `registration` whole)
+
 from pacatune.tuner.registration import ensure_peft_type, register
 
 ensure_peft_type()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pacatune.selection.strategies import FIXED
 from pacatune.tuner.attention import target_of
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
@@ -56,6 +57,9 @@ def add_weighted_adapter(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        selection=FIXED,
+        selection_options=None,
+        columns={name: indices.tolist() for name, (_, indices) in sums.items()},
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     for name, (delta, indices) in sums.items():

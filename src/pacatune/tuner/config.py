@@ -6,7 +6,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from pacatune.selection import strategies
+from pacatune.selection.strategies import FIXED, needs_of
 
 __all__ = ["PacaConfig"]
 
@@ -43,8 +43,10 @@ class PacaConfig(PeftConfig):
     """True starts at the pretrained weights. False starts at random deltas, for tests."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter, such as a new head."""
-    selection: str = "random"
-    """Strategy that chooses the columns."""
+    selection: str | dict[str, list[int]] = "random"
+    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
+    activation, weight_activation, or a registered one. Or the columns themselves, by the module's
+    name or pattern; they are kept in `columns`, and this is then "fixed"."""
     bias: Literal["none", "all", "paca_only"] = "none"
     """Which biases are trained: none, all, or those of the adapted modules."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -60,6 +62,10 @@ class PacaConfig(PeftConfig):
     """How the base was quantised; filled in when the adapter is made."""
     target_parameters: list[str] | None = None
     """Names of fused expert parameters (E, O, I) to adapt, such as "experts.down_proj"."""
+    columns: dict[str, list[int]] | None = None
+    """Module name or regular expression -> its columns; filled in when they are not random."""
+    selection_options: dict[str, Any] | None = None
+    """What the columns were chosen from, such as the number of batches; filled in."""
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
@@ -80,8 +86,7 @@ class PacaConfig(PeftConfig):
                 f"`random_seed` ({self.random_seed!r}) must be an integer in [0, 2^63), so that "
                 "every rank and every later run chooses the same columns."
             )
-        if self.selection not in strategies():
-            raise ValueError(f"`selection` ({self.selection!r}) must be one of {strategies()}.")
+        self._settle_selection()
         if self.bias not in ("none", "all", "paca_only"):
             raise ValueError(f"`bias` ({self.bias!r}) must be 'none', 'all' or 'paca_only'.")
         if self.columns_from not in ("dequantized", "original"):
@@ -102,6 +107,24 @@ class PacaConfig(PeftConfig):
                 "as ['experts.down_proj']."
             )
 
+    def _settle_selection(self) -> None:
+        if isinstance(self.selection, dict):
+            if self.columns is not None:
+                raise ValueError(
+                    "`selection` is a dictionary of columns, and `columns` is set too; give one."
+                )
+            self.columns = self.selection
+            self.selection = FIXED
+        if self.columns is not None:
+            self.columns = _sorted_columns(self.columns)
+        elif self.selection == FIXED:
+            raise ValueError(
+                f"`selection` ({FIXED!r}) needs columns; give them as `selection` themselves, a "
+                "dictionary of module names and columns."
+            )
+        else:
+            needs_of(self.selection)  # columns that are there may be of a strategy that is not
+
     def _refuse_with_regex(self, name: str) -> None:
         if getattr(self, name) is not None:
             raise ValueError(
@@ -109,6 +132,31 @@ class PacaConfig(PeftConfig):
                 f"({self.target_modules!r}): give `target_modules` as a list of names, or put the "
                 "layers into the regular expression."
             )
+
+
+def _sorted_columns(columns: Any) -> dict[str, list[int]]:
+    """Return columns by module, each in increasing order.
+
+    Raises:
+        ValueError: If they are anything but distinct column numbers.
+    """
+    if not isinstance(columns, dict) or not columns:
+        raise ValueError(
+            f"`columns` ({str(columns)[:80]}) must be a dictionary of module names and columns."
+        )
+    result = {}
+    for name, given in columns.items():
+        values = given.tolist() if hasattr(given, "tolist") else given
+        is_list = isinstance(values, list | tuple) and len(values) > 0
+        if not is_list or any(type(value) is not int or value < 0 for value in values):
+            raise ValueError(
+                f"`columns[{name!r}]` ({str(given)[:80]}) must be a list of column numbers from 0 "
+                "on."
+            )
+        if len(set(values)) < len(values):
+            raise ValueError(f"`columns[{name!r}]` ({str(given)[:80]}) repeats a column.")
+        result[str(name)] = sorted(values)
+    return result
 
 
 def _check_rank(name: str, value: Any) -> None:

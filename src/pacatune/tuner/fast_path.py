@@ -5,11 +5,14 @@ calls them; nn.TransformerEncoder then hands nested tensors to its layers. Each 
 that decides about it and about nothing else.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["allow_fast_path", "forbid_fast_path"]
+__all__ = ["allow_fast_path", "forbid_fast_path", "without_fast_path"]
 
 _SWITCHES: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
@@ -33,3 +36,21 @@ def allow_fast_path(model: nn.Module) -> None:
         for kind, switch in _SWITCHES.items():
             if isinstance(module, kind) and _KEPT in module.__dict__:
                 setattr(module, switch, module.__dict__.pop(_KEPT))
+
+
+@contextmanager
+def without_fast_path(model: nn.Module) -> Iterator[None]:
+    """Let every encoder call its layers for a while, so that hooks on them see what passes."""
+    before = [
+        (module, switch, getattr(module, switch))
+        for module in model.modules()
+        for kind, switch in _SWITCHES.items()
+        if isinstance(module, kind)
+    ]
+    for module, switch, _ in before:
+        setattr(module, switch, False)
+    try:
+        yield
+    finally:
+        for module, switch, value in before:
+            setattr(module, switch, value)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.residency import Residency
-from pacatune.selection import seed_for, select_columns
+from pacatune.selection.strategies import seed_for, select_columns
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.merging import MergeMixin
 
@@ -69,6 +69,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         *,
         r: int,
         paca_alpha: float,
+        columns: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -88,7 +89,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         self.residency: Residency | None = None
         self._attach()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha)
+        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha, columns=columns)
 
     def _attach(self) -> None:
         base_layer = self.base_layer
@@ -131,7 +132,14 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         return self.delta_shape(self.in_features)
 
     def update_layer(
-        self, adapter_name: str, name: str, config: PacaConfig, *, r: int, paca_alpha: float
+        self,
+        adapter_name: str,
+        name: str,
+        config: PacaConfig,
+        *,
+        r: int,
+        paca_alpha: float,
+        columns: list[int] | None = None,
     ) -> None:
         """Add an adapter, or replace the one of that name.
 
@@ -141,6 +149,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
             config: The adapter's configuration.
             r: Number of columns, patterns resolved.
             paca_alpha: Scale of the update, patterns resolved.
+            columns: The columns to train, patterns resolved; None: `r` random ones.
 
         Raises:
             ValueError: If `r` exceeds the in_features of the base layer.
@@ -154,10 +163,13 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
-        weight = torch.empty(self.out_features, num_columns, device="meta")
-        self.paca_indices[adapter_name] = select_columns(
-            config.selection, weight, r, seed=seed_for(config.random_seed, name)
-        )
+        if columns is None:
+            weight = torch.empty(self.out_features, num_columns, device="meta")
+            seed = seed_for(config.random_seed, name)
+            indices = select_columns("random", weight, r, seed=seed)
+        else:
+            indices = torch.tensor(columns, device="cpu")
+        self.paca_indices[adapter_name] = indices
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from pacatune.checks import check_tensors
 from pacatune.tuner import combining
 from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
+from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
 from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
+from pacatune.tuner.given import given_columns
 from pacatune.tuner.kinds import layer_class
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.mixed_batch import adapter_names_passed
@@ -56,7 +58,10 @@ class PacaModel(BaseTuner):
         Raises:
             ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
         """
-        self.peft_config[adapter_name] = config = _adopt(self.peft_config[adapter_name])
+        config = _adopt(self.peft_config[adapter_name])
+        if config.columns is not None or config.selection != "random":
+            config = choose_columns(model, config)
+        self.peft_config[adapter_name] = config
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
         try:
@@ -106,6 +111,7 @@ class PacaModel(BaseTuner):
             return  # no module of the base: `target_modules` does not mean it
         if isinstance(target, nn.MultiheadAttention | MultiheadAttention):
             name = f"{current_key}.{IN_PROJ}"
+            ranks["columns"] = given_columns(peft_config.columns, name)
             self._adapt_parameter(MultiheadAttention, name, adapter_name, peft_config, ranks)
             return
         if isinstance(parent, nn.MultiheadAttention):  # it would never call its out_proj
@@ -220,6 +226,7 @@ class PacaModel(BaseTuner):
             state_dict=state_dict,
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
+        keep_columns(config, other_columns(_PlainNames(model), adapter_name, remapped))
         return remapped
 
     @contextmanager

@@ -22,22 +22,26 @@ __all__ = ["ensure_peft_type", "register"]
 _NAME = "PACA"
 
 
-def ensure_peft_type() -> PeftType:
-    """Return `PeftType.PACA`, adding the member where PEFT has none."""
-    if _NAME in PeftType.__members__:
-        return PeftType.__members__[_NAME]
+def ensure_peft_type(name: str = _NAME) -> PeftType:
+    """Return the member of PeftType of that name, adding it where PEFT has none.
+
+    Args:
+        name: In capitals, such as "PACA".
+    """
+    if name in PeftType.__members__:
+        return PeftType.__members__[name]
     # PeftType is a str enum whose members are found by plain strings: name and value must be equal.
-    member = str.__new__(PeftType, _NAME)
-    member._name_ = member._value_ = _NAME
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType._member_names_)
-    PeftType._member_names_.append(_NAME)
-    PeftType._member_map_[_NAME] = member
-    PeftType._value2member_map_[_NAME] = member
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
     hashable_values = getattr(PeftType, "_hashable_values_", None)  # Python >= 3.12.4
-    if hashable_values is not None and _NAME not in hashable_values:
-        hashable_values.append(_NAME)
-    type.__setattr__(PeftType, _NAME, member)  # EnumType's own would refuse
+    if hashable_values is not None and name not in hashable_values:
+        hashable_values.append(name)
+    type.__setattr__(PeftType, name, member)  # EnumType's own would refuse
     return member
 
 

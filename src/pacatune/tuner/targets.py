@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -17,13 +17,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from pacatune.tuner.attention import IN_PROJ
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.experts import features_of, is_expert_parameter
+from pacatune.tuner.given import given_columns
 from pacatune.tuner.kinds import is_supported, layer_class, supported_kinds
 from pacatune.tuner.layer import PacaLayer, check_rank
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
 __all__ = [
+    "Target",
     "available_targets",
     "check_targets",
     "find_parameters",
@@ -33,8 +36,23 @@ __all__ = [
 ]
 
 
-def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwargs: Any) -> None:
-    """Refuse targets that cannot be adapted as the configuration says.
+class Target(NamedTuple):
+    """A weight that a configuration adapts."""
+
+    module: nn.Module
+    """The module of the base that it belongs to."""
+    parameter_name: str
+    """Its name there."""
+    rank: int
+    """How many of its columns are trained."""
+    num_columns: int
+    """How many it has."""
+
+
+def check_targets(
+    tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module, **kwargs: Any
+) -> dict[str, Target]:
+    """Find what is adapted, and refuse what cannot be as the configuration says.
 
     Args:
         tuner: Knows which module names match the configuration.
@@ -42,12 +60,16 @@ def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwar
         model: The model to be adapted; not changed.
         **kwargs: What PEFT needs to recognise quantised layers.
 
+    Returns:
+        The targets by the names that files and seeds of columns know them by.
+
     Raises:
         ValueError: If some of the target names match nothing, a rank exceeds its weight's
             in_features, or a weight is parametrised.
         TypeError: If a target is of no supported kind.
     """
-    find_parameters(tuner, config, model)
+    parameters = find_parameters(tuner, config, model)
+    targets = {name: _parameter_target(model, config, name) for name in parameters}
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     _check_names(config, model)
     adapted: tuple[str, ...] = ()
@@ -60,7 +82,22 @@ def check_targets(tuner: BaseTuner, config: PacaConfig, model: nn.Module, **kwar
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             base = base.base_layer if isinstance(base, ParameterOwner) else base
             num_columns = _layer_class(base, name, **kwargs).num_columns_of(base)
-            check_rank(for_module(config.rank_pattern, name, config.r), num_columns, name)
+            rank = for_module(config.rank_pattern, name, config.r)
+            check_rank(rank, num_columns, name)
+            is_attention = isinstance(base, nn.MultiheadAttention)
+            key, parameter_name = (
+                (f"{name}.{IN_PROJ}", IN_PROJ) if is_attention else (name, "weight")
+            )
+            targets[key] = Target(base, parameter_name, rank, num_columns)
+    return targets
+
+
+def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target:
+    parameter_name = name.rpartition(".")[2]
+    module = _bare_parameters(model)[name]
+    _, num_columns, _ = features_of(module, parameter_name)
+    rank = for_module(config.rank_pattern, name, config.r)
+    return Target(module, parameter_name, rank, num_columns)
 
 
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
@@ -119,7 +156,9 @@ def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
     return layer
 
 
-def find_parameters(tuner: BaseTuner, config: PacaConfig, model: nn.Module) -> list[str]:
+def find_parameters(
+    tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module
+) -> list[str]:
     """Return the names of the parameters to adapt: those that `target_parameters` names the end of.
 
     Args:
@@ -228,10 +267,11 @@ def parameters_count(tuner: BaseTuner, config: PacaConfig) -> Iterator[None]:
 
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
-    """Return the rank and alpha of a target, patterns resolved."""
+    """Return rank, alpha and given columns of a target, patterns resolved."""
     return {
         "r": for_module(config.rank_pattern, name, config.r),
         "paca_alpha": for_module(config.alpha_pattern, name, config.paca_alpha),
+        "columns": given_columns(config.columns, name),
     }
 
 

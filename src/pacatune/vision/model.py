@@ -29,7 +29,8 @@ def make_adapter_config(
     model = base.empty_model()
     section = config.paca if config.method == "paca" else config.lora
     heads = find_heads(model)
-    values = copy.copy(vars(section))
+    is_paca = config.method == "paca"
+    values = config.paca.adapter_options() if is_paca else copy.copy(vars(config.lora))
     notes: list[str] = []
     if section.target_modules is None:
         values["target_modules"], notes = choose_targets(model, config.method, section.r, heads)
@@ -122,7 +123,10 @@ def make_trainable(
     from peft import get_peft_model
 
     is_empty = any(parameter.is_meta for parameter in model.parameters())
-    trained = get_peft_model(model, copy.deepcopy(adapter_config), low_cpu_mem_usage=is_empty)
+    adapter_config = copy.deepcopy(adapter_config)
+    if is_empty and getattr(adapter_config, "columns", True) is None:
+        adapter_config.selection = "random"  # a plan: no weights are read
+    trained = get_peft_model(model, adapter_config, low_cpu_mem_usage=is_empty)
     for layer in find_batch_norms(trained).values():
         # Saved for their statistics; scale and shift stay the pretrained ones.
         layer.requires_grad_(False)

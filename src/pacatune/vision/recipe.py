@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from transformers import set_seed
+from torch.nn import functional as F
+from transformers import default_data_collator, set_seed
 
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import SIDECAR_NAME
@@ -34,6 +36,12 @@ from pacatune.training.running import (
     run_trainer,
     save_result,
     show_result,
+)
+from pacatune.training.selecting import (
+    check_selection,
+    choose_from_data,
+    describe_columns,
+    share_of_batches,
 )
 from pacatune.vision.base import ImageBase, describe_base
 from pacatune.vision.card import write_card
@@ -123,6 +131,7 @@ def _prepare(config: ImageRunConfig, console: Console) -> Run:
         config.model.path, config.model.revision, data.classes, config.data.image_size
     )
     adapter_config, notes = make_adapter_config(config, base)
+    check_selection(config, adapter_config)
     plan = plan_training(config, base, adapter_config)
     data.warnings.extend(base.warnings + notes)
     augmentation = Augmentation(config.data.augmentation, config.training.seed)
@@ -165,12 +174,22 @@ def _make_trainer(
     set_seed(arguments.seed)
     dtype = getattr(torch, config.model.dtype)
     model = load_model(run.base, dtype, config.model.attn_implementation)
+    batches = share_of_batches(len(run.train), config, partial(_collate, run.train))
+    adapter_config = choose_from_data(
+        config,
+        run.adapter_config,
+        model,
+        batches,
+        checkpoint,
+        console,
+        loss_fn=partial(_loss, run.base.forward_options),
+    )
     meter = Meter("images")
     trainer = ImageTrainer(
         meter=meter,
         num_classes=len(run.data.classes),
         forward_options=run.base.forward_options,
-        model=make_trainable(model, config, run.adapter_config),
+        model=make_trainable(model, config, adapter_config),
         args=arguments,
         train_dataset=run.train,
         eval_dataset=run.evaluation,
@@ -183,6 +202,16 @@ def _make_trainer(
     make_lean(trainer, config, console)
     add_callbacks(trainer, config, checkpoint, meter, console)
     return trainer
+
+
+def _collate(images: ImageDataset, places: list[int]) -> dict[str, torch.Tensor]:
+    return default_data_collator([images[place] for place in places])  # type: ignore[no-any-return]
+
+
+def _loss(options: dict[str, Any], model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    moved = {key: value.to(model.device) for key, value in batch.items()}
+    labels = moved.pop("labels")
+    return F.cross_entropy(model(**moved, **options)["logits"].float(), labels)
 
 
 def _make_report(config: ImageRunConfig, run: Run, trainer: ImageTrainer) -> ImageReport:
@@ -212,6 +241,7 @@ def _make_report(config: ImageRunConfig, run: Run, trainer: ImageTrainer) -> Ima
         num_eval_examples=0 if run.evaluation is None else len(run.evaluation),
         dtype=config.model.dtype,
         warnings=run.data.warnings,
+        columns=describe_columns(trainer.model),
     )
 
 

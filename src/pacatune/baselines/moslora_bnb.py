@@ -1,0 +1,15 @@
+"""MosLoRA on layers that bitsandbytes holds in 4 or 8 bits. Imports bitsandbytes."""
+
+from peft.tuners.lora import bnb
+
+from pacatune.baselines.moslora import MosLoraLayer
+
+__all__ = ["Linear4bit", "Linear8bitLt"]
+
+
+class Linear4bit(MosLoraLayer, bnb.Linear4bit):  # type: ignore[misc]
+    """A linear layer of 4 bits with MosLoRA adapters."""
+
+
+class Linear8bitLt(MosLoraLayer, bnb.Linear8bitLt):  # type: ignore[misc]
+    """A linear layer of 8 bits with MosLoRA adapters."""

@@ -1,0 +1,108 @@
+"""What was collected about the columns of a model: numbers that can be saved and looked at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pacatune.adapters.tensor_file import read_tensors, write_tensors
+from pacatune.selection.strategies import KINDS
+
+__all__ = ["ColumnStatistics"]
+
+_COUNT = "num_batches"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnStatistics:
+    """Sums of squares by column, over batches.
+
+    With x the tokens that a layer saw, and dW_t the gradient of the loss of batch t,
+
+        gradient[i]      sum over t of ||dW_t[:, i]||^2
+        activation[i]    sum over tokens of x[i]^2
+
+    Raises:
+        ValueError: If a value is not finite, negative, no vector, or of an unknown kind.
+    """
+
+    values: Mapping[str, Mapping[str, Tensor]]
+    """Module's name in the base model -> kind -> (I,) float64 on the CPU."""
+    num_batches: int
+    """Batches of all processes."""
+    source: str = field(default="statistics", repr=False)
+    """Where they come from, for messages."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.num_batches < 1:
+            raise ValueError(
+                f"{self.source}: `num_batches` ({self.num_batches}) must be at least 1; give some "
+                "batches."
+            )
+        for module, kinds in self.values.items():
+            for kind, values in kinds.items():
+                _check(values, kind, f"{self.source}: module {module!r}")
+
+    def of(self, module: str) -> Mapping[str, Tensor]:
+        """Return what is known about a module's columns: kind -> (I,).
+
+        Raises:
+            ValueError: If nothing is.
+        """
+        if module not in self.values:
+            raise ValueError(
+                f"{self.source}: nothing was collected about {module!r}; collect it with the same "
+                "`target_modules`."
+            )
+        return self.values[module]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a tensor `<module>.<kind>` for each entry."""
+        tensors = {
+            f"{module}.{kind}": values
+            for module, kinds in self.values.items()
+            for kind, values in kinds.items()
+        }
+        write_tensors({**tensors, _COUNT: torch.tensor(self.num_batches)}, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ColumnStatistics":
+        """Read what `save` wrote; nothing is run.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged or of another kind.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"statistics file {path} does not exist; check the path.")
+        tensors = read_tensors(path)
+        count = tensors.pop(_COUNT, None)
+        if count is None or count.numel() != 1 or count.is_floating_point():
+            raise ValueError(
+                f"{path} does not say how many batches it is about; it was not written by "
+                "ColumnStatistics.save."
+            )
+        values: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            module, _, kind = name.rpartition(".")
+            values.setdefault(module, {})[kind] = tensor
+        return cls(values=values, num_batches=int(count), source=str(path))
+
+
+def _check(values: Tensor, kind: str, where: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"{where} has {kind!r}; the kinds of statistics are {KINDS}.")
+    if values.dim() != 1 or not values.is_floating_point():
+        raise ValueError(
+            f"{where}: `{kind}` is {tuple(values.shape)} of {values.dtype}; it must be one "
+            "floating-point number for each column."
+        )
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        raise ValueError(
+            f"{where}: `{kind}` holds values that are not finite or below 0, but it is a sum of "
+            "squares: the loss of a batch is not finite (no label in it?), or the file is damaged."
+        )

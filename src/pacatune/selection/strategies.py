@@ -1,0 +1,232 @@
+"""How columns are chosen: functions with a name, and what each of them must know.
+
+    random                 uniformly, from a seed
+    weight_norm            the largest ||W[:, i]||           weight_norm_smallest: the smallest
+    gradient               the largest sum over batches of ||dW[:, i]||^2
+    activation             the largest ||x[:, i]||
+    weight_activation      the largest ||W[:, i]|| ||x[:, i]||
+
+Ties go to the first column, so that every process chooses the same ones. Torch only.
+
+Source: PaCA, Sec. 5 (random, weight_norm, gradient); the product of norms is the importance of a
+weight in Wanda (M. Sun et al., arXiv 2306.11695), summed over rows.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FIXED",
+    "KINDS",
+    "Strategy",
+    "needs_of",
+    "register_strategy",
+    "seed_for",
+    "select_columns",
+    "statistics_of",
+    "strategies",
+]
+
+Strategy = Callable[[Tensor, Mapping[str, Tensor], int, torch.Generator], Tensor]
+
+FIXED = "fixed"
+"""What `PacaConfig.selection` says of columns that were given and not chosen."""
+KINDS = ("gradient", "activation")
+"""The statistics that `collect_statistics` can gather, each a sum of squares by column."""
+
+
+class _Entry(NamedTuple):
+    function: Strategy
+    needs: tuple[str, ...]
+
+
+_STRATEGIES: dict[str, _Entry] = {}
+
+
+def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
+    """Make a function available as `PacaConfig(selection=name)`.
+
+    Args:
+        name: The strategy's name. The function takes (weight, statistics, rank, generator): the
+            weight as a matrix with a column for each of the I columns to choose from, what was
+            collected about them ({kind: (I,) float64}), the number of columns, and the layer's
+            own seeded CPU generator; it returns (rank,) distinct int64 columns in any order.
+        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation"). A
+            weight that is not needed is on the meta device and has a shape only.
+
+    Raises:
+        ValueError: If the name is taken, or `needs` names something else.
+    """
+    unknown = sorted(set(needs) - {"weight", *KINDS})
+    if unknown:
+        raise ValueError(f"`needs` ({unknown}) must be among {('weight', *KINDS)}.")
+
+    def register(function: Strategy) -> Strategy:
+        if name in _STRATEGIES or name == FIXED:
+            raise ValueError(
+                f"`name` ({name!r}) is already a selection strategy; choose another one."
+            )
+        _STRATEGIES[name] = _Entry(function, tuple(needs))
+        return function
+
+    return register
+
+
+def strategies() -> list[str]:
+    """Return the names of all registered strategies, sorted."""
+    return sorted(_STRATEGIES)
+
+
+def needs_of(strategy: str) -> tuple[str, ...]:
+    """Return what a strategy looks at: "weight" and kinds of statistics.
+
+    Raises:
+        ValueError: If the strategy is unknown.
+    """
+    if strategy not in _STRATEGIES:
+        raise ValueError(
+            f"`selection` ({strategy!r}) must be one of {strategies()}, or a dictionary of module "
+            "names and columns."
+        )
+    return _STRATEGIES[strategy].needs
+
+
+def statistics_of(strategy: str) -> tuple[str, ...]:
+    """Return the kinds of statistics that a strategy needs, none if it chooses without data."""
+    return tuple(kind for kind in needs_of(strategy) if kind != "weight")
+
+
+def seed_for(random_seed: int, name: str) -> int:
+    """Return a layer's own seed: (random_seed + crc32(name)) mod 2^63.
+
+    The same on every rank, in every process and for every adapter name, and the rule of
+    PEFT 0.22, so that the same seed chooses the same columns there.
+
+    Args:
+        random_seed: `PacaConfig.random_seed`.
+        name: The module's name inside the base model, such as `model.layers.0.mlp.up_proj`.
+    """
+    return (random_seed + zlib.crc32(name.encode())) % 2**63
+
+
+def select_columns(
+    strategy: str,
+    weight: Tensor,
+    rank: int,
+    *,
+    seed: int,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Choose `rank` of a weight's input columns.
+
+    Args:
+        strategy: Name of a registered strategy.
+        weight: (O, I) weight.
+        rank: Number of columns.
+        seed: The layer's seed, see `seed_for`.
+        statistics: Kind -> (I,) what was collected about the columns.
+
+    Returns:
+        (rank,) int64 on the CPU, sorted, distinct.
+
+    Raises:
+        ValueError: If the strategy is unknown, it needs what is not there, or what it returned is
+            not `rank` distinct columns.
+    """
+    statistics = statistics or {}
+    _check_inputs(strategy, weight, statistics)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        indices = _STRATEGIES[strategy].function(weight, statistics, rank, generator)
+    indices = indices.detach().to("cpu", torch.int64).sort().values
+    in_features = weight.shape[1]
+    is_valid = (
+        indices.shape == (rank,)
+        and (rank == 0 or (int(indices[0]) >= 0 and int(indices[-1]) < in_features))
+        and bool((indices.diff() > 0).all())
+    )
+    if not is_valid:
+        raise ValueError(
+            f"`selection` ({strategy!r}) must return {rank} distinct columns in "
+            f"[0, in_features={in_features}), got {indices.tolist()}."
+        )
+    return indices
+
+
+def _check_inputs(strategy: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> None:
+    missing = [kind for kind in statistics_of(strategy) if kind not in statistics]
+    if missing:
+        raise ValueError(
+            f"`selection` ({strategy!r}) needs statistics of the kind {' and '.join(missing)}: "
+            "collect them with pacatune.selection.collect_statistics and choose with "
+            "choose_columns, before the adapter is made."
+        )
+    if "weight" in needs_of(strategy) and weight.is_meta:
+        raise ValueError(
+            f"`selection` ({strategy!r}) looks at the weights, which are on the meta device: load "
+            "them first."
+        )
+
+
+@register_strategy("random")
+def select_random(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose uniformly without replacement (the paper's default, Sec. 3.1)."""
+    # The clone lets go of the whole permutation.
+    return torch.randperm(weight.shape[1], generator=generator, device="cpu")[:rank].clone()
+
+
+@register_strategy("weight_norm", needs=("weight",))
+def select_weight_norm(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the columns of the largest L2 norm (Sec. 5)."""
+    return _largest(_norms(weight), rank)
+
+
+@register_strategy("weight_norm_smallest", needs=("weight",))
+def select_weight_norm_smallest(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the columns of the smallest L2 norm."""
+    return _largest(-_norms(weight), rank)
+
+
+@register_strategy("gradient", needs=("gradient",))
+def select_gradient(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the columns of the largest accumulated gradient (Sec. 5)."""
+    return _largest(statistics["gradient"], rank)
+
+
+@register_strategy("activation", needs=("activation",))
+def select_activation(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the columns of the largest inputs."""
+    return _largest(statistics["activation"], rank)
+
+
+@register_strategy("weight_activation", needs=("weight", "activation"))
+def select_weight_activation(
+    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the columns of the largest product of both norms."""
+    norms = _norms(weight)
+    return _largest(norms * statistics["activation"].to(norms).sqrt(), rank)
+
+
+def _norms(weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=dtype)
+    return norms
+
+
+def _largest(scores: Tensor, rank: int) -> Tensor:
+    return scores.sort(descending=True, stable=True).indices[:rank]

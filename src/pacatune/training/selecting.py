@@ -1,0 +1,151 @@
+"""Chooses the columns of a run from its training data, before the adapter is made."""
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import nn
+
+from pacatune.training.any_run import AnyRun
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def check_selection(config: AnyRun, adapter_config: "PeftConfig | None") -> None:
+    """Refuse a choice from data where no process has the whole model.
+
+    Raises:
+        ValueError: If the strategy needs statistics and FSDP is to shard the model.
+    """
+    if _kinds(adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            f"`paca.selection` ({getattr(adapter_config, 'selection', None)!r}) looks at gradients "
+            "or activations of the whole model, which FSDP shards; run it without FSDP for one "
+            "step, and give that run's folder as `paca.selection`."
+        )
+
+
+def choose_from_data(
+    config: Any,
+    adapter_config: "PeftConfig | None",
+    model: nn.Module,
+    batches: Iterable[Any],
+    checkpoint: Path | None,
+    console: Console,
+    *,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+) -> "PeftConfig | None":
+    """Return the adapter's configuration, with columns where data decides about them.
+
+    Args:
+        config: The run.
+        adapter_config: The adapter's configuration; not changed.
+        model: The base with its weights. It is moved to the run's device if it is not quantised.
+        batches: This process's share of the batches; made only if they are needed.
+        checkpoint: Where a run goes on; its columns are taken.
+        console: Where to show progress.
+        loss_fn: As for `collect_statistics`.
+    """
+    adapter_config = copy.deepcopy(adapter_config)
+    kinds = _kinds(adapter_config)
+    if adapter_config is None or not kinds:
+        return adapter_config
+    if checkpoint is not None:
+        return _as_in(checkpoint, adapter_config)
+    from pacatune.selection import choose_columns, collect_statistics
+
+    if not getattr(model, "is_quantized", False):
+        model.to(config.training.device)
+    was_training = model.training
+    if config.training.gradient_checkpointing:
+        options = config.training.gradient_checkpointing_kwargs
+        with warnings.catch_warnings():
+            # transformers 5.24 renames it; 5.17 has only this name.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
+            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.train()  # transformers checkpoints in training only
+    total = config.paca.selection_batches
+    start = time.perf_counter()
+    with _progress(console, f"collecting {' and '.join(kinds)}", total) as progress:
+        statistics = collect_statistics(
+            model,
+            batches,
+            adapter_config,
+            loss_fn=loss_fn,
+            progress=progress,
+        )
+    model.train(was_training)
+    seconds = time.perf_counter() - start
+    console.print(
+        f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches "
+        f"({seconds:.1f} s)",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return choose_columns(model, adapter_config, statistics)
+
+
+def share_of_batches(
+    num_examples: int, config: Any, collate: Callable[[list[int]], Any]
+) -> Iterator[Any]:
+    """Yield this process's share of the batches, drawn from the data in a seeded order.
+
+    All processes together see the batches that one process alone would see.
+
+    Args:
+        num_examples: Size of the training data.
+        config: The run: seed, batch size, number of batches, processes.
+        collate: Makes a batch of the examples at some positions.
+    """
+    training = config.training
+    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(training.seed))
+    parts = order.split(training.per_device_train_batch_size)[: config.paca.selection_batches]
+    for part in islice(parts, training.process_index, None, training.world_size):
+        yield collate(part.tolist())
+
+
+def describe_columns(model: Any) -> str | None:
+    """Return how the columns of a trained model were chosen; None without PaCA."""
+    config: Any = getattr(model, "peft_config", {}).get("default")
+    if config is None or config.peft_type != "PACA":
+        return None
+    options = config.selection_options or {}
+    return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
+
+
+def _kinds(adapter_config: "PeftConfig | None") -> tuple[str, ...]:
+    if getattr(adapter_config, "peft_type", None) != "PACA":
+        return ()
+    from pacatune.selection.strategies import statistics_of
+
+    if getattr(adapter_config, "columns", None) is not None:
+        return ()
+    return statistics_of(str(getattr(adapter_config, "selection", "random")))
+
+
+def _as_in(checkpoint: Path, adapter_config: Any) -> "PeftConfig":
+    from pacatune.adapters.config_file import CONFIG_NAME, read_config
+
+    saved = read_config(checkpoint / CONFIG_NAME)
+    adapter_config.columns = saved.columns
+    adapter_config.selection_options = saved.selection_options
+    return adapter_config
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar; yields what moves it."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

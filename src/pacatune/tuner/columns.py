@@ -1,0 +1,188 @@
+"""The columns of a configuration: those that it gives, and those that its strategy chooses.
+
+`PacaConfig.columns` holds the columns of an adapter that did not choose them at random, so that
+whoever has the configuration has them too: TRL makes reference adapters from a configuration, and
+copies parameters only.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from pacatune.checks import PEFT_PREFIX
+from pacatune.selection.strategies import (
+    FIXED,
+    needs_of,
+    seed_for,
+    select_columns,
+    statistics_of,
+)
+from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.defaults import default_targets
+from pacatune.tuner.given import key_of_columns
+from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.matrix import weight_matrix
+from pacatune.tuner.targets import Target, check_targets
+
+if TYPE_CHECKING:
+    from pacatune.selection.statistics import ColumnStatistics
+
+__all__ = ["choose_columns", "find_targets", "keep_columns", "other_columns"]
+
+
+def choose_columns(
+    model: nn.Module, config: PacaConfig, statistics: "ColumnStatistics | None" = None
+) -> PacaConfig:
+    """Choose the columns of an adapter before it is made.
+
+    Args:
+        model: The base, with or without other adapters; not changed.
+        config: The adapter's configuration. Columns that it gives already stay.
+        statistics: What its `selection` needs, see `pacatune.selection.collect_statistics`.
+
+    Returns:
+        A copy of `config` with the columns of every target in `columns`.
+
+    Raises:
+        ValueError: If statistics are missing, columns do not fit their weight or name no target,
+            or as `targets.check_targets` says.
+        TypeError: As `targets.check_targets` says.
+    """
+    targets = find_targets(model, config)
+    given = _matched(config.columns or {}, targets, config)
+    if config.selection == FIXED and len(given) < len(targets):
+        missing = sorted(targets.keys() - given.keys())
+        raise ValueError(
+            f"`columns` gives none for {len(missing)} adapted modules, first {missing[0]!r}; name "
+            "them too, or take them out of `target_modules`."
+        )
+    _refuse_merged(model)
+    chosen = {
+        name: given[name] if name in given else _choose(name, target, config, statistics, model)
+        for name, target in targets.items()
+    }
+    config = copy.copy(config)
+    config.columns = chosen
+    if statistics is not None and config.selection_options is None:
+        config.selection_options = {"num_batches": statistics.num_batches}
+    return config
+
+
+def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
+    """Return what a configuration adapts, by the names that files know.
+
+    Raises:
+        ValueError, TypeError: See `targets.check_targets`.
+    """
+    kwargs = get_quantization_kwargs(model)
+    if config.target_modules is None:
+        config = copy.copy(config)
+        try:
+            config.target_modules = default_targets(model, **kwargs)  # type: ignore[assignment]
+        except ValueError:
+            if not config.target_parameters:
+                raise
+    return check_targets(BaseTuner, config, model, **kwargs)
+
+
+def _matched(
+    columns: Mapping[str, list[int]], targets: Mapping[str, Target], config: PacaConfig
+) -> dict[str, list[int]]:
+    keys = {name: key_of_columns(columns, name) for name in targets} if columns else {}
+    unused = sorted(set(columns) - set(keys.values()))
+    if unused:
+        raise ValueError(
+            f"`columns`: {unused[:5]} match nothing that is adapted; `target_modules` "
+            f"({config.target_modules}) decides what is."
+        )
+    given = {name: columns[key] for name, key in keys.items() if key is not None}
+    for name, indices in given.items():
+        rank, num_columns = targets[name].rank, targets[name].num_columns
+        if len(indices) != rank:
+            raise ValueError(
+                f"`columns` gives {len(indices)} columns for {name!r}, whose rank is {rank}; set "
+                "`r` or `rank_pattern` to the number of columns."
+            )
+        if indices[-1] >= num_columns:
+            raise ValueError(
+                f"`columns` gives column {indices[-1]} for {name!r}, which has {num_columns}; "
+                "the first one is 0."
+            )
+    return given
+
+
+def _choose(
+    name: str,
+    target: Target,
+    config: PacaConfig,
+    statistics: "ColumnStatistics | None",
+    model: nn.Module,
+) -> list[int]:
+    needs, kinds = needs_of(str(config.selection)), statistics_of(str(config.selection))
+    values: Mapping[str, Tensor] = statistics.of(name) if statistics is not None and kinds else {}
+    weight = next(iter(target.module.parameters())).new_empty(1, target.num_columns, device="meta")
+    if "weight" in needs:
+        kwargs = get_quantization_kwargs(model)
+        weight = weight_matrix(target.module, target.parameter_name, **kwargs)
+    for kind, one in values.items():
+        if len(one) != target.num_columns:
+            raise ValueError(
+                f"`statistics` has {len(one)} columns for {name!r} ({kind}), which has "
+                f"{target.num_columns}; it is of another model."
+            )
+    seed = seed_for(config.random_seed, name)
+    try:
+        indices = select_columns(
+            str(config.selection), weight, target.rank, seed=seed, statistics=values
+        )
+    except ValueError as error:
+        raise ValueError(f"module {name!r}: {error}") from None
+    return [int(index) for index in indices]
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer) and layer.merged_adapters:
+            raise ValueError(
+                f"adapters {layer.merged_adapters} are merged into the weights, from which columns "
+                "are to be chosen; unmerge them first."
+            )
+
+
+def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
+    """Let a configuration say which columns an adapter has, where it would say others.
+
+    Args:
+        config: Changed in place.
+        columns: Module's name -> (R,) columns.
+    """
+    if columns:
+        listed = {name: [int(index) for index in indices] for name, indices in columns.items()}
+        config.columns = {**(config.columns or {}), **listed}
+
+
+def other_columns(
+    model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the columns of a file that are not those which its configuration leads to.
+
+    Args:
+        model: What has `named_modules`, adapted as the configuration says.
+        adapter_name: The adapter that is about to be loaded.
+        state_dict: The file's tensors by their names in the model.
+    """
+    others = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PacaLayer) and adapter_name in module.r:
+            columns = state_dict.get(f"{name}.paca_indices.{adapter_name}")
+            current = module.paca_indices[adapter_name]
+            if columns is None or columns.is_meta or current.is_meta:
+                continue
+            if not torch.equal(columns.cpu(), current.cpu()):
+                others[name.removeprefix(PEFT_PREFIX)] = columns
+    return others

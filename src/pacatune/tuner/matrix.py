@@ -1,0 +1,65 @@
+"""The weight of a target as a matrix with one column for each that can be trained."""
+
+from typing import Any
+
+import torch
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from pacatune.tuner.experts import is_expert_parameter
+from pacatune.tuner.quantized import dequantized
+
+__all__ = ["as_matrix", "weight_matrix"]
+
+
+def as_matrix(tensor: Tensor, module: Any, parameter_name: str = "weight") -> Tensor:
+    """Rearrange a weight, or its gradient, so that its columns are those of the paper.
+
+    Args:
+        tensor: The weight in the module's own layout.
+        module: The module of the base model that it belongs to.
+        parameter_name: Its name there.
+
+    Returns:
+        (O, I) of linear layers, (V, D) of embeddings, (E * O, I) of E experts, and
+        (O/G * taps, I) of convolutions: all that leads from an input channel into its group.
+    """
+    if is_expert_parameter(module, parameter_name):
+        experts: Tensor = tensor.transpose(1, 2) if module.is_transposed else tensor
+        return experts.flatten(0, 1)
+    if isinstance(module, _ConvNd):
+        groups: int = module.groups
+        by_group = tensor.unflatten(0, (groups, -1))  # (G, O/G, I/G, *k)
+        matrix: Tensor = by_group.movedim((0, 2), (-2, -1)).flatten(-2)
+        return matrix.flatten(0, -2)
+    return tensor.t() if isinstance(module, Conv1D) else tensor
+
+
+def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) -> Tensor:
+    """Return the weight of a target as a matrix, dequantised if it is held in few bits.
+
+    Args:
+        module: As for `as_matrix`.
+        parameter_name: Likewise.
+        **kwargs: What PEFT needs to recognise quantised layers.
+
+    Raises:
+        ValueError: If the weight is not whole on this process, or cannot be dequantised.
+    """
+    backend = resolve_quantization_backend(module, **kwargs)
+    if backend is not None and not backend.supports_merge:
+        raise ValueError(
+            f"`selection` looks at the weights, and those of a {type(module).__name__} "
+            f"({backend.backend_name}) cannot be dequantised; choose another strategy."
+        )
+    if backend is not None:
+        return dequantized(backend, module, torch.float32)
+    weight: Tensor = getattr(module, parameter_name)
+    if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
+        raise ValueError(
+            f"`selection` looks at the weights, and those of a {type(module).__name__} are "
+            "sharded; choose the columns before the model is sharded."
+        )
+    return as_matrix(weight.detach(), module, parameter_name)

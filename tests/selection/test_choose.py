@@ -1,0 +1,299 @@
+"""Columns that are not random: chosen, given, saved, loaded, copied."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from pacatune import PacaConfig
+from pacatune.selection import (
+    ColumnStatistics,
+    choose_columns,
+    collect_statistics,
+    load_columns,
+    save_columns,
+)
+from pacatune.tuner import PacaLayer
+from pacatune.tuner.matrix import as_matrix, weight_matrix
+from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches
+from tests.tuner.quantizers import QUANTIZERS, quantise
+
+
+def config_of(selection, targets=TARGETS, **options):
+    return PacaConfig(r=2, target_modules=list(targets), selection=selection, **options)
+
+
+def columns_in(model, adapter="default"):
+    return {
+        name.removeprefix("base_model.model."): layer.paca_indices[adapter].tolist()
+        for name, layer in model.named_modules()
+        if isinstance(layer, PacaLayer)
+    }
+
+
+WEIGHTS = {
+    "embed": lambda model: model.embed.weight,
+    "conv": lambda model: model.conv.weight,
+    "up": lambda model: model.up.weight,
+    "down": lambda model: model.down.weight,
+    "attention.in_proj_weight": lambda model: model.attention.in_proj_weight,
+}
+
+
+@pytest.mark.parametrize(("strategy", "sign"), [("weight_norm", 1), ("weight_norm_smallest", -1)])
+def test_norms_of_every_kind_of_layer(strategy, sign):
+    model = build()
+    expected = {}
+    for name, weight in WEIGHTS.items():
+        norms = columns_of(name, weight(model).detach()).norm(dim=0)
+        expected[name] = sorted((sign * norms).topk(2).indices.tolist())
+    adapted = get_peft_model(model, config_of(strategy))
+    assert columns_in(adapted) == expected
+    # What was chosen is part of the configuration, which TRL copies for its reference.
+    assert adapted.peft_config["default"].columns == expected
+    assert adapted.peft_config["default"].selection == strategy
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "activation", "weight_activation"])
+def test_statistics_lead_to_columns(strategy):
+    model = build()
+    targets = TARGETS if strategy == "gradient" else TARGETS[1:]
+    config = config_of(strategy, targets)
+    statistics = collect_statistics(model, make_batches(), config, loss_fn=loss_of)
+    scores = {}
+    for name, kinds in statistics.values.items():
+        scores[name] = kinds.get("gradient")
+        if strategy != "gradient":
+            scores[name] = kinds["activation"].sqrt()
+        if strategy == "weight_activation":
+            scores[name] = scores[name] * columns_of(name, WEIGHTS[name](model)).norm(dim=0)
+    expected = {name: sorted(score.topk(2).indices.tolist()) for name, score in scores.items()}
+    chosen = choose_columns(model, config, statistics)
+    assert config.columns is None
+    assert chosen.columns == expected
+    assert chosen.selection_options == {"num_batches": 4}
+    adapted = get_peft_model(model, chosen)
+    assert columns_in(adapted) == expected
+
+
+def test_statistics_that_are_missing_leave_the_model_alone():
+    model = build()
+    with pytest.raises(ValueError, match=r"module 'conv': `selection` \('gradient'\) needs statis"):
+        get_peft_model(model, config_of("gradient", ["conv", "up"]))
+    assert type(model.conv) is nn.Conv1d
+    assert type(model.up) is nn.Linear
+
+
+def test_statistics_of_another_model():
+    statistics = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
+    with pytest.raises(ValueError, match=r"`statistics` has 5 columns for 'up' \(gradient\), wh"):
+        choose_columns(build(), config_of("gradient", ["up"]), statistics)
+    with pytest.raises(ValueError, match="nothing was collected about 'down'"):
+        choose_columns(build(), config_of("gradient", ["down"]), statistics)
+
+
+def test_weights_that_are_not_there():
+    with pytest.raises(ValueError, match=r"module 'up': .*'weight_norm'\) looks at the weights"):
+        get_peft_model(build().to("meta"), config_of("weight_norm", ["up"]))
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_norms_of_a_quantised_weight(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight.data[:, [5, 40]] *= 3
+    model[0] = quantise(model[0], name)
+    adapted = get_peft_model(model, config_of("weight_norm", ["0"]))
+    assert columns_in(adapted) == {"0": [5, 40]}
+
+
+def test_matrix_of_a_grouped_convolution():
+    """A column holds all that leads from its channel into the channel's group."""
+    conv = nn.Conv2d(6, 4, (2, 3), groups=2)
+    matrix = as_matrix(conv.weight, conv)
+    assert matrix.shape == (2 * 2 * 3, 6)
+    for channel in range(6):
+        group = conv.weight[2 * (channel // 3) : 2 * (channel // 3) + 2, channel % 3]
+        assert torch.equal(matrix[:, channel], group.flatten())
+
+
+def test_weights_that_are_sharded_or_cannot_be_dequantised():
+    linear = nn.Linear(2, 2)
+    linear.weight.ds_shape = (2, 2)
+    with pytest.raises(ValueError, match="weights, and those of a Linear are sharded; choose"):
+        weight_matrix(linear)
+
+
+def test_given_columns_by_name_and_by_pattern():
+    model = build()
+    given = {"up": [7, 1], "conv": (0, 3)}
+    config = config_of(given, ["up", "conv"])
+    assert (config.selection, config.columns) == ("fixed", {"up": [1, 7], "conv": [0, 3]})
+    assert columns_in(get_peft_model(model, config)) == {"up": [1, 7], "conv": [0, 3]}
+    both = config_of({r"up|down": torch.tensor([2, 4]), "attention": [0, 1]}, TARGETS[2:])
+    expected = {"up": [2, 4], "down": [2, 4], "attention.in_proj_weight": [0, 1]}
+    assert columns_in(get_peft_model(build(), both)) == expected
+
+
+def test_given_columns_and_random_ones():
+    """Where a configuration gives some columns, its strategy chooses the others."""
+    random = columns_in(get_peft_model(build(), config_of("random", ["up", "down"])))
+    some = config_of("random", ["up", "down"], columns={"up": [3, 5]})
+    assert columns_in(get_peft_model(build(), some)) == {"up": [3, 5], "down": random["down"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"up": [1, 2, 3]},
+            r"gives 3 columns for 'up', whose rank is 2; set `r` or",
+        ),
+        ({"up": [1, 12]}, "gives column 12 for 'up', which has 12; the first one is 0"),
+        (
+            {"up": [1, 2], "nothing": [1, 2]},
+            r"`columns`: \['nothing'\] match nothing that",
+        ),
+    ],
+)
+def test_given_columns_that_do_not_fit(given, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config_of(given, ["up"]))
+    assert type(model.up) is nn.Linear
+
+
+def test_given_columns_must_be_complete():
+    with pytest.raises(ValueError, match="gives none for 1 adapted modules, first 'down'"):
+        get_peft_model(build(), config_of({"up": [1, 2]}, ["up", "down"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": {}}, r"`columns` \(\{\}\) must be a dictionary of module names and columns"),
+        ({"selection": {"up": 3}}, r"`columns\['up'\]` \(3\) must be a list of column numbers"),
+        ({"selection": {"up": [-1]}}, r"`columns\['up'\]` \(\[-1\]\) must be a list of column num"),
+        ({"selection": {"up": [True]}}, r"\(\[True\]\) must be a list of column numbers from 0 on"),
+        ({"selection": {"up": []}}, r"`columns\['up'\]` \(\[\]\) must be a list"),
+        ({"selection": {"up": [1, 1]}}, r"`columns\['up'\]` \(\[1, 1\]\) repeats a column"),
+        ({"selection": {"up": [1]}, "columns": {"up": [1]}}, "`columns` is set too; give one"),
+        ({"selection": "fixed"}, r"`selection` \('fixed'\) needs columns; give them as"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        PacaConfig(**options)
+
+
+def train_a_little(model):
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            layer.delta_of("default").data.normal_(std=0.3)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load(tmp_path, low_cpu_mem_usage):
+    base = build()
+    model = get_peft_model(copy.deepcopy(base), config_of("weight_norm")).eval()
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["selection"] == "weight_norm"
+    assert saved["columns"] == columns_in(model)
+    with torch.no_grad():  # other norms: what the file says counts
+        base.up.weight.mul_(torch.rand(12, dtype=torch.float64))
+        model.unload().up.weight.copy_(base.up.weight)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert columns_in(loaded) == saved["columns"]
+    # A new adapter from the configuration alone has the same columns.
+    loaded.add_adapter("ref", loaded.peft_config["default"])
+    assert columns_in(loaded, "ref") == saved["columns"]
+
+
+def test_an_adapter_of_a_strategy_that_is_not_installed(tmp_path):
+    model = get_peft_model(build(), config_of("weight_norm", ["up"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"weight_norm"', '"somebody_s_own"'))
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert loaded.peft_config["default"].selection == "somebody_s_own"
+    assert columns_in(loaded) == columns_in(model)
+
+
+def test_a_file_with_other_columns_than_its_seed_leads_to(tmp_path):
+    """TRL's reference adapter is made from the configuration, so that must know them."""
+    model = get_peft_model(build(), config_of("random", ["up", "down"], random_seed=1))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"random_seed": 1', '"random_seed": 2'))
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert columns_in(loaded) == columns_in(model)
+    loaded.add_adapter("ref", loaded.peft_config["default"])
+    assert columns_in(loaded, "ref") == columns_in(model)
+
+
+def test_peft_s_own_reader_finds_what_it_knows(tmp_path):
+    """PEFT 0.22 reads seed, rank and the file's tensors, and passes over keys of ours."""
+    from safetensors.torch import load_file
+
+    model = get_peft_model(build(), config_of("weight_norm", ["up"]))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(tensors) == {f"base_model.model.up.paca_{kind}" for kind in ("delta", "indices")}
+    assert tensors["base_model.model.up.paca_indices"].tolist() == columns_in(model)["up"]
+
+
+def test_a_second_adapter_chooses_from_the_pretrained_weights():
+    base = build()
+    expected = columns_in(get_peft_model(copy.deepcopy(base), config_of("weight_norm")))
+    model = get_peft_model(base, config_of("random"))
+    train_a_little(model)
+    model(make_batches(1)[0][0])  # the first adapter's columns may be in the weights
+    model.add_adapter("second", config_of("weight_norm"))
+    assert columns_in(model, "second") == expected
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="are merged into the weights, from which columns are to"):
+        model.add_adapter("third", config_of("weight_norm"))
+
+
+def test_a_weighted_sum_and_a_swapped_adapter_keep_their_columns(tmp_path):
+    from pacatune.adapters.hotswap import hotswap_adapter
+
+    model = get_peft_model(build(), config_of("weight_norm", ["up"]))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", config_of({"up": [0, 1]}, ["up"]))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    union = sorted({0, 1, *columns_in(model)["up"]})
+    assert model.peft_config["sum"].columns == {"up": union} == columns_in(model, "sum")
+    assert model.peft_config["sum"].selection == "fixed"
+    hotswap_adapter(model, tmp_path, "other")
+    swapped = model.peft_config["other"]
+    assert (swapped.selection, swapped.columns) == ("weight_norm", columns_in(model))
+
+
+def test_columns_from_a_file(tmp_path):
+    model = get_peft_model(build(), config_of("weight_norm"))
+    model.save_pretrained(tmp_path / "adapter")
+    columns = load_columns(tmp_path / "adapter")
+    assert columns == columns_in(model)
+    save_columns(columns, tmp_path / "columns.safetensors")
+    assert load_columns(tmp_path / "columns.safetensors") == columns
+    assert columns_in(get_peft_model(build(), config_of(columns))) == columns
+
+
+def test_files_without_columns(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match=r"columns file .*none does not exist"):
+        load_columns(tmp_path / "none")
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="holds no `paca_indices`; give a PaCA adapter, or"):
+        load_columns(tmp_path / "a.safetensors")
+    save_file({"a.paca_indices": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"columns of 'a' are \(1,\) of torch.float32; they must"):
+        load_columns(tmp_path / "a.safetensors")

@@ -1,0 +1,61 @@
+"""Saved statistics: what is read is what was written, and nothing else is read."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pacatune.selection import ColumnStatistics
+
+
+def make(**changes):
+    values = {"a.b": {"gradient": torch.rand(5).double(), "activation": torch.rand(5).double()}}
+    return ColumnStatistics(**{"values": values, "num_batches": 7, **changes})
+
+
+def test_round_trip(tmp_path):
+    statistics = make()
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = ColumnStatistics.load(tmp_path / "s.safetensors")
+    assert loaded.num_batches == 7
+    assert loaded.values.keys() == {"a.b"}
+    for kind, values in statistics.of("a.b").items():
+        assert torch.equal(loaded.of("a.b")[kind], values)
+
+
+def test_unknown_module():
+    with pytest.raises(ValueError, match="statistics: nothing was collected about 'c'"):
+        make().of("c")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"norm": torch.ones(2)}, r"module 'a' has 'norm'; the kinds of statistics are"),
+        (
+            {"gradient": torch.ones(2, 2)},
+            r"`gradient` is \(2, 2\) of torch.float32; it must",
+        ),
+        ({"gradient": torch.ones(2).long()}, r"`gradient` is \(2,\) of torch.int64"),
+        ({"gradient": torch.tensor([1.0, torch.nan])}, "values that are not finite or below 0"),
+        ({"gradient": torch.tensor([1.0, -1.0])}, "values that are not finite or below 0"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        make(values={"a": values})
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match=r"`num_batches` \(0\) must be at least 1"):
+        make(num_batches=0)
+
+
+def test_files_of_another_kind(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"statistics file .*none does not exist"):
+        ColumnStatistics.load(tmp_path / "none")
+    save_file({"a.gradient": torch.ones(2)}, tmp_path / "s.safetensors")
+    with pytest.raises(ValueError, match="does not say how many batches it is about"):
+        ColumnStatistics.load(tmp_path / "s.safetensors")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        ColumnStatistics.load(tmp_path / "pickle.safetensors")

@@ -1,0 +1,129 @@
+"""The choice of columns: the rule, its interface, its errors."""
+
+import sys
+import zlib
+
+import pytest
+import torch
+
+from pacatune.selection import register_strategy, seed_for, select_columns, strategies
+
+BUILT_IN = [
+    "activation",
+    "gradient",
+    "random",
+    "weight_activation",
+    "weight_norm",
+    "weight_norm_smallest",
+]
+
+
+@pytest.fixture
+def weight():
+    return torch.empty(5, 40, device="meta")
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    module = sys.modules["pacatune.selection.strategies"]
+    monkeypatch.setattr(module, "_STRATEGIES", dict(module._STRATEGIES))
+
+
+def test_random_follows_the_rule_of_peft_0_22(weight):
+    """(random_seed + crc32(name)) mod 2^63 seeds randperm; the first r, sorted."""
+    name = "model.layers.0.mlp.up_proj"
+    seed = (42 + zlib.crc32(name.encode())) % 2**63
+    assert seed_for(42, name) == seed
+    assert seed_for(2**63 - 1, "a") == zlib.crc32(b"a") - 1
+    generator = torch.Generator().manual_seed(seed)
+    chosen = select_columns("random", weight, 6, seed=seed)
+    assert torch.equal(chosen, torch.randperm(40, generator=generator)[:6].sort().values)
+    assert chosen.untyped_storage().nbytes() == 6 * 8  # not the whole permutation
+
+
+def test_neither_the_global_seed_nor_the_default_device_matters(weight):
+    chosen = []
+    for seed, device in ((0, "cpu"), (1, "meta")):
+        torch.manual_seed(seed)
+        with torch.device(device):
+            chosen.append(select_columns("random", weight, 6, seed=3))
+    assert torch.equal(*chosen)
+
+
+def test_a_strategy_can_be_added(weight, registry):
+    @register_strategy("first")
+    def first(weight, statistics, rank, generator):
+        return torch.arange(rank).flip(0)
+
+    assert strategies() == sorted([*BUILT_IN, "first"])
+    assert select_columns("first", weight, 3, seed=0).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"'first'\) is already a selection strategy"):
+        register_strategy("first")(first)
+
+
+@pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])
+def test_what_a_strategy_returns_is_checked(weight, registry, columns):
+    register_strategy("broken")(lambda *args: torch.tensor(columns))
+    with pytest.raises(ValueError, match=r"'broken'\) must return 3 distinct columns"):
+        select_columns("broken", weight, 3, seed=0)
+
+
+def test_unknown_strategy(weight):
+    assert strategies() == BUILT_IN
+    with pytest.raises(ValueError, match=r"`selection` \('best'\) must be one of \['activation'"):
+        select_columns("best", weight, 3, seed=0)
+
+
+def test_each_strategy_takes_what_its_name_says():
+    weight = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 1.0, -2.0, 0.5]])  # norms 3, 1.4, 2.8, 0.7
+    statistics = {
+        "gradient": torch.tensor([1.0, 5.0, 0.0, 7.0], dtype=torch.float64),
+        "activation": torch.tensor([0.01, 100.0, 4.0, 9.0], dtype=torch.float64),
+    }
+    expected = {
+        "weight_norm": [0, 2],
+        "weight_norm_smallest": [1, 3],
+        "gradient": [1, 3],
+        "activation": [1, 3],
+        "weight_activation": [1, 2],  # 0.3, 14, 5.7, 2.1
+    }
+    for name, columns in expected.items():
+        chosen = select_columns(name, weight, 2, seed=0, statistics=statistics)
+        assert chosen.tolist() == columns, name
+
+
+def test_ties_go_to_the_first_column():
+    statistics = {"gradient": torch.ones(300, dtype=torch.float64)}
+    weight = torch.empty(1, 300, device="meta")
+    chosen = select_columns("gradient", weight, 3, seed=0, statistics=statistics)
+    assert chosen.tolist() == [0, 1, 2]
+
+
+def test_what_a_strategy_needs_must_be_there(weight):
+    with pytest.raises(ValueError, match=r"'gradient'\) needs statistics of the kind gradient"):
+        select_columns("gradient", weight, 3, seed=0)
+    with pytest.raises(ValueError, match=r"'weight_norm'\) looks at the weights, which are on"):
+        select_columns("weight_norm", weight, 3, seed=0)
+
+
+def test_what_a_strategy_says_it_needs(registry):
+    with pytest.raises(ValueError, match=r"`needs` \(\['weights'\]\) must be among \('weight', "):
+        register_strategy("broken", needs=("weights",))
+    with pytest.raises(ValueError, match=r"'fixed'\) is already a selection strategy"):
+        register_strategy("fixed")(lambda *args: args)
+
+
+def test_a_plug_in_gets_what_it_needs(registry):
+    """Gradient times activation, and the layer's own random numbers."""
+    seen = []
+
+    @register_strategy("product", needs=("gradient", "activation"))
+    def product(weight, statistics, rank, generator):
+        seen.append((weight.is_meta, generator.initial_seed()))
+        return (statistics["gradient"] * statistics["activation"]).topk(rank).indices
+
+    statistics = {"gradient": torch.tensor([1.0, 2, 3]), "activation": torch.tensor([9.0, 1, 1])}
+    weight = torch.empty(2, 3, device="meta")
+    chosen = select_columns("product", weight, 2, seed=5, statistics=statistics)
+    assert chosen.tolist() == [0, 2]
+    assert seen == [(True, 5)]

@@ -1,0 +1,192 @@
+"""Columns chosen from the training data: which data, by how many processes, and when resumed."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from pacatune.selection import load_columns
+from pacatune.training import PacaSection, train
+from pacatune.training import model as models
+from pacatune.training.selecting import share_of_batches
+from pacatune.training.trainer import collate_rows
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def run_of(seed=7, **options):
+    training = {"seed": seed, "per_device_train_batch_size": 4, "process_index": 0, "world_size": 1}
+    section = SimpleNamespace(selection_batches=options.pop("selection_batches", 100))
+    return SimpleNamespace(paca=section, training=SimpleNamespace(**{**training, **options}))
+
+
+def test_processes_share_the_batches_of_one():
+    one = list(share_of_batches(23, run_of(), tuple))
+    assert sorted(place for batch in one for place in batch) == list(range(23))
+    assert [len(batch) for batch in one] == [4, 4, 4, 4, 4, 3]
+    shares = [
+        list(share_of_batches(23, run_of(process_index=rank, world_size=2), tuple))
+        for rank in range(2)
+    ]
+    assert shares == [one[0::2], one[1::2]]
+    assert list(share_of_batches(23, run_of(selection_batches=2), tuple)) == one[:2]
+    assert list(share_of_batches(23, run_of(seed=8), tuple)) != one
+
+
+def test_a_batch_is_what_the_trainer_makes_of_it(tiny_tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
+    rows += [{"input_ids": [8], "labels": [8], "place": 2}]
+    batch = collate_rows(rows, tiny_tokenizer, [1, 0])
+    padding = tiny_tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[8, padding, padding], [5, 6, 7]]
+    assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    without = SimpleNamespace(pad_token_id=None, eos_token_id=2)
+    assert collate_rows(rows, without, [1, 0])["input_ids"].tolist()[0] == [8, 2, 2]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
+    from transformers import AutoModelForCausalLM
+
+    from pacatune import PacaConfig
+    from pacatune.selection import choose_columns, collect_statistics
+    from pacatune.training.preparation import prepare_run_data
+
+    section = PacaSection(
+        r=4, selection="gradient", selection_batches=3, target_modules=["q_proj", "down_proj"]
+    )
+    name = "activation_checkpointing"  # of transformers from 5.24 on
+    name = name if hasattr(make_config().training, name) else "gradient_checkpointing"
+    config = make_config(paca=section, training={"max_steps": 2, name: checkpointing})
+    console = quiet()
+    report = train(config, console=console)
+    text = console.file.getvalue()
+    assert "columns chosen by gradient from 3 batches (" in text
+    assert report.columns == "gradient, num_batches 3"
+    assert ("columns", report.columns) in report.table()
+    folder = Path(config.training.output_dir)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert (saved["selection"], saved["selection_options"]) == ("gradient", {"num_batches": 3})
+    assert saved["columns"] == load_columns(folder)
+
+    # By hand, on the same batches.
+    tokenizer = models.load_tokenizer(config)
+    data = prepare_run_data(config, tokenizer).train
+    batches = share_of_batches(len(data), config, lambda p: collate_rows(data, tokenizer, p))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    options = PacaConfig(r=4, selection="gradient", target_modules=["q_proj", "down_proj"])
+    expected = choose_columns(base, options, collect_statistics(base, batches, options))
+    assert expected.columns == saved["columns"]
+
+
+def test_choosing_changes_nothing_else(make_config, tmp_path):
+    """A run whose given columns are those that the first one chose has the same losses."""
+    training = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    section = PacaSection(r=4, selection="activation", selection_batches=2)
+    first = train(make_config(paca=section, training=training), console=quiet())
+    section = PacaSection(r=4, selection=str(tmp_path / "out"))
+    training["output_dir"] = str(tmp_path / "given")
+    second = train(make_config(paca=section, training=training), console=quiet())
+    assert first.train_losses == second.train_losses
+    assert second.columns == "fixed"
+
+
+def test_a_resumed_run_keeps_its_columns(make_config, tmp_path):
+    section = PacaSection(r=4, selection="weight_activation", selection_batches=2)
+    config = make_config(paca=section, training={"max_steps": 4, "save_total_limit": 9})
+    whole = train(config, console=quiet())
+    shutil.copytree(tmp_path / "out", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoint-4")
+    (tmp_path / "cut/report.json").unlink()
+    training = {"max_steps": 4, "save_total_limit": 9, "output_dir": str(tmp_path / "cut")}
+    console = quiet()
+    cut = train(make_config(paca=section, training=training), resume=True, console=console)
+    assert "columns chosen" not in console.file.getvalue()
+    assert load_columns(tmp_path / "cut") == load_columns(tmp_path / "out")
+    assert cut.eval_loss_after == whole.eval_loss_after
+    assert cut.train_losses[-1] == pytest.approx(whole.train_losses[-1])
+
+
+def test_a_folder_is_known_by_its_name(tmp_path, monkeypatch):
+    """As a path, or where no strategy is called like it; it is saved with its whole path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("some-run", "gradient"):
+        (tmp_path / name).mkdir()
+    assert PacaSection(selection="some-run").selection == str(tmp_path / "some-run")
+    assert PacaSection(selection="gradient").selection == "gradient"
+    assert PacaSection(selection="./gradient").selection == str(tmp_path / "gradient")
+    assert PacaSection(selection="c.safetensors").selection == str(tmp_path / "c.safetensors")
+
+
+def test_fixed_columns_in_yaml(make_config):
+    given = yaml.safe_load("{q_proj: [0, 3], v_proj: [1, 2]}")
+    section = PacaSection(r=2, selection=given, target_modules=["q_proj", "v_proj"])
+    adapter_config = models.make_adapter_config(make_config(paca=section))
+    assert (adapter_config.selection, adapter_config.columns) == ("fixed", given)
+    assert models.plan_training(make_config(paca=section), adapter_config).targets
+
+
+def test_fixed_columns_that_do_not_fit_are_found_before_the_weights_are_loaded(make_config):
+    section = PacaSection(r=2, selection={"q_proj": [0, 99]}, target_modules=["q_proj"])
+    config = make_config(paca=section)
+    adapter_config = models.make_adapter_config(config)
+    with pytest.raises(ValueError, match=r"gives column 99 for 'model.layers.0.self_attn.q_p"):
+        models.plan_training(config, adapter_config)
+
+
+def test_files_that_are_not_there(make_config, tmp_path):
+    section = PacaSection(selection=str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=r"columns file .*none does not exist"):
+        models.make_adapter_config(make_config(paca=section))
+    with pytest.raises(ValueError, match=r"`paca.selection_batches` \(0\) must be at least 1"):
+        PacaSection(selection_batches=0)
+
+
+def test_sharded_models_are_refused(make_config, monkeypatch):
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_VERSION", "2"),
+        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
+    ):
+        monkeypatch.setenv(name, value)
+    config = make_config(paca=PacaSection(selection="gradient"))
+    with pytest.raises(ValueError, match=r"`paca.selection` \('gradient'\) looks at gradients or"):
+        train(config, console=quiet())
+    assert not Path(config.training.output_dir).exists()
+
+
+def test_a_moslora_run(make_config, tiny_model_dir):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from pacatune.baselines.moslora import MosLoraLayer
+    from pacatune.training import LoraSection, MosLoraSection
+
+    sections = {
+        "lora": LoraSection(r=4, lora_dropout=0.1),
+        "moslora": MosLoraSection(mixer_init="orthogonal"),
+    }
+    config = make_config("moslora", data={"eval_fraction": 0.1}, **sections)
+    report = train(config, console=quiet())
+    assert report.eval_loss_after < report.eval_loss_before - 0.1
+    folder = Path(config.training.output_dir)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["mixer_init"], saved["r"]) == ("MOSLORA", "orthogonal", 4)
+    card = (folder / "README.md").read_text()
+    assert "# MosLoRA fine-tuning" in card
+    assert "import pacatune  # makes MosLoRA known to PEFT" in card
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), folder)
+    mixers = [
+        m.lora_mixer["default"].weight for m in model.modules() if isinstance(m, MosLoraLayer)
+    ]
+    assert len(mixers) == 14
+    assert not any(torch.allclose(m @ m.t(), torch.eye(4), atol=1e-5) for m in mixers)  # trained
