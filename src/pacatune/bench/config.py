@@ -122,10 +122,15 @@ class BenchConfig:
 
     @property
     def pairs(self) -> list[tuple[str, ...]]:
-        """Methods that alternate: ours, or the first, with each other one."""
-        first = next((method for method in self.methods if is_ours(method)), self.methods[0])
-        others = [method for method in self.methods if method != first]
-        return [(first, other) for other in others] or [(first,)]
+        """Methods that alternate: ours, or the first, with each other one on an equal base."""
+        pairs: list[tuple[str, ...]] = []
+        for is_quantized in (False, True):
+            group = [m for m in self.methods if (m in QUANTIZED) == is_quantized]
+            first = next((m for m in group if is_ours(m)), group[0] if group else "")
+            pairs += [(first, method) for method in group if method != first]
+            if len(group) == 1:
+                pairs.append((first,))
+        return pairs
 
     @cached_property
     def torch_device(self) -> torch.device:

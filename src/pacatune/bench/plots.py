@@ -36,7 +36,7 @@ def _figure(num_panels: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(4.2 * num_panels, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * num_panels, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
@@ -71,13 +71,12 @@ def _by_setting(
 
 def _paper_ratios(axes: Any, quantities: str) -> None:
     """Bars of the ratios that the paper states in words or tables."""
-    ratios = [r for r in paper.RATIOS if r.quantity in quantities.split()]
-    names = [f"{r.quantity}\n{r.method}\n/ {r.reference}" for r in ratios]
-    axes.bar(names, [ratio.ratio for ratio in ratios], width=0.6, color="grey")
-    for place, ratio in enumerate(ratios):
-        axes.annotate(f"{ratio.ratio:.2f}", (place, ratio.ratio), ha="center", va="bottom")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.tick_params(axis="x", labelsize=6)
+    ratios = [ratio for ratio in paper.RATIOS if ratio.quantity in quantities.split()][::-1]
+    names = [f"{r.quantity}: {r.method} / {r.reference}" for r in ratios]
+    bars = axes.barh(names, [ratio.ratio for ratio in ratios], color="grey")
+    axes.bar_label(bars, fmt="%.2f", fontsize="small", padding=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.tick_params(axis="y", labelsize="small")
     axes.set_title("the paper: LLaMA3-8B, A100\n(ratios that its text states)", fontsize="medium")
 
 
