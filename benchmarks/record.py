@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.methods import all_methods
-from pacatune.bench.record import Noise, cpu, cpu_name, git, num_cores, versions
+from pacatune.bench import record
+from pacatune.bench.record import Noise, cpu, cpu_name, num_cores, versions
 from pacatune.training.precision import bfloat16_is_fast
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Noise",
     "arguments",
     "at_least_1",
+    "git",
     "prepare",
     "provenance",
     "write",
@@ -107,10 +109,8 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
         "cpu": cpu(),
         "num_threads": args.threads,
         "versions": versions(),
-        "commit": git("rev-parse", "HEAD", folder=ROOT) or "unknown",
-        "is_modified": bool(
-            git("status", "--porcelain", "--", "src", "benchmarks/*.py", folder=ROOT)
-        ),
+        "commit": git("rev-parse", "HEAD"),
+        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "seed": args.seed,
         "settings": {
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
@@ -124,3 +124,9 @@ def write(result: dict[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def git(*args: str) -> str:
+    """Return what a git command prints in this repository, `unknown` where it fails."""
+    found = record.git(*args, folder=ROOT)
+    return "unknown" if found is None else found

@@ -62,14 +62,14 @@ def commit() -> dict[str, Any]:
     }
 
 
-def git(*args: str, folder: Path) -> str:
-    """Return what git says in a folder; nothing where there is no repository or no git."""
+def git(*args: str, folder: Path) -> str | None:
+    """Return what a git command prints in a folder, None where it fails."""
     try:
         done = subprocess.run(
             ["git", *args], cwd=folder, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
     return done.stdout.strip()
 
 

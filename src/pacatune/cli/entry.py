@@ -16,11 +16,11 @@ COMMANDS = {
     "demo-vision": "the same with image models",
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
-    "bench": "measure the methods on this machine: time, operations, memory, limits",
     "generate": "stream text from a model, with or without an adapter",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "inspect": "show what an adapter holds and what it fits",
+    "bench": "measure the methods on this machine: time, operations, memory, limits",
 }
 
 EXIT_USER_ERROR = 2
