@@ -54,7 +54,7 @@ def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
 
 
 def test_a_sweep_is_written(tmp_path, capsys):
-    words = ["--sweep", "batch", "--seq-len", "8", "--tokens", "8", "--sweep-max", "2"]
+    words = ["--sweep", "batch", "--seq-len", "7", "--sweep-max", "2"]
     limit = ["--memory-limit", "1GiB"]
     assert (
         main(["bench", *TINY, *words, *limit, "--methods", "paca", "--output", str(tmp_path)]) == 0
@@ -65,7 +65,7 @@ def test_a_sweep_is_written(tmp_path, capsys):
     assert result["limits"][0]["limit"] == 2
     assert not result["limits"][0]["is_memory_the_limit"]
     assert (tmp_path / "throughput.png").stat().st_size > 1000
-    assert "2 x 8 tokens: measured" in capsys.readouterr().out
+    assert "2 x 7 tokens: measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

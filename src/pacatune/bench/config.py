@@ -45,7 +45,7 @@ class BenchConfig:
     methods: tuple[str, ...]
     """Names from `pacatune.bench.methods.METHODS`."""
     tokens: tuple[int, ...] = (16, 512, 2048)
-    """Tokens of each micro-batch."""
+    """Tokens of each micro-batch; a sweep does not look at them."""
     seq_len: int = 512
     """Longest row; more tokens make more rows."""
     dtype: str = "float32"
@@ -104,7 +104,7 @@ class BenchConfig:
             raise ValueError(f"`dropout` ({self.dropout}) must be at least 0 and below 1.")
         if not self.tokens:
             raise ValueError("`tokens` is empty; give at least one number.")
-        for number in self.tokens:
+        for number in self.tokens if self.sweep is None else ():
             if number < 1 or (number > self.seq_len and number % self.seq_len):
                 raise ValueError(
                     f"`tokens` ({number}) must be at least 1, and above `seq_len` ({self.seq_len}) "
