@@ -121,3 +121,8 @@ def test_the_peak_of_a_cpu_is_what_was_there_at_once():
     # The kernel counts the pages of a process now and then.
     assert 19 * 2**20 <= peak < 50 * 2**20
     del kept
+
+
+def test_a_device_without_a_name_is_called_as_torch_does(accelerator):
+    del accelerator.memory.get_device_name
+    assert device.device_name(XPU) == "xpu:0"

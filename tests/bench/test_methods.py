@@ -82,3 +82,15 @@ def test_a_weight_that_somebody_holds_cannot_be_written(values):
     with pytest.raises(RuntimeError, match="somebody holds the weight of a layer"):
         one.model(input_ids=make_batch(1, 5, VOCAB, seed=1))
     assert aliases
+
+
+def test_a_device_without_a_fused_optimizer_gets_the_plain_one(values, monkeypatch):
+    plain = torch.optim.AdamW
+
+    def make(parameters, **options):
+        if options.pop("fused", False):
+            raise RuntimeError("`fused=True` requires all the params to be on supported devices")
+        return plain(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", make)
+    assert not contender(values, "paca").optimizer.defaults["fused"]

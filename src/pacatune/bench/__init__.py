@@ -2,7 +2,7 @@
 
 from pacatune.bench.config import BenchConfig, Setting
 from pacatune.bench.methods import METHODS
-from pacatune.bench.run import run
+from pacatune.bench.running import run
 from pacatune.bench.shape import llama_values, load_values, parse_shape
 
 __all__ = [

@@ -47,9 +47,14 @@ def _stacked(axes: Any, names: Sequence[str], parts: dict[str, list[float]], lab
         axes.bar(names, heights, bottom=bottoms, width=0.6, label=part)
         bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
     axes.set_ylabel(label)
-    axes.tick_params(axis="x", rotation=30)
+    _slant(axes)
     if len(parts) > 1:
         axes.legend(fontsize="small")
+
+
+def _slant(axes: Any) -> None:
+    for label in axes.get_xticklabels():
+        label.set(rotation=30, horizontalalignment="right")
 
 
 def _by_setting(
@@ -76,6 +81,7 @@ def _paper_ratios(axes: Any, quantities: str) -> None:
     bars = axes.barh(names, [ratio.ratio for ratio in ratios], color="grey")
     axes.bar_label(bars, fmt="%.2f", fontsize="small", padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.15)
     axes.tick_params(axis="y", labelsize="small")
     axes.set_title("the paper: LLaMA3-8B, A100\n(ratios that its text states)", fontsize="medium")
 
@@ -146,7 +152,7 @@ def _lengths(result: Result) -> Any:
     limits = {limit["method"]: limit["limit"] for limit in result["limits"]}
     axes.bar(list(limits), list(limits.values()), width=0.6)
     axes.set(ylabel="longest sequence, tokens", title=result["device"])
-    axes.tick_params(axis="x", rotation=30)
+    _slant(axes)
     beside.bar(list(paper.LENGTHS), [1000 * n for n in paper.LENGTHS.values()], 0.6, color="grey")
     beside.set_title("the paper: LLaMA3-8B, A100 (Table 4)", fontsize="medium")
     return figure

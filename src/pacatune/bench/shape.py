@@ -53,17 +53,14 @@ def llama_values(
     Raises:
         ValueError: If a size is below 1, or the heads do not divide.
     """
-    given = {
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "intermediate_size": intermediate_size,
-        "vocab_size": vocab_size,
-    }
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+    _check_positive(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+    )
     heads = num_heads or _num_heads(hidden_size)
     if hidden_size % heads or hidden_size // heads % 2:
         raise ValueError(
@@ -86,6 +83,12 @@ def llama_values(
         "vocab_size": vocab_size or min(_TOKENS_PER_CHANNEL * hidden_size, _MAX_VOCAB),
         "tie_word_embeddings": False,
     }
+
+
+def _check_positive(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` ({value}) must be at least 1.")
 
 
 def _num_heads(hidden_size: int) -> int:

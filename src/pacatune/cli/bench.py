@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     from pacatune.bench.output import REPORT_NAME, RESULT_NAME, open_output
     from pacatune.bench.plots import save_pictures
     from pacatune.bench.report import make_report
-    from pacatune.bench.run import run as measure
+    from pacatune.bench.running import run as measure
 
     console = Console(highlight=False)
     open_output(output)
