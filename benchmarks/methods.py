@@ -5,7 +5,6 @@ and defaults; every method that trains has torch's fused AdamW over its trainabl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.swap import swap_layers
 from pacatune import PacaConfig
+from pacatune.bench.methods import Contender
 from pacatune.tuner.layer import PacaLayer
 
 __all__ = ["METHODS", "OURS", "Contender", "adapt", "adapter_config", "all_methods"]
@@ -33,20 +33,6 @@ METHODS = {
 _OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
 _RANK = 8
 _LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model ready to be trained by one method."""
-
-    method: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None
-
-    @property
-    def num_trainable_parameters(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 def all_methods() -> dict[str, str]:

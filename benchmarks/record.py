@@ -3,20 +3,17 @@
 import argparse
 import datetime
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
-import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.methods import all_methods
+from pacatune.bench import record
+from pacatune.bench.record import Noise, cpu, cpu_name, num_cores, versions
 from pacatune.training.precision import bfloat16_is_fast
 
 __all__ = [
@@ -34,7 +31,6 @@ __all__ = [
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PACKAGES = ("pacatune", "torch", "transformers", "peft")
 
 
 def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentParser:
@@ -71,7 +67,7 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
     )
     parser.add_argument("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before, not counted")
-    parser.add_argument("--threads", type=at_least_1, default=_num_cores(), help="torch's threads")
+    parser.add_argument("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -109,17 +105,10 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
     return {
         "command": " ".join(["python", "-m", module, *map(shlex.quote, words)]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{_cpu_name()}, {args.threads} threads",
-        "cpu": {
-            "name": _cpu_name(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "num_cores": _num_cores(),
-        },
+        "device": f"{cpu_name()}, {args.threads} threads",
+        "cpu": cpu(),
         "num_threads": args.threads,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "commit": git("rev-parse", "HEAD"),
         "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "seed": args.seed,
@@ -127,25 +116,6 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
         },
     }
-
-
-class Noise:
-    """What the machine did besides the benchmark, from when this is made."""
-
-    def __init__(self) -> None:
-        self._load_average = os.getloadavg()[0]
-        self._start, self._others = time.monotonic(), _seconds_of_others()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return load averages at start and end, and how many cores others kept busy meanwhile."""
-        others, start = _seconds_of_others(), self._start
-        num_cores = None
-        if others is not None and self._others is not None:
-            num_cores = round((others - self._others) / (time.monotonic() - start), 2)
-        return {
-            "load_average": [round(self._load_average, 2), round(os.getloadavg()[0], 2)],
-            "num_cores_of_others": num_cores,
-        }
 
 
 def write(result: dict[str, Any], folder: Path, name: str) -> Path:
@@ -156,37 +126,7 @@ def write(result: dict[str, Any], folder: Path, name: str) -> Path:
     return path
 
 
-def _seconds_of_others() -> float | None:
-    """CPU seconds of all other processes, and of other virtual machines, since the start."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return None
-    ticks = [int(text) for text in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
-    idle = ticks[3] + ticks[4]  # idle and waiting for a disk
-    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    """The processor's name, with family and model where the name alone says little."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    lines = info.read_text(encoding="utf-8").splitlines()
-    fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
-    name = fields.get("model name", platform.machine())
-    if "cpu family" not in fields:
-        return name
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-
-
 def git(*args: str) -> str:
     """Return what a git command prints in this repository, `unknown` where it fails."""
-    try:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    found = record.git(*args, folder=ROOT)
+    return "unknown" if found is None else found

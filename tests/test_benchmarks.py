@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import layer, step, tables
-from benchmarks.counts import SavedByLayer, check_bytes
+from benchmarks.counts import check_bytes
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, adapt, all_methods
 from benchmarks.swap import SwapLinear
@@ -174,27 +174,6 @@ def test_paca_that_keeps_more_than_its_formula_is_refused():
     for change in ({"saved_bytes": 165}, {"saved_bytes_by_layer": {"q_proj": 65}}):
         with pytest.raises(RuntimeError, match=r"s: paca keeps .* N \* R \* itemsize gives"):
             check_bytes([rows[0], rows[1] | change])
-
-
-def test_saved_bytes_belong_to_the_layer_that_alone_keeps_them():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(16, 8), nn.Linear(8, 4)
-
-        def forward(self, x):
-            # exp keeps its output, which is also what `second` keeps
-            return self.second(self.first(x).exp())
-
-    model = Model()
-    layers = {model.first: "first", model.second: "second"}
-    with SavedByLayer(model, layers) as saved:
-        y = model(torch.randn(5, 16))
-    assert saved.num_bytes_by_kind == {"first": 5 * 16 * 4, "second": 0}
-    assert saved.num_bytes == (5 * 16 + 5 * 8) * 4
-    assert not model.first._forward_hooks
-    assert not model.first._forward_pre_hooks
-    del y
 
 
 @pytest.mark.parametrize("method", [m for m in all_methods() if m != "frozen"])

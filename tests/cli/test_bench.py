@@ -1,0 +1,127 @@
+"""`pacatune bench` from the command line, at a tiny size."""
+
+import json
+
+import pytest
+
+from pacatune.cli import main
+from pacatune.cli.bench import parse_bytes
+
+QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
+TINY = ["--shape", "32x2", "--vocab-size", "64", "--device", "cpu", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
+    folder = tmp_path / "out"
+    methods = ["frozen", "paca", "lora", "dora", "full"]
+    words = ["bench", *TINY, "--methods", ",".join(methods), "--tokens", "16", "--seq-len", "8"]
+    assert main([*words, "--output", str(folder)]) == 0
+    result = json.loads((folder / "bench.json").read_text())
+    assert result["finished"]
+    assert result["command"].startswith("pacatune bench --shape 32x2 ")
+    assert {"commit", "is_modified", "date", "cpu", "versions", "noise"} <= set(result)
+    assert result["device"].endswith("1 threads")
+    assert result["config"]["values"]["hidden_size"] == 32
+    assert [(row["setting"], row["method"]) for row in result["rows"]] == [
+        ("2 x 8 tokens", method) for method in methods
+    ]
+    for row in result["rows"]:
+        assert row["status"] == "measured"
+        assert row["num_rounds"] == (8 if row["method"] == "paca" else 2)
+        assert row["step_ms_quartile_1"] <= row["step_ms"] <= row["step_ms_quartile_3"]
+        assert row["tokens_per_second"] == pytest.approx(
+            row["num_rows"] * row["num_tokens"] * 1e3 / row["step_ms"]
+        )
+        assert row["peak_bytes"] > 0
+        assert min(row["forward_flops"], row["backward_flops"]) > 0
+    pairs = [(ratio["method"], ratio["reference"]) for ratio in result["ratios"]]
+    assert pairs == [("paca", method) for method in methods if method != "paca"]
+    for ratio in result["ratios"]:
+        for part in (ratio, ratio["forward"], ratio["backward"]):
+            assert part["low"] <= part["ratio"] <= part["high"]
+    page = (folder / "bench.md").read_text()
+    for name in ("operations.png", "times.png", "memory.png"):
+        assert (folder / name).stat().st_size > 1000
+        assert f"![{name}]({name})" in page
+    out = capsys.readouterr().out
+    assert "Beside the paper" in out
+    assert "wrote bench.json, bench.md, operations.png, times.png, memory.png in" in out
+
+
+def test_a_sweep_is_written(tmp_path, capsys):
+    words = ["--sweep", "batch", "--seq-len", "7", "--sweep-max", "2"]
+    limit = ["--memory-limit", "1GiB"]
+    assert (
+        main(["bench", *TINY, *words, *limit, "--methods", "paca", "--output", str(tmp_path)]) == 0
+    )
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["config"]["memory_limit"] == 2**30
+    assert [point["num_rows"] for point in result["points"]] == [1, 2]
+    assert result["limits"][0]["limit"] == 2
+    assert not result["limits"][0]["is_memory_the_limit"]
+    assert (tmp_path / "throughput.png").stat().st_size > 1000
+    assert "2 x 7 tokens: measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
+        (["--shape", "512"], "`shape` ('512') must be HIDDENxLAYERS"),
+        (["--shape=-512x8"], "`shape` ('-512x8') must be HIDDENxLAYERS"),
+        (["--shape", "64x2", "--heads", "7"], "`num_heads` (7) must divide"),
+        (["--dtype", "fp4"], "`dtype` ('fp4') must be one of float32"),
+        (["--device", "gpu"], "`device` ('gpu') is unknown to torch"),
+        (["--tokens", "16,x"], "`tokens` ('16,x') must be whole numbers with commas between"),
+        (["--tokens=-16"], "`tokens` (-16) must be at least 1"),
+        (["--rank", "0"], "`rank` (0) must be at least 1"),
+        (["--memory-limit", "4 lots"], "`memory_limit` ('4 lots') must be a number and a unit"),
+        (["--model", "no/such/folder/at-all"], "does not exist"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, words, message):
+    folder = tmp_path / "out"
+    assert main(["bench", *words, "--output", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error or (words[0] == "--model" and "there is no config.json" in error)
+    assert not folder.exists()
+
+
+def test_sizes_of_a_given_model_are_its_own(tmp_path, tiny_model_dir, capsys):
+    words = ["--model", str(tiny_model_dir), "--heads", "2", "--output", str(tmp_path / "out")]
+    assert main(["bench", *words]) == 2
+    assert "`num_heads` is for --shape" in capsys.readouterr().err
+
+
+def test_a_model_folder_gives_its_sizes(tmp_path, tiny_model_dir):
+    words = ["--model", str(tiny_model_dir), "--methods", "paca", "--tokens", "4", *QUICK]
+    assert main(["bench", *words, "--device", "cpu", "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["config"]["values"]["num_key_value_heads"] == 2
+    assert [row["method"] for row in result["rows"]] == ["paca"]
+    assert result["ratios"] == []
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").touch()
+    assert main(["bench", *TINY, "--output", str(tmp_path)]) == 2
+    assert "holds files but no bench.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GiB", 4 * 2**30), ("1.5 MiB", 3 * 2**19), ("1000", 1000)]
+)
+def test_sizes_have_units(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "-1GiB", "0", "4GB", "GiB", "1e9"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match=r"`memory_limit` \(.*\) must be a number and a unit"):
+        parse_bytes(text)
