@@ -24,6 +24,7 @@ KINDS = {
     "qwen2": {**EXPERTS, "target_modules": ["q_proj", "shared_expert.down_proj"]},
     "qwen3": {"target_modules": [], "target_parameters": moe.BOTH[1:]},
     "gpt_oss": {**EXPERTS, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    "llama4": {**EXPERTS, "rank_pattern": {"down_proj": 2}},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "attention": {"target_modules": ["attention", "fc1"]},
     "projection": {"target_modules": ["attention.out_proj"]},

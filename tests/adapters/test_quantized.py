@@ -16,6 +16,7 @@ from pacatune.tuner.quantized import QuantizedLinear
 from tests.adapters.fixtures import save_adapter
 
 NF4 = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
+INT8 = {"method": "bitsandbytes", "type": "int8"}
 TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -74,13 +75,33 @@ def test_original_keeps_what_was_not_trained(adapted, tiny_model_dir, tmp_path):
 
 def test_nf4_is_quantised_again_and_says_what_it_costs(adapted, tiny_model_dir, tmp_path):
     folder, model = adapted
-    with pytest.warns(UserWarning, match="rounds the weight of every adapted layer again"):
-        result = merge(str(tiny_model_dir), folder, tmp_path / "out", onto="nf4")
+    result = merge(str(tiny_model_dir), folder, tmp_path / "out", onto="nf4")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.is_loaded_in_4bit
     error = (logits(merged) - logits(model)).abs().max().item()
     assert error > 1e-3
     assert result.error.max_absolute > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp4", "int8"])
+def test_nf4_is_not_another_rounding(kind, tiny_model_dir, tmp_path):
+    quantization = {**NF4, "type": kind} if kind == "fp4" else INT8
+    save_adapter(tiny_model_dir, tmp_path / "adapter", quantization=quantization)
+    with pytest.raises(ValueError, match=rf"`onto` \('nf4'\): .* as 'bitsandbytes {kind}"):
+        merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out", onto="nf4")
+
+
+def test_a_difference_of_bases_is_not_called_rounding(tiny_model_dir, tmp_path):
+    """What the original weights change is not undone by more bits."""
+    folder = tmp_path / "adapter"
+    model = save_adapter(tiny_model_dir, folder, quantization=NF4)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.delta_of("default").data.mul_(1e-3)
+    model.save_pretrained(folder)
+    notes = merge(str(tiny_model_dir), folder, tmp_path / "original", onto="original").notes
+    assert any("the original weights change the outputs more" in note for note in notes)
+    assert not any("float32 keeps it" in note for note in notes)
 
 
 def test_generates_on_the_base_as_it_was_trained(adapted, tiny_model_dir):

@@ -77,19 +77,7 @@ def custom_cases(cls, label, families, base, has_field):
     if "mha" in families:
         add("MHA 1", "MHA", target_modules=["mha"])
         add("MHA 2", "MHA", target_modules=["mha", "lin0"])
-    if "params" in families:
-        add(
-            "MlpUsingParameters 1",
-            "MlpUsingParameters",
-            target_modules=[],
-            target_parameters=["lin0.weight"],
-        )
-        add(
-            "MlpUsingParameters 2",
-            "MlpUsingParameters",
-            target_modules=[],
-            target_parameters=["lin0.weight", "lin1.weight"],
-        )
+    # Not MlpUsingParameters: PaCA refuses two-dimensional `target_parameters`, which are layers.
     return out
 
 

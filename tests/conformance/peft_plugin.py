@@ -139,6 +139,7 @@ def _open_guards(module, package):
 
 # Tests that PEFT opens only to a hard-coded class (LoRA); opened to ours for the test's duration.
 MIXED_BATCH_TESTS = {"test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches"}
+BIAS_TEST = "test_adding_multiple_adapters_with_bias_raises"  # with bias="all"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -206,6 +207,10 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="downloads from the Hub"))
             if name in MIXED_BATCH_TESTS and "OPT" in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason="OPT's MLP sees tokens, no batch"))
+            if name in MIXED_BATCH_TESTS and _suite_of(item.path) == "params":
+                item.add_marker(pytest.mark.skip(reason="experts see tokens, no batch"))
+            if name == BIAS_TEST and "GptOss" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason="PEFT would not save experts' biases"))
             keep.append(item)
         else:
             drop.append(item)

@@ -38,8 +38,8 @@ from peft_plugin import ENV, SUITES  # noqa: E402
 from tiny_models import write_tiny_models  # noqa: E402
 
 QUICK_SUITES = "custom,config"
-ALL_SUITES = "custom,config,decoder,encdec,feature,seqcls,tokencls,vision,quant"
-LAYERS = "linear,hfconv1d,conv1d,conv2d,conv2d_groups,conv3d"
+ALL_SUITES = ",".join(SUITES)
+LAYERS = ",".join(FAMILIES)
 
 
 def fetch_peft_tests(cache):

@@ -13,7 +13,7 @@ from tests.tuner import moe
 
 pytestmark = pytest.mark.slow
 
-KINDS = ["mixtral", "gpt_oss", "encoder"]
+KINDS = ["mixtral", "gpt_oss", "llama4", "encoder"]
 
 
 class Encoder(nn.Module):

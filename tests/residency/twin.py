@@ -4,18 +4,40 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_kernel, adapted_weight
+from pacatune.reference import adapted_experts, adapted_kernel, adapted_weight
+from pacatune.tuner.quantized import QuantizedLinear, dequantized
+from tests.tuner.quantizers import quantise
 
 IN, OUT = 12, 8
+_NUM_EXPERTS = 3
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def _attend(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, x, x)[0]
+
+
+def _route(layer: nn.Module, x: Tensor) -> Tensor:
+    """Send token i to experts i and i + 1."""
+    experts = torch.arange(len(x)).unsqueeze(1) + torch.arange(2)
+    return layer(x, experts % _NUM_EXPERTS, torch.full_like(x[:, :2], 0.5))
 
 
 @dataclass(frozen=True)
@@ -23,29 +45,73 @@ class Kind:
     """How to build a layer, its adapted weight by the reference, and what N tokens are."""
 
     build: Callable[[], nn.Module]
-    adapt: Callable[..., Tensor]
+    adapt: Callable[..., Tensor] = adapted_weight
     inputs: Callable[[int], Tensor] = lambda num_tokens: torch.randn(num_tokens, IN)
+    call: Callable[[nn.Module, Tensor], Tensor] = _call
+    parameter: str = "weight"
+    """Of the layer: what is adapted."""
+    amplification: float = 1
+    """Of rounding, by what the layer does beside its product."""
+    target: str = "layer"
+    """What `target_modules` says, or `target_parameters` if it has a dot."""
+
+
+def _images(channels: int, dims: int) -> Callable[[int], Tensor]:
+    """Of N positions in the first spatial dimension."""
+    return lambda num: torch.randn(2, channels, num, *[4] * (dims - 1))
+
+
+def _experts(experts: type, config: type) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": IN, "intermediate_size": OUT, "num_local_experts": _NUM_EXPERTS}
+    return lambda: experts(config(**sizes, experts_implementation="eager"))
+
+
+_OF_ATTENTION = {"call": _attend, "parameter": "in_proj_weight", "amplification": 4}
+_OF_EXPERTS = {"call": _route, "parameter": "gate_up_proj", "target": "layer.gate_up_proj"}
+_WIDE = 64  # rows of whole blocks
+
+
+def _quantised(method: str) -> Kind:
+    return Kind(
+        lambda: quantise(nn.Linear(_WIDE, OUT), method),
+        inputs=lambda num_tokens: torch.randn(num_tokens, _WIDE),
+    )
 
 
 KINDS = {
-    "Linear": Kind(lambda: nn.Linear(IN, OUT), adapted_weight),
+    "Linear": Kind(lambda: nn.Linear(IN, OUT)),
     "Conv1D": Kind(lambda: Conv1D(OUT, IN), lambda w, *update: adapted_weight(w.t(), *update).t()),
-    "Conv2d": Kind(
-        lambda: nn.Conv2d(IN, OUT, 3), adapted_kernel, lambda num: torch.randn(2, IN, num, 4)
+    "Conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, 2), adapted_kernel, _images(IN, 1)),
+    "Conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3), adapted_kernel, _images(IN, 2)),
+    "Conv2d, groups": Kind(
+        lambda: nn.Conv2d(IN, OUT, 3, groups=2), partial(adapted_kernel, groups=2), _images(IN, 2)
     ),
+    "Conv2d, depthwise": Kind(
+        lambda: nn.Conv2d(IN, IN, 3, groups=IN), partial(adapted_kernel, groups=IN), _images(IN, 2)
+    ),
+    "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), adapted_kernel, _images(IN, 3)),
     "Embedding": Kind(
-        lambda: nn.Embedding(OUT, IN), adapted_weight, lambda num: torch.randint(OUT, (num,))
+        lambda: nn.Embedding(OUT, IN), inputs=lambda num_tokens: torch.randint(OUT, (num_tokens,))
     ),
+    "MultiheadAttention": Kind(lambda: nn.MultiheadAttention(IN, 2), **_OF_ATTENTION),
+    "experts": Kind(_experts(MixtralExperts, MixtralConfig), adapted_experts, **_OF_EXPERTS),
+    "experts, transposed": Kind(
+        _experts(GptOssExperts, GptOssConfig),
+        partial(adapted_experts, is_transposed=True),
+        **_OF_EXPERTS,
+    ),
+    "quantised, nf4": _quantised("bitsandbytes-nf4"),
+    "quantised, int8": _quantised("bitsandbytes-int8"),
 }
 
 
 class Net(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, call: Callable[..., Tensor] = _call) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.call = layer, call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        return self.call(self.layer, x)
 
 
 @dataclass
@@ -61,8 +127,26 @@ class Twin:
     done: list[str] = field(default_factory=list)
 
     @property
+    def key(self) -> str:
+        """Of the adapted layer in the model and in files."""
+        in_layer = self.kind.parameter != "weight"
+        return f"layer.{self.kind.parameter}" if in_layer else "layer"
+
+    @property
     def layer(self) -> Any:
-        return self.model.base_model.model.layer
+        return self.model.base_model.model.get_submodule(self.key)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plain.bias.dtype if self.is_quantised else self.weight_of(self.plain).dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        return isinstance(self.layer, QuantizedLinear)
+
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        """Return what is adapted in a layer without adapters."""
+        return getattr(layer, self.kind.parameter).data
 
     @property
     def adapters(self) -> list[str]:
@@ -83,16 +167,25 @@ class Twin:
     def inputs(self) -> Tensor:
         # With few tokens a float32 layer may leave the weight alone.
         x = self.kind.inputs(self.rng.choice([3, 70]))
-        return x.to(self.plain.weight.dtype) if x.is_floating_point() else x
+        return x.to(self.dtype) if x.is_floating_point() else x
 
     def expected(self, x: Tensor, names: list[str]) -> tuple[Tensor, list[Tensor]]:
         """Output of the plain layer with these adapters in its weight, and the deltas it used."""
-        weight, deltas = self.plain.weight.detach(), []
+        weight, deltas = self.weight_of(self.plain), []
+        if self.is_quantised:
+            # A merge rounds again, which leaves nothing to add.
+            base = self.layer.base_layer if self.merged else self.plain
+            names = [] if self.merged else names
+            weight = dequantized(self.layer.quantization_backend, base, self.dtype)
         for name in names:
             delta, indices, scaling = self.update(name)
             deltas.append(delta.detach().clone().requires_grad_())
             weight = self.kind.adapt(weight, deltas[-1], indices, scaling)
-        return torch.func.functional_call(self.plain, {"weight": weight}, (x,)), deltas
+        if self.is_quantised:
+            return F.linear(x, weight, self.plain.bias), deltas
+        net = Net(self.plain, self.kind.call)
+        changed = {f"layer.{self.kind.parameter}": weight}
+        return torch.func.functional_call(net, changed, (x,)), deltas
 
     def check(self) -> None:
         """Compare the output, and, where something is trained, its gradient."""
@@ -109,15 +202,23 @@ class Twin:
             self.close(ours, theirs)
 
     def close(self, ours: Tensor, theirs: Tensor) -> None:
-        tolerance = TOLERANCES[self.plain.weight.dtype] * max(
-            1.0, float(theirs.detach().abs().max())
-        )
+        # The kernel of 8-bit layers rounds x as well.
+        is_int8 = self.is_quantised and self.layer.quantization_backend.backend_name == "bnb 8bit"
+        tolerance = TOLERANCES[torch.bfloat16 if is_int8 else self.dtype]
+        tolerance *= self.kind.amplification * max(1.0, float(theirs.detach().abs().max()))
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
     def check_base(self) -> None:
-        assert torch.equal(self.layer.base_layer.weight, self.plain.weight)
+        weight = self.weight_of(self.layer.get_base_layer())
+        assert torch.equal(weight, self.weight_of(self.plain))
 
 
-def adapted(plain: nn.Module, rank: int = 3) -> Any:
-    config = PacaConfig(r=rank, paca_alpha=4, target_modules=["layer"], init_weights=False)
-    return get_peft_model(Net(copy.deepcopy(plain)), config)
+def adapted(plain: nn.Module, kind: Kind, rank: int = 3) -> Any:
+    options: Any = {"r": rank, "paca_alpha": 4, "init_weights": False, **targets_of(kind)}
+    return get_peft_model(Net(copy.deepcopy(plain), kind.call), PacaConfig(**options))
+
+
+def targets_of(kind: Kind) -> dict[str, list[str]]:
+    if "." in kind.target:
+        return {"target_parameters": [kind.target], "target_modules": []}
+    return {"target_modules": [kind.target]}

@@ -97,6 +97,21 @@ def test_without_bitsandbytes(make_config, monkeypatch):
         train(make_config(model={"quantization": "nf4"}), console=QUIET)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_double_quantization_without_four_bits(make_config, quantization):
+    model = {"quantization": quantization, "double_quantization": False}
+    with pytest.raises(ValueError, match=r"`model.double_quantization` \(False\) is for 4 bits"):
+        train(make_config(model=model), console=QUIET)
+
+
+def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog):
+    """bitsandbytes says in each of them that it casts bfloat16."""
+    config = make_config(model={"quantization": "int8", "dtype": "bfloat16"})
+    config.training.given["max_steps"] = 1
+    train(config, console=QUIET)
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
 def test_storage_is_set_for_sharding(make_config, monkeypatch):
     config = make_config(model={"quantization": "nf4"})
     options = quantization_module.quantization_options(config, torch.bfloat16)

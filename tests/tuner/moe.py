@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from pacatune import PacaConfig
 from pacatune.reference import adapted_experts
+from pacatune.tuner.experts import is_transposed
 
 VOCAB_SIZE = 64
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float64):
-    """Return a random model of two layers: "mixtral", "qwen2", "qwen3" or "gpt_oss"."""
+    """Return a random model of two layers: "mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"."""
     import transformers
 
     prefix, sizes = {
@@ -31,6 +32,10 @@ def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.f
         ),
         "qwen3": ("Qwen3Moe", {"moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}),
         "gpt_oss": ("GptOss", {"intermediate_size": 24, "num_local_experts": 4, "head_dim": 8}),
+        "llama4": (
+            "Llama4",
+            {"intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8},
+        ),
     }[kind]
     settings = {
         "vocab_size": VOCAB_SIZE,
@@ -45,7 +50,11 @@ def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.f
         "eos_token_id": 2,
         "experts_implementation": implementation,
     }
-    config = getattr(transformers, f"{prefix}Config")(**{**settings, **sizes})
+    config_class = f"{prefix}Config"
+    if kind == "llama4":  # has one implementation
+        config_class = f"{prefix}TextConfig"
+        del settings["experts_implementation"]
+    config = getattr(transformers, config_class)(**{**settings, **sizes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
@@ -114,7 +123,7 @@ class Reference(nn.Module):
         for (name, columns, scaling), delta in zip(self.updates, self.deltas, strict=True):
             experts = self.base.get_submodule(name.rpartition(".")[0])
             parameters[name] = adapted_experts(
-                parameters[name], delta, columns, scaling, is_transposed=experts.is_transposed
+                parameters[name], delta, columns, scaling, is_transposed=is_transposed(experts)
             )
         return torch.func.functional_call(self.base, parameters, (), inputs)
 

@@ -92,23 +92,16 @@ def test_trained_biases_of_experts_are_refused() -> None:
 
 
 def test_experts_that_pass_by_the_interface_are_refused() -> None:
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+    class OwnExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+            self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
 
-    config = Llama4TextConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        intermediate_size_mlp=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_local_experts=2,
-    )
-    with pytest.raises(
-        TypeError, match=r"\(Llama4TextExperts\) is not supported.*parameters: none"
-    ):
-        adapt(Llama4ForCausalLM(config))
+    base = nn.Module()
+    base.experts = OwnExperts()
+    with pytest.raises(TypeError, match=r"\(OwnExperts\) is not supported.*parameters: none"):
+        adapt(base)
 
 
 def test_quantised_and_sharded_experts_are_refused() -> None:

@@ -25,7 +25,7 @@ from tests.tuner.moe import (
     loss_of,
 )
 
-KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss"]
+KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 
 
@@ -58,7 +58,7 @@ def test_gradient_checkpointing(kind: str, use_reentrant: bool) -> None:
     assert_equal(model, Reference(base, model), ids())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
 def test_training_equals_reference(kind: str) -> None:
     base = build(kind)
     model = adapt(base, random=False)
@@ -155,7 +155,7 @@ def test_only_trained_columns_of_routed_tokens_are_kept(kind: str, implementatio
         assert frozen_bytes <= saved_bytes(base)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_and_unmerge(kind: str, dtype: torch.dtype) -> None:
     base = build(kind, dtype=dtype)
@@ -359,7 +359,7 @@ def test_offloaded_weights() -> None:
 
 # Dynamo itself instantiates autograd Functions while it traces them.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
 def test_compiles_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     base = build(kind, "grouped_mm", torch.float32)

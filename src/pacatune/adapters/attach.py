@@ -19,6 +19,7 @@ _ANSWERED_WARNINGS = (
     ".*is_gradient_checkpointing",  # PEFT asks transformers in an old way; not the user's concern
     "Model (has|with) `tie_word_embeddings=True`",  # the tuner gives a tied target its own weight
     "Input and output embeddings are no longer tied",  # the same, after the fact
+    "Merging into a quantised model",  # `merge` does it on request only, and says what it costs
 )
 
 

@@ -16,6 +16,7 @@ from pacatune.adapters.export_convolution import convolution_factors, refuse_ine
 from pacatune.adapters.folder import Adapter, is_parameter
 from pacatune.adapters.target import find_target, target_shape
 from pacatune.tuner.attention import target_of
+from pacatune.tuner.experts import is_transposed
 
 __all__ = ["column_selector", "lora_factors"]
 
@@ -93,8 +94,12 @@ def _experts_factors(
     # PEFT wraps the module once for each parameter, in the order in which the module has them.
     adapted = [other for other in experts._parameters if f"{owner}.{other}" in adapter.modules]
     depth = len(adapted) - 1 - adapted.index(parameter_name)
-    num_experts = update.shape[2]
-    return _named(owner + ".base_layer" * depth, selector.repeat(num_experts, 1), update.flatten(1))
+    num_experts, where = update.shape[2], owner + ".base_layer" * depth
+    if is_transposed(experts) and not hasattr(experts, "is_transposed"):
+        # Llama 4, whose (E, I, O) PEFT takes for (E, O, I): its input is our output.
+        factor_b = selector.t().unsqueeze(2).expand(-1, -1, num_experts)
+        return _named(where, update.permute(2, 1, 0).flatten(0, 1), factor_b.flatten(1))
+    return _named(where, selector.repeat(num_experts, 1), update.flatten(1))
 
 
 def _attention_factors(target: str, selector: Tensor, update: Tensor) -> dict[str, Tensor]:

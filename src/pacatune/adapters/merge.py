@@ -24,7 +24,7 @@ from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
 from pacatune.adapters.quantized import MergeBase, replace_quantised
 from pacatune.adapters.target import read_target_columns
-from pacatune.tuner.quantized_base import Quantization
+from pacatune.tuner.quantized_base import Quantization, format_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ def merge(
                 merged.expected, outputs, result_dtype, factor=1 if onto == "original" else 2
             )
             error = output_error(merged.unmerged, outputs)
-            merged.notes.extend(_weigh(error, merged.effect, onto))
+            is_other = onto == "original" and quantization is not None
+            merged.notes.extend(_weigh(error, merged.effect, onto, is_other))
     return MergeResult(
         output=output,
         base=name,
@@ -160,6 +161,12 @@ def _choose_base(onto: MergeBase | None, quantization: Quantization | None) -> M
         raise ValueError(
             f"`onto` ({onto!r}) is for adapters of PaCA that were trained on a quantised base, and "
             "this one was not; drop it (--base)."
+        )
+    if onto == "nf4" and quantization.get("type") != "nf4":
+        raise ValueError(
+            f"`onto` ('nf4'): the adapter's base was quantised as "
+            f"{format_quantization(quantization)!r}, and would be so again; merge onto "
+            "`dequantized` or `original` (--base) and quantise the result."
         )
     return onto or "dequantized"
 
@@ -250,13 +257,19 @@ def _check_outputs(
         )
 
 
-def _weigh(error: OutputError, effect: float, onto: MergeBase) -> list[str]:
+def _weigh(error: OutputError, effect: float, onto: MergeBase, is_other: bool) -> list[str]:
     if effect == 0:
         return ["the adapter changes no output of the probe: it may be untrained."]
     if error.max_absolute > effect / 2 and onto == "nf4":
         return [
             f"rounding to few bits again ({error.max_absolute:.1e}) is not small against what the "
             f"adapter changes ({effect:.1e}); serve it unmerged or merge onto `dequantized`."
+        ]
+    if error.max_absolute > effect / 2 and is_other:
+        return [
+            f"the original weights change the outputs more ({error.max_absolute:.1e}) than the "
+            f"adapter does ({effect:.1e}): they are not those that it was trained with. Compare "
+            "the losses of this model and of one merged onto `dequantized`."
         ]
     if error.max_absolute > effect / 2:
         return [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pacatune.adapters.base import innermost, layer_shape
 from pacatune.functional.columns import read_columns
 from pacatune.tuner.attention import IN_PROJ
-from pacatune.tuner.experts import features_of, is_expert_parameter
+from pacatune.tuner.experts import features_of, is_expert_parameter, is_transposed
 
 __all__ = ["find_target", "read_target_columns", "target_matrix", "target_shape"]
 
@@ -99,4 +99,4 @@ def target_matrix(module: Any, parameter_name: str) -> Tensor | None:
 
 
 def _experts_last(weight: Tensor, experts: Any) -> Tensor:
-    return weight.permute(2, 1, 0) if experts.is_transposed else weight.permute(1, 2, 0)
+    return weight.permute(2, 1, 0) if is_transposed(experts) else weight.permute(1, 2, 0)

@@ -1,5 +1,6 @@
 """Holding the frozen weights in 4 or 8 bits while training (QPaCA, QLoRA)."""
 
+import logging
 import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,11 @@ def check_quantization(config: "RunConfig", model_config: Any) -> None:
         ValueError: Names the option, the rule and the fix.
     """
     quantization = config.model.quantization
+    if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
+        raise ValueError(
+            f"`model.double_quantization` (False) is for 4 bits, and `model.quantization` is "
+            f"{quantization!r}; set that to nf4 or fp4, or drop the option."
+        )
     if quantization is None:
         return
     if config.method == "full":
@@ -53,6 +59,7 @@ def quantization_options(config: "RunConfig", dtype: torch.dtype) -> dict[str, A
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_saying)
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     # FSDP shards weights of one dtype together, and floating ones only.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -66,3 +73,8 @@ def quantization_options(config: "RunConfig", dtype: torch.dtype) -> dict[str, A
             **storage,
         )
     }
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a log line is not the one that every 8-bit layer writes in every forward pass."""
+    return "inputs will be cast" not in record.msg

@@ -8,8 +8,6 @@ x[..., indices] for backward and leave the weights alone.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.tuner.additive import has_hooks
-from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, names_to_apply
+from pacatune.tuner.parameter import (
+    ParameterLayer,
+    ParameterOwner,
+    in_place_of_forward,
+    names_to_apply,
+)
 
 __all__ = ["IN_PROJ", "AttentionInput", "MultiheadAttention", "target_of"]
 
@@ -90,7 +93,7 @@ class MultiheadAttention(ParameterOwner):
         if not any(names_to_apply(layer) for layer in self._modules.values()):
             return base(*args, **kwargs)  # type: ignore[no-any-return]
         if has_hooks(base.__dict__):
-            with _in_place_of_forward(base, self._forward):
+            with in_place_of_forward(base, self._forward):
                 return base(*args, **kwargs)  # type: ignore[no-any-return]
         return self._forward(*args, **kwargs)
 
@@ -225,19 +228,3 @@ def _attend(
     weights = (scores if mask is None else scores + mask).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights
     return weights @ v, weights
-
-
-@contextmanager
-def _in_place_of_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Let a module's hooks run, those of accelerate's offloading included, around `forward`."""
-    place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    missing = object()
-    original = module.__dict__.get(place, missing)
-    module.__dict__[place] = forward
-    try:
-        yield
-    finally:
-        if original is missing:
-            del module.__dict__[place]
-        else:
-            module.__dict__[place] = original

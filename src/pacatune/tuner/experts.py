@@ -18,27 +18,42 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from pacatune.functional.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import Delta
-from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, names_to_apply
+from pacatune.tuner.parameter import (
+    ParameterLayer,
+    ParameterOwner,
+    in_place_of_forward,
+    names_to_apply,
+)
 
-__all__ = ["ExpertParameter", "Experts", "features_of", "is_expert_parameter"]
+__all__ = ["ExpertParameter", "Experts", "features_of", "is_expert_parameter", "is_transposed"]
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def is_expert_parameter(module: nn.Module, parameter_name: str) -> bool:
-    """Whether this is a parameter of an experts module that runs on transformers' interface.
+    """Whether this is a parameter of an experts module whose forward we know.
 
-    Such a module says how its forward goes (`has_gate`, `is_transposed`, ...): to transformers' own
-    implementations, and to ours.
+    Those that run on transformers' interface say how it goes (`has_gate`, `is_transposed`, ...): to
+    transformers' own implementations, and to ours.
     """
-    return parameter_name in _NAMES and "has_gate" in module.__dict__
+    return parameter_name in _NAMES and ("has_gate" in module.__dict__ or _takes_all(module))
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether the weights are (E, I, O)."""
+    return _takes_all(experts) or bool(experts.is_transposed)
+
+
+def _takes_all(experts: nn.Module) -> bool:
+    """Whether each expert gets every token, zeros in place of those routed elsewhere: Llama 4."""
+    return type(experts).__name__ == "Llama4TextExperts"
 
 
 def features_of(experts: Any, parameter_name: str) -> tuple[int, int, int]:
     """Return (E, I, O) of the linear maps that a parameter holds."""
     parameter = getattr(experts, parameter_name)
     first, second, third = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
-    return (first, second, third) if experts.is_transposed else (first, third, second)
+    return (first, second, third) if is_transposed(experts) else (first, third, second)
 
 
 class ExpertDelta(Delta):
@@ -63,7 +78,7 @@ class ExpertParameter(ParameterLayer):
 
     def _features(self) -> tuple[int, int]:
         experts: Any = self.get_base_layer()
-        self.is_transposed = bool(experts.is_transposed)
+        self.is_transposed = is_transposed(experts)
         self.num_experts, in_features, out_features = features_of(experts, self.parameter_name)
         return in_features, out_features
 
@@ -114,8 +129,11 @@ class Experts(ParameterOwner):
         experts: Any = self.base_layer
         if not layers:
             return experts(*args, **kwargs)  # type: ignore[no-any-return]
-        if "has_gate" in experts.__dict__ and not has_hooks(experts.__dict__):
-            return _forward(experts, layers, *args, **kwargs)
+        if not has_hooks(experts.__dict__):
+            if "has_gate" in experts.__dict__:
+                return _forward(experts, layers, *args, **kwargs)
+            if _takes_all(experts):
+                return _forward_of_all(experts, layers, *args, **kwargs)
         with _running_ours(experts, layers):
             return experts(*args, **kwargs)  # type: ignore[no-any-return]
 
@@ -137,24 +155,10 @@ def _forward(
     """
     num_tokens, top_k = top_k_index.shape
     expert_ids, order, offsets = _sort_by_expert(top_k_index, experts.num_experts)
-    options = {
-        "is_transposed": bool(experts.is_transposed),
-        "is_grouped": experts.config._experts_implementation != "eager",
-    }
+    is_grouped = experts.config._experts_implementation != "eager"
 
     def project(name: str, x: Tensor) -> Tensor:
-        weight = getattr(experts, name)
-        # FSDP1 shows frozen weights as views into a flat one that requires a gradient.
-        if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
-            raise ValueError(
-                f"`{name}` of {type(experts).__name__} requires a gradient, which adapted experts "
-                "do not compute; freeze it or delete the adapter."
-            )
-        if name in layers:
-            layer, names = layers[name]
-            y = layer.project(x, weight, offsets, names, **options)
-        else:
-            y = experts_linear(x, weight, offsets, **options)
+        y = _project(experts, layers, name, x, offsets, is_grouped)
         return y + getattr(experts, f"{name}_bias")[expert_ids] if experts.has_bias else y
 
     x = hidden_states.index_select(0, order // top_k)
@@ -168,6 +172,34 @@ def _forward(
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     by_token = x.index_select(0, order.argsort()).view(num_tokens, top_k, x.shape[-1])
     return by_token.sum(1).to(hidden_states.dtype)
+
+
+def _forward_of_all(experts: Any, layers: _Layers, hidden_states: Tensor) -> Tensor:
+    """Run experts with adapted parameters of which each gets every token, (E * N, I)."""
+    num_experts = len(experts.gate_up_proj)
+    numbers = torch.arange(1, num_experts + 1, dtype=torch.int32, device=hidden_states.device)
+    offsets = numbers * (len(hidden_states) // num_experts)
+    x = _project(experts, layers, "gate_up_proj", hidden_states, offsets, True)
+    gate, up = x.chunk(2, -1)
+    return _project(experts, layers, "down_proj", up * experts.act_fn(gate), offsets, True)
+
+
+def _project(
+    experts: Any, layers: _Layers, name: str, x: Tensor, offsets: Tensor, is_grouped: bool
+) -> Tensor:
+    """Apply one parameter's linear maps, adapted or not: (S, I) -> (S, O)."""
+    weight = getattr(experts, name)
+    # FSDP1 shows frozen weights as views into a flat one that requires a gradient.
+    if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            f"`{name}` of {type(experts).__name__} requires a gradient, which adapted experts "
+            "do not compute; freeze it or delete the adapter."
+        )
+    options = {"is_transposed": is_transposed(experts), "is_grouped": is_grouped}
+    if name in layers:
+        layer, names = layers[name]
+        return layer.project(x, weight, offsets, names, **options)
+    return experts_linear(x, weight, offsets, **options)
 
 
 def _sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +237,11 @@ def _running_ours(module: nn.Module, layers: _Layers) -> Iterator[None]:
 
     transformers asks the module's configuration for the implementation.
     """
-    experts: Any = next(m for m in module.modules() if "has_gate" in m.__dict__)
+    experts: Any = next(m for m in module.modules() if "has_gate" in m.__dict__ or _takes_all(m))
+    if _takes_all(experts):
+        with in_place_of_forward(experts, functools.partial(_forward_of_all, experts, layers)):
+            yield
+        return
     original = experts.config
     experts.config = ours = _Config(original, layers)
     try:

@@ -8,6 +8,8 @@ An adapted parameter is found and saved under the name that it has in the base m
 the module's forward in our own words, because the module's own reads its parameters directly.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["ParameterLayer", "ParameterOwner", "names_to_apply", "put_in_place"]
+__all__ = [
+    "ParameterLayer",
+    "ParameterOwner",
+    "in_place_of_forward",
+    "names_to_apply",
+    "put_in_place",
+]
 
 
 class ParameterLayer(PacaLayer):
@@ -137,3 +145,19 @@ def put_in_place(owner_class: type[Owner], model: nn.Module, name: str) -> Owner
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, module)
     return module
+
+
+@contextmanager
+def in_place_of_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let a module's hooks run, those of accelerate's offloading included, around `forward`."""
+    place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    missing = object()
+    original = module.__dict__.get(place, missing)
+    module.__dict__[place] = forward
+    try:
+        yield
+    finally:
+        if original is missing:
+            del module.__dict__[place]
+        else:
+            module.__dict__[place] = original
