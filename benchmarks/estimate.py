@@ -10,7 +10,6 @@ import argparse
 import sys
 import warnings
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def rows_of_table_4() -> list[dict[str, Any]]:
             setting = paper.table_4(method).but(dropout=dropout)
             rows.append({"method": method, "dropout": dropout, "lean": "off", "paper": reported})
             rows[-1] |= _longest(setting, available, reported)
-    for method in ("paca", "lora") if find_spec("pacatune.lean") else ():
+    for method in ("paca", "lora"):
         setting = paper.table_4(method).but(lean="auto", loss="auto")
         rows.append({"method": method, "dropout": 0.0, "lean": "auto", "paper": None})
         rows[-1] |= _longest(setting, available, None)

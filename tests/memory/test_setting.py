@@ -61,7 +61,7 @@ def test_dropout_where_there_is_none(method):
         setting(method=method, dropout=0.1)
 
 
-@pytest.mark.parametrize("method", ["full", "moslora", "dora"])
+@pytest.mark.parametrize("method", ["full", "dora"])
 def test_methods_that_are_not_on_quantised_bases(method):
     with pytest.raises(ValueError, match=f"`quantization` .* with `method` \\('{method}'\\)"):
         setting(method=method, quantization="nf4")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pacatune import lean
 from pacatune.memory import gpu_kernels
 from pacatune.memory.simulate import FakeTraining
 from tests.memory.real_step import (
@@ -206,20 +207,18 @@ def test_missing_bitsandbytes_is_named(tmp_path):
         FakeTraining(tiny(tmp_path, quantization="nf4"))
 
 
-def test_lean_is_required_or_done_without(tmp_path):
-    with patch.dict("sys.modules", {"pacatune.lean": None}):
-        with pytest.raises(ValueError, match="`lean` \\('require'\\): this version"):
-            FakeTraining(tiny(tmp_path, lean="require"))
-        training = FakeTraining(tiny(tmp_path, lean="auto"))
-    assert training.step(1, 8).notes == [
-        "this version of pacatune has no lean layers: estimated without."
-    ]
+def test_lean_may_be_required(tmp_path):
+    required = simulate(tiny(tmp_path, lean="require"))
+    assert required == simulate(tiny(tmp_path, lean="auto"))
+    assert required.saved_bytes < simulate(tiny(tmp_path, loss="chunked")).saved_bytes
+    values = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
+    with pytest.raises(ValueError, match="this model cannot be all lean"):
+        FakeTraining(tiny(tmp_path, values, lean="require"))
 
 
 @pytest.mark.parametrize("values", [LLAMA, GEMMA], ids=["llama", "gemma3"])
 def test_lean_layers_keep_what_they_keep_for_real(values, tmp_path):
     """All but the loss, which is TRL's in an estimate."""
-    lean = pytest.importorskip("pacatune.lean")
     setting = tiny(tmp_path, values, lean="auto")
     measured, model = simulate(setting), real_model(setting)
     lean.enable(model)

@@ -35,8 +35,6 @@ def adapt(model: nn.Module, setting: Setting) -> nn.Module:
     targets = list(setting.target_modules) or default_targets(model)
     config = _adapter_config(setting, targets)
     adapted: nn.Module = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=True)
-    if setting.method == "moslora":
-        _add_mixers(adapted)
     return adapted
 
 
@@ -46,34 +44,15 @@ def _adapter_config(setting: Setting, targets: Any) -> "PeftConfig":
         from pacatune import PacaConfig
 
         return PacaConfig(task_type="CAUSAL_LM", r=rank, paca_alpha=rank, target_modules=targets)
+    options = {"r": rank, "lora_alpha": rank, "lora_dropout": setting.dropout}
+    if setting.method == "moslora":
+        from pacatune import MosLoraConfig
+
+        return MosLoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=setting.dropout,
-        use_dora=setting.method == "dora",
-        target_modules=targets,
-    )
-
-
-class _Mixed(nn.Linear):
-    """LoRA's A (R, I), followed by MosLoRA's trained mixer (R, R)."""
-
-    def __init__(self, down: nn.Linear) -> None:
-        super().__init__(down.in_features, down.out_features, bias=False, device="meta")
-        self.weight = down.weight
-        self.mixer = nn.Parameter(torch.empty(down.out_features, down.out_features, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(super().forward(x), self.mixer)
-
-
-def _add_mixers(model: nn.Module) -> None:
-    for module in model.modules():
-        for name, down in getattr(module, "lora_A", {}).items():
-            cast(Any, module).lora_A[name] = _Mixed(down)
+    is_dora = setting.method == "dora"
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, use_dora=is_dora, **options)
 
 
 def quantize_(model: Any, setting: Setting) -> None:

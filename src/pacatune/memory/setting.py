@@ -116,16 +116,15 @@ class Setting:
                 f"`dropout` ({self.dropout}) with `method` ({self.method!r}): it has none; drop "
                 f"the option, or choose one of {', '.join(_WITH_DROPOUT)}."
             )
-        if self.quantization is not None and self.method not in ("paca", "lora"):
+        if self.quantization is not None and self.method not in ("paca", "lora", "moslora"):
             reasons = {
                 "full": "quantised weights cannot be trained",
-                "moslora": "there is no MosLoRA on 4-bit layers",
                 "dora": "DoRA on 4-bit layers reads their values before training, and cannot be "
                 "estimated without",
             }
             raise ValueError(
                 f"`quantization` ({self.quantization!r}) with `method` ({self.method!r}): "
-                f"{reasons[self.method]}; choose paca or lora, or drop the option."
+                f"{reasons[self.method]}; choose paca, lora or moslora, or drop the option."
             )
         if self.sharding == "none" and self.num_gpus > 1:
             raise ValueError(

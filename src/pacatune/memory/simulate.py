@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from pacatune import lean
 from pacatune.memory.fake_model import Held, kept_aside, materialize
 from pacatune.memory.gpu_kernels import allocations_of_gpu
 from pacatune.memory.methods import adapt, quantize_
@@ -55,7 +56,7 @@ class FakeTraining:
     """
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.notes = setting, list[str]()
+        self.setting = setting
         config = load_config(setting.model)
         model: Any = make_model(config, setting.model, setting.weight_dtype)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -81,24 +82,11 @@ class FakeTraining:
     def _enable_options(self) -> None:
         setting = self.setting
         if setting.lean != "off":
-            self._enable_lean()
+            lean.enable(self.base, mode=setting.lean)
         if setting.gradient_checkpointing:
             checkpoint_blocks(self.base)
         self.base.config.use_cache = False
         self.model.train()
-
-    def _enable_lean(self) -> None:
-        try:
-            from pacatune import lean
-        except ImportError as error:
-            if self.setting.lean == "require":
-                raise ValueError(
-                    "`lean` ('require'): this version of pacatune has no lean layers; use 'auto' "
-                    "or 'off'."
-                ) from error
-            self.notes.append("this version of pacatune has no lean layers: estimated without.")
-        else:
-            cast(Any, lean).enable(self.base)
 
     @contextmanager
     def _fake(self) -> Iterator[None]:
@@ -124,7 +112,7 @@ class FakeTraining:
                 f"model {self.setting.model}: {type(self.base).__name__} decides by values what it "
                 f"computes ({error}), as routers of experts do; its memory cannot be estimated."
             ) from error
-        notes = [*self.notes]
+        notes = []
         if self._positions is not None and seq_len > self._positions:
             notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
         parts = {name: tracker.by_category.get(name, 0) for name in CATEGORIES}
