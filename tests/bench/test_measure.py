@@ -94,10 +94,13 @@ def test_points_have_the_rate_of_their_step(make_config):
     assert "step_ms" not in run_point(make_config(sweep="seq-len"), SETTING, "paca")
 
 
-@pytest.mark.slow
-def test_compiled_models_are_measured(make_config):
+def test_compiled_models_are_counted_without_their_modules(make_config, monkeypatch):
+    options = []
+    # The compiler itself takes minutes and would be torch's test.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: options.append(given))
     config = make_config(methods=("paca",), compiled=True)
     row = count(config, SETTING, "paca")
+    assert options == [{"dynamic": False}]
     assert row["saved_bytes"] > 0
     assert not {"saved_bytes_by_kind", "forward_flops"} & set(row)
 

@@ -8,8 +8,7 @@ from pacatune.bench.model import make_batch, make_model
 from tests.bench.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
 CPU = torch.device("cpu")
-LATER = ("moslora", "paca-lean")  # where other parts of the package have them
-HERE = [method for method in METHODS if method not in LATER]
+HERE = list(METHODS)
 OUT_FEATURES = NUM_LAYERS * (4 * HIDDEN + 2 * MLP + HIDDEN)
 
 
