@@ -10,6 +10,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.generation import TextGenerator
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.merge import merge
+from pacatune.adapters.probe import TOLERANCES
 from pacatune.adapters.quantized import quantization_config
 from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.quantized import QuantizedLinear
@@ -89,6 +90,14 @@ def test_nf4_is_not_another_rounding(kind, tiny_model_dir, tmp_path):
     save_adapter(tiny_model_dir, tmp_path / "adapter", quantization=quantization)
     with pytest.raises(ValueError, match=rf"`onto` \('nf4'\): .* as 'bitsandbytes {kind}"):
         merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out", onto="nf4")
+
+
+def test_int8_is_held_against_the_dequantised_layers(tiny_model_dir, tmp_path, monkeypatch):
+    """Its kernel rounds activations as well, more than a merged model may differ."""
+    save_adapter(tiny_model_dir, tmp_path / "adapter", quantization=INT8)
+    monkeypatch.setitem(TOLERANCES, torch.float32, 3e-5)
+    result = merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out")
+    assert result.error.max_relative > 1e-4  # told, not refused
 
 
 def test_a_difference_of_bases_is_not_called_rounding(tiny_model_dir, tmp_path):

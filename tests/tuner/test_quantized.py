@@ -1,5 +1,6 @@
 """QPaCA over every quantiser that runs on a CPU: training, PEFT's features, where columns start."""
 
+import collections
 import copy
 import gc
 import types
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import PacaConfig, reference
@@ -150,6 +152,38 @@ def test_keeps_the_chosen_channels_and_nothing_hidden(method):
     kept = [t for t in saved if t is not delta and t is not indices]
     assert sum(t.numel() * t.itemsize for t in kept) == 3 * 70 * RANK * 4
     y.sum().backward()
+
+
+class _Weights(TorchDispatchMode):
+    """Notes how many floating tensors as large as a weight live at once, views not counted."""
+
+    def __init__(self, num_elements):
+        super().__init__()
+        self.num_elements, self.peak = num_elements, 0
+        self.live = collections.Counter()  # by memory: the tensors over it
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            is_tensor = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if is_tensor and tensor.numel() >= self.num_elements:
+                memory = tensor.untyped_storage().data_ptr()
+                self.live[memory] += 1
+                weakref.finalize(tensor, self.live.subtract, [memory])
+                self.peak = max(self.peak, sum(count > 0 for count in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "bitsandbytes-fp4-double"])
+def test_peak_of_a_layer_is_one_dequantised_weight(kind):
+    model = adapt(Net(kind))
+    layer = layers_of(model)[0]
+    x = torch.randn(2, IN, requires_grad=True)
+    with _Weights(IN * OUT) as forward:
+        y = layer(x)
+    with _Weights(IN * OUT) as backward:
+        y.sum().backward()
+    assert forward.peak == backward.peak == 1
 
 
 def test_save_and_load(method, tmp_path):

@@ -33,6 +33,15 @@ def config(selection="random"):
     return PacaConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", selection=selection)
 
 
+def load_adapter(base, folder, options=None):
+    model = get_peft_model(base, options or config())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(model.unload(), folder / "adapter", is_trainable=True)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sft(base, tokenizer, tmp_path, checkpointing):
     from trl import SFTConfig, SFTTrainer
@@ -81,13 +90,7 @@ def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tm
         options = choose_columns(base, options, collect_statistics(base, batches, options))
     if selection == "moslora":
         options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(base, options)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    base = model.unload()
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    loaded = load_adapter(base, tmp_path, options)
     rows = {"prompt": ["What is"] * 4, "chosen": [" the capital"] * 4, "rejected": [" France"] * 4}
     trainer = DPOTrainer(
         loaded,
@@ -108,3 +111,52 @@ def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tm
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < losses[0]
+
+
+def arguments(tmp_path):
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.")
+def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
+    """The first rewards, policy against reference, are zero."""
+    from trl.experimental.kto import KTOConfig, KTOTrainer
+
+    rows = {"prompt": ["What is"] * 8, "completion": [" the capital", " France"] * 4}
+    trainer = KTOTrainer(
+        load_adapter(base, tmp_path),
+        args=KTOConfig(**arguments(tmp_path)),
+        train_dataset=Dataset.from_dict({**rows, "label": [True, False] * 4}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert second["rewards/chosen"] > second["rewards/rejected"]
+
+
+def test_grpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
+    """The first divergence of the policy from the reference is zero."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    options = {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}
+    trainer = GRPOTrainer(
+        load_adapter(base, tmp_path),
+        args=GRPOConfig(**options, **arguments(tmp_path)),
+        train_dataset=Dataset.from_dict({"prompt": ["What is"] * 8}),
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+    )
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert first["kl"] == 0
+    assert second["kl"] > 0
