@@ -203,7 +203,7 @@ def test_the_mode_is_the_caller_s_except_for_batch_norm():
     assert modes == [(True, False)]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # gpt_oss has its experts transposed
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])  # the last two: transposed
 def test_gradients_of_experts(kind):
     model, tokens = moe.build(kind), [moe.ids(0), moe.ids(1)]
     config = PacaConfig(selection="gradient", target_modules=[], target_parameters=moe.BOTH)
@@ -214,7 +214,7 @@ def test_gradients_of_experts(kind):
     for one in tokens:
         gradients = torch.autograd.grad(moe.loss_of(model, one), list(weights.values()))
         for name, gradient in zip(weights, gradients, strict=True):
-            columns = gradient.transpose(1, 2) if kind == "gpt_oss" else gradient
+            columns = gradient if kind == "mixtral" else gradient.transpose(1, 2)
             expected[name] = expected[name] + columns.square().sum((0, 1))
     for name, sums in expected.items():
         values = statistics.of(name)["gradient"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.tuner.experts import is_expert_parameter
+from pacatune.tuner.experts import is_expert_parameter, is_transposed
 from pacatune.tuner.quantized import dequantized
 
 __all__ = ["as_matrix", "weight_matrix"]
@@ -27,7 +27,7 @@ def as_matrix(tensor: Tensor, module: Any, parameter_name: str = "weight") -> Te
         (O/G * taps, I) of convolutions: all that leads from an input channel into its group.
     """
     if is_expert_parameter(module, parameter_name):
-        experts: Tensor = tensor.transpose(1, 2) if module.is_transposed else tensor
+        experts: Tensor = tensor.transpose(1, 2) if is_transposed(module) else tensor
         return experts.flatten(0, 1)
     if isinstance(module, _ConvNd):
         groups: int = module.groups
