@@ -206,7 +206,8 @@ def test_missing_bitsandbytes_is_named(tmp_path):
         FakeTraining(tiny(tmp_path, quantization="nf4"))
 
 
-def test_lean_is_required_or_done_without(tmp_path):
+def test_lean_is_required_or_done_without(tmp_path, monkeypatch):
+    monkeypatch.delattr("pacatune.lean", raising=False)  # another test may have imported it
     with patch.dict("sys.modules", {"pacatune.lean": None}):
         with pytest.raises(ValueError, match="`lean` \\('require'\\): this version"):
             FakeTraining(tiny(tmp_path, lean="require"))
