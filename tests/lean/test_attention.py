@@ -119,6 +119,22 @@ def test_the_graph_holds_nothing_when_hooks_take_what_is_kept():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_tensors_without_memory_are_told_apart():
+    """Estimates run on them."""
+    tensors = {name: x.to("meta").requires_grad_() for name, x in make(torch.float32).items()}
+    apply, kept = attention("causal", torch.float32), []
+
+    def pack(x):
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attend(**tensors, apply=lambda q, k, v: apply(q, k, v).tanh())
+    # query, key, value, the output of tanh, and what the backend keeps beside them
+    assert len(kept) > 4
+    assert sum(x.shape[1:2] == (H,) and x.dim() == 4 for x in kept) >= 2
+
+
 def test_autocast():
     tensors, apply = make(torch.float32), attention("causal", torch.bfloat16)
     trained = {"query", "key", "value"}

@@ -56,7 +56,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, apply: Attend) -> Tensor:
             f"`key` has {num_kept} heads, which must divide the {num_heads} heads of `query`."
         )
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):  # as the backend would, but before it is kept
+    # Cast as the backend would, but before anything is kept; the meta device knows no autocast.
+    is_known = torch.amp.is_autocast_available(device_type)
+    if is_known and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return _Attend.apply(query, key, value, apply, num_heads // num_kept)  # type: ignore[no-any-return]
@@ -140,7 +142,8 @@ class _Kept:
     def pack(self, x: Tensor) -> tuple[Any, ...]:
         """Return what stands for a tensor that the graph keeps."""
         for number, head in enumerate(self._heads):
-            if x.untyped_storage()._cdata == head.untyped_storage()._cdata:  # fake ones, too
+            # Not its address: tensors without memory (meta, fake) have none.
+            if x.untyped_storage()._cdata == head.untyped_storage()._cdata:
                 return number, x.size(), x.stride(), x.storage_offset() - head.storage_offset()
         self._others.append(x.detach())
         return (len(self._others) - 1,)
