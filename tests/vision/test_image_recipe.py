@@ -392,7 +392,7 @@ class TestBeforeWeights:
     def test_bad_image(self, make_config, images_dir, tmp_path):
         shutil.copytree(images_dir, tmp_path / "images")
         (tmp_path / "images" / "train" / "red" / "00.png").write_bytes(b"\x89PNG")
-        with pytest.raises(ValueError, match=r"1 of 36 images cannot be used: .*red/00\.png"):
+        with pytest.raises(ValueError, match=r"1 of 54 images cannot be used: .*red/00\.png"):
             train(make_config(data={"path": str(tmp_path / "images")}))
 
     def test_size_that_does_not_suit(self, make_config, tmp_path):
