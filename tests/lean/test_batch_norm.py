@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pacatune import lean
 from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, frozen_batch_norm
 
 SHAPES = {1: (4, 6), 2: (4, 6, 5), 3: (4, 6, 5, 3), 4: (2, 6, 3, 4, 2)}
@@ -164,6 +165,19 @@ def test_wrong_input_is_refused_as_before():
     enable_batch_norm(layer)
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(torch.randn(2, 6, requires_grad=True))
+
+
+def test_enable_makes_frozen_layers_lean_and_counts_them():
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), layer_of(nn.BatchNorm2d), nn.BatchNorm2d(6).eval())
+    x = torch.randn(2, 6, 5, 3, requires_grad=True)
+    before, expected = kept_bytes(lambda: model(x), x, *model.parameters(), *model.buffers())
+    for _ in range(2):
+        assert lean.enable(model, "require").made == {"batch_norm": ["1"]}
+    after, y = kept_bytes(lambda: model(x), x, *model.parameters(), *model.buffers())
+    assert torch.equal(y, expected)
+    assert before - after == x.numel() * 4
+    lean.disable(model)
+    assert kept_bytes(lambda: model(x), x, *model.parameters(), *model.buffers())[0] == before
 
 
 def test_other_forwards_are_left_alone():

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["disable_batch_norm", "enable_batch_norm", "frozen_batch_norm"]
+__all__ = [
+    "disable_batch_norm",
+    "enable_batch_norm",
+    "find_batch_norm",
+    "frozen_batch_norm",
+]
 
 _TIMM = "timm.layers.norm_act"
 
@@ -86,6 +91,18 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return gx, None, None, None, None, None
 
 
+def find_batch_norm(model: nn.Module) -> list[str]:
+    """Return the names of the layers that keep nothing with `enable_batch_norm`, on or not.
+
+    Their weights are frozen. Whether they will be in evaluation mode is not known here.
+    """
+    return [
+        name
+        for name, layer in model.named_modules()
+        if (_is_lean(layer) or _lean_forward(layer) is not None) and _is_frozen(layer)
+    ]
+
+
 def enable_batch_norm(model: nn.Module) -> list[str]:
     """Let the BatchNorm layers of a model keep nothing whenever they are frozen and evaluate.
 
@@ -109,9 +126,16 @@ def enable_batch_norm(model: nn.Module) -> list[str]:
 def disable_batch_norm(model: nn.Module) -> None:
     """Undo `enable_batch_norm`."""
     for layer in model.modules():
-        forward = layer.__dict__.get("forward")
-        if getattr(forward, "__func__", None) in _LEAN_FORWARDS:
+        if _is_lean(layer):
             del layer.forward
+
+
+def _is_lean(layer: nn.Module) -> bool:
+    return getattr(layer.__dict__.get("forward"), "__func__", None) in _LEAN_FORWARDS
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def _lean_forward(layer: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
@@ -130,7 +154,7 @@ def _normalise(layer: Any, x: Tensor) -> Tensor | None:
     """Return what the layer normalises x to, None where it is not frozen or not evaluating."""
     if layer.training or layer.running_mean is None or not torch.is_grad_enabled():
         return None
-    if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+    if not _is_frozen(layer):
         return None
     layer._check_input_dim(x)
     y: Tensor = _FrozenBatchNorm.apply(

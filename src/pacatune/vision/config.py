@@ -136,8 +136,9 @@ class ImageRunConfig:
     """Every option of transformers' TrainingArguments."""
 
     lean: Literal["auto", "off", "require"] = "auto"
-    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
-    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+    """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
+    `pacatune.lean` makes them. `auto`: what can be; `require`: refuse a model that keeps more than
+    it must."""
 
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from pacatune.lean.batch_norm import enable_batch_norm
 from pacatune.training.checkpoints import WholeCheckpoints
 from pacatune.vision.parts import find_batch_norms
 
@@ -30,8 +29,6 @@ class ImageTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         self._num_classes = num_classes
         self._forward_options = forward_options
         self._batch_norms = find_batch_norms(self.model)
-        if not self.args.train_batch_norm:
-            enable_batch_norm(self.model)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
