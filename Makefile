@@ -37,6 +37,7 @@ bench: setup-dev
 	$(RUN) -m benchmarks.layer $(ARGS)
 	$(RUN) -m benchmarks.step $(ARGS)
 	$(RUN) -m benchmarks.switch $(ARGS)
+	$(RUN) -m benchmarks.vision $(ARGS)
 	$(RUN) -m benchmarks.tables
 
 docs: setup-dev

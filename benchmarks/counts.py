@@ -16,19 +16,20 @@ __all__ = ["SavedByLayer", "check_bytes", "count_column_writes", "formula_bytes"
 
 
 def formula_bytes(
-    layers: dict[nn.Module, str], num_tokens: int, dtype: torch.dtype
+    layers: dict[nn.Module, str], num_tokens: int | dict[nn.Module, int], dtype: torch.dtype
 ) -> dict[str, int]:
     """Return what PaCA has to keep: N * R elements per layer, by kind of layer.
 
     Args:
         layers: Each of our layers -> its kind.
-        num_tokens: N.
+        num_tokens: N, of all layers or of each; for a convolution all positions of all images.
         dtype: Of the activations.
     """
     totals = dict.fromkeys(layers.values(), 0)
     for layer, kind in layers.items():
         (rank,) = layer.r.values()
-        totals[kind] += num_tokens * rank * dtype.itemsize
+        number = num_tokens if isinstance(num_tokens, int) else num_tokens[layer]
+        totals[kind] += number * rank * dtype.itemsize
     return totals
 
 

@@ -25,6 +25,7 @@ from benchmarks.methods import METHODS, OURS, Contender, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
     Noise,
+    add_tokens,
     arguments,
     at_least_1,
     prepare,
@@ -83,6 +84,7 @@ def parse(
 ) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments(description, seconds=6.0)
+    add_tokens(parser)
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=[*map(_shape, SHAPES)], metavar="OUTxIN"
     )

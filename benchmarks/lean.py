@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.counts import SavedByLayer
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
-from benchmarks.record import DTYPES, Noise, arguments, prepare, provenance, write
+from benchmarks.record import DTYPES, Noise, add_tokens, arguments, prepare, provenance, write
 from benchmarks.timing import alternate, compare, summarize
 from pacatune import lean
 
@@ -48,6 +48,7 @@ SMALL = Shape(intermediate_size=1792, num_key_value_heads=2, vocab_size=4096)
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments(__doc__, seconds=40.0)
+    add_tokens(parser)
     parser.add_argument(
         "--scale", type=int, default=1, help="counts are of a layer that is so many times smaller"
     )

@@ -4,7 +4,7 @@ Every adapter is made by PEFT with the same rank, alpha (= rank, so that the fac
 and defaults; every method that trains has torch's fused AdamW over its trainable parameters only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from pacatune import PacaConfig
 from pacatune.bench.methods import Contender
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["METHODS", "OURS", "Contender", "adapt", "adapter_config", "all_methods"]
+__all__ = ["HEAD", "METHODS", "OURS", "RANK", "Contender", "adapt", "adapter_config", "all_methods"]
 
 OURS = "paca"
+HEAD = "head"  # of models that have one to train
 METHODS = {
     "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
     "paca": "ours, r = 8",
@@ -31,7 +32,7 @@ METHODS = {
 }
 # Measured only where asked for.
 _OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
-_RANK = 8
+RANK = 8
 _LEARNING_RATE = 1e-4
 
 
@@ -40,24 +41,38 @@ def all_methods() -> dict[str, str]:
     return METHODS | _OPTIONAL
 
 
-def adapt(model: nn.Module, method: str, *, targets: str | list[str], seed: int) -> Contender:
+def adapt(
+    model: nn.Module,
+    method: str,
+    *,
+    targets: str | list[str],
+    seed: int,
+    heads: Sequence[str] = (),
+) -> Contender:
     """Make `model` a contender, in training mode.
 
     Args:
         model: Untouched, in the dtype of the comparison; adapted in place.
-        method: One of `all_methods()`.
+        method: One of `all_methods()`, or `HEAD` where there are heads.
         targets: PEFT's `target_modules`.
         seed: Of PaCA's columns and LoRA's start.
+        heads: Names of modules that every method but `frozen` trains in full.
 
     Raises:
         ValueError: If `method` is unknown.
     """
-    if method not in all_methods():
-        raise ValueError(f"`method` ({method!r}) must be one of {sorted(all_methods())}.")
+    known = [*all_methods(), *([HEAD] if heads else [])]
+    if method not in known:
+        raise ValueError(f"`method` ({method!r}) must be one of {sorted(known)}.")
     model.requires_grad_(method == "full")
-    if method not in ("frozen", "full"):
+    if method == HEAD:
+        for name in heads:
+            model.get_submodule(name).requires_grad_()
+    elif method not in ("frozen", "full"):
         torch.manual_seed(seed)
-        model = get_peft_model(model, adapter_config(method, targets, seed))
+        config = adapter_config(method, targets, seed)
+        config.modules_to_save = list(heads) or None
+        model = get_peft_model(model, config)
     if method == "swap":
         swap_layers(model)
     if method == "additive":
@@ -70,8 +85,8 @@ def adapt(model: nn.Module, method: str, *, targets: str | list[str], seed: int)
 def adapter_config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
     """Return the PEFT configuration of a method that has one."""
     if method in ("paca", "swap", "additive"):
-        return PacaConfig(r=_RANK, paca_alpha=_RANK, target_modules=targets, random_seed=seed)
-    rank = 4 if method == "lora_r4" else _RANK
+        return PacaConfig(r=RANK, paca_alpha=RANK, target_modules=targets, random_seed=seed)
+    rank = 4 if method == "lora_r4" else RANK
     return LoraConfig(
         r=rank,
         lora_alpha=rank,

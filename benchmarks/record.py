@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "DTYPES",
     "RESULTS",
     "Noise",
+    "add_tokens",
     "arguments",
     "at_least_1",
     "git",
@@ -33,12 +35,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentParser:
+def arguments(
+    description: str | None, *, seconds: float, methods: Iterable[str] | None = None
+) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have.
 
     Args:
         description: Of the command, its first line a summary.
         seconds: Default time for each setting.
+        methods: Those there are, if not `all_methods()`.
     """
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],
@@ -48,7 +53,7 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=list(all_methods()),
+        choices=list(methods or all_methods()),
         metavar="NAME",
         help="None: all but the optional ones",
     )
@@ -60,9 +65,6 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
         help="by default those that this processor multiplies in hardware",
     )
     parser.add_argument(
-        "--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual"
-    )
-    parser.add_argument(
         "--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded"
     )
     parser.add_argument("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
@@ -70,6 +72,13 @@ def arguments(description: str | None, *, seconds: float) -> argparse.ArgumentPa
     parser.add_argument("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add the option that benchmarks on text have."""
+    parser.add_argument(
+        "--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual"
+    )
 
 
 def _fast_dtypes() -> list[str]:

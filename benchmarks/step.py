@@ -26,6 +26,7 @@ from benchmarks.methods import METHODS, OURS, Contender, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
     Noise,
+    add_tokens,
     arguments,
     at_least_1,
     prepare,
@@ -77,6 +78,7 @@ class Setting:
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments(__doc__, seconds=40.0)
+    add_tokens(parser)
     parser.add_argument(
         "--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step"
     )

@@ -15,6 +15,7 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = "paca"
+_MOST = 10  # a larger multiple says nothing
 
 
 def table(name: str, results: Path = RESULTS) -> str:
@@ -39,38 +41,80 @@ def table(name: str, results: Path = RESULTS) -> str:
     """
     if name.startswith("estimate-"):
         return estimate_tables.table(name.removeprefix("estimate-"), results)
-    path = results / f"{name}.json"
-    if not path.is_file():
-        return f"Not measured yet: `make bench` writes `benchmarks/results/{name}.json`."
-    result = json.loads(path.read_text(encoding="utf-8"))
-    times = _by_setting(result["rows"])
+    result = _read(name, results)
+    if result is None:
+        return _missing(name)
+    times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
-    lines = [
-        f"| step, ms (PaCA's share) | {' | '.join(methods)} |",
-        "|---|" + "--:|" * len(methods),
-    ]
-    for setting, row in times.items():
-        if set(row) != set(methods):
-            raise ValueError(
-                f"{path}: {setting!r} has {sorted(row)}, another setting {sorted(methods)}; "
-                "measure all methods in all settings."
-            )
-        lines.append(f"| {setting} | {' | '.join(_cell(row, method) for method in methods)} |")
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
+    lines = _lines("step, ms", times, name)
     return "\n".join([*lines, "", "; ".join(meanings) + ".", "", _source(name, result)])
 
 
-def _by_setting(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return setting -> method -> milliseconds, in the order of the file."""
-    times: dict[str, dict[str, float]] = {}
-    for row in rows:
-        times.setdefault(row["setting"], {})[row["method"]] = row["step_ms"]
-    return times
+def byte_table(name: str, results: Path = RESULTS) -> str:
+    """Return the Markdown table of what one result's methods keep for backward.
+
+    Args:
+        name: Of the file, without `.json`.
+        results: Folder.
+
+    Raises:
+        ValueError: If a setting lacks one of the methods.
+    """
+    result = _read(name, results)
+    if result is None:
+        return _missing(name)
+    kept = _by_setting(
+        (f"{row['counted']}, {row['dtype']}", row["method"], row["saved_bytes"] / 1e6)
+        for row in result["rows"]
+    )
+    lines = _lines("kept for backward, MB", kept, name)
+    remark = (
+        f"{result['model']}: exact counts, parameters and buffers aside, from "
+        f"`benchmarks/results/{name}.json`."
+    )
+    return "\n".join([*lines, "", remark])
+
+
+def _read(name: str, results: Path) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def _missing(name: str) -> str:
+    return f"Not measured yet: `make bench` writes `benchmarks/results/{name}.json`."
+
+
+def _lines(what: str, values: dict[str, dict[str, float]], name: str) -> list[str]:
+    """Return the rows of a table: a line per setting, a column per method."""
+    methods = list(next(iter(values.values())))
+    lines = [f"| {what} (PaCA's share) | {' | '.join(methods)} |", "|---|" + "--:|" * len(methods)]
+    for setting, row in values.items():
+        if set(row) != set(methods):
+            raise ValueError(
+                f"{name}.json: {setting!r} has {sorted(row)}, another setting {sorted(methods)}; "
+                "measure all methods in all settings."
+            )
+        lines.append(f"| {setting} | {' | '.join(_cell(row, method) for method in methods)} |")
+    return lines
+
+
+def _by_setting(values: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+    """Return setting -> method -> value, in the order of the file."""
+    found: dict[str, dict[str, float]] = {}
+    for setting, method, value in values:
+        found.setdefault(setting, {})[method] = value
+    return found
 
 
 def _cell(row: dict[str, float], method: str) -> str:
     text = f"{row[method]:.4g}"
-    return text if method == OURS else f"{text} ({row[OURS] / row[method]:.2f})"
+    if method == OURS or row[OURS] > _MOST * row[method]:
+        return text
+    return f"{text} ({row[OURS] / row[method]:.2f})"
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
@@ -83,10 +127,14 @@ def _source(name: str, result: dict[str, Any]) -> str:
     )
 
 
+BLOCKS = {"table": table, "bytes": byte_table}
+
+
 def main() -> None:
     """Rewrite the documents."""
-    for path in rewrite(DOCUMENTS, "table", table):
-        print(f"wrote {path}")
+    for kind, body in BLOCKS.items():
+        for path in rewrite(DOCUMENTS, kind, body):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

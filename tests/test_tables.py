@@ -39,6 +39,15 @@ def test_table_shows_times_shares_and_where_they_come_from(tmp_path):
     assert "at commit 012345678 wrote" in lines[-1]
 
 
+def test_shares_of_next_to_nothing_are_left_out(tmp_path):
+    rows = [{**row, "counted": "1 image", "dtype": "float32"} for row in RESULT["rows"][:2]]
+    kept = [{**row, "saved_bytes": n} for row, n in zip(rows, (5_000_000, 1_000), strict=True)]
+    write(tmp_path, RESULT | {"rows": kept})
+    assert tables.byte_table("step", tmp_path).splitlines()[2] == (
+        "| 1 image, float32 | 5 | 0.001 |"
+    )
+
+
 def test_uncommitted_changes_are_told(tmp_path):
     write(tmp_path, RESULT | {"is_modified": True})
     assert "012345678, with changes that were not committed, wrote" in tables.table(

@@ -110,3 +110,18 @@ def test_peak_of_the_process_grows_with_what_it_holds():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 250 * 2**20 < int(done.stdout) < 350 * 2**20
     assert peak_process_bytes() > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")
+def test_peak_of_the_process_can_start_anew():
+    code = (
+        "from pacatune.memory import peak_process_bytes, reset_peak_process_bytes\n"
+        "before = peak_process_bytes()\n"
+        "block = bytearray(300 * 2**20)\n"
+        "block[::4096] = b'x' * len(block[::4096])\n"
+        "del block\n"
+        "reset_peak_process_bytes()\n"
+        "print(peak_process_bytes() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50 * 2**20

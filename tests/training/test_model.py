@@ -134,6 +134,12 @@ def test_plan_of_other_targets(make_config):
     assert planned.summary() == ["1 x q_proj (32 -> 32)", "1 x down_proj (64 -> 32)"]
 
 
+def test_layers_of_many_sizes_are_one_line_of_the_plan():
+    targets = {"0.conv_pw": "8 -> 16", "1.conv_pw": "16 -> 32", "0.fc": "8 -> 8", "1.fc": "8 -> 8"}
+    planned = models.Plan(targets, 1, 2, None)
+    assert planned.summary() == ["2 x conv_pw", "2 x fc (8 -> 8)"]
+
+
 @pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora"])
 def test_default_targets_are_the_same_for_every_method(make_config, method):
     config = make_config(method)

@@ -49,6 +49,17 @@ def test_cnn_has_its_convolutions_adapted(make_config, cnn):
     assert notes == ["1 x conv_stem left as it is: fewer input channels than the rank 8."]
 
 
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_rank_above_every_convolution_is_refused(make_config, cnn, method):
+    section = {"paca": PacaSection, "lora": LoraSection}[method](r=5000)
+    with pytest.raises(
+        ValueError,
+        match=rf"`{method}.r` \(5000\) leaves Timm.* without a layer to adapt: its convolutions "
+        r"have up to 192 input channels; lower it, or set",
+    ):
+        plan(make_config(method, **{**cnn, method: section}))
+
+
 def test_lora_leaves_grouped_convolutions_out_and_says_so(make_config, cnn):
     planned, _, notes = plan(make_config("lora", **cnn))
     assert planned.targets

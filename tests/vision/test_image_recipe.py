@@ -392,7 +392,7 @@ class TestBeforeWeights:
     def test_bad_image(self, make_config, images_dir, tmp_path):
         shutil.copytree(images_dir, tmp_path / "images")
         (tmp_path / "images" / "train" / "red" / "00.png").write_bytes(b"\x89PNG")
-        with pytest.raises(ValueError, match=r"1 of 36 images cannot be used: .*red/00\.png"):
+        with pytest.raises(ValueError, match=r"1 of 54 images cannot be used: .*red/00\.png"):
             train(make_config(data={"path": str(tmp_path / "images")}))
 
     def test_size_that_does_not_suit(self, make_config, tmp_path):
@@ -466,3 +466,14 @@ def test_columns_are_chosen_from_the_images(make_config, console):
     folder = Path(config.training.output_dir)
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert saved["columns"] == load_columns(folder)
+
+
+def test_lean_batch_norm_keeps_less_and_changes_no_loss(make_config, cnn, tmp_path):
+    reports = []
+    for mode in ("off", "require"):
+        training = {"output_dir": str(tmp_path / mode), "max_steps": 2}
+        reports.append(train(make_config(lean=mode, training=training, **cnn)))
+    plain, lean = reports
+    assert plain.train_losses == lean.train_losses
+    assert lean.saved_activation_bytes < 0.8 * plain.saved_activation_bytes
+    assert len(lean.lean["made"]["batch_norm"]) > 5

@@ -84,6 +84,17 @@ def test_surest_mistakes_come_first():
     assert surest_mistakes(logits, np.array([0, 1, 1, 0]), Images) == []
 
 
+def test_uneven_classes_put_the_accuracy_into_proportion():
+    report = object.__new__(ImageReport)
+    report.classes = ["a", "b", "c"]
+    report.confusion = [[5, 0, 0], [0, 4, 1], [0, 0, 5]]
+    assert report._remark() == ""
+    report.confusion = [[2, 0, 0], [1, 16, 1], [0, 0, 5]]
+    assert report._remark() == " (always 'b': 0.7200)"
+    report.confusion = []  # nothing was held out
+    assert report._remark() == ""
+
+
 def test_most_frequent_confusions_come_first():
     report = object.__new__(ImageReport)
     report.classes, report.confusion = ["a", "b", "c"], [[5, 1, 0], [3, 4, 0], [0, 2, 9]]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pacatune.lean import interface, probe
+from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, find_batch_norm
 from pacatune.lean.modules import LeanAttention, LeanGatedMLP, LeanHead, LeanModel, LeanNorm
 from pacatune.lean.swap import LeanModule, is_lean, make_lean, make_plain
 
@@ -91,6 +92,8 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
                 report.made.setdefault(plan.kind, []).append(name)
                 plans.append((module, plan))
     _add_losses(model, report, plans)
+    if norms := find_batch_norm(model):
+        report.made["batch_norm"] = norms
     if mode == "require" and (report.left or not (report.made or report.already)):
         raise ValueError(
             "this model cannot be all lean, which 'require' asks for; 'auto' would do what can be "
@@ -102,6 +105,7 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
             make_lean(module, plan.lean_class, plan.settings)
         if plan.lean_class is LeanAttention:
             interface.install(module)
+    enable_batch_norm(model)
     return report
 
 
@@ -115,6 +119,7 @@ def disable(model: nn.Module) -> None:
         if isinstance(module, LeanAttention):
             interface.uninstall(module)
         make_plain(module)
+    disable_batch_norm(model)
 
 
 def _plans(module: nn.Module) -> Iterator[_Plan]:

@@ -1,5 +1,6 @@
 """Measure what training really holds: activations kept for backward, peaks of the process."""
 
+import contextlib
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +57,7 @@ class SavedBytes:
 
 
 def peak_process_bytes() -> int:
-    """Return the largest resident size that this process has had."""
+    """Return the largest resident size that this process has had, or had since the last reset."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would count what the parent held when it started this process.
@@ -67,6 +68,13 @@ def peak_process_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_process_bytes() -> None:
+    """Let `peak_process_bytes` start anew from what the process holds now, where Linux can."""
+    # Elsewhere, and in sandboxes that forbid it, the peak stays that of the whole process.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,7 +1,6 @@
 """Tokenizer, targets and weights of the model; all that can be checked is, before the weights."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,9 +31,17 @@ class Plan:
     """Longest sequence that the model has positions for."""
 
     def summary(self) -> list[str]:
-        """Return a line per kind of target, such as `30 x q_proj (576 -> 576)`."""
-        kinds = Counter((name.rpartition(".")[2], shape) for name, shape in self.targets.items())
-        return [f"{count} x {name} ({shape})" for (name, shape), count in kinds.items()]
+        """Return a line per kind of target, such as `30 x q_proj (576 -> 576)`.
+
+        Where layers of a name differ in size, as in a CNN, the name alone: `17 x conv_pw`.
+        """
+        shapes: dict[str, list[str]] = {}
+        for name, shape in self.targets.items():
+            shapes.setdefault(name.rpartition(".")[2], []).append(shape)
+        return [
+            f"{len(found)} x {name}" + (f" ({found[0]})" if len(set(found)) == 1 else "")
+            for name, found in shapes.items()
+        ]
 
 
 def model_path(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pacatune import lean
+from pacatune.memory import reset_peak_process_bytes
 from pacatune.training.any_run import AnyRun
 from pacatune.training.checkpoints import LogBeforeSave
 from pacatune.training.config_file import CONFIG_NAME, save_config
@@ -115,6 +116,7 @@ def run_trainer(
     trainer.add_callback(LogBeforeSave())
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    reset_peak_process_bytes()
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -6,11 +6,15 @@
 
 Transient is the rule, compiled or not, and keeps x[:, indices] for backward. Additive serves
 several active adapters, mixed batches, torch.func's transforms, hooks on the base layer, and
-sharded and offloaded weights. Whole serves subclasses with a forward of their own, which may pad by
-the size of the input or standardise the kernel, and is right for any of them. In these two torch's
-own convolution runs, which keeps all of x even if its weight is frozen. None writes the weight.
+sharded and offloaded weights. Whole serves subclasses with a forward of their own, which may
+standardise the kernel, say, and is right for any of them. In these two torch's own convolution
+runs, which keeps all of x even if its weight is frozen. None writes the weight.
+
+One such subclass is known: timm's Conv2dSame, which the strided layers of its TensorFlow-born
+EfficientNets are, pads by the size of the input and then does what torch does.
 """
 
+import math
 from functools import partial
 from typing import Any, cast
 
@@ -33,6 +37,7 @@ __all__ = ["Conv", "runs_torchs_forward"]
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {(kind.forward, kind._conv_forward) for kind in _KINDS}
+_PADS_BY_SIZE = ("timm.layers.conv2d_same", "Conv2dSame")
 
 
 def _of_base(name: str) -> Any:
@@ -46,6 +51,8 @@ class Conv(AdditiveLayer):
     """An adapted nn.Conv1d, nn.Conv2d or nn.Conv3d, or a subclass of one."""
 
     has_torchs_forward: bool
+    """Once it has been padded as `_padded` does."""
+    pads_by_size: bool
 
     # Read by networks that pad for their layers (transformers' MobileNets).
     in_channels, out_channels = _of_base("in_channels"), _of_base("out_channels")
@@ -55,7 +62,11 @@ class Conv(AdditiveLayer):
 
     def _attach(self) -> None:
         # Once, while nothing (FSDP, checkpoint_wrapper) has been put around the base layer.
-        self.__dict__.setdefault("has_torchs_forward", runs_torchs_forward(self._base))
+        if "has_torchs_forward" in self.__dict__:
+            return
+        kind = type(self._base)
+        self.pads_by_size = (kind.__module__, kind.__name__) == _PADS_BY_SIZE
+        self.has_torchs_forward = self.pads_by_size or runs_torchs_forward(self._base)
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return (O/G, r, *k)."""
@@ -108,7 +119,9 @@ class Conv(AdditiveLayer):
         return convolution(x, kernel, None, self.stride, padding, self.dilation, groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Pad as the base layer does where that is not with zeros; return what is left to pad."""
+        """Pad as the base layer does where torch's operation cannot; return what is left to pad."""
+        if self.pads_by_size:
+            return _pad_by_size(x, self.kernel_size, self.stride, self.dilation), 0
         if self.padding_mode == "zeros":
             return x, self.padding
         both_sides = self._base._reversed_padding_repeated_twice
@@ -173,3 +186,19 @@ def runs_torchs_forward(base: nn.Module) -> bool:
 def _is_whole(weight: Tensor) -> bool:
     """False for offloaded weights and for parts that are not the kernel (ZeRO-3, FSDP)."""
     return not weight.is_meta and weight.dim() > 2 and not hasattr(weight, "placements")
+
+
+def _pad_by_size(
+    x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """Pad with zeros so that the output has ceil(size / stride) positions, the odd one at the end.
+
+    Source: TensorFlow's padding "SAME".
+    """
+    pads: list[int] = []
+    for size, k, step, d in zip(
+        x.shape[-len(kernel_size) :], kernel_size, stride, dilation, strict=True
+    ):
+        total = max((math.ceil(size / step) - 1) * step + (k - 1) * d + 1 - size, 0)
+        pads = [total // 2, total - total // 2, *pads]  # F.pad wants the last dimension first
+    return F.pad(x, pads) if any(pads) else x

@@ -69,6 +69,10 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     """Peak learning rate; where null, that of the method: 1e-3 paca and lora, 3e-3 head, 1e-4
     full."""
 
+    warmup_steps: float = 0.1
+    """Steps in which the learning rate rises; below 1, a share of all steps. A new head is random,
+    and what it asks of the other layers is too, until it has learnt something."""
+
     per_device_train_batch_size: int = 32
     """Images per device and step."""
 
@@ -132,8 +136,9 @@ class ImageRunConfig:
     """Every option of transformers' TrainingArguments."""
 
     lean: Literal["auto", "off", "require"] = "auto"
-    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
-    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+    """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
+    `pacatune.lean` makes them. `auto`: what can be; `require`: refuse a model that keeps more than
+    it must."""
 
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""

@@ -1,8 +1,10 @@
 """The runs of the paper's Tables 6 and 7: its models and data sets, by name.
 
 The paper (Appendix B) names the models, the data sets and the methods compared (ViT-B/16: PaCA and
-LoRA; EfficientNetV2-L: PaCA and full fine-tuning), and no other setting. Size, batch, epochs
-and augmentation are ours, and so is the choice among the published weights.
+LoRA; EfficientNetV2-L: PaCA and full fine-tuning), and no other setting: no rank, learning rate,
+batch, number of epochs or image size. The settings of Appendix C are those of language models. So
+size, batch, epochs and augmentation are ours, and so is the choice among the published weights;
+rank and learning rate are the defaults of each method.
 """
 
 from dataclasses import dataclass

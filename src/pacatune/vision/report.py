@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 from pacatune.training.report import Curve, RunReport
 
 _MOST_CONFUSIONS = 10
+# The largest class, as a multiple of the mean, up to which accuracies mean what they seem to.
+_EVEN = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,17 @@ class ImageReport(RunReport):
         chance = f" (new head; chance is {1 / len(self.classes):.3f})" if self.head == "new" else ""
         return [
             ("held-out accuracy before", _share(self.accuracy_before) + chance),
-            ("held-out accuracy after", _share(self.accuracy_after)),
+            ("held-out accuracy after", _share(self.accuracy_after) + self._remark()),
             *super().outcome(),
         ]
+
+    def _remark(self) -> str:
+        """Say what knowing nothing but the most frequent class would reach, where that is much."""
+        sizes = [sum(row) for row in self.confusion]
+        if not sizes or max(sizes) * len(sizes) <= _EVEN * sum(sizes):
+            return ""
+        name, share = self.classes[sizes.index(max(sizes))], max(sizes) / sum(sizes)
+        return f" (always {name!r}: {share:.4f})"
 
     def speed(self) -> tuple[str, str]:
         """Return images per second."""

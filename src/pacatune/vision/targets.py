@@ -31,7 +31,7 @@ def choose_targets(
         heads: Names of the modules that are trained in full.
 
     Raises:
-        ValueError: If the model has nothing to adapt.
+        ValueError: If the model has nothing to adapt, with this rank at least.
     """
     modules = dict(model.named_modules())
     reasons = survey(model)
@@ -52,6 +52,13 @@ def choose_targets(
         for name in convolutions.keys() - narrow - grouped
         if method == "lora" or layer_class(modules[name]) is not None
     }
+    if not targets:
+        most = max(layer.in_channels for layer in convolutions.values())
+        raise ValueError(
+            f"`{method}.r` ({rank}) leaves {type(model).__name__} without a layer to adapt: its "
+            f"convolutions have up to {most} input channels; lower it, or set "
+            f"`{method}.target_modules`."
+        )
     notes = []
     if narrow:
         notes.append(f"{_some(narrow)} left as it is: fewer input channels than the rank {rank}.")

@@ -121,6 +121,13 @@ def test_images_are_not_read_where_that_is_not_wanted(folder):
     assert other.fingerprint != data.fingerprint
 
 
+def test_unreadable_images_of_both_parts_are_named_at_once(folder):
+    for path in (folder / "red").iterdir():
+        path.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"10 of 30 images cannot be used: .* and 7 more"):
+        prepare(folder, eval_fraction=0.5)
+
+
 def test_strips_are_refused(folder):
     Image.new("RGB", (1, 60)).save(folder / "red" / "strip.png")
     with pytest.raises(ValueError, match=r"strip\.png: 1 x 60 pixels are too narrow to resize"):

@@ -12,19 +12,19 @@ _MAX_ASPECT = 50
 _MOST_THREADS = 32
 
 
-def check_images(source: ImageSource, indices: Sequence[int]) -> list[str]:
-    """Decode images and return a digest of the pixels of each.
+def check_images(*parts: tuple[ImageSource, Sequence[int]]) -> list[list[str]]:
+    """Decode images and return a digest of the pixels of each, by part.
 
     Args:
-        source: Where they come from.
-        indices: Which of them.
+        parts: Where they come from, and which of them.
 
     Raises:
-        ValueError: Names the images that cannot be read or are too narrow.
+        ValueError: Names the images, of all parts, that cannot be read or are too narrow.
     """
 
-    def examine(index: int) -> tuple[str, str]:
+    def examine(pair: tuple[ImageSource, int]) -> tuple[str, str]:
         """Return the digest and what is wrong; one of them is empty."""
+        source, index = pair
         try:
             image = source.load(index)
         except ValueError as error:
@@ -38,7 +38,8 @@ def check_images(source: ImageSource, indices: Sequence[int]) -> list[str]:
 
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(examine, indices))
+        pairs = [(source, index) for source, indices in parts for index in indices]
+        results = list(pool.map(examine, pairs))
     problems = [problem for _, problem in results if problem]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -46,7 +47,8 @@ def check_images(source: ImageSource, indices: Sequence[int]) -> list[str]:
             f"{len(problems)} of {len(results)} images cannot be used: "
             f"{'; '.join(problems[:3])}{more}. Replace or remove them."
         )
-    return [digest for digest, _ in results]
+    digests = iter(results)
+    return [[next(digests)[0] for _ in indices] for _, indices in parts]
 
 
 def run_digest(source: ImageSource, indices: Sequence[int], digests: Sequence[str] | None) -> str:

@@ -56,9 +56,10 @@ def prepare_images(config: ImageDataConfig) -> PreparedImages:
     warnings = [*source.warnings, *(eval_source.warnings if eval_source else [])]
     digests = None
     if config.check_images:
-        digests = check_images(source, indices)
-        if evaluation is not None:
-            warnings += _find_overlap(digests, check_images(evaluation.source, held_out))
+        parts = [(part.source, part.indices) for part in (train, evaluation) if part is not None]
+        digests, *others = check_images(*parts)
+        for other in others:
+            warnings += _find_overlap(digests, other)
     return PreparedImages(
         classes=source.classes,
         train=train,
