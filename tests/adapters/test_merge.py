@@ -194,7 +194,7 @@ def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
 
 def test_rounding_that_swallows_the_adapter_is_noted():
     small, large = (
-        merge_module._weigh(OutputError(max_absolute=e, max_relative=e), 1.0, "original")
+        merge_module._weigh(OutputError(max_absolute=e, max_relative=e), 1.0, "original", False)
         for e in (0.1, 0.6)
     )
     assert small == []

@@ -68,6 +68,8 @@ def _experts(experts: type, config: type) -> Callable[[], nn.Module]:
 
 _OF_ATTENTION = {"call": _attend, "parameter": "in_proj_weight", "amplification": 4}
 _OF_EXPERTS = {"call": _route, "parameter": "gate_up_proj", "target": "layer.gate_up_proj"}
+# GptOss clips what gate_up_proj gives: its gradient has steps.
+_OF_GPT_OSS = {"call": _route, "parameter": "down_proj", "target": "layer.down_proj"}
 _WIDE = 64  # rows of whole blocks
 
 
@@ -98,7 +100,7 @@ KINDS = {
     "experts, transposed": Kind(
         _experts(GptOssExperts, GptOssConfig),
         partial(adapted_experts, is_transposed=True),
-        **_OF_EXPERTS,
+        **_OF_GPT_OSS,
     ),
     "quantised, nf4": _quantised("bitsandbytes-nf4"),
     "quantised, int8": _quantised("bitsandbytes-int8"),

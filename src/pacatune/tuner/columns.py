@@ -61,7 +61,8 @@ def choose_columns(
             f"`columns` gives none for {len(missing)} adapted modules, first {missing[0]!r}; name "
             "them too, or take them out of `target_modules`."
         )
-    _refuse_merged(model)
+    if len(given) < len(targets) and "weight" in needs_of(str(config.selection)):
+        _refuse_merged(model)
     chosen = {
         name: given[name] if name in given else _choose(name, target, config, statistics, model)
         for name, target in targets.items()
