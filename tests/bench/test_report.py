@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pacatune.bench import paper
-from pacatune.bench.output import open_output, write_result
+from pacatune.bench.output import result_folder
 from pacatune.bench.plots import save_pictures
 from pacatune.bench.report import make_report, measured_ratio
 
@@ -152,14 +152,14 @@ def test_pictures_are_drawn_of_what_there_is(result, sweep_result, tmp_path):
 
 def test_a_folder_is_only_ever_the_benchmarks_own(tmp_path):
     folder = tmp_path / "out"
-    open_output(folder)
-    write_result(folder, {"finished": True})
+    result_folder(folder).open()
+    result_folder(folder).write({"finished": True})
     (folder / "times.png").touch()
     (folder / "notes.txt").touch()
-    open_output(folder)
+    result_folder(folder).open()
     assert json.loads((folder / "bench.json").read_text()) == {"finished": False}
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "notes.txt"]
     with pytest.raises(FileExistsError, match="is a file; choose another"):
-        open_output(folder / "notes.txt")
+        result_folder(folder / "notes.txt").open()
     with pytest.raises(FileExistsError, match=r"holds files but no bench.json, so they are not"):
-        open_output(tmp_path)
+        result_folder(tmp_path).open()

@@ -6,6 +6,7 @@ import pytest
 
 from pacatune import bench
 from pacatune.bench import running
+from pacatune.bench.output import result_folder
 
 
 def test_the_package_offers_what_it_says():
@@ -31,16 +32,23 @@ def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch
 
     monkeypatch.setattr(running, "sweep_method", sweep)
     monkeypatch.setattr(running, "available_bytes", lambda device: 1000)
-    result = running.run(make_config(sweep="batch"), tmp_path, "pacatune bench", print)
+    result = running.run(
+        make_config(sweep="batch"), result_folder(tmp_path), "pacatune bench", print
+    )
     assert limits == [800, 800]
     assert result["config"]["memory_limit"] == 800
     assert [point["method"] for point in result["points"]] == ["paca", "lora"]
     assert json.loads((tmp_path / "bench.json").read_text())["finished"]
-    running.run(make_config(sweep="batch", memory_limit=70), tmp_path, "pacatune bench", print)
+    running.run(
+        make_config(sweep="batch", memory_limit=70),
+        result_folder(tmp_path),
+        "pacatune bench",
+        print,
+    )
     assert limits[2:] == [70, 70]
 
 
 def test_a_sweep_without_an_end_is_refused(make_config, monkeypatch, tmp_path):
     monkeypatch.setattr(running, "available_bytes", lambda device: None)
     with pytest.raises(ValueError, match="a sweep on a CPU needs to know how much memory is free"):
-        running.run(make_config(sweep="batch"), tmp_path, "pacatune bench", print)
+        running.run(make_config(sweep="batch"), result_folder(tmp_path), "pacatune bench", print)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pacatune.cli import demo, main
-from pacatune.demo import comparison, prepare_questions
-from pacatune.demo.output import open_output
+from pacatune.demo import comparison
+from pacatune.demo.output import result_folder
+from pacatune.packaged import prepare_questions
 from pacatune.training import Report
 
 
@@ -117,13 +118,13 @@ def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
 def test_file_as_output_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file; choose another: --output DIR"):
-        open_output(tmp_path / "file")
+        result_folder(tmp_path / "file").open()
 
 
 def test_folder_of_an_interrupted_demo_is_taken(tmp_path):
-    open_output(tmp_path / "out")
+    result_folder(tmp_path / "out").open()
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {"finished": False}
-    open_output(tmp_path / "out")
+    result_folder(tmp_path / "out").open()
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many", "1.5"])

@@ -6,7 +6,7 @@ import pytest
 
 from pacatune.adapters.generation import Sampling, TextGenerator
 from pacatune.cli import main
-from pacatune.demo import default_cache, prepare_model
+from pacatune.packaged import default_cache, prepare_model
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def prepared(prepare):
 
 @pytest.fixture(scope="module")
 def cifar10():
-    from pacatune.demo.cifar10 import prepare_cifar10
+    from pacatune.packaged.cifar10 import prepare_cifar10
 
     return prepared(prepare_cifar10)
 

@@ -3,16 +3,15 @@
 import datetime
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from pacatune.bench.comparison import compare_methods
 from pacatune.bench.config import BenchConfig
 from pacatune.bench.device import available_bytes, device_name
 from pacatune.bench.methods import METHODS
-from pacatune.bench.output import write_result
 from pacatune.bench.record import Noise, commit, cpu, versions
 from pacatune.bench.sweep import sweep_method
+from pacatune.result_folder import ResultFolder
 
 __all__ = ["run"]
 
@@ -21,7 +20,9 @@ _SHARE_OF_MEMORY = 0.8
 Result = dict[str, Any]
 
 
-def run(config: BenchConfig, folder: Path, command: str, tell: Callable[[str], None]) -> Result:
+def run(
+    config: BenchConfig, folder: ResultFolder, command: str, tell: Callable[[str], None]
+) -> Result:
     """Measure everything and return the result, which is written after each measurement.
 
     Args:
@@ -39,16 +40,16 @@ def run(config: BenchConfig, folder: Path, command: str, tell: Callable[[str], N
             rows, ratios = compare_methods(config, setting, tell)
             result["rows"] += rows
             result["ratios"] += ratios
-            write_result(folder, result)
+            folder.write(result)
     else:
         result |= {"limits": [], "points": []}
         for method in config.methods:
             limit, points = sweep_method(config, method, tell)
             result["limits"].append(limit)
             result["points"] += points
-            write_result(folder, result)
+            folder.write(result)
     result |= {"finished": True, "noise": noise.to_dict()}
-    write_result(folder, result)
+    folder.write(result)
     return result
 
 

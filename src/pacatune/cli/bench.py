@@ -25,15 +25,16 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from pacatune.bench.output import REPORT_NAME, RESULT_NAME, open_output
+    from pacatune.bench.output import REPORT_NAME, RESULT_NAME, result_folder
     from pacatune.bench.plots import save_pictures
     from pacatune.bench.report import make_report
     from pacatune.bench.running import run as measure
 
     console = Console(highlight=False)
-    open_output(output)
+    folder = result_folder(output)
+    folder.open()
     command = " ".join(["pacatune bench", *map(shlex.quote, argv)])
-    result = measure(config, output, command, lambda line: console.print(line, markup=False))
+    result = measure(config, folder, command, lambda line: console.print(line, markup=False))
     pictures = save_pictures(result, output)
     report = make_report(result, pictures)
     (output / REPORT_NAME).write_text(report, encoding="utf-8")

@@ -31,11 +31,12 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from pacatune.demo import comparison
-    from pacatune.demo.output import open_output, write_result
+    from pacatune.demo.output import result_folder
     from pacatune.training import train
 
     console = Console(highlight=False)
-    open_output(output)
+    folder = result_folder(output)
+    folder.open()
     quiet_libraries()
     model, data = _prepare(options, console)
     dtype = comparison.choose_dtype()
@@ -62,7 +63,7 @@ def run(argv: list[str]) -> int:
         "reports": {method: report.to_dict() for method, report in reports.items()},
         "answers": [dataclasses.asdict(one) for one in answers],
     }
-    write_result(output, result)
+    folder.write(result)
     return 0
 
 
@@ -85,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(options: argparse.Namespace, console: "Console") -> "tuple[str, DataConfig]":
     """Return the model and the data, fetched where the user gave none."""
-    from pacatune.demo import default_cache, prepare_model, prepare_questions
+    from pacatune.packaged import default_cache, prepare_model, prepare_questions
     from pacatune.training import DataConfig
 
     cache = default_cache() if options.cache is None else Path(options.cache)

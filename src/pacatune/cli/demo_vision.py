@@ -32,11 +32,12 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from pacatune.demo import comparison
-    from pacatune.demo.output import open_output, write_result
+    from pacatune.demo.output import result_folder
     from pacatune.vision import train
 
     console = Console(highlight=False)
-    open_output(output)
+    folder = result_folder(output)
+    folder.open()
     quiet_libraries()
     data = _prepare_data(options, console)
     tables, reports, unequal = [], {}, None
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
         console.print(table)
     _print_notes(options, unequal, console)
     _print_next(output, runs["paca"], console)
-    write_result(output, {"finished": True, "models": reports})
+    folder.write({"finished": True, "models": reports})
     return 0
 
 
@@ -85,7 +86,7 @@ def _default_models() -> list[str]:
 
 def _prepare_data(options: argparse.Namespace, console: "Console") -> "ImageDataConfig":
     """Return the images, fetched where the user gave none."""
-    from pacatune.demo.cifar10 import prepare_cifar10
+    from pacatune.packaged.cifar10 import prepare_cifar10
     from pacatune.vision import ImageDataConfig
 
     if options.data is not None:
@@ -122,7 +123,7 @@ def _make_runs(
 
 
 def _cache(options: argparse.Namespace) -> Path:
-    from pacatune.demo.cache import default_cache
+    from pacatune.packaged.cache import default_cache
 
     return default_cache() if options.cache is None else Path(options.cache)
 

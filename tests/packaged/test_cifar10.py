@@ -1,4 +1,4 @@
-"""The image demo's images: out of an archive like bigbench's, split and written once."""
+"""The packaged images: out of an archive like bigbench's, split and written once."""
 
 import base64
 import dataclasses
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pacatune.data.images import ImageDataConfig, prepare_images
-from pacatune.demo import cifar10
-from pacatune.demo.cache import sha256_of
+from pacatune.packaged import cifar10
+from pacatune.packaged.cache import sha256_of
 
 NAMES = ("cat", "dog")
 

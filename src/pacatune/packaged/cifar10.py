@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.demo.cache import prepare_folder
-from pacatune.demo.packages import PackagedFile
+from pacatune.packaged.cache import prepare_folder
+from pacatune.packaged.packages import PackagedFile
 
 TASK = PackagedFile(
     package="bigbench",

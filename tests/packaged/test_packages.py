@@ -4,8 +4,8 @@ import zipfile
 
 import pytest
 
-from pacatune.demo import packages
-from pacatune.demo.cache import sha256_of
+from pacatune.packaged import packages
+from pacatune.packaged.cache import sha256_of
 
 OTHERWISE = {"otherwise": "or give a model: --model X"}
 

@@ -1,11 +1,11 @@
-"""The demo's data: what is kept, and that nothing held out is trained on."""
+"""The packaged questions: what is kept, and that nothing held out is trained on."""
 
 import json
 import re
 
 import pytest
 
-from pacatune.demo import questions
+from pacatune.packaged import questions
 
 
 def read(path):

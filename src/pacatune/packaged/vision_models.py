@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pacatune.demo.cache import prepare_folder
-from pacatune.demo.packages import PackagedFile
+from pacatune.packaged.cache import prepare_folder
+from pacatune.packaged.packages import PackagedFile
 
 _OTHERWISE = "or give a model: --model FOLDER_OR_HUB_ID"
 
@@ -123,7 +123,7 @@ def read_dino(path: Path) -> dict[str, Tensor]:
         from onnx.numpy_helper import to_array
     except ModuleNotFoundError as error:
         raise ValueError(
-            "the package `onnx` is not installed, which reads the demo's DINOv2-S; install it: "
+            "the package `onnx` is not installed, which reads this DINOv2-S; install it: "
             "pip install 'pacatune[demo-vision]', or give --model."
         ) from error
 

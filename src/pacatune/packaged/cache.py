@@ -1,4 +1,4 @@
-"""Where the demos keep what they fetched once."""
+"""Where models and data that were fetched once are kept."""
 
 import hashlib
 import json

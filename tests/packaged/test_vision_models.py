@@ -1,4 +1,4 @@
-"""The image demo's models: the conversions themselves, and what is checked."""
+"""The packaged image models: the conversions themselves, and what is checked."""
 
 import dataclasses
 import shutil
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pacatune.demo import vision_models
-from pacatune.demo.cache import sha256_of
+from pacatune.packaged import vision_models
+from pacatune.packaged.cache import sha256_of
 from pacatune.vision.base import describe_base
 from pacatune.vision.model import load_model
 

@@ -92,7 +92,7 @@ def _read_corpus() -> Iterator[tuple[str, str]]:
     spec = importlib.util.find_spec("chatterbot_corpus")  # does not import the package
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"the package `{CORPUS}` is not installed, which holds the demo's questions; "
+            f"the package `{CORPUS}` is not installed, which holds these questions; "
             "install it: pip install 'pacatune[demo]', or give --data."
         )
     for path in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pacatune.demo.cache import sha256_of
+from pacatune.packaged.cache import sha256_of
 
 _MINUTES_FOR_DOWNLOAD = 30
 
