@@ -28,8 +28,8 @@ _WIDTH, _INNER = 3, 5
 def is_linear(module: nn.Module | None) -> bool:
     """Whether a module says that it maps in_features to out_features, and is no convolution."""
     # PEFT's layers around convolutions say it too.
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if isinstance(base, _ConvNd):
+    get_base: Callable[[], Any] | None = getattr(module, "get_base_layer", None)
+    if isinstance(module if get_base is None else get_base(), _ConvNd):
         return False
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes)
