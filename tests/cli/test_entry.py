@@ -66,6 +66,7 @@ def test_command_gets_its_words_and_gives_the_status(monkeypatch):
     [
         ValueError("bad\n  value"),
         TypeError("bad value"),
+        ImportError("bad value"),
         FileNotFoundError("bad value"),
         FileExistsError("bad value"),
     ],

@@ -61,6 +61,10 @@ def test_has_every_option_of_trl():
         ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
         ({"remove_unused_columns": False}, "not offered: the data has the columns"),
         ({"model_init_kwargs": {"trust_remote_code": True}}, "has 'trust_remote_code', which is"),
+        (
+            {"activation_offloading": True},
+            "moves activations off an accelerator, and this",
+        ),
         ({"model_init_kwargs": {"dtype": "auto"}}, "has 'dtype', which is not offered: set `mod"),
         ({"packing": True, "packing_strategy": "wrapped"}, r"\('wrapped'\) lets examples attend"),
     ],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 # Options of SFTConfig that this recipe decides elsewhere, and where.
@@ -41,6 +42,12 @@ def refuse_foreign_options(training: SFTConfig) -> None:
                 f"`training.model_init_kwargs` has {name!r}, which is not offered: "
                 f"{_MODEL_ARGUMENTS[name]}."
             )
+    on_cpu = training.use_cpu or torch.accelerator.current_accelerator() is None
+    if training.activation_offloading and on_cpu:
+        raise ValueError(
+            "`training.activation_offloading` (True) moves activations off an accelerator, and "
+            "this run is on the CPU; drop it."
+        )
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
             "`training.packing_strategy` ('wrapped') lets examples attend to each other; "
