@@ -1,0 +1,228 @@
+"""lm-eval on a model in memory: what every evaluation that it scores has in common."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from pacatune.evaluation.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number, with what it takes to judge it."""
+
+    value: float
+    stderr: float | None
+    """Standard error of the mean over questions; None where one question cannot give it."""
+    num_questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """What lm-eval says about tasks."""
+
+    tasks: dict[str, dict[str, Score]]
+    """Task or group -> metric -> score."""
+    num_fewshot: dict[str, int]
+    questions: list[dict[str, Any]] = field(repr=False)
+    """For each question: task, number in the data, answer, log-likelihoods or text, and metrics."""
+    num_truncated: int
+    """Prompts that were longer than the model's context, cut at their start."""
+    versions: dict[str, Any]
+    """Of the tasks, as lm-eval counts them."""
+
+
+def require_lm_eval() -> None:
+    """Refuse to go on without lm-eval.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise ValueError(
+            "the package `lm-eval` is not installed, which scores this evaluation; install it: "
+            "pip install 'pacatune[eval]'."
+        )
+
+
+def local_tasks(folder: Path) -> "TaskManager":
+    """Return the tasks of a folder; nothing in it is run.
+
+    Data files are taken relative to the folder, so that it can be moved.
+
+    Args:
+        folder: YAML files as lm-eval has them, with their data.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no task in it.
+        ValueError: If a file is damaged or wants code to be run.
+    """
+    from lm_eval.tasks import TaskManager
+
+    files = sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no task (*.yaml); make one with `pacatune evaluate mmlu-data`."
+        )
+    for file in files:
+        _check_task_file(file)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for entry in manager.task_index.values():
+        if entry.cfg is not None and entry.yaml_path is not None:
+            _make_absolute(entry.cfg, entry.yaml_path.parent)
+            entry.yaml_path = None  # else it is read again, and with its code
+    return manager
+
+
+def run_tasks(
+    lm: "LanguageModel",
+    tasks: list[Any],
+    manager: "TaskManager",
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    seed: int = 0,
+) -> TaskScores:
+    """Score a model by lm-eval.
+
+    Args:
+        lm: The model.
+        tasks: Names, or what the manager loaded.
+        manager: Knows the tasks.
+        limit: Questions per task at most, the first ones; None asks all.
+        num_fewshot: Examples in each prompt; None takes what the tasks say.
+        chat: Write prompts by the model's chat template.
+        seed: Of examples that are drawn at random.
+    """
+    import lm_eval
+
+    with quiet_lm_eval():
+        result = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    return _to_scores(result, lm.num_truncated)
+
+
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Keep lm-eval's log lines to itself, and the bars per task, of which MMLU has 57."""
+    import datasets
+    import lm_eval.api.task as task_module
+
+    logger, real_bar = logging.getLogger("lm_eval"), task_module.tqdm
+    level, had_bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    task_module.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = real_bar
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def _check_task_file(file: Path) -> None:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        hint = "code in task files is never run" if "!function" in str(error) else "mend it"
+        raise ValueError(f"{file} is not a plain YAML file ({error}); {hint}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; a task file is a mapping.")
+    if "class" in values:
+        raise ValueError(f"{file} names a `class`; code in task files is never run.")
+
+
+def _make_absolute(config: dict[str, Any], folder: Path) -> None:
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files")
+    if isinstance(files, dict):
+        for split, name in files.items():
+            path = folder / str(name)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, data of a task; make the folder anew.")
+            files[split] = str(path.resolve())
+
+
+def _to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:
+    counts = {name: each["effective"] for name, each in result["n-samples"].items()}
+    scores = {}
+    for name, metrics in {**result["results"], **result.get("groups", {})}.items():
+        num = counts.get(name) or sum(counts[task] for task in _leaves(name, result))
+        scores[name] = _metrics(metrics, num)
+    return TaskScores(
+        tasks=scores,
+        num_fewshot=dict(result["n-shot"]),
+        questions=[
+            _question(task, sample)
+            for task, samples in result["samples"].items()
+            for sample in samples
+        ],
+        num_truncated=num_truncated,
+        versions=dict(result["versions"]),
+    )
+
+
+def _leaves(name: str, result: dict[str, Any]) -> Iterator[str]:
+    children = result["group_subtasks"].get(name, [])
+    if not children:
+        yield name
+    for child in children:
+        yield from _leaves(child, result)
+
+
+def _metrics(metrics: dict[str, Any], num_questions: int) -> dict[str, Score]:
+    scores = {}
+    for key, value in metrics.items():
+        name, _, filter_name = key.partition(",")
+        if not filter_name or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = metrics.get(f"{name}_stderr,{filter_name}")
+        if not isinstance(stderr, int | float) or not math.isfinite(stderr) or num_questions < 2:
+            stderr = None
+        shown = name if filter_name == "none" else f"{name} ({filter_name})"
+        scores[shown] = Score(
+            value=float(value),
+            stderr=stderr,
+            num_questions=num_questions,
+        )
+    return scores
+
+
+def _question(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a question: enough to compare two models, without its text."""
+    return {
+        "task": task,
+        "number": sample["doc_id"],
+        "filter": sample["filter"],
+        "answer": sample["target"],
+        "responses": [
+            response[0] if isinstance(response, list | tuple) else response
+            for response in sample["filtered_resps"]
+        ],
+        **{metric: sample[metric] for metric in sample["metrics"]},
+    }
