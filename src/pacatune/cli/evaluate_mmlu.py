@@ -18,24 +18,23 @@ def run(argv: list[str]) -> int:
     output = Path(options.output)
     quiet_libraries()
 
-    from pacatune.evaluation.mmlu import evaluate_mmlu, prepare_mmlu
+    from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
     from pacatune.evaluation.output import describe, open_output, write_report
 
     open_output(output)
-    asked = {
-        name: getattr(options, name) for name in ("tasks_dir", "subjects", "num_fewshot", "limit")
-    }
-    prepare_mmlu(**asked)  # what is wrong with it comes up before the weights are loaded
+    asked = {name: getattr(options, name) for name in ("tasks_dir", "subjects", "num_fewshot")}
+    tasks = prepare_mmlu(**asked)
     loaded = shared.load(options)
     head = describe(
         loaded,
         shared.command_line("mmlu", argv),
-        shared.settings_of(options, *asked, "chat"),
+        shared.settings_of(options, *asked, "limit", "chat"),
     )
-    result = evaluate_mmlu(
+    result = ask_mmlu(
         loaded.model,
         loaded.tokenizer,
-        **asked,
+        tasks,
+        limit=options.limit,
         batch_size=options.batch_size,
         chat=options.chat,
         progress=True,

@@ -14,8 +14,6 @@ import yaml
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from pacatune.evaluation.language_model import LanguageModel
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -40,6 +38,15 @@ class TaskScores:
     """Prompts that were longer than the model's context, cut at their start."""
     versions: dict[str, Any]
     """Of the tasks, as lm-eval counts them."""
+
+
+@dataclass(frozen=True)
+class PreparedTasks:
+    """Tasks whose data is loaded."""
+
+    manager: "TaskManager"
+    tasks: list[Any]
+    """What lm-eval takes: tasks and groups, or configurations."""
 
 
 def require_lm_eval() -> None:
@@ -85,33 +92,47 @@ def local_tasks(folder: Path) -> "TaskManager":
 
 
 def run_tasks(
-    lm: "LanguageModel",
-    tasks: list[Any],
-    manager: "TaskManager",
+    model: Any,
+    tokenizer: Any,
+    tasks: PreparedTasks,
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    batch_size: int = 8,
     chat: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> TaskScores:
     """Score a model by lm-eval.
 
     Args:
-        lm: The model.
-        tasks: Names, or what the manager loaded.
-        manager: Knows the tasks.
+        model: A causal language model, or a PEFT model around one; put into evaluation mode.
+        tokenizer: Its tokenizer; gets a padding token if it has none.
+        tasks: What to ask.
         limit: Questions per task at most, the first ones; None asks all.
         num_fewshot: Examples in each prompt; None takes what the tasks say.
+        batch_size: Prompts that are evaluated at once.
         chat: Write prompts by the model's chat template.
         seed: Of examples that are drawn at random.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If a number is out of range, or the tokenizer has no chat template for `chat`.
     """
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` ({value}) must be at least {least}, or left out.")
+    require_chat_template(tokenizer, chat)
     import lm_eval
 
+    from pacatune.evaluation.language_model import LanguageModel
+
+    lm = LanguageModel(model, tokenizer, batch_size=batch_size, progress=progress)
     with quiet_lm_eval():
         result = lm_eval.simple_evaluate(
             model=lm,
-            tasks=tasks,
-            task_manager=manager,
+            tasks=tasks.tasks,
+            task_manager=tasks.manager,
             limit=limit,
             num_fewshot=num_fewshot,
             apply_chat_template=chat,
@@ -123,6 +144,19 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     return _to_scores(result, lm.num_truncated)
+
+
+def require_chat_template(tokenizer: Any, chat: bool) -> None:
+    """Refuse to write chats by a tokenizer that cannot.
+
+    Raises:
+        ValueError: If `chat` is set and there is no template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            "`chat` needs a chat template, which the model's tokenizer lacks; leave it out, or "
+            "take an instruction-tuned model."
+        )
 
 
 @contextlib.contextmanager

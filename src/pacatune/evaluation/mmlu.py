@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pacatune.data.mmlu import to_question
 from pacatune.data.read import read_rows
 from pacatune.evaluation.harness import (
+    PreparedTasks,
     Score,
     TaskScores,
     local_tasks,
@@ -80,11 +81,26 @@ def evaluate_mmlu(
         FileNotFoundError: If `tasks_dir` or a file in it is missing.
         OSError: If the hub's data cannot be had.
     """
-    manager, tasks = prepare_mmlu(tasks_dir, subjects, num_fewshot=num_fewshot, limit=limit)
-    from pacatune.evaluation.language_model import LanguageModel
+    tasks = prepare_mmlu(tasks_dir, subjects, num_fewshot=num_fewshot)
+    return ask_mmlu(
+        model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
+    )
 
-    lm = LanguageModel(model, tokenizer, batch_size=batch_size, progress=progress)
-    scores = run_tasks(lm, tasks, manager, limit=limit, chat=chat)
+
+def ask_mmlu(
+    model: Any,
+    tokenizer: Any,
+    tasks: "PreparedTasks",
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    progress: bool = False,
+) -> MmluResult:
+    """Score a model on tasks that `prepare_mmlu` has loaded; for the rest see `evaluate_mmlu`."""
+    scores = run_tasks(
+        model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
+    )
     return _to_result(scores)
 
 
@@ -93,18 +109,13 @@ def prepare_mmlu(
     subjects: Sequence[str] | None = None,
     *,
     num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> "tuple[TaskManager, list[Any]]":
+) -> "PreparedTasks":
     """Load the tasks and their data, and see that they can be asked; needs no model.
 
     Args:
         tasks_dir: As for `evaluate_mmlu`, as are the others.
         subjects: Such as `anatomy`.
         num_fewshot: Examples in each prompt.
-        limit: Questions per subject at most.
-
-    Returns:
-        The manager and what to hand to `run_tasks`.
 
     Raises:
         ValueError: As `evaluate_mmlu`.
@@ -112,8 +123,6 @@ def prepare_mmlu(
         OSError: As `evaluate_mmlu`.
     """
     require_lm_eval()
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` ({limit}) must be at least 1; leave it out to ask everything.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"`num_fewshot` ({num_fewshot}) must be at least 0.")
     manager = _own_tasks() if tasks_dir is None else local_tasks(Path(tasks_dir).expanduser())
@@ -133,7 +142,7 @@ def prepare_mmlu(
         loaded = _load(manager, tasks_dir)
     for name, task in loaded["tasks"].items():
         _check_examples(name, task)
-    return manager, [loaded["groups"]["mmlu"]]
+    return PreparedTasks(manager, [loaded["groups"]["mmlu"]])
 
 
 def _own_tasks() -> "TaskManager":
