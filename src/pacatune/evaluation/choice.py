@@ -76,7 +76,15 @@ def evaluate_choice(
     from lm_eval.tasks import TaskManager
 
     tasks = PreparedTasks(TaskManager(include_defaults=False), [_task(asked, chat)])
-    scores = run_tasks(model, tokenizer, tasks, batch_size=batch_size, chat=chat, progress=progress)
+    scores = run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size,
+        chat=chat,
+        progress=progress,
+        keep_line_break=True,
+    )
     metrics = scores.tasks[_TASK]
     return ChoiceResult(
         accuracy=metrics["acc"],

@@ -102,6 +102,7 @@ def run_tasks(
     chat: bool = False,
     seed: int = 0,
     progress: bool = False,
+    keep_line_break: bool = False,
 ) -> TaskScores:
     """Score a model by lm-eval.
 
@@ -115,6 +116,7 @@ def run_tasks(
         chat: Write prompts by the model's chat template.
         seed: Of examples that are drawn at random.
         progress: Whether to show a bar.
+        keep_line_break: As for `LanguageModel`.
 
     Raises:
         ValueError: If a number is out of range, or the tokenizer has no chat template for `chat`.
@@ -127,7 +129,13 @@ def run_tasks(
 
     from pacatune.evaluation.language_model import LanguageModel
 
-    lm = LanguageModel(model, tokenizer, batch_size=batch_size, progress=progress)
+    lm = LanguageModel(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        progress=progress,
+        keep_line_break=keep_line_break,
+    )
     with quiet_lm_eval():
         result = lm_eval.simple_evaluate(
             model=lm,

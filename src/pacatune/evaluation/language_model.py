@@ -15,6 +15,9 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         tokenizer: Its tokenizer; gets a padding token if it has none.
         batch_size: Prompts that are evaluated at once.
         progress: Whether to show lm-eval's bars.
+        keep_line_break: Whether a line break that ends a context stays there. lm-eval scores it
+            with the continuation, which shifts likelihoods per character where a chat template
+            ends its cue with one.
 
     Attributes:
         num_truncated: Prompts so far that did not fit the model's context.
@@ -24,7 +27,13 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int = 8, progress: bool = False
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        progress: bool = False,
+        keep_line_break: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` ({batch_size}) must be at least 1.")
@@ -38,6 +47,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
             )
         self.num_truncated = 0
         self._progress = progress
+        self._keep_line_break = keep_line_break
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Score continuations of contexts."""
@@ -50,6 +60,12 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Continue contexts."""
         return super().generate_until(requests, disable_tqdm=not self._progress)
+
+    def _encode_pair(self, context: str, continuation: str) -> Any:
+        if not (self._keep_line_break and context.endswith("\n")):
+            return super()._encode_pair(context, continuation)
+        context_ids = self.tok_encode(context)
+        return context_ids, self.tok_encode(context + continuation)[len(context_ids) :]
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         room = self.max_length

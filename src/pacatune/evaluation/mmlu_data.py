@@ -24,7 +24,9 @@ NUM_TEST_QUESTIONS = 14_042
 
 _SPLIT = re.compile(r"(?:^|[-_])(dev|test|val|validation|train)(?:[-_.]|$)")
 _ASKED, _SHOWN = "test", "dev"
-_BUNDLED = re.compile(r"(.*)\s\(A\) (.*)\s\(B\) (.*)\s\(C\) (.*)\s\(D\) (.*)", re.DOTALL)
+_BUNDLED = re.compile(
+    r"Q: (.*?)\s\(A\) (.*?)\s\(B\) (.*?)\s\(C\) (.*?)\s\(D\) (.*?)\nA: (.*)", re.DOTALL
+)
 _ANSWER = re.compile(r"answer is \(?([A-E])\)?")
 
 
@@ -87,13 +89,12 @@ def bundled_mmlu() -> MmluData:
     Raises:
         ValueError: If lm-eval is not installed.
     """
-    folder = lm_eval_folder() / "flan_cot_fewshot"
+    path = lm_eval_folder() / "flan_cot_fewshot" / "_cot_prompts.json"
     shown: dict[str, list[Question]] = {}
     num_other = 0
-    for file in sorted(folder.glob("mmlu_*.yaml")):
-        subject = file.stem.removeprefix("mmlu_")
-        for sample in yaml.safe_load(file.read_text(encoding="utf-8"))["fewshot_config"]["samples"]:
-            question = _parse_bundled(sample, subject)
+    for subject, prompt in sorted(json.loads(path.read_text(encoding="utf-8")).items()):
+        for text in re.split(r"\n\n(?=Q: )", prompt)[1:]:
+            question = _parse_bundled(text, subject)
             if question is None or question in shown.get(subject, []):
                 num_other += 1
             else:
@@ -162,7 +163,7 @@ def _split_of(file: Path) -> str | None:
 
 def _read_file(file: Path) -> Iterator[Question]:
     stem = _SPLIT.sub("", file.stem) if _SPLIT.match(file.stem) is None else ""
-    named = stem if stem in _subjects() else file.parent.name
+    named = stem or file.parent.name
     for row in read_rows(str(file), csv_columns=CSV_COLUMNS):
         question = to_question(row, subject=named)
         if question.subject not in _subjects():
@@ -182,12 +183,14 @@ def _count(asked: dict[str, list[Question]]) -> list[str]:
     return notes
 
 
-def _parse_bundled(sample: dict[str, str], subject: str) -> Question | None:
-    match = _BUNDLED.fullmatch(sample["question"].strip())
-    answers = set(_ANSWER.findall(sample["target"]))
-    if match is None or "(E)" in match[5] or len(answers) != 1 or not answers <= set(LETTERS):
+def _parse_bundled(text: str, subject: str) -> Question | None:
+    match = _BUNDLED.fullmatch(text)
+    if match is None:
         return None
-    question, *choices = match.groups()
+    question, *choices, reasoning = match.groups()
+    answers = set(_ANSWER.findall(reasoning))
+    if "(E)" in choices[-1] or len(answers) != 1 or not answers <= set(LETTERS):
+        return None
     return Question(question, choices, LETTERS.index(answers.pop()), subject)
 
 

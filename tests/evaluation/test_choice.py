@@ -1,0 +1,128 @@
+"""Multiple choice: lm-eval against plain PyTorch, one choice at a time."""
+
+import json
+
+import pytest
+import torch
+
+from pacatune.data import DataConfig, prepare_data
+from pacatune.evaluation import ChoiceQuestion, evaluate_choice, read_questions
+from pacatune.evaluation.language_model import LanguageModel
+
+QUESTIONS = [
+    ChoiceQuestion("What is the capital of France?", ["Paris", "A short answer", "It"], 0),
+    ChoiceQuestion("Is {{ it }} true?", ["yes", "no"], 1, prompt="The answer is"),
+    ChoiceQuestion("Where is it from, please?" * 3, ["the question " * 6, "Été", "Y", "Z"], 3),
+]
+
+
+def log_likelihood(model, tokenizer, context, continuation, **options):
+    start = len(tokenizer(context, **options)["input_ids"])
+    ids = tokenizer(context + continuation, return_tensors="pt", **options)["input_ids"]
+    with torch.no_grad():
+        log_probs = model(ids).logits[0].log_softmax(-1)
+    return sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_padded_batches_equal_one_choice_at_a_time(model, tokenizer, chat):
+    result = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=4, chat=chat)
+    right, right_normalised = 0, 0
+    for one, scored in zip(QUESTIONS, result.questions, strict=True):
+        context, space = one.context(), " "
+        if chat:
+            user = [{"role": "user", "content": one.question}]
+            context = tokenizer.apply_chat_template(
+                user, tokenize=False, add_generation_prompt=True
+            )
+            space = ""
+        options = {"add_special_tokens": not chat}  # the template has its own
+        expected = [
+            log_likelihood(model, tokenizer, context, space + choice, **options)
+            for choice in one.choices
+        ]
+        assert scored["responses"] == pytest.approx(expected, abs=1e-4)
+        by_length = [each / len(c) for each, c in zip(expected, one.choices, strict=True)]
+        assert scored["acc"] == float(max(expected) == expected[one.answer])
+        assert scored["acc_norm"] == float(max(by_length) == by_length[one.answer])
+        right, right_normalised = right + scored["acc"], right_normalised + scored["acc_norm"]
+    assert result.accuracy.value == pytest.approx(right / 3)
+    assert result.accuracy_normalised.value == pytest.approx(right_normalised / 3)
+    assert result.accuracy.num_questions == 3
+    assert result.accuracy.stderr is not None
+    assert result.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 4) / 3)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_training_tokens_are_those_that_are_scored(model, tokenizer, tmp_path, chat):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(one.row(chat=chat)) + "\n" for one in QUESTIONS))
+    config = DataConfig(path=str(path), eval_fraction=0)
+    train = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
+    lm = LanguageModel(model, tokenizer, keep_line_break=True)
+    for one, row in zip(QUESTIONS, train, strict=True):
+        context, answer = one.context(chat=chat), one.choices[one.answer]
+        if chat:
+            context = lm.apply_chat_template([{"role": "user", "content": context}])
+        context_ids, answer_ids = lm._encode_pair(context, answer if chat else f" {answer}")
+        stop = [tokenizer.eos_token_id]
+        learned = [label for label in row["labels"] if label != -100]
+        assert learned == answer_ids + stop
+        both = context_ids + answer_ids + stop
+        assert row["input_ids"][: len(both)] == both
+
+
+def test_training_on_the_questions_makes_them_right(tokenizer, tmp_path, tiny_model_dir):
+    """The whole way: rows, training as `pacatune train` does it, adapter, accuracy."""
+    from pacatune.adapters.loading import load_language_model
+    from pacatune.training import ModelConfig, RunConfig, TrainingConfig, train
+
+    questions = [ChoiceQuestion(f"{'abcdef'[i]}?", ["x", "y", "z"], i % 3) for i in range(6)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(one.row(chat=True)) + "\n" for one in questions))
+    config = RunConfig(
+        model=ModelConfig(path=str(tiny_model_dir)),
+        data=DataConfig(path=str(path), eval_fraction=0),
+        training=TrainingConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=60,
+            learning_rate=2e-2,
+            per_device_train_batch_size=6,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+    )
+    train(config)
+    before = load_language_model(str(tiny_model_dir))
+    after = load_language_model(None, tmp_path / "run")
+    scores = [
+        evaluate_choice(each.model, each.tokenizer, read_questions(path), chat=True).accuracy.value
+        for each in (before, after)
+    ]
+    assert scores[0] < 0.7 < 0.9 < scores[1]
+
+
+def test_limit_and_truncation(tokenizer):
+    from tests.conftest import build_model
+
+    small = build_model(len(tokenizer), max_position_embeddings=64)
+    result = evaluate_choice(small, tokenizer, QUESTIONS, limit=2)
+    assert [each["number"] for each in result.questions] == [0, 1]
+    assert result.num_truncated == 0
+    assert evaluate_choice(small, tokenizer, QUESTIONS[2:]).num_truncated == 1
+    longest = ChoiceQuestion("q", ["x" * 65, "y"], 0)
+    with pytest.raises(ValueError, match="more than the model's context of 64; shorten it or use"):
+        evaluate_choice(small, tokenizer, [longest])
+
+
+def test_wrong_input(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"no questions are asked \(`limit` is None\)"):
+        evaluate_choice(model, tokenizer, [])
+    with pytest.raises(ValueError, match=r"`batch_size` \(0\) must be at least 1"):
+        evaluate_choice(model, tokenizer, QUESTIONS, batch_size=0)
+    with pytest.raises(FileNotFoundError, match="is not a file; give one with questions"):
+        read_questions(tmp_path)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="`chat` needs a chat template, which the model's"):
+        evaluate_choice(model, tokenizer, QUESTIONS, chat=True)
