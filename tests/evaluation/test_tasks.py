@@ -51,8 +51,8 @@ def test_a_tag_gives_its_tasks(model, tokenizer, folder):
 
 
 def test_unknown_task_suggests_the_nearest(folder):
-    with pytest.raises(ValueError, match="unknown task 'likly'; the nearest are likely"):
-        prepare_tasks(["likly"], folder)
+    with pytest.raises(ValueError, match="unknown task 'liked'; the nearest are likely"):
+        prepare_tasks(["liked"], folder)
 
 
 def test_data_that_cannot_be_had(folder):
