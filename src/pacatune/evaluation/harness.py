@@ -169,22 +169,40 @@ def require_chat_template(tokenizer: Any, chat: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Keep lm-eval's log lines to itself, and the bars per task, of which MMLU has 57."""
-    import datasets
-    import lm_eval.api.task as task_module
+    """Keep lm-eval's log lines to itself, the bars per task, of which MMLU has 57, and git's words.
 
-    logger, real_bar = logging.getLogger("lm_eval"), task_module.tqdm
+    It also lists every package and device of the machine, in seconds; our results name the
+    versions that decide them.
+    """
+    import datasets
+    import lm_eval.api.task
+    import lm_eval.evaluator
+
+    logger = logging.getLogger("lm_eval")
     level, had_bars = logger.level, not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    task_module.tqdm = lambda items, **_: items
+    try:
+        with (
+            _replaced(lm_eval.api.task, "tqdm", lambda items, **_: items),
+            _replaced(lm_eval.evaluator, "add_env_info", lambda results: None),
+            _replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        task_module.tqdm = real_bar
-        if had_bars:
-            datasets.enable_progress_bars()
+        setattr(module, name, original)
 
 
 def _check_task_file(file: Path) -> None:
