@@ -126,3 +126,41 @@ def test_wrong_input(model, tokenizer, tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="`chat` needs a chat template, which the model's"):
         evaluate_choice(model, tokenizer, QUESTIONS, chat=True)
+
+
+def test_logits_that_are_not_read_are_not_computed(model, tokenizer, monkeypatch):
+    """Batches of questions of any length: the same numbers as with all logits, from fewer."""
+    whole = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=20)
+    shapes = []
+
+    def watch(module, args, output):
+        shapes.append(tuple(output.shape[:2]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "_tail", lambda self, requests: 0)
+        handle = model.lm_head.register_forward_hook(watch)
+        unkept = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=2)
+    num_whole, shapes[:] = sum(rows * length for rows, length in shapes), []
+    kept = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=2)
+    handle.remove()
+    assert sum(rows * length for rows, length in shapes) < 0.5 * num_whole
+    for one, other, third in zip(kept.questions, unkept.questions, whole.questions, strict=True):
+        assert one["responses"] == pytest.approx(other["responses"], abs=1e-5)
+        assert one["responses"] == pytest.approx(third["responses"], abs=1e-4)
+
+
+def test_models_that_compute_all_logits(tokenizer):
+    """Architectures without `logits_to_keep` are scored all the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Plain(GPT2LMHeadModel):
+        def forward(self, input_ids, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=16, n_layer=1, n_head=2)
+    plain = Plain(config).eval()
+    whole = GPT2LMHeadModel(config).eval()
+    whole.load_state_dict(plain.state_dict())
+    results = [evaluate_choice(one, tokenizer, QUESTIONS) for one in (plain, whole)]
+    for one, other in zip(results[0].questions, results[1].questions, strict=True):
+        assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)

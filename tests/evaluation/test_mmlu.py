@@ -8,7 +8,7 @@ import yaml
 
 from pacatune.data.mmlu import LETTERS
 from pacatune.evaluation import evaluate_mmlu
-from pacatune.evaluation.mmlu import prepare_mmlu
+from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
 
 SUBJECTS = ["anatomy", "marketing", "sociology"]
 
@@ -90,6 +90,14 @@ def test_limit_gives_the_first_questions_and_a_standard_error(model, tokenizer, 
     assert result.average.stderr == pytest.approx(math.sqrt(share * (1 - share) / 2))
     assert result.categories["STEM"].stderr is None
     assert result.num_fewshot == (0, 0)
+
+
+def test_tasks_can_be_asked_again(model, tokenizer, tasks_dir):
+    tasks = prepare_mmlu(tasks_dir, SUBJECTS[:1])
+    first, again = (ask_mmlu(model, tokenizer, tasks, limit=limit) for limit in (2, 3))
+    assert [each["number"] for each in again.questions] == [0, 1, 2]
+    for one, other in zip(first.questions, again.questions, strict=False):
+        assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)
 
 
 def test_prompts_that_do_not_fit_are_counted(tokenizer, tasks_dir):

@@ -40,6 +40,8 @@ def run(argv: list[str]) -> int:
         progress=True,
     )
     report = make_report(result)
+    if options.limit is not None:
+        report.notes.append(f"Only the first {options.limit} questions of each subject were asked.")
     write_report(output, head, report, finished=True)
     shared.show(report, output)
     return 0
@@ -48,6 +50,7 @@ def run(argv: list[str]) -> int:
 def make_report(result: "MmluResult") -> "Report":
     """Return the table of the paper's Table 1 with standard errors and numbers of questions."""
     from pacatune.evaluation.mmlu import CATEGORIES
+    from pacatune.evaluation.mmlu_data import NUM_SUBJECTS
     from pacatune.evaluation.output import Report, percent, score_dict
 
     fewest, most = result.num_fewshot
@@ -59,6 +62,8 @@ def make_report(result: "MmluResult") -> "Report":
     notes = [
         f"Accuracy in % ± standard error, {shots} examples in each prompt; average by question."
     ]
+    if len(result.subjects) < NUM_SUBJECTS:
+        notes.append(f"{len(result.subjects)} of {NUM_SUBJECTS} subjects.")
     if result.num_truncated:
         notes.append(
             f"{result.num_truncated} prompts are longer than the model's context and lost their "

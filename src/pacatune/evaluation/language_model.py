@@ -3,8 +3,11 @@
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
+from rich.console import Console
+from rich.progress import track
 
 from pacatune.evaluation.harness import quiet_lm_eval
+from pacatune.evaluation.logits import last_logits
 
 
 class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
@@ -46,6 +49,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
                 softmax_dtype="float32",
             )
         self.num_truncated = 0
+        self._num_kept = 0
         self._progress = progress
         self._keep_line_break = keep_line_break
 
@@ -67,7 +71,34 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         context_ids = self.tok_encode(context)
         return context_ids, self.tok_encode(context + continuation)[len(context_ids) :]
 
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        """Score batch by batch, so that a model computes only logits that are read."""
+        self._check(requests)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            # What differs in its last token only is read off one forward pass by lm-eval.
+            groups.setdefault((*context, *continuation[:-1]), []).append(place)
+        longest_first = sorted(groups, key=len, reverse=True)
+        size = override_bs or self.batch_size
+        answers: list[Any] = [None] * len(requests)
+        for start in track(
+            range(0, len(longest_first), size),
+            "scoring",
+            console=Console(stderr=True),
+            disable=not self._progress,
+        ):
+            places = [place for key in longest_first[start : start + size] for place in groups[key]]
+            batch = [requests[place] for place in places]
+            self._num_kept = self._tail(batch)
+            found = super()._loglikelihood_tokens(batch, disable_tqdm=True)
+            for place, answer in zip(places, found, strict=True):
+                answers[place] = answer
+        self._num_kept = 0
+        return answers
+
+    def _check(self, requests: Any) -> None:
         room = self.max_length
         cut = set()
         for texts, context, continuation in requests:
@@ -79,4 +110,19 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
             if len(context) + len(continuation) > room + 1:
                 cut.add(texts[0] if texts else tuple(context))
         self.num_truncated += len(cut)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _tail(self, requests: Any) -> int:
+        """Return how many of a padded batch's last positions are read."""
+        lengths = [
+            min(len(context) + len(continuation) - 1, self.max_length)
+            for _, context, continuation in requests
+        ]
+        firsts = [n - len(request[2]) for n, request in zip(lengths, requests, strict=True)]
+        num_kept: int = max(lengths) - min(firsts)
+        return num_kept
+
+    def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+        if not self._num_kept:
+            return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+        # lm-eval counts positions from the end of what it gets.
+        return last_logits(self.model, self._num_kept, input_ids=inps)

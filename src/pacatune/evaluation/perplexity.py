@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
+
+from pacatune.evaluation.logits import last_logits
 
 _MAX_WINDOW = 1024
 
@@ -150,7 +151,6 @@ def _windows(ids: list[int], window: int, stride: int) -> Iterator[_Window]:
             return
 
 
-@torch.no_grad()
 def _score(
     model: Any, windows: list[_Window], batch_size: int, title: str | None
 ) -> list[tuple[float, int]]:
@@ -168,12 +168,15 @@ def _score(
         for row, each in enumerate(batch):
             ids[row, : len(each.ids)] = torch.tensor(each.ids)
             mask[row, : len(each.ids)] = 1
+        first = min(len(each.ids) - each.num_scored - 1 for each in batch)
         device = model.device
-        logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        logits = last_logits(
+            model, longest - first, input_ids=ids.to(device), attention_mask=mask.to(device)
+        )
         for row, each in enumerate(batch):
             end = len(each.ids)
             targets = ids[row, end - each.num_scored : end].to(device)
-            predicted = logits[row, end - each.num_scored - 1 : end - 1].float()
+            predicted = logits[row, end - each.num_scored - 1 - first : end - 1 - first].float()
             loss = functional.cross_entropy(predicted, targets, reduction="sum")
             results.append((float(loss), each.num_scored))
     return results
