@@ -164,3 +164,32 @@ def test_models_that_compute_all_logits(tokenizer):
     results = [evaluate_choice(one, tokenizer, QUESTIONS) for one in (plain, whole)]
     for one, other in zip(results[0].questions, results[1].questions, strict=True):
         assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)
+
+
+def test_nothing_of_the_model_or_of_the_random_states_changes(tokenizer):
+    """An adapter unties tied weights, which lm-eval would tie again; and lm-eval sets seeds."""
+    import random
+
+    import numpy as np
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+    from pacatune.adapters.attach import answered_warnings
+    from tests.conftest import build_model
+
+    tied = build_model(len(tokenizer), tie_word_embeddings=True)
+    config = PacaConfig(
+        r=4, target_modules=["lm_head", "q_proj"], init_weights=False, task_type="CAUSAL_LM"
+    )
+    with answered_warnings():
+        model = get_peft_model(tied, config).eval()
+    ids = torch.arange(3, 40)[None]
+    before = model(ids).logits
+    attributes = set(model.__dict__)
+    states = [random.getstate(), torch.get_rng_state(), np.random.get_state()[1]]  # noqa: NPY002
+    evaluate_choice(model, tokenizer, QUESTIONS)
+    assert torch.equal(model(ids).logits, before)
+    assert set(model.__dict__) == attributes
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002

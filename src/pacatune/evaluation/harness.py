@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -62,35 +63,6 @@ def require_lm_eval() -> None:
         )
 
 
-def local_tasks(folder: Path) -> "TaskManager":
-    """Return the tasks of a folder; nothing in it is run.
-
-    Data files are taken relative to the folder, so that it can be moved.
-
-    Args:
-        folder: YAML files as lm-eval has them, with their data.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no task in it.
-        ValueError: If a file is damaged or wants code to be run.
-    """
-    from lm_eval.tasks import TaskManager
-
-    files = sorted(folder.rglob("*.yaml"))
-    if not files:
-        raise FileNotFoundError(
-            f"{str(folder)!r} has no task (*.yaml); make one with `pacatune evaluate mmlu-data`."
-        )
-    for file in files:
-        _check_task_file(file)
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for entry in manager.task_index.values():
-        if entry.cfg is not None and entry.yaml_path is not None:
-            _make_absolute(entry.cfg, entry.yaml_path.parent)
-            entry.yaml_path = None  # else it is read again, and with its code
-    return manager
-
-
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -136,7 +108,7 @@ def run_tasks(
         progress=progress,
         keep_line_break=keep_line_break,
     )
-    with quiet_lm_eval():
+    with quiet_lm_eval(), _own_randomness(lm.device):
         result = lm_eval.simple_evaluate(
             model=lm,
             tasks=tasks.tasks,
@@ -196,6 +168,18 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the global random states as they are, which lm-eval sets."""
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # lm-eval's
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002  # lm-eval's
+
+
+@contextlib.contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, value)
@@ -203,29 +187,6 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, original)
-
-
-def _check_task_file(file: Path) -> None:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        hint = "code in task files is never run" if "!function" in str(error) else "mend it"
-        raise ValueError(f"{file} is not a plain YAML file ({error}); {hint}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}; a task file is a mapping.")
-    if "class" in values:
-        raise ValueError(f"{file} names a `class`; code in task files is never run.")
-
-
-def _make_absolute(config: dict[str, Any], folder: Path) -> None:
-    options = config.get("dataset_kwargs") or {}
-    files = options.get("data_files")
-    if isinstance(files, dict):
-        for split, name in files.items():
-            path = folder / str(name)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, data of a task; make the folder anew.")
-            files[split] = str(path.resolve())
 
 
 def _to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:

@@ -1,5 +1,7 @@
 """A model in memory as lm-eval asks it. Imports lm-eval, which is optional."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -41,7 +43,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         if batch_size < 1:
             raise ValueError(f"`batch_size` ({batch_size}) must be at least 1.")
         # Logits of a 16-bit model are rounded already; rounded logarithms would make more ties.
-        with quiet_lm_eval():
+        with quiet_lm_eval(), _left_untied(model):
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -126,3 +128,13 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
             return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
         # lm-eval counts positions from the end of what it gets.
         return last_logits(self.model, self._num_kept, input_ids=inps)
+
+
+@contextmanager
+def _left_untied(model: Any) -> Iterator[None]:
+    """Keep lm-eval from tying weights again: an adapter on one of two tied layers unties them."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights

@@ -13,11 +13,11 @@ from pacatune.evaluation.harness import (
     PreparedTasks,
     Score,
     TaskScores,
-    local_tasks,
     quiet_lm_eval,
     require_lm_eval,
     run_tasks,
 )
+from pacatune.evaluation.local_tasks import local_tasks
 from pacatune.evaluation.mmlu_data import NUM_FEWSHOT, lm_eval_folder
 
 if TYPE_CHECKING:

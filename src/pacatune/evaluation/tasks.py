@@ -9,11 +9,11 @@ from typing import Any
 from pacatune.evaluation.harness import (
     PreparedTasks,
     TaskScores,
-    local_tasks,
     quiet_lm_eval,
     require_lm_eval,
     run_tasks,
 )
+from pacatune.evaluation.local_tasks import local_tasks
 
 
 def evaluate_tasks(
