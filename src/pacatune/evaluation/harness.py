@@ -79,15 +79,15 @@ def run_tasks(
     """Score a model by lm-eval.
 
     Args:
-        model: A causal language model, or a PEFT model around one; put into evaluation mode.
-        tokenizer: Its tokenizer; gets a padding token if it has none.
+        model: A causal language model, or a PEFT model around one.
+        tokenizer: Its tokenizer.
         tasks: What to ask.
-        limit: Questions per task at most, the first ones; None asks all.
-        num_fewshot: Examples in each prompt; None takes what the tasks say.
-        batch_size: Prompts that are evaluated at once.
-        chat: Write prompts by the model's chat template.
-        seed: Of examples that are drawn at random.
-        progress: Whether to show a bar.
+        limit: As for `evaluate_tasks`.
+        num_fewshot: As there.
+        batch_size: As there.
+        chat: As there.
+        seed: As there.
+        progress: As there.
         keep_line_break: As for `LanguageModel`.
 
     Raises:
