@@ -71,6 +71,14 @@ def test_base_has_one_fingerprint(tiny_model_dir, adapter_dir, lora_dir, tmp_pat
     assert changed["weights_sha256"] != bases[0]["weights_sha256"]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", None])
+def test_result_says_how_the_base_is_held(tmp_path, tiny_model_dir, kind):
+    pytest.importorskip("bitsandbytes", reason="not installed")
+    head = describe(load_language_model(str(tiny_model_dir), quantization=kind), "", {})
+    assert head["model"]["quantization"] == kind
+    assert (f"| base held as | {kind} |" in REPORT.markdown(head)) is (kind is not None)
+
+
 def test_percent():
     assert percent(Score(value=0.4149, stderr=0.021, num_questions=9)) == "41.5 ± 2.1"
     assert percent(Score(value=1.0, stderr=None, num_questions=1)) == "100.0"

@@ -50,6 +50,17 @@ def test_a_tag_gives_its_tasks(model, tokenizer, folder):
     assert all(isinstance(text, str) for (text,) in texts)
 
 
+@pytest.mark.parametrize("files", ["rows.jsonl", "[rows.jsonl]", "{test: [rows.jsonl]}"])
+def test_data_files_are_relative_to_the_folder(folder, files):
+    text = TASK.format(name="likely", kind="loglikelihood", metric="acc")
+    text = text.replace("{test: rows.jsonl}", files).replace("split: test", "split: train")
+    if files.startswith("{"):
+        text = text.replace("split: train", "split: test")
+    (folder / "a.yaml").write_text(text)
+    (task,) = prepare_tasks(["likely"], folder).tasks
+    assert task.eval_docs[1]["answer"] == "It 1"
+
+
 def test_unknown_task_suggests_the_nearest(folder):
     with pytest.raises(ValueError, match="unknown task 'liked'; the nearest are likely"):
         prepare_tasks(["liked"], folder)

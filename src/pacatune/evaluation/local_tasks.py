@@ -52,10 +52,19 @@ def _check_task_file(file: Path) -> None:
 
 def _make_absolute(config: dict[str, Any], folder: Path) -> None:
     options = config.get("dataset_kwargs") or {}
-    files = options.get("data_files")
+    if "data_files" in options:
+        options["data_files"] = _absolute(options["data_files"], folder)
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    """Return data files as `datasets` takes them: a name, or names in lists and by split."""
     if isinstance(files, dict):
-        for split, name in files.items():
-            path = folder / str(name)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, data of a task; make the folder anew.")
-            files[split] = str(path.resolve())
+        return {split: _absolute(each, folder) for split, each in files.items()}
+    if isinstance(files, list):
+        return [_absolute(each, folder) for each in files]
+    if "://" in files or "*" in files:
+        return files
+    path = (folder / files).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, data of a task; make the folder anew.")
+    return str(path)

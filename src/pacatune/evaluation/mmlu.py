@@ -180,9 +180,11 @@ def _is_task(entry: Any) -> bool:
 
 def _check_rows(entry: Any) -> None:
     """Read local data once with our own eyes: lm-eval would not say which row is damaged."""
-    for file in (entry.cfg.get("dataset_kwargs") or {}).get("data_files", {}).values():
-        for row in read_rows(str(file)):
-            to_question(row)
+    files = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
+    for file in files.values() if isinstance(files, dict) else []:
+        if isinstance(file, str) and Path(file).is_file():
+            for row in read_rows(file):
+                to_question(row)
 
 
 def _load(manager: "TaskManager", tasks_dir: str | Path | None) -> Any:

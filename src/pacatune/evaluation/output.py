@@ -58,6 +58,7 @@ class Report:
             "model": head["model"]["name"],
             "adapter": head["model"]["adapter"] or "none",
             "number type": head["model"]["dtype"],
+            "base held as": head["model"]["quantization"],
             **head["settings"],
             "versions": ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
         }
@@ -94,6 +95,7 @@ def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dic
             "name": loaded.name,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": str(loaded.model.device),
+            "quantization": _quantization(loaded.model),
             "base": _fingerprint(loaded.model),
             "adapter": None if adapter is None else str(adapter),
             "adapter_sha256": None if adapter is None else _sha256(adapter / TENSORS_NAME),
@@ -148,6 +150,17 @@ def _write(path: Path, parts: Iterable[str]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _quantization(model: Any) -> str | None:
+    """Return how the base is held, such as `nf4`; None where it is not quantised."""
+    config = getattr(unwrap(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if values.get("load_in_4bit"):
+        return str(values["bnb_4bit_quant_type"])
+    return "int8" if values.get("load_in_8bit") else str(values.get("quant_method"))
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
