@@ -164,7 +164,10 @@ def _quantization(model: Any) -> str | None:
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
-    """Return the base's class and sizes, and one hash over the hashes of its linear layers."""
+    """Return the base's class and sizes, and one hash over the hashes of its linear layers.
+
+    Quantised layers have none, so one base has two hashes, as it is and quantised.
+    """
     base = unwrap(model)
     names: list[str] = []
     for name, module in base.named_modules():
