@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/bench.md": 2,
     "docs/cli.md": 2,
     "docs/distributed.md": 1,
+    "docs/evaluate.md": 4,
     "docs/images.md": 2,
     "docs/memory.md": 1,
     "docs/quickstart.md": 1,

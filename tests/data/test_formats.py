@@ -65,7 +65,8 @@ def test_unknown_columns_list_what_was_found_and_what_is_accepted():
     with pytest.raises(
         ValueError,
         match=r"row 1: columns \['answer', 'question'\] fit no format; accepted are messages \| "
-        r"prompt, completion \| instruction, \(input,\) output \| text. Rename the columns",
+        r"prompt, completion \| instruction, \(input,\) output \| text \| "
+        r"question, choices, answer. Rename the columns",
     ):
         convert({"question": "q", "answer": "a"})
 

@@ -94,7 +94,7 @@ def test_missing_path(path):
         ("a.json", '{"text": "a"}', "holds a dict; a .json file must be one list of rows"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "Rename it to .jsonl if it holds one object"),
         ("a.csv", "text\n", "a.csv holds no rows"),
-        ("a.csv", "text\na,b\n", "row 1: more fields than the header's 1; quote fields"),
+        ("a.csv", "text\na,b\n", "row 1: more fields than the 1 columns; quote fields"),
         ("a.csv", 'text\na\n"b"c\n', r"row 2: not valid CSV .*; mend it or use .jsonl"),
         ("a.parquet", "no table", "a.parquet is not a readable Parquet file"),
         ("a.txt", "text", r"suffix '.txt'; data files are .jsonl, .json, .csv or .parquet"),

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from pacatune.adapters.attach import attach
-from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base
-from pacatune.adapters.folder import open_adapter
+from pacatune.adapters.base import DTypeName
+from pacatune.adapters.loading import load_language_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +72,12 @@ class TextGenerator:
         device: str = "cpu",
         allow_other_base: bool = False,
     ) -> None:
-        if adapter is None and model is None:
-            raise ValueError("`model` and `adapter` are both missing; give at least one of them.")
-        checked = None if adapter is None else open_adapter(adapter)
-        name = str(model) if checked is None else base_name(model, checked.config)
-        tokenizer = find_tokenizer(name, None if checked is None else checked.folder)
-        if tokenizer is None:
-            raise ValueError(
-                f"base model {name!r} has no tokenizer; put its tokenizer files into the folder."
-            )
-        self.notes: list[str] = []
-        self._tokenizer: PreTrainedTokenizerBase = tokenizer
-        quantization = getattr(checked and checked.config, "base_quantization", None)
-        self._model: PreTrainedModel | PeftModel = load_base(
-            name, task_type="CAUSAL_LM", dtype=dtype, device=device, quantization=quantization
+        loaded = load_language_model(
+            model, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base
         )
-        if checked is not None:
-            self._model, self.notes = attach(
-                self._model, checked, allow_other_base=allow_other_base
-            )
+        self.notes = loaded.notes
+        self._tokenizer = loaded.tokenizer
+        self._model = loaded.model
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,6 +1,5 @@
 """The table of commands and what they share: help, version, and clean error lines."""
 
-import difflib
 import importlib
 import logging
 import os
@@ -10,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from pacatune.cli.options import did_you_mean
+
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 COMMANDS = {
     "demo": "fine-tune a real model on real data and show what changed",
@@ -17,6 +18,7 @@ COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
+    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, multiple choice, perplexity",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "estimate": "estimate the memory of training, without a GPU or weights",
@@ -71,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(COMMANDS)}."
         kind = "option" if name.startswith("-") else "command"
+        hint = did_you_mean(name, COMMANDS)
         raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
     _silence_dependencies()
     module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Format = Literal["messages", "prompt-completion", "instruction", "text"]
+Format = Literal["messages", "prompt-completion", "instruction", "text", "mmlu"]
 
 
 @dataclass(kw_only=True)
@@ -24,10 +24,11 @@ class DataConfig:
     split: str = "train"
     """Split of a hub data set to train on."""
 
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = "auto"
+    format: Literal["auto", "messages", "prompt-completion", "instruction", "text", "mmlu"] = "auto"
     """`messages` (chats), `prompt-completion` (columns prompt and completion, texts or chats),
-    `instruction` (columns instruction, input if any, and output), `text`, or `auto`: found from
-    the columns of the first row."""
+    `instruction` (columns instruction, input if any, and output), `text`, `mmlu` (columns question,
+    choices and answer, or MMLU's .csv files; in the words of `pacatune evaluate mmlu`), or `auto`:
+    found from the columns of the first row."""
 
     eval_path: str | None = None
     """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
@@ -43,6 +44,10 @@ class DataConfig:
 
     chat_template: str | None = None
     """Chat template: a file or the Jinja text itself. The model's own where null."""
+
+    special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens (BOS) before plain texts and an EOS ends them;
+    false: neither, as in the experiments of PaCA's authors. Chats have those of their template."""
 
     loss: Literal["completion", "all"] = "completion"
     """Tokens that are learned: `completion` (the completion, or every assistant turn of a chat)

@@ -36,11 +36,13 @@ class Encoder:
         tokenizer: Its `chat_template` renders chats.
         stop_ids: Tokens that end a generation.
         learn_all: Learn every token, not only completions.
+        special_tokens: Whether plain texts get the tokenizer's own tokens and an EOS.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     stop_ids: Collection[int]
     learn_all: bool = False
+    special_tokens: bool = True
     _marked_template: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class Encoder:
     def _encode_text(self, prompt: str, completion: str) -> Encoded:
         end = self.tokenizer.eos_token or ""
         text = prompt + completion
+        if not self.special_tokens:
+            return self._encode_bare(prompt, text)
         ids = self.tokenizer(text if end and text.endswith(end) else text + end)["input_ids"]
         if len(ids) > 1 and ids[-1] == ids[-2] == self.tokenizer.eos_token_id:
             del ids[-1]  # The tokenizer adds one of its own.
@@ -72,6 +76,13 @@ class Encoder:
         prompt_ids = self.tokenizer(prompt)["input_ids"]
         if prompt_ids[-1:] == [self.tokenizer.eos_token_id] and not prompt.endswith(end):
             del prompt_ids[-1]
+        start = common_prefix(prompt_ids, ids)
+        learned = [position >= start for position in range(len(ids))]
+        return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))
+
+    def _encode_bare(self, prompt: str, text: str) -> Encoded:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         start = common_prefix(prompt_ids, ids)
         learned = [position >= start for position in range(len(ids))]
         return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))

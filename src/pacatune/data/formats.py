@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
 
 from pacatune.data.config import Format
+from pacatune.data.mmlu import to_question
 from pacatune.data.read import Row
 
 Message = dict[str, Any]
@@ -15,8 +16,12 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
+    "mmlu": ("question", "choices", "answer"),
 }
-_ACCEPTED = "messages | prompt, completion | instruction, (input,) output | text"
+_ACCEPTED = (
+    "messages | prompt, completion | instruction, (input,) output | text | "
+    "question, choices, answer"
+)
 
 # For models without a chat template; the wording of Stanford Alpaca without its preamble.
 _INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -75,7 +80,8 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
     for row in rows:
         if chosen is None:
             chosen = detect_format(row)
-        _check_columns(row, chosen)
+        if chosen != "mmlu":  # whose check knows its three layouts
+            _check_columns(row, chosen)
         yield _CONVERTERS[chosen](row, has_template)
 
 
@@ -202,9 +208,15 @@ def _from_text(row: Row, has_template: bool) -> Example:
     return Example(row.place, "", _text(row, "text"))
 
 
+def _from_mmlu(row: Row, has_template: bool) -> Example:
+    question = to_question(row)
+    return Example(row.place, question.prompt(), question.completion())
+
+
 _CONVERTERS = {
     "messages": _from_messages,
     "prompt-completion": _from_prompt_completion,
     "instruction": _from_instruction,
     "text": _from_text,
+    "mmlu": _from_mmlu,
 }

@@ -10,6 +10,7 @@ from pacatune.data.checks import find_overlap, keep_learnable
 from pacatune.data.config import DataConfig
 from pacatune.data.encode import Encoder
 from pacatune.data.formats import Example, to_examples
+from pacatune.data.mmlu import CSV_COLUMNS
 from pacatune.data.read import read_rows
 
 if TYPE_CHECKING:
@@ -52,17 +53,19 @@ def prepare_data(
         ValueError: If a row or the whole is not usable; names the file and row.
         FileNotFoundError: If a local path does not exist.
     """
-    encoder = Encoder(tokenizer, stop_ids, learn_all=config.loss == "all")
+    encoder = Encoder(
+        tokenizer,
+        stop_ids,
+        learn_all=config.loss == "all",
+        special_tokens=config.special_tokens,
+    )
 
     def load(path: str, split: str, what: str) -> "Dataset":
-        rows = read_rows(path, name=config.name, split=split)
+        columns = CSV_COLUMNS if config.format == "mmlu" else None
+        rows = read_rows(path, name=config.name, split=split, csv_columns=columns)
         has_template = bool(tokenizer.chat_template)
         examples = list(to_examples(rows, config.format, has_template=has_template))
-        if isinstance(examples[0].completion, list) and not has_template:
-            raise ValueError(
-                f"{examples[0].place} is a chat, but the model's tokenizer has no chat template; "
-                "give `data.chat_template`, or use an instruction-tuned model."
-            )
+        _check_chats(examples[0], config, has_template)
         return _encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
 
     train = load(config.path, config.split, "training")
@@ -81,6 +84,21 @@ def prepare_data(
         evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
         warnings += find_overlap(train, evaluation)
     return PreparedData(train, evaluation, min(longest, max_length or longest), warnings)
+
+
+def _check_chats(first: Example, config: DataConfig, has_template: bool) -> None:
+    if not isinstance(first.completion, list):
+        return
+    if not config.special_tokens:
+        raise ValueError(
+            f"`data.special_tokens` (False) is for plain texts, and {first.place} is a chat, whose "
+            "tokens are those of its template; drop the option."
+        )
+    if not has_template:
+        raise ValueError(
+            f"{first.place} is a chat, but the model's tokenizer has no chat template; "
+            "give `data.chat_template`, or use an instruction-tuned model."
+        )
 
 
 def _encode(

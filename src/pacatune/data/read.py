@@ -1,9 +1,10 @@
 """Rows of local files and hub data sets, each with the place it comes from."""
 
 import csv
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ class Row:
     values: dict[str, Any]
 
 
-def read_rows(path: str, *, name: str | None = None, split: str = "train") -> Iterator[Row]:
+def read_rows(
+    path: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    csv_columns: Sequence[str] | None = None,
+) -> Iterator[Row]:
     """Yield every row of a file, a folder of files, or a hub data set.
 
     Rows are numbered from 1; in JSONL the number is that of the line.
@@ -30,6 +37,8 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train") -> It
         path: File, folder, or hub data set id.
         name: Configuration of a hub data set.
         split: Split of a hub data set.
+        csv_columns: Of .csv files without a header; a first row that names the last of them is
+            a header all the same.
 
     Raises:
         FileNotFoundError: If `path` looks like a local path and does not exist.
@@ -41,9 +50,9 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train") -> It
             raise FileNotFoundError(f"{path} does not exist; check `data.path`.")
         rows = _read_hub(path, name, split)
     elif local.is_dir():
-        rows = (row for file in _files_of(local) for row in _read_file(file))
+        rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))
     else:
-        rows = _read_file(local)
+        rows = _read_file(local, csv_columns)
     empty = True
     for row in rows:
         empty = False
@@ -70,11 +79,11 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _read_file(file: Path) -> Iterator[Row]:
-    readers = {
+def _read_file(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
-        ".csv": _read_csv,
+        ".csv": functools.partial(_read_csv, columns=csv_columns),
         ".parquet": _read_parquet,
     }
     if file.suffix not in readers:
@@ -121,16 +130,19 @@ def _parse_json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: JSON nested too deeply to be data; flatten it.") from error
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
+def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="", strict=True)
         number = 0
         try:
+            if columns is not None and next(csv.reader(lines), [""])[-1] == columns[-1]:
+                columns = None
+            lines.seek(0)
+            reader = csv.DictReader(lines, columns, restkey="", strict=True)
             for number, values in enumerate(reader, start=1):
                 if "" in values:
                     raise ValueError(
-                        f"{file}, row {number}: more fields than the header's "
-                        f"{len(reader.fieldnames or ())}; quote fields that hold commas."
+                        f"{file}, row {number}: more fields than the "
+                        f"{len(reader.fieldnames or ())} columns; quote fields that hold commas."
                     )
                 yield number, values
         except csv.Error as error:

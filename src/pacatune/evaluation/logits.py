@@ -1,0 +1,33 @@
+"""Logits of the positions that are read, and of no others."""
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacatune.adapters.fingerprint import unwrap
+
+
+def can_keep_few(model: Any) -> bool:
+    """Whether a model, adapted or not, can leave out the logits of all but the last positions."""
+    return "logits_to_keep" in signature(unwrap(model).forward).parameters
+
+
+@torch.no_grad()
+def last_logits(model: Any, num_kept: int, **inputs: Tensor) -> Tensor:
+    """Return the logits of the last positions, (B, min(T, num_kept), V).
+
+    With a large vocabulary, logits of whole prompts are most of the memory and a good part of
+    the time.
+
+    Args:
+        model: A causal language model.
+        num_kept: Positions whose logits are read.
+        inputs: What the model takes; (B, T) each.
+    """
+    if can_keep_few(model):
+        logits: Tensor = model(**inputs, logits_to_keep=num_kept).logits
+        return logits
+    logits = model(**inputs).logits
+    return logits[:, -num_kept:]

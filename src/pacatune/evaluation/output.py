@@ -1,0 +1,181 @@
+"""What an evaluation writes: JSON, Markdown, and a line per question."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pacatune.adapters.base import layer_shape
+from pacatune.adapters.fingerprint import fingerprint, unwrap
+from pacatune.adapters.folder import TENSORS_NAME
+from pacatune.adapters.loading import LoadedModel
+from pacatune.adapters.output import check_output
+from pacatune.bench.record import versions
+from pacatune.evaluation.harness import Score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RESULT_NAME, REPORT_NAME, QUESTIONS_NAME = "evaluation.json", "evaluation.md", "questions.jsonl"
+_SPARE_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One evaluation's result, for people and for programs."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    """A table: what was scored, then cells as texts."""
+    result: dict[str, Any]
+    """The same and more, as JSON."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader should know, a sentence each."""
+    questions: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def table(self) -> "Table":
+        """Return the table for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self, head: dict[str, Any]) -> str:
+        """Return a page with the table, the settings and the notes."""
+        rule = ["---", *["---:"] * (len(self.headings) - 1)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.headings, rule, *self.rows)]
+        settings = {
+            "command": f"`{head['command']}`",
+            "model": head["model"]["name"],
+            "adapter": head["model"]["adapter"] or "none",
+            "number type": head["model"]["dtype"],
+            "base held as": head["model"]["quantization"],
+            **head["settings"],
+            "versions": ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
+        }
+        lines = [f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""]
+        lines += ["| setting | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def open_output(path: Path) -> None:
+    """Make an evaluation's folder, so that a wrong one is found before anything is loaded.
+
+    Raises:
+        FileExistsError: If it holds something: a result is never overwritten.
+        ValueError: If the disk is full.
+    """
+    check_output(path, _SPARE_BYTES)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what belongs to any result: the model, the command, its settings and versions.
+
+    Args:
+        loaded: What is evaluated.
+        command: As it was typed.
+        settings: What decides the numbers.
+    """
+    adapter = None if loaded.adapter is None else loaded.adapter.folder
+    return {
+        "command": command,
+        "settings": settings,
+        "model": {
+            "name": loaded.name,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": str(loaded.model.device),
+            "quantization": _quantization(loaded.model),
+            "base": _fingerprint(loaded.model),
+            "adapter": None if adapter is None else str(adapter),
+            "adapter_sha256": None if adapter is None else _sha256(adapter / TENSORS_NAME),
+        },
+        "versions": versions("lm-eval", "datasets", "bitsandbytes"),
+    }
+
+
+def write_report(folder: Path, head: dict[str, Any], report: Report, *, finished: bool) -> None:
+    """Write a result as far as it is known; call again when more is.
+
+    Args:
+        folder: Of `open_output`.
+        head: Of `describe`.
+        report: The result.
+        finished: Whether nothing more will come.
+    """
+    if report.questions:
+        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in report.questions)
+        _write(folder / QUESTIONS_NAME, lines)
+    _write(folder / REPORT_NAME, [report.markdown(head)])
+    values = {
+        "finished": finished,
+        "title": report.title,
+        **head,
+        "result": report.result,
+        "notes": report.notes,
+    }
+    _write(folder / RESULT_NAME, [json.dumps(values, indent=1, ensure_ascii=False) + "\n"])
+
+
+def score_dict(score: Score) -> dict[str, Any]:
+    """Return a score for JSON."""
+    return asdict(score)
+
+
+def percent(score: Score | None) -> str:
+    """Return a score as the tables show it, such as `41.5 +- 2.1`; a dash for None."""
+    if score is None:
+        return "-"
+    spread = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    return f"{100 * score.value:.1f}{spread}"
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _quantization(model: Any) -> str | None:
+    """Return how the base is held, such as `nf4`; None where it is not quantised."""
+    config = getattr(unwrap(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if values.get("load_in_4bit"):
+        return str(values["bnb_4bit_quant_type"])
+    return "int8" if values.get("load_in_8bit") else str(values.get("quant_method"))
+
+
+def _fingerprint(model: Any) -> dict[str, Any]:
+    """Return the base's class and sizes, and one hash over the hashes of its linear layers.
+
+    Quantised layers have none, so one base has two hashes, as it is and quantised.
+    """
+    base = unwrap(model)
+    names: list[str] = []
+    for name, module in base.named_modules():
+        # What lies inside a layer (an adapter's own layers) follows it.
+        if layer_shape(module) is not None and not (names and name.startswith(f"{names[-1]}.")):
+            names.append(name)
+    found = fingerprint(base, {name: torch.empty(0, dtype=torch.int64) for name in names})
+    modules = {name: hashes for name, hashes in found.pop("modules").items() if hashes}
+    text = json.dumps(modules, sort_keys=True)
+    found["weights_sha256"] = hashlib.sha256(text.encode()).hexdigest() if modules else None
+    return found

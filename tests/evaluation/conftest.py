@@ -1,0 +1,31 @@
+"""A tiny model with room for long prompts, and MMLU's bundled questions as a folder of tasks."""
+
+import copy
+
+import pytest
+
+from pacatune.evaluation import bundled_mmlu, write_tasks
+from tests.conftest import build_model
+
+
+@pytest.fixture(scope="session")
+def model(tiny_tokenizer):
+    return build_model(len(tiny_tokenizer), max_position_embeddings=4096)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return copy.deepcopy(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    return bundled_mmlu()
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(bundled, tmp_path_factory):
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("mmlu") / "tasks"
+    write_tasks(bundled, folder)
+    return folder
