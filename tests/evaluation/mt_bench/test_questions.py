@@ -100,8 +100,8 @@ def test_choosing_keeps_the_first_of_each_category(questions):
         21,
         22,
     ]
-    with pytest.raises(ValueError, match=r"--categories: unknown category 'codin'; .*'coding'"):
-        choose_questions(questions, ("codin",), None)
+    with pytest.raises(ValueError, match=r"--categories: unknown category 'codng'; .*'coding'"):
+        choose_questions(questions, ("codng",), None)
     with pytest.raises(ValueError, match=r"--categories \(roleplay\) leaves no question; .*coding"):
         choose_questions(questions, ("roleplay",), None)
 
