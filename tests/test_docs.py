@@ -34,6 +34,7 @@ NOT_RUN = {
     "docs/distributed.md": 1,
     "docs/images.md": 2,
     "docs/memory.md": 1,
+    "docs/mt_bench.md": 2,
     "docs/quickstart.md": 1,
     "docs/serving.md": 2,
 }

@@ -208,6 +208,14 @@ def test_tokens_and_models_are_added_up(make, questions, answers):
     assert judge.used({judgments[0].key})["num_replies"] == 1
 
 
+def test_judging_needs_no_model_code():
+    code = (
+        "import sys, pacatune.cli.evaluate_mt_bench, pacatune.evaluation.mt_bench; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_a_killed_run_loses_only_what_was_under_way(judge, files, tmp_path):
     judge.delay_s = 0.1
     words = ["--output", str(tmp_path / "out"), "--judge-url", judge.url, "--judge-model", "judge"]
