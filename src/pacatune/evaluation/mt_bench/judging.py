@@ -61,6 +61,7 @@ class Judge:
         model_id: Whose answers they are.
         max_attempts: How often a judge is asked that replies without a rating.
         parallel: How many requests are under way at once.
+        say: Called with one line when the work stops early.
 
     Attributes:
         notes: What the user should know.
@@ -78,9 +79,11 @@ class Judge:
         model_id: str,
         max_attempts: int = 3,
         parallel: int = 4,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._client, self._prompts, self._model_id = client, prompts, model_id
         self._max_attempts, self._parallel = max_attempts, parallel
+        self._say = say
         self._file = JsonLines(path)
         self.notes = list(self._file.notes)
         self._rows: dict[str, list[dict[str, Any]]] = {}
@@ -150,6 +153,7 @@ class Judge:
             except BaseException as error:
                 # What is under way has been paid for: wait for it and keep it.
                 self._client.stop.set()
+                self._say("stopping; the replies to requests under way are waited for and kept")
                 pool.shutdown(cancel_futures=True)
                 explained = self._explained(error, num_all)
                 raise explained from (None if explained is error else error)

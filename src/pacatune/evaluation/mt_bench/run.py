@@ -63,6 +63,8 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
         made_by = answer_settings(config, model_id, template)
         check_settings(config.output, made_by)
     if client is not None:
+        if client.shows_key:
+            say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
         client.check_reachable()
     with _opened(config.output) as folder:
         cut_off: dict[str, int] = {}
@@ -184,6 +186,7 @@ def _judge(
         model_id=model_id,
         max_attempts=config.judge_attempts,
         parallel=config.judge_parallel,
+        say=say,
     )
     for note in judge.notes:
         say(f"note: {note}")
