@@ -151,11 +151,13 @@ def make_handler(state):
                 "nonsense": "I would rather talk about the weather.",
                 "eleven": "Splendid. Rating: [[11]]",
                 "silent": None,
+                "long": "To begin with, let me say",
                 "leak": f"I was given {self.headers['Authorization']}. [[7]]",
             }
-            return self._send(200, self._completion(texts.get(misdeed, text)))
+            ended = "length" if misdeed == "long" else "stop"
+            return self._send(200, self._completion(texts.get(misdeed, text), ended))
 
-        def _completion(self, text):
+        def _completion(self, text, finish_reason):
             return {
                 "object": "chat.completion",
                 "model": f"{state.model}-2026-01-01",
@@ -163,7 +165,7 @@ def make_handler(state):
                     {
                         "index": 0,
                         "message": {"role": "assistant", "content": text},
-                        "finish_reason": "stop",
+                        "finish_reason": finish_reason,
                     }
                 ],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},

@@ -121,6 +121,12 @@ def test_nonsense_is_asked_again_and_then_a_failure(
     assert len(judge.requests) == 9
 
 
+def test_a_reply_that_was_cut_off_is_said_to_be(make, judge, questions, answers):
+    judge.misdeeds.append("long")
+    (first, _) = make(parallel=1, max_attempts=1).judge(questions[:1], answers)
+    assert first.problem.endswith("let me say' was cut off at 2048 tokens")
+
+
 def test_a_refused_prompt_is_a_failure_and_not_remembered(make, judge, questions, answers):
     judge.misdeeds.extend(["none", (400, {}, {"message": "content filter"})])
     (_, second) = make(parallel=1).judge(questions[:1], answers)

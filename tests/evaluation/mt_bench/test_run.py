@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from filelock import FileLock
@@ -120,6 +121,17 @@ def test_an_adapter_answers_otherwise_and_does_not_mix(evaluate, tiny_model_dir,
         evaluate(**adapter)
 
 
+def test_a_quantised_base_answers(evaluate, tmp_path):
+    evaluate(no_judge=True, limit=1, output=tmp_path / "base")
+    evaluate(no_judge=True, limit=1, quantization="nf4")
+    (base,) = (tmp_path / "base" / "model_answer").iterdir()
+    (quantised,) = (tmp_path / "out" / "model_answer").iterdir()
+    texts = [[row["choices"] for row in lines_of(path)] for path in (base, quantised)]
+    assert texts[0] != texts[1]
+    settings = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert settings["decides"]["quantization"] == "nf4"
+
+
 def test_more_questions_add_to_the_answers(evaluate, tmp_path):
     evaluate(no_judge=True, categories=("math",), limit=1)
     (path,) = (tmp_path / "out" / "model_answer").iterdir()
@@ -194,8 +206,6 @@ def test_bad_input_is_said_before_a_model_is_loaded(evaluate, tmp_path, files, j
 
 
 def test_a_model_without_chat_template(evaluate, tmp_path, tiny_model_dir):
-    import shutil
-
     bare = shutil.copytree(tiny_model_dir, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"has no chat template, .*: --chat-template FILE"):

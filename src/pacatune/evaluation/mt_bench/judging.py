@@ -237,6 +237,8 @@ class Judge:
             replies = self._rows[task.key]
             last = " ".join(replies[-1]["judgment"].split())[-80:]
             problem = f"no rating from 1 to 10 in {len(replies)} replies; the last: ...{last!r}"
+            if replies[-1].get("finish_reason") == "length":
+                problem += f" was cut off at {self._client.max_tokens} tokens"
         return Judgment(
             key=task.key,
             question_id=task.question.id,
