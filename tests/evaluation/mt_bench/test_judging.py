@@ -224,23 +224,43 @@ def test_judging_loads_no_model_code():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_killed_run_loses_only_what_was_under_way(judge, files, tmp_path):
+@pytest.fixture
+def command(judge, files, tmp_path):
+    """The command that judges the answers of somebody else, in a process of its own."""
     judge.delay_s = 0.1
     words = ["--output", str(tmp_path / "out"), "--judge-url", judge.url, "--judge-model", "judge"]
     for name, path in files.items():
         words += [f"--{name}", str(path)]
     words += ["--judge-parallel", "2"]
     code = "import sys; from pacatune.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "evaluate", "mt-bench", *words]
-    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    return [sys.executable, "-c", code, "evaluate", "mt-bench", *words]
+
+
+def end_after(num_rows, command, path, number):
+    """Send a signal once so many judgments are there; return what was said and the status."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+        while not (path.exists() and path.read_bytes().count(b"\n") >= num_rows):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        _, said = process.communicate()
+    return said, process.returncode
+
+
+def test_a_terminated_run_keeps_what_was_under_way(judge, command, tmp_path):
+    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
+    said, status = end_after(4, command, path, signal.SIGTERM)
+    assert status == 130
+    num_kept = path.read_bytes().count(b"\n")
+    assert f"pacatune: interrupted; {num_kept} replies are kept in {path}" in said
+    assert 4 <= num_kept == len(judge.requests) < 16
+
+
+def test_a_killed_run_loses_only_what_was_under_way(judge, command, tmp_path):
+    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
+    end_after(4, command, path, signal.SIGKILL)
     num_kept = path.read_bytes().count(b"\n")
     assert 4 <= num_kept < 16
     assert json.loads((tmp_path / "out" / "mt_bench.json").read_text()) == {"finished": False}

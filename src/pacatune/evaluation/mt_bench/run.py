@@ -21,6 +21,7 @@ from pacatune.evaluation.mt_bench.radar import draw_radar
 from pacatune.evaluation.mt_bench.report import print_result, to_markdown
 from pacatune.evaluation.mt_bench.score import NUM_RESAMPLES, make_table
 from pacatune.evaluation.mt_bench.settings import SETTINGS_NAME, answer_settings, check_settings
+from pacatune.evaluation.mt_bench.termination import termination_interrupts
 from pacatune.result_folder import ResultFolder
 
 __all__ = ["run_mt_bench"]
@@ -66,7 +67,7 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
         if client.shows_key:
             say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
         client.check_reachable()
-    with _opened(config.output) as folder:
+    with _opened(config.output) as folder, termination_interrupts():
         cut_off: dict[str, int] = {}
         if given is None:
             (folder.path / SETTINGS_NAME).write_text(json.dumps(made_by, indent=1) + "\n")
