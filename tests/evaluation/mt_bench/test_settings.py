@@ -11,6 +11,7 @@ from pacatune.evaluation.mt_bench.settings import (
     answer_settings,
     check_settings,
     sampled_hash,
+    write_settings,
 )
 
 
@@ -22,7 +23,9 @@ def settings(model="m", template=None, **options):
 
 def test_the_same_settings_go_on(tmp_path):
     check_settings(tmp_path / "missing", settings())
-    (tmp_path / SETTINGS_NAME).write_text(json.dumps(settings()))
+    write_settings(tmp_path, settings())
+    write_settings(tmp_path, settings(batch_size=2))
+    assert json.loads((tmp_path / SETTINGS_NAME).read_text()) == settings()
     check_settings(tmp_path, settings(batch_size=2, device="cpu", judge_model="other"))
 
 

@@ -1,10 +1,10 @@
 """One evaluation from beginning to end: data -> answers -> judgments -> table."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from pacatune.evaluation.mt_bench.questions import Question, QuestionId
 from pacatune.evaluation.mt_bench.radar import draw_radar
 from pacatune.evaluation.mt_bench.report import print_result, to_markdown
 from pacatune.evaluation.mt_bench.score import NUM_RESAMPLES, make_table
-from pacatune.evaluation.mt_bench.settings import SETTINGS_NAME, answer_settings, check_settings
+from pacatune.evaluation.mt_bench.settings import (
+    answer_settings,
+    check_settings,
+    write_settings,
+)
 from pacatune.evaluation.mt_bench.termination import termination_interrupts
 from pacatune.result_folder import ResultFolder
 
@@ -54,40 +58,58 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
 
     client = None if config.no_judge else _client(config)
     data = load_data(config, say)
-    given: Answers | None = None
-    if config.answers is not None:
-        own_id, given = read_answers(config.answers, data.questions)
-        model_id = config.model_id or own_id or Path(config.answers).stem
-        made_by: Any = {"file": config.answers}
-    else:
-        model_id, template = config.model_id or _model_id(config), _template(config)
-        made_by = answer_settings(config, model_id, template)
-        check_settings(config.output, made_by)
+    subject = _subject(config, data.questions)
     if client is not None:
         if client.shows_key:
             say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
         client.check_reachable()
     with _opened(config.output) as folder, termination_interrupts():
+        answers = subject.answers
         cut_off: dict[str, int] = {}
-        if given is None:
-            (folder.path / SETTINGS_NAME).write_text(json.dumps(made_by, indent=1) + "\n")
-            given, cut_off = _answer(config, data.questions, model_id, template, say)
+        if answers is None:
+            write_settings(folder.path, subject.made_by)
+            answers, cut_off = _answer(config, data.questions, subject, say)
         result = {
             "finished": True,
-            "model_id": model_id,
+            "model_id": subject.model_id,
             "sources": data.sources,
             "num_questions": len(data.questions),
-            "answers": made_by,
+            "answers": subject.made_by,
             "cut_off": cut_off,
         }
         if client is None:
-            say(f"the answers are in {_answer_path(config, model_id)}; they are not judged.")
+            say(f"the answers are in {_answer_path(config, subject)}; they are not judged.")
         else:
-            result |= _judge(config, data, client, model_id, given, say)
+            result |= _judge(config, data, client, subject.model_id, answers, say)
             _write_report(folder.path, result)
             print_result(result, console)
         folder.write(result)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """Who is evaluated."""
+
+    model_id: str
+    made_by: dict[str, Any]
+    """What the answers come from."""
+    template: str | None = None
+    """Chat template that replaces the tokenizer's."""
+    answers: Answers | None = None
+    """Those that are there already."""
+
+
+def _subject(config: MtBenchConfig, questions: Sequence[Question]) -> _Subject:
+    """Find out who is evaluated, and that the folder holds nobody else's answers."""
+    if config.answers is not None:
+        own_id, answers = read_answers(config.answers, questions)
+        model_id = config.model_id or own_id or Path(config.answers).stem
+        return _Subject(model_id=model_id, made_by={"file": config.answers}, answers=answers)
+    model_id, template = config.model_id or _model_id(config), _template(config)
+    made_by = answer_settings(config, model_id, template)
+    check_settings(config.output, made_by)
+    return _Subject(model_id=model_id, made_by=made_by, template=template)
 
 
 def _client(config: MtBenchConfig) -> JudgeClient:
@@ -132,14 +154,10 @@ def _acquire(lock: FileLock, output: Path) -> None:
 
 
 def _answer(
-    config: MtBenchConfig,
-    questions: Sequence[Question],
-    model_id: str,
-    template: str | None,
-    say: Say,
+    config: MtBenchConfig, questions: Sequence[Question], subject: _Subject, say: Say
 ) -> tuple[Answers, dict[str, int]]:
     """Return all answers, and how many turns were cut off, by reason."""
-    file = AnswerFile(_answer_path(config, model_id), model_id)
+    file = AnswerFile(_answer_path(config, subject), subject.model_id)
     for note in file.notes:
         say(f"note: {note}")
     if not all(map(file.is_complete, questions)):
@@ -153,7 +171,7 @@ def _answer(
             device=config.device,
             allow_other_base=config.allow_other_base,
             quantization=config.quantization,
-            chat_template=template,
+            chat_template=subject.template,
         )
         for note in generator.notes:
             say(f"note: {note}")
@@ -246,8 +264,8 @@ def _model_id(config: MtBenchConfig) -> str:
     return "+".join(names)
 
 
-def _answer_path(config: MtBenchConfig, model_id: str) -> Path:
-    return config.output / "model_answer" / f"{_file_name(model_id)}.jsonl"
+def _answer_path(config: MtBenchConfig, subject: _Subject) -> Path:
+    return config.output / "model_answer" / f"{_file_name(subject.model_id)}.jsonl"
 
 
 def _file_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
 
-__all__ = ["SETTINGS_NAME", "answer_settings", "check_settings", "sampled_hash"]
+__all__ = ["SETTINGS_NAME", "answer_settings", "check_settings", "sampled_hash", "write_settings"]
 
 SETTINGS_NAME = "answers.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -23,7 +23,9 @@ _SMALL = (
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**12
 
 
-def answer_settings(config: MtBenchConfig, model_id: str, chat_template: str | None) -> Any:
+def answer_settings(
+    config: MtBenchConfig, model_id: str, chat_template: str | None
+) -> dict[str, Any]:
     """Return what decides over answers, and for the record what was installed.
 
     Args:
@@ -53,7 +55,21 @@ def answer_settings(config: MtBenchConfig, model_id: str, chat_template: str | N
     }
 
 
-def check_settings(folder: Path, settings: Any) -> None:
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what makes a folder's answers, unless that is noted already.
+
+    Args:
+        folder: Output folder.
+        settings: Of `answer_settings`.
+    """
+    path = folder / SETTINGS_NAME
+    if not path.is_file():
+        partial = path.with_name(f".{SETTINGS_NAME}")
+        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to add answers to a folder whose answers were made with other settings.
 
     Args:
