@@ -35,6 +35,7 @@ NOT_RUN = {
     "docs/evaluate.md": 4,
     "docs/images.md": 2,
     "docs/memory.md": 1,
+    "docs/mt_bench.md": 2,
     "docs/quickstart.md": 1,
     "docs/serving.md": 2,
 }

@@ -1,6 +1,6 @@
 """Stream text from a model, with and without its adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from pacatune.adapters.base import DTypeName
+from pacatune.adapters.batch import Generated, generate_batch
 from pacatune.adapters.loading import load_language_model
 
 
@@ -53,14 +54,18 @@ class TextGenerator:
         dtype: Of the base's weights; `auto` is the one it was saved in.
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         allow_other_base: As for `check_base`.
+        quantization: Hold the base in 4 or 8 bits, which bitsandbytes does while it loads; None
+            does so only if the adapter was trained on such a base.
+        chat_template: Jinja text that writes conversations, instead of the tokenizer's own.
 
     Attributes:
+        name: Of the base.
         notes: What the user should know about base and adapter.
 
     Raises:
         FileNotFoundError: If base or adapter are missing.
-        ValueError: If the adapter is damaged or belongs to another base, or the base has no
-            tokenizer.
+        ValueError: If the adapter is damaged or belongs to another base, the base has no
+            tokenizer, or it cannot be quantised as asked.
     """
 
     def __init__(
@@ -71,18 +76,35 @@ class TextGenerator:
         dtype: DTypeName = "auto",
         device: str = "cpu",
         allow_other_base: bool = False,
+        quantization: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         loaded = load_language_model(
-            model, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base
+            model,
+            adapter,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            allow_other_base=allow_other_base,
         )
+        self.name = loaded.name
         self.notes = loaded.notes
         self._tokenizer = loaded.tokenizer
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
         self._model = loaded.model
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer knows how to write a conversation."""
         return self._tokenizer.chat_template is not None
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together; None where the model does not say."""
+        config: Any = self._model.config
+        length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return length
 
     def encode(self, prompt: str, *, system: str | None = None, chat: bool = True) -> Tensor:
         """Return the tokens (1, T) of a prompt.
@@ -99,17 +121,32 @@ class TextGenerator:
             raise ValueError("`prompt` is empty; write at least one word.")
         if chat and self.has_chat_template:
             messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
-            encoded: Any = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            return self.encode_chat([*messages, {"role": "user", "content": prompt}])
+        if system is not None:
+            raise ValueError(
+                f"`system` ({system[:40]!r}) needs a chat template, which this tokenizer lacks "
+                "or --no-chat turns off; put it into the prompt."
             )
-        else:
-            if system is not None:
-                raise ValueError(
-                    f"`system` ({system[:40]!r}) needs a chat template, which this tokenizer lacks "
-                    "or --no-chat turns off; put it into the prompt."
-                )
-            encoded = self._tokenizer(prompt, return_tensors="pt")
+        tokens: Tensor = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return tokens
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
+        """Return the tokens (1, T) of a conversation, up to where the next answer begins.
+
+        Args:
+            messages: Each with `role` and `content`.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template.
+        """
+        if not self.has_chat_template:
+            raise ValueError(
+                f"the tokenizer of {self.name!r} has no chat template, so it cannot write a "
+                "conversation; give its Jinja text in a file: --chat-template FILE."
+            )
+        encoded: Any = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         tokens: Tensor = encoded["input_ids"]
         return tokens
 
@@ -151,6 +188,24 @@ class TextGenerator:
             )
         return "".join(streamer.pieces)
 
+    def generate_batch(
+        self, prompts: Sequence[Tensor], samplings: Sequence[Sampling]
+    ) -> list[Generated]:
+        """Generate an answer to each prompt, all at once.
+
+        Args:
+            prompts: (1, T) each, from `encode` or `encode_chat`.
+            samplings: How to choose, one for each; with one `max_new_tokens`.
+
+        Raises:
+            ValueError: If prompt and answer are longer than the model's context.
+        """
+        for tokens, sampling in zip(prompts, samplings, strict=True):
+            self._check_length(tokens.shape[1], sampling.max_new_tokens)
+        return generate_batch(
+            self._model, self._tokenizer, prompts, samplings, **self._stop_tokens()
+        )
+
     def _switched(self, with_adapter: bool) -> AbstractContextManager[None]:
         if isinstance(self._model, PeftModel) and not with_adapter:
             switched: AbstractContextManager[None] = self._model.disable_adapter()
@@ -169,8 +224,7 @@ class TextGenerator:
         }
 
     def _check_length(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        config: Any = self._model.config
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = self.context_length
         if context is not None and num_prompt_tokens + num_new_tokens > context:
             raise ValueError(
                 f"the prompt ({num_prompt_tokens} tokens) and `max_new_tokens` ({num_new_tokens}) "

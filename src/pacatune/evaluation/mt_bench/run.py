@@ -1,0 +1,272 @@
+"""One evaluation from beginning to end: data -> answers -> judgments -> table."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
+from pacatune.evaluation.mt_bench.client import JudgeClient
+from pacatune.evaluation.mt_bench.config import MtBenchConfig
+from pacatune.evaluation.mt_bench.data import Data, load_data
+from pacatune.evaluation.mt_bench.judging import Judge
+from pacatune.evaluation.mt_bench.questions import Question, QuestionId
+from pacatune.evaluation.mt_bench.radar import draw_radar
+from pacatune.evaluation.mt_bench.report import print_result, to_markdown
+from pacatune.evaluation.mt_bench.score import NUM_RESAMPLES, make_table
+from pacatune.evaluation.mt_bench.settings import (
+    answer_settings,
+    check_settings,
+    write_settings,
+)
+from pacatune.evaluation.mt_bench.termination import termination_interrupts
+from pacatune.result_folder import ResultFolder
+
+__all__ = ["run_mt_bench"]
+
+RESULT_NAME, REPORT_NAME, RADAR_NAME = "mt_bench.json", "mt_bench.md", "radar.png"
+_NUM_PROGRESS_LINES = 20
+
+Answers = Mapping[QuestionId, Sequence[str]]
+Say = Callable[[str], None]
+
+
+def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[str, Any]:
+    """Answer and judge what is not answered and judged yet; write and print the result.
+
+    Args:
+        config: What to do.
+        console: Gets the result.
+        log: Gets progress and notes.
+
+    Returns:
+        What mt_bench.json holds.
+
+    Raises:
+        OSError: If a file is missing, or the judge gives out.
+        ValueError: If data, model or folder do not fit.
+    """
+
+    def say(line: str) -> None:
+        log.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    client = None if config.no_judge else _client(config)
+    data = load_data(config, say)
+    subject = _subject(config, data.questions)
+    if client is not None:
+        if client.shows_key:
+            say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
+        client.check_reachable()
+    with _opened(config.output) as folder, termination_interrupts():
+        answers = subject.answers
+        cut_off: dict[str, int] = {}
+        if answers is None:
+            write_settings(folder.path, subject.made_by)
+            answers, cut_off = _answer(config, data.questions, subject, say)
+        result = {
+            "finished": True,
+            "model_id": subject.model_id,
+            "sources": data.sources,
+            "num_questions": len(data.questions),
+            "answers": subject.made_by,
+            "cut_off": cut_off,
+        }
+        if client is None:
+            say(f"the answers are in {_answer_path(config, subject)}; they are not judged.")
+        else:
+            result |= _judge(config, data, client, subject.model_id, answers, say)
+            _write_report(folder.path, result)
+            print_result(result, console)
+        folder.write(result)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """Who is evaluated."""
+
+    model_id: str
+    made_by: dict[str, Any]
+    """What the answers come from."""
+    template: str | None = None
+    """Chat template that replaces the tokenizer's."""
+    answers: Answers | None = None
+    """Those that are there already."""
+
+
+def _subject(config: MtBenchConfig, questions: Sequence[Question]) -> _Subject:
+    """Find out who is evaluated, and that the folder holds nobody else's answers."""
+    if config.answers is not None:
+        own_id, answers = read_answers(config.answers, questions)
+        model_id = config.model_id or own_id or Path(config.answers).stem
+        return _Subject(model_id=model_id, made_by={"file": config.answers}, answers=answers)
+    model_id, template = config.model_id or _model_id(config), _template(config)
+    made_by = answer_settings(config, model_id, template)
+    check_settings(config.output, made_by)
+    return _Subject(model_id=model_id, made_by=made_by, template=template)
+
+
+def _client(config: MtBenchConfig) -> JudgeClient:
+    assert config.judge_url is not None
+    return JudgeClient(
+        url=config.judge_url,
+        model=config.judge_model,
+        key=config.judge_key(),
+        timeout_s=config.judge_timeout_s,
+        max_retries=config.judge_retries,
+    )
+
+
+@contextmanager
+def _opened(output: Path) -> Iterator[ResultFolder]:
+    """Make the folder ready, for this process alone: two would pay twice."""
+    folder = ResultFolder(
+        path=output,
+        mark=RESULT_NAME,
+        kind="an MT-Bench evaluation",
+        others=(REPORT_NAME, RADAR_NAME),
+    )
+    lock = FileLock(output / ".lock")
+    if output.is_dir() and (output / RESULT_NAME).is_file():
+        _acquire(lock, output)
+    folder.open()
+    _acquire(lock, output)
+    try:
+        yield folder
+    finally:
+        lock.release(force=True)
+
+
+def _acquire(lock: FileLock, output: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another run is at work in {output}; wait for its end, or choose another folder: "
+            "--output DIR."
+        ) from error
+
+
+def _answer(
+    config: MtBenchConfig, questions: Sequence[Question], subject: _Subject, say: Say
+) -> tuple[Answers, dict[str, int]]:
+    """Return all answers, and how many turns were cut off, by reason."""
+    file = AnswerFile(_answer_path(config, subject), subject.model_id)
+    for note in file.notes:
+        say(f"note: {note}")
+    if not all(map(file.is_complete, questions)):
+        from pacatune.adapters.generation import TextGenerator
+        from pacatune.evaluation.mt_bench.answering import answer_questions
+
+        generator = TextGenerator(
+            config.model,
+            config.adapter,
+            dtype=config.dtype,
+            device=config.device,
+            allow_other_base=config.allow_other_base,
+            quantization=config.quantization,
+            chat_template=subject.template,
+        )
+        for note in generator.notes:
+            say(f"note: {note}")
+        answer_questions(
+            generator,
+            questions,
+            file,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            on_done=_progress("answered", "questions", say),
+        )
+    reasons = [reason for one in questions for reason in file.details(one)["finish_reason"]]
+    cut_off = Counter(reason for reason in reasons if reason != "stop")
+    return {one.id: file.turns(one) for one in questions}, dict(cut_off)
+
+
+def _judge(
+    config: MtBenchConfig,
+    data: Data,
+    client: JudgeClient,
+    model_id: str,
+    answers: Answers,
+    say: Say,
+) -> dict[str, Any]:
+    """Return what the result says about judge and scores."""
+    judge = Judge(
+        client,
+        data.prompts,
+        config.output / "model_judgment" / f"{_file_name(client.model)}_single.jsonl",
+        model_id=model_id,
+        max_attempts=config.judge_attempts,
+        parallel=config.judge_parallel,
+        say=say,
+    )
+    for note in judge.notes:
+        say(f"note: {note}")
+    judgments = judge.judge(data.questions, answers, _progress("judged", "turns", say))
+    used = judge.used({one.key for one in judgments})
+    return {
+        "judge": {
+            "model": client.model,
+            "url": client.url,
+            "temperature": client.temperature,
+            "max_tokens": client.max_tokens,
+            **used,
+        },
+        "seed": config.seed,
+        "num_resamples": NUM_RESAMPLES,
+        "table": [line.to_dict() for line in make_table(judgments, config.seed)],
+        "failures": [
+            {"question_id": one.question_id, "turn": one.turn, "problem": one.problem}
+            for one in judgments
+            if one.score is None
+        ],
+    }
+
+
+def _write_report(folder: Path, result: dict[str, Any]) -> None:
+    title = f"MT-Bench: {result['model_id']}\njudged by {result['judge']['model']}"
+    is_drawn = draw_radar(result["table"], title, folder / RADAR_NAME)
+    page = to_markdown(result, RADAR_NAME if is_drawn else None)
+    (folder / REPORT_NAME).write_text(page, encoding="utf-8")
+
+
+def _progress(verb: str, unit: str, say: Say) -> Callable[[int, int], None]:
+    last = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        step = done * _NUM_PROGRESS_LINES // max(total, 1)
+        if step != last or done == total:
+            say(f"{verb} {done} of {total} {unit}")
+        last = step
+
+    return show
+
+
+def _template(config: MtBenchConfig) -> str | None:
+    path = config.chat_template
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"--chat-template ({path}) is no file; check the path.")
+    return path.read_text(encoding="utf-8")
+
+
+def _model_id(config: MtBenchConfig) -> str:
+    names = [Path(one).expanduser().resolve().name for one in (config.model, config.adapter) if one]
+    return "+".join(names)
+
+
+def _answer_path(config: MtBenchConfig, subject: _Subject) -> Path:
+    return config.output / "model_answer" / f"{_file_name(subject.model_id)}.jsonl"
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", name).lstrip(".") or "unnamed"

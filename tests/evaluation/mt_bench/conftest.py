@@ -1,0 +1,107 @@
+"""Questions, references, judge prompts and a judge, all on this machine."""
+
+import json
+
+import pytest
+
+from pacatune.evaluation.mt_bench.prompts import read_prompts
+from pacatune.evaluation.mt_bench.questions import (
+    add_references,
+    read_questions,
+    read_references,
+)
+from tests.evaluation.mt_bench.judge_server import State, judge_server
+
+CATEGORIES = ("writing", "math", "stem", "coding")
+TASK = 'Rate the response from 1 to 10 as "[[rating]]".'
+QUESTION = "[Question]\n{question}\n\n"
+ANSWER = "[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
+REFERENCE = "[The Start of Reference Answer]\n{ref_answer_1}\n[The End of Reference Answer]\n\n"
+TWO = (
+    "<|The Start of Assistant A's Conversation with User|>\n"
+    "### User:\n{question_1}\n### Assistant A:\n{answer_1}\n"
+    "### User:\n{question_2}\n### Assistant A:\n{answer_2}\n"
+)
+TWO_REFERENCES = (
+    "<|The Start of Reference Answer|>\n### User:\n{question_1}\n### Reference:\n{ref_answer_1}\n"
+    "### User:\n{question_2}\n### Reference:\n{ref_answer_2}\n"
+)
+PROMPTS = {
+    "single-v1": ("Be kind.", TASK + QUESTION + ANSWER),
+    "single-math-v1": ("Be kind.", TASK + QUESTION + REFERENCE + ANSWER),
+    "single-v1-multi-turn": (f"{TASK} Look at the second answer.", TWO),
+    "single-math-v1-multi-turn": (f"{TASK} Look at the second one.", TWO_REFERENCES + TWO),
+}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def question_rows(categories=CATEGORIES, number=2):
+    return [
+        {
+            "question_id": 10 * place + index + 1,
+            "category": category,
+            "turns": [f"What is {category} {index}?", f"And {index}, {{why}}?"],
+        }
+        for place, category in enumerate(categories)
+        for index in range(number)
+    ]
+
+
+def answer_row(question, turns, model="model-a"):
+    choices = [{"index": 0, "turns": list(turns)}]
+    return {"question_id": question, "model_id": model, "choices": choices, "answer_id": "x"}
+
+
+def prompt_rows():
+    return [
+        {
+            "name": name,
+            "type": "single",
+            "system_prompt": system,
+            "prompt_template": template,
+            "output_format": "[[rating]]",
+        }
+        for name, (system, template) in PROMPTS.items()
+    ]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of questions, references, judge prompts, and answers of somebody else."""
+    rows = question_rows()
+    references = [
+        answer_row(row["question_id"], ["reference one", "reference two"], "good")
+        for row in rows
+        if row["category"] in ("math", "coding")
+    ]
+    answers = [answer_row(row["question_id"], ["first {it}", "second"]) for row in rows]
+    return {
+        "questions": write_lines(tmp_path / "questions.jsonl", rows),
+        "references": write_lines(tmp_path / "references.jsonl", references),
+        "judge-prompts": write_lines(tmp_path / "prompts.jsonl", prompt_rows()),
+        "answers": write_lines(tmp_path / "answers.jsonl", answers),
+    }
+
+
+@pytest.fixture
+def prompts(files):
+    return read_prompts(files["judge-prompts"])
+
+
+@pytest.fixture
+def questions(files):
+    read = read_questions(str(files["questions"]))
+    return add_references(read, read_references(str(files["references"])), "references")
+
+
+@pytest.fixture
+def judge():
+    """State of a judge that serves at `judge.url`."""
+    state = State()
+    with judge_server(state) as url:
+        state.url = url
+        yield state
