@@ -76,8 +76,8 @@ class StudyConfig:
     """
 
     task: str = ""
-    """A packaged task (smollm2-chat, minilm-questions, efficientnet-cifar10, dinov2-cifar10), or the
-    path of a configuration of `command`; empty if `options` says it all."""
+    """A packaged task (smollm2-chat, minilm-questions, efficientnet-cifar10, dinov2-cifar10), or
+    the path of a configuration of `command`; empty if `options` says it all."""
 
     command: Literal["train", "train-image", "classify"] = "train"
     """What a configuration that is given by its path or in `options` is one of. `classify` is a
@@ -149,8 +149,8 @@ class StudyConfig:
     def _check_seeds(self) -> None:
         if not 1 <= len(self.seeds) <= MAX_SEEDS or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
-                f"`seeds` ({self.seeds}) must be 1 to {MAX_SEEDS} different numbers: the exact test "
-                "goes through all signs of their differences."
+                f"`seeds` ({self.seeds}) must be 1 to {MAX_SEEDS} different numbers: the exact "
+                "test goes through all signs of their differences."
             )
         if min(self.seeds) < 0:
             raise ValueError(f"`seeds` ({self.seeds}) must be at least 0.")
