@@ -65,7 +65,8 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
     num_tuning = sum(len(arm.learning_rates) for arm in plan.arms.values()) * config.tuning_seeds
     console.print(
         f"{plan.num_runs} runs: {num_tuning} choose the rates with {config.tuning_seeds} of "
-        f"{seeds} seeds ({pending} of them to do), {plan.num_runs - num_tuning} at the chosen rates.",
+        f"{seeds} seeds ({pending} of them to do), {plan.num_runs - num_tuning} more at the chosen "
+        "rates.",
         soft_wrap=True,
     )
 

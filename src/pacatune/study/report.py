@@ -71,9 +71,9 @@ def notes(result: StudyResult) -> str:
     text = (
         f"Mean and standard deviation over seeds of the {result.metric} on test data; {better} is "
         "better. The rate of each arm is the best of its grid on a held-out share of the training "
-        f"data ({config['validation_fraction']:g}), with {tuning} of {seeds} seeds; test data chose "
-        "nothing. "
-        "All arms see the same batches in the same order, with the same schedule and precision."
+        f"data ({config['validation_fraction']:g}), with {tuning} of {seeds} seeds; test data "
+        "chose nothing. All arms see the same batches in the same order, with the same schedule "
+        "and precision."
     )
     if smallest is not None:
         text += (
