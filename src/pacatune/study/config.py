@@ -1,5 +1,6 @@
 """One study, declared once: methods ("arms") on one task, each at its best learning rate."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class Arm:
     rank: int | None = None
     """Rank of the adapter. Where null, `match` of the study decides."""
 
-    alpha: float | None = None
+    alpha: int | None = None
     """Scale of the update, alpha / rank; the rank where null, so that nothing is scaled."""
 
     dropout: float = 0.0
@@ -124,6 +125,12 @@ class StudyConfig:
         self.arms = {
             name: arm if isinstance(arm, Arm) else Arm(**arm) for name, arm in self.arms.items()
         }
+        for name in self.arms:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"`arms` has the name {name!r}; use letters, digits, and any of _ . + -, since "
+                    "files are named after it."
+                )
         if self.reference is None:
             self.reference = next(iter(self.arms))
         if self.reference not in self.arms:

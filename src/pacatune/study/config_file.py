@@ -35,7 +35,7 @@ def read_study(path: Path) -> StudyConfig:
         check_keys(arm or {}, _fields(Arm), f"{path}, arm {name!r}")
     values["arms"] = {str(name): arm or {} for name, arm in (arms or {}).items()}
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(values)).as_dict()
+        parsed = parser.parse_object(values).as_dict()
     except Exception as error:  # jsonargparse's own classes of errors
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return StudyConfig(**parsed)

@@ -199,7 +199,7 @@ def _make_run(task: Task, options: Values, rate: float, seed: int, folder: Path)
     decided: Values = {"training": training}
     if options["method"] == "paca":
         decided["paca"] = {"random_seed": seed}
-    return task.make_config(merged(options, decided))
+    return task.make_config(options, decided)
 
 
 def _matching_rank(task: Task, arm: Arm, number: int) -> int:

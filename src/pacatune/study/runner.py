@@ -76,6 +76,7 @@ class _Runner:
     def __init__(self, plan: Plan, records: Records, console: Console) -> None:
         self._plan, self._records, self._console = plan, records, console
         self._ended: dict[Place, RunRecord] = {}
+        self._keys: dict[Place, str] = {}
 
     @property
     def num_done(self) -> int:
@@ -113,9 +114,13 @@ class _Runner:
 
     def find(self, place: Place) -> RunRecord | None:
         """Return the record of a run that has ended well."""
-        key = self._plan.key(self._plan.make_run(*place, Path("unused")))
-        record = self._records.find(key)
+        record = self._records.find(self._key(place))
         return None if record is None or record.error is not None else record
+
+    def _key(self, place: Place) -> str:
+        if place not in self._keys:
+            self._keys[place] = self._plan.key(self._plan.make_run(*place, Path("unused")))
+        return self._keys[place]
 
     def _do(self, place: Place) -> None:
         name, rate, seed = place
@@ -143,7 +148,7 @@ class _Runner:
         with tempfile.TemporaryDirectory(prefix="pacatune-study-") as scratch:
             run = self._plan.make_run(name, rate, seed, Path(scratch))
             known: dict[str, Any] = {
-                "key": self._plan.key(run),
+                "key": self._key(place),
                 "arm": name,
                 "learning_rate": rate,
                 "seed": seed,

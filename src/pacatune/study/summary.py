@@ -94,7 +94,11 @@ def _arm_result(
         values=mine,
         mean=mean_of(numbers),
         std=std_of(numbers),
-        num_trainable_parameters=planned.num_trainable_parameters,
+        # Ranks that gradients decide about are known when a run has ended.
+        num_trainable_parameters=max(
+            (records[name, rate, seed].num_trainable_parameters for seed in mine if rate),
+            default=planned.num_trainable_parameters,
+        ),
         forgetting=mean_of(rises),
         rates=rate_curve(plan, records, name),
         at_edge=len(rates) > 1 and rate in (min(rates), max(rates)),

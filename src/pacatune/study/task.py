@@ -52,6 +52,7 @@ class Task(ABC):
     def __init__(self, values: Values, validation_fraction: float, forgetting_tokens: int) -> None:
         self.values = copy.deepcopy(values)
         self.forgetting_tokens = forgetting_tokens
+        self._parsed: dict[str, Values] = {}
         self.test_options = self._take_test(self.values.setdefault("data", {}))
         if self.values.get("early_stopping_patience") is not None:
             raise ValueError(
@@ -86,22 +87,33 @@ class Task(ABC):
     def run(self, config: Any, console: Console) -> Measured:
         """Train and evaluate."""
 
-    def make_config(self, options: Values) -> Any:
-        """Build a run from the task's options and those that override them.
+    def make_config(self, options: Values, decided: Values) -> Any:
+        """Build a run.
+
+        Args:
+            options: Over the task's.
+            decided: By the study, over those; they are taken as they are.
 
         Raises:
             ValueError: If an option is unknown or wrong.
         """
         run_class, sections = self.classes()
         values = merged(self.values, options)
+        text = repr(values)
+        if text not in self._parsed:  # checking takes longer than all that follows
+            self._parsed[text] = self._parse(values)
+        parsed = merged(self._parsed[text], decided)
+        built = {name: kind(**parsed[name]) for name, kind in sections.items()}
+        return run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
+
+    def _parse(self, values: Values) -> Values:
         parser, known = _parser(type(self))
         check_keys(values, known, "the study's options")
         try:
-            parsed = parser.parse_object(values).as_dict()
+            parsed: Values = parser.parse_object(values).as_dict()
         except Exception as error:  # jsonargparse's own classes of errors
             raise ValueError(f"the study's options: {error}") from error
-        built = {name: kind(**parsed[name]) for name, kind in sections.items()}
-        return run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
+        return parsed
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
