@@ -78,6 +78,8 @@ def bert_dir(tmp_path_factory):
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

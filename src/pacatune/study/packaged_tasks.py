@@ -1,7 +1,7 @@
 """Tasks of real models on real data that come as Python packages, sized for two cores.
 
 Steps, batches and sizes are ours. The grids are a factor of two around rates that trained well in
-short trials with other seeds' data order; docs/selection_study.md says more.
+short trials; docs/selection_study.md says more.
 """
 
 import difflib

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from rich.console import Console
+from torch import Tensor
 
 from pacatune.data import prepare_data
 from pacatune.study.forgetting import general_rows, text_loss
@@ -33,6 +34,7 @@ class TextTask(Task):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._before: dict[tuple[Any, ...], float] = {}
+        self._rows: dict[str, Tensor] = {}
 
     @classmethod
     def classes(cls) -> tuple[type[Any], dict[str, type[Any]]]:
@@ -85,7 +87,7 @@ class TextTask(Task):
             }
             forgetting = {}
             if before is not None:
-                rows = general_rows(run.tokenizer, self.forgetting_tokens)
+                rows = self._general_rows(config.model.path, run.tokenizer)
                 after = text_loss(trainer.model, rows, bf16=config.training.bf16)
                 forgetting = {"before": before, "after": after}
             return Measured(
@@ -106,6 +108,11 @@ class TextTask(Task):
             stop_ids=models.find_stop_ids(config, tokenizer),
         ).train
 
+    def _general_rows(self, path: str, tokenizer: Any) -> Tensor:
+        if path not in self._rows:
+            self._rows[path] = general_rows(tokenizer, self.forgetting_tokens)
+        return self._rows[path]
+
     def _general_loss_before(self, config: Any) -> float | None:
         """Return the base's loss on general text, measured once for each way to hold the base."""
         if self.forgetting_tokens == 0:
@@ -117,7 +124,7 @@ class TextTask(Task):
             config.training.bf16,
         )
         if key not in self._before:
-            rows = general_rows(models.load_tokenizer(config), self.forgetting_tokens)
+            rows = self._general_rows(config.model.path, models.load_tokenizer(config))
             model = models.load_model(config)
             if config.model.quantization is None:
                 model.to(config.training.device)
