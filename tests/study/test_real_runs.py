@@ -44,6 +44,18 @@ def test_texts(text_options, tmp_path):
     assert 0.8 * equal < budgeted <= equal
 
 
+def test_bases_of_few_bits(text_options, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arms = {"qpaca": Arm(method="qpaca", rank=4), "qlora": Arm(method="qlora")}
+    plan = make_plan(study_of(text_options, arms), print)
+    for name in arms:
+        run = plan.make_run(name, 1e-3, 0, tmp_path)
+        assert run.model.quantization == "nf4"
+        measured = plan.task.run(run, QUIET)
+        assert math.isfinite(measured.test["loss"])
+        assert measured.num_trainable_parameters == plan.arms[name].num_trainable_parameters
+
+
 def test_test_loss_is_that_of_the_recipe(text_options, tmp_path):
     """The same run by `pacatune train`, evaluating on what is test data here."""
     from pacatune.training import train
@@ -168,7 +180,7 @@ def test_images(tmp_path):
     write_images(tmp_path / "images" / "test", 6, seed=1)
     options = {
         "model": {"path": str(tmp_path / "vit")},
-        "data": {"path": str(tmp_path / "images"), "eval_per_class": 4},
+        "data": {"path": str(tmp_path / "images"), "eval_per_class": 6},
         "training": {"max_steps": 6, "bf16": False, "use_cpu": True},
     }
     arms = {
@@ -180,8 +192,19 @@ def test_images(tmp_path):
     result = run_study(config, tmp_path / "out", console=QUIET)
     assert [arm.failures for arm in result.arms.values()] == [[]] * 3
     assert result.metric == "accuracy"
-    assert all(value * 12 == pytest.approx(round(value * 12)) for value in _values(result))
-    without = {**options, "data": {"path": str(tmp_path / "images" / "train")}}
+    assert all(value * 18 == pytest.approx(round(value * 18)) for value in _values(result))
+    plan = make_plan(config, print)
+    key = plan.key(plan.make_run("paca", 1e-2, 0, tmp_path))
+    (tmp_path / "images").rename(tmp_path / "moved")
+    options["data"]["path"] = str(tmp_path / "moved")
+    config = study_of(options, arms, command="train-image", seeds=[0])
+    plan = make_plan(config, print)
+    assert plan.key(plan.make_run("paca", 1e-2, 0, tmp_path)) == key
+    broken = next((tmp_path / "moved" / "test").rglob("*.png"))
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="images cannot be used"):
+        run_study(config, tmp_path / "other", console=QUIET)
+    without = {**options, "data": {"path": str(tmp_path / "moved" / "train")}}
     with pytest.raises(ValueError, match="nor a folder `test` beside `train`"):
         make_plan(study_of(without, arms, command="train-image"), print)
 

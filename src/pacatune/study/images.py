@@ -42,7 +42,7 @@ class ImageTask(Task):
                 "`train`; give one: it is what is reported, and the learning rate is chosen on a "
                 "part of the training images."
             )
-        data.setdefault("check_images", False)  # a broken one fails its run, and says so
+        data["check_images"] = False  # once for the study, by `digest`, and not in each run
         return {
             "eval_path": path,
             "eval_split": split,
@@ -69,15 +69,16 @@ class ImageTask(Task):
         return plan_training(config, base, adapter_config).num_trainable_parameters
 
     def digest(self, config: Any) -> str:
-        """Return hashes of the images' places and classes, and of the weights."""
+        """Return hashes of all pixels and classes, and of the weights; finds broken images."""
         from pacatune.data.images import prepare_images
-        from pacatune.data.images.check import run_digest
+        from pacatune.data.images.check import check_images, run_digest
 
-        parts = [prepare_images(config.data), self._test_images(config)]
-        texts = [part.fingerprint for part in parts]
-        for part in parts:
-            assert part.evaluation is not None, "a fraction is held out, and there is test data"
-            texts.append(run_digest(part.evaluation.source, part.evaluation.indices, None))
+        images = prepare_images(config.data)
+        texts = []
+        for part in (images.train, images.evaluation, self._test_images(config).evaluation):
+            assert part is not None, "a fraction is held out, and there is test data"
+            (digests,) = check_images((part.source, part.indices))
+            texts.append(run_digest(part.source, part.indices, digests))
         return " ".join([*texts, weights_digest(config.model.path, config.model.revision)])
 
     def run(self, config: Any, console: Console) -> Measured:

@@ -141,6 +141,7 @@ class _Runner:
             soft_wrap=True,
             markup=False,
         )
+        self._console.file.flush()  # somebody may follow a log
 
     def _run(self, place: Place) -> RunRecord:
         name, rate, seed = place
