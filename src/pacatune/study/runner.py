@@ -1,6 +1,7 @@
 """Runs a study: every run once, whatever interrupts it."""
 
 import dataclasses
+import gc
 import math
 import tempfile
 import time
@@ -45,6 +46,8 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     plan = make_plan(config, console.print)
     output.open()
     runner = _Runner(plan, Records(folder / RUNS_NAME), console)
+    # What is there by now stays: each run collects garbage twice, and need not look at it.
+    gc.freeze()
     try:
         records = runner.run_all()
     except KeyboardInterrupt:
@@ -52,6 +55,8 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
             f"stopped with {runner.num_done} of {plan.num_runs} runs done; the same command "
             "continues"
         ) from None
+    finally:
+        gc.unfreeze()
     result = summarise(plan, records)
     write_report(result, folder)
     output.write({"finished": True, **result.to_dict()})
