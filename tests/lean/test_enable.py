@@ -437,6 +437,16 @@ def test_what_does_a_little_more_is_left_alone(twist):
     }
 
 
+def test_convolutions_under_adapters_are_no_gated_mlp():
+    # PEFT's layers around convolutions have in_features and out_features; by them, an inverted
+    # residual that widens 6 channels to 24 could be one layer for gate and up.
+    block = nn.Sequential(nn.Conv2d(6, 24, 1), nn.ReLU(), nn.Conv2d(12, 6, 1))
+    model = nn.ModuleDict({"block": block})
+    config = LoraConfig(r=2, target_modules=["block.0", "block.2"])
+    report = lean.enable(get_peft_model(model, config))
+    assert not report.left
+
+
 def test_any_norm_is_found_and_no_other():
     modules = nn.ModuleDict(
         {"a": SomeNorm(None), "b": SomeNorm("other eps"), "c": SomeNorm("doubled")}

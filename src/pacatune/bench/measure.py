@@ -159,6 +159,7 @@ def run_point(config: BenchConfig, setting: Setting, method: str) -> dict[str, A
     if config.sweep == "seq-len":
         return peak
     seconds: list[float] = []
+    noise = Noise()
     end = time.monotonic() + config.seconds
     while len(seconds) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
         seconds.append(sum(run.step()))
@@ -167,6 +168,7 @@ def run_point(config: BenchConfig, setting: Setting, method: str) -> dict[str, A
         **peak,
         "step_ms": 1e3 * step,
         "num_steps": len(seconds),
+        "noise": [noise.to_dict()],
         "sentences_per_second": setting.num_rows / step,
         "tokens_per_second": setting.num_rows * setting.num_tokens / step,
     }

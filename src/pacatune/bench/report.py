@@ -35,13 +35,18 @@ def _source(result: Result) -> str:
     commit = result["commit"]
     at = f" at commit {commit[:9]}" if commit else ""
     changed = ", with changes that were not committed," if result["is_modified"] else ""
-    noise = result["noise"]
-    others = noise["num_cores_of_others"]
-    busy = "" if others is None else f" Other processes kept {others} cores busy."
     return (
         f"`{result['command']}`{at}{changed} on {result['device']}, {result['date']}, seed "
-        f"{result['seed']} ({packages}).{busy}"
+        f"{result['seed']} ({packages}).{_busy(result)}"
     )
+
+
+def _busy(result: Result) -> str:
+    """Say what the other processes did at the worst while something was timed."""
+    timed = [*result.get("rows", ()), *result.get("points", ())]
+    noises = [noise["num_cores_of_others"] for row in timed for noise in row.get("noise", ())]
+    known = [cores for cores in noises if cores is not None]
+    return f" Other processes kept at most {max(known)} cores busy meanwhile." if known else ""
 
 
 def _table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -9,7 +9,7 @@ from pacatune.bench.comparison import compare_methods
 from pacatune.bench.config import BenchConfig
 from pacatune.bench.device import available_bytes, device_name
 from pacatune.bench.methods import METHODS
-from pacatune.bench.record import Noise, commit, cpu, versions
+from pacatune.bench.record import commit, cpu, versions
 from pacatune.bench.sweep import sweep_method
 from pacatune.result_folder import ResultFolder
 
@@ -33,7 +33,6 @@ def run(
     """
     config = _with_limit(config)
     result = _provenance(config, command)
-    noise = Noise()
     if config.sweep is None:
         result |= {"rows": [], "ratios": []}
         for setting in config.settings:
@@ -48,7 +47,7 @@ def run(
             result["limits"].append(limit)
             result["points"] += points
             folder.write(result)
-    result |= {"finished": True, "noise": noise.to_dict()}
+    result["finished"] = True
     folder.write(result)
     return result
 

@@ -21,13 +21,11 @@ __all__ = ["Elementwise", "apply_paca_gated"]
 class Elementwise(Protocol):
     """An activation: `pacatune.lean.activation.Activation` is one."""
 
-    @property
-    def value(self) -> Callable[[Tensor], Tensor]:
-        """Activation x -> act(x)."""
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return act(gate) * up, a tensor of its own."""
 
-    @property
-    def gradient(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Gradient of act(x), and x -> gradient of x."""
+    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up from that of their product."""
 
 
 class _PacaGated(torch.autograd.Function):
@@ -49,7 +47,7 @@ class _PacaGated(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = scaling, is_resident, look_again, activation
         ctx.save_for_backward(gate, up, weight, delta, indices)
-        h = activation.value(gate).mul_(up)
+        h = activation.product(gate, up)
         y = owned(F.linear(h, weight, bias))
         if not is_resident:
             h_NR = h.index_select(-1, indices).to(y.dtype).view(-1, len(indices))
@@ -70,7 +68,7 @@ class _PacaGated(torch.autograd.Function):
         ggate = gup = gdelta = None
         if needs_delta:
             gate_R, up_R = (x.index_select(-1, indices_R) for x in (gate, up))
-            h_NR = activation.value(gate_R).mul_(up_R).view(-1, len(indices_R))
+            h_NR = activation.product(gate_R, up_R).view(-1, len(indices_R))
             gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype)
         if needs_gate or needs_up:
             is_resident = look_again()
@@ -79,8 +77,7 @@ class _PacaGated(torch.autograd.Function):
                 columns_NR = gy_NO.mm(delta_OR.to(gy.dtype))
                 gh_NI.index_add_(1, indices_R, columns_NR, alpha=scaling)
             gh = gh_NI.view(gate.shape)
-            ggate = activation.gradient(gh * up, gate) if needs_gate else None
-            gup = activation.value(gate).mul_(gh) if needs_up else None
+            ggate, gup = activation.product_gradients(gh, gate, up)
         gbias = gy_NO.sum(0) if needs_bias else None
         return ggate, gup, None, gdelta, None, None, gbias, None, None, None
 

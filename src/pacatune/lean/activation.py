@@ -1,4 +1,4 @@
-"""The activations of gated MLPs: value and derivative, with the module's own rounding."""
+"""The activations of gated MLPs and the products they gate, with the module's own rounding."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pacatune.lean.fused import fused
 
 __all__ = ["ACTIVATIONS", "Activation"]
 
@@ -27,6 +29,32 @@ class Activation:
     name: str
     value: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return act(gate) * up; all (..., I)."""
+        return _product(gate, up, self)
+
+    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up, (..., I) each, from that of act(gate) * up."""
+        return _product_gradients(gh, gate, up, self)
+
+
+@fused
+def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return _times(activation.value(gate), up)
+
+
+@fused
+def _product_gradients(
+    gh: Tensor, gate: Tensor, up: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    ggate = activation.gradient(gh * up, gate)
+    return ggate, _times(activation.value(gate), gh)
+
+
+def _times(x: Tensor, other: Tensor) -> Tensor:
+    """Multiply in place where the dtypes allow it."""
+    return x.mul_(other) if x.dtype == other.dtype else x * other
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pacatune.lean.activation import ACTIVATIONS, Activation
 from pacatune.lean.tracing import refuse_second_derivative
 
-__all__ = ["apply_gated_product", "gated_product", "product_gradients"]
+__all__ = ["apply_gated_product", "gated_product"]
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
@@ -43,19 +43,6 @@ def gated_product(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return apply_gated_product(gate, up, ACTIVATIONS[activation])
 
 
-def product_gradients(
-    gh: Tensor, gate: Tensor, up: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, (..., I) each, from that of act(gate) * up."""
-    ggate = activation.gradient(gh * up, gate)
-    return ggate, _times(activation.value(gate), gh)
-
-
-def _times(x: Tensor, other: Tensor) -> Tensor:
-    """Multiply in place where the dtypes allow it."""
-    return x.mul_(other) if x.dtype == other.dtype else x * other
-
-
 class _GatedProduct(torch.autograd.Function):
     """See `gated_product`."""
 
@@ -63,14 +50,13 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return _times(activation.value(gate), up)
+        return activation.product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gated_product")
         gate, up = ctx.saved_tensors
-        ggate, gup = product_gradients(gh, gate, up, ctx.activation)
-        return ggate, gup, None
+        return *ctx.activation.product_gradients(gh, gate, up), None
 
 
 def apply_gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

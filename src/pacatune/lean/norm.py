@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pacatune.lean.fused import fused
 from pacatune.lean.tracing import refuse_second_derivative
 
 __all__ = ["Norm", "apply_norm", "layer_norm", "plain_norm", "rms_norm"]
@@ -107,6 +108,7 @@ def plain_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
     return _forward(x, weight, bias, norm)[0]
 
 
+@fused
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -155,10 +157,22 @@ class _Norm(torch.autograd.Function):
 def _uncentred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     x, weight, _, rstd = ctx.saved_tensors
-    norm = ctx.norm
+    return *_gradients(x, gy, weight, rstd, ctx.norm, needs_x, needs_weight), None
+
+
+@fused
+def _gradients(
+    x: Tensor,
+    gy: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    norm: Norm,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     gx = gweight = None
     n = _wide(x) * rstd
-    if needs_weight:
+    if needs_weight and weight is not None:
         products = gy * n.to(x.dtype) if norm.rounds_first else _wide(gy) * n
         gweight = _sum_rows(products).to(weight.dtype)
     if needs_x:
@@ -168,7 +182,7 @@ def _uncentred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, Tensor | None, None
             gn = _wide(gy) if weight is None else _wide(gy) * _factor(weight, norm)
         mean = (gn * n).mean(-1, keepdim=True)
         gx = n.mul_(mean).sub_(gn).mul_(-rstd).to(x.dtype)
-    return gx, gweight, None
+    return gx, gweight
 
 
 def _centred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,96 @@
+"""What GPUs run in one kernel is what is written: compiled here for the CPU, by force."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pacatune.lean import fused, gated_product, rms_norm
+from tests.lean.twins import assert_within_own_error, run
+
+# Inductor imports what torch itself deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile wherever a GPU would."""
+    torch.compiler.reset()
+    fused._compiled.cache_clear()
+    monkeypatch.setattr(fused, "_is_wanted", lambda x: type(x) is torch.Tensor)
+    yield
+    fused._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def graphs(compiled, monkeypatch):
+    """Count the graphs without making kernels of them, which takes seconds each."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_ = functools.partial(torch.compile, dynamic=True, backend=counter, fullgraph=True)
+    monkeypatch.setattr(fused, "_compiled", functools.cache(compile_))
+    return counter
+
+
+def _make(*shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def _compare(function, tensors, trained, monkeypatch):
+    ours, saved = run(function, tensors, trained)
+    exact, _ = run(function, {name: x.double() for name, x in tensors.items()}, trained)
+    monkeypatch.setattr(fused, "_is_wanted", lambda x: False)
+    theirs, saved_apart = run(function, tensors, trained)
+    assert saved == saved_apart
+    assert_within_own_error(ours, theirs, exact)
+
+
+def test_kernels_compute_a_product_and_its_gradients(compiled, monkeypatch):
+    gate, up = _make((4, 6, 32), (4, 6, 32), dtype=torch.bfloat16)
+    _compare(gated_product, {"gate": gate, "up": up}, {"gate", "up"}, monkeypatch)
+    assert not fused._failed
+
+
+@pytest.mark.parametrize("form", [{}, {"plus_one": True, "rounds_first": False}])
+def test_a_norm_is_one_graph_each_way(graphs, monkeypatch, form):
+    x, weight = _make((5, 16), (16,), dtype=torch.bfloat16)
+    function = functools.partial(rms_norm, **form)
+    for num_rows in (5, 2, 3):  # other sizes need no other graph
+        run(function, {"x": x[:num_rows], "weight": weight}, {"x"})
+    assert graphs.frame_count == 2
+    _compare(function, {"x": x, "weight": weight}, {"x"}, monkeypatch)
+
+
+def test_a_product_is_one_graph_each_way(graphs):
+    for num_rows in (3, 5, 7, 64):
+        gate, up = _make((num_rows, 32), (num_rows, 32), dtype=torch.float32)
+        run(gated_product, {"gate": gate, "up": up}, {"gate", "up"})
+    assert graphs.frame_count == 2
+
+
+def test_cpus_and_tensors_without_memory_compile_nothing(monkeypatch):
+    monkeypatch.setattr(fused, "_compiled", lambda function: pytest.fail("compiled"))
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    gate, up = _make((3, 32), (3, 32), dtype=torch.float32)
+    run(gated_product, {"gate": gate, "up": up}, {"gate", "up"})
+    with FakeTensorMode():
+        assert not fused._is_wanted(torch.empty(3, device="cuda"))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no compiler\nand a long trace")
+
+    @fused.fused
+    def double(x):
+        return 2 * x
+
+    monkeypatch.setattr(fused, "_is_wanted", lambda x: True)
+    monkeypatch.setattr(fused, "_compiled", lambda function: refuse)
+    message = r"`double` could not be compiled \(RuntimeError: no compiler\); lean activations run"
+    with pytest.warns(UserWarning, match=message):
+        assert double(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert double(torch.ones(2)).tolist() == [2.0, 2.0]  # and says no more
