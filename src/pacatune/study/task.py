@@ -87,7 +87,7 @@ class Task(ABC):
     def run(self, config: Any, console: Console) -> Measured:
         """Train and evaluate."""
 
-    def make_config(self, options: Values, decided: Values) -> Any:
+    def make_config(self, options: Values, decided: Values | None = None) -> Any:
         """Build a run.
 
         Args:
@@ -102,7 +102,7 @@ class Task(ABC):
         text = repr(values)
         if text not in self._parsed:  # checking takes longer than all that follows
             self._parsed[text] = self._parse(values)
-        parsed = merged(self._parsed[text], decided)
+        parsed = merged(self._parsed[text], decided or {})
         built = {name: kind(**parsed[name]) for name, kind in sections.items()}
         return run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
 

@@ -112,12 +112,8 @@ def _collect(
         )
     model.train(was_training)
     seconds = time.perf_counter() - start
-    console.print(
-        f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches "
-        f"({seconds:.1f} s)",
-        soft_wrap=True,
-        highlight=False,
-    )
+    chosen = f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches"
+    console.print(f"{chosen} ({seconds:.1f} s)", soft_wrap=True, highlight=False)
     return statistics
 
 
