@@ -65,6 +65,29 @@ def test_two_seeds_choose_the_rate(scripted, tmp_path):
     assert result.arms["paca"].rates[1e-3] == pytest.approx(0.005)  # mean of seeds 0 and 1
 
 
+def test_grids_are_extended_where_the_best_rate_is_at_the_edge(scripted, tmp_path):
+    """Validation is best at 1e-3: downwards from 2e-3 in steps of a half, upwards from 6e-4."""
+    task, options = scripted
+    arms = {
+        "down": Arm(rank=4, learning_rates=[2e-3, 4e-3]),
+        "up": Arm(method="lora", learning_rates=[2e-4, 6e-4]),
+        "one": Arm(rank=2, learning_rates=[3e-3]),
+    }
+    config = config_of(options, arms=arms, seeds=[0], extend_grids=3)
+    result, _ = run(config, tmp_path / "out")
+    assert list(result.arms["down"].rates) == [5e-4, 1e-3, 2e-3, 4e-3]
+    assert list(result.arms["up"].rates) == [2e-4, 6e-4, 1.8e-3]
+    assert list(result.arms["one"].rates) == [3e-3]
+    assert [arm.learning_rate for arm in result.arms.values()] == [1e-3, 6e-4, 3e-3]
+    assert not any(arm.at_edge for arm in result.arms.values())
+    assert len(task.runs) == len(set(task.runs)) == 8
+    # In one step less, the last rate is still the edge.
+    once = config_of(options, arms=arms, seeds=[0], extend_grids=1)
+    result, _ = run(once, tmp_path / "out")
+    assert len(task.runs) == 8
+    assert result.arms["down"].at_edge
+
+
 def test_files(scripted, tmp_path):
     _, options = scripted
     result, _ = run(config_of(options), tmp_path / "out")

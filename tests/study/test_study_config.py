@@ -44,6 +44,7 @@ def test_wrong_arms(values, message):
         ({"learning_rates": {"sgd": [1e-3]}}, "`learning_rates` names 'sgd'; the methods are"),
         ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
         ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),
+        ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
         ({"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
     ],
 )

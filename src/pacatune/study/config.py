@@ -110,6 +110,10 @@ class StudyConfig:
     """Method -> grid. Where missing, the task's; or a third, one and three times the rate that is
     the command's default for the method."""
 
+    extend_grids: int = 0
+    """Where the best rate is at the edge of its grid, try the next one beyond, at the distance of
+    the last two, up to so many times."""
+
     validation_fraction: float = 0.1
     """Share of the training data that is held out to choose by; the task's evaluation data is the
     test."""
@@ -150,6 +154,8 @@ class StudyConfig:
                 f"`validation_fraction` ({self.validation_fraction}) must be above 0 and below 1: "
                 "the rate may not be chosen on test data."
             )
+        if self.extend_grids < 0:
+            raise ValueError(f"`extend_grids` ({self.extend_grids}) must be at least 0.")
         if self.forgetting_tokens < 0:
             raise ValueError(f"`forgetting_tokens` ({self.forgetting_tokens}) must be at least 0.")
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Plan:
         """Return how many runs the whole study takes."""
         seeds, tuning = len(self.config.seeds), self.config.tuning_seeds
         return sum(len(a.learning_rates) * tuning + seeds - tuning for a in self.arms.values())
+
+    def add_rate(self, name: str, rate: float) -> None:
+        """Let an arm try another rate."""
+        arm = self.arms[name]
+        self.arms[name] = replace(arm, learning_rates=sorted([*arm.learning_rates, rate]))
 
     def make_run(self, name: str, rate: float, seed: int, folder: Path) -> Any:
         """Build one run.

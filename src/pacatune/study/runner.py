@@ -16,7 +16,7 @@ from pacatune.study.plan import Plan, make_plan
 from pacatune.study.records import Records
 from pacatune.study.report import OUTPUTS, write_report
 from pacatune.study.result import RunRecord, StudyResult
-from pacatune.study.summary import Place, best_rate, summarise
+from pacatune.study.summary import Place, best_rate, rate_beyond, summarise
 from pacatune.training.report import versions
 
 RESULT_NAME = "study.json"
@@ -92,6 +92,8 @@ class _Runner:
         """Do the runs that choose rates, then those at the chosen ones."""
         for place in self.tuning_runs():
             self._do(place)
+        for _ in range(self._plan.config.extend_grids):
+            self._extend_grids()
         for place in self._final_runs():
             self._do(place)
         return self._ended
@@ -107,6 +109,18 @@ class _Runner:
             for name, arm in self._plan.arms.items()
             if number < len(arm.learning_rates)
         ]
+
+    def _extend_grids(self) -> None:
+        """Try one more rate for each arm whose best one is at the edge of its grid."""
+        seeds = self._plan.config.seeds[: self._plan.config.tuning_seeds]
+        beyond = {name: rate_beyond(self._plan, self._ended, name) for name in self._plan.arms}
+        for name, rate in beyond.items():
+            if rate is not None:
+                self._plan.add_rate(name, rate)
+        for seed in seeds:
+            for name, rate in beyond.items():
+                if rate is not None:
+                    self._do((name, rate, seed))
 
     def _final_runs(self) -> list[Place]:
         chosen = {name: best_rate(self._plan, self._ended, name) for name in self._plan.arms}

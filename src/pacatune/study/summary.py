@@ -21,6 +21,15 @@ def best_rate(plan: Plan, records: dict[Place, RunRecord], name: str) -> float |
     return max(found, key=lambda rate: found[rate]) if found else None
 
 
+def rate_beyond(plan: Plan, records: dict[Place, RunRecord], name: str) -> float | None:
+    """Return the rate next to the best one outside of the grid; None if it is not at the edge."""
+    rates, best = plan.arms[name].learning_rates, best_rate(plan, records, name)
+    if best is None or len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.3g}")
+
+
 def rate_curve(plan: Plan, records: dict[Place, RunRecord], name: str) -> dict[float, float | None]:
     """Return learning rate -> mean metric on validation data, None where a run failed."""
     seeds = plan.config.seeds[: plan.config.tuning_seeds]
