@@ -1,6 +1,6 @@
 """Tasks of real models on real data that come as Python packages, sized for two cores.
 
-Steps, batches and sizes are ours. The grids are a factor of two around rates that trained well in
+Steps, batches and sizes are ours. The grids are a factor of three around rates that trained well in
 short trials; docs/selection_study.md says more.
 """
 
@@ -118,21 +118,25 @@ PACKAGED_TASKS = {
     "smollm2-chat": PackagedTask(
         command="train",
         prepare=_smollm2_chat,
-        learning_rates=_grids([2e-3, 4e-3, 8e-3], full=[5e-5, 1e-4, 2e-4]),
+        learning_rates=_grids([2e-3, 6e-3, 1.8e-2], full=[3e-5, 1e-4, 3e-4]),
     ),
     "minilm-questions": PackagedTask(
         command="classify",
         prepare=_minilm_questions,
-        learning_rates=_grids([2e-3, 4e-3, 8e-3], full=[1e-4, 2e-4, 4e-4], head=[5e-3, 1e-2, 2e-2]),
+        learning_rates=_grids(
+            [2e-3, 6e-3, 1.8e-2], full=[5e-5, 1.5e-4, 4.5e-4], head=[3e-3, 1e-2, 3e-2]
+        ),
     ),
     "efficientnet-cifar10": PackagedTask(
         command="train-image",
         prepare=_efficientnet_cifar10,
-        learning_rates=_grids([2e-3, 4e-3, 8e-3], full=[5e-4, 1e-3, 2e-3], head=[5e-3, 1e-2, 2e-2]),
+        learning_rates=_grids(
+            [2e-3, 6e-3, 1.8e-2], full=[3e-4, 1e-3, 3e-3], head=[3e-3, 1e-2, 3e-2]
+        ),
     ),
     "dinov2-cifar10": PackagedTask(
         command="train-image",
         prepare=_dinov2_cifar10,
-        learning_rates=_grids([2e-3, 4e-3, 8e-3], full=[5e-5, 1e-4, 2e-4], head=[5e-3, 1e-2, 2e-2]),
+        learning_rates=_grids([1e-3, 3e-3, 9e-3], full=[3e-5, 1e-4, 3e-4], head=[3e-3, 1e-2, 3e-2]),
     ),
 }
