@@ -192,13 +192,20 @@ def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
     assert any("may be untrained" in note for note in result.notes)
 
 
-def test_rounding_that_swallows_the_adapter_is_noted():
+@pytest.mark.parametrize(
+    ("rounds_inputs", "expected"),
+    [(False, "`dtype`=float32 keeps it"), (True, "which no merged model repeats: that (6.0e-01)")],
+)
+def test_rounding_that_swallows_the_adapter_is_noted(rounds_inputs, expected):
     small, large = (
-        merge_module._weigh(OutputError(max_absolute=e, max_relative=e), 1.0, "original", False)
+        merge_module._weigh(
+            OutputError(max_absolute=e, max_relative=e), 1.0, "dequantized", False, rounds_inputs
+        )
         for e in (0.1, 0.6)
     )
     assert small == []
-    assert "`dtype`=float32 keeps it" in large[0]
+    assert len(large) == 1
+    assert expected in large[0]
 
 
 def test_a_folder_in_use_is_refused_before_the_base_is_loaded(adapter_dir, tmp_path):

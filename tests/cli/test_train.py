@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -181,3 +182,25 @@ def test_as_a_module(words):
     assert done.returncode == 0, done.stderr
     assert "[[ It is 0.</s>]]" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            ("model.quantization", "nf5"),
+            r"\(nf5\) must be one of nf4, fp4, int8 or null; see",
+        ),
+        (("paca.r", "x"), r"\(x\) must be an integer; see"),
+        (("training.learning_rate", "abc"), r"\(abc\) must be a number or null; see"),
+        (("paca.rank_pattern", "3"), r"\(3\) must be a mapping; see"),
+        (("paca.layers_to_transform", "a"), r"\(a\) must be a list or an integer or null; see"),
+        (
+            ("method", "lore"),
+            r"\(lore\) must be one of paca, lora, dora, moslora, qlora, full",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(option, message, capsys):
+    assert main(["train", f"--{option[0]}", option[1]]) == 2
+    assert re.search(f"`{option[0]}` {message}", capsys.readouterr().err)

@@ -107,6 +107,30 @@ def test_trains_as_plain_autograd_on_the_dequantised_weights(method):
         torch.testing.assert_close(layer.delta_of("default"), delta, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_every_block_size_of_bitsandbytes(block_size):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(4096, 8)
+    layer = bitsandbytes.nn.Linear4bit(4096, 8, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach().clone(), blocksize=block_size, requires_grad=False, quant_type="nf4"
+    )
+    layer.bias = linear.bias
+    model = get_peft_model(nn.Sequential(layer.to("cpu")), PacaConfig(r=RANK, target_modules=["0"]))
+    assert model.peft_config["default"].base_quantization["block_size"] == block_size
+    randomise(model)
+    (layer,) = layers_of(model)
+    weight = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
+    assert 0 < (weight - linear.weight).abs().mean() < 1e-3
+    delta, indices = layer.delta_of("default"), layer.paca_indices["default"]
+    x = torch.randn(3, 4096)
+    expected = reference.paca_linear(
+        x, weight, delta, indices, layer.scaling["default"], layer.base_layer.bias
+    )
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_base_is_the_base_when_disabled_and_after_unload(method):
     net = Net(method).eval()
     before = net(batch()).detach()

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 PROBE_TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
 
-# Largest |difference| / largest |output| that rounding alone can explain, through a whole model.
+# Largest |difference| / largest |output| that weights rounded to a dtype can explain.
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,

@@ -1,5 +1,6 @@
 """Options of a run: one per field of its configuration and sections, from words and YAML files."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -88,7 +89,7 @@ class RunOptions:
         try:
             return self.parser.parse_args(argv)
         except ArgumentError as error:
-            raise ValueError(f"{error}; see `{self.parser.prog} --help`.") from error
+            raise ValueError(f"{readable(str(error))}; see `{self.parser.prog} --help`.") from error
 
     def _check_words(self, argv: list[str]) -> None:
         """Refuse unknown options and unknown keys of config files."""
@@ -134,6 +135,36 @@ class RunOptions:
                 for name, value in values[section].items()
             ]
         return "".join(parts)
+
+
+def readable(message: str) -> str:
+    """Return what jsonargparse says of a wrong value in words that name value and rule."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message, re.DOTALL)
+    rule = r"Expected (?:an? )?((?:\w+\.)*\w+\[.*?\]|<class '\w+'>)"
+    expected = dict.fromkeys(re.findall(rule, message))
+    if not (key and value and expected):
+        return message
+    kinds = [_kind(text) for text in expected]
+    return f"`{key[1]}` ({value[1].strip()}) must be {' or '.join(kinds)}"
+
+
+def _kind(text: str) -> str:
+    name, _, inner = text.partition("[")
+    if name == "typing.Literal":
+        return "one of " + ", ".join(part.strip(" '\"") for part in inner[:-1].split(","))
+    return _KINDS.get(text.removeprefix("<class '").removesuffix("'>"), text)
+
+
+_KINDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "float": "a number",
+    "int": "an integer",
+    "list": "a list",
+    "str": "text",
+}
 
 
 def values_of(argv: list[str], flag: str) -> Iterator[str]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from pacatune.lean.activation import ACTIVATIONS, Activation
 from pacatune.lean.modules import GatedNames
@@ -26,12 +25,11 @@ _WIDTH, _INNER = 3, 5
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether a module says that it maps in_features to out_features, and is no convolution."""
-    # PEFT's layers around convolutions say it too.
+    """Whether a module, or the one in an adapter's layer, maps in_features to out_features."""
+    # The adapter's own layer says it of convolutions and of bare parameters as well.
     get_base: Callable[[], Any] | None = getattr(module, "get_base_layer", None)
-    if isinstance(module if get_base is None else get_base(), _ConvNd):
-        return False
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    base = module if get_base is None else get_base()
+    sizes = (getattr(base, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes)
 
 

@@ -75,6 +75,10 @@ class PacaSection:
     """Names of modules, a regular expression, or `all-linear` (every linear layer but the output
     head). Where null, the linear layers of the repeated blocks."""
 
+    target_parameters: list[str] | None = None
+    """Names of parameters without a layer of their own, such as the fused weights of experts:
+    `[experts.gate_up_proj, experts.down_proj]`. Adapted beside `target_modules`."""
+
     exclude_modules: list[str] | str | None = None
     """Names or a regular expression of modules to leave out."""
 
@@ -168,6 +172,9 @@ class LoraSection:
 
     target_modules: list[str] | str | None = None
     """As `paca.target_modules`."""
+
+    target_parameters: list[str] | None = None
+    """As `paca.target_parameters`."""
 
     exclude_modules: list[str] | str | None = None
     """As `paca.exclude_modules`."""
