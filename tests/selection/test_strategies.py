@@ -10,7 +10,10 @@ from pacatune.selection import register_strategy, seed_for, select_columns, stra
 
 BUILT_IN = [
     "activation",
+    "activation_leverage",
+    "activation_qr",
     "gradient",
+    "gradient_activation",
     "random",
     "weight_activation",
     "weight_norm",

@@ -190,3 +190,32 @@ def test_a_moslora_run(make_config, tiny_model_dir):
     ]
     assert len(mixers) == 14
     assert not any(torch.allclose(m @ m.t(), torch.eye(4), atol=1e-5) for m in mixers)  # trained
+
+
+def test_budget_and_shared_columns_in_a_run(make_config, tmp_path):
+    """Ranks follow the gradients, groups share columns, and a resumed run keeps both."""
+    from peft import PeftConfig
+
+    from pacatune.training import PacaSection, train
+
+    section = PacaSection(
+        r=4, paca_alpha=4, budget="gradient", share_columns=True, selection_batches=2
+    )
+    config = make_config(paca=section, training={"max_steps": 4})
+    report = train(config)
+    saved = PeftConfig.from_pretrained(tmp_path / "out")
+    assert len(set(saved.rank_pattern.values())) > 1
+    columns = {name: found for name, found in saved.columns.items() if "layers.0.mlp" in name}
+    gate, up = (columns[f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "up"))
+    assert len(gate) == saved.rank_pattern["model.layers.0.mlp.gate_proj"]
+    assert len(up) == saved.rank_pattern["model.layers.0.mlp.up_proj"]
+    equal = train(make_config(paca=PacaSection(r=4), training={"max_steps": 1}), overwrite=True)
+    assert 0.8 * equal.num_trainable_parameters < report.num_trainable_parameters
+    assert report.num_trainable_parameters <= equal.num_trainable_parameters
+
+
+def test_unknown_budget():
+    from pacatune.training import PacaSection
+
+    with pytest.raises(ValueError, match=r"`paca.budget` \('most'\) must be 'equal' or"):
+        PacaSection(budget="most")

@@ -189,7 +189,7 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path, co
     config = make_config("full", data=data, training=settings)
     report = train(config, console=console)
     base = describe_base(config.model.path, None, CLASSES, None)
-    run = recipe_module._prepare(config, console)
+    run = recipe_module.prepare(config, console)
     arguments = TrainingArguments(
         str(tmp_path / "plain"),
         report_to="none",

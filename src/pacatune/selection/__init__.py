@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pacatune.selection import candidates  # noqa: F401  (registers its strategies)
 from pacatune.selection.strategies import (
     register_strategy,
     seed_for,
@@ -11,6 +12,7 @@ from pacatune.selection.strategies import (
 
 __all__ = [
     "ColumnStatistics",
+    "allocate_ranks",
     "choose_columns",
     "collect_statistics",
     "load_columns",
@@ -18,16 +20,19 @@ __all__ = [
     "save_columns",
     "seed_for",
     "select_columns",
+    "share_columns",
     "strategies",
 ]
 
 # The tuner needs the strategies, and these need the tuner, to know what is adapted.
 _LATER = {
     "ColumnStatistics": "pacatune.selection.statistics",
+    "allocate_ranks": "pacatune.selection.budget",
     "choose_columns": "pacatune.tuner.columns",
     "collect_statistics": "pacatune.selection.collect",
     "load_columns": "pacatune.selection.files",
     "save_columns": "pacatune.selection.files",
+    "share_columns": "pacatune.selection.sharing",
 }
 
 

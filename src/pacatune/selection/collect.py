@@ -3,10 +3,12 @@
     gradient      each batch is one iteration t: forward, backward, and for each target the squared
                   norms of the columns of dW_t are added up (Sec. 5: sum over t of ||g_t||^2)
     activation    forward passes only: the squares of the inputs of each target, by column
+    activation_sketch    forward passes only: a random projection of the inputs to 256 rows
 
-What is kept is one number for each column of each target. The gradient of one weight exists at a
-time: it is reduced and freed inside the backward pass, as soon as autograd has computed it. All
-other weights are frozen, so no gradient of theirs is computed, and nothing is updated.
+What is kept is one number for each column of each target, or 256 (1 KiB). The gradient of one
+weight exists at a time: it is reduced and freed inside the backward pass, as soon as autograd has
+computed it. All other weights are frozen, so no gradient of theirs is computed, and nothing is
+updated.
 
 Neither the number of processes nor that of accumulation steps matters: the same batches give the
 same sums, up to rounding. (The norm of a gradient that is accumulated over several batches could
@@ -22,9 +24,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pacatune.selection.observers import observe_activations, observe_gradients
+from pacatune.selection.observers import (
+    observe_activations,
+    observe_gradients,
+    observe_sketches,
+)
 from pacatune.selection.statistics import ColumnStatistics
-from pacatune.selection.strategies import KINDS, statistics_of
+from pacatune.selection.strategies import KINDS, SKETCH_ROWS, statistics_of
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.fast_path import without_fast_path
@@ -34,6 +40,12 @@ __all__ = ["collect_statistics"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 Sums = dict[str, dict[str, Tensor]]
+
+_OBSERVERS = {
+    "gradient": observe_gradients,
+    "activation": observe_activations,
+    "activation_sketch": observe_sketches,
+}
 
 
 def collect_statistics(
@@ -56,7 +68,7 @@ def collect_statistics(
             BatchNorm evaluating; a gradient checkpoint works as in training.
         batches: What is in one iteration each; the paper takes 100.
         config: Says which weights, and by its `selection` what is collected.
-        kinds: What to collect instead: "gradient", "activation".
+        kinds: What to collect instead: "gradient", "activation", "activation_sketch".
         loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, or for activations
             just `model(**batch)`, with the batch on the model's device.
         progress: Called with the number of batches done, after each.
@@ -150,8 +162,9 @@ def _observed(
     def adder(name: str, kind: str) -> Callable[[Tensor], None]:
         def add(values: Tensor) -> None:
             values = values.detach()
-            # Apple's GPUs have no float64.
-            values = values if values.device.type == "mps" else values.double()
+            # Apple's GPUs have no float64, and sketches are large.
+            if kind != "activation_sketch" and values.device.type != "mps":
+                values = values.double()
             total = sums[name].get(kind)
             sums[name][kind] = values if total is None else total.add_(values)
 
@@ -162,7 +175,7 @@ def _observed(
         mask[0] = found if isinstance(found, Tensor) and found.dim() == 2 else None
 
     with ExitStack() as stack:
-        for kind, observe in (("gradient", observe_gradients), ("activation", observe_activations)):
+        for kind, observe in _OBSERVERS.items():
             if kind in kinds:
                 adders = {name: adder(name, kind) for name in targets}
                 stack.enter_context(observe(model, targets, adders, lambda: mask[0]))
@@ -214,17 +227,24 @@ def _finish(
     device = next(model.parameters()).device
     empty = [torch.zeros(0), torch.tensor([float(num_batches)])]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    parts = [
-        sums[name].get(kind, torch.zeros(target.num_columns)).to(device, dtype)
+    shapes = {
+        (name, kind): (SKETCH_ROWS,) * (kind == "activation_sketch") + (target.num_columns,)
         for name, target in targets.items()
         for kind in kinds
+    }
+    parts = [
+        sums[name].get(kind, torch.zeros(shape)).to(device, dtype).flatten()
+        for (name, kind), shape in shapes.items()
     ]
     flat = torch.cat([*parts, empty[1].to(device, dtype)])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
     flat = flat.cpu().double()
     pieces = iter(flat.split([*(len(part) for part in parts), 1]))
-    values = {name: {kind: next(pieces).clone() for kind in kinds} for name in targets}
+    values = {
+        name: {kind: next(pieces).view(shapes[name, kind]).clone() for kind in kinds}
+        for name in targets
+    }
     statistics = ColumnStatistics(values=values, num_batches=round(float(next(pieces))))
     _refuse_unused(statistics)
     return statistics

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pacatune.selection.strategies import SKETCH_ROWS, seed_for
 from pacatune.tuner.experts import is_expert_parameter
 from pacatune.tuner.matrix import as_matrix
 from pacatune.tuner.targets import Target
 
-__all__ = ["observe_activations", "observe_gradients"]
+__all__ = ["observe_activations", "observe_gradients", "observe_sketches"]
 
 Add = Callable[[Tensor], None]
 Mask = Callable[[], Tensor | None]
@@ -118,6 +119,60 @@ def observe_activations(
     Raises:
         ValueError: If a target has no input with a value for each column.
     """
+    reduce = dict.fromkeys(targets, _squares)
+    with _observe_inputs(targets, adders, mask, reduce):
+        yield
+
+
+@contextmanager
+def observe_sketches(
+    model: nn.Module, targets: Mapping[str, Target], adders: Mapping[str, Add], mask: Mask
+) -> Iterator[None]:
+    """Add a random projection of the inputs of every forward pass, for each target.
+
+    Each token is added to one row of a (256, I) matrix, with a sign, both drawn from the target's
+    own generator; processes draw different ones. On average S^T S is X^T X.
+
+    Args:
+        model: In any state.
+        targets: By name.
+        adders: Name -> what takes (256, I) sums.
+        mask: As for `observe_activations`.
+
+    Raises:
+        ValueError: As for `observe_activations`.
+
+    Source: CountSketch, Charikar, Chen and Farach-Colton 2002.
+    """
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    process = torch.distributed.get_rank() if is_distributed else 0
+    reduce = {name: _Sketch(seed_for(process, name)) for name in targets}
+    with _observe_inputs(targets, adders, mask, reduce):
+        yield
+
+
+class _Sketch:
+    """Projects tokens (N, I) to (256, I), differently at each call."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        shape = (len(tokens),)
+        rows = torch.randint(SKETCH_ROWS, shape, generator=self._generator).to(tokens.device)
+        signs = 2 * torch.randint(2, shape, generator=self._generator).to(tokens.device) - 1
+        values = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        result = values.new_zeros(SKETCH_ROWS, values.shape[1])
+        return result.index_add_(0, rows, signs.to(values).unsqueeze(1) * values)
+
+
+@contextmanager
+def _observe_inputs(
+    targets: Mapping[str, Target],
+    adders: Mapping[str, Add],
+    mask: Mask,
+    reduce: Mapping[str, Callable[[Tensor], Tensor]],
+) -> Iterator[None]:
     for name, target in targets.items():
         is_expert = is_expert_parameter(target.module, target.parameter_name)
         if isinstance(target.module, nn.Embedding) or is_expert:
@@ -129,7 +184,7 @@ def observe_activations(
             )
     handles = [
         target.module.register_forward_pre_hook(
-            _activation_hook(target.module, adders[name], mask), with_kwargs=True
+            _activation_hook(target.module, adders[name], mask, reduce[name]), with_kwargs=True
         )
         for name, target in targets.items()
     ]
@@ -140,7 +195,9 @@ def observe_activations(
             handle.remove()
 
 
-def _activation_hook(module: nn.Module, add: Add, mask: Mask) -> Callable[..., None]:
+def _activation_hook(
+    module: nn.Module, add: Add, mask: Mask, reduce: Callable[[Tensor], Tensor]
+) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [*args, *kwargs.values()][:1]
         if isinstance(module, nn.MultiheadAttention):  # one weight for query, key and value
@@ -148,7 +205,7 @@ def _activation_hook(module: nn.Module, add: Add, mask: Mask) -> Callable[..., N
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             inputs = list({id(given[name]): given[name] for name in names}.values())
         for x in inputs:
-            add(_squares(_tokens(x.detach(), module, mask())))
+            add(reduce(_tokens(x.detach(), module, mask())))
 
     return hook
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pacatune.adapters.tensor_file import read_tensors, write_tensors
-from pacatune.selection.strategies import KINDS
+from pacatune.selection.strategies import KINDS, SKETCH_ROWS
 
 __all__ = ["ColumnStatistics"]
 
@@ -23,13 +23,16 @@ class ColumnStatistics:
 
         gradient[i]      sum over t of ||dW_t[:, i]||^2
         activation[i]    sum over tokens of x[i]^2
+        activation_sketch[k, i]    sum over the tokens of row k of +-x[i]; each token has a random
+                                   row and sign
 
     Raises:
-        ValueError: If a value is not finite, negative, no vector, or of an unknown kind.
+        ValueError: If a value is not finite, a sum of squares negative, or of another shape or an
+            unknown kind.
     """
 
     values: Mapping[str, Mapping[str, Tensor]]
-    """Module's name in the base model -> kind -> (I,) float64 on the CPU."""
+    """Module's name in the base model -> kind -> (I,) or (256, I) float64 on the CPU."""
     num_batches: int
     """Batches of all processes."""
     source: str = field(default="statistics", repr=False)
@@ -96,12 +99,16 @@ class ColumnStatistics:
 def _check(values: Tensor, kind: str, where: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"{where} has {kind!r}; the kinds of statistics are {KINDS}.")
-    if values.dim() != 1 or not values.is_floating_point():
+    is_sketch = kind == "activation_sketch"
+    fits = values.shape[:1] == (SKETCH_ROWS,) and values.dim() == 2 if is_sketch else True
+    if values.dim() != 1 + is_sketch or not fits or not values.is_floating_point():
+        rows = f"{SKETCH_ROWS} floating-point numbers" if is_sketch else "one floating-point number"
         raise ValueError(
-            f"{where}: `{kind}` is {tuple(values.shape)} of {values.dtype}; it must be one "
-            "floating-point number for each column."
+            f"{where}: `{kind}` is {tuple(values.shape)} of {values.dtype}; it must be {rows} for "
+            "each column."
         )
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+    is_negative = not is_sketch and bool((values < 0).any())
+    if not bool(torch.isfinite(values).all()) or is_negative:
         raise ValueError(
             f"{where}: `{kind}` holds values that are not finite or below 0, but it is a sum of "
             "squares: the loss of a batch is not finite (no label in it?), or the file is damaged."

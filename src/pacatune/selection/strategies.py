@@ -35,8 +35,10 @@ Strategy = Callable[[Tensor, Mapping[str, Tensor], int, torch.Generator], Tensor
 
 FIXED = "fixed"
 """What `PacaConfig.selection` says of columns that were given and not chosen."""
-KINDS = ("gradient", "activation")
-"""The statistics that `collect_statistics` can gather, each a sum of squares by column."""
+KINDS = ("gradient", "activation", "activation_sketch")
+"""The statistics that `collect_statistics` can gather: sums of squares by column, (I,), and a
+random projection of the inputs, (SKETCH_ROWS, I)."""
+SKETCH_ROWS = 256
 
 
 class _Entry(NamedTuple):
@@ -53,10 +55,12 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
     Args:
         name: The strategy's name. The function takes (weight, statistics, rank, generator): the
             weight as a matrix with a column for each of the I columns to choose from, what was
-            collected about them ({kind: (I,) float64}), the number of columns, and the layer's
-            own seeded CPU generator; it returns (rank,) distinct int64 columns in any order.
-        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation"). A
-            weight that is not needed is on the meta device and has a shape only.
+            collected about them (by kind, see `ColumnStatistics`), the number of columns, and the
+            layer's own seeded CPU generator; it returns (rank,) distinct int64 columns in any
+            order.
+        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation",
+            "activation_sketch"). A weight that is not needed is on the meta device and has a shape
+            only.
 
     Raises:
         ValueError: If the name is taken, or `needs` names something else.
@@ -186,7 +190,7 @@ def select_weight_norm(
     weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
 ) -> Tensor:
     """Choose the columns of the largest L2 norm (Sec. 5)."""
-    return _largest(_norms(weight), rank)
+    return largest(_norms(weight), rank)
 
 
 @register_strategy("weight_norm_smallest", needs=("weight",))
@@ -194,7 +198,7 @@ def select_weight_norm_smallest(
     weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
 ) -> Tensor:
     """Choose the columns of the smallest L2 norm."""
-    return _largest(-_norms(weight), rank)
+    return largest(-_norms(weight), rank)
 
 
 @register_strategy("gradient", needs=("gradient",))
@@ -202,7 +206,7 @@ def select_gradient(
     weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
 ) -> Tensor:
     """Choose the columns of the largest accumulated gradient (Sec. 5)."""
-    return _largest(statistics["gradient"], rank)
+    return largest(statistics["gradient"], rank)
 
 
 @register_strategy("activation", needs=("activation",))
@@ -210,7 +214,7 @@ def select_activation(
     weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
 ) -> Tensor:
     """Choose the columns of the largest inputs."""
-    return _largest(statistics["activation"], rank)
+    return largest(statistics["activation"], rank)
 
 
 @register_strategy("weight_activation", needs=("weight", "activation"))
@@ -219,7 +223,7 @@ def select_weight_activation(
 ) -> Tensor:
     """Choose the columns of the largest product of both norms."""
     norms = _norms(weight)
-    return _largest(norms * statistics["activation"].to(norms).sqrt(), rank)
+    return largest(norms * statistics["activation"].to(norms).sqrt(), rank)
 
 
 def _norms(weight: Tensor) -> Tensor:
@@ -228,5 +232,6 @@ def _norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def _largest(scores: Tensor, rank: int) -> Tensor:
+def largest(scores: Tensor, rank: int) -> Tensor:
+    """Return the places of the largest of some scores, of equal ones the first."""
     return scores.sort(descending=True, stable=True).indices[:rank]

@@ -84,12 +84,20 @@ class PacaSection:
 
     selection: str | dict[str, list[int]] = "random"
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
-    activation, weight_activation. Or the columns themselves, by the module's name or pattern; or
-    the folder or .safetensors file of a PaCA adapter, whose columns are taken."""
+    activation, weight_activation, gradient_activation, activation_qr, activation_leverage. Or the
+    columns themselves, by the module's name or pattern; or the folder or .safetensors file of a
+    PaCA adapter, whose columns are taken."""
 
     selection_batches: int = 100
-    """How many batches of the training data the strategies gradient, activation and
-    weight_activation look at, over all processes."""
+    """How many batches of the training data strategies with gradients or activations look at, over
+    all processes."""
+
+    share_columns: bool = False
+    """Choose the same columns for layers with the same input: query, key and value; gate and up."""
+
+    budget: Literal["equal", "gradient"] = "equal"
+    """Ranks of the layers: all `r`, or by each layer's gradient over `selection_batches` batches,
+    with as many parameters in all."""
 
     random_seed: int = 42
     """Seed of the choice of the columns."""
@@ -120,6 +128,8 @@ class PacaSection:
             raise ValueError(
                 f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
             )
+        if self.budget not in ("equal", "gradient"):
+            raise ValueError(f"`paca.budget` ({self.budget!r}) must be 'equal' or 'gradient'.")
         if self._names_a_file():
             # Absolute, so that the run can be repeated from elsewhere.
             self.selection = str(Path(str(self.selection)).expanduser().resolve())
@@ -138,7 +148,8 @@ class PacaSection:
             ValueError: If the file holds no columns.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        del values["selection_batches"]
+        for name in ("selection_batches", "share_columns", "budget"):
+            del values[name]
         if self._names_a_file():
             from pacatune.selection import load_columns
 

@@ -77,7 +77,7 @@ def train(
     run = prepare_run(config, console)
     digest = fingerprint(run.data.train)
     checkpoint = find_checkpoint(digest, folder, config.training.world_size) if resume else None
-    trainer = _make_trainer(config, run, digest, checkpoint, console)
+    trainer = make_trainer(config, run, digest, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, folder, checkpoint, console)
     run_trainer(trainer, config, checkpoint, console, less_memory=_LESS_MEMORY)
@@ -97,9 +97,18 @@ def preview(config: RunConfig, num_examples: int, *, console: Console | None = N
     show_warnings(data.warnings, console)
 
 
-def _make_trainer(
+def make_trainer(
     config: RunConfig, run: Run, digest: str, checkpoint: Path | None, console: Console
 ) -> RunTrainer:
+    """Load the weights, choose columns where data decides about them, and return the trainer.
+
+    Args:
+        config: The run.
+        run: What `prepare_run` found.
+        digest: Of the training data; checkpoints keep it.
+        checkpoint: Where the run goes on, if it does.
+        console: Where to show progress.
+    """
     arguments = adjusted_arguments(
         config, has_evaluation=run.data.evaluation is not None, checkpoint=checkpoint
     )

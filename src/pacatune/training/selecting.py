@@ -20,6 +20,8 @@ from pacatune.training.any_run import AnyRun
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from pacatune.selection import ColumnStatistics
+
 
 def check_selection(config: AnyRun, adapter_config: "PeftConfig | None") -> None:
     """Refuse a choice from data where no process has the whole model.
@@ -27,7 +29,7 @@ def check_selection(config: AnyRun, adapter_config: "PeftConfig | None") -> None
     Raises:
         ValueError: If the strategy needs statistics and FSDP is to shard the model.
     """
-    if _kinds(adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if _kinds(config, adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             f"`paca.selection` ({getattr(adapter_config, 'selection', None)!r}) looks at gradients "
             "or activations of the whole model, which FSDP shards; run it without FSDP for one "
@@ -57,12 +59,35 @@ def choose_from_data(
         loss_fn: As for `collect_statistics`.
     """
     adapter_config = copy.deepcopy(adapter_config)
-    kinds = _kinds(adapter_config)
-    if adapter_config is None or not kinds:
+    kinds = _kinds(config, adapter_config)
+    shares = adapter_config is not None and config.method == "paca" and config.paca.share_columns
+    if adapter_config is None or not (kinds or shares):
         return adapter_config
     if checkpoint is not None:
         return _as_in(checkpoint, adapter_config)
-    from pacatune.selection import choose_columns, collect_statistics
+    from pacatune.selection import allocate_ranks, choose_columns, share_columns
+
+    adapter: Any = adapter_config
+    statistics = None
+    if kinds:
+        statistics = _collect(config, adapter, model, batches, kinds, console, loss_fn)
+        if config.paca.budget == "gradient":
+            adapter = allocate_ranks(model, adapter, statistics)
+    if shares:
+        adapter = share_columns(model, adapter, statistics)
+    return choose_columns(model, adapter, statistics)
+
+
+def _collect(
+    config: Any,
+    adapter_config: Any,
+    model: nn.Module,
+    batches: Iterable[Any],
+    kinds: tuple[str, ...],
+    console: Console,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+) -> "ColumnStatistics":
+    from pacatune.selection import collect_statistics
 
     if not getattr(model, "is_quantized", False):
         model.to(config.training.device)
@@ -81,18 +106,15 @@ def choose_from_data(
             model,
             batches,
             adapter_config,
+            kinds=kinds,
             loss_fn=loss_fn,
             progress=progress,
         )
     model.train(was_training)
     seconds = time.perf_counter() - start
-    console.print(
-        f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches "
-        f"({seconds:.1f} s)",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return choose_columns(model, adapter_config, statistics)
+    chosen = f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches"
+    console.print(f"{chosen} ({seconds:.1f} s)", soft_wrap=True, highlight=False)
+    return statistics
 
 
 def share_of_batches(
@@ -123,14 +145,16 @@ def describe_columns(model: Any) -> str | None:
     return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
-def _kinds(adapter_config: "PeftConfig | None") -> tuple[str, ...]:
+def _kinds(config: Any, adapter_config: "PeftConfig | None") -> tuple[str, ...]:
+    """Return the statistics that columns and ranks are chosen by."""
     if getattr(adapter_config, "peft_type", None) != "PACA":
         return ()
-    from pacatune.selection.strategies import statistics_of
+    from pacatune.selection.strategies import KINDS, statistics_of
 
-    if getattr(adapter_config, "columns", None) is not None:
-        return ()
-    return statistics_of(str(getattr(adapter_config, "selection", "random")))
+    kinds = {"gradient"} if config.paca.budget == "gradient" else set()
+    if getattr(adapter_config, "columns", None) is None:
+        kinds |= set(statistics_of(str(getattr(adapter_config, "selection", "random"))))
+    return tuple(kind for kind in KINDS if kind in kinds)
 
 
 def _as_in(checkpoint: Path, adapter_config: Any) -> "PeftConfig":
@@ -138,6 +162,8 @@ def _as_in(checkpoint: Path, adapter_config: Any) -> "PeftConfig":
 
     saved = read_config(checkpoint / CONFIG_NAME)
     adapter_config.columns = saved.columns
+    adapter_config.rank_pattern = saved.rank_pattern
+    adapter_config.alpha_pattern = saved.alpha_pattern
     adapter_config.selection_options = saved.selection_options
     return adapter_config
 

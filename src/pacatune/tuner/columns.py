@@ -131,9 +131,9 @@ def _choose(
         kwargs = get_quantization_kwargs(model)
         weight = weight_matrix(target.module, target.parameter_name, **kwargs)
     for kind, one in values.items():
-        if len(one) != target.num_columns:
+        if one.shape[-1] != target.num_columns:
             raise ValueError(
-                f"`statistics` has {len(one)} columns for {name!r} ({kind}), which has "
+                f"`statistics` has {one.shape[-1]} columns for {name!r} ({kind}), which has "
                 f"{target.num_columns}; it is of another model."
             )
     seed = seed_for(config.random_seed, name)

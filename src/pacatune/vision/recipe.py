@@ -107,11 +107,11 @@ def train(
     check_folder(folder, resume=resume, overwrite=overwrite)
     if resume:
         check_same_options(config, folder)
-    run = _prepare(config, console)
+    run = prepare(config, console)
     checkpoint = None
     if resume:
         checkpoint = find_checkpoint(run.data.fingerprint, folder, config.training.world_size)
-    trainer = _make_trainer(config, run, checkpoint, console)
+    trainer = make_trainer(config, run, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, folder, checkpoint, console)
     run_trainer(trainer, config, checkpoint, console, less_memory=_LESS_MEMORY)
@@ -122,7 +122,7 @@ def train(
     return report
 
 
-def _prepare(config: ImageRunConfig, console: Console) -> Run:
+def prepare(config: ImageRunConfig, console: Console) -> Run:
     """Find images and model, plan what is trained, and say so."""
     check_environment(config)
     show_warnings(unused_sections(config), console)
@@ -164,9 +164,17 @@ def _show_plan(config: ImageRunConfig, run: Run, console: Console) -> None:
     show_warnings(run.data.warnings, console)
 
 
-def _make_trainer(
+def make_trainer(
     config: ImageRunConfig, run: Run, checkpoint: Path | None, console: Console
 ) -> ImageTrainer:
+    """Load the weights, choose columns where data decides about them, and return the trainer.
+
+    Args:
+        config: The run.
+        run: What `prepare` found.
+        checkpoint: Where the run goes on, if it does.
+        console: Where to show progress.
+    """
     arguments = adjusted_arguments(
         config, has_evaluation=run.evaluation is not None, checkpoint=checkpoint
     )

@@ -107,7 +107,7 @@ def read_sources(config: ImageDataConfig) -> tuple[ImageSource, ImageSource | No
     """
     path, eval_path = config.path, config.eval_path
     folder = Path(path).expanduser()
-    if folder.is_dir() and (found := _find_split(folder)):
+    if folder.is_dir() and (found := find_split(folder)):
         path, eval_path = str(folder / "train"), eval_path or str(folder / found)
     train = read_source(config, path, config.split, "data.path")
     if eval_path is None and config.eval_split is None:
@@ -176,7 +176,7 @@ def read_folder(folder: Path) -> FolderSource:
     )
 
 
-def _find_split(folder: Path) -> str | None:
+def find_split(folder: Path) -> str | None:
     """Return the evaluation folder's name, if a folder holds `train` and that one alone."""
     names = {path.name for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder)}
     found = [name for name in _EVALUATION_FOLDERS if names == {"train", name}]
