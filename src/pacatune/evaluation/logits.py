@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.adapters.fingerprint import unwrap
-
 
 def can_keep_few(model: Any) -> bool:
     """Whether a model, adapted or not, can leave out the logits of all but the last positions."""
+    from pacatune.adapters.fingerprint import unwrap  # imports PEFT, which judging does not need
+
     return "logits_to_keep" in signature(unwrap(model).forward).parameters
 
 
