@@ -6,7 +6,7 @@ from typing import Any
 
 from pacatune.reproduce.measured import Measured
 
-__all__ = ["bars", "lines"]
+__all__ = ["bars", "lines", "stacked"]
 
 _PAPER, _OURS = "#9a9a9a", "#2b6cb0"
 
@@ -80,6 +80,28 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str
     for name, points in series.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
     axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> str:
+    """Draw a stacked bar per line.
+
+    Args:
+        parts: Title of a line -> its parts.
+        names: Of the parts.
+        label: Of the axis, with its unit.
+    """
+    figure, (axes,) = _figure(1, height=1.2 + 0.4 * len(parts))
+    places = list(range(len(parts)))[::-1]
+    lefts = [0.0] * len(parts)
+    for number, name in enumerate(names):
+        widths = [values[number] for values in parts.values()]
+        axes.barh(places, widths, left=lefts, height=0.62, label=name)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axes.set(xlabel=label, yticks=places)
+    axes.set_yticklabels(list(parts))
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
