@@ -51,8 +51,8 @@ def test_markdown_has_the_papers_numbers_ours_and_differences(section):
         # 30 / 20, 1500 / 1000, and 16 / 20, 850 / 1000
         "| small | DoRA | 8 | 30 | 1,500 | 1.50 | 1.50 | +0.00 |",
         "| small | PaCA | 8 | 16 | 850 | 0.80 | 0.85 | +0.05 |",
-        "| small | PaCA | 8 | 53.0 | 31 (29 to 33) | +3.00 | +1.00 |",
-        "| small | No tuning | - | 40.0 | 20 | -10.00 | -10.00 |",
+        "| small | PaCA | 8 | 53.0 | 31 (29 to 33) | +3.00 | +1 |",
+        "| small | No tuning | - | 40.0 | 20 | -10.00 | -10 |",
         "### Contradicts the paper",
         "Not computed yet: DoRA.",
         "- One `limit`.",

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pacatune.cli.options import new_parser, quiet_libraries
 
@@ -29,6 +29,9 @@ def run(argv: list[str]) -> int:
     experiments = find_experiments(options.name, EXPERIMENTS)
     if options.only is not None:
         check_method(options.only, experiments)
+    if options.print:
+        _print_settings(console.print, experiments, options.scale)
+        return 0
     command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
     _run(options, experiments, command, console.print)
     return 0
@@ -45,6 +48,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     scale = "small: real small models on this machine, offline; full: the paper's, on a GPU"
     add("--scale", choices=("small", "full"), help=scale)
     add("--simulate", action="store_true", help=_SIMULATE_HELP)
+    add("--print", action="store_true", help=_PRINT_HELP)
     add("--only", metavar="METHOD", help="of one method, such as paca; other results are kept")
     add("--output", metavar="DIR", help="gets the report and the results")
     add("--resume", action="store_true", help="go on with what an earlier run left in DIR")
@@ -53,6 +57,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         return options
     if options.name is None:
         parser.error("give a NAME (`pacatune reproduce --list` shows them)")
+    if options.print:
+        return options
     if options.simulate == (options.scale is not None):
         parser.error("give one of --scale small, --scale full and --simulate")
     if options.output is None:
@@ -60,12 +66,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+_PRINT_HELP = "show the settings beside the paper's (of --scale, default full), and stop"
 _SIMULATE_HELP = "the memory columns alone, at the paper's own sizes, without GPU or weights"
 
 
 def _print_list(show: "object", experiments: "dict[str, Experiment]") -> None:
     for experiment in experiments.values():
         show(f"{experiment.name:<7} {experiment.title} ({experiment.place})")  # type: ignore[operator]
+
+
+def _print_settings(
+    show: "object", experiments: "list[Experiment]", scale: "Literal['small', 'full'] | None"
+) -> None:
+    from pacatune.reproduce.settings_of import settings_text
+
+    for experiment in experiments:
+        show(settings_text(experiment, scale or "full"))  # type: ignore[operator]
 
 
 def _run(

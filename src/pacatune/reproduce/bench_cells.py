@@ -106,12 +106,19 @@ def phase_ratio(
         what: Method and phase: forward, backward or step.
         of: The same of what it is a share of.
     """
-    for pair in result["ratios"]:
-        if (pair["method"], pair["reference"]) == (what[0], of[0]) and what[1] == of[1]:
-            values = pair if what[1] == "step" else pair[what[1]]
-            return Measured(
-                value=values["ratio"], low=values["low"], high=values["high"], origin="measured"
-            )
+    pairs = {(pair["method"], pair["reference"]): pair for pair in result["ratios"]}
+    first = next(iter(pairs), ("", ""))[0]
+    if what[1] == of[1] and (what[0], of[0]) in pairs:
+        return _ratio(pairs[what[0], of[0]], what[1])
+    if what[1] == of[1] and {(first, what[0]), (first, of[0])} <= set(pairs):
+        # Both took turns with the same third one, maybe at different times.
+        above, below = (_ratio(pairs[first, one[0]], one[1]) for one in (of, what))
+        return Measured(
+            value=above.value / below.value,
+            low=above.low / below.high,
+            high=above.high / below.low,
+            origin="measured",
+        )
     ours, other = row_of(result, what[0]), row_of(result, of[0])
     if "step_ms" not in ours or "step_ms" not in other:
         return None
@@ -124,8 +131,17 @@ def phase_ratio(
     )
 
 
+def _ratio(pair: dict[str, Any], phase: str) -> Measured:
+    values = pair if phase == "step" else pair[phase]
+    return Measured(
+        value=values["ratio"], low=values["low"], high=values["high"], origin="measured"
+    )
+
+
 def machine_of(result: dict[str, Any]) -> str:
     """Return what was measured where, and what else the machine did, in a sentence."""
-    others = result.get("noise", {}).get("num_cores_of_others")
-    busy = "" if others is None else f"; other processes kept {others} cores busy"
+    timed = [*result.get("rows", ()), *result.get("points", ())]
+    noises = [noise["num_cores_of_others"] for row in timed for noise in row.get("noise", ())]
+    known = [cores for cores in noises if cores is not None]
+    busy = f"; other processes kept up to {max(known):.2f} cores busy" if known else ""
     return f"Measured on {result['model']} with {result['device']}{busy}."

@@ -23,6 +23,7 @@ def papers_table(table: Table) -> ReportTable:
             *(_printed(row.values.get(key), number) for key, number in digits.items()),
         ]
         for row in table.rows
+        if row.values
     ]
     header = ["model", "method", "rank", *(f"{q.title}, {q.unit}" for q in quantities)]
     return ReportTable(title=f"What the paper reports ({table.label})", header=header, rows=rows)
@@ -96,14 +97,15 @@ def _shares(table: Table, column: Column) -> list[str]:
 def _relative(table: Table, column: Column, row: Row, ours: Ours) -> list[str]:
     """Return both as a share of the reference method's on the same model, and their difference."""
     reference = _reference(table, column, row, ours)
-    width = 2 if column.is_score else 3
-    if reference is None or column.paper.key not in row.values:
-        return ["-"] * width
-    stated = share(column, row.values[column.paper.key], reference.values[column.paper.key])
+    if reference is None:
+        return ["-"] * (2 if column.is_score else 3)
     key = column.quantity.key
     here = share(column, ours[row.key, key].value, ours[reference.key, key].value)
+    if column.paper.key not in row.values:
+        return ["-", f"{here:+.3g}"] if column.is_score else ["-", f"{here:.2f}", "-"]
+    stated = share(column, row.values[column.paper.key], reference.values[column.paper.key])
     if column.is_score:
-        return [f"{stated:+.2f}", f"{here:+.2f}"]
+        return [f"{stated:+.2f}", f"{here:+.3g}"]
     return [f"{stated:.2f}", f"{here:.2f}", f"{here - stated:+.2f}"]
 
 

@@ -35,6 +35,8 @@ class Column:
     is_same: bool
     """Whether both measure the same thing at the same size, so that numbers can be compared and not
     shares alone."""
+    is_inverted: bool = False
+    """Whether less of ours is as good as more of the paper's: a loss beside a score."""
     about: str = ""
     """How ours is obtained, for the reader."""
 
@@ -73,31 +75,33 @@ def _judge(column: Column, rows: tuple[Row, Row], here: tuple[Measured, Measured
         outcome = "contradicts"
     names = tuple(_name(row) for row in rows)
     unit, our_unit = column.paper.unit, column.quantity.unit
+    theirs, mine = (_sentence(column, names, order) for order in (stated, found))
     text = (
-        f"{column.quantity.title}, {rows[0].model}: the paper has {_sentence(names, stated)} "
-        f"({a:g} and {b:g} {unit}); here {_sentence(names, found)} "
-        f"({_interval(here[0])} and {_interval(here[1])} {our_unit})"
+        f"{column.quantity.title}, {rows[0].model}: the paper has {theirs} ({a:g} and {b:g} "
+        f"{unit}); here {mine} ({_interval(here[0])} and {_interval(here[1])} {our_unit})"
     )
     return Verdict(outcome=outcome, text=text)
 
 
 def _order(column: Column, a: Measured, b: Measured) -> int:
-    """Return 1 if a is surely above b, -1 if below, 0 if neither."""
+    """Return 1 if a is surely above b (a better score), -1 if below, 0 if neither."""
     margin = column.quantity.margin
     if not column.is_same and not column.is_score:
         margin *= max(abs(a.value), abs(b.value))
+    sign = -1 if column.is_inverted else 1
     if a.low > b.high and a.value - b.value > margin:
-        return 1
+        return sign
     if b.low > a.high and b.value - a.value > margin:
-        return -1
+        return -sign
     return 0
 
 
-def _sentence(names: tuple[str, ...], order: int) -> str:
+def _sentence(column: Column, names: tuple[str, ...], order: int) -> str:
     first, second = names
     if order == 0:
         return f"{first} and {second} alike"
-    return f"{first} {'above' if order > 0 else 'below'} {second}"
+    words = ("better than", "worse than") if column.is_score else ("above", "below")
+    return f"{first} {words[order < 0]} {second}"
 
 
 def _name(row: Row) -> str:

@@ -1,15 +1,22 @@
 """The settings of our own runs, in the words of the paper's tables; and which differ."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from pacatune.bench.config import BenchConfig
 from pacatune.memory.setting import Setting
 from pacatune.paper.settings import MODULES, Settings
-from pacatune.reproduce.experiment import SettingsBeside
+from pacatune.reproduce.experiment import Experiment, SettingsBeside
 from pacatune.reproduce.section import ReportTable
 
-__all__ = ["beside_table", "differences", "of_bench", "of_run", "of_simulation"]
+__all__ = [
+    "beside_table",
+    "differences",
+    "of_bench",
+    "of_run",
+    "of_simulation",
+    "settings_text",
+]
 
 _SAME = "same"
 
@@ -45,12 +52,13 @@ def of_simulation(setting: Setting, *, has_length: bool = True) -> Settings:
     )
 
 
-def of_run(run: Any, data: str) -> Settings:
+def of_run(run: Any, data: str, grid: Settings | None = None) -> Settings:
     """Return the settings of a run of `pacatune train`.
 
     Args:
         run: A RunConfig.
         data: What the data is called.
+        grid: Whose learning rates are tried, where several are.
     """
     arguments = run.training
     is_paca = run.method == "paca"
@@ -62,7 +70,7 @@ def of_run(run: Any, data: str) -> Settings:
         rank=run.paca.r if is_paca else run.lora.r,
         alpha=float(run.paca.paca_alpha if is_paca else run.lora.lora_alpha),
         dropout=None if is_paca else run.lora.lora_dropout or None,
-        learning_rates=(float(arguments.learning_rate),),
+        learning_rates=((float(arguments.learning_rate),) if grid is None else grid.learning_rates),
         precision="16-bit mixed" if arguments.bf16 else "32 bits",
         optimizer="AdamW",
         scheduler=str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
@@ -107,6 +115,24 @@ def beside_table(beside: SettingsBeside) -> ReportTable:
         rows.append([field.name.replace("_", " "), _text(paper), _text(ours), reason])
     header = ["setting", "paper", "ours", "why it differs"]
     return ReportTable(title=beside.title, header=header, rows=rows)
+
+
+def settings_text(experiment: Experiment, scale: Literal["small", "full"]) -> str:
+    """Return all settings of an experiment beside the paper's, as Markdown.
+
+    Args:
+        experiment: Which one.
+        scale: Of ours.
+    """
+    lines = [f"# {experiment.name}: {experiment.title} ({experiment.place}); --scale {scale}"]
+    for beside in experiment.settings(scale):
+        table = beside_table(beside)
+        lines += ["", f"## {table.title}", ""]
+        lines += [f"| {' | '.join(table.header)} |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        if beside.commands:
+            lines += ["", *(f"    {command}" for command in beside.commands)]
+    return "\n".join(lines) + "\n"
 
 
 def _text(value: Any) -> str:

@@ -4,23 +4,26 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
+from pacatune.paper.settings import table_12
 from pacatune.paper.table import Quantity, Row
 from pacatune.paper.table4 import GPU, TABLE
+from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.compare import Column
-from pacatune.reproduce.experiment import Experiment, Mode, Results
+from pacatune.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.section import ReportTable, Section
+from pacatune.reproduce.settings_of import of_bench
 from pacatune.reproduce.simulate import describe, setting_of, simulate_length
 
 __all__ = ["EXPERIMENT"]
 
-_KEY = "simulated_length"
+_KEY, _MEASURED = "simulated_length", "measured_length"
 _DROPOUT = 0.1
 _ABOUT = (
     "How long may one text be before the memory of an NVIDIA A100 (80 GB) is full, for each way of "
@@ -68,7 +71,7 @@ def _variants() -> dict[str, tuple[Row, Setting, str]]:
 
 def cells(mode: Mode) -> list[Cell]:
     """Return the work of a mode."""
-    return [
+    found = [
         Cell(
             key=f"simulate-{name}",
             title=f"simulating {row.title}, {what}: {describe(setting.but(seq_len=512))}",
@@ -78,6 +81,13 @@ def cells(mode: Mode) -> list[Cell]:
         )
         for name, (row, setting, what) in _variants().items()
     ]
+    if mode != "simulate":
+        found.append(bench_cell(_bench(mode), tuple(TABLE.methods())))
+    return found
+
+
+def _bench(scale: Literal["small", "full"]) -> Any:
+    return bench_config(scale, tuple(TABLE.methods()), sweep="seq-len", rank=8)
 
 
 def _simulate(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -103,7 +113,17 @@ def section(mode: Mode, results: Results) -> Section:
         for row in TABLE.rows
         if row.key in lengths
     }
-    fill_section(part, TABLE, [_COLUMN], ours)
+    columns = [_COLUMN]
+    bench = results.get("bench")
+    if bench is not None:
+        columns.append(_measured_column(mode, bench))
+        limits = {limit["method"]: limit["limit"] for limit in bench["limits"]}
+        ours |= {
+            (row.key, _MEASURED): Measured.exact(limits[row.method], "measured")
+            for row in TABLE.rows
+            if row.method in limits
+        }
+    fill_section(part, TABLE, columns, ours)
     rows = [
         [row.title, what, f"{row.values['length']:,.0f}", f"{lengths[name]:,}"]
         for name, (row, _, what) in _variants().items()
@@ -116,6 +136,42 @@ def section(mode: Mode, results: Results) -> Section:
     return part
 
 
+def _measured_column(mode: Mode, bench: dict[str, Any]) -> Column:
+    paper = TABLE.quantity("length")
+    is_same = mode == "full"
+    return Column(
+        quantity=Quantity(
+            key=_MEASURED,
+            title="longest sequence until memory ends, measured",
+            unit="tokens",
+            kind="length",
+            margin=paper.margin if is_same else 1 / 32,
+        ),
+        paper=paper,
+        is_same=is_same,
+        about=f"By `pacatune bench --sweep seq-len`, to 1/64 of itself. {machine_of(bench)}",
+    )
+
+
+def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
+    """Return ours beside the paper's."""
+    why = {
+        "model": "the longest sequence is simulated for the paper's own model; what is measured "
+        "until memory ends is smaller",
+        "precision": "what this processor multiplies fast",
+        "optimizer": "the paper names none",
+    }
+    return [
+        SettingsBeside(
+            title=row.title,
+            paper=table_12(row.method),
+            ours=of_bench(_bench(scale), row.method),
+            why=why,
+        )
+        for row in TABLE.rows
+    ]
+
+
 EXPERIMENT = Experiment(
     name=TABLE.name,
     title=TABLE.title,
@@ -123,6 +179,6 @@ EXPERIMENT = Experiment(
     methods=tuple(TABLE.methods()),
     cells=cells,
     section=section,
-    settings=lambda scale: [],
+    settings=settings,
     cannot={},
 )
