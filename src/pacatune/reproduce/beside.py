@@ -1,6 +1,7 @@
 """The paper's table, and each quantity of ours beside it."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from pacatune.paper.table import Row, Table
 from pacatune.reproduce.charts import bars
@@ -144,7 +145,8 @@ def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
         )
         for row in rows
     ]
-    svg = bars(
+    draw = partial(
+        bars,
         names,
         [row.values.get(column.paper.key) for row in rows],
         [ours[row.key, column.quantity.key] for row in rows],
@@ -153,7 +155,7 @@ def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
             f"{column.quantity.title}, {column.quantity.unit}",
         ),
     )
-    return Chart(caption=f"{column.quantity.title}: the paper and here", svg=svg)
+    return Chart(caption=f"{column.quantity.title}: the paper and here", draw=draw)
 
 
 def _with_spread(number: Measured) -> str:

@@ -21,9 +21,11 @@ __all__ = ["KEY", "chat_cell", "chat_column", "chat_numbers", "chat_settings", "
 KEY = "small_loss"
 _TASK = "smollm2-chat"
 _MODEL = "SmolLM2-135M-Instruct"
-_STEPS = 16
+_STEPS = 12
 _RATES = [2e-3, 4e-3, 8e-3]
 _SELECTION_BATCHES = 8
+# Of some 560 questions; what rates are chosen by.
+_VALIDATION = 0.05
 _PREFIX = "small-"
 
 
@@ -46,7 +48,9 @@ def chat_study(
         options["paca"] = {"selection_batches": _SELECTION_BATCHES}
     # alpha = rank: the update is not scaled, and the grid of rates is the same for every rank.
     arm = Arm(method=method, rank=rank, selection=selection, learning_rates=list(_RATES))
-    return one_arm(_TASK, method, arm, options=options, seeds=list(seeds))
+    return one_arm(
+        _TASK, method, arm, options=options, seeds=list(seeds), validation_fraction=_VALIDATION
+    )
 
 
 def chat_cell(

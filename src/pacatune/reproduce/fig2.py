@@ -121,8 +121,8 @@ def _add_operations(part: Section, operations: dict[str, dict[str, Any]]) -> Non
         METHOD_TITLES[method]: [counts[f"{phase}_flops"] / 1e12 for phase in _PHASES]
         for method, counts in operations.items()
     }
-    svg = stacked(shown, _PHASES, "TFLOP per step")
-    part.charts.append(Chart(caption="Operations of a step, counted exactly", svg=svg))
+    draw = partial(stacked, shown, _PHASES, "TFLOP per step")
+    part.charts.append(Chart(caption="Operations of a step, counted exactly", draw=draw))
 
 
 def _add_times(part: Section, bench: dict[str, Any]) -> None:
@@ -142,8 +142,8 @@ def _add_times(part: Section, bench: dict[str, Any]) -> None:
     )
     part.tables.append(table)
     if shown:
-        svg = stacked(shown, phases, "ms per step")
-        part.charts.append(Chart(caption=f"Times of a step. {machine_of(bench)}", svg=svg))
+        draw = partial(stacked, shown, phases, "ms per step")
+        part.charts.append(Chart(caption=f"Times of a step. {machine_of(bench)}", draw=draw))
 
 
 def _ours(

@@ -13,7 +13,7 @@ from pacatune.paper.settings import table_13
 from pacatune.paper.table4 import GPU
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.cells import Cell
-from pacatune.reproduce.charts import lines
+from pacatune.reproduce.charts import lines, stacked
 from pacatune.reproduce.compare import Verdict
 from pacatune.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
 from pacatune.reproduce.section import Chart, ReportTable, Section
@@ -91,6 +91,9 @@ def section(mode: Mode, results: Results) -> Section:
         rows = [[METHOD_TITLES[method], f"{number:,}"] for method, number in batches.items()]
         title = "Largest batch of 512 tokens on an A100 (80 GB), llama3-8b, simulated"
         part.tables.append(ReportTable(title=title, header=["method", "batch"], rows=rows))
+        shown = {METHOD_TITLES[method]: [float(number)] for method, number in batches.items()}
+        draw = partial(stacked, shown, ("largest batch",), "texts of 512 tokens per step")
+        part.charts.append(Chart(caption=title, draw=draw))
         _judge(part, "largest batch, simulated", batches, a100.batch_ratio)
     bench = results.get("bench")
     if bench is not None:
@@ -131,8 +134,8 @@ def _add_sweep(part: Section, bench: dict[str, Any]) -> None:
             title="Until memory ends, measured", header=header, rows=rows, note=machine_of(bench)
         )
     )
-    svg = lines(series, ("batch, sentences of 512 tokens", "sentences per second"))
-    part.charts.append(Chart(caption=f"Throughput over the batch. {machine_of(bench)}", svg=svg))
+    draw = partial(lines, series, ("batch, sentences of 512 tokens", "sentences per second"))
+    part.charts.append(Chart(caption=f"Throughput over the batch. {machine_of(bench)}", draw=draw))
     limits = {limit["method"]: limit["limit"] for limit in bench["limits"]}
     a100 = fig3.DEVICES["A100"]
     _judge(part, "largest batch, measured", limits, a100.batch_ratio)

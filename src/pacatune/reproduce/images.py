@@ -23,7 +23,6 @@ __all__ = ["ImageTable", "make_experiment"]
 
 _RANK = 8
 _SEEDS = [0, 1]
-_STEPS = 40
 _EVAL_PER_CLASS = 50
 _NUM_CLASSES = 10
 _MB = 10**6
@@ -44,6 +43,8 @@ class ImageTable:
     """Packaged task of a study."""
     small_model: str
     """What it is, for the reader."""
+    num_steps: int
+    """That it is trained for."""
     build: Callable[[], Any]
     """The paper's model with random weights."""
     model: str
@@ -73,7 +74,7 @@ def make_experiment(spec: ImageTable) -> Experiment:
 def _study(spec: ImageTable, row: Row) -> StudyConfig:
     options = {
         "data": {"eval_per_class": _EVAL_PER_CLASS},
-        "training": {"max_steps": _STEPS, "warmup_steps": _STEPS // 5},
+        "training": {"max_steps": spec.num_steps, "warmup_steps": spec.num_steps // 5},
     }
     rank = None if row.method == "full" else _RANK
     arm = Arm(method=row.method, rank=rank)
@@ -185,9 +186,9 @@ def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
             ),
             paper=table.quantity("cifar10"),
             is_same=False,
-            about=f"{spec.small_model}, {_STEPS} steps of 32 images out of CIFAR-10's test images, "
-            f"scored on {_EVAL_PER_CLASS * _NUM_CLASSES} others of them: not the usual accuracy on "
-            "CIFAR-10. The best of three learning rates on validation images, for each method. "
+            about=f"{spec.small_model}, {spec.num_steps} steps of 32 images out of CIFAR-10's test "
+            f"images, scored on {_EVAL_PER_CLASS * _NUM_CLASSES} others of them: not the usual "
+            "accuracy on CIFAR-10. The best of three learning rates on validation images, for each method. "
             f"{SPREAD_NOTE}",
         ),
     ]
@@ -305,7 +306,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
         if scale == "small":
             model, data = spec.small_model, "8,000 of CIFAR-10's test images"
             rank = None if row.method == "full" else _RANK
-            ours = Settings(model=model, data=data, rank=rank, alpha=rank, steps=_STEPS)
+            ours = Settings(model=model, data=data, rank=rank, alpha=rank, steps=spec.num_steps)
             why |= {
                 "model": "a real one that comes as a Python package",
                 "data": "comes as a Python package; the other data sets do not",

@@ -1,6 +1,8 @@
 """One experiment's part of the report, as data that Markdown, HTML and JSON are made of."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pacatune.reproduce.compare import Verdict
@@ -23,8 +25,13 @@ class Chart:
     """A picture."""
 
     caption: str
-    svg: str
-    """The whole file."""
+    draw: Callable[[], str]
+    """Draws it as SVG; only called for what is written."""
+
+    @cached_property
+    def svg(self) -> str:
+        """The whole file."""
+        return self.draw()
 
 
 @dataclass(kw_only=True)

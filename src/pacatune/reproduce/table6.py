@@ -15,6 +15,7 @@ EXPERIMENT = make_experiment(
         ),
         task="dinov2-cifar10",
         small_model="DINOv2-S (22 M parameters, fine-tuned for saliency by others)",
+        num_steps=30,
         build=build_vit,
         model="ViT-B/16",
         num_images=4,

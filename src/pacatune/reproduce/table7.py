@@ -16,6 +16,7 @@ EXPERIMENT = make_experiment(
         ),
         task="efficientnet-cifar10",
         small_model="EfficientNet-Lite0 (3.4 M parameters, ImageNet weights)",
+        num_steps=40,
         build=build_efficientnet,
         model="EfficientNetV2-L",
         num_images=2,
