@@ -76,9 +76,9 @@ def test_half_an_evaluation_is_made_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["here", "apart"])
 def test_a_command_that_fails_says_so(place, tmp_path):
     steps = Steps(folder=tmp_path, tell=tell, place=place)
-    with pytest.raises(RuntimeError, match=r"`pacatune train --config .*` ended with status 2"):
-        steps.train(make_run(model=str(tmp_path / "missing")), "run")
-    assert "missing" in (tmp_path / "run.log").read_text()
+    with pytest.raises(RuntimeError, match=r"`pacatune trian` ended with status 2: .*'train'"):
+        steps._run(["trian"], "run")
+    assert "unknown command 'trian'" in (tmp_path / "run.log").read_text()
 
 
 def test_mt_bench_is_asked_again_and_goes_on_by_itself(tmp_path, monkeypatch):

@@ -188,7 +188,8 @@ def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
             is_same=False,
             about=f"{spec.small_model}, {spec.num_steps} steps of 32 images out of CIFAR-10's test "
             f"images, scored on {_EVAL_PER_CLASS * _NUM_CLASSES} others of them: not the usual "
-            "accuracy on CIFAR-10. The best of three learning rates on validation images, for each method. "
+            "accuracy on CIFAR-10. For each method the best of three learning rates on validation "
+            "images. "
             f"{SPREAD_NOTE}",
         ),
     ]
