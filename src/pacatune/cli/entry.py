@@ -23,8 +23,8 @@ COMMANDS = {
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
-    "reproduce": "put the paper's tables and figures beside what is found here",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
+    "reproduce": "put the paper's tables and figures beside what is found here",
 }
 
 EXIT_USER_ERROR = 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "MODULES",
+    "SCRIPTS",
     "Settings",
     "learning_rate_of_table_9",
     "table_8",
@@ -17,6 +18,12 @@ __all__ = [
     "table_13",
 ]
 
+# What the authors' scripts (github.com/WooSunghyeon/paca, commit be9a806) have otherwise, by table.
+SCRIPTS = {
+    "table1": "The authors' scripts for MMLU: linear schedule, no warm-up, micro-batches of 2.",
+    "table2": "The authors' scripts for Oasst1: cosine schedule, LoRA at 5e-4 and PaCA at 5e-3.",
+    "table3": "The authors' scripts for 70B: seed 526, QLoRA at 5e-4 and QPaCA at 5e-3.",
+}
 # "Q, K, V, O, Up, Down, Gate", by transformers' names.
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 _RATES = (5e-4, 1e-3, 5e-3)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pacatune.bench.config import BenchConfig
 from pacatune.memory.setting import Setting
-from pacatune.paper.settings import MODULES, Settings
+from pacatune.paper.settings import MODULES, SCRIPTS, Settings
 from pacatune.reproduce.experiment import Experiment, SettingsBeside
 from pacatune.reproduce.section import ReportTable
 
@@ -125,6 +125,8 @@ def settings_text(experiment: Experiment, scale: Literal["small", "full"]) -> st
         scale: Of ours.
     """
     lines = [f"# {experiment.name}: {experiment.title} ({experiment.place}); --scale {scale}"]
+    if experiment.name in SCRIPTS:
+        lines += ["", SCRIPTS[experiment.name]]
     for beside in experiment.settings(scale):
         table = beside_table(beside)
         lines += ["", f"## {table.title}", ""]
