@@ -61,3 +61,23 @@ def test_a_folder_is_only_ever_our_own(tmp_path, capsys):
     ours.mkdir()
     (ours / "reproduce.json").write_text("{}")
     assert "go on with them: --resume" in error_of(capsys, *words, str(ours))
+
+
+def test_print_shows_settings_and_commands(capsys):
+    assert main(["reproduce", "table1", "--print"]) == 0
+    text = capsys.readouterr().out
+    assert "| batch size | 8 | 8 | same |" in text
+    assert "pacatune train --config RUN.yaml" in text
+    assert main(["reproduce", "table1", "--print", "--scale", "small"]) == 0
+    assert (
+        "| steps | not said | 12 | a quarter of an hour for the table |" in capsys.readouterr().out
+    )
+
+
+def test_what_cannot_be_simulated_is_an_error(capsys, tmp_path):
+    output = tmp_path / "out"
+    message = error_of(capsys, "table6", "--simulate", "--output", str(output))
+    assert message.startswith(
+        "pacatune: error: table6: `pacatune estimate` runs the steps of causal"
+    )
+    assert not output.exists()

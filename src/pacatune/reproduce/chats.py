@@ -129,7 +129,7 @@ def chat_settings(
     }
     task = TextTask(merged(base, study.options), study.validation_fraction, 0)
     rate = {"training": {"learning_rate": _RATES[0]}}
-    run = task.make_config(merged(arm_options(arm, arm.rank), rate))
+    run = task.make_config(arm_options(arm, arm.rank), rate)
     why = {
         "model": "the largest real one that comes as a Python package",
         "data": "comes as a Python package; there is no judge offline, so its held-out loss counts",

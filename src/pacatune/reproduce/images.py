@@ -148,16 +148,20 @@ def _section(spec: ImageTable, mode: Mode, results: Results) -> Section:
     return part
 
 
-def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
-    table = spec.table
-    steps = results.get("steps")
+def _describe_steps(spec: ImageTable, steps: dict[str, Any] | None) -> str:
+    """Return what was measured where, and what else the machine did."""
     where = "" if steps is None else f"{steps['device']}; {steps['num_rounds']} rounds"
     others = None if steps is None else steps["noise"]["num_cores_of_others"]
     busy = "" if others is None else f"; other processes kept {others} cores busy"
-    of_step = (
+    return (
         f"{spec.model} with random weights, {spec.num_images} images of {spec.image_size} px, "
         f"float32, rank {_RANK} ({where}{busy})."
     )
+
+
+def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
+    table = spec.table
+    of_step = _describe_steps(spec, results.get("steps"))
     return [
         Column(
             quantity=Quantity(
