@@ -28,7 +28,7 @@ def section(table, same, shares, scores):
     )
     ours = {
         ("small-lora-r8", "ours"): exact(18.0),
-        ("small-paca-r8", "ours"): exact(19.0, "A note."),
+        ("small-paca-r8", "ours"): exact(19.0, "a note"),
         ("small-lora-r8", "mb"): exact(1000.0),
         ("small-dora-r8", "mb"): exact(1500.0),
         ("small-paca-r8", "mb"): exact(850.0),
@@ -47,7 +47,7 @@ def test_markdown_has_the_papers_numbers_ours_and_differences(section):
         "| small | No tuning | - | - | 40.0 |",
         "### Our memory",
         "| small | PaCA | 8 | 16 | 19 | +18.8% |",
-        "How it is got. A note.",
+        "How it is got. small, PaCA (rank 8): a note.",
         # 30 / 20, 1500 / 1000, and 16 / 20, 850 / 1000
         "| small | DoRA | 8 | 30 | 1,500 | 1.50 | 1.50 | +0.00 |",
         "| small | PaCA | 8 | 16 | 850 | 0.80 | 0.85 | +0.05 |",

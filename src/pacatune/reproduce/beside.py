@@ -128,7 +128,8 @@ def _notes(rows: list[Row], column: Column, ours: Ours) -> Iterator[str]:
     for row in rows:
         note = ours[row.key, column.quantity.key].note
         if note:
-            yield note
+            rank = "" if row.rank is None else f" (rank {row.rank})"
+            yield f"{row.model}, {row.title}{rank}: {note}."
 
 
 def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:

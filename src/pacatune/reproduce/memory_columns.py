@@ -74,17 +74,15 @@ def simulated_memory(table: Table, results: Results) -> dict[tuple[str, str], Me
     for row in table.rows:
         result = results.get(_NAME.format(row.key))
         if result is not None:
-            number = Measured.exact(result["peak_bytes"] / GB, "simulated", _explained(row, result))
+            number = Measured.exact(result["peak_bytes"] / GB, "simulated", _explained(result))
             found[row.key, KEY] = number
     return found
 
 
-def _explained(row: Row, result: dict[str, Any]) -> str:
+def _explained(result: dict[str, Any]) -> str:
     if "tokens_that_explain_it" not in result:
         return ""
     return (
-        f"{row.model}, {row.title}"
-        + ("" if row.rank is None else f" (rank {row.rank})")
-        + f": {result['tokens_that_explain_it']:,} tokens per micro-batch would take the paper's "
-        f"memory, {result['tokens']:,} are the most that its settings allow."
+        f"{result['tokens_that_explain_it']:,} tokens per micro-batch would take the paper's "
+        f"memory, {result['tokens']:,} are the most that its settings allow"
     )
