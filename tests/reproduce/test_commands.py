@@ -81,6 +81,12 @@ def test_a_command_that_fails_says_so(place, tmp_path):
     assert "unknown command 'trian'" in (tmp_path / "run.log").read_text()
 
 
+def test_an_interrupted_command_interrupts_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "_run_apart", lambda words, log: 130)
+    with pytest.raises(KeyboardInterrupt):
+        Steps(folder=tmp_path, tell=tell, place="apart")._run(["train"], "run")
+
+
 def test_mt_bench_is_asked_again_and_goes_on_by_itself(tmp_path, monkeypatch):
     def main(words, log):
         output = tmp_path / "mt-bench"

@@ -87,13 +87,35 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, calls):
         return {"value": len(calls)}
 
     folder = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in: paca of first; the same command with --res"):
         go([make_experiment("first", run)], folder)
     assert json.loads((folder / "reproduce.json").read_text()) == {"finished": False}
     sections, lines = go([make_experiment("first", run)], folder, resume=True)
     assert lines == ["first 1/2: lora of first kept", "first 2/2: paca of first ..."]
     assert len(calls) == 3
     assert sections[0].about == ["lora found 1", "paca found 3"]
+
+
+def test_a_cell_that_fails_stops_no_other(tmp_path, calls):
+    def run(folder, tell):
+        calls.append(folder.name)
+        if len(calls) == 1:
+            raise RuntimeError("no more  memory")
+        return {"value": len(calls)}
+
+    folder = tmp_path / "out"
+    sections, lines = go([make_experiment("first", run)], folder)
+    assert sections[0].failures == {"lora": "RuntimeError: no more memory"}
+    assert sections[0].missing == ["lora of first (failed: RuntimeError: no more memory)"]
+    assert sections[0].about == ["paca found 2"]
+    (failed,) = [
+        line for line in lines if line.startswith("  failed: RuntimeError: no more memory")
+    ]
+    (path,) = folder.glob("cells/first/work/lora-*/failure.txt")
+    assert str(path) in failed
+    assert "Traceback" in path.read_text()
+    sections, _ = go([make_experiment("first", run)], folder, resume=True)
+    assert (sections[0].failures, len(calls)) == ({}, 3)
 
 
 def test_only_one_method_leaves_others_alone(experiments, calls, tmp_path):

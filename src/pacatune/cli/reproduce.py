@@ -10,6 +10,10 @@ from pacatune.cli.options import new_parser, quiet_libraries
 if TYPE_CHECKING:
     from pacatune.reproduce import Experiment
     from pacatune.reproduce.experiment import Mode
+    from pacatune.reproduce.section import Section
+
+# Some cells have no result; the report says which and why.
+EXIT_FAILURES = 1
 
 
 def run(argv: list[str]) -> int:
@@ -33,8 +37,8 @@ def run(argv: list[str]) -> int:
         _print_settings(console.print, experiments, options.scale)
         return 0
     command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
-    _run(options, experiments, command, console.print)
-    return 0
+    sections = _run(options, experiments, command, console.print)
+    return EXIT_FAILURES if any(section.failures for section in sections) else 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -86,7 +90,7 @@ def _print_settings(
 
 def _run(
     options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
-) -> None:
+) -> "list[Section]":
     from pacatune.reproduce import open_folder, run_experiments
     from pacatune.reproduce.running import write_report
 
@@ -98,3 +102,4 @@ def _run(
     sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
     if options.name == "all":
         write_report(sections, "all", "The paper and here", folder)
+    return sections

@@ -74,6 +74,13 @@ class CellStore:
         partial.replace(path)
         return kept
 
+    def write_failure(self, cell: Cell, text: str) -> Path:
+        """Keep the traceback of a cell that failed; return where."""
+        folder = self._work_folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failure.txt").write_text(text, encoding="utf-8")
+        return folder / "failure.txt"
+
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key}.json"
 

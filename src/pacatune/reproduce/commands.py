@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from pacatune.training.config_file import save_config
 
+# Of a command that Ctrl-C or a signal stopped, as the shell has it.
+EXIT_INTERRUPTED = 130
+
 __all__ = ["Steps", "evaluate_words", "shell_line", "train_words"]
 
 _LAST_LINES = 5
@@ -104,6 +107,8 @@ class Steps:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{name}.log"
         status = (_run_here if self.place == "here" else _run_apart)(words, log)
+        if status == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
         if status:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             raise RuntimeError(

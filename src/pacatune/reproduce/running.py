@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +105,51 @@ def run_experiments(
         store = CellStore(folder / "cells" / experiment.name)
         cells = experiment.cells(mode)
         wanted = [cell for cell in cells if only is None or only in cell.methods]
+        failures: dict[str, str] = {}
         for number, cell in enumerate(wanted, 1):
             kept = store.find(cell)
             state = "kept" if kept else "..."
             tell(f"{experiment.name} {number}/{len(wanted)}: {cell.title} {state}")
-            if kept is None:
-                store.compute(cell, tell)
-        sections.append(_report(experiment, mode, cells, store, command))
+            if kept is None and (failure := _compute(store, cell, tell)):
+                failures[cell.key] = failure
+        sections.append(_report(experiment, mode, cells, store, command, failures))
         write_report(sections[-1:], experiment.name, experiment.title, folder)
     _write_json(folder / MARK, _summary(sections, command))
     return sections
 
 
+def _compute(store: CellStore, cell: Cell, tell: Callable[[str], None]) -> str | None:
+    """Run a cell; return why it failed, if it did: the others go on."""
+    try:
+        store.compute(cell, tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped in: {cell.title}; the same command with --resume goes on"
+        ) from None
+    except Exception as error:  # whatever it is, what the other cells cost is not lost
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        path = store.write_failure(cell, traceback.format_exc())
+        tell(f"  failed: {text} (all of it is in {path})")
+        return text
+    return None
+
+
 def _report(
-    experiment: Experiment, mode: Mode, cells: list[Cell], store: CellStore, command: str
+    experiment: Experiment,
+    mode: Mode,
+    cells: list[Cell],
+    store: CellStore,
+    command: str,
+    failures: Mapping[str, str],
 ) -> Section:
     kept = {cell.key: found for cell in cells if (found := store.find(cell)) is not None}
     section = experiment.section(mode, {key: found["result"] for key, found in kept.items()})
-    section.missing = [cell.title for cell in cells if cell.key not in kept]
+    section.missing = [
+        cell.title + (f" (failed: {failures[cell.key]})" if cell.key in failures else "")
+        for cell in cells
+        if cell.key not in kept
+    ]
+    section.failures = dict(failures)
     section.provenance = _provenance(list(kept.values()), command)
     section.numbers["cells"] = kept
     return section
@@ -173,6 +201,7 @@ def section_values(section: Section) -> dict[str, Any]:
         ],
         "notes": section.notes,
         "missing": section.missing,
+        "failures": section.failures,
         "provenance": section.provenance,
         **section.numbers,
     }

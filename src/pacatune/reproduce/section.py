@@ -51,6 +51,8 @@ class Section:
     """What limits the comparison."""
     missing: list[str] = field(default_factory=list)
     """Cells that have no result yet."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Cell -> why it has none."""
     provenance: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     """What the JSON file holds beside the texts: the numbers themselves."""

@@ -1,6 +1,5 @@
 """Runs of `pacatune train` with settings in the words of the paper's tables."""
 
-from pathlib import Path
 from typing import Any
 
 from pacatune.memory.presets import PRESETS
@@ -62,23 +61,7 @@ def text_run(
         **training: Further options of training.
     """
     alpha = stated.alpha if stated.alpha is not None else float(stated.rank or 1)
-    micro_batches = stated.micro_batches or 1
-    options: dict[str, Any] = {
-        "output_dir": str(Path("run")),
-        "learning_rate": rate,
-        "lr_scheduler_type": stated.scheduler or "linear",
-        "warmup_steps": stated.warmup or 0.0,
-        "per_device_train_batch_size": (stated.batch_size or 1) // micro_batches,
-        "gradient_accumulation_steps": micro_batches,
-        "max_length": stated.seq_len,
-        "bf16": dtype == "bfloat16",
-        "report_to": "none",
-        "seed": seed,
-    }
-    if stated.steps is not None:
-        options["max_steps"] = stated.steps
-    else:
-        options["num_train_epochs"] = stated.epochs or 1.0
+    options = {"learning_rate": rate, "bf16": dtype == "bfloat16", "seed": seed}
     is_paca = method in _PACA
     return RunConfig(
         method="paca" if is_paca else method,  # type: ignore[arg-type]
@@ -98,7 +81,27 @@ def text_run(
             **({} if is_paca else {"r": stated.rank, "lora_alpha": int(alpha)}),  # type: ignore[arg-type]
             lora_dropout=stated.dropout or 0.0,
         ),
-        training=TrainingConfig(**options | training),
+        training=TrainingConfig(**_schedule(stated) | options | training),
         # As the paper's code computes; its memory and times are without lean layers.
         lean="off",
     )
+
+
+def _schedule(stated: Settings) -> dict[str, Any]:
+    """Return what a run's training options take from stated settings."""
+    micro_batches = stated.micro_batches or 1
+    length = (
+        {"num_train_epochs": stated.epochs or 1.0}
+        if stated.steps is None
+        else {"max_steps": stated.steps}
+    )
+    return {
+        "output_dir": "run",
+        "lr_scheduler_type": stated.scheduler or "linear",
+        "warmup_steps": stated.warmup or 0.0,
+        "per_device_train_batch_size": (stated.batch_size or 1) // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "max_length": stated.seq_len,
+        "report_to": "none",
+        **length,
+    }
