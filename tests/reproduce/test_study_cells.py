@@ -83,6 +83,10 @@ def test_intervals_are_two_standard_errors():
     error = math.hypot(0.01 / math.sqrt(2), math.sqrt(0.8 * 0.2 / 400))
     assert accuracy.value == pytest.approx(80)
     assert accuracy.value - accuracy.low == pytest.approx(200 * error)
+    edge = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1}})
+    assert edge.note == "rate 0.004, at the edge of its grid"
+    middle = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1, "0.008": None}})
+    assert middle.note == "rate 0.004"
     alone = score_of({**result, "values": {"0": 2.0}, "std": None})
     assert alone.low == alone.high
 

@@ -19,7 +19,7 @@ from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Results
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.scale import small_dtype
-from pacatune.reproduce.study_cells import SPREAD_NOTE
+from pacatune.reproduce.study_cells import SPREAD_NOTE, rate_note
 from pacatune.reproduce.text_runs import text_run
 
 __all__ = ["DATA", "MODEL_NAME", "choice_cell", "choice_column", "choice_numbers", "choice_stated"]
@@ -162,16 +162,15 @@ def choice_numbers(table: Table, results: Results) -> dict[tuple[str, str], Meas
     for row in table.rows:
         result = results.get(f"{_PREFIX}{row.key}")
         if result is not None:
-            found[row.key, _KEY] = _score(list(result["values"].values()), result["learning_rate"])
+            found[row.key, _KEY] = _score(list(result["values"].values()), rate_note(result))
     return found
 
 
-def _score(values: list[float], rate: float | None) -> Measured:
+def _score(values: list[float], note: str) -> Measured:
     mean = statistics.mean(values)
     seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     spread = 200 * math.hypot(seeds, math.sqrt(mean * (1 - mean) / _NUM_QUESTIONS))
     value = 100 * mean
-    note = "" if rate is None else f"rate {rate:g}"
     return Measured(
         value=value, low=value - spread, high=value + spread, origin="measured", note=note
     )

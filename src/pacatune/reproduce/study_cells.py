@@ -11,7 +11,7 @@ from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.measured import Measured
 from pacatune.study import Arm, StudyConfig
 
-__all__ = ["SPREAD_NOTE", "score_of", "study_cell"]
+__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "score_of", "study_cell"]
 
 SPREAD_NOTE = (
     "Intervals are two standard errors on either side of the mean: of the seeds, and for "
@@ -65,6 +65,20 @@ def _run(config: StudyConfig, folder: Path, tell: Callable[[str], None]) -> dict
     }
 
 
+def rate_note(result: dict[str, Any]) -> str:
+    """Return the learning rate that was taken, and whether a better one may lie outside the grid.
+
+    Args:
+        result: With `learning_rate`, and `rates` if there was a grid.
+    """
+    rate = result["learning_rate"]
+    if rate is None:
+        return ""
+    grid = [float(tried) for tried in result.get("rates", {})]
+    is_edge = len(grid) > 1 and rate in (min(grid), max(grid))
+    return f"rate {rate:g}" + (", at the edge of its grid" if is_edge else "")
+
+
 def score_of(result: dict[str, Any], num_examples: int | None = None) -> Measured:
     """Return the mean with two standard errors on either side.
 
@@ -80,8 +94,7 @@ def score_of(result: dict[str, Any], num_examples: int | None = None) -> Measure
         error = math.hypot(error, math.sqrt(max(mean * (1 - mean), 0.0) / num_examples))
     spread = 2 * error * unit
     value = mean * unit
-    rate = result["learning_rate"]
-    note = "" if rate is None else f"rate {rate:g}"
+    note = rate_note(result)
     return Measured(
         value=value, low=value - spread, high=value + spread, origin="measured", note=note
     )
