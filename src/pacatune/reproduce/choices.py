@@ -116,7 +116,7 @@ class _Work:
             choice_stated(self.row),
             self.row.method,
             model=self.model,
-            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.02},
+            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.01},
             rate=rate,
             dtype=small_dtype(),
             seed=seed,

@@ -1,25 +1,32 @@
 """What Tables 6 and 7 share: a real small model, the paper's own without its weights, presets."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.paper.settings import Settings
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.table import Quantity, Row
 from pacatune.reproduce.bench_cells import steps_of_ours
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
-from pacatune.reproduce.commands import Steps, shell_line
+from pacatune.reproduce.commands import shell_line
 from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
+from pacatune.reproduce.image_runs import (
+    full_cell,
+    full_columns,
+    full_numbers,
+    full_run,
+    full_words,
+)
+from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.section import Section
 from pacatune.reproduce.study_cells import SPREAD_NOTE, one_arm, score_of, study_cell
 from pacatune.study import Arm, StudyConfig
 
-__all__ = ["ImageTable", "make_experiment"]
+__all__ = ["make_experiment"]
 
 _RANK = 8
 _SEEDS = [0, 1]
@@ -31,30 +38,6 @@ _CANNOT = (
     "`pacatune estimate` runs the steps of causal language models only, so the memory of image "
     "models cannot be simulated; --scale small counts what they keep for the backward pass."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageTable:
-    """What distinguishes Table 6 from Table 7."""
-
-    table: Table
-    about: tuple[str, ...]
-    task: str
-    """Packaged task of a study."""
-    small_model: str
-    """What it is, for the reader."""
-    num_steps: int
-    """That it is trained for."""
-    build: Callable[[], Any]
-    """The paper's model with random weights."""
-    model: str
-    """Its name."""
-    num_images: int
-    image_size: int
-    """Of the steps that are timed."""
-    presets: dict[str, str]
-    """Key of a score -> preset of `train-image`."""
-    notes: tuple[str, ...] = ()
 
 
 def make_experiment(spec: ImageTable) -> Experiment:
@@ -85,7 +68,7 @@ def _cells(spec: ImageTable, mode: Mode) -> list[Cell]:
     rows = spec.table.rows
     if mode == "full":
         return [
-            _full_cell(row, score, preset) for row in rows for score, preset in spec.presets.items()
+            full_cell(row, score, preset) for row in rows for score, preset in spec.presets.items()
         ]
     others = [row.method for row in rows if row.method != "paca"]
     sizes = {
@@ -141,7 +124,7 @@ def _section(spec: ImageTable, mode: Mode, results: Results) -> Section:
         notes=list(spec.notes),
     )
     if mode == "full":
-        columns, ours = _full_columns(spec), _full_numbers(spec, results)
+        columns, ours = full_columns(spec), full_numbers(spec, results)
     else:
         columns, ours = _small_columns(spec, results), _small_numbers(spec, results)
     fill_section(part, table, columns, ours)
@@ -214,91 +197,6 @@ def _small_numbers(spec: ImageTable, results: Results) -> dict[tuple[str, str], 
     return found
 
 
-def _full_run(row: Row, preset: str) -> Any:
-    from pacatune.vision import (
-        ImageDataConfig,
-        ImageModelConfig,
-        ImageRunConfig,
-        ImageTrainingConfig,
-    )
-    from pacatune.vision.presets import find_preset
-
-    options: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
-    for name, value in find_preset(preset).options().items():
-        section, _, key = name.partition(".")
-        options[section][key] = value
-    return ImageRunConfig(
-        method=row.method,  # type: ignore[arg-type]
-        model=ImageModelConfig(**options["model"]),
-        data=ImageDataConfig(**options["data"]),
-        training=ImageTrainingConfig(**options["training"], report_to="none"),
-    )
-
-
-def _full_words(row: Row, preset: str) -> list[str]:
-    return ["train-image", "--preset", preset, "--method", row.method]
-
-
-def _full_cell(row: Row, score: str, preset: str) -> Cell:
-    return Cell(
-        key=f"full-{row.key}-{score}",
-        title=f"{shell_line(_full_words(row, preset))}",
-        methods=(row.method,),
-        inputs={"method": row.method, "preset": preset},
-        run=partial(_train, row, preset),
-    )
-
-
-def _train(row: Row, preset: str, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    steps = Steps(folder=folder, tell=tell, place="apart")
-    report, _ = steps.train(_full_run(row, preset), "run")
-    names = ("accuracy_after", "peak_memory_bytes", "step_ms", "num_steps")
-    return {name: report[name] for name in names}
-
-
-def _full_columns(spec: ImageTable) -> list[Column]:
-    return [
-        Column(
-            quantity=Quantity(
-                key=f"full_{paper.key}",
-                title=f"{paper.title}, measured",
-                unit=paper.unit,
-                kind=paper.kind,
-                margin=paper.margin,
-            ),
-            paper=paper,
-            is_same=True,
-            about="By `pacatune train-image`; memory and time are of CIFAR-10: the paper does not "
-            "say of which data set its are.",
-        )
-        for paper in spec.table.quantities
-    ]
-
-
-def _full_numbers(spec: ImageTable, results: Results) -> dict[tuple[str, str], Measured]:
-    found: dict[tuple[str, str], Measured] = {}
-    for row in spec.table.rows:
-        runs = {
-            score: result
-            for score in spec.presets
-            if (result := results.get(f"full-{row.key}-{score}")) is not None
-        }
-        scores = {score: 100 * run["accuracy_after"] for score, run in runs.items()}
-        if len(scores) == len(spec.presets):
-            scores["average"] = sum(scores.values()) / len(scores)
-        for score, value in scores.items():
-            found[row.key, f"full_{score}"] = Measured.exact(value, "measured")
-        if "cifar10" in runs:
-            run = runs["cifar10"]
-            memory, minutes = (
-                run["peak_memory_bytes"] / 1e9,
-                run["step_ms"] * run["num_steps"] / 6e4,
-            )
-            found[row.key, "full_memory"] = Measured.exact(memory, "measured")
-            found[row.key, "full_time"] = Measured.exact(minutes, "measured")
-    return found
-
-
 def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[SettingsBeside]:
     """Return ours beside the paper's, which gives none."""
     why = dict.fromkeys(
@@ -318,7 +216,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
             }
             found.append(SettingsBeside(title=row.title, paper=_paper(spec), ours=ours, why=why))
             continue
-        runs = {score: _full_run(row, preset) for score, preset in spec.presets.items()}
+        runs = {score: full_run(row, preset) for score, preset in spec.presets.items()}
         run = next(iter(runs.values()))
         ours = Settings(
             model=run.model.path,
@@ -328,7 +226,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
             batch_size=run.training.per_device_train_batch_size,
             epochs=run.training.num_train_epochs,
         )
-        commands = tuple(shell_line(_full_words(row, preset)) for preset in spec.presets.values())
+        commands = tuple(shell_line(full_words(row, preset)) for preset in spec.presets.values())
         why |= {"model": "its name on the hub; the paper does not say which weights"}
         found.append(
             SettingsBeside(

@@ -1,8 +1,9 @@
 """Table 6: ViT-B/16, LoRA and PaCA."""
 
 from pacatune.paper.table6 import TABLE
+from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.image_steps import build_vit
-from pacatune.reproduce.images import ImageTable, make_experiment
+from pacatune.reproduce.images import make_experiment
 
 __all__ = ["EXPERIMENT"]
 

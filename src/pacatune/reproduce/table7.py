@@ -1,8 +1,9 @@
 """Table 7: EfficientNetV2-L, full fine-tuning and PaCA."""
 
 from pacatune.paper.table7 import TABLE
+from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.image_steps import build_efficientnet
-from pacatune.reproduce.images import ImageTable, make_experiment
+from pacatune.reproduce.images import make_experiment
 
 __all__ = ["EXPERIMENT"]
 
