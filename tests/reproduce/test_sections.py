@@ -99,6 +99,7 @@ def test_figure_2_judges_each_statement():
 def test_figure_3_compares_batches_and_rates():
     section = section_of("fig3", "small")
     ratios = section.numbers["ratios"]
+    assert "| DoRA | 9 | 20 |" in lines_of("fig3", "simulate")
     assert ratios["largest batch, measured"]["ours"] == pytest.approx(1.3)
     assert ratios["throughput at its best, measured"]["ours"] == pytest.approx(26 / 15)
     assert [v.outcome for v in section.verdicts] == ["contradicts", "agrees", "agrees"]
