@@ -143,7 +143,7 @@ def test_names_and_methods(experiments):
     assert find_experiments("second", known) == experiments[1:]
     check_method("paca", experiments)
     with pytest.raises(ValueError, match="did you mean 'first'"):
-        find_experiments("frist", known)
+        find_experiments("fist", known)
     with pytest.raises(ValueError, match="unknown method 'dora'"):
         check_method("dora", experiments)
 
