@@ -15,8 +15,8 @@ MODEL = "llama3-8b"
 _TIME, _KEPT, _PEAK = "small_time", "small_kept", "small_peak"
 _FULL = {"memory": "full_memory", "time": "full_time"}
 _MB = 10**6
-# Kept bytes are exact; times and peaks of a few megabytes are not.
-_MARGINS = {_TIME: 0.02, _KEPT: 0.005, _PEAK: 0.05}
+# In a narrow model a rank weighs more than in the paper's; peaks of a few megabytes are not exact.
+_MARGINS = {_TIME: 0.02, _KEPT: 0.05, _PEAK: 0.1}
 
 
 def bench_columns(table: Table, about: str) -> list[Column]:
