@@ -4,10 +4,10 @@ import dataclasses
 import math
 
 import pytest
-from pacatune.study.result import ArmResult, StudyResult
 
 from pacatune.reproduce import chats, images, table6
 from pacatune.reproduce.study_cells import score_of
+from pacatune.study.result import ArmResult, StudyResult
 
 
 def arm_result(**changes):
