@@ -14,26 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, git, write
-from pacatune.memory import paper
 from pacatune.memory.estimate import Estimate, estimate_memory, find_max
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
+from pacatune.paper import TABLES
+from pacatune.paper.table import Row
+from pacatune.paper.table4 import GPU
+from pacatune.reproduce.simulate import setting_of, tokens_for
 
 __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
 
 _PACKAGES = ("pacatune", "torch", "transformers", "peft", "trl", "bitsandbytes")
 _GB = 10**9
-# Two lengths between which a line is drawn.
-_LENGTHS = (256, 512)
 
 
 def rows_of_table_1() -> list[dict[str, Any]]:
     """Compare every cell of Table 1's memory column."""
     rows = []
-    for (model, method, rank), reported in paper.TABLE_1.items():
-        estimate = estimate_memory(paper.table_1(model, method, rank))
-        names = {"model": model, "method": method, "rank": rank}
-        rows.append({**names, **_compare(estimate, reported)})
+    for row in _rows("table1"):
+        estimate = estimate_memory(setting_of("table1", row))
+        names = {"model": row.model, "method": row.method, "rank": row.rank}
+        rows.append({**names, **_compare(estimate, row.values["memory"])})
     return rows
 
 
@@ -43,18 +44,18 @@ def rows_of_table_3() -> list[dict[str, Any]]:
     The texts are shorter than the limit, and the paper does not say by how much.
     """
     rows = []
-    for (model, method), reported in paper.TABLE_3.items():
-        setting = paper.table_3(model, method)
+    for row in _rows("table3"):
+        setting, reported = setting_of("table3", row), row.values["memory"]
         checkpointed = estimate_memory(setting.but(gradient_checkpointing=True))
         rows.append(
             {
-                "model": model,
-                "method": method,
+                "model": row.model,
+                "method": row.method,
                 "rank": setting.rank,
                 **_compare(estimate_memory(setting), reported),
                 "checkpointed_gb": round(checkpointed.peak_bytes / _GB, 2),
                 "tokens": setting.batch_size * setting.seq_len,
-                "tokens_that_explain_it": _tokens_for(setting, reported * _GB),
+                "tokens_that_explain_it": tokens_for(setting, reported * _GB),
             }
         )
     return rows
@@ -62,17 +63,24 @@ def rows_of_table_3() -> list[dict[str, Any]]:
 
 def rows_of_table_4() -> list[dict[str, Any]]:
     """Compare the longest sequences of Table 4; with dropout too, which the paper leaves open."""
-    available, rows = gpu_bytes(paper.GPU), []
-    for method, reported in paper.TABLE_4.items():
+    available, rows = gpu_bytes(GPU), []
+    table = {row.method: row for row in _rows("table4")}
+    for method, line in table.items():
+        reported = int(line.values["length"])
         for dropout in (0.0,) if method == "paca" else (0.0, 0.1):
-            setting = paper.table_4(method).but(dropout=dropout)
+            setting = setting_of("table4", line).but(dropout=dropout)
             rows.append({"method": method, "dropout": dropout, "lean": "off", "paper": reported})
             rows[-1] |= _longest(setting, available, reported)
     for method in ("paca", "lora"):
-        setting = paper.table_4(method).but(lean="auto", loss="auto")
+        setting = setting_of("table4", table[method]).but(lean="auto", loss="auto")
         rows.append({"method": method, "dropout": 0.0, "lean": "auto", "paper": None})
         rows[-1] |= _longest(setting, available, None)
     return rows
+
+
+def _rows(table: str) -> list[Row]:
+    """Return the lines whose memory or length the paper reports."""
+    return [row for row in TABLES[table].rows if {"memory", "length"} & set(row.values)]
 
 
 def _longest(setting: Setting, available: int, reported: int | None) -> dict[str, Any]:
@@ -86,21 +94,12 @@ def _longest(setting: Setting, available: int, reported: int | None) -> dict[str
     return values
 
 
-def _compare(estimate: Estimate, reported: int) -> dict[str, Any]:
+def _compare(estimate: Estimate, reported: float) -> dict[str, Any]:
     return {
         "paper_gb": reported,
         "simulated_gb": round(estimate.peak_bytes / _GB, 2),
         "difference": round(estimate.peak_bytes / _GB / reported - 1, 3),
     }
-
-
-def _tokens_for(setting: Setting, num_bytes: int) -> int:
-    """Return the tokens of a micro-batch that take so much, by the line through two lengths."""
-    short, long = (
-        estimate_memory(setting.but(batch_size=1, seq_len=length)).peak_bytes for length in _LENGTHS
-    )
-    per_token = (long - short) / (_LENGTHS[1] - _LENGTHS[0])
-    return round(_LENGTHS[0] + (num_bytes - short) / per_token)
 
 
 def main(options: list[str] | None = None) -> Path:

@@ -37,6 +37,7 @@ NOT_RUN = {
     "docs/memory.md": 1,
     "docs/mt_bench.md": 2,
     "docs/quickstart.md": 1,
+    "docs/reproduce.md": 1,
     "docs/serving.md": 2,
 }
 # Languages that are shown only.

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacatune.bench import paper
 from pacatune.bench.output import PICTURES
+from pacatune.paper import fig3
+from pacatune.paper import ratios as paper
 
 __all__ = ["save_pictures"]
 
@@ -133,9 +134,9 @@ def _throughput(result: Result) -> Any:
             axes.plot(limit["next_failed"], rates[-1], "x", color=line.get_color())
     axes.set(xlabel="batch (x: out of memory)", ylabel="sentences/s", title=result["device"])
     axes.legend(fontsize="small")
-    names = list(paper.THROUGHPUT)
+    names = list(fig3.DEVICES)
     for place, key in enumerate(("rate_ratio", "batch_ratio")):
-        ratios = [paper.THROUGHPUT[name][key] for name in names]
+        ratios = [getattr(fig3.DEVICES[name], key) for name in names]
         places = [number + 0.4 * place - 0.2 for number in range(len(names))]
         beside.bar(places, ratios, width=0.35, label=key.split("_")[0])
     beside.set_xticks(range(len(names)), names)
@@ -153,6 +154,6 @@ def _lengths(result: Result) -> Any:
     axes.bar(list(limits), list(limits.values()), width=0.6)
     axes.set(ylabel="longest sequence, tokens", title=result["device"])
     _slant(axes)
-    beside.bar(list(paper.LENGTHS), [1000 * n for n in paper.LENGTHS.values()], 0.6, color="grey")
+    beside.bar(list(paper.LENGTHS), list(paper.LENGTHS.values()), 0.6, color="grey")
     beside.set_title("the paper: LLaMA3-8B, A100 (Table 4)", fontsize="medium")
     return figure

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pacatune.adapters.output import format_bytes
-from pacatune.bench import paper
+from pacatune.paper import fig3
+from pacatune.paper import ratios as paper
 
 __all__ = ["make_report", "measured_ratio"]
 
@@ -175,9 +176,9 @@ def _sweep(result: Result) -> list[str]:
         titles = ["method", "batch", "sentences/s", "tokens/s", "step, ms", "peak"]
         lines += ["", *_table(titles, (_point(p) for p in result["points"] if "step_ms" in p))]
         stated = "; ".join(
-            f"{name}: {values['sentences_per_second']} sentences/s, {values['rate_ratio']} of "
-            f"LoRA's, at {values['batch_ratio']} of its batch"
-            for name, values in paper.THROUGHPUT.items()
+            f"{name}: {values.sentences_per_second} sentences/s, {values.rate_ratio} of "
+            f"LoRA's, at {values.batch_ratio} of its batch"
+            for name, values in fig3.DEVICES.items()
         )
         return [*lines, "", f"The paper's PaCA: {stated} ({paper.THROUGHPUT_SOURCE})."]
     return [*lines, "", f"The paper: {paper.LENGTHS_SOURCE}."]
@@ -191,7 +192,7 @@ def _limit(limit: Result) -> list[str]:
     if limit["sweep"] == "batch":
         return row
     stated = paper.LENGTHS.get(limit["method"])
-    return [*row, "-" if stated is None else f"{stated}K"]
+    return [*row, "-" if stated is None else f"{stated / 1000:g}K"]
 
 
 def _point(point: Result) -> list[str]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "show what an adapter holds and what it fits",
     "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
+    "reproduce": "put the paper's tables and figures beside what is found here",
 }
 
 EXIT_USER_ERROR = 2

@@ -119,6 +119,24 @@ class FakeTraining:
         categories = {name: number for name, number in parts.items() if number}
         return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
 
+    def count_operations(self, batch_size: int, seq_len: int) -> dict[str, int]:
+        """Count the operations of a step without a clock: exact, at any size.
+
+        Args:
+            batch_size: Sequences per micro-batch.
+            seq_len: Tokens of each.
+
+        Returns:
+            `forward_flops` and `backward_flops`; a multiplication and an addition are two.
+        """
+        from pacatune.bench.flops import count_flops
+
+        # By the CPU's attention, whose products are counted; those of GPUs only allocate here.
+        with self._mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            return count_flops(lambda: self._loss(ids), lambda loss: cast(None, loss.backward()))
+
     def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
         with self._fake(), tracker:
             tracker.hold(self.held.weights, "weights")

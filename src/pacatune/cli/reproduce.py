@@ -1,0 +1,105 @@
+"""`pacatune reproduce`: the paper's tables and figures, beside what is found here."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pacatune.cli.options import new_parser, quiet_libraries
+
+if TYPE_CHECKING:
+    from pacatune.reproduce import Experiment
+    from pacatune.reproduce.experiment import Mode
+    from pacatune.reproduce.section import Section
+
+# Some cells have no result; the report says which and why.
+EXIT_FAILURES = 1
+
+
+def run(argv: list[str]) -> int:
+    """Run `pacatune reproduce` with the words after it; return the exit status."""
+    options = _parse(argv)
+    quiet_libraries()
+
+    from rich.console import Console
+
+    from pacatune.reproduce import EXPERIMENTS, find_experiments
+    from pacatune.reproduce.running import check_method
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if options.list:
+        _print_list(console.print, EXPERIMENTS)
+        return 0
+    experiments = find_experiments(options.name, EXPERIMENTS)
+    if options.only is not None:
+        check_method(options.only, experiments)
+    if options.print:
+        _print_settings(console.print, experiments, options.scale)
+        return 0
+    command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
+    sections = _run(options, experiments, command, console.print)
+    return EXIT_FAILURES if any(section.failures for section in sections) else 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = new_parser(
+        "reproduce",
+        "Put what is found here beside the paper's tables and figures, in Markdown, HTML and JSON.",
+    )
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3, or all")
+    add("--list", action="store_true", help="list the names, and stop")
+    scale = "small: real small models on this machine, offline; full: the paper's, on a GPU"
+    add("--scale", choices=("small", "full"), help=scale)
+    add("--simulate", action="store_true", help=_SIMULATE_HELP)
+    add("--print", action="store_true", help=_PRINT_HELP)
+    add("--only", metavar="METHOD", help="of one method, such as paca; other results are kept")
+    add("--output", metavar="DIR", help="gets the report and the results")
+    add("--resume", action="store_true", help="go on with what an earlier run left in DIR")
+    options = parser.parse_args(argv)
+    if options.list:
+        return options
+    if options.name is None:
+        parser.error("give a NAME (`pacatune reproduce --list` shows them)")
+    if options.print:
+        return options
+    if options.simulate == (options.scale is not None):
+        parser.error("give one of --scale small, --scale full and --simulate")
+    if options.output is None:
+        parser.error("give --output DIR for the report")
+    return options
+
+
+_PRINT_HELP = "show the settings beside the paper's (of --scale, default full), and stop"
+_SIMULATE_HELP = "the memory columns alone, at the paper's own sizes, without GPU or weights"
+
+
+def _print_list(show: "object", experiments: "dict[str, Experiment]") -> None:
+    for experiment in experiments.values():
+        show(f"{experiment.name:<7} {experiment.title} ({experiment.place})")  # type: ignore[operator]
+
+
+def _print_settings(
+    show: "object", experiments: "list[Experiment]", scale: "Literal['small', 'full'] | None"
+) -> None:
+    from pacatune.reproduce.settings_of import settings_text
+
+    for experiment in experiments:
+        show(settings_text(experiment, scale or "full"))  # type: ignore[operator]
+
+
+def _run(
+    options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
+) -> "list[Section]":
+    from pacatune.reproduce import open_folder, run_experiments
+    from pacatune.reproduce.running import write_report
+
+    mode: Mode = "simulate" if options.simulate else options.scale
+    if len(experiments) == 1 and mode in experiments[0].cannot:
+        raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
+    folder = Path(options.output)
+    open_folder(folder, resume=options.resume)
+    sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
+    if options.name == "all":
+        write_report(sections, "all", "The paper and here", folder)
+    return sections

@@ -1,0 +1,113 @@
+"""Table 2: instruction tuning on Oasst1."""
+
+from typing import Any, Literal
+
+from pacatune.paper.settings import Settings, table_10
+from pacatune.paper.table import Row
+from pacatune.paper.table2 import TABLE
+from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
+from pacatune.reproduce.beside import fill_section
+from pacatune.reproduce.cells import Cell
+from pacatune.reproduce.chats import chat_cell, chat_column, chat_numbers, chat_settings
+from pacatune.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
+from pacatune.reproduce.llm_columns import bench_columns, bench_numbers, full_columns
+from pacatune.reproduce.memory_columns import memory_cells, memory_column, simulated_memory
+from pacatune.reproduce.mt_bench_runs import (
+    full_cells,
+    full_commands,
+    full_run,
+    full_scores,
+    score_columns,
+)
+from pacatune.reproduce.section import Section
+from pacatune.reproduce.settings_of import of_run
+
+__all__ = ["EXPERIMENT"]
+
+_METHODS = ("lora", "dora", "moslora", "paca")
+_ABOUT = (
+    "The paper trains LLaMA3-8B to follow instructions, on conversations of the Oasst1 data set, "
+    "and lets GPT4o-mini grade its answers to the 80 questions of MT-Bench from 1 to 10.",
+)
+_NOTES = (
+    "The settings name the longest text (768 tokens), not the usual one; the notes below the "
+    "simulated memory say how many tokens would explain the paper's.",
+)
+
+
+def _stated(row: Row) -> Settings:
+    return table_10(row.rank or 64)
+
+
+def _bench() -> Any:
+    # The paper's 64 of 4,096 channels, in proportion.
+    return bench_config("small", _METHODS, tokens=(768,), seq_len=768, rank=8)
+
+
+def cells(mode: Mode) -> list[Cell]:
+    """Return the work of a mode."""
+    if mode == "full":
+        return full_cells(TABLE, _stated)
+    found = memory_cells(TABLE, explain=True)
+    if mode == "small":
+        found.append(bench_cell(_bench(), _METHODS))
+        found += [
+            chat_cell(row.method, row.rank, key=row.key)
+            for row in TABLE.rows
+            if row.method != "none"
+        ]
+    return found
+
+
+def section(mode: Mode, results: Results) -> Section:
+    """Return the report on what there is."""
+    part = Section(
+        name=TABLE.name,
+        title=TABLE.title,
+        place=TABLE.place,
+        about=list(_ABOUT),
+        notes=list(_NOTES),
+    )
+    if mode == "full":
+        columns = [*full_columns(TABLE), *score_columns()]
+        fill_section(part, TABLE, columns, full_scores(TABLE, results))
+        return part
+    ours = simulated_memory(TABLE, results)
+    columns = [memory_column(TABLE)]
+    bench = results.get("bench")
+    if bench is not None:
+        ours |= bench_numbers(TABLE, bench, {method: method for method in _METHODS})
+        columns += bench_columns(TABLE, machine_of(bench))
+    ours |= chat_numbers({row.key: row.key for row in TABLE.rows}, results)
+    columns.append(chat_column(TABLE))
+    fill_section(part, TABLE, columns, ours)
+    return part
+
+
+def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
+    """Return ours beside the paper's."""
+    trained = [row for row in TABLE.rows if row.method != "none"]
+    if scale == "small":
+        return [chat_settings(row.title, row.method, row.rank, _stated(row)) for row in trained]
+    return [
+        SettingsBeside(
+            title=f"{row.title}, rank {row.rank}",
+            paper=_stated(row),
+            ours=of_run(full_run(_stated(row), row, 1e-3), "Oasst1", grid=_stated(row)),
+            why={"model": "its name on the hub"},
+            commands=full_commands(_stated(row), row),
+        )
+        for row in trained
+    ]
+
+
+EXPERIMENT = Experiment(
+    name=TABLE.name,
+    title=TABLE.title,
+    place=TABLE.place,
+    methods=tuple(TABLE.methods()),
+    cells=cells,
+    section=section,
+    settings=settings,
+    cannot={},
+)

@@ -1,0 +1,118 @@
+"""The report: complete in itself, and readable by somebody who knows nothing of us."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from pacatune.reproduce.beside import fill_section
+from pacatune.reproduce.measured import Measured
+from pacatune.reproduce.page import make_html, make_markdown
+from pacatune.reproduce.section import Section
+
+
+def exact(value, note=""):
+    return Measured.exact(value, "simulated", note)
+
+
+@pytest.fixture
+def section(table, same, shares, scores):
+    part = Section(
+        name="table9",
+        title="A & table",
+        place="nowhere",
+        about=["What <it> is."],
+        notes=["One `limit`."],
+        missing=["DoRA"],
+        provenance="made by a command",
+    )
+    ours = {
+        ("small-lora-r8", "ours"): exact(18.0),
+        ("small-paca-r8", "ours"): exact(19.0, "a note"),
+        ("small-lora-r8", "mb"): exact(1000.0),
+        ("small-dora-r8", "mb"): exact(1500.0),
+        ("small-paca-r8", "mb"): exact(850.0),
+        ("small-none", "accuracy"): exact(20.0),
+        ("small-lora-r8", "accuracy"): Measured(value=30, low=28, high=32, origin="measured"),
+        ("small-paca-r8", "accuracy"): Measured(value=31, low=29, high=33, origin="measured"),
+    }
+    fill_section(part, table, [same, shares, scores], ours)
+    return part
+
+
+def test_markdown_has_the_papers_numbers_ours_and_differences(section):
+    page = make_markdown([section], "A report")
+    for line in (
+        "| small | LoRA | 8 | 20 | 50.0 |",
+        "| small | No tuning | - | - | 40.0 |",
+        "### Our memory",
+        "| small | PaCA | 8 | 16 | 19 | +18.8% |",
+        "How it is got. small, PaCA (rank 8): a note.",
+        # 30 / 20, 1500 / 1000, and 16 / 20, 850 / 1000
+        "| small | DoRA | 8 | 30 | 1,500 | 1.50 | 1.50 | +0.00 |",
+        "| small | PaCA | 8 | 16 | 850 | 0.80 | 0.85 | +0.05 |",
+        "| small | PaCA | 8 | 53.0 | 31 (29 to 33) | +3.00 | +1 |",
+        "| small | No tuning | - | 40.0 | 20 | -10.00 | -10 |",
+        "### Contradicts the paper",
+        "Not computed yet: DoRA.",
+        "- One `limit`.",
+        "made by a command",
+        "![our memory: the paper and here](table9-1.svg)",
+    ):
+        assert line in page, line
+    counts = section.outcomes()
+    assert counts == {"agrees": 5, "open": 1, "contradicts": 1}
+    assert "**5 comparisons agree with the paper, 1 are left open, 1 contradict it.**" in page
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links, self.ids, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href"):
+                self.links.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in ("meta", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_is_one_page_that_loads_nothing(section):
+    text = make_html([section, section], "A report")
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 6
+    assert all(link.startswith("#") for link in page.links)
+    # Everything that a picture refers to inside is there.
+    referred = set(re.findall(r"url\(#([^)]+)\)", text)) | {
+        link[1:] for link in page.links if link.startswith("#")
+    }
+    assert referred <= set(page.ids)
+    for words in (
+        "A &amp; table",
+        "What &lt;it&gt; is.",
+        "<code>limit</code>",
+        "Fine-tuning adapts",
+    ):
+        assert words in text
+
+
+def test_pictures_are_the_same_every_time(section, table, same):
+    again = Section(name="table9", title="", place="", about=[])
+    ours = {("small-lora-r8", "ours"): exact(18.0), ("small-paca-r8", "ours"): exact(19.0)}
+    fill_section(again, table, [same], ours)
+    assert again.charts[0].svg == section.charts[0].svg
