@@ -23,7 +23,7 @@ from pacatune import PacaConfig
         ({"random_seed": 2**63}, r"`random_seed` \(9223372036854775808\)"),
         (
             {"selection": "best"},
-            r"`selection` \('best'\) must be one of \['activation', 'gradient'",
+            r"`selection` \('best'\) must be one of \['activation', 'activation_lev",
         ),
         ({"bias": "some"}, r"`bias` \('some'\) must be 'none', 'all' or 'paca_only'"),
         (

