@@ -7,7 +7,7 @@ import pytest
 
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.measured import Measured
-from pacatune.reproduce.page import make_html, make_markdown
+from pacatune.reproduce.page import make_html, make_markdown, make_result
 from pacatune.reproduce.section import Section
 
 
@@ -87,6 +87,16 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_the_terminal_gets_tables_and_what_contradicts(section):
+    shown = make_result(section)
+    assert "| small | PaCA | 8 | 16 | 19 | +18.8% |" in shown
+    assert "Not computed yet: DoRA." in shown
+    contradicting = [v.text for v in section.verdicts if v.outcome == "contradicts"]
+    assert contradicting
+    assert all(f"- {text}." in shown for text in contradicting)
+    assert "What <it> is" not in shown  # the page explains
 
 
 def test_html_is_one_page_that_loads_nothing(section):

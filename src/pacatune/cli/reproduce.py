@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pacatune.cli.options import new_parser, quiet_libraries
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pacatune.reproduce import Experiment
     from pacatune.reproduce.experiment import Mode
     from pacatune.reproduce.section import Section
@@ -38,6 +40,7 @@ def run(argv: list[str]) -> int:
         return 0
     command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
     sections = _run(options, experiments, command, console.print)
+    _print_results(console, sections, Path(options.output) / f"{options.name}.html")
     return EXIT_FAILURES if any(section.failures for section in sections) else 0
 
 
@@ -86,6 +89,17 @@ def _print_settings(
 
     for experiment in experiments:
         show(settings_text(experiment, scale or "full"))  # type: ignore[operator]
+
+
+def _print_results(console: "Console", sections: "list[Section]", page: Path) -> None:
+    from rich.markdown import Markdown
+
+    from pacatune.reproduce.page import make_result
+
+    for section in sections:
+        console.print(Markdown(make_result(section)))
+    if sections:
+        console.print(f"\nThe report is {page}.")
 
 
 def _run(

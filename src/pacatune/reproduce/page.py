@@ -8,7 +8,7 @@ from pacatune.paper import CITATION
 from pacatune.reproduce.compare import RULE
 from pacatune.reproduce.section import ReportTable, Section
 
-__all__ = ["make_html", "make_markdown"]
+__all__ = ["make_html", "make_markdown", "make_result"]
 
 INTRODUCTION = (
     "Fine-tuning adapts a trained neural network to a task. Training all of its weights (Full-FT) "
@@ -53,6 +53,17 @@ def make_markdown(sections: Sequence[Section], heading: str) -> str:
     for section in sections:
         parts += _section_markdown(section)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def make_result(section: Section) -> str:
+    """Return what a section found, as Markdown for a terminal: tables and what contradicts."""
+    lines = [f"## {section.title}", ""]
+    for table in section.tables:
+        lines += [f"### {table.title}", "", *_table_markdown(table), ""]
+        lines += _paragraphs([table.note] if table.note else [])
+    lines += _paragraphs(_summary(section))
+    lines += [f"- {v.text}." for v in section.verdicts if v.outcome == "contradicts"]
+    return "\n".join(lines)
 
 
 def _paragraphs(texts: Iterable[str]) -> list[str]:
