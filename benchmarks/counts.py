@@ -10,9 +10,8 @@ from torch import nn
 
 from benchmarks.methods import OURS
 from pacatune import residency
-from pacatune.bench.saved import SavedByLayer
 
-__all__ = ["SavedByLayer", "check_bytes", "count_column_writes", "formula_bytes"]
+__all__ = ["check_bytes", "count_column_writes", "formula_bytes"]
 
 
 def formula_bytes(

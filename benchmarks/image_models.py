@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.methods import RANK, Contender
+from benchmarks.methods import RANK
+from pacatune.bench.methods import Contender
 from pacatune.vision.parts import find_heads
 from pacatune.vision.targets import choose_targets
 

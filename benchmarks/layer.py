@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.counts import SavedByLayer, check_bytes, formula_bytes
-from benchmarks.methods import METHODS, OURS, Contender, adapt, all_methods
+from benchmarks.counts import check_bytes, formula_bytes
+from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
     Noise,
@@ -33,7 +33,9 @@ from benchmarks.record import (
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
-from benchmarks.timing import alternate, summarize
+from pacatune.bench.methods import Contender
+from pacatune.bench.saved import SavedByLayer
+from pacatune.bench.timing import alternate, summarize
 from pacatune.memory.measure import peak_process_bytes
 
 SHAPES = ("512x512", "1408x512", "512x1408")

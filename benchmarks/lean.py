@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.counts import SavedByLayer
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
 from benchmarks.record import DTYPES, Noise, add_tokens, arguments, prepare, provenance, write
-from benchmarks.timing import alternate, compare, summarize
 from pacatune import lean
+from pacatune.bench.saved import SavedByLayer
+from pacatune.bench.timing import alternate, compare, summarize
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
 # PEFT's default is float32, for which LoRA keeps a float32 copy of each input.

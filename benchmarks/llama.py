@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.methods import Contender
+from pacatune.bench.methods import Contender
 
 __all__ = ["MAX_LENGTH", "Shape", "linear_layers", "make_batch", "make_model", "make_step"]
 

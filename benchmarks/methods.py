@@ -16,7 +16,7 @@ from pacatune import PacaConfig
 from pacatune.bench.methods import Contender
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["HEAD", "METHODS", "OURS", "RANK", "Contender", "adapt", "adapter_config", "all_methods"]
+__all__ = ["HEAD", "METHODS", "OURS", "RANK", "adapt", "adapter_config", "all_methods"]
 
 OURS = "paca"
 HEAD = "head"  # of models that have one to train

@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.counts import SavedByLayer, check_bytes, count_column_writes, formula_bytes
+from benchmarks.counts import check_bytes, count_column_writes, formula_bytes
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model, make_step
-from benchmarks.methods import METHODS, OURS, Contender, adapt, all_methods
+from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
     Noise,
@@ -34,7 +34,9 @@ from benchmarks.record import (
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
-from benchmarks.timing import alternate, summarize
+from pacatune.bench.methods import Contender
+from pacatune.bench.saved import SavedByLayer
+from pacatune.bench.timing import alternate, summarize
 from pacatune.memory.measure import peak_process_bytes
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.

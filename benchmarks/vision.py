@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.counts import SavedByLayer, check_bytes, formula_bytes
+from benchmarks.counts import check_bytes, formula_bytes
 from benchmarks.image_models import (
     MODELS,
     ImageModel,
@@ -32,10 +32,12 @@ from benchmarks.image_models import (
     make_step,
     positions_of,
 )
-from benchmarks.methods import HEAD, METHODS, OURS, Contender, adapt
+from benchmarks.methods import HEAD, METHODS, OURS, adapt
 from benchmarks.record import DTYPES, Noise, arguments, at_least_1, prepare, provenance, write
 from benchmarks.report import make_ratios, ratio_table
-from benchmarks.timing import alternate, summarize
+from pacatune.bench.methods import Contender
+from pacatune.bench.saved import SavedByLayer
+from pacatune.bench.timing import alternate, summarize
 from pacatune.lean.batch_norm import enable_batch_norm
 from pacatune.memory.measure import peak_process_bytes
 

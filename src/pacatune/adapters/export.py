@@ -26,7 +26,7 @@ from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.config_file import CONFIG_NAME
 from pacatune.adapters.export_check import compare_with_plain_peft
 from pacatune.adapters.export_convolution import convolution_notes, convolution_patterns
-from pacatune.adapters.export_factors import lora_factors
+from pacatune.adapters.export_factors import lora_factors, rounded_factor
 from pacatune.adapters.export_moslora import plan_moslora
 from pacatune.adapters.export_plan import ExportPlan, refuse_extra
 from pacatune.adapters.folder import (
@@ -238,15 +238,9 @@ def _lora_tensors(
         is_scaled = adapter.scaling(name) != alpha / rank
         exact = delta.double() * (adapter.scaling(name) * rank / alpha if is_scaled else 1)
         for key, factor in lora_factors(adapter, base, name, exact, rank).items():
-            rounded = factor.to(dtype)
-            if not rounded.isfinite().all():
-                raise ValueError(
-                    f"{adapter.folder}: module {name!r} holds {float(delta.abs().max()):.0e}, too "
-                    f"big for {dtype}; export in float32 or bfloat16."
-                )
-            error = float((rounded.double() - factor).norm() / factor.norm().clamp(min=1e-30))
+            where = f"{adapter.folder}: module {name!r}"
+            tensors[PEFT_PREFIX + key], error = rounded_factor(factor, dtype, where)
             rounding = max(rounding, error)
-            tensors[PEFT_PREFIX + key] = rounded.contiguous()
     return tensors, rounding
 
 

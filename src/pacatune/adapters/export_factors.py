@@ -18,7 +18,7 @@ from pacatune.adapters.target import find_target, target_shape
 from pacatune.tuner.attention import target_of
 from pacatune.tuner.experts import is_transposed
 
-__all__ = ["column_selector", "lora_factors"]
+__all__ = ["column_selector", "lora_factors", "rounded_factor"]
 
 
 def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
@@ -35,6 +35,26 @@ def column_selector(indices: Tensor, in_features: int, rank: int | None = None) 
     selector = torch.zeros(rank or len(indices), in_features)
     selector[torch.arange(len(indices)), indices] = 1
     return selector
+
+
+def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tensor, float]:
+    """Return a factor as it is written, and by what share of its size that was rounded.
+
+    Args:
+        factor: In float64.
+        dtype: To write.
+        where: Folder and module, for the message.
+
+    Raises:
+        ValueError: If a value is too big for `dtype`.
+    """
+    rounded = factor.to(dtype).contiguous()
+    if not rounded.isfinite().all():
+        raise ValueError(
+            f"{where} holds {float(factor.abs().max()):.0e}, too big for {dtype}; export in "
+            "float32 or bfloat16."
+        )
+    return rounded, float((rounded.double() - factor).norm() / factor.norm().clamp(min=1e-30))
 
 
 def lora_factors(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import base_name, empty_base, innermost
+from pacatune.adapters.export_factors import rounded_factor
 from pacatune.adapters.export_plan import ExportPlan, refuse_extra
 from pacatune.adapters.folder import LoraAdapter, find_tensors, open_adapter
 from pacatune.adapters.tensor_file import read_tensors
@@ -130,15 +131,9 @@ def _folded_tensors(
         parts[_A] = nn.functional.pad(parts[_A], (0, 0, 0, missing))
         parts[_B] = nn.functional.pad(parts[_B], (0, missing))
         for part, exact in parts.items():
-            rounded = exact.to(dtype)
-            if not rounded.isfinite().all():
-                raise ValueError(
-                    f"{adapter.folder}: module {name!r} holds {float(exact.abs().max()):.0e}, too "
-                    f"big for {dtype}; export in float32 or bfloat16."
-                )
-            error = float((rounded.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+            where = f"{adapter.folder}: module {name!r}"
+            result[name + part], error = rounded_factor(exact, dtype, where)
             rounding = max(rounding, error)
-            result[name + part] = rounded.contiguous()
     return result, rounding
 
 
