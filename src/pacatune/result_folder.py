@@ -1,9 +1,13 @@
 """The folder of one command's results, marked by a JSON file: only ever its own."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pacatune.folder_lock import LOCK_NAME, alone_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +28,35 @@ class ResultFolder:
         Raises:
             FileExistsError: If it is a file or holds something without the mark.
         """
+        self._check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._begin()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the folder ready, for this process alone until the end of the block.
+
+        Raises:
+            FileExistsError: If it is a file or holds something without the mark.
+            ValueError: If another process is in it.
+        """
+        self._check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.path):
+            self._begin()
+            yield
+
+    def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output {self.path} is a file; choose another: --output DIR.")
-        if self.path.exists() and any(self.path.iterdir()) and not self._mark.is_file():
+        holds = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        if holds - {LOCK_NAME} and self.mark not in holds:
             raise FileExistsError(
                 f"output folder {self.path} holds files but no {self.mark}, so they are not from "
                 f"{self.kind} and stay as they are; choose another: --output DIR."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _begin(self) -> None:
         for name in self.others:
             (self.path / name).unlink(missing_ok=True)
         self.write({"finished": False})

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from pacatune.folder_lock import alone_in
 from pacatune.study import run_study
 from pacatune.study.classifier import ClassifierTrainer
 from pacatune.study.classify import ClassifyTask
@@ -104,3 +105,10 @@ def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
     monkeypatch.setattr(ClassifierTrainer, "training_step", step)
     run_study(read_study(study), out, console=Console(quiet=True))
     assert started == [(2, 0), (4, 0), (4, 0), (2, 1), (4, 1)]
+
+
+def test_two_at_once(study, started, tmp_path):
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another run is at work"):
+        run_study(read_study(study), tmp_path / "out", console=Console(quiet=True))
+    assert not started

@@ -105,6 +105,7 @@ def _print_results(console: "Console", sections: "list[Section]", page: Path) ->
 def _run(
     options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
 ) -> "list[Section]":
+    from pacatune.folder_lock import alone_in
     from pacatune.reproduce import open_folder, run_experiments
     from pacatune.reproduce.running import write_report
 
@@ -113,7 +114,8 @@ def _run(
         raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
     folder = Path(options.output)
     open_folder(folder, resume=options.resume)
-    sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
-    if options.name == "all":
-        write_report(sections, "all", "The paper and here", folder)
+    with alone_in(folder):
+        sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
+        if options.name == "all":
+            write_report(sections, "all", "The paper and here", folder)
     return sections

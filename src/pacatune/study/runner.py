@@ -37,19 +37,26 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
         What study.json holds.
 
     Raises:
-        ValueError: If the configuration cannot be used.
+        ValueError: If the configuration cannot be used, or another process is in the folder.
         FileExistsError: If the folder holds something else.
         KeyboardInterrupt: If a signal stopped it; finished runs are kept.
     """
     console = console or Console(highlight=False)
     output = ResultFolder(path=folder, mark=RESULT_NAME, kind="a study", others=OUTPUTS)
     plan = make_plan(config, console.print)
-    output.open()
+    with output.opened():
+        result = summarise(plan, _run_all(plan, folder, console))
+        write_report(result, folder)
+        output.write({"finished": True, **result.to_dict()})
+    return result
+
+
+def _run_all(plan: Plan, folder: Path, console: Console) -> dict[Place, RunRecord]:
     runner = _Runner(plan, Records(folder / RUNS_NAME), console)
     # What is there by now stays: each run collects garbage twice, and need not look at it.
     gc.freeze()
     try:
-        records = runner.run_all()
+        return runner.run_all()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"stopped with {runner.num_done} of {plan.num_runs} runs done; the same command "
@@ -57,10 +64,6 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
         ) from None
     finally:
         gc.unfreeze()
-    result = summarise(plan, records)
-    write_report(result, folder)
-    output.write({"finished": True, **result.to_dict()})
-    return result
 
 
 def pending_runs(plan: Plan, folder: Path) -> int:

@@ -2,13 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
@@ -63,7 +61,13 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
         if client.shows_key:
             say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
         client.check_reachable()
-    with _opened(config.output) as folder, termination_interrupts():
+    folder = ResultFolder(
+        path=config.output,
+        mark=RESULT_NAME,
+        kind="an MT-Bench evaluation",
+        others=(REPORT_NAME, RADAR_NAME),
+    )
+    with folder.opened(), termination_interrupts():
         answers = subject.answers
         cut_off: dict[str, int] = {}
         if answers is None:
@@ -121,36 +125,6 @@ def _client(config: MtBenchConfig) -> JudgeClient:
         timeout_s=config.judge_timeout_s,
         max_retries=config.judge_retries,
     )
-
-
-@contextmanager
-def _opened(output: Path) -> Iterator[ResultFolder]:
-    """Make the folder ready, for this process alone: two would pay twice."""
-    folder = ResultFolder(
-        path=output,
-        mark=RESULT_NAME,
-        kind="an MT-Bench evaluation",
-        others=(REPORT_NAME, RADAR_NAME),
-    )
-    lock = FileLock(output / ".lock")
-    if output.is_dir() and (output / RESULT_NAME).is_file():
-        _acquire(lock, output)
-    folder.open()
-    _acquire(lock, output)
-    try:
-        yield folder
-    finally:
-        lock.release(force=True)
-
-
-def _acquire(lock: FileLock, output: Path) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"another run is at work in {output}; wait for its end, or choose another folder: "
-            "--output DIR."
-        ) from error
 
 
 def _answer(
