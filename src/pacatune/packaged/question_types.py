@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.packaged.cache import prepare_folder
+from pacatune.data.choices import ChoiceQuestion
+from pacatune.packaged.cache import prepare_folder, sha256_of
 from pacatune.packaged.cifar10 import TASK as CIFAR10
+from pacatune.packaged.multiple_choice import write_questions
 
 TASK = dataclasses.replace(
     CIFAR10,
@@ -28,8 +30,9 @@ TASK = dataclasses.replace(
 )
 CLASSES = ("Date", "Entity", "Humans", "Location", "Organization", "Quantity")
 TEST_SHARE = 0.3
+PROMPT = f"{{}}\nType of the answer ({', '.join(CLASSES)}):"
 
-_FOLDER = "question-types"
+_FOLDER, _CHOICES_FOLDER = "question-types", "question-types-choices"
 _NUM_BYTES = 2_000_000
 
 
@@ -63,6 +66,38 @@ def prepare_question_types(cache: Path, say: Callable[[str], None] = print) -> t
 
     folder = prepare_folder(cache / _FOLDER, _NUM_BYTES, make, say)
     return folder / "train.jsonl", folder / "test.jsonl"
+
+
+def prepare_type_choices(cache: Path, say: Callable[[str], None] = print) -> tuple[Path, Path]:
+    """Return the same, train.jsonl and test.jsonl, for language models: to choose among the types.
+
+    Lines are those of `prepare_multiple_choice`, in an order that mixes the types.
+
+    Args:
+        cache: Folder that keeps them for the next time; see `default_cache`.
+        say: Called with one line per step that takes a while.
+
+    Raises:
+        ValueError: If a hash differs.
+        OSError: If the package cannot be downloaded, or the disk is too full.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        sources = prepare_question_types(cache, say)
+        for source in sources:
+            lines = source.read_text(encoding="utf-8").splitlines()
+            questions = [_to_choice(json.loads(line)) for line in lines]
+            random.Random(0).shuffle(questions)
+            write_questions(folder / source.name, questions, chat=False)
+        return {"made_of": [sha256_of(source) for source in sources]}
+
+    folder = prepare_folder(cache / _CHOICES_FOLDER, _NUM_BYTES, make, say)
+    return folder / "train.jsonl", folder / "test.jsonl"
+
+
+def _to_choice(row: dict[str, str]) -> ChoiceQuestion:
+    text, label = row["text"], row["label"]
+    return ChoiceQuestion(text, list(CLASSES), CLASSES.index(label), PROMPT.format(text))
 
 
 def single_types(examples: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Small scale of Table 1: SmolLM2-135M trained on true-or-false claims and scored on others.
+"""Small scale of Table 1: SmolLM2-135M trained to name the type of an answer, and scored on others.
 
 Each run is `pacatune train` and `pacatune evaluate choice`, as the full scale is with MMLU.
 """
@@ -25,7 +25,7 @@ from pacatune.reproduce.text_runs import text_run
 __all__ = ["DATA", "MODEL_NAME", "choice_cell", "choice_column", "choice_numbers", "choice_stated"]
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-DATA = "fever"
+DATA = "types of answers"
 _KEY = "small_accuracy"
 _PREFIX = "small-"
 _STEPS, _BATCH = 12, 8
@@ -71,12 +71,12 @@ def choice_cell(row: Row) -> Cell:
 
 def _run(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     from pacatune.packaged.cache import default_cache
-    from pacatune.packaged.multiple_choice import prepare_multiple_choice
+    from pacatune.packaged.question_types import prepare_type_choices
     from pacatune.packaged.smollm2 import prepare_model
 
     cache = default_cache()
     model = prepare_model(cache, tell)
-    train, heldout = prepare_multiple_choice(cache, DATA, say=tell)
+    train, heldout = prepare_type_choices(cache, tell)
     work = _Work(row, str(model), train, heldout, folder, tell)
     if row.method == "none":
         return {"values": {"0": work.score(None, "untrained")}, "learning_rate": None}
@@ -116,7 +116,7 @@ class _Work:
             choice_stated(self.row),
             self.row.method,
             model=self.model,
-            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.01},
+            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.05},
             rate=rate,
             dtype=small_dtype(),
             seed=seed,
@@ -149,9 +149,10 @@ def choice_column(table: Table) -> Column:
         ),
         paper=table.quantity("average"),
         is_same=False,
-        about=f"{MODEL_NAME}, trained for {_STEPS} steps on {_BATCH} claims each of BIG-bench's "
-        f"FEVER (true or false) and scored on {_NUM_QUESTIONS} others; for every method the best "
-        f"of the learning rates {', '.join(f'{rate:g}' for rate in _RATES)} by validation loss. "
+        about=f"{MODEL_NAME}, trained for {_STEPS} steps on {_BATCH} questions each to name the "
+        f"type of the answer (one of six; BIG-bench), and scored on {_NUM_QUESTIONS} others; for "
+        f"every method the best of the learning rates {', '.join(f'{r:g}' for r in _RATES)} by "
+        f"validation loss. "
         f"{SPREAD_NOTE}",
     )
 

@@ -199,7 +199,7 @@ def _small_settings(row: Row) -> SettingsBeside:
         "data": "MMLU's training questions do not come as a package; these do",
         "learning_rates": "a grid for every method, since the model is another",
         "precision": "what this processor multiplies fast",
-        "micro_batches": "a batch of short claims needs none",
+        "micro_batches": "a batch of short questions needs none",
         "warmup": "the paper's 100 steps are more than all of these",
         "epochs": "a quarter of an hour for the table",
         "steps": "a quarter of an hour for the table",
@@ -207,7 +207,7 @@ def _small_settings(row: Row) -> SettingsBeside:
     return SettingsBeside(
         title=f"{row.title}, rank {row.rank}",
         paper=_stated(row),
-        ours=of_run(run, f"BIG-bench {DATA}", grid=stated),
+        ours=of_run(run, f"{DATA} (BIG-bench)", grid=stated),
         why=why,
     )
 

@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from pacatune.study.classifier_config import ClassifierConfig
 from pacatune.training.checkpoints import WholeCheckpoints
+from pacatune.training.lora import make_lora_config
 from pacatune.training.progress import Meter
 from pacatune.training.running import add_callbacks, adjusted_arguments, make_lean
 from pacatune.training.selecting import choose_from_data, share_of_batches
@@ -37,14 +38,8 @@ def make_adapter_config(config: ClassifierConfig) -> "PeftConfig | None":
         from pacatune import PacaConfig
 
         return PacaConfig(task_type="SEQ_CLS", **config.paca.adapter_options())
-    if config.method == "moslora":
-        from pacatune import MosLoraConfig
-
-        return MosLoraConfig(task_type="SEQ_CLS", **asdict(config.lora), **asdict(config.moslora))
-    from peft import LoraConfig
-
-    is_dora = config.method == "dora"
-    return LoraConfig(task_type="SEQ_CLS", use_dora=is_dora, **asdict(config.lora))
+    options = {"task_type": "SEQ_CLS", **asdict(config.lora)}
+    return make_lora_config(config.method, options, config.moslora)
 
 
 def complete_adapter_config(config: ClassifierConfig, model: nn.Module) -> Any:

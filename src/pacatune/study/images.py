@@ -13,7 +13,7 @@ class ImageTask(Task):
     """Runs of `pacatune train-image`."""
 
     command: ClassVar[str] = "train-image"
-    methods: ClassVar[tuple[str, ...]] = ("paca", "lora", "full", "head")
+    methods: ClassVar[tuple[str, ...]] = ("paca", "lora", "dora", "moslora", "full", "head")
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     @classmethod
@@ -26,6 +26,7 @@ class ImageTask(Task):
             "data": vision.ImageDataConfig,
             "paca": vision.PacaSection,
             "lora": vision.LoraSection,
+            "moslora": vision.MosLoraSection,
             "training": vision.ImageTrainingConfig,
         }
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pacatune.training.config import RunConfig
+from pacatune.training.lora import make_lora_config
 from pacatune.training.precision import choose_dtype
 from pacatune.training.quantization import check_quantization, quantization_options
 
@@ -132,16 +133,8 @@ def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
         from pacatune import PacaConfig
 
         return PacaConfig(task_type="CAUSAL_LM", **config.paca.adapter_options())
-    if config.method == "moslora":
-        from pacatune import MosLoraConfig
-
-        options = asdict(config.lora) | asdict(config.moslora)
-        return MosLoraConfig(task_type="CAUSAL_LM", **options)
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM", use_dora=config.method == "dora", **asdict(config.lora)
-    )
+    options = {"task_type": "CAUSAL_LM", **asdict(config.lora)}
+    return make_lora_config(config.method, options, config.moslora)
 
 
 def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Plan:

@@ -3,15 +3,22 @@
 from pathlib import Path
 
 from pacatune.training.card import compose_card
-from pacatune.vision.config import ImageRunConfig
+from pacatune.vision.config import ADAPTERS, ImageRunConfig
 from pacatune.vision.report import ImageReport
 
-_NAMES = {"paca": "PaCA", "lora": "LoRA", "full": "Full", "head": "Linear-probe"}
+_NAMES = {
+    "paca": "PaCA",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "moslora": "MosLoRA",
+    "full": "Full",
+    "head": "Linear-probe",
+}
 
 
 def write_card(config: ImageRunConfig, report: ImageReport, folder: Path) -> None:
     """Write README.md with the front matter that model hubs read."""
-    is_adapter = config.method in ("paca", "lora")
+    is_adapter = config.method in ADAPTERS
     front = {
         "base_model": report.model,
         "library_name": "peft" if is_adapter else "transformers",

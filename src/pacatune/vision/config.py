@@ -8,14 +8,22 @@ from transformers import TrainingArguments
 from pacatune.data.images import ImageDataConfig
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.config import LoraSection, PacaSection
+from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.option_checks import check_ranges, refuse_elsewhere
 
-ImageMethod = Literal["paca", "lora", "full", "head"]
+ImageMethod = Literal["paca", "lora", "dora", "moslora", "full", "head"]
+ADAPTERS = ("paca", "lora", "dora", "moslora")
 
 # The head is new, whatever the method, and learns at the same rate as the rest. Rates of adapters
 # suit the default ranks; what is stable falls as the rank rises.
-LEARNING_RATES: dict[str, float] = {"paca": 1e-3, "lora": 1e-3, "full": 1e-4, "head": 3e-3}
+LEARNING_RATES: dict[str, float] = {
+    "paca": 1e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "moslora": 1e-3,
+    "full": 1e-4,
+    "head": 3e-3,
+}
 
 # Options of TrainingArguments that this recipe decides elsewhere, and where.
 _ELSEWHERE = {
@@ -66,8 +74,8 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     """
 
     learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 1e-3 paca and lora, 3e-3 head, 1e-4
-    full."""
+    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
+    head, 1e-4 full."""
 
     warmup_steps: float = 0.1
     """Steps in which the learning rate rises; below 1, a share of all steps. A new head is random,
@@ -117,8 +125,9 @@ class ImageRunConfig:
     command: ClassVar[str] = "train-image"
 
     method: ImageMethod = "paca"
-    """How to fine-tune: `paca`, `lora`, `full` (every weight), or `head` (the classifier alone, a
-    linear probe). A new head is trained in any case."""
+    """How to fine-tune: `paca`, `lora`, `dora`, `moslora` (LoRA with a trained mixer; linear layers
+    only), `full` (every weight), or `head` (the classifier alone, a linear probe). A new head is
+    trained in any case."""
 
     model: ImageModelConfig
     """The pretrained model."""
@@ -130,7 +139,10 @@ class ImageRunConfig:
     """Options of the method paca."""
 
     lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the method lora."""
+    """Options of the methods lora, dora and moslora."""
+
+    moslora: MosLoraSection = field(default_factory=MosLoraSection)
+    """Options of the method moslora."""
 
     training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
     """Every option of transformers' TrainingArguments."""

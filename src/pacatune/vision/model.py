@@ -1,14 +1,16 @@
 """Adapter, plan and weights of an image model."""
 
 import copy
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from pacatune.training.lora import make_lora_config
 from pacatune.training.model import Plan, count_trainable, require_lean
 from pacatune.vision.base import ImageBase
-from pacatune.vision.config import ImageRunConfig
+from pacatune.vision.config import ADAPTERS, ImageRunConfig
 from pacatune.vision.parts import find_batch_norms, find_heads, reset_heads
 from pacatune.vision.targets import check_lora_targets, check_names, choose_targets
 
@@ -24,31 +26,30 @@ def make_adapter_config(
     Raises:
         ValueError: If the model has nothing to adapt, or LoRA cannot adapt a target.
     """
-    if config.method not in ("paca", "lora"):
+    if config.method not in ADAPTERS:
         return None, []
     model = base.empty_model()
-    section = config.paca if config.method == "paca" else config.lora
     heads = find_heads(model)
     is_paca = config.method == "paca"
-    values = config.paca.adapter_options() if is_paca else copy.copy(vars(config.lora))
+    section = config.paca if is_paca else config.lora
+    values = config.paca.adapter_options() if is_paca else asdict(config.lora)
     notes: list[str] = []
     if section.target_modules is None:
         values["target_modules"], notes = choose_targets(model, config.method, section.r, heads)
     else:
-        check_names(model, section.target_modules, f"{config.method}.target_modules")
+        option = f"{'paca' if is_paca else 'lora'}.target_modules"
+        check_names(model, section.target_modules, option)
         values["exclude_modules"] = _exclude(section.exclude_modules, heads)
     saved = heads + list(section.modules_to_save or [])
     if config.training.train_batch_norm:
         saved += _batch_norms_or_refuse(model)
     values["modules_to_save"] = sorted(set(saved))
     values["revision"] = config.model.revision
-    if config.method == "paca":
+    if is_paca:
         from pacatune import PacaConfig
 
         return PacaConfig(**values), notes
-    from peft import LoraConfig
-
-    lora = LoraConfig(**values)
+    lora = make_lora_config(config.method, values, config.moslora)
     check_lora_targets(model, lora)
     return lora, notes
 

@@ -26,12 +26,12 @@ def choose_targets(
 
     Args:
         model: The base model, weights not needed.
-        method: `paca` or `lora`.
+        method: One with adapters.
         rank: Of the adapter.
         heads: Names of the modules that are trained in full.
 
     Raises:
-        ValueError: If the model has nothing to adapt, with this rank at least.
+        ValueError: If the model has nothing that the method adapts, with this rank at least.
     """
     modules = dict(model.named_modules())
     reasons = survey(model)
@@ -43,21 +43,26 @@ def choose_targets(
     linear = [name for name, reason in reasons.items() if not reason]
     if _num_weights(modules, linear) >= _num_weights(modules, list(convolutions)):
         return default_targets(model), []
+    if method == "moslora":
+        raise ValueError(
+            f"`method` (moslora) adapts linear layers, and {type(model).__name__} has most of its "
+            "weights in convolutions; use paca, lora or dora, or set `lora.target_modules`."
+        )
+    is_paca = method == "paca"
     narrow = {name for name, layer in convolutions.items() if layer.in_channels < rank}
-    grouped = {
-        name for name, layer in convolutions.items() if layer.groups > 1 and method == "lora"
-    }
+    grouped = {name for name, layer in convolutions.items() if layer.groups > 1 and not is_paca}
     targets = {
         name
         for name in convolutions.keys() - narrow - grouped
-        if method == "lora" or layer_class(modules[name]) is not None
+        if not is_paca or layer_class(modules[name]) is not None
     }
     if not targets:
+        section = "paca" if is_paca else "lora"
         most = max(layer.in_channels for layer in convolutions.values())
         raise ValueError(
-            f"`{method}.r` ({rank}) leaves {type(model).__name__} without a layer to adapt: its "
+            f"`{section}.r` ({rank}) leaves {type(model).__name__} without a layer to adapt: its "
             f"convolutions have up to {most} input channels; lower it, or set "
-            f"`{method}.target_modules`."
+            f"`{section}.target_modules`."
         )
     notes = []
     if narrow:
