@@ -26,8 +26,23 @@ def last_logits(model: Any, num_kept: int, **inputs: Tensor) -> Tensor:
         num_kept: Positions whose logits are read.
         inputs: What the model takes; (B, T) each.
     """
-    if can_keep_few(model):
-        logits: Tensor = model(**inputs, logits_to_keep=num_kept).logits
-        return logits
-    logits = model(**inputs).logits
-    return logits[:, -num_kept:]
+    if not can_keep_few(model):
+        logits: Tensor = model(**inputs).logits
+        return logits[:, -num_kept:]
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(_make_contiguous)
+    try:
+        logits = model(**inputs, logits_to_keep=num_kept).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits
+
+
+def _make_contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the last positions out of their rows.
+
+    torch multiplies inputs with gaps by a frozen weight batch-wise, with a copy of the weight for
+    each row.
+    """
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
