@@ -32,7 +32,7 @@ _STEPS, _BATCH = 12, 8
 # alpha / rank is 4 in Table 9 and multiplies the rate.
 _RATES = (5e-4, 1e-3, 2e-3)
 _SEEDS = (0, 1)
-_NUM_QUESTIONS = 200
+_NUM_QUESTIONS = 300
 
 
 def choice_stated(row: Row) -> Settings:
@@ -116,7 +116,7 @@ class _Work:
             choice_stated(self.row),
             self.row.method,
             model=self.model,
-            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.05},
+            data={"path": str(self.data), "format": "prompt-completion", "eval_fraction": 0.03},
             rate=rate,
             dtype=small_dtype(),
             seed=seed,
