@@ -73,7 +73,7 @@ def test_the_same_questions_to_choose_from(source, tmp_path):
         assert sorted((q.question, q.choices[q.answer]) for q in questions) == sorted(
             (row["text"], row["label"]) for row in rows
         )
-        assert all(q.context().endswith("Organization, Quantity):") for q in questions)
+        assert all(q.context() == f"{q.question}\nType:" for q in questions)
         assert [q.question for q in questions] != [row["text"] for row in rows]
     row = json.loads(_lines(choices[0])[0])
     assert row["completion"] == f" {row['choices'][row['answer']]}"

@@ -30,7 +30,7 @@ TASK = dataclasses.replace(
 )
 CLASSES = ("Date", "Entity", "Humans", "Location", "Organization", "Quantity")
 TEST_SHARE = 0.3
-PROMPT = f"{{}}\nType of the answer ({', '.join(CLASSES)}):"
+PROMPT = "{}\nType:"
 
 _FOLDER, _CHOICES_FOLDER = "question-types", "question-types-choices"
 _NUM_BYTES = 2_000_000

@@ -25,8 +25,9 @@ def _svg(figure: Any) -> str:
     import matplotlib as mpl
 
     file = io.StringIO()
-    # The salt makes the names inside, and so the text, the same every time.
-    with mpl.rc_context({"svg.hashsalt": "pacatune", "svg.fonttype": "path"}):
+    # The salt makes the names inside, and so the text, the same every time. Words stay words: they
+    # can be read aloud and searched, and are half as long as their outlines.
+    with mpl.rc_context({"svg.hashsalt": "pacatune", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]

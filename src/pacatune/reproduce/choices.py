@@ -28,9 +28,9 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 DATA = "types of answers"
 _KEY = "small_accuracy"
 _PREFIX = "small-"
-_STEPS, _BATCH = 12, 8
+_STEPS, _BATCH = 16, 8
 # alpha / rank is 4 in Table 9 and multiplies the rate.
-_RATES = (5e-4, 1e-3, 2e-3)
+_RATES = (1e-3, 2e-3, 4e-3)
 _SEEDS = (0, 1)
 _NUM_QUESTIONS = 300
 
