@@ -1,4 +1,4 @@
-"""Logits of the last positions alone: equal to those of all, without copies of the head's weight."""
+"""Logits of the last positions: equal to those of all, and no copies of the head's weight."""
 
 import pytest
 import torch

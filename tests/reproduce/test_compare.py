@@ -1,5 +1,7 @@
 """The rule by which a result contradicts the paper."""
 
+import dataclasses
+
 import pytest
 
 from pacatune.reproduce.compare import judge, share
@@ -57,6 +59,13 @@ def test_every_pair_is_judged(table, same):
     ours = {(f"small-{m}-r8", "ours"): number(n) for m, n in (("lora", 20), ("dora", 30))}
     ours["small-paca-r8", "ours"] = number(25)
     assert [v.outcome for v in judge(table, same, ours)] == ["agrees", "contradicts", "agrees"]
+
+
+def test_untrained_models_are_compared_on_the_papers_task_only(table, scores):
+    ours = {("small-none", "accuracy"): number(20), ("small-lora-r8", "accuracy"): number(80)}
+    assert list(judge(table, scores, ours)) == []
+    (verdict,) = judge(table, dataclasses.replace(scores, is_same=True), ours)
+    assert verdict.outcome == "agrees"
 
 
 def test_shares_and_points(same, scores):

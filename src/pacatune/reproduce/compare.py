@@ -16,8 +16,11 @@ RULE = (
     "and has them alike otherwise. Here they are in an order if their intervals do not overlap and "
     "they differ by more than the margin stated for our numbers. The opposite order contradicts "
     "the paper, and so does an order where the paper has them alike; overlapping intervals where "
-    "the paper has an order leave it open; the rest agrees."
+    "the paper has an order leave it open; the rest agrees. A model that is not trained is not "
+    "compared where ours has another task: what training adds there is no matter of the method."
 )
+
+UNTRAINED = "none"
 
 # Row of the paper's table, our quantity -> number.
 Ours = Mapping[tuple[str, str], Measured]
@@ -57,7 +60,13 @@ class Verdict:
 def judge(table: Table, column: Column, ours: Ours) -> Iterator[Verdict]:
     """Yield a verdict for each pair of lines of one model that both sides have numbers of."""
     key = column.quantity.key
-    known = [row for row in table.rows if column.paper.key in row.values and (row.key, key) in ours]
+    known = [
+        row
+        for row in table.rows
+        if column.paper.key in row.values
+        and (row.key, key) in ours
+        and (column.is_same or row.method != UNTRAINED)
+    ]
     for first, second in itertools.combinations(known, 2):
         if first.model == second.model:
             yield _judge(column, (first, second), (ours[first.key, key], ours[second.key, key]))
