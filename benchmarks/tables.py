@@ -10,7 +10,8 @@ A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, whic
 
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
-`estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py).
+`estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes` and
+`-shares` of `reproduce-small/all.json` (reproduce_tables.py).
 """
 
 import json
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimate_tables
+from benchmarks import estimate_tables, reproduce_tables
 from tools.doc_block import rewrite
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of one result, and where it comes from.
 
     Args:
-        name: Of the file, without `.json`; or `estimate-` and the number of the paper's table.
+        name: Of the file, without `.json`; or `estimate-` and the number of the paper's table; or
+            `reproduce-` and a table of reproduce_tables.
         results: Folder.
 
     Raises:
@@ -41,6 +43,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     """
     if name.startswith("estimate-"):
         return estimate_tables.table(name.removeprefix("estimate-"), results)
+    if name.startswith("reproduce-"):
+        return reproduce_tables.table(name.removeprefix("reproduce-"), results)
     result = _read(name, results)
     if result is None:
         return _missing(name)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import reproduce_tables, tables
 
 RESULT = {
     "command": "python -m benchmarks.step",
@@ -63,3 +63,30 @@ def test_setting_without_a_method_is_refused(tmp_path):
     write(tmp_path, RESULT | {"rows": RESULT["rows"][:3]})
     with pytest.raises(ValueError, match=r"'512 tokens' has .*; measure all methods in all"):
         tables.table("step", tmp_path)
+
+
+def test_reproduction_has_a_line_for_each_name_and_for_each_share(tmp_path):
+    head = ["model", "method", "rank", "paper, h", "paper, as a share of LoRA's"]
+    head += ["ours, as a share of LoRA's", "difference"]
+    rows = [["small", "LoRA", "8", "4", "1.00", "1.00", "+0.00"]]
+    rows += [
+        ["small", "PaCA", rank, "3", "0.75", here, "+0.05"]
+        for rank, here in (("8", "0.80"), ("16", "0.90"))
+    ]
+    part = {
+        "outcomes": {"agrees": 3, "open": 2, "contradicts": 1},
+        "cells": {"bench": {"seconds": 60.0}, "train": {"seconds": 30.0}},
+        "tables": [
+            {"title": "What the paper reports", "header": ["model", "method"], "rows": []},
+            {"title": "Time of a step", "header": head, "rows": rows},
+        ],
+    }
+    (tmp_path / "reproduce-small").mkdir()
+    (tmp_path / reproduce_tables.FILE).write_text(json.dumps({"table1": part}))
+    outcomes = tables.table("reproduce-outcomes", tmp_path)
+    assert outcomes.splitlines()[2:] == ["| `table1` | 3 | 2 | 1 | 1.5 |"]
+    shares = tables.table("reproduce-shares", tmp_path)
+    line = "| `table1` | time of a step, as a share of LoRA's | 0.75 | 0.80 |"
+    assert shares.splitlines()[2:] == [line]
+    with pytest.raises(ValueError, match="no table 'other'"):
+        tables.table("reproduce-other", tmp_path)
