@@ -1,4 +1,4 @@
-"""Tables of docs/reproduce.md, from the committed report of `pacatune reproduce all --scale small`."""
+"""Tables of docs/reproduce.md, from the committed report of the small scale."""
 
 import json
 from collections.abc import Iterator
