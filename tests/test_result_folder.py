@@ -1,34 +1,39 @@
 """Folders of results: only ever one's own, and of one process at a time."""
 
-import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
 from pacatune.folder_lock import alone_in
 from pacatune.result_folder import ResultFolder
 
+# Holds a folder until its input ends.
+SCRIPT = """
+import sys
+from pathlib import Path
+from pacatune.folder_lock import alone_in
+
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
 
 def folder_at(path):
     return ResultFolder(path=path, mark="probe.json", kind="a probe", others=("report.md",))
 
 
-def hold(path, held, enough):
-    with folder_at(path).opened():
-        held.set()
-        enough.wait(60)
-
-
 @pytest.fixture
 def busy(tmp_path):
     """A folder that another process is in."""
-    context = multiprocessing.get_context("spawn")
-    held, enough = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "out", held, enough))
-    process.start()
-    assert held.wait(60)
-    yield tmp_path / "out", process
-    enough.set()
-    process.join()
+    path = tmp_path / "out"
+    folder_at(path).open()
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield path, process
 
 
 def test_another_process_is_kept_out_until_its_end(busy):
@@ -41,7 +46,7 @@ def test_another_process_is_kept_out_until_its_end(busy):
         pass
     assert (path / "report.md").exists()
     process.kill()
-    process.join()
+    process.wait()
     with folder_at(path).opened():
         assert not (path / "report.md").exists()
 
