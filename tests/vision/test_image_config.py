@@ -29,8 +29,8 @@ def test_model_path_is_required():
 
 
 def test_unknown_method(make_config):
-    with pytest.raises(ValueError, match=r"`method` \('dora'\) must be one of paca, lora, full, h"):
-        make_config("dora")
+    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, dora, "):
+        make_config("qlora")
 
 
 def test_training_of_another_type():
