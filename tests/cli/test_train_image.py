@@ -75,7 +75,7 @@ def test_preset_comes_first(words, capsys):
     ("extra", "message"),
     [
         (["--preset", "vit"], "preset 'vit' does not exist; use one of vit-b16-cifar10"),
-        (["--method", "dora"], "method"),
+        (["--method", "qlora"], "method"),
         (
             ["--data.path", "nowhere/x/y"],
             "nowhere/x/y does not exist; `data.path` must be a folder",
