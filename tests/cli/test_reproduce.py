@@ -70,7 +70,7 @@ def test_print_shows_settings_and_commands(capsys):
     assert "pacatune train --config RUN.yaml" in text
     assert main(["reproduce", "table1", "--print", "--scale", "small"]) == 0
     assert (
-        "| steps | not said | 12 | a quarter of an hour for the table |" in capsys.readouterr().out
+        "| steps | not said | 16 | a quarter of an hour for the table |" in capsys.readouterr().out
     )
 
 

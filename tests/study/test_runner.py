@@ -92,7 +92,7 @@ def test_files(scripted, tmp_path):
     _, options = scripted
     result, _ = run(config_of(options), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"study.json", "report.md", "metric.png", "rates.png", "runs"}
+    assert names == {".lock", "study.json", "report.md", "metric.png", "rates.png", "runs"}
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 9
     saved = json.loads((tmp_path / "out" / "study.json").read_text())
     assert saved["finished"] is True
