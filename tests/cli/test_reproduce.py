@@ -3,6 +3,7 @@
 import pytest
 
 from pacatune.cli import main
+from pacatune.folder_lock import alone_in
 from pacatune.reproduce import EXPERIMENTS
 
 
@@ -61,6 +62,14 @@ def test_a_folder_is_only_ever_our_own(tmp_path, capsys):
     ours.mkdir()
     (ours / "reproduce.json").write_text("{}")
     assert "go on with them: --resume" in error_of(capsys, *words, str(ours))
+
+
+def test_one_run_at_a_time(tmp_path, capsys):
+    (tmp_path / "reproduce.json").write_text("{}")
+    words = ("table1", "--simulate", "--resume", "--output", str(tmp_path))
+    with alone_in(tmp_path):
+        assert "another run is at work" in error_of(capsys, *words)
+    assert not (tmp_path / "cells").exists()
 
 
 def test_print_shows_settings_and_commands(capsys):
