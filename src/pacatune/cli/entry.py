@@ -18,7 +18,7 @@ COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
-    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, multiple choice, perplexity",
+    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, MT-Bench, choices, perplexity",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "estimate": "estimate the memory of training, without a GPU or weights",

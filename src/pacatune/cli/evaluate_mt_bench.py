@@ -124,6 +124,12 @@ def _add_judge_options(parser: argparse.ArgumentParser) -> None:
         help="of a request that fails in a way that may pass (default: %(default)s)",
     )
     add(
+        "--judge-max-tokens",
+        type=positive,
+        default=2048,
+        help="most tokens of a reply, thoughts included (default: %(default)s)",
+    )
+    add(
         "--judge-attempts",
         type=positive,
         default=3,

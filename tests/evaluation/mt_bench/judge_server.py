@@ -36,6 +36,9 @@ class State:
     complaints: list = field(default_factory=list)
     rate: object = None
     """prompt -> rating."""
+    reasons: bool = False
+    """Whether it is like OpenAI's reasoning models."""
+    max_tokens: int = 2048
     log: object = None
     most_at_once: int = 0
     _at_once: int = 0
@@ -61,11 +64,12 @@ def rating_of(prompt):
 def complaints_about(body, state):
     """Whatever is wrong with a request."""
     wrong = []
-    settings = {name: body.get(name) for name in ("model", "temperature", "max_tokens")}
-    if settings != {"model": state.model, "temperature": 0, "max_tokens": 2048}:
+    settings = {name: value for name, value in body.items() if name != "messages"}
+    expected = {"model": state.model, "temperature": 0, "max_tokens": state.max_tokens}
+    if state.reasons:
+        expected = {"model": state.model, "max_completion_tokens": state.max_tokens}
+    if settings != expected:
         wrong.append(f"settings {settings}")
-    if set(body) != {"model", "temperature", "max_tokens", "messages"}:
-        wrong.append(f"fields {sorted(body)}")
     roles = [message["role"] for message in body["messages"]]
     if roles != ["system", "user"]:
         return [*wrong, f"roles {roles}"]
@@ -85,6 +89,23 @@ def complaints_about(body, state):
     if re.search(r"\{(question|answer|ref_answer)", user):
         wrong.append("a place was not filled")
     return wrong
+
+
+def reasoner_refuses(body):
+    """The errors of OpenAI's reasoning models, one at a time."""
+    if "max_tokens" in body:
+        text = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead."
+        )
+        return {"message": text, "param": "max_tokens", "code": "unsupported_parameter"}
+    if "temperature" in body:
+        text = (
+            "Unsupported value: 'temperature' does not support 0 with this model. Only the "
+            "default (1) value is supported."
+        )
+        return {"message": text, "param": "temperature", "code": "unsupported_value"}
+    return None
 
 
 def make_handler(state):
@@ -108,6 +129,8 @@ def make_handler(state):
                     state.log.write(json.dumps(body) + "\n")
                     state.log.flush()
             time.sleep(state.delay_s)
+            if state.reasons and (refusal := reasoner_refuses(body)):
+                return self._send(400, {"error": refusal})
             wrong = complaints_about(body, state)
             if self.path != "/v1/chat/completions":
                 wrong.append(f"path {self.path}")

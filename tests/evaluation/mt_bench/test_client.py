@@ -50,6 +50,29 @@ def test_a_reply(client, judge):
     assert judge.complaints == client.waits == []
 
 
+def test_a_reasoning_judge_is_asked_in_its_words(client, judge):
+    judge.reasons = True
+    first, second = client.ask(PROMPT), client.ask(PROMPT)
+    assert judge.complaints == client.waits == []
+    assert len(judge.requests) == 4  # two refusals, and what they taught is remembered
+    assert first.text == second.text
+    assert first.temperature is second.temperature is None
+
+
+def test_other_judges_are_asked_for_their_temperature(client):
+    assert client.ask(PROMPT).temperature == 0
+
+
+def test_a_refusal_that_teaches_nothing_is_one(client, judge):
+    # What vLLM says of prompts that are too long.
+    text = "'max_tokens' or 'max_completion_tokens' is too large: 2048"
+    judge.misdeeds.append((400, {}, {"message": text}))
+    with pytest.raises(RequestRefused, match="too large"):
+        client.ask(PROMPT)
+    assert client.ask(PROMPT).temperature == 0
+    assert judge.complaints == []
+
+
 def test_the_whole_address_is_taken_too(judge):
     for url in (judge.url + "/", judge.url + "/chat/completions"):
         assert JudgeClient(url=url, model="judge").ask(PROMPT).text

@@ -26,7 +26,9 @@ def make(judge, prompts, tmp_path):
 
     def make(**options):
         own = {"max_retries": 0} | {
-            name: options.pop(name) for name in ("model", "max_retries") if name in options
+            name: options.pop(name)
+            for name in ("model", "max_retries", "max_tokens")
+            if name in options
         }
         client = JudgeClient(url=judge.url, **{"model": "judge"} | own, wait=lambda seconds: None)
         path = tmp_path / "model_judgment" / "judge_single.jsonl"
@@ -124,7 +126,25 @@ def test_nonsense_is_asked_again_and_then_a_failure(
 def test_a_reply_that_was_cut_off_is_said_to_be(make, judge, questions, answers):
     judge.misdeeds.append("long")
     (first, _) = make(parallel=1, max_attempts=1).judge(questions[:1], answers)
-    assert first.problem.endswith("let me say' was cut off at 2048 tokens")
+    assert first.problem.endswith(
+        "let me say' was cut off at 2048 tokens; raise --judge-max-tokens"
+    )
+    assert make(max_attempts=1).judge(questions[:1], answers)[0] == first
+    assert len(judge.requests) == 2
+    # With more tokens, only that turn is asked again.
+    judge.max_tokens = 4096
+    (again, _) = make(max_attempts=1, max_tokens=4096).judge(questions[:1], answers)
+    assert again.score is not None
+    assert len(judge.requests) == 3
+    assert judge.complaints == []
+
+
+def test_the_temperature_of_a_judge_that_takes_none_is_said(make, judge, questions, answers):
+    judge.reasons = True
+    first = make()
+    keys = {one.key for one in first.judge(questions[:1], answers)}
+    assert first.used(keys)["temperatures"] == make().used(keys)["temperatures"] == [None]
+    assert judge.complaints == []
 
 
 def test_a_refused_prompt_is_a_failure_and_not_remembered(make, judge, questions, answers):
@@ -209,6 +229,7 @@ def test_tokens_and_models_are_added_up(make, questions, answers):
     judgments = judge.judge(questions[:2], answers)
     assert judge.used({one.key for one in judgments}) == {
         "models": ["judge-2026-01-01"],
+        "temperatures": [0],
         "num_replies": 4,
         "prompt_tokens": 400,
         "completion_tokens": 40,

@@ -18,7 +18,12 @@ def result(**changes):
     ]
     return {
         "model_id": "tiny+my_adapter",
-        "judge": {"model": "gpt-4o-mini", "models": ["gpt-4o-mini-2024"], "url": "https://a/v1"},
+        "judge": {
+            "model": "gpt-4o-mini",
+            "models": ["gpt-4o-mini-2024"],
+            "temperatures": [0],
+            "url": "https://a/v1",
+        },
         "sources": {"questions": "q.jsonl", "references": "r", "judge_prompts": "p"},
         "num_resamples": 10_000,
         "seed": 3,
@@ -54,6 +59,13 @@ def test_terminal_and_page_say_the_same():
     ):
         assert words in text
         assert words in page.replace("\\", "")
+
+
+def test_a_judge_that_chose_its_temperature_is_said_to():
+    words = "The judge knows no temperature"
+    assert words not in shown(result())
+    judge = result()["judge"] | {"temperatures": [None]}
+    assert words in shown(result(judge=judge))
 
 
 def test_what_a_judge_wrote_is_no_markup():

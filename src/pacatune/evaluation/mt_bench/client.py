@@ -19,9 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pacatune.evaluation.mt_bench.address import checked_url
+from pacatune.evaluation.mt_bench.dialect import Dialect
 from pacatune.evaluation.mt_bench.prompts import Prompt
+from pacatune.evaluation.mt_bench.reply import Reply, read_reply
 
-__all__ = ["JudgeClient", "JudgeStopped", "JudgeUnavailable", "Reply", "RequestRefused"]
+__all__ = ["JudgeClient", "JudgeStopped", "JudgeUnavailable", "RequestRefused"]
 
 # Their cause may be gone a moment later.
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -43,19 +45,6 @@ class JudgeStopped(Exception):
     """Somebody has set the event that stops the work."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a judge wrote."""
-
-    text: str
-    """Empty where the judge wrote nothing."""
-    model: str | None
-    """Which model the endpoint says has answered."""
-    finish_reason: str | None
-    usage: dict[str, int]
-    """Tokens of prompt and answer, as the endpoint counts them."""
-
-
 @dataclass(kw_only=True)
 class JudgeClient:
     """An endpoint and how patient to be with it."""
@@ -71,7 +60,9 @@ class JudgeClient:
     max_retries: int = 6
     """How often a request is repeated that failed in a way that may pass."""
     temperature: float = 0.0
+    """Left out where the endpoint says that its model takes none."""
     max_tokens: int = 2048
+    """Of a reply."""
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
     """Once set, no request is sent or repeated."""
     wait: Callable[[float], Any] | None = field(default=None, repr=False)
@@ -86,6 +77,7 @@ class JudgeClient:
                 "the judge's key has characters that no header can have; set the variable that "
                 "--judge-key-env names again, without line breaks."
             )
+        self._dialect = Dialect(self.max_tokens, self.temperature)
         # A request to this very machine needs no proxy, and few proxies would deliver it.
         self._is_near = urlsplit(self.url).hostname in _LOOPBACK
         proxies = urllib.request.ProxyHandler({} if self._is_near else None)
@@ -129,7 +121,7 @@ class JudgeClient:
             if self.stop.is_set():
                 raise JudgeStopped
             try:
-                return _reply(self._post(prompt))
+                return self._ask_once(prompt)
             except _Transient as failure:
                 problem = self._clean(str(failure))
                 if failure.is_final or attempt == self.max_retries:
@@ -138,17 +130,25 @@ class JudgeClient:
         tries = f" ({attempt + 1} tries)" if attempt else ""
         raise JudgeUnavailable(f"the judge at {self.url} gives no answer{tries}: {problem}")
 
-    def _post(self, prompt: Prompt) -> bytes:
+    def _ask_once(self, prompt: Prompt) -> Reply:
+        settings = self._dialect.settings()
+        try:
+            raw = self._post(prompt, settings)
+        except RequestRefused as refusal:
+            if not self._dialect.learn(settings, str(refusal)):
+                raise
+            return self._ask_once(prompt)  # at most twice: each time one field less is disputed
+        try:
+            return read_reply(raw, settings.get("temperature"))
+        except ValueError as error:
+            raise _Transient(str(error)) from None
+
+    def _post(self, prompt: Prompt, settings: dict[str, Any]) -> bytes:
         messages = [
             {"role": "system", "content": prompt.system},
             {"role": "user", "content": prompt.user},
         ]
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
+        body = {"model": self.model, "messages": messages, **settings}
         headers = {"Content-Type": "application/json", "User-Agent": "pacatune"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -227,29 +227,6 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _reply(raw: bytes) -> Reply:
-    try:
-        parsed = json.loads(raw)
-        choice = parsed["choices"][0]
-        text = choice["message"]["content"]
-        usage = parsed.get("usage") or {}
-        if not isinstance(text, str | None):
-            raise TypeError
-        return Reply(
-            text=text or "",
-            model=_text_or_none(parsed.get("model")),
-            finish_reason=_text_or_none(choice.get("finish_reason")),
-            usage={
-                name: usage[name]
-                for name in ("prompt_tokens", "completion_tokens")
-                if isinstance(usage.get(name), int)
-            },
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        start = raw[:100].decode(errors="replace")
-        raise _Transient(f"something else than an OpenAI-compatible reply: {start!r}") from None
-
-
 def _error_text(error: urllib.error.HTTPError) -> str:
     try:
         raw = error.read(2**16).decode(errors="replace")
@@ -281,7 +258,3 @@ def _delay(attempt: int, retry_after_s: float | None) -> float:
     if retry_after_s is None:
         return wait_s * random.uniform(0.5, 1.0)
     return retry_after_s + wait_s * random.uniform(0.0, 0.5)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None

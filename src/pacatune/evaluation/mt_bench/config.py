@@ -65,6 +65,8 @@ class MtBenchConfig:
     """Of one request."""
     judge_retries: int = 6
     """How often a request is repeated that fails in a way that may pass."""
+    judge_max_tokens: int = 2048
+    """Of one reply; what a judge thinks before counts."""
     judge_attempts: int = 3
     """How often a judge is asked that replies without a rating from 1 to 10."""
     cache: Path | None = None
@@ -96,6 +98,7 @@ class MtBenchConfig:
             ("judge_parallel", 1),
             ("judge_retries", 0),
             ("judge_attempts", 1),
+            ("judge_max_tokens", 1),
             ("limit", 1),
         ):
             value = getattr(self, name)

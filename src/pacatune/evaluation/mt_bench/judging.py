@@ -13,13 +13,13 @@ from pacatune.evaluation.mt_bench.client import (
     JudgeClient,
     JudgeStopped,
     JudgeUnavailable,
-    Reply,
     RequestRefused,
 )
 from pacatune.evaluation.mt_bench.json_lines import JsonLines
 from pacatune.evaluation.mt_bench.prompts import JudgePrompt, Prompt, render
 from pacatune.evaluation.mt_bench.questions import NUM_TURNS, Question, QuestionId
 from pacatune.evaluation.mt_bench.rating import parse_rating
+from pacatune.evaluation.mt_bench.reply import Reply
 
 __all__ = ["Judge", "Judgment"]
 
@@ -129,17 +129,23 @@ class Judge:
         return [self._judgment(task) for task in tasks]
 
     def used(self, keys: Collection[str]) -> dict[str, Any]:
-        """Return which models have replied, and how many tokens were read and written.
+        """Return which models have replied at what temperatures, and how many tokens that took.
 
         Args:
             keys: Of the judgments that count.
         """
         rows = [row for key in keys for row in self._rows.get(key, [])]
         models = sorted({row["judge_reported"] for row in rows if row.get("judge_reported")})
+        temperatures = {row.get("temperature", self._client.temperature) for row in rows}
         usage = [row.get("usage") or {} for row in rows]
         names = ("prompt_tokens", "completion_tokens")
         totals = {name: sum(one.get(name, 0) for one in usage) for name in names}
-        return {"models": models, "num_replies": len(rows), **totals}
+        return {
+            "models": models,
+            "temperatures": sorted(temperatures, key=lambda one: -1 if one is None else one),
+            "num_replies": len(rows),
+            **totals,
+        }
 
     def _work(self, tasks: list[_Task], num_all: int, on_done: Callable[[int, int], None]) -> None:
         num_done = num_all - len(tasks)
@@ -201,7 +207,7 @@ class Judge:
         prompt = render(self._prompts, question, answers, turn)
         client = self._client
         # The answer is part of the prompt.
-        asked = [client.model, client.temperature, client.max_tokens, prompt.system, prompt.user]
+        asked = [client.model, client.temperature, prompt.system, prompt.user]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return _Task(question=question, turn=turn, prompt=prompt, key=key)
 
@@ -218,6 +224,8 @@ class Judge:
             "tstamp": time.time(),
             "key": task.key,
             "judge_reported": reply.model,
+            "temperature": reply.temperature,
+            "max_tokens": self._client.max_tokens,
             "finish_reason": reply.finish_reason,
             "usage": reply.usage,
         }
@@ -227,8 +235,13 @@ class Judge:
         return next((rating for rating in ratings if rating is not None), None)
 
     def _is_settled(self, key: str) -> bool:
-        num_replies = len(self._rows.get(key, []))
-        return num_replies >= self._max_attempts or self._rating(key) is not None
+        replies = [row for row in self._rows.get(key, []) if not self._may_go_on(row)]
+        return len(replies) >= self._max_attempts or self._rating(key) is not None
+
+    def _may_go_on(self, row: dict[str, Any]) -> bool:
+        """Whether a reply was cut off at fewer tokens than are allowed now."""
+        limit = row.get("max_tokens", self._client.max_tokens)
+        return row.get("finish_reason") == "length" and limit < self._client.max_tokens
 
     def _judgment(self, task: _Task) -> Judgment:
         score = self._rating(task.key)
@@ -238,7 +251,8 @@ class Judge:
             last = " ".join(replies[-1]["judgment"].split())[-80:]
             problem = f"no rating from 1 to 10 in {len(replies)} replies; the last: ...{last!r}"
             if replies[-1].get("finish_reason") == "length":
-                problem += f" was cut off at {self._client.max_tokens} tokens"
+                limit = self._client.max_tokens
+                problem += f" was cut off at {limit} tokens; raise --judge-max-tokens"
         return Judgment(
             key=task.key,
             question_id=task.question.id,

@@ -71,6 +71,8 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
     reported = ", ".join(judge["models"])
     also = f", which says it is {reported}" if reported and reported != judge["model"] else ""
     yield f"Judge: {judge['model']}{also}, at {judge['url']}. {COMPARISON_NOTE}"
+    if None in judge["temperatures"]:
+        yield "The judge knows no temperature but its own: another run grades a little otherwise."
     yield (
         f"Questions: {sources['questions']}; references: {sources['references']}; judge prompts: "
         f"{sources['judge_prompts']}."

@@ -124,6 +124,7 @@ def _client(config: MtBenchConfig) -> JudgeClient:
         key=config.judge_key(),
         timeout_s=config.judge_timeout_s,
         max_retries=config.judge_retries,
+        max_tokens=config.judge_max_tokens,
     )
 
 
@@ -189,7 +190,6 @@ def _judge(
         "judge": {
             "model": client.model,
             "url": client.url,
-            "temperature": client.temperature,
             "max_tokens": client.max_tokens,
             **used,
         },
