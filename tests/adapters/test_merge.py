@@ -12,6 +12,7 @@ from pacatune import PacaConfig
 from pacatune.adapters import merge as merge_module
 from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.merge import merge
+from pacatune.adapters.merge_check import weigh_error
 from pacatune.adapters.probe import OutputError
 from tests.adapters.fixtures import save_adapter
 
@@ -198,7 +199,7 @@ def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
 )
 def test_rounding_that_swallows_the_adapter_is_noted(rounds_inputs, expected):
     small, large = (
-        merge_module._weigh(
+        weigh_error(
             OutputError(max_absolute=e, max_relative=e), 1.0, "dequantized", False, rounds_inputs
         )
         for e in (0.1, 0.6)

@@ -9,7 +9,8 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.generation import TextGenerator
 from pacatune.adapters.inspect import inspect_adapter
-from pacatune.adapters.merge import _TOLERANCES, merge
+from pacatune.adapters.merge import merge
+from pacatune.adapters.merge_check import TOLERANCES
 from pacatune.adapters.quantized import quantization_config
 from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.quantized import QuantizedLinear
@@ -94,7 +95,7 @@ def test_nf4_is_not_another_rounding(kind, tiny_model_dir, tmp_path):
 def test_int8_is_held_against_the_dequantised_layers(tiny_model_dir, tmp_path, monkeypatch):
     """Its kernel rounds activations as well, more than a merged model may differ."""
     save_adapter(tiny_model_dir, tmp_path / "adapter", quantization=INT8)
-    monkeypatch.setitem(_TOLERANCES, torch.float32, 3e-5)
+    monkeypatch.setitem(TOLERANCES, torch.float32, 3e-5)
     result = merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "out")
     assert result.error.max_relative > 1e-4  # told, not refused
 

@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 from transformers import TrainingArguments
 
+from pacatune.training.any_run import NEW_HEAD_RATES
 from pacatune.training.config_file import read_values, save_config, to_values
 from pacatune.vision import ImageDataConfig, ImageModelConfig, ImageRunConfig, ImageTrainingConfig
-from pacatune.vision.config import LEARNING_RATES
 from pacatune.vision.presets import PRESETS, find_preset
 
 
@@ -16,11 +16,11 @@ def test_has_every_option_of_transformers_and_two_more():
     assert theirs <= ours
 
 
-@pytest.mark.parametrize("method", LEARNING_RATES)
+@pytest.mark.parametrize("method", NEW_HEAD_RATES)
 def test_learning_rate_is_that_of_the_method(make_config, method):
     assert make_config(method).training.learning_rate == 5e-3
     config = make_config(method, training={"learning_rate": None})
-    assert config.training.learning_rate == LEARNING_RATES[method]
+    assert config.training.learning_rate == NEW_HEAD_RATES[method]
 
 
 def test_model_path_is_required():

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pacatune.adapters.attach import answered_warnings, attach
@@ -20,8 +20,9 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.compatibility import check_shapes
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
+from pacatune.adapters.merge_check import check_columns, check_outputs, weigh_error
 from pacatune.adapters.output import check_output, staged_folder
-from pacatune.adapters.probe import TOLERANCES, OutputError, output_error, probe_inputs, run_probe
+from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run_probe
 from pacatune.adapters.quantized import MergeBase, replace_quantised
 from pacatune.adapters.target import read_target_columns
 from pacatune.tuner.quantized_base import Quantization, format_quantization
@@ -114,13 +115,13 @@ def merge(
         if verify:
             written = load_base(str(staging), task_type=checked.config.task_type, device=device)
             outputs = run_probe(written, inputs)
-            _check_outputs(
+            check_outputs(
                 merged.expected, outputs, result_dtype, factor=1 if onto == "original" else 2
             )
             error = output_error(merged.unmerged, outputs)
             is_other = onto == "original" and quantization is not None
             rounds_inputs = not is_other and _rounds_inputs(checked)
-            merged.notes.extend(_weigh(error, merged.effect, onto, is_other, rounds_inputs))
+            merged.notes.extend(weigh_error(error, merged.effect, onto, is_other, rounds_inputs))
     return MergeResult(
         output=output,
         base=name,
@@ -132,11 +133,6 @@ def merge(
         effect=merged.effect if verify else None,
         notes=merged.notes,
     )
-
-
-# Here the whole model computes in the dtype as well: SmolLM2-135M in bfloat16 is 0.062 away from
-# itself in float32.
-_TOLERANCES = {**TOLERANCES, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(kw_only=True)
@@ -203,14 +199,14 @@ def _merge_in_memory(
     with answered_warnings():
         merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
     if isinstance(adapter, Adapter) and onto != "nf4":
-        _check_columns(merged, adapter, pretrained)
+        check_columns(merged, adapter, pretrained)
     _declare_untied(merged)
     if inputs:
         outputs = run_probe(merged, inputs)
         if onto == "nf4":
             expected = outputs
         # The quantised layers multiply by kernels of their own, which round differently.
-        _check_outputs(expected, outputs, merged.dtype, factor=1 if onto == "original" else 2)
+        check_outputs(expected, outputs, merged.dtype, factor=1 if onto == "original" else 2)
     return _Merged(
         model=merged,
         num_modules=num_modules,
@@ -227,22 +223,6 @@ def _rounds_inputs(adapter: Adapter | LoraAdapter) -> bool:
     return bool(quantization.get("type") == "int8")
 
 
-def _check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:
-    """Hold every merged column against round(W + scaling * delta)."""
-    for name, (delta, indices) in adapter.modules.items():
-        merged = read_target_columns(model, name, indices)
-        update = delta.to(merged.device, torch.float64) * adapter.scaling(name)
-        expected = pretrained[name].double() + update
-        # A float32 sum rounds its product first, so it may be off by 1.5 units in the last place.
-        info = torch.finfo(merged.dtype)
-        allowed = 2 * info.eps * torch.maximum(expected.abs(), pretrained[name].abs().double())
-        if not ((merged.double() - expected).abs() <= allowed + info.eps * info.tiny).all():
-            raise ValueError(
-                f"module {name!r}: the merged columns are not W + scaling * delta in "
-                f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
-            )
-
-
 def _declare_untied(model: Any) -> None:
     # An adapted lm_head no longer equals the embedding it was tied to; a configuration that still
     # says so would drop it from the file.
@@ -256,49 +236,6 @@ def _declare_untied(model: Any) -> None:
         del tied[target]
     if untied:
         model.config.tie_word_embeddings = False
-
-
-def _check_outputs(
-    unmerged: list[Tensor], merged: list[Tensor], dtype: torch.dtype, *, factor: int
-) -> None:
-    error, tolerance = output_error(unmerged, merged), factor * _TOLERANCES[dtype]
-    # Written so that NaN fails.
-    if not error.max_relative <= tolerance:
-        raise ValueError(
-            f"the merged model's outputs differ from the unmerged ones by {error.max_relative:.1e} "
-            f"of their size; rounding in {dtype} explains {tolerance:.0e}. Nothing was "
-            "written. Merge in more bits: `dtype`=float32 (--dtype float32)."
-        )
-
-
-def _weigh(
-    error: OutputError, effect: float, onto: MergeBase, is_other: bool, rounds_inputs: bool
-) -> list[str]:
-    if effect == 0:
-        return ["the adapter changes no output of the probe: it may be untrained."]
-    if error.max_absolute > effect / 2 and onto == "nf4":
-        return [
-            f"rounding to few bits again ({error.max_absolute:.1e}) is not small against what the "
-            f"adapter changes ({effect:.1e}); serve it unmerged or merge onto `dequantized`."
-        ]
-    if error.max_absolute > effect / 2 and is_other:
-        return [
-            f"the original weights change the outputs more ({error.max_absolute:.1e}) than the "
-            f"adapter does ({effect:.1e}): they are not those that it was trained with. Compare "
-            "the losses of this model and of one merged onto `dequantized`."
-        ]
-    if error.max_absolute > effect / 2 and rounds_inputs:
-        return [
-            f"the quantised layers round activations as well, which no merged model repeats: that "
-            f"({error.max_absolute:.1e}) is not small against what the adapter changes "
-            f"({effect:.1e})."
-        ]
-    if error.max_absolute > effect / 2:
-        return [
-            f"rounding ({error.max_absolute:.1e}) is not small against what the adapter changes "
-            f"({effect:.1e}); `dtype`=float32 keeps it."
-        ]
-    return []
 
 
 def _refuse_quantised(name: str) -> None:

@@ -5,19 +5,10 @@ from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from pacatune.training.any_run import settle
+from pacatune.training.any_run import NEW_HEAD_RATES, settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, ModelConfig, MosLoraSection, PacaSection
 from pacatune.training.option_checks import check_ranges
-
-LEARNING_RATES = {
-    "paca": 1e-3,
-    "lora": 1e-3,
-    "dora": 1e-3,
-    "moslora": 1e-3,
-    "full": 1e-4,
-    "head": 3e-3,
-}
 
 
 @dataclass(kw_only=True)
@@ -127,4 +118,4 @@ class ClassifierConfig:
                 f"`model.quantization` ({self.model.quantization!r}) is not offered for "
                 "classifiers; leave it out."
             )
-        settle(self, ClassifierTrainingConfig, LEARNING_RATES)
+        settle(self, ClassifierTrainingConfig, NEW_HEAD_RATES)

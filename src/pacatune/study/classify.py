@@ -42,9 +42,9 @@ class ClassifyTask(Task):
 
     def default_rate(self, method: str) -> float:
         """Return the command's default learning rate of a method."""
-        from pacatune.study.classifier_config import LEARNING_RATES
+        from pacatune.training.any_run import NEW_HEAD_RATES
 
-        return LEARNING_RATES[method]
+        return NEW_HEAD_RATES[method]
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""

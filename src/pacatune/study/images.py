@@ -52,9 +52,9 @@ class ImageTask(Task):
 
     def default_rate(self, method: str) -> float:
         """Return the command's default learning rate of a method."""
-        from pacatune.vision.config import LEARNING_RATES
+        from pacatune.training.any_run import NEW_HEAD_RATES
 
-        return LEARNING_RATES[method]
+        return NEW_HEAD_RATES[method]
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""

@@ -3,6 +3,17 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
+# Of classifiers: the head is new, whatever the method, and learns at the same rate as the rest.
+# Rates of adapters suit the default ranks; what is stable falls as the rank rises.
+NEW_HEAD_RATES: dict[str, float] = {
+    "paca": 1e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "moslora": 1e-3,
+    "full": 1e-4,
+    "head": 3e-3,
+}
+
 
 class AnyRun(Protocol):
     """A run on text or on images."""

@@ -6,24 +6,13 @@ from typing import ClassVar, Literal
 from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
-from pacatune.training.any_run import settle
+from pacatune.training.any_run import NEW_HEAD_RATES, settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.option_checks import check_ranges, refuse_elsewhere
 
 ImageMethod = Literal["paca", "lora", "dora", "moslora", "full", "head"]
 ADAPTERS = ("paca", "lora", "dora", "moslora")
-
-# The head is new, whatever the method, and learns at the same rate as the rest. Rates of adapters
-# suit the default ranks; what is stable falls as the rank rises.
-LEARNING_RATES: dict[str, float] = {
-    "paca": 1e-3,
-    "lora": 1e-3,
-    "dora": 1e-3,
-    "moslora": 1e-3,
-    "full": 1e-4,
-    "head": 3e-3,
-}
 
 # Options of TrainingArguments that this recipe decides elsewhere, and where.
 _ELSEWHERE = {
@@ -156,4 +145,4 @@ class ImageRunConfig:
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
 
     def __post_init__(self) -> None:
-        settle(self, ImageTrainingConfig, LEARNING_RATES)
+        settle(self, ImageTrainingConfig, NEW_HEAD_RATES)
