@@ -92,7 +92,10 @@ learning_rates: {full: [1e-5]}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: a\narm: {}\n", r"study.yaml: unknown key 'arm'; did you mean 'arms'"),
+        (
+            "task: a\narm: {}\n",
+            r"study.yaml: unknown key 'arm'; did you mean 'arms'\? There are arms, ",
+        ),
         ("task: a\narms: {p: {rang: 4}}\n", r"arm 'p': unknown key 'rang'; did you mean 'rank'"),
         ("task: a\narms: [paca]\n", r"`arms` is a list; it must map names to arms"),
         ("task: a\narms: {p: {rank: x}}\n", r"study.yaml: .*rank"),

@@ -17,6 +17,7 @@ CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
+_MAX_LISTED = 20
 
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
@@ -139,14 +140,16 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
 
 
 def suggest(key: str, known: Collection[str]) -> str:
-    """Return a sentence naming the known key nearest to `key`, in whole or in its last part."""
+    """Say which known key is nearest to `key`, in whole or in its last part, and where all are."""
 
     def similarity(name: str) -> float:
         pairs = ((key, name), (key.rpartition(".")[2], name.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(sorted(known), key=similarity)
-    return f"did you mean {nearest!r}? `--print_config` lists all keys."
+    if len(known) <= _MAX_LISTED:
+        return f"did you mean {nearest!r}? There are {', '.join(sorted(known))}."
+    return f"did you mean {nearest!r}? The command's `--print_config` lists all keys."
 
 
 def load_yaml(text: str) -> Any:
