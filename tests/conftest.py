@@ -91,3 +91,13 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
     build_model(len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def console():
+    """What a run prints, in `console.file`."""
+    import io
+
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=200)

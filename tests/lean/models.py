@@ -3,8 +3,10 @@
 import copy
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from pacatune import PacaConfig
 from pacatune.memory.measure import SavedBytes
 from tools.families import FAMILIES, VOCAB_SIZE, Family
 
@@ -109,3 +111,15 @@ def assert_close_to_exact(lean, plain, exact, factor=2.0):
     # Within a few units of float32, in which norms are computed in any model, neither is exact.
     assert ours <= factor * theirs + 2e-7 * scale, (ours / scale, theirs / scale)
     assert theirs < 0.3 * scale
+
+
+def adapted(name="Llama", dtype=torch.float32, **options):
+    config = PacaConfig(r=4, target_modules="all-linear", init_weights=False, **options)
+    torch.manual_seed(0)
+    return get_peft_model(build(name, dtype), config).train()
+
+
+def assert_equal_results(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, atol=2e-6, rtol=2e-4, msg=name)

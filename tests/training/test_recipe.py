@@ -1,17 +1,14 @@
 """Whole runs on a tiny model."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from pacatune.adapters.compatibility import check_base
-from pacatune.training import preview, train
-from pacatune.training import recipe as recipe_module
+from pacatune.training import train
 from pacatune.training.config_file import read_values, to_values
 
 REPORT_KEYS = {
@@ -28,11 +25,6 @@ REPORT_KEYS = {
     "targets",
 }
 RESULT_NAMES = {"config.yaml", "report.json", "report.md", "loss.png", "README.md"}
-
-
-@pytest.fixture
-def console():
-    return Console(file=io.StringIO(), width=200)
 
 
 def mean_loss(model, tokenizer, path, places):
@@ -186,14 +178,6 @@ def test_run_without_evaluation(make_config, console):
     assert report.num_eval_examples == 0
 
 
-def test_targets_and_parameters_are_shown_before_training(make_config, console):
-    train(make_config(training={"max_steps": 1}), console=console)
-    out = console.file.getvalue()
-    assert "training 8,192 of 37,792 parameters (paca): 2 x q_proj (32 -> 32)" in out
-    assert out.index("data: 57 examples, 3 held out") < out.index("step 0/1: evaluation loss")
-    assert "held-out loss after" in out
-
-
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 def test_packed_examples_are_trained_as_alone(make_config, console, monkeypatch, strategy):
     """Only with flash attention in use, but sdpa masks this model right too, at a cost."""
@@ -226,17 +210,6 @@ def test_shuffled_data_set_is_honoured(make_config, console):
     assert shuffled.train_losses[0] != plain.train_losses[0]
 
 
-def test_options_of_another_method_are_said_to_be_unused(make_config, console):
-    from pacatune.training import LoraSection
-
-    config = make_config(lora=LoraSection(r=4), training={"max_steps": 1})
-    train(config, console=console)
-    assert "warning: the options of `lora` are not used by the method paca." in (
-        console.file.getvalue()
-    )
-    assert "`paca` are not used" not in console.file.getvalue()
-
-
 def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
     config = make_config(
         training={
@@ -259,150 +232,7 @@ def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
     assert all(torch.equal(kept[name], final[name]) for name in kept)
 
 
-def test_preview_loads_no_weights(make_config, console, monkeypatch):
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    preview(make_config(), 2, console=console)
-    out = console.file.getvalue()
-    assert out.count("tokens,") == 2
-    assert "[[It is 7.</s>]]" in out
-
-
-def test_warnings_about_the_data_are_shown(make_config, console):
-    config = make_config(training={"max_steps": 1, "max_length": 18})
-    train(config, console=console)
-    assert "training examples are cut at `training.max_length` (18;" in console.file.getvalue()
-
-
-class TestBeforeWeights:
-    """What is refused, is refused before any weight is loaded and anything is written."""
-
-    @pytest.fixture(autouse=True)
-    def no_weights(self, monkeypatch, tmp_path):
-        def refuse(config):
-            raise AssertionError("weights were loaded")
-
-        monkeypatch.setattr(recipe_module.models, "load_model", refuse)
-        yield
-        assert not (tmp_path / "out").exists()
-
-    def test_bad_row(self, make_config, tmp_path):
-        path = tmp_path / "bad.jsonl"
-        path.write_text('{"text": "a"}\n{"text": ""}\n')
-        with pytest.raises(ValueError, match=r"bad.jsonl, row 2: 'text' is empty"):
-            train(make_config(data={"path": str(path)}))
-
-    def test_target_that_matches_nothing(self, make_config):
-        from pacatune.training import LoraSection, PacaSection
-
-        with pytest.raises(ValueError, match="no_such"):
-            train(make_config(paca=PacaSection(target_modules=["no_such"])))
-        with pytest.raises(ValueError, match="no_such"):
-            train(make_config("lora", lora=LoraSection(target_modules=["no_such"])))
-
-    def test_rank_out_of_range(self, make_config):
-        from pacatune.training import PacaSection
-
-        with pytest.raises(ValueError, match=r"33.*32"):
-            train(make_config(paca=PacaSection(r=33)))
-
-    def test_packing_without_flash_attention(self, make_config):
-        with pytest.raises(
-            ValueError,
-            match=r"`model.attn_implementation` \(None\): flash attention alone keeps packed "
-            "examples apart in every model; set it to flash_attention_2",
-        ):
-            train(make_config(training={"packing": True}))
-
-    def test_flash_attention_that_is_not_installed(self, make_config):
-        with pytest.raises(ValueError, match=r"\('flash_attention_2'\) cannot be used"):
-            train(make_config(model={"attn_implementation": "flash_attention_2"}))
-
-    def test_tracker_that_is_not_installed(self, make_config):
-        with pytest.raises(ValueError, match=r"`training.report_to` \('wandb'\) is not installed"):
-            train(make_config(training={"report_to": "wandb"}))
-
-    def test_resume_of_nothing(self, make_config):
-        with pytest.raises(ValueError, match="out holds no run to resume; start it without"):
-            train(make_config(), resume=True)
-
-    def test_model_that_does_not_exist(self, make_config):
-        with pytest.raises(OSError, match="no/such"):
-            train(make_config(model={"path": "./no/such"}))
-
-
-def test_too_long_for_the_model_is_a_warning(make_config, tmp_path, console):
-    path = tmp_path / "long.jsonl"
-    rows = [{"text": "It is so. " * 80}, {"text": "No."}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": str(path), "eval_fraction": 0}
-    train(make_config(data=data, training={"max_steps": 1}), console=console)
-    assert "tokens, but the model was made for 256; lower `training.max_length`" in (
-        console.file.getvalue()
-    )
-
-
-def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr(recipe_module.RunTrainer, "training_step", out_of_memory)
-    with pytest.raises(ValueError, match=r"out of memory .*`training.per_device_train_batch_size`"):
-        train(make_config(), console=console)
-
-
-def test_several_gpus_in_one_process(make_config, monkeypatch):
-    config = make_config()
-    monkeypatch.setattr(type(config.training), "n_gpu", 2)
-    with pytest.raises(ValueError, match="2 GPUs are visible to one process; start one process"):
-        train(config)
-
-
 def test_saved_config_names_what_was_used(make_config):
     values = to_values(make_config())
     assert values["training"]["learning_rate"] == 5e-3
     assert values["training"]["num_train_epochs"] == 1.0
-
-
-@pytest.mark.parametrize("method", ["paca", "lora", "full"])
-def test_lean_or_not_gives_equal_losses_and_keeps_less(make_config, console, tmp_path, method):
-    reports = {}
-    for mode in ("require", "off"):
-        output = {"output_dir": str(tmp_path / mode)}
-        config = make_config(method, lean=mode, training=output)
-        reports[mode] = train(config, console=console)
-    lean, plain = reports["require"], reports["off"]
-    assert [loss for _, loss in lean.train_losses] == pytest.approx(
-        [loss for _, loss in plain.train_losses], abs=1e-4
-    )
-    assert lean.saved_activation_bytes < 0.85 * plain.saved_activation_bytes
-    assert plain.lean is None
-    assert {kind: len(names) for kind, names in lean.lean["made"].items()} == {
-        "attention": 2,
-        "gated_mlp": 2,
-        "norm": 5,
-    }
-    # TRL computes the loss, in chunks as well.
-    assert lean.lean["left"] == {}
-    assert dict(lean.table())["lean activations"] == "2 x attention, 2 x gated_mlp, 5 x norm"
-    assert dict(plain.table())["lean activations"] == "off"
-    assert "lean: 2 x attention" in console.file.getvalue()
-
-
-def test_what_cannot_be_lean_is_said_once_or_refused(make_config, console):
-    eager = {"attn_implementation": "eager"}
-    report = train(make_config(model=eager), console=console)
-    ((reason, names),) = report.lean["left"].items()
-    assert reason.startswith("eager attention keeps the scores of all pairs of tokens")
-    assert len(names) == 2
-    text = console.file.getvalue()
-    assert text.count("eager attention keeps") == 2  # when it is made, and in the table at the end
-    assert "self_attn and 1 more: eager attention" in text
-
-
-def test_required_but_impossible_is_found_before_the_weights_are_loaded(
-    make_config, console, monkeypatch
-):
-    monkeypatch.setattr(recipe_module.models, "load_model", lambda config: pytest.fail("loaded"))
-    config = make_config(model={"attn_implementation": "eager"}, lean="require")
-    with pytest.raises(ValueError, match="this model cannot be all lean, which 'require' asks for"):
-        train(config, console=console)

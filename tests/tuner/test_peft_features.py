@@ -14,45 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
-from pacatune.adapters.hotswap import hotswap_adapter
 from pacatune.selection import seed_for
-from pacatune.tuner import PacaLayer
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture
-def base(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(0, 100, (3, 30), generator=torch.Generator().manual_seed(0))
-
-
-def adapt(base, seed=0, **options):
-    config = PacaConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options})
-    model = get_peft_model(copy.deepcopy(base), config)
-    randomise(model, seed)
-    return model
-
-
-def randomise(model, seed=0, adapter="default"):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in paca_layers(model):
-            if adapter in layer.r:
-                layer.delta_of(adapter).normal_(std=0.2, generator=generator)
-
-
-def paca_layers(model):
-    return [module for module in model.modules() if isinstance(module, PacaLayer)]
-
-
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, **kwargs).logits
+from tests.tuner.small_llama import TARGETS, adapt, logits, paca_layers, randomise
 
 
 class TestFiles:
@@ -199,90 +162,6 @@ class TestTargets:
         attention = model.base_model.model.model.layers[0].self_attn
         assert attention.q_proj.r["default"] == 6
         assert attention.v_proj.scaling["default"] == 3 / 4
-
-
-class TestSeveralAdapters:
-    def test_weighted_sum_is_exact(self, base, ids, tmp_path):
-        model = adapt(base)
-        model.add_adapter("b", PacaConfig(r=6, paca_alpha=3, target_modules=["q_proj", "up_proj"]))
-        randomise(model, 3, "b")
-        model.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum")
-        for layer in paca_layers(model):
-            want = sum(
-                weight * layer.get_delta_weight(name)
-                for name, weight in (("default", 0.5), ("b", -2.0))
-                if name in layer.r
-            )
-            torch.testing.assert_close(layer.get_delta_weight("sum"), want)
-        model.set_adapter("sum")
-        want = logits(model, ids)
-        model.save_pretrained(tmp_path, selected_adapters=["sum"])
-        loaded = PeftModel.from_pretrained(base, tmp_path / "sum")
-        torch.testing.assert_close(logits(loaded, ids), want)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ((["default"], [1.0, 2.0], "sum"), r"`adapters` \(1\) and `weights` \(2\)"),
-            ((["nobody"], [1.0], "sum"), r"\['nobody'\] do not exist"),
-            ((["default"], [1.0], "default"), r"'default'\) is taken"),
-            ((["default"], [1.0], "sum", "svd"), r"'svd'\) must be 'linear'"),
-        ],
-    )
-    def test_wrong_sums(self, base, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            adapt(base).add_weighted_adapter(*arguments)
-
-    def test_mixed_batch_equals_separate_passes(self, base, ids):
-        model = adapt(base)
-        model.add_adapter("b", PacaConfig(r=6, target_modules=["q_proj", "up_proj"]))
-        randomise(model, 3, "b")
-        model.eval()
-        mixed = logits(model, ids, adapter_names=["b", "__base__", "default"])
-        for row, name in ((0, "b"), (2, "default")):
-            model.set_adapter(name)
-            torch.testing.assert_close(mixed[row], logits(model, ids)[row], atol=1e-5, rtol=1e-5)
-        with model.disable_adapter():
-            torch.testing.assert_close(mixed[1], logits(model, ids)[1], atol=1e-5, rtol=1e-5)
-
-    def test_mixed_batch_errors(self, base, ids):
-        model = adapt(base).eval()
-        with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
-            model(input_ids=ids, adapter_names=["nobody", "default", "default"])
-        with pytest.raises(ValueError, match="got 2 and 3 respectively"):
-            model(input_ids=ids, adapter_names=["default", "default"])
-        with pytest.raises(ValueError, match="training mode"):
-            model.train()(input_ids=ids, adapter_names=["default"] * 3)
-        model.eval().merge_adapter()
-        with pytest.raises(ValueError, match="unmerge_adapter"):
-            model(input_ids=ids, adapter_names=["default"] * 3)
-
-
-class TestHotswap:
-    @pytest.mark.parametrize("rank", [4, 7])
-    def test_takes_over_values_columns_and_scaling(self, base, ids, tmp_path, rank):
-        other = adapt(base, seed=1, r=rank, paca_alpha=3, random_seed=8)
-        other.save_pretrained(tmp_path)
-        model = adapt(base)
-        held = paca_layers(model)[0].delta_of("default")
-        logits(model, ids)
-        hotswap_adapter(model, tmp_path)
-        assert torch.equal(logits(model, ids), logits(other, ids))
-        assert (paca_layers(model)[0].delta_of("default") is held) == (rank == 4)
-        with model.disable_adapter():
-            assert torch.equal(logits(model, ids), logits(base, ids))
-
-    def test_refuses_what_does_not_fit(self, base, tmp_path):
-        adapt(base, target_modules=["q_proj"]).save_pretrained(tmp_path)
-        model = adapt(base)
-        with pytest.raises(ValueError, match=r"do not adapt the same modules.*down_proj"):
-            hotswap_adapter(model, tmp_path)
-        with pytest.raises(ValueError, match=r"'nobody'\) is no adapter"):
-            hotswap_adapter(model, tmp_path, "nobody")
-        adapt(base).save_pretrained(tmp_path)
-        model.merge_adapter()
-        with pytest.raises(ValueError, match="is merged"):
-            hotswap_adapter(model, tmp_path)
 
 
 def test_bias_is_trained_and_saved(tmp_path):

@@ -8,10 +8,9 @@ import weakref
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import PacaConfig, reference
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
@@ -234,116 +233,6 @@ def test_another_rounding_is_told(tmp_path):
     adapt(Net("bitsandbytes-nf4")).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"quantised as 'bitsandbytes nf4.*'bitsandbytes int8'"):
         PeftModel.from_pretrained(Net("bitsandbytes-int8"), tmp_path)
-
-
-@pytest.fixture
-def load(tiny_model_dir):
-    def load(**options):
-        config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **options}
-        return AutoModelForCausalLM.from_pretrained(
-            tiny_model_dir,
-            dtype=torch.float32,
-            quantization_config=BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **config),
-        )
-
-    return load
-
-
-TARGETS = ["q_proj", "down_proj"]
-IDS = torch.randint(0, 100, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-class TestColumnsFromTheCheckpoint:
-    @pytest.fixture
-    def model(self, load):
-        config = PacaConfig(r=4, paca_alpha=8, target_modules=TARGETS, columns_from="original")
-        return get_peft_model(load(), config)
-
-    def test_effective_columns_are_the_originals(self, model, tiny_model_dir):
-        original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        for name, layer in model.get_base_model().named_modules():
-            if isinstance(layer, QuantizedLinear):
-                weight = original.get_submodule(name).weight
-                rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
-                assert not torch.allclose(weight, rounded, atol=1e-4)
-                adapted = reference.adapted_weight(
-                    rounded, layer.delta_of("default"), layer.paca_indices["default"], 2.0
-                )
-                columns = layer.paca_indices["default"]
-                torch.testing.assert_close(adapted[:, columns], weight[:, columns])
-
-    def test_loads_on_the_same_rounding_only(self, model, load, tmp_path, tiny_model_dir):
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(load(), tmp_path, is_trainable=True)
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-        with pytest.raises(ValueError, match=r"'bitsandbytes nf4.*'bitsandbytes fp4.* wrong"):
-            PeftModel.from_pretrained(load(bnb_4bit_quant_type="fp4"), tmp_path)
-        plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-        with pytest.raises(ValueError, match=r"this base is not quantised, where its update"):
-            PeftModel.from_pretrained(plain, tmp_path)
-
-    def test_a_base_that_is_not_quantised(self, tiny_model_dir):
-        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-        with pytest.raises(ValueError, match=r"`columns_from` \('original'\) is for quantised"):
-            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
-        assert not any("paca" in name for name, _ in base.named_parameters())
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda model: setattr(model, "name_or_path", ""), "no safetensors checkpoint at ''"),
-            (lambda model: setattr(model, "name_or_path", "/nowhere"), "no safetensors checkpoint"),
-        ],
-    )
-    def test_no_checkpoint(self, load, change, message):
-        base = load()
-        change(base)
-        with pytest.raises(ValueError, match=message):
-            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
-
-    def test_another_checkpoint(self, load, tmp_path, tiny_model_dir):
-        other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-        for parameter in other.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        other.save_pretrained(tmp_path)
-        base = load()
-        base.name_or_path = str(tmp_path)
-        before = base(IDS).logits.detach()
-        with pytest.raises(ValueError, match=r"differs from the quantised weight by 1\d\d%"):
-            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
-        assert torch.equal(base(IDS).logits, before)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_prepared_for_kbit_training_with_checkpointing(load):
-    """Equal gradients with and without; only deltas are trained."""
-    gradients = []
-    for checkpointing in (False, True):
-        base = prepare_model_for_kbit_training(
-            load(),
-            use_gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        assert all(p.shape[-1] == 4 for p in trained)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([p.grad for p in trained])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_evaluation_never_packs_the_weight(load):
-    """bitsandbytes packs it in place for AVX-512 CPUs, with rounded scales and no gradients."""
-    base = load()
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = True
-    model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).eval()
-    layer = layers_of(model)[0]
-    codes = layer.base_layer.weight.data.clone()
-    with torch.no_grad():
-        layer(torch.randn(1, 3, layer.in_features))
-    assert torch.equal(layer.base_layer.weight.data, codes)
 
 
 def test_deepcopy_trains_on_its_own(method):

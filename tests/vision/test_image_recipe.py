@@ -1,6 +1,5 @@
 """Whole runs on tiny models."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -9,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 from pacatune.data.images import prepare_images
-from pacatune.training.config_file import read_values
 from pacatune.vision import PacaSection, load_result, train
 from pacatune.vision import recipe as recipe_module
 from pacatune.vision.config import ADAPTERS
-from pacatune.vision.parts import find_batch_norms
-from tests.image_models import CLASSES, save_timm, save_vit
+from tests.image_models import CLASSES, save_vit
 from tests.training.test_recipe import REPORT_KEYS
 
 RESULT_NAMES = {
@@ -30,11 +26,6 @@ RESULT_NAMES = {
     "README.md",
     "preprocessor_config.json",
 }
-
-
-@pytest.fixture
-def console():
-    return Console(file=io.StringIO(), width=200)
 
 
 def accuracy_of(folder, images):
@@ -93,81 +84,6 @@ def test_run_of_a_cnn(make_config, images_dir, timm_dir, tmp_path, console, cnn,
     for name, tensor in stored.items():
         if "running" in name:
             assert torch.equal(kept[name], tensor), name
-
-
-@pytest.mark.parametrize("method", ["paca", "full"])
-def test_trained_batch_norm_is_saved_and_restored(
-    make_config, images_dir, timm_dir, tmp_path, console, cnn, method
-):
-    config = make_config(method, training={"train_batch_norm": True}, **cnn)
-    report = train(config, console=console)
-    assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
-    classifier = load_result(tmp_path / "out")
-    stored = load_file(timm_dir / "model.safetensors")
-    layers = find_batch_norms(classifier.model)
-    trained = [n for n in layers if method == "full" or "modules_to_save" in n]
-    assert trained
-    for name in trained:
-        plain = name.partition("timm_model.")[2].replace(".modules_to_save.default", "")
-        assert not torch.equal(layers[name].running_mean, stored[f"{plain}.running_mean"])
-        assert layers[name].num_batches_tracked == stored[f"{plain}.num_batches_tracked"] + 8
-        if method == "paca":  # scale and shift are the pretrained ones
-            assert torch.equal(layers[name].weight, stored[f"{plain}.weight"])
-    if method == "paca":
-        with classifier.model.disable_adapter():
-            pixels = torch.randn(2, 3, 32, 32)
-            without = classifier.model.base_model.model.timm_model.forward_features(pixels)
-        base = load_base(timm_dir)
-        assert torch.allclose(without, base.forward_features(pixels), atol=1e-6)
-
-
-def load_base(folder):
-    import timm
-
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def test_another_size_of_image_is_restored(make_config, images_dir, tmp_path, console):
-    for method in ("paca", "full"):
-        report = train(
-            make_config(method, data={"image_size": 48}), overwrite=True, console=console
-        )
-        assert report.image_size == 48
-        classifier = load_result(tmp_path / "out")
-        assert classifier.forward_options == {"interpolate_pos_encoding": True}
-        assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
-
-
-def test_timm_result_is_a_timm_folder(make_config, tmp_path, console, cnn):
-    """Without transformers and without us."""
-    train(make_config("full", **cnn), console=console)
-    model = load_base(tmp_path / "out")
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        ours = load_result(tmp_path / "out").logits(pixels)
-        assert torch.allclose(model(pixels), ours, atol=1e-6)
-    assert model.pretrained_cfg["input_size"] in ((3, 32, 32), [3, 32, 32])
-    assert model.pretrained_cfg["label_names"] == CLASSES
-
-
-def test_transformers_result_loads_without_us(make_config, images_dir, tmp_path, console):
-    from transformers import pipeline
-
-    train(make_config("full", training={"max_steps": 14}), console=console)
-    classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
-    path = images_dir / "test" / "red" / "00.png"
-    theirs = {entry["label"]: entry["score"] for entry in classify(str(path))}
-    ours = load_result(tmp_path / "out").classify(path)
-    assert theirs == pytest.approx(ours, abs=2e-2)
-
-
-def test_merged_result(make_config, images_dir, tmp_path, console):
-    train(make_config(), console=console)
-    classifier = load_result(tmp_path / "out")
-    pixels = torch.randn(2, 3, 32, 32)
-    before = classifier.logits(pixels)
-    merged = classifier.model.merge_and_unload()
-    assert torch.allclose(merged(pixel_values=pixels).logits, before, atol=1e-5)
 
 
 def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path, console):
@@ -286,21 +202,6 @@ def test_run_without_evaluation(make_config, images_dir, tmp_path, console):
     assert "Nothing was held out" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_config_beside_the_result_repeats_the_run(make_config, tmp_path, console):
-    from pacatune.cli import main
-
-    train(make_config(data={"augmentation": "crop"}), console=console)
-    saved, again = str(tmp_path / "out" / "config.yaml"), str(tmp_path / "again")
-    assert main(["train-image", "--config", saved, "--training.output_dir", again]) == 0
-    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    second = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    old, new = (read_values(tmp_path / name / "config.yaml") for name in ("out", "again"))
-    assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
-    assert old == new
-
-
 @pytest.mark.parametrize("method", ["paca", "full"])
 def test_early_stopping_keeps_the_best(make_config, images_dir, tmp_path, console, method):
     options = {
@@ -319,119 +220,6 @@ def test_early_stopping_keeps_the_best(make_config, images_dir, tmp_path, consol
     assert report.eval_loss_after == pytest.approx(best[0], rel=1e-5)
     assert report.accuracy_after == dict(report.eval_accuracies)[best[1]]
     assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
-
-
-def test_plan_is_shown_before_training(make_config, console):
-    train(make_config(training={"max_steps": 1}), console=console)
-    out = console.file.getvalue()
-    assert "data: 36 images of 3 classes, 18 held out; 32 x 32 pixels, a new head" in out
-    assert "training 7,267 of 24,003 parameters (paca): 2 x q_proj (32 -> 32)" in out
-    assert out.index("data: 36 images") < out.index("step 0/1: evaluation loss")
-    assert ", accuracy 0." in out
-    assert "chance is 0.333" in out
-
-
-def test_card_and_its_code(make_config, images_dir, tmp_path, console, capsys):
-    train(make_config(training={"max_steps": 1}), console=console)
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: image-classification" in text
-    assert "library_name: peft" in text
-    assert "Tells apart 3 classes: blue, green, red." in text
-    assert "which `pacatune train-image --config config.yaml` repeats" in text
-    code = text.split("```python\n")[1].split("```")[0]
-    code = code.replace("FOLDER", str(tmp_path / "out"))
-    exec(code.replace("IMAGE.png", str(images_dir / "test" / "red" / "00.png")), {})
-    assert "'red': 0." in capsys.readouterr().out
-
-
-def test_adapter_loads_with_peft_alone(make_config, vit_dir, images_dir, tmp_path, console):
-    from peft import PeftModel
-    from transformers import AutoModelForImageClassification
-
-    train(make_config(), console=console)
-    base = AutoModelForImageClassification.from_pretrained(
-        vit_dir, num_labels=3, ignore_mismatched_sizes=True
-    )
-    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        theirs = model(pixel_values=pixels).logits
-    assert torch.equal(theirs, load_result(tmp_path / "out").logits(pixels))
-
-
-def test_base_that_has_moved(make_config, vit_dir, tmp_path, console):
-    shutil.copytree(vit_dir, tmp_path / "base")
-    train(
-        make_config(model={"path": str(tmp_path / "base")}, training={"max_steps": 1}),
-        console=console,
-    )
-    shutil.move(tmp_path / "base", tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"base does not exist; check `model.path`"):
-        load_result(tmp_path / "out")
-    assert load_result(tmp_path / "out", base=str(tmp_path / "moved")).classes == CLASSES
-
-
-def test_folder_without_a_result(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no preprocessor_config\.json, so it is no f"
-    ):
-        load_result(tmp_path)
-
-
-class TestBeforeWeights:
-    """What is refused, is refused before any weight is loaded and anything is written."""
-
-    @pytest.fixture(autouse=True)
-    def no_weights(self, monkeypatch, tmp_path):
-        def refuse(*args):
-            raise AssertionError("weights were loaded")
-
-        monkeypatch.setattr(recipe_module, "load_model", refuse)
-        yield
-        assert not (tmp_path / "out").exists()
-
-    def test_bad_image(self, make_config, images_dir, tmp_path):
-        shutil.copytree(images_dir, tmp_path / "images")
-        (tmp_path / "images" / "train" / "red" / "00.png").write_bytes(b"\x89PNG")
-        with pytest.raises(ValueError, match=r"1 of 54 images cannot be used: .*red/00\.png"):
-            train(make_config(data={"path": str(tmp_path / "images")}))
-
-    def test_size_that_does_not_suit(self, make_config, tmp_path):
-        save_timm(tmp_path / "model", "test_vit")
-        with pytest.raises(ValueError, match=r"`data.image_size` \(50\) does not suit the model"):
-            train(make_config(model={"path": str(tmp_path / "model")}, data={"image_size": 50}))
-
-    def test_targets(self, make_config):
-        with pytest.raises(ValueError, match="no_such"):
-            train(make_config(paca=PacaSection(target_modules=["no_such"])))
-
-    def test_tracker_that_is_not_installed(self, make_config):
-        with pytest.raises(ValueError, match=r"`training.report_to` \('wandb'\) is not installed"):
-            train(make_config(training={"report_to": "wandb"}))
-
-    def test_resume_of_nothing(self, make_config):
-        with pytest.raises(ValueError, match="out holds no run to resume; start it without"):
-            train(make_config(), resume=True)
-
-    def test_model_that_does_not_exist(self, make_config):
-        with pytest.raises(FileNotFoundError, match="no/such"):
-            train(make_config(model={"path": "./no/such"}))
-
-
-def test_options_of_another_method_are_said_to_be_unused(make_config, console):
-    from pacatune.vision import LoraSection
-
-    train(make_config(lora=LoraSection(r=4), training={"max_steps": 1}), console=console)
-    assert "the options of `lora` are not used by the method paca." in console.file.getvalue()
-
-
-def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr(recipe_module.ImageTrainer, "training_step", out_of_memory)
-    with pytest.raises(ValueError, match=r"ran out of memory .*or `data.image_size`, or set"):
-        train(make_config(), console=console)
 
 
 def test_pictures(make_config, images_dir, tmp_path, console):
@@ -458,7 +246,6 @@ def test_pictures(make_config, images_dir, tmp_path, console):
 
 def test_columns_are_chosen_from_the_images(make_config, console):
     from pacatune.selection import load_columns
-    from pacatune.vision import PacaSection
 
     section = PacaSection(r=4, selection="gradient", selection_batches=2)
     config = make_config(paca=section, training={"max_steps": 2})

@@ -1,0 +1,102 @@
+"""Logits that are never kept, and heads that are left alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+from pacatune import PacaConfig, lean
+from tests.lean.models import adapted, assert_equal_results, build, gradients, make_batch
+
+
+def test_logits_can_be_read_in_training(model, batch):
+    expected = model(**batch).logits
+    lean.enable(model)
+    output = model(**batch)
+    torch.testing.assert_close(output.logits.argmax(-1), expected.argmax(-1))
+    without_labels = {n: x for n, x in batch.items() if n != "labels"}
+    assert isinstance(model(**without_labels).logits, torch.Tensor)
+
+
+def test_num_items_in_batch(model, batch):
+    expected = model(**batch, num_items_in_batch=7).loss
+    lean.enable(model)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=7).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "SmolLM 2"])
+def test_the_head_keeps_no_logits(name):
+    """With a soft cap, and tied to the embedding."""
+    model = adapted(name)
+    batch = make_batch(name)
+    head = model.get_output_embeddings()
+    lean.enable(model)
+    logits = model(**batch).logits
+    assert type(logits).__name__ == "LazyLogits"
+    assert logits._logits is None
+    assert tuple(logits.shape) == (4, 20, head.out_features)
+
+
+def test_a_trained_copy_of_the_head(batch):
+    model = build("Llama")
+    config = PacaConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(model, config).train()
+    plain, plain_bytes = gradients(model, batch)
+    report = lean.enable(model)
+    assert report.made["loss"] == ["base_model.model"]
+    ours, lean_bytes = gradients(model, batch)
+    assert any("lm_head" in name for name in plain)
+    assert_equal_results(ours, plain)
+    assert lean_bytes < plain_bytes
+
+
+@pytest.mark.parametrize("kind", [PacaConfig, LoraConfig])
+def test_an_adapter_on_the_head_is_left_alone(batch, kind):
+    model = get_peft_model(build("Llama"), kind(r=4, target_modules=["lm_head", "q_proj"])).train()
+    plain, _ = gradients(model, batch)
+    report = lean.enable(model)
+    assert "loss" not in report.made
+    ((reason, names),) = report.left.items()
+    assert reason == "the output head is a Linear, so its logits are kept"
+    assert names == ["base_model.model"]
+    assert_equal_results(gradients(model, batch)[0], plain)
+
+
+def test_an_adapter_that_comes_later(batch):
+    model = build("Llama")
+    lean.enable(model)
+    later = get_peft_model(model, PacaConfig(r=4, target_modules="all-linear", init_weights=False))
+    ours, _ = gradients(later, batch)
+    lean.disable(later)
+    assert_equal_results(ours, gradients(later, batch)[0])
+
+
+def test_a_loss_function_of_ones_own_gets_a_tensor(batch):
+    model = build("Llama")
+    lean.enable(model)
+    found = []
+
+    def loss_function(logits, labels, **kwargs):
+        found.append(logits)
+        return logits.float().mean()
+
+    model.loss_function = loss_function
+    model(**batch).loss.backward()
+    assert isinstance(found[0], torch.Tensor)
+
+
+def test_a_head_with_hooks_is_called_as_it_was(batch):
+    model = adapted()
+    lean.enable(model)
+    outputs = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: outputs.append(args[2]))
+    model(**batch)
+    assert isinstance(outputs[0], torch.Tensor)
+
+
+def test_a_loss_of_ones_own_over_logits(model, batch):
+    """No labels, so nothing stands for the logits."""
+    lean.enable(model)
+    logits = model(input_ids=batch["input_ids"]).logits
+    F.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
