@@ -11,7 +11,8 @@ A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, whic
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
-and `-shares` of `reproduce-small/all.json` (reproduce_tables.py).
+and `-shares` of `reproduce-small/all.json` (reproduce_tables.py), `selection-...` of
+`studies/selection-*` (selection_tables.py).
 """
 
 import json
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimate_tables, reproduce_tables
+from benchmarks import estimate_tables, reproduce_tables, selection_tables
 from tools.doc_block import rewrite
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def table(name: str, results: Path = RESULTS) -> str:
 
     Args:
         name: Of the file, without `.json`; or `estimate-` and the number of the paper's table; or
-            `reproduce-` and a table of reproduce_tables.
+            `reproduce-` or `selection-` and a table of reproduce_tables or selection_tables.
         results: Folder.
 
     Raises:
@@ -45,6 +46,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return estimate_tables.table(name.removeprefix("estimate-"), results)
     if name.startswith("reproduce-"):
         return reproduce_tables.table(name.removeprefix("reproduce-"), results)
+    if name.startswith("selection-"):
+        return selection_tables.table(name.removeprefix("selection-"), results)
     result = _read(name, results)
     if result is None:
         return _missing(name)

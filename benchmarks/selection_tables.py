@@ -1,0 +1,184 @@
+"""Tables of docs/selection_study.md, from the committed studies, and by its plan's rule who won."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pacatune.study.statistics import mean_of
+
+STUDIES = (
+    "minilm-r4",
+    "minilm-r16",
+    "efficientnet-r4",
+    "efficientnet-r16",
+    "smollm2-r8",
+    "dinov2-r8",
+)
+REFERENCE, FOR_ORIENTATION = "random", "lora"
+BETTER, WORSE, EQUAL = "better", "worse", "-"
+# Hypothesis -> the arms it is about, and the arm they are compared with.
+_BETTER_THAN = {
+    "H1": (("gradient", "gradient-activation"), REFERENCE),
+    "H2": (("activation", "weight-activation"), REFERENCE),
+    "H3": (("activation-qr",), "activation"),
+    "H4": (("budget",), REFERENCE),
+}
+
+
+def table(kind: str, results: Path) -> str:
+    """Return one of the Markdown tables.
+
+    Args:
+        kind: `differences`: each arm against random columns; `verdicts`: hypotheses, and who wins;
+            `rates`: chosen learning rates; `forgetting`: rise of the loss on general text.
+        results: Folder with the committed results.
+
+    Raises:
+        ValueError: If there is no such table.
+    """
+    tables = {
+        "differences": _differences,
+        "verdicts": _verdicts,
+        "rates": _rates,
+        "forgetting": _forgetting,
+    }
+    if kind not in tables:
+        raise ValueError(
+            f"no table {kind!r} of the selection study; there are {', '.join(tables)}."
+        )
+    studies = read_studies(results)
+    if not studies:
+        return "None yet."
+    return "\n".join(tables[kind](studies))
+
+
+def read_studies(results: Path) -> dict[str, dict[str, Any]]:
+    """Return study -> what its study.json holds, of those that are finished."""
+    found = {}
+    for name in STUDIES:
+        path = results / "studies" / f"selection-{name}" / "study.json"
+        if path.is_file():
+            study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if study["finished"]:
+                found[name] = study
+    return found
+
+
+def verdict(study: dict[str, Any], arm: str, reference: str = REFERENCE) -> str:
+    """Return `better`, `worse` or `-`, by the rule of the plan.
+
+    Better: the mean difference is better than 0 by more than the standard deviation of `random`
+    over seeds, and it is better for every seed. Worse: the mean is worse by more than that.
+
+    Args:
+        study: Of `read_studies`.
+        arm: Its name.
+        reference: Arm to compare with.
+    """
+    sign = 1 if study["higher_is_better"] else -1
+    spread = study["arms"][REFERENCE]["std"]
+    differences = [sign * value for value in _paired(study, arm, reference)]
+    mean = mean_of(differences)
+    if mean is None or spread is None:
+        return EQUAL
+    if mean > spread and min(differences) > 0:
+        return BETTER
+    return WORSE if mean < -spread else EQUAL
+
+
+def winners(studies: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the arms that `strategy: auto` could stand for, by the rule of the plan.
+
+    That is: better than random in studies of two models at least, worse in none.
+
+    Args:
+        studies: Of `read_studies`.
+    """
+    found = []
+    for arm in _arms(studies):
+        verdicts = {name: verdict(one, arm) for name, one in studies.items() if arm in one["arms"]}
+        models = {name.partition("-")[0] for name, found in verdicts.items() if found == BETTER}
+        if len(models) >= 2 and WORSE not in verdicts.values() and arm != FOR_ORIENTATION:
+            found.append(arm)
+    return found
+
+
+def _arms(studies: dict[str, dict[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for study in studies.values() for name in study["arms"])
+    return [name for name in names if name != REFERENCE]
+
+
+def _paired(study: dict[str, Any], arm: str, reference: str) -> list[float]:
+    ours, theirs = (study["arms"][name]["values"] for name in (arm, reference))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def _head(studies: dict[str, dict[str, Any]], first: str) -> Iterator[str]:
+    yield f"| {first} | {' | '.join(f'`{name}`' for name in studies)} |"
+    yield "|---|" + "--:|" * len(studies)
+
+
+def _unit(study: dict[str, Any]) -> float:
+    return 100 if study["metric"] == "accuracy" else 1
+
+
+def _differences(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield from _head(studies, "")
+    units = ["accuracy, %" if one["metric"] == "accuracy" else "loss" for one in studies.values()]
+    yield f"| metric | {' | '.join(units)} |"
+    randoms = [(study["arms"][REFERENCE], _unit(study)) for study in studies.values()]
+    cells = [f"{arm['mean'] * unit:.4g} ± {arm['std'] * unit:.2g}" for arm, unit in randoms]
+    yield f"| `{REFERENCE}` | {' | '.join(cells)} |"
+    for arm in _arms(studies):
+        yield f"| `{arm}` | {' | '.join(_cell(study, arm) for study in studies.values())} |"
+
+
+def _cell(study: dict[str, Any], arm: str) -> str:
+    if arm not in study["arms"]:
+        return ""
+    found = study["arms"][arm]["comparison"]
+    if found is None:
+        return "failed"
+    text = f"{found['mean'] * _unit(study):+.2g} (p {found['p_value']:.2g})"
+    outcome = verdict(study, arm)
+    return f"**{text}**" if outcome == BETTER else f"*{text}*" if outcome == WORSE else text
+
+
+def _verdicts(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield from _head(studies, "")
+    for hypothesis, (arms, reference) in _BETTER_THAN.items():
+        for arm in arms:
+            cells = [verdict(study, arm, reference) for study in studies.values()]
+            yield f"| {hypothesis}: `{arm}` against `{reference}` | {' | '.join(cells)} |"
+    cells = [
+        "" if "shared" not in study["arms"] else verdict(study, "shared")
+        for study in studies.values()
+    ]
+    yield f"| H5: `shared` against `{REFERENCE}` | {' | '.join(cells)} |"
+    won = ", ".join(f"`{arm}`" for arm in winners(studies)) or "none"
+    yield ""
+    yield f"Better than random in studies of two models at least and worse in none: {won}."
+
+
+def _rates(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield from _head(studies, "chosen rate")
+    for arm in (REFERENCE, *_arms(studies)):
+        cells = []
+        for study in studies.values():
+            one = study["arms"].get(arm)
+            edge = " (edge)" if one and one["at_edge"] else ""
+            cells.append(f"{one['learning_rate']:g}{edge}" if one else "")
+        yield f"| `{arm}` | {' | '.join(cells)} |"
+
+
+def _forgetting(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
+    measured = {
+        name: study
+        for name, study in studies.items()
+        if any(arm["forgetting"] is not None for arm in study["arms"].values())
+    }
+    yield from _head(measured, "rise of the loss on general text")
+    for arm in (REFERENCE, *_arms(measured)):
+        cells = [f"{study['arms'][arm]['forgetting']:+.4f}" for study in measured.values()]
+        yield f"| `{arm}` | {' | '.join(cells)} |"
