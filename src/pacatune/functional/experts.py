@@ -249,7 +249,10 @@ def _can_group(*tensors: Tensor) -> bool:
     # inductor compiles it for bfloat16 only.
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False
-    return all(max(t.stride()[-2:]) * t.itemsize % 16 == 0 and 0 not in t.shape for t in tensors)
+    for tensor in tensors:  # and no generator expression, which torch 2.15 does not trace here
+        if max(tensor.stride()[-2:]) * tensor.itemsize % 16 or 0 in tensor.shape:
+            return False
+    return True
 
 
 def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
