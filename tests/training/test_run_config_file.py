@@ -121,6 +121,11 @@ def test_unknown_keys_name_the_nearest(text, key, nearest):
         check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
 
 
+def test_a_key_like_no_other_lists_its_section():
+    with pytest.raises(ValueError, match=r"none is like it\. There are data\.path, data\.split\.$"):
+        check_keys({"data": {"train": "x"}}, KNOWN, "run.yaml")
+
+
 def test_known_keys_pass():
     text = "method: lora\nmodel: {path: x}\npaca: {rank_pattern: {q_proj: 4}}\ndata:"
     check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
