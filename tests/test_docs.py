@@ -38,6 +38,7 @@ NOT_RUN = {
     "docs/mt_bench.md": 2,
     "docs/quickstart.md": 1,
     "docs/reproduce.md": 1,
+    "docs/selection_study.md": 1,
     "docs/serving.md": 2,
 }
 # Languages that are shown only.
