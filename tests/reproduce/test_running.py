@@ -96,6 +96,22 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, calls):
     assert sections[0].about == ["lora found 1", "paca found 3"]
 
 
+def test_the_machine_is_the_one_that_measured(experiments, tmp_path, monkeypatch):
+    """A report made again elsewhere once named the machine that made the report."""
+    monkeypatch.setattr("pacatune.reproduce.cells.cpu_name", lambda: "Some Processor")
+    monkeypatch.setattr("pacatune.reproduce.cells.num_cores", lambda: 3)
+    go(experiments, tmp_path / "out")
+    monkeypatch.setattr("pacatune.reproduce.cells.cpu_name", lambda: "Another")
+    (section, _), _ = go(experiments, tmp_path / "out", resume=True)
+    assert " minutes on Some Processor, 3 cores (" in section.provenance
+    path = tmp_path / "out" / "cells" / "first" / "lora.json"
+    kept = json.loads(path.read_text())
+    del kept["machine"]
+    path.write_text(json.dumps(kept))
+    (section, _), _ = go(experiments, tmp_path / "out", resume=True)
+    assert "on Some Processor, 3 cores and a machine that was not recorded (" in section.provenance
+
+
 def test_a_cell_that_fails_stops_no_other(tmp_path, calls):
     def run(folder, tell):
         calls.append(folder.name)

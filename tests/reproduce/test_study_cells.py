@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pacatune.reproduce import chats, images, table6
-from pacatune.reproduce.study_cells import score_of
+from pacatune.reproduce.study_cells import score_of, seed_spread
 from pacatune.study.result import ArmResult, StudyResult
 
 
@@ -74,21 +74,30 @@ def test_a_line_without_a_good_run_is_no_result(study, tmp_path):
 
 
 def test_intervals_are_two_standard_errors():
-    result = {"values": {"0": 2.0, "1": 2.2}, "mean": 2.1, "std": 0.2, "learning_rate": 4e-3}
-    loss = score_of(result)
+    result = {"values": {"0": 2.0, "1": 2.2}, "learning_rate": 4e-3}
+    loss = score_of(result, 0.2)
     assert loss.value == 2.1
     assert loss.high - loss.value == pytest.approx(2 * 0.2 / math.sqrt(2))
     assert loss.note == "rate 0.004"
-    accuracy = score_of({**result, "mean": 0.8, "std": 0.01}, 400)
+    accuracy = score_of({**result, "values": {"0": 0.7, "1": 0.9}}, 0.01, 400)
     error = math.hypot(0.01 / math.sqrt(2), math.sqrt(0.8 * 0.2 / 400))
     assert accuracy.value == pytest.approx(80)
     assert accuracy.value - accuracy.low == pytest.approx(200 * error)
-    edge = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1}})
+    edge = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1}}, 0.2)
     assert edge.note == "rate 0.004, at the edge of its grid"
-    middle = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1, "0.008": None}})
+    middle = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1, "0.008": None}}, 0.2)
     assert middle.note == "rate 0.004"
-    alone = score_of({**result, "values": {"0": 2.0}, "std": None})
-    assert alone.low == alone.high
+
+
+def test_two_seeds_that_happen_to_agree_are_not_sure():
+    """They once made 3.065 [3.064, 3.065] worse than 3.032 [3.005, 3.059]: a contradiction."""
+    close, apart = ({"values": {"0": a, "1": b}} for a, b in ((3.0645, 3.0655), (3.01, 3.05)))
+    std = seed_spread([close, apart])
+    assert std == pytest.approx(math.sqrt((0.001**2 + 0.04**2) / 2 / 2))
+    first, second = (score_of({**one, "learning_rate": 1e-3}, std) for one in (close, apart))
+    assert first.low < second.high
+    assert seed_spread([{"values": {"0": 2.0}}, apart]) == pytest.approx(0.04 / math.sqrt(2))
+    assert seed_spread([{"values": {"0": 2.0}}]) == 0
 
 
 def test_strategies_and_methods_differ_in_nothing_else():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.bench.record import commit, versions
+from pacatune.bench.record import commit, cpu_name, num_cores, versions
 
 __all__ = ["Cell", "CellStore"]
 
@@ -64,6 +64,7 @@ class CellStore:
             "result": result,
             "seconds": round(time.monotonic() - start, 1),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{cpu_name()}, {num_cores()} cores",
             "versions": versions("trl", "bitsandbytes", "timm"),
             **commit(),
         }

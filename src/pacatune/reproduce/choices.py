@@ -3,8 +3,6 @@
 Each run is `pacatune train` and `pacatune evaluate choice`, as the full scale is with MMLU.
 """
 
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,7 +17,7 @@ from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Results
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.scale import small_dtype
-from pacatune.reproduce.study_cells import SPREAD_NOTE, rate_note
+from pacatune.reproduce.study_cells import SPREAD_NOTE, score_of, seed_spread
 from pacatune.reproduce.text_runs import text_run
 
 __all__ = ["DATA", "MODEL_NAME", "choice_cell", "choice_column", "choice_numbers", "choice_stated"]
@@ -159,19 +157,10 @@ def choice_column(table: Table) -> Column:
 
 def choice_numbers(table: Table, results: Results) -> dict[tuple[str, str], Measured]:
     """Return the accuracies that there are."""
-    found = {}
-    for row in table.rows:
-        result = results.get(f"{_PREFIX}{row.key}")
-        if result is not None:
-            found[row.key, _KEY] = _score(list(result["values"].values()), rate_note(result))
-    return found
-
-
-def _score(values: list[float], note: str) -> Measured:
-    mean = statistics.mean(values)
-    seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    spread = 200 * math.hypot(seeds, math.sqrt(mean * (1 - mean) / _NUM_QUESTIONS))
-    value = 100 * mean
-    return Measured(
-        value=value, low=value - spread, high=value + spread, origin="measured", note=note
-    )
+    found = {
+        row.key: result
+        for row in table.rows
+        if (result := results.get(f"{_PREFIX}{row.key}")) is not None
+    }
+    std = seed_spread(found.values())
+    return {(key, _KEY): score_of(one, std, _NUM_QUESTIONS) for key, one in found.items()}

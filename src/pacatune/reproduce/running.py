@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacatune.bench.record import cpu_name, num_cores
 from pacatune.reproduce.cells import Cell, CellStore
 from pacatune.reproduce.experiment import Experiment, Mode
 from pacatune.reproduce.page import make_html, make_markdown
@@ -156,7 +155,7 @@ def _report(
 
 
 def _provenance(kept: list[dict[str, Any]], command: str) -> str:
-    """Say what made the results, and with which packages."""
+    """Say what made the results, where, and with which packages."""
     if not kept:
         return ""
     packages = {tuple(sorted(cell["versions"].items())) for cell in kept}
@@ -165,6 +164,7 @@ def _provenance(kept: list[dict[str, Any]], command: str) -> str:
         for cell in kept
         if cell.get("commit")
     }
+    machines = {cell.get("machine", "a machine that was not recorded") for cell in kept}
     texts = [", ".join(f"{name} {number}" for name, number in one) for one in sorted(packages)]
     dates = sorted(cell["date"] for cell in kept)
     seconds = sum(cell["seconds"] for cell in kept)
@@ -172,7 +172,7 @@ def _provenance(kept: list[dict[str, Any]], command: str) -> str:
     return (
         f"`{command}`{at}, {dates[0][:10]}"
         + (f" to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else "")
-        + f", {seconds / 60:.1f} minutes on {cpu_name()}, {num_cores()} cores "
+        + f", {seconds / 60:.1f} minutes on {' and '.join(sorted(machines))} "
         f"({'; '.join(texts)})."
     )
 

@@ -1,7 +1,8 @@
 """Cells that a study computes: one method at its best rate of a grid, over some seeds."""
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.measured import Measured
 from pacatune.study import Arm, StudyConfig
+from pacatune.study.statistics import pooled_std
 
-__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "score_of", "study_cell"]
+__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "score_of", "seed_spread", "study_cell"]
 
 SPREAD_NOTE = (
-    "Intervals are two standard errors on either side of the mean: of the seeds, and for "
-    "accuracies of the number of test examples as well."
+    "Intervals are two standard errors on either side of the mean: of the seeds, whose spread is "
+    "taken from all lines together, and for accuracies of the number of test examples as well."
 )
 
 
@@ -79,17 +81,27 @@ def rate_note(result: dict[str, Any]) -> str:
     return f"rate {rate:g}" + (", at the edge of its grid" if is_edge else "")
 
 
-def score_of(result: dict[str, Any], num_examples: int | None = None) -> Measured:
-    """Return the mean with two standard errors on either side.
+def seed_spread(results: Iterable[dict[str, Any]]) -> float:
+    """Return the standard deviation over seeds, from all lines together.
+
+    Args:
+        results: Of the cells that are compared, with `values`.
+    """
+    return pooled_std(result["values"].values() for result in results)
+
+
+def score_of(result: dict[str, Any], std: float, num_examples: int | None = None) -> Measured:
+    """Return the mean over seeds with two standard errors on either side.
 
     Args:
         result: Of a cell.
+        std: Of `seed_spread`.
         num_examples: Of the test, where the metric is an accuracy; in per cent then.
     """
     unit = 1.0 if num_examples is None else 100.0
-    number = len(result["values"])
-    error = 0.0 if result["std"] is None else result["std"] / math.sqrt(number)
-    mean = float(result["mean"])
+    values = list(result["values"].values())
+    error = std / math.sqrt(len(values))
+    mean = statistics.mean(values)
     if num_examples is not None:
         error = math.hypot(error, math.sqrt(max(mean * (1 - mean), 0.0) / num_examples))
     spread = 2 * error * unit

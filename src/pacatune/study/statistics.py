@@ -1,5 +1,7 @@
 """Means, spreads, and an exact paired test."""
 
+from collections.abc import Collection, Iterable
+
 import numpy as np
 
 from pacatune.study.result import Comparison
@@ -16,6 +18,23 @@ def mean_of(values: list[float]) -> float | None:
 def std_of(values: list[float]) -> float | None:
     """Return the standard deviation (n - 1); None of fewer than two."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def pooled_std(groups: Iterable[Collection[float]]) -> float:
+    """Return the standard deviation within groups, from all of them together.
+
+    That of two values alone is often next to nothing by chance.
+
+    Args:
+        groups: Values that differ in nothing but chance; a group of one adds nothing.
+
+    Returns:
+        0 where no group has two.
+    """
+    several = [np.asarray(list(values)) for values in groups if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
+    return float(np.sqrt(squares / freedom)) if freedom else 0.0
 
 
 def compare(arm: dict[int, float], reference: dict[int, float]) -> Comparison | None:
