@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pacatune.reproduce import chats, images, table6
-from pacatune.reproduce.study_cells import score_of, seed_spread
+from pacatune.reproduce.study_cells import scores_of
 from pacatune.study.result import ArmResult, StudyResult
 
 
@@ -73,31 +73,41 @@ def test_a_line_without_a_good_run_is_no_result(study, tmp_path):
         chats.chat_cell("paca", 64, "a-line").run(tmp_path / "work", print)
 
 
+def score_of(values, num_examples=None, **more):
+    result = {"values": dict(enumerate(values)), "learning_rate": 4e-3, **more}
+    return scores_of({"line": "cell"}, {"cell": result}, num_examples)["line"]
+
+
 def test_intervals_are_two_standard_errors():
-    result = {"values": {"0": 2.0, "1": 2.2}, "learning_rate": 4e-3}
-    loss = score_of(result, 0.2)
+    loss = score_of([2.0, 2.2])
+    std = 0.2 / math.sqrt(2)
     assert loss.value == 2.1
-    assert loss.high - loss.value == pytest.approx(2 * 0.2 / math.sqrt(2))
+    assert loss.high - loss.value == pytest.approx(2 * std / math.sqrt(2))
     assert loss.note == "rate 0.004"
-    accuracy = score_of({**result, "values": {"0": 0.7, "1": 0.9}}, 0.01, 400)
-    error = math.hypot(0.01 / math.sqrt(2), math.sqrt(0.8 * 0.2 / 400))
+    accuracy = score_of([0.79, 0.81], 400)
+    error = math.hypot(0.01, math.sqrt(0.8 * 0.2 / 400))
     assert accuracy.value == pytest.approx(80)
     assert accuracy.value - accuracy.low == pytest.approx(200 * error)
-    edge = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1}}, 0.2)
+    edge = score_of([2.0], rates={"0.001": 2.4, "0.004": 2.1})
     assert edge.note == "rate 0.004, at the edge of its grid"
-    middle = score_of({**result, "rates": {"0.001": 2.4, "0.004": 2.1, "0.008": None}}, 0.2)
+    middle = score_of([2.0], rates={"0.001": 2.4, "0.004": 2.1, "0.008": None})
     assert middle.note == "rate 0.004"
+    assert middle.low == middle.high
 
 
 def test_two_seeds_that_happen_to_agree_are_not_sure():
     """They once made 3.065 [3.064, 3.065] worse than 3.032 [3.005, 3.059]: a contradiction."""
-    close, apart = ({"values": {"0": a, "1": b}} for a, b in ((3.0645, 3.0655), (3.01, 3.05)))
-    std = seed_spread([close, apart])
-    assert std == pytest.approx(math.sqrt((0.001**2 + 0.04**2) / 2 / 2))
-    first, second = (score_of({**one, "learning_rate": 1e-3}, std) for one in (close, apart))
-    assert first.low < second.high
-    assert seed_spread([{"values": {"0": 2.0}}, apart]) == pytest.approx(0.04 / math.sqrt(2))
-    assert seed_spread([{"values": {"0": 2.0}}]) == 0
+    seeds = {"close": (3.0645, 3.0655), "apart": (3.01, 3.05), "alone": (3.0,)}
+    results = {
+        key: {"values": dict(enumerate(values)), "learning_rate": 1e-3}
+        for key, values in seeds.items()
+    }
+    scores = scores_of({key: key for key in [*seeds, "missing"]}, results)
+    assert scores.keys() == seeds.keys()
+    std = math.sqrt((0.001**2 + 0.04**2) / 2 / 2)
+    for key, score in scores.items():
+        assert score.high - score.value == pytest.approx(2 * std / math.sqrt(len(seeds[key])))
+    assert scores["close"].low < scores["apart"].high
 
 
 def test_strategies_and_methods_differ_in_nothing_else():

@@ -13,7 +13,7 @@ from pacatune.reproduce.experiment import Results, SettingsBeside
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.scale import small_dtype
 from pacatune.reproduce.settings_of import of_run
-from pacatune.reproduce.study_cells import SPREAD_NOTE, one_arm, score_of, seed_spread, study_cell
+from pacatune.reproduce.study_cells import SPREAD_NOTE, one_arm, scores_of, study_cell
 from pacatune.study import Arm, StudyConfig
 
 __all__ = ["KEY", "chat_cell", "chat_column", "chat_numbers", "chat_settings", "chat_study"]
@@ -105,13 +105,8 @@ def chat_numbers(lines: dict[str, str], results: Results) -> dict[tuple[str, str
         lines: Key of a cell -> key of the line.
         results: All there are.
     """
-    found = {
-        line: result
-        for key, line in lines.items()
-        if (result := results.get(f"{_PREFIX}{key}")) is not None
-    }
-    std = seed_spread(found.values())
-    return {(line, KEY): score_of(result, std) for line, result in found.items()}
+    cells = {line: f"{_PREFIX}{key}" for key, line in lines.items()}
+    return {(line, KEY): score for line, score in scores_of(cells, results).items()}
 
 
 def chat_settings(

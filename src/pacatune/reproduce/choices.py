@@ -17,7 +17,7 @@ from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Results
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.scale import small_dtype
-from pacatune.reproduce.study_cells import SPREAD_NOTE, score_of, seed_spread
+from pacatune.reproduce.study_cells import SPREAD_NOTE, scores_of
 from pacatune.reproduce.text_runs import text_run
 
 __all__ = ["DATA", "MODEL_NAME", "choice_cell", "choice_column", "choice_numbers", "choice_stated"]
@@ -157,10 +157,6 @@ def choice_column(table: Table) -> Column:
 
 def choice_numbers(table: Table, results: Results) -> dict[tuple[str, str], Measured]:
     """Return the accuracies that there are."""
-    found = {
-        row.key: result
-        for row in table.rows
-        if (result := results.get(f"{_PREFIX}{row.key}")) is not None
-    }
-    std = seed_spread(found.values())
-    return {(key, _KEY): score_of(one, std, _NUM_QUESTIONS) for key, one in found.items()}
+    cells = {row.key: f"{_PREFIX}{row.key}" for row in table.rows}
+    scores = scores_of(cells, results, _NUM_QUESTIONS)
+    return {(line, _KEY): score for line, score in scores.items()}

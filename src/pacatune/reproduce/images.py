@@ -23,7 +23,7 @@ from pacatune.reproduce.image_runs import (
 from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.measured import Measured
 from pacatune.reproduce.section import Section
-from pacatune.reproduce.study_cells import SPREAD_NOTE, one_arm, score_of, seed_spread, study_cell
+from pacatune.reproduce.study_cells import SPREAD_NOTE, one_arm, scores_of, study_cell
 from pacatune.study import Arm, StudyConfig
 
 __all__ = ["make_experiment"]
@@ -186,21 +186,14 @@ def _small_numbers(spec: ImageTable, results: Results) -> dict[tuple[str, str], 
     found: dict[tuple[str, str], Measured] = {}
     steps = results.get("steps")
     times = {} if steps is None else steps_of_ours(steps)
-    small = {
-        row.key: result
-        for row in spec.table.rows
-        if (result := results.get(f"small-{row.key}")) is not None
-    }
-    std = seed_spread(small.values())
     for row in spec.table.rows:
         if row.method in times and steps is not None:
             found[row.key, _TIME] = times[row.method]
             kept = steps["saved_bytes"][row.method] / _MB
             found[row.key, _KEPT] = Measured.exact(kept, "counted")
-        if row.key in small:
-            num_examples = _EVAL_PER_CLASS * _NUM_CLASSES
-            found[row.key, _SCORE] = score_of(small[row.key], std, num_examples)
-    return found
+    cells = {row.key: f"small-{row.key}" for row in spec.table.rows}
+    scores = scores_of(cells, results, _EVAL_PER_CLASS * _NUM_CLASSES)
+    return found | {(line, _SCORE): score for line, score in scores.items()}
 
 
 def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[SettingsBeside]:

@@ -2,18 +2,19 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pacatune.reproduce.cells import Cell
+from pacatune.reproduce.experiment import Results
 from pacatune.reproduce.measured import Measured
 from pacatune.study import Arm, StudyConfig
 from pacatune.study.statistics import pooled_std
 
-__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "score_of", "seed_spread", "study_cell"]
+__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "scores_of", "study_cell"]
 
 SPREAD_NOTE = (
     "Intervals are two standard errors on either side of the mean: of the seeds, whose spread is "
@@ -81,23 +82,24 @@ def rate_note(result: dict[str, Any]) -> str:
     return f"rate {rate:g}" + (", at the edge of its grid" if is_edge else "")
 
 
-def seed_spread(results: Iterable[dict[str, Any]]) -> float:
-    """Return the standard deviation over seeds, from all lines together.
+def scores_of(
+    cells: Mapping[str, str], results: Results, num_examples: int | None = None
+) -> dict[str, Measured]:
+    """Return the mean over seeds of each line that there is, with two standard errors.
+
+    The spread over seeds is that of all lines together.
 
     Args:
-        results: Of the cells that are compared, with `values`.
-    """
-    return pooled_std(result["values"].values() for result in results)
-
-
-def score_of(result: dict[str, Any], std: float, num_examples: int | None = None) -> Measured:
-    """Return the mean over seeds with two standard errors on either side.
-
-    Args:
-        result: Of a cell.
-        std: Of `seed_spread`.
+        cells: Key of a line -> key of its cell.
+        results: All there are.
         num_examples: Of the test, where the metric is an accuracy; in per cent then.
     """
+    found = {line: results[key] for line, key in cells.items() if key in results}
+    std = pooled_std(result["values"].values() for result in found.values())
+    return {line: _score(result, std, num_examples) for line, result in found.items()}
+
+
+def _score(result: dict[str, Any], std: float, num_examples: int | None) -> Measured:
     unit = 1.0 if num_examples is None else 100.0
     values = list(result["values"].values())
     error = std / math.sqrt(len(values))
