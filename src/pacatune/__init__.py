@@ -10,7 +10,7 @@ from pacatune._peft_hook import register_with_peft
 
 __version__ = "0.1.0"
 
-__all__ = ["MosLoraConfig", "PacaConfig", "PacaModel", "__version__"]
+__all__ = ["MosLoraConfig", "PacaConfig", "PacaModel", "__version__", "resident"]
 
 register_with_peft()
 
@@ -20,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from pacatune import tuner
 
         return getattr(tuner, name)
+    if name == "resident":
+        from pacatune.residency import resident
+
+        return resident
     if name == "MosLoraConfig":
         from pacatune import baselines
 

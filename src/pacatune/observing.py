@@ -1,20 +1,36 @@
 """Notices who looks at a frozen weight and who changes a trained delta behind autograd's back."""
 
+import os
+import threading
 import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 __all__ = [
+    "LOCK",
     "DeltaParameter",
     "GuardedParameters",
+    "WeightParameter",
+    "alias_of",
     "guard",
     "is_tracked",
     "num_tensors_on",
     "owns_its_memory",
     "release",
 ]
+
+LOCK = threading.RLock()
+"""Held by whoever changes a weight's columns or hands a weight out, for microseconds.
+
+One for all weights. A signal handler may look at the model while its thread writes: reentrant."""
+
+if hasattr(os, "register_at_fork"):  # so that no child starts with a weight half written
+    os.register_at_fork(
+        before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
+    )
 
 
 class Watcher(Protocol):
@@ -23,6 +39,12 @@ class Watcher(Protocol):
     is_sharded: bool
     """Set when a weight is put in place that is no plain parameter: then no weight is written."""
 
+    is_written: bool
+    """Whether adapted columns are in the weight."""
+
+    def before_step(self) -> None:
+        """An optimiser is about to change the delta, and perhaps the weight."""
+
     def after_step(self) -> None:
         """An optimiser has changed the delta."""
 
@@ -30,31 +52,67 @@ class Watcher(Protocol):
         """Somebody is about to see the weight, and may change it."""
 
 
-class DeltaParameter(nn.Parameter):
-    """A trained update that remembers if somebody took `.data`, the untracked way to edit it."""
+class _Watched(nn.Parameter):
+    """A parameter that notices the use of `.data`, whose edits change no version counter."""
 
-    residency: "weakref.ref[Watcher] | None" = None  # whoever wrote it last
-    is_exposed = False
+    residency: "weakref.ref[Watcher] | None" = None
+    """Whose it is; a copy is nobody's."""
 
     @property
     def data(self) -> Tensor:
         """An alias whose edits do not change this parameter's version."""
-        self.is_exposed = True
-        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+        with LOCK:
+            self._expose()
+            return alias_of(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.is_exposed = True
-        torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
+        with LOCK:
+            self._expose()
+            torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def _expose(self) -> None:
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The link to the residency belongs to this process and this module.
         hooks: dict[int, Any] = {}
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, hooks)
 
 
+class DeltaParameter(_Watched):
+    """A trained update that counts the edits which its version counter misses."""
+
+    num_steps = 0
+    """Of optimisers."""
+    num_unversioned = 0
+    """Grows with each of these, since fused ones count no versions, and each use of `.data`."""
+    is_exposed = False
+    """Whether somebody took `.data` and may still hold it."""
+
+    def _expose(self) -> None:
+        self.is_exposed = True
+        self.num_unversioned += 1
+
+
+class WeightParameter(_Watched):
+    """A frozen weight that adapted columns are written into; to take its `.data` is to look."""
+
+    def _expose(self) -> None:
+        residency = None if self.residency is None else self.residency()
+        if residency is not None:
+            residency.look()
+
+
+# Optimisers take their fast (foreach and fused) paths by exact types.
+torch_optimizer._foreach_supported_types += [DeltaParameter, WeightParameter]
+
+
 class GuardedParameters(dict[str, Any]):
-    """A module's parameters; puts the pretrained columns back before anybody sees them."""
+    """A module's parameters; puts the pretrained columns back before anybody sees them.
+
+    Looking and handing out are one step, under the lock: a thread that trains must not write in
+    between. Views are of a plain copy, which keeps hold of the weight until they are gone.
+    """
 
     residency: "weakref.ref[Watcher]"
 
@@ -63,49 +121,67 @@ class GuardedParameters(dict[str, Any]):
         if residency is not None:
             residency.look()
 
+    def _is_pretrained_in_graph(self) -> bool:
+        """Whether a graph is being compiled, which cannot look, and need not."""
+        if not torch.compiler.is_compiling():
+            return False
+        residency = self.residency()
+        return residency is None or not residency.is_written
+
     def __getitem__(self, name: str) -> Any:
-        if name == "weight":
+        if name != "weight" or self._is_pretrained_in_graph():
+            return super().__getitem__(name)
+        with LOCK:
             self._look()
-        return super().__getitem__(name)
+            return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """As dict's."""
-        if name == "weight":
+        if name != "weight":
+            return super().get(name, default)
+        with LOCK:
             self._look()
-        return super().get(name, default)
+            return super().get(name, default)
 
     def items(self) -> Any:
         """As dict's."""
-        self._look()
-        return super().items()
+        return self.copy().items()
 
     def values(self) -> Any:
         """As dict's."""
-        self._look()
-        return super().values()
+        return self.copy().values()
 
     def pop(self, *args: Any) -> Any:
         """As dict's."""
-        self._look()
-        return super().pop(*args)
+        with LOCK:
+            self._look()
+            return super().pop(*args)
 
     def copy(self) -> dict[str, Any]:
         """Return a plain dict."""
-        self._look()
-        return dict(self)
+        with LOCK:
+            self._look()
+            return dict(self)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._look()
-        super().__setitem__(name, value)
-        residency = self.residency()
-        if name == "weight" and type(value) is not nn.Parameter and residency is not None:
-            # A sharded weight (FSDP2's DTensor) or another subclass: what later stands here is a
-            # temporary copy of it.
-            residency.is_sharded = True
+        with LOCK:
+            self._look()
+            super().__setitem__(name, value)
+            residency = self.residency()
+            # A plain tensor stands here while torch.func.functional_call runs. Anything else that
+            # is no plain parameter is a sharded weight (FSDP2's DTensor) or another subclass, and
+            # what later stands here is a temporary copy of it.
+            if (
+                name == "weight"
+                and type(value) not in (nn.Parameter, WeightParameter, Tensor)
+                and residency is not None
+            ):
+                residency.is_sharded = True
 
     def __delitem__(self, name: str) -> None:
-        self._look()
-        super().__delitem__(name)
+        with LOCK:
+            self._look()
+            super().__delitem__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (self.copy(),)
@@ -130,6 +206,11 @@ def release(module: nn.Module) -> None:
         module.__dict__["_parameters"] = parameters.copy()
 
 
+def alias_of(tensor: Tensor) -> Tensor:
+    """Return `tensor.data`, unnoticed."""
+    return torch._C.TensorBase.data.__get__(tensor)  # type: ignore[attr-defined, no-any-return]
+
+
 def owns_its_memory(tensor: Tensor) -> bool:
     """False for views into a larger buffer (FSDP1's flat parameter, DeepSpeed's flat groups)."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -148,6 +229,6 @@ def is_tracked(delta: Tensor) -> bool:
         delta.is_exposed = True  # type: ignore[attr-defined]
     if type(delta) is not DeltaParameter:
         return False
-    if delta.is_exposed:
-        return owns_its_memory(delta) and num_tensors_on(delta) == 1
-    return True
+    if delta.is_exposed and owns_its_memory(delta) and num_tensors_on(delta) == 1:
+        delta.is_exposed = False
+    return not delta.is_exposed

@@ -4,51 +4,109 @@ PaCA is fast because the adapted columns sit in W itself: one GEMM, nothing besi
 that W is not the pretrained weight while they do. This module pays it, and no other module writes
 to a base weight during training.
 
-    write     W[:, indices] <- originals + scaling * delta    before W is read, if delta changed
+    write     W[:, indices] <- originals + scaling * delta    in a training pass, if delta changed
     restore   W[:, indices] <- originals                      before anybody else reads W
 
+Three rules:
+  * **Evaluation never writes.** A pass that trains (forward with a delta that asks for a gradient,
+    and its backward), and a thread inside `resident(model)`, may write columns; a few comparisons
+    say whether they are there already, so that is once per optimiser step, never per micro-batch.
+    Every other pass reads W as it is: W' if the current columns are in it, otherwise the pretrained
+    weight, to whose product it adds that of the columns. Any number of threads may do so.
+  * **Who computes with W checks afterwards** that nobody changed its columns meanwhile (`epoch`),
+    and otherwise computes again: no lock is held while a GEMM runs. Who changes them, or hands W
+    out, holds the one lock.
+  * **Nobody keeps W'.** A backward pass takes W from here and not from what its forward saved,
+    which a hook may have copied, and brings it into the state that it needs.
+
 Who may see W, and how each is served:
-  * Our own forward and backward call `write`; a few comparisons say that nothing changed, so it
-    writes once per optimiser step and never per micro-batch. There are no call counters: the state
-    depends on values, not on how often it was asked.
   * Everybody who reaches W through its module (attribute, parameters(), state_dict, deepcopy,
     pickle, .to(), FSDP) goes through the module's parameter dictionary, which restores before it
-    answers (`observing.GuardedParameters`).
+    answers (`observing.GuardedParameters`); so does the `.data` of a Parameter object.
   * Whoever already holds the Parameter object (an optimiser over all parameters, DDP) sees the
     pretrained weight again after every optimiser step, through torch's step hook. If nobody holds
-    it, that write is saved.
-  * While somebody holds another tensor over the same memory (the values of a state_dict, say),
-    `write` refuses, and the layer uses the additive form, which never touches W.
+    it, that write is saved. If another thread got hold of it, it is not written until he lets go.
+  * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
+    a graph holds the weight (compiled, traced, or plain autograd's), or another process shares its
+    memory, nothing is written, and the layer adds the product of its columns.
 
-How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), the
-step hook (fused optimisers do not count versions), its identity and scaling (another adapter), and
-`observing.DeltaParameter`, which notices that somebody took `.data`, because edits through that
-alias leave no other trace.
+How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
+what `observing.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
+and uses of `.data`), its identity and scaling (another adapter).
 
 Writes go through an alias of W with a version counter of its own, so autograd's saved-tensor check
-never trips on them; the backward pass calls `write` again before it reads W. Deltas, not columns,
-are what is trained: an untrained delta writes nothing but the original bits.
+never trips on them. Deltas, not columns, are what is trained: an untrained delta writes nothing but
+the original bits.
 """
 
 import functools
 import sys
+import threading
 import weakref
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from pacatune.observing import (
+    LOCK,
     DeltaParameter,
     Watcher,
+    WeightParameter,
+    alias_of,
     guard,
     is_tracked,
     num_tensors_on,
     owns_its_memory,
 )
 
-__all__ = ["Residency"]
+__all__ = ["Pass", "Residency", "resident"]
+
+Result = TypeVar("Result")
+
+
+class _Kept(NamedTuple):
+    """What a write overwrites, and where."""
+
+    indices: Tensor
+    """The adapter's own, known by identity."""
+    columns: Tensor
+    """(R,) copy of them, since the adapter's own may be reloaded."""
+    originals: Tensor
+    """(O, R) in the weight's dtype."""
+    positions: Tensor | None
+    """(O, R) theirs in the flat memory, where worth keeping."""
+    memory: Tensor
+    """An alias of the weight: writes through it pass autograd's version check."""
+
+
+class _Update(NamedTuple):
+    """A delta at one moment: equal ones mean the same columns."""
+
+    delta: DeltaParameter
+    version: int
+    num_unversioned: int
+    indices: Tensor
+    scaling: float
+
+    def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
+        return (
+            delta is self.delta
+            and delta._version == self.version
+            and delta.num_unversioned == self.num_unversioned
+            and indices is self.indices
+            and scaling == self.scaling
+        )
+
+
+def _update(delta: Any, indices: Tensor, scaling: float) -> _Update:
+    return _Update(delta, delta._version, delta.num_unversioned, indices, scaling)
 
 
 class Residency:
@@ -63,48 +121,119 @@ class Residency:
         self.is_shared = False
         # What stands in the module during a forward pass is a temporary copy (FSDP2): read only.
         self.is_sharded = False
+        # A CUDA graph reads the memory at every replay: read only.
+        self.is_captured = False
+        # The module has been handed back without the adapter: read only.
+        self.is_closed = False
         self.is_merged = False
         self.is_written = False
-        # Written, but an optimiser step has passed since.
+        # Written, but perhaps in part, or an optimiser step has passed since.
         self.is_stale = False
+        # Somebody changed the weight while columns were in it, and has been told so.
+        self.is_lost = False
+        # Grows before the weight, or its columns, change.
+        self.epoch = 0
+        # The thread that may write although it does not train, and the last one that trained.
+        self.owner: int | None = None
+        self.trainer: int | None = None
+        # The thread that looked last, and may hold what it saw.
+        self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
         self.parameters = guard(module, self.link)
         self._forget()
 
     def _forget(self) -> None:
         self.weight: Tensor | None = None
-        self.weight_version = self.delta_version = -1
-        # An alias of the weight: writes through it pass autograd's version check.
-        self.memory: Tensor | None = None
-        # (O, R) in the weight's dtype, and the (R,) columns they belong to: a copy, since the
-        # adapter's own may be reloaded.
-        self.originals: Tensor | None = None
-        self.columns: Tensor | None = None
-        self.positions: Tensor | None = None  # theirs in the flat memory, where worth keeping
-        self.delta: Tensor | None = None
-        self.indices: Tensor | None = None
-        self.scaling = 0.0
+        self.weight_version = -1
+        self.address = 0
+        # Changes of the weight by merging, which unmerging has taken back.
+        self.version_before_merge = self.num_own_versions = 0
+        self.kept: _Kept | None = None
+        self.written: _Update | None = None
+        self.claimed: tuple[DeltaParameter, int] | None = None
+        self.added: tuple[_Update, torch.dtype, Tensor] | None = None
+
+    def read(
+        self,
+        compute: Callable[[Tensor, bool], Result],
+        delta: Tensor,
+        indices: Tensor,
+        scaling: float,
+        *,
+        writes: bool,
+    ) -> Result | None:
+        """Compute with the weight; again if somebody changes its columns meanwhile.
+
+        Args:
+            compute: Takes the (O, I) weight, and whether it holds the adapted columns; if not, it
+                holds the pretrained ones.
+            delta: (O, R) update, an nn.Parameter.
+            indices: (R,) int64, fixed from here on: in-place edits are not noticed.
+            scaling: Factor between `delta` and the columns.
+            writes: Whether the columns may be written into the weight.
+
+        Returns:
+            What `compute` returns; None if there is no weight here that could be used like this.
+
+        Raises:
+            RuntimeError: If somebody changed the weight in place while columns were in it.
+        """
+        state = self._open(delta, indices, scaling, writes)
+        while state is not None:
+            weight, is_resident, epoch = state
+            result = compute(weight, is_resident)
+            if self.epoch == epoch:
+                return result
+            # Another thread looks; he that looks again and again must not keep us from ending.
+            state = self._open(delta, indices, scaling, writes=False)
+        return None
+
+    def read_pretrained(self, compute: Callable[[Tensor, bool], Result]) -> Result:
+        """Compute with the pretrained weight, as `read` does."""
+        while True:
+            with LOCK:
+                self.restore()
+                weight, epoch = self.find_weight(), self.epoch
+            assert weight is not None
+            result = compute(weight, False)
+            if self.epoch == epoch:
+                return result
+
+    def _open(
+        self, delta: Tensor, indices: Tensor, scaling: float, writes: bool
+    ) -> tuple[Tensor, bool, int] | None:
+        epoch = self.epoch
+        if self.holds(delta, indices, scaling):
+            return self.weight, True, epoch  # type: ignore[return-value]
+        weight = self.find_weight()
+        if weight is None or self.is_merged:
+            return None
+        if weight.is_cuda and _is_capturing():
+            self._capture()
+        if not writes and not self.is_written:
+            return weight, False, epoch
+        del weight  # to a write it would look like somebody else's
+        with LOCK:
+            if not (writes and self.write(delta, indices, scaling)):
+                self.restore()
+            # Asked again, since a signal handler may have looked in between.
+            weight, epoch = self.find_weight(), self.epoch
+            if weight is None:
+                return None
+            return weight, self.holds(delta, indices, scaling), epoch
 
     def holds(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
+        if not self.is_written or self.is_stale:
+            return False
+        weight: Any = self.weight
         return (
-            self.is_written
-            and not self.is_stale
-            and delta is self.delta
-            and delta._version == self.delta_version
-            and not delta.is_exposed  # type: ignore[attr-defined]
-            and indices is self.indices
-            and scaling == self.scaling
-            and self.weight._version == self.weight_version  # type: ignore[union-attr]
+            self.written.is_of(delta, indices, scaling)  # type: ignore[union-attr]
+            and weight._version == self.weight_version
+            and self._address_of(weight) == self.address
+            and not weight.requires_grad
+            and not (weight.is_cuda and _is_capturing())
         )
-
-    def holds_or_restore(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
-        """Return True if W holds the adapted columns; else leave the pretrained ones there."""
-        if self.holds(delta, indices, scaling):
-            return True
-        self._refuse_if_merged()
-        self.restore()
-        return False
 
     def write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
         """Make sure that W holds W[:, indices] + scaling * delta; costs next to nothing if it does.
@@ -118,102 +247,206 @@ class Residency:
             False if W must not be written now; it then holds the pretrained columns.
 
         Raises:
-            RuntimeError: If somebody changed the weight or merged into it since the forward pass.
+            RuntimeError: If somebody changed the weight in place while columns were in it.
         """
-        return self.holds(delta, indices, scaling) or self._write(delta, indices, scaling)
-
-    def _write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
-        if torch.is_inference_mode_enabled():
+        with LOCK:
+            if self.holds(delta, indices, scaling):
+                return True
+            if not torch.is_inference_mode_enabled():
+                return self._write(delta, indices, scaling)
             with torch.inference_mode(False):
                 return self._write(delta, indices, scaling)
-        self._refuse_if_merged()
+
+    def _write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
         if not self._may_write(delta):
             self.restore()
             return False
-        if indices is not self.indices or self.originals is None:
+        if self.kept is None or indices is not self.kept.indices:
             self.restore()
-            self._read_originals(indices)
-        assert self.memory is not None
-        assert self.columns is not None
-        assert self.originals is not None
-        update = delta.detach()
-        adapted = torch.add(self.originals, update, alpha=scaling).to(self.memory.dtype)
-        self.is_written = self.is_stale = True  # should we be interrupted here: `restore` knows
-        _put_columns_(self.memory, self.columns, adapted, self.positions)
+            self.kept = None
+            self.kept = self._copy_aside(indices)
+        kept, update = self.kept, _update(delta, indices, scaling)
+        adapted = torch.add(kept.originals, delta.detach(), alpha=scaling)
+        adapted = adapted.to(kept.originals.dtype)
+        # Should we be interrupted from here on, `restore` knows what to do.
+        self.epoch += 1
+        self.is_stale = True
+        self.is_written = True
+        self.added = None
+        _put_columns_(kept.memory, kept.columns, adapted, kept.positions)
+        self.written = update
+        delta.residency = self.link  # type: ignore[attr-defined]
         self.is_stale = False
-        self.delta, self.delta_version, self.scaling = delta, delta._version, scaling
-        delta.residency, delta.is_exposed = self.link, False  # type: ignore[attr-defined]
         return True
 
-    def _refuse_if_merged(self) -> None:
-        if self.is_merged:
-            raise RuntimeError(
-                "Backward through a forward pass made before the adapter was merged: the weight "
-                "has changed since. Call `unmerge_adapter()` first, or run the forward pass again."
-            )
+    def claim(self, delta: Any) -> None:
+        """Note that a training pass wants the columns of `delta` to be in the weight."""
+        if not self.is_claimed(delta) and is_tracked(delta):
+            self.claimed = delta, delta.num_steps
 
-    def _read_originals(self, indices: Tensor) -> None:
+    def is_claimed(self, delta: Any) -> bool:
+        """Whether one has since the last optimiser step."""
+        if self.claimed is None:
+            return False
+        claimed, num_steps = self.claimed
+        return claimed is delta and delta.num_steps == num_steps
+
+    def _copy_aside(self, indices: Tensor) -> _Kept:
         assert self.weight is not None
-        self.memory = self.weight.data
-        self.weight_version = self.weight._version
-        self.indices, self.columns = indices, indices.clone()
-        self.originals = self.memory.index_select(1, indices)
-        self.positions = None
-        if _is_flat(self.memory) and self.originals.numel() <= _MAX_KEPT_POSITIONS:
-            self.positions = _flat_positions(self.memory, self.columns)
+        memory = alias_of(self.weight)
+        originals = memory.index_select(1, indices)
+        columns, positions = indices.clone(), None
+        if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
+            positions = _flat_positions(memory, columns)
+        if type(self.weight) is nn.Parameter:
+            self.weight.__class__ = WeightParameter
+        self.weight.residency = self.link  # type: ignore[attr-defined]
+        self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
+        return _Kept(indices, columns, originals, positions, memory)
 
     def find_weight(self) -> Tensor | None:
         """Return the module's weight if it is a plain frozen one; writing it may be forbidden."""
         if self.parameters is None:
             return None
-        weight = dict.get(self.parameters, "weight")
+        weight: Any = dict.get(self.parameters, "weight")
         if weight is not self.weight:
-            self.restore()
-            self._forget()
-            if type(weight) is nn.Parameter and _is_ordinary(weight):
-                self.weight = weight
+            with LOCK:
+                self.restore()
+                self._forget()
+                if type(weight) in (nn.Parameter, WeightParameter) and _is_ordinary(weight):
+                    self.weight = weight
         return None if self.weight is None or self.weight.requires_grad else self.weight
 
     def _may_write(self, delta: Tensor) -> bool:
         """Whether W is ours alone to write, and every change of `delta` will be noticed."""
         weight = self.find_weight()
-        if weight is None or self.is_shared or self.is_sharded or delta.device != weight.device:
+        if weight is None or not self.is_writable() or self.is_merged:
             return False
-        if weight._version != self.weight_version and self.originals is not None:
-            if self.is_written:
-                raise RuntimeError(
-                    "The base weight was changed in place while its adapted columns were in it. "
-                    "Reach it through its module (`layer.base_layer.weight`), which puts the "
-                    "pretrained columns back first."
-                )
-            self._drop_originals()
-        if num_tensors_on(weight) > (1 if self.memory is None else 2):
+        if delta.device != weight.device or (weight.is_cpu and weight.is_shared()):
             return False
+        if self.kept is not None and not self._is_unchanged(weight):
+            self._refuse_changed()
+            self.kept = None
+        if num_tensors_on(weight) > (1 if self.kept is None else 2) or weight._use_count() > 1:  # type: ignore[attr-defined]
+            return False
+        thread = threading.get_ident()
+        if self.looker not in (None, thread):
+            del weight
+            if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
+                return False
+            self.looker = None
         return is_tracked(delta)
 
-    def _drop_originals(self) -> None:
-        self.originals = self.memory = None
+    def is_writable(self) -> bool:
+        """False where nothing is ever written from now on, whatever else happens."""
+        return not (self.is_shared or self.is_sharded or self.is_captured or self.is_closed)
+
+    def _capture(self) -> None:
+        """Leave the pretrained weight to a CUDA graph, which reads it at every replay.
+
+        Raises:
+            RuntimeError: If columns are in the weight: restoring them now would be recorded, too.
+        """
+        if self.is_written:
+            raise RuntimeError(
+                "A CUDA graph is being captured while adapted columns are in the weights, which it "
+                "would read at every replay. Call `model.zero_grad()` before the capture: any look "
+                "at the parameters puts the pretrained columns back."
+            )
+        self.is_captured = True
+
+    @staticmethod
+    def _address_of(weight: Tensor) -> int:
+        """Where the weight's memory is: `weight.data = other` changes nothing else."""
+        return weight.data_ptr()
+
+    def _is_unchanged(self, weight: Tensor) -> bool:
+        return weight._version == self.weight_version and self._address_of(weight) == self.address
+
+    def _refuse_changed(self) -> None:
+        if self.is_written:
+            self.is_lost = True
+            raise RuntimeError(
+                "The base weight was changed in place while its adapted columns were in it, so "
+                "nobody can tell what is pretrained. Load the base again, and reach its weight "
+                "through its module (`layer.base_layer.weight`), which puts the pretrained columns "
+                "back first."
+            )
 
     def restore(self) -> None:
-        """Put the pretrained columns back, bit for bit, if they are not there."""
-        if self.is_written:
-            assert self.originals is not None
-            assert self.memory is not None
-            assert self.columns is not None
-            _put_columns_(self.memory, self.columns, self.originals, self.positions)
-            self.is_written = self.is_stale = False
+        """Put the pretrained columns back, bit for bit, if they are not there.
+
+        Raises:
+            RuntimeError: If somebody changed the weight in place while columns were in it.
+        """
+        if not self.is_written:
+            return
+        with LOCK:
+            if self.is_written:
+                self._restore()
+
+    def _restore(self) -> None:
+        kept, weight = self.kept, self.weight
+        assert kept is not None
+        assert weight is not None
+        if not self._is_unchanged(weight):
+            self._refuse_changed()
+        self.epoch += 1
+        self.is_stale = True
+        with torch.inference_mode(False):
+            _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
+        self.is_written = False
+        self.is_stale = False
+
+    def addition(
+        self,
+        compute: Callable[[], Tensor],
+        dtype: torch.dtype,
+        delta: Any,
+        indices: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Return what the columns of W' are beyond those of W, as long as it stays the same.
+
+        Args:
+            compute: Returns it, (O, R); to be called where the pretrained weight is being read.
+            dtype: Of the result.
+            delta: (O, R) update.
+            indices: (R,) int64.
+            scaling: Factor between `delta` and the columns.
+        """
+        added = self.added
+        if added is not None and added[1] == dtype and added[0].is_of(delta, indices, scaling):
+            return added[2]
+        epoch = self.epoch
+        # A captured graph would read, at every replay, memory that is no longer there.
+        update = None
+        if not self.is_captured and is_tracked(delta):
+            update = _update(delta, indices, scaling)
+        with torch.inference_mode(False), torch.no_grad():
+            columns = compute().to(dtype)
+        with LOCK:
+            if update is not None and self.epoch == epoch and not self.is_written:
+                self.added = update, dtype, columns
+        return columns
 
     def pretrained_weight(self) -> Tensor:
         """Return the (O, I) pretrained weight as a copy, for traced graphs: they must not write."""
         assert self.weight is not None
-        assert self.columns is not None
-        assert self.originals is not None
-        return self.weight.index_copy(1, self.columns, self.originals)
+        assert self.kept is not None
+        return self.weight.index_copy(1, self.kept.columns, self.kept.originals)
 
     def look(self) -> None:
         """Restore for somebody who may change what he sees: the originals are read anew after."""
-        self.restore()
-        self._drop_originals()
+        with LOCK:
+            self.restore()
+            self.kept = self.added = None
+            self.looker = threading.get_ident()
+
+    def before_step(self) -> None:
+        """Restore if the optimiser may change the weight as well: one that has a gradient."""
+        if self.is_written and self.weight.grad is not None:  # type: ignore[union-attr]
+            self.look()
 
     def after_step(self) -> None:
         """Note that an optimiser changed delta.
@@ -221,13 +454,160 @@ class Residency:
         Restores at once if somebody holds the weight, or if nobody has written since the last step:
         then compiled graphs run, which work around columns that are there at the cost of a copy.
         """
-        if self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
+        with LOCK:
+            if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
+                self.restore()
+                self.kept = None  # he may change it through `.data`, which leaves no trace
+            elif self.is_stale:
+                self.restore()
+            self.is_stale = self.is_written
+
+    def merging(self) -> None:
+        """Make way for a merge: from here on, W belongs to it."""
+        with LOCK:
+            self.look()
+            self.epoch += 1
+            if not self.is_merged:
+                self.version_before_merge = self._version()
+            self.is_merged = True
+
+    def unmerged(self) -> None:
+        """Note that the pretrained columns are back."""
+        if self.is_merged:
+            with LOCK:
+                self.num_own_versions += self._version() - self.version_before_merge
+                self.epoch += 1
+                self.is_merged = False
+
+    def _version(self) -> int:
+        return 0 if self.weight is None else self.weight._version
+
+    def base(self) -> tuple[int, int]:
+        """Tell one pretrained weight from another: what is there, and where."""
+        address = 0 if self.weight is None else self._address_of(self.weight)
+        return self._version() - self.num_own_versions, address
+
+    def close(self) -> None:
+        """Leave the pretrained weight to the module, for good."""
+        with LOCK:
             self.restore()
-        self.is_stale = self.is_written
+            self.is_closed = True
+            if type(self.weight) is WeightParameter:
+                del self.weight.residency
+                self.weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __del__(self) -> None:
-        if self.is_written and sys is not None and not sys.is_finalizing():
+        if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
             self.restore()
+
+
+class Pass:
+    """One forward pass of a layer that may train, and how its backward finds the weight again.
+
+    Args:
+        residency: Of the layer's weight.
+        delta: (O, R) update that the pass is of.
+        indices: (R,) int64.
+        scaling: Factor between `delta` and the columns.
+        is_small: Whether adding two thin products costs less than writing; None where it never
+            does. The columns are then written if a larger pass of the same step has asked for them,
+            and not if somebody else has left them there: nobody's looks may change a bit.
+    """
+
+    __slots__ = ("base", "is_small", "residency", "update", "version")
+
+    def __init__(
+        self,
+        residency: Residency,
+        delta: Tensor,
+        indices: Tensor,
+        scaling: float,
+        is_small: bool | None = None,
+    ) -> None:
+        self.residency, self.is_small = residency, is_small
+        self.update = delta, indices, scaling
+        self.version, self.base = delta._version, (0, 0)
+
+    def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
+        """Compute with the weight, as `Residency.read` does."""
+        self.residency.trainer = threading.get_ident()
+        result = self._read(compute)
+        self.base = self.residency.base()
+        return result
+
+    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
+        """Compute with the weight in the state that the forward pass saw.
+
+        Args:
+            compute: As `Residency.read` takes it. Where the columns are not in the weight it uses
+                the delta that the forward pass has saved, whatever became of it since.
+
+        Raises:
+            RuntimeError: If the adapter is merged or the base weight was changed since.
+        """
+        residency, delta = self.residency, self.update[0]
+        if residency.is_merged:
+            raise RuntimeError(
+                "Backward through a forward pass made before the adapter was merged: the weight "
+                "has changed since. Call `unmerge_adapter()` first, or run the forward pass again."
+            )
+        if residency.find_weight() is None or residency.base() != self.base:
+            raise RuntimeError(
+                "Backward through a forward pass whose base weight was changed, moved, replaced or "
+                "made to ask for a gradient since. Run the forward pass again."
+            )
+        if delta._version != self.version:  # saved-tensor hooks have kept what it was
+            return residency.read_pretrained(compute)
+        result = self._read(compute)
+        assert result is not None
+        return result
+
+    def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
+        delta = self.update[0]
+        writes = delta.requires_grad
+        if self.is_small is not None and writes:
+            if self.is_small:
+                writes = self.residency.is_claimed(delta)
+            else:
+                self.residency.claim(delta)
+        return self.residency.read(compute, *self.update, writes=writes)
+
+
+@contextmanager
+def resident(model: nn.Module) -> Iterator[None]:
+    """Let this thread keep the adapted columns in the weights while it evaluates.
+
+    Without it, evaluation never writes: it adds a thin product to each layer's output, and any
+    number of threads may share the model. Inside it, this thread's forward passes write the columns
+    and multiply once, which is faster for generation. Other threads get right results all the same;
+    Parameter objects that somebody held before show the adapted columns until it ends.
+
+    Args:
+        model: With PaCA layers anywhere in it; others are left alone.
+
+    Raises:
+        RuntimeError: If another thread is inside it with the same model.
+    """
+    thread = threading.get_ident()
+    found = [getattr(module, "residency", None) for module in model.modules()]
+    entered: list[tuple[Residency, int | None]] = []
+    try:
+        with LOCK:
+            for residency in found:
+                if isinstance(residency, Residency):
+                    if residency.owner not in (None, thread):
+                        raise RuntimeError(
+                            "Another thread is inside `resident(model)` with this model. Evaluate "
+                            "without it, which any number of threads may do at once."
+                        )
+                    entered.append((residency, residency.owner))
+                    residency.owner = thread
+        yield
+    finally:
+        for residency, owner in entered:
+            residency.owner = owner
+            if owner is None:
+                residency.restore()
 
 
 def _is_ordinary(weight: Tensor) -> bool:
@@ -236,6 +616,10 @@ def _is_ordinary(weight: Tensor) -> bool:
 
 # To a weight: the guarded dictionary's, Residency.weight, and getrefcount's argument.
 _NUM_OWN_REFERENCES = 3
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _put_columns_(
@@ -269,13 +653,28 @@ def _row_starts(out_features: int, in_features: int) -> Tensor:
     return torch.arange(0, out_features * in_features, in_features, device="cpu").unsqueeze(1)
 
 
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _deltas_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[DeltaParameter, Any]]:
+    """Yield each delta of an optimiser and what its columns were last written by."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if type(parameter) is DeltaParameter and parameter.residency is not None:
-                residency = parameter.residency()
-                if residency is not None:
-                    residency.after_step()
+            if type(parameter) is DeltaParameter:
+                link = parameter.residency
+                yield parameter, None if link is None else link()
 
 
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for _, residency in _deltas_of(optimizer):
+        if residency is not None:
+            residency.before_step()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for delta, residency in _deltas_of(optimizer):
+        delta.num_steps += 1
+        delta.num_unversioned += 1  # fused optimisers count no versions
+        if residency is not None:
+            residency.after_step()
+
+
+register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -45,7 +45,7 @@ def together(gate, up, delta, bias, activation="silu", is_resident=True):
         weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
     return apply_paca_gated(
         gate, up, weight, delta, indices, SCALING, bias, is_resident,
-        lambda: is_resident, ACTIVATIONS[activation],
+        None, ACTIVATIONS[activation],
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_bytes_kept():
     weight, indices = fixed(torch.bfloat16)
     _, ours = run(
         lambda gate, up, delta, bias: apply_paca_gated(
-            gate, up, weight, delta, indices, SCALING, bias, True, lambda: True, ACTIVATIONS["silu"]
+            gate, up, weight, delta, indices, SCALING, bias, True, None, ACTIVATIONS["silu"]
         ),
         tensors,
         {"gate", "up", "delta"},
@@ -101,6 +101,16 @@ def test_no_second_derivative():
         torch.autograd.grad(together(**tensors).sum(), gate, create_graph=True)
 
 
+class Elsewhere:
+    """Where the columns are not in the weight any more."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def backward(self, compute):
+        return compute(self.weight, False)
+
+
 def test_asks_again_before_it_reads_the_weight():
     """Columns that left the weight in between are added in the backward pass."""
     tensors = make((4,))
@@ -111,7 +121,7 @@ def test_asks_again_before_it_reads_the_weight():
     memory.data.copy_(adapted)
     y = apply_paca_gated(
         leaves["gate"], leaves["up"], memory, leaves["delta"], indices, SCALING, leaves["bias"],
-        True, lambda: False, ACTIVATIONS["silu"],
+        True, Elsewhere(memory), ACTIVATIONS["silu"],
     )  # fmt: skip
     memory.data.copy_(weight)
     y.sum().backward()

@@ -126,7 +126,7 @@ def real_peak(model, setting):
 
 def _originals(model):
     layers = [m for m in model.modules() if isinstance(m, PacaLayer) and m.residency is not None]
-    return [x for m in layers for x in (m.residency.originals, m.residency.columns)]
+    return [x for m in layers for x in (m.residency.kept.originals, m.residency.kept.columns)]
 
 
 def tiny(folder, values=LLAMA, **options):

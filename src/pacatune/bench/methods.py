@@ -8,7 +8,6 @@ import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
@@ -186,17 +185,23 @@ def _fix_form(model: nn.Module, *, is_resident: bool) -> None:
 
 def _resident_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     from pacatune.functional.linear import apply_paca_linear, autocast
+    from pacatune.residency import Pass
 
     def forward(x: Tensor) -> Tensor:
         residency, update = layer.residency, layer._single_update()
-        write = partial(residency.write, *update)
-        if not write():
-            raise RuntimeError(
-                "method 'paca-resident': somebody holds the weight of a layer, so its columns "
-                "cannot be written; measure paca instead."
-            )
-        weight, bias = residency.weight, dict.get(residency.parameters, "bias")
-        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, True, write)
+        bias, source = dict.get(residency.parameters, "bias"), Pass(residency, *update)
+
+        def apply(weight: Tensor, is_resident: bool) -> Tensor:
+            if not is_resident:
+                raise RuntimeError(
+                    "method 'paca-resident': somebody holds the weight of a layer, so its columns "
+                    "cannot be written; measure paca instead."
+                )
+            y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, True, source)
+            return y
+
+        y = source.forward(apply)
+        assert y is not None
         return y
 
     return forward
@@ -208,7 +213,7 @@ def _transient_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         residency, update = layer.residency, layer._single_update()
         weight, bias = residency.find_weight(), dict.get(residency.parameters, "bias")
-        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, False, None)
+        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, False)
         return y
 
     return forward

@@ -6,14 +6,21 @@ h is needed for the gradient of delta only, and of it R columns, which two colum
 up give again. Kept is what the product keeps anyway: gate and up, 2 I elements per token.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional.linear import grad_delta, owned
+from pacatune.functional.linear import (
+    Source,
+    add_columns_,
+    column_update,
+    grad_delta,
+    grad_x,
+    owned,
+)
 
 __all__ = ["Elementwise", "apply_paca_gated"]
 
@@ -42,16 +49,16 @@ class _PacaGated(torch.autograd.Function):
         scaling: float,
         bias: Tensor | None,
         is_resident: bool,
-        look_again: Callable[[], bool],
+        source: Source | None,
         activation: Elementwise,
     ) -> Tensor:
-        ctx.call = scaling, is_resident, look_again, activation
-        ctx.save_for_backward(gate, up, weight, delta, indices)
+        ctx.call = scaling, is_resident, source, activation
+        ctx.save_for_backward(gate, up, weight if source is None else None, delta, indices)
         h = activation.product(gate, up)
         y = owned(F.linear(h, weight, bias))
         if not is_resident:
-            h_NR = h.index_select(-1, indices).to(y.dtype).view(-1, len(indices))
-            y.view(-1, len(delta)).addmm_(h_NR, delta.to(y.dtype).t(), alpha=scaling)
+            update = column_update(weight, delta, indices, scaling)
+            add_columns_(y, h.index_select(-1, indices), update)
         return y
 
     @staticmethod
@@ -63,7 +70,7 @@ class _PacaGated(torch.autograd.Function):
             )
         needs_gate, needs_up, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
         gate, up, weight_OI, delta_OR, indices_R = ctx.saved_tensors
-        scaling, is_resident, look_again, activation = ctx.call
+        scaling, is_resident, source, activation = ctx.call
         gy_NO = gy.reshape(-1, gy.shape[-1])
         ggate = gup = gdelta = None
         if needs_delta:
@@ -71,11 +78,10 @@ class _PacaGated(torch.autograd.Function):
             h_NR = activation.product(gate_R, up_R).view(-1, len(indices_R))
             gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype)
         if needs_gate or needs_up:
-            is_resident = look_again()
-            gh_NI = gy_NO.mm(weight_OI.to(gy.dtype))
-            if not is_resident:
-                columns_NR = gy_NO.mm(delta_OR.to(gy.dtype))
-                gh_NI.index_add_(1, indices_R, columns_NR, alpha=scaling)
+            if source is None:
+                gh_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
+            else:
+                gh_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
             gh = gh_NI.view(gate.shape)
             ggate, gup = activation.product_gradients(gh, gate, up)
         gbias = gy_NO.sum(0) if needs_bias else None
@@ -91,13 +97,13 @@ def apply_paca_gated(
     scaling: float,
     bias: Tensor | None,
     is_resident: bool,
-    look_again: Callable[[], bool],
+    source: Source | None,
     activation: Elementwise,
 ) -> Tensor:
     """Apply a PaCA layer to act(gate) * up.
 
-    Saves gate, up, and references to the weight, delta and indices. Costs in the backward pass, by
-    comparison with the layer and the product apart, act on R columns once more.
+    Saves gate, up, and references to delta and indices, without `source` to the weight too. By
+    comparison with the layer and the product apart, backward costs act on R columns once more.
 
     Args:
         gate: (..., I) in the dtype that the layer computes in.
@@ -108,12 +114,12 @@ def apply_paca_gated(
         scaling: alpha / R.
         bias: (O,) or None.
         is_resident: Whether `weight` holds the adapted columns now.
-        look_again: Called in the backward pass before `weight` is read; says it for then.
+        source: Where the backward pass finds the weight again; None: it is saved.
         activation: act.
 
     Returns:
         (..., O).
     """
     return _PacaGated.apply(  # type: ignore[no-any-return]
-        gate, up, weight, delta, indices, scaling, bias, is_resident, look_again, activation
+        gate, up, weight, delta, indices, scaling, bias, is_resident, source, activation
     )

@@ -13,13 +13,27 @@ forward pass and one thin GEMM in the backward pass; nothing runs in sequence wi
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["paca_linear", "paca_linear_additive"]
+__all__ = ["Source", "column_update", "paca_linear", "paca_linear_additive"]
+
+Result = TypeVar("Result")
+
+
+class Source(Protocol):
+    """Where a backward pass finds its weight again, which its forward has therefore not saved."""
+
+    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
+        """Return compute(weight, is_resident) on the weight that the forward pass saw.
+
+        Args:
+            compute: Takes the (O, I) weight, and whether the adapted columns are in it now.
+        """
 
 
 def paca_linear(
@@ -56,7 +70,7 @@ def paca_linear(
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True, None)  # type: ignore[no-any-return]
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)  # type: ignore[no-any-return]
 
 
 def paca_linear_additive(
@@ -91,7 +105,7 @@ def paca_linear_additive(
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False, None)  # type: ignore[no-any-return]
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)  # type: ignore[no-any-return]
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -132,11 +146,34 @@ def _check_shapes(
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
+def column_update(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
+    """Return W' - W in the trained columns, for W' as it would stand in the weight.
+
+    In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost.
+    Whoever adds the product of the columns to that of W adds the rounded ones, so that a model is
+    one function, whether its columns are in the weight, beside it or merged.
+
+    Args:
+        weight: (O, I) pretrained weight.
+        delta: (O, R) trained update.
+        indices: (R,) int64, the trained columns.
+        scaling: alpha / R.
+
+    Returns:
+        (O, R) in the dtype of `weight` if that has 16 bits, otherwise in the finer of the two.
+    """
+    if weight.itemsize > 2:
+        wide = _cast(delta, weight.dtype) if delta.itemsize < weight.itemsize else delta
+        return wide if scaling == 1.0 else wide * scaling
+    columns = weight.index_select(1, indices)
+    return torch.add(columns, delta, alpha=scaling).to(weight.dtype).sub_(columns)
+
+
 class _PacaLinear(torch.autograd.Function):
     """Eqs. 7-9 in both forms; the first six arguments as in `paca_linear`.
 
-    `is_resident` says whether `weight` holds the adapted columns now. `look_again`, if given, is
-    called in the backward pass before `weight` is read and says it for then.
+    `is_resident` says whether `weight` holds the adapted columns now. With a `source`, the backward
+    pass asks it for the weight; otherwise the weight is saved and must stay as it is.
     """
 
     @staticmethod
@@ -149,23 +186,22 @@ class _PacaLinear(torch.autograd.Function):
         scaling: float,
         bias: Tensor | None,
         is_resident: bool,
-        look_again: Callable[[], bool] | None,
+        source: Source | None = None,
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        ctx.call = x.shape, scaling, is_resident, look_again
+        ctx.call = x.shape, scaling, is_resident, source
         x_R = x.index_select(-1, indices) if needs_delta or not is_resident else None
-        # `delta` and `weight` are saved even where only their version is read: an in-place change
-        # between forward and backward then raises torch's own error instead of giving a mixed
-        # gradient.
+        # `delta` is saved even where only its version is read: an in-place change between forward
+        # and backward then raises torch's own error instead of giving a mixed gradient.
         ctx.save_for_backward(
-            x_R if needs_delta else None, weight if needs_x else None, delta, indices
+            x_R if needs_delta else None,
+            weight if needs_x and source is None else None,
+            delta,
+            indices,
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            out_features, rank = delta.shape
-            update_RO = _cast(delta, y.dtype).t()
-            x_NR = _cast(x_R, y.dtype).view(-1, rank)
-            y.view(-1, out_features).addmm_(x_NR, update_RO, alpha=scaling)
+            add_columns_(y, x_R, column_update(weight, delta, indices, scaling))
         return y
 
     @staticmethod
@@ -177,23 +213,45 @@ class _PacaLinear(torch.autograd.Function):
             )
         needs_x, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
         x_R, weight_OI, delta_OR, indices_R = ctx.saved_tensors
-        x_shape, scaling, is_resident, look_again = ctx.call
+        x_shape, scaling, is_resident, source = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
             x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
-            if look_again is not None:
-                is_resident = look_again()
-            gx_NI = gy_NO.mm(_cast(weight_OI, gy.dtype))  # autocast's differs from the weight's
-            if not is_resident:
-                columns_NR = gy_NO.mm(_cast(delta_OR, gy.dtype))
-                gx_NI.index_add_(1, indices_R, columns_NR, alpha=scaling)
+            if source is None:
+                gx_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
+            else:
+                gx_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
             gx = gx_NI.view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
         return gx, None, gdelta, None, None, gbias, None, None
+
+
+def add_columns_(y: Tensor, x_R: Tensor, update_OR: Tensor) -> Tensor:
+    """Add x_R update^T to the (..., O) product of the pretrained weight, in place."""
+    out_features, rank = update_OR.shape
+    x_NR = _cast(x_R, y.dtype).view(-1, rank)
+    y.view(-1, out_features).addmm_(x_NR, _cast(update_OR, y.dtype).t())
+    return y
+
+
+def grad_x(
+    gy_NO: Tensor,
+    delta_OR: Tensor,
+    indices_R: Tensor,
+    scaling: float,
+    weight_OI: Tensor,
+    is_resident: bool,
+) -> Tensor:
+    """Return dy W' as (N, I), from a weight that holds the adapted columns or not (Eq. 8)."""
+    gx_NI = gy_NO.mm(_cast(weight_OI, gy_NO.dtype))  # autocast's differs from the weight's
+    if not is_resident:
+        update_OR = column_update(weight_OI, delta_OR, indices_R, scaling)
+        gx_NI.index_add_(1, indices_R, gy_NO.mm(_cast(update_OR, gy_NO.dtype)))
+    return gx_NI
 
 
 def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

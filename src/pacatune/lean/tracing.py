@@ -1,13 +1,8 @@
-"""Whether hand-written gradients are out of the question now."""
+"""What hand-written gradients cannot do."""
 
 import torch
 
-__all__ = ["is_traced", "refuse_second_derivative"]
-
-
-def is_traced() -> bool:
-    """Whether torch.compile or a torch.func transform is at work: then plain operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+__all__ = ["refuse_second_derivative"]
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -5,6 +5,8 @@ their classes and code. What cannot work without memory is PaCA's watch over who
 weight; `FakeResidency` takes the answers of a training run on one device, where nobody does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +35,13 @@ class FakeResidency(Residency):
         self.weight = dict.get(self.parameters, "weight")
         return self.weight
 
-    def _may_write(self, delta: Tensor) -> bool:
-        return self.find_weight() is not None and not (self.is_shared or self.is_sharded)
+    def _may_write(self, delta: Any) -> bool:
+        delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
+        return self.find_weight() is not None and self.is_writable()
+
+    @staticmethod
+    def _address_of(weight: Tensor) -> int:
+        return 0  # there is no memory
 
 
 def materialize(model: nn.Module, setting: Setting) -> Held:
@@ -101,5 +108,6 @@ def kept_aside(model: nn.Module) -> list[Tensor]:
         (name,) = layer.r
         residency.write(layer.delta_of(name), layer.paca_indices[name], layer.scaling[name])
         residency.is_stale = residency.is_written
-        kept += [x for x in (residency.originals, residency.columns) if x is not None]
+        if residency.kept is not None:
+            kept += [residency.kept.originals, residency.kept.columns]
     return kept

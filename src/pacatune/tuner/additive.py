@@ -12,9 +12,10 @@ import torch
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor
 
+from pacatune.tracing import is_traced
 from pacatune.tuner.layer import Delta, PacaLayer
 
-__all__ = ["AdditiveLayer", "has_hooks", "is_traced"]
+__all__ = ["AdditiveLayer", "has_hooks"]
 
 
 class AdditiveLayer(PacaLayer):
@@ -135,8 +136,3 @@ def has_hooks(base: dict[str, Any]) -> bool:
         or base["_backward_pre_hooks"]
         or "forward" in base
     )
-
-
-def is_traced() -> bool:
-    """Whether torch.compile or a torch.func transform is at work: then plain operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -31,6 +31,7 @@ from pacatune.functional.columns import (
     read_columns,
     select_channels,
 )
+from pacatune.tracing import is_recorded
 from pacatune.tuner.additive import AdditiveLayer
 
 __all__ = ["Conv", "runs_torchs_forward"]
@@ -87,7 +88,7 @@ class Conv(AdditiveLayer):
     @staticmethod
     def _is_traced() -> bool:
         # torch.compile traces the hand-written gradients, and then keeps what they keep.
-        return torch._C._are_functorch_transforms_active()
+        return torch._C._are_functorch_transforms_active() or is_recorded()
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         update, base = self._single_update(), cast(Any, self.base_layer)

@@ -156,7 +156,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         """
         num_columns = self.num_columns()
         check_rank(r, num_columns, name)
-        self.restore()
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         delta = self.delta_class(*self.delta_shape(r))
@@ -189,7 +188,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
             indices: (R,) int64 sorted columns.
             paca_alpha: Scale of the update; the factor is paca_alpha / R.
         """
-        self.restore()
         holder, rank = cast(Delta, self.paca_delta[adapter_name]), len(indices)
         old = holder.weight
         if old.shape == delta.shape:
@@ -240,7 +238,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
             self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
 
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
         state = self.__dict__.copy()
         state["residency"] = None  # belongs to this object; a copy makes its own
         return state
@@ -248,11 +245,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
         self._attach()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.residency is not None:
-            self.residency.look()  # the columns may be other ones afterwards
-        cast(Any, super())._load_from_state_dict(*args, **kwargs)
 
 
 def check_rank(r: int, in_features: int, name: str) -> None:

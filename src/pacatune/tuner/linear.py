@@ -1,15 +1,16 @@
 """The adapted linear layer, and the choice between two equal ways to compute it.
 
     resident   the columns are written into the weight (residency.py), then one GEMM
-    additive   x W^T + x[..., indices] (scaling * delta)^T, the weight left as it is
+    additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is
 
-Resident is the rule. Additive serves whatever must not or need not write: few tokens in float32 on
-a CPU, tied weights, weights whose memory somebody else holds; and, on top of the base layer's own
-forward, several active adapters, mixed batches, torch.compile, hooks, quantised, sharded and
-offloaded weights. The two differ by rounding only.
+Training is resident, evaluation additive unless the columns are there already. Additive also serves
+whatever must not or need not write: few tokens in float32 on a CPU, tied weights, weights whose
+memory somebody else holds; and, on top of the base layer's own forward, several active adapters,
+mixed batches, torch.compile, tracers, hooks, quantised, sharded and offloaded weights. The two
+differ by the rounding of their products only.
 """
 
-from collections.abc import Callable
+import threading
 from functools import partial
 from typing import Any, cast
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.functional.gated import Elementwise, apply_paca_gated
-from pacatune.functional.linear import apply_paca_linear, autocast
-from pacatune.tuner.additive import AdditiveLayer, has_hooks, is_traced
+from pacatune.functional.linear import add_columns_, apply_paca_linear, autocast, column_update
+from pacatune.residency import Pass, Residency
+from pacatune.tracing import is_traced
+from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
 __all__ = ["Linear"]
 
@@ -27,9 +30,7 @@ __all__ = ["Linear"]
 # into the weight, where thin GEMMs are cheap: in float32 on a CPU (benchmarks/step.py).
 _FEW_TOKENS = 64
 
-# What the hand-written gradients take beside x: weight, delta, indices, scaling, bias, is_resident,
-# look_again.
-_Call = tuple[Tensor, Tensor, Tensor, float, Tensor | None, bool, Callable[[], bool]]
+_Update = tuple[Tensor, Tensor, float]
 
 
 class Linear(AdditiveLayer):
@@ -37,33 +38,40 @@ class Linear(AdditiveLayer):
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         """Apply one adapter by the hand-written gradients; None where the base layer must run."""
-        call = self._prepare(x)
-        if call is None:
+        found = self._prepare()
+        if found is None:
             return None
-        weight, delta, indices, scaling, bias, is_resident, look_again = call
-        if is_resident and not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
+        update, residency = found
+        bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
+        if not torch.is_grad_enabled():
+            writes = residency.owner is not None and residency.owner == threading.get_ident()
+            evaluate = partial(_evaluate, residency, x, update, bias)
+            return residency.read(evaluate, *update, writes=writes)
+        if update[0].is_inference():  # nothing is known of its changes
+            return None
+        is_small = _is_small(x)
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
-        return apply_paca_linear(x, weight, delta, indices, scaling, bias, is_resident, look_again)
+        if not residency.is_writable():
+            weight = residency.find_weight()
+            if weight is None:
+                return None
+            return apply_paca_linear(x, weight, *update, bias, False)
+        source = Pass(residency, *update, is_small)
 
-    def _prepare(self, x: Tensor) -> _Call | None:
-        """Return what the hand-written gradients take beside `x`; None where they cannot serve."""
+        def apply(weight: Tensor, is_resident: bool) -> Tensor:
+            return apply_paca_linear(x, weight, *update, bias, is_resident, source)
+
+        return source.forward(apply)
+
+    def _prepare(self) -> tuple[_Update, Residency] | None:
+        """Return what the hand-written gradients need; None where they cannot serve."""
         update, residency = self._single_update(), self.residency
         if update is None or residency is None:
             return None
         if self._modules["base_layer"].__dict__["_parameters"] is not residency.parameters:
             return None
-        delta, indices, scaling = update
-        is_small = torch.is_grad_enabled() and _is_small(x)
-        prepare = residency.holds_or_restore if is_small else residency.write
-        is_resident = prepare(delta, indices, scaling)
-        weight = residency.weight if is_resident else residency.find_weight()
-        if weight is None:
-            return None
-        bias = dict.get(residency.parameters, "bias")
-        look_again = partial(prepare, delta, indices, scaling)
-        return weight, delta, indices, scaling, bias, is_resident, look_again
+        return update, residency
 
     def forward_of_product(
         self, gate: Tensor, up: Tensor, activation: Elementwise
@@ -82,24 +90,56 @@ class Linear(AdditiveLayer):
             return None
         if has_hooks(self.__dict__) or gate.dtype != up.dtype or autocast(up).dtype != up.dtype:
             return None
-        call = self._prepare(up)
-        return None if call is None else apply_paca_gated(gate, up, *call, activation)
+        found = self._prepare()
+        if found is None or not torch.is_grad_enabled() or found[0][0].is_inference():
+            return None
+        update, residency = found
+        bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
+        source = Pass(residency, *update, _is_small(up)) if residency.is_writable() else None
+
+        def apply(weight: Tensor, is_resident: bool) -> Tensor:
+            return apply_paca_gated(
+                gate, up, weight, *update, bias, is_resident, source, activation
+            )
+
+        if source is not None:
+            return source.forward(apply)
+        weight = residency.find_weight()
+        return None if weight is None else apply(weight, False)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
         return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the base layer on the pretrained weight."""
-        if not is_traced():
-            self.restore()
-        elif self.residency is not None and self.residency.is_written:
+        """Run the base layer on the pretrained weight: whoever reads it through its module does."""
+        residency = self.residency
+        if residency is not None and residency.is_written and is_traced():
             # A traced graph cannot restore, so it undoes the columns in a copy, until the optimiser
             # has stepped twice or somebody looks at the weight.
-            weight = self.residency.pretrained_weight()
+            weight = residency.pretrained_weight()
             return F.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
         return super()._base_forward(x, *args, **kwargs)
 
 
-def _is_small(x: Tensor) -> bool:
-    return x.numel() < _FEW_TOKENS * x.shape[-1] and x.dtype is torch.float32 and x.is_cpu
+def _evaluate(
+    residency: Residency,
+    x: Tensor,
+    update: _Update,
+    bias: Tensor | None,
+    weight: Tensor,
+    is_resident: bool,
+) -> Tensor:
+    """Apply the layer without gradients to a weight that holds the columns or not."""
+    y = F.linear(x, weight, bias)
+    if is_resident:
+        return y
+    compute = partial(column_update, weight, *update)
+    update_OR = residency.addition(compute, y.dtype, *update)
+    return add_columns_(y, x.index_select(-1, update[1]), update_OR)
+
+
+def _is_small(x: Tensor) -> bool | None:
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        return None
+    return x.numel() < _FEW_TOKENS * x.shape[-1]

@@ -47,19 +47,24 @@ class MergeMixin:
             ValueError: If `safe_merge` finds a value that is not finite, or a weight is sharded.
         """
         layer = cast(Any, self)
-        for name in check_adapters_to_merge(layer, adapter_names):
-            if name in layer.paca_delta:
-                self._merge_one(name, safe_merge)
-                layer.merged_adapters.append(name)
+        before = len(layer.merged_adapters)
         if self.residency is not None:
-            self.residency.is_merged = bool(layer.merged_adapters)
+            self.residency.merging()
+        try:
+            for name in check_adapters_to_merge(layer, adapter_names):
+                if name in layer.paca_delta:
+                    self._merge_one(name, safe_merge)
+                    layer.merged_adapters.append(name)
+        except BaseException:
+            self.unmerge_to(before)
+            raise
+        if self.residency is not None and not layer.merged_adapters:
+            self.residency.unmerged()
 
     @torch.no_grad()
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         layer = cast(Any, self)
-        if self.residency is not None:
-            self.residency.restore()
-        weight = layer.get_base_weight()
+        weight = self._weight_to_merge()
         _refuse_part(weight, num_dims=len(layer.dense_shape()))
         indices = layer.paca_indices[name].to(weight.device)
         originals = self._read_columns(weight, indices)
@@ -85,24 +90,39 @@ class MergeMixin:
             adapted = nn.Parameter(weight, requires_grad=False)
             setattr(self.base_layer, self.parameter_name, adapted)
 
+    def _weight_to_merge(self) -> Tensor:
+        """Return what is merged into: of weights that can be, the parameter itself.
+
+        Changes of a parameter are counted, so that autograd refuses a backward pass through what
+        was computed before.
+        """
+        layer = cast(Any, self)
+        if layer.quantization_backend is not None:
+            return cast(Tensor, layer.get_base_weight())
+        return cast(Tensor, getattr(layer.get_base_layer(), self.parameter_name))
+
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, bit for bit."""
+        self.unmerge_to(0)
+
+    @torch.no_grad()
+    def unmerge_to(self, number: int) -> None:
+        """Take out what was merged last, until as many adapters are merged."""
         layer = cast(Any, self)
-        while layer.merged_adapters:
-            layer.merged_adapters.pop()
-            kept = self._kept.pop()
-            if isinstance(kept, nn.Module):
-                self.base_layer = kept
-            elif isinstance(kept, dict):
+        while len(self._kept) > number:
+            kept = self._kept[-1]
+            if isinstance(kept, dict):
                 self.base_layer.__dict__.update(kept)
             elif isinstance(kept, nn.Parameter):
                 setattr(self.base_layer, self.parameter_name, kept)
             else:
                 indices, originals = kept
-                weight = layer.get_base_weight()
+                weight = self._weight_to_merge()
                 self._put_columns_(weight, indices.to(weight.device), originals.to(weight))
-        if self.residency is not None:
-            self.residency.is_merged = False
+            self._kept.pop()
+            del layer.merged_adapters[len(self._kept) :]
+        if self.residency is not None and not layer.merged_adapters:
+            self.residency.unmerged()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
@@ -122,6 +142,8 @@ class MergeMixin:
         """Return the base layer without anything of ours, merged if asked for."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if self.residency is not None:
+            self.residency.close()
         release(self.base_layer)
         return self.base_layer
 

@@ -1,19 +1,23 @@
 """The PEFT tuner: finds and replaces the target modules, and answers for the adapter as a whole."""
 
 import dataclasses
+import functools
 import re
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from pacatune.checks import check_tensors
+from pacatune.residency import resident
 from pacatune.tuner import combining
 from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
@@ -158,10 +162,60 @@ class PacaModel(BaseTuner):
         # unloaded embedding with trained tokens is no place for a bare tensor.
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        with warnings.catch_warnings():
+            if merge and safe_merge:  # all of it before anything is taken apart
+                self.merge_adapter(adapter_names, safe_merge=True)
+                warnings.filterwarnings("ignore", message="All adapters are already merged")
+            model: nn.Module = super()._unload_and_optionally_merge(
+                merge, progressbar, safe_merge, adapter_names
+            )
         allow_fast_path(model)
         return model
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into every weight, or into none if one of them fails.
+
+        Args:
+            adapter_names: Adapters to merge; None: the active ones.
+            safe_merge: Refuse columns that are not finite.
+
+        Raises:
+            ValueError: If `safe_merge` finds such, or a weight cannot be merged into.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, PacaLayer)]
+        before = [len(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, number in zip(layers, before, strict=True):
+                with onload_layer(layer):
+                    layer.unmerge_to(number)
+            raise
+
+    @property
+    def generate(self) -> Any:
+        """The base model's `generate`; columns are resident in the thread that trains."""
+        generate = self.model.generate
+        thread = threading.get_ident()
+        residencies = (getattr(module, "residency", None) for module in self.model.modules())
+        if not any(getattr(one, "trainer", None) == thread for one in residencies):
+            return generate
+
+        @functools.wraps(generate)
+        def generate_resident(*args: Any, **kwargs: Any) -> Any:
+            with resident(self.model):
+                return generate(*args, **kwargs)
+
+        return generate_resident
 
     def add_weighted_adapter(
         self,

@@ -65,7 +65,7 @@ def check_targets(
 
     Raises:
         ValueError: If some of the target names match nothing, a rank exceeds its weight's
-            in_features, or a weight is parametrised.
+            in_features, or a weight is parametrised or sharded.
         TypeError: If a target is of no supported kind.
     """
     parameters = find_parameters(tuner, config, model)
@@ -89,7 +89,19 @@ def check_targets(
                 (f"{name}.{IN_PROJ}", IN_PROJ) if is_attention else (name, "weight")
             )
             targets[key] = Target(base, parameter_name, rank, num_columns)
+    for name, target in targets.items():
+        _refuse_sharded(getattr(target.module, target.parameter_name, None), name)
     return targets
+
+
+def _refuse_sharded(weight: Any, name: str) -> None:
+    if hasattr(weight, "placements"):
+        raise ValueError(
+            f"The weight of {name!r} is sharded over several devices ({weight.placements}): its "
+            "columns would be chosen from this process's part, and gradients of the others would "
+            "be missing. Adapt the model before `fully_shard`, and load it without `tp_plan`: "
+            "tensor parallelism is not supported yet."
+        )
 
 
 def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target:
