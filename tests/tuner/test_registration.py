@@ -75,34 +75,6 @@ def test_config_survives_pickle_in_a_fresh_process(tmp_path) -> None:
     assert run(code) == "3 PACA"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import pacatune; import peft",
-        "import peft; import pacatune",
-        "import pacatune; from peft import PeftModel",
-        "import pacatune; import pacatune; import transformers; import peft",
-        "import pacatune, importlib, peft; importlib.reload(pacatune)",
-    ],
-)
-def test_known_to_peft_in_any_order(imports: str) -> None:
-    code = f"""
-        {imports}
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-        print(PEFT_TYPE_TO_TUNER_MAPPING["PACA"].__module__)
-    """
-    assert run(code) == "pacatune.tuner.model"
-
-
-def test_import_is_light() -> None:
-    code = """
-        import sys, pacatune
-        heavy = {"torch", "peft", "transformers", "numpy"} & set(sys.modules)
-        print(sorted(heavy))
-    """
-    assert run(code) == "[]"
-
-
 def test_takes_the_place_of_peft_0_22s_own() -> None:
     code = f"""
         import sys
