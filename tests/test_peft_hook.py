@@ -3,16 +3,14 @@
 Each case is a process of its own. What all of them import first, and PEFT is not, is imported once.
 """
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.adapters.fixtures import save_adapter
+from tests.forks import run_cases
 
-SCRIPT = Path(__file__).with_name("import_orders.py")
 # They look PEFT up (`importlib.util.find_spec`) without importing it; the others only take long.
 OTHERS = "import transformers.modeling_utils, datasets, psutil, torch._inductor.compile_fx"
 PRINT = """
@@ -115,6 +113,32 @@ for thread in threads:
 assert not errors, errors
 """
 
+NEWER_PEFT = """
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+
+class Newer(MetaPathFinder):  # a PEFT that has a PaCA of its own when its import is done
+    def find_spec(self, fullname, path, target=None):
+        if fullname != "peft":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            from tests.tuner import peft_paca
+            peft_paca.install()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Newer())
+import pacatune
+from peft import PacaConfig
+assert PacaConfig is pacatune.PacaConfig
+"""
+
 OURS_FIRST = {
     "SFTTrainer": "from trl import SFTTrainer",  # which imports Trainer from transformers first
     "diffusers": "from diffusers import UNet2DConditionModel",
@@ -127,20 +151,14 @@ OURS_FIRST = {
 OTHERS_FIRST = {
     "Trainer": "from transformers import Trainer; import pacatune",
     "ours": "import pacatune; from trl import SFTTrainer",
+    "a PEFT with its own": NEWER_PEFT,
     "threads": THREADS,
 }
 
 
-def run_cases(first: str, cases: dict[str, str]) -> dict[str, str]:
-    job = {"first": first, "cases": {name: code + "\n" + PRINT for name, code in cases.items()}}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), json.dumps(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def run_before_peft(first: str, cases: dict[str, str]) -> dict[str, str]:
+    first += "\nimport sys; assert 'peft' not in sys.modules"
+    return run_cases(first, {name: code + "\n" + PRINT for name, code in cases.items()})
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +166,12 @@ def after_ours(tiny_model_dir, tmp_path_factory):
     adapter = tmp_path_factory.mktemp("orders") / "adapter"
     save_adapter(tiny_model_dir, adapter)
     load = LOAD.format(base=str(tiny_model_dir), adapter=str(adapter))
-    return run_cases(f"import pacatune; {OTHERS}", {**OURS_FIRST, "load_adapter": load})
+    return run_before_peft(f"import pacatune; {OTHERS}", {**OURS_FIRST, "load_adapter": load})
 
 
 @pytest.fixture(scope="module")
 def after_others():
-    return run_cases(OTHERS, OTHERS_FIRST)
+    return run_before_peft(OTHERS, OTHERS_FIRST)
 
 
 @pytest.mark.parametrize("name", OURS_FIRST)
