@@ -130,7 +130,11 @@ def test_peft_refuses_what_it_would_get_wrong(answers, name):
     folder, said = answers
     assert said[name] == "KeyError: 'PACATUNE'"
     assert said[f"{name}, as PACA"].startswith(NEEDS_OURS[name][1])
-    assert "needs pacatune: " in str(inspect_adapter(folder / name).notes)
+    notes = str(inspect_adapter(folder / name).notes)
+    assert "needs pacatune: " in notes
+    assert ("LoRA adapter, the out_proj of torch's attention excepted" in notes) == (
+        name in ("MultiheadAttention", "its out_proj")
+    )
 
 
 @pytest.mark.parametrize("suffix", ["", ", as PACA"])

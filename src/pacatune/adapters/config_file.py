@@ -36,7 +36,8 @@ def read_config(path: Path) -> PacaConfig:
     method = config.get("peft_type")
     if method not in FILE_TYPES:
         raise ValueError(
-            f"{path} gives `peft_type` = {method!r}; it must be 'PACA'. This is not a PaCA adapter."
+            f"{path} gives `peft_type` = {method!r}; it must be "
+            f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
     hints = typing.get_type_hints(PacaConfig)
     known = {field.name for field in fields(PacaConfig)}

@@ -226,7 +226,10 @@ def _paca_notes(adapter: Adapter) -> list[str]:
             "holds more than PaCA's tensors: `export` needs --keep-extra, `merge` does not."
         )
     else:
-        limit = ", dilated or oddly padded convolutions excepted" if has_convolutions else ""
+        limits = ["dilated or oddly padded convolutions"] * has_convolutions
+        if "MultiheadAttention" in (config.needs_pacatune_for or []):
+            limits.append("the out_proj of torch's attention")
+        limit = f", {' and '.join(limits)} excepted" if limits else ""
         notes.append(
             f"can be exported as an exact LoRA adapter{limit}: `pacatune export --to lora`."
         )
