@@ -81,7 +81,7 @@ class PacaConfig(PeftConfig):
     """What the columns were chosen from, such as the number of batches; filled in."""
     needs_pacatune_for: list[str] | None = None
     """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
-    adapter is made."""
+    adapter is saved."""
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
@@ -131,7 +131,7 @@ class PacaConfig(PeftConfig):
     def needs_pacatune(self) -> list[str]:
         """Return what PEFT's own PaCA cannot read of this adapter, for messages; empty: nothing.
 
-        Which kinds of modules are adapted is known once the adapter is made.
+        Which kinds of modules are adapted is known once the adapter is saved.
         """
         options = [f"`{key}`" for key in _OWN_OPTIONS if getattr(self, key)]
         options += ["`bias`"] if self.bias != "none" else []

@@ -5,6 +5,8 @@ forward of the layer's own; and it does not see who reads that weight without ca
 torch's attention and encoders do: there its outputs are silently those of the base.
 """
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -15,18 +17,19 @@ from pacatune.tuner.parameter import ParameterLayer
 __all__ = ["is_foreign", "kinds_beyond_peft"]
 
 
-def kinds_beyond_peft(model: nn.Module, adapter_name: str) -> list[str]:
+def kinds_beyond_peft(model: Any, adapter_name: str) -> list[str]:
     """Return the kinds of adapted modules that PEFT's own PaCA does not adapt rightly, sorted.
 
     Args:
-        model: The base with the adapter's layers in it.
+        model: What has `named_modules`, with the adapter's layers in it.
         adapter_name: The adapter.
     """
-    kinds = set()
-    for parent in model.modules():
-        for layer in parent.children():
-            if isinstance(layer, PacaLayer) and adapter_name in layer.r:
-                kinds.add(_kind_beyond_peft(layer, parent))
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    kinds = {
+        _kind_beyond_peft(layer, modules.get(name.rpartition(".")[0]))
+        for name, layer in modules.items()
+        if isinstance(layer, PacaLayer) and adapter_name in layer.r
+    }
     return sorted(kinds - {""})
 
 
@@ -36,7 +39,7 @@ def is_foreign(module: nn.Module) -> bool:
     return is_paca and not isinstance(module, PacaLayer)
 
 
-def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module) -> str:
+def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
     base = layer.get_base_layer()
     if isinstance(parent, MultiheadAttention):
         return "MultiheadAttention"

@@ -1,6 +1,5 @@
 """The PEFT tuner: finds and replaces the target modules, and answers for the adapter as a whole."""
 
-import copy
 import dataclasses
 import re
 import warnings
@@ -80,8 +79,6 @@ class PacaModel(BaseTuner):
         except ValueError:
             self.delete_adapter(adapter_name)
             raise
-        config = copy.copy(config)
-        config.needs_pacatune_for = kinds_beyond_peft(model, adapter_name)
         self.peft_config[adapter_name] = config
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
@@ -196,16 +193,21 @@ class PacaModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, adapter_name: str, **kwargs: Any
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Select an adapter's entries of a state_dict, and refuse those whose values are elsewhere.
+
+        Whoever saves an adapter asks for these first and saves the configuration then, so what that
+        says of the adapted modules is filled in here.
 
         Raises:
             ValueError: If a tensor is empty (ZeRO-3).
         """
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model=_PlainNames(model), adapter_name=adapter_name, **kwargs
+            model=_PlainNames(model), config=config, adapter_name=adapter_name, **kwargs
         )
+        if isinstance(config, PacaConfig):
+            config.needs_pacatune_for = kinds_beyond_peft(_PlainNames(model), adapter_name)
         for name, tensor in selected.items():
             if tensor.numel() == 0:
                 raise ValueError(
