@@ -16,6 +16,9 @@ register_with_peft()
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        # PEFT first, as in every other thread: two that begin at both ends wait for each other.
+        import peft  # noqa: F401
     if name in ("PacaConfig", "PacaModel"):
         from pacatune import tuner
 

@@ -13,6 +13,7 @@ from pacatune.adapters import export_check
 from pacatune.adapters.export import export_lora, lora_config
 from pacatune.adapters.export_factors import column_selector
 from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import save_adapter
 from tests.conftest import build_model
 from tools.families import FAMILIES
@@ -54,6 +55,27 @@ def test_the_lora_adapter_computes_the_same(tiny_model_dir, tmp_path):
     ]
     logits = lora_logits(tiny_model_dir, tmp_path / "lora")
     assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"paca_alpha": 0, "random_seed": None},
+        {"paca_alpha": -6, "random_seed": -1},
+        {"alpha_pattern": {"q_proj": 0, "v_proj": -2.5}},
+        {"paca_alpha": 0, "alpha_pattern": {"q_proj": 3}},
+    ],
+)
+def test_any_scale_is_exported_and_merged(tiny_model_dir, tmp_path, options):
+    """PEFT's own PaCA takes them; servers know alphas above 0."""
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **options)
+    export_lora(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["lora_alpha"] > 0
+    logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
+    merge(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.allclose(paca_logits(merged), paca_logits(adapted), atol=1e-6)
 
 
 def test_only_factors_of_lora_are_in_the_file(tiny_model_dir, adapter_dir, tmp_path):

@@ -72,7 +72,7 @@ def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
 
 def test_bitsandbytes_is_missing(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install -e '\.\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
 
 

@@ -99,7 +99,8 @@ def test_missing_packages_are_named(words, capsys, monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name == "timm" else find_spec(name)
     )
     assert error_of(capsys, words) == (
-        "the package 'timm' for images is not installed; install it: pip install 'pacatune[vision]'"
+        "the package 'timm' for images is not installed; install it: pip install "
+        "-e '.[vision]' in a checkout of pacatune's repository."
     )
 
 

@@ -225,6 +225,15 @@ def test_an_adapter_of_a_strategy_that_is_not_installed(tmp_path):
     assert columns_in(loaded) == columns_in(model)
 
 
+def test_a_seed_is_drawn_where_one_is_needed_and_none_is_given():
+    chosen = choose_columns(build(), config_of("random", random_seed=None))
+    assert type(chosen.random_seed) is int
+    again = choose_columns(build(), config_of("random", random_seed=chosen.random_seed))
+    assert again.columns == chosen.columns
+    given = choose_columns(build(), config_of(chosen.columns, random_seed=None))
+    assert given.random_seed is None
+
+
 def test_a_file_with_other_columns_than_its_seed_leads_to(tmp_path):
     """TRL's reference adapter is made from the configuration, so that must know them."""
     model = get_peft_model(build(), config_of("random", ["up", "down"], random_seed=1))

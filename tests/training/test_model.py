@@ -134,6 +134,16 @@ def test_plan_of_other_targets(make_config):
     assert planned.summary() == ["1 x q_proj (32 -> 32)", "1 x down_proj (64 -> 32)"]
 
 
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_layers_beside_a_regular_expression_are_refused(make_config, method):
+    section = {"target_modules": r".*\.q_proj", "layers_to_transform": [1]}
+    sections = (
+        {"paca": PacaSection(**section)} if method == "paca" else {"lora": LoraSection(**section)}
+    )
+    with pytest.raises(ValueError, match=r"`layers_to_transform`.* cannot be used when"):
+        plan(make_config(method, **sections))
+
+
 def test_layers_of_many_sizes_are_one_line_of_the_plan():
     targets = {"0.conv_pw": "8 -> 16", "1.conv_pw": "16 -> 32", "0.fc": "8 -> 8", "1.fc": "8 -> 8"}
     planned = models.Plan(targets, 1, 2, None)

@@ -149,6 +149,12 @@ def test_files_that_are_not_there(make_config, tmp_path):
         models.make_adapter_config(make_config(paca=section))
     with pytest.raises(ValueError, match=r"`paca.selection_batches` \(0\) must be at least 1"):
         PacaSection(selection_batches=0)
+    with pytest.raises(
+        ValueError, match=r"`paca.paca_alpha` \(0\) .* must not be 0: nothing would"
+    ):
+        PacaSection(paca_alpha=0)
+    with pytest.raises(ValueError, match=r"`paca.alpha_pattern` \(\{'up': 0\}\) must not be 0"):
+        PacaSection(alpha_pattern={"up": 0})
 
 
 def test_sharded_models_are_refused(make_config, monkeypatch):

@@ -61,6 +61,11 @@ class TestColumnsFromTheCheckpoint:
 
     def test_a_base_that_is_not_quantised(self, tiny_model_dir):
         base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        none = {"paca_alpha": 0, "target_modules": TARGETS, "columns_from": "original"}
+        with pytest.raises(
+            ValueError, match=r"starts from an update, which `paca_alpha` \(0\) would"
+        ):
+            get_peft_model(base, PacaConfig(**none))
         with pytest.raises(ValueError, match=r"`columns_from` \('original'\) is for quantised"):
             get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
         assert not any("paca" in name for name, _ in base.named_parameters())

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from pacatune.adapters.json_file import read_json_object
 from pacatune.baselines import MosLoraConfig
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import FILE_TYPES, PacaConfig
 
 CONFIG_NAME = "adapter_config.json"
 PATTERN_KEYS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "columns")
@@ -34,9 +34,10 @@ def read_config(path: Path) -> PacaConfig:
     """
     config = read_json_object(path)
     method = config.get("peft_type")
-    if method != "PACA":
+    if method not in FILE_TYPES:
         raise ValueError(
-            f"{path} gives `peft_type` = {method!r}; it must be 'PACA'. This is not a PaCA adapter."
+            f"{path} gives `peft_type` = {method!r}; it must be "
+            f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
     hints = typing.get_type_hints(PacaConfig)
     known = {field.name for field in fields(PacaConfig)}

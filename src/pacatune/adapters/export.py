@@ -220,13 +220,13 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    Alpha is that of the module with the largest rank; if that is no whole number, which some
-    servers need, it is the rank.
+    Alpha is that of the module with the largest rank; if that is no whole number above 0, which
+    some servers need, it is the rank.
     """
     ranks = _linear_ranks(adapter) or {n: len(u.indices) for n, u in adapter.modules.items()}
     largest = max(ranks, key=lambda name: ranks[name])
     alpha = module_alpha(adapter.config, largest)
-    return ranks[largest], int(alpha) if alpha.is_integer() else ranks[largest]
+    return ranks[largest], int(alpha) if alpha.is_integer() and alpha > 0 else ranks[largest]
 
 
 def _lora_tensors(

@@ -16,7 +16,7 @@ from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
 from pacatune.tuner.attention import target_of
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import FILE_TYPES, PacaConfig
 
 TENSORS_NAME = "adapter_model.safetensors"
 SIDECAR_NAME = "pacatune.json"
@@ -69,7 +69,7 @@ def open_adapter(folder: str | Path) -> Adapter | LoraAdapter:
     """
     folder = locate_folder(folder)
     path = find_file(folder, CONFIG_NAME)
-    if read_json_object(path).get("peft_type") == "PACA":
+    if read_json_object(path).get("peft_type") in FILE_TYPES:
         return read_adapter(folder)
     config = read_lora_config(path)
     tensors_path = find_tensors(folder)

@@ -21,10 +21,8 @@ from pacatune.adapters.folder import (
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import PEFT_PREFIX
+from pacatune.tuner.config import FILE_TYPES, PacaConfig, idle_layers
 from pacatune.tuner.quantized_base import format_quantization
-
-# Options of ours that PEFT's own PaCA does not have, and that change what an adapter computes.
-_NEEDS_US = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class AdapterReport:
     scaling: float | None
     """alpha / rank."""
     random_seed: int | None
-    """PaCA: chose the columns."""
+    """PaCA: chose the columns; None where they were not chosen by a seed."""
     selection: str | None
     """PaCA: the strategy that chose the columns; "fixed" where they were given."""
     selection_options: dict[str, Any] | None
@@ -100,7 +98,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     folder = locate_folder(folder)
     config = read_json_object(find_file(folder, CONFIG_NAME))
     method = config.get("peft_type")
-    if method == "PACA":
+    if method in FILE_TYPES:
         return _describe_paca(read_adapter(folder))
     if not isinstance(method, str):
         raise ValueError(
@@ -216,23 +214,22 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         how = format_quantization(config.base_quantization)
         start = "the checkpoint's" if config.columns_from == "original" else "its own"
         notes.append(f"trained on a base quantised as {how}; columns started from {start} weights.")
-    needs = [key for key in _NEEDS_US if getattr(config, key)]
-    needs += ["bias"] if config.bias != "none" else []
+    if idle := idle_layers(config):
+        notes.append(f"{idle} has no effect: `target_modules` is a regular expression.")
     has_convolutions = any(
         update.delta.ndim > 2 and not is_parameter(config, name)
         for name, update in adapter.modules.items()
     )
-    if needs or has_convolutions:
-        listed = ", ".join([f"`{key}`" for key in needs] + ["convolutions"] * has_convolutions)
-        notes.append(f"needs pacatune: PEFT's own PaCA (0.22 and newer) does not know {listed}.")
-    else:
-        notes.append("PEFT 0.22 and newer read it without pacatune; older PEFT needs it imported.")
+    notes.append(_readers(config, has_convolutions=has_convolutions))
     if adapter.extra:
         notes.append(
             "holds more than PaCA's tensors: `export` needs --keep-extra, `merge` does not."
         )
     else:
-        limit = ", dilated or oddly padded convolutions excepted" if has_convolutions else ""
+        limits = ["dilated or oddly padded convolutions"] * has_convolutions
+        if "MultiheadAttention" in (config.needs_pacatune_for or []):
+            limits.append("the out_proj of torch's attention")
+        limit = f", {' and '.join(limits)} excepted" if limits else ""
         notes.append(
             f"can be exported as an exact LoRA adapter{limit}: `pacatune export --to lora`."
         )
@@ -243,6 +240,24 @@ def _paca_notes(adapter: Adapter) -> list[str]:
     if not any(update.delta.any() for update in adapter.modules.values()):
         notes.append("every delta is zero: the adapter is untrained and changes nothing.")
     return notes
+
+
+def _readers(config: PacaConfig, *, has_convolutions: bool) -> str:
+    """Say which PEFT reads the adapter without us, as far as its file tells."""
+    needs = config.needs_pacatune()
+    if has_convolutions and config.needs_pacatune_for is None:
+        needs.append("convolutions")
+    if needs:
+        return (
+            "needs pacatune: PEFT's own PaCA (0.22 and newer) does not know "
+            f"{', '.join(needs)}, or computes something else there."
+        )
+    if config.needs_pacatune_for is None:
+        return (
+            "PEFT 0.22 and newer read it without pacatune if all its modules are plain or "
+            "quantised linear layers, which the file does not say; older PEFT needs it imported."
+        )
+    return "PEFT 0.22 and newer read it without pacatune; older PEFT needs it imported."
 
 
 def _typed(config: dict[str, Any], key: str, *types: type) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pacatune.adapters.attach import attach
 from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base, load_base_config
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
+from pacatune.installation import install_command
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
@@ -88,7 +89,7 @@ def _check_quantization(wanted: str, base: str) -> None:
         )
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"`quantization` ({wanted!r}) needs bitsandbytes; pip install 'pacatune[quant]'."
+            f"`quantization` ({wanted!r}) needs bitsandbytes; {install_command('quant')}."
         )
 
 

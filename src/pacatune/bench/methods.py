@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.installation import install_command
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -89,7 +91,7 @@ def check_methods(methods: Sequence[str], *, compiled: bool) -> None:
 def _check_installed(method: str) -> None:
     if method in QUANTIZED and find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"method {method!r} needs bitsandbytes; pip install 'pacatune[quant]', or leave it out."
+            f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it out."
         )
     if method == "paca-lean" and _find("pacatune.lean", "enable") is None:
         raise ValueError(

@@ -89,7 +89,7 @@ def _selection(report: Any) -> str | None:
     if report.selection is None:
         return None
     if report.selection == "random":
-        return f"random, seed {report.random_seed}"
+        return "random" if report.random_seed is None else f"random, seed {report.random_seed}"
     options = report.selection_options or {}
     return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
 

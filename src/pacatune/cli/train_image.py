@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from pacatune.cli.options import quiet_libraries
 from pacatune.cli.run_options import RunOptions, values_of
+from pacatune.installation import install_command
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -42,7 +43,7 @@ def require_packages() -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"the package {name!r} for images is not installed; install it: "
-                "pip install 'pacatune[vision]'"
+                f"{install_command('vision')}."
             )
 
 

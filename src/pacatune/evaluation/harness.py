@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pacatune.installation import install_command
+
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
@@ -59,7 +61,7 @@ def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
         raise ValueError(
             "the package `lm-eval` is not installed, which scores this evaluation; install it: "
-            "pip install 'pacatune[eval]'."
+            f"{install_command('eval')}."
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.installation import install_command
 from pacatune.memory.setting import Setting
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def quantize_(model: Any, setting: Setting) -> None:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             f"`quantization` ({setting.quantization!r}) needs bitsandbytes; "
-            "pip install 'pacatune[quant]'."
+            f"{install_command('quant')}."
         )
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear

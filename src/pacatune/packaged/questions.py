@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pacatune.adapters.output import staged_folder
+from pacatune.installation import install_command
 
 CORPUS = "chatterbot-corpus"
 NUM_HELDOUT = 96
@@ -93,7 +94,7 @@ def _read_corpus() -> Iterator[tuple[str, str]]:
     if spec is None or spec.origin is None:
         raise ValueError(
             f"the package `{CORPUS}` is not installed, which holds these questions; "
-            "install it: pip install 'pacatune[demo]', or give --data."
+            f"install it: {install_command('demo')}, or give --data."
         )
     for path in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):
         if path.stem in _SKIPPED_TOPICS:

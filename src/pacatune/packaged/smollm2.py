@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pacatune.installation import install_command
 from pacatune.packaged.cache import prepare_folder
 from pacatune.packaged.packages import PackagedFile
 
@@ -94,5 +95,5 @@ def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(
             "the package `gguf` is not installed, which reads this model; "
-            "install it: pip install 'pacatune[demo]', or give --model."
+            f"install it: {install_command('demo')}, or give --model."
         )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pacatune.installation import install_command
 from pacatune.packaged.cache import prepare_folder
 from pacatune.packaged.packages import PackagedFile
 
@@ -124,7 +125,7 @@ def read_dino(path: Path) -> dict[str, Tensor]:
     except ModuleNotFoundError as error:
         raise ValueError(
             "the package `onnx` is not installed, which reads this DINOv2-S; install it: "
-            "pip install 'pacatune[demo-vision]', or give --model."
+            f"{install_command('demo-vision')}, or give --model."
         ) from error
 
     graph = onnx.load(str(path)).graph

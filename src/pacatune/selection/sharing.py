@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pacatune.selection.statistics import ColumnStatistics
 from pacatune.selection.strategies import FIXED, needs_of, seed_for, select_columns, statistics_of
 from pacatune.tuner.columns import find_targets
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import PacaConfig, seeded
 from pacatune.tuner.matrix import weight_matrix
 from pacatune.tuner.targets import Target
 
@@ -56,6 +56,7 @@ def share_columns(
             f"names ({'; '.join(', '.join(names) for names in _SAME_INPUT)}); leave it out."
         )
     columns: dict[str, list[int]] = {}
+    config = seeded(config)
     for members in groups:
         chosen = _choose(model, {name: targets[name] for name in members}, config, statistics)
         columns |= {name: list(chosen) for name in members}

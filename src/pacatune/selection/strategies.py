@@ -104,16 +104,18 @@ def statistics_of(strategy: str) -> tuple[str, ...]:
     return tuple(kind for kind in needs_of(strategy) if kind != "weight")
 
 
-def seed_for(random_seed: int, name: str) -> int:
+def seed_for(random_seed: int | None, name: str) -> int:
     """Return a layer's own seed: (random_seed + crc32(name)) mod 2^63.
 
     The same on every rank, in every process and for every adapter name, and the rule of
     PEFT 0.22, so that the same seed chooses the same columns there.
 
     Args:
-        random_seed: `PacaConfig.random_seed`.
+        random_seed: `PacaConfig.random_seed`, any integer; % is Python's, so never negative. None
+            has been replaced by one that was drawn, see `tuner.config.seeded`.
         name: The module's name inside the base model, such as `model.layers.0.mlp.up_proj`.
     """
+    assert random_seed is not None, "whoever makes an adapter draws its seed first"
     return (random_seed + zlib.crc32(name.encode())) % 2**63
 
 

@@ -44,11 +44,14 @@ def make_adapter_config(config: ClassifierConfig) -> "PeftConfig | None":
 
 def complete_adapter_config(config: ClassifierConfig, model: nn.Module) -> Any:
     """Return the PEFT configuration with the same default targets for every method."""
+    from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
 
     adapter: Any = make_adapter_config(config)
     if adapter is not None and adapter.target_modules is None:
         adapter.target_modules = default_targets(model)
+    if adapter is not None:
+        refuse_idle_layers(adapter)
     return adapter
 
 

@@ -128,6 +128,11 @@ class PacaSection:
             raise ValueError(
                 f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
             )
+        if 0 in (self.paca_alpha, *self.alpha_pattern.values()):
+            raise ValueError(
+                f"`paca.paca_alpha` ({self.paca_alpha}) and `paca.alpha_pattern` "
+                f"({self.alpha_pattern}) must not be 0: nothing would be trained."
+            )
         if self.budget not in ("equal", "gradient"):
             raise ValueError(f"`paca.budget` ({self.budget!r}) must be 'equal' or 'gradient'.")
         if self._names_a_file():

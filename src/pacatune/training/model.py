@@ -149,6 +149,7 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
+    from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
 
     model_config = _load_model_config(config)
@@ -170,7 +171,7 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     if adapter_config is not None:
         if adapter_config.target_modules is None:
             adapter_config.target_modules = default_targets(model)
-            adapter_config.__post_init__()  # checks it against the other options
+        refuse_idle_layers(adapter_config)
         planned = copy.deepcopy(adapter_config)
         if config.method == "paca":
             # No weights are read for a plan.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pacatune.installation import install_command
+
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
 
@@ -42,7 +44,7 @@ def check_quantization(config: "RunConfig", model_config: Any) -> None:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             f"`model.quantization` ({quantization!r}) needs bitsandbytes; "
-            "pip install 'pacatune[quant]'."
+            f"{install_command('quant')}."
         )
 
 

@@ -22,7 +22,7 @@ from pacatune.selection.strategies import (
     select_columns,
     statistics_of,
 )
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets
 from pacatune.tuner.given import key_of_columns
 from pacatune.tuner.layer import PacaLayer
@@ -61,8 +61,10 @@ def choose_columns(
             f"`columns` gives none for {len(missing)} adapted modules, first {missing[0]!r}; name "
             "them too, or take them out of `target_modules`."
         )
-    if len(given) < len(targets) and "weight" in needs_of(str(config.selection)):
-        _refuse_merged(model)
+    if len(given) < len(targets):
+        config = seeded(config)
+        if "weight" in needs_of(str(config.selection)):
+            _refuse_merged(model)
     chosen = {
         name: given[name] if name in given else _choose(name, target, config, statistics, model)
         for name, target in targets.items()
@@ -85,6 +87,7 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
         config = copy.copy(config)
         try:
             config.target_modules = default_targets(model, **kwargs)  # type: ignore[assignment]
+            refuse_idle_layers(config)
         except ValueError:
             if not config.target_parameters:
                 raise
@@ -159,31 +162,32 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     """Let a configuration say which columns an adapter has, where it would say others.
 
     Args:
-        config: Changed in place.
-        columns: Module's name -> (R,) columns.
+        config: Changed in place. Its seed, which has not chosen these, is taken out.
+        columns: Module's name -> (R,) columns of every adapted module; empty: it says the same.
     """
     if columns:
         listed = {name: [int(index) for index in indices] for name, indices in columns.items()}
         config.columns = {**(config.columns or {}), **listed}
+        config.random_seed = None
 
 
 def other_columns(
     model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the columns of a file that are not those which its configuration leads to.
+    """Return the columns of a file, if they are not those which its configuration leads to.
 
     Args:
         model: What has `named_modules`, adapted as the configuration says.
         adapter_name: The adapter that is about to be loaded.
         state_dict: The file's tensors by their names in the model.
     """
-    others = {}
+    columns_of, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
             columns = state_dict.get(f"{name}.paca_indices.{adapter_name}")
             current = module.paca_indices[adapter_name]
             if columns is None or columns.is_meta or current.is_meta:
                 continue
-            if not torch.equal(columns.cpu(), current.cpu()):
-                others[name.removeprefix(PEFT_PREFIX)] = columns
-    return others
+            columns_of[name.removeprefix(PEFT_PREFIX)] = columns
+            differ |= not torch.equal(columns.cpu(), current.cpu())
+    return columns_of if differ else {}

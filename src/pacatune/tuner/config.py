@@ -1,14 +1,26 @@
 """The configuration of a PaCA adapter, written to and read from adapter_config.json."""
 
+import copy
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from pacatune.selection.strategies import FIXED, needs_of
 
-__all__ = ["PacaConfig"]
+__all__ = ["FILE_TYPES", "PacaConfig", "idle_layers", "refuse_idle_layers", "seeded"]
+
+_NEEDS_US = "PACATUNE"
+FILE_TYPES = ("PACA", _NEEDS_US)
+"""`peft_type` in adapter_config.json: of adapters that PEFT's own PaCA reads too, and of those that
+only ours does. There PEFT without pacatune stops, where it would give wrong outputs otherwise."""
+
+# Options that PEFT's own PaCA does not have, and that change what an adapter computes.
+_OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+_MAX_DEPTH = 8
 
 
 @dataclass
@@ -37,8 +49,9 @@ class PacaConfig(PeftConfig):
     """Number or numbers of the layers to adapt; the others are left alone."""
     layers_pattern: list[str] | str | None = None
     """Name of the list of layers that `layers_to_transform` counts in."""
-    random_seed: int = 42
-    """Chooses the columns, together with each module's name."""
+    random_seed: int | None = 42
+    """Chooses the columns, together with each module's name. None: drawn from torch's global
+    generator when the adapter is made, and recorded; processes that train together must agree."""
     init_weights: bool = True
     """True starts at the pretrained weights. False starts at random deltas, for tests."""
     modules_to_save: list[str] | None = None
@@ -66,9 +79,13 @@ class PacaConfig(PeftConfig):
     """Module name or regular expression -> its columns; filled in when they are not random."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
+    needs_pacatune_for: list[str] | None = None
+    """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
+    adapter is saved."""
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
+        self._check_kinds()
         super().__post_init__()
         self.peft_type = PeftType.PACA
         if isinstance(self.target_modules, list):
@@ -81,10 +98,10 @@ class PacaConfig(PeftConfig):
             _check_rank(f"rank_pattern[{name!r}]", rank)
         for name, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
-        if type(self.random_seed) is not int or not 0 <= self.random_seed < 2**63:
+        if self.random_seed is not None and type(self.random_seed) is not int:
             raise ValueError(
-                f"`random_seed` ({self.random_seed!r}) must be an integer in [0, 2^63), so that "
-                "every rank and every later run chooses the same columns."
+                f"`random_seed` ({self.random_seed!r}) must be an integer, so that every later run "
+                "chooses the same columns, or None to draw one."
             )
         self._settle_selection()
         if self.bias not in ("none", "all", "paca_only"):
@@ -93,9 +110,6 @@ class PacaConfig(PeftConfig):
             raise ValueError(
                 f"`columns_from` ({self.columns_from!r}) must be 'dequantized' or 'original'."
             )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            self._refuse_with_regex("layers_to_transform")
-            self._refuse_with_regex("layers_pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
@@ -105,6 +119,55 @@ class PacaConfig(PeftConfig):
             raise TypeError(
                 f"`target_parameters` ({self.target_parameters!r}) must be a list of names, such "
                 "as ['experts.down_proj']."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what adapter_config.json holds: `peft_type` says whether PEFT's PaCA reads it."""
+        values: dict[str, Any] = super().to_dict()
+        if self.needs_pacatune():
+            values["peft_type"] = _NEEDS_US
+        return values
+
+    def needs_pacatune(self) -> list[str]:
+        """Return what PEFT's own PaCA cannot read of this adapter, for messages; empty: nothing.
+
+        Which kinds of modules are adapted is known once the adapter is saved.
+        """
+        options = [f"`{key}`" for key in _OWN_OPTIONS if getattr(self, key)]
+        options += ["`bias`"] if self.bias != "none" else []
+        options += ["`columns_from`"] if self.columns_from != "dequantized" else []
+        return options + (self.needs_pacatune_for or [])
+
+    def _check_kinds(self) -> None:
+        for name, value in vars(self).items():
+            _check_depth(name, value)
+        for name in ("rank_pattern", "alpha_pattern", "base_quantization", "selection_options"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(
+                    f"`{name}` ({_short(value)}) must be a dictionary of names and values."
+                )
+        if self.base_quantization is not None and "method" not in self.base_quantization:
+            raise ValueError(
+                f"`base_quantization` ({_short(self.base_quantization)}) must name the `method`; "
+                "it is filled in when the adapter is made, so leave it out."
+            )
+        if not isinstance(self.selection, (str, dict)):
+            raise ValueError(
+                f"`selection` ({_short(self.selection)}) must be the name of a strategy, or a "
+                "dictionary of module names and columns."
+            )
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "needs_pacatune_for"):
+            value = getattr(self, name)
+            is_text = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+            if value is not None and not is_text and not _is_names(value):
+                raise ValueError(f"`{name}` ({_short(value)}) must be a list of names.")
+        layers = self.layers_to_transform
+        numbers = layers if isinstance(layers, list | tuple | range) else [layers]
+        if layers is not None and any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"`layers_to_transform` ({_short(layers)}) must be the number of a layer, or "
+                "a list of numbers."
             )
 
     def _settle_selection(self) -> None:
@@ -125,13 +188,66 @@ class PacaConfig(PeftConfig):
         else:
             needs_of(self.selection)  # columns that are there may be of a strategy that is not
 
-    def _refuse_with_regex(self, name: str) -> None:
-        if getattr(self, name) is not None:
-            raise ValueError(
-                f"`{name}` ({getattr(self, name)!r}) cannot be used when `target_modules` is a str "
-                f"({self.target_modules!r}): give `target_modules` as a list of names, or put the "
-                "layers into the regular expression."
-            )
+
+def seeded(config: PacaConfig) -> PacaConfig:
+    """Return a configuration with a seed: itself, or a copy with one of torch's global generator.
+
+    Args:
+        config: Not changed.
+    """
+    if config.random_seed is None:
+        config = copy.copy(config)
+        config.random_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return config
+
+
+def idle_layers(config: PeftConfig) -> str:
+    """Return the option that a regular expression of targets makes idle, for messages; or ""."""
+    targets: Any = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            value = getattr(config, name, None)
+            if value is not None and value != []:
+                return f"`{name}` ({value!r})"
+    return ""
+
+
+def refuse_idle_layers(config: PeftConfig) -> None:
+    """Refuse to make an adapter that leaves an option out; a finished one has it in its file.
+
+    Args:
+        config: Of any method; its targets are given.
+
+    Raises:
+        ValueError: If layers are numbered beside a regular expression.
+    """
+    if idle := idle_layers(config):
+        raise ValueError(
+            f"{idle} cannot be used when `target_modules` is a regular expression "
+            f"({vars(config)['target_modules']!r}): give `target_modules` as a list of names, or "
+            "put the layers into the expression."
+        )
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _is_names(value: Any) -> bool:
+    is_list = isinstance(value, list | set | tuple | frozenset)
+    return is_list and all(isinstance(name, str) for name in value)
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Refuse what cannot be printed, copied or saved: each of them recurses once per level."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = [part for part in level if isinstance(part, dict | list | tuple)]
+        level = [x for part in parts for x in (part.values() if isinstance(part, dict) else part)]
+    if any(isinstance(part, dict | list | tuple) for part in level):
+        raise ValueError(
+            f"`{name}` is nested deeper than {_MAX_DEPTH} levels; no value needs that."
+        )
 
 
 def _sorted_columns(columns: Any) -> dict[str, list[int]]:
@@ -165,5 +281,5 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` ({value!r}) must be a finite number above 0.")
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number.")

@@ -21,12 +21,13 @@ from pacatune.residency import resident
 from pacatune.tuner import combining
 from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import PacaConfig, idle_layers, refuse_idle_layers, seeded
 from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
 from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.given import given_columns
+from pacatune.tuner.interchange import is_foreign, kinds_beyond_peft
 from pacatune.tuner.kinds import layer_class
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.mixed_batch import adapter_names_passed
@@ -63,8 +64,9 @@ class PacaModel(BaseTuner):
             ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
         """
         config = _adopt(self.peft_config[adapter_name])
-        if config.columns is not None or config.selection != "random":
-            config = choose_columns(model, config)
+        _warn_of_idle_layers(config)
+        has_columns = config.columns is not None or config.selection != "random"
+        config = choose_columns(model, config) if has_columns else seeded(config)
         self.peft_config[adapter_name] = config
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
@@ -92,7 +94,7 @@ class PacaModel(BaseTuner):
                     raise
                 return peft_config
             peft_config.target_modules = targets  # type: ignore[assignment]
-            peft_config.__post_init__()  # a regular expression cannot go with every other option
+            refuse_idle_layers(peft_config)
             log_targets(self.model, **kwargs)
         return peft_config
 
@@ -244,16 +246,21 @@ class PacaModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, adapter_name: str, **kwargs: Any
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Select an adapter's entries of a state_dict, and refuse those whose values are elsewhere.
+
+        Whoever saves an adapter asks for these first and saves the configuration then, so what that
+        says of the adapted modules is filled in here.
 
         Raises:
             ValueError: If a tensor is empty (ZeRO-3).
         """
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model=_PlainNames(model), adapter_name=adapter_name, **kwargs
+            model=_PlainNames(model), config=config, adapter_name=adapter_name, **kwargs
         )
+        if isinstance(config, PacaConfig):
+            config.needs_pacatune_for = kinds_beyond_peft(_PlainNames(model), adapter_name)
         for name, tensor in selected.items():
             if tensor.numel() == 0:
                 raise ValueError(
@@ -322,13 +329,24 @@ def _adopt(config: PeftConfig) -> PacaConfig:
     return PacaConfig(**values)
 
 
+def _warn_of_idle_layers(config: PacaConfig) -> None:
+    if idle := idle_layers(config):
+        warnings.warn(
+            f"{idle} has no effect: `target_modules` is a regular expression "
+            f"({config.target_modules!r}), which alone decides. Put the layers into it.",
+            stacklevel=2,
+        )
+
+
 def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     in_features: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, PacaLayer) and adapter_name in module.r:
+        layer: Any = module if isinstance(module, PacaLayer) or is_foreign(module) else None
+        if layer is not None and adapter_name in layer.r:
             prefix = f"{name}." if name else ""
-            in_features[f"{prefix}paca_indices.{adapter_name}"] = module.in_features
-            in_features[f"{prefix}paca_delta.{adapter_name}.weight"] = module.in_features
+            delta = f"{prefix}paca_delta.{adapter_name}"
+            in_features[f"{prefix}paca_indices.{adapter_name}"] = layer.in_features
+            in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
     for key, tensor in state_dict.items():
         if not re.search(r"(^|\.)paca_(delta|indices)(\.|$)", key):
             continue

@@ -39,6 +39,11 @@ def find_originals(model: nn.Module, config: PacaConfig, **kwargs: Any) -> Origi
     """
     if config.columns_from != "original" or config.base_quantization or not config.init_weights:
         return None
+    if 0 in (config.paca_alpha, *(config.alpha_pattern or {}).values()):
+        raise ValueError(
+            "`columns_from` ('original') starts from an update, which `paca_alpha` (0) would take "
+            "away again; give another alpha."
+        )
     if all(resolve_quantization_backend(module, **kwargs) is None for module in model.modules()):
         raise ValueError(
             "`columns_from` ('original') is for quantised bases, and this one is not: its columns "

@@ -52,21 +52,50 @@ def register(config_class: type, model_class: type) -> None:
         config_class: The PeftConfig of the method.
         model_class: Its tuner.
     """
+    from pacatune.tuner.config import FILE_TYPES  # needs the enum's member
+
     peft_type = ensure_peft_type()
-    foreign = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
+    foreign = mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=_NAME.lower(), config_cls=config_class, model_cls=model_class)
+    for name in FILE_TYPES:  # as files call it; a configuration in memory is PACA's
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
     _teach_transformers()
     _teach_base_names()
-    if foreign is None:
+    if foreign is None or foreign is model_class:
         return
+    _guard(foreign, config_class)
     for module_name in ("peft", "peft.tuners"):
         module = sys.modules[module_name]
         for attribute, ours in (("PacaConfig", config_class), ("PacaModel", model_class)):
             if hasattr(module, attribute):
                 setattr(module, attribute, ours)
+
+
+def _guard(foreign: Any, config_class: Any) -> None:
+    """Refuse what PEFT's own PaCA would ignore, in models that it made before ours was there.
+
+    Their further adapters are made by it too; it reads ours as far as it has the same options.
+    """
+    inject = foreign.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        ours: list[str] = []
+        if isinstance(config, config_class):
+            ours = config.needs_pacatune() + ["`selection`"] * (config.selection != "random")
+        if ours:
+            raise ValueError(
+                f"Adapter {adapter_name!r} needs pacatune ({', '.join(ours)}), but this model was "
+                "made by PEFT's own PaCA, before pacatune was imported. Import pacatune first, "
+                "then make or load the model again."
+            )
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    foreign.inject_adapter = inject_adapter
 
 
 def _teach_transformers() -> None:

@@ -79,6 +79,7 @@ def check_targets(
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
         if tuner._check_target_module_exists(config, name):
+            _refuse_other_method(module, name)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             base = base.base_layer if isinstance(base, ParameterOwner) else base
             num_columns = _layer_class(base, name, **kwargs).num_columns_of(base)
@@ -101,6 +102,15 @@ def _refuse_sharded(weight: Any, name: str) -> None:
             "columns would be chosen from this process's part, and gradients of the others would "
             "be missing. Adapt the model before `fully_shard`, and load it without `tp_plan`: "
             "tensor parallelism is not supported yet."
+        )
+
+
+def _refuse_other_method(module: nn.Module, name: str) -> None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, PacaLayer):
+        raise TypeError(
+            f"Target module {name!r} is adapted already, by {type(module).__module__}; PaCA is not "
+            "put on top. Take that adapter off first (`unload`, `merge_and_unload`); if it is "
+            "PEFT's own PaCA, import pacatune before the model is made."
         )
 
 

@@ -47,8 +47,11 @@ def make_adapter_config(
     values["revision"] = config.model.revision
     if is_paca:
         from pacatune import PacaConfig
+        from pacatune.tuner.config import refuse_idle_layers
 
-        return PacaConfig(**values), notes
+        adapter_config = PacaConfig(**values)
+        refuse_idle_layers(adapter_config)
+        return adapter_config, notes
     lora = make_lora_config(config.method, values, config.moslora)
     check_lora_targets(model, lora)
     return lora, notes

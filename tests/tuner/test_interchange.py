@@ -1,0 +1,233 @@
+"""Adapters between PEFT's own PaCA and ours: a stand-in for PEFT 0.22, in a process of its own."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from pacatune import PacaConfig
+from pacatune.adapters.config_file import read_config
+from pacatune.adapters.inspect import inspect_adapter
+from tests.forks import run_cases
+from tests.tuner.interchange import PEFT_WRITES, build, outputs, randomise
+
+NEWER_PEFT = """
+from tests.tuner import peft_paca, interchange
+peft_paca.install()
+"""
+READ_BY_PEFT = {
+    "linear": {},
+    "seed": {"random_seed": -5},
+    "no seed": {"random_seed": None},
+    "alpha": {"paca_alpha": -2.5},
+    "columns": {"selection": "weight_norm"},
+    "head": {"modules_to_save": ["head"]},
+}
+# What needs ours, and how PEFT's takes it where the file does not say so.
+NEEDS_OURS = {
+    "MultiheadAttention": ({"target_modules": ["mixed"]}, "TypeError"),
+    "its out_proj": ({"target_modules": ["mixed.out_proj"]}, "wrong"),
+    "TransformerEncoderLayer": ({"target_modules": ["linear1"]}, "wrong"),
+    "a forward of its own": ({"target_modules": ["scaled"]}, "wrong"),
+    "Conv1D": ({"target_modules": ["conv1d"]}, "TypeError"),
+    "Conv1d": ({"target_modules": ["conv"]}, "TypeError"),
+    "Embedding": ({"target_modules": ["embed"]}, "TypeError"),
+    "alpha_pattern": ({"alpha_pattern": {"layers.1": 30}}, "wrong"),
+    "rank_pattern": ({"rank_pattern": {"layers.1": 2}}, "RuntimeError"),
+    "tokens": ({"trainable_token_indices": {"embed": [1, 2]}}, "wrong"),
+}
+
+
+def make(folder, options):
+    config = PacaConfig(**{"r": 3, "target_modules": ["layers.0", "layers.1"], **options})
+    model = get_peft_model(build(), config)
+    randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1)
+    model.save_pretrained(folder)
+    torch.save(outputs(model), folder / "outputs.pt")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What PEFT's own PaCA makes of our adapters, and the folder of those that it wrote."""
+    folder = tmp_path_factory.mktemp("interchange")
+    for name, options in READ_BY_PEFT.items():
+        make(folder / name, options)
+    for name, (options, _) in NEEDS_OURS.items():
+        make(folder / name, options)
+        make(folder / f"{name}, as PACA", options)
+        path = folder / f"{name}, as PACA" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "PACA"}))
+    names = [path.name for path in folder.iterdir()]
+    cases = {name: f"interchange.read({str(folder / name)!r})" for name in names}
+    (folder / "theirs").mkdir()
+    writes = f"interchange.write({str(folder / 'theirs')!r})"
+    ours_later = OURS_LATER.format(folder=str(folder))
+    cases |= {"write": writes, "ours later": ours_later, "their class": THEIR_CLASS}
+    cases = {name: f"from tests.tuner import interchange\n{code}" for name, code in cases.items()}
+    return folder, run_cases(NEWER_PEFT, cases)
+
+
+OURS_LATER = """
+import copy, torch, peft
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+folder = {folder!r}
+model = get_peft_model(interchange.build(), peft.PacaConfig(r=3, target_modules=["layers.0"]))
+interchange.randomise(model)
+alone = interchange.outputs(model)
+import pacatune
+
+model.save_pretrained(folder + "/saved later")
+loaded = PeftModel.from_pretrained(interchange.build(), folder + "/saved later")
+assert type(loaded.base_model) is pacatune.PacaModel
+assert torch.allclose(interchange.outputs(loaded), alone, atol=1e-6)
+
+model.load_adapter(folder + "/linear", "second")
+model.set_adapter("second")
+expected = torch.load(folder + "/linear/outputs.pt")
+assert torch.allclose(interchange.outputs(model), expected, atol=1e-6)
+model.save_pretrained(folder + "/both")
+again = PeftModel.from_pretrained(interchange.build(), folder + "/both/second")
+assert torch.allclose(interchange.outputs(again), expected, atol=1e-6)
+
+for step in (
+    lambda: model.load_adapter(folder + "/alpha_pattern", "third"),
+    lambda: model.add_adapter("third", pacatune.PacaConfig(r=3, selection="weight_norm")),
+    lambda: inject_adapter_in_model(
+        pacatune.PacaConfig(r=3, target_modules=["layers.0"]), model.base_model.model, "third"
+    ),
+):
+    try:
+        step()
+    except (ValueError, TypeError) as error:
+        print(error)
+"""
+
+THEIR_CLASS = """
+from peft import PacaConfig, get_peft_model
+import pacatune, torch
+config = PacaConfig(r=3, target_modules=["layers.0"])  # no seed, PEFT's default
+torch.manual_seed(5)
+model = get_peft_model(interchange.build(), config)
+print(type(model.base_model).__module__, type(model.peft_config["default"].random_seed).__name__)
+"""
+
+
+@pytest.mark.parametrize("name", READ_BY_PEFT)
+def test_peft_reads_what_has_nothing_of_its_own(answers, name):
+    folder, said = answers
+    assert said[name] == "right"
+    assert json.loads((folder / name / "adapter_config.json").read_text())["peft_type"] == "PACA"
+    assert "PEFT 0.22 and newer read it without pacatune; " in str(inspect_adapter(folder / name))
+
+
+@pytest.mark.parametrize("name", NEEDS_OURS)
+def test_peft_refuses_what_it_would_get_wrong(answers, name):
+    folder, said = answers
+    assert said[name] == "KeyError: 'PACATUNE'"
+    assert said[f"{name}, as PACA"].startswith(NEEDS_OURS[name][1])
+    notes = str(inspect_adapter(folder / name).notes)
+    assert "needs pacatune: " in notes
+    assert ("LoRA adapter, the out_proj of torch's attention excepted" in notes) == (
+        name in ("MultiheadAttention", "its out_proj")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["", ", as PACA"])
+@pytest.mark.parametrize("name", NEEDS_OURS)
+def test_ours_reads_both_types_of_file(answers, name, suffix):
+    folder = answers[0] / (name + suffix)
+    model = PeftModel.from_pretrained(build(), folder)
+    assert torch.allclose(outputs(model), torch.load(folder / "outputs.pt"), atol=1e-6)
+    assert read_config(folder / "adapter_config.json").needs_pacatune()
+
+
+def test_an_older_file_does_not_say_which_layers_it_adapts(answers, tmp_path):
+    make(tmp_path, {"target_modules": ["mixed.out_proj"]})
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values["needs_pacatune_for"]
+    path.write_text(json.dumps({**values, "peft_type": "PACA"}))
+    assert "if all its modules are plain" in str(inspect_adapter(tmp_path).notes)
+    PeftModel.from_pretrained(build(), tmp_path).save_pretrained(tmp_path)
+    assert json.loads(path.read_text())["peft_type"] == "PACATUNE"
+
+
+@pytest.mark.parametrize("name", PEFT_WRITES)
+@pytest.mark.filterwarnings("ignore:`layers_to_transform` .* has no effect:UserWarning")
+def test_ours_reads_what_peft_writes(answers, name, tmp_path):
+    folder = answers[0] / "theirs" / name
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert "selection" not in written
+    expected = torch.load(folder / "outputs.pt")
+    model = PeftModel.from_pretrained(build(), folder)
+    assert torch.allclose(outputs(model), expected, atol=1e-6)
+    report = inspect_adapter(folder)
+    assert report.random_seed == written["random_seed"]
+    assert len(report.modules) == (1 if name == "excluded" else 2)
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.allclose(outputs(again), expected, atol=1e-6)
+    config = model.peft_config["default"]
+    if name == "default":  # nothing but the file's indices says which columns
+        assert config.random_seed is None
+        assert config.columns == {one.name: one.columns for one in report.modules}
+    elif "seed" in name:  # the same rule, for any integer
+        assert config.random_seed == written["random_seed"]
+        assert config.columns is None
+    model.add_adapter("other", config)
+    for layer in model.base_model.model.layers:
+        if hasattr(layer, "paca_indices"):
+            assert torch.equal(layer.paca_indices["other"], layer.paca_indices["default"])
+
+
+def test_layers_beside_a_regular_expression_are_said_to_be_idle(answers):
+    folder = answers[0] / "theirs" / "regex and layers"
+    with pytest.warns(UserWarning, match=r"`layers_to_transform` \(\[1\]\) has no effect"):
+        PeftModel.from_pretrained(build(), folder)
+    assert "`layers_to_transform` ([1]) has no effect" in str(inspect_adapter(folder).notes)
+
+
+def test_a_model_of_pefts_own_takes_and_saves_plain_adapters_and_refuses_others(answers):
+    lines = answers[1]["ours later"].splitlines()
+    assert len(lines) == 3, answers[1]["ours later"]
+    assert lines[0].startswith("Adapter 'third' needs pacatune (`alpha_pattern`), but this model")
+    assert lines[1].startswith("Adapter 'third' needs pacatune (`selection`), but this model was")
+    assert lines[2].startswith("Target module 'layers.0' is adapted already, by tests.tuner.peft_p")
+
+
+def test_a_configuration_of_pefts_class_is_taken_without_a_seed(answers):
+    assert answers[1]["their class"] == "pacatune.tuner.model int"
+
+
+def test_a_drawn_seed_is_recorded_and_follows_torchs_generator():
+    def indices_of(model):
+        return model.base_model.model.layers[0].paca_indices["default"]
+
+    config = PacaConfig(r=3, target_modules=["layers.0"], random_seed=None)
+    base = build()
+    torch.manual_seed(3)
+    one = get_peft_model(base, config)
+    two = get_peft_model(build(), config)  # which seeds torch with 0
+    base = build()
+    torch.manual_seed(3)
+    three = get_peft_model(base, config)
+    seeds = [model.peft_config["default"].random_seed for model in (one, two, three)]
+    assert config.random_seed is None
+    assert seeds[0] == seeds[2] != seeds[1]
+    assert torch.equal(indices_of(one), indices_of(three))
+    assert torch.equal(
+        indices_of(get_peft_model(build(), one.peft_config["default"])), indices_of(one)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, which has its doubts too
+def test_no_adapter_on_top_of_another_methods():
+    model = get_peft_model(build(), LoraConfig(target_modules=["layers.0"]))
+    with pytest.raises(TypeError, match=r"'layers.0' is adapted already, by peft.tuners.lora"):
+        get_peft_model(model.base_model.model, PacaConfig(r=2, target_modules=["layers.0"]))
