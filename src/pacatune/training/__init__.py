@@ -9,6 +9,7 @@ from pacatune.training.config import (
     RunConfig,
     TrainingConfig,
 )
+from pacatune.training.finite import TrainingDiverged
 from pacatune.training.interrupt import TrainingInterrupted
 from pacatune.training.recipe import preview, train
 from pacatune.training.report import Report
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "RunConfig",
     "TrainingConfig",
+    "TrainingDiverged",
     "TrainingInterrupted",
     "preview",
     "train",

@@ -11,7 +11,7 @@ from pacatune.data import DataConfig
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.option_checks import check_ranges, refuse_foreign_options
+from pacatune.training.option_checks import refuse_foreign_options
 
 Method = Literal["paca", "lora", "dora", "moslora", "qlora", "full"]
 
@@ -220,8 +220,8 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
 
     def check_options(self) -> None:
         """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
+        super().check_options()
         refuse_foreign_options(self)
-        check_ranges(self)
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ _UNSAVED = ("hub_token", "local_rank")
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template", "data.root")
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
+    "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
     "training.run_name",

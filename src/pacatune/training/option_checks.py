@@ -14,9 +14,7 @@ _ELSEWHERE = {
     "dataset_kwargs": "data is always prepared before the model is loaded",
     "completion_only_loss": "set `data.loss` to completion or all",
     "assistant_only_loss": "set `data.loss` to completion or all",
-    "resume_from_checkpoint": "use --resume",
     "trust_remote_code": "code of a model is never executed; use a converted model",
-    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
     "truncation_mode": "examples are cut at their end; shorten them yourself",
     "remove_unused_columns": "the data has the columns that training needs",
 }

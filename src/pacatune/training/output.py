@@ -1,6 +1,7 @@
 """The folder of a run: never mixed with another run, always left with its last good checkpoint."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -79,13 +80,12 @@ def clear_folder(folder: Path) -> list[str]:
     return names
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if _step(path) is not None]
-    for checkpoint in sorted(checkpoints, key=lambda path: _step(path) or 0, reverse=True):
-        if read_state(checkpoint) is not None:
-            return checkpoint
-    return None
+def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
+    """Return the newest checkpoint, up to a step, that was written to its end."""
+    steps = {path: _step(path) for path in folder.glob("checkpoint-*")}
+    found = {path: step for path, step in steps.items() if step is not None and step <= up_to}
+    newest_first = sorted(found, key=lambda path: found[path], reverse=True)
+    return next((path for path in newest_first if read_state(path) is not None), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:

@@ -181,7 +181,9 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
 
     Raises:
         OSError: If writing fails; says what is still intact.
+        TrainingDiverged: If a weight is not finite.
     """
+    trainer.refuse_not_finite()
     main = trainer.args.process_index == 0
     with staged(folder, "the result", owner=main) as staging:
         trainer.save_model(str(staging), _internal_call=True)
@@ -194,6 +196,7 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
             for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
                 publish(path, folder / path.name)
         trainer.accelerator.wait_for_everyone()
+    trainer.rotate_checkpoints()
 
 
 def show_result(report: RunReport, what: str, folder: Path, console: Console) -> None:
