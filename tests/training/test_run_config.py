@@ -4,7 +4,15 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from pacatune.training import (
+    DataConfig,
+    LoraSection,
+    ModelConfig,
+    MosLoraSection,
+    PacaSection,
+    RunConfig,
+    TrainingConfig,
+)
 from pacatune.training.config import LEARNING_RATES
 
 
@@ -168,3 +176,21 @@ def test_best_of_no_evaluation(options):
             training=training,
             **options,
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "lora",
+            {"paca": PacaSection(r=64)},
+            r"`paca.r` \(64\) is an option of paca, and `meth",
+        ),
+        ("full", {"lora": LoraSection(r=4)}, r"`lora.r` \(4\) is an option of lora, dora, moslora"),
+        ("lora", {"moslora": MosLoraSection(mixer_init="orthogonal")}, r"`moslora.mixer_init`"),
+    ],
+)
+def test_options_of_another_method(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(method=method, **options)
+    run_config(method="moslora", lora=LoraSection(r=4), paca=PacaSection())

@@ -1,5 +1,7 @@
 """Load the base model an adapter belongs to, or only its shapes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -115,18 +117,29 @@ def load_base(
             "quantization_config": quantization_config(quantization, compute_dtype),
             "device_map": {"": target},
         }
-    try:
+    with readable_weights(f"base model {name!r}"):
         model = model_class.from_pretrained(
             name, config=config, dtype=torch_dtype, trust_remote_code=False, **options
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of base model {name!r} cannot be read ({error}); copy them again."
-        ) from error
     if not options:
         model = model.to(target)
     forbid_packing(model)
     return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def readable_weights(owner: str) -> Iterator[None]:
+    """Say whose weights cannot be read inside this block, such as those of a cut off file.
+
+    Raises:
+        ValueError: Names the owner.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {owner} cannot be read ({error}); copy them again."
+        ) from error
 
 
 def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:

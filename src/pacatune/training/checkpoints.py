@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from pacatune.adapters.base import readable_weights
 from pacatune.lean import LeanReport
 from pacatune.memory import SavedBytes
 from pacatune.training.finite import FiniteSteps
@@ -50,8 +51,9 @@ class WholeCheckpoints(FiniteSteps):
         """Do nothing: a run tells nobody about itself."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._load_plain_model(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        with readable_weights(resume_from_checkpoint):
+            if not self._load_plain_model(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         if not self._load_plain_model(self.state.best_model_checkpoint):  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
+from pacatune.patterns import check_patterns
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
@@ -124,6 +125,7 @@ class PacaSection:
     """On a quantised base: whether columns start from its rounded weights or the checkpoint's."""
 
     def __post_init__(self) -> None:
+        check_patterns(vars(self), "paca.")
         if self.selection_batches < 1:
             raise ValueError(
                 f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
@@ -196,6 +198,9 @@ class LoraSection:
 
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+
+    def __post_init__(self) -> None:
+        check_patterns(vars(self), "lora.")
 
 
 @dataclass(kw_only=True)

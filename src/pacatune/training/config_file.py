@@ -37,7 +37,20 @@ _FREE_ON_RESUME = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with the booleans and floats of YAML 1.2, and no dates."""
+    """Safe loader with the booleans and floats of YAML 1.2, no dates, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is given twice, of which YAML 1.2 allows none and PyYAML the last."""
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is given twice, in lines {lines[key.value]} and "
+                    f"{line}; put what belongs together in one place"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

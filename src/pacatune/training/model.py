@@ -145,11 +145,11 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     Raises:
         ValueError: If the model is no causal language model, or the targets match nothing.
     """
-    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     from pacatune.tuner.defaults import default_targets
+    from pacatune.tuner.ignored import get_strict_peft_model
 
     model_config = _load_model_config(config)
     check_quantization(config, model_config)
@@ -177,7 +177,7 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
             planned.columns_from = "dequantized"
             if planned.columns is None:
                 planned.selection = "random"
-        wrapped = get_peft_model(model, planned, low_cpu_mem_usage=True)
+        wrapped = get_strict_peft_model(model, planned, low_cpu_mem_usage=True)
         if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
             # TRL multiplies by the weight of the head itself, past any adapter on it.
             raise ValueError(
@@ -211,12 +211,13 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     """Load the weights, in the type that `model.dtype` asks for."""
     from transformers import AutoModelForCausalLM
 
+    from pacatune.adapters.base import readable_weights
     from pacatune.tuner.cpu_packing import forbid_packing
 
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
     options |= quantization_options(config, dtype)
-    with _no_remote_code(config.model.path):
+    with _no_remote_code(config.model.path), readable_weights(config.model.path):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.model.revision,

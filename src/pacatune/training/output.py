@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from pacatune.training.config_file import CONFIG_NAME
 
@@ -113,7 +113,7 @@ def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     try:
         yield staging
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not is_write_failure(error):
             raise
         clear_staging(folder)
@@ -136,12 +136,11 @@ def clear_staging(folder: Path) -> None:
 
 def is_write_failure(error: Exception) -> bool:
     """Whether an error comes from a disk that does not take more."""
-    if isinstance(error, SafetensorError):
-        return "os error" in str(error)
     if isinstance(error, OSError):
         return True
-    # torch.save reports a failed write of its zip file as a RuntimeError of one of these.
-    marks = ("PytorchStreamWriter", "inline_container", "iostream error")
+    # torch.save reports a failed write of its zip file as a RuntimeError of one of the first three,
+    # tokenizers any failed write as an Exception with the last.
+    marks = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
     return any(mark in str(error) for mark in marks)
 
 
