@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pacatune.hub import check_on_hub
 from pacatune.tuner.cpu_packing import forbid_packing
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -67,6 +68,7 @@ def load_base_config(name: str) -> Any:
     if folder.exists() and not (folder / "config.json").is_file():
         hint = "; it is an adapter, not a base" if (folder / "adapter_config.json").exists() else ""
         raise FileNotFoundError(f"base model {name!r} has no config.json{hint}.")
+    check_on_hub(name, "model")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
@@ -202,6 +204,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
+    check_on_hub(name, "model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:

@@ -18,6 +18,8 @@ def run(argv: list[str]) -> int:
         print(run_options.template(options), end="")
         return 0
     config = run_options.to_config(options)
+    if options.preview is not None and options.preview < 1:
+        raise ValueError(f"`--preview` ({options.preview}) must be at least 1.")
     if options.preview is not None:
         preview(config, options.preview)
         return 0
@@ -31,8 +33,6 @@ def build_parser() -> "ArgumentParser":
 
 
 def _run_options() -> RunOptions:
-    from jsonargparse.typing import PositiveInt
-
     from pacatune import training
 
     sections = {
@@ -44,7 +44,7 @@ def _run_options() -> RunOptions:
         "training": training.TrainingConfig,
     }
     preview = {
-        "type": PositiveInt | None,
+        "type": int | None,
         "metavar": "N",
         "help": "Show N examples with the tokens that are learned, and stop.",
     }

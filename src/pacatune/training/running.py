@@ -75,12 +75,14 @@ def make_lean(trainer: Any, config: AnyRun, console: Console) -> None:
 
 
 def open_folder(config: AnyRun, folder: Path, checkpoint: Path | None, console: Console) -> None:
-    """Delete what an older run left and write config.yaml; nothing to continue is deleted."""
+    """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
     if config.training.process_index == 0 and checkpoint is not None:
         clear_staging(folder)
+        step = (read_state(checkpoint) or {}).get("global_step")
+        console.print(f"resuming after step {step}: {checkpoint}", soft_wrap=True, highlight=False)
     elif config.training.process_index == 0:
         deleted = clear_folder(folder)
         if deleted:

@@ -93,11 +93,6 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
             raise ValueError(
                 f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
             )
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise ValueError(
-                f"`training.label_smoothing_factor` ({self.label_smoothing_factor}) must be in "
-                "[0, 1); 0 is off."
-            )
 
 
 @dataclass(kw_only=True)
