@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pacatune.cli.run_options import RunOptions
+from pacatune.cli.run_options import RunOptions, check_early
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
+    check_early(argv, "pacatune.training.config.RunConfig", ("preview",))
+
     from pacatune.training import preview, train
 
     run_options = _run_options()

@@ -4,7 +4,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import quiet_libraries
-from pacatune.cli.run_options import RunOptions, values_of
+from pacatune.cli.run_options import RunOptions, check_early, values_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -14,6 +14,7 @@ _PACKAGES = ("PIL", "torchvision", "timm")
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
+    check_early(argv, "pacatune.vision.config.ImageRunConfig", ("preset",))
     require_packages()
     quiet_libraries()
 

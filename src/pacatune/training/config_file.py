@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from pacatune.training.any_run import AnyRun
-from pacatune.training.arguments import own_options
 
 CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
@@ -77,6 +76,8 @@ def to_values(config: AnyRun) -> dict[str, Any]:
     What our class of training options sets otherwise than TRL's or transformers' is always there,
     so that a later version with other defaults repeats the run.
     """
+    from pacatune.training.arguments import own_options
+
     ours = own_options(type(config.training))
     training = {
         f.name: _plain(config.training.given[f.name])
