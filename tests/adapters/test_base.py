@@ -47,7 +47,7 @@ def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
 
 
 def test_a_missing_base_is_named(tmp_path, adapter_dir):
-    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a model folder nor a hub id"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere'\) is neither a file or folder here"):
         load_base("nowhere", task_type=None)
     with pytest.raises(FileNotFoundError, match=r"has no config\.json\.$"):
         load_base(str(tmp_path), task_type=None)
@@ -84,7 +84,8 @@ def test_a_tokenizer_is_found_missing_or_damaged(model_copy, tmp_path):
     with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
         load_tokenizer(str(model_copy))
     assert load_tokenizer(str(tmp_path)) is None
-    assert load_tokenizer("someone/unreachable") is None
+    with pytest.raises(FileNotFoundError, match=r"`model` .* is neither a file or folder here"):
+        load_tokenizer("someone/unreachable")
 
 
 def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):

@@ -62,10 +62,10 @@ def test_the_keys_of_another_reader_are_enough(tmp_path):
         ({"selection": "unheard_of"}, r"`selection` \('unheard_of'\) must be one of"),
         ({"random_seed": 0.5}, "gives `random_seed` = '0.5' .*; it must be int or null"),
         ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
-        ({"target_modules": "(q_proj"}, r"the pattern '\(q_proj', which is no regular expression"),
-        ({"exclude_modules": ["*"]}, r"the pattern '\*', which is no regular expression"),
-        ({"rank_pattern": {"[": 4}}, r"the pattern '\[', which is no regular expression"),
-        ({"alpha_pattern": {"[": 4}}, r"the pattern '\[', which is no regular expression"),
+        ({"target_modules": "(q_proj"}, r"`\w+` \('\(q_proj'\) is no regular expression"),
+        ({"exclude_modules": ["*"]}, r"`\w+` \('\*'\) is no regular expression"),
+        ({"rank_pattern": {"[": 4}}, r"`\w+` \('\['\) is no regular expression"),
+        ({"alpha_pattern": {"[": 4}}, r"`\w+` \('\['\) is no regular expression"),
     ],
 )
 def test_a_wrong_configuration_is_refused(edited, changes, message):
@@ -90,10 +90,10 @@ def test_keys_of_another_peft_do_not_matter_while_they_are_off(tmp_path):
         ({"use_future": True}, "holds the unknown key 'use_future'; the nearest"),
         ({"runtime_config": {"a": 1}}, "holds the unknown key 'runtime_config'"),
         ({"megatron_config": {"a": 1}}, "sets `megatron_config`, which makes PEFT import a module"),
-        ({"target_modules": "("}, r"the pattern '\(', which is no regular expression"),
-        ({"target_modules": [1]}, "the pattern '1', which is no regular expression"),
+        ({"target_modules": "("}, r"`\w+` \('\('\) is no regular expression"),
+        ({"target_modules": [1]}, r"`\w+` \('1'\) is no regular expression"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
-        ({"use_dora": True, "target_modules": 3}, "the pattern '3', which is no regular"),
+        ({"use_dora": True, "target_modules": 3}, r"`\w+` \('3'\) is no regular expression"),
     ],
 )
 def test_a_wrong_lora_configuration_is_refused(tmp_path, changes, message):

@@ -118,6 +118,7 @@ def test_errors_are_one_line_that_says_what_to_do(words, message, capsys):
     [
         (["--gpu", "h100", "--memory", "1GiB"], "--gpu and --memory both say how much there is"),
         (["--max", "rank"], "--max needs --gpu or --memory"),
+        (["--method", "lora", "--methods", "paca,full"], "--methods: not allowed with argument"),
         (["--methods", ","], "',' names nothing; write a,b,c"),
         (["--max", "layers", "--gpu", "h100"], "invalid choice: 'layers'"),
     ],

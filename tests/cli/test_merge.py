@@ -39,7 +39,7 @@ def test_notes_go_to_stderr(adapter_copy, tmp_path, capsys):
         (["--adapter", "{adapter}", "--output", "{adapter}"], "is not empty; choose another"),
         (
             ["--adapter", "{adapter}", "--output", "out", "--model", "nowhere"],
-            "base model 'nowhere' is neither a model folder nor a hub id",
+            "`model` ('nowhere') is neither a file or folder here nor a model of the hub",
         ),
         (
             ["--adapter", "{adapter}", "--output", "out", "--device", "cuda:99"],

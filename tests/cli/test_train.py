@@ -84,6 +84,19 @@ def test_preview_of_a_wrong_number(words, capsys, number):
     assert "preview" in error_of(capsys, [*words, "--preview", number])
 
 
+def test_preview_says_what_is_cut(words, capsys):
+    assert main([*words, "--preview", "1", "--training.max_length", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "10 tokens (cut from " in out
+    assert "are cut at `training.max_length` (10; the longest has" in out
+
+
+def test_negative_number_is_a_value(words, capsys):
+    for number in ("-1e-3", "-.5", "-1"):
+        found = error_of(capsys, [*words, "--training.learning_rate", number])
+        assert found.startswith(f"`training.learning_rate` ({float(number)}) must be above 0")
+
+
 def test_unknown_option_names_the_nearest(words, capsys):
     assert error_of(capsys, [*words, "--training.lerning_rate", "1"]).startswith(
         "unknown option --training.lerning_rate; did you mean 'training.learning_rate'?"

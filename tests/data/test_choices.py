@@ -33,6 +33,10 @@ def test_written_rows_are_read_again():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"choices": ["a", "b"], "answer": 0},
+            r"columns \['answer', 'choices'\] lack 'question'; a row needs question, choices",
+        ),
         ({**ROW, "question": ""}, "'question' is ''; it must be a text"),
         ({**ROW, "choices": ["a"]}, r"'choices' is \['a'\]; it must list two texts or more"),
         ({**ROW, "choices": ["a", " "]}, "'choices' is .*; it must list two texts or more"),

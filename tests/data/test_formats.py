@@ -71,6 +71,18 @@ def test_unknown_columns_list_what_was_found_and_what_is_accepted():
         convert({"question": "q", "answer": "a"})
 
 
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"conversations": [{"from": "human", "value": "q"}]}, "rename 'conversations' to 'messag"),
+        ({"choices": ["a", "b"], "answer": 0}, "A row with choices needs a 'question' and an"),
+    ],
+)
+def test_hints_for_other_formats(values, hint):
+    with pytest.raises(ValueError, match=hint):
+        convert(values)
+
+
 def test_mixed_formats():
     with pytest.raises(
         ValueError, match=r"row 2: format 'text' among rows of format 'messages'; one run takes"

@@ -74,7 +74,7 @@ def test_separate_evaluation_data(tokenizer, path, tmp_path):
 
 def test_columns_are_what_the_trainer_takes(tokenizer, path):
     data = prepare(tokenizer, path=path, eval_fraction=0)
-    assert sorted(data.train.column_names) == ["input_ids", "labels", "place"]
+    assert sorted(data.train.column_names) == ["input_ids", "labels", "num_tokens", "place"]
     row = data.train[0]
     learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(learned) == "It is 0.</s>"

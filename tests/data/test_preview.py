@@ -17,7 +17,12 @@ def row(tokenizer, prompt, completion, place="f.jsonl, row 1"):
     first = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     second = tokenizer(completion, add_special_tokens=False)["input_ids"]
     labels = [-100] * len(first) + second
-    return {"place": place, "input_ids": first + second, "labels": labels}
+    return {
+        "place": place,
+        "input_ids": first + second,
+        "labels": labels,
+        "num_tokens": len(labels),
+    }
 
 
 def test_colour_marks_learned_tokens(tiny_tokenizer):
@@ -54,3 +59,8 @@ def test_brackets_in_data_are_no_markup(tiny_tokenizer):
     )
     assert "[bold]x[/bold]" in text
     assert "[red].jsonl, row 1: " in text
+
+
+def test_cut_examples_say_so(tiny_tokenizer):
+    one = {**row(tiny_tokenizer, "a", "b"), "num_tokens": 9}
+    assert "f.jsonl, row 1: 2 tokens (cut from 9), 1 learned" in preview(tiny_tokenizer, [one])

@@ -71,6 +71,7 @@ def test_hub_data_set(tmp_path, monkeypatch):
         return datasets.Dataset.from_list([{"text": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("pacatune.data.read.check_on_hub", lambda *args, **options: None)
     rows = list(read_rows("owner/data", name="small", split="validation"))
     assert calls == [("owner/data", "small", "validation")]
     assert rows[0].place == "owner/data (validation), row 1"

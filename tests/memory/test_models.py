@@ -48,7 +48,7 @@ def test_folder_without_config(tmp_path):
 
 
 def test_hub_id_that_cannot_be_had():
-    with pytest.raises(ValueError, match=r"config.json of some/model cannot be had from the hub"):
+    with pytest.raises(FileNotFoundError, match=r"'some/model'\) is neither a file or folder here"):
         load_config("some/model")
 
 

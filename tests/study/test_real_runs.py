@@ -126,6 +126,14 @@ def test_classes(class_options, tmp_path):
     assert f"{100 * result.arms['paca'].mean:.2f}" in text
 
 
+def test_diverged_run_is_a_failure(class_options, tmp_path):
+    arms = {"paca": Arm(rank=4, learning_rates=[1e-2, 1e38])}
+    config = study_of(class_options, arms, command="classify", seeds=[0])
+    failures = run_study(config, tmp_path / "out", console=QUIET).arms["paca"].failures
+    assert len(failures) == 1
+    assert "TrainingDiverged: training diverged: the evaluation loss after step" in str(failures)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -133,3 +133,16 @@ def test_tasks_that_a_study_cannot_have(text_options):
         plan_of(without)
     with pytest.raises(ValueError, match=r"`early_stopping_patience` is set, but a study trains"):
         plan_of({**text_options, "early_stopping_patience": 2})
+
+
+def test_options_of_other_methods(text_options):
+    """Of all runs, they are for the arms that read them; of an arm, they must be its own."""
+    options = {**text_options, "paca": {"bias": "all"}, "lora": {"use_rslora": True}}
+    plan = plan_of(options)
+    assert plan.make_run("paca", 1e-3, 0, Path("x")).lora.use_rslora is False
+    assert plan.make_run("lora", 1e-3, 0, Path("x")).lora.use_rslora is True
+    arms = {"paca": Arm(rank=4, options={"lora": {"use_rslora": True}})}
+    with pytest.raises(ValueError, match=r"arm 'paca': `lora.use_rslora` \(True\) is an option of"):
+        plan_of(text_options, arms)
+    with pytest.raises(ValueError, match=r"`options` has the section 'lora', which only lora"):
+        plan_of(options, {"paca": Arm(rank=4)})

@@ -1,11 +1,12 @@
 """What is said before and instead of training."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from pacatune.training import preview, train
+from pacatune.training import LoraSection, PacaSection, preview, train
 from pacatune.training import recipe as recipe_module
 
 
@@ -15,17 +16,6 @@ def test_targets_and_parameters_are_shown_before_training(make_config, console):
     assert "training 8,192 of 37,792 parameters (paca): 2 x q_proj (32 -> 32)" in out
     assert out.index("data: 57 examples, 3 held out") < out.index("step 0/1: evaluation loss")
     assert "held-out loss after" in out
-
-
-def test_options_of_another_method_are_said_to_be_unused(make_config, console):
-    from pacatune.training import LoraSection
-
-    config = make_config(lora=LoraSection(r=4), training={"max_steps": 1})
-    train(config, console=console)
-    assert "warning: the options of `lora` are not used by the method paca." in (
-        console.file.getvalue()
-    )
-    assert "`paca` are not used" not in console.file.getvalue()
 
 
 def test_preview_loads_no_weights(make_config, console, monkeypatch):
@@ -124,3 +114,52 @@ def test_several_gpus_in_one_process(make_config, monkeypatch):
     monkeypatch.setattr(type(config.training), "n_gpu", 2)
     with pytest.raises(ValueError, match="2 GPUs are visible to one process; start one process"):
         train(config)
+
+
+def test_weights_that_are_cut_off(make_config, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:40_000])
+    with pytest.raises(ValueError, match=r"the weights of .*cut cannot be read \(.*\); copy them"):
+        train(make_config(model={"path": str(tmp_path / "cut")}))
+
+
+def test_checkpoint_that_is_cut_off(make_config, tmp_path, console, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_module, "save_result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(training={"max_steps": 2}), console=console)
+    weights = tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:4_000])
+    with pytest.raises(ValueError, match=r"the weights of .*checkpoint-2 cannot be read"):
+        train(make_config(training={"max_steps": 2}), resume=True, console=console)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_tokenizer_on_a_full_disk(make_config, tmp_path, console, monkeypatch):
+    """tokenizers reports it by an Exception of no class of its own."""
+
+    def save_pretrained(self, *args, **kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", save_pretrained)
+    with pytest.raises(
+        OSError, match=r"could not save checkpoint-2 in .*\(No space left on device"
+    ):
+        train(make_config(), console=console)
+
+
+@pytest.mark.parametrize(("method", "section"), [("paca", PacaSection), ("lora", LoraSection)])
+def test_expression_that_does_not_compile(make_config, method, section):
+    with pytest.raises(ValueError, match=rf"`{method}.target_modules` \('\(q'\) is no regular exp"):
+        make_config(method, **{method: section(target_modules="(q")})
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_pattern_that_matches_nothing(make_config, method):
+    section = {"paca": PacaSection, "lora": LoraSection}[method](rank_pattern={"q_prj": 2})
+    with pytest.raises(ValueError, match=r"`rank_pattern`: 'q_prj' matches nothing .* 'q_proj'\?"):
+        train(make_config(method, **{method: section}))

@@ -100,6 +100,9 @@ def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monk
     assert "stopping after this step" in console.file.getvalue()
     assert (tmp_path / "cut" / "checkpoint-5").is_dir()
     train(config, resume=True, console=console)
+    assert f"resuming after step 5: {tmp_path / 'cut' / 'checkpoint-5'}" in (
+        console.file.getvalue()
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -4,8 +4,18 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from pacatune.study.classifier_config import ClassifierTrainingConfig
+from pacatune.training import (
+    DataConfig,
+    LoraSection,
+    ModelConfig,
+    MosLoraSection,
+    PacaSection,
+    RunConfig,
+    TrainingConfig,
+)
 from pacatune.training.config import LEARNING_RATES
+from pacatune.vision import ImageTrainingConfig
 
 
 def run_config(training=None, **options):
@@ -139,12 +149,51 @@ def test_early_stopping(strategy):
         {"gradient_accumulation_steps": 0},
         {"num_train_epochs": 0},
         {"max_length": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": float("inf")},
+        {"eval_steps": 0},
+        {"save_steps": 0},
+        {"logging_steps": -1},
+        {"save_total_limit": 0},
+        {"max_steps": 0},
+        {"max_steps": -5},
     ],
 )
 def test_numbers_that_train_nothing(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0; raise"):
+    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0[;,]"):
         TrainingConfig(**options)
+
+
+@pytest.mark.parametrize("kind", [TrainingConfig, ImageTrainingConfig, ClassifierTrainingConfig])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay": -1}, r"`training.weight_decay` \(-1\) must be at least 0; 0 is off"),
+        ({"warmup_steps": -1}, r"`training.warmup_steps` \(-1\) must be at least 0"),
+        ({"max_grad_norm": float("nan")}, r"`training.max_grad_norm` \(nan\) must be at least 0"),
+        ({"adam_beta2": 1.0}, r"`training.adam_beta2` \(1.0\) must be in \[0, 1\)"),
+        ({"seed": -1}, r"`training.seed` \(-1\) must be in \[0, 2\^32\)"),
+        ({"max_steps": -5}, r"`training.max_steps` \(-5\) must be above 0, or -1: then"),
+    ],
+)
+def test_numbers_that_mean_nothing(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, r"`lora.r` \(0\) must be above 0"),
+        ({"lora_alpha": -1}, r"`lora.lora_alpha` \(-1\) must be above 0"),
+        ({"lora_dropout": 1.0}, r"`lora.lora_dropout` \(1.0\) must be in \[0, 1\)"),
+    ],
+)
+def test_lora_ranges(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoraSection(**options)
 
 
 def test_numbers_that_do_not_matter():
@@ -168,3 +217,21 @@ def test_best_of_no_evaluation(options):
             training=training,
             **options,
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "lora",
+            {"paca": PacaSection(r=64)},
+            r"`paca.r` \(64\) is an option of paca, and `meth",
+        ),
+        ("full", {"lora": LoraSection(r=4)}, r"`lora.r` \(4\) is an option of lora, dora, moslora"),
+        ("lora", {"moslora": MosLoraSection(mixer_init="orthogonal")}, r"`moslora.mixer_init`"),
+    ],
+)
+def test_options_of_another_method(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(method=method, **options)
+    run_config(method="moslora", lora=LoraSection(r=4), paca=PacaSection())

@@ -144,3 +144,24 @@ def test_changed_keys():
         "paca.rank_pattern: {} -> {'q': 1}",
         "training.max_steps: None -> 3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paca: {r: 4}\nlora: {}\npaca: {r: 8}\n", r"'paca' is given twice, in lines 1 and 3; put"),
+        ("paca:\n  r: 4\n  r: 8\n", r"'r' is given twice, in lines 2 and 3"),
+        ("paca: {r: 4, r: 8}\n", r"'r' is given twice"),
+    ],
+)
+def test_key_given_twice(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_values(path)
+
+
+def test_merged_keys_of_yaml_are_no_repetition(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {r: 4, s: 1}\nb: {<<: *a, r: 8}\n")
+    assert read_values(path)["b"] == {"r": 8, "s": 1}

@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.tuner import PacaLayer
-from pacatune.tuner.defaults import default_targets, survey
+from pacatune.tuner.defaults import default_targets, log_targets, survey
 from tools.families import FAMILIES
 
 
@@ -128,3 +128,12 @@ def test_half_precision_and_meta_models_have_the_same_default(llama):
     with torch.device("meta"):
         assert default_targets(FAMILIES["Llama"].build()) == expected
     assert default_targets(llama.to(torch.bfloat16)) == expected
+
+
+def test_a_matrix_of_the_model_itself_has_no_name_to_log(caplog):
+    model = Model(nn.ModuleList([Block(), Block()]))
+    model.weight = nn.Parameter(torch.zeros(3, 4))  # as timm's ViT has its positions
+    assert survey(model)[""]
+    with caplog.at_level("WARNING", "pacatune"):
+        log_targets(model)
+    assert "it leaves out 0, attention, gate, head, out_proj." in caplog.text

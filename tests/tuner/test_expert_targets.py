@@ -1,7 +1,5 @@
 """Which expert parameters are adapted: names, layers, patterns, and what is refused."""
 
-import re
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -121,5 +119,5 @@ def test_experts_of_several_devices_are_refused() -> None:
 
 
 def test_patterns_that_match_nothing_are_named() -> None:
-    with pytest.warns(UserWarning, match=re.escape("`alpha_pattern`: ['down'] match nothing")):
+    with pytest.raises(ValueError, match="`alpha_pattern`: 'down' matches nothing that is adapted"):
         adapt(build("mixtral"), alpha_pattern={"down": 2, "down_proj": 4})

@@ -30,6 +30,10 @@ def make_config(vit_dir, images_dir, tmp_path):
     """Build a run of 8 steps, a checkpoint every second; options override what it says."""
 
     def make(method="paca", *, model=None, data=None, training=None, **options):
+        if method in ("full", "head"):
+            options = {k: v for k, v in options.items() if k not in ("paca", "lora")}
+        elif options.keys() >= {"paca", "lora"}:
+            options.pop("lora" if method == "paca" else "paca")
         return ImageRunConfig(
             method=method,
             model=ImageModelConfig(**{"path": str(vit_dir), **(model or {})}),

@@ -100,13 +100,13 @@ def test_model_for_other_images(vit_dir, tmp_path):
 @pytest.mark.parametrize("path", ["owner/model", "timm/resnet18.a1_in1k", "resnet18.a1_in1k"])
 def test_hub_model_without_a_network(path):
     with pytest.raises(
-        FileNotFoundError, match=r"is neither a folder here nor a hub id that can be"
+        FileNotFoundError, match=r"is neither a file or folder here nor a model of the hub"
     ):
         describe(path)
 
 
 def test_bare_name_of_timm_is_its_hub_id():
-    with pytest.raises(FileNotFoundError, match=r"model 'timm/resnet18\.a1_in1k' is neither"):
+    with pytest.raises(FileNotFoundError, match=r"'timm/resnet18\.a1_in1k'\) is neither"):
         describe("resnet18")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pacatune.training import TrainingDiverged
 from pacatune.training.config_file import read_values
 from pacatune.vision import load_result, train
 from pacatune.vision.parts import find_batch_norms
@@ -148,3 +149,10 @@ def test_folder_without_a_result(tmp_path):
         FileNotFoundError, match=r"holds no preprocessor_config\.json, so it is no f"
     ):
         load_result(tmp_path)
+
+
+def test_diverged_run(make_config, tmp_path, console):
+    config = make_config(training={"learning_rate": 1e38, "save_steps": 8, "eval_steps": 8})
+    with pytest.raises(TrainingDiverged, match=r"the loss of step \d is (nan|inf); the learning"):
+        train(config, console=console)
+    assert not (tmp_path / "out" / "report.json").exists()

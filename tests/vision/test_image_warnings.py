@@ -60,13 +60,6 @@ class TestBeforeWeights:
             train(make_config(model={"path": "./no/such"}))
 
 
-def test_options_of_another_method_are_said_to_be_unused(make_config, console):
-    from pacatune.vision import LoraSection
-
-    train(make_config(lora=LoraSection(r=4), training={"max_steps": 1}), console=console)
-    assert "the options of `lora` are not used by the method paca." in console.file.getvalue()
-
-
 def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")

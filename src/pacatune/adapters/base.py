@@ -1,5 +1,7 @@
 """Load the base model an adapter belongs to, or only its shapes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pacatune.hub import check_on_hub
 from pacatune.tuner.cpu_packing import forbid_packing
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -65,6 +68,7 @@ def load_base_config(name: str) -> Any:
     if folder.exists() and not (folder / "config.json").is_file():
         hint = "; it is an adapter, not a base" if (folder / "adapter_config.json").exists() else ""
         raise FileNotFoundError(f"base model {name!r} has no config.json{hint}.")
+    check_on_hub(name, "model")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
@@ -115,18 +119,29 @@ def load_base(
             "quantization_config": quantization_config(quantization, compute_dtype),
             "device_map": {"": target},
         }
-    try:
+    with readable_weights(f"base model {name!r}"):
         model = model_class.from_pretrained(
             name, config=config, dtype=torch_dtype, trust_remote_code=False, **options
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of base model {name!r} cannot be read ({error}); copy them again."
-        ) from error
     if not options:
         model = model.to(target)
     forbid_packing(model)
     return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def readable_weights(owner: str) -> Iterator[None]:
+    """Say whose weights cannot be read inside this block, such as those of a cut off file.
+
+    Raises:
+        ValueError: Names the owner.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {owner} cannot be read ({error}); copy them again."
+        ) from error
 
 
 def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
@@ -189,6 +204,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
+    check_on_hub(name, "model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:

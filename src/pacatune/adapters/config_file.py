@@ -1,7 +1,6 @@
 """Read and check adapter_config.json before anything acts on it."""
 
 import difflib
-import re
 import types
 import typing
 from dataclasses import fields
@@ -13,10 +12,10 @@ from peft import LoraConfig
 
 from pacatune.adapters.json_file import read_json_object
 from pacatune.baselines import MosLoraConfig
+from pacatune.patterns import check_patterns
 from pacatune.tuner.config import FILE_TYPES, PacaConfig
 
 CONFIG_NAME = "adapter_config.json"
-PATTERN_KEYS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "columns")
 
 
 def read_config(path: Path) -> PacaConfig:
@@ -49,8 +48,8 @@ def read_config(path: Path) -> PacaConfig:
                 f"{path} gives `{key}` = {str(value)[:80]!r} ({type(value).__name__}); "
                 f"it must be {_describe(hints[key])}."
             )
-    _check_patterns(config, path)
     try:
+        check_patterns(config)
         return PacaConfig(**config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -85,8 +84,8 @@ def read_lora_config(path: Path) -> LoraConfig:
             f"{path} sets `megatron_config`, which makes PEFT import a module that the file names; "
             "set it to null."
         )
-    _check_patterns(config, path)
     try:
+        check_patterns(config)
         return config_class(**{key: value for key, value in config.items() if key in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -98,20 +97,6 @@ def _unknown_key(key: str, known: set[str], path: Path) -> str:
         f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {nearest[0]!r}. "
         "Correct or remove it; if a newer version of pacatune or PEFT wrote it, upgrade."
     )
-
-
-def _check_patterns(config: dict[str, Any], path: Path) -> None:
-    # PEFT compiles these later, and `re.error` is no ValueError.
-    for key in PATTERN_KEYS:
-        value = config.get(key)
-        for pattern in value if isinstance(value, (list, dict)) else [value]:
-            try:
-                re.compile(pattern or "")
-            except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise ValueError(
-                    f"{path} gives `{key}` the pattern {str(pattern)[:80]!r}, which is no regular "
-                    f"expression ({error}); correct it."
-                ) from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -27,6 +28,8 @@ COMMANDS = {
     "bench": "measure the methods on this machine: time, operations, memory, limits",
     "reproduce": "put the paper's tables and figures beside what is found here",
 }
+
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pacatune {_version()}")
         return 0
     try:
-        return _run_command(words[0], words[1:])
+        return _run_command(words[0], _with_numbers(words[1:]))
     except KeyboardInterrupt as interrupt:
         # Training says where it stopped and how to go on.
         print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -71,6 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"pacatune: error: {_describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _with_numbers(words: list[str]) -> list[str]:
+    """Write `--option -1e-3` as `--option=-1e-3`, which argparse does not take for an option."""
+    joined: list[str] = []
+    for word in words:
+        last = joined[-1] if joined else ""
+        if _NEGATIVE.fullmatch(word) and last.startswith("--") and "=" not in last:
+            joined[-1] = f"{last}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _run_command(name: str, argv: list[str]) -> int:

@@ -58,8 +58,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help=_MODEL_HELP)
-    add("--method", default="paca", metavar="NAME", help=_METHOD_HELP)
-    add("--methods", type=_names, metavar="A,B,...", help="several, side by side")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", default="paca", metavar="NAME", help=_METHOD_HELP)
+    which.add_argument("--methods", type=_names, metavar="A,B,...", help="several, side by side")
     add("--rank", type=int, default=8, help="columns or rank of the adapter (default: %(default)s)")
     add("--dropout", type=float, default=0.0, help="of lora, dora and moslora (default: none)")
     add("--batch-size", type=int, default=1, help="sequences per step (default: %(default)s)")

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,30 +85,11 @@ class RunOptions:
         """
         from argparse import ArgumentError
 
-        self._check_words(argv)
+        _check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
         try:
             return self.parser.parse_args(argv)
         except ArgumentError as error:
             raise ValueError(f"{readable(str(error))}; see `{self.parser.prog} --help`.") from error
-
-    def _check_words(self, argv: list[str]) -> None:
-        """Refuse unknown options and unknown keys of config files."""
-        from pacatune.training.config_file import check_keys, read_values, suggest
-
-        others = {*self.flags, *self.sections}
-        known = {action.dest for action in self.parser._actions} - others
-        for word in argv:
-            name = word[2:].partition("=")[0].rstrip("+")
-            if not word.startswith("--") or name in others:
-                continue
-            # A key inside an option that holds a dictionary, such as paca.rank_pattern.q_proj.
-            if not any(name == option or name.startswith(f"{option}.") for option in known):
-                raise ValueError(f"unknown option --{name}; {suggest(name, known)}")
-        for path in values_of(argv, "config"):
-            values = read_values(Path(path))
-            for flag in set(self.flags) & set(values):
-                raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
-            check_keys(values, known, path)
 
     def to_config(self, options: "Namespace") -> Any:
         """Build the run.
@@ -135,6 +116,45 @@ class RunOptions:
                 for name, value in values[section].items()
             ]
         return "".join(parts)
+
+
+def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None:
+    """Refuse unknown options and unknown keys of config files before anything is imported.
+
+    Args:
+        argv: Words of the command line.
+        run_class: Dataclass of the run, as `module.Class`.
+        flags: Of this command, beside those of all commands that train.
+
+    Raises:
+        ValueError: Names the nearest known one.
+    """
+    from pacatune.training.option_names import option_names
+
+    try:
+        names = option_names(*run_class.rsplit(".", 1))
+    except (LookupError, OSError):  # no sources here: `RunOptions.parse` finds it, later
+        return
+    _check_names(argv, names, (*_FLAGS, *flags))
+
+
+def _check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:
+    from pacatune.training.config_file import check_keys, read_values, suggest
+
+    others = {*flags, *(name.partition(".")[0] for name in names if "." in name)}
+    known = set(names) - others
+    for word in argv:
+        name = word[2:].partition("=")[0].rstrip("+")
+        if not word.startswith("--") or name in others:
+            continue
+        # A key inside an option that holds a dictionary, such as paca.rank_pattern.q_proj.
+        if not any(name == option or name.startswith(f"{option}.") for option in known):
+            raise ValueError(f"unknown option --{name}; {suggest(name, known)}")
+    for path in values_of(argv, "config"):
+        values = read_values(Path(path))
+        for flag in set(flags) & set(values):
+            raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
+        check_keys(values, known, path)
 
 
 def readable(message: str) -> str:

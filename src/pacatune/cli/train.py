@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pacatune.cli.run_options import RunOptions
+from pacatune.cli.run_options import RunOptions, check_early
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
+    check_early(argv, "pacatune.training.config.RunConfig", ("preview",))
+
     from pacatune.training import preview, train
 
     run_options = _run_options()
@@ -18,6 +20,8 @@ def run(argv: list[str]) -> int:
         print(run_options.template(options), end="")
         return 0
     config = run_options.to_config(options)
+    if options.preview is not None and options.preview < 1:
+        raise ValueError(f"`--preview` ({options.preview}) must be at least 1.")
     if options.preview is not None:
         preview(config, options.preview)
         return 0
@@ -31,8 +35,6 @@ def build_parser() -> "ArgumentParser":
 
 
 def _run_options() -> RunOptions:
-    from jsonargparse.typing import PositiveInt
-
     from pacatune import training
 
     sections = {
@@ -44,7 +46,7 @@ def _run_options() -> RunOptions:
         "training": training.TrainingConfig,
     }
     preview = {
-        "type": PositiveInt | None,
+        "type": int | None,
         "metavar": "N",
         "help": "Show N examples with the tokens that are learned, and stop.",
     }

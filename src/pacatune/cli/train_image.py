@@ -4,7 +4,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import quiet_libraries
-from pacatune.cli.run_options import RunOptions, values_of
+from pacatune.cli.run_options import RunOptions, check_early, values_of
 from pacatune.installation import install_command
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ _PACKAGES = ("PIL", "torchvision", "timm")
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
+    check_early(argv, "pacatune.vision.config.ImageRunConfig", ("preset",))
     require_packages()
     quiet_libraries()
 

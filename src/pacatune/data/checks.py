@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_STATISTICS = ["num_tokens", "num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved"]
+_STATISTICS = ["num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved"]
 
 
 def keep_learnable(
@@ -21,7 +21,7 @@ def keep_learnable(
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
     Args:
-        data: Encoded examples with their statistics, which are dropped.
+        data: Encoded examples with their statistics, dropped but for the number of tokens.
         what: "training" or "evaluation", for messages.
         max_length: Tokens at which examples were cut.
         tokenizer: Tokenizer that encoded them.
@@ -98,9 +98,11 @@ def _warn(
     cut = [max_length is not None and num > max_length for num in num_tokens]
     whole = [ends for ends, is_cut in zip(data["ends"], cut, strict=True) if not is_cut]
     if any(cut):
+        places = [place for place, is_cut in zip(data["place"], cut, strict=True) if is_cut]
         warnings.append(
             f"{sum(cut)} of {len(data)} {what} examples are cut at `training.max_length` "
-            f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop."
+            f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop: "
+            f"{_some(places)}."
         )
     if what == "training" and whole and not any(whole):
         warnings.append(

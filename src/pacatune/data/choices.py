@@ -53,6 +53,11 @@ def to_choice_question(row: Row) -> ChoiceQuestion:
     values, place = row.values, row.place
     if "target_scores" in values and "choices" not in values:
         values = _from_scores(values, place)
+    if missing := [name for name in ("question", "choices", "answer") if name not in values]:
+        raise ValueError(
+            f"{place}: columns {sorted(values)} lack {' and '.join(map(repr, missing))}; a row "
+            "needs question, choices and answer, or BIG-bench's input and target_scores."
+        )
     question, choices = values.get("question"), values.get("choices")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{place}: 'question' is {question!r:.60}; it must be a text.")

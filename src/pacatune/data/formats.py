@@ -56,9 +56,16 @@ def detect_format(row: Row) -> Format:
     for name, required in COLUMNS.items():
         if all(column in present for column in required):
             return name
+    hint = "Rename the columns."
+    if "conversations" in row.values:
+        hint = (
+            "These look like ShareGPT's: rename 'conversations' to 'messages', and in each turn "
+            "'from' to 'role' (human: user, gpt: assistant) and 'value' to 'content'."
+        )
+    elif "choices" in present:
+        hint = "A row with choices needs a 'question' and an 'answer' too."
     raise ValueError(
-        f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. "
-        "Rename the columns."
+        f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. {hint}"
     )
 
 

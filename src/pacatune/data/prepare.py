@@ -62,7 +62,8 @@ def prepare_data(
 
     def load(path: str, split: str, what: str) -> "Dataset":
         columns = CSV_COLUMNS if config.format == "mmlu" else None
-        rows = read_rows(path, name=config.name, split=split, csv_columns=columns)
+        option = "data.eval_path" if what == "evaluation" and config.eval_path else "data.path"
+        rows = read_rows(path, name=config.name, split=split, csv_columns=columns, option=option)
         has_template = bool(tokenizer.chat_template)
         examples = list(to_examples(rows, config.format, has_template=has_template))
         _check_chats(examples[0], config, has_template)

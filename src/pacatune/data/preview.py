@@ -23,7 +23,7 @@ def show_preview(
     Where there is no colour, learned tokens stand between [[ and ]].
 
     Args:
-        data: Columns place, input_ids and labels.
+        data: Columns place, input_ids, labels and num_tokens, before any cut.
         tokenizer: Decodes the ids.
         num_examples: Number of examples to print.
         console: Where to print.
@@ -31,7 +31,9 @@ def show_preview(
     mark = "green" if console.color_system else "between [[ and ]]"
     for row in data.select(range(min(num_examples, len(data)))):
         num_learned = sum(label != IGNORED for label in row["labels"])
-        title = f"{row['place']}: {len(row['input_ids'])} tokens, {num_learned} learned"
+        num_tokens, num_kept = row["num_tokens"], len(row["input_ids"])
+        cut = f" (cut from {num_tokens})" if num_kept < num_tokens else ""
+        title = f"{row['place']}: {num_kept} tokens{cut}, {num_learned} learned"
         console.rule()
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         console.print(_render(row["input_ids"], row["labels"], tokenizer, console))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pacatune.hub import check_on_hub
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _EVALUATION_NAME = re.compile(r"(test|eval|valid|validation|dev)([-_.]|$)")
@@ -28,6 +30,7 @@ def read_rows(
     name: str | None = None,
     split: str = "train",
     csv_columns: Sequence[str] | None = None,
+    option: str = "data.path",
 ) -> Iterator[Row]:
     """Yield every row of a file, a folder of files, or a hub data set.
 
@@ -39,15 +42,17 @@ def read_rows(
         split: Split of a hub data set.
         csv_columns: Of .csv files without a header; a first row that names the last of them is
             a header all the same.
+        option: Where `path` is from, for messages.
 
     Raises:
-        FileNotFoundError: If `path` looks like a local path and does not exist.
+        FileNotFoundError: If `path` does not exist, here or on the hub.
         ValueError: If a file cannot be read as its suffix says, or holds no row.
     """
     local = Path(path).expanduser()
     if not local.exists():
         if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise FileNotFoundError(f"{path} does not exist; check `data.path`.")
+            raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
+        check_on_hub(path, option, kind="dataset")
         rows = _read_hub(path, name, split)
     elif local.is_dir():
         rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))

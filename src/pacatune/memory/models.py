@@ -126,6 +126,9 @@ def _find_file(model: str) -> Path:
 def _download(model: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    from pacatune.hub import check_on_hub
+
+    check_on_hub(model, "model")
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:

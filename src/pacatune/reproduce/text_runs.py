@@ -63,6 +63,19 @@ def text_run(
     alpha = stated.alpha if stated.alpha is not None else float(stated.rank or 1)
     options = {"learning_rate": rate, "bf16": dtype == "bfloat16", "seed": seed}
     is_paca = method in _PACA
+    adapter: dict[str, Any] = {}
+    if is_paca:
+        adapter["paca"] = PacaSection(
+            r=stated.rank or 1,
+            paca_alpha=alpha,
+            selection=selection,
+            selection_batches=selection_batches,
+            random_seed=seed,
+        )
+    elif method != "full":
+        adapter["lora"] = LoraSection(
+            r=stated.rank or 1, lora_alpha=int(alpha), lora_dropout=stated.dropout or 0.0
+        )
     return RunConfig(
         method="paca" if is_paca else method,  # type: ignore[arg-type]
         model=ModelConfig(
@@ -71,16 +84,7 @@ def text_run(
             quantization="nf4" if method.startswith("q") else None,
         ),
         data=DataConfig(**data),
-        paca=PacaSection(
-            **({"r": stated.rank, "paca_alpha": alpha} if is_paca else {}),  # type: ignore[arg-type]
-            selection=selection,
-            selection_batches=selection_batches,
-            random_seed=seed,
-        ),
-        lora=LoraSection(
-            **({} if is_paca else {"r": stated.rank, "lora_alpha": int(alpha)}),  # type: ignore[arg-type]
-            lora_dropout=stated.dropout or 0.0,
-        ),
+        **adapter,
         training=TrainingConfig(**_schedule(stated) | options | training),
         # As the paper's code computes; its memory and times are without lean layers.
         lean="off",

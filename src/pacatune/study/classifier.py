@@ -61,12 +61,12 @@ def make_trainable(model: Any, config: ClassifierConfig, adapter: Any) -> Any:
         if config.method == "head":
             model.base_model.requires_grad_(False)
         return model
-    from peft import get_peft_model
+    from pacatune.tuner.ignored import get_strict_peft_model
 
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     if is_empty and getattr(adapter, "columns", True) is None:
         adapter.selection = "random"  # a plan reads no weights
-    return get_peft_model(model, adapter, low_cpu_mem_usage=is_empty)
+    return get_strict_peft_model(model, adapter, low_cpu_mem_usage=is_empty)
 
 
 def make_trainer(
@@ -101,17 +101,20 @@ def load_classifier(config: ClassifierConfig, classes: list[str]) -> Any:
     """Load an encoder and put a new head for the classes on it."""
     from transformers import AutoModelForSequenceClassification
 
+    from pacatune.adapters.base import readable_weights
+
     set_seed(config.training.seed)
-    return AutoModelForSequenceClassification.from_pretrained(
-        config.model.path,
-        revision=config.model.revision,
-        num_labels=len(classes),
-        dtype=torch.float32 if config.model.dtype == "auto" else config.model.dtype,
-        attn_implementation=config.model.attn_implementation,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with readable_weights(config.model.path):
+        return AutoModelForSequenceClassification.from_pretrained(
+            config.model.path,
+            revision=config.model.revision,
+            num_labels=len(classes),
+            dtype=torch.float32 if config.model.dtype == "auto" else config.model.dtype,
+            attn_implementation=config.model.attn_implementation,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
 
 
 def _rows(data: "Dataset", collate: Any, places: list[int]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from pacatune.training.any_run import NEW_HEAD_RATES, settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, ModelConfig, MosLoraSection, PacaSection
-from pacatune.training.option_checks import check_ranges
 
 
 @dataclass(kw_only=True)
@@ -68,10 +67,6 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):  # type: igno
 
     per_device_eval_batch_size: int = 64
     """Texts per device and evaluation step."""
-
-    def check_options(self) -> None:
-        """Refuse numbers that train nothing."""
-        check_ranges(self)
 
 
 @dataclass(kw_only=True)

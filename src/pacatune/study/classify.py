@@ -94,7 +94,7 @@ class ClassifyTask(Task):
 
     def _test_texts(self, config: Any) -> LabelledTexts:
         data = dataclasses.replace(config.data, **self.test_options)
-        return read_texts(data.path, data.split)
+        return read_texts(data.path, data.split, "data.eval_path")
 
 
 def _classes(data: LabelledTexts) -> list[str]:

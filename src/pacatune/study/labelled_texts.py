@@ -27,7 +27,7 @@ class LabelledTexts:
         )
 
 
-def read_texts(path: str, split: str) -> LabelledTexts:
+def read_texts(path: str, split: str, option: str = "data.path") -> LabelledTexts:
     """Read texts and labels.
 
     Raises:
@@ -35,7 +35,7 @@ def read_texts(path: str, split: str) -> LabelledTexts:
         ValueError: If a row has no text or label; names it.
     """
     texts, labels = [], []
-    for row in read_rows(path, name=None, split=split):
+    for row in read_rows(path, name=None, split=split, option=option):
         text, label = row.values.get("text"), row.values.get("label")
         if not isinstance(text, str) or not text.strip() or label is None or label == "":
             raise ValueError(

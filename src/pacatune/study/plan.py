@@ -9,6 +9,7 @@ from typing import Any
 
 from pacatune.study.config import Arm, StudyConfig, has_rank
 from pacatune.study.task import Task, Values, merged
+from pacatune.training.any_run import METHODS_OF
 from pacatune.training.config_file import read_values, to_values
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
@@ -102,6 +103,7 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
                 f"arm {name!r}: `method` ({arm.method!r}) is not offered by {task.command}; use "
                 f"one of {', '.join(task.methods)}."
             )
+    _refuse_unused(config)
     arms: dict[str, PlannedArm] = {}
     reference = str(config.reference)
     for name in [reference, *(name for name in config.arms if name != reference)]:
@@ -109,6 +111,16 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
     return Plan(
         config=config, task=task, metric=metric, arms={name: arms[name] for name in config.arms}
     )
+
+
+def _refuse_unused(config: StudyConfig) -> None:
+    methods = {"paca" if arm.method == "qpaca" else arm.method for arm in config.arms.values()}
+    for name, used_by in METHODS_OF.items():
+        if config.options.get(name) and not methods.intersection(used_by):
+            raise ValueError(
+                f"`options` has the section {name!r}, which only {', '.join(used_by)} would read, "
+                f"and the arms are of {', '.join(sorted(methods))}; drop it or add such an arm."
+            )
 
 
 def open_task(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from rich.console import Console
 
+from pacatune.training.any_run import METHODS_OF
 from pacatune.training.config_file import check_keys, load_yaml
 
 Values = dict[str, Any]
@@ -98,7 +99,11 @@ class Task(ABC):
             ValueError: If an option is unknown or wrong.
         """
         run_class, sections = self.classes()
-        values = merged(self.values, options)
+        # What the task says of another method is for other arms.
+        others = {
+            name for name, methods in METHODS_OF.items() if options.get("method") not in methods
+        }
+        values = merged({k: v for k, v in self.values.items() if k not in others}, options)
         text = repr(values)
         if text not in self._parsed:  # checking takes longer than all that follows
             self._parsed[text] = self._parse(values)

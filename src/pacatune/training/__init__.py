@@ -1,17 +1,22 @@
-"""The text fine-tuning recipe: `train(RunConfig(...))`."""
+"""The text fine-tuning recipe: `train(RunConfig(...))`. Parts are imported when used."""
 
-from pacatune.data import DataConfig
-from pacatune.training.config import (
-    LoraSection,
-    ModelConfig,
-    MosLoraSection,
-    PacaSection,
-    RunConfig,
-    TrainingConfig,
-)
-from pacatune.training.interrupt import TrainingInterrupted
-from pacatune.training.recipe import preview, train
-from pacatune.training.report import Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pacatune.data import DataConfig
+    from pacatune.training.config import (
+        LoraSection,
+        ModelConfig,
+        MosLoraSection,
+        PacaSection,
+        RunConfig,
+        TrainingConfig,
+    )
+    from pacatune.training.finite import TrainingDiverged
+    from pacatune.training.interrupt import TrainingInterrupted
+    from pacatune.training.recipe import preview, train
+    from pacatune.training.report import Report
 
 __all__ = [
     "DataConfig",
@@ -22,7 +27,27 @@ __all__ = [
     "Report",
     "RunConfig",
     "TrainingConfig",
+    "TrainingDiverged",
     "TrainingInterrupted",
     "preview",
     "train",
 ]
+
+_OUTSIDE_CONFIG = {
+    "DataConfig": "pacatune.data",
+    "Report": "pacatune.training.report",
+    "TrainingDiverged": "pacatune.training.finite",
+    "TrainingInterrupted": "pacatune.training.interrupt",
+    "preview": "pacatune.training.recipe",
+    "train": "pacatune.training.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_OUTSIDE_CONFIG.get(name, "pacatune.training.config")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """What every kind of run has, and the checks that concern several of its sections."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
 # Of classifiers: the head is new, whatever the method, and learns at the same rate as the rest.
@@ -12,6 +13,13 @@ NEW_HEAD_RATES: dict[str, float] = {
     "moslora": 1e-3,
     "full": 1e-4,
     "head": 3e-3,
+}
+
+# Sections that only some methods read.
+METHODS_OF = {
+    "paca": ("paca",),
+    "lora": ("lora", "dora", "moslora", "qlora"),
+    "moslora": ("moslora",),
 }
 
 
@@ -66,6 +74,7 @@ def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, 
         )
     if run.method not in learning_rates:
         raise ValueError(f"`method` ({run.method!r}) must be one of {', '.join(learning_rates)}.")
+    _refuse_other_methods(run)
     if training.learning_rate is None:
         rate = learning_rates[run.method]
         training.learning_rate = training.given["learning_rate"] = rate
@@ -78,6 +87,21 @@ def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, 
             "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
             "evaluation data; set `data.eval_path` or `data.eval_fraction`."
         )
+
+
+def _refuse_other_methods(run: AnyRun) -> None:
+    for name, methods in METHODS_OF.items():
+        section: Any = getattr(run, name, None)
+        if run.method in methods or section is None:
+            continue
+        default = type(section)()
+        for option in fields(section):
+            value = getattr(section, option.name)
+            if value != getattr(default, option.name):
+                raise ValueError(
+                    f"`{name}.{option.name}` ({value!r}) is an option of {', '.join(methods)}, and "
+                    f"`method` ({run.method!r}) would ignore it; drop it or change `method`."
+                )
 
 
 def _set_early_stopping(training: Any, patience: int) -> None:

@@ -4,7 +4,15 @@ from dataclasses import dataclass, fields
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from pacatune.training.option_checks import check_ranges, refuse_elsewhere
 from pacatune.training.precision import bfloat16_is_fast
+
+# Options that every recipe decides elsewhere, and where.
+_ELSEWHERE = {
+    "resume_from_checkpoint": "use --resume",
+    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
+    "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
+}
 
 
 @dataclass
@@ -48,6 +56,9 @@ class SharedDefaults:
     logging_first_step: bool = True
     """Log the first step too."""
 
+    logging_nan_inf_filter: bool = False
+    """Not offered: a run stops at the first loss that is not finite."""
+
     eval_strategy: IntervalStrategy | str = "steps"
     """When to evaluate: steps, epoch or no."""
 
@@ -64,7 +75,9 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that this recipe decides elsewhere or does not offer."""
+        """Refuse options that no recipe offers, and numbers that train nothing."""
+        refuse_elsewhere(self, _ELSEWHERE)
+        check_ranges(self)
 
     def __post_init__(self) -> None:
         # As given, before TRL and transformers resolve them: what a saved config must say.

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
+from pacatune.adapters.base import readable_weights
 from pacatune.lean import LeanReport
 from pacatune.memory import SavedBytes
+from pacatune.training.finite import FiniteSteps
 from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
 from pacatune.training.progress import Meter
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(FiniteSteps):
     """Put before a Trainer class: writes each checkpoint aside and renames it when it is complete.
+
+    It stops at what is not finite, too: see `FiniteSteps`.
 
     Args:
         meter: Counts what the steps process; its callback counts time.
@@ -48,8 +51,9 @@ class WholeCheckpoints:
         """Do nothing: a run tells nobody about itself."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._load_plain_model(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        with readable_weights(resume_from_checkpoint):
+            if not self._load_plain_model(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         if not self._load_plain_model(self.state.best_model_checkpoint):  # type: ignore[attr-defined]
@@ -75,6 +79,7 @@ class WholeCheckpoints:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         trainer: Any = self
+        self.refuse_not_finite()
         folder = Path(trainer.args.output_dir)
         name = f"checkpoint-{trainer.state.global_step}"
         with staged(folder, name, owner=trainer.args.should_save) as staging:
@@ -90,12 +95,7 @@ class WholeCheckpoints:
                 self._staging = None
             trainer.accelerator.wait_for_everyone()
         trainer.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
-        if trainer.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=trainer.args.save_total_limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-            )
+        self.rotate_when_good()
 
 
 def _name_best_checkpoint(state: Any, folder: Path, checkpoint: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
+from pacatune.patterns import check_patterns
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.option_checks import check_ranges, refuse_foreign_options
+from pacatune.training.option_checks import refuse_foreign_options
 
 Method = Literal["paca", "lora", "dora", "moslora", "qlora", "full"]
 
@@ -124,6 +125,7 @@ class PacaSection:
     """On a quantised base: whether columns start from its rounded weights or the checkpoint's."""
 
     def __post_init__(self) -> None:
+        check_patterns(vars(self), "paca.")
         if self.selection_batches < 1:
             raise ValueError(
                 f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
@@ -202,6 +204,16 @@ class LoraSection:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
 
+    def __post_init__(self) -> None:
+        check_patterns(vars(self), "lora.")
+        for name in ("r", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"`lora.{name}` ({getattr(self, name)}) must be above 0; raise it."
+                )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora.lora_dropout` ({self.lora_dropout}) must be in [0, 1).")
+
 
 @dataclass(kw_only=True)
 class MosLoraSection:
@@ -225,8 +237,8 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
 
     def check_options(self) -> None:
         """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
+        super().check_options()
         refuse_foreign_options(self)
-        check_ranges(self)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from pacatune.training.any_run import AnyRun
-from pacatune.training.arguments import own_options
 
 CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
@@ -27,6 +26,7 @@ _UNSAVED = ("hub_token", "local_rank")
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template", "data.root")
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
+    "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
     "training.run_name",
@@ -36,7 +36,20 @@ _FREE_ON_RESUME = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with the booleans and floats of YAML 1.2, and no dates."""
+    """Safe loader with the booleans and floats of YAML 1.2, no dates, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is given twice, of which YAML 1.2 allows none and PyYAML the last."""
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is given twice, in lines {lines[key.value]} and "
+                    f"{line}; put what belongs together in one place"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -63,6 +76,8 @@ def to_values(config: AnyRun) -> dict[str, Any]:
     What our class of training options sets otherwise than TRL's or transformers' is always there,
     so that a later version with other defaults repeats the run.
     """
+    from pacatune.training.arguments import own_options
+
     ours = own_options(type(config.training))
     training = {
         f.name: _plain(config.training.given[f.name])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pacatune.hub import check_on_hub
 from pacatune.training.config import RunConfig
 from pacatune.training.lora import make_lora_config
 from pacatune.training.precision import choose_dtype
@@ -47,14 +48,20 @@ class Plan:
 
 def model_path(config: RunConfig) -> str:
     """Return the hub id, or the absolute path of a local folder; see `find_model`."""
-    return find_model(config.model.path)
+    return find_model(config.model.path, config.model.revision)
 
 
-def find_model(path: str) -> str:
+def find_model(path: str, revision: str | None = None, *, others: bool = False) -> str:
     """Return a hub id as it is, and the absolute path of a local folder.
 
+    Args:
+        path: Hub id or folder.
+        revision: Of the hub's model.
+        others: Whether names of other kinds are allowed, which are returned as they are.
+
     Raises:
-        FileNotFoundError: If it looks like a local folder and holds no model.
+        FileNotFoundError: If it looks like a local folder and holds no model, or is no hub id that
+            can be reached.
     """
     local = Path(path).expanduser()
     if local.exists() and not (local / "config.json").is_file():
@@ -63,7 +70,11 @@ def find_model(path: str) -> str:
         )
     if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"model folder {path} does not exist; check `model.path`.")
-    return str(local.resolve()) if local.exists() else path
+    if local.exists():
+        return str(local.resolve())
+    if not others:
+        check_on_hub(path, "model.path", revision=revision)
+    return path
 
 
 def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
@@ -74,10 +85,19 @@ def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    path = model_path(config)
     with _no_remote_code(config.model.path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path(config), revision=config.model.revision, trust_remote_code=False
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=config.model.revision, trust_remote_code=False
+            )
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # The Rust part of tokenizers has no other class for a damaged file.
+            raise ValueError(
+                f"the tokenizer of {path} cannot be read ({error}); copy its files again."
+            ) from error
     if config.data.chat_template is not None:
         tokenizer.chat_template = _read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
@@ -145,12 +165,12 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
     Raises:
         ValueError: If the model is no causal language model, or the targets match nothing.
     """
-    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
+    from pacatune.tuner.ignored import get_strict_peft_model
 
     model_config = _load_model_config(config)
     check_quantization(config, model_config)
@@ -178,7 +198,7 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
             planned.columns_from = "dequantized"
             if planned.columns is None:
                 planned.selection = "random"
-        wrapped = get_peft_model(model, planned, low_cpu_mem_usage=True)
+        wrapped = get_strict_peft_model(model, planned, low_cpu_mem_usage=True)
         if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
             # TRL multiplies by the weight of the head itself, past any adapter on it.
             raise ValueError(
@@ -212,12 +232,13 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     """Load the weights, in the type that `model.dtype` asks for."""
     from transformers import AutoModelForCausalLM
 
+    from pacatune.adapters.base import readable_weights
     from pacatune.tuner.cpu_packing import forbid_packing
 
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
     options |= quantization_options(config, dtype)
-    with _no_remote_code(config.model.path):
+    with _no_remote_code(config.model.path), readable_weights(config.model.path):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.model.revision,

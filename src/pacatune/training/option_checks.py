@@ -1,5 +1,6 @@
 """Training options of TRL and transformers that cannot be taken as they are."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,9 +15,7 @@ _ELSEWHERE = {
     "dataset_kwargs": "data is always prepared before the model is loaded",
     "completion_only_loss": "set `data.loss` to completion or all",
     "assistant_only_loss": "set `data.loss` to completion or all",
-    "resume_from_checkpoint": "use --resume",
     "trust_remote_code": "code of a model is never executed; use a converted model",
-    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
     "truncation_mode": "examples are cut at their end; shorten them yourself",
     "remove_unused_columns": "the data has the columns that training needs",
 }
@@ -27,6 +26,31 @@ _MODEL_ARGUMENTS = {
     "revision": "set `model.revision`",
     "attn_implementation": "set `model.attn_implementation`",
 }
+
+_ABOVE_ZERO = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_accumulation_steps",
+    "max_length",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "adam_epsilon",
+    "dataset_num_proc",
+    "dataloader_prefetch_factor",
+)
+_FROM_ZERO = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_delay",
+    "dataloader_num_workers",
+    "neftune_noise_alpha",
+)
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 def refuse_foreign_options(training: SFTConfig) -> None:
@@ -73,19 +97,30 @@ def refuse_elsewhere(training: Any, elsewhere: Mapping[str, str]) -> None:
 
 
 def check_ranges(training: Any) -> None:
-    """Refuse numbers with which nothing would be trained.
+    """Refuse numbers that train nothing or mean nothing.
+
+    PyTorch and transformers would find these only when the weights are loaded, or never.
 
     Raises:
         ValueError: Names the first.
     """
-    # PyTorch and transformers would find these only when the weights are loaded, or never.
-    names = ["per_device_train_batch_size", "per_device_eval_batch_size"]
-    names += ["gradient_accumulation_steps"]
-    if training.max_steps <= 0:
-        names.append("num_train_epochs")
-    if getattr(training, "max_length", None) is not None:
-        names.append("max_length")
-    for name in names:
-        value = getattr(training, name)
-        if not value > 0:
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise ValueError(
+            f"`training.max_steps` ({training.max_steps}) must be above 0, or -1: then "
+            "`training.num_train_epochs` decides."
+        )
+    epochs = () if training.max_steps > 0 else ("num_train_epochs",)
+    for name in (*_ABOVE_ZERO, *epochs):
+        value = getattr(training, name, None)
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
+    for name in _FROM_ZERO:
+        value = getattr(training, name, None)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`training.{name}` ({value}) must be at least 0; 0 is off.")
+    for name in _BELOW_ONE:
+        value = getattr(training, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"`training.{name}` ({value}) must be in [0, 1).")
+    if not 0 <= training.seed < 2**32:
+        raise ValueError(f"`training.seed` ({training.seed}) must be in [0, 2^32).")

@@ -1,6 +1,7 @@
 """The folder of a run: never mixed with another run, always left with its last good checkpoint."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from pacatune.training.config_file import CONFIG_NAME
 
@@ -79,13 +80,12 @@ def clear_folder(folder: Path) -> list[str]:
     return names
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if _step(path) is not None]
-    for checkpoint in sorted(checkpoints, key=lambda path: _step(path) or 0, reverse=True):
-        if read_state(checkpoint) is not None:
-            return checkpoint
-    return None
+def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
+    """Return the newest checkpoint, up to a step, that was written to its end."""
+    steps = {path: _step(path) for path in folder.glob("checkpoint-*")}
+    found = {path: step for path, step in steps.items() if step is not None and step <= up_to}
+    newest_first = sorted(found, key=lambda path: found[path], reverse=True)
+    return next((path for path in newest_first if read_state(path) is not None), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     try:
         yield staging
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not is_write_failure(error):
             raise
         clear_staging(folder)
@@ -136,12 +136,11 @@ def clear_staging(folder: Path) -> None:
 
 def is_write_failure(error: Exception) -> bool:
     """Whether an error comes from a disk that does not take more."""
-    if isinstance(error, SafetensorError):
-        return "os error" in str(error)
     if isinstance(error, OSError):
         return True
-    # torch.save reports a failed write of its zip file as a RuntimeError of one of these.
-    marks = ("PytorchStreamWriter", "inline_container", "iostream error")
+    # torch.save reports a failed write of its zip file as a RuntimeError of one of the first three,
+    # tokenizers any failed write as an Exception with the last.
+    marks = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
     return any(mark in str(error) for mark in marks)
 
 

@@ -77,7 +77,6 @@ def prepare_run(config: RunConfig, console: Console) -> Run:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    show_warnings(unused_sections(config), console)
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     adapter_config = models.make_adapter_config(config)
@@ -151,21 +150,6 @@ def _check_fsdp(method: str) -> None:
         raise ValueError(
             f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
         )
-
-
-def unused_sections(config: AnyRun) -> list[str]:
-    """Return a sentence per section that has options, but not for the method of the run."""
-    used = {
-        "paca": ("paca",),
-        "lora": ("lora", "dora", "moslora", "qlora"),
-        "moslora": ("moslora",),
-    }
-    sections = {name: getattr(config, name, None) for name in used}
-    return [
-        f"the options of `{name}` are not used by the method {config.method}."
-        for name, section in sections.items()
-        if section is not None and config.method not in used[name] and section != type(section)()
-    ]
 
 
 def show_warnings(warnings: list[str], console: Console) -> None:

@@ -94,7 +94,7 @@ def preview(config: RunConfig, num_examples: int, *, console: Console | None = N
     tokenizer = models.load_tokenizer(config)
     data = prepare_run_data(config, tokenizer)
     show_preview(data.train, tokenizer, num_examples, console)
-    show_warnings(data.warnings, console)
+    show_warnings(data.warnings, console)  # after the examples, where they are seen
 
 
 def make_trainer(

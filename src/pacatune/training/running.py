@@ -75,12 +75,14 @@ def make_lean(trainer: Any, config: AnyRun, console: Console) -> None:
 
 
 def open_folder(config: AnyRun, folder: Path, checkpoint: Path | None, console: Console) -> None:
-    """Delete what an older run left and write config.yaml; nothing to continue is deleted."""
+    """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
     if config.training.process_index == 0 and checkpoint is not None:
         clear_staging(folder)
+        step = (read_state(checkpoint) or {}).get("global_step")
+        console.print(f"resuming after step {step}: {checkpoint}", soft_wrap=True, highlight=False)
     elif config.training.process_index == 0:
         deleted = clear_folder(folder)
         if deleted:
@@ -181,7 +183,9 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
 
     Raises:
         OSError: If writing fails; says what is still intact.
+        TrainingDiverged: If a weight is not finite.
     """
+    trainer.refuse_not_finite()
     main = trainer.args.process_index == 0
     with staged(folder, "the result", owner=main) as staging:
         trainer.save_model(str(staging), _internal_call=True)
@@ -194,6 +198,7 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
             for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
                 publish(path, folder / path.name)
         trainer.accelerator.wait_for_everyone()
+    trainer.rotate_checkpoints()
 
 
 def show_result(report: RunReport, what: str, folder: Path, console: Console) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from pacatune.patterns import check_patterns
 from pacatune.selection.strategies import FIXED, needs_of
 
 __all__ = ["FILE_TYPES", "PacaConfig", "idle_layers", "refuse_idle_layers", "seeded"]
@@ -94,6 +95,12 @@ class PacaConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         _check_rank("r", self.r)
         _check_alpha("paca_alpha", self.paca_alpha)
+        for option in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(value := getattr(self, option) or {}, dict):
+                raise TypeError(
+                    f"`{option}` ({value!r}) must be a dictionary of module names and numbers."
+                )
+        check_patterns(vars(self))
         for name, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{name!r}]", rank)
         for name, alpha in (self.alpha_pattern or {}).items():

@@ -67,7 +67,7 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
     """Say which layers the default adapts, once for equal models."""
     reasons = survey(model, **kwargs)
     counts = Counter(_last_word(name) for name, reason in reasons.items() if not reason)
-    left_out = sorted({_last_word(name) for name, reason in reasons.items() if reason})
+    left_out = sorted({_last_word(name) for name, reason in reasons.items() if reason} - {""})
     _log_once(
         f"`target_modules` is not set: PaCA adapts the {counts.total()} linear layers in the "
         f"blocks of {type(model).__name__} "

@@ -71,7 +71,7 @@ class PacaModel(BaseTuner):
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
         try:
-            with parameters_count(self, config):
+            with parameters_count(config):
                 super().inject_adapter(model, adapter_name, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise type(error)(f"{error} {available_targets(model)}") from None

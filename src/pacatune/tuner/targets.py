@@ -21,6 +21,7 @@ from pacatune.tuner.attention import IN_PROJ
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.experts import features_of, is_expert_parameter
 from pacatune.tuner.given import given_columns
+from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.kinds import is_supported, layer_class, supported_kinds
 from pacatune.tuner.layer import PacaLayer, check_rank
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
@@ -64,14 +65,15 @@ def check_targets(
         The targets by the names that files and seeds of columns know them by.
 
     Raises:
-        ValueError: If some of the target names match nothing, a rank exceeds its weight's
-            in_features, or a weight is parametrised or sharded.
+        ValueError: If some of the target names, or a pattern of ranks or alphas, match nothing, a
+            rank exceeds its weight's in_features, or a weight is parametrised or sharded.
         TypeError: If a target is of no supported kind.
     """
     parameters = find_parameters(tuner, config, model)
     targets = {name: _parameter_target(model, config, name) for name in parameters}
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     _check_names(config, model)
+    names = list(parameters)
     adapted: tuple[str, ...] = ()
     for name, module in _modules(model).items():
         if not name or name.startswith(adapted):
@@ -90,6 +92,8 @@ def check_targets(
                 (f"{name}.{IN_PROJ}", IN_PROJ) if is_attention else (name, "weight")
             )
             targets[key] = Target(base, parameter_name, rank, num_columns)
+            names.append(name)
+    refuse_unused_patterns(config, names)
     for name, target in targets.items():
         _refuse_sharded(getattr(target.module, target.parameter_name, None), name)
     return targets
@@ -272,20 +276,13 @@ def _available_parameters(parameters: dict[str, nn.Module]) -> str:
 
 
 @contextmanager
-def parameters_count(tuner: BaseTuner, config: PacaConfig) -> Iterator[None]:
+def parameters_count(config: PacaConfig) -> Iterator[None]:
     """Let patterns name adapted parameters too: PEFT warns of all that match no module."""
-    if not config.target_parameters:
-        yield
-        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        if config.target_parameters:  # `check_targets` refuses what matches neither
+            message = "The following (rank|alpha)_pattern keys"
+            warnings.filterwarnings("ignore", message, RuntimeWarning)
         yield
-    names = tuner.targeted_module_names + tuner.targeted_parameter_names
-    for option in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, option) or {}
-        unused = sorted(set(patterns) - {get_pattern_key(patterns, name) for name in names})
-        if unused:
-            warnings.warn(f"`{option}`: {unused} match nothing that is adapted.", stacklevel=2)
 
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:

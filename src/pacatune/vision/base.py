@@ -80,7 +80,7 @@ def is_timm(config: Any) -> bool:
 
 def _find(path: str) -> str:
     """Return the hub id of a timm model's bare name, or the path as it is."""
-    found = find_model(path)
+    found = find_model(path, others=True)
     if "/" in found:
         return found
     import timm
@@ -102,6 +102,9 @@ def _find(path: str) -> str:
 def _load_config(path: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
+    from pacatune.hub import check_on_hub
+
+    check_on_hub(path, "model.path", revision=revision)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except OSError as error:

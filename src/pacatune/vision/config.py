@@ -9,15 +9,13 @@ from pacatune.data.images import ImageDataConfig
 from pacatune.training.any_run import NEW_HEAD_RATES, settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
-from pacatune.training.option_checks import check_ranges, refuse_elsewhere
+from pacatune.training.option_checks import refuse_elsewhere
 
 ImageMethod = Literal["paca", "lora", "dora", "moslora", "full", "head"]
 ADAPTERS = ("paca", "lora", "dora", "moslora")
 
 # Options of TrainingArguments that this recipe decides elsewhere, and where.
 _ELSEWHERE = {
-    "resume_from_checkpoint": "use --resume",
-    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
     "remove_unused_columns": "the data has the columns that training needs",
     "label_names": "the class of an image is its only label",
     "prediction_loss_only": "the accuracy is always measured",
@@ -89,16 +87,11 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
 
     def check_options(self) -> None:
         """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
+        super().check_options()
         refuse_elsewhere(self, _ELSEWHERE)
-        check_ranges(self)
         if self.mixup_alpha < 0:
             raise ValueError(
                 f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
-            )
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise ValueError(
-                f"`training.label_smoothing_factor` ({self.label_smoothing_factor}) must be in "
-                "[0, 1); 0 is off."
             )
 
 

@@ -87,17 +87,20 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
     """
     from transformers import AutoModelForImageClassification
 
-    model, info = AutoModelForImageClassification.from_pretrained(
-        base.path,
-        config=base.config,
-        revision=base.revision,
-        dtype=dtype,
-        attn_implementation=attention,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    from pacatune.adapters.base import readable_weights
+
+    with readable_weights(base.path):
+        model, info = AutoModelForImageClassification.from_pretrained(
+            base.path,
+            config=base.config,
+            revision=base.revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     heads = find_heads(model)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     prefixes = () if base.has_own_head else tuple(f"{name}." for name in heads)
@@ -124,13 +127,13 @@ def make_trainable(
             _batch_norms_or_refuse(model)
         trained: nn.Module = model
         return trained
-    from peft import get_peft_model
+    from pacatune.tuner.ignored import get_strict_peft_model
 
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     adapter_config = copy.deepcopy(adapter_config)
     if is_empty and getattr(adapter_config, "columns", True) is None:
         adapter_config.selection = "random"  # a plan: no weights are read
-    trained = get_peft_model(model, adapter_config, low_cpu_mem_usage=is_empty)
+    trained = get_strict_peft_model(model, adapter_config, low_cpu_mem_usage=is_empty)
     for layer in find_batch_norms(trained).values():
         # Saved for their statistics; scale and shift stay the pretrained ones.
         layer.requires_grad_(False)

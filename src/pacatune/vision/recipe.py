@@ -22,7 +22,6 @@ from pacatune.training.preparation import (
     find_checkpoint,
     main_console,
     show_warnings,
-    unused_sections,
 )
 from pacatune.training.progress import Meter
 from pacatune.training.report import eval_curve, write_report
@@ -125,7 +124,6 @@ def train(
 def prepare(config: ImageRunConfig, console: Console) -> Run:
     """Find images and model, plan what is trained, and say so."""
     check_environment(config)
-    show_warnings(unused_sections(config), console)
     data = prepare_images(config.data)
     base = describe_base(
         config.model.path, config.model.revision, data.classes, config.data.image_size

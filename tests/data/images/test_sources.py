@@ -81,7 +81,7 @@ def test_hub_row_without_a_class(tmp_path, kind, missing):
 
 def test_hub_that_cannot_be_reached():
     with pytest.raises(
-        FileNotFoundError, match=r"'owner/birds' is neither a folder here nor a hub"
+        FileNotFoundError, match=r"'owner/birds'\) is neither a file or folder here nor a data"
     ):
         prepare_images(ImageDataConfig(path="owner/birds"))
 

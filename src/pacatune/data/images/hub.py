@@ -16,6 +16,9 @@ def read_hub(config: ImageDataConfig, path: str, split: str) -> HubSource:
     from datasets import ClassLabel, Image, Value, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    from pacatune.hub import check_on_hub
+
+    check_on_hub(path, "data.path", kind="dataset")
     try:
         table = load_dataset(path, config.name, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:

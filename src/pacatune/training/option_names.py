@@ -1,0 +1,94 @@
+"""Names of a run's options, read from source: importing TRL, transformers and torch takes seconds.
+
+A misspelt option is found with these before anything is imported. The dataclasses stay the only
+place that declares options; this reads them as text, those of TRL and transformers too.
+"""
+
+import ast
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def option_names(module: str, name: str) -> frozenset[str]:
+    """Return the dotted names of a run's options, such as `data.path`, and of its sections.
+
+    Args:
+        module: Where the dataclass of the run is, such as `pacatune.training.config`.
+        name: Of the class. A field whose annotation is another class of ours is a section.
+
+    Raises:
+        LookupError: If the source of a class is not found.
+    """
+    found: set[str] = set()
+    for option, annotation in _fields(module, name).items():
+        found.add(option)
+        section = _find_class(module, annotation)
+        if section is not None:
+            found |= {f"{option}.{one}" for one in _fields(*section)}
+    return frozenset(found)
+
+
+def _fields(module: str, name: str) -> dict[str, str]:
+    """Return the fields of a dataclass, inherited ones too, and their annotations."""
+    place = _find_class(module, name)
+    if place is None:
+        raise LookupError(f"no class {name} in {module}")
+    owner = _parse(place[0])
+    kind = next(n for n in owner.body if isinstance(n, ast.ClassDef) and n.name == place[1])
+    fields: dict[str, str] = {}
+    for base in kind.bases:
+        fields |= _fields(place[0], ast.unparse(base))
+    for node in kind.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            annotation = ast.unparse(node.annotation)
+            value = "" if node.value is None else ast.unparse(node.value)
+            if not annotation.startswith("ClassVar") and "init=False" not in value:
+                fields[node.target.id] = annotation
+    return fields
+
+
+@cache
+def _find_class(module: str, name: str) -> tuple[str, str] | None:
+    """Return the module that defines a class, and its name there, following imports."""
+    tree = _parse(module) if name.isidentifier() else None
+    if tree is None:
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, name
+    # Lazy packages import for type checkers only, so imports are followed wherever they stand.
+    for imported in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        for alias in imported.names:
+            if (alias.asname or alias.name) == name:
+                return _find_class(_absolute(module, imported), alias.name)
+    return None
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return str(node.module)
+    # A package is its own parent for relative imports.
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + _source(module).name.startswith("__init__")]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+@cache
+def _parse(module: str) -> ast.Module:
+    return ast.parse(_source(module).read_text(encoding="utf-8"))
+
+
+@cache
+def _source(module: str) -> Path:
+    """Return the file of a module without importing it, or a package above it."""
+    root, *parts = module.split(".")
+    spec = find_spec(root)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"no source of {module}")
+    path = Path(spec.origin).parent.joinpath(*parts)
+    files = [path.with_name(f"{path.name}.py")] if parts else []
+    for file in (*files, path / "__init__.py"):
+        if file.is_file():
+            return file
+    raise LookupError(f"no source of {module}")

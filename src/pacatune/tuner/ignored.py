@@ -1,0 +1,117 @@
+"""Options of an adapter's configuration that match nothing: PEFT ignores them, we refuse them."""
+
+import difflib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+
+__all__ = ["get_strict_peft_model", "refuse_unused_patterns"]
+
+# PEFT adds both to `modules_to_save` of classifiers, which have one of them.
+_HEADS = ("classifier", "score")
+
+
+def get_strict_peft_model(model: Any, config: PeftConfig, **options: Any) -> PeftModel:
+    """Put an adapter of any PEFT method on a model, as `get_peft_model` does, ignoring no option.
+
+    Args:
+        model: The base; weights are not needed.
+        config: The adapter's configuration.
+        **options: As for `get_peft_model`.
+
+    Raises:
+        ValueError: If an option matches nothing; names option and value, and what there is.
+    """
+    with warnings.catch_warnings():
+        # What PEFT warns of, and more, is refused below.
+        for message in (
+            "The following (rank|alpha)_pattern keys",
+            "You have passed exclude_modules",
+        ):
+            warnings.filterwarnings("ignore", message)
+        adapted: Any = get_peft_model(model, config, **options)
+    _refuse_ignored(adapted)
+    return adapted
+
+
+def _refuse_ignored(adapted: PeftModel) -> None:
+    config, tuner = adapted.active_peft_config, adapted.base_model
+    refuse_unused_patterns(config, [*tuner.targeted_module_names, *tuner.targeted_parameter_names])
+    names = _names(adapted.get_base_model())
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = getattr(config, option, None) or ()
+        if isinstance(given, str):
+            if option == "exclude_modules" and not any(re.fullmatch(given, name) for name in names):
+                raise ValueError(
+                    f"`{option}` ({given!r}) matches no module, so nothing would be left out; "
+                    f"{_near(given, names)}"
+                )
+            continue
+        for one in sorted(set(given) - set(_HEADS)):
+            if not any(f".{name}".endswith(f".{one}") for name in names):
+                raise ValueError(
+                    f"`{option}` names {one!r}, which matches no module, so it would be ignored; "
+                    f"{_near(one, names)}"
+                )
+
+
+def refuse_unused_patterns(config: PeftConfig, adapted: Collection[str]) -> None:
+    """Refuse ranks, alphas and layers for nothing that is adapted.
+
+    Args:
+        config: Of any PEFT method.
+        adapted: Names of the adapted modules and parameters.
+
+    Raises:
+        ValueError: Names the pattern and what is adapted.
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option, None) or {}
+        used = {get_pattern_key(patterns, name) for name in adapted} if patterns else set()
+        for pattern in sorted(patterns.keys() - used):
+            found = [name for name in adapted if get_pattern_key([pattern], name) == pattern]
+            if found:
+                other = get_pattern_key(patterns, found[0])
+                raise ValueError(
+                    f"`{option}`: {pattern!r} is never used, since {other!r}, which comes before "
+                    "it, matches the same modules; put it first."
+                )
+            raise ValueError(
+                f"`{option}`: {pattern!r} matches nothing that is adapted, so it would be ignored; "
+                f"{_near(pattern, adapted)}"
+            )
+    layers: Any = getattr(config, "layers_to_transform", None)
+    numbers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
+    missing = set([layers] if isinstance(layers, int) else layers or ()) - numbers
+    if missing and numbers:
+        raise ValueError(
+            f"`layers_to_transform`: {sorted(missing)} are no layers with targets, so they would "
+            f"be ignored; with the others, the adapted layers are {sorted(numbers)}."
+        )
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Return the names of the model's own modules, without those that PEFT put in."""
+    names: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            names.append(name)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside += (f"{name}.",)
+    return names
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    """Say which last part of a name is nearest, and list them all."""
+    kinds = Counter(last for name in names if not (last := name.rpartition(".")[2]).isdigit())
+    nearest = difflib.get_close_matches(pattern.rpartition(".")[2], kinds, n=1)
+    guess = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{guess}There are {', '.join(sorted(filter(None, kinds)))}."

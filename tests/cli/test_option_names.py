@@ -1,0 +1,52 @@
+"""A misspelt option is found before anything heavy is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pacatune.cli import train, train_image
+from pacatune.training.option_names import option_names
+
+NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview", "preset"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "command"),
+    [
+        ("pacatune.training.config", "RunConfig", train),
+        ("pacatune.vision.config", "ImageRunConfig", train_image),
+    ],
+)
+def test_names_in_the_source_are_those_of_the_parser(module, name, command):
+    known = {action.dest for action in command.build_parser()._actions} - NO_OPTIONS
+    assert option_names(module, name) == {n for n in known if not n.endswith(".help")}
+
+
+def test_class_that_does_not_exist():
+    with pytest.raises(LookupError, match=r"no class Nosuch in pacatune.training.config"):
+        option_names("pacatune.training.config", "Nosuch")
+    with pytest.raises(LookupError, match=r"no source of nosuch.config"):
+        option_names("nosuch.config", "Nosuch")
+
+
+SCRIPT = """
+import sys
+from pacatune.cli import main
+
+assert main(sys.argv[1:]) == 2
+heavy = {"torch", "transformers", "trl", "peft", "jsonargparse", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "train-image"])
+@pytest.mark.parametrize("place", ["word", "file"])
+def test_nothing_heavy_is_imported_for_a_typo(command, place, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {learning_rte: 1}")
+    words = ["--config", str(path)] if place == "file" else ["--training.learning_rte", "1"]
+    argv = [sys.executable, "-c", SCRIPT, command, *words]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean 'training.learning_rate'?" in done.stderr

@@ -1,0 +1,173 @@
+"""A run stops at the first step that is not finite, and keeps what was good before it."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pacatune.cli import main
+from pacatune.training import TrainingDiverged, train
+from pacatune.training.config_file import save_config
+from pacatune.training.recipe import RunTrainer
+
+EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
+
+
+def poison(monkeypatch, step, *, gradient=False):
+    """Let a step's loss, or its gradients alone, be infinite."""
+    plain = RunTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = plain(self, model, *args, **kwargs)
+        if not torch.is_grad_enabled() or self.state.global_step != step - 1:
+            return loss
+        return loss + Spoilt.apply(loss) if gradient else loss * math.inf
+
+    monkeypatch.setattr(RunTrainer, "compute_loss", compute_loss)
+
+
+class Spoilt(torch.autograd.Function):
+    """Nothing forward, infinity backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def assert_finite(folder):
+    for path in folder.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_command_says_where_it_diverged(make_config, tmp_path, capsys):
+    training = {**EVERY_STEP, "save_steps": 4, "learning_rate": 1e38}
+    config = make_config(data={"eval_fraction": 0.2}, training=training)
+    save_config(config, tmp_path / "run.yaml")
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"pacatune: error: training diverged: the loss of step 3 is nan; the learning rate "
+        r"before was 1e\+38: lower `training.learning_rate` \(1e\+38\).* No good checkpoint was "
+        r"saved.",
+        err.splitlines()[-1],
+    )
+    assert "loss 0.0000" not in out
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert_finite(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("gradient", "kept"), [(False, 3), (True, 4)])
+def test_last_good_checkpoint_is_named_and_kept(
+    make_config, tmp_path, monkeypatch, console, gradient, kept
+):
+    poison(monkeypatch, 5, gradient=gradient)
+    what = "gradient norm of step 5 is nan" if gradient else "loss of step 5 is inf"
+    with pytest.raises(
+        TrainingDiverged, match=rf"the {what}; .*out/checkpoint-{kept} is the last good checkpoint"
+    ):
+        train(make_config(training={**EVERY_STEP, "save_total_limit": 1}), console=console)
+    assert kept in checkpoints(tmp_path / "out")
+    assert_finite(tmp_path / "out")
+
+
+def test_finished_run_keeps_as_many_checkpoints_as_asked(make_config, tmp_path, console):
+    train(make_config(training={**EVERY_STEP, "save_total_limit": 1}), console=console)
+    assert checkpoints(tmp_path / "out") == [6]
+
+
+def test_first_step_is_not_blamed_on_the_rate(make_config, monkeypatch, console):
+    poison(monkeypatch, 1)
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"loss of step 1 is inf before any weight was .*`model.dtype: float32`",
+    ):
+        train(make_config(training=EVERY_STEP), console=console)
+
+
+def test_resumed_run(make_config, tmp_path, monkeypatch, console):
+    config = make_config(training={**EVERY_STEP, "save_total_limit": 1})
+    with monkeypatch.context() as patch:
+        poison(patch, 5)
+        with pytest.raises(TrainingDiverged):
+            train(config, console=console)
+        # From checkpoint-4, whose weights give the loss that is not finite.
+        with pytest.raises(TrainingDiverged, match=r"step 5 is inf.*checkpoint-3 is the last good"):
+            train(config, resume=True, console=console)
+    train(config, resume=True, console=console)
+    assert checkpoints(tmp_path / "out") == [6]
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_config, tmp_path, monkeypatch, console):
+    plain = RunTrainer._save_checkpoint
+
+    def save(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            parameter = next(p for p in self.model.parameters() if p.requires_grad)
+            parameter.data.view(-1)[0] = math.inf
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "_save_checkpoint", save)
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"weight '.*paca_delta.*' is not finite after step 3.*checkpoint-2 is the last good",
+    ):
+        train(make_config(training=EVERY_STEP), console=console)
+    assert checkpoints(tmp_path / "out") == [1, 2]
+
+
+def test_result_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypatch, console):
+    plain = RunTrainer.train
+
+    def spoil(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(math.nan)
+
+    monkeypatch.setattr(RunTrainer, "train", spoil)
+    with pytest.raises(TrainingDiverged, match=r"is not finite after step 6"):
+        train(make_config(data={"eval_fraction": 0}, training=EVERY_STEP), console=console)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_evaluation_loss(make_config, tmp_path, monkeypatch, console):
+    plain = RunTrainer.prediction_step
+
+    def prediction_step(self, *args, **kwargs):
+        loss, *rest = plain(self, *args, **kwargs)
+        # In some batches only: a mean over the others would look well.
+        spoilt = self.state.global_step == 4 and loss > 0
+        return (loss * math.nan if spoilt else loss, *rest)
+
+    monkeypatch.setattr(RunTrainer, "prediction_step", prediction_step)
+    config = make_config(data={"eval_fraction": 0.2})
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"evaluation loss after step 4 is nan.*out/checkpoint-2 is the last good",
+    ):
+        train(config, console=console)
+    assert checkpoints(tmp_path / "out") == [2]
+
+
+def test_losses_are_as_transformers_finds_them(make_config, tmp_path, console):
+    """The check adds nothing to what is logged."""
+    report = train(make_config(training={"gradient_accumulation_steps": 2}), console=console)
+    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    logged = [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
+    assert [loss for _, loss in logged] == [loss for _, loss in report.train_losses][: len(logged)]
+    assert all(torch.isfinite(torch.tensor(loss)) for _, loss in report.train_losses)
+
+
+def test_filter_of_losses_is_not_offered(make_config):
+    with pytest.raises(ValueError, match=r"`training.logging_nan_inf_filter` \(True\) is not off"):
+        make_config(training={"logging_nan_inf_filter": True})
