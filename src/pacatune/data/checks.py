@@ -8,7 +8,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_STATISTICS = ["num_tokens", "num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved"]
+_STATISTICS = [
+    "num_tokens",
+    "num_learned",
+    "num_kept",
+    "ends",
+    "doubled_bos",
+    "boundary_moved",
+    "hidden",
+]
 
 
 def keep_learnable(
@@ -107,6 +115,14 @@ def _warn(
             f"no training example ends in a stop token (the tokenizer's is "
             f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "
             "`data.chat_template` that ends each assistant turn with it."
+        )
+    fields = sorted({field for row in data["hidden"] for field in row})
+    if fields:
+        num_rows = sum(bool(row) for row in data["hidden"])
+        warnings.append(
+            f"in {num_rows} of {len(data)} {what} examples the chat template does not show the "
+            f"message fields {fields}, so the model never sees them; give a `data.chat_template` "
+            "that shows them, or remove them."
         )
     moved = sum(data["boundary_moved"])
     if moved:
