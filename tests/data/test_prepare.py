@@ -181,7 +181,7 @@ def test_moved_boundary_is_reported(tokenizer, tmp_path):
 
 def test_evaluation_data_that_is_trained_on_is_reported(tokenizer, path):
     (warning,) = prepare(tokenizer, path=path, eval_path=path).warnings
-    assert warning.startswith("20 of 20 evaluation examples are also trained on")
+    assert warning.startswith("20 of 20 evaluation examples are also in the training data (")
     assert "row 3 and 17 more" in warning
 
 

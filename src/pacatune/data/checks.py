@@ -1,7 +1,7 @@
 """What is wrong with encoded data: errors where training would be, warnings where it might be."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,19 +71,35 @@ def keep_learnable(
     return data.remove_columns(_STATISTICS)
 
 
-def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
-    """Return a warning if evaluation examples are also trained on."""
-    seen = set(row_digests(train))
-    shared = [
-        place
-        for place, digest in zip(evaluation["place"], row_digests(evaluation), strict=True)
-        if digest in seen
-    ]
+def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:
+    """Return a warning if examples that measure are in the training data as well."""
+    return overlap_warning(
+        row_digests(train), row_digests(evaluation), f"{what} examples", evaluation["place"][:]
+    )
+
+
+def overlap_warning(
+    train: Iterable[object],
+    evaluation: Iterable[object],
+    what: str,
+    places: Sequence[str] | None = None,
+) -> list[str]:
+    """Return a warning if anything that measures is in the training data as well.
+
+    Args:
+        train: What tells each example of the training data from others.
+        evaluation: The same of the examples that measure.
+        what: Name of these, as "test images".
+        places: Where each of them stands.
+    """
+    known, examples = set(train), list(evaluation)
+    shared = [number for number, example in enumerate(examples) if example in known]
     if not shared:
         return []
+    where = "" if places is None else f" ({_some([places[number] for number in shared])})"
     return [
-        f"{len(shared)} of {len(evaluation)} evaluation examples are also trained on, so the "
-        f"evaluation loss flatters: {_some(shared)}. Remove the duplicates."
+        f"{len(shared)} of {len(examples)} {what} are also in the training data{where}, so what is "
+        "measured on them flatters; remove them from one of the two."
     ]
 
 
