@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUANTIZERS = Path("tests/tuner/quantizers.txt")
+DEEPSPEED = Path("tests/distributed/deepspeed.txt")
 SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "touch")
 
 STAND_IN = """#!/bin/sh
@@ -20,6 +21,7 @@ case "$*" in
     *version_info*) exit {old} ;;
     *ensurepip,*) exit {no_venv} ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/pyvenv.cfg ;;
+    *"--target .cache/deepspeed"*) echo no compiler; exit {no_deepspeed} ;;
     *"pip install"*) exit {no_network} ;;
     --version) echo Python 3.11.9 ;;
 esac
@@ -33,8 +35,9 @@ def checkout(tmp_path):
     (folder / "tools").mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "setup_venv.sh", folder / "tools")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / QUANTIZERS).parent.mkdir(parents=True)
-    shutil.copy(ROOT / QUANTIZERS, folder / QUANTIZERS)
+    for path in (QUANTIZERS, DEEPSPEED):
+        (folder / path).parent.mkdir(parents=True)
+        shutil.copy(ROOT / path, folder / path)
     (folder / "bin").mkdir()
     for tool in SYSTEM_TOOLS:
         if (found := shutil.which(tool)) is not None:
@@ -42,9 +45,10 @@ def checkout(tmp_path):
     return folder
 
 
-def put_python(folder, name="python3", *, old=0, no_venv=0, no_network=0):
+def put_python(folder, name="python3", *, old=0, no_venv=0, no_network=0, no_deepspeed=0):
     path = folder / "bin" / name
-    path.write_text(STAND_IN.format(old=old, no_venv=no_venv, no_network=no_network))
+    outcomes = {"no_venv": no_venv, "no_network": no_network, "no_deepspeed": no_deepspeed}
+    path.write_text(STAND_IN.format(old=old, **outcomes))
     path.chmod(0o755)
 
 
@@ -73,7 +77,17 @@ def test_first_call_installs_and_the_second_does_nothing(checkout):
 def test_quantisers_of_the_tests_are_kept_apart(checkout):
     put_python(checkout)
     setup(checkout, extra="dev")
-    assert calls(checkout)[-1].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
+    assert calls(checkout)[-2].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
+    assert calls(checkout)[-1].endswith(f"--target .cache/deepspeed -r {DEEPSPEED}")
+
+
+def test_a_machine_without_deepspeed_is_told_and_set_up(checkout):
+    put_python(checkout, no_deepspeed=1)
+    first = setup(checkout, extra="dev")
+    assert first.returncode == 0
+    assert "no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why" in first.stdout
+    assert (checkout / ".cache" / "deepspeed.log").read_text() == "no compiler\n"
+    assert setup(checkout, extra="dev").stdout == "", "it is not tried each time"
 
 
 def test_another_extra_or_changed_pyproject_installs_again(checkout):

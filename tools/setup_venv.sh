@@ -32,9 +32,11 @@ find_python() {
 
 # Quantisers that PEFT imports wherever it finds them, slowly and with warnings: kept beside .venv.
 apart=tests/tuner/quantizers.txt
+# accelerate imports it in every Trainer that finds it; it compiles code, which not every machine can.
+zero=tests/distributed/deepspeed.txt
 
 # The folder counts too: a copied or moved checkout would otherwise import the code of the old place.
-wanted="$(cat pyproject.toml "$apart" | cksum) $(pwd -P)"
+wanted="$(cat pyproject.toml "$apart" "$zero" | cksum) $(pwd -P)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$python" ]; then
     exit 0
 fi
@@ -59,5 +61,9 @@ if [ "$extra" = dev ]; then
     "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
         --target .cache/quantizers -r "$apart" ||
         die "pip could not install what $apart lists (its message is above)."
+    mkdir -p .cache
+    DS_BUILD_OPS=0 "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
+        --upgrade --no-deps --target .cache/deepspeed -r "$zero" >.cache/deepspeed.log 2>&1 ||
+        echo "setup: no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why."
 fi
 printf '%s' "$wanted" >"$stamp"

@@ -270,10 +270,15 @@ class Residency:
         adapted = adapted.to(kept.originals.dtype)
         # Should we be interrupted from here on, `restore` knows what to do.
         self.epoch += 1
+        epoch = self.epoch
         self.is_stale = True
         self.is_written = True
-        self.added = None
+        self.kept, self.added = kept, None
         _put_columns_(kept.memory, kept.columns, adapted, kept.positions)
+        if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
+            self.is_written, self.kept = True, kept
+            self.restore()
+            return False
         self.written = update
         delta.residency = self.link  # type: ignore[attr-defined]
         self.is_stale = False
@@ -382,19 +387,17 @@ class Residency:
         if not self.is_written:
             return
         with LOCK:
-            if self.is_written:
-                self._restore()
+            self._restore()
 
     def _restore(self) -> None:
         kept, weight = self.kept, self.weight
-        assert kept is not None
-        assert weight is not None
-        if not self._is_unchanged(weight):
-            self._refuse_changed()
-        self.epoch += 1
-        self.is_stale = True
-        with torch.inference_mode(False):
-            _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
+        if kept is not None and weight is not None:  # else interrupted before it was written
+            if not self._is_unchanged(weight):
+                self._refuse_changed()
+            self.epoch += 1
+            self.is_stale = True
+            with torch.inference_mode(False):
+                _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
         self.is_written = False
         self.is_stale = False
 

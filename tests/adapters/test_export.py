@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 from pacatune.adapters import export_check
 from pacatune.adapters.export import export_lora, lora_config
+from pacatune.adapters.export_check import export_limit
 from pacatune.adapters.export_factors import column_selector
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
@@ -230,7 +231,9 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
         return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
 
     monkeypatch.setattr(export_check, "_run_plain_peft", outputs)
-    with pytest.raises(ValueError, match=r"PEFT the outputs differ from the adapter's by 1\.0e"):
+    with pytest.raises(
+        ValueError, match=r"PEFT the outputs differ from the adapter's by .* \(1\.0e"
+    ):
         export_lora(None, adapter_dir, tmp_path / "lora", verify=True)
     assert not (tmp_path / "lora").exists()
 
@@ -291,3 +294,16 @@ def test_another_base_is_refused(model_copy, adapter_dir, tmp_path):
 def test_a_folder_in_use_is_refused(adapter_copy):
     with pytest.raises(FileExistsError, match="is not empty"):
         export_lora(None, adapter_copy, adapter_copy)
+
+
+@pytest.mark.parametrize(
+    ("effect", "dtype", "limit"),
+    [
+        (2.0, "float32", 1e-3),
+        (2.0, "bfloat16", 1e-3 + 2 * 2**-5),
+        (1e-3, "float32", 5e-4),  # Half of what the adapter changes.
+        (0, "float32", 1e-3),
+    ],
+)
+def test_what_rounding_explains(effect, dtype, limit):
+    assert export_limit([torch.tensor([-10.0, 3])], effect, dtype) == pytest.approx(limit, rel=1e-3)

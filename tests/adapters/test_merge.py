@@ -1,18 +1,21 @@
 import json
+import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pacatune import PacaConfig
 from pacatune.adapters import merge as merge_module
 from pacatune.adapters.attach import answered_warnings
+from pacatune.adapters.export import export_lora
 from pacatune.adapters.merge import merge
-from pacatune.adapters.merge_check import weigh_error
+from pacatune.adapters.merge_check import check_outputs
 from pacatune.adapters.probe import OutputError
 from tests.adapters.fixtures import save_adapter
 
@@ -194,19 +197,62 @@ def test_an_untrained_adapter_is_noted(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rounds_inputs", "expected"),
-    [(False, "`dtype`=float32 keeps it"), (True, "which no merged model repeats: that (6.0e-01)")],
+    ("error", "effect", "onto", "message"),
+    [
+        (4.1, 9.0, "original", r"rounding to bfloat16 explains 4\.0e\+00 at most; nothing was"),
+        (math.nan, 9.0, "original", "by nan .* explains"),
+        (1.4, 2.0, "original", r"more than half .* \(2\.0e\+00\); nothing .* --dtype float32,"),
+        (2.1, 1.2, "nf4", r"more than half .* \(1\.2e\+00\); nothing .* --base dequantized,"),
+    ],
 )
-def test_rounding_that_swallows_the_adapter_is_noted(rounds_inputs, expected):
-    small, large = (
-        weigh_error(
-            OutputError(max_absolute=e, max_relative=e), 1.0, "dequantized", False, rounds_inputs
-        )
-        for e in (0.1, 0.6)
-    )
-    assert small == []
-    assert len(large) == 1
-    assert expected in large[0]
+def test_differences_beyond_the_limit_are_refused(error, effect, onto, message):
+    found = OutputError(max_absolute=error, max_relative=error)
+    with pytest.raises(ValueError, match=message):
+        check_outputs(found, 4.0, effect, "bfloat16", onto)
+
+
+@pytest.mark.parametrize(("error", "effect", "kept"), [(2, 9, 4), (2, 5, 2.5), (2, 0, 4)])
+def test_the_limit_is_rounding_and_half_of_the_effect(error, effect, kept):
+    found = OutputError(max_absolute=error, max_relative=error)
+    assert check_outputs(found, 4.0, effect, "bfloat16", "original") == kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_lora_export_is_merged_within_the_rounding_of_its_dtype(tiny_model_dir, tmp_path, dtype):
+    save_adapter(tiny_model_dir, tmp_path / "adapter")
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    result = merge(str(tiny_model_dir), tmp_path / "lora", tmp_path / "out", dtype=dtype)
+    assert 0 < result.error.max_absolute <= result.limit
+    # The limit is one of the dtype, not a fixed part of the outputs.
+    size = result.error.max_absolute / result.error.max_relative
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    assert eps / 4 < result.limit / size < 16 * eps
+    assert result.limit < result.effect / 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_merge_that_does_nothing_is_refused(
+    tiny_model_dir, lora_dir, tmp_path, monkeypatch, dtype
+):
+    from peft.tuners.lora import Linear
+
+    monkeypatch.setattr(Linear, "merge", lambda self, *args, **kwargs: None)
+    with pytest.raises(ValueError, match="outputs differ from the unmerged ones by"):
+        merge(str(tiny_model_dir), lora_dir, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_the_dtype_rounds_away_is_refused(tiny_model_dir, tmp_path):
+    save_adapter(tiny_model_dir, tmp_path / "adapter")
+    export_lora(None, tmp_path / "adapter", tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v * 1e-3 if "lora_B" in k else v for k, v in tensors.items()}, path)
+    merged = partial(merge, str(tiny_model_dir), tmp_path / "lora", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"by rounding to bfloat16, more than half .* float32"):
+        merged(dtype="bfloat16")
+    assert not list(tmp_path.glob("*out*"))
+    assert merged(dtype="float32").error.max_absolute > 0
 
 
 def test_a_folder_in_use_is_refused_before_the_base_is_loaded(adapter_dir, tmp_path):

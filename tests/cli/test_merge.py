@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -10,10 +12,22 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     out, err = capsys.readouterr()
     assert f"base      {tiny_model_dir}\n" in out
     assert "merged    6 modules, float32\n" in out
-    assert "verified  outputs differ from the unmerged model's by at most" in out
+    assert "verified  outputs are those of the adapter, which changes them by " in out
     assert f"written   {tmp_path / 'out'} (147.6 KiB)\n" in out
     assert err == ""
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_rounding_is_called_so(lora_dir, tmp_path, capsys):
+    words = ["merge", "--adapter", str(lora_dir), "--output", str(tmp_path / "out")]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    number = r"\d\.\de[+-]\d\d"
+    assert re.search(
+        rf"verified  outputs are those of the adapter, rounded by {number} "
+        rf"\({number} of their size; {number} is allowed\); it changes them by {number}\n",
+        out,
+    )
 
 
 def test_options_reach_the_merge(adapter_dir, tmp_path, capsys):

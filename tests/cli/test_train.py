@@ -79,6 +79,30 @@ def test_preview_shows_the_mask_and_trains_nothing(words, tmp_path, capsys, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_preview_of_weights_and_of_tools_that_the_template_drops(
+    words, data_path, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    turns = [
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    data_path.write_text(json.dumps({"messages": turns}) + "\n")
+    words = [*words, "--data.eval_fraction", "0", "--preview", "1"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "No.</s>" in out
+    assert re.findall(r"\[\[(.*?)\]\]", out) == ["Yes.</s>", " and "]
+    call = {"function": {"name": "look", "arguments": {"at": "x"}}}
+    turns[3] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    data_path.write_text(json.dumps({"messages": turns}) + "\n")
+    message = error_of(capsys, words)
+    assert f"{data_path}, row 1: the chat template does not show tool_calls of turn 4" in message
+    assert "`data.chat_template`" in message
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
 def test_preview_of_a_wrong_number(words, capsys, number):
     assert "preview" in error_of(capsys, [*words, "--preview", number])

@@ -61,6 +61,20 @@ def test_tools_and_other_message_fields_are_kept():
     assert example.tools == [{"name": "f"}]
 
 
+def test_weights_are_turns_not_to_learn():
+    turns = [USER, {**ASSISTANT, "weight": 0}, {**USER, "weight": 0}, {**ASSISTANT, "weight": 1.0}]
+    (example,) = convert({"messages": turns})
+    assert example.completion == [USER, ASSISTANT, USER, ASSISTANT]
+    assert example.skipped == [1, 2]
+    assert example.learned_turns == [3]
+    (example,) = convert({"prompt": [{**USER, "weight": None}], "completion": turns[1:]})
+    assert (example.prompt, example.skipped) == ([USER], [1, 2])
+
+
+def test_empty_columns_that_a_format_does_not_use():
+    assert convert({"instruction": "q", "output": "a", "system": "", "history": []})
+
+
 def test_unknown_columns_list_what_was_found_and_what_is_accepted():
     with pytest.raises(
         ValueError,
@@ -134,6 +148,54 @@ def test_bad_messages(messages, message):
         ({"instruction": "q", "output": ""}, "'output' is empty"),
         ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is a str; it must be a list"),
         ({"text": ""}, "row 1: 'text' is empty"),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
+            r"weight of messages\[1\] is 0.5; it must be 0 or 1",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": True}]},
+            r"weight of messages\[1\] is True; it must be 0 or 1",
+        ),
+        (
+            {"messages": [{**USER, "weight": 1}, ASSISTANT]},
+            r"weight of messages\[0\] is 1, but only assistant turns outside a prompt are",
+        ),
+        (
+            {"prompt": [USER, {**ASSISTANT, "weight": 1}, USER], "completion": [ASSISTANT]},
+            r"weight of prompt\[1\] is 1, but only assistant turns outside a prompt are",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
+            "'messages' has no assistant turn of weight 1, so nothing to learn",
+        ),
+        (
+            {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
+            r"item 0 of 'tools' is .* a tool must be an object with a name",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": "1"}]}]},
+            r"item 0 of tool_calls of messages\[1\] is .* a call must be an object with a name",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]},
+            r"tool_calls of messages\[1\] is a str; it must be a list of calls",
+        ),
+        (
+            {"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]},
+            "column 'functions' is not used by format 'messages'.*`tools`",
+        ),
+        (
+            {"instruction": "q", "output": "a", "system": "Be kind."},
+            "column 'system' is not used by format 'instruction'",
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": [["q", "a"]]},
+            "column 'history' is not used by format 'instruction'",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]},
+            "column 'tools' is not used by format 'prompt-completion'",
+        ),
     ],
 )
 def test_other_bad_rows(values, message):

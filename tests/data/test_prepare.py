@@ -181,5 +181,14 @@ def test_moved_boundary_is_reported(tokenizer, tmp_path):
 
 def test_evaluation_data_that_is_trained_on_is_reported(tokenizer, path):
     (warning,) = prepare(tokenizer, path=path, eval_path=path).warnings
-    assert warning.startswith("20 of 20 evaluation examples are also trained on")
+    assert warning.startswith("20 of 20 evaluation examples are also in the training data (")
     assert "row 3 and 17 more" in warning
+
+
+def test_fields_that_are_not_shown_are_told_once(tokenizer, tmp_path):
+    rows = [chat("Hi?", "Yes."), chat("Who?", "I.")]
+    rows[1]["messages"][0]["name"] = "Ann"
+    data = prepare(tokenizer, path=write(tmp_path / "named.jsonl", rows), eval_fraction=0)
+    (warning,) = data.warnings
+    assert warning.startswith("in 1 of 2 training examples the chat template does not show the me")
+    assert "['name']" in warning

@@ -117,6 +117,52 @@ def test_second_adapter_is_added(is_grouped: bool) -> None:
     torch.testing.assert_close(y, expected)
 
 
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
+def test_gradients_in_any_memory_layout(is_grouped: bool, dtype: torch.dtype, layout: str) -> None:
+    """A sum's gradient has no strides, that of a transposed output has them exchanged."""
+    tensors = make(dtype=dtype)
+    shape = (len(tensors["x"]), OUT_FEATURES)
+    generator = torch.Generator().manual_seed(1)
+    gy = {
+        "expanded": torch.ones(1, 1, dtype=dtype).expand(shape),
+        "transposed": torch.randn(*shape[::-1], generator=generator).to(dtype).t(),
+        "strided": torch.randn(shape[0], 3 * shape[1], generator=generator).to(dtype)[:, ::3],
+    }[layout]
+    assert not gy.is_contiguous()
+    found = []
+    for given in (gy, gy.contiguous()):
+        leaves = {k: v.clone().requires_grad_(k in ("x", "delta")) for k, v in tensors.items()}
+        y = paca_experts_linear(**leaves, scaling=0.75, is_grouped=is_grouped)
+        found.append(torch.autograd.grad(y, (leaves["x"], leaves["delta"]), given))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """Fill new_empty with NaN, so that nobody can rely on zeros that memory happens to hold."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("ends", [(3, 3, 5, 6), (0, 0, 0, 0)])
+def test_rows_that_no_expert_takes_are_zero(ends: tuple[int, ...], uninitialised_is_nan) -> None:
+    """Routed elsewhere, as with experts on several devices."""
+    tensors = {**make(), "offsets": torch.tensor(ends, dtype=torch.int32)}
+    found = gradients(paca_experts_linear, tensors, {"x", "delta"})
+    routed = gradients(
+        paca_experts_linear, {**tensors, "x": tensors["x"][: ends[-1]]}, {"x", "delta"}
+    )
+    for name in ("y", "x"):
+        torch.testing.assert_close(found[name][: ends[-1]], routed[name])
+        assert torch.equal(found[name][ends[-1] :], torch.zeros_like(found[name][ends[-1] :]))
+    torch.testing.assert_close(found["delta"], routed["delta"])
+
+
 class Seen(TorchDispatchMode):
     """Collects the names of all operations."""
 

@@ -1,5 +1,6 @@
 """Real runs on tiny models: texts, classes, images; what is measured, and fairness."""
 
+import io
 import math
 
 import pytest
@@ -215,6 +216,55 @@ def test_images(tmp_path):
     without = {**options, "data": {"path": str(tmp_path / "moved" / "train")}}
     with pytest.raises(ValueError, match="nor a folder `test` beside `train`"):
         make_plan(study_of(without, arms, command="train-image"), print)
+
+
+OVERLAP = "{} are also in the training data"
+
+
+def warned_of(options, command, tmp_path, what):
+    """Run one arm; its warning of `what` must be printed before any run, and in the report."""
+    console = Console(file=io.StringIO(), width=300)
+    arms = {"only": Arm(rank=2, learning_rates=[1e-3])}
+    config = study_of(options, arms, command=command, seeds=[0])
+    result = run_study(config, tmp_path / "out", console=console)
+    expected = OVERLAP.format(what)
+    (warning,) = [text for text in result.warnings if expected in text]
+    printed = console.file.getvalue()
+    assert printed.index(f"warning: {warning}") < printed.index("1/1  only")
+    assert f"- {warning}\n" in (tmp_path / "out" / "report.md").read_text()
+    again = run_study(config, tmp_path / "out", console=QUIET)
+    assert warning in again.warnings
+
+
+def test_texts_of_both_parts_are_a_warning(text_options, tmp_path, chats):
+    rows = (chats / "train.jsonl").read_text().splitlines(keepends=True)
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(rows[:10]) + (chats / "test.jsonl").read_text())
+    text_options["data"]["eval_path"] = str(test)
+    warned_of(text_options, "train", tmp_path, "10 of 22 test examples")
+
+
+def test_labelled_texts_of_both_parts_are_a_warning(class_options, tmp_path, labelled):
+    class_options["data"]["eval_path"] = class_options["data"]["path"]
+    warned_of(class_options, "classify", tmp_path, "60 of 60 test texts")
+
+
+def test_images_of_both_parts_are_a_warning(tmp_path):
+    save_vit(tmp_path / "vit")
+    write_images(tmp_path / "images", 12)
+    options = {
+        "model": {"path": str(tmp_path / "vit")},
+        "data": {"path": str(tmp_path / "images"), "eval_path": str(tmp_path / "images")},
+        "training": {"max_steps": 1, "bf16": False, "use_cpu": True},
+    }
+    warned_of(options, "train-image", tmp_path, "36 of 36 test images")
+
+
+def test_parts_that_share_nothing_are_no_warning(text_options, tmp_path):
+    arms = {"only": Arm(rank=2, learning_rates=[1e-3])}
+    plan = make_plan(study_of(text_options, arms), print)
+    plan.key(plan.make_run("only", 1e-3, 0, tmp_path))
+    assert plan.task.warnings == []
 
 
 def _values(result):

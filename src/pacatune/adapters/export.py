@@ -65,6 +65,8 @@ class ExportResult:
     """Largest relative error of a factor, in the Frobenius norm; 0 in float32."""
     error: OutputError | None
     """Outputs in plain PEFT against PaCA's, both in float32; None if not verified."""
+    limit: float | None
+    """Largest absolute difference that was allowed; None if not verified."""
     notes: list[str]
     """What the user should know."""
 
@@ -115,13 +117,13 @@ def export_lora(
             allow_other_base=allow_other_base,
         )
     num_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
-    error = None
+    error = limit = None
     with staged_folder(output, num_bytes) as staging:
         text = json.dumps(plan.config, indent=2, sort_keys=True)
         (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         write_tensors(plan.tensors, staging / TENSORS_NAME)
         if verify:
-            error = compare_with_plain_peft(
+            error, limit = compare_with_plain_peft(
                 plan.base, plan.adapter, staging, dtype, device, allow_other_base
             )
     return ExportResult(
@@ -131,6 +133,7 @@ def export_lora(
         num_bytes=num_bytes,
         rounding=plan.rounding,
         error=error,
+        limit=limit,
         notes=plan.notes,
     )
 

@@ -1,5 +1,6 @@
 """Write an adapter into its base model: a plain model folder that needs nothing of ours."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,12 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.compatibility import check_shapes
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
-from pacatune.adapters.merge_check import check_columns, check_outputs, weigh_error
+from pacatune.adapters.merge_check import (
+    check_columns,
+    check_outputs,
+    notes_on_change,
+    rounding_limit,
+)
 from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run_probe
 from pacatune.adapters.quantized import MergeBase, replace_quantised
@@ -45,7 +51,9 @@ class MergeResult:
     num_bytes: int
     """Size of the weights."""
     error: OutputError | None
-    """The written model's outputs against the unmerged ones; None if not verified."""
+    """The written model's outputs against the adapter's on that base; None if not verified."""
+    limit: float | None
+    """Largest absolute difference that was allowed; None if not verified."""
     effect: float | None
     """Largest absolute change of the outputs by the adapter; None if not verified."""
     notes: list[str]
@@ -66,14 +74,14 @@ def merge(
     """Merge an adapter into its base and write the result.
 
     PaCA's trained columns become round(W + scaling * delta) in the base's dtype; every other
-    weight stays as it is. LoRA adapters are merged by PEFT. Outputs of the merged model are
-    compared with the unmerged ones before anything is written, and those of the written model,
-    loaded again, before it gets its name.
+    weight stays as it is. LoRA adapters are merged by PEFT. The written model is loaded
+    again before it gets its name: its outputs may differ from the adapter's on the same base by
+    what rounding explains (`rounding_limit`), and by no more than half of what the adapter changes.
 
     An adapter that was trained on a quantised base can be merged onto three bases. `dequantized`,
     its default, is the function that was trained, written in 16 bits. `original` takes whatever
-    was not trained from the checkpoint before quantisation, and `nf4` rounds every weight again;
-    both change the outputs, by what the result says.
+    was not trained from the checkpoint before quantisation, which changes the outputs; `nf4` rounds
+    every weight again.
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
@@ -81,7 +89,7 @@ def merge(
         output: Folder to write, missing or empty.
         dtype: Of the base and the result; `auto` keeps the one the base was saved in.
         device: Where to compute.
-        verify: False skips the two comparisons.
+        verify: False skips that.
         allow_other_base: Merge even if the base is not the one the adapter was trained on.
         onto: The base to merge onto; None takes the adapter's default.
 
@@ -89,7 +97,7 @@ def merge(
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.
         ValueError: If the adapter is damaged or belongs to another base, `onto` is not for it, the
-            outputs differ by more than rounding, or the disk is full.
+            outputs differ by more than is allowed, or the disk is full.
     """
     checked = open_adapter(adapter)
     name = base_name(model, checked.config)
@@ -108,28 +116,28 @@ def merge(
     num_bytes = sum(parameter.nbytes for parameter in base.parameters())
     del base, original  # or they would stay in memory beside the model that is read back
     with staged_folder(output, num_bytes) as staging:
-        result_dtype = merged.write(staging)
+        dtype_name = str(merged.write(staging)).removeprefix("torch.")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        error = None
+        error = limit = None
         if verify:
             written = load_base(str(staging), task_type=checked.config.task_type, device=device)
             outputs = run_probe(written, inputs)
-            check_outputs(
-                merged.expected, outputs, result_dtype, factor=1 if onto == "original" else 2
-            )
-            error = output_error(merged.unmerged, outputs)
-            is_other = onto == "original" and quantization is not None
-            rounds_inputs = not is_other and _rounds_inputs(checked)
-            merged.notes.extend(weigh_error(error, merged.effect, onto, is_other, rounds_inputs))
+            error = output_error(merged.expected, outputs)
+            is_requantised = onto == "nf4"
+            limit = math.inf if is_requantised else rounding_limit(written, inputs, outputs)
+            rounded_to = "nf4 again" if is_requantised else dtype_name
+            limit = check_outputs(error, limit, merged.effect, rounded_to, onto)
+            merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
     return MergeResult(
         output=output,
         base=name,
         onto=onto,
-        dtype=str(result_dtype).removeprefix("torch."),
+        dtype=dtype_name,
         num_modules=merged.num_modules,
         num_bytes=num_bytes,
         error=error,
+        limit=limit,
         effect=merged.effect if verify else None,
         notes=merged.notes,
     )
@@ -141,10 +149,11 @@ class _Merged:
 
     model: PreTrainedModel | None
     num_modules: int
-    unmerged: list[Tensor]
     expected: list[Tensor]
-    """The outputs that the written model must have: `unmerged`, unless `onto` changes them."""
+    """Outputs that the written model must have: the unmerged ones, on the base that is written."""
     effect: float
+    base_change: float
+    """How far that base alone moves the unmerged outputs."""
     notes: list[str]
 
     def write(self, folder: Path) -> torch.dtype:
@@ -201,18 +210,12 @@ def _merge_in_memory(
     if isinstance(adapter, Adapter) and onto != "nf4":
         check_columns(merged, adapter, pretrained)
     _declare_untied(merged)
-    if inputs:
-        outputs = run_probe(merged, inputs)
-        if onto == "nf4":
-            expected = outputs
-        # The quantised layers multiply by kernels of their own, which round differently.
-        check_outputs(expected, outputs, merged.dtype, factor=1 if onto == "original" else 2)
     return _Merged(
         model=merged,
         num_modules=num_modules,
-        unmerged=unmerged,
         expected=expected,
         effect=output_error(plain, unmerged).max_absolute if inputs else 0.0,
+        base_change=output_error(unmerged, expected).max_absolute if inputs else 0.0,
         notes=notes,
     )
 

@@ -9,14 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 PROBE_TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
 
-# Largest |difference| / largest |output| that weights rounded to a dtype can explain.
-TOLERANCES = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
-
 _NUM_SEQUENCES, _NUM_TOKENS = 2, 32
 
 

@@ -53,6 +53,7 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
 
     from pacatune.study.plan import make_plan
     from pacatune.study.runner import pending_runs
+    from pacatune.training.preparation import show_warnings
 
     plan = make_plan(config, console.print)
     shown = Table("arm", "method", "rank", "trained parameters", "rates")
@@ -69,13 +70,14 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
         "rates.",
         soft_wrap=True,
     )
+    show_warnings(plan.task.warnings, console)
 
 
 def _show_result(result: "StudyResult", folder: Path, console: "Console") -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from pacatune.study.report import notes, table
+    from pacatune.training.preparation import show_warnings
 
     head, rows = table(result)
     shown = Table(*head)
@@ -83,6 +85,5 @@ def _show_result(result: "StudyResult", folder: Path, console: "Console") -> Non
         shown.add_row(*row)
     console.print(shown)
     console.print(notes(result), markup=False)
-    for warning in result.warnings:
-        console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
+    show_warnings(result.warnings, console)
     console.print(f"report and plots are in {folder}", soft_wrap=True)

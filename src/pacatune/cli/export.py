@@ -60,10 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _print_result(result: "ExportResult", dtype: str) -> None:
-    import torch
-
     from pacatune.adapters.output import format_bytes
-    from pacatune.adapters.probe import TOLERANCES
 
     rounding = f"rounded by at most {result.rounding:.1e} of their size"
     print(f"base      {result.base}")
@@ -77,7 +74,7 @@ def _print_result(result: "ExportResult", dtype: str) -> None:
         print(
             f"verified  outputs in plain PEFT differ by at most {result.error.max_absolute:.1e} "
             f"({result.error.max_relative:.1e} of their size, "
-            f"{TOLERANCES[getattr(torch, dtype)]:.0e} is allowed)"
+            f"{result.limit:.1e} is allowed)"
         )
     print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
     print_notes(result.notes)

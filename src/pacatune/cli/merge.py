@@ -62,10 +62,16 @@ def _print_result(result: "MergeResult") -> None:
     if result.error is None:
         print("verified  no (--no-verify)")
     else:
-        print(
-            f"verified  outputs differ from the unmerged model's by at most "
-            f"{result.error.max_absolute:.1e} ({result.error.max_relative:.1e} of their size); "
-            f"the adapter changes them by up to {result.effect:.1e}"
-        )
+        print(f"verified  outputs are those of the adapter, {_rounding(result)}")
     print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
     print_notes(result.notes)
+
+
+def _rounding(result: "MergeResult") -> str:
+    assert result.error is not None
+    if result.error.max_absolute == 0:
+        return f"which changes them by {result.effect:.1e}"
+    return (
+        f"rounded by {result.error.max_absolute:.1e} ({result.error.max_relative:.1e} of their "
+        f"size; {result.limit:.1e} is allowed); it changes them by {result.effect:.1e}"
+    )

@@ -1,14 +1,14 @@
 """What is wrong with encoded data: errors where training would be, warnings where it might be."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_STATISTICS = ["num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved"]
+_STATISTICS = ["num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved", "hidden"]
 
 
 def keep_learnable(
@@ -63,19 +63,35 @@ def keep_learnable(
     return data.remove_columns(_STATISTICS)
 
 
-def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
-    """Return a warning if evaluation examples are also trained on."""
-    seen = set(row_digests(train))
-    shared = [
-        place
-        for place, digest in zip(evaluation["place"], row_digests(evaluation), strict=True)
-        if digest in seen
-    ]
+def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:
+    """Return a warning if examples that measure are in the training data as well."""
+    return overlap_warning(
+        row_digests(train), row_digests(evaluation), f"{what} examples", evaluation["place"][:]
+    )
+
+
+def overlap_warning(
+    train: Iterable[object],
+    evaluation: Iterable[object],
+    what: str,
+    places: Sequence[str] | None = None,
+) -> list[str]:
+    """Return a warning if anything that measures is in the training data as well.
+
+    Args:
+        train: What tells each example of the training data from others.
+        evaluation: The same of the examples that measure.
+        what: Name of these, as "test images".
+        places: Where each of them stands.
+    """
+    known, examples = set(train), list(evaluation)
+    shared = [number for number, example in enumerate(examples) if example in known]
     if not shared:
         return []
+    where = "" if places is None else f" ({_some([places[number] for number in shared])})"
     return [
-        f"{len(shared)} of {len(evaluation)} evaluation examples are also trained on, so the "
-        f"evaluation loss flatters: {_some(shared)}. Remove the duplicates."
+        f"{len(shared)} of {len(examples)} {what} are also in the training data{where}, so what is "
+        "measured on them flatters; remove them from one of the two."
     ]
 
 
@@ -109,6 +125,14 @@ def _warn(
             f"no training example ends in a stop token (the tokenizer's is "
             f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "
             "`data.chat_template` that ends each assistant turn with it."
+        )
+    fields = sorted({field for row in data["hidden"] for field in row})
+    if fields:
+        num_rows = sum(bool(row) for row in data["hidden"])
+        warnings.append(
+            f"in {num_rows} of {len(data)} {what} examples the chat template does not show the "
+            f"message fields {fields}, so the model never sees them; give a `data.chat_template` "
+            "that shows them, or remove them."
         )
     moved = sum(data["boundary_moved"])
     if moved:

@@ -1,11 +1,13 @@
 """Turn an example into token ids and labels: which tokens are learned, and why not others."""
 
+import contextlib
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.formats import Example, Message
+from pacatune.data.shown import check_shown, with_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ class Encoded:
     learned: list[bool]
     boundary_moved: bool = False
     """The prompt alone is tokenized otherwise than in front of its completion."""
+    hidden: list[str] = field(default_factory=list)
+    """Fields of messages that the chat template does not show."""
 
     def labels(self, max_length: int | None) -> list[int]:
         """Return the ids to learn, -100 elsewhere, cut to `max_length`."""
@@ -52,16 +56,40 @@ class Encoder:
         """Encode one example.
 
         Raises:
-            ValueError: If the chat template cannot render it, or not turn by turn.
+            ValueError: If the chat template cannot render it, not turn by turn, or leaves out
+                what is read or learned.
         """
         if isinstance(example.completion, str):
             assert isinstance(example.prompt, str)
             encoded = self._encode_text(example.prompt, example.completion)
         else:
+            example, hidden = self._check(example)
             encoded = self._encode_chat(example)
+            encoded.hidden = hidden
         if self.learn_all:
             encoded.learned = [True] * len(encoded.input_ids)
         return encoded
+
+    def _check(self, example: Example) -> tuple[Example, list[str]]:
+        """Return the chat as its template takes it, and the fields that are not shown."""
+        if self.learn_all and example.skipped:
+            raise ValueError(
+                f"{example.place}: turn {example.skipped[0] + 1} has weight 0, and `data.loss` "
+                "'all' learns every turn; use 'completion', or remove the weights."
+            )
+        turns = range(len(example.messages)) if self.learn_all else example.learned_turns
+        render = functools.partial(
+            _render_text, self.tokenizer, example.place, self._marked_template
+        )
+        objects, texts = (with_arguments(example, as_text=as_text) for as_text in (False, True))
+        try:
+            return objects, check_shown(objects, turns, render)
+        except ValueError:
+            if objects == texts:
+                raise
+            with contextlib.suppress(ValueError):
+                return texts, check_shown(texts, turns, render)
+            raise
 
     def _encode_text(self, prompt: str, completion: str) -> Encoded:
         end = self.tokenizer.eos_token or ""
@@ -88,30 +116,29 @@ class Encoder:
         return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))
 
     def _encode_chat(self, example: Example) -> Encoded:
-        assert isinstance(example.prompt, list)
-        assert isinstance(example.completion, list)
-        messages = example.prompt + example.completion
         render = functools.partial(_render, self.tokenizer, example)
-        if self._marked_template is not None:
-            marked = render(messages, chat_template=self._marked_template, marked=True)
-            learned = [bool(bit) for bit in marked["assistant_masks"]]
-            if example.prompt:
-                prompt_ids = render(example.prompt, chat_template=self._marked_template)[
-                    "input_ids"
-                ]
-                start = common_prefix(prompt_ids, marked["input_ids"])
-                learned[:start] = [False] * start
-            return Encoded(marked["input_ids"], learned)
-        ids = render(messages)["input_ids"]
-        encoded = Encoded(ids, [False] * len(ids))
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant" and turn >= len(example.prompt):
-                self._learn_turn(encoded, example, messages, turn)
+        messages, template = example.messages, self._marked_template
+        if template is None:
+            ids = render(messages)["input_ids"]
+            encoded = Encoded(ids, [False] * len(ids))
+            for turn in example.learned_turns:
+                self._learn_turn(encoded, example, turn)
+            return encoded
+        marked = render(messages, chat_template=template, marked=True)
+        encoded = Encoded(marked["input_ids"], [bool(bit) for bit in marked["assistant_masks"]])
+        if example.prompt:
+            prompt_ids = render(messages[: len(example.prompt)], chat_template=template)[
+                "input_ids"
+            ]
+            start = common_prefix(prompt_ids, encoded.input_ids)
+            encoded.learned[:start] = [False] * start
+        for turn in example.skipped:
+            if turn >= len(example.prompt) and messages[turn]["role"] == "assistant":
+                start, end = self._find_turn(encoded.input_ids, example, turn)
+                encoded.learned[start:end] = [False] * (end - start)
         return encoded
 
-    def _learn_turn(
-        self, encoded: Encoded, example: Example, messages: list[Message], turn: int
-    ) -> None:
+    def _learn_turn(self, encoded: Encoded, example: Example, turn: int) -> None:
         """Mark what the model itself writes in one turn: from its cue to its stop token."""
         if turn == 0:
             raise ValueError(
@@ -120,9 +147,22 @@ class Encoder:
                 "{% generation %} marks."
             )
         ids = encoded.input_ids
-        render = functools.partial(_render, self.tokenizer, example)
-        before = render(messages[:turn])["input_ids"]
-        cue = render(messages[:turn], cue=True)["input_ids"]
+        cue = _render(self.tokenizer, example, example.messages[:turn], cue=True)["input_ids"]
+        _, end = self._find_turn(ids, example, turn)
+        start = common_prefix(cue, ids)
+        stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
+        if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
+            end = stops[-1] + 1  # Generation ends here: the line break behind it is never written.
+        encoded.learned[start:end] = [True] * (end - start)
+        encoded.boundary_moved |= start < len(cue)
+
+    def _find_turn(self, ids: list[int], example: Example, turn: int) -> tuple[int, int]:
+        """Return where the tokens of one turn begin and end."""
+        messages = example.messages
+        render = functools.partial(
+            _render, self.tokenizer, example, chat_template=self._marked_template
+        )
+        before = render(messages[:turn])["input_ids"] if turn else []
         after = ids if turn == len(messages) - 1 else render(messages[: turn + 1])["input_ids"]
         # The last token may merge with what follows; any more, and the template rewrites history.
         if (
@@ -134,12 +174,7 @@ class Encoder:
                 "turns follow, so its tokens cannot be told apart; give `data.chat_template` with "
                 "{% generation %} marks, or train on single answers (prompt-completion)."
             )
-        start, end = common_prefix(cue, ids), common_prefix(after, ids)
-        stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
-        if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
-            end = stops[-1] + 1  # Generation ends here: the line break behind it is never written.
-        encoded.learned[start:end] = [True] * (end - start)
-        encoded.boundary_moved |= start < len(cue)
+        return common_prefix(before, ids), common_prefix(after, ids)
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -178,9 +213,7 @@ def _render(
     chat_template: str | None = None,
 ) -> dict[str, Any]:
     """Render messages to token ids; with `cue`, up to where the assistant starts to write."""
-    from jinja2 import TemplateError
-
-    try:
+    with _template_errors(example.place):
         return dict(
             tokenizer.apply_chat_template(
                 messages,
@@ -191,8 +224,32 @@ def _render(
                 return_assistant_tokens_mask=marked,
             )
         )
+
+
+def _render_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    place: str,
+    chat_template: str | None,
+    messages: list[Message],
+    tools: list[Any] | None,
+) -> str:
+    """Render messages to text."""
+    with _template_errors(place):
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=chat_template, tokenize=False
+            )
+        )
+
+
+@contextlib.contextmanager
+def _template_errors(place: str) -> Iterator[None]:
+    from jinja2 import TemplateError
+
+    try:
+        yield
     except (TemplateError, TypeError) as error:
         raise ValueError(
-            f"{example.place}: the chat template cannot render it ({error}); "
+            f"{place}: the chat template cannot render it ({error}); "
             "change the messages, or give another `data.chat_template`."
         ) from error

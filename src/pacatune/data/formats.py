@@ -1,7 +1,7 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast, get_args
 
 from pacatune.data.config import Format
@@ -23,6 +23,9 @@ _ACCEPTED = (
     "question, choices, answer"
 )
 
+# Columns of other programs that say something to the model.
+_NOT_USED = ("system", "history", "functions", "images", "documents", "chat_template_kwargs")
+
 # For models without a chat template; the wording of Stanford Alpaca without its preamble.
 _INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 _INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -40,6 +43,25 @@ class Example:
     prompt: str | list[Message]
     completion: str | list[Message]
     tools: list[Any] | None = None
+    skipped: list[int] = field(default_factory=list)
+    """Turns of weight 0: not learned, whoever speaks."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """All turns of a chat."""
+        assert isinstance(self.prompt, list)
+        assert isinstance(self.completion, list)
+        return self.prompt + self.completion
+
+    @property
+    def learned_turns(self) -> list[int]:
+        """Those of `messages`, from 0, that are learned."""
+        turns = range(len(self.prompt), len(self.messages))
+        return [
+            turn
+            for turn in turns
+            if self.messages[turn]["role"] == "assistant" and turn not in self.skipped
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
@@ -89,6 +111,7 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
             chosen = detect_format(row)
         if chosen != "mmlu":  # whose check knows its three layouts
             _check_columns(row, chosen)
+            _check_unused(row, chosen)
         yield _CONVERTERS[chosen](row, has_template)
 
 
@@ -115,6 +138,19 @@ def _check_columns(row: Row, format: Format) -> None:
     )
 
 
+def _check_unused(row: Row, format: Format) -> None:
+    """Refuse what would be left out of the text without a word."""
+    if format == "text":  # Where such columns describe the text.
+        return
+    is_chat = format == "messages" or isinstance(row.values.get("prompt"), list)
+    for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
+        if row.values.get(column):
+            raise ValueError(
+                f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
+                "`messages` and `tools` (system text as a turn, functions as tools), or remove it."
+            )
+
+
 def _text(row: Row, column: str) -> str:
     value = row.values[column]
     if not isinstance(value, str):
@@ -126,7 +162,7 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def _messages(row: Row, column: str, *, is_context: bool = False) -> list[Message]:
     value = row.values[column]
     if not isinstance(value, list):
         raise ValueError(
@@ -135,10 +171,13 @@ def _messages(row: Row, column: str) -> list[Message]:
         )
     if not value:
         raise ValueError(f"{row.place}: {column!r} is empty; fill it or remove the row.")
-    return [_message(row.place, f"{column}[{i}]", message) for i, message in enumerate(value)]
+    return [
+        _message(row.place, f"{column}[{i}]", message, is_context)
+        for i, message in enumerate(value)
+    ]
 
 
-def _message(place: str, where: str, message: Any) -> Message:
+def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"{place}: {where} is {message!r:.80}; a message must be an object with the "
@@ -146,7 +185,9 @@ def _message(place: str, where: str, message: Any) -> Message:
         )
     content = message.get("content")
     kept = {key: value for key, value in message.items() if value is not None}
-    if content in (None, "") and kept.get("tool_calls"):
+    _check_weight(place, where, kept, is_context)
+    calls = _functions(place, f"tool_calls of {where}", "call", kept.get("tool_calls"))
+    if content in (None, "") and (calls or kept.get("function_call")):
         return {**kept, "content": ""}
     if not isinstance(content, str):
         kind = "missing" if content is None else f"a {type(content).__name__}"
@@ -156,23 +197,65 @@ def _message(place: str, where: str, message: Any) -> Message:
     return kept
 
 
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.values.get("tools")
-    if tools is not None and not isinstance(tools, list):
+def _check_weight(place: str, where: str, message: Message, is_context: bool) -> None:
+    weight = message.get("weight", 0)
+    if isinstance(weight, bool) or weight not in (0, 1):
         raise ValueError(
-            f"{row.place}: 'tools' is a {type(tools).__name__}; it must be a list of functions."
+            f"{place}: weight of {where} is {weight!r}; it must be 0 or 1: whether the turn is "
+            "learned."
         )
-    return tools
+    if weight and (is_context or message["role"] != "assistant"):
+        raise ValueError(
+            f"{place}: weight of {where} is 1, but only assistant turns outside a prompt are "
+            "learned; remove the weight."
+        )
+
+
+def _functions(place: str, where: str, kind: str, value: Any) -> list[Any] | None:
+    """Check a list of tools or calls: each names its function."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{place}: {where} is a {type(value).__name__}; it must be a list of {kind}s."
+        )
+    for number, item in enumerate(value):
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{place}: item {number} of {where} is {item!r:.80}; a {kind} must be an object "
+                "with a name, or with a 'function' that has one."
+            )
+    return value
+
+
+def _tools(row: Row) -> list[Any] | None:
+    return _functions(row.place, "'tools'", "tool", row.values.get("tools"))
+
+
+def _chat(
+    row: Row, column: str, prompt: list[Message], completion: list[Message], fix: str
+) -> Example:
+    """Make an example of a chat; weights become a list of turns that are not learned."""
+    weights = [message.get("weight") for message in prompt + completion]
+    skipped = [turn for turn, weight in enumerate(weights) if weight == 0]
+    prompt, completion = (
+        [{key: value for key, value in m.items() if key != "weight"} for m in messages]
+        for messages in (prompt, completion)
+    )
+    example = Example(row.place, prompt, completion, _tools(row), skipped)
+    if not example.learned_turns:
+        speaks = any(message["role"] == "assistant" for message in completion)
+        of_weight = " of weight 1" if speaks else ""
+        raise ValueError(
+            f"{row.place}: {column!r} has no assistant turn{of_weight}, so nothing to learn; {fix}"
+        )
+    return example
 
 
 def _from_messages(row: Row, has_template: bool) -> Example:
-    messages = _messages(row, "messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(
-            f"{row.place}: 'messages' has no assistant turn, so nothing to learn; "
-            "add the answer or remove the row."
-        )
-    return Example(row.place, [], messages, _tools(row))
+    fix = "add the answer or remove the row."
+    return _chat(row, "messages", [], _messages(row, "messages"), fix)
 
 
 def _from_prompt_completion(row: Row, has_template: bool) -> Example:
@@ -184,13 +267,9 @@ def _from_prompt_completion(row: Row, has_template: bool) -> Example:
         )
     if not isinstance(prompt, list):
         return Example(row.place, _text(row, "prompt"), _text(row, "completion"))
-    answer = _messages(row, "completion")
-    if not any(message["role"] == "assistant" for message in answer):
-        raise ValueError(
-            f"{row.place}: 'completion' has no assistant turn, so nothing to learn; "
-            "give the answer the role 'assistant'."
-        )
-    return Example(row.place, _messages(row, "prompt"), answer, _tools(row))
+    context = _messages(row, "prompt", is_context=True)
+    fix = "give the answer the role 'assistant'."
+    return _chat(row, "completion", context, _messages(row, "completion"), fix)
 
 
 def _from_instruction(row: Row, has_template: bool) -> Example:

@@ -124,6 +124,7 @@ def _encode(
             "doubled_bos": Value("bool"),
             "ends": Value("bool"),
             "boundary_moved": Value("bool"),
+            "hidden": List(Value("string")),
         }
     )
     with _progress_bars(len(examples) >= _NUM_ROWS_FOR_BAR):
@@ -159,6 +160,7 @@ def _encode_one(
             "doubled_bos": bos is not None and encoded.input_ids[:2] == [bos, bos],
             "ends": last >= 0 and encoded.input_ids[last] in encoder.stop_ids,
             "boundary_moved": encoded.boundary_moved,
+            "hidden": encoded.hidden,
         }
 
     return encode

@@ -163,7 +163,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1000))
-            yield from enumerate((row for batch in batches for row in batch), start=1)
+            rows = (_without_nulls(row) for batch in batches for row in batch)
+            yield from enumerate(rows, start=1)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file} is not a readable Parquet file ({error}).") from error
 
@@ -172,4 +173,18 @@ def _read_hub(path: str, name: str | None, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     for number, values in enumerate(load_dataset(path, name, split=split), start=1):
-        yield Row(f"{path} ({split}), row {number}", dict(values))
+        yield Row(f"{path} ({split}), row {number}", _without_nulls(dict(values)))
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop nulls within the columns of a table.
+
+    A table gives all its objects the same fields: a tool call would have the arguments of all.
+    """
+
+    def drop(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: drop(inner) for key, inner in value.items() if inner is not None}
+        return [drop(inner) for inner in value] if isinstance(value, list) else value
+
+    return {column: drop(value) for column, value in row.items()}

@@ -28,15 +28,19 @@ _OUTCOMES = {
     "contradicts": "Contradicts the paper",
     "open": "Left open: the intervals overlap",
 }
+# Text is as wide as lines can be read, tables as wide as the window; names and numbers do not wrap.
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem;
   color: #1a202c; }
+p, ul, figure { max-width: 60rem; }
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 3rem; border-top: 1px solid #cbd5e0;
   padding-top: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .4rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
+td { white-space: nowrap; } th { background: #f7fafc; vertical-align: bottom; }
 th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
-th { background: #f7fafc; } svg { max-width: 100%; height: auto; } .note { color: #4a5568; }
+svg { max-width: 100%; height: auto; } .note { color: #4a5568; }
 .contradicts { color: #9b2c2c; } code { background: #edf2f7; padding: 0 .2rem; }
 """
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 
+from pacatune.data.checks import overlap_warning
 from pacatune.study import classifier
 from pacatune.study.labelled_texts import LabelledTexts, encode, read_texts, split_texts
 from pacatune.study.task import Measured, Task, Values, released, take_test_path, weights_digest
@@ -62,7 +63,13 @@ class ClassifyTask(Task):
 
     def digest(self, config: Any) -> str:
         """Return hashes of all texts and labels, and of the weights."""
-        parts = (*split_texts(config.data), self._test_texts(config))
+        train, held_out = split_texts(config.data)
+        test = self._test_texts(config)
+        parts = (train, held_out, test)
+        self._warn(
+            *overlap_warning(train.texts, held_out.texts, "validation texts"),
+            *overlap_warning(train.texts + held_out.texts, test.texts, "test texts"),
+        )
         weights = weights_digest(find_model(config.model.path), config.model.revision)
         return " ".join([*map(_fingerprint, parts), weights])
 

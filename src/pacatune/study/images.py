@@ -71,15 +71,23 @@ class ImageTask(Task):
 
     def digest(self, config: Any) -> str:
         """Return hashes of all pixels and classes, and of the weights; finds broken images."""
+        from pacatune.data.checks import overlap_warning
         from pacatune.data.images import prepare_images
         from pacatune.data.images.check import check_images, run_digest
 
         images = prepare_images(config.data)
-        texts = []
+        texts, seen = [], []
         for part in (images.train, images.evaluation, self._test_images(config).evaluation):
             assert part is not None, "a fraction is held out, and there is test data"
             (digests,) = check_images((part.source, part.indices))
             texts.append(run_digest(part.source, part.indices, digests))
+            seen.append(digests)
+        train, validation, test = seen
+        self._warn(
+            *images.warnings,
+            *overlap_warning(train, validation, "validation images"),
+            *overlap_warning(train + validation, test, "test images"),
+        )
         return " ".join([*texts, weights_digest(config.model.path, config.model.revision)])
 
     def run(self, config: Any, console: Console) -> Measured:

@@ -17,6 +17,7 @@ from pacatune.study.records import Records
 from pacatune.study.report import OUTPUTS, write_report
 from pacatune.study.result import RunRecord, StudyResult
 from pacatune.study.summary import Place, best_rate, rate_beyond, summarise
+from pacatune.training.preparation import show_warnings
 from pacatune.training.report import versions
 
 RESULT_NAME = "study.json"
@@ -93,6 +94,9 @@ class _Runner:
 
     def run_all(self) -> dict[Place, RunRecord]:
         """Do the runs that choose rates, then those at the chosen ones."""
+        for place in self.tuning_runs():
+            self._key(place)  # looks at the data
+        show_warnings(self._plan.task.warnings, self._console)
         for place in self.tuning_runs():
             self._do(place)
         for _ in range(self._plan.config.extend_grids):

@@ -60,7 +60,7 @@ def summarise(plan: Plan, records: dict[Place, RunRecord]) -> StudyResult:
         higher_is_better=METRICS[plan.metric],
         reference=reference,
         arms=arms,
-        warnings=_warnings(plan, records, arms),
+        warnings=[*plan.task.warnings, *_warnings(plan, records, arms)],
         config=asdict(plan.config),
         versions=versions(),
     )

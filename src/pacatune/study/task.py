@@ -53,6 +53,8 @@ class Task(ABC):
     def __init__(self, values: Values, validation_fraction: float, forgetting_tokens: int) -> None:
         self.values = copy.deepcopy(values)
         self.forgetting_tokens = forgetting_tokens
+        self.warnings: list[str] = []
+        """What looks wrong with the data, as far as `digest` has seen it."""
         self._parsed: dict[str, Values] = {}
         self.test_options = self._take_test(self.values.setdefault("data", {}))
         if self.values.get("early_stopping_patience") is not None:
@@ -82,7 +84,10 @@ class Task(ABC):
 
     @abstractmethod
     def digest(self, config: Any) -> str:
-        """Return what tells model and data from others of the same names."""
+        """Return what tells model and data from others of the same names; warn of the data."""
+
+    def _warn(self, *warnings: str) -> None:
+        self.warnings += [text for text in warnings if text not in self.warnings]
 
     @abstractmethod
     def run(self, config: Any, console: Console) -> Measured:

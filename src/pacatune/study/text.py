@@ -7,6 +7,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pacatune.data import prepare_data
+from pacatune.data.checks import find_overlap
 from pacatune.study.forgetting import general_rows, text_loss
 from pacatune.study.task import Measured, Task, Values, released, take_test_path, weights_digest
 from pacatune.training import model as models
@@ -65,10 +66,14 @@ class TextTask(Task):
         return plan.num_trainable_parameters
 
     def digest(self, config: Any) -> str:
-        """Return hashes of all tokens and of the weights."""
+        """Return hashes of all tokens and of the weights; warn of the data."""
+        from datasets import concatenate_datasets
+
         run = prepare_run(config, Console(quiet=True))
         assert run.data.evaluation is not None, "a fraction is always held out"
         parts = (run.data.train, run.data.evaluation, self._test_data(config, run.tokenizer))
+        whole = concatenate_datasets([run.data.train, run.data.evaluation])
+        self._warn(*run.data.warnings, *find_overlap(whole, parts[2], "test"))
         weights = weights_digest(models.model_path(config), config.model.revision)
         return " ".join([*map(fingerprint, parts), weights, str(self.forgetting_tokens)])
 

@@ -1,12 +1,11 @@
 """The PEFT tuner: finds and replaces the target modules, and answers for the adapter as a whole."""
 
 import dataclasses
-import functools
 import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
@@ -44,6 +43,10 @@ from pacatune.tuner.targets import (
 
 __all__ = ["PacaModel"]
 
+# What `generate` takes and no forward does.
+_GENERATION_OPTIONS = frozenset(
+    ("generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams", "streamer")
+)
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
@@ -203,22 +206,6 @@ class PacaModel(BaseTuner):
                     layer.unmerge_to(number)
             raise
 
-    @property
-    def generate(self) -> Any:
-        """The base model's `generate`; columns are resident in the thread that trains."""
-        generate = self.model.generate
-        thread = threading.get_ident()
-        residencies = (getattr(module, "residency", None) for module in self.model.modules())
-        if not any(getattr(one, "trainer", None) == thread for one in residencies):
-            return generate
-
-        @functools.wraps(generate)
-        def generate_resident(*args: Any, **kwargs: Any) -> Any:
-            with resident(self.model):
-                return generate(*args, **kwargs)
-
-        return generate_resident
-
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -292,13 +279,23 @@ class PacaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of a mixed batch to every adapted layer for one call."""
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        """Prepare one call: hand `adapter_names` of a mixed batch to every adapted layer.
+
+        `generate` in the thread that trains the model (TRL's GRPO, say) has the columns in the
+        weights: that thread has the model to itself.
+        """
+        with ExitStack() as stack:
+            if _GENERATION_OPTIONS & kwargs.keys() and self._is_trained_here():
+                stack.enter_context(resident(self.model))
+            if (names := kwargs.get("adapter_names")) is not None:
+                num_beams = kwargs.get("num_beams") or 1
+                stack.enter_context(adapter_names_passed(self.model, names, num_beams))
             yield
-        else:
-            with adapter_names_passed(self.model, adapter_names, kwargs.get("num_beams") or 1):
-                yield
+
+    def _is_trained_here(self) -> bool:
+        thread = threading.get_ident()
+        residencies = (getattr(module, "residency", None) for module in self.model.modules())
+        return any(one is not None and one.trainer == thread for one in residencies)
 
 
 class _PlainNames:

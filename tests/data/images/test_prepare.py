@@ -75,8 +75,8 @@ def test_evaluation_images_from_elsewhere(folder, tmp_path):
 def test_images_of_both_parts_are_a_warning(folder, tmp_path):
     data = prepare(folder, eval_path=str(folder))
     assert data.warnings == [
-        "30 of 30 evaluation images are also among the training images, so the accuracy is too "
-        "high; remove them."
+        "30 of 30 evaluation images are also in the training data, so what is measured on them "
+        "flatters; remove them from one of the two."
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pacatune.data.checks import overlap_warning
 from pacatune.data.images.check import check_images, run_digest
 from pacatune.data.images.config import ImageDataConfig
 from pacatune.data.images.sources import ImageSource, read_sources
@@ -59,7 +60,7 @@ def prepare_images(config: ImageDataConfig) -> PreparedImages:
         parts = [(part.source, part.indices) for part in (train, evaluation) if part is not None]
         digests, *others = check_images(*parts)
         for other in others:
-            warnings += _find_overlap(digests, other)
+            warnings += overlap_warning(digests, other, "evaluation images")
     return PreparedImages(
         classes=source.classes,
         train=train,
@@ -135,17 +136,6 @@ def _by_class(source: ImageSource, indices: Sequence[int]) -> dict[str, list[int
     for index in indices:
         members[source.classes[source.labels[index]]].append(index)
     return members
-
-
-def _find_overlap(train: Sequence[str], evaluation: Sequence[str]) -> list[str]:
-    known = set(train)
-    number = sum(digest in known for digest in evaluation)
-    if not number:
-        return []
-    return [
-        f"{number} of {len(evaluation)} evaluation images are also among the training images, so "
-        "the accuracy is too high; remove them."
-    ]
 
 
 def _some(names: list[str]) -> str:

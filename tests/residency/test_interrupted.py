@@ -1,0 +1,145 @@
+"""Whatever interrupts a write or a restore, at whatever line, the base can be recovered."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pacatune.residency
+from pacatune import PacaConfig
+from tests.residency.net import Net, adapt, assert_base, check, deltas, layers
+
+
+@contextmanager
+def at_line(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
+    """Act before the number-th line that the residency runs; yields how many lines it ran."""
+    lines = [0]
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename != pacatune.residency.__file__:
+            return None
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == number:
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def train(model: nn.Module, x: Tensor) -> None:
+    model(x).square().sum().backward()
+
+
+def look(model: nn.Module, x: Tensor) -> None:
+    list(model.parameters())
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    torch.optim.SGD(deltas(model), lr=0.1).step()
+
+
+def switch(model: nn.Module, x: Tensor) -> None:
+    model.set_adapter("other")
+    train(model, x)
+
+
+def merge(model: nn.Module, x: Tensor) -> None:
+    model.merge_adapter()
+
+
+def prepared(base: Net, x: Tensor) -> nn.Module:
+    """A model in whose weights the columns of one of two adapters are."""
+    model = adapt(base)
+    model.add_adapter("other", PacaConfig(r=4, target_modules=["first", "second"], random_seed=7))
+    model.set_adapter("default")
+    train(model, x)
+    return model
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("operation", [train, look, step, switch, merge])
+def test_an_exception_at_every_line(operation, error: type, base: Net, x: Tensor) -> None:
+    def fail() -> None:
+        raise error
+
+    number, has_ended = 0, False
+    while not has_ended:
+        number += 1
+        model = prepared(base, x)
+        with torch.no_grad():
+            for delta in deltas(model):
+                delta.add_(0.1)
+        with at_line(number, fail):
+            try:
+                operation(model, x)
+                has_ended = True
+            except error:
+                pass
+        if operation is merge:
+            model.unmerge_adapter()
+        assert_base(base, model)
+        for adapter in ("default", "other"):
+            model.set_adapter(adapter)
+            check(base, model, x, adapter)
+    assert number > 10
+
+
+@pytest.mark.parametrize("number", range(1, 60))
+def test_a_look_at_every_line(number: int, base: Net, x: Tensor) -> None:
+    """As a signal handler that saves the model does, in the middle of a write."""
+    model = prepared(base, x)
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.add_(0.1)
+    seen: list[list[Tensor]] = []
+
+    def handler() -> None:
+        weights = [layer.base_layer.weight.detach().clone() for layer in layers(model)]
+        seen.append(weights)
+
+    with at_line(number, handler):
+        check(base, model, x)
+    if seen:
+        assert torch.equal(seen[0][0], base.first.weight)
+        assert torch.equal(seen[0][1], base.second.weight)
+
+
+@pytest.mark.parametrize("operation", ["index_select", "add", "put_"])
+def test_out_of_memory_in_every_operation(
+    operation: str, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto_find_batch_size` catches it, while another adapter's columns are copied aside."""
+    model = prepared(base, x)
+    model.set_adapter("other")
+    owner = torch if operation == "add" else torch.Tensor
+    original = getattr(owner, operation)
+    for fails_at in (1, 2):
+        calls = 0
+
+        def out_of_memory(*args: Any, _at: int = fails_at, **kwargs: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == _at:
+                raise torch.OutOfMemoryError("out of memory")
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, operation, out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                train(model, x)
+        check(base, model, x, "other")
+        model.set_adapter("default")
+        check(base, model, x)
+        assert_base(base, model)
+        model.set_adapter("other")
