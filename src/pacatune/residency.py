@@ -496,7 +496,7 @@ class Residency:
             self.restore()
             self.is_closed = True
             if type(self.weight) is WeightParameter:
-                del self.weight.residency
+                self.weight.residency = None
                 self.weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __del__(self) -> None:

@@ -1,5 +1,6 @@
 """What happens to those who hold a weight, or change it, while the model is used."""
 
+import copy
 import io
 
 import pytest
@@ -53,6 +54,14 @@ class TestHeldOverAnEvaluation:
 def expected_output(base: Net, model: nn.Module, x: Tensor) -> Tensor:
     with torch.enable_grad():
         return expected(base, model, x)[0]
+
+
+def test_a_copy_is_unloaded_like_the_original(base: Net, x: Tensor) -> None:
+    model = adapt(base)
+    model(x)
+    plain = copy.deepcopy(model).unload()
+    assert type(plain.first.weight) is nn.Parameter
+    assert torch.equal(plain.first.weight, base.first.weight)
 
 
 class TestChanged:
