@@ -5,13 +5,15 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test lint conformance bench docs setup-demo setup-demo-vision setup-dev
+.PHONY: help demo demo-vision test lint conformance soak bench docs
+.PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
 	@echo 'make demo         fine-tune a real language model and show what changed'
 	@echo 'make demo-vision  the same with real image models'
 	@echo 'make test         lint, types, spelling and every test'
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
+	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
 
 demo: setup-demo
@@ -32,6 +34,9 @@ lint: setup-dev
 
 conformance: setup-dev
 	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
+
+soak: setup-dev
+	$(RUN) -m tests.residency.soak --workers $(WORKERS) $(ARGS)
 
 bench: setup-dev
 	$(RUN) -m benchmarks.layer $(ARGS)

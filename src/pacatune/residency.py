@@ -495,9 +495,10 @@ class Residency:
         with LOCK:
             self.restore()
             self.is_closed = True
-            if type(self.weight) is WeightParameter:
-                self.weight.residency = None
-                self.weight.__class__ = nn.Parameter  # type: ignore[assignment]
+            weight: Any = dict.get(self.parameters or {}, "weight")
+            if type(weight) is WeightParameter:  # of a copied model, perhaps never written
+                weight.residency = None
+                weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __del__(self) -> None:
         if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
