@@ -121,7 +121,7 @@ class Residency:
         self.is_shared = False
         # What stands in the module during a forward pass is a temporary copy (FSDP2): read only.
         self.is_sharded = False
-        # A CUDA graph reads the memory at every replay: read only.
+        # A CUDA graph, or an exported one, reads the memory whenever it runs: read only.
         self.is_captured = False
         # The module has been handed back without the adapter: read only.
         self.is_closed = False
@@ -208,7 +208,7 @@ class Residency:
         weight = self.find_weight()
         if weight is None or self.is_merged:
             return None
-        if weight.is_cuda and _is_capturing():
+        if _is_on_gpu(weight) and _is_capturing():
             self._capture()
         if not writes and not self.is_written:
             return weight, False, epoch
@@ -232,7 +232,7 @@ class Residency:
             and weight._version == self.weight_version
             and self._address_of(weight) == self.address
             and not weight.requires_grad
-            and not (weight.is_cuda and _is_capturing())
+            and not (_is_on_gpu(weight) and _is_capturing())
         )
 
     def write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
@@ -622,7 +622,12 @@ def _is_ordinary(weight: Tensor) -> bool:
 _NUM_OWN_REFERENCES = 3
 
 
+def _is_on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
+
+
 def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
     return torch.cuda.is_current_stream_capturing()
 
 

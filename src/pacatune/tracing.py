@@ -7,7 +7,7 @@ them twice, or not at all, once they are gone.
 
 import torch
 
-__all__ = ["is_recorded", "is_traced"]
+__all__ = ["is_exported", "is_recorded", "is_traced"]
 
 
 def is_traced() -> bool:
@@ -25,6 +25,17 @@ def is_recorded() -> bool:
         return False
     if torch._C._is_tracing():
         return True
+    return _is_in_make_fx()
+
+
+def is_exported() -> bool:
+    """Whether torch.export or make_fx is at work, whose graphs go on reading the weights."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return _is_in_make_fx()
+
+
+def _is_in_make_fx() -> bool:
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pacatune.functional.gated import Elementwise, apply_paca_gated
 from pacatune.functional.linear import add_columns_, apply_paca_linear, autocast, column_update
 from pacatune.residency import Pass, Residency
-from pacatune.tracing import is_traced
+from pacatune.tracing import is_exported, is_traced
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
 __all__ = ["Linear"]
@@ -114,6 +114,13 @@ class Linear(AdditiveLayer):
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight: whoever reads it through its module does."""
         residency = self.residency
+        if residency is not None and is_exported():
+            if torch.compiler.is_dynamo_compiling():
+                raise RuntimeError(
+                    "A graph that torch.export makes with `strict=True` would read the weights "
+                    "while columns are in them; export the model with `strict=False`."
+                )
+            residency.is_captured = True
         if residency is not None and residency.is_written and is_traced():
             # A traced graph cannot restore, so it undoes the columns in a copy, until the optimiser
             # has stepped twice or somebody looks at the weight.

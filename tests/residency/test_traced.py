@@ -1,0 +1,151 @@
+"""A traced model contains the adapter, or cannot be saved; whatever is done to the model after."""
+
+import io
+import random
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pacatune.residency
+from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.twin import KINDS, Twin, adapted
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+)
+
+
+def trace(model: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model.base_model.model, x, check_trace=False)
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(kind: str, is_written: bool) -> None:
+    torch.manual_seed(0)
+    plain = KINDS[kind].build().requires_grad_(False)
+    for parameter in plain.parameters():
+        if parameter.is_floating_point():
+            parameter.normal_(std=0.3)
+    twin = Twin(adapted(plain, KINDS[kind]), plain, KINDS[kind], random.Random(0))
+    x = twin.inputs()
+    want = twin.expected(x, twin.active)[0]
+    if is_written:
+        twin.model(x)
+    traced = trace(twin.model, x)
+    twin.close(traced(x), want)
+    twin.check()  # writes columns, where nobody else could see them
+    twin.close(traced(x), want)
+    twin.model.state_dict()
+    twin.close(traced(x), want)
+    buffer = io.BytesIO()
+    if "experts" in kind or "int8" in kind:
+        with pytest.raises(RuntimeError, match="Could not export Python function call"):
+            torch.jit.save(traced, buffer)
+        return
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    twin.close(torch.jit.load(buffer)(x), want)
+
+
+def test_while_the_model_is_trained(base: Net, x: Tensor) -> None:
+    """The trace holds the model's own tensors: its answers are those of the trained model."""
+    model = adapt(base)
+    traced = trace(model, x)
+    optimizer = torch.optim.SGD(deltas(model), lr=0.01)
+    for _ in range(3):
+        check(base, model, x)
+        torch.testing.assert_close(traced(x), expected(base, model, x)[0])
+        optimizer.step()
+        torch.testing.assert_close(traced(x), expected(base, model, x)[0])
+    assert_base(base, model)
+
+
+def test_make_fx(base: Net, x: Tensor) -> None:
+    model = adapt(base)
+    want = expected(base, model, x)[0]
+    graph = make_fx(lambda x: model.base_model.model(x))(x)
+    torch.testing.assert_close(graph(x), want)
+    check(base, model, x)
+    torch.testing.assert_close(graph(x), want)
+    other = adapt(base)
+    check(base, other, x)
+    with pytest.raises(TypeError):  # it knows no parameters that count their edits
+        make_fx(lambda x: other.base_model.model(x))(x)
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
+def test_torch_export(is_written: bool, base: Net, x: Tensor) -> None:
+    model = adapt(base)
+    want = expected(base, model, x)[0]
+    if is_written:
+        model(x)
+    program = torch.export.export(model.base_model.model, (x,))
+    torch.testing.assert_close(program.module()(x), want)
+    check(base, model, x)
+    torch.testing.assert_close(program.module()(x), want)
+    list(model.parameters())
+    torch.testing.assert_close(program.module()(x), want)
+
+
+def test_torch_export_that_would_leave_no_note(base: Net, x: Tensor) -> None:
+    with pytest.raises(Exception, match=r"export the model with `strict=False`"):
+        torch.export.export(adapt(base).base_model.model, (x,), strict=True)
+
+
+def test_onnx(base: Net, x: Tensor, tmp_path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    base.float()
+    x = x.float()
+    model = adapt(base)
+    want = expected(base, model, x)[0]
+    model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = tmp_path / "model.onnx"
+        torch.onnx.export(model.base_model.model, (x,), path, dynamo=False)
+    graph = onnx.load(path)
+    found = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), want, atol=1e-5, rtol=1e-5)
+
+
+class TestCapture:
+    """CUDA graphs read the weight's memory at every replay; on a CPU, as if one were recorded."""
+
+    @pytest.fixture(autouse=True)
+    def _as_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_capturing = False
+        monkeypatch.setattr(pacatune.residency, "_is_on_gpu", lambda weight: True)
+        monkeypatch.setattr(pacatune.residency, "_is_capturing", lambda: self.is_capturing)
+
+    def test_the_pretrained_weight_is_captured(
+        self, base: Net, x: Tensor, writes: list[int]
+    ) -> None:
+        model = adapt(base)
+        self.is_capturing = True
+        check(base, model, x)
+        with torch.no_grad():
+            model(x)
+        self.is_capturing = False
+        check(base, model, x)  # the graph may be replayed at any time from now on
+        assert not writes
+        assert not any(layer.residency.added for layer in layers(model))
+
+    def test_columns_in_the_weight_are_refused(self, base: Net, x: Tensor) -> None:
+        model = adapt(base)
+        check(base, model, x)
+        self.is_capturing = True
+        with pytest.raises(RuntimeError, match=r"CUDA graph.*Call `model.zero_grad\(\)` before"):
+            model(x)
+        self.is_capturing = False
+        model.zero_grad()
+        self.is_capturing = True
+        check(base, model, x)
+        assert_base(base, model)
