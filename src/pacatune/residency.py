@@ -583,35 +583,27 @@ def resident(model: nn.Module) -> Iterator[None]:
 
     Without it, evaluation never writes: it adds a thin product to each layer's output, and any
     number of threads may share the model. Inside it, this thread's forward passes write the columns
-    and multiply once, which is faster for generation. Other threads get right results all the same;
-    Parameter objects that somebody held before show the adapted columns until it ends.
+    once and then multiply once, which is faster for generation. Other threads get right results all
+    the same; one that is inside it at the same time evaluates as it would without. Parameter
+    objects that somebody held before show the adapted columns until it ends.
 
     Args:
-        model: With PaCA layers anywhere in it; others are left alone.
-
-    Raises:
-        RuntimeError: If another thread is inside it with the same model.
+        model: With PaCA layers anywhere in it; other layers are left alone.
     """
     thread = threading.get_ident()
     found = [getattr(module, "residency", None) for module in model.modules()]
-    entered: list[tuple[Residency, int | None]] = []
+    owned: list[Residency] = []
     try:
         with LOCK:
             for residency in found:
-                if isinstance(residency, Residency):
-                    if residency.owner not in (None, thread):
-                        raise RuntimeError(
-                            "Another thread is inside `resident(model)` with this model. Evaluate "
-                            "without it, which any number of threads may do at once."
-                        )
-                    entered.append((residency, residency.owner))
+                if isinstance(residency, Residency) and residency.owner is None:
+                    owned.append(residency)
                     residency.owner = thread
         yield
     finally:
-        for residency, owner in entered:
-            residency.owner = owner
-            if owner is None:
-                residency.restore()
+        for residency in owned:
+            residency.owner = None
+            residency.restore()
 
 
 def _is_ordinary(weight: Tensor) -> bool:

@@ -201,3 +201,21 @@ class TestR1CurrentDelta:
             loss.backward()
         torch.testing.assert_close(first.grad, want[0][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(second.grad, want[1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_optimisers_take_their_fast_paths(base: Net, x: Tensor, monkeypatch) -> None:
+    """torch decides by exact types whether it may step all parameters in one launch."""
+    from torch.optim import optimizer
+
+    model = adapt(base)
+    plain = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    on_gpu = ["cpu"]
+    monkeypatch.setattr(optimizer, "_get_foreach_kernels_supported_devices", lambda: on_gpu)
+    check(base, model, x)
+    weights = [layer.base_layer.weight for layer in layers(model)]
+    for differentiable in (False, True):
+        want = optimizer._default_to_fused_or_foreach(plain, differentiable, use_fused=False)
+        for parameters in (deltas(model), weights):
+            found = optimizer._default_to_fused_or_foreach(parameters, differentiable, False)
+            assert found == want
+    assert type(deltas(model)[0]) is not nn.Parameter

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
+from pacatune.residency import resident
+
 if TYPE_CHECKING:
     from pacatune.adapters.generation import Sampling
 
@@ -59,7 +61,7 @@ def generate_batch(
             f"for each of {len(prompts)} prompts and have one length; make several batches."
         )
     tokens, mask = _padded(prompts, pad_token_id)
-    with torch.no_grad():
+    with torch.no_grad(), resident(model):
         output = model.generate(
             input_ids=tokens.to(model.device),
             attention_mask=mask.to(model.device),

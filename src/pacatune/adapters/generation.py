@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from pacatune.adapters.base import DTypeName
 from pacatune.adapters.batch import Generated, generate_batch
 from pacatune.adapters.loading import load_language_model
+from pacatune.residency import resident
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,8 @@ class TextGenerator:
         tokens = tokens.to(self._model.device)
         streamer = _CallbackStreamer(self._tokenizer, on_text)
         devices = [tokens.device] if tokens.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), self._switched(with_adapter):
+        switched, owned = self._switched(with_adapter), resident(self._model)
+        with torch.random.fork_rng(devices), torch.no_grad(), owned, switched:
             torch.manual_seed(sampling.seed)
             self._model.generate(
                 input_ids=tokens,

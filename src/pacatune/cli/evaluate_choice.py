@@ -25,26 +25,26 @@ def run(argv: list[str]) -> int:
     require_lm_eval()
     open_output(output)
     data = {name: _questions(name, options) for name in dict.fromkeys(options.data)}
-    loaded = shared.load(options)
-    head = describe(
-        loaded,
-        shared.command_line("choice", argv),
-        shared.settings_of(options, "data", "seed", "limit", "chat"),
-    )
-    results: dict[str, ChoiceResult] = {}
-    for name, questions in data.items():
-        results[name] = evaluate_choice(
-            loaded.model,
-            loaded.tokenizer,
-            questions,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            chat=options.chat,
-            progress=True,
+    with shared.loaded_model(options) as loaded:
+        head = describe(
+            loaded,
+            shared.command_line("choice", argv),
+            shared.settings_of(options, "data", "seed", "limit", "chat"),
         )
-        report = make_report(results)
-        write_report(output, head, report, finished=len(results) == len(data))
-    shared.show(report, output)
+        results: dict[str, ChoiceResult] = {}
+        for name, questions in data.items():
+            results[name] = evaluate_choice(
+                loaded.model,
+                loaded.tokenizer,
+                questions,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                chat=options.chat,
+                progress=True,
+            )
+            report = make_report(results)
+            write_report(output, head, report, finished=len(results) == len(data))
+        shared.show(report, output)
     return 0
 
 

@@ -24,24 +24,26 @@ def run(argv: list[str]) -> int:
 
     open_output(output)
     tasks = prepare_tasks(options.tasks, options.tasks_dir)
-    loaded = shared.load(options)
-    settings = {name: getattr(options, name) for name in ("num_fewshot", "limit", "chat", "seed")}
-    head = describe(
-        loaded,
-        shared.command_line("lm-eval", argv),
-        shared.settings_of(options, "tasks", "tasks_dir", *settings),
-    )
-    scores = run_tasks(
-        loaded.model,
-        loaded.tokenizer,
-        tasks,
-        **settings,
-        batch_size=options.batch_size,
-        progress=True,
-    )
-    report = make_report(scores)
-    write_report(output, head, report, finished=True)
-    shared.show(report, output)
+    with shared.loaded_model(options) as loaded:
+        settings = {
+            name: getattr(options, name) for name in ("num_fewshot", "limit", "chat", "seed")
+        }
+        head = describe(
+            loaded,
+            shared.command_line("lm-eval", argv),
+            shared.settings_of(options, "tasks", "tasks_dir", *settings),
+        )
+        scores = run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            **settings,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+        report = make_report(scores)
+        write_report(output, head, report, finished=True)
+        shared.show(report, output)
     return 0
 
 

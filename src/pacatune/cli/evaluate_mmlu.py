@@ -24,26 +24,28 @@ def run(argv: list[str]) -> int:
     open_output(output)
     asked = {name: getattr(options, name) for name in ("tasks_dir", "subjects", "num_fewshot")}
     tasks = prepare_mmlu(**asked)
-    loaded = shared.load(options)
-    head = describe(
-        loaded,
-        shared.command_line("mmlu", argv),
-        shared.settings_of(options, *asked, "limit", "chat"),
-    )
-    result = ask_mmlu(
-        loaded.model,
-        loaded.tokenizer,
-        tasks,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        chat=options.chat,
-        progress=True,
-    )
-    report = make_report(result)
-    if options.limit is not None:
-        report.notes.append(f"Only the first {options.limit} questions of each subject were asked.")
-    write_report(output, head, report, finished=True)
-    shared.show(report, output)
+    with shared.loaded_model(options) as loaded:
+        head = describe(
+            loaded,
+            shared.command_line("mmlu", argv),
+            shared.settings_of(options, *asked, "limit", "chat"),
+        )
+        result = ask_mmlu(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            chat=options.chat,
+            progress=True,
+        )
+        report = make_report(result)
+        if options.limit is not None:
+            report.notes.append(
+                f"Only the first {options.limit} questions of each subject were asked."
+            )
+        write_report(output, head, report, finished=True)
+        shared.show(report, output)
     return 0
 
 

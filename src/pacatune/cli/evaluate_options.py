@@ -2,6 +2,8 @@
 
 import argparse
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,13 @@ def model_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load(options: argparse.Namespace) -> "LoadedModel":
-    """Load the model that the options name, and print what there is to know about it."""
+@contextmanager
+def loaded_model(options: argparse.Namespace) -> Iterator["LoadedModel"]:
+    """Load the model that the options name, and print what there is to know about it.
+
+    It is this command's alone, so adapted columns are kept in its weights.
+    """
+    from pacatune import resident
     from pacatune.adapters.loading import load_language_model
 
     loaded = load_language_model(
@@ -52,7 +59,8 @@ def load(options: argparse.Namespace) -> "LoadedModel":
         allow_other_base=options.allow_other_base,
     )
     print_notes(loaded.notes)
-    return loaded
+    with resident(loaded.model):
+        yield loaded
 
 
 def command_line(name: str, argv: list[str]) -> str:

@@ -24,24 +24,24 @@ def run(argv: list[str]) -> int:
 
     open_output(output)
     texts = _read(options.text) if options.text else default_text()
-    loaded = shared.load(options)
-    sizes = {name: getattr(options, name) for name in ("window", "stride", "max_tokens")}
-    settings = shared.settings_of(options, *sizes)
-    settings["text_sha256"] = {
-        name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
-    }
-    head = describe(loaded, shared.command_line("perplexity", argv), settings)
-    scores = evaluate_perplexity(
-        loaded.model,
-        loaded.tokenizer,
-        texts,
-        **sizes,
-        batch_size=options.batch_size,
-        progress=True,
-    )
-    report = make_report(scores)
-    write_report(output, head, report, finished=True)
-    shared.show(report, output)
+    with shared.loaded_model(options) as loaded:
+        sizes = {name: getattr(options, name) for name in ("window", "stride", "max_tokens")}
+        settings = shared.settings_of(options, *sizes)
+        settings["text_sha256"] = {
+            name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
+        }
+        head = describe(loaded, shared.command_line("perplexity", argv), settings)
+        scores = evaluate_perplexity(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            **sizes,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+        report = make_report(scores)
+        write_report(output, head, report, finished=True)
+        shared.show(report, output)
     return 0
 
 
