@@ -167,7 +167,7 @@ def test_wrong_input_is_found_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(shared, "load", lambda options: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(shared, "loaded_model", lambda options: pytest.fail("a model is loaded"))
     assert main(["evaluate", *words, "--model", "m", "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
