@@ -87,9 +87,3 @@ def test_expression_that_does_not_compile(option, value):
         ValueError, match=rf"`{option}` \('.*'\) is no regular expression: .*; mend"
     ):
         PacaConfig(layers_to_transform=[0], **{option: value})
-
-
-@pytest.mark.parametrize("value", ["q_proj", ["q_proj"]])
-def test_pattern_that_is_no_dictionary(value):
-    with pytest.raises(TypeError, match=r"`rank_pattern` \(.*\) must be a dictionary"):
-        PacaConfig(rank_pattern=value)

@@ -95,11 +95,6 @@ class PacaConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         _check_rank("r", self.r)
         _check_alpha("paca_alpha", self.paca_alpha)
-        for option in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(value := getattr(self, option) or {}, dict):
-                raise TypeError(
-                    f"`{option}` ({value!r}) must be a dictionary of module names and numbers."
-                )
         check_patterns(vars(self))
         for name, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{name!r}]", rank)
