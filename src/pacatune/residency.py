@@ -140,6 +140,8 @@ class Residency:
         self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
         self.parameters = guard(module, self.link)
+        if type(dict.get(self.parameters or {}, "weight")) not in (nn.Parameter, WeightParameter):
+            self.is_sharded = True
         self._forget()
 
     def _forget(self) -> None:
@@ -387,11 +389,12 @@ class Residency:
         if not self.is_written:
             return
         with LOCK:
-            self._restore()
+            if self.is_written:  # still
+                self._restore()
 
     def _restore(self) -> None:
         kept, weight = self.kept, self.weight
-        if kept is not None and weight is not None:  # else interrupted before it was written
+        if kept is not None and weight is not None:  # else interrupted before anything was put
             if not self._is_unchanged(weight):
                 self._refuse_changed()
             self.epoch += 1

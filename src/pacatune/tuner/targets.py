@@ -66,7 +66,8 @@ def check_targets(
 
     Raises:
         ValueError: If some of the target names, or a pattern of ranks or alphas, match nothing, a
-            rank exceeds its weight's in_features, or a weight is parametrised or sharded.
+            rank exceeds its weight's in_features, or a weight is parametrised or
+            of tensor parallelism.
         TypeError: If a target is of no supported kind.
     """
     parameters = find_parameters(tuner, config, model)
@@ -95,18 +96,27 @@ def check_targets(
             names.append(name)
     refuse_unused_patterns(config, names)
     for name, target in targets.items():
-        _refuse_sharded(getattr(target.module, target.parameter_name, None), name)
+        weight = getattr(target.module, target.parameter_name, None)
+        if hasattr(weight, "placements") and not _is_of_fsdp(weight, model):
+            _refuse_sharded(weight, name)
     return targets
 
 
+def _is_of_fsdp(weight: Any, model: nn.Module) -> bool:
+    """Whether a sharded weight is whole when its module runs: FSDP2 gathers it before."""
+    from torch.distributed.fsdp import FSDPModule
+
+    num_shards = sum(not placement.is_replicate() for placement in weight.placements)
+    return num_shards <= 1 and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def _refuse_sharded(weight: Any, name: str) -> None:
-    if hasattr(weight, "placements"):
-        raise ValueError(
-            f"The weight of {name!r} is sharded over several devices ({weight.placements}): its "
-            "columns would be chosen from this process's part, and gradients of the others would "
-            "be missing. Adapt the model before `fully_shard`, and load it without `tp_plan`: "
-            "tensor parallelism is not supported yet."
-        )
+    raise ValueError(
+        f"The weight of {name!r} is a part of one that several devices share "
+        f"({weight.placements}), by tensor parallelism: columns would be chosen from this part, "
+        "and gradients of the others would be missing. That is not supported yet; load the model "
+        "without `tp_plan`."
+    )
 
 
 def _refuse_other_method(module: nn.Module, name: str) -> None:

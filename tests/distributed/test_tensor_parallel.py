@@ -1,4 +1,4 @@
-"""Weights that are sharded already when the model is adapted: refused, and nothing is changed."""
+"""Weights of tensor parallelism: refused when the model is adapted, and nothing is changed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class Net(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def refused(how):
+def refused(with_fsdp):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
@@ -29,12 +29,11 @@ def refused(how):
         parallelize_module,
     )
 
-    mesh, model = init_device_mesh("cpu", (2,)), Net()
-    if how == "tensor parallel":
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        model = parallelize_module(model, mesh, plan)
-    else:
-        fully_shard(model, mesh=mesh)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = parallelize_module(Net(), mesh["tensor"], plan)
+    if with_fsdp:
+        fully_shard(model, mesh=mesh["data"])
     before = {name: type(module) for name, module in model.named_modules()}
     try:
         get_peft_model(model, PacaConfig(r=2, target_modules=["up", "down"]))
@@ -43,9 +42,9 @@ def refused(how):
     return "", False
 
 
-@pytest.mark.parametrize("how", ["tensor parallel", "FSDP2"])
-def test_is_refused(pair, how):
-    for message, is_unchanged in pair.run(refused, how):
-        assert "weight of 'up' is sharded over several devices" in message
-        assert "Adapt the model before `fully_shard`, and load it without `tp_plan`" in message
+@pytest.mark.parametrize("with_fsdp", [False, True])
+def test_is_refused(pair, with_fsdp):
+    for message, is_unchanged in pair.run(refused, with_fsdp):
+        assert "weight of 'up' is a part of one that several devices share" in message
+        assert "load the model without `tp_plan`" in message
         assert is_unchanged
