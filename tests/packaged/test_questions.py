@@ -72,5 +72,5 @@ def test_too_few_pairs_are_refused():
 
 def test_missing_corpus_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"`chatterbot-corpus` is not .*pacatune\[demo\]"):
+    with pytest.raises(ValueError, match=r"`chatterbot-corpus` is not .*\[demo\]"):
         questions.prepare_questions(tmp_path)

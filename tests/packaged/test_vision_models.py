@@ -159,5 +159,5 @@ def test_full_disk_is_an_error_before_anything_is_fetched(tmp_path, package, mon
 
 def test_missing_onnx_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"`onnx` is not installed.*pacatune\[demo-vision\]"):
+    with pytest.raises(ValueError, match=r"`onnx` is not installed.*\[demo-vision\]"):
         vision_models.read_dino(tmp_path / "x.onnx")

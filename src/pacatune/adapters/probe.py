@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pacatune.residency import resident
+
 PROBE_TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
 
 _NUM_SEQUENCES, _NUM_TOKENS = 2, 32
@@ -82,17 +84,21 @@ def run_probe(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]
         model: In evaluation mode.
         inputs: From `probe_inputs`.
     """
+    with resident(model):  # to the bit what a merge computes
+        return [_outputs(model, batch) for batch in inputs]
+
+
+def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     parameter = next(model.parameters())
-    outputs = []
-    for batch in inputs:
-        moved = {
-            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
-        result = model(**moved)
-        logits = result.get("logits")
-        outputs.append((result[0] if logits is None else logits).float().cpu())
-    return outputs
+    moved = {
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for name, value in batch.items()
+    }
+    del parameter
+    result = model(**moved)
+    logits = result.get("logits")
+    outputs: Tensor = result[0] if logits is None else logits
+    return outputs.float().cpu()
 
 
 def output_error(reference: list[Tensor], candidate: list[Tensor]) -> OutputError:
