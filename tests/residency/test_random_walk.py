@@ -11,7 +11,7 @@ class TestWalk(Walk.TestCase):
     """About a minute."""
 
     settings = settings(
-        max_examples=200,
+        max_examples=450,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,
