@@ -83,7 +83,7 @@ class DeltaParameter(_Watched):
     """A trained update that counts the edits which its version counter misses."""
 
     num_steps = 0
-    """Of optimisers."""
+    """How many optimiser steps have changed it."""
     num_unversioned = 0
     """Grows with each of these, since fused ones count no versions, and each use of `.data`."""
     is_exposed = False

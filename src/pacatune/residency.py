@@ -416,17 +416,16 @@ class Residency:
 
         Args:
             compute: Returns it, (O, R); to be called where the pretrained weight is being read.
-            dtype: Of the result.
+            dtype: The result's dtype.
             delta: (O, R) update.
             indices: (R,) int64.
             scaling: Factor between `delta` and the columns.
         """
-        added = self.added
+        # A captured graph would read, at every replay, memory that is no longer there.
+        added = None if self.is_captured else self.added
         if added is not None and added[1] == dtype and added[0].is_of(delta, indices, scaling):
             return added[2]
-        epoch = self.epoch
-        # A captured graph would read, at every replay, memory that is no longer there.
-        update = None
+        epoch, update = self.epoch, None
         if not self.is_captured and is_tracked(delta):
             update = _update(delta, indices, scaling)
         with torch.inference_mode(False), torch.no_grad():
@@ -512,7 +511,7 @@ class Pass:
     """One forward pass of a layer that may train, and how its backward finds the weight again.
 
     Args:
-        residency: Of the layer's weight.
+        residency: The residency of the layer's weight.
         delta: (O, R) update that the pass is of.
         indices: (R,) int64.
         scaling: Factor between `delta` and the columns.

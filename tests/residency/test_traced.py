@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency
-from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.net import ALPHA, Net, adapt, assert_base, check, deltas, expected, layers
 from tests.residency.twin import KINDS, Twin, adapted
 
 pytestmark = pytest.mark.filterwarnings(
@@ -137,6 +137,19 @@ class TestCapture:
         check(base, model, x)  # the graph may be replayed at any time from now on
         assert not writes
         assert not any(layer.residency.added for layer in layers(model))
+
+    def test_what_evaluation_has_kept_is_not_captured(self, base: Net, x: Tensor) -> None:
+        """Its memory may be gone when the graph is replayed."""
+        model = adapt(base)
+        with torch.no_grad():
+            model(x)
+            layer = layers(model)[0].residency
+            delta, indices, scaling = deltas(model)[0], layer.added[0].indices, ALPHA / 3
+            dtype, kept = layer.added[1:]
+            self.is_capturing = True
+            model(x)
+            found = layer.addition(kept.clone, dtype, delta, indices, scaling)
+        assert found.data_ptr() != kept.data_ptr()
 
     def test_columns_in_the_weight_are_refused(self, base: Net, x: Tensor) -> None:
         model = adapt(base)
