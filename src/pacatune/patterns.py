@@ -21,7 +21,7 @@ def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
     """Refuse regular expressions that do not compile.
 
     Args:
-        options: Of an adapter; each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary
+        options: An adapter's; each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary
             by patterns.
         section: Before the name of an option in the message, such as "paca.".
 

@@ -89,7 +89,7 @@ def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
     Args:
         reference: Outputs of the adapter.
         effect: Largest absolute change of the outputs by the adapter.
-        dtype: Of the exported tensors.
+        dtype: The exported tensors' dtype.
     """
     size = max(float(outputs.abs().max()) for outputs in reference)
     limit = _ARITHMETIC * size + _FACTOR * torch.finfo(getattr(torch, dtype)).eps * effect

@@ -47,7 +47,7 @@ def rounding_limit(
 
     Args:
         model: A merged model, in the dtype that it was written in; spoiled afterwards.
-        inputs: Of `probe_inputs`.
+        inputs: What `probe_inputs` returns.
         outputs: What `run_probe` gave for them.
     """
     generator = torch.Generator().manual_seed(0)
@@ -65,8 +65,8 @@ def check_outputs(
     """Refuse a merged model whose outputs are not those of the adapter.
 
     Args:
-        error: Of the written model's outputs.
-        limit: Of `rounding_limit`; infinite where weights are rounded to few bits.
+        error: The error of the written model's outputs.
+        limit: What `rounding_limit` returns; infinite where weights are rounded to few bits.
         effect: Largest absolute change of the outputs by the adapter.
         dtype: That the weights were rounded to, for messages.
         onto: Base that was merged onto.

@@ -124,7 +124,7 @@ def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None
     Args:
         argv: Words of the command line.
         run_class: Dataclass of the run, as `module.Class`.
-        flags: Of this command, beside those of all commands that train.
+        flags: This command's own, beside those of all commands that train.
 
     Raises:
         ValueError: Names the nearest known one.

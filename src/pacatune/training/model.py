@@ -56,7 +56,7 @@ def find_model(path: str, revision: str | None = None, *, others: bool = False) 
 
     Args:
         path: Hub id or folder.
-        revision: Of the hub's model.
+        revision: Branch, tag or commit of the hub's model.
         others: Whether names of other kinds are allowed, which are returned as they are.
 
     Raises:

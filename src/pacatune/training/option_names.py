@@ -15,7 +15,7 @@ def option_names(module: str, name: str) -> frozenset[str]:
 
     Args:
         module: Where the dataclass of the run is, such as `pacatune.training.config`.
-        name: Of the class. A field whose annotation is another class of ours is a section.
+        name: The class's name. A field whose annotation is another class of ours is a section.
 
     Raises:
         LookupError: If the source of a class is not found.

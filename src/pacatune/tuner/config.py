@@ -218,7 +218,7 @@ def refuse_idle_layers(config: PeftConfig) -> None:
     """Refuse to make an adapter that leaves an option out; a finished one has it in its file.
 
     Args:
-        config: Of any method; its targets are given.
+        config: A configuration of any method; its targets are given.
 
     Raises:
         ValueError: If layers are numbered beside a regular expression.

@@ -66,7 +66,7 @@ def refuse_unused_patterns(config: PeftConfig, adapted: Collection[str]) -> None
     """Refuse ranks, alphas and layers for nothing that is adapted.
 
     Args:
-        config: Of any PEFT method.
+        config: A configuration of any PEFT method.
         adapted: Names of the adapted modules and parameters.
 
     Raises:
