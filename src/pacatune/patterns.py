@@ -1,7 +1,7 @@
 """Regular expressions in the options of adapters: whether they compile. Imports nothing heavy."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # PEFT compiles these, names of modules included, and only when it looks for modules.
@@ -40,3 +40,13 @@ def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
                     f"`{section}{option}` ({str(pattern)[:80]!r}) is no regular expression: "
                     f"{error}; mend it, or put a backslash before a sign that stands for itself."
                 ) from error
+
+
+def matching_key(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key.
+
+    Args:
+        patterns: Names or regular expressions that compile.
+        name: A module's full name.
+    """
+    return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)

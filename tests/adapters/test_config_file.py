@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from peft import TaskType
 
-from pacatune.adapters.config_file import read_config, read_lora_config
+from pacatune.adapters.config_file import _TASK_TYPES, read_config, read_lora_config
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_a_saved_configuration_is_read(edited):
     config = read_config(edited(rank_pattern={"v_proj": 2}, paca_alpha=4.5))
     assert config.peft_type == "PACA"
     assert (config.r, config.paca_alpha, config.rank_pattern) == (4, 4.5, {"v_proj": 2})
-    assert config.target_modules == {"q_proj", "v_proj", "down_proj"}
+    assert set(config.target_modules) == {"q_proj", "v_proj", "down_proj"}
 
 
 def test_the_keys_of_another_reader_are_enough(tmp_path):
@@ -101,3 +102,7 @@ def test_a_wrong_lora_configuration_is_refused(tmp_path, changes, message):
     path.write_text(json.dumps({"peft_type": "LORA", **changes}))
     with pytest.raises(ValueError, match=rf"adapter_config\.json.*{message}"):
         read_lora_config(path)
+
+
+def test_task_types_are_those_of_peft():
+    assert list(_TASK_TYPES) == [task.value for task in TaskType]

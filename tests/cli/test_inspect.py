@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -94,3 +96,17 @@ def test_the_strategy_and_a_plot(tiny_model_dir, tmp_path, capsys):
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     assert "weight_norm, num_batches 100" in capsys.readouterr().out
+
+
+def test_an_adapter_is_read_without_peft_or_transformers(tiny_model_dir, tmp_path):
+    folder = tmp_path / "adapter"
+    save_adapter(tiny_model_dir, folder, rank_pattern={"q_proj": 2})
+    code = (
+        "import sys\n"
+        "from pacatune.cli.inspect import run\n"
+        f"assert run([{str(folder)!r}]) == 0\n"
+        f"assert run([{str(folder)!r}, '--against', {str(folder)!r}]) == 0\n"
+        "heavy = {'peft', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pacatune.adapters.fingerprint import (
-    FINGERPRINT_KEY,
     differing_modules,
     fingerprint,
     unwrap,
 )
-from pacatune.adapters.folder import SIDECAR_NAME, Adapter, read_adapter
+from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, Adapter, read_adapter
 from pacatune.adapters.target import find_target, target_shape
 from pacatune.checks import PEFT_PREFIX, ColumnUpdate
 from pacatune.tuner.experts import is_expert_parameter

@@ -4,21 +4,30 @@ import difflib
 import types
 import typing
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from pacatune.adapters.json_file import read_json_object
-from pacatune.baselines import MosLoraConfig
+from pacatune.options import FILE_TYPES, PacaOptions
 from pacatune.patterns import check_patterns
-from pacatune.tuner.config import FILE_TYPES, PacaConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG_NAME = "adapter_config.json"
 
+# PEFT's TaskType, checked here so that a file can be read without PEFT.
+_TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 
-def read_config(path: Path) -> PacaConfig:
+
+def read_config(path: Path) -> PacaOptions:
     """Read the configuration of a PaCA adapter.
 
     Args:
@@ -29,7 +38,7 @@ def read_config(path: Path) -> PacaConfig:
 
     Raises:
         ValueError: If the file is no bounded JSON object, is not PaCA's, holds a key that
-            PacaConfig does not have, or a value of another type or out of range.
+            PacaOptions does not have, or a value of another type or out of range.
     """
     config = read_json_object(path)
     method = config.get("peft_type")
@@ -38,8 +47,8 @@ def read_config(path: Path) -> PacaConfig:
             f"{path} gives `peft_type` = {method!r}; it must be "
             f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
-    hints = typing.get_type_hints(PacaConfig)
-    known = {field.name for field in fields(PacaConfig)}
+    hints = typing.get_type_hints(PacaOptions)
+    known = {field.name for field in fields(PacaOptions)}
     for key, value in config.items():
         if key not in known:
             raise ValueError(_unknown_key(key, known, path))
@@ -48,14 +57,19 @@ def read_config(path: Path) -> PacaConfig:
                 f"{path} gives `{key}` = {str(value)[:80]!r} ({type(value).__name__}); "
                 f"it must be {_describe(hints[key])}."
             )
+    task = config.get("task_type")
+    if task is not None and task not in _TASK_TYPES:
+        raise ValueError(
+            f"{path}: Invalid task type: {task[:80]!r}; it must be one of {', '.join(_TASK_TYPES)}."
+        )
     try:
         check_patterns(config)
-        return PacaConfig(**config)
+        return PacaOptions(**config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_lora_config(path: Path) -> LoraConfig:
+def read_lora_config(path: Path) -> "LoraConfig":
     """Read the configuration of a LoRA or MosLoRA adapter, as far as PEFT does not check it itself.
 
     Keys of another version of PEFT are passed over while they are empty, so off.
@@ -74,6 +88,10 @@ def read_lora_config(path: Path) -> LoraConfig:
             f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, LORA and "
             "MOSLORA can be loaded."
         )
+    from peft import LoraConfig
+
+    from pacatune.baselines import MosLoraConfig
+
     config_class = LoraConfig if method == "LORA" else MosLoraConfig
     known = {field.name for field in fields(config_class)} - {"runtime_config"}
     for key, value in config.items():
@@ -115,9 +133,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if hint is float:
         return type(value) in (int, float)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        # Which members exist is PEFT's own check.
-        return isinstance(value, str)
     return type(value) is hint
 
 

@@ -43,8 +43,7 @@ from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError
 from pacatune.adapters.tensor_file import write_tensors
 from pacatune.checks import PEFT_PREFIX
-from pacatune.tuner.attention import target_of
-from pacatune.tuner.quantized_base import format_quantization
+from pacatune.options import format_quantization, target_of
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 
@@ -191,7 +190,7 @@ def lora_config(
     targets = {target_of(name) for name in adapter.modules.keys() - set(parameters)}
     modules = [innermost(base.get_submodule(name)) for name in targets]
     rank, alpha = rank_and_alpha(adapter)
-    result = {
+    result: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path or name,

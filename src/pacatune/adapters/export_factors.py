@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pacatune.adapters.export_convolution import convolution_factors, refuse_inexpressible
 from pacatune.adapters.folder import Adapter, is_parameter
 from pacatune.adapters.target import find_target, target_shape
-from pacatune.tuner.attention import target_of
+from pacatune.options import target_of
 from pacatune.tuner.experts import is_transposed
 
 __all__ = ["column_selector", "lora_factors", "rounded_factor"]

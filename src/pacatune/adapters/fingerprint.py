@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import SIDECAR_NAME, find_file, read_adapter
+from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.target import find_target, target_matrix
 from pacatune.functional.columns import columns_of_kernel
 
-FINGERPRINT_KEY = "base_fingerprint"
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 _MAX_ROWS, _MAX_COLUMNS = 64, 16

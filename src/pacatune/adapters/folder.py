@@ -5,21 +5,24 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from pacatune.adapters.config_file import CONFIG_NAME, read_config, read_lora_config
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
-from pacatune.tuner.attention import target_of
-from pacatune.tuner.config import FILE_TYPES, PacaConfig
+from pacatune.options import FILE_TYPES, PacaOptions, target_of
+from pacatune.patterns import matching_key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TENSORS_NAME = "adapter_model.safetensors"
 SIDECAR_NAME = "pacatune.json"
+FINGERPRINT_KEY = "base_fingerprint"
+"""In the sidecar: what identifies the base."""
 
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _HUB_FILES = [CONFIG_NAME, TENSORS_NAME, SIDECAR_NAME, "tokenizer*", "chat_template.jinja"]
@@ -32,7 +35,7 @@ class Adapter:
 
     folder: Path
     """Where it was read from."""
-    config: PacaConfig
+    config: PacaOptions
     """Its configuration."""
     modules: dict[str, ColumnUpdate]
     """Delta and indices of each adapted module, by the module's name in the base model. The deltas
@@ -53,7 +56,7 @@ class LoraAdapter:
 
     folder: Path
     """Where it lies."""
-    config: LoraConfig
+    config: "LoraConfig"
     """Its configuration."""
 
 
@@ -183,17 +186,17 @@ def find_tensors(folder: Path) -> Path:
     return find_file(folder, TENSORS_NAME)
 
 
-def module_rank(config: PacaConfig, module: str) -> int:
+def module_rank(config: PacaOptions, module: str) -> int:
     """Return the rank that the configuration gives a module, `rank_pattern` included."""
     return int(_lookup(config.rank_pattern, module, config.r))
 
 
-def module_alpha(config: PacaConfig, module: str) -> float:
+def module_alpha(config: PacaOptions, module: str) -> float:
     """Return the alpha that the configuration gives a module, `alpha_pattern` included."""
     return float(_lookup(config.alpha_pattern, module, config.paca_alpha))
 
 
-def check_ranks(config: PacaConfig, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
+def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
     """Refuse tensors whose rank is not the configuration's: their scaling would be wrong.
 
     Args:
@@ -215,16 +218,16 @@ def check_ranks(config: PacaConfig, modules: Mapping[str, ColumnUpdate], *, sour
 
 
 def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    module = target_of(module)
-    return patterns.get(get_pattern_key(list(patterns), module), default)
+    key = matching_key(patterns, target_of(module))
+    return default if key is None else patterns[key]
 
 
-def is_parameter(config: PacaConfig, name: str) -> bool:
+def is_parameter(config: PacaOptions, name: str) -> bool:
     """Whether an adapted module is one of `target_parameters`: the fused weights of experts."""
     return any(f".{name}".endswith(f".{target}") for target in config.target_parameters or [])
 
 
-def _columns_second(update: ColumnUpdate, config: PacaConfig, name: str) -> ColumnUpdate:
+def _columns_second(update: ColumnUpdate, config: PacaOptions, name: str) -> ColumnUpdate:
     delta, indices = update
     if delta.ndim == 3 and is_parameter(config, name):
         delta = delta.permute(1, 2, 0)

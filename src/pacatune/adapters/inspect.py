@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from pacatune.adapters.config_file import CONFIG_NAME
-from pacatune.adapters.fingerprint import FINGERPRINT_KEY
 from pacatune.adapters.folder import (
+    FINGERPRINT_KEY,
     SIDECAR_NAME,
     Adapter,
     find_file,
@@ -21,8 +21,7 @@ from pacatune.adapters.folder import (
 from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.tensor_file import read_tensors
 from pacatune.checks import PEFT_PREFIX
-from pacatune.tuner.config import FILE_TYPES, PacaConfig, idle_layers
-from pacatune.tuner.quantized_base import format_quantization
+from pacatune.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +241,7 @@ def _paca_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _readers(config: PacaConfig, *, has_convolutions: bool) -> str:
+def _readers(config: PacaOptions, *, has_convolutions: bool) -> str:
     """Say which PEFT reads the adapter without us, as far as its file tells."""
     needs = config.needs_pacatune()
     if has_convolutions and config.needs_pacatune_for is None:

@@ -31,7 +31,8 @@ from pacatune.adapters.output import check_output, staged_folder
 from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run_probe
 from pacatune.adapters.quantized import MergeBase, replace_quantised
 from pacatune.adapters.target import read_target_columns
-from pacatune.tuner.quantized_base import Quantization, format_quantization
+from pacatune.options import format_quantization
+from pacatune.tuner.quantized_base import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from pacatune.options import format_quantization
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
-from pacatune.tuner.quantized_base import Quantization, format_quantization
+from pacatune.tuner.quantized_base import Quantization
 
 MergeBase = Literal["original", "dequantized", "nf4"]
 

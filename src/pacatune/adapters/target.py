@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pacatune.adapters.base import innermost, layer_shape
 from pacatune.functional.columns import read_columns
-from pacatune.tuner.attention import IN_PROJ
+from pacatune.options import IN_PROJ
 from pacatune.tuner.experts import features_of, is_expert_parameter, is_transposed
 
 __all__ = ["find_target", "read_target_columns", "target_matrix", "target_shape"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import new_parser, quiet_libraries
+from pacatune.cli.options import new_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,6 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
-    quiet_libraries()
 
     from rich.console import Console
 

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacatune.options import IN_PROJ
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.parameter import (
     ParameterLayer,
@@ -24,19 +25,7 @@ from pacatune.tuner.parameter import (
     names_to_apply,
 )
 
-__all__ = ["IN_PROJ", "AttentionInput", "MultiheadAttention", "target_of"]
-
-IN_PROJ = "in_proj_weight"
-
-
-def target_of(name: str) -> str:
-    """Return what a configuration calls an adapted weight: the attention, for its in_proj_weight.
-
-    Args:
-        name: Of an adapted layer or parameter, as in an adapter's file.
-    """
-    return name.removesuffix(f".{IN_PROJ}")
-
+__all__ = ["AttentionInput", "MultiheadAttention"]
 
 # What torch's own TransformerEncoder, and whoever knows the module, asks it for.
 _FORWARDED = (

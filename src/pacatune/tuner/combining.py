@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pacatune.options import target_of
 from pacatune.selection.strategies import FIXED
-from pacatune.tuner.attention import target_of
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
 

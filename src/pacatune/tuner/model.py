@@ -16,11 +16,12 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from pacatune.checks import check_tensors
+from pacatune.options import IN_PROJ, idle_layers
 from pacatune.residency import resident
 from pacatune.tuner import combining
-from pacatune.tuner.attention import IN_PROJ, MultiheadAttention
+from pacatune.tuner.attention import MultiheadAttention
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
-from pacatune.tuner.config import PacaConfig, idle_layers, refuse_idle_layers, seeded
+from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts

@@ -16,11 +16,12 @@ import torch
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from pacatune.options import format_quantization
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.original_columns import OriginalWeights
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 
-__all__ = ["Quantization", "describe", "find_originals", "format_quantization", "settle_columns"]
+__all__ = ["Quantization", "describe", "find_originals", "settle_columns"]
 
 Quantization = dict[str, Any]
 """What adapter_config.json says of the base: `method`, then what that method needs to repeat it."""
@@ -105,17 +106,6 @@ def describe(layers: Iterable[QuantizedLinear]) -> Quantization | None:
             )
         found = one
     return found
-
-
-def format_quantization(quantization: Quantization) -> str:
-    """Return a description such as `bitsandbytes nf4, block_size 64, double`."""
-    names = [str(quantization[key]) for key in ("method", "type") if quantization.get(key)]
-    options = [
-        key if value is True else f"{key} {value}"
-        for key, value in sorted(quantization.items())
-        if value and key not in ("method", "type")
-    ]
-    return ", ".join([" ".join(names), *options])
 
 
 def _describe_one(backend: Any, base_layer: Any) -> Quantization:

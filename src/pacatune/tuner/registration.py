@@ -17,6 +17,8 @@ from peft import mapping
 from peft.utils import save_and_load, transformers_weight_conversion
 from peft.utils.peft_types import PeftType, register_peft_method
 
+from pacatune.options import FILE_TYPES
+
 __all__ = ["ensure_peft_type", "register"]
 
 _NAME = "PACA"
@@ -52,8 +54,6 @@ def register(config_class: type, model_class: type) -> None:
         config_class: The PeftConfig of the method.
         model_class: Its tuner.
     """
-    from pacatune.tuner.config import FILE_TYPES  # needs the enum's member
-
     peft_type = ensure_peft_type()
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
     foreign = mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from pacatune.tuner.attention import IN_PROJ
+from pacatune.options import IN_PROJ
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.experts import features_of, is_expert_parameter
 from pacatune.tuner.given import given_columns

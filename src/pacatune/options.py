@@ -1,0 +1,282 @@
+"""What the configuration of a PaCA adapter says, and the rules it keeps; PEFT is not needed.
+
+`PacaConfig` is the same as one of PEFT's configurations. Files are read with this one, so that
+looking into an adapter does not wait for PEFT.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pacatune.patterns import check_patterns
+from pacatune.selection.strategies import FIXED, needs_of
+
+__all__ = [
+    "FILE_TYPES",
+    "IN_PROJ",
+    "NEEDS_US",
+    "PacaOptions",
+    "format_quantization",
+    "idle_layers",
+    "target_of",
+]
+
+NEEDS_US = "PACATUNE"
+FILE_TYPES = ("PACA", NEEDS_US)
+"""`peft_type` in adapter_config.json: of adapters that PEFT's own PaCA reads too, and of those that
+only ours does. There PEFT without pacatune stops, where it would give wrong outputs otherwise."""
+
+IN_PROJ = "in_proj_weight"
+# Options that PEFT's own PaCA does not have, and that change what an adapter computes.
+_OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+_MAX_DEPTH = 8
+
+
+@dataclass
+class PacaOptions:
+    """The keys of a PaCA adapter's adapter_config.json; see `PacaConfig`.
+
+    Raises:
+        ValueError: If a value is out of its range or contradicts another one.
+    """
+
+    task_type: str | None = None
+    """What the model does, such as CAUSAL_LM: decides which of PEFT's classes wraps it."""
+    peft_type: str | None = None
+    """The method, filled in."""
+    auto_mapping: dict[str, Any] | None = None
+    """Class and module of a base without a task type, filled in by PEFT."""
+    peft_version: str | None = None
+    """The PEFT that made it, filled in."""
+    base_model_name_or_path: str | None = None
+    """The base model, filled in when the adapter is made."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the hub."""
+    inference_mode: bool = False
+    """Whether the adapter is only used: its weights then ask for no gradients."""
+    r: int = 8
+    """Number of trained input columns per weight."""
+    paca_alpha: float = 8
+    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
+    target_modules: list[str] | str | None = None
+    """Names, a regular expression, or "all-linear". None: the architecture's default."""
+    exclude_modules: list[str] | str | None = None
+    """Names or a regular expression of modules to leave out."""
+    layers_to_transform: list[int] | int | None = None
+    """Number or numbers of the layers to adapt; the others are left alone."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers that `layers_to_transform` counts in."""
+    random_seed: int | None = 42
+    """Chooses the columns, together with each module's name. None: drawn from torch's global
+    generator when the adapter is made, and recorded; processes that train together must agree."""
+    init_weights: bool = True
+    """True starts at the pretrained weights. False starts at random deltas, for tests."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter, such as a new head."""
+    selection: str | dict[str, list[int]] = "random"
+    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
+    activation, weight_activation, or a registered one. Or the columns themselves, by the module's
+    name or pattern; they are kept in `columns`, and this is then "fixed"."""
+    bias: Literal["none", "all", "paca_only"] = "none"
+    """Which biases are trained: none, all, or those of the adapted modules."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or regular expression -> its own `r`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Module name or regular expression -> its own `paca_alpha`."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids (or embedding's name -> ids) whose embeddings are trained and saved too."""
+    columns_from: Literal["dequantized", "original"] = "dequantized"
+    """What the columns of a quantised base start from: its own, rounded weights, or those of the
+    checkpoint that it was quantised from."""
+    base_quantization: dict[str, Any] | None = None
+    """How the base was quantised; filled in when the adapter is made."""
+    target_parameters: list[str] | None = None
+    """Names of fused expert parameters (E, O, I) to adapt, such as "experts.down_proj"."""
+    columns: dict[str, list[int]] | None = None
+    """Module name or regular expression -> its columns; filled in when they are not random."""
+    selection_options: dict[str, Any] | None = None
+    """What the columns were chosen from, such as the number of batches; filled in."""
+    needs_pacatune_for: list[str] | None = None
+    """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
+    adapter is saved."""
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without the model."""
+        self._check_kinds()
+        _check_rank("r", self.r)
+        _check_alpha("paca_alpha", self.paca_alpha)
+        check_patterns(vars(self))
+        for name, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{name!r}]", rank)
+        for name, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        if self.random_seed is not None and type(self.random_seed) is not int:
+            raise ValueError(
+                f"`random_seed` ({self.random_seed!r}) must be an integer, so that every later run "
+                "chooses the same columns, or None to draw one."
+            )
+        self._settle_selection()
+        if self.bias not in ("none", "all", "paca_only"):
+            raise ValueError(f"`bias` ({self.bias!r}) must be 'none', 'all' or 'paca_only'.")
+        if self.columns_from not in ("dequantized", "original"):
+            raise ValueError(
+                f"`columns_from` ({self.columns_from!r}) must be 'dequantized' or 'original'."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
+                "needs `layers_to_transform`; set that too or drop `layers_pattern`."
+            )
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"`target_parameters` ({self.target_parameters!r}) must be a list of names, such "
+                "as ['experts.down_proj']."
+            )
+
+    def needs_pacatune(self) -> list[str]:
+        """Return what PEFT's own PaCA cannot read of this adapter, for messages; empty: nothing.
+
+        Which kinds of modules are adapted is known once the adapter is saved.
+        """
+        options = [f"`{key}`" for key in _OWN_OPTIONS if getattr(self, key)]
+        options += ["`bias`"] if self.bias != "none" else []
+        options += ["`columns_from`"] if self.columns_from != "dequantized" else []
+        return options + (self.needs_pacatune_for or [])
+
+    def _check_kinds(self) -> None:
+        for name, value in vars(self).items():
+            _check_depth(name, value)
+        for name in ("rank_pattern", "alpha_pattern", "base_quantization", "selection_options"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(
+                    f"`{name}` ({_short(value)}) must be a dictionary of names and values."
+                )
+        if self.base_quantization is not None and "method" not in self.base_quantization:
+            raise ValueError(
+                f"`base_quantization` ({_short(self.base_quantization)}) must name the `method`; "
+                "it is filled in when the adapter is made, so leave it out."
+            )
+        if not isinstance(self.selection, (str, dict)):
+            raise ValueError(
+                f"`selection` ({_short(self.selection)}) must be the name of a strategy, or a "
+                "dictionary of module names and columns."
+            )
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "needs_pacatune_for"):
+            value = getattr(self, name)
+            is_text = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+            if value is not None and not is_text and not _is_names(value):
+                raise ValueError(f"`{name}` ({_short(value)}) must be a list of names.")
+        layers = self.layers_to_transform
+        numbers = layers if isinstance(layers, list | tuple | range) else [layers]
+        if layers is not None and any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"`layers_to_transform` ({_short(layers)}) must be the number of a layer, or "
+                "a list of numbers."
+            )
+
+    def _settle_selection(self) -> None:
+        if isinstance(self.selection, dict):
+            if self.columns is not None:
+                raise ValueError(
+                    "`selection` is a dictionary of columns, and `columns` is set too; give one."
+                )
+            self.columns = self.selection
+            self.selection = FIXED
+        if self.columns is not None:
+            self.columns = _sorted_columns(self.columns)
+        elif self.selection == FIXED:
+            raise ValueError(
+                f"`selection` ({FIXED!r}) needs columns; give them as `selection` themselves, a "
+                "dictionary of module names and columns."
+            )
+        else:
+            needs_of(self.selection)  # columns that are there may be of a strategy that is not
+
+
+def target_of(name: str) -> str:
+    """Return what a configuration calls an adapted weight: the attention, for its in_proj_weight.
+
+    Args:
+        name: Of an adapted layer or parameter, as in an adapter's file.
+    """
+    return name.removesuffix(f".{IN_PROJ}")
+
+
+def format_quantization(quantization: Mapping[str, Any]) -> str:
+    """Return a description such as `bitsandbytes nf4, block_size 64, double`."""
+    names = [str(quantization[key]) for key in ("method", "type") if quantization.get(key)]
+    options = [
+        key if value is True else f"{key} {value}"
+        for key, value in sorted(quantization.items())
+        if value and key not in ("method", "type")
+    ]
+    return ", ".join([" ".join(names), *options])
+
+
+def idle_layers(config: Any) -> str:
+    """Return the option that a regular expression of targets makes idle, for messages; or ""."""
+    targets: Any = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            value = getattr(config, name, None)
+            if value is not None and value != []:
+                return f"`{name}` ({value!r})"
+    return ""
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _is_names(value: Any) -> bool:
+    is_list = isinstance(value, list | set | tuple | frozenset)
+    return is_list and all(isinstance(name, str) for name in value)
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Refuse what cannot be printed, copied or saved: each of them recurses once per level."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = [part for part in level if isinstance(part, dict | list | tuple)]
+        level = [x for part in parts for x in (part.values() if isinstance(part, dict) else part)]
+    if any(isinstance(part, dict | list | tuple) for part in level):
+        raise ValueError(
+            f"`{name}` is nested deeper than {_MAX_DEPTH} levels; no value needs that."
+        )
+
+
+def _sorted_columns(columns: Any) -> dict[str, list[int]]:
+    """Return columns by module, each in increasing order.
+
+    Raises:
+        ValueError: If they are anything but distinct column numbers.
+    """
+    if not isinstance(columns, dict) or not columns:
+        raise ValueError(
+            f"`columns` ({str(columns)[:80]}) must be a dictionary of module names and columns."
+        )
+    result = {}
+    for name, given in columns.items():
+        values = given.tolist() if hasattr(given, "tolist") else given
+        is_list = isinstance(values, list | tuple) and len(values) > 0
+        if not is_list or any(type(value) is not int or value < 0 for value in values):
+            raise ValueError(
+                f"`columns[{name!r}]` ({str(given)[:80]}) must be a list of column numbers from 0 "
+                "on."
+            )
+        if len(set(values)) < len(values):
+            raise ValueError(f"`columns[{name!r}]` ({str(given)[:80]}) repeats a column.")
+        result[str(name)] = sorted(values)
+    return result
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"`{name}` ({value!r}) must be an integer of at least 1.")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number.")
