@@ -12,10 +12,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import tables
 from pacatune.cli import main
@@ -121,6 +123,15 @@ def run_commands(block, folder, monkeypatch):
     return subprocess.CompletedProcess(block.code, 0)
 
 
+def run_python(block, folder, monkeypatch):
+    """Run a block in this process, as a new program as far as it can see."""
+    code = compile(block.code, f"block at line {block.line}", "exec")
+    with monkeypatch.context() as patch, warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("default")
+        patch.chdir(folder)
+        exec(code, {"__name__": "__main__"})
+
+
 def run_block(block, folder, monkeypatch):
     if is_make(block):
         for line in block.code.splitlines():
@@ -135,7 +146,8 @@ def run_block(block, folder, monkeypatch):
     if block.language == "bash":
         result = run_commands(block, folder, monkeypatch)
     else:
-        result = run([sys.executable, "-c", block.code], folder)
+        run_python(block, folder, monkeypatch)
+        return
     assert result.returncode == 0, f"{block.code}\n{result.stdout}\n{result.stderr}"
 
 

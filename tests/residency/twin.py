@@ -125,6 +125,11 @@ class Twin:
     kind: Kind
     rng: random.Random
 
+    def __post_init__(self) -> None:
+        # Asked now: bitsandbytes casts the bias of its layers to what it has computed in last.
+        weight = self.plain.bias if self.is_quantised else self.weight_of(self.plain)
+        self.dtype = weight.dtype
+
     @property
     def key(self) -> str:
         """Of the adapted layer in the model and in files."""
@@ -134,10 +139,6 @@ class Twin:
     @property
     def layer(self) -> Any:
         return self.model.base_model.model.get_submodule(self.key)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.plain.bias.dtype if self.is_quantised else self.weight_of(self.plain).dtype
 
     @property
     def is_quantised(self) -> bool:

@@ -67,7 +67,9 @@ def assert_close(first, second):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "quantization"), [*((name, None) for name in LAUNCHERS), ("fsdp2", "nf4")]
+    # torchrun starts its processes as the launch of DDP does, and runs in docs/distributed.md.
+    ("launcher", "quantization"),
+    [("ddp", None), ("fsdp2", None), ("fsdp2", "nf4")],
 )
 def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, quantization):
     config = config_of(make_config, data_path, tmp_path, "one", 8, quantization)
