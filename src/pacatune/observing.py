@@ -39,8 +39,9 @@ class Watcher(Protocol):
     is_sharded: bool
     """Set when a weight is put in place that is no plain parameter: then no weight is written."""
 
-    is_written: bool
-    """Whether adapted columns are in the weight."""
+    @property
+    def is_written(self) -> bool:
+        """Whether adapted columns may be in the weight."""
 
     def before_step(self) -> None:
         """An optimiser is about to change the delta, and perhaps the weight."""

@@ -126,7 +126,8 @@ class Residency:
         # The module has been handed back without the adapter: read only.
         self.is_closed = False
         self.is_merged = False
-        self.is_written = False
+        # What a write has overwritten, from before it until after it is restored.
+        self.present: _Kept | None = None
         # Written, but perhaps in part, or an optimiser step has passed since.
         self.is_stale = False
         # Somebody changed the weight while columns were in it, and has been told so.
@@ -144,6 +145,11 @@ class Residency:
             self.is_sharded = True
         self._forget()
 
+    @property
+    def is_written(self) -> bool:
+        """Whether columns may be in the weight."""
+        return self.present is not None
+
     def _forget(self) -> None:
         self.weight: Tensor | None = None
         self.weight_version = -1
@@ -153,7 +159,7 @@ class Residency:
         self.kept: _Kept | None = None
         self.written: _Update | None = None
         self.claimed: tuple[DeltaParameter, int] | None = None
-        self.added: tuple[_Update, torch.dtype, Tensor] | None = None
+        self.added: tuple[_Update, tuple[int, int], torch.dtype, Tensor] | None = None
 
     def read(
         self,
@@ -226,7 +232,7 @@ class Residency:
 
     def holds(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
-        if not self.is_written or self.is_stale:
+        if self.present is None or self.is_stale:
             return False
         weight: Any = self.weight
         return (
@@ -263,25 +269,24 @@ class Residency:
         if not self._may_write(delta):
             self.restore()
             return False
-        if self.kept is None or indices is not self.kept.indices:
+        kept, update = self.kept, _update(delta, indices, scaling)
+        if kept is None or indices is not kept.indices:
             self.restore()
             self.kept = None
-            self.kept = self._copy_aside(indices)
-        kept, update = self.kept, _update(delta, indices, scaling)
+            kept = self._copy_aside(indices)
         adapted = torch.add(kept.originals, delta.detach(), alpha=scaling)
         adapted = adapted.to(kept.originals.dtype)
-        # Should we be interrupted from here on, `restore` knows what to do.
+        self.added = None
         self.epoch += 1
         epoch = self.epoch
         self.is_stale = True
-        self.is_written = True
-        self.kept, self.added = kept, None
+        self.present = kept  # should we be interrupted from here on, `restore` knows what to do
         _put_columns_(kept.memory, kept.columns, adapted, kept.positions)
         if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
-            self.is_written, self.kept = True, kept
+            self.present = kept
             self.restore()
             return False
-        self.written = update
+        self.kept, self.written = kept, update
         delta.residency = self.link  # type: ignore[attr-defined]
         self.is_stale = False
         return True
@@ -305,11 +310,15 @@ class Residency:
         columns, positions = indices.clone(), None
         if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
             positions = _flat_positions(memory, columns)
-        if type(self.weight) is nn.Parameter:
-            self.weight.__class__ = WeightParameter
-        self.weight.residency = self.link  # type: ignore[attr-defined]
+        self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
         return _Kept(indices, columns, originals, positions, memory)
+
+    def _watch(self, weight: Tensor) -> None:
+        """Notice the use of the weight's `.data` from now on."""
+        if type(weight) is nn.Parameter:
+            weight.__class__ = WeightParameter
+        weight.residency = self.link  # type: ignore[attr-defined]
 
     def find_weight(self) -> Tensor | None:
         """Return the module's weight if it is a plain frozen one; writing it may be forbidden."""
@@ -386,22 +395,21 @@ class Residency:
         Raises:
             RuntimeError: If somebody changed the weight in place while columns were in it.
         """
-        if not self.is_written:
+        if self.present is None:
             return
         with LOCK:
-            if self.is_written:  # still
-                self._restore()
+            if (kept := self.present) is not None:  # still
+                self._restore(kept)
 
-    def _restore(self) -> None:
-        kept, weight = self.kept, self.weight
-        if kept is not None and weight is not None:  # else interrupted before anything was put
-            if not self._is_unchanged(weight):
-                self._refuse_changed()
-            self.epoch += 1
-            self.is_stale = True
-            with torch.inference_mode(False):
-                _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
-        self.is_written = False
+    def _restore(self, kept: _Kept) -> None:
+        assert self.weight is not None
+        if not self._is_unchanged(self.weight):
+            self._refuse_changed()
+        self.epoch += 1
+        self.is_stale = True
+        with torch.inference_mode(False):
+            _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
+        self.present = None
         self.is_stale = False
 
     def addition(
@@ -423,8 +431,13 @@ class Residency:
         """
         # A captured graph would read, at every replay, memory that is no longer there.
         added = None if self.is_captured else self.added
-        if added is not None and added[1] == dtype and added[0].is_of(delta, indices, scaling):
-            return added[2]
+        base = self.base()
+        if (
+            added is not None
+            and added[1:3] == (base, dtype)
+            and added[0].is_of(delta, indices, scaling)
+        ):
+            return added[3]
         epoch, update = self.epoch, None
         if not self.is_captured and is_tracked(delta):
             update = _update(delta, indices, scaling)
@@ -432,7 +445,9 @@ class Residency:
             columns = compute().to(dtype)
         with LOCK:
             if update is not None and self.epoch == epoch and not self.is_written:
-                self.added = update, dtype, columns
+                if self.weight is not None:
+                    self._watch(self.weight)
+                self.added = update, base, dtype, columns
         return columns
 
     def pretrained_weight(self) -> Tensor:
@@ -460,10 +475,7 @@ class Residency:
         then compiled graphs run, which work around columns that are there at the cost of a copy.
         """
         with LOCK:
-            if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                self.restore()
-                self.kept = None  # he may change it through `.data`, which leaves no trace
-            elif self.is_stale:
+            if self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
                 self.restore()
             self.is_stale = self.is_written
 

@@ -162,8 +162,11 @@ class TestR2TheBaseForWhoeverLooks:
         check(other, model, x)
         assert_base(other, model)
 
+    @pytest.mark.parametrize(
+        "then", [lambda model, x: model(x), lambda model, x: model.state_dict()]
+    )
     def test_changing_a_held_weight_while_columns_are_in_it_is_refused(
-        self, base: Net, x: Tensor
+        self, then, base: Net, x: Tensor
     ) -> None:
         model = adapt(base)
         held = layers(model)[0].base_layer.weight
@@ -171,7 +174,30 @@ class TestR2TheBaseForWhoeverLooks:
         with torch.no_grad():
             held.mul_(2)
         with pytest.raises(RuntimeError, match=r"changed in place .* through its module"):
+            then(model, x)
+
+    def test_swapping_a_held_weight_while_columns_are_in_it_is_refused(
+        self, base: Net, x: Tensor
+    ) -> None:
+        model = adapt(base)
+        held = layers(model)[0].base_layer.weight
+        model(x)
+        other = nn.Parameter(torch.randn_like(held), requires_grad=False)
+        torch.utils.swap_tensors(held, other)
+        with pytest.raises(RuntimeError, match=r"changed in place .* through its module"):
             model(x)
+
+    def test_a_held_weight_that_is_unfrozen_while_columns_are_in_it_is_trained(
+        self, base: Net, x: Tensor
+    ) -> None:
+        model = adapt(base)
+        held = layers(model)[1].base_layer.weight
+        model(x)
+        held.requires_grad_()
+        hidden = torch.tanh(layers(model)[0](x)).detach()
+        layers(model)[1](hidden).sum().backward()
+        assert held.grad is not None
+        torch.testing.assert_close(held.grad, hidden.sum(0).expand_as(held))
 
 
 def test_delta_parameters_copy_and_pickle_as_plain_ones(base: Net, x: Tensor) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.residency.net import Net, adapt, check, deltas, expected, layers
+import pacatune.residency
+from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 
 class SGDOutsideTorch:
@@ -64,6 +65,11 @@ def _new_columns(model: nn.Module) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def _columns_alone(model: nn.Module) -> None:
+    for layer in layers(model):
+        layer.paca_indices["default"] = torch.tensor([0, 1, 2])
+
+
 def _new_scaling(model: nn.Module) -> None:
     for layer in layers(model):
         layer.scale_layer(0.25)
@@ -89,6 +95,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "load_state_dict": _load_state_dict,
     "load_state_dict(assign=True)": _assign_state_dict,
     "other columns": _new_columns,
+    "other columns, delta untouched": _columns_alone,
     "other scaling": _new_scaling,
     "other parameter": _new_parameter,
 }
@@ -107,6 +114,37 @@ class TestR1CurrentDelta:
             with torch.no_grad():  # evaluation right after, before any training forward
                 torch.testing.assert_close(model(x), y)
             check(base, model, x)
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    def test_after_any_change_that_nobody_looks_beside(self, change, base: Net, x: Tensor) -> None:
+        model = adapt(base)
+        for _ in range(3):
+            model(x).sum().backward()
+            change(model)
+            torch.testing.assert_close(model(x).detach(), expected(base, model, x)[0])
+        assert_base(base, model)
+
+    def test_columns_that_are_reloaded_in_place(
+        self, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not noticed, but the pretrained weight is found again."""
+        monkeypatch.setattr(pacatune.residency, "_MAX_KEPT_POSITIONS", 0)
+        model = adapt(base)
+        model(x).sum().backward()
+        for layer in layers(model):
+            layer.paca_indices["default"].copy_(torch.tensor([0, 1, 2]))
+        assert_base(base, model)
+
+    def test_a_fused_step_between_two_evaluations(self, base: Net, x: Tensor) -> None:
+        model = adapt(base)
+        optimizer = torch.optim.AdamW(deltas(model), lr=0.1, fused=True)
+        for delta in deltas(model):
+            delta.grad = torch.ones_like(delta)
+        for _ in range(3):
+            y, _ = expected(base, model, x)
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), y)
+            optimizer.step()
 
     def test_edits_through_an_alias_taken_once(self, base: Net, x: Tensor) -> None:
         model = adapt(base)

@@ -262,3 +262,30 @@ def test_torch_func_leaves_residency_as_it_was(base: Net, x: Tensor) -> None:
     del parameters
     check(base, model, x)
     assert all(layer.residency.is_written for layer in layers(model))
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_what_the_columns_add_follows_the_base(through_data: bool) -> None:
+    """In 16 bits it depends on the weight that the columns are rounded beside."""
+    torch.manual_seed(0)
+    net = Net().to(torch.bfloat16)
+    with torch.no_grad():
+        net.first.weight.mul_(100)
+    model = adapt(net).eval()
+    layer, x = layers(model)[0], torch.randn(5, 10, dtype=torch.bfloat16)
+    held = layer.base_layer.weight
+    with torch.no_grad():
+        model(x)
+        (held.data if through_data else held).div_(100)
+        found = model(x)
+        assert torch.equal(found, copy.deepcopy(model)(x))
+
+
+def test_what_a_large_pass_asks_for_ends_with_the_step() -> None:
+    model = adapt(Net())
+    optimizer = torch.optim.SGD(deltas(model), lr=0.1)
+    for num_tokens, is_written in ((500, True), (2, False)):
+        model(torch.randn(num_tokens, 10)).sum().backward()
+        assert [layer.residency.is_written for layer in layers(model)] == [is_written] * 2
+        optimizer.step()
+        list(model.parameters())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pacatune.residency
 from pacatune import PacaConfig
 from pacatune.observing import LOCK
-from tests.residency.net import Net, adapt, assert_base, check, deltas, layers
+from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 
 @contextmanager
@@ -73,8 +73,11 @@ def prepared(base: Net, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("is_changed", [True, False])
 @pytest.mark.parametrize("operation", [train, look, step, switch, merge])
-def test_an_exception_at_every_line(operation, error: type, base: Net, x: Tensor) -> None:
+def test_an_exception_at_every_line(
+    operation, is_changed: bool, error: type, base: Net, x: Tensor
+) -> None:
     def fail() -> None:
         raise error
 
@@ -82,9 +85,10 @@ def test_an_exception_at_every_line(operation, error: type, base: Net, x: Tensor
     while not has_ended:
         number += 1
         model = prepared(base, x)
-        with torch.no_grad():
-            for delta in deltas(model):
-                delta.add_(0.1)
+        if is_changed:
+            with torch.no_grad():
+                for delta in deltas(model):
+                    delta.add_(0.1)
         with at_line(number, fail):
             try:
                 operation(model, x)
@@ -100,24 +104,27 @@ def test_an_exception_at_every_line(operation, error: type, base: Net, x: Tensor
     assert number > 10
 
 
-@pytest.mark.parametrize("number", range(1, 60))
-def test_a_look_at_every_line(number: int, base: Net, x: Tensor) -> None:
+def test_a_look_at_every_line(base: Net, x: Tensor) -> None:
     """As a signal handler that saves the model does, in the middle of a write."""
-    model = prepared(base, x)
-    with torch.no_grad():
-        for delta in deltas(model):
-            delta.add_(0.1)
-    seen: list[list[Tensor]] = []
+    number, seen = 0, [[base.first.weight]]
+    while seen:
+        number += 1
+        model = prepared(base, x)
+        with torch.no_grad():
+            for delta in deltas(model):
+                delta.add_(0.1)
+        seen.clear()
 
-    def handler() -> None:
-        weights = [layer.base_layer.weight.detach().clone() for layer in layers(model)]
-        seen.append(weights)
+        def handler(model: nn.Module = model) -> None:
+            seen.append([layer.base_layer.weight.detach().clone() for layer in layers(model)])
 
-    with at_line(number, handler):
-        check(base, model, x)
-    if seen:
-        assert torch.equal(seen[0][0], base.first.weight)
-        assert torch.equal(seen[0][1], base.second.weight)
+        with at_line(number, handler):
+            check(base, model, x)
+        for weights in seen:
+            assert torch.equal(weights[0], base.first.weight)
+            assert torch.equal(weights[1], base.second.weight)
+        assert_base(base, model)
+    assert number > 60
 
 
 @pytest.mark.parametrize("operation", ["index_select", "add", "put_"])
@@ -148,3 +155,30 @@ def test_out_of_memory_in_every_operation(
         check(base, model, x)
         assert_base(base, model)
         model.set_adapter("other")
+
+
+def test_a_write_of_another_scaling_that_fails_at_any_line(base: Net, x: Tensor) -> None:
+    """The columns that a failed write has put in are nobody's, when all is as it was before."""
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    number, has_ended = 0, False
+    while not has_ended:
+        number += 1
+        model = prepared(base, x)
+        scalings = [layer.scaling["default"] for layer in layers(model)]
+        for layer in layers(model):
+            layer.scaling["default"] *= 3
+        with at_line(number, fail):
+            try:
+                train(model, x)
+                has_ended = True
+            except KeyboardInterrupt:
+                pass
+        for layer, scaling in zip(layers(model), scalings, strict=True):
+            layer.scaling["default"] = scaling
+        torch.testing.assert_close(model(x).detach(), expected(base, model, x)[0])
+        check(base, model, x)
+        assert_base(base, model)
+    assert number > 10

@@ -244,3 +244,60 @@ def test_processes_that_share_the_memory(method: str, base: Net, x: Tensor) -> N
         done.set()
         process.join()
     assert process.exitcode == 0
+
+
+class TestMeanwhile:
+    """What another thread does while a reader computes, at the worst moment."""
+
+    @pytest.fixture(autouse=True)
+    def _of_one_layer(self, base: Net) -> None:
+        self.model = adapt(base)
+        self.layer = layers(self.model)[0]
+        self.indices, scaling = self.layer.paca_indices["default"], self.layer.scaling["default"]
+        self.update = self.layer.delta_of("default"), self.indices, scaling
+        self.pretrained = base.first.weight.detach().clone()
+        self.adapted = self.pretrained.clone()
+        self.adapted[:, self.indices] += scaling * self.update[0].detach()
+        self.states: list[bool] = []
+
+    def compute(self, act: Callable[[], object], times: int = 1) -> Callable[..., Tensor]:
+        def compute(weight: Tensor, is_resident: bool) -> Tensor:
+            self.states.append(is_resident)
+            assert len(self.states) < 9, "this never ends"
+            if len(self.states) <= times:
+                act()
+            return weight.detach().clone()
+
+        return compute
+
+    def write(self) -> None:
+        assert self.layer.residency.write(*self.update)
+
+    def test_columns_are_written(self) -> None:
+        found = self.layer.residency.read(self.compute(self.write), *self.update, writes=False)
+        assert self.states == [False, True]
+        torch.testing.assert_close(found, self.adapted)
+
+    def test_columns_are_written_below_a_reader_of_the_pretrained(self) -> None:
+        found = self.layer.residency.read_pretrained(self.compute(self.write))
+        assert self.states == [False, False]
+        assert torch.equal(found, self.pretrained)
+
+    def test_columns_are_written_while_what_they_add_is_computed(self) -> None:
+        self.layer.residency.find_weight()
+
+        def compute() -> Tensor:
+            self.write()
+            return torch.zeros_like(self.update[0])
+
+        self.layer.residency.addition(compute, torch.float64, *self.update)
+        assert self.layer.residency.added is None
+
+    def test_somebody_looks_again_and_again(self) -> None:
+        compute = self.compute(self.layer.residency.look, times=9)
+        assert self.layer.residency.read(compute, *self.update, writes=True) is not None
+        assert self.states == [True, False]
+
+    def test_the_adapter_is_merged(self) -> None:
+        compute = self.compute(self.model.merge_adapter)
+        assert self.layer.residency.read(compute, *self.update, writes=False) is None

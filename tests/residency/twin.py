@@ -182,7 +182,7 @@ class Twin:
             deltas.append(delta.detach().clone().requires_grad_())
             weight = self.kind.adapt(weight, deltas[-1], indices, scaling)
         if self.is_quantised:
-            return F.linear(x, weight, self.plain.bias), deltas
+            return F.linear(x, weight, self.plain.bias.to(self.dtype)), deltas
         net = Net(self.plain, self.kind.call)
         changed = {f"layer.{self.kind.parameter}": weight}
         return torch.func.functional_call(net, changed, (x,)), deltas
