@@ -105,6 +105,14 @@ class _Update(NamedTuple):
         )
 
 
+class _Added(NamedTuple):
+    """What the columns add to the product of the pretrained weight, and of what."""
+
+    update: _Update
+    base: tuple[int, int]
+    columns: Tensor
+
+
 def _update(delta: Any, indices: Tensor, scaling: float) -> _Update:
     return _Update(delta, delta._version, delta.num_unversioned, indices, scaling)
 
@@ -159,7 +167,7 @@ class Residency:
         self.kept: _Kept | None = None
         self.written: _Update | None = None
         self.claimed: tuple[DeltaParameter, int] | None = None
-        self.added: tuple[_Update, tuple[int, int], torch.dtype, Tensor] | None = None
+        self.added: _Added | None = None
 
     def read(
         self,
@@ -434,10 +442,11 @@ class Residency:
         base = self.base()
         if (
             added is not None
-            and added[1:3] == (base, dtype)
-            and added[0].is_of(delta, indices, scaling)
+            and added.base == base
+            and added.columns.dtype == dtype
+            and added.update.is_of(delta, indices, scaling)
         ):
-            return added[3]
+            return added.columns
         epoch, update = self.epoch, None
         if not self.is_captured and is_tracked(delta):
             update = _update(delta, indices, scaling)
@@ -447,7 +456,7 @@ class Residency:
             if update is not None and self.epoch == epoch and not self.is_written:
                 if self.weight is not None:
                     self._watch(self.weight)
-                self.added = update, base, dtype, columns
+                self.added = _Added(update, base, columns)
         return columns
 
     def pretrained_weight(self) -> Tensor:

@@ -144,8 +144,9 @@ class TestCapture:
         with torch.no_grad():
             model(x)
             layer = layers(model)[0].residency
-            delta, indices, scaling = deltas(model)[0], layer.added[0].indices, ALPHA / 3
-            dtype, kept = layer.added[1:]
+            delta, indices, scaling = deltas(model)[0], layer.added.update.indices, ALPHA / 3
+            kept = layer.added.columns
+            dtype = kept.dtype
             self.is_capturing = True
             model(x)
             found = layer.addition(kept.clone, dtype, delta, indices, scaling)
