@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig, resident
+from pacatune.observing import LOCK
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 NUM_ROUNDS = 30
@@ -244,6 +246,41 @@ def test_processes_that_share_the_memory(method: str, base: Net, x: Tensor) -> N
         done.set()
         process.join()
     assert process.exitcode == 0
+
+
+HANDED_OUT: dict[str, Callable[[Any], object]] = {
+    "[]": lambda parameters: parameters["weight"],
+    "get": lambda parameters: parameters.get("weight"),
+    "items": lambda parameters: parameters.items(),
+    "values": lambda parameters: parameters.values(),
+    "copy": lambda parameters: parameters.copy(),
+    "pop": lambda parameters: parameters.pop("weight"),
+    "del": lambda parameters: parameters.__delitem__("weight"),
+    "=": lambda parameters: parameters.__setitem__("weight", nn.Parameter(torch.zeros(2, 2))),
+    "pickle": lambda parameters: parameters.__reduce_ex__(2),
+}
+
+
+@pytest.mark.parametrize("hand_out", HANDED_OUT.values(), ids=HANDED_OUT)
+def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, base: Net, pool) -> None:
+    model = adapt(base)
+    layer = layers(model)[0]
+    seen: list[bool] = []
+
+    def may_write() -> bool:
+        if is_free := LOCK.acquire(timeout=0.05):
+            LOCK.release()
+        return is_free
+
+    class Residency:
+        def look(self) -> None:
+            seen.append(pool.submit(may_write).result())
+
+    stand_in, parameters = Residency(), layer.base_layer._parameters
+    parameters.residency = weakref.ref(stand_in)
+    hand_out(parameters)
+    assert seen
+    assert not any(seen)
 
 
 class TestMeanwhile:
