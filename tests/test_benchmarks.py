@@ -12,7 +12,7 @@ from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, adapt, all_methods
 from benchmarks.swap import SwapLinear
 from pacatune import PacaConfig
-from pacatune.reference import paca_linear
+from pacatune.ops.reference import paca_linear
 from pacatune.tuner.linear import Linear
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS, RANK = 32, 48, 2, 8

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pacatune import PacaConfig, reference
-from pacatune.functional import paca_linear
+from pacatune import PacaConfig
+from pacatune.ops import paca_linear, reference
 
 STEPS = 20
 

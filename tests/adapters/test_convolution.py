@@ -29,7 +29,7 @@ from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.merge import merge
-from pacatune.functional.columns import columns_of_kernel, put_columns_, read_columns
+from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
 from pacatune.tuner import PacaLayer
 from tests.adapters.fixtures import save_adapter
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pacatune import PacaConfig
-from pacatune.reference import paca_linear
+from pacatune.ops.reference import paca_linear
 
 ALPHA = 6.0
 

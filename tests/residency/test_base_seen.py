@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pacatune.residency
+import pacatune.residency.weight
 from pacatune import PacaConfig
-from pacatune.observing import DeltaParameter
+from pacatune.residency.watching import DeltaParameter
 from tests.residency.looks import LOOKS, assert_sees_base
 from tests.residency.net import Net, adapt, assert_base, check, deltas, layers
 
@@ -123,13 +123,13 @@ class TestR2TheBaseForWhoeverLooks:
         self, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = adapt(base)
-        original = pacatune.residency._put_columns_
+        original = pacatune.residency.weight._put_columns_
 
         def interrupted(*args: Tensor) -> None:
             original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pacatune.residency, "_put_columns_", interrupted)
+        monkeypatch.setattr(pacatune.residency.weight, "_put_columns_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(x)
         monkeypatch.undo()

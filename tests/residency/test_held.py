@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.observing import WeightParameter
+from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.sharing import mark_shared_weights
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pacatune.residency
+import pacatune.residency.weight
 from pacatune import PacaConfig
-from pacatune.observing import LOCK
+from pacatune.residency.watching import LOCK
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 
@@ -22,7 +22,7 @@ def at_line(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
     lines = [0]
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if frame.f_code.co_filename != pacatune.residency.__file__:
+        if frame.f_code.co_filename != pacatune.residency.weight.__file__:
             return None
         if event == "line":
             lines[0] += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import pacatune.residency
+import pacatune.residency.weight
 from tests.residency.net import ALPHA, Net, adapt, assert_base, check, deltas, expected, layers
 from tests.residency.twin import KINDS, Twin, adapted
 
@@ -122,8 +122,8 @@ class TestCapture:
     @pytest.fixture(autouse=True)
     def _as_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_capturing = False
-        monkeypatch.setattr(pacatune.residency, "_is_on_gpu", lambda weight: True)
-        monkeypatch.setattr(pacatune.residency, "_is_capturing", lambda: self.is_capturing)
+        monkeypatch.setattr(pacatune.residency.weight, "_is_on_gpu", lambda weight: True)
+        monkeypatch.setattr(pacatune.residency.weight, "_is_capturing", lambda: self.is_capturing)
 
     def test_the_pretrained_weight_is_captured(
         self, base: Net, x: Tensor, writes: list[int]

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_experts, adapted_kernel, adapted_weight
+from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weight
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 from tests.tuner.quantizers import quantise
 

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_weight
+from pacatune.ops.reference import adapted_weight
 from tests.tuner.moe import fill, layers
 
 EMBED_DIM, NUM_HEADS, LENGTH, KEYS, BATCH = 12, 4, 5, 7, 3

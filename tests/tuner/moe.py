@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_experts
+from pacatune.ops.reference import adapted_experts
 from pacatune.tuner.experts import is_transposed
 
 VOCAB_SIZE = 64

@@ -6,7 +6,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from pacatune import PacaConfig, reference
+from pacatune import PacaConfig
+from pacatune.ops import reference
 from tests.tuner.conv_nets import ALL, LAYERS, adapt, layers, randomise
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_weight
+from pacatune.ops.reference import adapted_weight
 from tests.conftest import build_model
 from tests.distributed.net import checkpoint
 from tests.tuner.moe import fill, layers

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune import PacaConfig, reference
+from pacatune import PacaConfig
+from pacatune.ops import reference
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 from tests.tuner.quantizers import QUANTIZERS, quantise
 

@@ -6,7 +6,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pacatune import PacaConfig, reference
+from pacatune import PacaConfig
+from pacatune.ops import reference
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 from tests.tuner.test_quantized import layers_of
 

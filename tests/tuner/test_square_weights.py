@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from pacatune.reference import adapted_experts, adapted_weight
+from pacatune.ops.reference import adapted_experts, adapted_weight
 from tests.tuner import moe
 
 SIZE = 12

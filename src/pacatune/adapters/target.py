@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import innermost, layer_shape
-from pacatune.functional.columns import read_columns
+from pacatune.ops.columns import read_columns
 from pacatune.options import IN_PROJ
 from pacatune.tuner.experts import features_of, is_expert_parameter, is_transposed
 

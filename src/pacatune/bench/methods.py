@@ -186,7 +186,7 @@ def _fix_form(model: nn.Module, *, is_resident: bool) -> None:
 
 
 def _resident_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    from pacatune.functional.linear import apply_paca_linear, autocast
+    from pacatune.ops.linear import apply_paca_linear, autocast
     from pacatune.residency import Pass
 
     def forward(x: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def _resident_forward(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _transient_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    from pacatune.functional.linear import apply_paca_linear, autocast
+    from pacatune.ops.linear import apply_paca_linear, autocast
 
     def forward(x: Tensor) -> Tensor:
         residency, update = layer.residency, layer._single_update()

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pacatune.lean.attention import attend
 from pacatune.lean.modules import LeanAttention
-from pacatune.tracing import is_traced
+from pacatune.ops.tracing import is_traced
 
 __all__ = ["ATTENTION", "find_registry", "install", "uninstall"]
 

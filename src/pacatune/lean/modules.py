@@ -18,7 +18,7 @@ from pacatune.lean.gated import apply_gated_product
 from pacatune.lean.logits import LazyLogits
 from pacatune.lean.norm import Norm, apply_norm
 from pacatune.lean.swap import LeanModule
-from pacatune.tracing import is_traced
+from pacatune.ops.tracing import is_traced
 
 __all__ = ["GatedNames", "LeanAttention", "LeanGatedMLP", "LeanHead", "LeanModel", "LeanNorm"]
 

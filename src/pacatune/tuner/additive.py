@@ -12,7 +12,7 @@ import torch
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor
 
-from pacatune.tracing import is_traced
+from pacatune.ops.tracing import is_traced
 from pacatune.tuner.layer import Delta, PacaLayer
 
 __all__ = ["AdditiveLayer", "has_hooks"]

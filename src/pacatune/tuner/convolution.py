@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.functional import paca_conv
-from pacatune.functional.columns import (
+from pacatune.ops import paca_conv
+from pacatune.ops.columns import (
     CONVOLUTIONS,
     adapted_kernel,
     conv_of_columns,
@@ -31,7 +31,7 @@ from pacatune.functional.columns import (
     read_columns,
     select_channels,
 )
-from pacatune.tracing import is_recorded
+from pacatune.ops.tracing import is_recorded
 from pacatune.tuner.additive import AdditiveLayer
 
 __all__ = ["Conv", "runs_torchs_forward"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from pacatune.functional.experts import experts_linear, paca_experts_linear, paca_experts_update
+from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import Delta
 from pacatune.tuner.parameter import (

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional.gated import Elementwise, apply_paca_gated
-from pacatune.functional.linear import add_columns_, apply_paca_linear, autocast, column_update
+from pacatune.ops.gated import Elementwise, apply_paca_gated
+from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, column_update
+from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
-from pacatune.tracing import is_exported, is_traced
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
 __all__ = ["Linear"]

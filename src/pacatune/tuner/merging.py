@@ -13,8 +13,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from pacatune.observing import release
 from pacatune.residency import Residency
+from pacatune.residency.watching import release
 
 __all__ = ["MergeMixin"]
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pacatune.functional.quantized import paca_quantized_linear
+from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.tuner.linear import Linear
 
 __all__ = ["QuantizedLinear"]

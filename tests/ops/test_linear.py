@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pacatune import reference
-from pacatune.functional import paca_linear, paca_linear_additive
+from pacatune.ops import paca_linear, paca_linear_additive, reference
 
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]
 FORMS = ["resident", "additive"]

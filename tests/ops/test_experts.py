@@ -8,8 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune import reference
-from pacatune.functional import experts_linear, paca_experts_linear, paca_experts_update
+from pacatune.ops import experts_linear, paca_experts_linear, paca_experts_update, reference
 
 NUM_EXPERTS, OUT_FEATURES, IN_FEATURES, RANK = 4, 8, 12, 4
 # Where each expert's tokens end: two experts get none, one gets all, there are no tokens.

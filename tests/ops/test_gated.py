@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune import reference
-from pacatune.functional.gated import apply_paca_gated
 from pacatune.lean import ACTIVATIONS
+from pacatune.ops import reference
+from pacatune.ops.gated import apply_paca_gated
 from tests.lean.twins import assert_within_own_error, run
 
 WIDTH, OUT, RANK = 11, 7, 3

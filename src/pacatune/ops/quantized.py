@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pacatune.functional.linear import autocast, grad_delta, owned
+from pacatune.ops.linear import autocast, grad_delta, owned
 
 __all__ = ["paca_quantized_linear"]
 

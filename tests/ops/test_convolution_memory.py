@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacatune.functional import paca_conv
-from pacatune.functional.columns import (
+from pacatune.ops import paca_conv
+from pacatune.ops.columns import (
     select_channels,
 )
-from tests.functional.test_convolution import CASES, gradients, make
+from tests.ops.test_convolution import CASES, gradients, make
 
 # torch's own remark on the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

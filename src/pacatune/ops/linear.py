@@ -9,7 +9,7 @@ they keep:
 
 and all three run the same two large GEMMs (y = x W^T, dx = dy W). PaCA adds one gather in the
 forward pass and one thin GEMM in the backward pass; nothing runs in sequence with the large GEMMs.
-`reference.py` states the same equations in plain autograd; the tests hold the two together.
+`ops/reference.py` states the same equations in plain autograd; the tests hold the two together.
 """
 
 from collections.abc import Callable
@@ -208,7 +208,7 @@ class _PacaLinear(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "paca_linear has no second derivative; use pacatune.reference.paca_linear for "
+                "paca_linear has no second derivative; use pacatune.ops.reference.paca_linear for "
                 "`create_graph=True`."
             )
         needs_x, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional.linear import autocast, grad_delta
+from pacatune.ops.linear import autocast, grad_delta
 
 __all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
 
@@ -196,7 +196,7 @@ class _ExpertsLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "paca_experts_linear has no second derivative; use "
-                "pacatune.reference.paca_experts_linear for `create_graph=True`."
+                "pacatune.ops.reference.paca_experts_linear for `create_graph=True`."
             )
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional.linear import (
+from pacatune.ops.linear import (
     Source,
     add_columns_,
     column_update,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.functional.columns import (
+from pacatune.ops.columns import (
     CONVOLUTIONS,
     Size,
     adapted_kernel,
@@ -25,7 +25,7 @@ from pacatune.functional.columns import (
     outputs_of,
     select_channels,
 )
-from pacatune.functional.linear import autocast
+from pacatune.ops.linear import autocast
 
 __all__ = ["paca_conv"]
 
@@ -117,7 +117,7 @@ class _PacaConv(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "paca_conv has no second derivative; use pacatune.reference.paca_conv for "
+                "paca_conv has no second derivative; use pacatune.ops.reference.paca_conv for "
                 "`create_graph=True`."
             )
         needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pacatune import reference
-from pacatune.functional import paca_conv
-from pacatune.functional.columns import (
+from pacatune.ops import paca_conv, reference
+from pacatune.ops.columns import (
     CONVOLUTIONS,
     adapted_kernel,
     conv_of_columns,

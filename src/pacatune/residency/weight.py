@@ -54,7 +54,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from pacatune.observing import (
+from pacatune.residency.watching import (
     LOCK,
     DeltaParameter,
     Watcher,

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pacatune import reference
-from pacatune.functional import paca_quantized_linear
+from pacatune.ops import paca_quantized_linear, reference
 
 OUT, IN, RANK = 7, 10, 3
 INDICES = torch.tensor([1, 4, 9])

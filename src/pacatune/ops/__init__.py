@@ -1,0 +1,16 @@
+"""The hand-written gradients of PaCA; torch only. `ops.reference` has the same in autograd."""
+
+from pacatune.ops.convolution import paca_conv
+from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
+from pacatune.ops.linear import paca_linear, paca_linear_additive
+from pacatune.ops.quantized import paca_quantized_linear
+
+__all__ = [
+    "experts_linear",
+    "paca_conv",
+    "paca_experts_linear",
+    "paca_experts_update",
+    "paca_linear",
+    "paca_linear_additive",
+    "paca_quantized_linear",
+]
