@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pacatune.checks import check_tensors, group_tensors, split_tensor_name
+from pacatune.format.tensors import check_tensors, group_tensors, split_tensor_name
 
 PREFIX = "base_model.model.layers.0.q_proj"
 

@@ -17,7 +17,7 @@ PRINT = """
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as methods
 print(methods["PACA"].__module__, methods["MOSLORA"].__module__)
 """
-KNOWN = "pacatune.tuner.model pacatune.baselines.moslora"
+KNOWN = "pacatune.tuner.model pacatune.tuner.moslora"
 
 LOAD = """
 import torch

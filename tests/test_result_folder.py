@@ -5,14 +5,13 @@ import sys
 
 import pytest
 
-from pacatune.folder_lock import alone_in
-from pacatune.result_folder import ResultFolder
+from pacatune.files.result_folder import ResultFolder, alone_in
 
 # Holds a folder until its input ends.
 SCRIPT = """
 import sys
 from pathlib import Path
-from pacatune.folder_lock import alone_in
+from pacatune.files.result_folder import alone_in
 
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)

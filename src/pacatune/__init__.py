@@ -28,9 +28,9 @@ def __getattr__(name: str) -> Any:
 
         return resident
     if name == "MosLoraConfig":
-        from pacatune import baselines
+        from pacatune.tuner.moslora import MosLoraConfig
 
-        return baselines.MosLoraConfig
+        return MosLoraConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["register_with_peft"]
 
-_REGISTERING = ("pacatune.tuner", "pacatune.baselines")
+_REGISTERING = ("pacatune.tuner", "pacatune.tuner.moslora")
 
 
 def register_with_peft() -> None:

@@ -20,9 +20,9 @@ def save_adapter(
     from peft import get_peft_model
 
     from pacatune import PacaConfig
-    from pacatune.adapters.attach import answered_warnings
     from pacatune.adapters.base import load_base
     from pacatune.adapters.fingerprint import write_fingerprint
+    from pacatune.adapters.loading import answered_warnings
 
     settings = {
         "r": 4,
@@ -73,8 +73,8 @@ def lora_dir(tmp_path_factory, tiny_model_dir):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from pacatune.adapters.attach import answered_warnings
     from pacatune.adapters.base import load_base
+    from pacatune.adapters.loading import answered_warnings
 
     folder = tmp_path_factory.mktemp("adapters") / "lora"
     base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pacatune.adapters.attach import attach
 from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import open_adapter, read_adapter
+from pacatune.adapters.loading import attach
 from tests.adapters.fixtures import save_adapter
 
 TOKENS = torch.arange(24).view(2, 12)

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from pacatune.adapters.batch import _SeededChoice
-from pacatune.adapters.generation import Sampling, TextGenerator
+from pacatune.adapters.generation import Sampling, TextGenerator, _SeededChoice
 from tests.adapters.fixtures import save_adapter
 
 GREEDY = Sampling(max_new_tokens=12)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pacatune.adapters.compare import compare
 from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.inspect import compare
 from tests.adapters.fixtures import save_adapter
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from pacatune.adapters.base import empty_base, load_base
-from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.loading import check_base
 from tests.adapters.fixtures import save_adapter
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from peft import TaskType
 
-from pacatune.adapters.config_file import _TASK_TYPES, read_config, read_lora_config
+from pacatune.adapters.folder import _TASK_TYPES, read_config, read_lora_config
 
 
 @pytest.fixture

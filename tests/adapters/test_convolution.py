@@ -19,15 +19,13 @@ from transformers import (
 )
 
 from pacatune import PacaConfig
-from pacatune.adapters.attach import attach
 from pacatune.adapters.base import layer_shape
-from pacatune.adapters.compare import compare
-from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.export import export_lora
-from pacatune.adapters.export_convolution import convolution_factors, refuse_inexpressible
+from pacatune.adapters.export_factors import convolution_factors, refuse_inexpressible
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.inspect import compare, inspect_adapter
+from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
 from pacatune.tuner import PacaLayer

@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from pacatune.adapters import export_check
-from pacatune.adapters.export import export_lora, lora_config
-from pacatune.adapters.export_check import export_limit
+from pacatune.adapters import export as export_module
+from pacatune.adapters.export import export_limit, export_lora, lora_config
 from pacatune.adapters.export_factors import column_selector
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
@@ -230,7 +229,7 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
     def outputs(base, model_class, folder, inputs, quantization):
         return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
 
-    monkeypatch.setattr(export_check, "_run_plain_peft", outputs)
+    monkeypatch.setattr(export_module, "_run_plain_peft", outputs)
     with pytest.raises(
         ValueError, match=r"PEFT the outputs differ from the adapter's by .* \(1\.0e"
     ):
@@ -241,7 +240,7 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
 def test_an_export_that_plain_peft_cannot_load_is_refused(tiny_model_dir, adapter_dir, tmp_path):
     inputs = [{"input_ids": TOKENS}]
     with pytest.raises(ValueError, match=r"plain PEFT cannot load the exported adapter \(.*PACA"):
-        export_check._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
+        export_module._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
 
 
 def test_pacatune_cannot_be_imported_where_plain_peft_runs(
@@ -252,7 +251,7 @@ def test_pacatune_cannot_be_imported_where_plain_peft_runs(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     inputs = [{"input_ids": TOKENS}]
     with pytest.raises(ValueError, match="pacatune is imported when Python starts, so this would"):
-        export_check._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
+        export_module._run_plain_peft(str(tiny_model_dir), "LlamaForCausalLM", adapter_dir, inputs)
 
 
 @pytest.mark.parametrize(

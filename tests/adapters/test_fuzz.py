@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.json_file import parse_json_object
+from pacatune.files.json_file import parse_json_object
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "pacatune.json")
 

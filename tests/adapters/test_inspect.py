@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.loading import answered_warnings
 from tests.adapters.fixtures import save_adapter
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pacatune.adapters.json_file import MAX_JSON_BYTES, parse_json_object, read_json_object
+from pacatune.files.json_file import MAX_JSON_BYTES, parse_json_object, read_json_object
 
 
 def parse(text):

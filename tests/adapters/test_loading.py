@@ -5,7 +5,7 @@ import torch
 
 from pacatune.adapters import loading
 from pacatune.adapters.loading import load_language_model
-from pacatune.tuner.cpu_packing import forbid_packing
+from pacatune.tuner.quantized import forbid_packing
 from tests.adapters.fixtures import save_adapter
 
 bitsandbytes = pytest.mark.skipif(

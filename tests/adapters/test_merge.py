@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from pacatune import PacaConfig
 from pacatune.adapters import merge as merge_module
-from pacatune.adapters.attach import answered_warnings
 from pacatune.adapters.export import export_lora
-from pacatune.adapters.merge import merge
-from pacatune.adapters.merge_check import check_outputs
+from pacatune.adapters.loading import answered_warnings
+from pacatune.adapters.merge import check_outputs, merge
 from pacatune.adapters.probe import OutputError
 from tests.adapters.fixtures import save_adapter
 

@@ -6,8 +6,8 @@ import stat
 import pytest
 import torch
 
-from pacatune.adapters.output import check_output, format_bytes, staged_folder
-from pacatune.adapters.tensor_file import write_tensors
+from pacatune.files.folder import check_output, format_bytes, staged_folder
+from pacatune.files.tensor_file import write_tensors
 
 
 def fill(folder, action):

@@ -5,14 +5,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
-from pacatune.adapters.attach import attach
-from pacatune.adapters.compare import compare
-from pacatune.adapters.compatibility import check_base
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.hotswap import hotswap_adapter
-from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.inspect import compare, inspect_adapter
+from pacatune.adapters.loading import attach, check_base, hotswap_adapter
 from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import save_adapter
 from tests.conftest import build_model

@@ -1,7 +1,6 @@
 import pytest
 
-from pacatune.adapters.inspect import inspect_adapter
-from pacatune.adapters.plot import plot_columns
+from pacatune.adapters.inspect import inspect_adapter, plot_columns
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

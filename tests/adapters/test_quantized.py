@@ -4,15 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pacatune.adapters.attach import attach
-from pacatune.adapters.base import load_base
+from pacatune.adapters.base import load_base, quantization_config
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.generation import TextGenerator
 from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.loading import attach
 from pacatune.adapters.merge import merge
-from pacatune.adapters.quantized import quantization_config
-from pacatune.tuner.cpu_packing import forbid_packing
-from pacatune.tuner.quantized import QuantizedLinear
+from pacatune.tuner.quantized import QuantizedLinear, forbid_packing
 from tests.adapters.fixtures import save_adapter
 
 NF4 = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pacatune.adapters.tensor_file import (
+from pacatune.files.tensor_file import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
     read_header,

@@ -3,7 +3,7 @@
 import pytest
 
 from pacatune.cli import main
-from pacatune.folder_lock import alone_in
+from pacatune.files.result_folder import alone_in
 from pacatune.reproduce import EXPERIMENTS
 
 

@@ -174,7 +174,7 @@ def test_nothing_of_the_model_or_of_the_random_states_changes(tokenizer):
     from peft import get_peft_model
 
     from pacatune import PacaConfig
-    from pacatune.adapters.attach import answered_warnings
+    from pacatune.adapters.loading import answered_warnings
     from tests.conftest import build_model
 
     tied = build_model(len(tokenizer), tie_word_embeddings=True)

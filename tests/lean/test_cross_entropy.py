@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pacatune.lean import linear_cross_entropy
-from pacatune.lean.logits import LazyLogits
+from pacatune.lean.loss import LazyLogits
 from tests.lean.twins import assert_within_own_error, run
 
 N, WIDTH, V = 11, 6, 9
@@ -148,7 +148,7 @@ def lazy(monkeypatch):
     tensors = make(torch.float32, ignored=())
     x = tensors["x"][:10].reshape(2, 5, WIDTH)
     monkeypatch.setattr(Counting, "num_computed", 0)
-    monkeypatch.setattr("pacatune.lean.logits.LazyLogits", Counting)
+    monkeypatch.setattr("pacatune.lean.loss.LazyLogits", Counting)
     logits = F.linear(x, tensors["weight"], tensors["bias"])
     return Counting(x, tensors["weight"], tensors["bias"]), logits, tensors["target"][:10]
 

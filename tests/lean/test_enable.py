@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig, lean
-from pacatune.lean.interface import find_registry
+from pacatune.lean.attention import find_registry
 from tests.lean.models import adapted, assert_equal_results, build, classes, gradients
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune import lean
-from pacatune.lean.interface import find_registry
+from pacatune.lean.attention import find_registry
 from tests.lean.models import adapted, build, gradients
 
 

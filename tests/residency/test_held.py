@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.residency.watching import WeightParameter
-from pacatune.tuner.sharing import mark_shared_weights
+from pacatune.tuner.model import mark_shared_weights
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 

@@ -2,7 +2,7 @@
 
 from hypothesis import HealthCheck, settings
 
-from pacatune.tuner.kinds import _KINDS
+from pacatune.tuner.layout import _KINDS
 from tests.residency.twin import KINDS
 from tests.residency.walk import Walk
 

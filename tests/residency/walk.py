@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pacatune.residency.weight
 from pacatune import PacaConfig, resident
-from pacatune.adapters.hotswap import hotswap_adapter
+from pacatune.adapters.loading import hotswap_adapter
 from tests.residency.twin import KINDS, Kind, Twin, adapted, targets_of
 
 MAX_ADAPTERS = 4

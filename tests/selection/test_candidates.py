@@ -116,7 +116,7 @@ def test_sketch_keeps_the_products_of_columns():
 
 def test_sketch_errors_average_out():
     """Over many draws the mean of S^T S is X^T X, though each row mixes several tokens."""
-    from pacatune.selection.observers import _Sketch
+    from pacatune.selection.collect import _Sketch
 
     x = torch.randn(600, 5, generator=torch.Generator().manual_seed(0))
     sketch = _Sketch(0)

@@ -17,7 +17,7 @@ from pacatune.selection import (
     save_columns,
 )
 from pacatune.tuner import PacaLayer
-from pacatune.tuner.matrix import as_matrix, weight_matrix
+from pacatune.tuner.layout import as_matrix, weight_matrix
 from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
@@ -271,7 +271,7 @@ def test_a_second_adapter_chooses_from_the_pretrained_weights():
 
 
 def test_a_weighted_sum_and_a_swapped_adapter_keep_their_columns(tmp_path):
-    from pacatune.adapters.hotswap import hotswap_adapter
+    from pacatune.adapters.loading import hotswap_adapter
 
     model = get_peft_model(build(), config_of("weight_norm", ["up"]))
     model.save_pretrained(tmp_path)

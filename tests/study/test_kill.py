@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pacatune.folder_lock import alone_in
+from pacatune.files.result_folder import alone_in
 from pacatune.study import run_study
 from pacatune.study.classifier import ClassifierTrainer
 from pacatune.study.classify import ClassifyTask

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pacatune.adapters.compatibility import check_base
+from pacatune.adapters.loading import check_base
 from pacatune.training import train
 from pacatune.training.config_file import read_values, to_values
 

@@ -174,8 +174,8 @@ def test_a_moslora_run(make_config, tiny_model_dir):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from pacatune.baselines.moslora import MosLoraLayer
     from pacatune.training import LoraSection, MosLoraSection
+    from pacatune.tuner.moslora import MosLoraLayer
 
     sections = {
         "lora": LoraSection(r=4, lora_dropout=0.1),

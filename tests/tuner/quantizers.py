@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from pacatune.tuner.cpu_packing import forbid_packing
+from pacatune.tuner.quantized import forbid_packing
 
 
 def _bitsandbytes_4bit(linear, **options):

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from pacatune import PacaConfig
-from pacatune.adapters.hotswap import hotswap_adapter
+from pacatune.adapters.loading import hotswap_adapter
 from pacatune.ops import reference
 from pacatune.tuner import PacaLayer
 from tests.tuner.conv_nets import CNN_TARGETS, Cnn, adapt, layers, randomise

@@ -8,8 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
-from pacatune.tuner.cpu_packing import forbid_packing
-from pacatune.tuner.quantized import dequantized
+from pacatune.tuner.quantized import dequantized, forbid_packing
 from tests.tuner.quantizers import quantise
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from pacatune import PacaConfig
-from pacatune.adapters.config_file import read_config
+from pacatune.adapters.folder import read_config
 from pacatune.adapters.inspect import inspect_adapter
 from tests.forks import run_cases
 from tests.tuner.interchange import PEFT_WRITES, build, outputs, randomise

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from pacatune import PacaConfig
-from pacatune.adapters.hotswap import hotswap_adapter
+from pacatune.adapters.loading import hotswap_adapter
 from tests.tuner.small_llama import adapt, logits, paca_layers, randomise
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import base_name, empty_base, innermost
+from pacatune.adapters.export import ExportPlan, refuse_extra
 from pacatune.adapters.export_factors import rounded_factor
-from pacatune.adapters.export_plan import ExportPlan, refuse_extra
 from pacatune.adapters.folder import LoraAdapter, find_tensors, open_adapter
-from pacatune.adapters.tensor_file import read_tensors
-from pacatune.baselines import MosLoraConfig
-from pacatune.checks import PEFT_PREFIX
+from pacatune.files.tensor_file import read_tensors
+from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.tuner.moslora import MosLoraConfig
 
 __all__ = ["plan_moslora"]
 

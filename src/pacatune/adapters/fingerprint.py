@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
-from pacatune.adapters.json_file import read_json_object
 from pacatune.adapters.target import find_target, target_matrix
+from pacatune.files.json_file import read_json_object
 from pacatune.ops.columns import columns_of_kernel
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")

@@ -1,17 +1,287 @@
 """Load a language model for inference: base, tokenizer, quantisation, adapter."""
 
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pacatune.adapters.attach import attach
 from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base, load_base_config
-from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
+from pacatune.adapters.fingerprint import (
+    differing_modules,
+    fingerprint,
+    unwrap,
+)
+from pacatune.adapters.folder import (
+    FINGERPRINT_KEY,
+    SIDECAR_NAME,
+    Adapter,
+    LoraAdapter,
+    open_adapter,
+    read_adapter,
+)
+from pacatune.adapters.target import find_target, target_shape
+from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
 from pacatune.installation import install_command
+from pacatune.tuner import PacaLayer
+from pacatune.tuner.columns import keep_columns
+from pacatune.tuner.experts import is_expert_parameter
+
+__all__ = [
+    "hotswap_adapter",
+]
+
+
+# Decide whether an adapter belongs to a base model, before it changes a single number.
+
+
+_OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
+
+
+def check_base(
+    adapter: str | Path | Adapter, model: nn.Module, *, allow_other_base: bool = False
+) -> list[str]:
+    """Refuse a base model that the adapter was not trained on.
+
+    Names and shapes of the adapted modules must fit. Beyond that the fingerprint decides, which
+    training stores with the adapter; without one, the name of the base.
+
+    Args:
+        adapter: A PaCA adapter or its folder.
+        model: The base, or a PEFT model around it; on the meta device weights are not compared.
+        allow_other_base: Report a base of other weights or name as a note instead of an error.
+
+    Returns:
+        Notes for the user: what could not be checked, or was let through.
+
+    Raises:
+        ValueError: If a module is missing or of another shape, or the base is another one.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
+    model = unwrap(model)
+    check_shapes(adapter.modules, model, source=str(adapter.folder))
+    _check_extra(adapter, model)
+    problem, notes = _compare(adapter, model)
+    if problem and not allow_other_base:
+        raise ValueError(f"{adapter.folder}: {problem}; choose the right base, or {_OTHER_BASE}")
+    return [problem, *notes] if problem else notes
+
+
+def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, source: str) -> None:
+    """Refuse a base model without the adapted modules, or with other sizes of them.
+
+    Args:
+        modules: The adapter's tensors by module.
+        model: The base, weights not needed.
+        source: Where the adapter comes from, for the error.
+
+    Raises:
+        ValueError: At the first module that does not fit.
+    """
+    for name, (delta, indices) in modules.items():
+        shape = target_shape(model, name)
+        if shape is None:
+            found = dict(model.named_modules())
+            nearest = difflib.get_close_matches(name, found, n=1, cutoff=0)
+            problem = "no module" if name not in found else "no adaptable layer"
+            raise ValueError(
+                f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
+                f"name is {nearest[0]!r}. The adapter belongs to another base."
+            )
+        out_features, in_features, *others = shape
+        if list(delta.shape[2:]) != others:
+            target = find_target(model, name)
+            is_expert = target is not None and is_expert_parameter(*target)
+            what = "experts" if is_expert else "a kernel of"
+            raise ValueError(
+                f"{source}: module {name!r} has {what} {tuple(delta.shape[2:])} in the adapter but "
+                f"{tuple(others)} in the base; the adapter belongs to another base."
+            )
+        if delta.shape[0] != out_features:
+            raise ValueError(
+                f"{source}: module {name!r} has out_features = {delta.shape[0]} in the adapter but "
+                f"{out_features} in the base; the adapter belongs to another base."
+            )
+        if int(indices[-1]) >= in_features:
+            raise ValueError(
+                f"{source}: module {name!r} adapts column {int(indices[-1])} but the base has "
+                f"in_features = {in_features}; indices must be below it. The adapter is damaged or "
+                "belongs to another base."
+            )
+
+
+def _check_extra(adapter: Adapter, model: nn.Module) -> None:
+    # PEFT passes over a tensor that it has no place for, and the model is silently not the trained.
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for key, tensor in adapter.extra.items():
+        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        if name.endswith(".token_adapter.trainable_tokens_delta"):
+            continue
+        if name not in parameters:
+            raise ValueError(
+                f"{adapter.folder}: the base ({type(model).__name__}) has no parameter {name!r} "
+                "that the adapter brings; the adapter belongs to another base or head."
+            )
+        if parameters[name].shape != tensor.shape and not _is_packed(parameters[name]):
+            raise ValueError(
+                f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but "
+                f"{tuple(parameters[name].shape)} in the base; the adapter belongs to another base "
+                "or the vocabulary was changed."
+            )
+
+
+def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
+    stored = adapter.sidecar.get(FINGERPRINT_KEY)
+    if stored is None:
+        problem = _compare_names(adapter, model)
+        return problem, ["the adapter has no fingerprint; only names and shapes could be compared."]
+    _check_fingerprint(stored, adapter.folder / SIDECAR_NAME)
+    columns = {name: update.indices for name, update in adapter.modules.items()}
+    current = fingerprint(model, columns)
+    for key in ("model_type", "hidden_size", "num_hidden_layers"):
+        if key in stored and key in current and stored[key] != current[key]:
+            return (
+                f"it was trained on a base with `{key}` = {stored[key]!r} but this one has "
+                f"{current[key]!r}"
+            ), []
+    differing, num_compared = differing_modules(stored["modules"], current["modules"])
+    if differing:
+        return (
+            f"the weights of {len(differing)} of {num_compared} adapted modules are not those it "
+            f"was trained on, first {differing[0]!r}"
+        ), []
+    notes = []
+    is_loaded = not any(parameter.is_meta for parameter in model.parameters())
+    if num_compared < len(columns) and is_loaded:
+        notes.append(
+            f"{len(columns) - num_compared} of {len(columns)} adapted modules could not be "
+            "compared by weight (quantised, sharded, or in another 16-bit dtype)."
+        )
+    return "", notes
+
+
+def _compare_names(adapter: Adapter, model: nn.Module) -> str:
+    expected = adapter.config.base_model_name_or_path
+    config = getattr(model, "config", None)
+    given = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    if not expected or not given or _last_part(expected) == _last_part(given):
+        return ""
+    return (
+        f"it names the base {expected!r} but this one is {given!r}, and it has no fingerprint to "
+        "tell them apart"
+    )
+
+
+def _last_part(name: str) -> str:
+    return Path(name.replace("\\", "/")).name.lower()
+
+
+def _check_fingerprint(stored: Any, path: Path) -> None:
+    modules = stored.get("modules") if isinstance(stored, dict) else None
+    if not isinstance(modules, dict) or not all(
+        isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
+        for hashes in modules.values()
+    ):
+        raise ValueError(
+            f"{path}: `{FINGERPRINT_KEY}` must be an object with `modules`, hashes by dtype and "
+            "module; it is damaged. Remove the file to go without."
+        )
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    # bitsandbytes keeps a quantised weight as bytes in a shape of its own.
+    return not parameter.is_floating_point()
+
+
+# Put a checked adapter onto its base model, through PEFT, and see that it really is there.
+
+
+_ADAPTER_NAME = "default"
+_ANSWERED_WARNINGS = (
+    "Found missing adapter keys",  # an error below
+    ".*is_gradient_checkpointing",  # PEFT asks transformers in an old way; not the user's concern
+    "Model (has|with) `tie_word_embeddings=True`",  # the tuner gives a tied target its own weight
+    "Input and output embeddings are no longer tied",  # the same, after the fact
+    "Merging into a quantised model",  # `merge` does it on request only, and says what it costs
+)
+
+
+def attach(
+    model: nn.Module, adapter: Adapter | LoraAdapter, *, allow_other_base: bool = False
+) -> tuple[PeftModel, list[str]]:
+    """Load an adapter onto its base for inference.
+
+    Args:
+        model: The base; it is changed in place, as PEFT does.
+        adapter: What `read_adapter` or `open_adapter` returned.
+        allow_other_base: As for `check_base`.
+
+    Returns:
+        The PEFT model, and notes for the user.
+
+    Raises:
+        ValueError: If the adapter does not belong to the base, or if what PEFT loaded is not
+            what the file holds.
+    """
+    notes = [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
+    if isinstance(adapter, Adapter):
+        notes = check_base(adapter, model, allow_other_base=allow_other_base)
+    try:
+        with answered_warnings():
+            if isinstance(adapter, LoraAdapter):
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+            peft_model = PeftModel.from_pretrained(cast(Any, model), str(adapter.folder))
+    except (RuntimeError, UserWarning) as error:
+        raise ValueError(
+            f"{adapter.folder}: PEFT cannot load the adapter onto {type(model).__name__} "
+            f"({error}); it belongs to another base."
+        ) from error
+    if isinstance(adapter, Adapter):
+        _check_loaded(peft_model, adapter)
+    return peft_model.eval(), notes
+
+
+@contextmanager
+def answered_warnings() -> Iterator[None]:
+    """Silence those of PEFT's warnings that we have dealt with."""
+    with warnings.catch_warnings():
+        for message in _ANSWERED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
+    layers = {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, PacaLayer)
+    }
+    if odd := sorted(layers.keys() ^ adapter.modules.keys()):
+        where = "configuration" if odd[0] in layers else "tensors"
+        raise ValueError(
+            f"{adapter.folder}: module {odd[0]!r} is adapted by its {where} only ({len(odd)} such "
+            "modules); both must name the same modules. The folder mixes two runs, or the file "
+            "is incomplete."
+        )
+    for name, (delta, indices) in adapter.modules.items():
+        loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
+        columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
+        delta = layers[name].as_stored(delta)
+        if not (torch.equal(columns, indices) and torch.equal(loaded, delta.to(loaded.dtype))):
+            raise ValueError(
+                f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "
+                "another package has replaced PaCA in PEFT. Import pacatune before it."
+            )
+
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
@@ -114,3 +384,70 @@ def _bitsandbytes(kind: str) -> dict[str, Any]:
     if kind == "int8":
         return {"method": "bitsandbytes", "type": kind}
     return {"method": "bitsandbytes", "type": kind, "block_size": 64, "double": True}
+
+
+# Replaces an adapter's values in a running model by those of a saved adapter.
+#
+# PEFT's own `hotswap_adapter` knows LoRA only. Swapping a PaCA adapter costs one copy per layer now
+# and one column write per layer at the next forward pass; no module is replaced.
+
+
+def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+    """Give the adapter `adapter_name` the columns, deltas and scaling of a saved one.
+
+    An optimiser of the old adapter keeps its parameters where the ranks are equal.
+
+    Args:
+        model: A model with that adapter, PeftModel or not.
+        folder: The saved adapter: a local folder or a hub id.
+        adapter_name: The adapter to be replaced; it keeps its name.
+
+    Raises:
+        ValueError: If the two adapters do not adapt the same modules of the same shapes, or the
+            adapter is merged; nothing has been changed then.
+    """
+    adapter = read_adapter(folder)
+    layers = _layers_of(model, adapter_name)
+    _check(layers, adapter, adapter_name)
+    for name, layer in layers.items():
+        update = adapter.modules[name]
+        delta = layer.as_stored(update.delta)
+        layer.replace_update(
+            adapter_name, delta, update.indices, adapter.scaling(name) * len(update.indices)
+        )
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        config.selection = adapter.config.selection
+        config.selection_options = adapter.config.selection_options
+        keep_columns(config, {name: adapter.modules[name].indices for name in layers})
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, PacaLayer) and adapter_name in module.r
+    }
+
+
+def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) -> None:
+    if not layers:
+        raise ValueError(f"`adapter_name` ({adapter_name!r}) is no adapter of this model.")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` first.")
+    difference = sorted(set(layers) ^ set(adapter.modules))
+    if difference:
+        raise ValueError(
+            f"{adapter.folder} and adapter {adapter_name!r} do not adapt the same modules; only "
+            f"one of them has {difference[:5]}. Load it under another name with `load_adapter`."
+        )
+    for name, layer in layers.items():
+        delta, indices = adapter.modules[name]
+        delta = layer.as_stored(delta)
+        shape = layer.delta_shape(len(indices))
+        if delta.shape != shape or int(indices.max()) >= layer.in_features:
+            raise ValueError(
+                f"{adapter.folder}: {name!r} has a delta of {tuple(delta.shape)} and columns up to "
+                f"{int(indices.max())}, but the layer needs {shape} and has {layer.in_features} "
+                "columns: it was made for another base model."
+            )

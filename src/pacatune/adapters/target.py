@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import innermost, layer_shape
+from pacatune.format.options import IN_PROJ
 from pacatune.ops.columns import read_columns
-from pacatune.options import IN_PROJ
 from pacatune.tuner.experts import features_of, is_expert_parameter, is_transposed
 
 __all__ = ["find_target", "read_target_columns", "target_matrix", "target_shape"]

@@ -76,7 +76,7 @@ def _replace_linear(model: Any, dtype: torch.dtype, quantization: str) -> None:
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
-    from pacatune.tuner.cpu_packing import forbid_packing
+    from pacatune.tuner.quantized import forbid_packing
 
     head = model.get_output_embeddings()
     config = BitsAndBytesConfig(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pacatune.result_folder import ResultFolder
+from pacatune.files.result_folder import ResultFolder
 
 __all__ = ["PICTURES", "REPORT_NAME", "RESULT_NAME", "result_folder"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pacatune.adapters.output import format_bytes
+from pacatune.files.folder import format_bytes
 from pacatune.paper import fig3
 from pacatune.paper import ratios as paper
 

@@ -11,7 +11,7 @@ from pacatune.bench.device import available_bytes, device_name
 from pacatune.bench.methods import METHODS
 from pacatune.bench.record import commit, cpu, versions
 from pacatune.bench.sweep import sweep_method
-from pacatune.result_folder import ResultFolder
+from pacatune.files.result_folder import ResultFolder
 
 __all__ = ["run"]
 

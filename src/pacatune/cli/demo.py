@@ -115,7 +115,7 @@ def _print_answer(answer: "Answer", console: "Console") -> None:
 def _print_table(reports: "dict[str, Report]", ranks: dict[str, int], console: "Console") -> None:
     from rich.table import Table
 
-    from pacatune.adapters.output import format_bytes
+    from pacatune.files.folder import format_bytes
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")

@@ -133,7 +133,7 @@ def _make_table(
 ) -> "Table":
     from rich.table import Table
 
-    from pacatune.adapters.output import format_bytes
+    from pacatune.files.folder import format_bytes
 
     ranks = {"head": "", "lora": f", r={runs['lora'].lora.r}", "paca": f", r={runs['paca'].paca.r}"}
     table = Table(box=None, pad_edge=False, title=f"\n{title}", title_justify="left")

@@ -11,8 +11,8 @@ def run(argv: list[str]) -> int:
     options = _parse(argv)
     output = Path(options.output)
 
-    from pacatune.adapters.output import check_output
     from pacatune.evaluation.mmlu_data import bundled_mmlu, read_mmlu, write_tasks
+    from pacatune.files.folder import check_output
 
     check_output(output, num_bytes=0)
     source = getattr(options, "from")

@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _print_result(result: "ExportResult", dtype: str) -> None:
-    from pacatune.adapters.output import format_bytes
+    from pacatune.files.folder import format_bytes
 
     rounding = f"rounded by at most {result.rounding:.1e} of their size"
     print(f"base      {result.base}")

@@ -10,8 +10,7 @@ from pacatune.cli.options import new_parser
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.adapters.compare import Comparison
-    from pacatune.adapters.inspect import AdapterReport
+    from pacatune.adapters.inspect import AdapterReport, Comparison
 
 _MOST_ROWS = 12
 _MOST_NAMES = 8
@@ -34,8 +33,7 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.adapters.compare import compare
-    from pacatune.adapters.inspect import inspect_adapter
+    from pacatune.adapters.inspect import compare, inspect_adapter
 
     # Names come from a stranger's file: no markup in them.
     console = Console(markup=False, highlight=False)
@@ -45,7 +43,7 @@ def run(argv: list[str]) -> int:
     else:
         result = inspect_adapter(options.adapter)
     if options.plot is not None:
-        from pacatune.adapters.plot import plot_columns
+        from pacatune.adapters.inspect import plot_columns
 
         plot_columns(result, Path(options.plot))
     if options.json:
@@ -60,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 
 def _print_report(report: Any, console: "Console", most: int | None, *, with_columns: bool) -> None:
-    from pacatune.adapters.output import format_bytes
+    from pacatune.files.folder import format_bytes
 
     kinds = report.num_modules_by_kind.items()
     adapted = ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds))

@@ -55,7 +55,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _print_result(result: "MergeResult") -> None:
-    from pacatune.adapters.output import format_bytes
+    from pacatune.files.folder import format_bytes
 
     print(f"base      {result.base}" + (f" ({result.onto})" if result.onto != "original" else ""))
     print(f"merged    {result.num_modules} modules, {result.dtype}")

@@ -105,7 +105,7 @@ def _print_results(console: "Console", sections: "list[Section]", page: Path) ->
 def _run(
     options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
 ) -> "list[Section]":
-    from pacatune.folder_lock import alone_in
+    from pacatune.files.result_folder import alone_in
     from pacatune.reproduce import open_folder, run_experiments
     from pacatune.reproduce.running import write_report
 

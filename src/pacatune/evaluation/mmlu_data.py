@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from pacatune.adapters.output import staged_folder
 from pacatune.data.mmlu import CSV_COLUMNS, LETTERS, Question, to_question
 from pacatune.data.read import SUFFIXES, read_rows
 from pacatune.evaluation.harness import require_lm_eval
+from pacatune.files.folder import staged_folder
 
 NUM_FEWSHOT = 5
 NUM_SUBJECTS = 57

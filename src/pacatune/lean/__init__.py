@@ -1,10 +1,9 @@
 """Activations that are not kept, exactly: see `enable`."""
 
-from pacatune.lean.activation import ACTIVATIONS
 from pacatune.lean.attention import attend
-from pacatune.lean.cross_entropy import linear_cross_entropy
 from pacatune.lean.enable import LeanReport, disable, enable
-from pacatune.lean.gated import gated_product
+from pacatune.lean.gated import ACTIVATIONS, gated_product
+from pacatune.lean.loss import linear_cross_entropy
 from pacatune.lean.norm import layer_norm, rms_norm
 
 __all__ = [

@@ -10,16 +10,29 @@ kept goes through `ctx.save_for_backward`, and the repeated heads are left out: 
 holds nothing but numbers.
 """
 
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
-from pacatune.lean.tracing import refuse_second_derivative
+from pacatune.lean.fused import refuse_second_derivative
+from pacatune.lean.modules import LeanAttention
+from pacatune.ops.tracing import is_traced
 
-__all__ = ["attend", "repeat_heads"]
+__all__ = [
+    "ATTENTION",
+    "attend",
+    "find_registry",
+    "install",
+    "repeat_heads",
+    "uninstall",
+]
+
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -165,3 +178,136 @@ class _Kept:
         kept = [*self._inputs, *self._others]
         self._inputs, self._heads, self._others = [], [], []
         return kept
+
+
+# Puts `attend` between transformers' attention modules and its function for SDPA.
+#
+# Modules look the function up in a registry, by the name of the implementation, at each call. While
+# something is lean, the entry `sdpa` is ours: it serves lean modules, and hands every other call
+# on.
+
+
+ATTENTION = "sdpa"
+_attentions: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def find_registry() -> Any:
+    """Return transformers' registry of attention functions; None if it is not loaded."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return getattr(transformers, "ALL_ATTENTION_FUNCTIONS", None)
+
+
+def install(attention: nn.Module) -> None:
+    """Serve a lean module."""
+    registry = find_registry()
+    if attention not in _attentions:
+        _attentions.add(attention)
+        weakref.finalize(attention, _leave).atexit = False
+    if not isinstance(registry[ATTENTION], _Dispatch):
+        registry[ATTENTION] = _Dispatch(registry[ATTENTION])
+
+
+def uninstall(attention: nn.Module) -> None:
+    """Serve a module no longer; leave the registry when nobody is left."""
+    _attentions.discard(attention)
+    _leave()
+
+
+def _leave() -> None:
+    """Restore the registry unless a lean module is alive; the set may not know that one died."""
+    registry = find_registry()
+    is_needed = any(True for _ in _attentions)
+    if registry is None or is_needed or not isinstance(registry[ATTENTION], _Dispatch):
+        return
+    plain = registry[ATTENTION].plain
+    del registry[ATTENTION]
+    if registry[ATTENTION] is not plain:  # somebody had put his own there before us
+        registry[ATTENTION] = plain
+
+
+class _Dispatch:
+    """The attention function in the registry.
+
+    Args:
+        plain: The one that was there.
+    """
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            not isinstance(module, LeanAttention)
+            or not torch.is_grad_enabled()
+            or is_traced()
+            or _shares_heads(query, key, value, attention_mask)
+            or not (query.requires_grad or key.requires_grad or value.requires_grad)
+            or _is_trained(attention_mask, *kwargs.values())
+        ):
+            return self.plain(module, query, key, value, attention_mask, **kwargs)
+        mask = additive_mask(attention_mask, query)
+        ungrouped = _Ungrouped(module)
+
+        def apply(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            y, _ = self.plain(ungrouped, query, key, value, mask, **kwargs)
+            return y  # type: ignore[no-any-return]
+
+        return attend(query, key, value, apply), None
+
+
+def _shares_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether nothing is repeated: torch's own kernels take fewer heads, if there is no mask."""
+    if query.shape[1] == key.shape[1] or query.shape[2] == 1:
+        return True
+    return mask is None and key.shape[-1] == value.shape[-1] <= 256
+
+
+def _is_trained(*values: Any) -> bool:
+    """Whether something beside query, key and value needs a gradient (learned biases)."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+class _Ungrouped:
+    """A module as the attention function sees it when the heads are repeated already."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# Made once per mask, which all layers share: torch would make, and keep, one in each layer.
+_additive = WeakIdKeyDictionary()
+
+
+def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a mask that says who is seen (True) as one that is added to the scores.
+
+    Args:
+        mask: (B, 1 or H, T, S), or None.
+        query: In the dtype of the scores, but for autocast.
+
+    Returns:
+        One tensor for all layers, in the dtype of the scores; a mask of numbers as it is.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    device_type, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    known = _additive.get(mask)
+    if known is None or known[0] != mask._version or known[1].dtype != dtype:
+        scores = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+        known = _additive[mask] = mask._version, scores
+    return known[1]  # type: ignore[no-any-return]

@@ -6,10 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from pacatune.lean import interface, probe
+from pacatune.lean import attention, probe
 from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, find_batch_norm
-from pacatune.lean.modules import LeanAttention, LeanGatedMLP, LeanHead, LeanModel, LeanNorm
-from pacatune.lean.swap import LeanModule, is_lean, make_lean, make_plain
+from pacatune.lean.modules import (
+    LeanAttention,
+    LeanGatedMLP,
+    LeanHead,
+    LeanModel,
+    LeanModule,
+    LeanNorm,
+    is_lean,
+    make_lean,
+    make_plain,
+)
 
 __all__ = ["LeanReport", "disable", "enable"]
 
@@ -104,7 +113,7 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
         if not is_lean(module):
             make_lean(module, plan.lean_class, plan.settings)
         if plan.lean_class is LeanAttention:
-            interface.install(module)
+            attention.install(module)
     enable_batch_norm(model)
     return report
 
@@ -117,7 +126,7 @@ def disable(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, LeanAttention):
-            interface.uninstall(module)
+            attention.uninstall(module)
         make_plain(module)
     disable_batch_norm(model)
 
@@ -180,7 +189,7 @@ def _plan_attention(module: nn.Module) -> _Plan | None:
     if isinstance(module, LeanAttention):
         return _Plan("attention", LeanAttention)
     implementation = _implementation(module)
-    if implementation == interface.ATTENTION and interface.find_registry() is not None:
+    if implementation == attention.ATTENTION and attention.find_registry() is not None:
         return _Plan("attention", LeanAttention)
     if implementation == "eager":
         return _Plan("attention", reason=_EAGER)

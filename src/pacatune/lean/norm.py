@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.lean.fused import fused
-from pacatune.lean.tracing import refuse_second_derivative
+from pacatune.lean.fused import fused, refuse_second_derivative
 
 __all__ = ["Norm", "apply_norm", "layer_norm", "plain_norm", "rms_norm"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.lean.activation import ACTIVATIONS, Activation
+from pacatune.lean.gated import ACTIVATIONS, Activation
 from pacatune.lean.modules import GatedNames
 from pacatune.lean.norm import Norm, plain_norm
 

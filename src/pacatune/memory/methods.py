@@ -70,7 +70,7 @@ def quantize_(model: Any, setting: Setting) -> None:
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
-    from pacatune.tuner.cpu_packing import forbid_packing
+    from pacatune.tuner.quantized import forbid_packing
 
     head = model.get_output_embeddings()
     left = [name for name, module in model.named_modules() if module is head]

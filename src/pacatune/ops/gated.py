@@ -26,7 +26,7 @@ __all__ = ["Elementwise", "apply_paca_gated"]
 
 
 class Elementwise(Protocol):
-    """An activation: `pacatune.lean.activation.Activation` is one."""
+    """An activation: `pacatune.lean.gated.Activation` is one."""
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return act(gate) * up, a tensor of its own."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.adapters.output import staged_folder
+from pacatune.files.folder import staged_folder
 
 _SOURCE_FILE = "source.json"
 _WEIGHTS_FILE = "model.safetensors"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pacatune.adapters.output import staged_folder
 from pacatune.data.choices import ChoiceQuestion, to_choice_question
 from pacatune.data.read import Row
+from pacatune.files.folder import staged_folder
 from pacatune.packaged.cache import prepare_folder
 from pacatune.packaged.cifar10 import TASK as _BIGBENCH
 from pacatune.packaged.packages import PackagedFile, find_all

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pacatune.adapters.output import staged_folder
+from pacatune.files.folder import staged_folder
 from pacatune.installation import install_command
 
 CORPUS = "chatterbot-corpus"

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from pacatune.selection import candidates  # noqa: F401  (registers its strategies)
 from pacatune.selection.strategies import (
     register_strategy,
     seed_for,
@@ -30,8 +29,8 @@ _LATER = {
     "allocate_ranks": "pacatune.selection.budget",
     "choose_columns": "pacatune.tuner.columns",
     "collect_statistics": "pacatune.selection.collect",
-    "load_columns": "pacatune.selection.files",
-    "save_columns": "pacatune.selection.files",
+    "load_columns": "pacatune.selection.statistics",
+    "save_columns": "pacatune.selection.statistics",
     "share_columns": "pacatune.selection.sharing",
 }
 

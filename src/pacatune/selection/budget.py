@@ -9,7 +9,7 @@ from torch import nn
 from pacatune.selection.statistics import ColumnStatistics
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.matrix import as_matrix
+from pacatune.tuner.layout import as_matrix
 from pacatune.tuner.targets import Target
 
 __all__ = ["allocate_ranks"]

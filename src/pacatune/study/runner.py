@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pacatune.result_folder import ResultFolder
+from pacatune.files.result_folder import ResultFolder
 from pacatune.study.config import StudyConfig
 from pacatune.study.plan import Plan, make_plan
 from pacatune.study.records import Records

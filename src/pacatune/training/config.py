@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
-from pacatune.patterns import check_patterns
+from pacatune.format.patterns import check_patterns
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults

@@ -233,7 +233,7 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     from pacatune.adapters.base import readable_weights
-    from pacatune.tuner.cpu_packing import forbid_packing
+    from pacatune.tuner.quantized import forbid_packing
 
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})

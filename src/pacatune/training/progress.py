@@ -7,7 +7,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from pacatune.adapters.output import format_bytes
+from pacatune.files.folder import format_bytes
 from pacatune.memory import peak_process_bytes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pacatune.adapters.output import format_bytes
+from pacatune.files.folder import format_bytes
 
 Curve = list[tuple[int, float]]
 

@@ -158,7 +158,7 @@ def _kinds(config: Any, adapter_config: "PeftConfig | None") -> tuple[str, ...]:
 
 
 def _as_in(checkpoint: Path, adapter_config: Any) -> "PeftConfig":
-    from pacatune.adapters.config_file import CONFIG_NAME, read_config
+    from pacatune.adapters.folder import CONFIG_NAME, read_config
 
     saved = read_config(checkpoint / CONFIG_NAME)
     adapter_config.columns = saved.columns

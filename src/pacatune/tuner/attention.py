@@ -8,6 +8,8 @@ x[..., indices] for backward and leave the weights alone.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.options import IN_PROJ
+from pacatune.format.options import IN_PROJ
 from pacatune.tuner.additive import has_hooks
+from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import (
     ParameterLayer,
     ParameterOwner,
@@ -25,7 +28,63 @@ from pacatune.tuner.parameter import (
     names_to_apply,
 )
 
-__all__ = ["AttentionInput", "MultiheadAttention"]
+__all__ = [
+    "AttentionInput",
+    "MultiheadAttention",
+    "allow_fast_path",
+    "forbid_fast_path",
+    "without_fast_path",
+]
+
+
+# Keeps torch's fused inference of transformer encoders from passing by the adapter.
+#
+# nn.TransformerEncoderLayer evaluates by one kernel that reads the weights of its layers and never
+# calls them; nn.TransformerEncoder then hands nested tensors to its layers. Each has an attribute
+# that decides about it and about nothing else.
+
+
+_SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+_KEPT = "_paca_fast_path"
+
+
+def forbid_fast_path(model: nn.Module) -> None:
+    """Let every encoder in which something is adapted call its layers."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if isinstance(module, kind) and any(isinstance(m, PacaLayer) for m in module.modules()):
+                module.__dict__.setdefault(_KEPT, getattr(module, switch))
+                setattr(module, switch, False)
+
+
+def allow_fast_path(model: nn.Module) -> None:
+    """Undo `forbid_fast_path`."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if isinstance(module, kind) and _KEPT in module.__dict__:
+                setattr(module, switch, module.__dict__.pop(_KEPT))
+
+
+@contextmanager
+def without_fast_path(model: nn.Module) -> Iterator[None]:
+    """Let every encoder call its layers for a while, so that hooks on them see what passes."""
+    before = [
+        (module, switch, getattr(module, switch))
+        for module in model.modules()
+        for kind, switch in _SWITCHES.items()
+        if isinstance(module, kind)
+    ]
+    for module, switch, _ in before:
+        setattr(module, switch, False)
+    try:
+        yield
+    finally:
+        for module, switch, value in before:
+            setattr(module, switch, value)
+
 
 # What torch's own TransformerEncoder, and whoever knows the module, asks it for.
 _FORWARDED = (

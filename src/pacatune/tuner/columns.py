@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from pacatune.checks import PEFT_PREFIX
+from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.selection.strategies import (
     FIXED,
     needs_of,
@@ -26,7 +26,7 @@ from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets
 from pacatune.tuner.given import key_of_columns
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.matrix import weight_matrix
+from pacatune.tuner.layout import weight_matrix
 from pacatune.tuner.targets import Target, check_targets
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from pacatune.options import NEEDS_US, PacaOptions, idle_layers
+from pacatune.format.options import NEEDS_US, PacaOptions, idle_layers
 
 __all__ = ["PacaConfig", "refuse_idle_layers", "seeded"]
 

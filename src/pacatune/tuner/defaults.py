@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pacatune.tuner.kinds import layer_class
+from pacatune.tuner.layout import layer_class
 from pacatune.tuner.linear import Linear
 from pacatune.tuner.targets import available_targets
 

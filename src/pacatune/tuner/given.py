@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from peft.utils.other import get_pattern_key
 
-from pacatune.options import target_of
+from pacatune.format.options import target_of
 
 __all__ = ["given_columns", "key_of_columns"]
 

@@ -9,31 +9,26 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from pacatune.checks import check_tensors
-from pacatune.options import IN_PROJ, idle_layers
+from pacatune.format.options import IN_PROJ, idle_layers
+from pacatune.format.tensors import check_tensors
 from pacatune.residency import resident
-from pacatune.tuner import combining
-from pacatune.tuner.attention import MultiheadAttention
+from pacatune.tuner import several
+from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
-from pacatune.tuner.cpu_packing import forbid_packing
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
-from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.given import given_columns
-from pacatune.tuner.interchange import is_foreign, kinds_beyond_peft
-from pacatune.tuner.kinds import layer_class
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.mixed_batch import adapter_names_passed
+from pacatune.tuner.layout import layer_class
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
-from pacatune.tuner.quantized_base import find_originals, settle_columns
-from pacatune.tuner.sharing import mark_shared_weights
+from pacatune.tuner.quantized import find_originals, forbid_packing, settle_columns
 from pacatune.tuner.targets import (
     available_targets,
     check_targets,
@@ -42,7 +37,89 @@ from pacatune.tuner.targets import (
     ranks_of,
 )
 
-__all__ = ["PacaModel"]
+__all__ = [
+    "PacaModel",
+    "is_foreign",
+    "kinds_beyond_peft",
+    "mark_shared_weights",
+]
+
+
+# Finds weights that two modules share, such as an lm_head tied to the embedding.
+
+
+def mark_shared_weights(model: nn.Module) -> None:
+    """Tell every adapted layer whether another module sees its weight, so that it is not written.
+
+    Args:
+        model: Whole model: sharing is seen from above only. Tie weights before adapting.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                address = _address(parameter)
+                owners[address] = owners.get(address, 0) + 1
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            weight = layer.base_layer._parameters.get(layer.parameter_name)
+            if weight is not None and owners.get(_address(weight), 0) > 1:
+                layer.shares_weight = True
+                if layer.residency is not None:
+                    layer.residency.restore()
+                    layer.residency.is_shared = True
+
+
+def _address(parameter: Tensor) -> int:
+    """What two tensors over one memory have in common."""
+    try:
+        return parameter.untyped_storage().data_ptr() or id(parameter)
+    except (NotImplementedError, RuntimeError):  # tensor subclasses without a storage of their own
+        return id(parameter)
+
+
+# What PEFT's own PaCA (0.22 and newer) would do with an adapter, or with a model that it made.
+#
+# It adapts `nn.Linear` and quantised linear layers. It multiplies by a layer's weight itself, past
+# a forward of the layer's own; and it does not see who reads that weight without calling the layer,
+# as torch's attention and encoders do: there its outputs are silently those of the base.
+
+
+def kinds_beyond_peft(model: Any, adapter_name: str) -> list[str]:
+    """Return the kinds of adapted modules that PEFT's own PaCA does not adapt rightly, sorted.
+
+    Args:
+        model: What has `named_modules`, with the adapter's layers in it.
+        adapter_name: The adapter.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    kinds = {
+        _kind_beyond_peft(layer, modules.get(name.rpartition(".")[0]))
+        for name, layer in modules.items()
+        if isinstance(layer, PacaLayer) and adapter_name in layer.r
+    }
+    return sorted(kinds - {""})
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT's own PaCA."""
+    is_paca = isinstance(module, BaseTunerLayer) and hasattr(module, "paca_indices")
+    return is_paca and not isinstance(module, PacaLayer)
+
+
+def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
+    base = layer.get_base_layer()
+    if isinstance(parent, MultiheadAttention):
+        return "MultiheadAttention"
+    if isinstance(layer, ParameterLayer):
+        return type(base).__name__
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "TransformerEncoderLayer"
+    if layer.quantization_backend is not None:
+        return "" if layer.quantization_backend.layer_type == "linear" else type(base).__name__
+    is_linear = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    return "" if is_linear else type(base).__name__
+
 
 # What `generate` takes and no forward does.
 _GENERATION_OPTIONS = frozenset(
@@ -214,17 +291,17 @@ class PacaModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Add the exact weighted sum of adapters as a new one; see `combining`.
+        """Add the exact weighted sum of adapters as a new one; see `several`.
 
         Raises:
-            ValueError: If `combination_type` is not "linear", or as `combining` says.
+            ValueError: If `combination_type` is not "linear", or as `several` says.
         """
         if combination_type != "linear":
             raise ValueError(
                 f"`combination_type` ({combination_type!r}) must be 'linear': the sum of column "
                 "updates is exact, so there is nothing to approximate."
             )
-        combining.add_weighted_adapter(self, adapters, weights, adapter_name)
+        several.add_weighted_adapter(self, adapters, weights, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -290,7 +367,7 @@ class PacaModel(BaseTuner):
                 stack.enter_context(resident(self.model))
             if (names := kwargs.get("adapter_names")) is not None:
                 num_beams = kwargs.get("num_beams") or 1
-                stack.enter_context(adapter_names_passed(self.model, names, num_beams))
+                stack.enter_context(several.adapter_names_passed(self.model, names, num_beams))
             yield
 
     def _is_trained_here(self) -> bool:

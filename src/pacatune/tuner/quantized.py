@@ -6,16 +6,163 @@ for backward. Everything that the base layer must do itself (inference by its ow
 weights that cannot be dequantised) takes the additive form of `linear.py`.
 """
 
+import copy
+import json
+import warnings
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from peft.utils.quantization_utils import resolve_quantization_backend
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from pacatune.format.options import format_quantization
 from pacatune.ops.quantized import paca_quantized_linear
+from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.linear import Linear
 
-__all__ = ["QuantizedLinear"]
+__all__ = [
+    "OriginalWeights",
+    "Quantization",
+    "QuantizedLinear",
+    "describe",
+    "find_originals",
+    "forbid_packing",
+    "settle_columns",
+]
+
+
+# Keeps bitsandbytes' 4-bit weights as they are on CPUs with AVX-512 BF16.
+#
+# There bitsandbytes reorders a weight in place the first time its layer is evaluated. That rounds
+# the scales to bfloat16, so the base is another one afterwards; the reordered weight passes no
+# gradient back, so a model that is evaluated before training cannot be trained; and saving it
+# spoils the scales. `support_avx512bf16_for_cpu` decides about it and about nothing else. It stays
+# off when the adapter is unloaded: the base is then what it was.
+
+
+_SWITCH = "support_avx512bf16_for_cpu"
+
+
+def forbid_packing(model: nn.Module) -> None:
+    """Let every 4-bit layer keep its weight in the common order; put back what is reordered."""
+    for module in model.modules():
+        if getattr(module, _SWITCH, False):
+            _unpack(cast(Any, module))
+            setattr(module, _SWITCH, False)
+
+
+def _unpack(layer: Any) -> None:
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # unpacks on the way
+        state = layer.weight.quant_state
+        if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales transposed here
+            state.absmax = state.absmax.t().reshape(-1).float()
+
+
+# Reads columns of the weights that a quantised model was made from, out of its checkpoint.
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FIX = "use `columns_from='dequantized'`, which needs no checkpoint."
+# Rounding to 4 bits moves a weight by a tenth of their size; other weights, by more than it.
+_MOST_DIFFERENCE = 0.5
+
+
+class OriginalWeights:
+    """The safetensors checkpoint that a quantised transformers model was loaded from.
+
+    Args:
+        model: Knows the folder or hub id it came from (`name_or_path`).
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = getattr(model, "name_or_path", None) or ""
+        self.prefix = getattr(model, "base_model_prefix", "")
+        self.files = self._find_files() if self.name else {}
+        if not self.files:
+            raise ValueError(
+                f"`columns_from` ('original'): no safetensors checkpoint at {self.name!r}, where "
+                f"this model was loaded from; {_FIX}"
+            )
+
+    def columns(self, module_name: str, indices: Tensor, *, like: Tensor) -> Tensor:
+        """Read columns of one weight.
+
+        Args:
+            module_name: The module in the model.
+            indices: (R,) columns.
+            like: (O, I) the same weight, dequantised.
+
+        Returns:
+            (O, R) in float32, on the device of `like`.
+
+        Raises:
+            ValueError: If the checkpoint holds no such weight, or another one.
+        """
+        key = self._find_key(f"{module_name}.weight")
+        with safe_open(self.files[key], framework="pt") as file:
+            weight = file.get_tensor(key)
+        if not weight.is_floating_point() or weight.shape != like.shape:
+            raise ValueError(
+                f"`columns_from` ('original'): {key!r} in {self.name} is {tuple(weight.shape)} of "
+                f"{weight.dtype}, not the {tuple(like.shape)} weight before quantisation; {_FIX}"
+            )
+        columns: Tensor = weight[:, indices.cpu()].float().to(like.device)
+        rounded = like.index_select(1, indices)
+        difference = (columns - rounded).norm() / columns.norm().clamp_min(1e-30)
+        if not difference < _MOST_DIFFERENCE:
+            raise ValueError(
+                f"`columns_from` ('original'): {key!r} in {self.name} differs from the quantised "
+                f"weight by {difference:.0%} of its size; it is not what this model was quantised "
+                f"from. Load the base from its own checkpoint, or {_FIX}"
+            )
+        return columns
+
+    def _find_key(self, name: str) -> str:
+        prefix = f"{self.prefix}."
+        for key in (name, prefix + name, name.removeprefix(prefix)):
+            if key in self.files:
+                return key
+        raise ValueError(
+            f"`columns_from` ('original'): {self.name} holds no {name!r} (transformers may have "
+            f"fused or renamed it on loading); {_FIX}"
+        )
+
+    def _find_files(self) -> dict[str, str]:
+        """Map each tensor of the checkpoint to its file."""
+        single = self._cached(_SINGLE)
+        if single is not None:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        index = self._cached(_INDEX)
+        if index is None:
+            return {}
+        names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        paths = {name: self._cached(Path(name).name) for name in set(names.values())}
+        return {key: path for key, name in names.items() if (path := paths[name]) is not None}
+
+    def _cached(self, file: str) -> str | None:
+        from transformers.utils import cached_file
+
+        try:
+            path: str | None = cached_file(
+                self.name,
+                file,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # not a name that a hub could have
+            return None
+        return path
 
 
 class QuantizedLinear(Linear):
@@ -59,3 +206,158 @@ def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
     else:
         weight = backend.get_base_weight(base_layer)
     return weight.to(dtype)
+
+
+# What an adapter on a quantised base remembers: how that was rounded, where its columns started.
+#
+#     dequantized   W[:, indices] of the quantised base; delta starts at zero
+#     original      the columns of the checkpoint before quantisation; delta starts at what rounding
+#                   took away, so that the columns are exact from the first step on
+#
+# An `original` adapter therefore fits one rounding of the base only, and says so when it is loaded.
+
+
+Quantization = dict[str, Any]
+"""What adapter_config.json says of the base: `method`, then what that method needs to repeat it."""
+
+
+def find_originals(model: nn.Module, config: PacaConfig, **kwargs: Any) -> OriginalWeights | None:
+    """Open the checkpoint of a new adapter whose columns start from it; None where none does.
+
+    Args:
+        model: The base, not changed.
+        config: The adapter's configuration.
+        **kwargs: What PEFT needs to recognise quantised layers.
+
+    Raises:
+        ValueError: If the base is not quantised, or its original weights cannot be had.
+    """
+    if config.columns_from != "original" or config.base_quantization or not config.init_weights:
+        return None
+    if 0 in (config.paca_alpha, *(config.alpha_pattern or {}).values()):
+        raise ValueError(
+            "`columns_from` ('original') starts from an update, which `paca_alpha` (0) would take "
+            "away again; give another alpha."
+        )
+    if all(resolve_quantization_backend(module, **kwargs) is None for module in model.modules()):
+        raise ValueError(
+            "`columns_from` ('original') is for quantised bases, and this one is not: its columns "
+            "are the original ones. Drop the option."
+        )
+    return OriginalWeights(model)
+
+
+def settle_columns(
+    model: nn.Module, config: PacaConfig, adapter_name: str, originals: OriginalWeights | None
+) -> PacaConfig:
+    """Start a new adapter's columns where its configuration says, or check a loaded one's base.
+
+    Args:
+        model: The base with the adapter's layers in it.
+        config: The adapter's configuration; `base_quantization` is set if it was loaded.
+        adapter_name: The adapter.
+        originals: What `find_originals` found.
+
+    Returns:
+        The configuration to save: the same, or a copy that names the quantisation.
+
+    Raises:
+        ValueError: If the adapter starts from original columns and the base is not quantised as it
+            was, or not from these original weights.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and adapter_name in module.r
+    }
+    current = describe(layers.values())
+    if config.base_quantization is not None:
+        _check_base(config, current)
+        return config
+    if originals is not None:
+        _start_from(originals, layers, adapter_name)
+    if current is None:
+        return config
+    config = copy.copy(config)
+    config.base_quantization = current
+    return config
+
+
+def describe(layers: Iterable[QuantizedLinear]) -> Quantization | None:
+    """Return how the bases of adapted layers are quantised, None if none is.
+
+    Raises:
+        ValueError: If they are quantised in different ways.
+    """
+    found: Quantization | None = None
+    for layer in layers:
+        one = _describe_one(layer.quantization_backend, layer.get_base_layer())
+        if found is not None and one != found:
+            raise ValueError(
+                f"The target modules are quantised in different ways ({format_quantization(found)} "
+                f"and {format_quantization(one)}); one adapter can be on one kind only. Choose "
+                "`target_modules` of one kind."
+            )
+        found = one
+    return found
+
+
+def _describe_one(backend: Any, base_layer: Any) -> Quantization:
+    name = str(backend.backend_name)
+    weight = getattr(base_layer, "weight", None)
+    if name == "bnb 4bit":
+        state = getattr(weight, "quant_state", None) or base_layer.quant_state
+        return {
+            "method": "bitsandbytes",
+            "type": state.quant_type,
+            "block_size": state.blocksize,
+            "double": bool(state.nested),
+        }
+    if name == "bnb 8bit":
+        return {"method": "bitsandbytes", "type": "int8"}
+    if name == "hqq":
+        options = base_layer.quant_config["weight_quant_params"]
+        return {"method": "hqq", "bits": options["nbits"], "group_size": options["group_size"]}
+    if name == "torchao":
+        blocks = list(getattr(weight, "block_size", None) or [])
+        if blocks and blocks[-1] == base_layer.weight.shape[-1]:
+            blocks[-1] = "row"  # one scale for a whole row, whatever the layer's size
+        return {
+            "method": "torchao",
+            "type": type(weight).__name__,
+            "dtype": str(getattr(weight, "target_dtype", "")).removeprefix("torch."),
+            "block_size": blocks or None,
+        }
+    return {"method": name}
+
+
+def _check_base(config: PacaConfig, current: Quantization | None) -> None:
+    recorded = config.base_quantization
+    if recorded == current:
+        return
+    assert recorded is not None
+    before = format_quantization(recorded)
+    here = f"quantised as {format_quantization(current)!r}" if current else "not quantised"
+    if config.columns_from == "original":
+        raise ValueError(
+            f"The adapter was trained on a base quantised as {before!r}, with columns that start "
+            f"from the original weights; this base is {here}, where its update would be wrong. "
+            "Load the base as it was, or merge the adapter with `pacatune merge --base original`."
+        )
+    warnings.warn(
+        f"The adapter was trained on a base quantised as {before!r}; this one is {here}, so its "
+        "outputs differ by the rounding of the weights.",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def _start_from(
+    originals: OriginalWeights, layers: dict[str, QuantizedLinear], adapter_name: str
+) -> None:
+    for name, layer in layers.items():
+        delta, indices = layer.delta_of(adapter_name), layer.paca_indices[adapter_name]
+        rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
+        columns = originals.columns(name, indices, like=rounded)
+        lost: Tensor = columns - rounded.index_select(1, indices)
+        delta.copy_(lost / layer.scaling[adapter_name])

@@ -17,7 +17,7 @@ from peft import mapping
 from peft.utils import save_and_load, transformers_weight_conversion
 from peft.utils.peft_types import PeftType, register_peft_method
 
-from pacatune.options import FILE_TYPES
+from pacatune.format.options import FILE_TYPES
 
 __all__ = ["ensure_peft_type", "register"]
 

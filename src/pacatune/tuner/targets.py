@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from pacatune.options import IN_PROJ
+from pacatune.format.options import IN_PROJ
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.experts import features_of, is_expert_parameter
 from pacatune.tuner.given import given_columns
 from pacatune.tuner.ignored import refuse_unused_patterns
-from pacatune.tuner.kinds import is_supported, layer_class, supported_kinds
 from pacatune.tuner.layer import PacaLayer, check_rank
+from pacatune.tuner.layout import is_supported, layer_class, supported_kinds
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from pacatune.tuner.defaults import default_targets, survey
-from pacatune.tuner.kinds import layer_class
+from pacatune.tuner.layout import layer_class
 from pacatune.tuner.targets import available_targets
 
 _CONVOLUTION = "convolution"

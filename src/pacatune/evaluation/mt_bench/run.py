@@ -24,7 +24,7 @@ from pacatune.evaluation.mt_bench.settings import (
     write_settings,
 )
 from pacatune.evaluation.mt_bench.termination import termination_interrupts
-from pacatune.result_folder import ResultFolder
+from pacatune.files.result_folder import ResultFolder
 
 __all__ = ["run_mt_bench"]
 

@@ -2,14 +2,14 @@
 
 from peft.tuners.lora import bnb
 
-from pacatune.baselines.moslora import MosLoraLayer
+from pacatune.tuner.moslora import MosLoraLayer
 
 __all__ = ["Linear4bit", "Linear8bitLt"]
 
 
-class Linear4bit(MosLoraLayer, bnb.Linear4bit):  # type: ignore[misc]
+class Linear4bit(MosLoraLayer, bnb.Linear4bit):
     """A linear layer of 4 bits with MosLoRA adapters."""
 
 
-class Linear8bitLt(MosLoraLayer, bnb.Linear8bitLt):  # type: ignore[misc]
+class Linear8bitLt(MosLoraLayer, bnb.Linear8bitLt):
     """A linear layer of 8 bits with MosLoRA adapters."""

@@ -1,20 +1,32 @@
-"""Adds adapters up to a new one, exactly: its columns are the union of theirs."""
+"""Several adapters at once: added up to a new one exactly, or one for each row of a batch."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
-from pacatune.options import target_of
+from pacatune.format.options import target_of
 from pacatune.selection.strategies import FIXED
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.parameter import ParameterLayer
 
 if TYPE_CHECKING:
     from pacatune.tuner.model import PacaModel
 
-__all__ = ["add_weighted_adapter"]
+
+__all__ = [
+    "adapter_names_passed",
+    "add_weighted_adapter",
+]
+
+
+# Adds adapters up to a new one, exactly: its columns are the union of theirs.
 
 
 def add_weighted_adapter(
@@ -35,7 +47,7 @@ def add_weighted_adapter(
         ValueError: If names and weights do not fit together, an adapter does not exist, or the
             new name is taken.
     """
-    _check(tuner, adapters, weights, adapter_name)
+    _check_combination(tuner, adapters, weights, adapter_name)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, PacaLayer) and any(one in layer.paca_delta for one in adapters):
@@ -70,7 +82,9 @@ def add_weighted_adapter(
         combined.replace_update(adapter_name, delta, indices, len(indices))
 
 
-def _check(tuner: "PacaModel", adapters: list[str], weights: list[float], name: str) -> None:
+def _check_combination(
+    tuner: "PacaModel", adapters: list[str], weights: list[float], name: str
+) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"`adapters` ({len(adapters)}) and `weights` ({len(weights)}) must have the same "
@@ -95,3 +109,78 @@ def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tupl
         update = layer.delta_of(name).to(delta) * (weight * layer.scaling[name])
         delta.index_add_(layer.delta_dim, places, update)
     return delta, indices
+
+
+# Hands the rows' adapter names of a mixed batch to the layers, for one call of the model.
+
+
+_LAYERS = (PacaLayer, AuxiliaryTrainingWrapper)
+
+
+@contextmanager
+def adapter_names_passed(
+    model: nn.Module, adapter_names: list[str], num_beams: int
+) -> Iterator[None]:
+    """Let every adapted layer see which adapter each row is for.
+
+    Args:
+        model: The base with the adapted layers in it.
+        adapter_names: One name, or "__base__", per row.
+        num_beams: How often generation repeats each row.
+
+    Raises:
+        ValueError: If the model is in training mode, a name is unknown, or a layer cannot tell
+            the rows of a batch apart.
+    """
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
+    _check(layers, adapter_names)
+    repeated = [name for name in adapter_names for _ in range(num_beams)]
+    handles = [_pass_names(layer, repeated) for layer in layers]
+    encoder = _encoder_of(model)
+    if num_beams > 1 and encoder is not None:  # an encoder sees each sample once
+        handles += [
+            _pass_names(module, adapter_names)
+            for module in encoder.modules()
+            if isinstance(module, _LAYERS)
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(layers: list[Any], adapter_names: list[str]) -> None:
+    if any(isinstance(layer, ParameterLayer) for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` to a model with adapted experts, which see single tokens "
+            "and not the rows of the batch, or an adapted torch.nn.MultiheadAttention. Run the "
+            "rows of each adapter by themselves."
+        )
+    known = {"__base__"}
+    known |= {name for layer in layers if isinstance(layer, PacaLayer) for name in layer.paca_delta}
+    if unknown := set(adapter_names) - known:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+        )
+
+
+def _pass_names(module: nn.Module, adapter_names: list[str]) -> Any:
+    return module.register_forward_pre_hook(
+        partial(_add_names, adapter_names=adapter_names), with_kwargs=True
+    )
+
+
+def _add_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], *, adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    get_encoder = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder is not None else None
+    return encoder if encoder is not model else None

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import convert_to_lora
 
-from tests.baselines.test_moslora import adapt, config_of, ids, layers
 from tests.conftest import build_model
+from tests.tuner.test_moslora import adapt, config_of, ids, layers
 
 
 def test_several_adapters():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import MosLoraConfig
-from pacatune.baselines.moslora import MosLoraLayer
+from pacatune.tuner.moslora import MosLoraLayer
 from tests.conftest import build_model
 from tests.tuner.quantizers import QUANTIZERS, quantise
 

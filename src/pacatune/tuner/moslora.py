@@ -41,7 +41,7 @@ ensure_peft_type(_NAME)
 
 
 @dataclass
-class MosLoraConfig(LoraConfig):  # type: ignore[misc]
+class MosLoraConfig(LoraConfig):
     """Configure MosLoRA: the options of PEFT's LoraConfig, and how the mixer starts.
 
     Raises:
@@ -73,7 +73,7 @@ class MosLoraConfig(LoraConfig):  # type: ignore[misc]
                 )
 
 
-class MosLoraVariant(LoraVariant):  # type: ignore[misc]
+class MosLoraVariant(LoraVariant):
     """What PEFT's layers ask a variant of LoRA to do."""
 
     @staticmethod
@@ -113,7 +113,7 @@ class MosLoraVariant(LoraVariant):  # type: ignore[misc]
         return orig_weight.data - delta.to(orig_weight.dtype)
 
 
-class MosLoraLayer(LoraLayer):  # type: ignore[misc]
+class MosLoraLayer(LoraLayer):
     """Turns one of PEFT's LoRA layers into one with mixers; goes before it in the bases.
 
     Attributes:
@@ -143,11 +143,11 @@ class MosLoraLayer(LoraLayer):  # type: ignore[misc]
         return (delta.t() if getattr(self, "fan_in_fan_out", False) else delta).to(dtype)
 
 
-class Linear(MosLoraLayer, LoraLinear):  # type: ignore[misc]
+class Linear(MosLoraLayer, LoraLinear):
     """An nn.Linear or Conv1D (transformers) with MosLoRA adapters."""
 
 
-class MosLoraModel(LoraModel):  # type: ignore[misc]
+class MosLoraModel(LoraModel):
     """PEFT's LoRA tuner with layers that have mixers."""
 
     def _prepare_model(self, peft_config: MosLoraConfig, model: nn.Module) -> None:
@@ -231,7 +231,7 @@ def _layer_class(base: nn.Module, name: str) -> Any:
     """
     kind = type(base)
     if kind.__module__.startswith("bitsandbytes."):
-        from pacatune.baselines import moslora_bnb
+        from pacatune.tuner import moslora_bnb
 
         if kind.__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
             return moslora_bnb.Linear4bit

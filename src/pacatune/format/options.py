@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pacatune.patterns import check_patterns
+from pacatune.format.patterns import check_patterns
 from pacatune.selection.strategies import FIXED, needs_of
 
 __all__ = [

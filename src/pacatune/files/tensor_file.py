@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pacatune.adapters.json_file import parse_json_object
+from pacatune.files.json_file import parse_json_object
 
 MAX_FILE_BYTES = 16 * 2**30
 MAX_HEADER_BYTES = 16 * 2**20

@@ -1,0 +1,1 @@
+"""Files that a stranger may have written, or that must not be lost."""

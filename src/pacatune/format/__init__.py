@@ -1,0 +1,1 @@
+"""What the two files of an adapter hold, and the rules they keep; torch only."""
