@@ -18,8 +18,7 @@ from pacatune.memory.estimate import Estimate, estimate_memory, find_max
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
 from pacatune.paper import TABLES
-from pacatune.paper.table import Row
-from pacatune.paper.table4 import GPU
+from pacatune.paper.tables import GPU, Row
 from pacatune.reproduce.simulate import setting_of, tokens_for
 
 __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]

@@ -8,7 +8,7 @@ from benchmarks import estimate, estimate_tables, tables
 from pacatune.memory.estimate import estimate_memory
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.paper import TABLES
-from pacatune.paper.table import Row
+from pacatune.paper.tables import Row
 from pacatune.reproduce.simulate import setting_of, tokens_for
 from tests.memory.real_step import LLAMA, tiny, write_config
 

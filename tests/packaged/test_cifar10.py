@@ -12,7 +12,7 @@ from PIL import Image
 
 from pacatune.data.images import ImageDataConfig, prepare_images
 from pacatune.packaged import cifar10
-from pacatune.packaged.cache import sha256_of
+from pacatune.packaged.packages import sha256_of
 
 NAMES = ("cat", "dog")
 

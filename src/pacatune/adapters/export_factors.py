@@ -11,12 +11,15 @@ A layer of lower rank than another is filled up with zeros.
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import Adapter, is_parameter
+from pacatune.adapters.folder import Adapter, LoraAdapter, is_parameter
 from pacatune.adapters.target import find_target, target_shape
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
@@ -24,14 +27,56 @@ from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.experts import is_transposed
 
 __all__ = [
+    "ExportPlan",
     "column_selector",
     "convolution_factors",
     "convolution_notes",
     "convolution_patterns",
     "lora_factors",
+    "refuse_extra",
     "refuse_inexpressible",
     "rounded_factor",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What is to be written."""
+
+    adapter: Adapter | LoraAdapter
+    """The original."""
+    base: str
+    """Its base."""
+    num_modules: int
+    """Adapted modules."""
+    config: dict[str, Any]
+    """The adapter_config.json."""
+    tensors: dict[str, Tensor]
+    """By their names in the file."""
+    rounding: float
+    """Largest relative error of a factor, in the Frobenius norm."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = "") -> None:
+    """Refuse tensors that LoRA servers do not load.
+
+    Args:
+        folder: The adapter's.
+        names: Tensors that are not the method's.
+        method: Its name.
+        what: Where they come from, for the message.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if names:
+        raise ValueError(
+            f"{folder} also holds {len(names)} tensors that are not {method}'s, first {names[0]!r} "
+            f"{what}; vLLM and most LoRA servers do not load them. Pass `keep_extra` "
+            "(--keep-extra) to carry them over for PEFT, or merge the adapter instead."
+        )
 
 
 def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:

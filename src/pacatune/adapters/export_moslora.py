@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import base_name, empty_base, innermost
-from pacatune.adapters.export import ExportPlan, refuse_extra
-from pacatune.adapters.export_factors import rounded_factor
+from pacatune.adapters.export_factors import ExportPlan, refuse_extra, rounded_factor
 from pacatune.adapters.folder import LoraAdapter, find_tensors, open_adapter
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.tensors import PEFT_PREFIX

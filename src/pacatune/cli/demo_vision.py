@@ -123,7 +123,7 @@ def _make_runs(
 
 
 def _cache(options: argparse.Namespace) -> Path:
-    from pacatune.packaged.cache import default_cache
+    from pacatune.packaged.packages import default_cache
 
     return default_cache() if options.cache is None else Path(options.cache)
 

@@ -2,7 +2,6 @@
 
 from pacatune.data.checks import row_digests
 from pacatune.data.config import DataConfig
-from pacatune.data.prepare import PreparedData, prepare_data
-from pacatune.data.preview import show_preview
+from pacatune.data.prepare import PreparedData, prepare_data, show_preview
 
 __all__ = ["DataConfig", "PreparedData", "prepare_data", "row_digests", "show_preview"]

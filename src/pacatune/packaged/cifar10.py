@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.packaged.cache import prepare_folder
-from pacatune.packaged.packages import PackagedFile
+from pacatune.packaged.packages import PackagedFile, prepare_folder
 
 TASK = PackagedFile(
     package="bigbench",

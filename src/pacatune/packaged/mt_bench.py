@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacatune.packaged.cache import prepare_folder, sha256_of
-from pacatune.packaged.packages import PackagedFile, find_all
+from pacatune.packaged.packages import PackagedFile, find_all, prepare_folder, sha256_of
 
 QUESTIONS, PROMPTS, REFERENCES = "question.jsonl", "judge_prompts.jsonl", "gpt-4.jsonl"
 # References whose mistakes the package's authors corrected; scores with them are others.

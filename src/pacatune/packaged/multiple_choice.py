@@ -16,9 +16,8 @@ from typing import Any
 from pacatune.data.choices import ChoiceQuestion, to_choice_question
 from pacatune.data.read import Row
 from pacatune.files.folder import staged_folder
-from pacatune.packaged.cache import prepare_folder
 from pacatune.packaged.cifar10 import TASK as _BIGBENCH
-from pacatune.packaged.packages import PackagedFile, find_all
+from pacatune.packaged.packages import PackagedFile, find_all, prepare_folder
 
 NUM_HELDOUT = 400
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.data.choices import ChoiceQuestion
-from pacatune.packaged.cache import prepare_folder, sha256_of
 from pacatune.packaged.cifar10 import TASK as CIFAR10
 from pacatune.packaged.multiple_choice import write_questions
+from pacatune.packaged.packages import prepare_folder, sha256_of
 
 TASK = dataclasses.replace(
     CIFAR10,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pacatune.installation import install_command
-from pacatune.packaged.cache import prepare_folder
-from pacatune.packaged.packages import PackagedFile
+from pacatune.packaged.packages import PackagedFile, prepare_folder
 
 _OTHERWISE = "or give a model: --model FOLDER_OR_HUB_ID"
 

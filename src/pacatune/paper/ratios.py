@@ -5,8 +5,8 @@ The model is LLaMA3-8B on one NVIDIA A100 (80 GB), adapters on all seven linear 
 
 from dataclasses import dataclass
 
-from pacatune.paper import fig2, table1, table3, table4
-from pacatune.paper.table import Table
+from pacatune.paper import fig2, tables
+from pacatune.paper.tables import Table
 
 __all__ = ["LENGTHS", "LENGTHS_SOURCE", "RATIOS", "THROUGHPUT_SOURCE", "PaperRatio"]
 
@@ -65,14 +65,14 @@ RATIOS: tuple[PaperRatio, ...] = (
         ratio
         for row, name in (("lora", "lora-dropout"), ("dora", "dora"), ("moslora", "moslora"))
         for ratio in _of_table(
-            table1.TABLE,
+            tables.TABLE_1,
             ("llama3-8b-paca-r8", f"llama3-8b-{row}-r8"),
             ("paca", name),
             _MMLU,
         )
     ),
     *_of_table(
-        table3.TABLE,
+        tables.TABLE_3,
         ("llama3-8b-qpaca-r64", "llama3-8b-qlora-r64"),
         ("qpaca", "qlora"),
         "Oasst1, at most 768 tokens, rank 64",
@@ -80,6 +80,6 @@ RATIOS: tuple[PaperRatio, ...] = (
 )
 
 # Method -> longest sequence in tokens, batch 1, 16-bit mixed precision.
-LENGTHS = {row.method: row.values["length"] for row in table4.TABLE.rows}
+LENGTHS = {row.method: row.values["length"] for row in tables.TABLE_4.rows}
 LENGTHS_SOURCE = "Table 4: LLaMA3-8B, one A100, batch 1, rank 8 (Table 12)"
 THROUGHPUT_SOURCE = "section 4.4 and Fig. 3: LLaMA3-8B, 512 tokens, rank 8, 16 bits (Table 13)"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pacatune.paper.table import Row, Table
+from pacatune.paper.tables import Row, Table
 from pacatune.reproduce.charts import bars
 from pacatune.reproduce.compare import Column, Ours, judge, share
 from pacatune.reproduce.measured import Measured

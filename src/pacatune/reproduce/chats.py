@@ -6,7 +6,7 @@ A judge of answers is not to be had offline, so what is compared is the loss on 
 from typing import Any
 
 from pacatune.paper.settings import Settings
-from pacatune.paper.table import Quantity, Table
+from pacatune.paper.tables import Quantity, Table
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Results, SettingsBeside

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.paper.settings import Settings, table_9
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.commands import Steps, evaluate_words
 from pacatune.reproduce.compare import Column
@@ -68,9 +68,9 @@ def choice_cell(row: Row) -> Cell:
 
 
 def _run(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.packaged.cache import default_cache
+    from pacatune.packaged.language_models import prepare_model
+    from pacatune.packaged.packages import default_cache
     from pacatune.packaged.question_types import prepare_type_choices
-    from pacatune.packaged.smollm2 import prepare_model
 
     cache = default_cache()
     model = prepare_model(cache, tell)

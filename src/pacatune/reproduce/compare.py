@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reproduce.measured import Measured
 
 __all__ = ["RULE", "Column", "Ours", "Verdict", "judge", "share"]

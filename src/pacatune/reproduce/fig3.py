@@ -10,7 +10,7 @@ from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
 from pacatune.paper import METHOD_TITLES, fig3
 from pacatune.paper.settings import table_13
-from pacatune.paper.table4 import GPU
+from pacatune.paper.tables import GPU
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.charts import lines, stacked

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pacatune.paper.table import Quantity, Row
+from pacatune.paper.tables import Quantity, Row
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.commands import Steps, shell_line
 from pacatune.reproduce.compare import Column

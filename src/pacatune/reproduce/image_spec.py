@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pacatune.paper.table import Table
+from pacatune.paper.tables import Table
 
 __all__ = ["ImageTable"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.paper.settings import Settings
-from pacatune.paper.table import Quantity, Row
+from pacatune.paper.tables import Quantity, Row
 from pacatune.reproduce.bench_cells import steps_of_ours
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell

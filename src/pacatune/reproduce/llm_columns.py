@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reproduce.bench_cells import row_of, steps_of_ours
 from pacatune.reproduce.compare import Column
 from pacatune.reproduce.measured import Measured

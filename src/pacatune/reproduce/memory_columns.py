@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.memory.setting import Setting
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.compare import Column
 from pacatune.reproduce.experiment import Results

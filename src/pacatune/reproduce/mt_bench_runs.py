@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pacatune.paper.mt_bench import SCORES
 from pacatune.paper.settings import Settings
-from pacatune.paper.table import Quantity, Row, Table
+from pacatune.paper.tables import SCORES, Quantity, Row, Table
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.commands import Steps, evaluate_words, shell_line, train_words
 from pacatune.reproduce.compare import Column

@@ -8,7 +8,7 @@ from typing import Any
 
 from pacatune.memory.setting import Setting
 from pacatune.paper import settings
-from pacatune.paper.table import Row
+from pacatune.paper.tables import Row
 
 __all__ = ["GB", "describe", "setting_of", "simulate_length", "simulate_peak"]
 

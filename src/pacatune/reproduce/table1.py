@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.paper.settings import Settings, table_9
-from pacatune.paper.table import Quantity, Row
-from pacatune.paper.table1 import TABLE
+from pacatune.paper.tables import TABLE_1, Quantity, Row
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
@@ -103,12 +102,12 @@ def _score_columns() -> list[Column]:
         Column(
             quantity=Quantity(
                 key=f"full_{name}",
-                title=f"MMLU, {TABLE.quantity(name).title}",
+                title=f"MMLU, {TABLE_1.quantity(name).title}",
                 unit="%",
                 kind="score",
-                margin=TABLE.quantity(name).margin,
+                margin=TABLE_1.quantity(name).margin,
             ),
-            paper=TABLE.quantity(name),
+            paper=TABLE_1.quantity(name),
             is_same=True,
             about="By `pacatune evaluate mmlu`, five examples; two standard errors.",
         )
@@ -118,7 +117,7 @@ def _score_columns() -> list[Column]:
 
 def _full_numbers(results: Results) -> dict[tuple[str, str], Measured]:
     found: dict[tuple[str, str], Measured] = {}
-    for row in TABLE.rows:
+    for row in TABLE_1.rows:
         result = results.get(f"full-{row.key}")
         if result is None:
             continue
@@ -132,12 +131,12 @@ def _full_numbers(results: Results) -> dict[tuple[str, str], Measured]:
                     value=value, low=value - spread, high=value + spread, origin="measured"
                 )
         if "peak_memory_bytes" in result:
-            found |= full_numbers(TABLE, row, result)
+            found |= full_numbers(TABLE_1, row, result)
     return found
 
 
 def _small_rows() -> list[Row]:
-    return [row for row in TABLE.rows if row.model == MODEL]
+    return [row for row in TABLE_1.rows if row.model == MODEL]
 
 
 def _bench() -> Any:
@@ -147,8 +146,8 @@ def _bench() -> Any:
 def cells(mode: Mode) -> list[Cell]:
     """Return the work of a mode."""
     if mode == "full":
-        return [_full_cell(row) for row in TABLE.rows]
-    found = memory_cells(TABLE)
+        return [_full_cell(row) for row in TABLE_1.rows]
+    found = memory_cells(TABLE_1)
     if mode == "small":
         found.append(bench_cell(_bench(), _METHODS))
         found += [choice_cell(row) for row in _small_rows()]
@@ -157,19 +156,21 @@ def cells(mode: Mode) -> list[Cell]:
 
 def section(mode: Mode, results: Results) -> Section:
     """Return the report on what there is."""
-    part = Section(name=TABLE.name, title=TABLE.title, place=TABLE.place, about=list(_ABOUT))
+    part = Section(name=TABLE_1.name, title=TABLE_1.title, place=TABLE_1.place, about=list(_ABOUT))
     if mode == "full":
-        fill_section(part, TABLE, [*full_columns(TABLE), *_score_columns()], _full_numbers(results))
+        fill_section(
+            part, TABLE_1, [*full_columns(TABLE_1), *_score_columns()], _full_numbers(results)
+        )
         return part
-    columns, ours = [memory_column(TABLE)], simulated_memory(TABLE, results)
+    columns, ours = [memory_column(TABLE_1)], simulated_memory(TABLE_1, results)
     bench = results.get("bench")
     if bench is not None:
-        ours |= bench_numbers(TABLE, bench, {method: method for method in _METHODS})
-        columns += bench_columns(TABLE, machine_of(bench))
+        ours |= bench_numbers(TABLE_1, bench, {method: method for method in _METHODS})
+        columns += bench_columns(TABLE_1, machine_of(bench))
         part.notes.append(_BENCH_NOTE)
-    ours |= choice_numbers(TABLE, results)
-    columns.append(choice_column(TABLE))
-    fill_section(part, TABLE, columns, ours)
+    ours |= choice_numbers(TABLE_1, results)
+    columns.append(choice_column(TABLE_1))
+    fill_section(part, TABLE_1, columns, ours)
     return part
 
 
@@ -184,7 +185,7 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
                 why={"model": "its name on the hub"},
                 commands=_full_commands(row),
             )
-            for row in TABLE.rows
+            for row in TABLE_1.rows
             if row.method != "none"
         ]
     return [_small_settings(row) for row in _small_rows() if row.method != "none"]
@@ -213,10 +214,10 @@ def _small_settings(row: Row) -> SettingsBeside:
 
 
 EXPERIMENT = Experiment(
-    name=TABLE.name,
-    title=TABLE.title,
-    place=TABLE.place,
-    methods=tuple(TABLE.methods()),
+    name=TABLE_1.name,
+    title=TABLE_1.title,
+    place=TABLE_1.place,
+    methods=tuple(TABLE_1.methods()),
     cells=cells,
     section=section,
     settings=settings,

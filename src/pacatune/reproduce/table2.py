@@ -3,8 +3,7 @@
 from typing import Any, Literal
 
 from pacatune.paper.settings import Settings, table_10
-from pacatune.paper.table import Row
-from pacatune.paper.table2 import TABLE
+from pacatune.paper.tables import TABLE_2, Row
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
@@ -47,13 +46,13 @@ def _bench() -> Any:
 def cells(mode: Mode) -> list[Cell]:
     """Return the work of a mode."""
     if mode == "full":
-        return full_cells(TABLE, _stated)
-    found = memory_cells(TABLE, explain=True)
+        return full_cells(TABLE_2, _stated)
+    found = memory_cells(TABLE_2, explain=True)
     if mode == "small":
         found.append(bench_cell(_bench(), _METHODS))
         found += [
             chat_cell(row.method, row.rank, key=row.key)
-            for row in TABLE.rows
+            for row in TABLE_2.rows
             if row.method != "none"
         ]
     return found
@@ -62,31 +61,31 @@ def cells(mode: Mode) -> list[Cell]:
 def section(mode: Mode, results: Results) -> Section:
     """Return the report on what there is."""
     part = Section(
-        name=TABLE.name,
-        title=TABLE.title,
-        place=TABLE.place,
+        name=TABLE_2.name,
+        title=TABLE_2.title,
+        place=TABLE_2.place,
         about=list(_ABOUT),
         notes=list(_NOTES),
     )
     if mode == "full":
-        columns = [*full_columns(TABLE), *score_columns()]
-        fill_section(part, TABLE, columns, full_scores(TABLE, results))
+        columns = [*full_columns(TABLE_2), *score_columns()]
+        fill_section(part, TABLE_2, columns, full_scores(TABLE_2, results))
         return part
-    ours = simulated_memory(TABLE, results)
-    columns = [memory_column(TABLE)]
+    ours = simulated_memory(TABLE_2, results)
+    columns = [memory_column(TABLE_2)]
     bench = results.get("bench")
     if bench is not None:
-        ours |= bench_numbers(TABLE, bench, {method: method for method in _METHODS})
-        columns += bench_columns(TABLE, machine_of(bench))
-    ours |= chat_numbers({row.key: row.key for row in TABLE.rows}, results)
-    columns.append(chat_column(TABLE))
-    fill_section(part, TABLE, columns, ours)
+        ours |= bench_numbers(TABLE_2, bench, {method: method for method in _METHODS})
+        columns += bench_columns(TABLE_2, machine_of(bench))
+    ours |= chat_numbers({row.key: row.key for row in TABLE_2.rows}, results)
+    columns.append(chat_column(TABLE_2))
+    fill_section(part, TABLE_2, columns, ours)
     return part
 
 
 def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
     """Return ours beside the paper's."""
-    trained = [row for row in TABLE.rows if row.method != "none"]
+    trained = [row for row in TABLE_2.rows if row.method != "none"]
     if scale == "small":
         return [chat_settings(row.title, row.method, row.rank, _stated(row)) for row in trained]
     return [
@@ -102,10 +101,10 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
 
 
 EXPERIMENT = Experiment(
-    name=TABLE.name,
-    title=TABLE.title,
-    place=TABLE.place,
-    methods=tuple(TABLE.methods()),
+    name=TABLE_2.name,
+    title=TABLE_2.title,
+    place=TABLE_2.place,
+    methods=tuple(TABLE_2.methods()),
     cells=cells,
     section=section,
     settings=settings,

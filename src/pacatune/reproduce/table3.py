@@ -3,8 +3,7 @@
 from typing import Any, Literal
 
 from pacatune.paper.settings import Settings, table_11
-from pacatune.paper.table import Row
-from pacatune.paper.table3 import TABLE
+from pacatune.paper.tables import TABLE_3, Row
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
@@ -49,14 +48,14 @@ def _bench() -> Any:
 
 
 def _small_rows() -> list[Row]:
-    return [row for row in TABLE.rows if row.model == MODEL and row.method in _METHODS]
+    return [row for row in TABLE_3.rows if row.model == MODEL and row.method in _METHODS]
 
 
 def cells(mode: Mode) -> list[Cell]:
     """Return the work of a mode."""
     if mode == "full":
-        return full_cells(TABLE, _stated)
-    found = memory_cells(TABLE, explain=True)
+        return full_cells(TABLE_3, _stated)
+    found = memory_cells(TABLE_3, explain=True)
     if mode == "small":
         found.append(bench_cell(_bench(), _METHODS))
         found += [chat_cell(row.method, row.rank, key=row.key) for row in _small_rows()]
@@ -66,25 +65,25 @@ def cells(mode: Mode) -> list[Cell]:
 def section(mode: Mode, results: Results) -> Section:
     """Return the report on what there is."""
     part = Section(
-        name=TABLE.name,
-        title=TABLE.title,
-        place=TABLE.place,
+        name=TABLE_3.name,
+        title=TABLE_3.title,
+        place=TABLE_3.place,
         about=list(_ABOUT),
         notes=list(_NOTES),
     )
     if mode == "full":
-        columns = [*full_columns(TABLE), *score_columns()]
-        fill_section(part, TABLE, columns, full_scores(TABLE, results))
+        columns = [*full_columns(TABLE_3), *score_columns()]
+        fill_section(part, TABLE_3, columns, full_scores(TABLE_3, results))
         return part
-    ours = simulated_memory(TABLE, results)
-    columns = [memory_column(TABLE)]
+    ours = simulated_memory(TABLE_3, results)
+    columns = [memory_column(TABLE_3)]
     bench = results.get("bench")
     if bench is not None:
-        ours |= bench_numbers(TABLE, bench, {method: method for method in _METHODS})
-        columns += bench_columns(TABLE, machine_of(bench))
+        ours |= bench_numbers(TABLE_3, bench, {method: method for method in _METHODS})
+        columns += bench_columns(TABLE_3, machine_of(bench))
     ours |= chat_numbers({row.key: row.key for row in _small_rows()}, results)
-    columns.append(chat_column(TABLE))
-    fill_section(part, TABLE, columns, ours)
+    columns.append(chat_column(TABLE_3))
+    fill_section(part, TABLE_3, columns, ours)
     return part
 
 
@@ -102,16 +101,16 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
             why={"model": "its name on the hub"},
             commands=full_commands(_stated(row), row),
         )
-        for row in TABLE.rows
+        for row in TABLE_3.rows
         if row.method in _METHODS
     ]
 
 
 EXPERIMENT = Experiment(
-    name=TABLE.name,
-    title=TABLE.title,
-    place=TABLE.place,
-    methods=tuple(TABLE.methods()),
+    name=TABLE_3.name,
+    title=TABLE_3.title,
+    place=TABLE_3.place,
+    methods=tuple(TABLE_3.methods()),
     cells=cells,
     section=section,
     settings=settings,

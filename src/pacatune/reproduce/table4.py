@@ -9,8 +9,7 @@ from typing import Any, Literal
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
 from pacatune.paper.settings import table_12
-from pacatune.paper.table import Quantity, Row
-from pacatune.paper.table4 import GPU, TABLE
+from pacatune.paper.tables import GPU, TABLE_4, Quantity, Row
 from pacatune.reproduce.bench_cells import bench_cell, bench_config, machine_of
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
@@ -46,9 +45,9 @@ _COLUMN = Column(
         title="longest sequence on an A100 (80 GB)",
         unit="tokens",
         kind="length",
-        margin=TABLE.quantity("length").margin,
+        margin=TABLE_4.quantity("length").margin,
     ),
-    paper=TABLE.quantity("length"),
+    paper=TABLE_4.quantity("length"),
     is_same=True,
     about="Ours is simulated by `pacatune estimate`.",
 )
@@ -57,8 +56,8 @@ _COLUMN = Column(
 def _variants() -> dict[str, tuple[Row, Setting, str]]:
     """Return everything that is simulated: name -> the paper's line, the setting, what it is."""
     found = {}
-    for row in TABLE.rows:
-        setting = setting_of(TABLE.name, row)
+    for row in TABLE_4.rows:
+        setting = setting_of(TABLE_4.name, row)
         found[row.key] = (row, setting, "as in the paper")
         if row.method != "paca":
             dropout = setting.but(dropout=_DROPOUT)
@@ -82,12 +81,12 @@ def cells(mode: Mode) -> list[Cell]:
         for name, (row, setting, what) in _variants().items()
     ]
     if mode != "simulate":
-        found.append(bench_cell(_bench(mode), tuple(TABLE.methods())))
+        found.append(bench_cell(_bench(mode), tuple(TABLE_4.methods())))
     return found
 
 
 def _bench(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, tuple(TABLE.methods()), sweep="seq-len", rank=8)
+    return bench_config(scale, tuple(TABLE_4.methods()), sweep="seq-len", rank=8)
 
 
 def _simulate(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -97,9 +96,9 @@ def _simulate(setting: Setting, folder: Path, tell: Callable[[str], None]) -> di
 def section(mode: Mode, results: Results) -> Section:
     """Return the report on what there is."""
     part = Section(
-        name=TABLE.name,
-        title=TABLE.title,
-        place=TABLE.place,
+        name=TABLE_4.name,
+        title=TABLE_4.title,
+        place=TABLE_4.place,
         about=list(_ABOUT),
         notes=list(_NOTES),
     )
@@ -110,7 +109,7 @@ def section(mode: Mode, results: Results) -> Section:
     }
     ours = {
         (row.key, _KEY): Measured.exact(lengths[row.key], "simulated")
-        for row in TABLE.rows
+        for row in TABLE_4.rows
         if row.key in lengths
     }
     columns = [_COLUMN]
@@ -120,10 +119,10 @@ def section(mode: Mode, results: Results) -> Section:
         limits = {limit["method"]: limit["limit"] for limit in bench["limits"]}
         ours |= {
             (row.key, _MEASURED): Measured.exact(limits[row.method], "measured")
-            for row in TABLE.rows
+            for row in TABLE_4.rows
             if row.method in limits
         }
-    fill_section(part, TABLE, columns, ours)
+    fill_section(part, TABLE_4, columns, ours)
     rows = [
         [row.title, what, f"{row.values['length']:,.0f}", f"{lengths[name]:,}"]
         for name, (row, _, what) in _variants().items()
@@ -137,7 +136,7 @@ def section(mode: Mode, results: Results) -> Section:
 
 
 def _measured_column(mode: Mode, bench: dict[str, Any]) -> Column:
-    paper = TABLE.quantity("length")
+    paper = TABLE_4.quantity("length")
     is_same = mode == "full"
     return Column(
         quantity=Quantity(
@@ -168,15 +167,15 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
             ours=of_bench(_bench(scale), row.method),
             why=why,
         )
-        for row in TABLE.rows
+        for row in TABLE_4.rows
     ]
 
 
 EXPERIMENT = Experiment(
-    name=TABLE.name,
-    title=TABLE.title,
-    place=TABLE.place,
-    methods=tuple(TABLE.methods()),
+    name=TABLE_4.name,
+    title=TABLE_4.title,
+    place=TABLE_4.place,
+    methods=tuple(TABLE_4.methods()),
     cells=cells,
     section=section,
     settings=settings,

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from pacatune.paper.settings import Settings, table_10
-from pacatune.paper.table import Row, Table
-from pacatune.paper.table5 import TABLE
+from pacatune.paper.tables import TABLE_5, Row, Table
 from pacatune.reproduce.beside import fill_section
 from pacatune.reproduce.cells import Cell
 from pacatune.reproduce.chats import chat_cell, chat_column, chat_numbers, chat_settings
@@ -39,7 +38,7 @@ def _table() -> Table:
         Row(model="llama3-8b", method="paca", rank=64, variant=variant, values={})
         for variant in _MORE
     ]
-    return replace(TABLE, rows=(*TABLE.rows, *rows))
+    return replace(TABLE_5, rows=(*TABLE_5.rows, *rows))
 
 
 def _stated(row: Row) -> Settings:
@@ -69,7 +68,7 @@ def cells(mode: Mode) -> list[Cell]:
 
 def section(mode: Mode, results: Results) -> Section:
     """Return the report on what there is."""
-    part = Section(name=TABLE.name, title=TABLE.title, place=TABLE.place, about=list(_ABOUT))
+    part = Section(name=TABLE_5.name, title=TABLE_5.title, place=TABLE_5.place, about=list(_ABOUT))
     table = _table()
     if mode == "full":
         fill_section(part, table, score_columns(), full_scores(table, results))
@@ -99,9 +98,9 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
 
 
 EXPERIMENT = Experiment(
-    name=TABLE.name,
-    title=TABLE.title,
-    place=TABLE.place,
+    name=TABLE_5.name,
+    title=TABLE_5.title,
+    place=TABLE_5.place,
     methods=("none", "paca"),
     cells=cells,
     section=section,

@@ -1,6 +1,6 @@
 """Table 6: ViT-B/16, LoRA and PaCA."""
 
-from pacatune.paper.table6 import TABLE
+from pacatune.paper.tables import TABLE_6
 from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.image_steps import build_vit
 from pacatune.reproduce.images import make_experiment
@@ -9,7 +9,7 @@ __all__ = ["EXPERIMENT"]
 
 EXPERIMENT = make_experiment(
     ImageTable(
-        table=TABLE,
+        table=TABLE_6,
         about=(
             "The paper fine-tunes ViT-B/16, a transformer for images, on four data sets, by LoRA "
             "and by PaCA, to show that PaCA is not for language alone.",

@@ -1,6 +1,6 @@
 """Table 7: EfficientNetV2-L, full fine-tuning and PaCA."""
 
-from pacatune.paper.table7 import TABLE
+from pacatune.paper.tables import TABLE_7
 from pacatune.reproduce.image_spec import ImageTable
 from pacatune.reproduce.image_steps import build_efficientnet
 from pacatune.reproduce.images import make_experiment
@@ -9,7 +9,7 @@ __all__ = ["EXPERIMENT"]
 
 EXPERIMENT = make_experiment(
     ImageTable(
-        table=TABLE,
+        table=TABLE_7,
         about=(
             "LoRA's matrices are linear layers and do not merge into every kind of convolution; "
             "PaCA trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a "

@@ -73,7 +73,7 @@ class ImageTask(Task):
         """Return hashes of all pixels and classes, and of the weights; finds broken images."""
         from pacatune.data.checks import overlap_warning
         from pacatune.data.images import prepare_images
-        from pacatune.data.images.check import check_images, run_digest
+        from pacatune.data.images.prepare import check_images, run_digest
 
         images = prepare_images(config.data)
         texts, seen = [], []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.packaged.cache import default_cache
+from pacatune.packaged.packages import default_cache
 
 Say = Callable[[str], None]
 
@@ -48,8 +48,8 @@ def prepare_packaged(task: PackagedTask, say: Say) -> dict[str, Any]:
 
 
 def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:
+    from pacatune.packaged.language_models import prepare_model
     from pacatune.packaged.questions import prepare_questions
-    from pacatune.packaged.smollm2 import prepare_model
 
     model = prepare_model(cache, say)
     train, heldout = prepare_questions(cache)
@@ -66,7 +66,7 @@ def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:
 
 
 def _minilm_questions(cache: Path, say: Say) -> dict[str, Any]:
-    from pacatune.packaged.minilm import prepare_minilm
+    from pacatune.packaged.language_models import prepare_minilm
     from pacatune.packaged.question_types import prepare_question_types
 
     model = prepare_minilm(cache, say)

@@ -174,7 +174,7 @@ def weights_digest(path: str, revision: str | None) -> str:
 
 @cache
 def _folder_digest(path: str) -> str:
-    from pacatune.packaged.cache import sha256_of
+    from pacatune.packaged.packages import sha256_of
 
     files = sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".json"))
     return " ".join(f"{p.name}:{sha256_of(p)[:16]}" for p in files)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import Preprocessing
-from pacatune.data.images.decode import to_rgb
-from pacatune.data.images.preprocessing import PREPROCESSOR_NAME
+from pacatune.data.images.dataset import PREPROCESSOR_NAME
+from pacatune.data.images.sources import to_rgb
 from pacatune.vision.base import describe_base
 from pacatune.vision.model import load_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pacatune.data.images.decode import to_rgb
+from pacatune.data.images.sources import to_rgb
 
 GRADIENT = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

@@ -9,8 +9,7 @@ import torchvision
 from PIL import Image
 
 from pacatune.data.images import ImageDataConfig, prepare_images
-from pacatune.data.images.hub import read_hub
-from pacatune.data.images.torchvision_sets import read_torchvision
+from pacatune.data.images.sources import read_hub, read_torchvision
 
 
 def hub_folder(folder, **columns):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pacatune.evaluation.mt_bench.prompts import read_prompts
 from pacatune.evaluation.mt_bench.questions import (
     add_references,
+    read_prompts,
     read_questions,
     read_references,
 )

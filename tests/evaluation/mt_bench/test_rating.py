@@ -1,6 +1,6 @@
 import pytest
 
-from pacatune.evaluation.mt_bench.rating import parse_rating
+from pacatune.evaluation.mt_bench.judging import parse_rating
 
 
 @pytest.mark.parametrize(

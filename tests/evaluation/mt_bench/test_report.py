@@ -4,9 +4,7 @@ import io
 
 from rich.console import Console
 
-from pacatune.evaluation.mt_bench.radar import draw_radar
-from pacatune.evaluation.mt_bench.report import print_result, to_markdown
-from pacatune.evaluation.mt_bench.score import make_table
+from pacatune.evaluation.mt_bench.report import draw_radar, make_table, print_result, to_markdown
 from tests.evaluation.mt_bench.test_score import judgments
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pacatune.evaluation.mt_bench.judging import Judgment
-from pacatune.evaluation.mt_bench.score import make_table
+from pacatune.evaluation.mt_bench.report import make_table
 
 
 def judgments(category, scores, start=0):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pacatune.evaluation.mt_bench import MtBenchConfig
-from pacatune.evaluation.mt_bench.settings import (
+from pacatune.evaluation.mt_bench.config import (
     SETTINGS_NAME,
     answer_settings,
     check_settings,

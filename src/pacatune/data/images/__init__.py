@@ -1,9 +1,8 @@
 """Images for classification: find, check, and transform as the model was trained with."""
 
 from pacatune.data.images.config import ImageDataConfig
-from pacatune.data.images.dataset import Augmentation, ImageDataset
+from pacatune.data.images.dataset import Augmentation, ImageDataset, Preprocessing
 from pacatune.data.images.prepare import ImagePart, PreparedImages, prepare_images
-from pacatune.data.images.preprocessing import Preprocessing
 
 __all__ = [
     "Augmentation",

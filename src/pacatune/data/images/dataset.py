@@ -1,17 +1,170 @@
 """Images as a model sees them: the `Dataset` that a trainer reads."""
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from pacatune.data.images.preprocessing import Preprocessing
 from pacatune.data.images.sources import ImageSource
+
+# The transform that a model was trained with, from its own description, as plain numbers.
+
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resizes, crops the middle, and normalises: an 8-bit RGB image -> (3, size, size)."""
+
+    size: int
+    """Height and width that the model sees."""
+    resize: int
+    """Length to which the shorter edge is resized before cropping; both edges where `squash`."""
+    squash: bool = False
+    """Resize both edges, whatever the proportions."""
+    resample: int = int(Image.Resampling.BICUBIC)
+    """Pillow's number of the filter."""
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return what the model sees of an image."""
+        return self.normalise(self.crop(image))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Resize an RGB image and cut the middle out: size x size pixels."""
+        width, height = self.resize, self.resize
+        if not self.squash and image.width < image.height:
+            height = int(self.resize * image.height / image.width)
+        elif not self.squash:
+            width = int(self.resize * image.width / image.height)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        resized = image.resize((width, height), Image.Resampling(self.resample))
+        return resized.crop((left, top, left + self.size, top + self.size))
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """Return an RGB image of the final size as (3, size, size)."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def resized_to(self, size: int) -> "Preprocessing":
+        """Return the same for another size, with the same share of the image cropped away."""
+        return replace(self, size=size, resize=round(size * self.resize / self.size))
+
+    def save(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, which transformers reads too."""
+        square = {"height": self.size, "width": self.size}
+        values: dict[str, Any] = {
+            "image_processor_type": "ViTImageProcessor" if self.squash else "BitImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "resample": self.resample,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        if self.squash:
+            values["size"] = square
+        else:
+            values |= {
+                "size": {"shortest_edge": self.resize},
+                "do_center_crop": True,
+                "crop_size": square,
+            }
+        text = json.dumps(values, indent=2)
+        Path(folder, PREPROCESSOR_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_transformers(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Read the settings of one of transformers' image processors.
+
+        Args:
+            values: What its `to_dict` returns, or preprocessor_config.json holds.
+
+        Raises:
+            ValueError: If the model does not see squares, or its values are not scaled to [0, 1].
+        """
+        size, crop = values.get("size") or {}, values.get("crop_size")
+        edge = size.get("shortest_edge")
+        if values.get("crop_pct") and edge:  # ConvNeXT's: `size` is what is left after cropping
+            final, resize = edge, int(edge / values["crop_pct"])
+        elif values.get("do_center_crop") and crop:
+            final, resize = _square(crop, "crop_size"), edge or _square(size, "size")
+        else:
+            final = resize = edge or _square(size, "size")
+        if values.get("do_rescale") is False or values.get("rescale_offset"):
+            raise ValueError(
+                "the model's image processor does not scale pixels to [0, 1], which is the only "
+                "scale that is known here; use another model."
+            )
+        normalises = values.get("do_normalize", True)
+        return cls(
+            size=final,
+            resize=resize,
+            squash=not edge,
+            resample=int(values.get("resample", Image.Resampling.BILINEAR)),
+            mean=tuple(values["image_mean"]) if normalises else (0.0, 0.0, 0.0),
+            std=tuple(values["image_std"]) if normalises else (1.0, 1.0, 1.0),
+        )
+
+    @classmethod
+    def from_timm(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Read timm's `pretrained_cfg`, or the data configuration resolved from it.
+
+        Raises:
+            ValueError: If the model does not see squares, or does not crop as other models do.
+        """
+        _, height, width = values["input_size"]
+        final = _square({"height": height, "width": width}, "input_size")
+        mode = values.get("crop_mode") or "center"
+        if mode not in ("center", "squash"):
+            raise ValueError(
+                f"the model's `crop_mode` ({mode!r}) is not supported; it must be 'center' or "
+                "'squash'. Edit it in the model's config.json."
+            )
+        return cls(
+            size=final,
+            resize=int(final / values.get("crop_pct", 0.875)),
+            squash=mode == "squash",
+            resample=_FILTERS[values.get("interpolation", "bicubic")],
+            mean=tuple(values.get("mean", _IMAGENET_MEAN)),
+            std=tuple(values.get("std", _IMAGENET_STD)),
+        )
+
+    def to_timm(self) -> dict[str, Any]:
+        """Return the entries of timm's `pretrained_cfg` that say the same."""
+        return {
+            "input_size": (3, self.size, self.size),
+            "crop_pct": self.size / (self.resize + 0.5),  # the half: timm divides and rounds down
+            "crop_mode": "squash" if self.squash else "center",
+            "interpolation": next(k for k, v in _FILTERS.items() if v == self.resample),
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+def _square(size: Mapping[str, int], name: str) -> int:
+    height, width = size.get("height"), size.get("width")
+    if height is None or height != width:
+        raise ValueError(
+            f"the model's `{name}` ({dict(size)}) is not a square; only squares are supported."
+        )
+    return height
+
 
 _CROP_AREA = (0.25, 1.0)
 _CROP_LOG_ASPECT = math.log(4 / 3)

@@ -5,10 +5,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
 from pacatune.data.images.config import TORCHVISION_PREFIX, ImageDataConfig
-from pacatune.data.images.decode import to_rgb
+
+# From whatever an image file holds to eight bits of red, green and blue.
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image upright, on white where it is transparent, in 8-bit RGB.
+
+    Greyscale, palettes, CMYK and 16 bits are converted; Pillow alone would cut 16 bits off at 255
+    and show whatever colour lies under transparent pixels.
+
+    Args:
+        image: As opened; it is decoded here.
+
+    Raises:
+        ValueError: If the range of its values is not known.
+        OSError: If the file is damaged.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {kind} of unknown range; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return image.convert("RGB")
+
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _EVALUATION_FOLDERS = ("test", "val", "valid", "validation")
@@ -119,8 +149,6 @@ def read_sources(config: ImageDataConfig) -> tuple[ImageSource, ImageSource | No
 def read_source(config: ImageDataConfig, path: str, split: str | None, option: str) -> ImageSource:
     """Return the images of one folder or split; see `read_sources`."""
     if path.startswith(TORCHVISION_PREFIX):
-        from pacatune.data.images.torchvision_sets import read_torchvision
-
         return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -130,7 +158,6 @@ def read_source(config: ImageDataConfig, path: str, split: str | None, option: s
         raise FileNotFoundError(
             f"{path} {problem}; `{option}` must be a folder with a folder of images per class."
         )
-    from pacatune.data.images.hub import read_hub
 
     return read_hub(config, path, split or "train")
 
@@ -185,3 +212,123 @@ def find_split(folder: Path) -> str | None:
 
 def _is_shown(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+# Image data sets of the hub: which column holds the images, which one the classes.
+
+
+def read_hub(config: ImageDataConfig, path: str, split: str) -> HubSource:
+    """Load a split of a data set, its images still encoded.
+
+    Raises:
+        FileNotFoundError: If there is no such data set, or it cannot be reached.
+        ValueError: If it has no such split, or its columns are not images and classes.
+    """
+    from datasets import ClassLabel, Image, Value, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    from pacatune.hub import check_on_hub
+
+    check_on_hub(path, "data.path", kind="dataset")
+    try:
+        table = load_dataset(path, config.name, split=split)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder here nor a hub data set that can be reached "
+            f"({type(error).__name__}); check `data.path` or the network."
+        ) from error
+    images = [name for name, kind in table.features.items() if isinstance(kind, Image)]
+    column = _choose(images, config.image_column, table, path, "image_column", "images")
+    kinds = {name: kind for name, kind in table.features.items() if name != column}
+    named = [name for name, kind in kinds.items() if isinstance(kind, ClassLabel)]
+    plain = [name for name, kind in kinds.items() if isinstance(kind, Value)]
+    label = _choose(named or plain, config.label_column, table, path, "label_column", "classes")
+    classes, labels = _read_classes(table, label)
+    encoded = table.cast_column(column, Image(decode=False)).select_columns([column])
+    return HubSource(
+        name=f"{path} ({split})", classes=classes, labels=labels, table=encoded, column=column
+    )
+
+
+def _choose(
+    found: list[str], given: str | None, table: Any, path: str, option: str, what: str
+) -> str:
+    if given is not None and given in table.column_names:
+        return given
+    if given is None and len(found) == 1:
+        return found[0]
+    problem = f"no column {given!r}" if given else f"{len(found)} columns that could hold {what}"
+    raise ValueError(
+        f"{path} has {problem}; set `data.{option}` to one of {', '.join(table.column_names)}."
+    )
+
+
+def _read_classes(table: Any, label: str) -> tuple[list[str], list[int]]:
+    values = table[label][:]
+    if None in values or -1 in values:
+        missing = next(i for i, value in enumerate(values) if value in (None, -1))
+        raise ValueError(
+            f"row {missing + 1} has no class in {label!r}; give data whose every row has one."
+        )
+    names = getattr(table.features[label], "names", None)
+    if names is not None:
+        return list(names), list(values)
+    classes = sorted(set(values))
+    numbers = {value: number for number, value in enumerate(classes)}
+    return [str(value) for value in classes], [numbers[value] for value in values]
+
+
+# The data sets of the paper's Tables 6 and 7, as torchvision downloads and reads them.
+
+
+# Name -> the splits it has; the first is what one trains on.
+_SPLITS = {
+    "CIFAR10": ("train", "test"),
+    "CIFAR100": ("train", "test"),
+    "OxfordIIITPet": ("trainval", "test"),
+    "Flowers102": ("train", "val", "test"),
+}
+
+
+def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> TorchvisionSource:
+    """Return one split, downloaded where it is missing.
+
+    Raises:
+        ValueError: If there is no such data set or split, or a package is missing.
+        FileNotFoundError: If it can neither be found nor downloaded.
+    """
+    from torchvision import datasets
+
+    if name not in _SPLITS:
+        known = ", ".join(TORCHVISION_PREFIX + known for known in _SPLITS)
+        raise ValueError(f"`data.path`: torchvision:{name} is not offered; use one of {known}.")
+    split = split or _SPLITS[name][0]
+    if split not in _SPLITS[name]:
+        raise ValueError(
+            f"torchvision:{name} has no split {split!r}; use one of {', '.join(_SPLITS[name])}."
+        )
+    root = Path(config.root).expanduser() if config.root else Path(torch.hub.get_dir(), "datasets")
+    which = {"train": split == "train"} if name.startswith("CIFAR") else {"split": split}
+    try:
+        table = getattr(datasets, name)(root, download=True, **which)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"torchvision needs the package {error.name!r} to read {name}; install it: "
+            f"pip install {error.name}"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"torchvision:{name} is not in {root} and cannot be downloaded ({error}); connect "
+            "once, or copy its files there (`data.root`)."
+        ) from error
+    return TorchvisionSource(
+        name=f"torchvision:{name} ({split})",
+        classes=list(table.classes),
+        labels=_labels_of(table),
+        table=table,
+    )
+
+
+def _labels_of(table: Any) -> list[int]:
+    # CIFAR calls them `targets`; the other two keep them in `_labels` and offer nothing public.
+    return list(table.targets if hasattr(table, "targets") else table._labels)

@@ -18,12 +18,156 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from pacatune.evaluation.mt_bench.address import checked_url
-from pacatune.evaluation.mt_bench.dialect import Dialect
-from pacatune.evaluation.mt_bench.prompts import Prompt
-from pacatune.evaluation.mt_bench.reply import Reply, read_reply
+from pacatune.evaluation.mt_bench.questions import Prompt
 
-__all__ = ["JudgeClient", "JudgeStopped", "JudgeUnavailable", "RequestRefused"]
+__all__ = [
+    "Dialect",
+    "JudgeClient",
+    "JudgeStopped",
+    "JudgeUnavailable",
+    "Reply",
+    "RequestRefused",
+    "checked_url",
+    "read_reply",
+]
+
+
+# The address of an OpenAI-compatible endpoint.
+
+
+def checked_url(url: str) -> str:
+    """Return where to send requests: the address with `/chat/completions` at its end.
+
+    Args:
+        url: What the user gave; it is shown and saved, so it must hold no secret.
+
+    Raises:
+        ValueError: If it is none, or has a user, a password or a query in it.
+    """
+    try:
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        has_port = parts.port is None or parts.port > 0  # raises for one that is no number
+    except ValueError:
+        raise ValueError(
+            "--judge-url must be like https://HOST/v1; the host or the port of the one given "
+            "cannot be read."
+        ) from None
+    has_secret = bool(parts.query or parts.fragment or parts.username or parts.password)
+    is_clean = url.isprintable() and " " not in url and has_port
+    if parts.scheme not in ("http", "https") or not parts.hostname or has_secret or not is_clean:
+        raise ValueError(
+            f"--judge-url ({shown!r}) must be like https://HOST/v1, without user, password or "
+            "query; a key goes into a variable: --judge-key-env NAME."
+        )
+    url = url.rstrip("/")
+    return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+
+
+# The settings of a request in words that the judge takes.
+#
+# OpenAI's reasoning models know `max_completion_tokens` where everybody else knows `max_tokens`,
+# and choose their temperature themselves. They say so when they refuse a request, which costs
+# nothing.
+
+
+_LIMIT, _NEW_LIMIT, _TEMPERATURE = "max_tokens", "max_completion_tokens", "temperature"
+
+
+class Dialect:
+    """What a request says about length and temperature; learns from refusals.
+
+    Args:
+        max_tokens: Most tokens of a reply, thoughts included.
+        temperature: Of the judge's sampling.
+    """
+
+    def __init__(self, max_tokens: int, temperature: float) -> None:
+        self._settings: dict[str, Any] = {_TEMPERATURE: temperature, _LIMIT: max_tokens}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields for the next request."""
+        return dict(self._settings)
+
+    def learn(self, sent: dict[str, Any], refusal: str) -> bool:
+        """See whether a refusal is about these fields.
+
+        Several threads may learn the same; each asks about what it has sent itself.
+
+        Args:
+            sent: Fields of the request that was refused.
+            refusal: What the endpoint said.
+
+        Returns:
+            Whether the request may be taken when it is sent with `settings()` anew.
+        """
+        if "support" not in refusal.lower():
+            return False
+        settings = self.settings()
+        if _LIMIT in sent and _NEW_LIMIT in refusal:
+            settings[_NEW_LIMIT] = settings.pop(_LIMIT, sent[_LIMIT])
+        elif _TEMPERATURE in sent and _TEMPERATURE in refusal:
+            settings.pop(_TEMPERATURE, None)
+        else:
+            return False
+        self._settings = settings
+        return True
+
+
+# What a judge wrote, out of an OpenAI-compatible reply.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a judge wrote."""
+
+    text: str
+    """Empty where the judge wrote nothing."""
+    model: str | None
+    """Which model the endpoint says has answered."""
+    finish_reason: str | None
+    usage: dict[str, int]
+    """Tokens of prompt and answer, as the endpoint counts them."""
+    temperature: float | None
+    """That it was asked for; None if the endpoint takes none."""
+
+
+def read_reply(raw: bytes, temperature: float | None) -> Reply:
+    """Read the body of a reply.
+
+    Args:
+        raw: As it came.
+        temperature: That was asked for.
+
+    Raises:
+        ValueError: If it is something else; shows how it begins.
+    """
+    try:
+        parsed = json.loads(raw)
+        choice = parsed["choices"][0]
+        text = choice["message"]["content"]
+        usage = parsed.get("usage") or {}
+        if not isinstance(text, str | None):
+            raise TypeError
+        return Reply(
+            text=text or "",
+            model=_text_or_none(parsed.get("model")),
+            finish_reason=_text_or_none(choice.get("finish_reason")),
+            usage={
+                name: usage[name]
+                for name in ("prompt_tokens", "completion_tokens")
+                if isinstance(usage.get(name), int)
+            },
+            temperature=temperature,
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        start = raw[:100].decode(errors="replace")
+        raise ValueError(f"something else than an OpenAI-compatible reply: {start!r}") from None
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
 
 # Their cause may be gone a moment later.
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})

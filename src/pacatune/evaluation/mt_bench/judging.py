@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,15 +14,55 @@ from pacatune.evaluation.mt_bench.client import (
     JudgeClient,
     JudgeStopped,
     JudgeUnavailable,
+    Reply,
     RequestRefused,
 )
 from pacatune.evaluation.mt_bench.json_lines import JsonLines
-from pacatune.evaluation.mt_bench.prompts import JudgePrompt, Prompt, render
-from pacatune.evaluation.mt_bench.questions import NUM_TURNS, Question, QuestionId
-from pacatune.evaluation.mt_bench.rating import parse_rating
-from pacatune.evaluation.mt_bench.reply import Reply
+from pacatune.evaluation.mt_bench.questions import (
+    NUM_TURNS,
+    JudgePrompt,
+    Prompt,
+    Question,
+    QuestionId,
+    render,
+)
 
-__all__ = ["Judge", "Judgment"]
+__all__ = [
+    "HIGHEST",
+    "LOWEST",
+    "Judge",
+    "Judgment",
+    "parse_rating",
+]
+
+
+# Find the rating in what a judge wrote.
+
+
+LOWEST, HIGHEST = 1, 10
+_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
+_THOUGHT = re.compile(r"^\s*<think>.*?(</think>|\Z)", re.DOTALL)
+_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
+
+
+def parse_rating(text: str) -> int | float | None:
+    """Return the rating in a judgment, or None if there is none from 1 to 10.
+
+    The first `[[x]]` counts, as in FastChat, or else the first `[x]`. What a model thinks before
+    it judges does not count.
+
+    Args:
+        text: What the judge wrote.
+    """
+    text = _THOUGHT.sub("", text)
+    match = _RATING.search(text) or _BACKUP.search(text)
+    if match is None:
+        return None
+    rating = float(match.group(1))
+    if not LOWEST <= rating <= HIGHEST:
+        return None
+    return int(rating) if rating.is_integer() else rating
+
 
 _FAILED_SCORE = -1  # FastChat's, which its readers leave out
 _MAX_REFUSALS = 5

@@ -2,25 +2,37 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import string
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pacatune.data.read import Row, read_rows
+from pacatune.evaluation.mt_bench.config import MtBenchConfig
+from pacatune.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES, prepare_mt_bench
+from pacatune.packaged.packages import default_cache
 
 __all__ = [
     "NEEDS_REFERENCE",
     "NUM_TURNS",
     "TEMPERATURES",
+    "Data",
+    "JudgePrompt",
+    "Prompt",
     "Question",
     "QuestionId",
     "add_references",
     "answer_turns",
     "choose_questions",
+    "load_data",
+    "read_prompts",
     "read_questions",
     "read_references",
+    "render",
     "row_identity",
 ]
+
 
 NUM_TURNS = 2
 # FastChat's, of the answers; the order is that of the tables.
@@ -231,3 +243,196 @@ def _rows(path: str, option: str) -> Iterable[Row]:
 def _texts(value: Any) -> tuple[str, ...] | None:
     is_texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return tuple(value) if is_texts and value else None
+
+
+# The four prompts of single-answer grading, which are data and not part of this package.
+
+
+_RATING = "[[rating]]"
+# (with reference, turn) -> FastChat's name of the prompt, and what it shows the judge.
+_KINDS: dict[tuple[bool, int], tuple[str, frozenset[str]]] = {
+    (False, 1): ("single-v1", frozenset({"question", "answer"})),
+    (True, 1): ("single-math-v1", frozenset({"question", "answer", "ref_answer_1"})),
+    (False, 2): (
+        "single-v1-multi-turn",
+        frozenset({"question_1", "answer_1", "question_2", "answer_2"}),
+    ),
+    (True, 2): (
+        "single-math-v1-multi-turn",
+        frozenset(
+            {"question_1", "answer_1", "ref_answer_1", "question_2", "answer_2", "ref_answer_2"}
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePrompt:
+    """One of the four prompts, with places for what is judged."""
+
+    name: str
+    system: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a judge is sent."""
+
+    name: str
+    """Of the `JudgePrompt`."""
+    system: str
+    user: str
+
+
+def read_prompts(path: Path) -> dict[str, JudgePrompt]:
+    """Read judge prompts in FastChat's form, by name; others than the four are passed over.
+
+    Args:
+        path: A `judge_prompts.jsonl`.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If one of the four is missing, or shows the judge too little or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--judge-prompts ({path}) is no file; check the path.")
+    rows = {row.values.get("name"): row for row in read_rows(str(path))}
+    prompts = {}
+    for name, fields in _KINDS.values():
+        if name not in rows:
+            raise ValueError(f"{path} has no prompt named {name!r}; add FastChat's.")
+        values, place = rows[name].values, rows[name].place
+        texts = [values.get(key) for key in ("system_prompt", "prompt_template", "output_format")]
+        system, template, output = texts
+        if not (isinstance(system, str) and isinstance(template, str) and output == _RATING):
+            raise ValueError(
+                f"{place}: {name!r} needs the texts `system_prompt` and `prompt_template`, and "
+                f"{_RATING!r} as `output_format`."
+            )
+        _check_fields(template, fields, f"{place}: `prompt_template` of {name!r}")
+        prompts[name] = JudgePrompt(name=name, system=system, template=template)
+    return prompts
+
+
+def render(
+    prompts: Mapping[str, JudgePrompt], question: Question, answers: Sequence[str], turn: int
+) -> Prompt:
+    """Write what a judge is sent about one turn.
+
+    Args:
+        prompts: Of `read_prompts`.
+        question: With its reference if its category needs one.
+        answers: To the turns so far.
+        turn: 1 or 2; the prompt of the second shows both.
+    """
+    name, fields = _KINDS[question.needs_reference, turn]
+    values = {"question": question.turns[0], "answer": answers[0]}
+    for place in range(turn):
+        values[f"question_{place + 1}"] = question.turns[place]
+        values[f"answer_{place + 1}"] = answers[place]
+        if question.needs_reference:
+            assert question.reference is not None
+            values[f"ref_answer_{place + 1}"] = question.reference[place]
+    prompt = prompts[name]
+    user = prompt.template.format_map({key: values[key] for key in fields})
+    return Prompt(name=name, system=prompt.system, user=user)
+
+
+def _check_fields(template: str, expected: frozenset[str], place: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}; write a brace that is text twice.") from error
+    found = {name for _, name, _, _ in parts if name is not None}
+    # A name like {answer.__class__} or a conversion would reach into Python.
+    is_plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
+    if found != expected or not is_plain:
+        raise ValueError(
+            f"{place} has the places {', '.join(sorted(found))}; it must have exactly "
+            f"{', '.join(sorted(expected))}."
+        )
+
+
+# Questions, references and judge prompts: from files, from the hub, or out of their package.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What one evaluation asks and judges by."""
+
+    questions: list[Question]
+    prompts: dict[str, JudgePrompt]
+    """Empty if nothing is judged."""
+    sources: dict[str, str]
+    """Where questions, references and prompts come from."""
+
+
+def load_data(config: MtBenchConfig, say: Callable[[str], None]) -> Data:
+    """Read all data of an evaluation, so that nothing is missing later.
+
+    Args:
+        config: Names the files; the package is fetched only for what they leave out.
+        say: Called with one line before a download.
+
+    Raises:
+        OSError: If a file is missing, or the package cannot be downloaded.
+        ValueError: If something in them is damaged, or a question lacks its reference.
+    """
+    package = _Package(config, say)
+    path = config.questions or str(package.path(QUESTIONS))
+    everything = read_questions(path)
+    questions = choose_questions(everything, config.categories, config.limit)
+    sources = {"questions": config.questions or package.name}
+    if config.no_judge:
+        return Data(questions=questions, prompts={}, sources=sources)
+    references, source = _references(config, everything, questions, package)
+    prompts = read_prompts(config.judge_prompts or package.path(PROMPTS))
+    return Data(
+        questions=add_references(questions, references, source),
+        prompts=prompts,
+        sources={
+            **sources,
+            "references": source,
+            "judge_prompts": str(config.judge_prompts or package.name),
+        },
+    )
+
+
+class _Package:
+    """The package's files, fetched when the first is asked for."""
+
+    def __init__(self, config: MtBenchConfig, say: Callable[[str], None]) -> None:
+        self.name = FILES[QUESTIONS].requirement
+        self._cache, self._say = config.cache or default_cache(), say
+
+    def path(self, name: str) -> Path:
+        return prepare_mt_bench(self._cache, self._say) / name
+
+
+def _references(
+    config: MtBenchConfig,
+    everything: Sequence[Question],
+    chosen: Sequence[Question],
+    package: _Package,
+) -> tuple[dict[QuestionId, tuple[str, ...]], str]:
+    """Return reference answers and where they come from.
+
+    All come from one place where that is possible, since they decide over scores; and from the same
+    place for some of the questions as for all.
+    """
+    if config.references is not None:
+        return read_references(config.references), config.references
+    if not any(one.needs_reference for one in chosen):
+        return {}, "not needed"
+    needing = [one for one in everything if one.needs_reference]
+    own = {one.id: one.reference for one in needing if one.reference is not None}
+    if config.questions is not None and len(own) == len(needing):
+        return own, config.questions
+    packaged = read_references(str(package.path(REFERENCES)))
+    # A question of one's own may have the number of one of theirs.
+    theirs = {one.id: one.turns for one in read_questions(str(package.path(QUESTIONS)))}
+    fitting = {one.id: packaged[one.id] for one in needing if theirs.get(one.id) == one.turns}
+    if len(fitting) == len(needing):
+        return fitting, package.name
+    return own | fitting, f"{config.questions} and {package.name}"

@@ -1,13 +1,166 @@
 """Show a result: a table for the terminal, and a page of Markdown."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["COMPARISON_NOTE", "print_result", "to_markdown"]
+from pacatune.evaluation.mt_bench.judging import HIGHEST, Judgment
+from pacatune.evaluation.mt_bench.questions import TEMPERATURES
+
+__all__ = [
+    "COMPARISON_NOTE",
+    "MIN_CATEGORIES",
+    "Line",
+    "draw_radar",
+    "make_table",
+    "print_result",
+    "to_markdown",
+]
+
+
+# From judgments to a table: means by category and turn, with bootstrap intervals.
+
+
+NUM_RESAMPLES = 10_000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """The scores of one category, or of all."""
+
+    name: str
+    turn_1: float | None
+    """Mean over the judged questions; None if there are none."""
+    turn_2: float | None
+    mean: float | None
+    """Over the judged turns, as in FastChat."""
+    low: float | None
+    """The interval of `mean`; None with fewer than two questions."""
+    high: float | None
+    num_questions: int
+    num_judged: int
+    """Turns."""
+    num_failed: int
+    """Turns without a score, which no mean counts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+
+def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[Line]:
+    """Return a line for each category that was judged, and one of all.
+
+    The interval tells how much the mean would vary with other questions of the kind: they are
+    resampled with replacement, both turns of one together. It says nothing about the judge.
+
+    Args:
+        judgments: Of `Judge.judge`.
+        seed: Of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    lines = []
+    for category in TEMPERATURES:
+        own = [one for one in judgments if one.category == category]
+        if own:
+            lines.append(_line(category, own, generator))
+    return [*lines, _line("all", judgments, generator)]
+
+
+def _line(name: str, judgments: Sequence[Judgment], generator: np.random.Generator) -> Line:
+    scores = [one.score for one in judgments if one.score is not None]
+    low, high = _score_interval(judgments, generator)
+    return Line(
+        name=name,
+        turn_1=_mean([one.score for one in judgments if one.turn == 1]),
+        turn_2=_mean([one.score for one in judgments if one.turn == 2]),
+        mean=_mean(scores),
+        low=low,
+        high=high,
+        num_questions=len({one.question_id for one in judgments}),
+        num_judged=len(scores),
+        num_failed=len(judgments) - len(scores),
+    )
+
+
+def _mean(scores: Sequence[int | float | None]) -> float | None:
+    found = [score for score in scores if score is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _score_interval(
+    judgments: Sequence[Judgment], generator: np.random.Generator
+) -> tuple[float | None, float | None]:
+    by_question: dict[Any, list[int | float]] = {}
+    for one in judgments:
+        if one.score is not None:
+            by_question.setdefault(one.question_id, []).append(one.score)
+    if len(by_question) < 2:
+        return None, None
+    sums = np.array([sum(scores) for scores in by_question.values()], dtype=np.float64)
+    counts = np.array([len(scores) for scores in by_question.values()])
+    drawn = generator.integers(len(sums), size=(NUM_RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+# Draw the scores by category as FastChat does: a radar plot.
+
+
+MIN_CATEGORIES = 3
+
+
+def draw_radar(lines: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
+    """Draw a corner for each category with a score; say whether there were enough.
+
+    Args:
+        lines: The table of a result, the last line being that of all.
+        title: Names model and judge.
+        path: PNG to write.
+    """
+    scored = [line for line in lines[:-1] if line["mean"] is not None]
+    if len(scored) < MIN_CATEGORIES:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: it would choose a window system and keep the figure in global state.
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(projection="polar")
+    angles = [2 * math.pi * place / len(scored) for place in range(len(scored))]
+    for name, style in (("turn_1", "--"), ("turn_2", ":"), ("mean", "-")):
+        _draw(axes, angles, [line[name] for line in scored], name, style)
+    axes.set_xticks(angles, [line["name"] for line in scored])
+    axes.tick_params(axis="x", pad=16)
+    axes.set_ylim(0, HIGHEST)
+    axes.set_title(title, fontsize="medium")
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, -0.12), fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw(
+    axes: Any, angles: list[float], scores: list[float | None], name: str, style: str
+) -> None:
+    # A category without a score in one turn leaves a gap.
+    values = [math.nan if score is None else score for score in scores]
+    label = "both turns" if name == "mean" else name.replace("_", " ")
+    closed = [*values, values[0]]
+    axes.plot([*angles, angles[0]], closed, style, label=label)
+    if name == "mean":
+        axes.fill([*angles, angles[0]], closed, alpha=0.15)
+
 
 COMPARISON_NOTE = (
     "Scores depend on the judge: only those of the same judge, prompts and references compare."

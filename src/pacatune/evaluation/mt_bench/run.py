@@ -9,21 +9,23 @@ from typing import Any
 
 from rich.console import Console
 
-from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
+from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers, termination_interrupts
 from pacatune.evaluation.mt_bench.client import JudgeClient
-from pacatune.evaluation.mt_bench.config import MtBenchConfig
-from pacatune.evaluation.mt_bench.data import Data, load_data
-from pacatune.evaluation.mt_bench.judging import Judge
-from pacatune.evaluation.mt_bench.questions import Question, QuestionId
-from pacatune.evaluation.mt_bench.radar import draw_radar
-from pacatune.evaluation.mt_bench.report import print_result, to_markdown
-from pacatune.evaluation.mt_bench.score import NUM_RESAMPLES, make_table
-from pacatune.evaluation.mt_bench.settings import (
+from pacatune.evaluation.mt_bench.config import (
+    MtBenchConfig,
     answer_settings,
     check_settings,
     write_settings,
 )
-from pacatune.evaluation.mt_bench.termination import termination_interrupts
+from pacatune.evaluation.mt_bench.judging import Judge
+from pacatune.evaluation.mt_bench.questions import Data, Question, QuestionId, load_data
+from pacatune.evaluation.mt_bench.report import (
+    NUM_RESAMPLES,
+    draw_radar,
+    make_table,
+    print_result,
+    to_markdown,
+)
 from pacatune.files.result_folder import ResultFolder
 
 __all__ = ["run_mt_bench"]
@@ -137,7 +139,7 @@ def _answer(
         say(f"note: {note}")
     if not all(map(file.is_complete, questions)):
         from pacatune.adapters.generation import TextGenerator
-        from pacatune.evaluation.mt_bench.answering import answer_questions
+        from pacatune.evaluation.mt_bench.answers import answer_questions
 
         generator = TextGenerator(
             config.model,
