@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from pacatune.evaluation.mt_bench.answers import termination_interrupts
+from pacatune.evaluation.mt_bench.run import termination_interrupts
 
 
 def test_termination_interrupts_inside_and_not_outside():

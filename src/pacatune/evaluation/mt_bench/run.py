@@ -1,15 +1,19 @@
 """One evaluation from beginning to end: data -> answers -> judgments -> table."""
 
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers, termination_interrupts
+from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
 from pacatune.evaluation.mt_bench.client import JudgeClient
 from pacatune.evaluation.mt_bench.config import (
     MtBenchConfig,
@@ -28,7 +32,33 @@ from pacatune.evaluation.mt_bench.report import (
 )
 from pacatune.files.result_folder import ResultFolder
 
-__all__ = ["run_mt_bench"]
+__all__ = [
+    "run_mt_bench",
+    "termination_interrupts",
+]
+
+
+# SIGTERM (from a scheduler, say) ends a run as Ctrl-C does: paid replies are kept.
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt inside this block when SIGTERM arrives; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
 
 RESULT_NAME, REPORT_NAME, RADAR_NAME = "mt_bench.json", "mt_bench.md", "radar.png"
 _NUM_PROGRESS_LINES = 20
@@ -139,7 +169,7 @@ def _answer(
         say(f"note: {note}")
     if not all(map(file.is_complete, questions)):
         from pacatune.adapters.generation import TextGenerator
-        from pacatune.evaluation.mt_bench.answers import answer_questions
+        from pacatune.evaluation.mt_bench.answering import answer_questions
 
         generator = TextGenerator(
             config.model,
