@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig, resident
-from pacatune.observing import LOCK
+from pacatune.residency.watching import LOCK
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 NUM_ROUNDS = 30
