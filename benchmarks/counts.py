@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.methods import OURS
-from pacatune import residency
+from pacatune.residency import weight as residency
 
 __all__ = ["check_bytes", "count_column_writes", "formula_bytes"]
 

@@ -55,7 +55,7 @@ def test_float32(pair):
 
 
 def count_writes(accumulation, checkpointing):
-    from pacatune import residency
+    from pacatune.residency import weight as residency
 
     model = net.adapt()
     if checkpointing:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import masking_utils
 
-from pacatune import residency
+from pacatune.residency import weight as residency
 
 __all__ = ["allocations_of_gpu", "attention", "dropout"]
 
