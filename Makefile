@@ -24,7 +24,7 @@ demo-vision: setup-demo-vision
 
 test: lint
 	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup-dev
 	$(RUN) -m ruff check .

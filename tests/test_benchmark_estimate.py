@@ -8,7 +8,6 @@ from benchmarks import estimate, estimate_tables, tables
 from pacatune.memory.estimate import estimate_memory
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.paper import TABLES
-from pacatune.paper.tables import Row
 from pacatune.reproduce.simulate import setting_of, tokens_for
 from tests.memory.real_step import LLAMA, tiny, write_config
 
@@ -39,17 +38,11 @@ def test_tokens_that_explain_an_amount(tmp_path):
     assert tokens_for(setting, num_bytes) == pytest.approx(700, rel=0.01)
 
 
-def test_longest_fits(tmp_path, monkeypatch):
-    lines = [Row(model="tiny", method="paca", values={"length": 20000.0})]
-    monkeypatch.setattr(estimate, "_rows", lambda table: lines)
-    monkeypatch.setattr(
-        estimate, "setting_of", lambda table, row: tiny(tmp_path, method=row.method)
-    )
-    monkeypatch.setattr(estimate, "GPU", "t4")
-    row = estimate.rows_of_table_4()[0]
+def test_longest_fits(tmp_path):
+    setting = tiny(tmp_path, batch_size=2)
+    row = estimate._longest(setting, gpu_bytes("t4"), 20000)
     longest = row["max_seq_len"]
-    setting = tiny(tmp_path, batch_size=2, seq_len=longest)
-    assert estimate_memory(setting).high_bytes <= gpu_bytes("t4")
+    assert estimate_memory(setting.but(seq_len=longest)).high_bytes <= gpu_bytes("t4")
     assert estimate_memory(setting.but(seq_len=longest + 1)).high_bytes > gpu_bytes("t4")
     assert row["difference"] == round(longest / 20000 - 1, 3)
 
