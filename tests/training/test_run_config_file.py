@@ -8,6 +8,7 @@ from pacatune.training.config_file import (
     load_yaml,
     read_values,
     save_config,
+    suggest,
     to_values,
 )
 
@@ -165,3 +166,9 @@ def test_merged_keys_of_yaml_are_no_repetition(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("a: &a {r: 4, s: 1}\nb: {<<: *a, r: 8}\n")
     assert read_values(path)["b"] == {"r": 8, "s": 1}
+
+
+def test_a_misspelt_section_is_told_from_others_with_the_same_option():
+    known = ["data.path", "model.path", "training.seed"]
+    assert suggest("modle.path", known).startswith("did you mean 'model.path'?")
+    assert suggest("dta.path", known).startswith("did you mean 'data.path'?")

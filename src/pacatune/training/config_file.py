@@ -171,7 +171,10 @@ def suggest(key: str, known: Collection[str]) -> str:
             pairs.append((key, name))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    nearest = max(sorted(named_so or inside or known), key=similarity)
+    def rank(name: str) -> tuple[float, float]:
+        return similarity(name), difflib.SequenceMatcher(None, key, name).ratio()
+
+    nearest = max(sorted(named_so or inside or known), key=rank)
     keys = sorted(inside or known)
     all_keys = (
         f"There are {', '.join(keys)}."
