@@ -8,7 +8,7 @@ and B (O, R) = delta, that is PaCA's update and nothing else.
 Servers stack the factors of fused layers (q, k and v; gate and up), read one rank and one alpha for
 all modules, and pass over the patterns that PEFT knows. So a module of lower rank than another is
 filled up with zeros, and where alpha / rank differs, B takes the difference. Convolutions, which
-those servers do not adapt, keep their own rank (export_convolution.py).
+those servers do not adapt, keep their own rank (export_factors.py).
 """
 
 import json
@@ -94,7 +94,7 @@ def compare_with_plain_peft(
         base: Folder or hub id of the base.
         adapter: The PaCA or MosLoRA adapter.
         lora_folder: The LoRA adapter's folder.
-        dtype: Of the exported tensors; decides how much rounding is expected.
+        dtype: Type of the exported tensors; it decides how much rounding is expected.
         device: Where that one runs; the new process uses the CPU.
         allow_other_base: As for `check_base`.
 

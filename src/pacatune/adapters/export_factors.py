@@ -4,7 +4,7 @@
     embedding    A (R, V) = delta^T, B (D, R) selects the dimensions
     experts      A and B hold the factors of all E experts: A the selector E times, B the deltas
     attention    for the in_proj_weight of torch's; PEFT adds the update of its out_proj twice
-    convolution  see `export_convolution`
+    convolution  see below
 
 A layer of lower rank than another is filled up with zeros.
 """

@@ -199,7 +199,7 @@ def target_of(name: str) -> str:
     """Return what a configuration calls an adapted weight: the attention, for its in_proj_weight.
 
     Args:
-        name: Of an adapted layer or parameter, as in an adapter's file.
+        name: Name of an adapted layer or parameter, as in an adapter's file.
     """
     return name.removesuffix(f".{IN_PROJ}")
 

@@ -208,7 +208,7 @@ class _Chunks:
 # A model computes logits, does something to them (a cast, a soft cap, a shift), and hands them to
 # its loss. In place of the first, the head returns a `LazyLogits`: it remembers the last hidden
 # states and what is done to the logits, and when torch's cross-entropy is called with it, computes
-# that in chunks (cross_entropy.py). So every model's own loss, with its own normalisation and
+# that in chunks (`linear_cross_entropy`). So every model's own loss, with its own normalisation and
 # masks, stays in use. Any other use computes the logits as the head would have.
 
 

@@ -22,7 +22,7 @@ Three rules:
 Who may see W, and how each is served:
   * Everybody who reaches W through its module (attribute, parameters(), state_dict, deepcopy,
     pickle, .to(), FSDP) goes through the module's parameter dictionary, which restores before it
-    answers (`observing.GuardedParameters`); so does the `.data` of a Parameter object.
+    answers (`watching.GuardedParameters`); so does the `.data` of a Parameter object.
   * Whoever already holds the Parameter object (an optimiser over all parameters, DDP) sees the
     pretrained weight again after every optimiser step, through torch's step hook. If nobody holds
     it, that write is saved. If another thread got hold of it, it is not written until he lets go.
@@ -31,7 +31,7 @@ Who may see W, and how each is served:
     memory, nothing is written, and the layer adds the product of its columns.
 
 How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
-what `observing.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
+what `watching.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
 and uses of `.data`), its identity and scaling (another adapter).
 
 Writes go through an alias of W with a version counter of its own, so autograd's saved-tensor check

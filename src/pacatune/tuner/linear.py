@@ -1,6 +1,6 @@
 """The adapted linear layer, and the choice between two equal ways to compute it.
 
-    resident   the columns are written into the weight (residency.py), then one GEMM
+    resident   the columns are written into the weight (residency/), then one GEMM
     additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is
 
 Training is resident, evaluation additive unless the columns are there already. Additive also serves

@@ -65,7 +65,7 @@ def run_digest(source: ImageSource, indices: Sequence[int], digests: Sequence[st
     Args:
         source: Where they come from.
         indices: Which of them.
-        digests: Of their pixels, in the order of `indices`; None tells them by their places only.
+        digests: Hashes of their pixels, in the order of `indices`; None tells them apart by place.
     """
     found = digests or [source.place(index) for index in indices]
     digest = hashlib.blake2b("\0".join(source.classes).encode(), digest_size=16)

@@ -79,7 +79,7 @@ class Dialect:
 
     Args:
         max_tokens: Most tokens of a reply, thoughts included.
-        temperature: Of the judge's sampling.
+        temperature: Temperature of the judge's sampling.
     """
 
     def __init__(self, max_tokens: int, temperature: float) -> None:

@@ -165,7 +165,7 @@ def answer_settings(
     """Return what decides over answers, and for the record what was installed.
 
     Args:
-        config: Of the run.
+        config: The run.
         model_id: Name of the model.
         chat_template: Text that replaces the tokenizer's.
     """
@@ -196,7 +196,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: Output folder.
-        settings: Of `answer_settings`.
+        settings: What `answer_settings` returns.
     """
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -210,7 +210,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: Output folder; it may be missing.
-        settings: Of `answer_settings`.
+        settings: What `answer_settings` returns.
 
     Raises:
         ValueError: Names what differs.

@@ -96,7 +96,7 @@ class Judge:
 
     Args:
         client: The endpoint.
-        prompts: Of `read_prompts`.
+        prompts: What `read_prompts` returns.
         path: The `model_judgment` file in FastChat's form. A reply without a rating is a row of
             its own, with score -1.
         model_id: Whose answers they are.

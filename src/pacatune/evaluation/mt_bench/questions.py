@@ -321,7 +321,7 @@ def render(
     """Write what a judge is sent about one turn.
 
     Args:
-        prompts: Of `read_prompts`.
+        prompts: What `read_prompts` returns.
         question: With its reference if its category needs one.
         answers: To the turns so far.
         turn: 1 or 2; the prompt of the second shows both.

@@ -63,8 +63,8 @@ def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[Line]:
     resampled with replacement, both turns of one together. It says nothing about the judge.
 
     Args:
-        judgments: Of `Judge.judge`.
-        seed: Of the resampling.
+        judgments: What `Judge.judge` returns.
+        seed: Seed of the resampling.
     """
     generator = np.random.default_rng(seed)
     lines = []
