@@ -4,7 +4,6 @@ It is what studies need of an encoder; texts and labels are the columns `text` a
 same files that `pacatune train` reads.
 """
 
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,10 @@ from rich.console import Console
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
+from pacatune.methods import METHODS, adapter_config
 from pacatune.study.classifier_config import ClassifierConfig
 from pacatune.training.checkpoints import WholeCheckpoints
-from pacatune.training.lora import make_lora_config
+from pacatune.training.model import adapter_options
 from pacatune.training.progress import Meter
 from pacatune.training.running import add_callbacks, adjusted_arguments, make_lean
 from pacatune.training.selecting import choose_from_data, share_of_batches
@@ -32,14 +32,10 @@ class ClassifierTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
 def make_adapter_config(config: ClassifierConfig) -> "PeftConfig | None":
     """Return the PEFT configuration; None for `full` and `head`. PEFT adds the new head to it."""
-    if config.method in ("full", "head"):
+    method = METHODS[config.method]
+    if not method.has_adapter:
         return None
-    if config.method == "paca":
-        from pacatune import PacaConfig
-
-        return PacaConfig(task_type="SEQ_CLS", **config.paca.adapter_options())
-    options = {"task_type": "SEQ_CLS", **asdict(config.lora)}
-    return make_lora_config(config.method, options, config.moslora)
+    return adapter_config(method, task_type="SEQ_CLS", **adapter_options(config))
 
 
 def complete_adapter_config(config: ClassifierConfig, model: nn.Module) -> Any:

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from pacatune.training.any_run import NEW_HEAD_RATES, settle
+from pacatune.methods import CLASSIFIER_METHODS
+from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, ModelConfig, MosLoraSection, PacaSection
 
@@ -80,7 +81,7 @@ class ClassifierConfig:
 
     command: ClassVar[str] = "classify"
 
-    method: Literal["paca", "lora", "dora", "moslora", "full", "head"] = "paca"
+    method: str = "paca"
     """How to fine-tune; the head is new and trained in any case."""
 
     model: ModelConfig
@@ -93,7 +94,7 @@ class ClassifierConfig:
     """Options of the method paca."""
 
     lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, dora and moslora."""
+    """Options of the methods lora, lora_dropout, dora and moslora."""
 
     moslora: MosLoraSection = field(default_factory=MosLoraSection)
     """Options of the method moslora."""
@@ -113,4 +114,4 @@ class ClassifierConfig:
                 f"`model.quantization` ({self.model.quantization!r}) is not offered for "
                 "classifiers; leave it out."
             )
-        settle(self, ClassifierTrainingConfig, NEW_HEAD_RATES)
+        settle(self, ClassifierTrainingConfig, CLASSIFIER_METHODS)

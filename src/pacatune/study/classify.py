@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from pacatune.data.checks import overlap_warning
+from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.study import classifier
 from pacatune.study.labelled_texts import LabelledTexts, encode, read_texts, split_texts
 from pacatune.study.task import Measured, Task, Values, released, take_test_path, weights_digest
@@ -21,7 +22,7 @@ class ClassifyTask(Task):
     """Runs of the classifier recipe."""
 
     command: ClassVar[str] = "classify"
-    methods: ClassVar[tuple[str, ...]] = ("paca", "lora", "dora", "moslora", "full", "head")
+    methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     @classmethod
@@ -40,12 +41,6 @@ class ClassifyTask(Task):
 
     def _take_test(self, data: Values) -> Values:
         return take_test_path(data)
-
-    def default_rate(self, method: str) -> float:
-        """Return the command's default learning rate of a method."""
-        from pacatune.training.any_run import NEW_HEAD_RATES
-
-        return NEW_HEAD_RATES[method]
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-METHODS = ("paca", "qpaca", "lora", "dora", "moslora", "qlora", "full", "head")
-WITHOUT_RANK = ("full", "head")
+from pacatune.methods import METHODS, method_of
+
 # The exact test goes through 2^n signs.
 MAX_SEEDS = 20
 
@@ -19,8 +19,8 @@ class Arm:
     """
 
     method: str = "paca"
-    """paca, qpaca (on a base in 4 bits), lora, dora, moslora, qlora, full (every weight) or head
-    (of a classifier)."""
+    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, qlora, full (every
+    weight) or head (of a classifier)."""
 
     rank: int | None = None
     """Rank of the adapter. Where null, `match` of the study decides."""
@@ -41,9 +41,9 @@ class Arm:
     """Further options of this arm's runs, in sections as in a configuration of the command."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"`method` ({self.method!r}) must be one of {', '.join(METHODS)}.")
-        if self.rank is not None and self.method in WITHOUT_RANK:
+        method = method_of(self.method)
+        self.method = method.name
+        if self.rank is not None and not method.has_adapter:
             raise ValueError(f"`rank` ({self.rank}) means nothing for {self.method!r}; drop it.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"`rank` ({self.rank}) must be at least 1, or null.")
@@ -51,11 +51,11 @@ class Arm:
             raise ValueError(f"`alpha` ({self.alpha}) must be above 0, or null.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` ({self.dropout}) must be in [0, 1).")
-        if self.dropout and self.method in ("paca", "qpaca", *WITHOUT_RANK):
+        if self.dropout and not method.has_dropout:
             raise ValueError(
                 f"`dropout` ({self.dropout}) is of LoRA's input; {self.method!r} has none: drop it."
             )
-        if self.selection != "random" and self.method not in ("paca", "qpaca"):
+        if self.selection != "random" and not method.is_paca:
             raise ValueError(
                 f"`selection` ({self.selection!r}) chooses PaCA's columns; {self.method!r} has "
                 "none: drop it."
@@ -189,7 +189,7 @@ class StudyConfig:
 
 def has_rank(arm: Arm) -> bool:
     """Whether the arm's method has a rank."""
-    return arm.method not in WITHOUT_RANK
+    return METHODS[arm.method].has_adapter
 
 
 def check_rates(name: str, rates: list[float]) -> None:

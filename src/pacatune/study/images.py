@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.study.task import Measured, Task, Values, released, weights_digest
 
 
@@ -13,7 +14,7 @@ class ImageTask(Task):
     """Runs of `pacatune train-image`."""
 
     command: ClassVar[str] = "train-image"
-    methods: ClassVar[tuple[str, ...]] = ("paca", "lora", "dora", "moslora", "full", "head")
+    methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     @classmethod
@@ -49,12 +50,6 @@ class ImageTask(Task):
             "eval_split": split,
             "eval_per_class": data.pop("eval_per_class", None),
         }
-
-    def default_rate(self, method: str) -> float:
-        """Return the command's default learning rate of a method."""
-        from pacatune.training.any_run import NEW_HEAD_RATES
-
-        return NEW_HEAD_RATES[method]
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pacatune.methods import METHODS, readers_of, size_options
 from pacatune.study.config import Arm, StudyConfig, has_rank
 from pacatune.study.task import Task, Values, merged
-from pacatune.training.any_run import METHODS_OF
+from pacatune.training.any_run import ADAPTER_SECTIONS
 from pacatune.training.config_file import read_values, to_values
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
@@ -114,8 +115,9 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
 
 
 def _refuse_unused(config: StudyConfig) -> None:
-    methods = {"paca" if arm.method == "qpaca" else arm.method for arm in config.arms.values()}
-    for name, used_by in METHODS_OF.items():
+    methods = {arm.method for arm in config.arms.values()}
+    for name in ADAPTER_SECTIONS:
+        used_by = readers_of(name)
         if config.options.get(name) and not methods.intersection(used_by):
             raise ValueError(
                 f"`options` has the section {name!r}, which only {', '.join(used_by)} would read, "
@@ -194,27 +196,28 @@ def _grid(config: StudyConfig, grids: dict[str, list[float]], task: Task, arm: A
     ):
         if found is not None:
             return sorted(found)
-    default = task.default_rate("paca" if arm.method == "qpaca" else arm.method)
+    default = task.default_rate(arm.method)
     return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
 
 
 def arm_options(arm: Arm, rank: int | None) -> Values:
     """Return an arm as options of a run: method, adapter, and what it says itself."""
     alpha = rank if arm.alpha is None else arm.alpha
-    options: Values = {"method": "paca" if arm.method == "qpaca" else arm.method}
-    if arm.method in ("paca", "qpaca"):
-        options["paca"] = {"r": rank, "paca_alpha": alpha, "selection": arm.selection}
-    elif has_rank(arm):
-        options["lora"] = {"r": rank, "lora_alpha": alpha, "lora_dropout": arm.dropout}
-    if arm.method == "qpaca":
-        options["model"] = {"quantization": "nf4"}
+    method = METHODS[arm.method]
+    options: Values = {"method": arm.method}
+    if method.section is not None:
+        assert rank is not None
+        assert alpha is not None
+        options[method.section] = size_options(method, rank, alpha, arm.dropout)
+    if method.is_paca:
+        options["paca"]["selection"] = arm.selection
     return merged(options, arm.options)
 
 
 def _make_run(task: Task, options: Values, rate: float, seed: int, folder: Path) -> Any:
     training = {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
     decided: Values = {"training": training}
-    if options["method"] == "paca":
+    if METHODS[options["method"]].is_paca:
         decided["paca"] = {"random_seed": seed}
     return task.make_config(options, decided)
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import yaml
 from rich.console import Console
 
-from pacatune.training.any_run import METHODS_OF
+from pacatune.methods import METHODS, TEXT_METHODS, readers_of
+from pacatune.training.any_run import ADAPTER_SECTIONS
 from pacatune.training.config_file import check_keys, load_yaml
 
 Values = dict[str, Any]
@@ -74,9 +75,12 @@ class Task(ABC):
     def _take_test(self, data: Values) -> Values:
         """Remove the evaluation data from the data section and return it as options of one."""
 
-    @abstractmethod
     def default_rate(self, method: str) -> float:
-        """Return the command's default learning rate of a method."""
+        """Return the command's default learning rate of a method that it offers."""
+        found = METHODS[method]
+        rate = found.text_rate if self.methods is TEXT_METHODS else found.head_rate
+        assert rate is not None
+        return rate
 
     @abstractmethod
     def count(self, config: Any) -> int:
@@ -106,7 +110,7 @@ class Task(ABC):
         run_class, sections = self.classes()
         # What the task says of another method is for other arms.
         others = {
-            name for name, methods in METHODS_OF.items() if options.get("method") not in methods
+            name for name in ADAPTER_SECTIONS if options.get("method") not in readers_of(name)
         }
         values = merged({k: v for k, v in self.values.items() if k not in others}, options)
         text = repr(values)

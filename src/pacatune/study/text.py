@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap
+from pacatune.methods import TEXT_METHODS
 from pacatune.study.forgetting import general_rows, text_loss
 from pacatune.study.task import Measured, Task, Values, released, take_test_path, weights_digest
 from pacatune.training import model as models
@@ -21,15 +22,7 @@ class TextTask(Task):
     """Runs of `pacatune train`; the metric is the loss per learned token."""
 
     command: ClassVar[str] = "train"
-    methods: ClassVar[tuple[str, ...]] = (
-        "paca",
-        "qpaca",
-        "lora",
-        "dora",
-        "moslora",
-        "qlora",
-        "full",
-    )
+    methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(self, *args: Any) -> None:
@@ -53,12 +46,6 @@ class TextTask(Task):
 
     def _take_test(self, data: Values) -> Values:
         return take_test_path(data)
-
-    def default_rate(self, method: str) -> float:
-        """Return the command's default learning rate of a method."""
-        from pacatune.training.config import LEARNING_RATES
-
-        return LEARNING_RATES[method]
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""

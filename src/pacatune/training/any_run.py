@@ -1,26 +1,13 @@
 """What every kind of run has, and the checks that concern several of its sections."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
-# Of classifiers: the head is new, whatever the method, and learns at the same rate as the rest.
-# Rates of adapters suit the default ranks; what is stable falls as the rank rises.
-NEW_HEAD_RATES: dict[str, float] = {
-    "paca": 1e-3,
-    "lora": 1e-3,
-    "dora": 1e-3,
-    "moslora": 1e-3,
-    "full": 1e-4,
-    "head": 3e-3,
-}
+from pacatune.methods import TEXT_METHODS, method_of, readers_of
 
 # Sections that only some methods read.
-METHODS_OF = {
-    "paca": ("paca",),
-    "lora": ("lora", "dora", "moslora", "qlora"),
-    "moslora": ("moslora",),
-}
+ADAPTER_SECTIONS = ("paca", "lora", "moslora")
 
 
 class AnyRun(Protocol):
@@ -28,13 +15,24 @@ class AnyRun(Protocol):
 
     command: ClassVar[str]
 
-    @property
-    def method(self) -> str:
-        """How to fine-tune."""
+    method: str
+    """How to fine-tune; a name of `METHODS`."""
 
     @property
     def model(self) -> Any:
         """The pretrained model: `path` and `revision` at least."""
+
+    @property
+    def paca(self) -> Any:
+        """The options of PaCA."""
+
+    @property
+    def moslora(self) -> Any:
+        """Further options of MosLoRA."""
+
+    @property
+    def lora(self) -> Any:
+        """The options of LoRA and its kin."""
 
     @property
     def data(self) -> Any:
@@ -53,13 +51,13 @@ class AnyRun(Protocol):
         """After how many evaluations without progress to stop."""
 
 
-def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, float]) -> None:
+def settle(run: AnyRun, training_class: type[Any], methods: Collection[str]) -> None:
     """Check what concerns several sections, and fill in what one leaves to another.
 
     Args:
-        run: The run; its training section is changed.
+        run: The run; its sections are changed.
         training_class: Class that the training section must be of.
-        learning_rates: Method -> learning rate, where none is given.
+        methods: Names of the methods that are offered: of language models, or of classifiers.
 
     Raises:
         ValueError: If the sections contradict each other.
@@ -72,11 +70,15 @@ def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, 
             f"`training` is a {type(training).__name__}; it must be a "
             f"{package}.{training_class.__name__}."
         )
-    if run.method not in learning_rates:
-        raise ValueError(f"`method` ({run.method!r}) must be one of {', '.join(learning_rates)}.")
+    method = method_of(run.method, methods)
+    run.method = method.name
+    if method.quantization is not None and run.model.quantization is None:
+        run.model.quantization = method.quantization
+    if method.dropout is not None and run.lora.lora_dropout == 0:
+        run.lora.lora_dropout = method.dropout
     _refuse_other_methods(run)
     if training.learning_rate is None:
-        rate = learning_rates[run.method]
+        rate = method.text_rate if methods is TEXT_METHODS else method.head_rate
         training.learning_rate = training.given["learning_rate"] = rate
     if run.early_stopping_patience is not None:
         _set_early_stopping(training, run.early_stopping_patience)
@@ -90,8 +92,9 @@ def settle(run: AnyRun, training_class: type[Any], learning_rates: Mapping[str, 
 
 
 def _refuse_other_methods(run: AnyRun) -> None:
-    for name, methods in METHODS_OF.items():
+    for name in ADAPTER_SECTIONS:
         section: Any = getattr(run, name, None)
+        methods = readers_of(name)
         if run.method in methods or section is None:
             continue
         default = type(section)()

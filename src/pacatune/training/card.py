@@ -6,33 +6,25 @@ from typing import Any
 import yaml
 
 from pacatune.installation import install_command
+from pacatune.methods import METHODS, Method
 from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
 from pacatune.training.report import Report, RunReport
 
-_NAMES = {
-    "paca": "PaCA",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "moslora": "MosLoRA",
-    "qlora": "QLoRA",
-    "full": "Full",
-}
-_OURS = {"paca": "PaCA", "moslora": "MosLoRA"}
-
 
 def write_card(config: RunConfig, report: Report, folder: Path) -> None:
     """Write README.md with the front matter that model hubs read."""
-    name = _NAMES[config.method]
+    method = METHODS[config.method]
+    name = method.title
     if config.model.quantization and not name.startswith("Q"):
         name = f"Q{name}"
     front = {
         "base_model": report.model,
-        "library_name": "transformers" if config.method == "full" else "peft",
+        "library_name": "peft" if method.has_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": sorted({config.method, "pacatune", "sft", "trl"}),
     }
-    text = compose_card(config, report, front, name, _loading(config.method, report.model))
+    text = compose_card(config, report, front, name, _loading(method, report.model))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -62,22 +54,22 @@ def compose_card(
     )
 
 
-def _loading(method: str, model: str) -> str:
-    if method == "full":
+def _loading(method: Method, model: str) -> str:
+    if not method.has_adapter:
         return (
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
         )
-    ours = _OURS.get(method)
-    package = f"import pacatune  # makes {ours} known to PEFT\n" if ours else ""
+    kind = "PaCA" if method.is_paca else method.title
+    package = f"import pacatune  # makes {kind} known to PEFT\n" if method.needs_pacatune else ""
     code = (
         f"```python\n{package}from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
         'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
     )
-    if ours is None:
+    if not method.needs_pacatune:
         return code
     return (
         f"Install pacatune ({install_command()}), then:\n\n" + code + "```bash\n"

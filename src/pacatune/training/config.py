@@ -9,22 +9,11 @@ from trl import SFTConfig
 
 from pacatune.data import DataConfig
 from pacatune.format.patterns import check_patterns
+from pacatune.methods import TEXT_METHODS
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.option_checks import refuse_foreign_options
-
-Method = Literal["paca", "lora", "dora", "moslora", "qlora", "full"]
-
-# A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight.
-LEARNING_RATES: dict[str, float] = {
-    "paca": 5e-4,
-    "lora": 2e-4,
-    "dora": 2e-4,
-    "moslora": 2e-4,
-    "qlora": 2e-4,
-    "full": 1e-5,
-}
 
 
 @dataclass(kw_only=True)
@@ -64,7 +53,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class PacaSection:
-    """Options of the method `paca`; see `pacatune.PacaConfig`, which checks them."""
+    """Options of the methods `paca` and `qpaca`; see `pacatune.PacaConfig`, which checks them."""
 
     r: int = 16
     """Number of trained input columns of each weight."""
@@ -166,7 +155,7 @@ class PacaSection:
 
 @dataclass(kw_only=True)
 class LoraSection:
-    """Options of the methods `lora`, `dora`, `moslora` and `qlora`; `peft.LoraConfig` checks."""
+    """Options of the methods that begin with LoRA; `peft.LoraConfig` checks them."""
 
     r: int = 8
     """Rank."""
@@ -232,8 +221,8 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     """
 
     learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 5e-4 paca, 2e-4 lora, dora, moslora
-    and qlora, 1e-5 full."""
+    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full,
+    2e-4 the others."""
 
     def check_options(self) -> None:
         """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
@@ -252,10 +241,10 @@ class RunConfig:
 
     command: ClassVar[str] = "train"
 
-    method: Method = "paca"
-    """How to fine-tune: `paca`, `lora`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
-    (LoRA on a quantised base, nf4 unless `model.quantization` says otherwise), or `full` (every
-    weight)."""
+    method: str = "paca"
+    """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
+    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
+    (LoRA on a quantised base), or `full` (every weight)."""
 
     model: ModelConfig
     """The pretrained model."""
@@ -264,10 +253,10 @@ class RunConfig:
     """Training and evaluation data."""
 
     paca: PacaSection = field(default_factory=PacaSection)
-    """Options of the method paca."""
+    """Options of the methods paca and qpaca."""
 
     lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, dora, moslora and qlora."""
+    """Options of the methods lora, lora_dropout, dora, moslora and qlora."""
 
     moslora: MosLoraSection = field(default_factory=MosLoraSection)
     """Options of the method moslora."""
@@ -283,6 +272,4 @@ class RunConfig:
     """Stop after this many evaluations without a lower eval_loss, and keep the best adapter."""
 
     def __post_init__(self) -> None:
-        if self.method == "qlora" and self.model.quantization is None:
-            self.model.quantization = "nf4"
-        settle(self, TrainingConfig, LEARNING_RATES)
+        settle(self, TrainingConfig, TEXT_METHODS)

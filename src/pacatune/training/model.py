@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from pacatune.hub import check_on_hub
+from pacatune.methods import METHODS, adapter_config
+from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
-from pacatune.training.lora import make_lora_config
 from pacatune.training.precision import choose_dtype
 from pacatune.training.quantization import check_quantization, quantization_options
 
@@ -147,14 +148,19 @@ def check_attention(config: RunConfig) -> None:
 
 def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
     """Return the PEFT configuration of the method; None where every weight is trained."""
-    if config.method == "full":
+    if not METHODS[config.method].has_adapter:
         return None
-    if config.method == "paca":
-        from pacatune import PacaConfig
+    return adapter_config(METHODS[config.method], task_type="CAUSAL_LM", **adapter_options(config))
 
-        return PacaConfig(task_type="CAUSAL_LM", **config.paca.adapter_options())
-    options = {"task_type": "CAUSAL_LM", **asdict(config.lora)}
-    return make_lora_config(config.method, options, config.moslora)
+
+def adapter_options(config: AnyRun) -> dict[str, Any]:
+    """Return the options of a run's adapter, as PEFT's class of the method takes them."""
+    method: Any = METHODS[config.method]
+    if method.is_paca:
+        options: dict[str, Any] = config.paca.adapter_options()
+        return options
+    more = asdict(config.moslora) if method.name == "moslora" else {}
+    return {**asdict(config.lora), **more}
 
 
 def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Plan:
@@ -193,7 +199,7 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
             adapter_config.target_modules = default_targets(model)
         refuse_idle_layers(adapter_config)
         planned = copy.deepcopy(adapter_config)
-        if config.method == "paca":
+        if METHODS[config.method].is_paca:
             # No weights are read for a plan.
             planned.columns_from = "dequantized"
             if planned.columns is None:
@@ -269,7 +275,7 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def _section(config: RunConfig) -> str:
-    return "paca" if config.method == "paca" else "lora"
+    return str(METHODS[config.method].section)
 
 
 def _load_model_config(config: RunConfig) -> Any:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pacatune.data import PreparedData, prepare_data, row_digests
+from pacatune.methods import METHODS
 from pacatune.training import model as models
 from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
@@ -145,7 +146,7 @@ def _check_fsdp(method: str) -> None:
         value = os.environ.get(variable, default)
         if value.lower() == needed.lower():
             continue
-        if option == "fsdp_cpu_ram_efficient_loading" and method != "paca":
+        if option == "fsdp_cpu_ram_efficient_loading" and not METHODS[method].is_paca:
             continue
         raise ValueError(
             f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."

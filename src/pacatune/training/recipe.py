@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.data import show_preview
+from pacatune.methods import METHODS
 from pacatune.training import model as models
 from pacatune.training.card import write_card
 from pacatune.training.checkpoints import TrainedOn
@@ -169,7 +170,7 @@ def _make_report(config: RunConfig, run: Run, trainer: RunTrainer) -> Report:
 
 def _write(config: RunConfig, report: Report, trainer: RunTrainer, folder: Path) -> None:
     """Write what goes with the weights."""
-    if config.method == "paca":
+    if METHODS[config.method].is_paca:
         write_fingerprint(folder, trainer.accelerator.unwrap_model(trainer.model))
     write_report(report, folder)
     write_card(config, report, folder)

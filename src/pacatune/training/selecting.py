@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
+from pacatune.methods import METHODS
 from pacatune.training.any_run import AnyRun
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def choose_from_data(
     """
     adapter_config = copy.deepcopy(adapter_config)
     kinds = _kinds(config, adapter_config)
-    shares = adapter_config is not None and config.method == "paca" and config.paca.share_columns
+    shares = (
+        adapter_config is not None and METHODS[config.method].is_paca and config.paca.share_columns
+    )
     if adapter_config is None or not (kinds or shares):
         return adapter_config
     if checkpoint is not None:

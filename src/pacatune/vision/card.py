@@ -3,23 +3,15 @@
 from pathlib import Path
 
 from pacatune.installation import install_command
+from pacatune.methods import METHODS
 from pacatune.training.card import compose_card
-from pacatune.vision.config import ADAPTERS, ImageRunConfig
+from pacatune.vision.config import ImageRunConfig
 from pacatune.vision.report import ImageReport
-
-_NAMES = {
-    "paca": "PaCA",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "moslora": "MosLoRA",
-    "full": "Full",
-    "head": "Linear-probe",
-}
 
 
 def write_card(config: ImageRunConfig, report: ImageReport, folder: Path) -> None:
     """Write README.md with the front matter that model hubs read."""
-    is_adapter = config.method in ADAPTERS
+    is_adapter = METHODS[config.method].has_adapter
     front = {
         "base_model": report.model,
         "library_name": "peft" if is_adapter else "transformers",
@@ -39,5 +31,5 @@ def write_card(config: ImageRunConfig, report: ImageReport, folder: Path) -> Non
             "\n`classifier.model` is a PEFT model; `classifier.model.merge_and_unload()` makes it "
             "a plain one.\n"
         )
-    text = compose_card(config, report, front, _NAMES[config.method], loading)
+    text = compose_card(config, report, front, METHODS[config.method].title, loading)
     (folder / "README.md").write_text(text, encoding="utf-8")

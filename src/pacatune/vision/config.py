@@ -6,13 +6,11 @@ from typing import ClassVar, Literal
 from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
-from pacatune.training.any_run import NEW_HEAD_RATES, settle
+from pacatune.methods import CLASSIFIER_METHODS
+from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.option_checks import refuse_elsewhere
-
-ImageMethod = Literal["paca", "lora", "dora", "moslora", "full", "head"]
-ADAPTERS = ("paca", "lora", "dora", "moslora")
 
 # Options of TrainingArguments that this recipe decides elsewhere, and where.
 _ELSEWHERE = {
@@ -106,10 +104,10 @@ class ImageRunConfig:
 
     command: ClassVar[str] = "train-image"
 
-    method: ImageMethod = "paca"
-    """How to fine-tune: `paca`, `lora`, `dora`, `moslora` (LoRA with a trained mixer; linear layers
-    only), `full` (every weight), or `head` (the classifier alone, a linear probe). A new head is
-    trained in any case."""
+    method: str = "paca"
+    """How to fine-tune: `paca`, `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained
+    mixer; linear layers only), `full` (every weight), or `head` (the classifier alone, a linear
+    probe). A new head is trained in any case."""
 
     model: ImageModelConfig
     """The pretrained model."""
@@ -121,7 +119,7 @@ class ImageRunConfig:
     """Options of the method paca."""
 
     lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, dora and moslora."""
+    """Options of the methods lora, lora_dropout, dora and moslora."""
 
     moslora: MosLoraSection = field(default_factory=MosLoraSection)
     """Options of the method moslora."""
@@ -138,4 +136,4 @@ class ImageRunConfig:
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
 
     def __post_init__(self) -> None:
-        settle(self, ImageTrainingConfig, NEW_HEAD_RATES)
+        settle(self, ImageTrainingConfig, CLASSIFIER_METHODS)

@@ -1,16 +1,15 @@
 """Adapter, plan and weights of an image model."""
 
 import copy
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pacatune.training.lora import make_lora_config
-from pacatune.training.model import Plan, count_trainable, require_lean
+from pacatune.methods import METHODS, adapter_config
+from pacatune.training.model import Plan, adapter_options, count_trainable, require_lean
 from pacatune.vision.base import ImageBase
-from pacatune.vision.config import ADAPTERS, ImageRunConfig
+from pacatune.vision.config import ImageRunConfig
 from pacatune.vision.parts import find_batch_norms, find_heads, reset_heads
 from pacatune.vision.targets import check_lora_targets, check_names, choose_targets
 
@@ -26,18 +25,18 @@ def make_adapter_config(
     Raises:
         ValueError: If the model has nothing to adapt, or LoRA cannot adapt a target.
     """
-    if config.method not in ADAPTERS:
+    method = METHODS[config.method]
+    if not method.has_adapter:
         return None, []
     model = base.empty_model()
     heads = find_heads(model)
-    is_paca = config.method == "paca"
-    section = config.paca if is_paca else config.lora
-    values = config.paca.adapter_options() if is_paca else asdict(config.lora)
+    section = config.paca if method.is_paca else config.lora
+    values = adapter_options(config)
     notes: list[str] = []
     if section.target_modules is None:
-        values["target_modules"], notes = choose_targets(model, config.method, section.r, heads)
+        values["target_modules"], notes = choose_targets(model, method, section.r, heads)
     else:
-        option = f"{'paca' if is_paca else 'lora'}.target_modules"
+        option = f"{method.section}.target_modules"
         check_names(model, section.target_modules, option)
         values["exclude_modules"] = _exclude(section.exclude_modules, heads)
     saved = heads + list(section.modules_to_save or [])
@@ -45,16 +44,14 @@ def make_adapter_config(
         saved += _batch_norms_or_refuse(model)
     values["modules_to_save"] = sorted(set(saved))
     values["revision"] = config.model.revision
-    if is_paca:
-        from pacatune import PacaConfig
+    made: Any = adapter_config(method, **values)
+    if method.is_paca:
         from pacatune.tuner.config import refuse_idle_layers
 
-        adapter_config = PacaConfig(**values)
-        refuse_idle_layers(adapter_config)
-        return adapter_config, notes
-    lora = make_lora_config(config.method, values, config.moslora)
-    check_lora_targets(model, lora)
-    return lora, notes
+        refuse_idle_layers(made)
+    else:
+        check_lora_targets(model, made)
+    return made, notes
 
 
 def plan_training(

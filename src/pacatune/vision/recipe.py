@@ -14,6 +14,7 @@ from transformers import default_data_collator, set_seed
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import Augmentation, ImageDataset, PreparedImages, prepare_images
+from pacatune.methods import METHODS
 from pacatune.training.checkpoints import TrainedOn
 from pacatune.training.output import check_folder
 from pacatune.training.preparation import (
@@ -279,7 +280,7 @@ def _write(
     if run.adapter_config is not None:
         sidecar = json.dumps({CLASSES_KEY: run.data.classes}, indent=2, ensure_ascii=False)
         (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
-    if config.method == "paca":
+    if METHODS[config.method].is_paca:
         write_fingerprint(folder, trainer.accelerator.unwrap_model(trainer.model))
     if run.evaluation is not None:
         draw_confusion(report, folder / "confusion.png")

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from pacatune.methods import Method
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import layer_class
 from pacatune.tuner.targets import available_targets
@@ -16,7 +17,7 @@ _CONVOLUTION = "convolution"
 
 
 def choose_targets(
-    model: nn.Module, method: str, rank: int, heads: list[str]
+    model: nn.Module, method: Method, rank: int, heads: list[str]
 ) -> tuple[set[str] | str, list[str]]:
     """Return the default targets, and what to tell the user about those left out.
 
@@ -43,12 +44,12 @@ def choose_targets(
     linear = [name for name, reason in reasons.items() if not reason]
     if _num_weights(modules, linear) >= _num_weights(modules, list(convolutions)):
         return default_targets(model), []
-    if method == "moslora":
+    if method.name == "moslora":
         raise ValueError(
             f"`method` (moslora) adapts linear layers, and {type(model).__name__} has most of its "
             "weights in convolutions; use paca, lora or dora, or set `lora.target_modules`."
         )
-    is_paca = method == "paca"
+    is_paca = method.is_paca
     narrow = {name for name, layer in convolutions.items() if layer.in_channels < rank}
     grouped = {name for name, layer in convolutions.items() if layer.groups > 1 and not is_paca}
     targets = {
@@ -57,7 +58,7 @@ def choose_targets(
         if not is_paca or layer_class(modules[name]) is not None
     }
     if not targets:
-        section = "paca" if is_paca else "lora"
+        section = method.section
         most = max(layer.in_channels for layer in convolutions.values())
         raise ValueError(
             f"`{section}.r` ({rank}) leaves {type(model).__name__} without a layer to adapt: its "

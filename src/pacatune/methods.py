@@ -1,0 +1,213 @@
+"""The methods of fine-tuning, in one table that every command reads.
+
+A method is a row of `METHODS`. To add one, add a row, and, if PEFT or torch has no configuration
+for it, a case to `adapter_config`. This module imports nothing heavy.
+"""
+
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = [
+    "CLASSIFIER_METHODS",
+    "METHODS",
+    "TEXT_METHODS",
+    "Method",
+    "adapter_config",
+    "method_of",
+    "readers_of",
+    "size_options",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fine-tune a model."""
+
+    name: str
+    """Name in commands, files and results."""
+    title: str
+    """Name in reports."""
+    summary: str
+    """What it does, in half a line."""
+    section: str | None = None
+    """Section of a run's options that configures it: paca or lora; None without an adapter."""
+    quantization: str | None = None
+    """Quantisation of the base that belongs to the method."""
+    dropout: float | None = None
+    """Dropout on the adapter's input that belongs to the method."""
+    text_rate: float | None = None
+    """Learning rate for a language model; None where the method is not offered for one."""
+    head_rate: float | None = None
+    """Learning rate for a classifier with a new head; None where it is not offered for one."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether PEFT makes an adapter, with a rank."""
+        return self.section is not None
+
+    @property
+    def is_paca(self) -> bool:
+        """Whether columns of the weights are trained."""
+        return self.section == "paca"
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapter's input may have dropout."""
+        return self.section == "lora"
+
+    @property
+    def needs_pacatune(self) -> bool:
+        """Whether PEFT knows the adapter only where pacatune is imported."""
+        return self.is_paca or self.name == "moslora"
+
+
+# A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
+# classifier is new, whatever the method, and learns at the same rate as the rest. Rates of adapters
+# suit the default ranks; what is stable falls as the rank rises.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="paca",
+            title="PaCA",
+            summary="columns of each weight, trained in place",
+            section="paca",
+            text_rate=5e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="qpaca",
+            title="QPaCA",
+            summary="PaCA on a base in 4 bits (nf4)",
+            section="paca",
+            quantization="nf4",
+            text_rate=5e-4,
+        ),
+        Method(
+            name="lora",
+            title="LoRA",
+            summary="PEFT's LoRA",
+            section="lora",
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="lora_dropout",
+            title="LoRA with dropout",
+            summary="PEFT's LoRA with dropout on its input",
+            section="lora",
+            dropout=0.05,
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="dora",
+            title="DoRA",
+            summary="PEFT's DoRA: LoRA on the directions of the weight, and a magnitude",
+            section="lora",
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="moslora",
+            title="MosLoRA",
+            summary="LoRA with a trained mixer between its factors",
+            section="lora",
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="qlora",
+            title="QLoRA",
+            summary="PEFT's LoRA on a base in 4 bits (nf4)",
+            section="lora",
+            quantization="nf4",
+            text_rate=2e-4,
+        ),
+        Method(
+            name="full",
+            title="Full",
+            summary="every weight",
+            text_rate=1e-5,
+            head_rate=1e-4,
+        ),
+        Method(
+            name="head",
+            title="Linear probe",
+            summary="the new head of a classifier alone",
+            head_rate=3e-3,
+        ),
+    )
+}
+"""Name -> method."""
+
+TEXT_METHODS = tuple(name for name, method in METHODS.items() if method.text_rate is not None)
+"""Methods for language models."""
+
+CLASSIFIER_METHODS = tuple(name for name, method in METHODS.items() if method.head_rate is not None)
+"""Methods for classifiers of images or texts."""
+
+
+def method_of(name: str, among: Collection[str] = METHODS, *, option: str = "method") -> Method:
+    """Return a method by its name.
+
+    Args:
+        name: As in `METHODS`; a hyphen stands for an underscore.
+        among: Names that are offered here.
+        option: Where the name is from, for the message.
+
+    Raises:
+        ValueError: If it is none of them; names the nearest.
+    """
+    wanted = str(name).replace("-", "_")
+    if wanted in among:
+        return METHODS[wanted]
+    nearest = difflib.get_close_matches(wanted, among, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(among)}{hint}.")
+
+
+def readers_of(section: str) -> tuple[str, ...]:
+    """Return the methods that read a section of a run's options: paca, lora or moslora."""
+    if section == "moslora":
+        return ("moslora",)
+    return tuple(name for name, method in METHODS.items() if method.section == section)
+
+
+def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) -> dict[str, Any]:
+    """Return the size of an adapter as options of its PEFT configuration.
+
+    Args:
+        method: One with an adapter.
+        rank: Columns of PaCA, or rank of LoRA's factors.
+        alpha: Scale of the update, alpha / rank.
+        dropout: Dropout on LoRA's input.
+    """
+    if method.is_paca:
+        return {"r": rank, "paca_alpha": alpha}
+    return {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+
+
+def adapter_config(method: Method, **options: Any) -> "PeftConfig":
+    """Return the PEFT configuration of a method.
+
+    Args:
+        method: One with an adapter.
+        options: Options of PEFT's class: of PacaConfig, MosLoraConfig or LoraConfig.
+    """
+    if method.is_paca:
+        from pacatune import PacaConfig
+
+        return PacaConfig(**options)
+    if method.name == "moslora":
+        from pacatune import MosLoraConfig
+
+        return MosLoraConfig(**options)
+    from peft import LoraConfig
+
+    return LoraConfig(use_dora=method.name == "dora", **options)
