@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["table"]
+from pacatune.methods import METHODS
 
-_METHODS = {"paca": "PaCA", "lora": "LoRA", "dora": "DoRA", "moslora": "MosLoRA"}
-_METHODS |= {"qpaca": "QPaCA", "qlora": "QLoRA"}
+__all__ = ["table"]
 
 
 def table(number: str, results: Path) -> str:
@@ -31,8 +30,8 @@ def _table_1(rows: list[dict[str, Any]]) -> list[str]:
         "| model | method | rank | paper, GB | ours, GB | difference |",
         "|---|---|--:|--:|--:|--:|",
         *(
-            f"| {row['model']} | {_METHODS[row['method']]} | {row['rank']} | {row['paper_gb']} "
-            f"| {row['simulated_gb']:.1f} | {row['difference']:+.1%} |"
+            f"| {row['model']} | {METHODS[row['method']].title} | {row['rank']} "
+            f"| {row['paper_gb']} | {row['simulated_gb']:.1f} | {row['difference']:+.1%} |"
             for row in rows
         ),
     ]
@@ -44,7 +43,7 @@ def _table_3(rows: list[dict[str, Any]]) -> list[str]:
         "| tokens, longest texts | tokens that give the paper's GB |",
         "|---|---|--:|--:|--:|--:|--:|",
         *(
-            f"| {row['model']} | {_METHODS[row['method']]} | {row['paper_gb']} "
+            f"| {row['model']} | {METHODS[row['method']].title} | {row['paper_gb']} "
             f"| {row['simulated_gb']:.1f} ({row['difference']:+.0%}) "
             f"| {row['checkpointed_gb']:.1f} | {row['tokens']:,} "
             f"| {row['tokens_that_explain_it']:,} |"
@@ -60,7 +59,7 @@ def _table_4(rows: list[dict[str, Any]]) -> list[str]:
         paper = "" if row["paper"] is None else f"{row['paper']:,}"
         difference = "" if row["paper"] is None else f"{row['difference']:+.1%}"
         lines.append(
-            f"| {_METHODS[row['method']]} | {row['dropout']:g} | {row['lean']} | {paper} "
+            f"| {METHODS[row['method']].title} | {row['dropout']:g} | {row['lean']} | {paper} "
             f"| {row['max_seq_len']:,} | {difference} |"
         )
     return lines

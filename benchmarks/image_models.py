@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.methods import RANK
 from pacatune.bench.methods import Contender
-from pacatune.vision.parts import find_heads
-from pacatune.vision.targets import choose_targets
+from pacatune.training.image.parts import find_heads
+from pacatune.training.image.targets import choose_targets
 
 __all__ = [
     "MODELS",

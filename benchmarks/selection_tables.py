@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pacatune.study.statistics import mean_of
+from pacatune.experiments.study.statistics import mean_of
 
 STUDIES = (
     "minilm-r4",

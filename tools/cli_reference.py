@@ -55,7 +55,7 @@ def _section_table(command, section):
     """Return the options of one section; those of training that are not transformers' own."""
     from pacatune.training import TrainingConfig
     from pacatune.training.arguments import own_options
-    from pacatune.vision import ImageTrainingConfig
+    from pacatune.training.image import ImageTrainingConfig
 
     training = ImageTrainingConfig if command == "train-image" else TrainingConfig
     ours = {f"training.{name}" for name in own_options(training)}

@@ -6,6 +6,7 @@ before or will be after.
 
 from typing import Any
 
+from pacatune._moved import find_moved_modules
 from pacatune._peft_hook import register_with_peft
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["MosLoraConfig", "PacaConfig", "PacaModel", "__version__", "resident"]
 
 register_with_peft()
+find_moved_modules()
 
 
 def __getattr__(name: str) -> Any:

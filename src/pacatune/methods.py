@@ -4,10 +4,11 @@ A method is a row of `METHODS`. To add one, add a row, and, if PEFT or torch has
 for it, a case to `adapter_config`. This module imports nothing heavy.
 """
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pacatune.names import choose
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,8 +35,10 @@ class Method:
     """Name in reports."""
     summary: str
     """What it does, in half a line."""
-    section: str | None = None
-    """Section of a run's options that configures it: paca or lora; None without an adapter."""
+    variant_of: str | None = None
+    """The method that it is, with quantisation or dropout beside."""
+    sections: tuple[str, ...] = ()
+    """Sections of a run's options that configure its adapter; none without one."""
     quantization: str | None = None
     """Quantisation of the base that belongs to the method."""
     dropout: float | None = None
@@ -48,22 +51,27 @@ class Method:
     @property
     def has_adapter(self) -> bool:
         """Whether PEFT makes an adapter, with a rank."""
-        return self.section is not None
+        return bool(self.sections)
 
     @property
     def is_paca(self) -> bool:
         """Whether columns of the weights are trained."""
-        return self.section == "paca"
+        return "paca" in self.sections
 
     @property
     def has_dropout(self) -> bool:
         """Whether the adapter's input may have dropout."""
-        return self.section == "lora"
+        return "lora" in self.sections
+
+    @property
+    def is_moslora(self) -> bool:
+        """Whether LoRA's factors have a trained mixer between them."""
+        return "moslora" in self.sections
 
     @property
     def needs_pacatune(self) -> bool:
         """Whether PEFT knows the adapter only where pacatune is imported."""
-        return self.is_paca or self.name == "moslora"
+        return self.is_paca or self.is_moslora
 
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
@@ -76,7 +84,7 @@ METHODS: dict[str, Method] = {
             name="paca",
             title="PaCA",
             summary="columns of each weight, trained in place",
-            section="paca",
+            sections=("paca",),
             text_rate=5e-4,
             head_rate=1e-3,
         ),
@@ -84,7 +92,8 @@ METHODS: dict[str, Method] = {
             name="qpaca",
             title="QPaCA",
             summary="PaCA on a base in 4 bits (nf4)",
-            section="paca",
+            variant_of="paca",
+            sections=("paca",),
             quantization="nf4",
             text_rate=5e-4,
         ),
@@ -92,7 +101,7 @@ METHODS: dict[str, Method] = {
             name="lora",
             title="LoRA",
             summary="PEFT's LoRA",
-            section="lora",
+            sections=("lora",),
             text_rate=2e-4,
             head_rate=1e-3,
         ),
@@ -100,7 +109,8 @@ METHODS: dict[str, Method] = {
             name="lora_dropout",
             title="LoRA with dropout",
             summary="PEFT's LoRA with dropout on its input",
-            section="lora",
+            variant_of="lora",
+            sections=("lora",),
             dropout=0.05,
             text_rate=2e-4,
             head_rate=1e-3,
@@ -109,7 +119,7 @@ METHODS: dict[str, Method] = {
             name="dora",
             title="DoRA",
             summary="PEFT's DoRA: LoRA on the directions of the weight, and a magnitude",
-            section="lora",
+            sections=("lora",),
             text_rate=2e-4,
             head_rate=1e-3,
         ),
@@ -117,7 +127,7 @@ METHODS: dict[str, Method] = {
             name="moslora",
             title="MosLoRA",
             summary="LoRA with a trained mixer between its factors",
-            section="lora",
+            sections=("lora", "moslora"),
             text_rate=2e-4,
             head_rate=1e-3,
         ),
@@ -125,7 +135,8 @@ METHODS: dict[str, Method] = {
             name="qlora",
             title="QLoRA",
             summary="PEFT's LoRA on a base in 4 bits (nf4)",
-            section="lora",
+            variant_of="lora",
+            sections=("lora",),
             quantization="nf4",
             text_rate=2e-4,
         ),
@@ -154,29 +165,13 @@ CLASSIFIER_METHODS = tuple(name for name, method in METHODS.items() if method.he
 
 
 def method_of(name: str, among: Collection[str] = METHODS, *, option: str = "method") -> Method:
-    """Return a method by its name.
-
-    Args:
-        name: As in `METHODS`; a hyphen stands for an underscore.
-        among: Names that are offered here.
-        option: Where the name is from, for the message.
-
-    Raises:
-        ValueError: If it is none of them; names the nearest.
-    """
-    wanted = str(name).replace("-", "_")
-    if wanted in among:
-        return METHODS[wanted]
-    nearest = difflib.get_close_matches(wanted, among, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(among)}{hint}.")
+    """Return a method by its name, as `names.choose` finds it."""
+    return METHODS[choose(name, among, option=option)]
 
 
 def readers_of(section: str) -> tuple[str, ...]:
-    """Return the methods that read a section of a run's options: paca, lora or moslora."""
-    if section == "moslora":
-        return ("moslora",)
-    return tuple(name for name, method in METHODS.items() if method.section == section)
+    """Return the methods that read a section of a run's options."""
+    return tuple(name for name, method in METHODS.items() if section in method.sections)
 
 
 def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) -> dict[str, Any]:
@@ -198,13 +193,13 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
 
     Args:
         method: One with an adapter.
-        options: Options of PEFT's class: of PacaConfig, MosLoraConfig or LoraConfig.
+        **options: Options of PEFT's class: of PacaConfig, MosLoraConfig or LoraConfig.
     """
     if method.is_paca:
         from pacatune import PacaConfig
 
         return PacaConfig(**options)
-    if method.name == "moslora":
+    if method.is_moslora:
         from pacatune import MosLoraConfig
 
         return MosLoraConfig(**options)

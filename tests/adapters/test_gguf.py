@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pacatune.adapters.export import export_lora
-from pacatune.packaged import default_cache
-from pacatune.packaged.packages import download
+from pacatune.data.packaged import default_cache
+from pacatune.data.packaged.packages import download
 from tests.adapters.fixtures import save_adapter
 from tools.families import FAMILIES
 

@@ -41,7 +41,7 @@ def test_a_method_trains_what_it_says_in_its_dtype(values, method):
 
 
 def test_dropout_is_that_of_the_method_that_has_it(values):
-    config = contender(values, "lora-dropout").model.peft_config["default"]
+    config = contender(values, "lora_dropout").model.peft_config["default"]
     assert config.lora_dropout == 0.1
     assert contender(values, "lora").model.peft_config["default"].lora_dropout == 0.0
     assert contender(values, "dora").model.peft_config["default"].use_dora

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from tests.study.conftest import *  # noqa: F403  (its fixtures)
+from tests.experiments.study.conftest import *  # noqa: F403  (its fixtures)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_study(study, tmp_path, capsys):
 
 
 def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
-    from pacatune.study.classify import ClassifyTask
+    from pacatune.experiments.study.classify import ClassifyTask
 
     def fail(self, config, console):
         raise RuntimeError("out of memory")

@@ -96,7 +96,7 @@ def test_adapter_scores_as_the_merged_model_does(evaluate, folder, tmp_path):
 
 
 def test_packaged_data(evaluate, folder, monkeypatch, tmp_path):
-    from pacatune import packaged
+    from pacatune.data import packaged
 
     def prepare(cache, name, seed):
         assert (cache, name, seed) == (tmp_path, "fever", 3)

@@ -15,7 +15,7 @@ NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview"
     ("module", "name", "command"),
     [
         ("pacatune.training.config", "RunConfig", train),
-        ("pacatune.vision.config", "ImageRunConfig", train_image),
+        ("pacatune.training.image.config", "ImageRunConfig", train_image),
     ],
 )
 def test_names_in_the_source_are_those_of_the_parser(module, name, command):

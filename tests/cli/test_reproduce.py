@@ -3,8 +3,8 @@
 import pytest
 
 from pacatune.cli import main
+from pacatune.experiments.reproduce import EXPERIMENTS
 from pacatune.files.result_folder import alone_in
-from pacatune.reproduce import EXPERIMENTS
 
 
 def error_of(capsys, *words):

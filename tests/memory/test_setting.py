@@ -30,7 +30,7 @@ def test_names_of_methods_on_quantised_bases():
     ],
 )
 def test_unknown_choice_suggests_the_nearest(option, value, nearest):
-    match = f"unknown `{option}` '{value}'; did you mean '{nearest}'\\? Choose from "
+    match = rf"`{option}` \('{value}'\) must be one of .*; did you mean '{nearest}'\?"
     with pytest.raises(ValueError, match=match):
         setting(**{option: value})
 

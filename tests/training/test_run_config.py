@@ -4,7 +4,8 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from pacatune.study.classifier_config import ClassifierTrainingConfig
+from pacatune.experiments.study.classifier_config import ClassifierTrainingConfig
+from pacatune.methods import METHODS, TEXT_METHODS
 from pacatune.training import (
     DataConfig,
     LoraSection,
@@ -14,8 +15,7 @@ from pacatune.training import (
     RunConfig,
     TrainingConfig,
 )
-from pacatune.training.config import LEARNING_RATES
-from pacatune.vision import ImageTrainingConfig
+from pacatune.training.image import ImageTrainingConfig
 
 
 def run_config(training=None, **options):
@@ -32,9 +32,9 @@ def test_model_path_is_required():
         ModelConfig()
 
 
-@pytest.mark.parametrize("method", LEARNING_RATES)
+@pytest.mark.parametrize("method", TEXT_METHODS)
 def test_learning_rate_is_that_of_the_method(method):
-    assert run_config(method=method).training.learning_rate == LEARNING_RATES[method]
+    assert run_config(method=method).training.learning_rate == METHODS[method].text_rate
     assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
 
 

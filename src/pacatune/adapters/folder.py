@@ -1,6 +1,5 @@
 """Open an adapter folder that a stranger made, without its base model."""
 
-import difflib
 import re
 import stat
 import types
@@ -17,6 +16,7 @@ from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
 from pacatune.format.patterns import check_patterns, matching_key
 from pacatune.format.tensors import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
+from pacatune.names import nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -121,9 +121,9 @@ def read_lora_config(path: Path) -> "LoraConfig":
 
 
 def _unknown_key(key: str, known: set[str], path: Path) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    near = nearest(key, known, cutoff=0)
     return (
-        f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {nearest[0]!r}. "
+        f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {near!r}. "
         "Correct or remove it; if a newer version of pacatune or PEFT wrote it, upgrade."
     )
 

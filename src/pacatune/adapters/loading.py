@@ -1,6 +1,5 @@
 """Load a language model for inference: base, tokenizer, quantisation, adapter."""
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from pacatune.adapters.folder import (
 from pacatune.adapters.target import find_target, target_shape
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
 from pacatune.installation import install_command
+from pacatune.names import nearest
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.experts import is_expert_parameter
@@ -91,11 +91,10 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
         shape = target_shape(model, name)
         if shape is None:
             found = dict(model.named_modules())
-            nearest = difflib.get_close_matches(name, found, n=1, cutoff=0)
             problem = "no module" if name not in found else "no adaptable layer"
             raise ValueError(
                 f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
-                f"name is {nearest[0]!r}. The adapter belongs to another base."
+                f"name is {nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
             )
         out_features, in_features, *others = shape
         if list(delta.shape[2:]) != others:

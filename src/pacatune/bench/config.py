@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from pacatune.bench.device import choose_device
-from pacatune.bench.methods import QUANTIZED, check_methods, is_ours
+from pacatune.bench.methods import check_methods, is_ours, quantization_of
 
 __all__ = ["DTYPES", "BenchConfig", "Setting"]
 
@@ -57,7 +57,7 @@ class BenchConfig:
     rank: int = 8
     """Of every adapter."""
     dropout: float = 0.1
-    """Of the method lora-dropout."""
+    """Of the method lora_dropout."""
     compiled: bool = False
     """Whether models are compiled by torch.compile."""
     seconds: float = 10.0
@@ -78,7 +78,8 @@ class BenchConfig:
     """Bytes that a process may take."""
 
     def __post_init__(self) -> None:
-        check_methods(self.methods, compiled=self.compiled)
+        methods = check_methods(self.methods, compiled=self.compiled)
+        object.__setattr__(self, "methods", methods)
         self._check_numbers()
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` ({self.dtype!r}) must be one of {', '.join(DTYPES)}.")
@@ -125,7 +126,7 @@ class BenchConfig:
         """Methods that alternate: ours, or the first, with each other one on an equal base."""
         pairs: list[tuple[str, ...]] = []
         for is_quantized in (False, True):
-            group = [m for m in self.methods if (m in QUANTIZED) == is_quantized]
+            group = [m for m in self.methods if (quantization_of(m) is not None) == is_quantized]
             first = next((m for m in group if is_ours(m)), group[0] if group else "")
             pairs += [(first, method) for method in group if method != first]
             if len(group) == 1:
@@ -152,7 +153,3 @@ class BenchConfig:
     def needs_autocast(self) -> bool:
         """Whether products need it, because adapters are finer than weights."""
         return self.trained_dtype != self.weight_dtype
-
-    def quantization(self, method: str) -> str | None:
-        """Return how the base of a method is quantised."""
-        return "nf4" if method in QUANTIZED else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from pacatune.bench.config import BenchConfig, Setting
 from pacatune.bench.device import PeakMemory, synchronize
 from pacatune.bench.flops import count_flops
-from pacatune.bench.methods import Contender, adapt
+from pacatune.bench.methods import Contender, adapt, quantization_of
 from pacatune.bench.model import make_batch, make_model, make_skeleton
 from pacatune.bench.record import Noise
 from pacatune.bench.saved import SavedByLayer, kinds_of_modules
@@ -36,7 +36,7 @@ class _Run:
             config.weight_dtype,
             self.device,
             seed=config.seed,
-            quantization=config.quantization(method),
+            quantization=quantization_of(method),
             max_length=setting.num_tokens,
         )
         self.contender: Contender = adapt(

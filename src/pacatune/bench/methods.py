@@ -4,38 +4,32 @@ Every adapter is made by PEFT, with the same rank, alpha (= rank, so that the fa
 layers; every method that trains has torch's AdamW over its trainable parameters only.
 """
 
-import difflib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pacatune import methods as table
 from pacatune.installation import install_command
+from pacatune.names import choose
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+__all__ = ["METHODS", "Contender", "adapt", "check_methods", "is_ours", "quantization_of"]
 
-__all__ = ["METHODS", "Contender", "adapt", "check_methods", "is_ours"]
-
+_FORMS = {
+    "paca-resident": "PaCA, columns always written into the weight",
+    "paca-transient": "PaCA, weight never written: one thin product more per layer",
+    "paca-lean": "PaCA, with lean activations",
+}
 METHODS = {
     "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
-    "full": "every weight trained",
-    "lora": "PEFT's LoRA, no dropout",
-    "lora-dropout": "PEFT's LoRA with dropout",
-    "dora": "PEFT's DoRA",
-    "moslora": "LoRA with a trained mixer",
-    "paca": "ours, as it runs",
-    "paca-resident": "ours, columns always written into the weight",
-    "paca-transient": "ours, weight never written: one thin product more per layer",
-    "paca-lean": "ours, with lean activations",
-    "qlora": "PEFT's LoRA on a base of 4 bits (nf4)",
-    "qpaca": "ours on a base of 4 bits (nf4)",
+    **{name: table.METHODS[name].summary for name in table.TEXT_METHODS},
+    **_FORMS,
 }
-QUANTIZED = ("qlora", "qpaca")
+"""Name -> description: the methods for language models, and what only a measurement has."""
+
 _LEARNING_RATE = 1e-4
 # Compiled graphs decide by themselves how to run.
 _EAGER_ONLY = ("paca-resident", "paca-transient")
@@ -57,11 +51,22 @@ class Contender:
 
 def is_ours(method: str) -> bool:
     """Whether a method is PaCA in one of its forms."""
-    return method.removeprefix("q").startswith("paca")
+    row = _row(method)
+    return row is not None and row.is_paca
 
 
-def check_methods(methods: Sequence[str], *, compiled: bool) -> None:
-    """Refuse methods that cannot be measured here, before any model is built.
+def quantization_of(method: str) -> str | None:
+    """Return how the base of a method is quantised."""
+    row = _row(method)
+    return None if row is None else row.quantization
+
+
+def _row(method: str) -> table.Method | None:
+    return table.METHODS.get("paca" if method in _FORMS else method)
+
+
+def check_methods(methods: Sequence[str], *, compiled: bool) -> tuple[str, ...]:
+    """Return names as `METHODS` has them; refuse those that cannot be measured here.
 
     Args:
         methods: Names.
@@ -73,41 +78,21 @@ def check_methods(methods: Sequence[str], *, compiled: bool) -> None:
     """
     if not methods:
         raise ValueError(f"`methods` is empty; choose from {', '.join(METHODS)}.")
-    for method in methods:
-        if method not in METHODS:
-            nearest = difflib.get_close_matches(method, METHODS, n=1)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"unknown method {method!r}; {hint}Choose from {', '.join(METHODS)}.")
-        if methods.count(method) > 1:
+    chosen = [choose(method, METHODS, option="methods") for method in methods]
+    for method in chosen:
+        if chosen.count(method) > 1:
             raise ValueError(f"method {method!r} is named twice; name it once.")
         if compiled and method in _EAGER_ONLY:
             raise ValueError(
                 f"method {method!r} with compiled models: a compiled graph decides by itself how "
                 "PaCA runs; choose paca."
             )
-        _check_installed(method)
-
-
-def _check_installed(method: str) -> None:
-    if method in QUANTIZED and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it out."
-        )
-    if method == "paca-lean" and _find("pacatune.lean", "enable") is None:
-        raise ValueError(
-            f"method {method!r}: this version of pacatune has no lean activations; leave it out."
-        )
-    if method == "moslora" and _find("pacatune", "MosLoraConfig") is None:
-        raise ValueError(f"method {method!r}: this version of pacatune has none; leave it out.")
-
-
-def _find(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        return None
+        if quantization_of(method) is not None and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it "
+                "out."
+            )
+    return tuple(chosen)
 
 
 def adapt(
@@ -125,16 +110,22 @@ def adapt(
         model: Untouched, on its device; adapted in place.
         method: One of `METHODS`.
         rank: Of every adapter.
-        dropout: Of `lora-dropout`.
+        dropout: Of `lora_dropout`.
         seed: Of PaCA's columns and LoRA's start.
         adapter_dtype: Of what an adapter trains.
     """
     model.requires_grad_(method == "full")
-    if method not in ("frozen", "full"):
+    row = _row(method)
+    if row is not None and row.has_adapter:
         from peft import get_peft_model
 
+        from pacatune.tuner.defaults import default_targets
+
         torch.manual_seed(seed)
-        config = _adapter_config(model, method, rank, dropout, seed)
+        options = table.size_options(row, rank, rank, dropout if row.dropout is not None else 0.0)
+        if row.is_paca:
+            options["random_seed"] = seed
+        config = table.adapter_config(row, **options, target_modules=default_targets(model))
         model = cast(nn.Module, get_peft_model(cast(Any, model), config))
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -142,29 +133,11 @@ def adapt(
     if method in ("paca-resident", "paca-transient"):
         _fix_form(model, is_resident=method == "paca-resident")
     if method == "paca-lean":
-        _find("pacatune.lean", "enable")(model)
+        from pacatune import lean
+
+        lean.enable(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Contender(method, model.train(), _make_optimizer(trained))
-
-
-def _adapter_config(
-    model: nn.Module, method: str, rank: int, dropout: float, seed: int
-) -> "PeftConfig":
-    from pacatune.tuner.defaults import default_targets
-
-    options: dict[str, Any] = {"r": rank, "target_modules": default_targets(model)}
-    if is_ours(method):
-        from pacatune import PacaConfig
-
-        return PacaConfig(**options, paca_alpha=rank, random_seed=seed)
-    from peft import LoraConfig
-
-    kind = _find("pacatune", "MosLoraConfig") if method == "moslora" else LoraConfig
-    if method == "lora-dropout":
-        options["lora_dropout"] = dropout
-    if method == "dora":
-        options["use_dora"] = True
-    return cast("PeftConfig", kind(**options, lora_alpha=rank))
 
 
 def _make_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:

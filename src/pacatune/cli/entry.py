@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from pacatune.cli.options import did_you_mean
+from pacatune.names import did_you_mean
 
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 COMMANDS = {

@@ -94,7 +94,8 @@ _MODEL_HELP = (
     "gemma3-12b, mistral-7b; or a config.json, a model folder, a hub id"
 )
 _METHOD_HELP = (
-    "paca, lora, dora, moslora or full; qpaca and qlora are on nf4 (default: %(default)s)"
+    "paca, lora, lora_dropout, dora, moslora or full; qpaca and qlora are on nf4 "
+    "(default: %(default)s)"
 )
 _LOSS_HELP = (
     "logits: all of them; chunked: never all, as `pacatune train`; auto: logits where lean is off "
@@ -117,9 +118,9 @@ def _setting(options: argparse.Namespace, method: str, num_methods: int) -> "Set
     values |= {"model": options.model, "method": method, "dropout": 0.0}
     values["target_modules"] = options.target_modules or ()
     setting = Setting(**values)
-    if num_methods > 1 and setting.method in ("paca", "full"):
+    if num_methods > 1 and not setting.row.has_dropout:
         return setting  # beside methods that have dropout
-    return setting.but(dropout=options.dropout)
+    return setting.but(dropout=options.dropout or setting.dropout)
 
 
 def _available_bytes(options: argparse.Namespace) -> int | None:

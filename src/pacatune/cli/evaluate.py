@@ -2,7 +2,7 @@
 
 import importlib
 
-from pacatune.cli.options import did_you_mean
+from pacatune.names import did_you_mean
 
 # Each is the module `pacatune.cli.evaluate_NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 SUBCOMMANDS = {

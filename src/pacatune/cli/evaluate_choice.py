@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pacatune.cli import evaluate_options as shared
-from pacatune.cli.options import did_you_mean, positive, quiet_libraries
+from pacatune.cli.options import positive, quiet_libraries
+from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
     from pacatune.evaluation import ChoiceQuestion, ChoiceResult
@@ -89,9 +90,9 @@ def make_report(results: "dict[str, ChoiceResult]") -> "Report":
 
 
 def _questions(name: str, options: argparse.Namespace) -> "list[ChoiceQuestion]":
+    from pacatune.data.packaged import default_cache, prepare_multiple_choice
+    from pacatune.data.packaged.multiple_choice import TASKS
     from pacatune.evaluation.choice import read_questions
-    from pacatune.packaged import default_cache, prepare_multiple_choice
-    from pacatune.packaged.multiple_choice import TASKS
 
     if name in TASKS:
         cache = default_cache() if options.cache is None else Path(options.cache)

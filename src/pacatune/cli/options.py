@@ -1,11 +1,10 @@
 """Options and habits that commands share."""
 
 import argparse
-import difflib
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,12 +71,6 @@ def print_notes(notes: Iterable[str]) -> None:
     """Print notes on stderr, so that they never mix with a command's result."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def did_you_mean(name: str, names: Collection[str]) -> str:
-    """Return a sentence that names the name nearest to a wrong one, or all where none is near."""
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}."
 
 
 def positive(text: str) -> int:

@@ -10,9 +10,9 @@ from pacatune.cli.options import new_parser, quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.reproduce import Experiment
-    from pacatune.reproduce.experiment import Mode
-    from pacatune.reproduce.section import Section
+    from pacatune.experiments.reproduce import Experiment
+    from pacatune.experiments.reproduce.experiment import Mode
+    from pacatune.experiments.reproduce.section import Section
 
 # Some cells have no result; the report says which and why.
 EXIT_FAILURES = 1
@@ -25,8 +25,8 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.reproduce import EXPERIMENTS, find_experiments
-    from pacatune.reproduce.running import check_method
+    from pacatune.experiments.reproduce import EXPERIMENTS, find_experiments
+    from pacatune.experiments.reproduce.running import check_method
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if options.list:
@@ -85,7 +85,7 @@ def _print_list(show: "object", experiments: "dict[str, Experiment]") -> None:
 def _print_settings(
     show: "object", experiments: "list[Experiment]", scale: "Literal['small', 'full'] | None"
 ) -> None:
-    from pacatune.reproduce.settings_of import settings_text
+    from pacatune.experiments.reproduce.settings_of import settings_text
 
     for experiment in experiments:
         show(settings_text(experiment, scale or "full"))  # type: ignore[operator]
@@ -94,7 +94,7 @@ def _print_settings(
 def _print_results(console: "Console", sections: "list[Section]", page: Path) -> None:
     from rich.markdown import Markdown
 
-    from pacatune.reproduce.page import make_result
+    from pacatune.experiments.reproduce.page import make_result
 
     for section in sections:
         console.print(Markdown(make_result(section)))
@@ -105,9 +105,9 @@ def _print_results(console: "Console", sections: "list[Section]", page: Path) ->
 def _run(
     options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
 ) -> "list[Section]":
+    from pacatune.experiments.reproduce import open_folder, run_experiments
+    from pacatune.experiments.reproduce.running import write_report
     from pacatune.files.result_folder import alone_in
-    from pacatune.reproduce import open_folder, run_experiments
-    from pacatune.reproduce.running import write_report
 
     mode: Mode = "simulate" if options.simulate else options.scale
     if len(experiments) == 1 and mode in experiments[0].cannot:

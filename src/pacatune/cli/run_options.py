@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pacatune.names import choose, suggest
+
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -98,6 +100,7 @@ class RunOptions:
             ValueError: If the options contradict each other.
         """
         values = options.as_dict()
+        choose(values["method"], self.run_class.methods, option="method")
         sections = {name: kind(**values[name]) for name, kind in self.sections.items()}
         names = [f.name for f in fields(self.run_class) if f.name not in self.sections]
         return self.run_class(**{name: values[name] for name in names}, **sections)
@@ -139,7 +142,7 @@ def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None
 
 
 def _check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:
-    from pacatune.training.config_file import check_keys, read_values, suggest
+    from pacatune.training.config_file import check_keys, read_values
 
     others = {*flags, *(name.partition(".")[0] for name in names if "." in name)}
     known = set(names) - others

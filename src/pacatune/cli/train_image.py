@@ -15,15 +15,15 @@ _PACKAGES = ("PIL", "torchvision", "timm")
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
-    check_early(argv, "pacatune.vision.config.ImageRunConfig", ("preset",))
+    check_early(argv, "pacatune.training.image.config.ImageRunConfig", ("preset",))
     require_packages()
     quiet_libraries()
 
-    from pacatune.vision import train
+    from pacatune.training.image import train
 
     run_options = _run_options()
     for name in values_of(argv, "preset"):
-        from pacatune.vision.presets import find_preset
+        from pacatune.training.image.presets import find_preset
 
         run_options.parser.set_defaults(find_preset(name).options())
     options = run_options.parse(argv)
@@ -54,16 +54,16 @@ def build_parser() -> "ArgumentParser":
 
 
 def _run_options() -> RunOptions:
-    from pacatune import vision
-    from pacatune.vision.presets import PRESETS
+    from pacatune.training import image
+    from pacatune.training.image.presets import PRESETS
 
     sections = {
-        "model": vision.ImageModelConfig,
-        "data": vision.ImageDataConfig,
-        "paca": vision.PacaSection,
-        "lora": vision.LoraSection,
-        "moslora": vision.MosLoraSection,
-        "training": vision.ImageTrainingConfig,
+        "model": image.ImageModelConfig,
+        "data": image.ImageDataConfig,
+        "paca": image.PacaSection,
+        "lora": image.LoraSection,
+        "moslora": image.MosLoraSection,
+        "training": image.ImageTrainingConfig,
     }
     preset = {
         "metavar": "NAME",
@@ -71,5 +71,5 @@ def _run_options() -> RunOptions:
         f"settings are ours): {', '.join(PRESETS)}. Options override it.",
     }
     return RunOptions(
-        vision.ImageRunConfig, sections, "Fine-tune an image classifier.", {"preset": preset}
+        image.ImageRunConfig, sections, "Fine-tune an image classifier.", {"preset": preset}
     )

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from pacatune.evaluation.harness import (
 )
 from pacatune.evaluation.local_tasks import local_tasks
 from pacatune.evaluation.mmlu_data import NUM_FEWSHOT, lm_eval_folder
+from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -154,10 +154,7 @@ def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
     known = {name.removeprefix("mmlu_") for name, entry in index.items() if _is_task(entry)}
     for subject in subjects:
         if subject not in known:
-            near = get_close_matches(subject, sorted(known), n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
-            )
+            hint = did_you_mean(subject, sorted(known))
             raise ValueError(f"`subjects` names {subject!r}, which is not there; {hint}")
     wanted = {f"mmlu_{subject}" for subject in subjects}
     for group in CATEGORIES.values():

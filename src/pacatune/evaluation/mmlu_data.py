@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from pacatune.data.mmlu import CSV_COLUMNS, LETTERS, Question, to_question
 from pacatune.data.read import SUFFIXES, read_rows
 from pacatune.evaluation.harness import require_lm_eval
 from pacatune.files.folder import staged_folder
+from pacatune.names import guess
 
 NUM_FEWSHOT = 5
 NUM_SUBJECTS = 57
@@ -168,9 +168,10 @@ def _read_file(file: Path) -> Iterator[Question]:
     for row in read_rows(str(file), csv_columns=CSV_COLUMNS):
         question = to_question(row, subject=named)
         if question.subject not in _subjects():
-            near = get_close_matches(question.subject, _subjects(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "name the file after its subject."
-            raise ValueError(f"{row.place}: {question.subject!r} is not a subject of MMLU; {hint}")
+            hint = guess(question.subject, _subjects()) or "name the file after its subject."
+            raise ValueError(
+                f"{row.place}: {question.subject!r} is not a subject of MMLU; {hint.strip()}"
+            )
         yield question
 
 

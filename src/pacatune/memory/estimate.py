@@ -106,7 +106,7 @@ def find_max(
         raise ValueError(
             f"unknown quantity {quantity!r}; choose from {', '.join(get_args(Quantity))}."
         )
-    if quantity == "rank" and setting.method == "full":
+    if quantity == "rank" and not setting.row.has_adapter:
         raise ValueError("`method` ('full') has no rank; look for seq_len or batch_size.")
     # The first model also knows the largest rank.
     training = FakeTraining(setting.but(rank=1) if quantity == "rank" else setting)

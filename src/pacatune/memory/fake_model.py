@@ -84,7 +84,7 @@ def _fake(value: Tensor, setting: Setting) -> Tensor:
 
 
 def _is_of_adapter(value: Tensor, setting: Setting) -> bool:
-    return setting.method != "full" and value.requires_grad
+    return setting.row.has_adapter and value.requires_grad
 
 
 def _make_resident(model: nn.Module, setting: Setting) -> None:

@@ -1,7 +1,8 @@
 """How many bytes a GPU gives to PyTorch, and sizes as people write them."""
 
-import difflib
 import re
+
+from pacatune.names import guess
 
 __all__ = ["GPU_GIB", "gpu_bytes", "parse_bytes"]
 
@@ -37,8 +38,7 @@ def gpu_bytes(name: str) -> int:
         ValueError: If it is unknown; names the nearest.
     """
     if name.lower() not in GPU_GIB:
-        nearest = difflib.get_close_matches(name.lower(), GPU_GIB, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = guess(name.lower(), GPU_GIB, cutoff=0.4)
         raise ValueError(
             f"unknown GPU {name!r}; {hint}Known are {', '.join(GPU_GIB)}; for another give its "
             "memory, such as `--memory 24GiB`."

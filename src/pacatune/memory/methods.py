@@ -1,16 +1,14 @@
 """What each method makes of a model without weights: PEFT's adapters, bitsandbytes' layers."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.installation import install_command
 from pacatune.memory.setting import Setting
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from pacatune.methods import adapter_config, size_options
 
 __all__ = ["adapt", "is_quantized", "quantize_", "quantized_weight"]
 
@@ -27,33 +25,17 @@ def adapt(model: nn.Module, setting: Setting) -> nn.Module:
         model: Changed in place.
         setting: Method, rank, dropout and targets.
     """
-    if setting.method == "full":
+    if not setting.row.has_adapter:
         return model.requires_grad_(True)
     from peft import get_peft_model
 
     from pacatune.tuner.defaults import default_targets
 
     targets = list(setting.target_modules) or default_targets(model)
-    config = _adapter_config(setting, targets)
+    options = size_options(setting.row, setting.rank, setting.rank, setting.dropout)
+    config = adapter_config(setting.row, **options, task_type="CAUSAL_LM", target_modules=targets)
     adapted: nn.Module = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=True)
     return adapted
-
-
-def _adapter_config(setting: Setting, targets: Any) -> "PeftConfig":
-    rank = setting.rank
-    if setting.method == "paca":
-        from pacatune import PacaConfig
-
-        return PacaConfig(task_type="CAUSAL_LM", r=rank, paca_alpha=rank, target_modules=targets)
-    options = {"r": rank, "lora_alpha": rank, "lora_dropout": setting.dropout}
-    if setting.method == "moslora":
-        from pacatune import MosLoraConfig
-
-        return MosLoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
-    from peft import LoraConfig
-
-    is_dora = setting.method == "dora"
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, use_dora=is_dora, **options)
 
 
 def quantize_(model: Any, setting: Setting) -> None:

@@ -1,6 +1,5 @@
 """Find out what a model is like from its configuration alone; nothing of it is ever executed."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pacatune.memory.presets import PRESETS
+from pacatune.names import guess, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -114,8 +114,7 @@ def _find_file(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1:
         raise FileNotFoundError(f"{model} does not exist; give a config.json or a model folder.")
     if model.count("/") != 1:
-        nearest = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = guess(model.lower(), PRESETS, cutoff=0.4)
         raise ValueError(
             f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
             "model folder or hub id."
@@ -155,8 +154,8 @@ def _check_origin(values: dict[str, Any], model: str) -> None:
             f"model {model} comes with code of its own, which is never executed; use a version "
             "of it that transformers supports."
         )
-    nearest = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    near = nearest(str(kind), CONFIG_MAPPING)
+    hint = "." if near is None else f"; did you mean {near!r}?"
     raise ValueError(f"model {model}: `model_type` ({kind!r}) is unknown to transformers{hint}")
 
 

@@ -1,24 +1,23 @@
 """What to estimate, declared once for the command line, Python and the tables."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["Method", "Setting"]
+from pacatune.methods import METHODS, TEXT_METHODS, Method, method_of
+from pacatune.names import choose
 
-Method = Literal["paca", "lora", "dora", "moslora", "full"]
+__all__ = ["Setting"]
+
 Quantization = Literal["nf4", "fp4"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Lean = Literal["off", "auto", "require"]
 Loss = Literal["auto", "logits", "chunked"]
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
 
-# The names of methods on a quantised base that people use.
-_ALIASES: dict[str, str] = {"qpaca": "paca", "qlora": "lora"}
-_WITH_DROPOUT = ("lora", "dora", "moslora")
+_WITH_DROPOUT = [name for name in TEXT_METHODS if METHODS[name].has_dropout]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,9 @@ class Setting:
     model: str
     """Name of a preset, a config.json, a model folder, or a hub id."""
 
-    method: Method = "paca"
-    """paca, lora, dora, moslora, or full; qpaca and qlora are paca and lora on nf4."""
+    method: str = "paca"
+    """A method for language models, by its name in `METHODS`. One that is another with quantisation
+    or dropout (qpaca, qlora, lora_dropout) becomes that one, with the option set."""
 
     rank: int = 8
     """Columns or rank of the adapter."""
@@ -81,9 +81,10 @@ class Setting:
     """Names of the adapted modules; the linear layers of the blocks where empty."""
 
     def __post_init__(self) -> None:
-        if self.method in _ALIASES:
-            object.__setattr__(self, "quantization", self.quantization or "nf4")
-            object.__setattr__(self, "method", _ALIASES[self.method])
+        given = method_of(self.method, TEXT_METHODS)
+        object.__setattr__(self, "method", given.variant_of or given.name)
+        object.__setattr__(self, "quantization", self.quantization or given.quantization)
+        object.__setattr__(self, "dropout", self.dropout or given.dropout or 0.0)
         self._check_choices()
         for name in ("rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus"):
             value = getattr(self, name)
@@ -100,18 +101,11 @@ class Setting:
     def _check_choices(self) -> None:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), _choices(field.name)
-            if not choices or value in choices:
-                continue
-            known = [*choices, *(_ALIASES if field.name == "method" else ())]
-            names = [name for name in known if name is not None]
-            nearest = difflib.get_close_matches(str(value).lower(), names, n=1)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(
-                f"unknown `{field.name}` {value!r}; {hint}Choose from {', '.join(names)}."
-            )
+            if choices and not (field.name == "quantization" and value is None):
+                choose(value, choices, option=field.name)
 
     def _check_combinations(self) -> None:
-        if self.dropout and self.method not in _WITH_DROPOUT:
+        if self.dropout and not self.row.has_dropout:
             raise ValueError(
                 f"`dropout` ({self.dropout}) with `method` ({self.method!r}): it has none; drop "
                 f"the option, or choose one of {', '.join(_WITH_DROPOUT)}."
@@ -138,6 +132,11 @@ class Setting:
             )
 
     @property
+    def row(self) -> Method:
+        """The method."""
+        return METHODS[self.method]
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         """Type of the weights."""
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -152,7 +151,7 @@ class Setting:
     def trained_dtype(self) -> torch.dtype:
         """Type of what is trained."""
         dtype: torch.dtype = getattr(torch, self.adapter_dtype)
-        return self.weight_dtype if self.method == "full" else dtype
+        return dtype if self.row.has_adapter else self.weight_dtype
 
     @property
     def loss_kind(self) -> Literal["logits", "chunked"]:
@@ -172,7 +171,6 @@ class Setting:
 
 def _choices(name: str) -> tuple[Any, ...]:
     kinds: dict[str, Any] = {
-        "method": Method,
         "dtype": Dtype,
         "adapter_dtype": Dtype,
         "lean": Lean,
@@ -180,5 +178,5 @@ def _choices(name: str) -> tuple[Any, ...]:
         "sharding": Sharding,
     }
     if name == "quantization":
-        return (None, *get_args(Quantization))
+        return get_args(Quantization)
     return get_args(kinds[name]) if name in kinds else ()

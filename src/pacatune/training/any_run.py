@@ -1,6 +1,5 @@
 """What every kind of run has, and the checks that concern several of its sections."""
 
-from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +13,8 @@ class AnyRun(Protocol):
     """A run on text or on images."""
 
     command: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]
+    """Names of the methods that are offered: of language models, or of classifiers."""
 
     method: str
     """How to fine-tune; a name of `METHODS`."""
@@ -51,13 +52,12 @@ class AnyRun(Protocol):
         """After how many evaluations without progress to stop."""
 
 
-def settle(run: AnyRun, training_class: type[Any], methods: Collection[str]) -> None:
+def settle(run: AnyRun, training_class: type[Any]) -> None:
     """Check what concerns several sections, and fill in what one leaves to another.
 
     Args:
         run: The run; its sections are changed.
         training_class: Class that the training section must be of.
-        methods: Names of the methods that are offered: of language models, or of classifiers.
 
     Raises:
         ValueError: If the sections contradict each other.
@@ -70,7 +70,7 @@ def settle(run: AnyRun, training_class: type[Any], methods: Collection[str]) -> 
             f"`training` is a {type(training).__name__}; it must be a "
             f"{package}.{training_class.__name__}."
         )
-    method = method_of(run.method, methods)
+    method = method_of(run.method, run.methods)
     run.method = method.name
     if method.quantization is not None and run.model.quantization is None:
         run.model.quantization = method.quantization
@@ -78,7 +78,7 @@ def settle(run: AnyRun, training_class: type[Any], methods: Collection[str]) -> 
         run.lora.lora_dropout = method.dropout
     _refuse_other_methods(run)
     if training.learning_rate is None:
-        rate = method.text_rate if methods is TEXT_METHODS else method.head_rate
+        rate = method.text_rate if run.methods is TEXT_METHODS else method.head_rate
         training.learning_rate = training.given["learning_rate"] = rate
     if run.early_stopping_patience is not None:
         _set_early_stopping(training, run.early_stopping_patience)

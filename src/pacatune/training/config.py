@@ -240,6 +240,7 @@ class RunConfig:
     """
 
     command: ClassVar[str] = "train"
+    methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
@@ -272,4 +273,4 @@ class RunConfig:
     """Stop after this many evaluations without a lower eval_loss, and keep the best adapter."""
 
     def __post_init__(self) -> None:
-        settle(self, TrainingConfig, TEXT_METHODS)
+        settle(self, TrainingConfig)

@@ -1,6 +1,5 @@
 """Write a run's configuration to YAML, read it back as plain values, compare two of them."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, asdict, fields
@@ -10,15 +9,13 @@ from typing import Any
 
 import yaml
 
+from pacatune.names import suggest
 from pacatune.training.any_run import AnyRun
 
 CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
-_MAX_LISTED = 20
-# Less alike than this, a key is no guess at another one.
-_NEAR = 0.6
 
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
@@ -154,35 +151,6 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
     for key in _dotted(values, sections):
         if key not in known and key not in sections:
             raise ValueError(f"{source}: unknown key {key!r}; {suggest(key, {*known, *sections})}")
-
-
-def suggest(key: str, known: Collection[str]) -> str:
-    """Say which known key is nearest to `key`, in whole or in its last part, and where all are.
-
-    A key of a section that there is stays in it, unless another one has its last part.
-    """
-    section, _, last = key.rpartition(".")
-    inside = [name for name in known if section and name.startswith(f"{section}.")]
-    named_so = [name for name in known if name.rpartition(".")[2] == last]
-
-    def similarity(name: str) -> float:
-        pairs = [(last, name.rpartition(".")[2])]
-        if not inside:
-            pairs.append((key, name))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    def rank(name: str) -> tuple[float, float]:
-        return similarity(name), difflib.SequenceMatcher(None, key, name).ratio()
-
-    nearest = max(sorted(named_so or inside or known), key=rank)
-    keys = sorted(inside or known)
-    all_keys = (
-        f"There are {', '.join(keys)}."
-        if len(keys) <= _MAX_LISTED
-        else "The command's `--print_config` lists all keys."
-    )
-    is_near = similarity(nearest) >= _NEAR
-    return f"did you mean {nearest!r}? {all_keys}" if is_near else f"none is like it. {all_keys}"
 
 
 def load_yaml(text: str) -> Any:

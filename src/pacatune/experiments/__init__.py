@@ -1,0 +1,1 @@
+"""What is above everything else: the paper as data, studies, reproductions and demonstrations."""

@@ -1,0 +1,108 @@
+"""Pictures of a section, as SVG texts that need nothing else."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pacatune.experiments.reproduce.measured import Measured
+
+__all__ = ["bars", "lines", "stacked"]
+
+_PAPER, _OURS = "#9a9a9a", "#2b6cb0"
+
+
+def _figure(num_panels: int, height: float = 3.0) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # Without pyplot: it would choose a window system and keep the figure in global state.
+    figure = Figure(figsize=(4.6 * num_panels, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    # The salt makes the names inside, and so the text, the same every time. Words stay words: they
+    # can be read aloud and searched, and are half as long as their outlines.
+    with mpl.rc_context({"svg.hashsalt": "pacatune", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def bars(
+    names: Sequence[str],
+    paper: Sequence[float | None],
+    ours: Sequence[Measured | None],
+    labels: tuple[str, str],
+) -> str:
+    """Draw the paper's bars and ours, each on its own scale.
+
+    Args:
+        names: Of the lines.
+        paper: Its numbers; None leaves a gap.
+        ours: With their intervals.
+        labels: Of the two axes, with units.
+    """
+    figure, panels = _figure(2, height=0.9 + 0.28 * len(names))
+    places = list(range(len(names)))[::-1]
+    known = [(place, value) for place, value in zip(places, paper, strict=True) if value]
+    _bar_panel(panels[0], known, [None] * len(known), _PAPER)
+    here = [(place, value) for place, value in zip(places, ours, strict=True) if value]
+    errors = [(n.value - n.low, n.high - n.value) for _, n in here]
+    _bar_panel(panels[1], [(place, n.value) for place, n in here], errors, _OURS)
+    for axes, label, source in zip(panels, labels, ("the paper", "here"), strict=True):
+        axes.set(xlabel=label, title=source, yticks=places, ylim=(-0.6, len(names) - 0.4))
+        axes.set_yticklabels(names, fontsize="small")
+    panels[1].set_yticklabels([])
+    return _svg(figure)
+
+
+def _bar_panel(axes: Any, numbers: Sequence[tuple[int, float]], errors: Any, color: str) -> None:
+    for (place, value), error in zip(numbers, errors, strict=True):
+        spread = None if error is None else [[error[0]], [error[1]]]
+        bar = axes.barh(place, value, xerr=spread, color=color, height=0.62, ecolor="black")
+        axes.bar_label(bar, fmt="%.4g", fontsize="small", padding=2)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str]) -> str:
+    """Draw a line per name.
+
+    Args:
+        series: Name -> points.
+        labels: Of x and y.
+    """
+    figure, (axes,) = _figure(1, height=3.4)
+    for name, points in series.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> str:
+    """Draw a stacked bar per line.
+
+    Args:
+        parts: Title of a line -> its parts.
+        names: Of the parts.
+        label: Of the axis, with its unit.
+    """
+    figure, (axes,) = _figure(1, height=1.2 + 0.4 * len(parts))
+    places = list(range(len(parts)))[::-1]
+    lefts = [0.0] * len(parts)
+    for number, name in enumerate(names):
+        widths = [values[number] for values in parts.values()]
+        axes.barh(places, widths, left=lefts, height=0.62, label=name)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axes.set(xlabel=label, yticks=places)
+    axes.set_yticklabels(list(parts))
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)

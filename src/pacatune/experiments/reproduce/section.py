@@ -1,0 +1,63 @@
+"""One experiment's part of the report, as data that Markdown, HTML and JSON are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pacatune.experiments.reproduce.compare import Verdict
+
+__all__ = ["Chart", "ReportTable", "Section"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTable:
+    """A table of texts."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A picture."""
+
+    caption: str
+    draw: Callable[[], str]
+    """Draws it as SVG; only called for what is written."""
+
+    @cached_property
+    def svg(self) -> str:
+        """The whole file."""
+        return self.draw()
+
+
+@dataclass(kw_only=True)
+class Section:
+    """One table or figure: the paper's, ours, and what follows."""
+
+    name: str
+    title: str
+    place: str
+    """Where in the paper."""
+    about: list[str]
+    """Paragraphs for somebody who knows neither the paper nor us."""
+    tables: list[ReportTable] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What limits the comparison."""
+    missing: list[str] = field(default_factory=list)
+    """Cells that have no result yet."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Cell -> why it has none."""
+    provenance: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What the JSON file holds beside the texts: the numbers themselves."""
+
+    def outcomes(self) -> dict[str, int]:
+        """Return how many verdicts there are of each kind."""
+        kinds = [verdict.outcome for verdict in self.verdicts]
+        return {kind: kinds.count(kind) for kind in ("agrees", "open", "contradicts")}

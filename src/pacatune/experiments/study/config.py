@@ -1,0 +1,203 @@
+"""One study, declared once: methods ("arms") on one task, each at its best learning rate."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pacatune.methods import METHODS, method_of
+from pacatune.names import choose
+
+# The exact test goes through 2^n signs.
+MAX_SEEDS = 20
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """One of the methods that are compared.
+
+    Raises:
+        ValueError: If a value is out of its range or means nothing for the method.
+    """
+
+    method: str = "paca"
+    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, qlora, full (every
+    weight) or head (of a classifier)."""
+
+    rank: int | None = None
+    """Rank of the adapter. Where null, `match` of the study decides."""
+
+    alpha: int | None = None
+    """Scale of the update, alpha / rank; the rank where null, so that nothing is scaled."""
+
+    dropout: float = 0.0
+    """On the input of LoRA's A."""
+
+    selection: str = "random"
+    """How PaCA chooses columns; see `paca.selection` of `pacatune train`."""
+
+    learning_rates: list[float] | None = None
+    """Grid of learning rates; where null, the study's for the method."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of this arm's runs, in sections as in a configuration of the command."""
+
+    def __post_init__(self) -> None:
+        method = method_of(self.method)
+        self.method = method.name
+        if self.rank is not None and not method.has_adapter:
+            raise ValueError(f"`rank` ({self.rank}) means nothing for {self.method!r}; drop it.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"`rank` ({self.rank}) must be at least 1, or null.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"`alpha` ({self.alpha}) must be above 0, or null.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` ({self.dropout}) must be in [0, 1).")
+        if self.dropout and not method.has_dropout:
+            raise ValueError(
+                f"`dropout` ({self.dropout}) is of LoRA's input; {self.method!r} has none: drop it."
+            )
+        if self.selection != "random" and not method.is_paca:
+            raise ValueError(
+                f"`selection` ({self.selection!r}) chooses PaCA's columns; {self.method!r} has "
+                "none: drop it."
+            )
+        if self.learning_rates is not None:
+            check_rates("learning_rates", self.learning_rates)
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """A comparison of methods on one task.
+
+    Each arm trains at each rate of its grid with the first `tuning_seeds` seeds, and the rate with
+    the best mean on validation data is taken. It then trains with all seeds at that rate. Reported
+    is what they reach on test data, which nothing was chosen by.
+
+    Raises:
+        ValueError: If a value is out of its range or contradicts another one.
+    """
+
+    task: str = ""
+    """A packaged task (smollm2-chat, minilm-questions, efficientnet-cifar10, dinov2-cifar10), or
+    the path of a configuration of `command`; empty if `options` says it all."""
+
+    command: Literal["train", "train-image", "classify"] = "train"
+    """What a configuration that is given by its path or in `options` is one of. `classify` is a
+    study's own small recipe for classifiers of texts. A packaged task brings its own."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of all runs, in sections as in a configuration of the command; over the task's."""
+
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """Name -> arm."""
+
+    reference: str | None = None
+    """Arm that the others are compared with; the first where null."""
+
+    match: Literal["rank", "parameters"] = "rank"
+    """What arms without `rank` share with the reference: its rank, or as nearly as a rank allows
+    its number of trained parameters."""
+
+    metric: Literal["auto", "loss", "accuracy"] = "auto"
+    """What is compared; auto: accuracy where there are classes, else the loss."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the order of the data, the columns, and whatever starts at random."""
+
+    tuning_seeds: int = 1
+    """How many of the seeds, from the first, choose the learning rate."""
+
+    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    """Method -> grid. Where missing, the task's; or a third, one and three times the rate that is
+    the command's default for the method."""
+
+    extend_grids: int = 0
+    """Where the best rate is at the edge of its grid, try the next one beyond, at the distance of
+    the last two, up to so many times."""
+
+    validation_fraction: float = 0.1
+    """Share of the training data that is held out to choose by; the task's evaluation data is the
+    test."""
+
+    forgetting_tokens: int = 2048
+    """How much general text to measure a language model's loss on, before and after; 0: none."""
+
+    def __post_init__(self) -> None:
+        if not self.task and not self.options:
+            raise ValueError("`task` is ''; name a packaged task or a configuration's path.")
+        if not self.arms:
+            raise ValueError("`arms` is empty; name at least one arm, such as paca: {rank: 8}.")
+        self.arms = {
+            name: arm if isinstance(arm, Arm) else Arm(**arm) for name, arm in self.arms.items()
+        }
+        for name in self.arms:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"`arms` has the name {name!r}; use letters, digits, and any of _ . + -, since "
+                    "files are named after it."
+                )
+        if self.reference is None:
+            self.reference = next(iter(self.arms))
+        if self.reference not in self.arms:
+            raise ValueError(
+                f"`reference` ({self.reference!r}) must be one of the arms {sorted(self.arms)}."
+            )
+        self._check_seeds()
+        self._check_ranks()
+        self.learning_rates = {
+            choose(name, METHODS, option="learning_rates"): rates
+            for name, rates in self.learning_rates.items()
+        }
+        for method, rates in self.learning_rates.items():
+            check_rates(f"learning_rates.{method}", rates)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"`validation_fraction` ({self.validation_fraction}) must be above 0 and below 1: "
+                "the rate may not be chosen on test data."
+            )
+        if self.extend_grids < 0:
+            raise ValueError(f"`extend_grids` ({self.extend_grids}) must be at least 0.")
+        if self.forgetting_tokens < 0:
+            raise ValueError(f"`forgetting_tokens` ({self.forgetting_tokens}) must be at least 0.")
+
+    def _check_seeds(self) -> None:
+        if not 1 <= len(self.seeds) <= MAX_SEEDS or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"`seeds` ({self.seeds}) must be 1 to {MAX_SEEDS} different numbers: the exact "
+                "test goes through all signs of their differences."
+            )
+        if min(self.seeds) < 0:
+            raise ValueError(f"`seeds` ({self.seeds}) must be at least 0.")
+        if not 1 <= self.tuning_seeds <= len(self.seeds):
+            raise ValueError(
+                f"`tuning_seeds` ({self.tuning_seeds}) must be in [1, {len(self.seeds)}], the "
+                "number of seeds."
+            )
+
+    def _check_ranks(self) -> None:
+        reference = self.arms[str(self.reference)]
+        open_arms = [n for n, a in self.arms.items() if a.rank is None and has_rank(a)]
+        if (
+            open_arms
+            and reference.rank is None
+            and not (self.match == "parameters" and reference.method == "head")
+        ):
+            raise ValueError(
+                f"the arms {open_arms} have no `rank`, and the reference {self.reference!r} has "
+                "none to share; give ranks."
+            )
+
+
+def has_rank(arm: Arm) -> bool:
+    """Whether the arm's method has a rank."""
+    return METHODS[arm.method].has_adapter
+
+
+def check_rates(name: str, rates: list[float]) -> None:
+    """Refuse a grid with which nothing could be chosen.
+
+    Raises:
+        ValueError: If it is empty, or a rate is not above 0 or there twice.
+    """
+    if not rates or len(set(rates)) < len(rates) or not all(0 < r < float("inf") for r in rates):
+        raise ValueError(f"`{name}` ({rates}) must be different numbers above 0, at least one.")

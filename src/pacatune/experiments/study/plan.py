@@ -1,0 +1,253 @@
+"""From a study's configuration to its runs: task, ranks, grids, keys."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pacatune.experiments.study.config import Arm, StudyConfig, has_rank
+from pacatune.experiments.study.task import Task, Values, merged
+from pacatune.methods import METHODS, readers_of, size_options
+from pacatune.training.any_run import ADAPTER_SECTIONS
+from pacatune.training.config_file import read_values, to_values
+
+# Of a run's options, those that change no number; what paths hold is part of the key as a digest.
+_FREE = {
+    "model": ("path",),
+    "data": ("path",),
+    "training": ("output_dir", "report_to", "disable_tqdm", "logging_dir", "run_name"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedArm:
+    """An arm with all that the study decides about it."""
+
+    name: str
+    arm: Arm
+    rank: int | None
+    learning_rates: list[float]
+    num_trainable_parameters: int
+    options: Values
+    """Of its runs, over the task's, but for rate, seed and folder."""
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a study will run."""
+
+    config: StudyConfig
+    task: Task
+    metric: str
+    arms: dict[str, PlannedArm]
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_runs(self) -> int:
+        """Return how many runs the whole study takes."""
+        seeds, tuning = len(self.config.seeds), self.config.tuning_seeds
+        return sum(len(a.learning_rates) * tuning + seeds - tuning for a in self.arms.values())
+
+    def add_rate(self, name: str, rate: float) -> None:
+        """Let an arm try another rate."""
+        arm = self.arms[name]
+        self.arms[name] = replace(arm, learning_rates=sorted([*arm.learning_rates, rate]))
+
+    def make_run(self, name: str, rate: float, seed: int, folder: Path) -> Any:
+        """Build one run.
+
+        Args:
+            name: Of the arm.
+            rate: Learning rate.
+            seed: Of everything.
+            folder: Scratch folder of the trainer.
+        """
+        return _make_run(self.task, self.arms[name].options, rate, seed, folder)
+
+    def key(self, run: Any) -> str:
+        """Return the hash of all that decides the numbers of a run, but for versions."""
+        values = to_values(run)
+        where = json.dumps([values["data"], values["model"]], sort_keys=True)
+        if where not in self._digests:
+            self._digests[where] = self.task.digest(run)
+        for section, names in _FREE.items():
+            for name in names:
+                values[section].pop(name, None)
+        test = {k: v for k, v in self.task.test_options.items() if not k.endswith("path")}
+        content = [self.task.command, values, test, self._digests[where]]
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
+    """Find the task and settle every arm, before anything runs.
+
+    Args:
+        config: The study.
+        say: Called with a line when something is fetched.
+
+    Raises:
+        ValueError: If the task is unknown, or an arm does not fit it.
+    """
+    task, grids = open_task(config, say)
+    metric = task.metrics[0] if config.metric == "auto" else config.metric
+    if metric not in task.metrics:
+        raise ValueError(
+            f"`metric` ({metric!r}) is not measured by {task.command}; use one of "
+            f"{', '.join(task.metrics)}."
+        )
+    for name, arm in config.arms.items():
+        if arm.method not in task.methods:
+            raise ValueError(
+                f"arm {name!r}: `method` ({arm.method!r}) is not offered by {task.command}; use "
+                f"one of {', '.join(task.methods)}."
+            )
+    _refuse_unused(config)
+    arms: dict[str, PlannedArm] = {}
+    reference = str(config.reference)
+    for name in [reference, *(name for name in config.arms if name != reference)]:
+        arms[name] = _plan_arm(config, task, grids, name, arms.get(reference))
+    return Plan(
+        config=config, task=task, metric=metric, arms={name: arms[name] for name in config.arms}
+    )
+
+
+def _refuse_unused(config: StudyConfig) -> None:
+    methods = {arm.method for arm in config.arms.values()}
+    for name in ADAPTER_SECTIONS:
+        used_by = readers_of(name)
+        if config.options.get(name) and not methods.intersection(used_by):
+            raise ValueError(
+                f"`options` has the section {name!r}, which only {', '.join(used_by)} would read, "
+                f"and the arms are of {', '.join(sorted(methods))}; drop it or add such an arm."
+            )
+
+
+def open_task(
+    config: StudyConfig, say: Callable[[str], None]
+) -> tuple[Task, dict[str, list[float]]]:
+    """Return the task, and grids by method where a packaged task brings some."""
+    from pacatune.experiments.study.packaged_tasks import find_packaged_task, prepare_packaged
+
+    command: str = config.command
+    values: Values = {}
+    grids: dict[str, list[float]] = {}
+    if config.task and Path(config.task).expanduser().is_file():
+        values = read_values(Path(config.task).expanduser())
+    elif config.task:
+        packaged = find_packaged_task(config.task)
+        command, grids = packaged.command, packaged.learning_rates
+        values = prepare_packaged(packaged, say)
+    values = merged(values, config.options)
+    kind = _task_class(command)
+    return kind(values, config.validation_fraction, config.forgetting_tokens), grids
+
+
+def _task_class(command: str) -> type[Task]:
+    if command == "train":
+        from pacatune.experiments.study.text import TextTask
+
+        return TextTask
+    if command == "train-image":
+        from pacatune.experiments.study.images import ImageTask
+
+        return ImageTask
+    from pacatune.experiments.study.classify import ClassifyTask
+
+    return ClassifyTask
+
+
+def _plan_arm(
+    config: StudyConfig,
+    task: Task,
+    grids: dict[str, list[float]],
+    name: str,
+    reference: PlannedArm | None,
+) -> PlannedArm:
+    arm = config.arms[name]
+    try:
+        rank = arm.rank
+        if rank is None and has_rank(arm):
+            assert reference is not None, "the configuration demands a rank of the reference"
+            rank = reference.rank
+            if config.match == "parameters":
+                rank = _matching_rank(task, arm, reference.num_trainable_parameters)
+        options = arm_options(arm, rank)
+        run = _make_run(task, options, 1e-3, config.seeds[0], Path("unused"))
+        return PlannedArm(
+            name=name,
+            arm=arm,
+            rank=rank,
+            learning_rates=_grid(config, grids, task, arm),
+            num_trainable_parameters=task.count(run),
+            options=options,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"arm {name!r}: {error}") from error
+
+
+def _grid(config: StudyConfig, grids: dict[str, list[float]], task: Task, arm: Arm) -> list[float]:
+    for found in (
+        arm.learning_rates,
+        config.learning_rates.get(arm.method),
+        grids.get(arm.method),
+    ):
+        if found is not None:
+            return sorted(found)
+    default = task.default_rate(arm.method)
+    return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
+
+
+def arm_options(arm: Arm, rank: int | None) -> Values:
+    """Return an arm as options of a run: method, adapter, and what it says itself."""
+    alpha = rank if arm.alpha is None else arm.alpha
+    method = METHODS[arm.method]
+    options: Values = {"method": arm.method}
+    if method.has_adapter:
+        assert rank is not None
+        assert alpha is not None
+        options[method.sections[0]] = size_options(method, rank, alpha, arm.dropout)
+    if method.is_paca:
+        options["paca"]["selection"] = arm.selection
+    return merged(options, arm.options)
+
+
+def _make_run(task: Task, options: Values, rate: float, seed: int, folder: Path) -> Any:
+    training = {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
+    decided: Values = {"training": training}
+    if METHODS[options["method"]].is_paca:
+        decided["paca"] = {"random_seed": seed}
+    return task.make_config(options, decided)
+
+
+def _matching_rank(task: Task, arm: Arm, number: int) -> int:
+    """Return the rank with which an arm trains about as many parameters, by bisection."""
+
+    def count(rank: int) -> int | None:
+        run = _make_run(task, arm_options(arm, rank), 1e-3, 0, Path("unused"))
+        try:
+            return task.count(run)
+        except ValueError:
+            if rank == 1:
+                raise
+            return None  # more columns than a weight has
+
+    low, high = 1, 2
+    smallest = count(low)
+    assert smallest is not None, "raised otherwise"
+    while (found := count(high)) is not None and found < number:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = count(middle)
+        low, high = (middle, high) if found is not None and found < number else (low, middle)
+    counts = {rank: n for rank in (low, high) if (n := count(rank)) is not None}
+    best = min(counts, key=lambda rank: abs(counts[rank] - number))
+    if abs(counts[best] - number) > number / 4:
+        raise ValueError(
+            f"no rank trains about as many parameters as the reference ({number:,}): rank {best} "
+            f"trains {counts[best]:,}; give `rank`."
+        )
+    return best

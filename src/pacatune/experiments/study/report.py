@@ -1,0 +1,117 @@
+"""The report of a study: a table in Markdown, and plots."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pacatune.experiments.study.plots import draw_metric, draw_rates
+from pacatune.experiments.study.result import ArmResult, StudyResult
+
+REPORT_NAME, METRIC_PLOT, RATES_PLOT = "report.md", "metric.png", "rates.png"
+OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)
+
+
+def write_report(result: StudyResult, folder: Path) -> None:
+    """Write report.md, metric.png and rates.png."""
+    draw_metric(result, folder / METRIC_PLOT)
+    draw_rates(result, folder / RATES_PLOT)
+    (folder / REPORT_NAME).write_text(to_markdown(result), encoding="utf-8")
+
+
+def table(result: StudyResult) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of the table of arms."""
+    head = [
+        "arm",
+        "method",
+        "rank",
+        "trained parameters",
+        "rate",
+        f"test {result.metric}",
+        "n",
+        f"minus {result.reference}",
+        "p",
+    ]
+    arms = result.arms.values()
+    forgets = any(arm.forgetting is not None for arm in arms)
+    rows = [_row(arm, result.metric) for arm in arms]
+    if forgets:
+        head.append("forgetting")
+        for row, arm in zip(rows, arms, strict=True):
+            row.append("-" if arm.forgetting is None else f"{arm.forgetting:+.4f}")
+    return head, rows
+
+
+def to_markdown(result: StudyResult) -> str:
+    """Return the report."""
+    head, rows = table(result)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    failures = [
+        f"- {arm.name}, {failure}" for arm in result.arms.values() for failure in arm.failures
+    ]
+    parts = [
+        f"# {result.config['task'] or 'study'}: {', '.join(result.arms)}",
+        "\n".join(lines),
+        notes(result),
+        f"![{result.metric}]({METRIC_PLOT})\n\n![Learning rates]({RATES_PLOT})",
+    ]
+    if result.warnings:
+        parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in result.warnings))
+    if failures:
+        parts.append("Failed runs:\n\n" + "\n".join(failures))
+    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    return "\n\n".join([*parts, f"Versions: {packages}."]) + "\n"
+
+
+def notes(result: StudyResult) -> str:
+    """Return what a reader must know of the table."""
+    config = result.config
+    tuning, seeds = config["tuning_seeds"], len(config["seeds"])
+    better = "more" if result.higher_is_better else "less"
+    compared = [arm.comparison for arm in result.arms.values() if arm.comparison is not None]
+    smallest = max((c.smallest_p_value for c in compared), default=None)
+    text = (
+        f"Mean and standard deviation over seeds of the {result.metric} on test data; {better} is "
+        "better. The rate of each arm is the best of its grid on a held-out share of the training "
+        f"data ({config['validation_fraction']:g}), with {tuning} of {seeds} seeds; test data "
+        "chose nothing. All arms see the same batches in the same order, with the same schedule "
+        "and precision."
+    )
+    if smallest is not None:
+        text += (
+            " Differences are paired by seed; p is that of an exact two-sided sign-flip "
+            f"permutation test, which cannot be below {smallest:.2g} with so many seeds, and is "
+            "not corrected for the number of arms."
+        )
+    if any(arm.forgetting is not None for arm in result.arms.values()):
+        text += " Forgetting is the rise of the loss on general text that was not trained on."
+    return text
+
+
+def _row(arm: ArmResult, metric: str) -> list[str]:
+    show = _formatter(metric)
+    compared = arm.comparison
+    return [
+        arm.name,
+        arm.method,
+        "-" if arm.rank is None else str(arm.rank),
+        f"{arm.num_trainable_parameters:,}",
+        "-" if arm.learning_rate is None else f"{arm.learning_rate:g}{'!' * arm.at_edge}",
+        _with_spread(arm.mean, arm.std, show),
+        str(len(arm.values)),
+        "" if compared is None else _with_spread(compared.mean, compared.std, show, sign="+"),
+        "" if compared is None else f"{compared.p_value:.2g}",
+    ]
+
+
+def _formatter(metric: str) -> Callable[[float, str], str]:
+    """Accuracies are shown in per cent."""
+    if metric == "accuracy":
+        return lambda value, sign: f"{100 * value:{sign}.2f}"
+    return lambda value, sign: f"{value:{sign}.4f}"
+
+
+def _with_spread(
+    mean: float | None, std: float | None, show: Callable[[float, str], str], sign: str = ""
+) -> str:
+    if mean is None:
+        return "-"
+    return show(mean, sign) + ("" if std is None else f" ± {show(std, '')}")

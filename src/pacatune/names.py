@@ -1,0 +1,84 @@
+"""Names that people write: which one is meant, and which is nearest to a wrong one."""
+
+import difflib
+from collections.abc import Collection, Iterable
+
+__all__ = ["choose", "did_you_mean", "guess", "nearest", "suggest"]
+
+_MAX_LISTED = 20
+# Less alike than this, a key is no guess at another one.
+_NEAR = 0.6
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | None:
+    """Return the known name most like another one, None where none is like it.
+
+    Args:
+        name: The wrong one; capitals do not count where it has none of the known.
+        known: The right ones.
+        cutoff: How alike they must be, from 0 to 1; with 0 there is always one.
+    """
+    known = list(known)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    found = found or difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def guess(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str:
+    """Return the question whether the nearest name is meant, and a space; nothing without one."""
+    near = nearest(name, known, cutoff=cutoff)
+    return "" if near is None else f"did you mean {near!r}? "
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return a sentence that names the name nearest to a wrong one, or all where none is near."""
+    return guess(name, known).strip() or f"choose from {', '.join(known)}."
+
+
+def choose(name: str, known: Collection[str], *, option: str) -> str:
+    """Return the one of several names that is meant; a hyphen and an underscore are the same.
+
+    Args:
+        name: As the user wrote it.
+        known: Names that are offered.
+        option: Where the name is from, for the message.
+
+    Raises:
+        ValueError: If it is none of them; names the nearest.
+    """
+    names = {one.replace("-", "_"): one for one in known}
+    wanted = str(name).replace("-", "_")
+    if wanted in names:
+        return names[wanted]
+    near = nearest(wanted, names)
+    hint = "." if near is None else f"; did you mean {names[near]!r}?"
+    raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(known)}{hint}")
+
+
+def suggest(key: str, known: Collection[str]) -> str:
+    """Say which known key is nearest to `key`, in whole or in its last part, and where all are.
+
+    A key of a section that there is stays in it, unless another one has its last part.
+    """
+    section, _, last = key.rpartition(".")
+    inside = [name for name in known if section and name.startswith(f"{section}.")]
+    named_so = [name for name in known if name.rpartition(".")[2] == last]
+
+    def similarity(name: str) -> float:
+        pairs = [(last, name.rpartition(".")[2])]
+        if not inside:
+            pairs.append((key, name))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    def rank(name: str) -> tuple[float, float]:
+        return similarity(name), difflib.SequenceMatcher(None, key, name).ratio()
+
+    near = max(sorted(named_so or inside or known), key=rank)
+    keys = sorted(inside or known)
+    all_keys = (
+        f"There are {', '.join(keys)}."
+        if len(keys) <= _MAX_LISTED
+        else "The command's `--print_config` lists all keys."
+    )
+    is_near = similarity(near) >= _NEAR
+    return f"did you mean {near!r}? {all_keys}" if is_near else f"none is like it. {all_keys}"

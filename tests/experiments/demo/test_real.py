@@ -1,0 +1,91 @@
+"""The demo with its real model and data; skipped where the model can't be fetched."""
+
+import json
+
+import pytest
+
+from pacatune.adapters.generation import Sampling, TextGenerator
+from pacatune.cli import main
+from pacatune.data.packaged import default_cache, prepare_model, prepare_questions
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model():
+    with pytest.MonkeyPatch.context() as patch:
+        # Without a network, say so at once.
+        patch.setenv("PIP_RETRIES", "0")
+        try:
+            return prepare_model(default_cache())
+        except OSError as error:
+            pytest.skip(f"the demo's model can't be had: {error}")
+
+
+def test_model_is_the_real_one(model):
+    generator = TextGenerator(str(model), dtype="float32")
+    tokens = generator.encode("What is the capital of France?")
+    assert "Paris" in generator.generate(tokens, Sampling(max_new_tokens=12))
+
+
+def test_demo_lowers_the_loss_of_the_real_model(model, tmp_path, capsys):
+    output, data = tmp_path / "out", tmp_path / "chats.jsonl"
+    # Evaluating on all the demo's data would take a minute.
+    lines = prepare_questions(default_cache())[0].read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:80]))
+    words = ["--data", str(data), "--steps", "2", "--prompt", "Hi", "--output", str(output)]
+    assert main(["demo", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "originals rounded to 4 bits" in printed
+    result = json.loads((output / "demo.json").read_text())
+    for report in result["reports"].values():
+        assert report["eval_loss_after"] < report["eval_loss_before"]
+    numbers = [report["num_trainable_parameters"] for report in result["reports"].values()]
+    assert max(numbers) < 1.03 * min(numbers)
+    assert result["answers"][0]["before"] != ""
+
+
+def prepared(prepare):
+    """What the image demo fetches, or a skipped test."""
+    pytest.importorskip("timm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_RETRIES", "0")
+        try:
+            return prepare(default_cache())
+        except OSError as error:
+            pytest.skip(f"a part of the image demo can't be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    from pacatune.data.packaged.cifar10 import prepare_cifar10
+
+    return prepared(prepare_cifar10)
+
+
+def test_images_are_the_real_ones(cifar10):
+    from PIL import Image
+
+    files = sorted(cifar10.glob("*/*/*.png"))
+    assert len(files) == 10_000
+    assert len({path.parent.name for path in files}) == 10
+    with Image.open(files[0]) as image:
+        assert (image.mode, image.size) == ("RGB", (32, 32))
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "dinov2-small"])
+def test_image_demo_beats_chance_with_the_real_models(name, cifar10, tmp_path):
+    from pacatune.experiments.demo.vision_comparison import MODELS
+
+    prepared(MODELS[name].prepare)
+    words = ["demo-vision", "--model", name, "--steps", "10", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    reports = json.loads((tmp_path / "out" / "demo.json").read_text())["models"][name]
+    for method in ("lora", "paca"):
+        report = reports[method]
+        assert report["eval_loss_after"] < report["eval_loss_before"], method
+        assert report["num_eval_examples"] == 300
+        # Ten classes: chance is 0.1, with a standard deviation of 0.017 on 300 images.
+        assert report["accuracy_after"] > 0.25, method
+    numbers = [reports[method]["num_trainable_parameters"] for method in ("lora", "paca")]
+    assert max(numbers) < 1.2 * min(numbers)

@@ -1,0 +1,152 @@
+import json
+import random
+from typing import ClassVar
+
+import pytest
+import torch
+
+from pacatune.experiments.study import plan
+from pacatune.experiments.study.task import Measured, Task
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Training and test chats whose answers can be learned."""
+    folder = tmp_path_factory.mktemp("chats")
+    for name, numbers in (("train", range(40)), ("test", range(40, 52))):
+        lines = []
+        for i in numbers:
+            user = {"role": "user", "content": f"What is {i}?"}
+            answer = {"role": "assistant", "content": f"It is {7 * i % 10}."}
+            lines.append(json.dumps({"messages": [user, answer]}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def text_options(tiny_model_dir, chats):
+    """Options of a text run of two steps."""
+    return {
+        "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+        "data": {"path": str(chats / "train.jsonl"), "eval_path": str(chats / "test.jsonl")},
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    }
+
+
+WORDS = {"fruit": ["apple", "pear", "plum"], "colour": ["red", "green", "blue"]}
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Training and test texts of two classes, told apart by a word."""
+    folder = tmp_path_factory.mktemp("labelled")
+    draw = random.Random(0)
+    for name, number in (("train", 60), ("test", 20)):
+        lines = []
+        for _ in range(number):
+            label = draw.choice(list(WORDS))
+            words = [draw.choice(WORDS[label]), *draw.choices(["this", "that", "is"], k=3)]
+            draw.shuffle(words)
+            lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory):
+    """Folder of a tiny BERT with a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "this", "that", "is", *WORDS["fruit"], *WORDS["colour"]]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def class_options(bert_dir, labelled):
+    """Options of a classifier's run."""
+    return {
+        "model": {"path": str(bert_dir)},
+        "data": {"path": str(labelled / "train.jsonl"), "eval_path": str(labelled / "test.jsonl")},
+        "training": {"max_steps": 2, "bf16": False, "use_cpu": True},
+    }
+
+
+class Scripted(Task):
+    """Has real configurations of `pacatune train`, and results by a formula.
+
+    Validation is best at a rate of 1e-3, test at 4e-3. `fail` raises at will.
+    """
+
+    command = "train"
+    methods = ("paca", "lora", "full")
+    metrics = ("loss",)
+    runs: ClassVar = []
+    fail = None
+
+    @classmethod
+    def classes(cls):
+        from pacatune.experiments.study.text import TextTask
+
+        return TextTask.classes()
+
+    def _take_test(self, data):
+        return {"path": data.pop("eval_path")}
+
+    def default_rate(self, method):
+        return 3e-4
+
+    def count(self, config):
+        section = config.paca if config.method == "paca" else config.lora
+        return section.r * (100 if config.method == "paca" else 230)
+
+    def digest(self, config):
+        return "scripted"
+
+    def run(self, config, console):
+        rate, seed = config.training.learning_rate, config.training.seed
+        if Scripted.fail is not None:
+            Scripted.fail(config)
+        Scripted.runs.append((config.method, rate, seed))
+        base = seed * 0.01 + (0.5 if config.method == "lora" else 0)
+        return Measured(
+            validation={"loss": base + abs(rate - 1e-3)},
+            test={"loss": base + 1 + abs(rate - 4e-3)},
+            num_trainable_parameters=self.count(config),
+            train_loss=1.0,
+            num_steps=2,
+            forgetting={"before": 3.0, "after": 3.0 + rate},
+        )
+
+
+@pytest.fixture
+def scripted(monkeypatch, text_options):
+    """Let studies run the scripted task; yields its class and the options that it takes."""
+    Scripted.runs, Scripted.fail = [], None
+    monkeypatch.setattr(plan, "_task_class", lambda command: Scripted)
+    return Scripted, text_options

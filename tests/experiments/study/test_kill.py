@@ -1,0 +1,114 @@
+"""A study that is stopped in the middle of a run goes on where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from rich.console import Console
+
+from pacatune.experiments.study import run_study
+from pacatune.experiments.study.classifier import ClassifierTrainer
+from pacatune.experiments.study.classify import ClassifyTask
+from pacatune.experiments.study.config_file import read_study
+from pacatune.files.result_folder import alone_in
+
+# Runs a study whose third run never ends.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from pacatune.experiments.study import run_study
+from pacatune.experiments.study.classify import ClassifyTask
+from pacatune.experiments.study.config_file import read_study
+
+train, started = ClassifyTask.run, []
+
+def slow(self, config, console):
+    started.append(config)
+    if len(started) == 3:
+        Path(sys.argv[3]).touch()
+        time.sleep(600)
+    return train(self, config, console)
+
+ClassifyTask.run = slow
+run_study(read_study(Path(sys.argv[1])), Path(sys.argv[2]), console=Console(quiet=True))
+"""
+
+
+@pytest.fixture
+def study(class_options, tmp_path):
+    """File of a study of four runs."""
+    content = {
+        "command": "classify",
+        "options": class_options,
+        "arms": {"a": {"rank": 2}, "b": {"rank": 4}},
+        "seeds": [0, 1],
+        "learning_rates": {"paca": [1e-3]},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Rank and seed of each run that begins in this process."""
+    runs, train = [], ClassifyTask.run
+
+    def remember(self, config, console):
+        runs.append((config.paca.r, config.training.seed))
+        return train(self, config, console)
+
+    monkeypatch.setattr(ClassifyTask, "run", remember)
+    return runs
+
+
+@pytest.mark.slow
+def test_killed(study, started, tmp_path):
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, str(study), str(out), str(mark)]
+    env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        limit = time.monotonic() + 300
+        while not mark.exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        process.kill()
+    assert len(list((out / "runs").glob("[!.]*"))) == 2
+    assert json.loads((out / "study.json").read_text()) == {"finished": False}
+    result = run_study(read_study(study), out, console=Console(quiet=True))
+    assert started == [(2, 1), (4, 1)]
+    assert {name: sorted(arm.values) for name, arm in result.arms.items()} == {
+        "a": [0, 1],
+        "b": [0, 1],
+    }
+    assert json.loads((out / "study.json").read_text())["finished"] is True
+
+
+def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
+    step, out = ClassifierTrainer.training_step, tmp_path / "out"
+
+    def signalled(self, *args, **kwargs):
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ClassifierTrainer, "training_step", signalled)
+    with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 4 runs done; the same command"):
+        run_study(read_study(study), out, console=Console(quiet=True))
+    monkeypatch.setattr(ClassifierTrainer, "training_step", step)
+    run_study(read_study(study), out, console=Console(quiet=True))
+    assert started == [(2, 0), (4, 0), (4, 0), (2, 1), (4, 1)]
+
+
+def test_two_at_once(study, started, tmp_path):
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another run is at work"):
+        run_study(read_study(study), tmp_path / "out", console=Console(quiet=True))
+    assert not started

@@ -1,0 +1,230 @@
+"""What is run when, what is kept, and what comes out of it; results are scripted."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from pacatune.experiments.study import Arm, StudyConfig, run_study
+from pacatune.experiments.study.plan import make_plan
+from pacatune.experiments.study.runner import pending_runs
+
+RATES = [5e-4, 1e-3, 4e-3]
+ARMS = {
+    "paca": Arm(rank=4, learning_rates=RATES),
+    "lora": Arm(method="lora", learning_rates=[1e-3, 4e-3]),
+}
+
+
+def config_of(options, **values):
+    return StudyConfig(**{"options": options, "arms": ARMS, "seeds": [0, 1, 2], **values})
+
+
+def run(config, folder):
+    console = Console(record=True, width=200, file=io.StringIO())
+    return run_study(config, folder, console=console), console
+
+
+def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(scripted, tmp_path):
+    task, options = scripted
+    result, _ = run(config_of(options), tmp_path / "out")
+    # Rates with the first seed, arms in turns, then the other seeds at the best rate.
+    assert task.runs == [
+        ("paca", 5e-4, 0),
+        ("lora", 1e-3, 0),
+        ("paca", 1e-3, 0),
+        ("lora", 4e-3, 0),
+        ("paca", 4e-3, 0),
+        ("paca", 1e-3, 1),
+        ("lora", 1e-3, 1),
+        ("paca", 1e-3, 2),
+        ("lora", 1e-3, 2),
+    ]
+    paca, lora = result.arms["paca"], result.arms["lora"]
+    assert paca.learning_rate == lora.learning_rate == 1e-3  # 4e-3 would be best on test data
+    assert paca.values == pytest.approx({0: 1.003, 1: 1.013, 2: 1.023})
+    assert (paca.mean, paca.std) == pytest.approx((1.013, 0.01))
+    assert paca.rates == pytest.approx({5e-4: 5e-4, 1e-3: 0.0, 4e-3: 3e-3})
+    assert (paca.at_edge, lora.at_edge) == (False, True)
+    assert paca.comparison is None
+    assert lora.comparison.mean == pytest.approx(0.5)
+    assert lora.comparison.p_value == lora.comparison.smallest_p_value == 0.25
+    assert lora.forgetting == pytest.approx(1e-3)
+    assert (paca.num_trainable_parameters, lora.num_trainable_parameters) == (400, 920)
+    assert result.warnings == [
+        "lora: the best rate (0.001) is at the edge of its grid (0.001, 0.004); a better one may "
+        "lie outside."
+    ]
+
+
+def test_two_seeds_choose_the_rate(scripted, tmp_path):
+    task, options = scripted
+    result, _ = run(config_of(options, tuning_seeds=2), tmp_path / "out")
+    assert len(task.runs) == 2 * 5 + 2
+    assert result.arms["paca"].rates[1e-3] == pytest.approx(0.005)  # mean of seeds 0 and 1
+
+
+def test_grids_are_extended_where_the_best_rate_is_at_the_edge(scripted, tmp_path):
+    """Validation is best at 1e-3: downwards from 2e-3 in steps of a half, upwards from 6e-4."""
+    task, options = scripted
+    arms = {
+        "down": Arm(rank=4, learning_rates=[2e-3, 4e-3]),
+        "up": Arm(method="lora", learning_rates=[2e-4, 6e-4]),
+        "one": Arm(rank=2, learning_rates=[3e-3]),
+    }
+    config = config_of(options, arms=arms, seeds=[0], extend_grids=3)
+    result, _ = run(config, tmp_path / "out")
+    assert list(result.arms["down"].rates) == [5e-4, 1e-3, 2e-3, 4e-3]
+    assert list(result.arms["up"].rates) == [2e-4, 6e-4, 1.8e-3]
+    assert list(result.arms["one"].rates) == [3e-3]
+    assert [arm.learning_rate for arm in result.arms.values()] == [1e-3, 6e-4, 3e-3]
+    assert not any(arm.at_edge for arm in result.arms.values())
+    assert len(task.runs) == len(set(task.runs)) == 8
+    # In one step less, the last rate is still the edge.
+    once = config_of(options, arms=arms, seeds=[0], extend_grids=1)
+    result, _ = run(once, tmp_path / "out")
+    assert len(task.runs) == 8
+    assert result.arms["down"].at_edge
+
+
+def test_files(scripted, tmp_path):
+    _, options = scripted
+    result, _ = run(config_of(options), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {".lock", "study.json", "report.md", "metric.png", "rates.png", "runs"}
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 9
+    saved = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert saved["finished"] is True
+    assert saved["arms"]["paca"]["mean"] == result.arms["paca"].mean
+    assert saved["config"]["seeds"] == [0, 1, 2]
+    text = (tmp_path / "out" / "report.md").read_text()
+    row = "| lora | lora | 4 | 920 | 0.001! | 1.5130 ± 0.0100 | 3 | +0.5000 ± 0.0000 | 0.25 |"
+    assert f"{row} +0.0010 |" in text
+    assert "exact two-sided sign-flip permutation test, which cannot be below 0.25" in text
+    assert "lora: the best rate (0.001) is at the edge" in text
+
+
+def test_finished_runs_are_not_done_again(scripted, tmp_path):
+    task, options = scripted
+    first, _ = run(config_of(options), tmp_path / "out")
+    task.runs.clear()
+    second, _ = run(config_of(options), tmp_path / "out")
+    assert task.runs == []
+    assert second.to_dict() == first.to_dict()
+    plan = make_plan(config_of(options), print)
+    assert pending_runs(plan, tmp_path / "out") == 0
+    assert pending_runs(plan, tmp_path / "other") == 5
+
+
+def test_a_changed_study_reuses_equal_runs(scripted, tmp_path):
+    task, options = scripted
+    run(config_of(options), tmp_path / "out")
+    task.runs.clear()
+    arms = {
+        "columns": ARMS["paca"],  # the same by another name
+        "lora": Arm(method="lora", dropout=0.1, learning_rates=[1e-3]),
+    }
+    result, _ = run(config_of(options, arms=arms, seeds=[0, 1, 2, 3]), tmp_path / "out")
+    assert task.runs == [("lora", 1e-3, 0), ("lora", 1e-3, 1), ("lora", 1e-3, 2), *task.runs[-2:]]
+    assert sorted(task.runs[-2:]) == [("lora", 1e-3, 3), ("paca", 1e-3, 3)]
+    assert list(result.arms["columns"].values) == [0, 1, 2, 3]
+
+
+def test_stopping_keeps_what_has_ended(scripted, tmp_path):
+    task, options = scripted
+
+    def stop(config):
+        if len(task.runs) == 3:
+            raise KeyboardInterrupt
+
+    task.fail = stop
+    with pytest.raises(KeyboardInterrupt, match="stopped with 3 of 9 runs done; the same command"):
+        run(config_of(options), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "study.json").read_text()) == {"finished": False}
+    task.fail = None
+    result, _ = run(config_of(options), tmp_path / "out")
+    assert len(task.runs) == 9
+    assert len(set(task.runs)) == 9
+    assert result.arms["paca"].mean == pytest.approx(1.013)
+
+
+def test_failed_runs_are_shown_and_done_again(scripted, tmp_path):
+    task, options = scripted
+
+    def fail(config):
+        if config.training.learning_rate == 1e-3 and config.method == "paca":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    task.fail = fail
+    result, console = run(config_of(options), tmp_path / "out")
+    paca = result.arms["paca"]
+    assert paca.rates == pytest.approx({5e-4: 5e-4, 1e-3: None, 4e-3: 3e-3})
+    assert paca.learning_rate == 5e-4
+    message = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
+    assert paca.failures == [f"rate 0.001, seed 0: {message}"]
+    assert f"paca, rate 0.001, seed 0: failed: {message}" in console.export_text()
+    assert "paca: 1 runs failed; the next call tries again." in result.warnings
+    assert f"- paca, rate 0.001, seed 0: {message}" in (tmp_path / "out" / "report.md").read_text()
+    task.fail = None
+    task.runs.clear()
+    result, _ = run(config_of(options), tmp_path / "out")
+    assert task.runs[0] == ("paca", 1e-3, 0)
+    assert result.arms["paca"].failures == []
+    assert result.arms["paca"].learning_rate == 1e-3
+
+
+def test_an_arm_without_any_result(scripted, tmp_path):
+    task, options = scripted
+
+    def fail(config):
+        if config.method == "lora":
+            raise ValueError("no")
+
+    task.fail = fail
+    result, _ = run(config_of(options), tmp_path / "out")
+    lora = result.arms["lora"]
+    assert (lora.learning_rate, lora.mean, lora.values, lora.comparison) == (None, None, {}, None)
+    assert "lora: no rate of the grid worked, so there is no result." in result.warnings
+    assert result.arms["paca"].mean == pytest.approx(1.013)
+
+
+def test_numbers_that_are_none(scripted, tmp_path):
+    task, options = scripted
+    measure = task.run
+
+    def diverge(self, config, console):
+        measured = measure(self, config, console)
+        if config.training.learning_rate == 4e-3:
+            measured.test["loss"] = float("nan")
+        return measured
+
+    task.run = diverge
+    try:
+        result, _ = run(config_of(options), tmp_path / "out")
+    finally:
+        task.run = measure
+    failure = "FloatingPointError: loss is nan: training diverged; lower the rate."
+    assert result.arms["paca"].failures == [f"rate 0.004, seed 0: {failure}"]
+
+
+def test_folders_and_files_of_others(scripted, tmp_path):
+    _, options = scripted
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds files but no study.json"):
+        run(config_of(options), tmp_path / "other")
+    run(config_of(options), tmp_path / "out")
+    damaged = next((tmp_path / "out" / "runs").glob("paca-*"))
+    damaged.write_text('{"key": 1')
+    with pytest.raises(ValueError, match=r"is no record of a run .*; delete it, and the run is"):
+        run(config_of(options), tmp_path / "out")
+
+
+def test_unequal_parameters_are_said(scripted, tmp_path):
+    _, options = scripted
+    arms = {"lora": Arm(method="lora", rank=2, learning_rates=[1e-3]), "paca": Arm()}
+    config = config_of(options, arms=arms, match="parameters", learning_rates={"paca": [1e-3]})
+    result, _ = run(config, tmp_path / "out")
+    assert result.arms["paca"].rank == 5  # 500 are nearer to 460 than 400 are
+    assert "paca: trains 500 parameters, the reference 460." in result.warnings

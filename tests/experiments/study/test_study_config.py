@@ -1,0 +1,108 @@
+"""What a study may say, and how it is read."""
+
+import pytest
+
+from pacatune.experiments.study import Arm, StudyConfig
+from pacatune.experiments.study.config_file import read_study
+
+ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
+        ({"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
+        ({"rank": 0}, r"`rank` \(0\) must be at least 1"),
+        ({"alpha": 0}, r"`alpha` \(0\) must be above 0"),
+        ({"method": "lora", "dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
+        ({"dropout": 0.1}, r"`dropout` \(0.1\) is of LoRA's input"),
+        ({"method": "lora", "selection": "gradient"}, r"`selection` \('gradient'\) chooses PaCA's"),
+        ({"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers above 0"),
+        ({"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
+        ({"learning_rates": [-1.0]}, "must be different numbers above 0"),
+    ],
+)
+def test_wrong_arms(values, message):
+    with pytest.raises(ValueError, match=message):
+        Arm(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": ""}, "`task` is ''; name a packaged task"),
+        ({"arms": {}}, "`arms` is empty; name at least one arm"),
+        ({"arms": {"a b": Arm(rank=1)}}, "`arms` has the name 'a b'; use letters"),
+        ({"reference": "dora"}, r"`reference` \('dora'\) must be one of the arms \['lora', 'paca'"),
+        ({"seeds": []}, r"`seeds` \(\[\]\) must be 1 to 20 different numbers"),
+        ({"seeds": [1, 1]}, "must be 1 to 20 different numbers"),
+        ({"seeds": list(range(21))}, "must be 1 to 20 different numbers"),
+        ({"seeds": [-1]}, r"`seeds` \(\[-1\]\) must be at least 0"),
+        ({"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
+        ({"arms": {"a": Arm(method="full"), "b": Arm()}}, r"the arms \['b'\] have no `rank`"),
+        ({"learning_rates": {"sgd": [1e-3]}}, "`learning_rates` names 'sgd'; the methods are"),
+        ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
+        ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),
+        ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
+        ({"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
+    ],
+)
+def test_wrong_studies(values, message):
+    with pytest.raises(ValueError, match=message):
+        StudyConfig(**{"task": "smollm2-chat", "arms": ARMS, **values})
+
+
+def write(folder, text):
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_study_is_read(tmp_path):
+    text = """
+task: run.yaml
+options: {training: {max_steps: 8}}
+arms:
+  paca: {rank: 4, learning_rates: [1e-3, 2e-3], options: {paca: {target_modules: [q_proj]}}}
+  full: {method: full}
+seeds: [3, 4]
+match: parameters
+learning_rates: {full: [1e-5]}
+"""
+    config = read_study(write(tmp_path, text))
+    assert config == StudyConfig(
+        task="run.yaml",
+        options={"training": {"max_steps": 8}},
+        arms={
+            "paca": Arm(
+                rank=4,
+                learning_rates=[1e-3, 2e-3],
+                options={"paca": {"target_modules": ["q_proj"]}},
+            ),
+            "full": Arm(method="full"),
+        },
+        seeds=[3, 4],
+        match="parameters",
+        learning_rates={"full": [1e-5]},
+        reference="paca",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "task: a\narm: {}\n",
+            r"study.yaml: unknown key 'arm'; did you mean 'arms'\? There are arms, ",
+        ),
+        ("task: a\narms: {p: {rang: 4}}\n", r"arm 'p': unknown key 'rang'; did you mean 'rank'"),
+        ("task: a\narms: [paca]\n", r"`arms` is a list; it must map names to arms"),
+        ("task: a\narms: {p: {rank: x}}\n", r"study.yaml: .*rank"),
+        ("task: a\narms: {p: {rank: 1}}\nmetric: speed\n", r"study.yaml: .*metric"),
+        ("task: a\narms: {p: {rank: -1}}\n", r"`rank` \(-1\) must be at least 1"),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(write(tmp_path, text))

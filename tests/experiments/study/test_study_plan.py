@@ -1,0 +1,148 @@
+"""From a study to its runs: options, ranks, grids, and the keys that tell runs apart."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pacatune.experiments.study import Arm, StudyConfig
+from pacatune.experiments.study.plan import make_plan
+from pacatune.experiments.study.task import merged
+
+
+def plan_of(options, arms=None, **values):
+    arms = arms or {"paca": Arm(rank=4), "lora": Arm(method="lora")}
+    return make_plan(StudyConfig(options=options, arms=arms, **values), print)
+
+
+def test_sections_are_merged_and_values_replaced():
+    base = {"paca": {"r": 1, "rank_pattern": {"a": 1}}, "method": "paca"}
+    over = {"paca": {"rank_pattern": {"b": 2}}, "lean": "off"}
+    assert merged(base, over) == {
+        "paca": {"r": 1, "rank_pattern": {"b": 2}},
+        "method": "paca",
+        "lean": "off",
+    }
+    assert base["paca"]["rank_pattern"] == {"a": 1}
+
+
+def test_runs_have_what_the_arm_says(text_options, tmp_path):
+    arms = {
+        "paca": Arm(rank=4, selection="weight_norm", options={"paca": {"bias": "all"}}),
+        "lora": Arm(method="lora", dropout=0.1, alpha=8, options={"lean": "off"}),
+        "full": Arm(method="full"),
+    }
+    plan = plan_of(text_options, arms)
+    run = plan.make_run("paca", 2e-3, 5, tmp_path)
+    assert (run.method, run.paca.r, run.paca.paca_alpha) == ("paca", 4, 4)
+    assert (run.paca.selection, run.paca.bias) == ("weight_norm", "all")
+    assert (run.training.learning_rate, run.training.seed, run.paca.random_seed) == (2e-3, 5, 5)
+    assert (run.data.eval_path, run.data.eval_fraction) == (None, 0.1)
+    run = plan.make_run("lora", 1e-3, 5, tmp_path)
+    assert (run.lora.r, run.lora.lora_alpha, run.lora.lora_dropout) == (4, 8, 0.1)
+    assert run.lean == "off"
+    assert plan.make_run("full", 1e-5, 0, tmp_path).method == "full"
+    full, adapters = plan.arms["full"], plan.arms["lora"]
+    assert full.rank is None
+    # A third, once and three times the command's default.
+    assert full.learning_rates == [3.3e-6, 1e-5, 3e-5]
+    assert adapters.learning_rates == [6.7e-5, 2e-4, 6e-4]
+
+
+def test_grids(text_options):
+    arms = {"a": Arm(rank=2, learning_rates=[3e-3, 1e-3]), "b": Arm(), "c": Arm(method="lora")}
+    plan = plan_of(text_options, arms, learning_rates={"paca": [5e-3]}, seeds=[0, 1, 2, 3])
+    assert plan.arms["a"].learning_rates == [1e-3, 3e-3]
+    assert plan.arms["b"].learning_rates == [5e-3]
+    assert plan.num_runs == (2 + 3) + (1 + 3) + (3 + 3)
+
+
+def test_equal_parameters(text_options):
+    """The reference's own number is met as nearly as one more column allows."""
+    arms = {"lora": Arm(method="lora", rank=4), "paca": Arm(), "moslora": Arm(method="moslora")}
+    plan = plan_of(text_options, arms, match="parameters")
+    wanted = plan.arms["lora"].num_trainable_parameters
+    per_column = plan.arms["paca"].num_trainable_parameters / plan.arms["paca"].rank
+    assert plan.arms["paca"].rank > 4
+    assert abs(plan.arms["paca"].num_trainable_parameters - wanted) <= per_column / 2
+    assert plan.arms["moslora"].rank == 4  # or it would train a fifth fewer
+    same_rank = plan_of(text_options, arms)
+    assert {arm.rank for arm in same_rank.arms.values()} == {4}
+
+
+def test_equal_parameters_cannot_be_met(text_options):
+    arms = {"full": Arm(method="full"), "paca": Arm()}
+    with pytest.raises(ValueError, match=r"the arms \['paca'\] have no `rank`"):
+        plan_of(text_options, arms)
+    arms = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
+    with pytest.raises(ValueError, match=r"arm 'paca': no rank trains about as many parameters"):
+        plan_of(text_options, arms, match="parameters")
+
+
+def key_of(options, **values):
+    plan = plan_of(options, **values)
+    return plan.key(plan.make_run("paca", 1e-3, 0, Path("x")))
+
+
+def test_keys(text_options, tmp_path):
+    base = key_of(text_options)
+    moved = tmp_path / "moved"
+    shutil.copytree(Path(text_options["data"]["path"]).parent, moved)
+    shutil.copytree(text_options["model"]["path"], tmp_path / "model")
+    data = {"path": str(moved / "train.jsonl"), "eval_path": str(moved / "test.jsonl")}
+    elsewhere = {**text_options, "data": data, "model": {"path": str(tmp_path / "model")}}
+    elsewhere["model"]["dtype"] = "float32"
+    assert key_of(elsewhere) == base
+    assert key_of(text_options, seeds=[0, 9], learning_rates={"lora": [1.0]}) == base
+    longer = {**text_options, "training": {**text_options["training"], "max_steps": 3}}
+    assert key_of(longer) != base
+    assert key_of(text_options, validation_fraction=0.2) != base
+    assert key_of(text_options, forgetting_tokens=512) != base
+    lines = (moved / "test.jsonl").read_text().splitlines(keepends=True)
+    (moved / "test.jsonl").write_text("".join(lines[1:]))
+    assert key_of(elsewhere) != base
+
+
+def test_task_from_a_configuration(text_options, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(text_options))
+    assert key_of({}, task=str(path)) == key_of(text_options)
+
+
+@pytest.mark.parametrize(
+    ("change", "arms", "message"),
+    [
+        ({"task": "smollm-chat"}, None, "neither a file nor a packaged task; did you mean 'smollm"),
+        ({"metric": "accuracy"}, None, r"`metric` \('accuracy'\) is not measured by train"),
+        ({}, {"head": Arm(method="head")}, r"arm 'head': `method` \('head'\) is not offered by tr"),
+        ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
+        ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
+        ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),
+        ({}, {"a": Arm(rank=2, selection="best")}, r"arm 'a': `selection` \('best'\) must be one"),
+    ],
+)
+def test_what_does_not_fit_the_task(text_options, change, arms, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(text_options, arms, **change)
+
+
+def test_tasks_that_a_study_cannot_have(text_options):
+    without = {**text_options, "data": {"path": text_options["data"]["path"]}}
+    with pytest.raises(ValueError, match=r"the task has no `data.eval_path`"):
+        plan_of(without)
+    with pytest.raises(ValueError, match=r"`early_stopping_patience` is set, but a study trains"):
+        plan_of({**text_options, "early_stopping_patience": 2})
+
+
+def test_options_of_other_methods(text_options):
+    """Of all runs, they are for the arms that read them; of an arm, they must be its own."""
+    options = {**text_options, "paca": {"bias": "all"}, "lora": {"use_rslora": True}}
+    plan = plan_of(options)
+    assert plan.make_run("paca", 1e-3, 0, Path("x")).lora.use_rslora is False
+    assert plan.make_run("lora", 1e-3, 0, Path("x")).lora.use_rslora is True
+    arms = {"paca": Arm(rank=4, options={"lora": {"use_rslora": True}})}
+    with pytest.raises(ValueError, match=r"arm 'paca': `lora.use_rslora` \(True\) is an option of"):
+        plan_of(text_options, arms)
+    with pytest.raises(ValueError, match=r"`options` has the section 'lora', which only lora"):
+        plan_of(options, {"paca": Arm(rank=4)})

@@ -1,0 +1,115 @@
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from pacatune.methods import CLASSIFIER_METHODS, METHODS
+from pacatune.training.config_file import read_values, save_config, to_values
+from pacatune.training.image import (
+    ImageDataConfig,
+    ImageModelConfig,
+    ImageRunConfig,
+    ImageTrainingConfig,
+)
+from pacatune.training.image.presets import PRESETS, find_preset
+
+
+def test_has_every_option_of_transformers_and_two_more():
+    ours = {field.name for field in dataclasses.fields(ImageTrainingConfig)}
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert ours - theirs == {"train_batch_norm", "mixup_alpha"}
+    assert theirs <= ours
+
+
+@pytest.mark.parametrize("method", CLASSIFIER_METHODS)
+def test_learning_rate_is_that_of_the_method(make_config, method):
+    assert make_config(method).training.learning_rate == 5e-3
+    config = make_config(method, training={"learning_rate": None})
+    assert config.training.learning_rate == METHODS[method].head_rate
+
+
+def test_model_path_is_required():
+    with pytest.raises(ValueError, match=r"`model.path` is ''; give a hub id, the name of a timm"):
+        ImageModelConfig()
+
+
+def test_unknown_method(make_config):
+    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, dora, "):
+        make_config("qlora")
+
+
+def test_training_of_another_type():
+    with pytest.raises(TypeError, match=r"must be a pacatune.training.image.ImageTrainingConfig"):
+        ImageRunConfig(
+            model=ImageModelConfig(path="m"),
+            data=ImageDataConfig(path="d"),
+            training=TrainingArguments(use_cpu=True),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove_unused_columns": True}, "not offered: the data has the columns"),
+        ({"resume_from_checkpoint": "x"}, "not offered: use --resume"),
+        ({"push_to_hub": True}, "not offered: upload the finished folder with `hf upload"),
+        ({"label_names": ["x"]}, "not offered: the class of an image is its only label"),
+        ({"prediction_loss_only": True}, "not offered: the accuracy is always measured"),
+        ({"batch_eval_metrics": True}, "not offered: the accuracy is measured over all images"),
+        ({"per_device_train_batch_size": 0}, r"must be above 0; raise it"),
+        ({"mixup_alpha": -1.0}, r"`training.mixup_alpha` \(-1.0\) must be at least 0"),
+        ({"label_smoothing_factor": 1.0}, r"label_smoothing_factor` \(1.0\) must be in \[0, 1\)"),
+    ],
+)
+def test_options_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTrainingConfig(use_cpu=True, **options)
+
+
+def test_saved_values_come_back(make_config, tmp_path):
+    config = make_config(training={"mixup_alpha": 0.2, "optim_args": "a=1"})
+    save_config(config, tmp_path / "config.yaml")
+    values = read_values(tmp_path / "config.yaml")
+    assert values == to_values(config)
+    assert values["training"]["mixup_alpha"] == 0.2
+    assert values["training"]["train_batch_norm"] is False
+    assert values["training"]["optim_args"] == "a=1"
+    assert "gradient_accumulation_steps" not in values["training"]
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.startswith("# Repeat with: pacatune train-image --config config.yaml\n")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_names_options_of_a_run(name):
+    sections = {
+        "model": ImageModelConfig,
+        "data": ImageDataConfig,
+        "training": ImageTrainingConfig,
+    }
+    given = {section: {} for section in sections}
+    for option, value in find_preset(name).options().items():
+        section, _, key = option.partition(".")
+        given[section][key] = value
+    config = ImageRunConfig(**{key: kind(**given[key]) for key, kind in sections.items()})
+    assert config.data.path.startswith("torchvision:")
+    assert config.data.eval_split == "test"
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset 'vit' does not exist; use one of vit-b16-cifar10"):
+        find_preset("vit")
+
+
+def test_presets_have_the_shapes_of_the_paper():
+    """ViT-B/16 and EfficientNetV2-L, built without weights from what transformers and timm know."""
+    import torch
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViTConfig
+
+    with torch.device("meta"):
+        vit = AutoModelForImageClassification.from_config(ViTConfig(num_labels=10))
+        name = PRESETS["efficientnetv2-l-cifar10"].model.removeprefix("timm/").partition(".")[0]
+        cnn = AutoModelForImageClassification.from_config(
+            TimmWrapperConfig(architecture=name, num_labels=10)
+        )
+    assert round(vit.num_parameters() / 1e6) == 86
+    assert round(cnn.num_parameters() / 1e6) == 117

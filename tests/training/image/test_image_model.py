@@ -1,0 +1,241 @@
+"""Targets, plan and weights of image models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+
+from pacatune.training.image import LoraSection, PacaSection
+from pacatune.training.image.base import describe_base
+from pacatune.training.image.model import (
+    load_model,
+    make_adapter_config,
+    make_trainable,
+    plan_training,
+)
+from pacatune.training.image.parts import find_batch_norms, find_heads
+from tests.image_models import CLASSES, save_timm
+
+
+def plan(config):
+    base = describe_base(config.model.path, None, CLASSES, config.data.image_size)
+    adapter_config, notes = make_adapter_config(config, base)
+    return plan_training(config, base, adapter_config), adapter_config, notes
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_transformer_has_the_linear_layers_of_its_blocks_adapted(make_config, method):
+    planned, adapter_config, notes = plan(make_config(method))
+    assert len(planned.targets) == 12
+    assert all(".layer" in name for name in planned.targets)
+    assert adapter_config.modules_to_save == ["classifier"]
+    assert notes == []
+    head = 32 * 3 + 3
+    linear = 4 * (32 + 32) + (32 + 64) + (64 + 32) if method == "lora" else 4 * 32 + 64 + 32
+    rank = {"paca": 16, "lora": 8}[method]
+    assert planned.num_trainable_parameters == 2 * rank * linear + head
+
+
+def test_kin_of_lora(make_config, cnn):
+    lora, _, _ = plan(make_config("lora"))
+    dora, adapter_config, _ = plan(make_config("dora"))
+    assert adapter_config.use_dora
+    magnitudes = 2 * (4 * 32 + 64 + 32)
+    assert dora.num_trainable_parameters == lora.num_trainable_parameters + magnitudes
+    moslora, adapter_config, _ = plan(make_config("moslora"))
+    assert adapter_config.peft_type == "MOSLORA"
+    assert adapter_config.modules_to_save == ["classifier"]
+    assert moslora.num_trainable_parameters == lora.num_trainable_parameters + 12 * 8 * 8
+    assert plan(make_config("dora", **cnn))[0].targets.keys() == (
+        plan(make_config("lora", **cnn))[0].targets.keys()
+    )
+    with pytest.raises(ValueError, match=r"\(moslora\) adapts linear layers, and Timm.* use paca"):
+        plan(make_config("moslora", **cnn))
+
+
+def test_methods_without_an_adapter(make_config):
+    head, adapter_config, _ = plan(make_config("head"))
+    assert adapter_config is None
+    assert head.num_trainable_parameters == 32 * 3 + 3
+    full, _, _ = plan(make_config("full"))
+    assert full.num_trainable_parameters == full.num_parameters
+
+
+def test_cnn_has_its_convolutions_adapted(make_config, cnn):
+    planned, _, notes = plan(make_config("paca", **cnn))
+    assert any("conv_dw" in name for name in planned.targets)
+    assert not any("conv_stem" in name or "classifier" in name for name in planned.targets)
+    assert notes == ["1 x conv_stem left as it is: fewer input channels than the rank 8."]
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "dora"])
+def test_rank_above_every_convolution_is_refused(make_config, cnn, method):
+    name = "paca" if method == "paca" else "lora"
+    section = {"paca": PacaSection, "lora": LoraSection}[name](r=5000)
+    with pytest.raises(
+        ValueError,
+        match=rf"`{name}.r` \(5000\) leaves Timm.* without a layer to adapt: its convolutions "
+        r"have up to 192 input channels; lower it, or set",
+    ):
+        plan(make_config(method, **{**cnn, name: section}))
+
+
+def test_lora_leaves_grouped_convolutions_out_and_says_so(make_config, cnn):
+    planned, _, notes = plan(make_config("lora", **cnn))
+    assert planned.targets
+    assert not any("conv_dw" in name for name in planned.targets)
+    assert "conv_dw left as it is: a LoRA adapter of a grouped (depthwise) convolution" in notes[1]
+
+
+def test_lora_on_a_grouped_convolution_is_refused(make_config, cnn):
+    config = make_config("lora", **{**cnn, "lora": LoraSection(r=4, target_modules=["conv_dw"])})
+    with pytest.raises(
+        ValueError,
+        match=r"`lora.target_modules` names '.*conv_dw', a convolution in \d+ groups: LoRA can "
+        r"adapt it only with a multiple of \d+ as `lora.r` \(4\), and could not merge it",
+    ):
+        plan(config)
+
+
+@pytest.mark.parametrize("exclude", [None, ["fc1"], ".*k_proj|.*key"])
+def test_heads_are_never_targets(make_config, exclude):
+    section = PacaSection(r=4, target_modules="all-linear", exclude_modules=exclude)
+    planned, adapter_config, _ = plan(make_config(paca=section))
+    assert "classifier" not in planned.targets
+    assert adapter_config.modules_to_save == ["classifier"]
+    assert len(planned.targets) == (10 if exclude else 12)
+
+
+def test_target_that_matches_nothing(make_config):
+    for method, section in (("paca", PacaSection), ("lora", LoraSection)):
+        config = make_config(method, **{method: section(target_modules=["fc1", "no_such"])})
+        with pytest.raises(
+            ValueError,
+            match=rf"`{method}.target_modules`: \['no_such'\] match no module of ViT.*fc1 \(2\)",
+        ):
+            plan(config)
+
+
+def test_rank_out_of_range(make_config):
+    with pytest.raises(ValueError, match=r"33.*32"):
+        plan(make_config(paca=PacaSection(r=33)))
+
+
+def test_batch_norm_that_the_model_lacks(make_config):
+    for method in ("paca", "head"):
+        config = make_config(method, training={"train_batch_norm": True})
+        with pytest.raises(
+            ValueError, match=r"train_batch_norm` is true, but ViT.* has no BatchNorm"
+        ):
+            plan(config)
+
+
+def test_trained_batch_norm_is_saved_but_its_scale_is_not_trained(make_config, cnn):
+    config = make_config(training={"train_batch_norm": True}, **cnn)
+    planned, adapter_config, _ = plan(config)
+    without, _, _ = plan(make_config(**cnn))
+    assert planned.num_trainable_parameters == without.num_trainable_parameters
+    names = [name for name in adapter_config.modules_to_save if "bn" in name]
+    assert len(names) == len(find_batch_norms(load(config)))
+
+
+def load(config):
+    base = describe_base(config.model.path, None, CLASSES, config.data.image_size)
+    return load_model(base, torch.float32)
+
+
+def test_weights_are_those_of_the_folder(make_config, vit_dir):
+    model = load(make_config())
+    stored = load_file(vit_dir / "model.safetensors")
+    torch.manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("classifier"):
+            assert any(torch.equal(tensor, other) for other in stored.values()), name
+    assert model.classifier.weight.shape == (3, 32)
+
+
+def test_new_head_depends_on_the_seed_alone(make_config):
+    heads = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        heads.append(load(make_config()).classifier.weight)
+    assert torch.equal(*heads)
+
+
+def test_head_of_other_classes_is_new_although_it_would_fit(make_config, tmp_path, vit_dir):
+    base = describe_base(str(vit_dir), None, ["cat", "dog"], None)
+    stored = load_file(vit_dir / "model.safetensors")["classifier.weight"]
+    assert not torch.equal(load_model(base, torch.float32).classifier.weight, stored)
+    same = describe_base(str(vit_dir), None, None, None)
+    assert torch.equal(load_model(same, torch.float32).classifier.weight, stored)
+
+
+def test_missing_weights_are_never_random(make_config, tmp_path, vit_dir):
+    folder = tmp_path / "model"
+    shutil.copytree(vit_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "fc1.weight" in name or "intermediate" in name)
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 weights of ViTForImageClassification, or has the"
+    ):
+        load(make_config(model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [
+        ("test_vit", ["timm_model.head"]),
+        ("test_resnet", ["timm_model.fc"]),
+        ("test_convnext", ["timm_model.head.fc"]),
+        ("test_efficientnet", ["timm_model.classifier"]),
+    ],
+)
+def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
+    save_timm(tmp_path, architecture)
+    config = make_config(model={"path": str(tmp_path)}, paca=PacaSection(r=4))
+    base = describe_base(str(tmp_path), None, CLASSES, None)
+    assert find_heads(base.empty_model()) == heads
+    adapter_config, _ = make_adapter_config(config, base)
+    model = make_trainable(load_model(base, torch.float32), config, adapter_config)
+    assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    pixels = torch.randn(2, 3, base.preprocessing.size, base.preprocessing.size)
+    model(pixel_values=pixels).logits.sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_two_heads_are_both_trained():
+    from transformers import AutoModelForImageClassification, DeiTConfig
+
+    config = DeiTConfig(architectures=["DeiTForImageClassificationWithTeacher"])
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    assert find_heads(model) == ["cls_classifier", "distillation_classifier"]
+
+
+def test_model_without_a_head():
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+    with torch.device("meta"):
+        config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+        model = AutoModelForImageClassification.from_config(config)
+    model.timm_model.reset_classifier(0)
+    with pytest.raises(ValueError, match=r"Timm.* has no classifier of its own to train; use anot"):
+        find_heads(model)
+
+
+def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
+    config = make_config(model={"revision": "main"})
+    base = describe_base(config.model.path, None, CLASSES, None)
+    adapter_config, _ = make_adapter_config(config, base)
+    make_trainable(load_model(base, torch.float32), config, adapter_config).save_pretrained(
+        tmp_path
+    )
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(vit_dir)
+    assert saved["revision"] == "main"
