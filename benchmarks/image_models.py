@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.methods import RANK
 from pacatune.bench.methods import Contender
+from pacatune.methods import METHODS
 from pacatune.training.image.parts import find_heads
 from pacatune.training.image.targets import choose_targets
 
@@ -140,8 +141,8 @@ def choose_layers(model: nn.Module, method: str) -> tuple[set[str] | str, list[s
         method: `lora...` cannot adapt all layers that PaCA can.
     """
     heads = find_heads(model)
-    method = "lora" if method.startswith("lora") else "paca"
-    return choose_targets(model, method, RANK, heads)[0], heads
+    row = METHODS["lora" if method.startswith("lora") else "paca"]
+    return choose_targets(model, row, RANK, heads)[0], heads
 
 
 def make_step(contender: Contender, images: Tensor, labels: Tensor) -> Callable[[], float]:

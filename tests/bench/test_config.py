@@ -10,7 +10,7 @@ from pacatune.bench.config import Setting
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ()}, "`methods` is empty; choose from frozen, full, lora"),
+        ({"methods": ()}, "`methods` is empty; choose from frozen, paca, "),
         ({"methods": ("lorra",)}, r"`methods` \('lorra'\) must be one of .* did you mean 'lora'\?"),
         ({"methods": ("paca", "paca")}, "method 'paca' is named twice"),
         ({"methods": ("paca-resident",), "compiled": True}, "a compiled graph decides by itself"),

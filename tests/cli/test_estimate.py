@@ -96,8 +96,8 @@ def test_sharding(capsys, config):
     ("words", "message"),
     [
         (["lama3-8b"], "unknown model 'lama3-8b'; did you mean 'llama3-8b'?"),
-        (["llama3-8b", "--method", "pacca"], "unknown `method` 'pacca'; did you mean 'paca'?"),
-        (["llama3-8b", "--methods", "paca,ful"], "unknown `method` 'ful'; did you mean 'full'?"),
+        (["llama3-8b", "--method", "pacca"], "`method` ('pacca') must be one of paca, "),
+        (["llama3-8b", "--methods", "paca,ful"], "full; did you mean 'full'?"),
         (["llama3-8b", "--gpu", "a100-80"], "unknown GPU 'a100-80'; did you mean 'a100-80g'?"),
         (["llama3-8b", "--memory", "lots"], "'lots' is no amount of memory"),
         (["llama3-8b", "--rank", "0"], "`rank` (0) must be a whole number of at least 1"),

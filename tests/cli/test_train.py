@@ -234,7 +234,7 @@ def test_as_a_module(words):
         (("paca.layers_to_transform", "a"), r"\(a\) must be a list or an integer or null; see"),
         (
             ("method", "lore"),
-            r"\(lore\) must be one of paca, lora, dora, moslora, qlora, full",
+            r"\('lore'\) must be one of paca, qpaca, lora, .*; did you mean 'lora'\?",
         ),
     ],
 )

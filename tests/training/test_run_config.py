@@ -39,7 +39,7 @@ def test_learning_rate_is_that_of_the_method(method):
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, lora, dora"):
+    with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, qpaca, lora, "):
         run_config(method="vera")
 
 
@@ -225,9 +225,13 @@ def test_best_of_no_evaluation(options):
         (
             "lora",
             {"paca": PacaSection(r=64)},
-            r"`paca.r` \(64\) is an option of paca, and `meth",
+            r"`paca.r` \(64\) is an option of paca, qpaca, and `meth",
         ),
-        ("full", {"lora": LoraSection(r=4)}, r"`lora.r` \(4\) is an option of lora, dora, moslora"),
+        (
+            "full",
+            {"lora": LoraSection(r=4)},
+            r"`lora.r` \(4\) is an option of lora, lora_dropout",
+        ),
         ("lora", {"moslora": MosLoraSection(mixer_init="orthogonal")}, r"`moslora.mixer_init`"),
     ],
 )

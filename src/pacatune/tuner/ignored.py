@@ -113,4 +113,5 @@ def _names(model: nn.Module) -> list[str]:
 def _near(pattern: str, names: Iterable[str]) -> str:
     """Say which last part of a name is nearest, and list them all."""
     kinds = Counter(last for name in names if not (last := name.rpartition(".")[2]).isdigit())
-    return f"{guess(pattern.rpartition('.')[2], kinds)}There are {', '.join(sorted(filter(None, kinds)))}."
+    all_kinds = ", ".join(sorted(filter(None, kinds)))
+    return f"{guess(pattern.rpartition('.')[2], kinds)}There are {all_kinds}."

@@ -41,7 +41,7 @@ def test_wrong_arms(values, message):
         ({"seeds": [-1]}, r"`seeds` \(\[-1\]\) must be at least 0"),
         ({"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
         ({"arms": {"a": Arm(method="full"), "b": Arm()}}, r"the arms \['b'\] have no `rank`"),
-        ({"learning_rates": {"sgd": [1e-3]}}, "`learning_rates` names 'sgd'; the methods are"),
+        ({"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be one of paca, "),
         ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
         ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),
         ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),

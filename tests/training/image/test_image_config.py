@@ -34,7 +34,7 @@ def test_model_path_is_required():
 
 
 def test_unknown_method(make_config):
-    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, dora, "):
+    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of paca, lora, "):
         make_config("qlora")
 
 

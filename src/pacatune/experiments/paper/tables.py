@@ -117,6 +117,11 @@ class Table:
         """Return the methods, in the order of the lines."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
+    @property
+    def trained_methods(self) -> tuple[str, ...]:
+        """The methods of the lines that are fine-tuned."""
+        return tuple(method for method in self.methods() if method in METHODS)
+
 
 def rows_of(
     quantities: tuple[Quantity, ...],

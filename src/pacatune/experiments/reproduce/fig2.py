@@ -45,7 +45,7 @@ _ABOUT = (
 def _setting(method: str) -> Setting:
     return Setting(
         model=_MODEL,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         rank=8,
         batch_size=_ROWS,
         seq_len=_TOKENS,

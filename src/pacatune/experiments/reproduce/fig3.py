@@ -41,7 +41,7 @@ _RULE = (
 def _setting(method: str) -> Setting:
     return Setting(
         model="llama3-8b",
-        method=method,  # type: ignore[arg-type]
+        method=method,
         rank=8,
         seq_len=_SEQ_LEN,
         lean="off",

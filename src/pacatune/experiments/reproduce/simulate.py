@@ -37,7 +37,7 @@ def setting_of(table: str, row: Row) -> Setting:
     micro_batches = stated.micro_batches or 1
     return Setting(
         model=row.model,
-        method=row.method,  # type: ignore[arg-type]
+        method=row.method,
         rank=rank,
         dropout=stated.dropout or 0.0,
         batch_size=(stated.batch_size or 1) // micro_batches,

@@ -46,7 +46,7 @@ _ABOUT = (
     "before each. It compares PaCA, which trains a few columns of every weight, with LoRA, DoRA "
     "and MosLoRA, which train small matrices beside every weight.",
 )
-_METHODS = ("lora", "dora", "moslora", "paca")
+_METHODS = TABLE_1.trained_methods
 _BENCH_NOTE = (
     "In the paper LoRA, DoRA and MosLoRA have dropout 0.1, which takes time and memory. Steps of "
     "the small model are measured without it, all three alike, which favours them."

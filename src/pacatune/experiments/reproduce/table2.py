@@ -27,7 +27,7 @@ from pacatune.experiments.reproduce.settings_of import of_run
 
 __all__ = ["EXPERIMENT"]
 
-_METHODS = ("lora", "dora", "moslora", "paca")
+_METHODS = TABLE_2.trained_methods
 _ABOUT = (
     "The paper trains LLaMA3-8B to follow instructions, on conversations of the Oasst1 data set, "
     "and lets GPT4o-mini grade its answers to the 80 questions of MT-Bench from 1 to 10.",

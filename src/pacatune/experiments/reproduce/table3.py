@@ -32,7 +32,7 @@ from pacatune.experiments.reproduce.settings_of import of_run
 
 __all__ = ["EXPERIMENT"]
 
-_METHODS = ("qlora", "qpaca")
+_METHODS = TABLE_3.trained_methods
 _ABOUT = (
     "A model of 70 billion weights does not fit on one GPU in 16 bits. QLoRA and QPaCA hold the "
     "frozen weights in 4 bits (NF4) and train LoRA's matrices, or PaCA's columns, in 16. The paper "

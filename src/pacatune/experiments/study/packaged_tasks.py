@@ -35,8 +35,8 @@ def find_packaged_task(name: str) -> PackagedTask:
     """
     if name not in PACKAGED_TASKS:
         raise ValueError(
-            f"`task` ({name!r}) is neither a file nor a packaged task; {guess(name, PACKAGED_TASKS)}The "
-            f"packaged tasks are {', '.join(PACKAGED_TASKS)}."
+            f"`task` ({name!r}) is neither a file nor a packaged task; "
+            f"{guess(name, PACKAGED_TASKS)}The packaged tasks are {', '.join(PACKAGED_TASKS)}."
         )
     return PACKAGED_TASKS[name]
 

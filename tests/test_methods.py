@@ -1,0 +1,92 @@
+"""The table of methods, and who reads it."""
+
+import re
+
+import pytest
+
+from pacatune.methods import (
+    CLASSIFIER_METHODS,
+    METHODS,
+    TEXT_METHODS,
+    adapter_config,
+    method_of,
+    readers_of,
+    size_options,
+)
+
+
+def test_a_hyphen_stands_for_an_underscore():
+    assert method_of("lora-dropout") is METHODS["lora_dropout"]
+    assert method_of("lora_dropout").variant_of == "lora"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"^`method` \('qpacca'\) must be one of .*'qpaca'\?$"):
+        method_of("qpacca")
+    with pytest.raises(ValueError, match=r"^`arm` \('sgd'\) must be one of lora, dora\.$"):
+        method_of("sgd", ("lora", "dora"), option="arm")
+
+
+def test_what_is_not_offered_is_refused():
+    with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of"):
+        method_of("qlora", CLASSIFIER_METHODS)
+    assert "head" not in TEXT_METHODS
+    assert set(TEXT_METHODS) | set(CLASSIFIER_METHODS) == set(METHODS)
+
+
+def test_variants_are_other_methods_with_an_option_set():
+    for method in METHODS.values():
+        is_variant = method.quantization is not None or method.dropout is not None
+        assert (method.variant_of in METHODS) == is_variant
+        if is_variant:
+            assert METHODS[method.variant_of].sections == method.sections
+
+
+def test_sections_have_their_readers():
+    assert readers_of("paca") == ("paca", "qpaca")
+    assert readers_of("moslora") == ("moslora",)
+    assert set(readers_of("lora")) == {"lora", "lora_dropout", "dora", "moslora", "qlora"}
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_adapter])
+def test_every_adapter_has_its_configuration(name):
+    method = METHODS[name]
+    config = adapter_config(method, **size_options(method, 4, 8, method.dropout or 0.0))
+    assert config.r == 4
+    assert (config.paca_alpha if method.is_paca else config.lora_alpha) == 8
+    kind = "PACA" if method.is_paca else "MOSLORA" if method.is_moslora else "LORA"
+    assert config.peft_type.value == kind
+    assert getattr(config, "use_dora", False) == (name == "dora")
+    assert getattr(config, "lora_dropout", None) == (
+        None if method.is_paca else method.dropout or 0
+    )
+
+
+def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers():
+    from pacatune import bench
+    from pacatune.experiments.study import classify, images, text
+    from pacatune.memory.setting import Setting
+
+    for name in TEXT_METHODS:
+        assert Setting(model="llama3-8b", method=name).row.sections == METHODS[name].sections
+        assert bench.METHODS[name] == METHODS[name].summary
+    for task in (classify.ClassifyTask, images.ImageTask, text.TextTask):
+        assert set(task.methods) in (set(TEXT_METHODS), set(CLASSIFIER_METHODS))
+
+
+def test_no_other_table_of_methods():
+    """A literal collection of more than three of their names has its home in the table."""
+    from pathlib import Path
+
+    import pacatune
+
+    root = Path(pacatune.__file__).parent
+    name = "|".join(METHODS)
+    literal = re.compile(rf'(?:"(?:{name})"(?::[^,\n]*)?,\s*){{3,}}"(?:{name})"')
+    found = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if literal.search(path.read_text(encoding="utf-8"))
+    }
+    paper = {path for path in found if path.startswith("experiments/paper/")}  # as printed
+    assert found - paper == set()
