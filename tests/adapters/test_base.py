@@ -3,16 +3,12 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.adapters.base import (
     base_name,
     empty_base,
     find_tokenizer,
-    layer_shape,
     load_base,
     load_tokenizer,
     resolve_device,
@@ -95,16 +91,6 @@ def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):
     (adapter_copy / "chat_template.jinja").write_text("ours")
     assert find_tokenizer(str(model_copy), adapter_copy).chat_template == "ours"
     assert find_tokenizer(str(model_copy), None).chat_template != "ours"
-
-
-def test_shapes_are_read_from_each_kind_of_layer():
-    assert layer_shape(nn.Linear(3, 5)) == (5, 3)
-    assert layer_shape(Conv1D(5, 3)) == (5, 3)
-    assert layer_shape(nn.LayerNorm(3)) is None
-    wrapped = inject_adapter_in_model(
-        LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(3, 5))
-    )
-    assert layer_shape(wrapped[0]) == (5, 3)
 
 
 def test_devices_are_checked_before_they_are_used():

@@ -18,8 +18,6 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from pacatune import PacaConfig
-from pacatune.adapters.base import layer_shape
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.export_factors import convolution_factors, refuse_inexpressible
 from pacatune.adapters.fingerprint import fingerprint
@@ -28,7 +26,6 @@ from pacatune.adapters.inspect import compare, inspect_adapter
 from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
-from pacatune.tuner import PacaLayer
 from tests.adapters.fixtures import save_adapter
 
 # What the notes of an export say as well.
@@ -149,7 +146,7 @@ def test_factors_are_exact_in_pefts_lora(name):
     base = build().double()
     x = torch.randn(2, *shape[-base.weight.dim() + 1 :], dtype=torch.float64)
     refuse_inexpressible(base, "layer")
-    out_per_group, in_channels, *kernel = layer_shape(base)
+    out_per_group, in_channels, *kernel = layout_of(base).file_shape
     delta = torch.randn(out_per_group, 3, *kernel, dtype=torch.float64)
     indices = torch.tensor([0, 1, in_channels - 1])
     factor_a, factor_b = convolution_factors(delta, indices, in_channels, base.groups)
@@ -203,12 +200,3 @@ def test_a_kernel_as_a_matrix_has_a_column_for_each_channel(groups):
     for channel in range(6):
         column = read_columns(weight, torch.tensor([channel]), groups)
         assert sorted(matrix[:, channel].tolist()) == sorted(column.flatten().tolist())
-
-
-def test_layer_shapes():
-    assert layer_shape(nn.Conv1d(4, 6, 3)) == (6, 4, 3)
-    assert layer_shape(nn.Conv2d(4, 8, (3, 5), groups=4)) == (2, 4, 3, 5)
-    assert layer_shape(nn.ConvTranspose2d(4, 8, 3)) is None
-    model = get_peft_model(nn.Sequential(nn.Conv3d(4, 6, 2)), PacaConfig(r=2, target_modules="0"))
-    assert layer_shape(model.base_model.model[0]) == (6, 4, 2, 2, 2)
-    assert isinstance(model.base_model.model[0], PacaLayer)

@@ -17,7 +17,8 @@ from pacatune.selection import (
     save_columns,
 )
 from pacatune.tuner import PacaLayer
-from pacatune.tuner.layout import as_matrix, weight_matrix
+from pacatune.tuner.layout import layout_of
+from pacatune.tuner.quantized import weight_matrix
 from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
@@ -114,7 +115,7 @@ def test_norms_of_a_quantised_weight(name):
 def test_matrix_of_a_grouped_convolution():
     """A column holds all that leads from its channel into the channel's group."""
     conv = nn.Conv2d(6, 4, (2, 3), groups=2)
-    matrix = as_matrix(conv.weight, conv)
+    matrix = layout_of(conv).matrix(conv.weight)
     assert matrix.shape == (2 * 2 * 3, 6)
     for channel in range(6):
         group = conv.weight[2 * (channel // 3) : 2 * (channel // 3) + 2, channel % 3]

@@ -11,7 +11,7 @@ from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.selection import collect_statistics
-from pacatune.tuner.layout import weight_matrix
+from pacatune.tuner.quantized import weight_matrix
 from tests.conftest import build_model
 from tests.selection.nets import TARGETS, build, gradient_sums, loss_of, make_batches
 from tests.tuner import moe

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pacatune import PacaConfig
 from pacatune.ops.reference import adapted_experts
-from pacatune.tuner.experts import is_transposed
+from pacatune.tuner.layout import is_transposed
 
 VOCAB_SIZE = 64
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

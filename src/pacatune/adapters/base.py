@@ -334,28 +334,6 @@ def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenize
     return load_tokenizer(base) if own is None else own
 
 
-def layer_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Return (O, I), or (O/G, I, *k) of a convolution, for a layer that PaCA can adapt, else None.
-
-    It is the shape of the update if every column were trained.
-
-    Args:
-        module: nn.Linear, transformers' Conv1D, a quantised linear layer, a convolution, or one of
-            these inside a PEFT layer.
-    """
-    module = innermost(module)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        num_in, num_out = cast(Tensor, module.weight).shape
-        return num_out, num_in
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.out_channels // module.groups, module.in_channels, *module.kernel_size
-    out_features = getattr(module, "out_features", None)
-    in_features = getattr(module, "in_features", None)
-    if isinstance(out_features, int) and isinstance(in_features, int):
-        return out_features, in_features
-    return None
-
-
 def innermost(module: nn.Module) -> nn.Module:
     """Return the layer of the base model inside any PEFT layers."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):

@@ -19,12 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import Adapter, LoraAdapter, is_parameter
-from pacatune.adapters.target import find_target, target_shape
+from pacatune.adapters.folder import Adapter, LoraAdapter
+from pacatune.adapters.target import find_target
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.tuner.convolution import runs_torchs_forward
-from pacatune.tuner.experts import is_transposed
+from pacatune.tuner.layout import (
+    AttentionLayout,
+    ConvolutionLayout,
+    EmbeddingLayout,
+    ExpertsLayout,
+    takes_all_tokens,
+)
 
 __all__ = [
     "ExportPlan",
@@ -130,23 +136,22 @@ def lora_factors(
     Raises:
         ValueError: If PEFT's LoRA cannot say it.
     """
-    found, shape = find_target(base, name), target_shape(base, name)
+    found = find_target(base, name)
     assert found is not None, "check_base has seen it"
-    assert shape is not None, "likewise"
-    module, indices = found[0], adapter.modules[name].indices
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        refuse_inexpressible(module, f"{adapter.folder}: module {name!r}")
-        factors = convolution_factors(update, indices, module.in_channels, module.groups)
+    layout, indices = found.layout, adapter.modules[name].indices
+    if isinstance(layout, ConvolutionLayout):
+        refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")
+        factors = convolution_factors(update, indices, layout.in_features, layout.groups)
         return _named(name, *factors)
-    selector = column_selector(indices, shape[1], rank).to(update.dtype)
+    selector = column_selector(indices, layout.in_features, rank).to(update.dtype)
     filled = update.new_zeros(len(update), rank, *update.shape[2:])
     filled[:, : len(indices)] = update
-    if is_parameter(adapter.config, name):
-        return _experts_factors(adapter, module, name, selector, filled)
-    if isinstance(module, nn.Embedding):
+    if isinstance(layout, ExpertsLayout):
+        return _experts_factors(adapter, found.module, name, selector, filled)
+    if isinstance(layout, EmbeddingLayout):
         return {f"{name}.lora_embedding_A": filled.t(), f"{name}.lora_embedding_B": selector.t()}
-    if (target := target_of(name)) != name:
-        return _attention_factors(target, selector, filled)
+    if isinstance(layout, AttentionLayout):
+        return _attention_factors(target_of(name), selector, filled)
     _refuse_output_of_attention(base, name, f"{adapter.folder}: module {name!r}")
     return _named(name, selector, filled)
 
@@ -173,7 +178,7 @@ def _experts_factors(
     adapted = [other for other in experts._parameters if f"{owner}.{other}" in adapter.modules]
     depth = len(adapted) - 1 - adapted.index(parameter_name)
     num_experts, where = update.shape[2], owner + ".base_layer" * depth
-    if is_transposed(experts) and not hasattr(experts, "is_transposed"):
+    if takes_all_tokens(experts):
         # Llama 4, whose (E, I, O) PEFT takes for (E, O, I): its input is our output.
         factor_b = selector.t().unsqueeze(2).expand(-1, -1, num_experts)
         return _named(where, update.permute(2, 1, 0).flatten(0, 1), factor_b.flatten(1))

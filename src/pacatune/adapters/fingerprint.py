@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
-from pacatune.adapters.target import find_target, target_matrix
+from pacatune.adapters.target import find_target
 from pacatune.files.json_file import read_json_object
-from pacatune.ops.columns import columns_of_kernel
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -111,14 +110,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _hash_target(model: nn.Module, name: str, indices: Tensor) -> dict[str, str]:
     found = find_target(model, name)
     if found is None:
-        raise ValueError(f"the base ({type(model).__name__}) has no module {name!r} to compare.")
-    module, weight = found[0], target_matrix(*found)
-    if weight is None or not _is_readable(weight):
+        raise ValueError(f"the base ({type(model).__name__}) has no weight {name!r} to compare.")
+    weight = getattr(found.module, found.parameter_name, None)
+    if not isinstance(weight, Tensor) or not _is_readable(weight):
         return {}
-    if type(module).__name__ == "Conv1D":
-        weight = weight.t()
-    if weight.ndim > 2:
-        weight = columns_of_kernel(weight, module.groups)
+    weight = found.layout.first_matrix(weight)
     is_free = torch.ones(weight.shape[1], dtype=torch.bool)
     is_free[indices.cpu()] = False
     columns = _spread(is_free.nonzero().flatten(), _MAX_COLUMNS)

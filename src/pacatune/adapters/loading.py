@@ -27,13 +27,13 @@ from pacatune.adapters.folder import (
     open_adapter,
     read_adapter,
 )
-from pacatune.adapters.target import find_target, target_shape
+from pacatune.adapters.target import find_target
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
 from pacatune.installation import install_command
 from pacatune.names import nearest
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
-from pacatune.tuner.experts import is_expert_parameter
+from pacatune.tuner.layout import ExpertsLayout
 
 __all__ = [
     "hotswap_adapter",
@@ -88,19 +88,17 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
         ValueError: At the first module that does not fit.
     """
     for name, (delta, indices) in modules.items():
-        shape = target_shape(model, name)
-        if shape is None:
+        target = find_target(model, name)
+        if target is None:
             found = dict(model.named_modules())
             problem = "no module" if name not in found else "no adaptable layer"
             raise ValueError(
                 f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
                 f"name is {nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
             )
-        out_features, in_features, *others = shape
+        out_features, in_features, *others = target.layout.file_shape
         if list(delta.shape[2:]) != others:
-            target = find_target(model, name)
-            is_expert = target is not None and is_expert_parameter(*target)
-            what = "experts" if is_expert else "a kernel of"
+            what = "experts" if isinstance(target.layout, ExpertsLayout) else "a kernel of"
             raise ValueError(
                 f"{source}: module {name!r} has {what} {tuple(delta.shape[2:])} in the adapter but "
                 f"{tuple(others)} in the base; the adapter belongs to another base."
@@ -274,7 +272,7 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
     for name, (delta, indices) in adapter.modules.items():
         loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
         columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
-        delta = layers[name].as_stored(delta)
+        delta = layers[name].layout.from_file(delta)
         if not (torch.equal(columns, indices) and torch.equal(loaded, delta.to(loaded.dtype))):
             raise ValueError(
                 f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "
@@ -410,7 +408,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     _check(layers, adapter, adapter_name)
     for name, layer in layers.items():
         update = adapter.modules[name]
-        delta = layer.as_stored(update.delta)
+        delta = layer.layout.from_file(update.delta)
         layer.replace_update(
             adapter_name, delta, update.indices, adapter.scaling(name) * len(update.indices)
         )
@@ -442,8 +440,8 @@ def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) ->
         )
     for name, layer in layers.items():
         delta, indices = adapter.modules[name]
-        delta = layer.as_stored(delta)
-        shape = layer.delta_shape(len(indices))
+        delta = layer.layout.from_file(delta)
+        shape = layer.layout.delta_shape(len(indices))
         if delta.shape != shape or int(indices.max()) >= layer.in_features:
             raise ValueError(
                 f"{adapter.folder}: {name!r} has a delta of {tuple(delta.shape)} and columns up to "

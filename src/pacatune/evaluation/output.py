@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pacatune.adapters.base import layer_shape
+from pacatune.adapters.base import innermost
 from pacatune.adapters.fingerprint import fingerprint, unwrap
 from pacatune.adapters.folder import TENSORS_NAME
 from pacatune.adapters.loading import LoadedModel
 from pacatune.bench.record import versions
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 RESULT_NAME, REPORT_NAME, QUESTIONS_NAME = "evaluation.json", "evaluation.md", "questions.jsonl"
 _SPARE_BYTES = 2**20
+# Whose weights tell one base from another.
+_HASHED = (Layout, Conv1DLayout, ConvolutionLayout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,8 @@ def _fingerprint(model: Any) -> dict[str, Any]:
     names: list[str] = []
     for name, module in base.named_modules():
         # What lies inside a layer (an adapter's own layers) follows it.
-        if layer_shape(module) is not None and not (names and name.startswith(f"{names[-1]}.")):
+        is_layer = type(layout_of(innermost(module))) in _HASHED
+        if is_layer and not (names and name.startswith(f"{names[-1]}.")):
             names.append(name)
     found = fingerprint(base, {name: torch.empty(0, dtype=torch.int64) for name in names})
     modules = {name: hashes for name, hashes in found.pop("modules").items() if hashes}

@@ -2,14 +2,12 @@
 
 import copy
 import math
-from typing import Any, cast
 
 from torch import nn
 
 from pacatune.selection.statistics import ColumnStatistics
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.layout import as_matrix
 from pacatune.tuner.targets import Target
 
 __all__ = ["allocate_ranks"]
@@ -80,6 +78,5 @@ def _mass(statistics: ColumnStatistics, name: str) -> float:
 def _values_per_column(target: Target) -> int:
     weight = getattr(target.module, target.parameter_name)
     if not weight.is_floating_point():  # packed: its own shape says nothing
-        height: int = cast(Any, target.module).out_features
-        return height
-    return as_matrix(weight.detach(), target.module, target.parameter_name).shape[0]
+        return target.layout.out_features
+    return target.layout.matrix(weight.detach()).shape[0]

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from pacatune.selection.statistics import ColumnStatistics
@@ -30,8 +29,7 @@ from pacatune.selection.strategies import KINDS, SKETCH_ROWS, seed_for, statisti
 from pacatune.tuner.attention import without_fast_path
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.experts import is_expert_parameter
-from pacatune.tuner.layout import as_matrix
+from pacatune.tuner.layout import EmbeddingLayout, Layout
 from pacatune.tuner.targets import Target
 
 __all__ = [
@@ -97,7 +95,7 @@ def _weight_hook(uses: list[tuple[Target, Add]]) -> Callable[[Tensor], None]:
             if gradient.is_sparse:  # an embedding's: the rows of the tokens that occur
                 add(_squares(gradient.coalesce().values()))
             else:
-                add(_squares(as_matrix(gradient, target.module, target.parameter_name)))
+                add(_squares(target.layout.matrix(gradient)))
 
     return reduce
 
@@ -204,17 +202,19 @@ def _observe_inputs(
     reduce: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> Iterator[None]:
     for name, target in targets.items():
-        is_expert = is_expert_parameter(target.module, target.parameter_name)
-        if isinstance(target.module, nn.Embedding) or is_expert:
-            kind = "weights of experts, whose inputs are" if is_expert else "an embedding, whose"
+        if not target.layout.has_inputs:
+            what = (
+                "an embedding, whose input has no columns"
+                if isinstance(target.layout, EmbeddingLayout)
+                else "weights of experts, whose inputs are inside of their module"
+            )
             raise ValueError(
-                f"target {name!r} is {kind}{' inside of their module' if is_expert else ''}"
-                f"{'' if is_expert else ' input has no columns'}; activations cannot be collected "
-                "for it. Choose by gradient or weight, or leave it out."
+                f"target {name!r} is {what}; activations cannot be collected for it. Choose by "
+                "gradient or weight, or leave it out."
             )
     handles = [
         target.module.register_forward_pre_hook(
-            _activation_hook(target.module, adders[name], mask, reduce[name]), with_kwargs=True
+            _activation_hook(target.layout, adders[name], mask, reduce[name]), with_kwargs=True
         )
         for name, target in targets.items()
     ]
@@ -226,27 +226,13 @@ def _observe_inputs(
 
 
 def _activation_hook(
-    module: nn.Module, add: Add, mask: Mask, reduce: Callable[[Tensor], Tensor]
+    layout: Layout, add: Add, mask: Mask, reduce: Callable[[Tensor], Tensor]
 ) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = [*args, *kwargs.values()][:1]
-        if isinstance(module, nn.MultiheadAttention):  # one weight for query, key and value
-            names = ("query", "key", "value")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            inputs = list({id(given[name]): given[name] for name in names}.values())
-        for x in inputs:
-            add(reduce(_tokens(x.detach(), module, mask())))
+        for x in layout.inputs(args, kwargs):
+            add(reduce(layout.tokens(x.detach(), mask())))
 
     return hook
-
-
-def _tokens(x: Tensor, module: nn.Module, mask: Tensor | None) -> Tensor:
-    """Return the inputs of a layer as (N, I)."""
-    if isinstance(module, _ConvNd):
-        return x.movedim(-1 - len(module.kernel_size), -1).flatten(0, -2)
-    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-        return x[mask.to(x.device).bool()]
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _squares(matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pacatune.selection.statistics import ColumnStatistics
 from pacatune.selection.strategies import FIXED, needs_of, seed_for, select_columns, statistics_of
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig, seeded
-from pacatune.tuner.layout import weight_matrix
+from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target
 
 __all__ = ["share_columns"]

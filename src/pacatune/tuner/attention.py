@@ -97,11 +97,6 @@ class AttentionInput(ParameterLayer):
     """The adapted (3E, E) weight of the query, key and value projections."""
 
     @staticmethod
-    def num_columns_of(base_layer: Any) -> int:
-        """Return E."""
-        return int(base_layer.embed_dim)
-
-    @staticmethod
     def check_base(base_layer: Any, name: str) -> None:
         """Refuse an attention without the one weight.
 

@@ -26,7 +26,7 @@ from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets
 from pacatune.tuner.given import key_of_columns
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.layout import weight_matrix
+from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target, check_targets
 
 if TYPE_CHECKING:

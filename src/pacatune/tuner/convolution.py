@@ -27,8 +27,6 @@ from pacatune.ops.columns import (
     CONVOLUTIONS,
     adapted_kernel,
     conv_of_columns,
-    put_columns_,
-    read_columns,
     select_channels,
 )
 from pacatune.ops.tracing import is_recorded
@@ -68,14 +66,6 @@ class Conv(AdditiveLayer):
         kind = type(self._base)
         self.pads_by_size = (kind.__module__, kind.__name__) == _PADS_BY_SIZE
         self.has_torchs_forward = self.pads_by_size or runs_torchs_forward(self._base)
-
-    def delta_shape(self, r: int) -> tuple[int, ...]:
-        """Return (O/G, r, *k)."""
-        return self.out_features // self.groups, r, *self.kernel_size
-
-    def dense_shape(self) -> tuple[int, ...]:
-        """Return (O, I/G, *k)."""
-        return self.out_features, self.in_features // self.groups, *self.kernel_size
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts linear layers alone; `pacatune export` writes convolutions as LoRA, too."""
@@ -167,12 +157,6 @@ class Conv(AdditiveLayer):
         if self.disable_adapters or self.merged_adapters or not _is_whole(weight):
             return weight
         return self._kernel(self.active_adapters)
-
-    def _read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
-        return read_columns(weight, indices, self.groups)
-
-    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
-        put_columns_(weight, indices, columns, self.groups)
 
     def _get_name(self) -> str:
         return type(self._base).__name__

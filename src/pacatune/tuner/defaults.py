@@ -22,11 +22,9 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pacatune.tuner.layout import layer_class
-from pacatune.tuner.linear import Linear
+from pacatune.tuner.layout import Conv1DLayout, Layout, adaptable_kind
 from pacatune.tuner.targets import available_targets
 
 __all__ = ["default_targets", "log_targets", "survey"]
@@ -92,11 +90,11 @@ def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
     reasons = {}
     for name, module in modules.items():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        layer = layer_class(base, **kwargs)
-        if layer is None and not _has_matrix(base):
+        kind = adaptable_kind(base, **kwargs)
+        if kind is None and not _has_matrix(base):
             continue
-        if layer is None or not issubclass(layer, Linear):
-            reasons[name] = _kind_of_other(base)
+        if kind not in (Layout, Conv1DLayout):
+            reasons[name] = "bare parameters" if kind is None else kind.word
         elif not name.startswith(blocks):
             reasons[name] = "outside the blocks"
         elif not name.startswith(root):
@@ -137,14 +135,6 @@ def _is_block(name: str, modules: dict[str, Any]) -> bool:
 
 def _has_matrix(module: nn.Module) -> bool:
     return any(p is not None and p.squeeze().dim() > 1 for p in module._parameters.values())
-
-
-def _kind_of_other(module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.MultiheadAttention):
-        return "torch's MultiheadAttention"
-    return "convolution" if isinstance(module, _ConvNd) else "bare parameters"
 
 
 def _reason_in_block(layer: nn.Module, parent: nn.Module) -> str:

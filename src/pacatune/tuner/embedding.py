@@ -39,11 +39,6 @@ class Embedding(AdditiveLayer):
     delta_class = EmbeddingDelta
 
     @staticmethod
-    def num_columns_of(base_layer: Any) -> int:
-        """Return D, the number of dimensions to choose from."""
-        return int(base_layer.embedding_dim)
-
-    @staticmethod
     def check_base(base_layer: Any, name: str) -> None:
         """Refuse embeddings that do more than look up and multiply.
 
@@ -69,10 +64,6 @@ class Embedding(AdditiveLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion knows linear layers; `pacatune export` does it."""
         return False
-
-    def _features(self) -> tuple[int, int]:
-        base: Any = self.get_base_layer()
-        return base.embedding_dim, base.num_embeddings
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         return None  # looking up is all there is

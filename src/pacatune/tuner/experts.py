@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import Delta
+from pacatune.tuner.layout import has_known_experts, is_transposed, takes_all_tokens
 from pacatune.tuner.parameter import (
     ParameterLayer,
     ParameterOwner,
@@ -25,35 +26,7 @@ from pacatune.tuner.parameter import (
     names_to_apply,
 )
 
-__all__ = ["ExpertParameter", "Experts", "features_of", "is_expert_parameter", "is_transposed"]
-
-_NAMES = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def is_expert_parameter(module: nn.Module, parameter_name: str) -> bool:
-    """Whether this is a parameter of an experts module whose forward we know.
-
-    Those that run on transformers' interface say how it goes (`has_gate`, `is_transposed`, ...): to
-    transformers' own implementations, and to ours.
-    """
-    return parameter_name in _NAMES and ("has_gate" in module.__dict__ or _takes_all(module))
-
-
-def is_transposed(experts: Any) -> bool:
-    """Whether the weights are (E, I, O)."""
-    return _takes_all(experts) or bool(experts.is_transposed)
-
-
-def _takes_all(experts: nn.Module) -> bool:
-    """Whether each expert gets every token, zeros in place of those routed elsewhere: Llama 4."""
-    return type(experts).__name__ == "Llama4TextExperts"
-
-
-def features_of(experts: Any, parameter_name: str) -> tuple[int, int, int]:
-    """Return (E, I, O) of the linear maps that a parameter holds."""
-    parameter = getattr(experts, parameter_name)
-    first, second, third = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
-    return (first, second, third) if is_transposed(experts) else (first, third, second)
+__all__ = ["ExpertParameter", "Experts"]
 
 
 class ExpertDelta(Delta):
@@ -74,27 +47,9 @@ class ExpertParameter(ParameterLayer):
     """
 
     delta_class = ExpertDelta
-    delta_dim = 2
-
-    def _features(self) -> tuple[int, int]:
-        experts: Any = self.get_base_layer()
-        self.is_transposed = is_transposed(experts)
-        self.num_experts, in_features, out_features = features_of(experts, self.parameter_name)
-        return in_features, out_features
 
     def _attach(self) -> None:
-        self.column_dim = 1 if self.is_transposed else 2
-
-    def delta_shape(self, r: int) -> tuple[int, ...]:
-        """Return (E, O, R)."""
-        return self.num_experts, self.out_features, r
-
-    def as_stored(self, delta: Tensor) -> Tensor:
-        """Return an (O, R, E) update as (E, O, R)."""
-        return delta.permute(2, 0, 1)
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.transpose(1, 2) if self.is_transposed else weight
+        pass  # the weights of all experts are never written
 
     def project(
         self, x: Tensor, weight: Tensor, offsets: Tensor, names: list[str], **options: Any
@@ -132,7 +87,7 @@ class Experts(ParameterOwner):
         if not has_hooks(experts.__dict__):
             if "has_gate" in experts.__dict__:
                 return _forward(experts, layers, *args, **kwargs)
-            if _takes_all(experts):
+            if takes_all_tokens(experts):
                 return _forward_of_all(experts, layers, *args, **kwargs)
         with _running_ours(experts, layers):
             return experts(*args, **kwargs)  # type: ignore[no-any-return]
@@ -237,8 +192,8 @@ def _running_ours(module: nn.Module, layers: _Layers) -> Iterator[None]:
 
     transformers asks the module's configuration for the implementation.
     """
-    experts: Any = next(m for m in module.modules() if "has_gate" in m.__dict__ or _takes_all(m))
-    if _takes_all(experts):
+    experts: Any = next(m for m in module.modules() if has_known_experts(m))
+    if takes_all_tokens(experts):
         with in_place_of_forward(experts, functools.partial(_forward_of_all, experts, layers)):
             yield
         return

@@ -7,16 +7,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from pacatune.residency import Residency
 from pacatune.residency.watching import release
 from pacatune.selection.strategies import seed_for, select_columns
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.layout import Layout, layout_of
 
 __all__ = [
     "Delta",
@@ -43,8 +43,8 @@ class MergeMixin:
     """Merge, unmerge and unload for a layer with `paca_delta`, `paca_indices` and `scaling`."""
 
     base_layer: nn.Module
+    layout: Layout
     residency: Residency | None
-    column_dim: int
     parameter_name: str
     shares_weight: bool
     _kept: list[Any]
@@ -78,10 +78,10 @@ class MergeMixin:
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         layer = cast(Any, self)
         weight = self._weight_to_merge()
-        _refuse_part(weight, num_dims=len(layer.dense_shape()))
+        _refuse_part(weight, num_dims=len(self.layout.dense_shape))
         indices = layer.paca_indices[name].to(weight.device)
-        originals = self._read_columns(weight, indices)
-        update = self._oriented(layer.paca_delta[name].weight.to(weight.device))
+        originals = self.layout.read_columns(weight, indices)
+        update = self.layout.oriented(layer.paca_delta[name].weight.to(weight.device))
         merged = torch.add(originals, update, alpha=layer.scaling[name]).to(weight.dtype)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
@@ -95,7 +95,7 @@ class MergeMixin:
             weight = weight.clone()
         else:
             self._kept.append((indices, originals))
-        self._put_columns_(weight, indices, merged)
+        self.layout.put_columns_(weight, indices, merged)
         if layer.quantization_backend is not None:
             warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
             layer.set_base_weight(weight)
@@ -131,7 +131,8 @@ class MergeMixin:
             else:
                 indices, originals = kept
                 weight = self._weight_to_merge()
-                self._put_columns_(weight, indices.to(weight.device), originals.to(weight))
+                originals = originals.to(weight)
+                self.layout.put_columns_(weight, indices.to(weight.device), originals)
             self._kept.pop()
             del layer.merged_adapters[len(self._kept) :]
         if self.residency is not None and not layer.merged_adapters:
@@ -141,8 +142,9 @@ class MergeMixin:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
         layer = cast(Any, self)
         update = layer.paca_delta[adapter].weight.detach() * layer.scaling[adapter]
-        dense = self._oriented(update.new_zeros(layer.dense_shape()))
-        self._put_columns_(dense, layer.paca_indices[adapter], self._oriented(update))
+        dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
+        columns = self.layout.oriented(update)
+        self.layout.put_columns_(dense, layer.paca_indices[adapter], columns)
         return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -159,15 +161,6 @@ class MergeMixin:
             self.residency.close()
         release(self.base_layer)
         return self.base_layer
-
-    def _read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
-        return weight.index_select(self.column_dim, indices)
-
-    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
-        weight.index_copy_(self.column_dim, indices, columns)
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.column_dim == 0 else weight
 
 
 def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
@@ -222,7 +215,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
     other_param_names: tuple[str, ...] = ("paca_indices", "r", "paca_alpha", "scaling")
     delta_class: type[Delta] = Delta
     parameter_name = "weight"  # of the base layer: what is adapted
-    delta_dim = 1  # of the columns in delta
 
     # Of BaseTunerLayer, which has no types.
     active_adapters: list[str]
@@ -252,8 +244,8 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         self.merged_adapters: list[str] = []
         self._kept: list[Any] = []  # what merging replaced, innermost first
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.in_features, self.out_features = self._features()
-        self.column_dim = 0 if isinstance(self.get_base_layer(), Conv1D) else 1
+        base = self.get_base_layer()
+        self.layout = layout_of(base, self.parameter_name) or Layout.of(base, self.parameter_name)
         self.shares_weight = False  # another module sees the same weight; set by the model
         self.residency: Residency | None = None
         self._attach()
@@ -268,12 +260,6 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
             self.residency.is_merged = bool(self.merged_adapters)
 
     @staticmethod
-    def num_columns_of(base_layer: nn.Module) -> int:
-        """Return I, the number of columns to choose from in the weight of a base layer."""
-        in_features, _ = _get_in_out_features(base_layer)
-        return cast(int, in_features)
-
-    @staticmethod
     def check_base(base_layer: nn.Module, name: str) -> None:
         """Refuse a base layer that cannot be adapted as it is.
 
@@ -281,24 +267,15 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
             ValueError, TypeError: See the kinds of layers.
         """
 
-    def num_columns(self) -> int:
-        """Return I, the number of columns to choose from."""
-        return self.num_columns_of(self.get_base_layer())
+    @property
+    def in_features(self) -> int:
+        """I, the number of columns to choose from."""
+        return self.layout.in_features
 
-    def _features(self) -> tuple[int, int]:
-        return cast("tuple[int, int]", _get_in_out_features(self.get_base_layer()))
-
-    def delta_shape(self, r: int) -> tuple[int, ...]:
-        """Return the shape of the update of `r` columns."""
-        return self.out_features, r
-
-    def as_stored(self, delta: Tensor) -> Tensor:
-        """Return an update whose first two dimensions are O and R as this layer keeps it."""
-        return delta
-
-    def dense_shape(self) -> tuple[int, ...]:
-        """Return the shape of the weight, output features first."""
-        return self.delta_shape(self.in_features)
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.layout.out_features
 
     def update_layer(
         self,
@@ -323,11 +300,11 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
         Raises:
             ValueError: If `r` exceeds the in_features of the base layer.
         """
-        num_columns = self.num_columns()
+        num_columns = self.layout.in_features
         check_rank(r, num_columns, name)
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
-        delta = self.delta_class(*self.delta_shape(r))
+        delta = self.delta_class(*self.layout.delta_shape(r))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta

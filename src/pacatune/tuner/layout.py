@@ -1,115 +1,363 @@
-"""Which of our layers adapts which kind of module: the one table of what is supported."""
+"""How each kind of weight holds the columns that are trained: one class for each kind.
 
-from typing import Any
+A `Layout` knows the sizes of one weight and where its columns are: in the weight, in the update of
+a layer, in the update of an adapter's file, and in the layer's input. What is computed with them is
+the layers' matter (`tuner.linear`, ...). The symbols are those of docs/method.md.
 
-import torch
+    kind                weight             update in a layer    in a file
+    linear              (O, I)             (O, R)               (O, R)
+    Conv1D              (I, O)             (O, R)               (O, R)
+    convolution         (O, I/G, *k)       (O/G, R, *k)         (O/G, R, *k)
+    embedding           (V, D)             (V, R)               (V, R)
+    attention's input   (3E, E)            (3E, R)              (3E, R)
+    experts             (E, O, I) or       (E, O, R)            (O, R, E)
+                        (E, I, O)
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.tuner.attention import AttentionInput
-from pacatune.tuner.convolution import Conv
-from pacatune.tuner.embedding import Embedding
-from pacatune.tuner.experts import is_expert_parameter, is_transposed
-from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.linear import Linear
-from pacatune.tuner.quantized import QuantizedLinear, dequantized
+from pacatune.format.options import IN_PROJ
+from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
 
 __all__ = [
-    "as_matrix",
-    "is_supported",
-    "layer_class",
+    "AttentionLayout",
+    "Conv1DLayout",
+    "ConvolutionLayout",
+    "EmbeddingLayout",
+    "ExpertsLayout",
+    "Layout",
+    "adaptable_kind",
+    "has_known_experts",
+    "has_layout",
+    "is_transposed",
+    "layout_of",
     "supported_kinds",
-    "weight_matrix",
+    "takes_all_tokens",
 ]
 
 
-# Kinds of base modules, what to call them in messages, and the layer that adapts them.
-_KINDS: tuple[tuple[tuple[type[nn.Module], ...], str, type[PacaLayer]], ...] = (
-    ((nn.Linear,), "torch.nn.Linear", Linear),
-    ((Conv1D,), "transformers' Conv1D", Linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "torch.nn.Conv1d, Conv2d, Conv3d", Conv),
-    ((nn.Embedding,), "torch.nn.Embedding", Embedding),
-    ((nn.MultiheadAttention,), "torch.nn.MultiheadAttention", AttentionInput),
+@dataclass(frozen=True)
+class Layout:
+    """A linear layer's weight, (O, I), quantised or not."""
+
+    out_features: int
+    in_features: int
+    """Number of columns to choose from."""
+
+    title: ClassVar[str] = "torch.nn.Linear"
+    """What messages call the kind."""
+    word: ClassVar[str] = "linear layer"
+    """In one word, or two."""
+    has_inputs: ClassVar[bool] = True
+    """Whether the module's input has the columns, so that they can be looked at."""
+    weight_dim: ClassVar[int] = 1
+    """Dimension of the columns in the weight."""
+    delta_dim: ClassVar[int] = 1
+    """Dimension of the columns in a layer's update."""
+
+    @classmethod
+    def of(cls, module: Any, parameter_name: str) -> "Layout":
+        """Return the layout of a module's weight."""
+        in_features, out_features = cast("tuple[int, int]", _get_in_out_features(module))
+        return cls(out_features, in_features)
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of an update in a file if every column were trained."""
+        return self.delta_shape(self.in_features)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, output features before columns."""
+        return self.delta_shape(self.in_features)
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return the shape of a layer's update of `r` columns."""
+        return self.out_features, r
+
+    def from_file(self, delta: Tensor) -> Tensor:
+        """Return an update of a file as a layer holds it."""
+        return delta
+
+    def to_file(self, delta: Tensor) -> Tensor:
+        """Return a layer's update as a file holds it."""
+        return delta
+
+    def oriented(self, delta: Tensor) -> Tensor:
+        """Turn an update from a layer's order of dimensions to the weight's, or back."""
+        return delta
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight, or its gradient, as a matrix whose columns are those of the paper.
+
+        Returns:
+            (O, I) of linear layers, (V, D) of embeddings, (E * O, I) of E experts, and
+            (O/G * taps, I) of convolutions: all that leads from an input channel into its group.
+        """
+        return weight
+
+    def first_matrix(self, weight: Tensor) -> Tensor:
+        """Return the same of the first of many experts."""
+        return self.matrix(weight)
+
+    def read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """Return some columns of a weight, in its order of dimensions.
+
+        Args:
+            weight: In the module's own layout.
+            indices: (R,) columns, on the weight's device.
+        """
+        return weight.index_select(self.weight_dim, indices)
+
+    def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        """Write what `read_columns` reads, into `weight` itself."""
+        weight.index_copy_(self.weight_dim, indices, columns)
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the inputs that the weight is applied to, of the arguments of a call."""
+        return [*args, *kwargs.values()][:1]
+
+    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return an input of the module as (N, I).
+
+        Args:
+            x: (..., I).
+            mask: (B, T), True or 1 at the tokens that count; None: all.
+        """
+        if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+            return x[mask.to(x.device).bool()]
+        return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Conv1DLayout(Layout):
+    """The weight of transformers' Conv1D, (I, O)."""
+
+    title: ClassVar[str] = "transformers' Conv1D"
+    weight_dim: ClassVar[int] = 0
+
+    def oriented(self, delta: Tensor) -> Tensor:
+        """Transpose."""
+        return delta.t()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return (O, I)."""
+        return weight.t()
+
+
+@dataclass(frozen=True)
+class ConvolutionLayout(Layout):
+    """A convolution's kernel, (O, I/G, *k): its columns are input channels."""
+
+    groups: int = 1
+    kernel_size: tuple[int, ...] = ()
+
+    title: ClassVar[str] = "torch.nn.Conv1d, Conv2d, Conv3d"
+    word: ClassVar[str] = "convolution"
+
+    @classmethod
+    def of(cls, module: Any, parameter_name: str) -> "ConvolutionLayout":
+        """Read sizes only."""
+        return cls(module.out_channels, module.in_channels, module.groups, module.kernel_size)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """(O, I/G, *k)."""
+        return self.out_features, self.in_features // self.groups, *self.kernel_size
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return (O/G, r, *k)."""
+        return self.out_features // self.groups, r, *self.kernel_size
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return (O/G * taps, I)."""
+        return columns_of_kernel(weight, self.groups)
+
+    def read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """Return (O/G, R, *k)."""
+        return read_columns(weight, indices, self.groups)
+
+    def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        """Write (O/G, R, *k)."""
+        put_columns_(weight, indices, columns, self.groups)
+
+    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (N, I): one row for each position of each image."""
+        return x.movedim(-1 - len(self.kernel_size), -1).flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class EmbeddingLayout(Layout):
+    """An embedding's weight, (V, D): its columns are the D dimensions, its outputs the V tokens."""
+
+    title: ClassVar[str] = "torch.nn.Embedding"
+    word: ClassVar[str] = "embedding"
+    has_inputs: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, module: Any, parameter_name: str) -> "EmbeddingLayout":
+        """Read sizes only."""
+        return cls(module.num_embeddings, module.embedding_dim)
+
+
+@dataclass(frozen=True)
+class AttentionLayout(Layout):
+    """The one weight of query, key and value projection of torch's attention, (3E, E)."""
+
+    title: ClassVar[str] = "torch.nn.MultiheadAttention"
+    word: ClassVar[str] = "torch's MultiheadAttention"
+
+    @classmethod
+    def of(cls, module: Any, parameter_name: str) -> "AttentionLayout":
+        """Read sizes only."""
+        return cls(3 * module.embed_dim, module.embed_dim)
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return query, key and value, each tensor once."""
+        names = ("query", "key", "value")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return list({id(given[name]): given[name] for name in names}.values())
+
+
+@dataclass(frozen=True)
+class ExpertsLayout(Layout):
+    """One weight of all experts, (E, O, I), or (E, I, O): all train the same columns."""
+
+    num_experts: int = 1
+    is_transposed: bool = False
+
+    word: ClassVar[str] = "weights of experts"
+    has_inputs: ClassVar[bool] = False
+    delta_dim: ClassVar[int] = 2
+
+    @classmethod
+    def of(cls, module: Any, parameter_name: str) -> "ExpertsLayout":
+        """Read sizes only."""
+        parameter = getattr(module, parameter_name)
+        first, second, third = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
+        if is_transposed(module):
+            return cls(third, second, first, True)
+        return cls(second, third, first, False)
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """(O, I, E)."""
+        return self.out_features, self.in_features, self.num_experts
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """Return (E, O, r)."""
+        return self.num_experts, self.out_features, r
+
+    def from_file(self, delta: Tensor) -> Tensor:
+        """Return (O, R, E) as (E, O, R)."""
+        return delta.permute(2, 0, 1)
+
+    def to_file(self, delta: Tensor) -> Tensor:
+        """Return (E, O, R) as (O, R, E)."""
+        return delta.permute(1, 2, 0)
+
+    def oriented(self, delta: Tensor) -> Tensor:
+        """Transpose each expert's, where its weight is."""
+        return delta.transpose(1, 2) if self.is_transposed else delta
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return (E * O, I)."""
+        return self.oriented(weight).flatten(0, 1)
+
+    def first_matrix(self, weight: Tensor) -> Tensor:
+        """Return (O, I)."""
+        return self.oriented(weight[:1])[0]
+
+    def read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """Return (E, O, R), or (E, R, O)."""
+        return weight.index_select(1 if self.is_transposed else 2, indices)
+
+    def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        """Write (E, O, R), or (E, R, O)."""
+        weight.index_copy_(1 if self.is_transposed else 2, indices, columns)
+
+
+# Kinds of modules that `target_modules` can name.
+_KINDS: tuple[tuple[tuple[type[nn.Module], ...], type[Layout]], ...] = (
+    ((nn.Linear,), Layout),
+    ((Conv1D,), Conv1DLayout),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionLayout),
+    ((nn.Embedding,), EmbeddingLayout),
+    ((nn.MultiheadAttention,), AttentionLayout),
 )
+_EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def layer_class(module: nn.Module, **kwargs: Any) -> type[PacaLayer] | None:
-    """Return the class that adapts `module`, None if there is none.
+def _kind_of(module: nn.Module) -> type[Layout] | None:
+    return next((layout for kinds, layout in _KINDS if isinstance(module, kinds)), None)
+
+
+def layout_of(module: Any, parameter_name: str = "weight") -> Layout | None:
+    """Return the layout of a weight that an adapter can have, None if there is none.
+
+    Args:
+        module: A module of the base model, of which only sizes are read; quantised linear layers
+            are known by their `in_features` and `out_features`.
+        parameter_name: The weight's name in it.
+    """
+    kind = _kind_of(module)
+    if kind is AttentionLayout or parameter_name == IN_PROJ:
+        return AttentionLayout.of(module, parameter_name) if kind is AttentionLayout else None
+    if parameter_name != "weight":
+        is_known = parameter_name in _EXPERT_PARAMETERS and has_known_experts(module)
+        return ExpertsLayout.of(module, parameter_name) if is_known else None
+    if kind is not None:
+        return kind.of(module, parameter_name)
+    out_features = getattr(module, "out_features", None)
+    in_features = getattr(module, "in_features", None)
+    if isinstance(out_features, int) and isinstance(in_features, int):
+        return Layout(out_features, in_features)
+    return None
+
+
+def has_layout(module: nn.Module) -> bool:
+    """Whether a module is of an unquantised kind that `target_modules` may name."""
+    return _kind_of(module) is not None
+
+
+def adaptable_kind(module: nn.Module, **kwargs: Any) -> type[Layout] | None:
+    """Return the kind of a module that `target_modules` may name, None if it cannot be adapted.
 
     Args:
         module: A module of the base model.
         **kwargs: What PEFT needs to recognise quantised layers.
     """
     if resolve_quantization_backend(module, **kwargs) is not None:
-        return QuantizedLinear
-    for kinds, _, layer in _KINDS:
-        if isinstance(module, kinds):
-            return layer
-    return None
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Whether `module` is of an unquantised kind that can be adapted."""
-    return any(isinstance(module, kinds) for kinds, _, _ in _KINDS)
+        return Layout
+    return _kind_of(module)
 
 
 def supported_kinds() -> str:
     """Return the names of all kinds, for messages."""
-    names = ", ".join(name for _, name, _ in _KINDS)
+    names = ", ".join(layout.title for _, layout in _KINDS)
     return f"{names}, quantised linear layers and, as `target_parameters`, the weights of experts"
 
 
-# The weight of a target as a matrix with one column for each that can be trained.
+def has_known_experts(module: nn.Module) -> bool:
+    """Whether this is an experts module whose forward we know.
 
-
-def as_matrix(tensor: Tensor, module: Any, parameter_name: str = "weight") -> Tensor:
-    """Rearrange a weight, or its gradient, so that its columns are those of the paper.
-
-    Args:
-        tensor: The weight in the module's own layout.
-        module: The module of the base model that it belongs to.
-        parameter_name: Its name there.
-
-    Returns:
-        (O, I) of linear layers, (V, D) of embeddings, (E * O, I) of E experts, and
-        (O/G * taps, I) of convolutions: all that leads from an input channel into its group.
+    Those that run on transformers' interface say how it goes (`has_gate`, `is_transposed`, ...): to
+    transformers' own implementations, and to ours.
     """
-    if is_expert_parameter(module, parameter_name):
-        experts: Tensor = tensor.transpose(1, 2) if is_transposed(module) else tensor
-        return experts.flatten(0, 1)
-    if isinstance(module, _ConvNd):
-        groups: int = module.groups
-        by_group = tensor.unflatten(0, (groups, -1))  # (G, O/G, I/G, *k)
-        matrix: Tensor = by_group.movedim((0, 2), (-2, -1)).flatten(-2)
-        return matrix.flatten(0, -2)
-    return tensor.t() if isinstance(module, Conv1D) else tensor
+    return "has_gate" in module.__dict__ or takes_all_tokens(module)
 
 
-def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) -> Tensor:
-    """Return the weight of a target as a matrix, dequantised if it is held in few bits.
+def is_transposed(experts: Any) -> bool:
+    """Whether the weights are (E, I, O)."""
+    return takes_all_tokens(experts) or bool(experts.is_transposed)
 
-    Args:
-        module: As for `as_matrix`.
-        parameter_name: Likewise.
-        **kwargs: What PEFT needs to recognise quantised layers.
 
-    Raises:
-        ValueError: If the weight is not whole on this process, or cannot be dequantised.
-    """
-    backend = resolve_quantization_backend(module, **kwargs)
-    if backend is not None and not backend.supports_merge:
-        raise ValueError(
-            f"`selection` looks at the weights, and those of a {type(module).__name__} "
-            f"({backend.backend_name}) cannot be dequantised; choose another strategy."
-        )
-    if backend is not None:
-        return dequantized(backend, module, torch.float32)
-    weight: Tensor = getattr(module, parameter_name)
-    if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
-        raise ValueError(
-            f"`selection` looks at the weights, and those of a {type(module).__name__} are "
-            "sharded; choose the columns before the model is sharded."
-        )
-    return as_matrix(weight.detach(), module, parameter_name)
+def takes_all_tokens(experts: nn.Module) -> bool:
+    """Whether each expert gets every token, zeros in place of those routed elsewhere: Llama 4."""
+    return type(experts).__name__ == "Llama4TextExperts"

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, idle_layers
@@ -26,10 +27,16 @@ from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
 from pacatune.tuner.given import given_columns
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.layout import layer_class
+from pacatune.tuner.layout import adaptable_kind
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
-from pacatune.tuner.quantized import find_originals, forbid_packing, settle_columns
+from pacatune.tuner.quantized import (
+    QuantizedLinear,
+    find_originals,
+    forbid_packing,
+    settle_columns,
+)
 from pacatune.tuner.targets import (
+    LAYERS,
     available_targets,
     check_targets,
     find_parameters,
@@ -207,8 +214,10 @@ class PacaModel(BaseTuner):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
             return
         kwargs = get_quantization_kwargs(self)
-        new = layer_class(target, **kwargs)
-        assert new is not None, "check_targets refuses what no layer adapts"
+        kind = adaptable_kind(target, **kwargs)
+        assert kind is not None, "check_targets refuses what no layer adapts"
+        is_quantized = resolve_quantization_backend(target, **kwargs) is not None
+        new = QuantizedLinear if is_quantized else LAYERS[kind]
         layer = new(target, adapter_name, current_key, peft_config, **ranks, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -56,10 +56,6 @@ class ParameterLayer(PacaLayer):
         else:
             super().__setattr__(name, value)
 
-    def num_columns(self) -> int:
-        """Return I."""
-        return self.in_features
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion knows layers with one weight; `pacatune export` does it."""
         return False

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pacatune.format.options import format_quantization
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.layout import layout_of
 from pacatune.tuner.linear import Linear
 
 __all__ = [
@@ -206,6 +207,39 @@ def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
     else:
         weight = backend.get_base_weight(base_layer)
     return weight.to(dtype)
+
+
+def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) -> Tensor:
+    """Return the weight of a target as a matrix, dequantised if it is held in few bits.
+
+    Args:
+        module: A module of the base model.
+        parameter_name: The weight's name in it.
+        **kwargs: What PEFT needs to recognise quantised layers.
+
+    Returns:
+        As `Layout.matrix`.
+
+    Raises:
+        ValueError: If the weight is not whole on this process, or cannot be dequantised.
+    """
+    backend = resolve_quantization_backend(module, **kwargs)
+    if backend is not None and not backend.supports_merge:
+        raise ValueError(
+            f"`selection` looks at the weights, and those of a {type(module).__name__} "
+            f"({backend.backend_name}) cannot be dequantised; choose another strategy."
+        )
+    if backend is not None:
+        return dequantized(backend, module, torch.float32)
+    weight: Tensor = getattr(module, parameter_name)
+    if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
+        raise ValueError(
+            f"`selection` looks at the weights, and those of a {type(module).__name__} are "
+            "sharded; choose the columns before the model is sharded."
+        )
+    layout = layout_of(module, parameter_name)
+    assert layout is not None, "check_targets refuses what has none"
+    return layout.matrix(weight.detach())
 
 
 # What an adapter on a quantised base remembers: how that was rounded, where its columns started.

@@ -103,11 +103,11 @@ def _check_combination(
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
     indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
-    delta = layer.delta_of(present[0][0]).new_zeros(layer.delta_shape(len(indices)))
+    delta = layer.delta_of(present[0][0]).new_zeros(layer.layout.delta_shape(len(indices)))
     for name, weight in present:
         places = torch.searchsorted(indices, layer.paca_indices[name])
         update = layer.delta_of(name).to(delta) * (weight * layer.scaling[name])
-        delta.index_add_(layer.delta_dim, places, update)
+        delta.index_add_(layer.layout.delta_dim, places, update)
     return delta, indices
 
 

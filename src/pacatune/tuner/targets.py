@@ -18,15 +18,30 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pacatune.format.options import IN_PROJ
+from pacatune.tuner.attention import AttentionInput
 from pacatune.tuner.config import PacaConfig
-from pacatune.tuner.experts import features_of, is_expert_parameter
+from pacatune.tuner.convolution import Conv
+from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.given import given_columns
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer, check_rank
-from pacatune.tuner.layout import is_supported, layer_class, supported_kinds
+from pacatune.tuner.layout import (
+    AttentionLayout,
+    Conv1DLayout,
+    ConvolutionLayout,
+    EmbeddingLayout,
+    ExpertsLayout,
+    Layout,
+    adaptable_kind,
+    has_layout,
+    layout_of,
+    supported_kinds,
+)
+from pacatune.tuner.linear import Linear
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
 __all__ = [
+    "LAYERS",
     "Target",
     "available_targets",
     "check_targets",
@@ -35,6 +50,16 @@ __all__ = [
     "parameters_count",
     "ranks_of",
 ]
+
+
+LAYERS: dict[type[Layout], type[PacaLayer]] = {
+    Layout: Linear,
+    Conv1DLayout: Linear,
+    ConvolutionLayout: Conv,
+    EmbeddingLayout: Embedding,
+    AttentionLayout: AttentionInput,
+}
+"""Kind of a target -> the layer that adapts it where it is not quantised."""
 
 
 class Target(NamedTuple):
@@ -46,8 +71,13 @@ class Target(NamedTuple):
     """Its name there."""
     rank: int
     """How many of its columns are trained."""
-    num_columns: int
-    """How many it has."""
+    layout: Layout
+    """Where they are."""
+
+    @property
+    def num_columns(self) -> int:
+        """How many the weight has."""
+        return self.layout.in_features
 
 
 def check_targets(
@@ -85,14 +115,15 @@ def check_targets(
             _refuse_other_method(module, name)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             base = base.base_layer if isinstance(base, ParameterOwner) else base
-            num_columns = _layer_class(base, name, **kwargs).num_columns_of(base)
-            rank = for_module(config.rank_pattern, name, config.r)
-            check_rank(rank, num_columns, name)
-            is_attention = isinstance(base, nn.MultiheadAttention)
+            kind = _kind_of(base, name, **kwargs)
+            is_attention = kind is AttentionLayout
             key, parameter_name = (
                 (f"{name}.{IN_PROJ}", IN_PROJ) if is_attention else (name, "weight")
             )
-            targets[key] = Target(base, parameter_name, rank, num_columns)
+            rank = for_module(config.rank_pattern, name, config.r)
+            layout = kind.of(base, parameter_name)
+            check_rank(rank, layout.in_features, name)
+            targets[key] = Target(base, parameter_name, rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
     for name, target in targets.items():
@@ -131,9 +162,14 @@ def _refuse_other_method(module: nn.Module, name: str) -> None:
 def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target:
     parameter_name = name.rpartition(".")[2]
     module = _bare_parameters(model)[name]
-    _, num_columns, _ = features_of(module, parameter_name)
     rank = for_module(config.rank_pattern, name, config.r)
-    return Target(module, parameter_name, rank, num_columns)
+    return Target(module, parameter_name, rank, _experts_layout(module, parameter_name))
+
+
+def _experts_layout(module: nn.Module, parameter_name: str) -> Layout:
+    layout = layout_of(module, parameter_name)
+    assert layout is not None, "_check_parameter has seen it"
+    return layout
 
 
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
@@ -163,15 +199,16 @@ def available_targets(model: nn.Module) -> str:
     counts: Counter[str] = Counter()
     for name, module in _modules(model).items():
         base = module.base_layer if isinstance(module, ParameterOwner) else module
-        if (is_supported(base) or isinstance(module, BaseTunerLayer)) and ".base_layer" not in name:
+        is_target = has_layout(base) or isinstance(module, BaseTunerLayer)
+        if is_target and ".base_layer" not in name:
             parts = [part for part in name.split(".") if not part.isdigit()]
             counts[parts[-1] if parts else name] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     return f"It has these layers: {listed or 'none'}."
 
 
-def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
-    """Return the class that adapts a target, or say why none does."""
+def _kind_of(base: nn.Module, name: str, **kwargs: Any) -> type[Layout]:
+    """Return the kind of a target that can be adapted, or say why it cannot."""
     parametrizations = getattr(base, "parametrizations", None)
     names = list(parametrizations) if isinstance(parametrizations, nn.ModuleDict) else []
     if {"weight_g", "weight_orig"} & base._parameters.keys():
@@ -182,14 +219,14 @@ def _layer_class(base: nn.Module, name: str, **kwargs: Any) -> type[PacaLayer]:
             "be trained in place. Remove the parametrisation first (remove_parametrizations, "
             "remove_weight_norm, prune.remove), or drop it from `target_modules`."
         )
-    layer = layer_class(base, **kwargs)
-    if layer is None:
+    kind = adaptable_kind(base, **kwargs)
+    if kind is None:
         raise TypeError(
             f"Target module {name!r} ({type(base).__name__}) is not supported. PaCA adapts "
             f"{supported_kinds()}."
         )
-    layer.check_base(base, name)
-    return layer
+    LAYERS[kind].check_base(base, name)
+    return kind
 
 
 def find_parameters(
@@ -253,7 +290,7 @@ def _check_parameter(
             f"weight of all experts. Layers are named in `target_modules`. "
             f"{_available_parameters(parameters)}"
         )
-    if not is_expert_parameter(module, parameter_name) or not owner:
+    if not isinstance(layout_of(module, parameter_name), ExpertsLayout) or not owner:
         raise TypeError(
             f"Target parameter {name!r} ({type(module).__name__}) is not supported: PaCA adapts "
             "the weights of experts modules that run on transformers' experts interface. "
@@ -271,14 +308,14 @@ def _check_parameter(
             f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
             "which PEFT would train but not save."
         )
-    _, in_features, _ = features_of(module, parameter_name)
-    check_rank(for_module(config.rank_pattern, name, config.r), in_features, name)
+    num_columns = _experts_layout(module, parameter_name).in_features
+    check_rank(for_module(config.rank_pattern, name, config.r), num_columns, name)
 
 
 def _available_parameters(parameters: dict[str, nn.Module]) -> str:
     counts: Counter[str] = Counter()
     for name, module in parameters.items():
-        if is_expert_parameter(module, name.rpartition(".")[2]):
+        if isinstance(layout_of(module, name.rpartition(".")[2]), ExpertsLayout):
             parts = [part for part in name.split(".") if not part.isdigit()]
             counts[".".join(parts[-2:])] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))

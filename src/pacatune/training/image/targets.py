@@ -10,10 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from pacatune.methods import Method
 from pacatune.tuner.defaults import default_targets, survey
-from pacatune.tuner.layout import layer_class
+from pacatune.tuner.layout import ConvolutionLayout, adaptable_kind
 from pacatune.tuner.targets import available_targets
-
-_CONVOLUTION = "convolution"
 
 
 def choose_targets(
@@ -39,7 +37,7 @@ def choose_targets(
     convolutions = {
         name: cast(_ConvNd, modules[name])
         for name, reason in reasons.items()
-        if reason == _CONVOLUTION and not _is_in(name, heads)
+        if reason == ConvolutionLayout.word and not _is_in(name, heads)
     }
     linear = [name for name, reason in reasons.items() if not reason]
     if _num_weights(modules, linear) >= _num_weights(modules, list(convolutions)):
@@ -55,7 +53,7 @@ def choose_targets(
     targets = {
         name
         for name in convolutions.keys() - narrow - grouped
-        if not is_paca or layer_class(modules[name]) is not None
+        if not is_paca or adaptable_kind(modules[name]) is not None
     }
     if not targets:
         section = method.sections[0]

@@ -1,0 +1,139 @@
+"""Where the columns of each kind of weight are, held against `dense` updates in plain indexing."""
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pacatune.tuner.layout import (
+    AttentionLayout,
+    ExpertsLayout,
+    adaptable_kind,
+    layout_of,
+    supported_kinds,
+)
+
+
+class Experts(nn.Module):
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.has_gate, self.is_transposed = True, is_transposed
+        shape = (3, 4, 6) if is_transposed else (3, 6, 4)
+        self.down_proj = nn.Parameter(torch.randn(shape))
+
+
+class Llama4TextExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 6))
+
+
+# module, name of the weight, shape in a file, shape of a layer's update of two columns
+KINDS = {
+    "linear": (nn.Linear(4, 6), "weight", (6, 4), (6, 2)),
+    "conv1d_of_transformers": (Conv1D(6, 4), "weight", (6, 4), (6, 2)),
+    "conv1d": (nn.Conv1d(4, 6, 3), "weight", (6, 4, 3), (6, 2, 3)),
+    "grouped": (nn.Conv2d(4, 8, (3, 5), groups=2), "weight", (4, 4, 3, 5), (4, 2, 3, 5)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), "weight", (2, 4, 3, 3), (2, 2, 3, 3)),
+    "embedding": (nn.Embedding(9, 4), "weight", (9, 4), (9, 2)),
+    "attention": (nn.MultiheadAttention(4, 2), "in_proj_weight", (12, 4), (12, 2)),
+    "experts": (Experts(False), "down_proj", (6, 4, 3), (3, 6, 2)),
+    "experts_transposed": (Experts(True), "down_proj", (6, 4, 3), (3, 6, 2)),
+    "experts_of_llama4": (Llama4TextExperts(), "down_proj", (6, 4, 3), (3, 6, 2)),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def weight_and_layout(kind):
+    module, name, *_ = KINDS[kind]
+    return getattr(module, name).detach().clone(), layout_of(module, name)
+
+
+@kinds
+def test_shapes(kind):
+    *_, in_file, of_delta = KINDS[kind]
+    _, layout = weight_and_layout(kind)
+    assert layout.file_shape == in_file
+    assert layout.in_features == 4
+    assert layout.delta_shape(2) == of_delta
+    assert layout.delta_shape(2)[layout.delta_dim] == 2
+    delta = torch.randn(layout.delta_shape(2))
+    assert layout.to_file(delta).shape == (in_file[0], 2, *in_file[2:])
+    assert layout.from_file(layout.to_file(delta)).equal(delta)
+
+
+@kinds
+def test_columns_are_those_of_the_matrix(kind):
+    weight, layout = weight_and_layout(kind)
+    indices = torch.tensor([1, 3])
+    columns = layout.read_columns(weight, indices)
+    assert layout.oriented(columns).shape == layout.delta_shape(2)
+    changed = weight.clone()
+    layout.put_columns_(changed, indices, columns + 1)
+    matrix, expected = layout.matrix(changed), layout.matrix(weight).clone()
+    assert expected.shape[1] == layout.in_features
+    expected[:, indices] += 1
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
+    layout.put_columns_(changed, indices, columns)
+    assert changed.equal(weight)
+
+
+@kinds
+def test_the_dense_shape_turned_is_that_of_the_weight(kind):
+    weight, layout = weight_and_layout(kind)
+    assert layout.oriented(torch.empty(layout.dense_shape)).shape == weight.shape
+    first = layout.first_matrix(weight)
+    assert first.equal(layout.matrix(weight)[: len(first)])
+    num_experts = getattr(layout, "num_experts", 1)
+    assert len(first) * num_experts == len(layout.matrix(weight))
+
+
+@kinds
+def test_a_target_of_an_adapter_is_of_a_kind_with_a_name(kind):
+    module, name, *_ = KINDS[kind]
+    found = adaptable_kind(module)
+    if name == "down_proj":
+        assert found is None  # its parameters are targets, not the module
+    else:
+        assert isinstance(layout_of(module, name), found)
+        assert found.title in supported_kinds()
+
+
+def test_what_has_no_layout():
+    assert layout_of(nn.LayerNorm(3)) is None
+    assert layout_of(nn.ConvTranspose2d(4, 8, 3)) is None
+    assert layout_of(nn.Linear(3, 5), "bias") is None
+    assert layout_of(Experts(False), "router") is None
+    assert layout_of(nn.Linear(3, 5), "down_proj") is None
+    assert layout_of(nn.LayerNorm(3), "in_proj_weight") is None
+    assert isinstance(layout_of(nn.MultiheadAttention(4, 2)), AttentionLayout)
+    assert isinstance(layout_of(Experts(True), "down_proj"), ExpertsLayout)
+
+
+def test_a_layer_of_peft_has_that_of_its_base():
+    from pacatune.adapters.target import find_target
+
+    config = LoraConfig(target_modules=["0"])
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 5)))
+    assert find_target(model, "0").layout.file_shape == (5, 3)
+    assert find_target(model, "1") is None
+
+
+def test_inputs_of_torchs_attention_are_query_key_and_value():
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    layout = layout_of(nn.MultiheadAttention(4, 2))
+    assert [one is x for one in layout.inputs((x, x), {"value": x})] == [True]
+    assert len(layout.inputs((x,), {"key": y, "value": y, "need_weights": False})) == 2
+
+
+def test_tokens_of_inputs():
+    x = torch.randn(2, 3, 4)
+    layout = layout_of(nn.Linear(4, 6))
+    assert layout.tokens(x).equal(x.flatten(0, 1))
+    assert layout.tokens(x[0, 0]).equal(x[0, :1])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert layout.tokens(x, mask).equal(torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
+    images = torch.randn(2, 4, 5, 7)
+    tokens = layout_of(nn.Conv2d(4, 6, 3)).tokens(images)
+    assert tokens.equal(images.permute(0, 2, 3, 1).reshape(-1, 4))
