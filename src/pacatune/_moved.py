@@ -18,6 +18,7 @@ MOVED = {
     "pacatune.paper": "pacatune.experiments.paper",
     "pacatune.reference": "pacatune.ops.reference",
     "pacatune.reproduce": "pacatune.experiments.reproduce",
+    "pacatune.selection.strategies": "pacatune.strategies",
     "pacatune.study": "pacatune.experiments.study",
     "pacatune.vision": "pacatune.training.image",
 }

@@ -26,6 +26,7 @@ from pacatune.adapters.inspect import compare, inspect_adapter
 from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
+from pacatune.tuner.layout import layout_of
 from tests.adapters.fixtures import save_adapter
 
 # What the notes of an export say as well.

@@ -13,7 +13,7 @@ from pacatune.selection import (
     select_columns,
     share_columns,
 )
-from pacatune.selection.strategies import SKETCH_ROWS, seed_for
+from pacatune.strategies import SKETCH_ROWS, seed_for
 from tests.conftest import build_model
 from tests.selection.nets import build, loss_of, make_batches
 

@@ -28,7 +28,7 @@ def weight():
 
 @pytest.fixture
 def registry(monkeypatch):
-    module = sys.modules["pacatune.selection.strategies"]
+    module = sys.modules["pacatune.strategies"]
     monkeypatch.setattr(module, "_STRATEGIES", dict(module._STRATEGIES))
 
 

@@ -44,7 +44,6 @@ from pacatune.adapters.export_factors import (
 from pacatune.adapters.export_moslora import plan_moslora
 from pacatune.adapters.folder import (
     CONFIG_NAME,
-    TENSORS_NAME,
     Adapter,
     LoraAdapter,
     find_file,
@@ -59,7 +58,7 @@ from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
-from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
 from pacatune.tuner.quantized import Quantization
 
 __all__ = []

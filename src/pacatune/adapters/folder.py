@@ -15,7 +15,13 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
 from pacatune.format.patterns import check_patterns, matching_key
-from pacatune.format.tensors import ColumnUpdate, check_tensors, group_tensors, split_tensor_name
+from pacatune.format.tensors import (
+    TENSORS_NAME,
+    ColumnUpdate,
+    check_tensors,
+    group_tensors,
+    split_tensor_name,
+)
 from pacatune.names import nearest
 
 if TYPE_CHECKING:
@@ -162,7 +168,6 @@ def _describe(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-TENSORS_NAME = "adapter_model.safetensors"
 SIDECAR_NAME = "pacatune.json"
 FINGERPRINT_KEY = "base_fingerprint"
 """In the sidecar: what identifies the base."""

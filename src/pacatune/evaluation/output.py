@@ -11,11 +11,11 @@ import torch
 
 from pacatune.adapters.base import innermost
 from pacatune.adapters.fingerprint import fingerprint, unwrap
-from pacatune.adapters.folder import TENSORS_NAME
 from pacatune.adapters.loading import LoadedModel
 from pacatune.bench.record import versions
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.format.tensors import TENSORS_NAME
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
 
 if TYPE_CHECKING:

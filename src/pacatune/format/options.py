@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pacatune.format.patterns import check_patterns
-from pacatune.selection.strategies import FIXED, needs_of
+from pacatune.strategies import FIXED, needs_of
 
 __all__ = [
     "FILE_TYPES",

@@ -14,6 +14,7 @@ from torch import Tensor
 DELTA = "paca_delta"
 INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
+TENSORS_NAME = "adapter_model.safetensors"
 
 _DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

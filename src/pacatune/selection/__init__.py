@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pacatune.selection.strategies import (
+from pacatune.strategies import (
     register_strategy,
     seed_for,
     select_columns,

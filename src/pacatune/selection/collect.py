@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pacatune.selection.statistics import ColumnStatistics
-from pacatune.selection.strategies import KINDS, SKETCH_ROWS, seed_for, statistics_of
+from pacatune.strategies import KINDS, SKETCH_ROWS, seed_for, statistics_of
 from pacatune.tuner.attention import without_fast_path
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig

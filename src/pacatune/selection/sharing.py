@@ -8,7 +8,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from pacatune.selection.statistics import ColumnStatistics
-from pacatune.selection.strategies import FIXED, needs_of, seed_for, select_columns, statistics_of
+from pacatune.strategies import FIXED, needs_of, seed_for, select_columns, statistics_of
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig, seeded
 from pacatune.tuner.quantized import weight_matrix

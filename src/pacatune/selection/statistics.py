@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pacatune.adapters.folder import TENSORS_NAME
 from pacatune.files.tensor_file import read_tensors, write_tensors
-from pacatune.format.tensors import INDICES, PEFT_PREFIX
-from pacatune.selection.strategies import KINDS, SKETCH_ROWS
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
+from pacatune.strategies import KINDS, SKETCH_ROWS
 
 __all__ = [
     "ColumnStatistics",

@@ -152,7 +152,7 @@ def _kinds(config: Any, adapter_config: "PeftConfig | None") -> tuple[str, ...]:
     """Return the statistics that columns and ranks are chosen by."""
     if getattr(adapter_config, "peft_type", None) != "PACA":
         return ()
-    from pacatune.selection.strategies import KINDS, statistics_of
+    from pacatune.strategies import KINDS, statistics_of
 
     kinds = {"gradient"} if config.paca.budget == "gradient" else set()
     if getattr(adapter_config, "columns", None) is None:

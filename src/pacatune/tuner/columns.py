@@ -15,7 +15,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from pacatune.format.tensors import PEFT_PREFIX
-from pacatune.selection.strategies import (
+from pacatune.strategies import (
     FIXED,
     needs_of,
     seed_for,

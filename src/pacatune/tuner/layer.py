@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pacatune.residency import Residency
 from pacatune.residency.watching import release
-from pacatune.selection.strategies import seed_for, select_columns
+from pacatune.strategies import seed_for, select_columns
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
 

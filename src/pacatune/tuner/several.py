@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pacatune.format.options import target_of
-from pacatune.selection.strategies import FIXED
+from pacatune.strategies import FIXED
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import ParameterLayer
