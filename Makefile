@@ -15,6 +15,7 @@ help:
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
+	@echo 'make docs         the tables of README and docs, and the site with the Python API'
 
 demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
@@ -49,6 +50,8 @@ docs: setup-dev
 	$(RUN) -m tools.cli_reference
 	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m mkdocs build --strict --quiet
+	@echo 'The site is in site/: open site/index.html.'
 
 setup-demo setup-demo-vision setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

@@ -27,7 +27,7 @@ from tools import cli_reference, doc_block
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.md")]
 )
 NOT_RUN_MARK = "*Not run in the tests:"
 NOT_RUN = {
@@ -180,6 +180,15 @@ def test_local_links_lead_somewhere():
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+
+
+def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
+    """mkdocs warns of links and anchors that lead nowhere, and of pages that no menu has."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    result = run([*command, "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], ROOT)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "api" / "peft.html").read_text(encoding="utf-8")
+    assert "Number of trained input columns per weight." in text
 
 
 def test_readme_shows_the_two_commands_on_the_first_screen():

@@ -131,7 +131,7 @@ def lora_factors(
         base: Its base, weights not needed.
         name: The layer's name in the base.
         update: Its (O, R, ...) update, in LoRA's scaling.
-        rank: Of the LoRA adapter.
+        rank: Rank of the LoRA adapter.
 
     Raises:
         ValueError: If PEFT's LoRA cannot say it.

@@ -111,7 +111,7 @@ def _folded_tensors(
 
     Args:
         adapter: Knows ranks and alphas.
-        tensors: Of its file.
+        tensors: The file's tensors by name.
         dtype: To write.
 
     Raises:
@@ -143,7 +143,7 @@ def _folded_config(
 
     Args:
         adapter: The MosLoRA adapter.
-        tensors: Of its file.
+        tensors: The file's tensors by name.
         base: Its base, weights not needed.
         name: The base's folder or hub id, if the adapter does not name one.
 

@@ -141,7 +141,7 @@ class Sampling:
     top_p: float = 1.0
     """Sample from the likeliest tokens whose probabilities reach this sum."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed for sampling."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -165,7 +165,7 @@ class TextGenerator:
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
         adapter: Folder or hub id of a PaCA or LoRA adapter; None goes without.
-        dtype: Of the base's weights; `auto` is the one it was saved in.
+        dtype: Dtype of the base's weights; `auto` is the one it was saved in.
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         allow_other_base: As for `check_base`.
         quantization: Hold the base in 4 or 8 bits, which bitsandbytes does while it loads; None
@@ -173,7 +173,7 @@ class TextGenerator:
         chat_template: Jinja text that writes conversations, instead of the tokenizer's own.
 
     Attributes:
-        name: Of the base.
+        name: Name of the base.
         notes: What the user should know about base and adapter.
 
     Raises:

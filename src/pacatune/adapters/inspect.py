@@ -41,7 +41,7 @@ class ModuleReport:
     scaling: float
     """Factor of the update, alpha / rank."""
     out_features: int
-    """Of the module; of one group of it for a convolution with groups."""
+    """Outputs of the module; of one group, for a convolution with groups."""
     num_parameters: int
     """Trained numbers."""
     update_norm: float

@@ -152,7 +152,7 @@ class MergeResult:
     onto: MergeBase
     """Whose weights the untrained ones are."""
     dtype: str
-    """Of the written weights, such as `bfloat16`."""
+    """Dtype of the written weights, such as `bfloat16`."""
     num_modules: int
     """Modules whose columns were changed."""
     num_bytes: int
@@ -194,7 +194,7 @@ def merge(
         model: Folder or hub id of the base; None takes the one that the adapter names.
         adapter: Folder or hub id of a PaCA or LoRA adapter.
         output: Folder to write, missing or empty.
-        dtype: Of the base and the result; `auto` keeps the one the base was saved in.
+        dtype: Dtype of the base and the result; `auto` keeps the one the base was saved in.
         device: Where to compute.
         verify: False skips that.
         allow_other_base: Merge even if the base is not the one the adapter was trained on.

@@ -10,7 +10,7 @@ from pacatune.data.read import Row
 
 LETTERS = "ABCD"
 CSV_COLUMNS = ("question", *LETTERS, "answer")
-"""Of the original files, which have no header."""
+"""Columns of the original files, which have no header."""
 
 _DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 

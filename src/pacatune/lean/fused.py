@@ -45,7 +45,7 @@ def fused(function: _Function) -> _Function:
     Where it cannot be compiled, it says so once and runs as it is from then on.
 
     Args:
-        function: Of tensors and of hashable settings; without side effects.
+        function: Takes tensors and hashable settings; has no side effects.
     """
 
     @functools.wraps(function)

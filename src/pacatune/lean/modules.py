@@ -63,7 +63,7 @@ def make_lean(module: nn.Module, kind: type[LeanModule], settings: Any = None) -
     """Give a module the forward of `kind`.
 
     Args:
-        module: Of a class of its own; changed in place.
+        module: Has a class of its own; changed in place.
         kind: Class whose methods come before the module's own.
         settings: Hashable; what `kind` knows about the module.
     """
@@ -128,7 +128,7 @@ class GatedNames:
         gate: Projection to the gate; with `is_fused`, to both halves.
         up: The other projection.
         down: Projection of the product.
-        activation: Of the gate.
+        activation: Activation function of the gate.
         is_fused: Whether one layer computes gate and up.
         gate_first: Which half is the gate.
     """

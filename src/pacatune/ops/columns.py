@@ -95,9 +95,9 @@ def adapted_kernel(
         indices: (R,) of the I input channels.
         scaling: alpha / R.
         groups: G.
-        dtype: Of the result, that of `weight` by default. The sum is rounded to the dtype of
+        dtype: Dtype of the result; that of `weight` by default. The sum is rounded to the dtype of
             `weight` in any case, as a merge would.
-        memory_format: Of the result.
+        memory_format: Memory format of the result.
     """
     dtype = dtype or weight.dtype
     columns = torch.add(read_columns(weight, indices, groups), delta, alpha=scaling)

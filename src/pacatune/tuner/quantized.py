@@ -195,7 +195,7 @@ def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
     Args:
         backend: PEFT's, which knows how.
         base_layer: The quantised layer.
-        dtype: Of the result.
+        dtype: Dtype of the result.
     """
     weight: Tensor
     if backend.backend_name == "bnb 4bit":

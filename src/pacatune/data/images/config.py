@@ -59,8 +59,8 @@ class ImageDataConfig:
     """Height and width that the model sees; those it was made for where null."""
 
     augmentation: Literal["none", "flip", "crop"] = "none"
-    """Of training images: `flip` (half of them mirrored), or `crop` (a random part of at least a
-    quarter, mirrored half the time). Evaluation always uses the model's own transform."""
+    """Changes to training images: `flip` (half are mirrored), or `crop` (a random part of at least
+    a quarter, mirrored half the time). Evaluation always uses the model's own transform."""
 
     check_images: bool = True
     """Decode every image before training, so that a broken one is found before work is lost."""

@@ -90,7 +90,7 @@ class PreparedImages:
     train: ImagePart
     evaluation: ImagePart | None
     fingerprint: str
-    """Of the training images, their classes and their order."""
+    """Hash of the training images, their classes and their order."""
     warnings: list[str]
     """What is probably not meant, one sentence each."""
 

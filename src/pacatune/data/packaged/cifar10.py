@@ -67,7 +67,7 @@ def write_images(examples: list[dict[str, Any]], folder: Path, num_test_per_clas
     Args:
         examples: `input` is a PNG in base64, `target_scores` gives 1 to its class.
         folder: Gets `train` and `test`.
-        num_test_per_class: Of the classes' images.
+        num_test_per_class: Test images of each class.
     """
     by_class: dict[str, list[tuple[int, str]]] = {}
     for number, example in enumerate(examples):

@@ -73,7 +73,7 @@ def prepare_multiple_choice(
     Args:
         cache: Folder that keeps them for the next time; see `default_cache`.
         name: One of `TASKS`.
-        seed: Of the split and the order.
+        seed: Seed for the split and the order.
         num_heldout: Questions to score; the others are to train on.
         chat: Write the questions as chats.
         say: Called with one line per step that takes a while.
@@ -105,8 +105,8 @@ def split_questions(
     """Drop repeated questions, shuffle, and split.
 
     Args:
-        questions: Of which the first of each text is kept.
-        seed: Of the shuffle.
+        questions: Questions; the first with each text is kept.
+        seed: Seed for the shuffle.
         num_heldout: Size of the second part.
 
     Returns:

@@ -84,9 +84,9 @@ class PackagedFile:
     package: str
     version: str
     archive_sha256: str
-    """Of the wheel, or of the source archive where `member` is in one."""
+    """SHA-256 of the wheel, or of the source archive that holds `member`."""
     num_megabytes: int
-    """Of the archive."""
+    """Size of the archive."""
     member: str
     """Path in the archive."""
     sha256: str
@@ -149,7 +149,7 @@ def find_all(
     """Return several files of one package, from the installed one or downloaded and read once.
 
     Args:
-        files: Of the same archive.
+        files: Files of the same archive.
         scratch: Empty folder for the download.
         say: Called with one line before the download.
 
@@ -213,7 +213,7 @@ def download(
 
     Args:
         requirement: Exact, such as `name==1.0`.
-        sha256: Of the archive, hexadecimal.
+        sha256: SHA-256 of the archive, in hexadecimal.
         folder: Where to put it.
         is_source: Whether it is a source archive and no wheel.
         otherwise: What the user can do without it, for messages.

@@ -33,7 +33,7 @@ def prepare_questions(cache: Path, seed: int = 0) -> tuple[Path, Path]:
 
     Args:
         cache: Folder that keeps them for the next time; see `default_cache`.
-        seed: Of the split and the order.
+        seed: Seed for the split and the order.
 
     Returns:
         The paths of train.jsonl and heldout.jsonl.
@@ -70,7 +70,7 @@ def split_pairs(
 
     Args:
         pairs: (question, answer).
-        seed: Of the shuffle.
+        seed: Seed for the shuffle.
         num_heldout: At least as many are held out; more if the last answer has several questions.
 
     Raises:
