@@ -32,6 +32,7 @@ lint: setup-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
+	.venv/bin/lint-imports
 
 conformance: setup-dev
 	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
