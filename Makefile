@@ -5,7 +5,7 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test lint conformance soak bench docs
+.PHONY: help demo demo-vision test lint conformance soak bench docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
+	@echo 'make report       pages and pictures of the committed results, in report/'
 
 demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
@@ -49,6 +50,9 @@ docs: setup-dev
 	$(RUN) -m tools.cli_reference
 	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
+
+report: setup-dev
+	$(RUN) -m benchmarks.pages $(ARGS)
 
 setup-demo setup-demo-vision setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

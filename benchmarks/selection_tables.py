@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import collect
 from pacatune.experiments.study.statistics import mean_of
 
 STUDIES = (
@@ -54,15 +55,12 @@ def table(kind: str, results: Path) -> str:
 
 
 def read_studies(results: Path) -> dict[str, dict[str, Any]]:
-    """Return study -> what its study.json holds, of those that are finished."""
-    found = {}
-    for name in STUDIES:
-        path = results / "studies" / f"selection-{name}" / "study.json"
-        if path.is_file():
-            study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if study["finished"]:
-                found[name] = study
-    return found
+    """Return study -> what its study.json held."""
+    path = results / f"{collect.STUDIES}.json"
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return {name: found[f"selection-{name}"] for name in STUDIES if f"selection-{name}" in found}
 
 
 def verdict(study: dict[str, Any], arm: str, reference: str = REFERENCE) -> str:

@@ -11,8 +11,8 @@ A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, whic
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
-and `-shares` of `reproduce-small/all.json` (reproduce_tables.py), `selection-...` of
-`studies/selection-*` (selection_tables.py).
+and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
+(selection_tables.py).
 """
 
 import json

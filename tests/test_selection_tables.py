@@ -85,16 +85,11 @@ def results(tmp_path):
         "budget": LIKE,
     }
     losses = {name: [1 - value for value in values] for name, values in arms.items()}
-    for name, one in (
-        ("efficientnet-r4", study(arms)),
-        ("smollm2-r8", study(losses | {"shared": [0.2, 0.18]}, "loss")),
-    ):
-        folder = tmp_path / "studies" / f"selection-{name}"
-        folder.mkdir(parents=True)
-        (folder / "study.json").write_text(json.dumps(one))
-    unfinished = tmp_path / "studies" / "selection-minilm-r4"
-    unfinished.mkdir()
-    (unfinished / "study.json").write_text('{"finished": false}')
+    studies = {
+        "selection-smollm2-r8": study(losses | {"shared": [0.2, 0.18]}, "loss"),
+        "selection-efficientnet-r4": study(arms),
+    }
+    (tmp_path / "selection.json").write_text(json.dumps(studies))
     return tmp_path
 
 
