@@ -5,7 +5,7 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test lint conformance soak bench docs
+.PHONY: help demo demo-vision test lint conformance soak bench docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
 	@echo 'make docs         the tables of README and docs, and the site with the Python API'
+	@echo 'make report       pages and pictures of the committed results, in report/'
 
 demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
@@ -53,6 +54,9 @@ docs: setup-dev
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m mkdocs build --strict --quiet
 	@echo 'The site is in site/: open site/index.html.'
+
+report: setup-dev
+	$(RUN) -m benchmarks.pages $(ARGS)
 
 setup-demo setup-demo-vision setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

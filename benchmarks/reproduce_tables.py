@@ -1,11 +1,12 @@
-"""Tables of docs/reproduce.md, from the committed report of the small scale."""
+"""Tables of docs/reproduce.md, from the committed results of the small scale."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-FILE = "reproduce-small/all.json"
+from benchmarks.pages import read_sections
+from pacatune.experiments.reproduce.section import Section
+from pacatune.reports.tables import table_lines
+
 OURS = ("PaCA", "QPaCA")
 
 
@@ -20,39 +21,37 @@ def table(kind: str, results: Path) -> str:
     Raises:
         ValueError: If there is no such table.
     """
-    report: dict[str, Any] = json.loads((results / FILE).read_text(encoding="utf-8"))
-    if kind == "outcomes":
-        return "\n".join(_outcomes(report))
-    if kind == "shares":
-        return "\n".join(_shares(report))
-    raise ValueError(f"no table {kind!r} of the reproduction; there are outcomes and shares.")
+    tables = {"outcomes": outcomes, "shares": shares}
+    if kind not in tables:
+        raise ValueError(f"no table {kind!r} of the reproduction; there are {', '.join(tables)}.")
+    return "\n".join(tables[kind](read_sections("small", results)))
 
 
-def _outcomes(report: dict[str, Any]) -> Iterator[str]:
-    yield "| | agree | open | contradict | minutes |"
-    yield "|---|--:|--:|--:|--:|"
-    for name, part in report.items():
-        seconds = sum(cell["seconds"] for cell in part["cells"].values())
-        found = part["outcomes"]
-        yield (
-            f"| `{name}` | {found['agrees']} | {found['open']} | {found['contradicts']} | "
-            f"{seconds / 60:.1f} |"
-        )
+def outcomes(sections: Sequence[Section]) -> list[str]:
+    """Return the lines of the table of outcomes."""
+    rows = []
+    for section in sections:
+        seconds = sum(cell["seconds"] for cell in section.numbers["cells"].values())
+        found = section.outcomes()
+        counts = [str(found[kind]) for kind in ("agrees", "open", "contradicts")]
+        rows.append([f"`{section.name}`", *counts, f"{seconds / 60:.1f}"])
+    return table_lines(["", "agree", "open", "contradict", "minutes"], rows)
 
 
-def _shares(report: dict[str, Any]) -> Iterator[str]:
-    yield "| | of PaCA | the paper | here |"
-    yield "|---|---|--:|--:|"
-    for name, part in report.items():
-        for one in part["tables"]:
-            heads = one["header"]
+def shares(sections: Sequence[Section]) -> list[str]:
+    """Return the lines of the table of PaCA's shares."""
+    rows = []
+    for section in sections:
+        for one in section.tables:
+            heads = one.header
             columns = [head for head in heads if ", as a share of" in head or ", over" in head]
             if len(columns) != 2:
                 continue
             paper, ours = (heads.index(head) for head in columns)
             method = heads.index("method")
-            row = next((row for row in one["rows"] if row[method] in OURS), None)
+            row = next((row for row in one.rows if row[method] in OURS), None)
             if row is not None:
-                what = one["title"][0].lower() + one["title"][1:]
+                what = one.title[0].lower() + one.title[1:]
                 against = columns[0].partition(", ")[2]
-                yield f"| `{name}` | {what}, {against} | {row[paper]} | {row[ours]} |"
+                rows.append([f"`{section.name}`", f"{what}, {against}", row[paper], row[ours]])
+    return table_lines(["", "of PaCA", "the paper", "here"], rows, "llr")

@@ -85,23 +85,18 @@ def results(tmp_path):
         "budget": LIKE,
     }
     losses = {name: [1 - value for value in values] for name, values in arms.items()}
-    for name, one in (
-        ("efficientnet-r4", study(arms)),
-        ("smollm2-r8", study(losses | {"shared": [0.2, 0.18]}, "loss")),
-    ):
-        folder = tmp_path / "studies" / f"selection-{name}"
-        folder.mkdir(parents=True)
-        (folder / "study.json").write_text(json.dumps(one))
-    unfinished = tmp_path / "studies" / "selection-minilm-r4"
-    unfinished.mkdir()
-    (unfinished / "study.json").write_text('{"finished": false}')
+    studies = {
+        "selection-smollm2-r8": study(losses | {"shared": [0.2, 0.18]}, "loss"),
+        "selection-efficientnet-r4": study(arms),
+    }
+    (tmp_path / "selection.json").write_text(json.dumps(studies))
     return tmp_path
 
 
 def test_tables(results):
     assert list(read_studies(results)) == ["efficientnet-r4", "smollm2-r8"]
     differences = table("differences", results).splitlines()
-    assert differences[0] == "|  | `efficientnet-r4` | `smollm2-r8` |"
+    assert differences[0] == "| | `efficientnet-r4` | `smollm2-r8` |"
     assert differences[3] == "| `random` | 81 ± 1.4 | 0.19 ± 0.014 |"
     assert differences[4] == "| `gradient` | **+10 (p 0.5)** | **-0.1 (p 0.5)** |"
     assert differences[5] == "| `gradient-activation` | *-10 (p 0.5)* | *+0.1 (p 0.5)* |"

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks import reproduce_tables, tables
+from pacatune.experiments.reproduce.section import Section, Verdict
+from pacatune.reports.tables import ReportTable
 
 RESULT = {
     "command": "python -m benchmarks.step",
@@ -73,20 +75,22 @@ def test_reproduction_has_a_line_for_each_name_and_for_each_share(tmp_path):
         ["small", "PaCA", rank, "3", "0.75", here, "+0.05"]
         for rank, here in (("8", "0.80"), ("16", "0.90"))
     ]
-    part = {
-        "outcomes": {"agrees": 3, "open": 2, "contradicts": 1},
-        "cells": {"bench": {"seconds": 60.0}, "train": {"seconds": 30.0}},
-        "tables": [
-            {"title": "What the paper reports", "header": ["model", "method"], "rows": []},
-            {"title": "Time of a step", "header": head, "rows": rows},
+    found = ["agrees"] * 3 + ["open"] * 2 + ["contradicts"]
+    part = Section(
+        name="table1",
+        title="",
+        place="",
+        about=[],
+        verdicts=[Verdict(outcome=outcome, text="") for outcome in found],
+        tables=[
+            ReportTable(title="What the paper reports", header=["model", "method"], rows=[]),
+            ReportTable(title="Time of a step", header=head, rows=rows),
         ],
-    }
-    (tmp_path / "reproduce-small").mkdir()
-    (tmp_path / reproduce_tables.FILE).write_text(json.dumps({"table1": part}))
-    outcomes = tables.table("reproduce-outcomes", tmp_path)
-    assert outcomes.splitlines()[2:] == ["| `table1` | 3 | 2 | 1 | 1.5 |"]
-    shares = tables.table("reproduce-shares", tmp_path)
+        numbers={"cells": {"bench": {"seconds": 60.0}, "train": {"seconds": 30.0}}},
+    )
+    lines = list(reproduce_tables.outcomes([part]))
+    assert lines[2:] == ["| `table1` | 3 | 2 | 1 | 1.5 |"]
     line = "| `table1` | time of a step, as a share of LoRA's | 0.75 | 0.80 |"
-    assert shares.splitlines()[2:] == [line]
+    assert list(reproduce_tables.shares([part]))[2:] == [line]
     with pytest.raises(ValueError, match="no table 'other'"):
         tables.table("reproduce-other", tmp_path)

@@ -15,7 +15,6 @@ MOVED = {
     "pacatune.demo": "pacatune.experiments.demo",
     "pacatune.functional": "pacatune.ops",
     "pacatune.packaged": "pacatune.data.packaged",
-    "pacatune.paper": "pacatune.experiments.paper",
     "pacatune.reference": "pacatune.ops.reference",
     "pacatune.reproduce": "pacatune.experiments.reproduce",
     "pacatune.selection.strategies": "pacatune.strategies",

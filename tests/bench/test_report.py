@@ -7,7 +7,7 @@ import pytest
 from pacatune.bench.output import result_folder
 from pacatune.bench.plots import save_pictures
 from pacatune.bench.report import make_report, measured_ratio
-from pacatune.experiments.paper import ratios as paper
+from pacatune.paper import ratios as paper
 
 PNG = b"\x89PNG"
 RATIO = {"low": 0.7, "high": 0.9, "ratio_of_minima": 0.8}

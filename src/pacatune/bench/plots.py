@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.bench.output import PICTURES
-from pacatune.experiments.paper import fig3
-from pacatune.experiments.paper import ratios as paper
+from pacatune.paper import fig3
+from pacatune.paper import ratios as paper
 
 __all__ = ["save_pictures"]
 

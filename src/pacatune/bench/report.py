@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pacatune.experiments.paper import fig3
-from pacatune.experiments.paper import ratios as paper
 from pacatune.files.folder import format_bytes
+from pacatune.paper import fig3
+from pacatune.paper import ratios as paper
 
 __all__ = ["make_report", "measured_ratio"]
 

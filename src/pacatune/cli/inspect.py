@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     else:
         result = inspect_adapter(options.adapter)
     if options.plot is not None:
-        from pacatune.adapters.inspect import plot_columns
+        from pacatune.reports.columns import plot_columns
 
         plot_columns(result, Path(options.plot))
     if options.json:

@@ -6,13 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.reproduce.cells import Cell, CellStore
-from pacatune.experiments.reproduce.experiment import Experiment, Mode
+from pacatune.experiments.reproduce.experiment import Cell, CellStore, Experiment, Mode
 from pacatune.experiments.reproduce.page import make_html, make_markdown
 from pacatune.experiments.reproduce.section import Section
 from pacatune.names import guess
+from pacatune.reports.provenance import versions_text
 
-__all__ = ["MARK", "find_experiments", "open_folder", "run_experiments", "write_report"]
+__all__ = [
+    "MARK",
+    "find_experiments",
+    "make_section",
+    "open_folder",
+    "run_experiments",
+    "write_report",
+]
 
 MARK = "reproduce.json"
 ALL = "all"
@@ -109,7 +116,8 @@ def run_experiments(
             tell(f"{experiment.name} {number}/{len(wanted)}: {cell.title} {state}")
             if kept is None and (failure := _compute(store, cell, tell)):
                 failures[cell.key] = failure
-        sections.append(_report(experiment, mode, cells, store, command, failures))
+        found = {cell.key: kept for cell in cells if (kept := store.find(cell)) is not None}
+        sections.append(make_section(experiment, mode, found, command, failures))
         write_report(sections[-1:], experiment.name, experiment.title, folder)
     _write_json(folder / MARK, _summary(sections, command))
     return sections
@@ -131,24 +139,32 @@ def _compute(store: CellStore, cell: Cell, tell: Callable[[str], None]) -> str |
     return None
 
 
-def _report(
+def make_section(
     experiment: Experiment,
     mode: Mode,
-    cells: list[Cell],
-    store: CellStore,
+    kept: Mapping[str, dict[str, Any]],
     command: str,
-    failures: Mapping[str, str],
+    failures: Mapping[str, str] | None = None,
 ) -> Section:
-    kept = {cell.key: found for cell in cells if (found := store.find(cell)) is not None}
+    """Return an experiment's part of the report.
+
+    Args:
+        experiment: Which one.
+        mode: What was done of it.
+        kept: Key of a cell -> what its file holds.
+        command: The user's, for the record.
+        failures: Key of a cell -> why it failed in this run.
+    """
+    failures = failures or {}
     section = experiment.section(mode, {key: found["result"] for key, found in kept.items()})
     section.missing = [
         cell.title + (f" (failed: {failures[cell.key]})" if cell.key in failures else "")
-        for cell in cells
+        for cell in experiment.cells(mode)
         if cell.key not in kept
     ]
     section.failures = dict(failures)
     section.provenance = _provenance(list(kept.values()), command)
-    section.numbers["cells"] = kept
+    section.numbers["cells"] = dict(kept)
     return section
 
 
@@ -163,7 +179,7 @@ def _provenance(kept: list[dict[str, Any]], command: str) -> str:
         if cell.get("commit")
     }
     machines = {cell.get("machine", "a machine that was not recorded") for cell in kept}
-    texts = [", ".join(f"{name} {number}" for name, number in one) for one in sorted(packages)]
+    texts = [versions_text(dict(one)) for one in sorted(packages)]
     dates = sorted(cell["date"] for cell in kept)
     seconds = sum(cell["seconds"] for cell in kept)
     at = f" at commit {', '.join(sorted(commits))}" if commits else ""

@@ -1,7 +1,10 @@
 """What a study found: one record per run, one result per arm, and the whole."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+PACKAGES = ("trl", "accelerate", "datasets")
+"""Whose versions are recorded beside those of every report."""
 
 METRICS = {"loss": False, "accuracy": True}
 """Metric -> whether more is better."""
@@ -89,3 +92,22 @@ class StudyResult:
     def to_dict(self) -> dict[str, Any]:
         """Return what study.json holds."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "StudyResult":
+        """Return the result that `to_dict` gave, also after JSON made texts of its numbers."""
+        values = {f.name: values[f.name] for f in fields(cls)}
+        arms = {name: _arm_from_dict(arm) for name, arm in values["arms"].items()}
+        return cls(**values | {"arms": arms})
+
+
+def _arm_from_dict(values: dict[str, Any]) -> ArmResult:
+    compared = values["comparison"]
+    return ArmResult(
+        **values
+        | {
+            "values": {int(seed): value for seed, value in values["values"].items()},
+            "rates": {float(rate): value for rate, value in values["rates"].items()},
+            "comparison": None if compared is None else Comparison(**compared),
+        }
+    )

@@ -1,0 +1,156 @@
+"""Take what a command found into benchmarks/results, as one file without pages and pictures.
+
+    python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
+    python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
+    python -m benchmarks.collect study FOLDER...          # -> results/selection.json and .csv
+
+FOLDER is what `pacatune bench`, `pacatune reproduce all` or `pacatune compare` wrote. `make report`
+makes the pages and pictures again.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RESULTS", "STUDIES", "collect_bench", "collect_reproduction", "collect_studies"]
+
+RESULTS = Path(__file__).parent / "results"
+STUDIES = "selection"
+"""Name of the two files of the studies: .json, what each found, and .csv, a line for each run."""
+_MARK = "reproduce.json"
+COLUMNS = (
+    "study",
+    "arm",
+    "learning_rate",
+    "seed",
+    "validation_accuracy",
+    "validation_loss",
+    "test_accuracy",
+    "test_loss",
+    "forgetting_before",
+    "forgetting_after",
+    "num_trainable_parameters",
+    "train_loss",
+    "num_steps",
+    "seconds",
+    "error",
+    "key",
+)
+_NESTED = ("validation", "test", "forgetting")
+
+
+def collect_bench(folder: Path, name: str, results: Path = RESULTS) -> Path:
+    """Copy the numbers of one `pacatune bench`; return the file."""
+    path = results / f"bench-{name}.json"
+    shutil.copyfile(folder / "bench.json", path)
+    return path
+
+
+def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Path:
+    """Keep every cell of one `pacatune reproduce all`; its report is made of them.
+
+    Raises:
+        ValueError: If the folder holds no finished run.
+    """
+    mark = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+    if not mark["finished"]:
+        raise ValueError(f"{folder / _MARK} is not finished; go on with `--resume` first.")
+    report = json.loads((folder / "all.json").read_text(encoding="utf-8"))
+    values = {
+        "command": mark["command"],
+        "cells": {name: section["cells"] for name, section in report.items()},
+    }
+    path = results / f"reproduce-{name}.json"
+    _write_json(path, values)
+    return path
+
+
+def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> tuple[Path, Path]:
+    """Take studies among those that are there, in the place of earlier ones of the same name.
+
+    Args:
+        folders: What `pacatune compare` wrote, each named after its study.
+        results: Gets the two files.
+
+    Raises:
+        ValueError: If a study is not finished, or its runs were done with several versions.
+    """
+    found, table = results / f"{STUDIES}.json", results / f"{STUDIES}.csv"
+    studies = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    rows = list(read_runs(results)) if table.is_file() else []
+    for folder in folders:
+        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        if not study["finished"]:
+            raise ValueError(f"{folder} holds no finished study; run `pacatune compare` again.")
+        studies[folder.name] = study
+        rows = [row for row in rows if row["study"] != folder.name]
+        rows += _runs_of(folder, study)
+    _write_json(found, studies)
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return found, table
+
+
+def read_runs(results: Path = RESULTS) -> Iterable[dict[str, str]]:
+    """Yield the lines of the table of runs."""
+    with (results / f"{STUDIES}.csv").open(newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / "runs").glob("*.json"))
+    ]
+    arms = list(study["arms"])
+    records.sort(key=lambda one: (arms.index(one["arm"]), one["learning_rate"], one["seed"]))
+    return [_row(folder.name, record, study["versions"]) for record in records]
+
+
+def _row(study: str, record: dict[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+    if record.pop("versions") != versions:
+        raise ValueError(
+            f"{study}: {record['arm']}, rate {record['learning_rate']:g}, seed {record['seed']} "
+            "ran with other versions than the study ended with; run it again in a new folder."
+        )
+    row = {"study": study, **record}
+    for name in _NESTED:
+        row |= {f"{name}_{key}": value for key, value in row.pop(name).items()}
+    return row
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line and collect."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in ("bench", "reproduce"):
+        one = kinds.add_parser(kind)
+        one.add_argument("folder", type=Path)
+        one.add_argument("name", help="such as the device, or the scale")
+    kinds.add_parser("study").add_argument("folders", type=Path, nargs="+")
+    options = parser.parse_args(argv)
+    if options.kind == "study":
+        paths = collect_studies(options.folders)
+    else:
+        collect = collect_bench if options.kind == "bench" else collect_reproduction
+        paths = (collect(options.folder, options.name),)
+    for path in paths:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

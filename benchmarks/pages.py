@@ -1,0 +1,102 @@
+"""Make every page and picture of the committed results, in a folder that git ignores.
+
+python -m benchmarks.pages          # make report
+
+report/reproduce-small/all.html     the paper and here, with pictures; .md and .svg beside it
+report/reproduce-simulate/all.html  the same, of memory alone
+report/studies/NAME/report.md       each study, with its two plots
+report/bench-NAME/bench.md          each `pacatune bench`, with its pictures
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.collect import RESULTS, STUDIES
+
+__all__ = ["make_pages", "read_sections"]
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "report"
+
+
+def make_pages(folder: Path, results: Path = RESULTS) -> Iterator[Path]:
+    """Write the pages, and yield the first file of each to look at.
+
+    Args:
+        folder: Gets a folder for each result.
+        results: Where the JSON files are.
+    """
+    for path in sorted(results.glob("reproduce-*.json")):
+        yield _reproduction(path.stem.removeprefix("reproduce-"), folder / path.stem, results)
+    for path in sorted(results.glob("bench-*.json")):
+        yield _bench(_read(path), folder / path.stem)
+    if (results / f"{STUDIES}.json").is_file():
+        for name, study in _read(results / f"{STUDIES}.json").items():
+            yield _study(study, folder / "studies" / name)
+
+
+def read_sections(mode: str, results: Path = RESULTS) -> list[Any]:
+    """Return the report's sections on a committed reproduction.
+
+    Args:
+        mode: small or simulate.
+        results: Where the JSON files are.
+    """
+    from pacatune.experiments.reproduce import EXPERIMENTS
+    from pacatune.experiments.reproduce.running import make_section
+
+    values = _read(results / f"reproduce-{mode}.json")
+    return [
+        make_section(EXPERIMENTS[name], mode, cells, values["command"])  # type: ignore[arg-type]
+        for name, cells in values["cells"].items()
+    ]
+
+
+def _reproduction(mode: str, folder: Path, results: Path) -> Path:
+    from pacatune.experiments.reproduce.running import write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(read_sections(mode, results), "all", "The paper and here", folder)
+    return folder / "all.html"
+
+
+def _bench(result: dict[str, Any], folder: Path) -> Path:
+    from pacatune.bench.plots import save_pictures
+    from pacatune.bench.report import make_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bench.md"
+    path.write_text(make_report(result, save_pictures(result, folder)), encoding="utf-8")
+    return path
+
+
+def _study(values: dict[str, Any], folder: Path) -> Path:
+    from pacatune.experiments.study.report import REPORT_NAME, write_report
+    from pacatune.experiments.study.result import StudyResult
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(StudyResult.from_dict(values), folder)
+    return folder / REPORT_NAME
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, and say where the pages are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=FOLDER, help="default: report/")
+    for path in make_pages(parser.parse_args(argv).output):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The rule by which a result contradicts the paper."""
+
+import dataclasses
+
+import pytest
+
+from pacatune.experiments.reproduce.section import Measured
+from pacatune.experiments.reproduce.verdicts import judge, share
+
+
+def number(value, spread=0.0):
+    return Measured(value=value, low=value - spread, high=value + spread, origin="measured")
+
+
+def only(table, column, **values):
+    ours = {(f"small-{method}-r8", column.quantity.key): n for method, n in values.items()}
+    (verdict,) = judge(table, column, ours)
+    return verdict
+
+
+def test_the_same_order_agrees(table, same):
+    verdict = only(table, same, lora=number(21), paca=number(18, 0.5))
+    assert verdict.outcome == "agrees"
+    assert verdict.text == (
+        "our memory, small: the paper has LoRA (rank 8) above PaCA (rank 8) (20 and 16 GB); "
+        "here LoRA (rank 8) above PaCA (rank 8) (21 and 18 [17.5, 18.5] GB)"
+    )
+
+
+def test_the_opposite_order_contradicts(table, same):
+    assert only(table, same, lora=number(18), paca=number(21)).outcome == "contradicts"
+
+
+def test_overlapping_intervals_leave_an_order_open(table, same):
+    assert only(table, same, lora=number(18, 2), paca=number(21, 2)).outcome == "open"
+    assert only(table, same, lora=number(18), paca=number(18.4)).outcome == "open"  # margin 0.5
+
+
+def test_an_order_where_the_paper_has_none_contradicts(table, scores):
+    """50.0 and 50.5 are alike for the paper."""
+    verdict = only(table, scores, lora=number(70, 0.5), dora=number(60, 0.5))
+    assert verdict.outcome == "contradicts"
+    assert "the paper has LoRA (rank 8) and DoRA (rank 8) alike" in verdict.text
+    assert only(table, scores, lora=number(70, 0.5), dora=number(70.8, 0.1)).outcome == "agrees"
+    assert only(table, scores, lora=number(70, 9), dora=number(60, 9)).outcome == "agrees"
+
+
+def test_margins_of_other_sizes_are_shares(table, shares):
+    assert only(table, shares, lora=number(1000), paca=number(990)).outcome == "open"
+    assert only(table, shares, lora=number(1000), paca=number(970)).outcome == "agrees"
+
+
+def test_only_lines_of_one_model_are_compared(table, same):
+    ours = {("small-lora-r8", "ours"): number(1), ("large-lora-r8", "ours"): number(9)}
+    assert list(judge(table, same, ours)) == []
+
+
+def test_every_pair_is_judged(table, same):
+    ours = {(f"small-{m}-r8", "ours"): number(n) for m, n in (("lora", 20), ("dora", 30))}
+    ours["small-paca-r8", "ours"] = number(25)
+    assert [v.outcome for v in judge(table, same, ours)] == ["agrees", "contradicts", "agrees"]
+
+
+def test_untrained_models_are_compared_on_the_papers_task_only(table, scores):
+    ours = {("small-none", "accuracy"): number(20), ("small-lora-r8", "accuracy"): number(80)}
+    assert list(judge(table, scores, ours)) == []
+    (verdict,) = judge(table, dataclasses.replace(scores, is_same=True), ours)
+    assert verdict.outcome == "agrees"
+
+
+def test_shares_and_points(same, scores):
+    assert share(same, 15, 20) == 0.75
+    assert share(scores, 53, 50) == pytest.approx(3)

@@ -1,0 +1,81 @@
+"""The paper's numbers: what must hold among them, and what other modules read of them."""
+
+import pytest
+
+from pacatune.memory.presets import PRESETS
+from pacatune.paper import METHOD_TITLES, TABLES, fig2, settings
+from pacatune.paper.ratios import LENGTHS, RATIOS
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
+def test_keys_are_unique_and_known(table):
+    keys = [row.key for row in table.rows]
+    assert len(set(keys)) == len(keys)
+    known = {quantity.key for quantity in table.quantities}
+    for row in table.rows:
+        assert row.method in METHOD_TITLES
+        assert set(row.values) <= known
+        assert table.row(row.key) is row
+    assert table.reference in table.methods()
+
+
+@pytest.mark.parametrize("name", ["table2", "table3", "table5", "table6", "table7"])
+def test_averages_are_those_of_the_printed_scores(name):
+    """A slip in a number would show; Table 1 weighs its categories by their questions."""
+    table = TABLES[name]
+    scores = [q.key for q in table.quantities if q.kind == "score" and q.key != "average"]
+    for row in table.rows:
+        mean = sum(row.values[key] for key in scores) / len(scores)
+        assert row.values["average"] == pytest.approx(mean, abs=0.0551), row.key
+
+
+def test_averages_of_table_1_lie_among_the_categories():
+    for row in TABLES["table1"].rows:
+        scores = [row.values[key] for key in ("humanities", "stem", "social", "other")]
+        assert min(scores) < row.values["average"] < max(scores)
+
+
+def test_trained_parameters_of_table_1_are_those_of_the_ranks():
+    """PaCA trains r values per output, LoRA r per output and input, in millions."""
+    for row in TABLES["table1"].rows:
+        if row.method not in ("lora", "paca"):
+            continue
+        sizes = PRESETS[row.model]
+        hidden, mlp = sizes.hidden_size, sizes.intermediate_size
+        kv = sizes.num_key_value_heads * sizes.head_dim
+        outputs = 2 * hidden + 2 * kv + 2 * mlp + hidden
+        inputs = 4 * hidden + 2 * hidden + mlp
+        number = outputs if row.method == "paca" else outputs + inputs
+        millions = number * row.rank * sizes.num_hidden_layers / 1e6
+        assert row.values["params"] == pytest.approx(millions, abs=0.51), row.key
+
+
+def test_ratios_are_made_of_the_tables():
+    found = {(r.quantity, r.method, r.reference): r for r in RATIOS}
+    assert found["step", "paca", "dora"].ratio == pytest.approx(3.5 / 9.4)
+    assert found["peak", "paca", "lora_dropout"].ratio == pytest.approx(23 / 27)
+    assert found["step", "qpaca", "qlora"].ratio == pytest.approx(37 / 42)
+    assert "Table 3" in found["peak", "qpaca", "qlora"].source
+    assert found["flops", "lora", "full"].ratio == 0.67
+    assert ("forward", "lora", "full") in found
+    assert LENGTHS == {"lora": 8000, "dora": 4700, "moslora": 8000, "paca": 9800}
+
+
+def test_claims_of_figure_2_are_about_its_methods():
+    keys = [claim.key for claim in fig2.CLAIMS]
+    assert len(set(keys)) == len(keys)
+    for claim in fig2.CLAIMS:
+        assert {claim.method, claim.of_method} <= set(fig2.METHODS)
+        assert (claim.method, claim.phase) != (claim.of_method, claim.of_phase)
+
+
+def test_settings_follow_the_line():
+    assert settings.table_9("llama2-7b", "paca", 16).learning_rates == (1e-4,)
+    assert settings.table_9("llama2-7b", "paca", 8).learning_rates == (3e-4,)
+    assert settings.table_9("llama3-8b", "dora", 8).dropout == 0.1
+    assert settings.table_9("llama3-8b", "paca", 16).alpha == 64
+    assert settings.table_9("llama3-8b", "paca", 16).dropout is None
+    assert settings.table_11("llama3-8b").micro_batches == 4
+    assert settings.table_11("llama3.1-70b").micro_batches == 2
+    assert settings.table_8("full").rank is None
+    assert settings.table_12("lora").rank == settings.table_13("paca").rank == 8

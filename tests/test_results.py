@@ -1,0 +1,141 @@
+"""The committed results: few files, each run of the studies, and pages that are made of them."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import collect, pages
+
+ROOT = Path(__file__).parents[1]
+
+
+def committed():
+    listed = ["git", "ls-files", "--", "benchmarks/results"]
+    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not a checkout")
+    return [ROOT / line for line in found.stdout.splitlines()]
+
+
+def test_results_are_numbers_in_few_files():
+    files = committed()
+    assert {path.suffix for path in files} <= {".json", ".csv"}
+    assert len(files) <= 20
+    assert sum(path.stat().st_size for path in files) < 10**6
+
+
+def test_every_run_of_the_studies_is_a_line():
+    studies = json.loads((collect.RESULTS / "selection.json").read_text())
+    runs = list(collect.read_runs())
+    assert len(runs) == 487
+    assert len({row["key"] for row in runs}) > 400
+    assert {row["error"] for row in runs} == {""}
+    for name, study in studies.items():
+        metric = study["metric"]
+        for arm, found in study["arms"].items():
+            own = [row for row in runs if (row["study"], row["arm"]) == (name, arm)]
+            at_best = [row for row in own if float(row["learning_rate"]) == found["learning_rate"]]
+            values = {row["seed"]: float(row[f"test_{metric}"]) for row in at_best}
+            assert values == found["values"]
+            assert {f"{float(row['learning_rate']):g}" for row in own} == {
+                f"{float(rate):g}" for rate in found["rates"]
+            }
+
+
+VERSIONS = {"python": "3.11", "torch": "2"}
+
+
+def write_study(folder, test=0.5, versions=VERSIONS, finished=True):
+    """What `pacatune compare` leaves of a study of one run."""
+    record = {
+        "key": "0" * 24,
+        "arm": "paca",
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "validation": {"loss": 0.75},
+        "test": {"loss": test},
+        "forgetting": {"before": 1.0, "after": 1.5},
+        "num_trainable_parameters": 10,
+        "train_loss": None,
+        "num_steps": 3,
+        "seconds": 1.5,
+        "versions": versions,
+        "error": None,
+    }
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "paca-0.001-seed0-key.json").write_text(json.dumps(record))
+    study = {"finished": finished, "arms": {"paca": {}}, "versions": VERSIONS}
+    (folder / "study.json").write_text(json.dumps(study))
+    return folder
+
+
+def test_studies_are_collected_and_collected_again(tmp_path):
+    results = tmp_path / "results"
+    first, other = (write_study(tmp_path / name) for name in ("first", "other"))
+    collect.collect_studies([first, other], results)
+    rows = list(collect.read_runs(results))
+    assert [row["study"] for row in rows] == ["first", "other"]
+    shown = {name: rows[0][name] for name in ("validation_loss", "forgetting_after", "train_loss")}
+    assert shown == {"validation_loss": "0.75", "forgetting_after": "1.5", "train_loss": ""}
+    assert list(json.loads((results / "selection.json").read_text())) == ["first", "other"]
+    collect.collect_studies([write_study(tmp_path / "again" / "first", test=0.25)], results)
+    assert {row["study"]: row["test_loss"] for row in collect.read_runs(results)} == {
+        "first": "0.25",
+        "other": "0.5",
+    }
+
+
+def test_what_is_not_collected(tmp_path):
+    unlike = write_study(tmp_path / "unlike", versions=VERSIONS | {"torch": "1"})
+    with pytest.raises(ValueError, match=r"unlike: paca, rate 0.001, seed 0 ran with other vers"):
+        collect.collect_studies([unlike], tmp_path)
+    half = write_study(tmp_path / "half", finished=False)
+    with pytest.raises(ValueError, match=r"half holds no finished study"):
+        collect.collect_studies([half], tmp_path)
+    (half / "reproduce.json").write_text('{"finished": false}')
+    with pytest.raises(ValueError, match="is not finished; go on with `--resume` first"):
+        collect.collect_reproduction(half, "small", tmp_path)
+
+
+def test_a_reproduction_is_its_cells(tmp_path):
+    mark = {"finished": True, "command": "a command"}
+    (tmp_path / "reproduce.json").write_text(json.dumps(mark))
+    (tmp_path / "all.json").write_text('{"fig2": {"title": "Time", "cells": {"bench": 7}}}')
+    path = collect.collect_reproduction(tmp_path, "here", tmp_path)
+    assert path.name == "reproduce-here.json"
+    assert json.loads(path.read_text()) == {
+        "command": "a command",
+        "cells": {"fig2": {"bench": 7}},
+    }
+
+
+def test_pages_are_made_of_the_results(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    values = json.loads((collect.RESULTS / "reproduce-simulate.json").read_text())
+    cells = {name: values["cells"][name] for name in ("fig3",)}
+    (results / "reproduce-simulate.json").write_text(json.dumps(values | {"cells": cells}))
+    studies = json.loads((collect.RESULTS / "selection.json").read_text())
+    one = {"selection-smollm2-r8": studies["selection-smollm2-r8"]}
+    (results / "selection.json").write_text(json.dumps(one))
+    collect.collect_bench(write_bench(tmp_path), "here", results)
+    made = list(pages.make_pages(tmp_path / "report", results))
+    assert [path.relative_to(tmp_path / "report").as_posix() for path in made] == [
+        "reproduce-simulate/all.html",
+        "bench-here/bench.md",
+        "studies/selection-smollm2-r8/report.md",
+    ]
+    assert "<svg" in made[0].read_text()
+    assert "2.9389 ± 0.0364" in made[2].read_text()
+    assert all(
+        path.parent.joinpath(name).is_file()
+        for path, name in zip(made[1:], ("times.png", "metric.png"), strict=True)
+    )
+
+
+def write_bench(folder):
+    source = collect.RESULTS / "bench-epyc-zen5.json"
+    (folder / "bench.json").write_bytes(source.read_bytes())
+    return folder
