@@ -88,5 +88,5 @@ def test_no_other_table_of_methods():
         for path in root.rglob("*.py")
         if literal.search(path.read_text(encoding="utf-8"))
     }
-    paper = {path for path in found if path.startswith("experiments/paper/")}  # as printed
+    paper = {path for path in found if path.startswith("paper/")}  # as printed
     assert found - paper == set()
