@@ -17,9 +17,9 @@ from benchmarks.record import RESULTS, git, write
 from pacatune.experiments.paper import TABLES
 from pacatune.experiments.paper.tables import GPU, Row
 from pacatune.experiments.reproduce.simulate import setting_of, tokens_for
-from pacatune.memory.estimate import Estimate, estimate_memory, find_max
-from pacatune.memory.gpus import gpu_bytes
-from pacatune.memory.setting import Setting
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import Estimate, estimate_memory, find_max
+from pacatune.measure.setting import Setting
 
 __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
 

@@ -7,9 +7,9 @@ import pytest
 from benchmarks import estimate, estimate_tables, tables
 from pacatune.experiments.paper import TABLES
 from pacatune.experiments.reproduce.simulate import setting_of, tokens_for
-from pacatune.memory.estimate import estimate_memory
-from pacatune.memory.gpus import gpu_bytes
-from tests.memory.real_step import LLAMA, tiny, write_config
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import estimate_memory
+from tests.measure.real_step import LLAMA, tiny, write_config
 
 
 @pytest.fixture

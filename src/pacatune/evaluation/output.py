@@ -13,9 +13,9 @@ from pacatune.adapters.base import layer_shape
 from pacatune.adapters.fingerprint import fingerprint, unwrap
 from pacatune.adapters.folder import TENSORS_NAME
 from pacatune.adapters.loading import LoadedModel
-from pacatune.bench.record import versions
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.measure.provenance import versions
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,7 +4,7 @@ import pytest
 
 from pacatune.experiments.paper import METHOD_TITLES, TABLES, fig2, settings
 from pacatune.experiments.paper.ratios import LENGTHS, RATIOS
-from pacatune.memory.presets import PRESETS
+from pacatune.measure.presets import PRESETS
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))

@@ -13,8 +13,8 @@ from pacatune.experiments.reproduce.simulate import (
     simulate_peak,
     tokens_for,
 )
-from pacatune.memory.estimate import estimate_memory
-from tests.memory.real_step import LLAMA, tiny, write_config
+from pacatune.measure.estimate import estimate_memory
+from tests.measure.real_step import LLAMA, tiny, write_config
 
 _AVAILABLE = 2**30
 

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pacatune.bench.config import BenchConfig
-from pacatune.bench.shape import load_values
 from pacatune.experiments.reproduce.cells import Cell
 from pacatune.experiments.reproduce.measured import Measured
 from pacatune.experiments.reproduce.scale import (
@@ -17,6 +15,8 @@ from pacatune.experiments.reproduce.scale import (
     small_dtype,
     values_of,
 )
+from pacatune.measure.config import BenchConfig
+from pacatune.measure.models import load_values
 
 __all__ = ["bench_cell", "bench_config", "machine_of", "phase_ratio", "row_of", "steps_of_ours"]
 
@@ -43,7 +43,7 @@ def bench_config(scale: Scale, methods: tuple[str, ...], **options: Any) -> Benc
 
 
 def _num_threads() -> int:
-    from pacatune.bench.record import num_cores
+    from pacatune.measure.provenance import num_cores
 
     return num_cores()
 
@@ -67,8 +67,7 @@ def bench_cell(config: BenchConfig, methods: tuple[str, ...], key: str = "bench"
 
 
 def _measure(config: BenchConfig, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.bench.output import result_folder
-    from pacatune.bench.running import run
+    from pacatune.measure.bench import result_folder, run
 
     output = result_folder(folder)
     output.open()

@@ -21,7 +21,7 @@ from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results,
 from pacatune.experiments.reproduce.measured import Measured
 from pacatune.experiments.reproduce.section import Chart, ReportTable, Section
 from pacatune.experiments.reproduce.settings_of import of_bench
-from pacatune.memory.setting import Setting
+from pacatune.measure.setting import Setting
 
 __all__ = ["EXPERIMENT"]
 
@@ -56,7 +56,7 @@ def _setting(method: str) -> Setting:
 
 
 def _count(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.memory.simulate import FakeTraining
+    from pacatune.measure.simulate import FakeTraining
 
     return FakeTraining(setting).count_operations(setting.batch_size, setting.seq_len)
 

@@ -16,8 +16,8 @@ from pacatune.experiments.reproduce.compare import Verdict
 from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
 from pacatune.experiments.reproduce.section import Chart, ReportTable, Section
 from pacatune.experiments.reproduce.settings_of import of_bench
-from pacatune.memory.gpus import gpu_bytes
-from pacatune.memory.setting import Setting
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.setting import Setting
 
 __all__ = ["EXPERIMENT"]
 
@@ -51,7 +51,7 @@ def _setting(method: str) -> Setting:
 
 
 def _simulate(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.memory.estimate import find_max
+    from pacatune.measure.estimate import find_max
 
     return {"max_batch": find_max(setting, "batch_size", gpu_bytes(GPU))[0]}
 

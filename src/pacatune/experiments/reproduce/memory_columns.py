@@ -12,7 +12,7 @@ from pacatune.experiments.reproduce.compare import Column
 from pacatune.experiments.reproduce.experiment import Results
 from pacatune.experiments.reproduce.measured import Measured
 from pacatune.experiments.reproduce.simulate import GB, describe, setting_of, simulate_peak
-from pacatune.memory.setting import Setting
+from pacatune.measure.setting import Setting
 
 __all__ = ["KEY", "memory_cells", "memory_column", "simulated_memory"]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pacatune.bench.shape import llama_values
+from pacatune.measure.models import llama_values
 
 __all__ = ["SHAPE", "SWEEP_LIMIT_BYTES", "SWEEP_SHAPE", "small_dtype", "values_of"]
 

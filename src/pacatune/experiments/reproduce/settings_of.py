@@ -3,11 +3,11 @@
 from dataclasses import fields
 from typing import Any, Literal
 
-from pacatune.bench.config import BenchConfig
 from pacatune.experiments.paper.settings import MODULES, SCRIPTS, Settings
 from pacatune.experiments.reproduce.experiment import Experiment, SettingsBeside
 from pacatune.experiments.reproduce.section import ReportTable
-from pacatune.memory.setting import Setting
+from pacatune.measure.config import BenchConfig
+from pacatune.measure.setting import Setting
 from pacatune.methods import METHODS
 
 __all__ = [

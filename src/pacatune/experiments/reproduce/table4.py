@@ -17,8 +17,8 @@ from pacatune.experiments.reproduce.measured import Measured
 from pacatune.experiments.reproduce.section import ReportTable, Section
 from pacatune.experiments.reproduce.settings_of import of_bench
 from pacatune.experiments.reproduce.simulate import describe, setting_of, simulate_length
-from pacatune.memory.gpus import gpu_bytes
-from pacatune.memory.setting import Setting
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.setting import Setting
 
 __all__ = ["EXPERIMENT"]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pacatune.experiments.paper.settings import Settings
-from pacatune.memory.presets import PRESETS
+from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.training import (
     DataConfig,
