@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.record import RESULTS, git, write
 from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
-from pacatune.memory.estimate import Estimate, estimate_memory, find_max
-from pacatune.memory.gpus import gpu_bytes
-from pacatune.memory.setting import Setting
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import Estimate, estimate_memory, find_max
+from pacatune.measure.setting import Setting
 from pacatune.paper import TABLES
 from pacatune.paper.tables import GPU, Row
 

@@ -33,10 +33,10 @@ from benchmarks.record import (
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
-from pacatune.bench.methods import Contender
-from pacatune.bench.saved import SavedByLayer
-from pacatune.bench.timing import alternate, summarize
-from pacatune.memory.measure import peak_process_bytes
+from pacatune.measure.counters import SavedBytes
+from pacatune.measure.device import peak_process_bytes
+from pacatune.measure.methods import Contender
+from pacatune.measure.timing import alternate, summarize
 
 SHAPES = ("512x512", "1408x512", "512x1408")
 TOKENS = (16, 512)
@@ -170,7 +170,7 @@ def measure(
 def count(contender: Contender, inputs: list[Tensor]) -> dict[str, Any]:
     """Return parameters and bytes kept for backward, of all layers together."""
     layers = dict.fromkeys(_layers(contender), "linear")
-    with SavedByLayer(contender.model, layers) as saved:
+    with SavedBytes(contender.model, layers) as saved:
         outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     del outputs
     counts: dict[str, Any] = {

@@ -25,8 +25,8 @@ from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
 from benchmarks.record import DTYPES, Noise, add_tokens, arguments, prepare, provenance, write
 from pacatune import lean
-from pacatune.bench.saved import SavedByLayer
-from pacatune.bench.timing import alternate, compare, summarize
+from pacatune.measure.counters import SavedBytes
+from pacatune.measure.timing import alternate, compare, summarize
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
 # PEFT's default is float32, for which LoRA keeps a float32 copy of each input.
@@ -97,7 +97,7 @@ def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
     mask = torch.ones_like(batch)
     if is_padded:
         mask[:, -3:] = 0
-    with SavedByLayer(model, layers) as saved:
+    with SavedBytes(model, layers) as saved:
         loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
     del loss
     kept = saved.num_bytes_by_kind

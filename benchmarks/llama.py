@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pacatune.bench.methods import Contender
+from pacatune.measure.methods import Contender
+from pacatune.measure.models import make_batch as make_rows
 
 __all__ = ["MAX_LENGTH", "Shape", "linear_layers", "make_batch", "make_model", "make_step"]
 
@@ -84,8 +85,7 @@ def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
             f"`tokens` ({num_tokens}) must be a multiple of {MAX_LENGTH}, the length of a row, or "
             "less than one row; round it."
         )
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (num_rows, num_tokens // num_rows), generator=generator)
+    return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)
 
 
 def make_step(contender: Contender, batch: Tensor, accumulation: int) -> Callable[[], float]:

@@ -5,15 +5,19 @@ and defaults; every method that trains has torch's fused AdamW over its trainabl
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from benchmarks.swap import swap_layers
 from pacatune import PacaConfig
-from pacatune.bench.methods import Contender
+from pacatune.measure.methods import Contender
+from pacatune.measure.methods import adapt as make_contender
+from pacatune.methods import METHODS as TABLE
+from pacatune.methods import adapter_config as make_config
+from pacatune.methods import size_options
 from pacatune.tuner.layer import PacaLayer
 
 __all__ = ["HEAD", "METHODS", "OURS", "RANK", "adapt", "adapter_config", "all_methods"]
@@ -32,8 +36,10 @@ METHODS = {
 }
 # Measured only where asked for.
 _OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
-RANK = 8
-_LEARNING_RATE = 1e-4
+RANK, DROPOUT = 8, 0.1
+# Those that are another method with something changed.
+_PLAIN = {"swap": OURS, "additive": OURS, "lora_r4": "lora"}
+_RANKS = {"lora_r4": 4}
 
 
 def all_methods() -> dict[str, str]:
@@ -55,7 +61,7 @@ def adapt(
         model: Untouched, in the dtype of the comparison; adapted in place.
         method: One of `all_methods()`, or `HEAD` where there are heads.
         targets: PEFT's `target_modules`.
-        seed: Of PaCA's columns and LoRA's start.
+        seed: Seed of PaCA's columns and LoRA's start.
         heads: Names of modules that every method but `frozen` trains in full.
 
     Raises:
@@ -64,36 +70,24 @@ def adapt(
     known = [*all_methods(), *([HEAD] if heads else [])]
     if method not in known:
         raise ValueError(f"`method` ({method!r}) must be one of {sorted(known)}.")
-    model.requires_grad_(method == "full")
-    if method == HEAD:
-        for name in heads:
-            model.get_submodule(name).requires_grad_()
-    elif method not in ("frozen", "full"):
-        torch.manual_seed(seed)
-        config = adapter_config(method, targets, seed)
-        config.modules_to_save = list(heads) or None
-        model = get_peft_model(model, config)
+    plain, rank = _PLAIN.get(method, method), _RANKS.get(method, RANK)
+    contender = make_contender(
+        model, plain, rank=rank, dropout=DROPOUT, seed=seed, targets=targets, heads=heads
+    )
     if method == "swap":
-        swap_layers(model)
+        swap_layers(contender.model)
     if method == "additive":
-        _make_additive(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True) if trained else None
-    return Contender(method, model.train(), optimizer)
+        _make_additive(contender.model)
+    return replace(contender, method=method)
 
 
 def adapter_config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
     """Return the PEFT configuration of a method that has one."""
-    if method in ("paca", "swap", "additive"):
-        return PacaConfig(r=RANK, paca_alpha=RANK, target_modules=targets, random_seed=seed)
-    rank = 4 if method == "lora_r4" else RANK
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=targets,
-        lora_dropout=0.1 if method == "lora_dropout" else 0.0,
-        use_dora=method == "dora",
-    )
+    row, rank = TABLE[_PLAIN.get(method, method)], _RANKS.get(method, RANK)
+    options = size_options(row, rank, rank, DROPOUT if row.dropout else 0.0)
+    if row.is_paca:
+        options["random_seed"] = seed
+    return make_config(row, **options, target_modules=targets)  # type: ignore[return-value]
 
 
 def _make_additive(model: nn.Module) -> None:

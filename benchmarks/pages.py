@@ -65,8 +65,8 @@ def _reproduction(mode: str, folder: Path, results: Path) -> Path:
 
 
 def _bench(result: dict[str, Any], folder: Path) -> Path:
-    from pacatune.bench.plots import save_pictures
-    from pacatune.bench.report import make_report
+    from pacatune.measure.pictures import save_pictures
+    from pacatune.measure.report import make_report
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.md"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.methods import all_methods
-from pacatune.bench import record
-from pacatune.bench.record import Noise, cpu, cpu_name, num_cores, versions
+from pacatune.reports import provenance as record
+from pacatune.reports.provenance import Noise, cpu, cpu_name, num_cores, versions
 from pacatune.training.precision import bfloat16_is_fast
 
 __all__ = [

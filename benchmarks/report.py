@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.methods import OURS
-from pacatune.bench.timing import compare
+from pacatune.measure.timing import compare
 
 __all__ = ["make_ratios", "ratio_table"]
 

@@ -34,10 +34,10 @@ from benchmarks.record import (
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
-from pacatune.bench.methods import Contender
-from pacatune.bench.saved import SavedByLayer
-from pacatune.bench.timing import alternate, summarize
-from pacatune.memory.measure import peak_process_bytes
+from pacatune.measure.counters import SavedBytes
+from pacatune.measure.device import peak_process_bytes
+from pacatune.measure.methods import Contender
+from pacatune.measure.timing import alternate, summarize
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
@@ -163,7 +163,7 @@ def measure(
 def count(contender: Contender, batch: Tensor, accumulation: int) -> dict[str, Any]:
     """Return what is exact about a method: parameters, bytes kept for backward, column writes."""
     model, layers = contender.model, linear_layers(contender.model)
-    with SavedByLayer(model, layers) as saved:
+    with SavedBytes(model, layers) as saved:
         loss = model(input_ids=batch, labels=batch).loss
     del loss
     counts: dict[str, Any] = {
@@ -186,7 +186,7 @@ def compile_and_count(contender: Contender, batch: Tensor) -> dict[str, Any]:
     model = contender.model
     model.compile(dynamic=False)
     model(input_ids=batch, labels=batch).loss.backward()
-    with SavedByLayer(model, {}) as saved:
+    with SavedBytes(model, {}) as saved:
         loss = model(input_ids=batch, labels=batch).loss
     loss.backward()
     model.zero_grad()

@@ -25,7 +25,7 @@ from benchmarks.layer import parse as parse_layer
 from benchmarks.methods import METHODS, OURS, adapter_config
 from benchmarks.record import DTYPES, Noise, prepare, provenance, write
 from benchmarks.report import make_ratios, ratio_table
-from pacatune.bench.timing import alternate, summarize
+from pacatune.measure.timing import alternate, summarize
 
 __all__ = ["main", "parse"]
 

@@ -26,20 +26,19 @@ from benchmarks.image_models import (
     MODELS,
     ImageModel,
     adapted_layers,
-    choose_layers,
-    make_batch,
     make_model,
-    make_step,
     positions_of,
 )
-from benchmarks.methods import HEAD, METHODS, OURS, adapt
+from benchmarks.methods import HEAD, METHODS, OURS, RANK, adapt
 from benchmarks.record import DTYPES, Noise, arguments, at_least_1, prepare, provenance, write
 from benchmarks.report import make_ratios, ratio_table
-from pacatune.bench.methods import Contender
-from pacatune.bench.saved import SavedByLayer
-from pacatune.bench.timing import alternate, summarize
+from pacatune.experiments.reproduce.image_steps import choose_layers, make_batch, make_step
 from pacatune.lean.batch_norm import enable_batch_norm
-from pacatune.memory.measure import peak_process_bytes
+from pacatune.measure.counters import SavedBytes
+from pacatune.measure.device import peak_process_bytes
+from pacatune.measure.methods import Contender
+from pacatune.measure.timing import alternate, summarize
+from pacatune.methods import METHODS as TABLE
 
 LEAN = "_lean"
 IMAGE_METHODS = METHODS | {
@@ -100,7 +99,8 @@ def make_contender(base: nn.Module, method: str, seed: int) -> Contender:
     """Return a copy of the model, ready to be trained by a method."""
     model = copy.deepcopy(base)
     plain = method.removesuffix(LEAN)
-    targets, heads = choose_layers(model, plain)
+    row = TABLE["lora" if plain.startswith("lora") else "paca"]
+    targets, heads = choose_layers(model, row, RANK)
     contender = adapt(model, plain, targets=targets, seed=seed, heads=heads)
     if plain == "frozen":
         for name in heads:
@@ -116,7 +116,7 @@ def count(contender: Contender, size: int, seed: int) -> dict[str, Any]:
     layers = adapted_layers(model)
     dtype = next(model.parameters()).dtype
     images, labels = make_batch(1, size, dtype, seed)
-    with SavedByLayer(model, layers) as saved:
+    with SavedBytes(model, layers) as saved:
         loss = nn.functional.cross_entropy(model(pixel_values=images).logits.float(), labels)
     del loss
     counts: dict[str, Any] = {

@@ -6,10 +6,10 @@ import pytest
 
 from benchmarks import estimate, estimate_tables, tables
 from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
-from pacatune.memory.estimate import estimate_memory
-from pacatune.memory.gpus import gpu_bytes
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import estimate_memory
 from pacatune.paper import TABLES
-from tests.memory.real_step import LLAMA, tiny, write_config
+from tests.measure.real_step import LLAMA, tiny, write_config
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks import image_models, tables, vision
-from benchmarks.image_models import MODELS, adapted_layers, make_batch, make_model, positions_of
+from benchmarks.image_models import MODELS, adapted_layers, make_model, positions_of
 from benchmarks.methods import RANK, adapt
+from pacatune.experiments.reproduce.image_steps import NUM_CLASSES, make_batch
 
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
 QUICK += ["--dtypes", "float32"]
@@ -26,7 +27,7 @@ def tiny_vit():
         intermediate_size=64,
         image_size=32,
         patch_size=8,
-        num_labels=image_models.NUM_CLASSES,
+        num_labels=NUM_CLASSES,
     )
     model = ViTForImageClassification._from_config(config, attn_implementation="sdpa")
     model.vit.embeddings.register_forward_hook(image_models._ask_for_gradient)
@@ -39,7 +40,7 @@ def tiny_cnn():
     config = TimmWrapperConfig.from_dict(
         {
             "architecture": "test_efficientnet",
-            "num_classes": image_models.NUM_CLASSES,
+            "num_classes": NUM_CLASSES,
             "model_args": {"pad_type": "same"},  # as the TensorFlow-born ones are
         }
     )

@@ -3,15 +3,19 @@
 import importlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from pacatune._moved import MOVED
 
 
-@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("old", [old for old, new in MOVED.items() if isinstance(new, str)])
 def test_gives_the_module_at_its_new_place(old, monkeypatch):
     monkeypatch.delitem(sys.modules, old, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module(old.rpartition(".")[0])
     new = importlib.import_module(MOVED[old])
     spec = new.__spec__
 
@@ -36,6 +40,41 @@ def test_modules_below_are_found_by_old_names_too():
         "assert sys.modules['pacatune.functional.linear'] is sys.modules['pacatune.ops.linear']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_names_of_modules_that_were_taken_apart_are_found_in_their_parts():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from pacatune.memory.setting import Setting\n"
+        "from pacatune.memory.estimate import estimate_memory, find_max\n"
+        "from pacatune.memory.gpus import gpu_bytes, parse_bytes\n"
+        "from pacatune.memory import SavedBytes, peak_process_bytes, reset_peak_process_bytes\n"
+        "from pacatune.memory import gpus, plot\n"
+        "import pacatune.bench.config, pacatune.bench.saved\n"
+        "from pacatune.bench import BenchConfig, llama_values, load_values, parse_shape, METHODS\n"
+        "from pacatune.bench import Setting as MicroBatch, run\n"
+        "from pacatune.bench.methods import METHODS as same, adapt, check_methods\n"
+        "from pacatune.bench.running import run as also\n"
+        "from pacatune.measure import bench, config, counters, device, setting\n"
+        "assert (Setting, MicroBatch) == (setting.Setting, config.MicroBatch)\n"
+        "assert BenchConfig is config.BenchConfig is pacatune.bench.config.BenchConfig\n"
+        "assert run is also is bench.run and METHODS is same\n"
+        "assert SavedBytes is counters.SavedBytes is pacatune.bench.saved.SavedByLayer\n"
+        "assert gpus is device and plot.save_plot\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_name_that_never_was_is_not_found_in_the_parts(monkeypatch):
+    for old in [name for name in sys.modules if name.startswith("pacatune.memory")]:
+        monkeypatch.delitem(sys.modules, old)
+    with (
+        pytest.warns(DeprecationWarning, match=r"memory is now pacatune\.measure\.counters and"),
+        pytest.raises(ImportError, match=r"cannot import name 'Nothing' from 'pacatune\.memory'"),
+    ):
+        from pacatune.memory import Nothing  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match=r"pacatune\.memory\.nothing"):
+        importlib.import_module("pacatune.memory.nothing")
 
 
 def test_a_module_that_never_was_is_not_found():

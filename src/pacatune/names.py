@@ -2,8 +2,10 @@
 
 import difflib
 from collections.abc import Collection, Iterable
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["choose", "did_you_mean", "guess", "nearest", "suggest"]
+__all__ = ["check_choices", "choices_of", "choose", "did_you_mean", "guess", "nearest", "suggest"]
 
 _MAX_LISTED = 20
 # Less alike than this, a key is no guess at another one.
@@ -53,6 +55,24 @@ def choose(name: str, known: Collection[str], *, option: str) -> str:
     near = nearest(wanted, names)
     hint = "." if near is None else f"; did you mean {names[near]!r}?"
     raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(known)}{hint}")
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the values that an annotation such as `Literal["a", "b"] | None` names, if any."""
+    kinds = (annotation, *get_args(annotation))
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+
+
+def check_choices(config: Any) -> None:
+    """Hold the fields of a dataclass to the values that their annotations name; None is fine.
+
+    Raises:
+        ValueError: If one has another value; names the nearest.
+    """
+    for field in fields(config):
+        value, choices = getattr(config, field.name), choices_of(field.type)
+        if choices and value is not None:
+            choose(value, choices, option=field.name)
 
 
 def suggest(key: str, known: Collection[str]) -> str:

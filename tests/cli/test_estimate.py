@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pacatune.cli import main
-from tests.memory.real_step import LLAMA, write_config
+from tests.measure.real_step import LLAMA, write_config
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_sharding(capsys, config):
         (["llama3-8b", "--method", "pacca"], "`method` ('pacca') must be one of paca, "),
         (["llama3-8b", "--methods", "paca,ful"], "full; did you mean 'full'?"),
         (["llama3-8b", "--gpu", "a100-80"], "unknown GPU 'a100-80'; did you mean 'a100-80g'?"),
-        (["llama3-8b", "--memory", "lots"], "'lots' is no amount of memory"),
+        (["llama3-8b", "--memory", "lots"], "`memory` ('lots') is no amount of memory"),
         (["llama3-8b", "--rank", "0"], "`rank` (0) must be a whole number of at least 1"),
         (["llama3-8b", "--batch-size", "-1"], "`batch_size` (-1) must be a whole number"),
         (["llama3-8b", "--dropout", "0.1"], "`dropout` (0.1) with `method` ('paca')"),
@@ -107,6 +107,7 @@ def test_sharding(capsys, config):
         (["llama3-8b", "--plot", "out.txt"], "must end in one of .png"),
         (["llama3-8b", "--rank", "5000"], "`r` (5000) must be in [1, in_features=4096]"),
         (["llama3-8b", "--target-modules", "query"], "query"),
+        (["llama3-8b", "--sharding", "zero4"], "`sharding` ('zero4') must be one of none, zero1"),
     ],
 )
 def test_errors_are_one_line_that_says_what_to_do(words, message, capsys):
@@ -135,7 +136,7 @@ def test_no_option_is_left_out():
     from dataclasses import fields
 
     from pacatune.cli.estimate import _parse
-    from pacatune.memory.setting import Setting
+    from pacatune.measure.setting import Setting
 
     options = vars(_parse(["llama3-8b"]))
     assert {field.name for field in fields(Setting)} <= set(options)

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
-from pacatune.memory.measure import SavedBytes
+from pacatune.measure.counters import SavedBytes
 from tools.families import FAMILIES, VOCAB_SIZE, Family
 
 SIZES = {

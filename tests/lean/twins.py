@@ -2,7 +2,7 @@
 
 import torch
 
-from pacatune.memory.measure import SavedBytes
+from pacatune.measure.counters import SavedBytes
 
 NOTHING = torch.nn.Module()
 

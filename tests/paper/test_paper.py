@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.memory.presets import PRESETS
+from pacatune.measure.presets import PRESETS
 from pacatune.paper import METHOD_TITLES, TABLES, fig2, settings
 from pacatune.paper.ratios import LENGTHS, RATIOS
 

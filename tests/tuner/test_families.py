@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
-from pacatune.memory import SavedBytes
+from pacatune.measure.counters import SavedBytes
 from pacatune.tuner import PacaLayer, defaults
 from pacatune.tuner.defaults import survey
 from tools import doc_block, families

@@ -2,25 +2,29 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import (
+    add_fields,
+    field_helps,
+    field_values,
+    names,
+    new_parser,
+    print_notes,
+    quiet_libraries,
+)
+from pacatune.measure.presets import PRESETS
+from pacatune.measure.setting import Setting
 
 if TYPE_CHECKING:
-    from pacatune.memory.estimate import Estimate, Quantity
-    from pacatune.memory.setting import Setting
-    from pacatune.memory.tracker import Category
+    from pacatune.measure.estimate import Estimate, Quantity
 
 _QUANTITIES: dict[str, "Quantity"] = {
     "seq-len": "seq_len",
     "batch": "batch_size",
     "rank": "rank",
 }
-# Options of this command that are no fields of a Setting.
-_OWN = ("model", "method", "methods", "gpu", "memory", "max", "plot", "json")
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +32,7 @@ def run(argv: list[str]) -> int:
     options = _parse(argv)
     quiet_libraries()
 
-    from pacatune.memory.plot import check_plot_path, save_plot
+    from pacatune.measure.pictures import check_plot_path, save_plot
 
     methods = options.methods or [options.method]
     settings = {name: _setting(options, name, len(methods)) for name in methods}
@@ -47,7 +51,7 @@ def run(argv: list[str]) -> int:
             print_notes([note])
     if options.plot is not None:
         bars = {name: estimate for name, (_, estimate) in results.items() if estimate is not None}
-        save_plot(bars, options.plot, available)
+        save_plot(bars, options.plot, available, options.gpu or "available")
     return 0
 
 
@@ -56,26 +60,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "estimate",
         "Estimate the memory of training by running its real step on tensors without memory.",
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help=_MODEL_HELP)
+    add, helps = parser.add_argument, field_helps(Setting)
+    ships = f"{helps.get('model', '')}; these ship with it: {', '.join(PRESETS)}"
+    add("model", metavar="MODEL", help=ships)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--method", default="paca", metavar="NAME", help=_METHOD_HELP)
-    which.add_argument("--methods", type=_names, metavar="A,B,...", help="several, side by side")
-    add("--rank", type=int, default=8, help="columns or rank of the adapter (default: %(default)s)")
-    add("--dropout", type=float, default=0.0, help="of lora, dora and moslora (default: none)")
-    add("--batch-size", type=int, default=1, help="sequences per step (default: %(default)s)")
-    add("--seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
-    add("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
-    add("--adapter-dtype", default="float32", help="of the adapter (default: %(default)s)")
-    add("--quantization", metavar="KIND", help="4-bit weights: nf4 or fp4")
-    add("--gradient-checkpointing", action="store_true", help="recompute blocks in backward")
-    add("--lean", default="auto", help="lean layers: off, auto or require (default: %(default)s)")
-    add("--loss", default="auto", help=_LOSS_HELP)
-    accumulation = "micro-batches per optimiser step (default: %(default)s)"
-    add("--gradient-accumulation", type=int, default=1, metavar="N", help=accumulation)
-    add("--sharding", default="none", metavar="KIND", help="zero1, zero2, zero3 or fsdp2")
-    add("--num-gpus", type=int, default=1, help="that share it (default: %(default)s)")
-    add("--target-modules", type=_names, metavar="A,B,...", help=_TARGETS_HELP)
+    method = f"{helps.get('method', '')} (default: %(default)s)"
+    which.add_argument("--method", default="paca", metavar="NAME", help=method)
+    which.add_argument("--methods", type=names, metavar="A,B,...", help="several, side by side")
+    add_fields(parser, Setting, skip=("model", "method"))
     add("--gpu", metavar="NAME", help="does it fit on this one: a100-80g, h100, 4090, ...")
     add("--memory", metavar="SIZE", help="or in this much, such as 24GiB")
     add("--max", choices=list(_QUANTITIES), help="find the largest that fits")
@@ -89,42 +81,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-_MODEL_HELP = (
-    "llama2-7b, llama2-13b, llama3-8b, llama3.1-70b, llama3.2-1b, llama3.2-3b, qwen3-8b, "
-    "gemma3-12b, mistral-7b; or a config.json, a model folder, a hub id"
-)
-_METHOD_HELP = (
-    "paca, lora, lora_dropout, dora, moslora or full; qpaca and qlora are on nf4 "
-    "(default: %(default)s)"
-)
-_LOSS_HELP = (
-    "logits: all of them; chunked: never all, as `pacatune train`; auto: logits where lean is off "
-    "(default: %(default)s)"
-)
-_TARGETS_HELP = "adapted modules (default: the linear layers of the blocks)"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
-    return names
-
-
-def _setting(options: argparse.Namespace, method: str, num_methods: int) -> "Setting":
-    from pacatune.memory.setting import Setting
-
-    values = {name: value for name, value in vars(options).items() if name not in _OWN}
-    values |= {"model": options.model, "method": method, "dropout": 0.0}
-    values["target_modules"] = options.target_modules or ()
-    setting = Setting(**values)
+def _setting(options: argparse.Namespace, method: str, num_methods: int) -> Setting:
+    setting = Setting(**field_values(options, Setting) | {"method": method, "dropout": 0.0})
     if num_methods > 1 and not setting.row.has_dropout:
         return setting  # beside methods that have dropout
     return setting.but(dropout=options.dropout or setting.dropout)
 
 
 def _available_bytes(options: argparse.Namespace) -> int | None:
-    from pacatune.memory.gpus import gpu_bytes, parse_bytes
+    from pacatune.measure.device import gpu_bytes, parse_bytes
 
     if options.gpu is not None:
         return gpu_bytes(options.gpu)
@@ -132,9 +97,9 @@ def _available_bytes(options: argparse.Namespace) -> int | None:
 
 
 def _estimate(
-    setting: "Setting", quantity: "Quantity | None", available: int | None
+    setting: Setting, quantity: "Quantity | None", available: int | None
 ) -> tuple[int | None, "Estimate | None"]:
-    from pacatune.memory.estimate import estimate_memory, find_max
+    from pacatune.measure.estimate import estimate_memory, find_max
 
     if quantity is None or available is None:
         return None, estimate_memory(setting)
@@ -164,15 +129,18 @@ def _print_table(
     from rich.console import Console
     from rich.table import Table
 
+    from pacatune.measure.tracker import CATEGORIES
+
     memory = "" if available is None else f", of {_gib(available)} GiB"
     table = Table(title=f"{model}: GiB at the peak{memory}", title_justify="left")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    for title, cell in _rows(results, quantity, available):
-        cells = [cell(*result) for result in results.values()]
-        if any(cells):
-            table.add_row(title, *cells)
+    cells = {name: _cells(*result, quantity, available) for name, result in results.items()}
+    for title in (f"max {quantity}", *CATEGORIES, "peak", "device needs", "to", "fits"):
+        row = [found.get(title, "") for found in cells.values()]
+        if any(row):
+            table.add_row(title, *row)
     console = Console(markup=False, highlight=False)
     console.print(table)
     for name, (_, estimate) in results.items():
@@ -182,26 +150,31 @@ def _print_table(
             console.print(f"{name} keeps for backward: {parts or 'nothing'}", soft_wrap=True)
 
 
-def _rows(
-    results: Any, quantity: "Quantity | None", available: int | None
-) -> Iterator[tuple[str, Callable[[Any, Any], str]]]:
-    """Yield the title of each row, and what makes a cell of a maximum and an estimate."""
-    from pacatune.memory.tracker import CATEGORIES
-
-    if quantity is not None:
-        yield f"max {quantity}", lambda largest, estimate: f"{largest:,}"
-    for category in CATEGORIES:
-        yield category, partial(_part, category)
-    yield "peak", lambda largest, estimate: estimate and _gib(estimate.peak_bytes)
-    yield "device needs", lambda largest, estimate: estimate and _gib(estimate.low_bytes)
-    yield "to", lambda largest, estimate: estimate and _gib(estimate.high_bytes)
-    if available is not None:
-        yield "fits", lambda largest, estimate: estimate.fits(available) if estimate else "no"
+def _cells(
+    largest: int | None,
+    estimate: "Estimate | None",
+    quantity: "Quantity | None",
+    available: int | None,
+) -> dict[str, str]:
+    """Return a column of the table by the titles of its rows."""
+    cells = {} if quantity is None else {f"max {quantity}": f"{largest:,}"}
+    if estimate is not None:
+        cells |= {name: _gib(number) for name, number in estimate.measured.by_category.items()}
+        cells["peak"] = _gib(estimate.peak_bytes)
+        cells["device needs"], cells["to"] = _gib(estimate.low_bytes), _gib(estimate.high_bytes)
+    return cells if available is None else cells | {"fits": _verdict(estimate, available)}
 
 
-def _part(category: "Category", largest: int | None, estimate: "Estimate | None") -> str:
-    number = 0 if estimate is None else estimate.measured.by_category.get(category, 0)
-    return _gib(number) if number else ""
+def _verdict(estimate: "Estimate | None", available: int) -> str:
+    """Say whether it fits and, if not for sure, by how much it is over."""
+    if estimate is None:
+        return "no"
+    verdict = estimate.fits(available)
+    if verdict == "no":
+        return f"no, over by {_gib(estimate.low_bytes - available)} GiB"
+    if verdict == "perhaps":
+        return f"perhaps, over by up to {_gib(estimate.high_bytes - available)} GiB"
+    return verdict
 
 
 def _gib(num_bytes: int) -> str:

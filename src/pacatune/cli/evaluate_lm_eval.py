@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pacatune.cli import evaluate_options as shared
-from pacatune.cli.options import positive, quiet_libraries
+from pacatune.cli.options import names, positive, quiet_libraries
 
 if TYPE_CHECKING:
     from pacatune.evaluation.harness import TaskScores
@@ -79,7 +79,7 @@ def make_report(scores: "TaskScores") -> "Report":
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = shared.model_parser("lm-eval", "Score a model on any tasks of lm-eval.")
     add = parser.add_argument
-    add("--tasks", type=shared.names, required=True, metavar="A,B,...", help="such as arc_easy")
+    add("--tasks", type=names, required=True, metavar="A,B,...", help="such as arc_easy")
     add("--tasks-dir", metavar="DIR", help="folder with task files of your own, taken instead")
     add(
         "--num-fewshot",

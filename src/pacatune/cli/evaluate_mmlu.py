@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pacatune.cli import evaluate_options as shared
-from pacatune.cli.options import positive, quiet_libraries
+from pacatune.cli.options import names, positive, quiet_libraries
 
 if TYPE_CHECKING:
     from pacatune.evaluation.mmlu import MmluResult
@@ -101,7 +101,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="folder that `pacatune evaluate mmlu-data` wrote (default: the data comes from the "
         "hub)",
     )
-    add("--subjects", type=shared.names, metavar="A,B,...", help="only these")
+    add("--subjects", type=names, metavar="A,B,...", help="only these")
     add(
         "--num-fewshot",
         type=int,

@@ -82,15 +82,3 @@ def show(report: "Report", output: Path) -> None:
     for note in report.notes:
         console.print(note, style="dim", markup=False)
     console.print(f"wrote {output}", markup=False, soft_wrap=True)
-
-
-def names(text: str) -> list[str]:
-    """Return the names of an option such as `a,b`.
-
-    Raises:
-        argparse.ArgumentTypeError: If there is none.
-    """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
-    return found

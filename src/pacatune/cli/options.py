@@ -1,11 +1,18 @@
 """Options and habits that commands share."""
 
 import argparse
+import ast
+import inspect
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Collection, Iterable
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any, get_args
+
+from pacatune.names import choices_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,6 +60,102 @@ def add_base_options(
         action="store_true",
         help="go on although the base is not the one the adapter was trained on",
     )
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, kind: Any, *, skip: Collection[str] = (), **changes: Any
+) -> None:
+    """Add an option for each field of a dataclass: its name, default and docstring.
+
+    Values keep to the dataclass's own checks, whose messages are one line; only what is no number
+    where a number belongs ends here. A tuple stays text until `field_values` reads it.
+
+    Args:
+        parser: Gets `--seq-len` for a field `seq_len`, and so on.
+        kind: The dataclass.
+        skip: Fields that are no options, or not of this shape.
+        **changes: Field -> arguments of `add_argument` that are other than the field says.
+    """
+    helps = field_helps(kind)
+    for field in fields(kind):
+        if field.name not in skip:
+            arguments = _arguments(field, helps.get(field.name, "")) | changes.get(field.name, {})
+            parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)
+
+
+def _arguments(field: "Field[Any]", text: str) -> dict[str, Any]:
+    default = None if field.default is MISSING else field.default
+    if field.type is bool:
+        return {"action": "store_true", "help": text}
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default)) or None
+    if default is not None:
+        text += " (default: %(default)s)"
+    arguments: dict[str, Any] = {"default": default, "help": text}
+    kinds = (field.type, *get_args(field.type))
+    if choices := choices_of(field.type):
+        return arguments | {"metavar": f"{{{','.join(choices)}}}"}
+    if "..." in str(field.type):
+        return arguments | {"metavar": "A,B,..." if str in kinds else "N,M,..."}
+    number = next((kind for kind in (int, float) if kind in kinds), None)
+    return arguments | ({"metavar": "NAME"} if number is None else {"type": number, "metavar": "N"})
+
+
+def field_values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """Return the options that are fields of a dataclass, as its constructor takes them.
+
+    Raises:
+        ValueError: If an option of numbers with commas between holds something else.
+    """
+    return {
+        field.name: _value(field, getattr(options, field.name))
+        for field in fields(kind)
+        if hasattr(options, field.name)
+    }
+
+
+def _value(field: "Field[Any]", value: Any) -> Any:
+    if "..." not in str(field.type) or isinstance(value, tuple):
+        return value
+    words = [word.strip() for word in (value or "").split(",")]
+    if int not in get_args(field.type):
+        return tuple(filter(None, words))
+    try:
+        return tuple(map(int, words))
+    except ValueError:
+        raise ValueError(
+            f"`{field.name}` ({value!r}) must be whole numbers with commas between, such as 16,512."
+        ) from None
+
+
+def field_helps(kind: Any) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass in the form of a help text.
+
+    None where the source is not installed.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except OSError:
+        return {}
+    (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    helps = {}
+    for node, after in zip(owner.body, owner.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+            text = " ".join(str(ast.literal_eval(after.value)).split()).rstrip(".")
+            helps[ast.unparse(node.target)] = (text[:1].lower() + text[1:]).replace("%", "%%")
+    return helps
+
+
+def names(text: str) -> list[str]:
+    """Return the names of an option such as `a,b`.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
+    return found
 
 
 def quiet_libraries() -> None:

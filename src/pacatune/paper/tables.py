@@ -64,7 +64,7 @@ class Row:
     """A line: one method on one model, with what the paper reports of it."""
 
     model: str
-    """A preset of `pacatune.memory.presets`, or the paper's name of an image model."""
+    """A preset of `pacatune.measure.presets`, or the paper's name of an image model."""
     method: str
     """A key of `METHOD_TITLES`."""
     rank: int | None = None

@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from pacatune.adapters.base import readable_weights
 from pacatune.lean import LeanReport
-from pacatune.memory import SavedBytes
+from pacatune.measure.counters import SavedBytes
 from pacatune.training.finite import FiniteSteps
 from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
 from pacatune.training.progress import Meter

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
-from pacatune.memory import peak_process_bytes
+from pacatune.measure.device import peak_process_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pacatune import lean
-from pacatune.memory import reset_peak_process_bytes
+from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.training.any_run import AnyRun
 from pacatune.training.checkpoints import LogBeforeSave
 from pacatune.training.config_file import CONFIG_NAME, save_config

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.experiments.reproduce import image_steps
 from pacatune.experiments.reproduce.image_steps import build_efficientnet, build_vit, measure_steps
-from pacatune.memory import SavedBytes
+from pacatune.measure.counters import SavedBytes
 
 VIT = {
     "hidden_size": 64,
@@ -50,14 +50,15 @@ def test_bytes_are_those_of_the_plain_step():
 def test_batch_norm_stays_in_evaluation_mode(monkeypatch):
     pytest.importorskip("timm")
     seen = []
-    original = image_steps._make_step
+    original = image_steps.make_step
 
-    def look(model, images, labels):
-        norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    def look(contender, images, labels):
+        step = original(contender, images, labels)
+        norms = [layer for layer in contender.model.modules() if isinstance(layer, _BatchNorm)]
         seen.append((len(norms), any(layer.training for layer in norms)))
-        return original(model, images, labels)
+        return step
 
-    monkeypatch.setattr(image_steps, "_make_step", look)
+    monkeypatch.setattr(image_steps, "make_step", look)
     result = measure(partial(build_efficientnet, "mobilenetv3_small_050"), ("paca", "full"), 64)
     assert [training for _, training in seen] == [False, False]
     assert all(number > 5 for number, _ in seen)

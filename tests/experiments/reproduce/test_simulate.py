@@ -12,9 +12,9 @@ from pacatune.experiments.reproduce.simulation import (
     simulate_peak,
     tokens_for,
 )
-from pacatune.memory.estimate import estimate_memory
+from pacatune.measure.estimate import estimate_memory
 from pacatune.paper import TABLES
-from tests.memory.real_step import LLAMA, tiny, write_config
+from tests.measure.real_step import LLAMA, tiny, write_config
 
 _AVAILABLE = 2**30
 

@@ -19,7 +19,7 @@ from pacatune.experiments.reproduce.steps import (
     row_of,
 )
 from pacatune.experiments.reproduce.verdicts import ClaimResult, claims_table, judge_claim
-from pacatune.memory.setting import Setting
+from pacatune.measure.setting import Setting
 from pacatune.paper import METHOD_TITLES, fig2
 from pacatune.paper.settings import table_8
 from pacatune.reports.tables import ReportTable
@@ -57,7 +57,7 @@ def _setting(method: str) -> Setting:
 
 
 def _count(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.memory.simulate import FakeTraining
+    from pacatune.measure.simulate import FakeTraining
 
     return FakeTraining(setting).count_operations(setting.batch_size, setting.seq_len)
 

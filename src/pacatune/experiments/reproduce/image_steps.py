@@ -6,19 +6,30 @@ Neither depends on the values of weights. BatchNorm is in evaluation mode, as in
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pacatune.methods import METHODS, adapter_config, size_options
+from pacatune.methods import METHODS, Method
 
-__all__ = ["NUM_CLASSES", "build_efficientnet", "build_vit", "measure_steps"]
+if TYPE_CHECKING:
+    from pacatune.measure.methods import Contender
+
+__all__ = [
+    "NUM_CLASSES",
+    "build_efficientnet",
+    "build_vit",
+    "choose_layers",
+    "make_batch",
+    "make_step",
+    "measure_steps",
+    "with_statistics",
+]
 
 NUM_CLASSES = 100
-_RATE = 1e-4
 # Enough to put random layers' outputs into the range of trained ones.
 _STATISTICS_BATCH, _STATISTICS_SIZE = 4, 128
 
@@ -54,25 +65,30 @@ def measure_steps(
     Args:
         build: Returns the model.
         methods: paca first, then lora or full.
-        rank: Of adapters.
-        num_images: Of a step.
-        image_size: Of the images, in pixels.
-        seconds: For all steps.
-        seed: Of weights, images, columns and LoRA.
+        rank: Rank of adapters.
+        num_images: Images of a step.
+        image_size: Height and width of the images, in pixels.
+        seconds: Time for all steps.
+        seed: Seed of weights, images, columns and LoRA.
 
     Returns:
         `saved_bytes` by method, for a whole step; `ratios`, ours over the others, with intervals.
     """
-    from pacatune.bench.timing import alternate, compare
+    from pacatune.measure.methods import adapt
+    from pacatune.measure.timing import alternate, compare
 
     torch.manual_seed(seed)
-    base = _with_statistics(build())
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(num_images, 3, image_size, image_size, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
-    models = {method: _adapt(copy.deepcopy(base), method, rank, seed) for method in methods}
-    saved = {method: _count(model, images, labels) for method, model in models.items()}
-    steps = {method: _make_step(model, images, labels) for method, model in models.items()}
+    base = with_statistics(build())
+    batch = make_batch(num_images, image_size, torch.float32, seed)
+    contenders = {}
+    for method in methods:
+        targets, heads = choose_layers(base, METHODS[method], rank)
+        model = copy.deepcopy(base)
+        contenders[method] = adapt(
+            model, method, rank=rank, dropout=0.0, seed=seed, targets=targets, heads=heads
+        )
+    steps = {method: make_step(contender, *batch) for method, contender in contenders.items()}
+    saved = {method: _count(contender.model, *batch) for method, contender in contenders.items()}
     times = alternate(steps, seconds=seconds, min_rounds=5, num_warmup=1)
     ours, *others = methods
     return {
@@ -86,14 +102,19 @@ def measure_steps(
     }
 
 
-def _with_statistics(model: nn.Module) -> nn.Module:
-    """Give BatchNorm the statistics of random images, or values would vanish in depth."""
+def with_statistics(model: nn.Module, size: int = _STATISTICS_SIZE) -> nn.Module:
+    """Give BatchNorm the statistics of random images, or values would vanish in depth.
+
+    Args:
+        model: Changed in place, and returned.
+        size: Height and width of the images, where they are smaller than usual.
+    """
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if norms:
         momenta = [layer.momentum for layer in norms]
         for layer in norms:
             layer.momentum = None  # the plain mean over batches, of which there is one
-        size = _STATISTICS_SIZE
+        size = min(size, _STATISTICS_SIZE)
         with torch.no_grad():
             model.train()(pixel_values=torch.randn(_STATISTICS_BATCH, 3, size, size))
         for layer, momentum in zip(norms, momenta, strict=True):
@@ -101,34 +122,51 @@ def _with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def _adapt(model: nn.Module, method: str, rank: int, seed: int) -> nn.Module:
-    from pacatune.training.image.parts import find_heads
+def make_batch(num_images: int, size: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """Return (B, 3, size, size) random images and (B,) classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_images, 3, size, size, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
+    return images.to(dtype), labels
 
-    torch.manual_seed(seed)
-    if METHODS[method].has_adapter:
-        model = _with_adapter(model, method, rank, seed, find_heads(model))
-    model.train()
+
+def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | str, list[str]]:
+    """Return what `pacatune train-image` adapts by default, and the heads that it trains.
+
+    Args:
+        model: Not adapted.
+        row: A method; LoRA cannot adapt all layers that PaCA can.
+        rank: Rank of its adapter.
+    """
+    from pacatune.training.image.parts import find_heads
+    from pacatune.training.image.targets import choose_targets
+
+    heads = find_heads(model)
+    return (choose_targets(model, row, rank, heads)[0] if row.has_adapter else ""), heads
+
+
+def make_step(contender: "Contender", images: Tensor, labels: Tensor) -> Callable[[], float]:
+    """Return a function that makes one optimizer step and returns its seconds.
+
+    Args:
+        contender: Model and optimizer; its BatchNorm is put into evaluation mode.
+        images: (B, 3, H, W).
+        labels: (B,).
+    """
+    model, optimizer = contender.model, contender.optimizer
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
-    return model
 
+    def step() -> float:
+        start = time.perf_counter()
+        _loss(model, images, labels).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - start
 
-def _with_adapter(
-    model: nn.Module, method: str, rank: int, seed: int, heads: list[str]
-) -> nn.Module:
-    from peft import get_peft_model
-
-    from pacatune.training.image.targets import choose_targets
-
-    row = METHODS[method]
-    options = size_options(row, rank, rank)
-    if row.is_paca:
-        options["random_seed"] = seed
-    targets = choose_targets(model, row, rank, heads)[0]
-    config = adapter_config(row, **options, target_modules=targets, modules_to_save=heads)
-    adapted: nn.Module = get_peft_model(model, config)
-    return adapted
+    return step
 
 
 def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -136,23 +174,9 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _count(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    from pacatune.memory import SavedBytes
+    from pacatune.measure.counters import SavedBytes
 
     with SavedBytes(model) as saved:
         loss = _loss(model, images, labels)
     del loss
     return saved.num_bytes
-
-
-def _make_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=_RATE, fused=True)
-
-    def step() -> float:
-        start = time.perf_counter()
-        _loss(model, images, labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return step

@@ -21,8 +21,8 @@ from pacatune.experiments.reproduce.steps import (
     rate_of,
 )
 from pacatune.experiments.reproduce.verdicts import Column, share_outcome
-from pacatune.memory.gpus import gpu_bytes
-from pacatune.memory.setting import Setting
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.setting import Setting
 from pacatune.paper import METHOD_TITLES, fig3
 from pacatune.paper.settings import table_12, table_13
 from pacatune.paper.tables import GPU, TABLE_4, Quantity, Row
@@ -233,7 +233,7 @@ def _setting_3(method: str) -> Setting:
 
 
 def _simulate_batch(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.memory.estimate import find_max
+    from pacatune.measure.estimate import find_max
 
     return {"max_batch": find_max(setting, "batch_size", gpu_bytes(GPU))[0]}
 

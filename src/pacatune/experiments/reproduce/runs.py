@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.memory.presets import PRESETS
+from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.paper.settings import Settings
 from pacatune.paper.tables import Quantity, Row, Table

@@ -1,4 +1,4 @@
-"""The memory columns at the paper's own sizes, by `pacatune.memory`: no GPU, no weights.
+"""The memory columns at the paper's own sizes, by `pacatune.measure`: no GPU, no weights.
 
 What the tables of settings leave open is taken from the authors' repository (commit be9a806):
 weights and adapters in 16 bits, all logits, no gradient checkpointing.
@@ -13,7 +13,7 @@ from typing import Any
 from pacatune.experiments.reproduce.experiment import Cell, Results
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.memory.setting import Setting
+from pacatune.measure.setting import Setting
 from pacatune.paper import settings
 from pacatune.paper.tables import Quantity, Row, Table
 
@@ -82,7 +82,7 @@ def simulate_peak(setting: Setting, explain_gb: float | None = None) -> dict[str
         explain_gb: Also find how many tokens per micro-batch take this much: where the paper names
             the longest text only, not the usual one.
     """
-    from pacatune.memory.estimate import estimate_memory
+    from pacatune.measure.estimate import estimate_memory
 
     estimate = estimate_memory(setting)
     result: dict[str, Any] = {
@@ -99,7 +99,7 @@ def simulate_peak(setting: Setting, explain_gb: float | None = None) -> dict[str
 
 def tokens_for(setting: Setting, num_bytes: float) -> int:
     """Return the tokens of a micro-batch that take so much, by the line through two lengths."""
-    from pacatune.memory.estimate import estimate_memory
+    from pacatune.measure.estimate import estimate_memory
 
     short, long = (
         estimate_memory(setting.but(batch_size=1, seq_len=length)).peak_bytes for length in _LENGTHS
@@ -115,7 +115,7 @@ def simulate_length(setting: Setting, available_bytes: int) -> dict[str, Any]:
         setting: Everything but the length.
         available_bytes: Memory of the device.
     """
-    from pacatune.memory.estimate import find_max
+    from pacatune.measure.estimate import find_max
 
     longest, estimate = find_max(setting, "seq_len", available_bytes)
     peak = 0 if estimate is None else estimate.peak_bytes

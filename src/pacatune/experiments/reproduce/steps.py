@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pacatune.bench.config import BenchConfig
-from pacatune.bench.shape import llama_values, load_values
 from pacatune.experiments.reproduce.experiment import Cell
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.measure.config import BenchConfig
+from pacatune.measure.models import llama_values, load_values
 from pacatune.methods import METHODS
 from pacatune.paper.tables import Quantity, Row, Table
 
@@ -83,8 +83,7 @@ def bench_cell(config: BenchConfig, methods: tuple[str, ...], key: str = "bench"
 
 
 def _measure(config: BenchConfig, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.bench.output import result_folder
-    from pacatune.bench.running import run
+    from pacatune.measure.bench import result_folder, run
 
     output = result_folder(folder)
     output.open()

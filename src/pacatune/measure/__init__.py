@@ -1,0 +1,1 @@
+"""A training step, measured on the machine at hand (bench) or simulated without it (estimate)."""

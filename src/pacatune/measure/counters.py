@@ -1,0 +1,182 @@
+"""Counters of a training step: bytes that autograd keeps for backward, and operations."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+__all__ = [
+    "SavedBytes",
+    "count_flops",
+    "kinds_of_modules",
+]
+
+# Words in the name of a module's class -> kind; linear layers and embeddings are told by type.
+_WORDS = {"norm": "norm", "attention": "attention", "mlp": "mlp", "gated": "mlp"}
+
+
+class SavedBytes:
+    """Context that counts the bytes autograd keeps for backward, by kind of layer if asked.
+
+    Counts each storage once, however many views of it are saved, and leaves out the storages of
+    the model's parameters and buffers, which exist anyway. What a checkpointed block recomputes
+    is not kept, so only its inputs count.
+
+        with SavedBytes(model) as saved:
+            loss = model(**batch).loss
+        loss.backward()
+        saved.num_bytes
+
+    A storage belongs to the layer that saved it first, the innermost one where layers are nested,
+    unless something outside all layers keeps it as well: then the layer costs nothing beyond that.
+
+    Args:
+        model: Its parameters and buffers are not counted.
+        layers: Each layer to count apart -> its kind.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[nn.Module, str] | None = None) -> None:
+        held = [*model.parameters(), *model.buffers()]
+        self._held = {_address(tensor) for tensor in held}
+        self._layers = dict(layers or {})
+        self._entered: list[str] = []
+        self._saved: dict[int, tuple[int, str | None]] = {}
+        self._stack = ExitStack()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the distinct storages saved so far."""
+        return sum(num_bytes for num_bytes, _ in self._saved.values())
+
+    @property
+    def num_bytes_by_kind(self) -> dict[str, int]:
+        """Kind of layer -> bytes that nothing else keeps, of all layers of that kind."""
+        totals = dict.fromkeys(self._layers.values(), 0)
+        for num_bytes, kind in self._saved.values():
+            if kind is not None:
+                totals[kind] += num_bytes
+        return totals
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if address not in self._held:
+            num_bytes = tensor.untyped_storage().nbytes()
+            kind = self._entered[-1] if self._entered else None
+            if address in self._saved and kind is not None:
+                kind = self._saved[address][1]
+            self._saved[address] = num_bytes, kind
+        # Holds the memory, so that no address comes twice. Detached: a node that kept its own
+        # output would keep itself alive.
+        return tensor.detach()
+
+    def _enter_layer(self, module: nn.Module, *args: Any) -> None:
+        self._entered.append(self._layers[module])
+
+    def _leave_layer(self, *args: Any) -> None:
+        self._entered.pop()
+
+    def __enter__(self) -> "SavedBytes":
+        for module in self._layers:
+            self._stack.callback(module.register_forward_pre_hook(self._enter_layer).remove)
+            self._stack.callback(module.register_forward_hook(self._leave_layer).remove)
+        self._stack.enter_context(
+            torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+
+SavedByLayer = SavedBytes
+"""Its name in `pacatune.measure.counters`."""
+
+
+def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Map modules to `linear`, `head`, `norm`, `attention`, `mlp` or `embedding`, by structure.
+
+    An adapted layer is one linear layer, whatever it consists of. What no such module keeps (loss,
+    residuals, rotary positions) belongs to none.
+
+    Args:
+        model: With or without adapters.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    kinds: dict[nn.Module, str] = {}
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
+            kinds[module] = "head" if module is head else "linear"
+            inside.update(module.modules())
+        elif isinstance(module, nn.Embedding):
+            kinds[module] = "embedding"
+        else:
+            name = type(module).__name__.lower()
+            kind = next((kind for word, kind in _WORDS.items() if word in name), None)
+            if kind is not None:
+                kinds[module] = kind
+    return kinds
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def count_flops(
+    forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], None]
+) -> dict[str, int]:
+    """Return `forward_flops` and `backward_flops`, a multiplication and an addition being two.
+
+    Args:
+        forward: Returns the loss.
+        backward: Takes the loss.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_missing()) as counter:
+        loss = forward()
+    num_forward = counter.get_total_flops()
+    with FlopCounterMode(display=False, custom_mapping=_missing()) as counter:
+        backward(loss)
+    return {"forward_flops": num_forward, "backward_flops": counter.get_total_flops()}
+
+
+def _missing() -> dict[Any, Any]:
+    aten, quantized = torch.ops.aten, torch.ops.bitsandbytes
+    # There from bitsandbytes' first import on, which a quantised model has behind it.
+    products = [
+        getattr(quantized, name) for name in ("gemm_4bit", "gemv_4bit") if hasattr(quantized, name)
+    ]
+    return dict.fromkeys(products, _quantized_flop) | {
+        aten.addmm_: _addmm_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    }
+
+
+def _addmm_flop(self: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """In place: (M, K) by (K, N), as the additive form of PaCA adds what the columns give."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def _quantized_flop(x: Any, packed: Any, shape: Any, *args: Any, **kwargs: Any) -> int:
+    """(..., I) by a packed (O, I)."""
+    return 2 * int(math.prod(x)) * int(shape[0])
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flop(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))

@@ -1,0 +1,264 @@
+"""The device, whichever it is: its clock, its memory and its name; and the memory of known GPUs."""
+
+import contextlib
+import ctypes
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pacatune.names import guess
+from pacatune.reports.provenance import cpu_name
+
+__all__ = [
+    "GPU_GIB",
+    "PeakMemory",
+    "available_bytes",
+    "choose_device",
+    "device_name",
+    "gpu_bytes",
+    "is_out_of_memory",
+    "limit_memory",
+    "parse_bytes",
+    "peak_process_bytes",
+    "reset_peak_process_bytes",
+    "synchronize",
+]
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
+
+# `torch.cuda.get_device_properties().total_memory` in GiB, as PyTorch's out-of-memory messages in
+# public bug reports state it ("GPU 0 has a total capacity of 79.10 GiB"): the card's memory less
+# what the driver keeps. Drivers differ by some hundredths; a common smaller number is taken.
+GPU_GIB: dict[str, float] = {
+    "t4": 14.75,
+    "l4": 22.03,
+    "a10g": 22.06,
+    "3090": 23.68,
+    "4090": 23.64,
+    "5090": 31.36,
+    "a100-40g": 39.39,
+    "l40s": 44.39,
+    "a6000": 47.53,
+    "a100-80g": 79.15,
+    "h100": 79.10,
+    "h200": 139.80,
+    "b200": 178.35,
+}
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_LEAST_WITHOUT_UNIT = 2**20
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name such as `cpu` or `cuda:1`; of `auto` the accelerator if any.
+
+    Raises:
+        ValueError: If torch does not know it, or there is none.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return found or torch.device("cpu")
+    there = "cpu" if found is None else f"cpu and {found.type}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` ({name!r}) is unknown to torch; here are {there}.") from error
+    count = torch.accelerator.device_count() if found is not None else 0
+    if device.type != "cpu" and (
+        found is None or device.type != found.type or (device.index or 0) >= count
+    ):
+        raise ValueError(f"`device` ({name!r}) is not on this machine; here are {there}.")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name that the maker gave it."""
+    if device.type == "cpu":
+        return cpu_name()
+    module: Any = torch.get_device_module(device)
+    return (
+        str(module.get_device_name(device)) if hasattr(module, "get_device_name") else str(device)
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended, in the words of any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return how much memory is free, None where nobody says."""
+    if device.type != "cpu":
+        try:
+            return int(torch.accelerator.get_memory_info(device)[0])
+        except (RuntimeError, NotImplementedError):
+            return None
+    return _read_kib(Path("/proc/meminfo"), "MemAvailable")
+
+
+def limit_memory(num_bytes: int, device: torch.device) -> None:
+    """Let this process take so much memory from now on, and fail beyond.
+
+    Args:
+        num_bytes: On a CPU beyond what the process has already; on an accelerator in all.
+        device: Whose memory.
+
+    Raises:
+        ValueError: If the system or the device cannot limit it.
+    """
+    if device.type == "cpu":
+        used = _read_kib(_STATUS, "VmData")
+        if used is None:
+            raise ValueError("`memory_limit` on a CPU needs Linux; leave it out.")
+        import resource
+
+        limit = used + num_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        return
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "set_per_process_memory_fraction"):
+        raise ValueError(
+            f"`memory_limit`: torch cannot limit the memory of {device}; leave it out."
+        )
+    total = torch.accelerator.get_memory_info(device)[1]
+    module.set_per_process_memory_fraction(min(1.0, num_bytes / total), device)
+
+
+def peak_process_bytes() -> int:
+    """Return the largest resident size that this process has had, or had since the last reset."""
+    # getrusage would count what the parent held when it started this process.
+    known = _read_kib(_STATUS, "VmHWM")
+    if known is not None:
+        return known
+    import resource  # not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_process_bytes() -> None:
+    """Let `peak_process_bytes` start anew from what the process holds now, where Linux can."""
+    # Elsewhere, and in sandboxes that forbid it, the peak stays that of the whole process.
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+
+
+@dataclass
+class PeakMemory:
+    """The most memory that training takes: start it before the model is there.
+
+    An accelerator's allocator counts by itself. On a CPU it is the resident set beyond what the
+    process had at the start, which the kernel counts by pages; files and shared memory are in it.
+
+    Args:
+        device: Whose memory.
+    """
+
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._before = 0 if self.device.type != "cpu" else _resident_bytes() or 0
+
+    def reset(self) -> None:
+        """Forget the peak so far, that of building the model for instance."""
+        if self.device.type != "cpu":
+            _try(torch.accelerator.reset_peak_memory_stats, self.device)
+            return
+        if sys.platform == "linux":
+            # What has been freed may still be the process's; the model was built of it.
+            ctypes.CDLL(None).malloc_trim(0)
+            reset_peak_process_bytes()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `peak_bytes`, what it was `peak_of`, and an allocator's `peak_reserved_bytes`."""
+        if self.device.type == "cpu":
+            return {
+                "peak_bytes": peak_process_bytes() - self._before,
+                "peak_of": "resident set beyond that of the process before the model",
+            }
+        allocated = _try(torch.accelerator.max_memory_allocated, self.device)
+        module: Any = torch.get_device_module(self.device)
+        if allocated is None and hasattr(module, "max_memory_allocated"):
+            allocated = module.max_memory_allocated(self.device)
+        return {
+            "peak_bytes": allocated,
+            "peak_reserved_bytes": _try(torch.accelerator.max_memory_reserved, self.device),
+            "peak_of": "the allocator" if allocated is not None else "nothing: torch does not tell",
+        }
+
+
+def _try(function: Any, device: torch.device) -> Any:
+    """Return what an accelerator's allocator says, None where it keeps no such account."""
+    try:
+        return function(device)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _resident_bytes() -> int | None:
+    return _read_kib(_STATUS, "VmRSS") or (
+        peak_process_bytes() if sys.platform != "linux" else None
+    )
+
+
+def _read_kib(path: Path, name: str) -> int | None:
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def gpu_bytes(name: str) -> int:
+    """Return the memory of a GPU that PyTorch can use, in bytes.
+
+    Args:
+        name: One of `GPU_GIB`.
+
+    Raises:
+        ValueError: If it is unknown; names the nearest.
+    """
+    if name.lower() not in GPU_GIB:
+        hint = guess(name.lower(), GPU_GIB, cutoff=0.4)
+        raise ValueError(
+            f"unknown GPU {name!r}; {hint}Known are {', '.join(GPU_GIB)}; for another give its "
+            "memory, such as `--memory 24GiB`."
+        )
+    return int(GPU_GIB[name.lower()] * 2**30)
+
+
+def parse_bytes(text: str, option: str = "memory") -> int:
+    """Return the bytes that a text such as `24GiB`, `16 GB` or `8589934592` names.
+
+    Args:
+        text: A number above zero and a unit; bytes from 1 MiB on need none.
+        option: Where the text is from, for the message.
+
+    Raises:
+        ValueError: If it names no amount. A small number without a unit is likely meant otherwise.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text.lower())
+    unit = _UNITS.get(match[2] or "b") if match else None
+    num_bytes = int(float(match[1]) * unit) if match and unit else 0
+    if num_bytes < (1 if match and match[2] else _LEAST_WITHOUT_UNIT):
+        raise ValueError(
+            f"`{option}` ({text!r}) is no amount of memory; write a number above 0 and a unit, "
+            "such as 24GiB (2^30) or 24GB (10^9)."
+        )
+    return num_bytes

@@ -1,0 +1,431 @@
+"""The model that is measured or simulated: its configuration, its modules, random weights.
+
+Everything is found out from the configuration; no code that comes with a model is ever executed.
+"""
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pacatune.installation import install_command
+from pacatune.measure.presets import PRESETS
+from pacatune.names import guess, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "llama_values",
+    "load_config",
+    "load_values",
+    "make_batch",
+    "make_config",
+    "make_model",
+    "make_skeleton",
+    "parse_shape",
+    "quantize_",
+]
+
+_MAX_CONFIG_BYTES = 2**22
+# Sizes that every decoder has, by transformers' common names.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+# Llama's proportions: the MLP is 8/3 as wide as the model, rounded up; 2-7B has 7.8 tokens per
+# channel.
+_ROUND_MLP_TO = 128
+_TOKENS_PER_CHANNEL, _MAX_VOCAB = 8, 32000
+_WIDE = 2048
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Return hidden size and number of layers of a text such as `512x8`.
+
+    Raises:
+        ValueError: If it is none, or a number is zero.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    numbers = tuple(int(number) for number in match.groups()) if match else ()
+    if len(numbers) != 2 or 0 in numbers:
+        raise ValueError(
+            f"`shape` ({text!r}) must be HIDDENxLAYERS, two whole numbers of at least 1, such as "
+            "512x8."
+        )
+    return numbers[0], numbers[1]
+
+
+def llama_values(
+    hidden_size: int,
+    num_layers: int,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    intermediate_size: int | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
+    """Return the configuration values of a Llama, in Llama's proportions unless given.
+
+    Args:
+        hidden_size: H.
+        num_layers: Blocks.
+        num_heads: Attention heads; of 128 channels from H = 2048 on, else of 64 or fewer.
+        num_kv_heads: Heads of keys and values; as many as `num_heads`.
+        intermediate_size: Width of the MLP; 8/3 H, rounded up to 128.
+        vocab_size: Tokens; 8 H, at most 32000.
+
+    Raises:
+        ValueError: If a size is below 1, or the heads do not divide.
+    """
+    _check_positive(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+    )
+    heads = num_heads or _num_heads(hidden_size)
+    if hidden_size % heads or hidden_size // heads % 2:
+        raise ValueError(
+            f"`num_heads` ({heads}) must divide `hidden_size` ({hidden_size}) into an even number "
+            "of channels per head; choose another number of heads."
+        )
+    kv_heads = num_kv_heads or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"`num_kv_heads` ({kv_heads}) must divide `num_heads` ({heads}); choose another."
+        )
+    mlp = -(-(8 * hidden_size) // (3 * _ROUND_MLP_TO)) * _ROUND_MLP_TO
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size or mlp,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab_size or min(_TOKENS_PER_CHANNEL * hidden_size, _MAX_VOCAB),
+        "tie_word_embeddings": False,
+    }
+
+
+def _check_positive(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+
+
+def _num_heads(hidden_size: int) -> int:
+    sizes = (128, 64, 32, 16, 8) if hidden_size >= _WIDE else (64, 32, 16, 8)
+    for size in sizes:
+        if hidden_size % size == 0:
+            return hidden_size // size
+    raise ValueError(
+        f"`hidden_size` ({hidden_size}) does not divide into heads of {', '.join(map(str, sizes))} "
+        "channels; choose a multiple of 8, or give the number of heads."
+    )
+
+
+def load_config(model: str) -> "PreTrainedConfig":
+    """Return the configuration of a model.
+
+    Args:
+        model: A name of `PRESETS`, a config.json, a folder that holds one, or a hub id, of which
+            nothing but config.json is downloaded.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is not the configuration of a model that transformers has the code of, if
+            the weights are saved quantised, or if its sizes cannot be.
+    """
+    from transformers import AutoConfig
+
+    if model in PRESETS:
+        preset = PRESETS[model]
+        config: PreTrainedConfig = AutoConfig.for_model(preset.model_type, **preset.to_values())
+        return config
+    values = _read_values(model)
+    _check_origin(values, model)
+    _check_sizes(values, model)
+    _check_sizes(values.get("text_config") or {}, model)
+    try:
+        config = AutoConfig.for_model(**values)
+    except Exception as error:
+        # Each class validates in its own way, and with its own kind of exception.
+        raise ValueError(f"model {model}: transformers refuses its config.json: {error}") from error
+    return config
+
+
+def load_values(model: str) -> dict[str, Any]:
+    """Return the values of a model's configuration, as `load_config` finds it."""
+    return dict(load_config(model).to_dict())
+
+
+def make_config(values: dict[str, Any], max_length: int = 0) -> "PreTrainedConfig":
+    """Return the configuration with these values, without a cache.
+
+    Args:
+        values: `model_type` among them.
+        max_length: Length of the longest row; positions reach as far at the least.
+    """
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.for_model(**(values | {"use_cache": False}))
+    if getattr(config, "max_position_embeddings", max_length) < max_length:
+        config.max_position_embeddings = max_length
+    return config
+
+
+def _read_values(model: str) -> dict[str, Any]:
+    path = _find_file(model)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; a config.json has at most "
+            f"{_MAX_CONFIG_BYTES}. Is it the right file?"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; it must be a JSON object.")
+    return values
+
+
+def _find_file(model: str) -> Path:
+    local = Path(model).expanduser()
+    if local.is_file():
+        return local
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise FileNotFoundError(f"{model} holds no config.json; give a model folder.")
+        return local / "config.json"
+    if model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1:
+        raise FileNotFoundError(f"{model} does not exist; give a config.json or a model folder.")
+    if model.count("/") != 1:
+        hint = guess(model.lower(), PRESETS, cutoff=0.4)
+        raise ValueError(
+            f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
+            "model folder or hub id."
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    from pacatune.hub import check_on_hub
+
+    check_on_hub(model, "model")
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:
+        # Offline, gated, missing, misspelled: huggingface_hub has a dozen kinds.
+        raise ValueError(
+            f"the config.json of {model} cannot be had from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); give a local config.json instead."
+        ) from error
+
+
+def _check_origin(values: dict[str, Any], model: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if kind in CONFIG_MAPPING:
+        if values.get("quantization_config") is not None:
+            raise ValueError(
+                f"model {model} is saved quantised; give the configuration of the original model, "
+                "and choose the quantisation here."
+            )
+        return
+    if "auto_map" in values:
+        raise ValueError(
+            f"model {model} comes with code of its own, which is never executed; use a version "
+            "of it that transformers supports."
+        )
+    near = nearest(str(kind), CONFIG_MAPPING)
+    hint = "." if near is None else f"; did you mean {near!r}?"
+    raise ValueError(f"model {model}: `model_type` ({kind!r}) is unknown to transformers{hint}")
+
+
+def _check_sizes(values: dict[str, Any], model: str) -> None:
+    """Refuse sizes of which transformers would only fail in the middle of a step, or not at all."""
+    for name in _SIZES:
+        value = values.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(
+                f"model {model}: `{name}` ({value!r}) must be a whole number of at least 1."
+            )
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if heads and hidden and values.get("head_dim") is None and hidden % heads:
+        raise ValueError(
+            f"model {model}: `hidden_size` ({hidden}) must be a multiple of `num_attention_heads` "
+            f"({heads}), or `head_dim` must be given."
+        )
+    groups = values.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise ValueError(
+            f"model {model}: `num_attention_heads` ({heads}) must be a multiple of "
+            f"`num_key_value_heads` ({groups})."
+        )
+    dim = values.get("head_dim")
+    if dim and dim % 2:
+        raise ValueError(
+            f"model {model}: `head_dim` ({dim}) must be even: rotary positions turn pairs."
+        )
+
+
+def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return the model without weights, on the meta device.
+
+    Args:
+        config: Its configuration.
+        name: For messages.
+        dtype: Dtype of its weights.
+
+    Raises:
+        ValueError: If it is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except Exception as error:
+        # Classes fail at wrong values in their own ways: unknown activations, missing sizes.
+        if "Unrecognized configuration class" not in str(error):
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model {name}: transformers cannot build it ({what}).") from error
+        raise ValueError(
+            f"model {name}: {config.model_type!r} is no causal language model; choose one that is."
+        ) from error
+    return model
+
+
+def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' 4-bit layers in place of every linear layer but the head, without weights.
+
+    Args:
+        model: On the meta device; changed in place.
+        quantization: nf4 or fp4; scales are quantised as well.
+        dtype: Dtype of the products.
+
+    Raises:
+        ValueError: If bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"`quantization` ({quantization!r}) needs bitsandbytes; {install_command('quant')}."
+        )
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+
+    from pacatune.tuner.quantized import forbid_packing
+
+    head = model.get_output_embeddings()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    left = [name for name, module in model.named_modules() if module is head]
+    replace_with_bnb_linear(model, modules_to_not_convert=left, quantization_config=config)
+    forbid_packing(model)
+    model.is_loaded_in_4bit = model.is_quantized = True
+
+
+def make_model(
+    values: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int,
+    quantization: str | None = None,
+    max_length: int = 0,
+) -> nn.Module:
+    """Return a causal language model whose embeddings ask for a gradient, in every method alike.
+
+    Input gradients then flow through every layer: what a method does is exactly what the frozen
+    model does and something more.
+
+    Args:
+        values: Values of its configuration, `model_type` among them.
+        dtype: Dtype of its weights.
+        device: Where they are made.
+        seed: Seed of its weights.
+        quantization: nf4 or fp4, doubly quantised by bitsandbytes; None leaves them as they are.
+            No more than one layer is ever there unquantised.
+        max_length: Length of the longest row.
+    """
+    model: Any = make_skeleton(make_config(values, max_length), values["model_type"], dtype)
+    if quantization is not None:
+        quantize_(model, quantization, dtype)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        _fill(model, module, dtype, device)
+    model.tie_weights()
+    model.enable_input_require_grads()
+    return cast(nn.Module, model)
+
+
+def _fill(model: Any, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give one module's own tensors their place and random or neutral values."""
+    if type(module).__name__ == "Linear4bit":
+        _fill_quantized(model, cast(Any, module), dtype, device)
+        return
+    if not any(tensor.is_meta for tensor in _own_tensors(module)):
+        return
+    module.to_empty(device=device, recurse=False)
+    with torch.no_grad():
+        for tensor in _own_tensors(module):
+            tensor.zero_()  # in case the model's own rule forgets one
+        model._init_weights(module)
+
+
+def _fill_quantized(model: Any, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
+    from bitsandbytes.nn.modules import Params4bit
+
+    std = getattr(model.config, "initializer_range", 0.02)
+    weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
+    old = layer.weight
+    make: Any = Params4bit
+    layer.weight = make(
+        weight.normal_(std=std),
+        requires_grad=False,
+        quant_type=old.quant_type,
+        compress_statistics=old.compress_statistics,
+        module=layer,
+    ).to(device)
+    layer.quant_state = layer.weight.quant_state
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=device))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def make_batch(num_rows: int, num_tokens: int, vocab_size: int, seed: int) -> Tensor:
+    """Return (B, T) random tokens.
+
+    Args:
+        num_rows: B.
+        num_tokens: T.
+        vocab_size: Tokens are below it.
+        seed: Seed of the tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator)

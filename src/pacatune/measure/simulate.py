@@ -1,0 +1,418 @@
+"""Runs the real training step of the real model on fake tensors, and measures what it holds.
+
+Fake tensors have storages with a size and no memory. Tensors of the meta device would not do: they
+take no part in autocast. Modules keep their classes and code. What cannot work without memory is
+PaCA's watch over who else holds a weight; `_FakeResidency` takes the answers of a training run on
+one device, where nobody does.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from pacatune import lean
+from pacatune.measure.counters import count_flops
+from pacatune.measure.gpu_kernels import allocations_of_gpu
+from pacatune.measure.methods import add_adapter
+from pacatune.measure.models import load_config, make_skeleton, quantize_
+from pacatune.measure.setting import Setting
+from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker
+from pacatune.residency import Residency
+from pacatune.tuner.layer import PacaLayer
+
+__all__ = ["FakeTraining", "Measured", "checkpoint_blocks"]
+
+# bitsandbytes' own numbers: values per scale, and scales per scale of those.
+_BLOCK, _NESTED_BLOCK = 64, 256
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one device holds in a training step, in bytes."""
+
+    peak_bytes: int
+    by_category: dict[Category, int]
+    """Parts of the peak."""
+    phase: str
+    """When the peak is: forward, backward or optimizer."""
+    saved_by_module: dict[str, int]
+    """What is kept for backward when the forward pass ends, by the kind of module that keeps it."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What is kept for backward when the forward pass ends."""
+        return sum(self.saved_by_module.values())
+
+
+class FakeTraining:
+    """A model ready for training steps of any batch and length, without weights.
+
+    Args:
+        setting: Everything but the batch and the length stays as it is here.
+
+    Raises:
+        ValueError: If the model, the method or the options do not exist together.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        config = load_config(setting.model)
+        model: Any = make_skeleton(config, setting.model, setting.weight_dtype)
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if setting.quantization is not None:
+            quantize_(model, setting.quantization, setting.compute_dtype)
+            _pack_weights(model, setting)
+        self.model = _adapt(model, setting)
+        self.base: Any = model
+        self._enable_options()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake():
+            self.held: _Held = _materialize(self.model, setting)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._gathered = _gathered_bytes(self.model) if _shares_weights(setting) else 0
+
+    def max_rank(self) -> int:
+        """Return the most columns that every adapted layer has."""
+        return min(
+            int(cast(Any, module).in_features)
+            for module in self.model.modules()
+            if isinstance(module, BaseTunerLayer)
+        )
+
+    def _enable_options(self) -> None:
+        setting = self.setting
+        if setting.lean != "off":
+            lean.enable(self.base, mode=setting.lean)
+        if setting.gradient_checkpointing:
+            checkpoint_blocks(self.base)
+        self.base.config.use_cache = False
+        self.model.train()
+
+    @contextmanager
+    def _fake(self) -> Iterator[None]:
+        with self._mode, allocations_of_gpu(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about values, of which there are none
+            yield
+
+    def step(self, batch_size: int, seq_len: int) -> Measured:
+        """Measure one optimiser step in the middle of training.
+
+        Args:
+            batch_size: Sequences per micro-batch.
+            seq_len: Tokens of each.
+
+        Raises:
+            ValueError: If what the model computes, or keeps, depends on values.
+        """
+        tracker = StorageTracker(_shares(self.setting))
+        try:
+            saved = self._run(tracker, batch_size, seq_len)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"model {self.setting.model}: {type(self.base).__name__} decides by values what it "
+                f"computes ({error}), as routers of experts do; its memory cannot be estimated."
+            ) from error
+        notes = []
+        if self._positions is not None and seq_len > self._positions:
+            notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
+        parts = {name: tracker.by_category.get(name, 0) for name in CATEGORIES}
+        categories = {name: number for name, number in parts.items() if number}
+        return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
+
+    def count_operations(self, batch_size: int, seq_len: int) -> dict[str, int]:
+        """Count the operations of a step without a clock: exact, at any size.
+
+        Args:
+            batch_size: Sequences per micro-batch.
+            seq_len: Tokens of each.
+
+        Returns:
+            `forward_flops` and `backward_flops`; a multiplication and an addition are two.
+        """
+        # By the CPU's attention, whose products are counted; those of GPUs only allocate here.
+        with self._mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            return count_flops(lambda: self._loss(ids), lambda loss: cast(None, loss.backward()))
+
+    def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
+        with self._fake(), tracker:
+            tracker.hold(self.held.weights, "weights")
+            tracker.hold(self.held.adapter, "adapter")
+            if self._gathered:
+                room = torch.empty(self._gathered, dtype=torch.uint8)
+                tracker.hold([room], "gathered")
+            optimizer = _warm_optimizer(self._trained, tracker)
+            tracker.hold(_kept_aside(self.model), "adapter")
+            tracker.watch_gradients(self._trained)
+            tracker.reset_peak()
+            for _ in range(min(2, self.setting.gradient_accumulation)):
+                saved = self._micro_batch(tracker, batch_size, seq_len)
+            tracker.phase = "optimizer"
+            optimizer.step()
+            optimizer.zero_grad()
+        return saved
+
+    def _micro_batch(
+        self, tracker: StorageTracker, batch_size: int, seq_len: int
+    ) -> dict[str, int]:
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        tracker.phase = "forward"
+        with torch.autocast("cpu", dtype=self.setting.compute_dtype):
+            loss = self._loss(ids)
+        tracker.settle_activations(ids, loss)
+        saved = tracker.owned_by_module("activations")
+        tracker.phase = "backward"
+        loss.backward()
+        return saved
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        if self.setting.loss_kind == "logits":
+            loss: Tensor = self.base(input_ids=ids, labels=ids).loss
+            return loss
+        return _chunked_loss(self.base, ids)
+
+
+def _adapt(model: Any, setting: Setting) -> nn.Module:
+    """Put the method's adapter on a model of the meta device; without one, train every weight.
+
+    All methods adapt the linear layers of the blocks, as `pacatune train` does by default.
+    """
+    if not setting.row.has_adapter:
+        return cast(nn.Module, model.requires_grad_(True))
+    return add_adapter(
+        model,
+        setting.row,
+        rank=setting.rank,
+        dropout=setting.dropout,
+        targets=setting.target_modules,
+        is_meta=True,
+    )
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let each block keep its inputs only."""
+    # Renamed within version 5 of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _chunked_loss(model: Any, ids: Tensor) -> Tensor:
+    """Compute the loss as TRL's SFTTrainer does: tiles of logits, never all of them."""
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+    except ImportError as error:
+        raise ValueError(
+            "`loss` ('chunked') needs a newer TRL; pip install -U trl, or estimate with 'logits'."
+        ) from error
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # A copy, like the selection of the learned positions there.
+    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).clone()
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    outputs = ("log_probs", "entropy", "is_top1")
+    arguments = (ids[:, 1:].reshape(-1), 1.0, chunk_size, softcap, 1.0, outputs)
+    log_probs: Tensor = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, *arguments)[0]
+    return -log_probs.sum() / len(log_probs)
+
+
+def _warm_optimizer(trained: list[nn.Parameter], tracker: StorageTracker) -> torch.optim.Optimizer:
+    """Return the optimiser with its state, as after the first step."""
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = (value for values in optimizer.state.values() for value in values.values())
+    tracker.hold((value for value in state if isinstance(value, Tensor)), "optimizer")
+    return optimizer
+
+
+def _shares_weights(setting: Setting) -> bool:
+    return setting.sharding in ("zero3", "fsdp2")
+
+
+def _shares(setting: Setting) -> dict[Category, float]:
+    shared: dict[str, tuple[Category, ...]] = {
+        "none": (),
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+        "zero3": ("optimizer", "gradients", "weights", "adapter"),
+        "fsdp2": ("optimizer", "gradients", "weights", "adapter"),
+    }
+    return dict.fromkeys(shared[setting.sharding], 1 / setting.num_gpus)
+
+
+def _gathered_bytes(model: nn.Module) -> int:
+    """Return what is gathered at once where weights are sharded.
+
+    Two blocks, the running one and the one fetched ahead, and what is outside of the blocks.
+    """
+    blocks = [
+        _num_bytes(block)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+    return _num_bytes(model) - sum(blocks) + 2 * max(blocks)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+class _Held:
+    """The tensors that a model holds throughout training, by what they are."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.adapter: list[Tensor] = []
+
+
+class _FakeResidency(Residency):
+    """A Residency over a fake weight; its columns and originals have their real sizes."""
+
+    def find_weight(self) -> Tensor | None:
+        """Return the weight: a frozen one, in a run whose memory can be estimated."""
+        assert self.parameters is not None
+        self.weight = dict.get(self.parameters, "weight")
+        return self.weight
+
+    def _may_write(self, delta: Any) -> bool:
+        delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
+        return self.find_weight() is not None and self.is_writable()
+
+    @staticmethod
+    def _address_of(weight: Tensor) -> int:
+        return 0  # there is no memory
+
+
+def _materialize(model: nn.Module, setting: Setting) -> _Held:
+    """Replace every parameter and buffer by a fake tensor; call it in a FakeTensorMode.
+
+    Args:
+        model: On the meta device; changed in place.
+        setting: Method, dtypes, sharding.
+
+    Returns:
+        What the model holds from now on.
+    """
+    held, replaced = _Held(), dict[int, tuple[Tensor, Tensor]]()
+    for module in model.modules():
+        if _is_quantized(module):
+            packed, scales = _quantized_weight(module, setting)
+            module.__dict__["_parameters"]["weight"] = packed
+            held.weights += [packed, *scales]
+        # Past the guard of adapted layers, which would take the new parameter for a sharded one.
+        parameters, buffers = module.__dict__["_parameters"], module.__dict__["_buffers"]
+        for name, value in [*dict.items(parameters), *buffers.items()]:
+            if value is None or not value.is_meta:
+                continue
+            if id(value) not in replaced:
+                replaced[id(value)] = (_fake(value, setting), value)
+                own = held.adapter if _is_of_adapter(value, setting) else held.weights
+                own.append(replaced[id(value)][0])
+            target = parameters if name in dict.keys(parameters) else buffers
+            dict.__setitem__(target, name, replaced[id(value)][0])
+    _make_resident(model, setting)
+    return held
+
+
+def _fake(value: Tensor, setting: Setting) -> Tensor:
+    is_parameter = isinstance(value, nn.Parameter)
+    trained = is_parameter and value.requires_grad
+    dtype = setting.trained_dtype if trained else value.dtype
+    fake = torch.empty_like(value, device="cpu", dtype=dtype, requires_grad=False)
+    return nn.Parameter(fake, requires_grad=trained) if is_parameter else fake
+
+
+def _is_of_adapter(value: Tensor, setting: Setting) -> bool:
+    return setting.row.has_adapter and value.requires_grad
+
+
+def _make_resident(model: nn.Module, setting: Setting) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer) and layer.residency is not None:
+            layer.residency = _FakeResidency(layer.get_base_layer())
+            layer.residency.is_shared = layer.shares_weight
+            layer.residency.is_sharded = setting.sharding in ("zero3", "fsdp2")
+
+
+def _kept_aside(model: nn.Module) -> list[Tensor]:
+    """Write all columns, as a training step before has; return what is kept aside for that.
+
+    The next forward pass writes them again, as after an optimiser step.
+    """
+    kept: list[Tensor] = []
+    for layer in model.modules():
+        residency = getattr(layer, "residency", None)
+        if not isinstance(layer, PacaLayer) or not isinstance(residency, _FakeResidency):
+            continue
+        (name,) = layer.r
+        residency.write(layer.delta_of(name), layer.paca_indices[name], layer.scaling[name])
+        residency.is_stale = residency.is_written
+        if residency.kept is not None:
+            kept += [residency.kept.originals, residency.kept.columns]
+    return kept
+
+
+def _pack_weights(model: nn.Module, setting: Setting) -> None:
+    """Give 4-bit layers of the meta device weights as small as they are when packed."""
+    with torch.device("meta"):
+        for module in model.modules():
+            if _is_quantized(module):
+                module.weight, _ = _quantized_weight(module, setting)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' 4-bit layers."""
+    kind = type(module)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+
+
+def _quantized_weight(layer: Any, setting: Setting) -> tuple[Tensor, list[Tensor]]:
+    """Return an empty packed weight of a 4-bit layer, and the tensors of scales that belong to it.
+
+    Two values are a byte; each 64 have a scale of one byte, each 256 scales one of four bytes.
+
+    Args:
+        layer: Its `in_features` and `out_features` are read.
+        setting: Kind of quantisation and dtype.
+    """
+    from bitsandbytes.functional import QuantState
+
+    shape = torch.Size((layer.out_features, layer.in_features))
+    num_scales = -(-shape.numel() // _BLOCK)
+    packed: Any = nn.Parameter(
+        torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
+    )
+    scales = torch.empty(num_scales, dtype=torch.uint8)
+    outer = torch.empty(-(-num_scales // _NESTED_BLOCK))
+    code, codes_of_scales, offset = torch.empty(16), torch.empty(256), torch.empty(())
+    packed.quant_type, packed.compress_statistics = setting.quantization, True
+    packed.quant_state = QuantState(
+        absmax=scales,
+        shape=shape,
+        code=code,
+        blocksize=_BLOCK,
+        quant_type=setting.quantization,
+        dtype=setting.compute_dtype,
+        offset=offset,
+        state2=QuantState(
+            absmax=outer, code=codes_of_scales, blocksize=_NESTED_BLOCK, dtype=torch.float32
+        ),
+    )
+    return packed, [scales, outer, code, codes_of_scales, offset]

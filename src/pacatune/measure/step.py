@@ -1,0 +1,273 @@
+"""Run one measurement in a process of its own, so that memory that ends ends nothing else."""
+
+import gc
+import logging
+import multiprocessing
+import signal
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pacatune.measure.config import BenchConfig, MicroBatch, quantization_of
+from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
+from pacatune.measure.device import PeakMemory, is_out_of_memory, limit_memory, synchronize
+from pacatune.measure.methods import Contender, adapt
+from pacatune.measure.models import make_batch, make_config, make_model, make_skeleton
+from pacatune.measure.timing import alternate
+from pacatune.reports.provenance import Noise
+
+__all__ = [
+    "PHASES",
+    "Outcome",
+    "count",
+    "run_in_child",
+    "run_point",
+    "time_together",
+]
+
+PHASES = ("forward", "backward", "optimizer")
+Phases = tuple[float, float, float]
+_MIN_STEPS_OF_POINT = 3
+_PRELOADED = ["pacatune.measure.preload"]
+_MEASURED, _OUT_OF_MEMORY, _FAILED = "measured", "out of memory", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one measurement."""
+
+    value: dict[str, Any] | None
+    """What was measured; None where memory ended."""
+    reason: str = ""
+    """How memory ended."""
+
+
+def run_in_child(
+    measure: Callable[..., dict[str, Any]], config: BenchConfig, *args: Any
+) -> Outcome:
+    """Call `measure(config, *args)` in a new process, within `config.memory_limit`.
+
+    Raises:
+        RuntimeError: If it fails for another reason than memory.
+    """
+    context = _context(config)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, measure, config, args))
+    process.start()
+    sender.close()
+    try:
+        kind, value = receiver.recv()
+    except EOFError:
+        kind, value = "died", None
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        receiver.close()
+        process.join()
+    if kind == _MEASURED:
+        return Outcome(value)
+    if kind == _OUT_OF_MEMORY:
+        return Outcome(None, value)
+    number = -(process.exitcode or 0)
+    if kind == "died" and number in _signs_of_memory(config):
+        return Outcome(None, f"the process was ended by {signal.Signals(number).name}")
+    detail = value or f"exit status {process.exitcode}"
+    raise RuntimeError(f"a measurement failed: {measure.__name__}{args}: {detail}")
+
+
+def _signs_of_memory(config: BenchConfig) -> tuple[int, ...]:
+    """Signals by which a process ends that takes too much, or cannot go on without memory."""
+    if sys.platform == "win32":
+        return ()
+    limited = (signal.SIGABRT, signal.SIGSEGV) if config.memory_limit is not None else ()
+    return (signal.SIGKILL, *limited)
+
+
+def _context(config: BenchConfig) -> Any:
+    """A server that has imported everything forks fast; accelerators must not be forked."""
+    if sys.platform != "linux" or config.torch_device.type != "cpu":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _serve(
+    sender: Connection,
+    measure: Callable[..., dict[str, Any]],
+    config: BenchConfig,
+    args: tuple[Any, ...],
+) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # between the packages that we build on
+    try:
+        prepare(config)
+        if config.memory_limit is not None:
+            limit_memory(config.memory_limit, config.torch_device)
+        sender.send((_MEASURED, measure(config, *args)))
+    except KeyboardInterrupt:
+        return
+    except BaseException as error:
+        if is_out_of_memory(error):
+            sender.send((_OUT_OF_MEMORY, " ".join(str(error).split())[:300] or "MemoryError"))
+        else:
+            sender.send((_FAILED, traceback.format_exc()))
+
+
+class _Run:
+    """A contender with its batch on the device, ready to step."""
+
+    def __init__(self, config: BenchConfig, setting: MicroBatch, method: str) -> None:
+        self.config, self.device = config, config.torch_device
+        model = make_model(
+            config.values,
+            config.weight_dtype,
+            self.device,
+            seed=config.seed,
+            quantization=quantization_of(method),
+            max_length=setting.num_tokens,
+        )
+        self.contender: Contender = adapt(
+            model,
+            method,
+            rank=config.rank,
+            dropout=config.dropout,
+            seed=config.seed,
+            adapter_dtype=config.trained_dtype,
+        )
+        vocab_size = cast(Any, model).config.get_text_config().vocab_size
+        batch = make_batch(setting.num_rows, setting.num_tokens, vocab_size, config.seed)
+        self._batch = batch.to(self.device)
+
+    def compile(self) -> None:
+        """Let the model run as torch.compile makes it, if the run is of compiled models."""
+        if self.config.compiled:
+            self.contender.model.compile(dynamic=False)
+
+    def forward(self) -> Tensor:
+        """Return the loss."""
+        with self._precision():
+            loss: Tensor = self.contender.model(input_ids=self._batch, labels=self._batch).loss
+        return loss
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if not self.config.needs_autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.config.weight_dtype)
+
+    def step(self) -> Phases:
+        """Make a training step; return the seconds of forward, backward and optimizer."""
+        optimizer = self.contender.optimizer
+        synchronize(self.device)
+        start = time.perf_counter()
+        loss = self.forward()
+        synchronize(self.device)
+        forward = time.perf_counter()
+        loss.backward()
+        synchronize(self.device)
+        backward = time.perf_counter()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronize(self.device)
+        return forward - start, backward - forward, time.perf_counter() - backward
+
+
+def prepare(config: BenchConfig) -> None:
+    """Set threads and precision of a process; import what building a model imports."""
+    torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("highest")
+    if config.torch_device.type != "cpu":
+        torch.accelerator.set_device_index(config.torch_device.index or 0)
+    import peft  # noqa: F401 (modules in memory are not what training takes)
+
+    from pacatune import tuner  # noqa: F401 (as above)
+
+    make_skeleton(make_config(config.values), config.title, config.weight_dtype)
+
+
+def count(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, Any]:
+    """Return what needs no clock: peak memory, bytes kept by kind of module, operations."""
+    memory = PeakMemory(config.torch_device)
+    run = _Run(config, setting, method)
+    run.compile()
+    peak = _measure_peak(run, memory)
+    model = run.contender.model
+    counted = {
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_trainable_parameters": run.contender.num_trainable_parameters,
+        **peak,
+    }
+    # A compiled graph runs no hooks of modules; its kernels are no products that can be counted.
+    kinds = {} if config.compiled else kinds_of_modules(model)
+    with SavedBytes(model, kinds) as saved:
+        loss = run.forward()
+    by_kind = saved.num_bytes_by_kind
+    counted["saved_bytes"] = saved.num_bytes
+    if not config.compiled:
+        rest = saved.num_bytes - sum(by_kind.values())
+        counted["saved_bytes_by_kind"] = by_kind | {"other": rest}
+    del loss, saved
+    if not config.compiled:
+        counted |= count_flops(run.forward, lambda loss: cast(None, loss.backward()))
+    return counted
+
+
+def _measure_peak(run: _Run, memory: PeakMemory) -> dict[str, Any]:
+    run.step()  # makes the optimizer's state
+    gc.collect()
+    memory.reset()
+    run.step()
+    run.step()
+    return memory.to_dict()
+
+
+def time_together(
+    config: BenchConfig, setting: MicroBatch, methods: tuple[str, ...]
+) -> dict[str, Any]:
+    """Let methods take turns; return the seconds of each phase, method and round, and the noise."""
+    runs: dict[str, Callable[[], Phases]] = {}
+    for method in methods:
+        run = _Run(config, setting, method)
+        run.compile()
+        runs[method] = run.step
+    noise = Noise()
+    phases = alternate(
+        runs, seconds=config.seconds, min_rounds=config.min_rounds, num_warmup=config.warmup
+    )
+    return {"phases": phases, "noise": noise.to_dict()}
+
+
+def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, Any]:
+    """Return time and memory of one point of a sweep; without rounds, only whether it fits."""
+    memory = PeakMemory(config.torch_device)
+    run = _Run(config, setting, method)
+    run.compile()
+    peak = _measure_peak(run, memory)
+    if config.sweep == "seq-len":
+        return peak
+    seconds: list[float] = []
+    noise = Noise()
+    end = time.monotonic() + config.seconds
+    while len(seconds) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
+        seconds.append(sum(run.step()))
+    step = statistics.median(seconds)
+    return {
+        **peak,
+        "step_ms": 1e3 * step,
+        "num_steps": len(seconds),
+        "noise": [noise.to_dict()],
+        "sentences_per_second": setting.num_rows / step,
+        "tokens_per_second": setting.num_rows * setting.num_tokens / step,
+    }

@@ -1,0 +1,111 @@
+"""Take turns and compare: all contenders alternate in one process, so that noise hits all alike."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["alternate", "compare", "order_of_round", "summarize"]
+
+Times = list[float]
+_NUM_RESAMPLES = 2000
+_NUM_ROUNDS_PER_COLLECTION = 10
+
+
+def order_of_round(num: int, round_: int) -> list[int]:
+    """Return who goes when: over `2 * num` rounds, everybody follows everybody equally often.
+
+    A plain rotation would let each contender always find the caches as the same other one left
+    them. This is Williams' design: 0, n-1, 1, n-2, ... shifted by the round, odd rounds reversed.
+
+    Args:
+        num: Number of contenders.
+        round_: Number of the round, from 0.
+    """
+    zigzag = [i // 2 if i % 2 == 0 else num - (i + 1) // 2 for i in range(num)]
+    order = [(place + round_ // 2) % num for place in zigzag]
+    return order[::-1] if round_ % 2 else order
+
+
+def alternate(
+    runs: dict[str, Callable[[], Any]], *, seconds: float, min_rounds: int, num_warmup: int
+) -> dict[str, list[Any]]:
+    """Let every contender run once per round until the time is up.
+
+    Args:
+        runs: Name -> runs once and returns what it measured.
+        seconds: Budget, warm-up excluded.
+        min_rounds: Rounds to make however long they take.
+        num_warmup: Rounds before, not counted.
+
+    Returns:
+        Name -> what each round measured.
+    """
+    names = list(runs)
+    measured: dict[str, list[Any]] = {name: [] for name in names}
+    with _without_gc():
+        for round_ in range(num_warmup):
+            for i in order_of_round(len(names), round_):
+                runs[names[i]]()
+        end, round_ = time.monotonic() + seconds, 0
+        while round_ < min_rounds or time.monotonic() < end:
+            for i in order_of_round(len(names), round_):
+                measured[names[i]].append(runs[names[i]]())
+            round_ += 1
+            if round_ % _NUM_ROUNDS_PER_COLLECTION == 0:
+                gc.collect()
+    return measured
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # the collections between rounds need not visit the models
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def summarize(times: Times, name: str) -> dict[str, float]:
+    """Return the median under `name`, quartiles and minimum under names that start with it."""
+    quartiles = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else times * 3
+    return {
+        name: quartiles[1],
+        f"{name}_quartile_1": quartiles[0],
+        f"{name}_quartile_3": quartiles[2],
+        f"{name}_min": min(times),
+    }
+
+
+def compare(times: Times, reference: Times, *, seed: int) -> dict[str, float]:
+    """Return the ratio of two contenders' medians, how sure it is, and the ratio of their minima.
+
+    Args:
+        times: Times of one contender, by round.
+        reference: Times of the other one in the same rounds.
+        seed: Seed of the bootstrap, which draws rounds: what disturbed one round disturbed both.
+
+    Returns:
+        `ratio`, the bounds `low` and `high` of its 95 % interval, and `ratio_of_minima`, which
+        noise of the machine cannot raise but which knows nothing of the typical step.
+    """
+    both = torch.tensor([times, reference], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(times), (_NUM_RESAMPLES, len(times)), generator=generator)
+    medians = both[:, draws].quantile(0.5, dim=-1)
+    low, high = (medians[0] / medians[1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {
+        "ratio": statistics.median(times) / statistics.median(reference),
+        "low": low,
+        "high": high,
+        "ratio_of_minima": min(times) / min(reference),
+    }

@@ -1,0 +1,73 @@
+"""Options that come from the fields of a dataclass."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+
+from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
+from pacatune.measure.config import BenchConfig
+from pacatune.measure.setting import Setting
+
+
+@dataclass(kw_only=True)
+class Sizes:
+    path: str
+    """Not an option here."""
+    num_rows: int = 3
+    """Rows of 100 %
+    of the data."""
+    share: float | None = None
+    kind: Literal["fine", "coarse"] = "fine"
+    """Of what grain."""
+    names: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (1, 2)
+    is_quick: bool = False
+
+
+def parse(*words):
+    parser = new_parser("sizes", "Choose sizes.")
+    add_fields(parser, Sizes, skip=("path",), num_rows={"default": 5})
+    return field_values(parser.parse_args(words), Sizes)
+
+
+def test_defaults_are_those_of_the_fields_unless_changed():
+    assert parse() == {
+        "num_rows": 5,
+        "share": None,
+        "kind": "fine",
+        "names": (),
+        "lengths": (1, 2),
+        "is_quick": False,
+    }
+
+
+def test_words_become_values_of_the_fields_types():
+    words = ["--num-rows", "7", "--share", "0.5", "--kind", "odd", "--names", "a, b", "--is-quick"]
+    assert parse(*words, "--lengths", "4,5") == {
+        "num_rows": 7,
+        "share": 0.5,
+        "kind": "odd",  # the dataclass refuses it, in one line
+        "names": ("a", "b"),
+        "lengths": (4, 5),
+        "is_quick": True,
+    }
+
+
+def test_what_is_no_list_of_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"`lengths` \('4,x'\) must be whole numbers with commas"):
+        parse("--lengths", "4,x")
+
+
+def test_help_is_the_docstring_of_the_field():
+    assert field_helps(Sizes)["num_rows"] == "rows of 100 %% of the data"
+    parser = new_parser("sizes", "Choose sizes.")
+    add_fields(parser, Sizes, skip=("path",))
+    text = " ".join(parser.format_help().split())
+    assert "--num-rows N rows of 100 % of the data (default: 3)" in text
+    assert "--kind {fine,coarse} of what grain (default: fine)" in text
+
+
+@pytest.mark.parametrize("kind", [BenchConfig, Setting])
+def test_every_field_of_a_command_has_a_help(kind):
+    assert {field.name for field in fields(kind)} <= field_helps(kind).keys()

@@ -1,0 +1,41 @@
+"""A tiny setting, the same in all tests of the benchmark."""
+
+import pytest
+import torch
+
+from pacatune.measure.config import BenchConfig
+from pacatune.measure.models import llama_values
+
+HIDDEN, MLP, NUM_LAYERS, VOCAB, RANK = 32, 48, 2, 64, 4
+
+
+@pytest.fixture
+def values():
+    return llama_values(HIDDEN, NUM_LAYERS, num_heads=2, intermediate_size=MLP, vocab_size=VOCAB)
+
+
+@pytest.fixture
+def make_config(values):
+    def make(**options):
+        settings = {
+            "values": values,
+            "title": "tiny",
+            "methods": ("paca", "lora"),
+            "tokens": (6,),
+            "rank": RANK,
+            "seconds": 0.0,
+            "min_rounds": 2,
+            "warmup": 1,
+            "device": "cpu",
+        }
+        return BenchConfig(**{**settings, **options})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads_and_precision():
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)

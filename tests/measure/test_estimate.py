@@ -1,0 +1,91 @@
+"""Fits, the spread, and the largest size."""
+
+import pytest
+
+from pacatune.measure.estimate import Estimate, _last_with_room, estimate_memory, find_max
+from pacatune.measure.setting import Setting
+from pacatune.measure.simulate import Measured
+from tests.measure.real_step import tiny
+
+GIB = 2**30
+
+
+def estimate_of(**by_category):
+    measured = Measured(sum(by_category.values()), by_category, "backward", {"loss": 1})
+    return Estimate(Setting(model="llama3-8b"), measured)
+
+
+def test_spread_is_context_and_gaps_between_what_comes_and_goes():
+    estimate = estimate_of(weights=10 * GIB, activations=20 * GIB)
+    assert estimate.peak_bytes == 30 * GIB
+    assert estimate.low_bytes == 30 * GIB + int(0.4 * GIB)
+    assert estimate.high_bytes == 31 * GIB + int(0.7 * GIB)
+
+
+def test_fits_is_sure_only_for_the_whole_spread():
+    estimate = estimate_of(weights=10 * GIB, activations=20 * GIB)
+    assert estimate.fits(32 * GIB) == "yes"
+    assert estimate.fits(31 * GIB) == "perhaps"
+    assert estimate.fits(30 * GIB) == "no"
+
+
+def test_estimate_is_the_same_every_time(tmp_path):
+    setting = tiny(tmp_path)
+    first, second = estimate_memory(setting), estimate_memory(setting)
+    assert first == second
+    assert sum(first.measured.by_category.values()) == first.peak_bytes
+    assert first.to_values()["setting"]["rank"] == 4
+
+
+def test_length_beyond_the_models_positions_is_noted(tmp_path):
+    notes = estimate_memory(tiny(tmp_path, seq_len=65)).measured.notes
+    assert notes == ["the model was made for 64 tokens, not 65."]
+
+
+@pytest.mark.parametrize("quantity", ["seq_len", "batch_size", "rank"])
+def test_largest_fits_and_the_next_does_not(quantity, tmp_path):
+    setting = tiny(tmp_path)
+    available = estimate_memory(setting.but(**{quantity: 37})).high_bytes + 10
+    number, estimate = find_max(setting, quantity, available)
+    assert number == 37
+    assert estimate.setting == setting.but(**{quantity: 37})
+    assert estimate.fits(available) == "yes"
+    over = estimate_memory(setting.but(**{quantity: 38}))
+    assert over.high_bytes > available
+
+
+def test_nothing_fits(tmp_path):
+    assert find_max(tiny(tmp_path), "batch_size", 1000) == (0, None)
+
+
+def test_every_rank_fits(tmp_path):
+    number, _ = find_max(tiny(tmp_path), "rank", 100 * GIB)
+    assert number == 64
+
+
+def test_quantities_that_do_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="unknown quantity 'layers'; choose from seq_len, batch"):
+        find_max(tiny(tmp_path), "layers", GIB)
+    with pytest.raises(ValueError, match=r"`method` \('full'\) has no rank"):
+        find_max(tiny(tmp_path, method="full"), "rank", GIB)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 511, 512, 513, 4096, 9999, 10**6])
+@pytest.mark.parametrize("step", [1, 64])
+def test_search_is_exact_and_short(limit, step):
+    """On lines and on stairs, whose steps are kernels' blocks."""
+    tried = set()
+
+    def room(number):
+        tried.add(number)
+        return (limit - number) // step * 1000
+
+    expected = limit
+    assert _last_with_room(room, 1, 2**24) == expected
+    assert len(tried) <= (12 if step == 1 else 40)
+
+
+def test_search_bounds():
+    assert _last_with_room(lambda number: -1, 1, 100) == 0
+    assert _last_with_room(lambda number: 1, 1, 100) == 100
+    assert _last_with_room(lambda number: 50**3 - number**3, 1, 10**6) == 50

@@ -1,0 +1,96 @@
+"""What each method makes of a model."""
+
+import pytest
+import torch
+
+from pacatune.measure.config import METHODS
+from pacatune.measure.methods import adapt
+from pacatune.measure.models import make_batch, make_model
+from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
+
+CPU = torch.device("cpu")
+HERE = list(METHODS)
+OUT_FEATURES = NUM_LAYERS * (4 * HIDDEN + 2 * MLP + HIDDEN)
+
+
+def contender(values, method, dtype=torch.float32):
+    quantization = "nf4" if method.startswith("q") else None
+    model = make_model(values, dtype, CPU, seed=3, quantization=quantization)
+    options = {"rank": RANK, "dropout": 0.1, "seed": 0, "adapter_dtype": dtype}
+    return adapt(model, method, **options)
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_an_untrained_method_is_the_base_model(values, method):
+    batch = make_batch(2, 5, VOCAB, seed=1)
+    quantization = "nf4" if method.startswith("q") else None
+    base = make_model(values, torch.float32, CPU, seed=3, quantization=quantization)
+    expected = base(input_ids=batch).logits
+    actual = contender(values, method).model.eval()(input_ids=batch).logits
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_a_method_trains_what_it_says_in_its_dtype(values, method):
+    adapted = contender(values, method, torch.bfloat16)
+    trained = [p for p in adapted.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} <= {torch.bfloat16}
+    assert adapted.num_trainable_parameters == sum(p.numel() for p in trained)
+    if "paca" in method:
+        assert adapted.num_trainable_parameters == OUT_FEATURES * RANK
+    assert (adapted.optimizer is None) == (method == "frozen")
+
+
+def test_dropout_is_that_of_the_method_that_has_it(values):
+    config = contender(values, "lora_dropout").model.peft_config["default"]
+    assert config.lora_dropout == 0.1
+    assert contender(values, "lora").model.peft_config["default"].lora_dropout == 0.0
+    assert contender(values, "dora").model.peft_config["default"].use_dora
+
+
+@pytest.mark.parametrize("num_tokens", [5, 80])
+def test_the_forms_of_paca_train_alike(values, num_tokens):
+    batch = make_batch(1, num_tokens, VOCAB, seed=1)
+    losses = {}
+    for method in ("paca", "paca-resident", "paca-transient"):
+        one = contender(values, method)
+        losses[method] = []
+        for _ in range(3):
+            loss = one.model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            one.optimizer.step()
+            one.optimizer.zero_grad()
+            losses[method].append(loss.detach())
+    assert losses["paca"][2] < losses["paca"][0]
+    for method in ("paca-resident", "paca-transient"):
+        torch.testing.assert_close(losses[method], losses["paca"])
+
+
+def test_the_forms_of_paca_write_always_or_never(values):
+    batch = make_batch(1, 5, VOCAB, seed=1)
+    for method, is_written in (("paca-resident", True), ("paca-transient", False)):
+        one = contender(values, method)
+        one.model(input_ids=batch, labels=batch).loss.backward()
+        layers = [m for m in one.model.modules() if getattr(m, "residency", None) is not None]
+        assert len(layers) == 7 * NUM_LAYERS
+        assert {layer.residency.is_written for layer in layers} == {is_written}
+
+
+def test_a_weight_that_somebody_holds_cannot_be_written(values):
+    one = contender(values, "paca-resident")
+    aliases = [parameter.detach() for parameter in one.model.parameters()]
+    with pytest.raises(RuntimeError, match="somebody holds the weight of a layer"):
+        one.model(input_ids=make_batch(1, 5, VOCAB, seed=1))
+    assert aliases
+
+
+def test_a_device_without_a_fused_optimizer_gets_the_plain_one(values, monkeypatch):
+    plain = torch.optim.AdamW
+
+    def make(parameters, **options):
+        if options.pop("fused", False):
+            raise RuntimeError("`fused=True` requires all the params to be on supported devices")
+        return plain(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", make)
+    assert not contender(values, "paca").optimizer.defaults["fused"]

@@ -1,0 +1,267 @@
+"""The model that is measured or simulated: configurations, shapes, random and quantised weights."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pacatune.measure.models import (
+    llama_values,
+    load_config,
+    load_values,
+    make_batch,
+    make_model,
+    make_skeleton,
+    parse_shape,
+)
+from pacatune.measure.presets import PRESETS
+from tests.measure.real_step import LLAMA, write_config
+
+
+def test_shapes_are_two_numbers():
+    assert parse_shape("512x8") == (512, 8)
+    for text in ("512", "512x0", "-512x8", "512x8x2", "axb", "512 x 8", ""):
+        with pytest.raises(ValueError, match=r"`shape` \(.*\) must be HIDDENxLAYERS, two whole"):
+            parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "heads", "mlp"), [(4096, 32, 11008), (512, 8, 1408), (32, 1, 128)]
+)
+def test_proportions_are_llamas(hidden_size, heads, mlp):
+    values = llama_values(hidden_size, 2)
+    assert values["num_attention_heads"] == values["num_key_value_heads"] == heads
+    assert values["intermediate_size"] == mlp
+    assert values["vocab_size"] == min(8 * hidden_size, 32000)
+
+
+def test_given_sizes_are_taken():
+    values = llama_values(
+        4096, 32, num_heads=32, num_kv_heads=8, intermediate_size=14336, vocab_size=128256
+    )
+    assert values["num_key_value_heads"] == 8
+    assert (values["intermediate_size"], values["vocab_size"]) == (14336, 128256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 7}, r"`num_heads` \(7\) must divide `hidden_size` \(64\) into an even"),
+        ({"num_heads": 64}, r"`num_heads` \(64\) must divide .* even number of channels"),
+        ({"num_heads": 4, "num_kv_heads": 3}, r"`num_kv_heads` \(3\) must divide `num_heads`"),
+        ({"vocab_size": -1}, r"`vocab_size` \(-1\) must be at least 1"),
+        ({"intermediate_size": 0}, r"`intermediate_size` \(0\) must be at least 1"),
+        ({"hidden_size": 60}, r"`hidden_size` \(60\) does not divide into heads of 64, 32"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        llama_values(**{"hidden_size": 64, "num_layers": 1, **sizes})
+
+
+def test_values_are_those_of_the_configuration(tiny_model_dir):
+    for path in (tiny_model_dir, tiny_model_dir / "config.json"):
+        assert load_values(str(path))["hidden_size"] == 32
+    assert load_values("llama3-8b")["num_key_value_heads"] == 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_as_many_parameters_as_published(name):
+    model = make_skeleton(load_config(name), name, torch.bfloat16)
+    assert model.num_parameters() == PRESETS[name].num_parameters
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_preset_of_gemma_has_windows():
+    config = load_config("gemma3-12b")
+    assert config.layer_types.count("full_attention") == 8
+    assert config.sliding_window == 1024
+
+
+def test_file_and_folder_are_the_same(tmp_path):
+    path = write_config(tmp_path, LLAMA)
+    assert load_config(path).to_dict() == load_config(str(tmp_path)).to_dict()
+    assert load_config(path).hidden_size == 64
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="unknown model 'llma3-8b'; did you mean 'llama3-8b'"):
+        load_config("llma3-8b")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "config.json", "a/b/c"])
+def test_missing_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"does not exist; give a config.json or a model"):
+        load_config(name)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; give a model folder"):
+        load_config(str(tmp_path))
+
+
+def test_hub_id_that_cannot_be_had():
+    with pytest.raises(FileNotFoundError, match=r"'some/model'\) is neither a file or folder here"):
+        load_config("some/model")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "holds a list")])
+def test_file_that_is_no_configuration(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_file_that_is_too_large(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"a": "x" * 2**22}))
+    with pytest.raises(ValueError, match=r"a config.json has at most 4194304"):
+        load_config(str(tmp_path))
+
+
+def test_remote_code_is_never_executed(tmp_path):
+    """The module beside the configuration would leave a file."""
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    maps = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    write_config(tmp_path, {"model_type": "own", "auto_map": maps})
+    with pytest.raises(ValueError, match="code of its own, which is never executed"):
+        load_config(str(tmp_path))
+    write_config(tmp_path, LLAMA | {"auto_map": maps})
+    make_skeleton(load_config(str(tmp_path)), "own", torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unknown_model_type(tmp_path):
+    path = write_config(tmp_path, LLAMA, model_type="llamo")
+    with pytest.raises(ValueError, match=r"`model_type` \('llamo'\) is unknown .*'llama'\?"):
+        load_config(path)
+
+
+def test_quantised_checkpoint(tmp_path):
+    path = write_config(tmp_path, LLAMA, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match="is saved quantised; give the configuration of the orig"):
+        load_config(path)
+
+
+def test_model_that_is_no_language_model(tmp_path):
+    config = load_config(write_config(tmp_path, {"model_type": "vit"}))
+    with pytest.raises(ValueError, match="model it: 'vit' is no causal language model"):
+        make_skeleton(config, "it", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True])
+def test_sizes_must_be_whole_and_positive(name, value, tmp_path):
+    path = write_config(tmp_path, LLAMA, **{name: value})
+    with pytest.raises(ValueError, match=f"`{name}` .* must be a whole number of at least 1"):
+        load_config(path)
+
+
+def test_heads_must_divide(tmp_path):
+    path = write_config(tmp_path, LLAMA, num_attention_heads=5)
+    with pytest.raises(ValueError, match=r"`hidden_size` \(64\) must be a multiple of .*\(5\)"):
+        load_config(path)
+    path = write_config(tmp_path, LLAMA, num_key_value_heads=3)
+    with pytest.raises(ValueError, match=r"`num_attention_heads` \(4\) must be a multiple"):
+        load_config(path)
+    path = write_config(tmp_path, LLAMA, head_dim=15)
+    with pytest.raises(ValueError, match=r"`head_dim` \(15\) must be even"):
+        load_config(path)
+
+
+def test_sizes_of_the_language_model_within_a_larger_one(tmp_path):
+    values = {"model_type": "gemma3", "text_config": LLAMA | {"num_hidden_layers": 0}}
+    with pytest.raises(ValueError, match="`num_hidden_layers` \\(0\\) must be"):
+        load_config(write_config(tmp_path, values))
+
+
+def test_value_that_transformers_refuses(tmp_path):
+    path = write_config(tmp_path, LLAMA, rms_norm_eps="small")
+    with pytest.raises(ValueError, match=r"transformers refuses its config.json: "):
+        load_config(path)
+
+
+def test_value_that_the_model_refuses(tmp_path):
+    config = load_config(write_config(tmp_path, LLAMA, hidden_act="sillu"))
+    with pytest.raises(ValueError, match=r"model it: transformers cannot build it \(.*sillu"):
+        make_skeleton(config, "it", torch.float32)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_model_is_filled_as_transformers_does(values):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = make_model(values, torch.float32, CPU, seed=0)
+    twin = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        if name.endswith("norm.weight"):
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
+    twin.load_state_dict(model.state_dict())
+    batch = make_batch(2, 7, values["vocab_size"], seed=0)
+    # Rotary frequencies are in no state dict.
+    assert torch.equal(model.eval()(input_ids=batch).logits, twin(input_ids=batch).logits)
+
+
+def test_a_tied_head_is_the_embedding(values):
+    model = make_model(values | {"tie_word_embeddings": True}, torch.bfloat16, CPU, seed=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_are_quantised_layer_by_layer(values, monkeypatch):
+    sizes, empty = [], torch.empty
+
+    def watch(*shape, **options):
+        tensor = empty(*shape, **options)
+        sizes.append(tensor.numel() if tensor.device.type == "cpu" else 0)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", watch)
+    model = make_model(values, torch.float32, CPU, seed=0, quantization="nf4")
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == 14
+    assert max(sizes) <= max(p.numel() for p in nn.ModuleList(layers).parameters()) * 2
+    for layer in layers:
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight.quant_state.state2 is not None
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_other_architectures_are_measured_too():
+    from transformers import Qwen3Config
+
+    values = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+    ).to_dict()
+    batch = make_batch(1, 5, 64, seed=0)
+    loss = make_model(values, torch.float32, CPU, seed=0)(input_ids=batch, labels=batch).loss
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=0.5)
+
+
+def test_what_is_no_language_model_is_refused():
+    from transformers import ViTConfig
+
+    with pytest.raises(ValueError, match="'vit' is no causal language model"):
+        make_model(ViTConfig().to_dict(), torch.float32, CPU, seed=0)
+
+
+def test_batches_come_from_a_seed():
+    batch = make_batch(3, 4, 10, seed=1)
+    assert batch.shape == (3, 4)
+    assert torch.equal(batch, make_batch(3, 4, 10, seed=1))
+    assert not torch.equal(batch, make_batch(3, 4, 10, seed=2))
