@@ -114,7 +114,8 @@ def _by_setting(
     for axes, setting in zip(panels, settings, strict=False):
         draw(axes, [row for row in rows if row["setting"] == setting])
         _slant(axes)
-        axes.legend(fontsize="small")
+        axes.margins(y=0.3)  # room for the legend
+        axes.legend(fontsize="small", ncols=2, loc="upper left")
         axes.set_title(setting)
     _paper_ratios(panels[-1], result, settings, quantities.split())
     return figure
@@ -161,9 +162,11 @@ def _times(result: Result) -> Any:
 
 def _memory(result: Result) -> Any:
     def draw(axes: Any, rows: list[Result]) -> None:
-        kinds = list(rows[0]["saved_bytes_by_kind"])
-        parts = {kind: [row["saved_bytes_by_kind"][kind] / _GIB for row in rows] for kind in kinds}
-        _stacked(axes, [row["method"] for row in rows], parts, "GiB kept for backward")
+        kept = [row["saved_bytes_by_kind"] for row in rows]
+        is_large = max(sum(one.values()) for one in kept) >= _GIB
+        unit, size = ("GiB", _GIB) if is_large else ("MiB", 2**20)
+        parts = {kind: [one[kind] / size for one in kept] for kind in kept[0]}
+        _stacked(axes, [row["method"] for row in rows], parts, f"{unit} kept for backward")
 
     return _by_setting(result, "saved_bytes_by_kind", draw, "peak")
 
