@@ -24,6 +24,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.installation import require_extra
 
 __all__ = [
     "plot_columns",
@@ -434,6 +435,7 @@ def plot_columns(report: Any, path: Path) -> None:
         raise ValueError("there are no columns to draw: only PaCA adapters have them.")
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
+    require_extra("a plot", "train", ("matplotlib",))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
