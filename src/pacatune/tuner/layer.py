@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pacatune.residency import Residency
 from pacatune.residency.watching import release
 from pacatune.selection.strategies import seed_for, select_columns
+from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 
 __all__ = [
@@ -209,7 +209,7 @@ class Delta(nn.Module):
         return apply(columns, (self.weight * scaling).to(columns.dtype))
 
 
-class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
+class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     """Per-adapter deltas and columns over one base layer.
 
     Attributes:
@@ -224,7 +224,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
     parameter_name = "weight"  # of the base layer: what is adapted
     delta_dim = 1  # of the columns in delta
 
-    # Of BaseTunerLayer, which has no types.
+    # Of PEFT's BaseTunerLayer, which has no types.
     active_adapters: list[str]
     get_base_layer: Callable[[], nn.Module]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]

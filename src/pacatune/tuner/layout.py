@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.tuner.attention import AttentionInput
+from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.experts import is_expert_parameter, is_transposed

@@ -9,9 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils import get_quantization_kwargs
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
@@ -21,6 +19,12 @@ from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
+from pacatune.tuner.compat import (
+    NoMatchingPeftModuleError,
+    Tuner,
+    get_quantization_kwargs,
+    note_parameters,
+)
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
@@ -128,7 +132,7 @@ _GENERATION_OPTIONS = frozenset(
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
-class PacaModel(BaseTuner):
+class PacaModel(Tuner):
     """Trains `r` columns of each target weight in place.
 
     Made by `peft.get_peft_model(model, PacaConfig(...))`; everything PEFT offers for its own
@@ -223,6 +227,7 @@ class PacaModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 ranks = ranks_of(peft_config, name)
                 self._adapt_parameter(Experts, name, adapter_name, peft_config, ranks)
+        note_parameters(self, names)
         return names
 
     def _adapt_parameter(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
 from pacatune.ops.quantized import paca_quantized_linear
+from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.linear import Linear
 
