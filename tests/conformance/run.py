@@ -25,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,10 @@ def main(argv=None):
     lacking = [suite for suite in options.suites if not (tests / SUITES[suite]).is_file()]
     if lacking:
         print(f"conformance: this release of PEFT has no suite {', '.join(lacking)}.")
-        options.suites = [suite for suite in options.suites if suite not in lacking]
+    if "vision" in options.suites and find_spec("torchvision") is None:
+        print("conformance: no suite vision, which needs torchvision.")
+        lacking.append("vision")
+    options.suites = [suite for suite in options.suites if suite not in lacking]
     set_environment(options)
     root = view(tests)
     try:

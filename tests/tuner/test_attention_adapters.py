@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
-from tests.releases import needs
+from tests.releases import compiles_whole, needs
 from tests.tuner.attention_nets import (
     BATCH,
     BOTH,
@@ -168,6 +168,7 @@ def test_hooks_and_offloading_run() -> None:
 
 # Dynamo itself instantiates autograd Functions while it traces them.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@compiles_whole
 def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     base = build(batch_first=True)

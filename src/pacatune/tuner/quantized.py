@@ -160,7 +160,7 @@ class OriginalWeights:
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-        except OSError:  # not a name that a hub could have
+        except (OSError, ValueError):  # not a name that a hub could have
             return None
         return path
 
