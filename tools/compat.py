@@ -66,13 +66,14 @@ def versions(python: Path) -> str:
     return ", ".join(f"{name} {one}" for name, one in zip(SHOWN, found, strict=True))
 
 
-def run_tests(python: Path, command: list[str], report: Path) -> tuple[str, bool]:
+def run_tests(python: Path, command: list[str], extra: list[str], report: Path) -> tuple[str, bool]:
     """Run tests; return how many passed, failed and were skipped, and whether all is well."""
     report.unlink(missing_ok=True)
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    # A worker of its own: one test limits the size of files, a log that is written to among them.
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", "-n", "1"]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     status = subprocess.run(
-        [python, *command, *options], cwd=ROOT, env=os.environ | settings, check=False
+        [str(python), *command, *options, *extra], cwd=ROOT, env=os.environ | settings, check=False
     ).returncode
     if not report.is_file():
         return f"no result, status {status}", False
@@ -108,7 +109,7 @@ def main() -> int:
         for half, command in COMMANDS.items():
             if chosen.only in (None, half):
                 report = CACHE / f"{name}-{half}.xml"
-                counts, passed = run_tests(python, [*command, *words[end + 1 :]], report)
+                counts, passed = run_tests(python, command, words[end + 1 :], report)
                 rows.append(f"    {half:<12} {counts}")
                 is_good = is_good and passed
     print("", *rows, sep="\n")

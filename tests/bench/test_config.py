@@ -45,7 +45,7 @@ def test_a_device_that_is_not_here_is_refused(make_config):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("qlora", r"needs bitsandbytes; pip install -e '\.\[quant\]'"),
+        ("qlora", r"needs bitsandbytes; pip install 'pacatune\[quant\]'"),
         ("paca-lean", "has no lean activations; leave it out"),
         ("moslora", "this version of pacatune has none; leave it out"),
     ],

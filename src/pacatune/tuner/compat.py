@@ -3,7 +3,7 @@
     PEFT 0.21         a tuner says what is saved and loaded; columns are not cast to floats
     PEFT 0.20         backends of quantised layers; an error of its own where nothing matches
     PEFT 0.19         how transformers 5 renames the tensors of adapters
-    transformers 5    the interface of experts modules
+    transformers 5    the interface of experts modules; the names of tied weights
 
 Where one has what we need, nothing here is used. What cannot be supplied names the version that
 has it.
@@ -40,6 +40,7 @@ __all__ = [
     "require",
     "resolve_quantization_backend",
     "teach_saving",
+    "tied_weights",
 ]
 
 
@@ -410,6 +411,23 @@ def find_weight_renaming() -> Any:
         if hasattr(module, "build_peft_weight_mapping"):
             return module
     return None
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Return the names of a transformers model's tied parameters -> those that they are tied to.
+
+    transformers 5 keeps them, and reads them when it saves; 4 ties the head alone.
+    """
+    if hasattr(model, "all_tied_weights_keys"):
+        return cast(dict[str, str], model.all_tied_weights_keys)
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {module: name for name, module in model.named_modules()}
+    if any(end not in names for end in ends):
+        return {}
+    head, embedding = (f"{names[end]}.weight" for end in ends)
+    return {head: embedding}
 
 
 def register_experts(name: str, forward: Callable[..., Tensor]) -> None:
