@@ -1,8 +1,9 @@
 """What an old PEFT or transformers lacks, supplied here; the rest of us is written for new ones.
 
-    PEFT 0.21         a tuner says what is saved and loaded; columns are not cast to floats
+    PEFT 0.21         a tuner says what is saved and loaded; columns are not cast to floats;
+                      a merged adapter is not deleted
     PEFT 0.20         backends of quantised layers; an error of its own where nothing matches
-    PEFT 0.19         how transformers 5 renames the tensors of adapters
+    PEFT 0.19         how transformers 5 renames the tensors of adapters; each adapter in float32
     transformers 5    the interface of experts modules; the names of tied weights
 
 Where one has what we need, nothing here is used. What cannot be supplied names the version that
@@ -12,6 +13,7 @@ has it.
 import contextvars
 import functools
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from packaging.version import Version
-from peft import mapping
+from peft import PeftModel, mapping
 from peft.tuners import tuners_utils
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import save_and_load
@@ -234,7 +236,27 @@ TunerLayer: Any = _OldTunerLayer if _IS_OLD else tuners_utils.BaseTunerLayer
 # ones look for the prefix in every name instead.
 
 
+# PEFT < 0.19 leaves every adapter but the first in the dtype of the base.
+_CASTS_ALL = "autocast_adapter_dtype" in inspect.signature(PeftModel.add_adapter).parameters
+
+
 class _OldTuner(tuners_utils.BaseTuner):
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not _CASTS_ALL and len(self.peft_config) > 1:
+            self._cast_adapter_dtype(adapter_name=adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        layers = (m for m in self.model.modules() if isinstance(m, tuners_utils.BaseTunerLayer))
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
+                "them first."
+            )
+        super().delete_adapter(adapter_name)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
