@@ -5,7 +5,7 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test lint conformance soak bench docs report
+.PHONY: help demo demo-vision test lint conformance compat soak bench docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make demo-vision  the same with real image models'
 	@echo 'make test         lint, types, spelling and every test'
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
+	@echo 'make compat       the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
 	@echo 'make docs         the tables of README and docs, and the site with the Python API'
@@ -37,6 +38,9 @@ lint: setup-dev
 
 conformance: setup-dev
 	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
+
+compat: setup-dev
+	$(RUN) tools/compat.py $(ARGS)
 
 soak: setup-dev
 	$(RUN) -m tests.residency.soak --workers $(WORKERS) $(ARGS)

@@ -1,29 +1,67 @@
 """What messages, cards and pages say of installing it."""
 
 import re
+import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
-from pacatune.installation import install_command
+import pytest
+
+from pacatune.cli.entry import COMMANDS, EXTRAS, main
+from pacatune.installation import install_command, repository_command, require_extra
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_command_names_the_repository() -> None:
-    assert install_command() == "pip install -e . in a checkout of pacatune's repository"
-    assert install_command("quant").startswith("pip install -e '.[quant]' in a checkout")
+def test_what_runs_names_itself_and_a_card_names_the_repository() -> None:
+    assert install_command("quant") == "pip install 'pacatune[quant]'"
+    assert repository_command() == "pip install -e . in a checkout of pacatune's repository"
+    assert repository_command("quant").startswith("pip install -e '.[quant]' in a checkout")
 
 
-def test_nothing_says_to_install_it_from_an_index() -> None:
-    """None has it: what an index has under this name would be somebody else's."""
+def test_nothing_else_says_to_install_it_from_an_index() -> None:
+    """None has it: who has no pacatune yet would get what somebody else put under this name."""
     paths = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py")]
     for path in paths:
-        assert not re.search(r"pip install ['\"\-\w ]*pacatune", path.read_text()), path
+        found = re.search(r"pip install ['\"\-\w ]*pacatune", path.read_text())
+        assert not found or path.name == "installation.py", path
 
 
 def test_extras_exist() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     sources = " ".join(path.read_text() for path in ROOT.glob("src/**/*.py"))
-    named = set(re.findall(r"install_command\(['\"]([\w-]+)", sources))
+    named = set(re.findall(r"(?:install|repository)_command\(['\"]([\w-]+)", sources))
     assert named
-    assert named <= set(project["optional-dependencies"])
+    assert named | set(EXTRAS.values()) <= set(PROJECT["optional-dependencies"])
+
+
+def test_core_needs_five_packages() -> None:
+    names = [re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]]
+    assert names == ["torch", "transformers", "peft", "accelerate", "safetensors"]
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_command_without_its_packages_says_one_line(name, monkeypatch, capsys) -> None:
+    for package in ("trl", "rich"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main([name, "--help"]) == 2
+    assert capsys.readouterr().err == (
+        f"pacatune: error: `pacatune {name}` needs packages that are not installed (trl, rich): "
+        f"pip install 'pacatune[{EXTRAS[name]}]'\n"
+    )
+
+
+def test_commands_of_the_core_need_no_extra() -> None:
+    assert set(COMMANDS) - set(EXTRAS) == {"generate", "merge", "export", "inspect"}
+
+
+def test_only_the_packages_that_are_asked_for_count(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    require_extra("a plot", "train", ("matplotlib",))
+    with pytest.raises(ValueError, match=r"a plot needs packages .*\(trl\): pip install 'pacatune"):
+        require_extra("a plot", "train", ("matplotlib", "trl"))
+
+
+def test_versions_agree() -> None:
+    assert PROJECT["version"] == version("pacatune")

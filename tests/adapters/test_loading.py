@@ -34,7 +34,10 @@ def test_quantised_base_with_a_lora_adapter(tiny_model_dir, lora_dir, kind):
             "bnb_4bit_compute_dtype": torch.float32,
         }
     base = AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+        tiny_model_dir,
+        quantization_config=BitsAndBytesConfig(**options),
+        device_map={"": "cpu"},
+        dtype="auto",
     )
     forbid_packing(base)
     expected = PeftModel.from_pretrained(base, lora_dir).eval()
@@ -72,7 +75,7 @@ def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
 
 def test_bitsandbytes_is_missing(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install -e '\.\[quant\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
 
 

@@ -87,7 +87,8 @@ def test_only_adapted_columns_change_and_are_rounded_once(tiny_model_dir, tmp_pa
 def test_another_dtype_can_be_asked_for(tiny_model_dir, adapter_dir, tmp_path):
     result = merge(str(tiny_model_dir), adapter_dir, tmp_path / "out", dtype="bfloat16")
     assert result.dtype == "bfloat16"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert merged.dtype == torch.bfloat16
 
 
 def test_the_base_the_adapter_names_is_the_default(tiny_model_dir, adapter_dir, tmp_path):

@@ -15,6 +15,9 @@ from pacatune.adapters.folder import open_adapter
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.merge import merge
 from tests.conftest import build_model
+from tests.releases import needs
+
+pytestmark = needs("peft", "0.19")
 
 TOKENS = torch.arange(24).view(2, 12)
 

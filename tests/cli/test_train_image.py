@@ -1,5 +1,5 @@
-import importlib.util
 import json
+import sys
 
 import pytest
 import yaml
@@ -94,13 +94,10 @@ def test_user_errors_are_one_line(words, folder, capsys, extra, message):
 
 
 def test_missing_packages_are_named(words, capsys, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "timm" else find_spec(name)
-    )
+    monkeypatch.setitem(sys.modules, "timm", None)
     assert error_of(capsys, words) == (
-        "the package 'timm' for images is not installed; install it: pip install "
-        "-e '.[vision]' in a checkout of pacatune's repository."
+        "`pacatune train-image` needs packages that are not installed (timm): "
+        "pip install 'pacatune[vision]'"
     )
 
 

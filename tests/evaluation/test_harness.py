@@ -17,7 +17,7 @@ from pacatune.evaluation.harness import quiet_lm_eval
 )
 def test_without_lm_eval(monkeypatch, call):
     monkeypatch.setattr(harness_module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'\.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'pacatune\[eval\]'"):
         call()
 
 

@@ -147,5 +147,5 @@ def test_folder_is_written_whole_or_not_at_all(bundled, tasks_dir, tmp_path):
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setattr(harness_module, "find_spec", lambda name: None)
     mmlu_data_module._default_configs.cache_clear()
-    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'\.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'pacatune\[eval\]'"):
         bundled_mmlu()

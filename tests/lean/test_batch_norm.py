@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pacatune import lean
 from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, frozen_batch_norm
+from tests.releases import has
 
 SHAPES = {1: (4, 6), 2: (4, 6, 5), 3: (4, 6, 5, 3), 4: (2, 6, 3, 4, 2)}
 
@@ -40,9 +40,14 @@ KINDS = {
     "1d": (lambda: layer_of(nn.BatchNorm1d), (4, 6, 5)),
     "2d": (lambda: layer_of(nn.BatchNorm2d), (4, 6, 5, 3)),
     "3d": (lambda: layer_of(nn.BatchNorm3d), (2, 6, 3, 4, 2)),
-    "timm": (lambda: layer_of(BatchNormAct2d, act_layer=nn.SiLU), (4, 6, 5, 3)),
-    "timm, no activation": (lambda: layer_of(BatchNormAct2d, apply_act=False), (4, 6, 5, 3)),
 }
+if has("timm"):
+    from timm.layers import BatchNormAct2d
+
+    KINDS |= {
+        "timm": (lambda: layer_of(BatchNormAct2d, act_layer=nn.SiLU), (4, 6, 5, 3)),
+        "timm, no activation": (lambda: layer_of(BatchNormAct2d, apply_act=False), (4, 6, 5, 3)),
+    }
 
 
 def kept_bytes(run, *held):

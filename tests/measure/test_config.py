@@ -45,7 +45,7 @@ def test_a_device_that_is_not_here_is_refused(make_config):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("qlora", r"needs bitsandbytes; pip install -e '\.\[quant\]'"),
+        ("qlora", r"needs bitsandbytes; pip install 'pacatune\[quant\]'"),
     ],
 )
 def test_methods_that_need_something_say_so(make_config, monkeypatch, method, message):

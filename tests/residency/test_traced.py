@@ -85,7 +85,7 @@ def test_torch_export(is_written: bool, base: Net, x: Tensor) -> None:
     want = expected(base, model, x)[0]
     if is_written:
         model(x)
-    program = torch.export.export(model.base_model.model, (x,))
+    program = torch.export.export(model.base_model.model, (x,), strict=False)
     torch.testing.assert_close(program.module()(x), want)
     check(base, model, x)
     torch.testing.assert_close(program.module()(x), want)
@@ -94,7 +94,7 @@ def test_torch_export(is_written: bool, base: Net, x: Tensor) -> None:
 
 
 def test_torch_export_that_would_leave_no_note(base: Net, x: Tensor) -> None:
-    with pytest.raises(Exception, match=r"export the model with `strict=False`"):
+    with pytest.raises(Exception, match=r"export the model with `strict=False`|Observed exception"):
         torch.export.export(adapt(base).base_model.model, (x,), strict=True)
 
 

@@ -12,13 +12,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GptOssConfig, MixtralConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weight
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
+from tests.releases import has
 from tests.tuner.quantizers import quantise
 
 IN, OUT = 12, 8
@@ -96,15 +95,21 @@ KINDS = {
         lambda: nn.Embedding(OUT, IN), inputs=lambda num_tokens: torch.randint(OUT, (num_tokens,))
     ),
     "MultiheadAttention": Kind(lambda: nn.MultiheadAttention(IN, 2), **_OF_ATTENTION),
-    "experts": Kind(_experts(MixtralExperts, MixtralConfig), adapted_experts, **_OF_EXPERTS),
-    "experts, transposed": Kind(
-        _experts(GptOssExperts, GptOssConfig),
-        partial(adapted_experts, is_transposed=True),
-        **_OF_GPT_OSS,
-    ),
     "quantised, nf4": _quantised("bitsandbytes-nf4"),
     "quantised, int8": _quantised("bitsandbytes-int8"),
 }
+if has("transformers", "5"):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    KINDS |= {
+        "experts": Kind(_experts(MixtralExperts, MixtralConfig), adapted_experts, **_OF_EXPERTS),
+        "experts, transposed": Kind(
+            _experts(GptOssExperts, GptOssConfig),
+            partial(adapted_experts, is_transposed=True),
+            **_OF_GPT_OSS,
+        ),
+    }
 
 
 class Net(nn.Module):

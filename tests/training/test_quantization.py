@@ -93,7 +93,7 @@ def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
 
 def test_without_bitsandbytes(make_config, monkeypatch):
     monkeypatch.setattr(quantization_module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install -e '\.\[quant\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         train(make_config(model={"quantization": "nf4"}), console=QUIET)
 
 

@@ -2,12 +2,12 @@
 
 import torch
 from peft import get_peft_model
-from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 
 from pacatune import PacaConfig
 from pacatune.tuner import PacaLayer
+from tests.releases import has
 
 # Input shape without the batch, and a convolution that takes it.
 LAYERS = {
@@ -23,10 +23,18 @@ LAYERS = {
         lambda: nn.Conv2d(5, 4, (2, 3), padding="same", padding_mode="replicate"),
     ),
     "2d depthwise": ((6, 7, 6), lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6)),
-    "2d padded by size": ((5, 8, 5), lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1))),
-    "2d padded by size, depthwise": ((6, 7, 6), lambda: Conv2dSame(6, 6, 3, 2, groups=6)),
     "3d": ((4, 5, 6, 4), lambda: nn.Conv3d(4, 4, (2, 3, 2), padding=1, groups=2)),
 }
+if has("timm"):
+    from timm.layers import Conv2dSame
+
+    LAYERS |= {
+        "2d padded by size": (
+            (5, 8, 5),
+            lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1)),
+        ),
+        "2d padded by size, depthwise": ((6, 7, 6), lambda: Conv2dSame(6, 6, 3, 2, groups=6)),
+    }
 
 
 class PadsByInput(nn.Conv2d):

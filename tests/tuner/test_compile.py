@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
+from tests.releases import compiles_whole
 
 
 class Net(nn.Module):
@@ -52,6 +53,14 @@ def train(model, forward, steps, counters=None):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_trains_as_eager(models, backend):
+    model, twin = models
+    compiled = torch.compile(model, backend=backend)
+    assert train(model, compiled, 8) == pytest.approx(train(twin, twin, 8), rel=1e-10)
+
+
+@compiles_whole
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_trains_as_eager_in_one_graph(models, backend):
     model, twin = models
     counter = CompileCounterWithBackend(backend)
@@ -60,6 +69,7 @@ def test_trains_as_eager_in_one_graph(models, backend):
     assert counter.frame_count == 1
 
 
+@compiles_whole
 def test_compiled_after_and_between_eager_calls(models):
     """Columns that an eager call has left in the weight are not counted twice."""
     model, twin = models

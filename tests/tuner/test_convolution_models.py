@@ -17,6 +17,7 @@ from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
 from pacatune.ops import reference
 from pacatune.tuner import PacaLayer
+from tests.releases import compiles_whole
 from tests.tuner.conv_nets import CNN_TARGETS, Cnn, adapt, layers, randomise
 
 # Dynamo itself instantiates autograd Functions while it traces them.
@@ -179,6 +180,7 @@ class TestWholeModels:
         torch.testing.assert_close(y, merged, atol=0.05, rtol=0.05)
         assert all(layer.delta_of("default").grad.dtype == torch.float32 for layer in layers(model))
 
+    @compiles_whole
     def test_trains_compiled_as_eagerly_in_one_graph(self):
         model = adapt(Cnn().double(), CNN_TARGETS)
         twin = copy.deepcopy(model)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import convert_to_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
 
 from pacatune import PacaConfig
+from tests.releases import needs
 from tests.tuner.conv_nets import CNN_TARGETS, Cnn, Standardises, adapt, layers
 
 # Dynamo itself instantiates autograd Functions while it traces them.
@@ -43,7 +43,10 @@ class TestRefused:
         with pytest.raises(RuntimeError, match=r"size mismatch.*\[4, 2, 5, 5\]"):
             PeftModel.from_pretrained(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path)
 
+    @needs("peft", "0.19")
     def test_pefts_conversion_to_lora(self):
+        from peft import convert_to_lora
+
         with pytest.raises(TypeError, match="do not support LoRA conversion"):
             convert_to_lora(adapt(Cnn(), CNN_TARGETS), rank=2)
 

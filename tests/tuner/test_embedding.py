@@ -13,6 +13,7 @@ from pacatune import PacaConfig
 from pacatune.ops.reference import adapted_weight
 from tests.conftest import build_model
 from tests.distributed.net import checkpoint
+from tests.releases import compiles_whole
 from tests.tuner.moe import fill, layers
 
 V, D, R = 11, 8, 3
@@ -265,6 +266,7 @@ def test_what_is_refused() -> None:
         adapt(build(), r=9)
 
 
+@compiles_whole
 def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     model = adapt(build())

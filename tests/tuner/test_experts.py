@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
+from tests.releases import needs
 from tests.tuner.moe import (
     BOTH,
     Reference,
@@ -212,6 +213,7 @@ def test_rows_of_different_adapters_are_refused() -> None:
         model(input_ids=ids(), adapter_names=["default", "__base__", "default"])
 
 
+@needs("peft", "0.20")
 def test_peft_sees_the_base_under_its_own_names() -> None:
     from peft.utils import get_base_model_state_dict, set_base_model_state_dict
 

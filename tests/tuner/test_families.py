@@ -14,6 +14,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.measure.counters import SavedBytes
 from pacatune.tuner import PacaLayer, defaults
 from pacatune.tuner.defaults import survey
+from tests.releases import has, needs
 from tools import doc_block, families
 from tools.families import FAMILIES
 
@@ -34,7 +35,8 @@ def base(family):
 def trained(family, base):
     """The adapted model after three optimizer steps, and the losses before each and after."""
     model = adapt(base)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    lr = 2e-3 if family.batch == "pairs" else 2e-2  # CLIP's first weights are other ones by release
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for _ in range(3):
         loss = model(**family.make_batch()).loss
@@ -128,6 +130,9 @@ def test_saving_and_loading_restores_the_outputs(family, base, trained, tmp_path
 
 
 def test_the_exported_lora_computes_the_same(family, base, trained, tmp_path):
+    is_moe = any(name.endswith(".experts") for name, _ in base.named_modules())
+    if is_moe and has("peft", "0.19") and not has("peft", "0.20"):
+        pytest.skip("PEFT 0.19 loads no LoRA adapter of experts models of this transformers")
     model, _ = trained
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
@@ -151,6 +156,7 @@ def test_what_was_chosen_is_logged_once(caplog):
     )
 
 
+@needs("transformers", "5.24")  # names of layers
 def test_the_table_of_families_is_up_to_date():
     expected = doc_block.render(families.DOCUMENT, "families", families.families_table)
     assert families.DOCUMENT.read_text(encoding="utf-8") == expected, "run `make docs`"

@@ -17,7 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from pacatune import MosLoraConfig
 from pacatune.tuner.moslora import MosLoraLayer
 from tests.conftest import build_model
+from tests.releases import needs
 from tests.tuner.quantizers import QUANTIZERS, quantise
+
+pytestmark = needs("peft", "0.19")
 
 TARGETS = ["q_proj", "down_proj"]
 

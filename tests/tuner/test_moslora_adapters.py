@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from peft import convert_to_lora
 
 from tests.conftest import build_model
+from tests.releases import needs
 from tests.tuner.test_moslora import adapt, config_of, ids, layers
+
+pytestmark = needs("peft", "0.19")
 
 
 def test_several_adapters():
@@ -39,7 +41,9 @@ def fill_where(model, adapter, seed=1):
                 part[adapter].weight.data.normal_(std=0.3, generator=generator)
 
 
-@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+@pytest.mark.parametrize(
+    "combination_type", ["cat", pytest.param("svd", marks=needs("peft", "0.21"))]
+)
 def test_weighted_sum(combination_type):
     model = adapt()
     model.add_adapter("other", config_of())
@@ -63,6 +67,8 @@ def test_sums_that_would_be_wrong():
 
 
 def test_conversion_to_lora():
+    from peft import convert_to_lora
+
     model = adapt()
     expected = [layer.get_delta_weight("default") for layer in layers(model)]
     _, factors = convert_to_lora(model, rank=4, progressbar=False)

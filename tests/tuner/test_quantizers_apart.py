@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.releases import needs
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".cache" / "quantizers"
 
 
+# Others of PEFT's backends need the package that they read.
+@needs("peft", "0.21")
 @pytest.mark.slow
 def test_torchao_and_hqq():
     assert FOLDER.is_dir(), "`make test` installs what tests/tuner/quantizers.txt lists"

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pacatune import MosLoraConfig, PacaConfig
 from pacatune.selection import choose_columns, collect_statistics
 from pacatune.tuner import PacaLayer
+from tests.releases import needs
 
 pytestmark = [
+    needs("trl"),
     # transformers' Trainer asks torch, and itself, by names that are on their way out.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

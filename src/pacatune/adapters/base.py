@@ -8,8 +8,6 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from peft import PeftConfig
-from peft.utils import get_quantization_kwargs
-from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +20,7 @@ from transformers import (
 
 from pacatune.format.options import format_quantization
 from pacatune.hub import check_on_hub
+from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
 from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized, forbid_packing
 
 # Bases of few bits: quantise one as an adapter's was, and turn one into plain layers again.

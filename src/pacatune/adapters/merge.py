@@ -26,6 +26,7 @@ from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run
 from pacatune.adapters.target import read_target_columns
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
+from pacatune.tuner.compat import tied_weights
 from pacatune.tuner.quantized import Quantization
 
 # What a merged model must have: the right columns, and outputs that differ by rounding alone.
@@ -336,7 +337,7 @@ def _rounds_inputs(adapter: Adapter | LoraAdapter) -> bool:
 def _declare_untied(model: Any) -> None:
     # An adapted lm_head no longer equals the embedding it was tied to; a configuration that still
     # says so would drop it from the file.
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weights(model)
     untied = [
         target
         for target, source in tied.items()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.cli.options import new_parser, positive, program_name, quiet_libraries
-from pacatune.cli.train_image import require_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +25,6 @@ _NAMES = {"head": "head only", "lora": "PEFT LoRA", "paca": "PaCA"}
 def run(argv: list[str]) -> int:
     """Run `pacatune demo-vision` with the words after it; return the exit status."""
     options = _parse(argv)
-    require_packages()
     output = Path(options.output)
 
     from rich.console import Console

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from pacatune.installation import require_extra
 from pacatune.names import did_you_mean
 
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
@@ -27,6 +28,19 @@ COMMANDS = {
     "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
     "reproduce": "put the paper's tables and figures beside what is found here",
+}
+
+# The extra of each command that needs more than the core (pyproject.toml).
+EXTRAS = {
+    "demo": "demo",
+    "demo-vision": "demo-vision",
+    "train": "train",
+    "train-image": "vision",
+    "evaluate": "eval",
+    "estimate": "train",
+    "compare": "train",
+    "bench": "train",
+    "reproduce": "train",
 }
 
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -93,6 +107,8 @@ def _run_command(name: str, argv: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, COMMANDS)
         raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
+    if name in EXTRAS:
+        require_extra(f"`pacatune {name}`", EXTRAS[name])
     _silence_dependencies()
     module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
     status: int = module.run(argv)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pacatune.cli.options import new_parser
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pacatune.adapters.inspect import AdapterReport, Comparison
 
 _MOST_ROWS = 12
@@ -31,12 +29,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
 
-    from rich.console import Console
-
     from pacatune.adapters.inspect import compare, inspect_adapter
 
-    # Names come from a stranger's file: no markup in them.
-    console = Console(markup=False, highlight=False)
     result: AdapterReport | Comparison
     if options.against is not None:
         result = compare(options.adapter, options.against)
@@ -51,13 +45,13 @@ def run(argv: list[str]) -> int:
         return 0
     most = None if options.all or options.columns else _MOST_ROWS
     if options.against is not None:
-        _print_comparison(result, console, most)
+        _print_comparison(result, most)
     else:
-        _print_report(result, console, most, with_columns=options.columns)
+        _print_report(result, most, with_columns=options.columns)
     return 0
 
 
-def _print_report(report: Any, console: "Console", most: int | None, *, with_columns: bool) -> None:
+def _print_report(report: Any, most: int | None, *, with_columns: bool) -> None:
     from pacatune.files.folder import format_bytes
 
     kinds = report.num_modules_by_kind.items()
@@ -76,10 +70,10 @@ def _print_report(report: Any, console: "Console", most: int | None, *, with_col
         "trained": f"{report.num_trainable_parameters:,} parameters",
         "file": format_bytes(report.file_bytes),
     }
-    _print_rows(str(report.folder), rows, console)
-    _print_modules(report, console, most, with_columns=with_columns)
+    _print_rows(str(report.folder), rows)
+    _print_modules(report, most, with_columns=with_columns)
     for note in report.notes:
-        console.print(f"- {note}", soft_wrap=True)
+        print(f"- {note}")
 
 
 def _selection(report: Any) -> str | None:
@@ -91,31 +85,31 @@ def _selection(report: Any) -> str | None:
     return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
-def _print_rows(title: str, rows: dict[str, Any], console: "Console") -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def _print_rows(title: str, rows: dict[str, Any]) -> None:
+    print(title)
+    width = max(map(len, rows)) + 2
     for name, value in rows.items():
         if value:
-            table.add_row(name, str(value))
-    console.print(table)
+            print(f"  {name:<{width}}{value}")
 
 
-def _print_modules(
-    report: Any, console: "Console", most: int | None, *, with_columns: bool
-) -> None:
-    from rich.table import Table
+def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Print names to the left, numbers to the right, and what may be long at the end."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for name, *cells in lines:
+        columns = cells.pop() if head[-1] == "columns" else ""
+        numbers = "".join(
+            f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=False)
+        )
+        print(f"  {name:<{widths[0]}}{numbers}  {columns}".rstrip())
 
+
+def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None:
     if not report.modules:
         return
-    table = Table(title="largest updates first", title_justify="left")
-    table.add_column("module", overflow="fold")
-    for name in ("rank", "scaling", "out", "norm"):
-        table.add_column(name, justify="right")
-    if with_columns:
-        table.add_column("columns", overflow="fold")
+    rows = []
     for module in report.modules[:most]:
         cells = [
             module.name,
@@ -127,14 +121,13 @@ def _print_modules(
         if with_columns:
             columns = module.columns
             cells.append("-" if columns is None else " ".join(map(str, columns)))
-        table.add_row(*cells)
-    console.print(table)
-    _print_left_out(len(report.modules), most, console)
+        rows.append(cells)
+    head = ["module", "rank", "scaling", "out", "norm", *(["columns"] if with_columns else [])]
+    _print_table("largest updates first", head, rows)
+    _print_left_out(len(report.modules), most)
 
 
-def _print_comparison(comparison: Any, console: "Console", most: int | None) -> None:
-    from rich.table import Table
-
+def _print_comparison(comparison: Any, most: int | None) -> None:
     shared = sum(module.num_shared_columns for module in comparison.modules)
     columns = sum(module.rank_a for module in comparison.modules)
     rows = {
@@ -145,26 +138,24 @@ def _print_comparison(comparison: Any, console: "Console", most: int | None) -> 
         "cosine": f"{comparison.cosine:.4f}",
         "norms": f"{comparison.norm_a:.4g} and {comparison.norm_b:.4g}",
     }
-    _print_rows("two adapters", rows, console)
-    table = Table(title="least alike first", title_justify="left")
-    table.add_column("module", overflow="fold")
-    for name in ("shared", "cosine", "norm", "other norm"):
-        table.add_column(name, justify="right")
-    for module in sorted(comparison.modules, key=lambda module: module.cosine)[:most]:
-        table.add_row(
+    _print_rows("two adapters", rows)
+    cells = [
+        [
             module.name,
             f"{module.num_shared_columns} of {module.rank_a}",
             f"{module.cosine:.4f}",
             f"{module.norm_a:.4g}",
             f"{module.norm_b:.4g}",
-        )
-    console.print(table)
-    _print_left_out(len(comparison.modules), most, console)
+        ]
+        for module in sorted(comparison.modules, key=lambda module: module.cosine)[:most]
+    ]
+    _print_table("least alike first", ["module", "shared", "cosine", "norm", "other norm"], cells)
+    _print_left_out(len(comparison.modules), most)
 
 
-def _print_left_out(total: int, most: int | None, console: "Console") -> None:
+def _print_left_out(total: int, most: int | None) -> None:
     if most is not None and total > most:
-        console.print(f"{total - most} more modules; --all lists them")
+        print(f"{total - most} more modules; --all lists them")
 
 
 def _some(names: list[str]) -> str:

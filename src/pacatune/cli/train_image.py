@@ -1,22 +1,17 @@
 """`pacatune train-image`: fine-tune an image classifier on your images."""
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import quiet_libraries
 from pacatune.cli.run_options import RunOptions, check_early, values_of
-from pacatune.installation import install_command
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-_PACKAGES = ("PIL", "torchvision", "timm")
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
     check_early(argv, "pacatune.training.image.config.ImageRunConfig", ("preset",))
-    require_packages()
     quiet_libraries()
 
     from pacatune.training.image import train
@@ -32,20 +27,6 @@ def run(argv: list[str]) -> int:
         return 0
     train(run_options.to_config(options), resume=options.resume, overwrite=options.overwrite)
     return 0
-
-
-def require_packages() -> None:
-    """Say what to install where a package for images is missing.
-
-    Raises:
-        ValueError: Names it.
-    """
-    for name in _PACKAGES:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"the package {name!r} for images is not installed; install it: "
-                f"{install_command('vision')}."
-            )
 
 
 def build_parser() -> "ArgumentParser":

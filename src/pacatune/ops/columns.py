@@ -115,7 +115,9 @@ def select_channels(x: Tensor, indices: Tensor, num_dims: int) -> Tensor:
         num_dims: Number of spatial dimensions.
     """
     dim = x.dim() - num_dims - 1
-    if x.stride(dim) == 1:  # channels last: index_select would return another order
+    # Channels last: index_select would return another order. A compiler chooses orders by itself,
+    # and torch 2.6's lets no backward pass ask for them.
+    if not torch.compiler.is_compiling() and x.stride(dim) == 1:
         return x.movedim(dim, -1).index_select(-1, indices).movedim(-1, dim)
     return x.index_select(dim, indices)
 

@@ -239,10 +239,13 @@ def _grad_delta(
     return _grad_delta_per_expert(gy, x, offsets, scaling, dtype)
 
 
+_HAS_GROUPED = hasattr(F, "grouped_mm")  # of a newer torch than 2.6
+
+
 def _can_group(*tensors: Tensor) -> bool:
     """Whether torch's grouped GEMM takes these: 16-byte rows, tensor cores of Ampere or newer."""
     x = tensors[0]
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not _HAS_GROUPED or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False

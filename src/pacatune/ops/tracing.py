@@ -30,9 +30,22 @@ def is_recorded() -> bool:
 
 def is_exported() -> bool:
     """Whether torch.export or make_fx is at work, whose graphs go on reading the weights."""
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _is_in_make_fx()
+    if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    return _is_in_make_fx()
+    # torch 2.6: outside of dynamo, only torch.export compiles.
+    return _dynamo_exports() if torch.compiler.is_dynamo_compiling() else True
+
+
+def _dynamo_exports() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return bool(InstructionTranslator.current_tx().export)
+
+
+# Dynamo runs it while it traces. The decorator would import dynamo, which takes a second.
+_dynamo_exports._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_in_make_fx() -> bool:

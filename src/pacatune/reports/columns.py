@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pacatune.installation import require_extra
 from pacatune.reports.figures import check_picture_path, new_figure, plain_text, save_figure
 
 __all__ = ["plot_columns"]
@@ -32,6 +33,7 @@ def plot_columns(report: Any, path: Path) -> None:
     if not rows:
         raise ValueError("there are no columns to draw: only PaCA adapters have them.")
     check_picture_path(path)
+    require_extra("a plot", "train", ("matplotlib",))
     panels = _panels(dict(sorted(rows, key=lambda row: _natural(row[0]))))
     num_columns = min(len(panels), _PANELS_PER_LINE)
     num_lines = -(-len(panels) // num_columns)

@@ -4,12 +4,12 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from pacatune.selection.statistics import ColumnStatistics
 from pacatune.strategies import FIXED, needs_of, seed_for, select_columns, statistics_of
 from pacatune.tuner.columns import find_targets
+from pacatune.tuner.compat import get_quantization_kwargs
 from pacatune.tuner.config import PacaConfig, seeded
 from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from pacatune.installation import install_command
+from pacatune.installation import repository_command
 from pacatune.methods import METHODS, Method
 from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
@@ -72,7 +72,7 @@ def _loading(method: Method, model: str) -> str:
     if not method.needs_pacatune:
         return code
     return (
-        f"Install pacatune ({install_command()}), then:\n\n" + code + "```bash\n"
+        f"Install pacatune ({repository_command()}), then:\n\n" + code + "```bash\n"
         f'pacatune generate --model {model} --adapter FOLDER --prompt "..."\n'
         f"pacatune merge --model {model} --adapter FOLDER --output MERGED      # a plain model\n"
         f"pacatune export --model {model} --adapter FOLDER --to lora --output LORA  "

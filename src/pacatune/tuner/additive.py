@@ -9,10 +9,10 @@ layer writes for itself.
 from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor
 
 from pacatune.ops.tracing import is_traced
+from pacatune.tuner.compat import quantization_extra_repr
 from pacatune.tuner.layer import Delta, PacaLayer
 
 __all__ = ["AdditiveLayer", "has_hooks"]
@@ -121,7 +121,7 @@ class AdditiveLayer(PacaLayer):
 
     def extra_repr(self) -> str:
         """Name the quantisation of the base layer, as PEFT's layers do."""
-        return str(quantization_extra_repr(self))
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "paca." + super().__repr__()

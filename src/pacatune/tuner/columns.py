@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from pacatune.format.tensors import PEFT_PREFIX
@@ -22,6 +21,7 @@ from pacatune.strategies import (
     select_columns,
     statistics_of,
 )
+from pacatune.tuner.compat import get_quantization_kwargs
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets
 from pacatune.tuner.given import key_of_columns

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
+from pacatune.tuner.compat import register_experts
 from pacatune.tuner.layer import Delta
 from pacatune.tuner.layout import has_known_experts, is_transposed, takes_all_tokens
 from pacatune.tuner.parameter import (
@@ -183,7 +183,7 @@ def _forward_from_config(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _forward(experts, ours.layers, *args, **kwargs)
 
 
-ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _forward_from_config)
+register_experts(_IMPLEMENTATION, _forward_from_config)
 
 
 @contextmanager

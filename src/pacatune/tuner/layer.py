@@ -7,14 +7,14 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.residency import Residency
 from pacatune.residency.watching import release
 from pacatune.strategies import seed_for, select_columns
+from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
 
@@ -202,7 +202,7 @@ class Delta(nn.Module):
         return apply(columns, (self.weight * scaling).to(columns.dtype))
 
 
-class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
+class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     """Per-adapter deltas and columns over one base layer.
 
     Attributes:
@@ -216,7 +216,7 @@ class PacaLayer(MergeMixin, BaseTunerLayer, nn.Module):
     delta_class: type[Delta] = Delta
     parameter_name = "weight"  # of the base layer: what is adapted
 
-    # Of BaseTunerLayer, which has no types.
+    # Of PEFT's BaseTunerLayer, which has no types.
     active_adapters: list[str]
     get_base_layer: Callable[[], nn.Module]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]

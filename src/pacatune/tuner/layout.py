@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.format.options import IN_PROJ
 from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
+from pacatune.tuner.compat import resolve_quantization_backend
 
 __all__ = [
     "AttentionLayout",

@@ -9,11 +9,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils import get_quantization_kwargs
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.integrations import init_empty_weights
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, idle_layers
@@ -22,6 +19,13 @@ from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
 from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
+from pacatune.tuner.compat import (
+    NoMatchingPeftModuleError,
+    Tuner,
+    get_quantization_kwargs,
+    note_parameters,
+    resolve_quantization_backend,
+)
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
@@ -135,7 +139,7 @@ _GENERATION_OPTIONS = frozenset(
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
-class PacaModel(BaseTuner):
+class PacaModel(Tuner):
     """Trains `r` columns of each target weight in place.
 
     Made by `peft.get_peft_model(model, PacaConfig(...))`; everything PEFT offers for its own
@@ -232,6 +236,7 @@ class PacaModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 ranks = ranks_of(peft_config, name)
                 self._adapt_parameter(Experts, name, adapter_name, peft_config, ranks)
+        note_parameters(self, names)
         return names
 
     def _adapt_parameter(

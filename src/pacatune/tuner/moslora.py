@@ -12,7 +12,7 @@ Source: T. Wu et al., Mixture-of-Subspaces in Low-Rank Adaptation, arXiv 2406.11
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +25,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pacatune.tuner.compat import lora_variants, require
 from pacatune.tuner.registration import ensure_peft_type
 
 __all__ = ["MosLoraConfig", "MosLoraLayer", "MosLoraModel", "MosLoraVariant"]
@@ -55,6 +56,7 @@ class MosLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         """Check what LoraConfig does not."""
+        require("PEFT", "0.19", "MosLoRA")  # which hands the configuration to its layers
         super().__post_init__()
         self.peft_type = PeftType(_NAME)
         if self.mixer_init not in _INITS:
@@ -64,8 +66,12 @@ class MosLoraConfig(LoraConfig):
                 f"`init_lora_weights` ({self.init_lora_weights!r}) must be True, 'gaussian' or "
                 "False: the others choose A and B for a product without a mixer between them."
             )
-        variants = [field.name for field in fields(self) if field.metadata.get("is_lora_variant")]
-        for name in (*variants, "use_qalora", "target_parameters", "ensure_weight_tying"):
+        for name in (
+            *lora_variants(self),
+            "use_qalora",
+            "target_parameters",
+            "ensure_weight_tying",
+        ):
             if getattr(self, name, None):
                 raise ValueError(
                     f"`{name}` ({getattr(self, name)!r}) cannot be used with MosLoRA; drop it, or "
@@ -199,6 +205,8 @@ class MosLoraModel(LoraModel):
             )
         if adapter_name in self.peft_config:
             raise ValueError(f"`adapter_name` ({adapter_name!r}) is taken; delete it first.")
+        if combination_type == "svd":
+            require("PEFT", "0.21", "`combination_type` ('svd')")  # the others scale twice
         super().add_weighted_adapter(
             adapters,
             weights,

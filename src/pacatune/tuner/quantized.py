@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
 from pacatune.ops.quantized import paca_quantized_linear
+from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import layout_of
 from pacatune.tuner.linear import Linear
@@ -161,7 +161,7 @@ class OriginalWeights:
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-        except OSError:  # not a name that a hub could have
+        except (OSError, ValueError):  # not a name that a hub could have
             return None
         return path
 

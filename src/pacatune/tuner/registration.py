@@ -14,10 +14,11 @@ import sys
 from typing import Any
 
 from peft import mapping
-from peft.utils import save_and_load, transformers_weight_conversion
+from peft.utils import save_and_load
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from pacatune.format.options import FILE_TYPES
+from pacatune.tuner.compat import find_weight_renaming, teach_saving
 
 __all__ = ["ensure_peft_type", "register"]
 
@@ -62,6 +63,7 @@ def register(config_class: type, model_class: type) -> None:
     register_peft_method(name=_NAME.lower(), config_cls=config_class, model_cls=model_class)
     for name in FILE_TYPES:  # as files call it; a configuration in memory is PACA's
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
+    teach_saving()
     _teach_transformers()
     _teach_base_names()
     if foreign is None or foreign is model_class:
@@ -105,8 +107,9 @@ def _teach_transformers() -> None:
     after `paca_delta`; the parameter is called `paca_delta.<adapter>.weight`. Without this one more
     renaming the deltas would be skipped, with a message that is easily missed.
     """
-    build = transformers_weight_conversion.build_peft_weight_mapping
-    if getattr(build, "knows_paca", False):
+    renaming = find_weight_renaming()
+    build = getattr(renaming, "build_peft_weight_mapping", None)
+    if build is None or hasattr(build, "knows_paca"):
         return
 
     @functools.wraps(build)
@@ -116,14 +119,12 @@ def _teach_transformers() -> None:
         if renamings and getattr(arguments.get("peft_config"), "peft_type", None) == _NAME:
             adapter_name = re.escape(arguments["adapter_name"])
             renamings.append(
-                transformers_weight_conversion.WeightRenaming(
-                    rf"(paca_delta\.{adapter_name})$", r"\1.weight"
-                )
+                renaming.WeightRenaming(rf"(paca_delta\.{adapter_name})$", r"\1.weight")
             )
         return renamings
 
     build_with_paca.knows_paca = True  # type: ignore[attr-defined]
-    transformers_weight_conversion.build_peft_weight_mapping = build_with_paca
+    renaming.build_peft_weight_mapping = build_with_paca
 
 
 def _teach_base_names() -> None:
@@ -133,8 +134,8 @@ def _teach_base_names() -> None:
     """
     from pacatune.tuner.parameter import ParameterOwner  # needs the enum's member
 
-    convert = save_and_load._peft_key_to_original_key
-    if getattr(convert, "knows_paca", False):
+    convert = getattr(save_and_load, "_peft_key_to_original_key", None)  # PEFT >= 0.20
+    if convert is None or hasattr(convert, "knows_paca"):
         return
 
     @functools.wraps(convert)

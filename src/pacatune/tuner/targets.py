@@ -293,7 +293,7 @@ def _check_parameter(
     if not isinstance(layout_of(module, parameter_name), ExpertsLayout) or not owner:
         raise TypeError(
             f"Target parameter {name!r} ({type(module).__name__}) is not supported: PaCA adapts "
-            "the weights of experts modules that run on transformers' experts interface. "
+            "the weights of experts modules that run on the experts interface of transformers 5. "
             f"{_available_parameters(parameters)}"
         )
     is_shared_out = getattr(module, "_is_expert_parallel", False)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pacatune.installation import install_command
+from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.training.card import compose_card
 from pacatune.training.image.config import ImageRunConfig
@@ -21,7 +21,7 @@ def write_card(config: ImageRunConfig, report: ImageReport, folder: Path) -> Non
     classes = ", ".join(report.classes[:20]) + (", ..." if len(report.classes) > 20 else "")
     loading = (
         f"Tells apart {len(report.classes)} classes: {classes}.\n\n"
-        f"Install pacatune ({install_command('vision')}), then:\n\n"
+        f"Install pacatune ({repository_command('vision')}), then:\n\n"
         "```python\nfrom pacatune.training.image import load_result\n\n"
         'classifier = load_result("FOLDER")\n'
         'print(classifier.classify("IMAGE.png"))  # class -> probability\n```\n'
