@@ -139,6 +139,7 @@ def test_points_have_the_rate_of_their_step(make_config):
     point = run_point(make_config(sweep="batch"), SETTING, "paca")
     assert point["sentences_per_second"] == pytest.approx(2 / (1e-3 * point["step_ms"]))
     assert point["tokens_per_second"] == pytest.approx(6 * point["sentences_per_second"])
+    assert point["step_ms_quartile_1"] <= point["step_ms"] <= point["step_ms_quartile_3"]
     assert "step_ms" not in run_point(make_config(sweep="seq-len"), SETTING, "paca")
 
 

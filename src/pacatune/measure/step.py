@@ -4,7 +4,6 @@ import gc
 import logging
 import multiprocessing
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
 from pacatune.measure.device import PeakMemory, is_out_of_memory, limit_memory, synchronize
 from pacatune.measure.methods import Contender, adapt
 from pacatune.measure.models import make_batch, make_config, make_model, make_skeleton
-from pacatune.measure.timing import alternate
+from pacatune.measure.timing import alternate, summarize
 from pacatune.reports.provenance import Noise
 
 __all__ = [
@@ -257,17 +256,18 @@ def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str
     peak = _measure_peak(run, memory)
     if config.sweep == "seq-len":
         return peak
-    seconds: list[float] = []
+    times: list[float] = []
     noise = Noise()
     end = time.monotonic() + config.seconds
-    while len(seconds) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
-        seconds.append(sum(run.step()))
-    step = statistics.median(seconds)
+    while len(times) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
+        times.append(1e3 * sum(run.step()))
+    step = summarize(times, "step_ms")
+    seconds = 1e-3 * step["step_ms"]
     return {
         **peak,
-        "step_ms": 1e3 * step,
-        "num_steps": len(seconds),
+        **step,
+        "num_steps": len(times),
         "noise": [noise.to_dict()],
-        "sentences_per_second": setting.num_rows / step,
-        "tokens_per_second": setting.num_rows * setting.num_tokens / step,
+        "sentences_per_second": setting.num_rows / seconds,
+        "tokens_per_second": setting.num_rows * setting.num_tokens / seconds,
     }
