@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.methods import METHODS
+from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.tables import table_lines
 
 __all__ = ["table"]
 
@@ -26,43 +28,53 @@ def table(number: str, results: Path) -> str:
 
 
 def _table_1(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        "| model | method | rank | paper, GB | ours, GB | difference |",
-        "|---|---|--:|--:|--:|--:|",
-        *(
-            f"| {row['model']} | {METHODS[row['method']].title} | {row['rank']} "
-            f"| {row['paper_gb']} | {row['simulated_gb']:.1f} | {row['difference']:+.1%} |"
-            for row in rows
-        ),
+    header = ["model", "method", "rank", "paper, GB", "ours, GB", "difference"]
+    cells = [
+        [
+            row["model"],
+            METHODS[row["method"]].title,
+            str(row["rank"]),
+            str(row["paper_gb"]),
+            f"{row['simulated_gb']:.1f}",
+            f"{row['difference']:+.1%}",
+        ]
+        for row in rows
     ]
+    return table_lines(header, cells, "llr")
 
 
 def _table_3(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        "| model | method | paper, GB | ours, GB, longest texts | with checkpointing "
-        "| tokens, longest texts | tokens that give the paper's GB |",
-        "|---|---|--:|--:|--:|--:|--:|",
-        *(
-            f"| {row['model']} | {METHODS[row['method']].title} | {row['paper_gb']} "
-            f"| {row['simulated_gb']:.1f} ({row['difference']:+.0%}) "
-            f"| {row['checkpointed_gb']:.1f} | {row['tokens']:,} "
-            f"| {row['tokens_that_explain_it']:,} |"
-            for row in rows
-        ),
+    header = ["model", "method", "paper, GB", "ours, GB, longest texts", "with checkpointing"]
+    header += ["tokens, longest texts", "tokens that give the paper's GB"]
+    cells = [
+        [
+            row["model"],
+            METHODS[row["method"]].title,
+            str(row["paper_gb"]),
+            f"{row['simulated_gb']:.1f} ({row['difference']:+.0%})",
+            f"{row['checkpointed_gb']:.1f}",
+            f"{row['tokens']:,}",
+            f"{row['tokens_that_explain_it']:,}",
+        ]
+        for row in rows
     ]
+    return table_lines(header, cells, "llr")
 
 
 def _table_4(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| method | dropout | lean | paper, tokens | ours, tokens | difference |"]
-    lines.append("|---|--:|---|--:|--:|--:|")
-    for row in rows:
-        paper = "" if row["paper"] is None else f"{row['paper']:,}"
-        difference = "" if row["paper"] is None else f"{row['difference']:+.1%}"
-        lines.append(
-            f"| {METHODS[row['method']].title} | {row['dropout']:g} | {row['lean']} | {paper} "
-            f"| {row['max_seq_len']:,} | {difference} |"
-        )
-    return lines
+    header = ["method", "dropout", "lean", "paper, tokens", "ours, tokens", "difference"]
+    cells = [
+        [
+            METHODS[row["method"]].title,
+            f"{row['dropout']:g}",
+            str(row["lean"]),
+            "" if row["paper"] is None else f"{row['paper']:,}",
+            f"{row['max_seq_len']:,}",
+            "" if row["paper"] is None else f"{row['difference']:+.1%}",
+        ]
+        for row in rows
+    ]
+    return table_lines(header, cells, "lrlr")
 
 
 _TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
@@ -73,10 +85,8 @@ _TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
 
 
 def _source(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    changes = ", with changes that were not committed," if result["is_modified"] else ""
     return (
-        f"Paper: S. Woo et al., ICLR 2025. Ours: simulated, with {versions}. "
-        f"`{result['command']}` at commit {result['commit'][:9]}{changes} wrote "
+        "Paper: S. Woo et al., ICLR 2025. Ours: simulated, with "
+        f"{versions_text(result['versions'])}. `{result['command']}`{commit_text(result)} wrote "
         "`benchmarks/results/estimate.json`."
     )

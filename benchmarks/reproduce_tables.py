@@ -1,10 +1,11 @@
 """Tables of docs/reproduce.md, from the committed results of the small scale."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import read_sections
 from pacatune.experiments.reproduce.section import Section
+from pacatune.reports.tables import table_lines
 
 OURS = ("PaCA", "QPaCA")
 
@@ -26,23 +27,20 @@ def table(kind: str, results: Path) -> str:
     return "\n".join(tables[kind](read_sections("small", results)))
 
 
-def outcomes(sections: Sequence[Section]) -> Iterator[str]:
-    """Yield the lines of the table of outcomes."""
-    yield "| | agree | open | contradict | minutes |"
-    yield "|---|--:|--:|--:|--:|"
+def outcomes(sections: Sequence[Section]) -> list[str]:
+    """Return the lines of the table of outcomes."""
+    rows = []
     for section in sections:
         seconds = sum(cell["seconds"] for cell in section.numbers["cells"].values())
         found = section.outcomes()
-        yield (
-            f"| `{section.name}` | {found['agrees']} | {found['open']} | {found['contradicts']} | "
-            f"{seconds / 60:.1f} |"
-        )
+        counts = [str(found[kind]) for kind in ("agrees", "open", "contradicts")]
+        rows.append([f"`{section.name}`", *counts, f"{seconds / 60:.1f}"])
+    return table_lines(["", "agree", "open", "contradict", "minutes"], rows)
 
 
-def shares(sections: Sequence[Section]) -> Iterator[str]:
-    """Yield the lines of the table of PaCA's shares."""
-    yield "| | of PaCA | the paper | here |"
-    yield "|---|---|--:|--:|"
+def shares(sections: Sequence[Section]) -> list[str]:
+    """Return the lines of the table of PaCA's shares."""
+    rows = []
     for section in sections:
         for one in section.tables:
             heads = one.header
@@ -55,4 +53,5 @@ def shares(sections: Sequence[Section]) -> Iterator[str]:
             if row is not None:
                 what = one.title[0].lower() + one.title[1:]
                 against = columns[0].partition(", ")[2]
-                yield f"| `{section.name}` | {what}, {against} | {row[paper]} | {row[ours]} |"
+                rows.append([f"`{section.name}`", f"{what}, {against}", row[paper], row[ours]])
+    return table_lines(["", "of PaCA", "the paper", "here"], rows, "llr")

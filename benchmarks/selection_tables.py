@@ -1,12 +1,13 @@
 """Tables of docs/selection_study.md, from the committed studies, and by its plan's rule who won."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import collect
 from pacatune.experiments.study.statistics import mean_of
+from pacatune.reports.tables import table_lines
 
 STUDIES = (
     "minilm-r4",
@@ -112,24 +113,24 @@ def _paired(study: dict[str, Any], arm: str, reference: str) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def _head(studies: dict[str, dict[str, Any]], first: str) -> Iterator[str]:
-    yield f"| {first} | {' | '.join(f'`{name}`' for name in studies)} |"
-    yield "|---|" + "--:|" * len(studies)
+def _lines(studies: dict[str, dict[str, Any]], first: str, rows: Iterable[list[str]]) -> list[str]:
+    """Return a table with a column for each study."""
+    return table_lines([first, *(f"`{name}`" for name in studies)], rows)
 
 
 def _unit(study: dict[str, Any]) -> float:
     return 100 if study["metric"] == "accuracy" else 1
 
 
-def _differences(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield from _head(studies, "")
+def _differences(studies: dict[str, dict[str, Any]]) -> list[str]:
     units = ["accuracy, %" if one["metric"] == "accuracy" else "loss" for one in studies.values()]
-    yield f"| metric | {' | '.join(units)} |"
     randoms = [(study["arms"][REFERENCE], _unit(study)) for study in studies.values()]
     cells = [f"{arm['mean'] * unit:.4g} ± {arm['std'] * unit:.2g}" for arm, unit in randoms]
-    yield f"| `{REFERENCE}` | {' | '.join(cells)} |"
-    for arm in _arms(studies):
-        yield f"| `{arm}` | {' | '.join(_cell(study, arm) for study in studies.values())} |"
+    rows = [["metric", *units], [f"`{REFERENCE}`", *cells]]
+    rows += [
+        [f"`{arm}`", *(_cell(study, arm) for study in studies.values())] for arm in _arms(studies)
+    ]
+    return _lines(studies, "", rows)
 
 
 def _cell(study: dict[str, Any], arm: str) -> str:
@@ -143,40 +144,44 @@ def _cell(study: dict[str, Any], arm: str) -> str:
     return f"**{text}**" if outcome == BETTER else f"*{text}*" if outcome == WORSE else text
 
 
-def _verdicts(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield from _head(studies, "")
-    for hypothesis, (arms, reference) in _BETTER_THAN.items():
-        for arm in arms:
-            cells = [verdict(study, arm, reference) for study in studies.values()]
-            yield f"| {hypothesis}: `{arm}` against `{reference}` | {' | '.join(cells)} |"
-    cells = [
-        "" if "shared" not in study["arms"] else verdict(study, "shared")
-        for study in studies.values()
+def _verdicts(studies: dict[str, dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            f"{hypothesis}: `{arm}` against `{reference}`",
+            *(verdict(study, arm, reference) for study in studies.values()),
+        ]
+        for hypothesis, (arms, reference) in _BETTER_THAN.items()
+        for arm in arms
     ]
-    yield f"| H5: `shared` against `{REFERENCE}` | {' | '.join(cells)} |"
+    shared = [
+        verdict(study, "shared") if "shared" in study["arms"] else "" for study in studies.values()
+    ]
+    rows.append([f"H5: `shared` against `{REFERENCE}`", *shared])
     won = ", ".join(f"`{arm}`" for arm in winners(studies)) or "none"
-    yield ""
-    yield f"Better than random in studies of two models at least and worse in none: {won}."
+    remark = f"Better than random in studies of two models at least and worse in none: {won}."
+    return [*_lines(studies, "", rows), "", remark]
 
 
-def _rates(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield from _head(studies, "chosen rate")
+def _rates(studies: dict[str, dict[str, Any]]) -> list[str]:
+    rows = []
     for arm in (REFERENCE, *_arms(studies)):
         cells = []
         for study in studies.values():
             one = study["arms"].get(arm)
             edge = " (edge)" if one and one["at_edge"] else ""
             cells.append(f"{one['learning_rate']:g}{edge}" if one else "")
-        yield f"| `{arm}` | {' | '.join(cells)} |"
+        rows.append([f"`{arm}`", *cells])
+    return _lines(studies, "chosen rate", rows)
 
 
-def _forgetting(studies: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _forgetting(studies: dict[str, dict[str, Any]]) -> list[str]:
     measured = {
         name: study
         for name, study in studies.items()
         if any(arm["forgetting"] is not None for arm in study["arms"].values())
     }
-    yield from _head(measured, "rise of the loss on general text")
-    for arm in (REFERENCE, *_arms(measured)):
-        cells = [f"{study['arms'][arm]['forgetting']:+.4f}" for study in measured.values()]
-        yield f"| `{arm}` | {' | '.join(cells)} |"
+    rows = [
+        [f"`{arm}`", *(f"{study['arms'][arm]['forgetting']:+.4f}" for study in measured.values())]
+        for arm in (REFERENCE, *_arms(measured))
+    ]
+    return _lines(measured, "rise of the loss on general text", rows)

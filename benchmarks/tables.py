@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import estimate_tables, reproduce_tables, selection_tables
+from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +100,15 @@ def _missing(name: str) -> str:
 def _lines(what: str, values: dict[str, dict[str, float]], name: str) -> list[str]:
     """Return the rows of a table: a line per setting, a column per method."""
     methods = list(next(iter(values.values())))
-    lines = [f"| {what} (PaCA's share) | {' | '.join(methods)} |", "|---|" + "--:|" * len(methods)]
+    rows = []
     for setting, row in values.items():
         if set(row) != set(methods):
             raise ValueError(
                 f"{name}.json: {setting!r} has {sorted(row)}, another setting {sorted(methods)}; "
                 "measure all methods in all settings."
             )
-        lines.append(f"| {setting} | {' | '.join(_cell(row, method) for method in methods)} |")
-    return lines
+        rows.append([setting, *(_cell(row, method) for method in methods)])
+    return table_lines([f"{what} (PaCA's share)", *methods], rows)
 
 
 def _by_setting(values: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
@@ -125,12 +127,10 @@ def _cell(row: dict[str, float], method: str) -> str:
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    changes = ", with changes that were not committed," if result["is_modified"] else ""
     return (
         f"{result['model']}; medians of whole steps, all methods alternating in one run, seed "
-        f"{result['seed']}, on {result['device']} ({versions}). `{result['command']}` at commit "
-        f"{result['commit'][:9]}{changes} wrote `benchmarks/results/{name}.json`."
+        f"{result['seed']}, on {result['device']} ({versions_text(result['versions'])}). "
+        f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/{name}.json`."
     )
 
 

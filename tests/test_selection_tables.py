@@ -96,7 +96,7 @@ def results(tmp_path):
 def test_tables(results):
     assert list(read_studies(results)) == ["efficientnet-r4", "smollm2-r8"]
     differences = table("differences", results).splitlines()
-    assert differences[0] == "|  | `efficientnet-r4` | `smollm2-r8` |"
+    assert differences[0] == "| | `efficientnet-r4` | `smollm2-r8` |"
     assert differences[3] == "| `random` | 81 ± 1.4 | 0.19 ± 0.014 |"
     assert differences[4] == "| `gradient` | **+10 (p 0.5)** | **-0.1 (p 0.5)** |"
     assert differences[5] == "| `gradient-activation` | *-10 (p 0.5)* | *+0.1 (p 0.5)* |"

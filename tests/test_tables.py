@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import reproduce_tables, tables
 from pacatune.experiments.reproduce.compare import Verdict
-from pacatune.experiments.reproduce.section import ReportTable, Section
+from pacatune.experiments.reproduce.section import Section
+from pacatune.reports.tables import ReportTable
 
 RESULT = {
     "command": "python -m benchmarks.step",

@@ -8,6 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -72,7 +73,7 @@ def _section_table(command, section):
 
 
 def _table(actions):
-    rows = ["| option | default | |", "|---|---|---|"]
+    rows = []
     for action in actions:
         if isinstance(action, argparse._HelpAction):
             continue
@@ -80,8 +81,8 @@ def _table(actions):
             continue
         shown = ", ".join(f"`{option}`" for option in action.option_strings)
         shown = shown or f"`{action.metavar or action.dest}`"
-        rows.append(f"| {shown} | {_default(action)} | {_help(action)} |")
-    return "\n".join(rows)
+        rows.append([shown, _default(action), _help(action)])
+    return "\n".join(table_lines(["option", "default", ""], rows, "l"))
 
 
 def _default(action):

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pacatune.reports.tables import table_lines
 from pacatune.tuner.defaults import default_targets, survey
 from tools.doc_block import rewrite
 
@@ -153,23 +154,18 @@ FAMILIES: dict[str, Family] = {
 def families_table(name: str) -> str:
     """Return a row per family: what the default adapts of its tiny model, and what not."""
     assert name == "defaults"
-    rows = [
-        "| family | class | default `target_modules` | layers adapted | not adapted |",
-        "|---|---|---|--:|---|",
-        *(_row(name, family) for name, family in FAMILIES.items()),
-    ]
-    return "\n".join(rows)
+    header = ["family", "class", "default `target_modules`", "layers adapted", "not adapted"]
+    rows = [_row(name, family) for name, family in FAMILIES.items()]
+    return "\n".join(table_lines(header, rows, "lllrl"))
 
 
-def _row(name: str, family: Family) -> str:
+def _row(name: str, family: Family) -> list[str]:
     model = family.build()
     targets, reasons = default_targets(model), survey(model)
     names = [targets.replace("|", r"\|")] if isinstance(targets, str) else sorted(targets)
     num_adapted = sum(not reason for reason in reasons.values())
-    return (
-        f"| {name} | `{family.model_class}` | {_code(names)} | {num_adapted} | "
-        f"{_left_out(reasons)} |"
-    )
+    left_out = _left_out(reasons)
+    return [name, f"`{family.model_class}`", _code(names), str(num_adapted), left_out]
 
 
 def _left_out(reasons: dict[str, str]) -> str:

@@ -55,7 +55,7 @@ def test_mmlu(evaluate, tmp_path):
     assert values["settings"]["subjects"] == ["anatomy", "sociology"]
     assert len((tmp_path / "out" / "questions.jsonl").read_text().splitlines()) == 4
     page = (tmp_path / "out" / "evaluation.md").read_text()
-    assert "|  | Hums. | STEM | Social. | Other | Avg. |" in page
+    assert "| | Hums. | STEM | Social. | Other | Avg. |" in page
     assert "| questions | 0 | 2 | 2 | 0 | 4 |" in page
 
 

@@ -39,7 +39,7 @@ def test_files_say_what_made_them(tmp_path, tiny_model_dir, adapter_dir):
     assert values["model"]["adapter"] == str(adapter_dir)
     assert {"pacatune", "lm-eval", "torch", "python"} <= values["versions"].keys()
     page = (tmp_path / "evaluation.md").read_text()
-    assert "# things\n\n|  | a |\n| --- | ---: |\n| accuracy | 50.0 |\n\n- A note." in page
+    assert "# things\n\n| | a |\n|---|--:|\n| accuracy | 50.0 |\n\n- A note." in page
     assert "| limit | 3 |" in page
     assert "chat" not in page
     assert json.loads((tmp_path / "questions.jsonl").read_text()) == {"number": 0, "acc": 1.0}

@@ -24,6 +24,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.reports.figures import check_picture_path, new_figure, plain_text, save_figure
 
 __all__ = [
     "plot_columns",
@@ -413,12 +414,18 @@ def _cosine(dot: float, norm_a: float, norm_b: float) -> float:
 # Draw which columns an adapter trains.
 
 
-_SUFFIXES = (".png", ".svg", ".pdf")
-_INCHES_PER_ROW = 0.18
+# A whole picture fits a screen of 1920 x 1080 pixels, whatever the model.
+_WIDTH, _MOST_HEIGHT = 12.0, 6.6
+_INCHES_PER_ROW, _INCHES_PER_PANEL = 0.18, 1.1
+_MOST_PANELS, _PANELS_PER_LINE = 12, 4
+_MOST_LABELS = 16
 
 
 def plot_columns(report: Any, path: Path) -> None:
     """Draw a row of marks for each adapted module, one for each trained column.
+
+    There is a panel for each kind of module, such as `q_proj`, with a row for each layer; modules
+    of more kinds than a screen shows share one panel. The picture is never larger than a screen.
 
     Args:
         report: What `inspect_adapter` returns, of a PaCA adapter.
@@ -432,23 +439,47 @@ def plot_columns(report: Any, path: Path) -> None:
         rows = [(one.name, one.columns) for one in report.modules if one.columns is not None]
     if not rows:
         raise ValueError("there are no columns to draw: only PaCA adapters have them.")
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    check_picture_path(path)
+    panels = _panels(dict(sorted(rows, key=lambda row: _natural(row[0]))))
+    num_columns = min(len(panels), _PANELS_PER_LINE)
+    num_lines = -(-len(panels) // num_columns)
+    most_rows = max(map(len, panels.values()))
+    height = num_lines * (_INCHES_PER_PANEL + _INCHES_PER_ROW * most_rows)
+    figure = new_figure(_WIDTH, min(height, _MOST_HEIGHT))
+    grid = list(figure.subplots(num_lines, num_columns, squeeze=False).flat)
+    for axes, (title, columns) in zip(grid, panels.items(), strict=False):
+        _draw_columns(axes, columns)
+        axes.set_title(plain_text(title), fontsize="small")
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.suptitle(f"{report.selection}: columns of {len(rows)} modules")
+    save_figure(figure, path)
 
-    rows.sort(key=lambda row: _natural(row[0]))
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(9, 1.5 + _INCHES_PER_ROW * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.eventplot([columns for _, columns in rows], linelengths=0.8, linewidths=1)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
-    axes.invert_yaxis()
+
+def _panels(rows: dict[str, list[int]]) -> dict[str, dict[str, list[int]]]:
+    """Return title -> label of a row -> columns: a panel for each name but for its numbers."""
+    kinds: dict[str, dict[str, list[int]]] = {}
+    for name, columns in rows.items():
+        parts = name.split(".")
+        kind = ".".join("*" if part.isdigit() else part for part in parts)
+        label = ".".join(part for part in parts if part.isdigit())
+        kinds.setdefault(kind, {})[label] = columns
+    if len(kinds) > _MOST_PANELS:
+        return {"": rows}
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    is_clear = len(set(last)) == len(last)
+    return dict(zip(last if is_clear else kinds, kinds.values(), strict=True))
+
+
+def _draw_columns(axes: Any, columns: dict[str, list[int]]) -> None:
+    axes.eventplot(list(columns.values()), linelengths=0.8, linewidths=1)
+    step = -(-len(columns) // _MOST_LABELS)
+    labels = [plain_text(label) for label in columns]
+    axes.set_yticks(range(0, len(labels), step), labels[::step], fontsize=7)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=-1)
-    axes.set(xlabel="column", title=f"{report.selection}: columns of {len(rows)} modules")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlabel("column", fontsize="small")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -137,6 +137,6 @@ def _usage() -> str:
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    from pacatune.reports.provenance import package_version
 
-    return version("pacatune")
+    return str(package_version("pacatune"))

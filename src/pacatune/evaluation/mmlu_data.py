@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pacatune.data.read import SUFFIXES, read_rows
 from pacatune.evaluation.harness import require_lm_eval
 from pacatune.files.folder import staged_folder
 from pacatune.names import guess
+from pacatune.reports.provenance import package_version
 
 NUM_FEWSHOT = 5
 NUM_SUBJECTS = 57
@@ -106,7 +106,9 @@ def bundled_mmlu() -> MmluData:
         "without four choices or there twice); each is asked with the others of its subject as "
         f"examples. Too few to compare models by: the whole of MMLU has {NUM_TEST_QUESTIONS:,}."
     ]
-    return MmluData(shown=shown, asked=None, source=f"lm-eval {version('lm-eval')}", notes=notes)
+    return MmluData(
+        shown=shown, asked=None, source=f"lm-eval {package_version('lm-eval')}", notes=notes
+    )
 
 
 def write_tasks(data: MmluData, output: Path) -> None:
@@ -143,7 +145,7 @@ def write_tasks(data: MmluData, output: Path) -> None:
             }
             _write_yaml(folder / f"mmlu_{subject}.yaml", config)
         _write_groups(folder, configs, subjects)
-        source = {"lm_eval": version("lm-eval"), "source": data.source, "notes": data.notes}
+        source = {"lm_eval": package_version("lm-eval"), "source": data.source, "notes": data.notes}
         (folder / "source.json").write_text(json.dumps(source, indent=1) + "\n")
 
 

@@ -13,9 +13,10 @@ from pacatune.adapters.base import layer_shape
 from pacatune.adapters.fingerprint import fingerprint, unwrap
 from pacatune.adapters.folder import TENSORS_NAME
 from pacatune.adapters.loading import LoadedModel
-from pacatune.bench.record import versions
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.reports.provenance import versions, versions_text
+from pacatune.reports.tables import table_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,8 +52,6 @@ class Report:
 
     def markdown(self, head: dict[str, Any]) -> str:
         """Return a page with the table, the settings and the notes."""
-        rule = ["---", *["---:"] * (len(self.headings) - 1)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.headings, rule, *self.rows)]
         settings = {
             "command": f"`{head['command']}`",
             "model": head["model"]["name"],
@@ -60,11 +59,12 @@ class Report:
             "number type": head["model"]["dtype"],
             "base held as": head["model"]["quantization"],
             **head["settings"],
-            "versions": ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
+            "versions": versions_text(head["versions"]),
         }
-        lines = [f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""]
-        lines += ["| setting | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+        known = [[name, str(value)] for name, value in settings.items() if value is not None]
+        lines = [f"# {self.title}", "", *table_lines(self.headings, self.rows), ""]
+        lines += [*(f"- {note}" for note in self.notes), ""]
+        lines += table_lines(["setting", ""], known, "l")
         return "\n".join(lines) + "\n"
 
 

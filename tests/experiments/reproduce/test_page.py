@@ -5,13 +5,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 
 from benchmarks.pages import read_sections
 from pacatune.experiments.reproduce.beside import fill_section
 from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.page import _STYLE as page_style
 from pacatune.experiments.reproduce.page import make_html, make_markdown, make_result
 from pacatune.experiments.reproduce.section import Section
 
@@ -146,7 +146,8 @@ _MEASURE = """<script>addEventListener("load", () => {
 
 
 def test_tables_have_the_width_of_the_window_and_cells_one_line():
-    rules = dict(re.findall(r"([^{}]+?) \{([^}]*)\}", " ".join(page_style.split())))
+    style = (files("pacatune.reports") / "templates" / "page.css").read_text()
+    rules = dict(re.findall(r"([^{}]+?) \{([^}]*)\}", " ".join(style.split("*/")[1].split())))
     rules = {name.strip(): text for name, text in rules.items()}
     assert "white-space: nowrap" in rules["td"]
     assert "max-width: 60rem" in rules["p, ul, figure"]

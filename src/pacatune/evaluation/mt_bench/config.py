@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pacatune.reports.provenance import versions
 
 if TYPE_CHECKING:
     from pacatune.adapters.base import DTypeName
@@ -182,12 +183,11 @@ def answer_settings(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
-    packages = ("pacatune", "torch", "transformers", "peft")
     return {
         "decides": decides,
         "batch_size": config.batch_size,
         "device": config.device,
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(),
     }
 
 

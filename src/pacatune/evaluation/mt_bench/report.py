@@ -13,6 +13,8 @@ from rich.text import Text
 
 from pacatune.evaluation.mt_bench.judging import HIGHEST, Judgment
 from pacatune.evaluation.mt_bench.questions import TEMPERATURES
+from pacatune.reports.figures import new_figure, plain_text, save_figure
+from pacatune.reports.tables import table_lines
 
 __all__ = [
     "COMPARISON_NOTE",
@@ -131,12 +133,7 @@ def draw_radar(lines: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     scored = [line for line in lines[:-1] if line["mean"] is not None]
     if len(scored) < MIN_CATEGORIES:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 6.4)
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * place / len(scored) for place in range(len(scored))]
     for name, style in (("turn_1", "--"), ("turn_2", ":"), ("mean", "-")):
@@ -144,9 +141,9 @@ def draw_radar(lines: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     axes.set_xticks(angles, [line["name"] for line in scored])
     axes.tick_params(axis="x", pad=16)
     axes.set_ylim(0, HIGHEST)
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(plain_text(title), fontsize="medium")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.1, -0.12), fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 
@@ -204,15 +201,9 @@ def to_markdown(result: dict[str, Any], radar: str | None) -> str:
         result: As in mt_bench.json.
         radar: Name of the picture, if there is one.
     """
-    head = " | ".join(title for title, _ in _COLUMNS)
-    parts = [
-        f"# MT-Bench: {result['model_id']}",
-        "",
-        f"| {head} |",
-        f"|---|{'---:|' * (len(_COLUMNS) - 1)}",
-    ]
-    rows = (" | ".join(show(line) for _, show in _COLUMNS) for line in result["table"])
-    parts += [f"| {row} |" for row in rows]
+    rows = [[show(line) for _, show in _COLUMNS] for line in result["table"]]
+    table = table_lines([title for title, _ in _COLUMNS], rows)
+    parts = [f"# MT-Bench: {result['model_id']}", "", *table]
     parts += ["", *(f"- {_escaped(note)}" for note in _notes(result))]
     if radar is not None:
         parts += ["", f"![scores by category]({radar})"]

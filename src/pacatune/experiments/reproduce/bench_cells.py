@@ -43,7 +43,7 @@ def bench_config(scale: Scale, methods: tuple[str, ...], **options: Any) -> Benc
 
 
 def _num_threads() -> int:
-    from pacatune.bench.record import num_cores
+    from pacatune.reports.provenance import num_cores
 
     return num_cores()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.bench.record import commit, cpu_name, num_cores, versions
+from pacatune.reports.provenance import commit, cpu_name, num_cores, versions
 
 __all__ = ["Cell", "CellStore"]
 

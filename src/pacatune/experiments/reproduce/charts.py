@@ -1,36 +1,19 @@
 """Pictures of a section, as SVG texts that need nothing else."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pacatune.experiments.reproduce.measured import Measured
+from pacatune.reports.figures import new_figure, svg_text
 
 __all__ = ["bars", "lines", "stacked"]
 
 _PAPER, _OURS = "#9a9a9a", "#2b6cb0"
 
 
-def _figure(num_panels: int, height: float = 3.0) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(4.6 * num_panels, height), layout="constrained")
-    FigureCanvasSVG(figure)
+def _panels(num_panels: int, height: float = 3.0) -> tuple[Any, list[Any]]:
+    figure = new_figure(4.6 * num_panels, height)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
-    file = io.StringIO()
-    # The salt makes the names inside, and so the text, the same every time. Words stay words: they
-    # can be read aloud and searched, and are half as long as their outlines.
-    with mpl.rc_context({"svg.hashsalt": "pacatune", "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
 
 
 def bars(
@@ -47,7 +30,7 @@ def bars(
         ours: With their intervals.
         labels: Of the two axes, with units.
     """
-    figure, panels = _figure(2, height=0.9 + 0.28 * len(names))
+    figure, panels = _panels(2, height=0.9 + 0.28 * len(names))
     places = list(range(len(names)))[::-1]
     known = [(place, value) for place, value in zip(places, paper, strict=True) if value]
     _bar_panel(panels[0], known, [None] * len(known), _PAPER)
@@ -58,7 +41,7 @@ def bars(
         axes.set(xlabel=label, title=source, yticks=places, ylim=(-0.6, len(names) - 0.4))
         axes.set_yticklabels(names, fontsize="small")
     panels[1].set_yticklabels([])
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def _bar_panel(axes: Any, numbers: Sequence[tuple[int, float]], errors: Any, color: str) -> None:
@@ -77,13 +60,13 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str
         series: Name -> points.
         labels: Of x and y.
     """
-    figure, (axes,) = _figure(1, height=3.4)
+    figure, (axes,) = _panels(1, height=3.4)
     for name, points in series.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> str:
@@ -94,7 +77,7 @@ def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: s
         names: Of the parts.
         label: Of the axis, with its unit.
     """
-    figure, (axes,) = _figure(1, height=1.2 + 0.4 * len(parts))
+    figure, (axes,) = _panels(1, height=1.2 + 0.4 * len(parts))
     places = list(range(len(parts)))[::-1]
     lefts = [0.0] * len(parts)
     for number, name in enumerate(names):
@@ -105,4 +88,4 @@ def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: s
     axes.set_yticklabels(list(parts))
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg_text(figure)

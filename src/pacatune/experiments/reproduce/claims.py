@@ -6,7 +6,7 @@ from pacatune.experiments.paper import METHOD_TITLES
 from pacatune.experiments.paper.fig2 import Claim
 from pacatune.experiments.reproduce.compare import Outcome, Verdict
 from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import ReportTable
+from pacatune.reports.tables import ReportTable
 
 __all__ = ["CLAIM_RULE", "ClaimResult", "claims_table", "judge_claim"]
 

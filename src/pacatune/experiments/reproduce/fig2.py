@@ -19,9 +19,10 @@ from pacatune.experiments.reproduce.charts import stacked
 from pacatune.experiments.reproduce.claims import ClaimResult, claims_table, judge_claim
 from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
 from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import Chart, ReportTable, Section
+from pacatune.experiments.reproduce.section import Chart, Section
 from pacatune.experiments.reproduce.settings_of import of_bench
 from pacatune.memory.setting import Setting
+from pacatune.reports.tables import ReportTable
 
 __all__ = ["EXPERIMENT"]
 

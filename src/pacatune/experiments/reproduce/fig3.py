@@ -14,10 +14,11 @@ from pacatune.experiments.reproduce.cells import Cell
 from pacatune.experiments.reproduce.charts import lines, stacked
 from pacatune.experiments.reproduce.compare import Verdict
 from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
-from pacatune.experiments.reproduce.section import Chart, ReportTable, Section
+from pacatune.experiments.reproduce.section import Chart, Section
 from pacatune.experiments.reproduce.settings_of import of_bench
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
+from pacatune.reports.tables import ReportTable
 
 __all__ = ["EXPERIMENT"]
 

@@ -105,8 +105,8 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from pacatune.bench.record import Noise, cpu_name, num_cores
     from pacatune.experiments.reproduce.image_steps import measure_steps
+    from pacatune.reports.provenance import Noise, cpu_name, num_cores
 
     torch.set_num_threads(num_cores())
     noise = Noise()

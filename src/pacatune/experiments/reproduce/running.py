@@ -11,6 +11,7 @@ from pacatune.experiments.reproduce.experiment import Experiment, Mode
 from pacatune.experiments.reproduce.page import make_html, make_markdown
 from pacatune.experiments.reproduce.section import Section
 from pacatune.names import guess
+from pacatune.reports.provenance import versions_text
 
 __all__ = [
     "MARK",
@@ -179,7 +180,7 @@ def _provenance(kept: list[dict[str, Any]], command: str) -> str:
         if cell.get("commit")
     }
     machines = {cell.get("machine", "a machine that was not recorded") for cell in kept}
-    texts = [", ".join(f"{name} {number}" for name, number in one) for one in sorted(packages)]
+    texts = [versions_text(dict(one)) for one in sorted(packages)]
     dates = sorted(cell["date"] for cell in kept)
     seconds = sum(cell["seconds"] for cell in kept)
     at = f" at commit {', '.join(sorted(commits))}" if commits else ""

@@ -6,18 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from pacatune.experiments.reproduce.compare import Verdict
+from pacatune.reports.tables import ReportTable
 
-__all__ = ["Chart", "ReportTable", "Section"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportTable:
-    """A table of texts."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
+__all__ = ["Chart", "Section"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pacatune.bench.config import BenchConfig
 from pacatune.experiments.paper.settings import MODULES, SCRIPTS, Settings
 from pacatune.experiments.reproduce.experiment import Experiment, SettingsBeside
-from pacatune.experiments.reproduce.section import ReportTable
 from pacatune.memory.setting import Setting
 from pacatune.methods import METHODS
+from pacatune.reports.tables import ReportTable
 
 __all__ = [
     "beside_table",
@@ -115,7 +115,7 @@ def beside_table(beside: SettingsBeside) -> ReportTable:
             reason = beside.why.get(field.name, "")
         rows.append([field.name.replace("_", " "), _text(paper), _text(ours), reason])
     header = ["setting", "paper", "ours", "why it differs"]
-    return ReportTable(title=beside.title, header=header, rows=rows)
+    return ReportTable(title=beside.title, header=header, rows=rows, align="l")
 
 
 def settings_text(experiment: Experiment, scale: Literal["small", "full"]) -> str:
@@ -130,9 +130,7 @@ def settings_text(experiment: Experiment, scale: Literal["small", "full"]) -> st
         lines += ["", SCRIPTS[experiment.name]]
     for beside in experiment.settings(scale):
         table = beside_table(beside)
-        lines += ["", f"## {table.title}", ""]
-        lines += [f"| {' | '.join(table.header)} |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += ["", f"## {table.title}", "", *table.lines()]
         if beside.commands:
             lines += ["", *(f"    {command}" for command in beside.commands)]
     return "\n".join(lines) + "\n"

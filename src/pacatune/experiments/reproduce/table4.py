@@ -14,11 +14,12 @@ from pacatune.experiments.reproduce.cells import Cell
 from pacatune.experiments.reproduce.compare import Column
 from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
 from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import ReportTable, Section
+from pacatune.experiments.reproduce.section import Section
 from pacatune.experiments.reproduce.settings_of import of_bench
 from pacatune.experiments.reproduce.simulate import describe, setting_of, simulate_length
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
+from pacatune.reports.tables import ReportTable
 
 __all__ = ["EXPERIMENT"]
 

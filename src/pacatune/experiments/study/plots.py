@@ -1,15 +1,16 @@
 """Two plots of a study: what the arms reach, and how that depends on the learning rate."""
 
 from pathlib import Path
-from typing import Any
 
 from pacatune.experiments.study.result import StudyResult
+from pacatune.reports.figures import new_figure, save_figure
 
 
 def draw_metric(result: StudyResult, path: Path) -> None:
     """Draw each arm's seeds as points and its mean as a line."""
     names = list(result.arms)
-    figure, axes = _figure(max(5.0, 1.5 + 1.1 * len(names)))
+    figure = new_figure(max(5.0, 1.5 + 1.1 * len(names)), 4)
+    axes = figure.add_subplot()
     for place, arm in enumerate(result.arms.values()):
         for number, value in enumerate(arm.values.values()):
             # Side by side, so that equal values can be seen; the same place for the same seed.
@@ -20,12 +21,13 @@ def draw_metric(result: StudyResult, path: Path) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel=f"test {result.metric}", title="points: seeds, line: mean")
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_rates(result: StudyResult, path: Path) -> None:
     """Draw each arm's metric on validation data over the learning rate; the best is marked."""
-    figure, axes = _figure(7.0)
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
     for number, arm in enumerate(result.arms.values()):
         found = {rate: mean for rate, mean in arm.rates.items() if mean is not None}
         color = f"C{number % 10}"
@@ -41,14 +43,4 @@ def draw_rates(result: StudyResult, path: Path) -> None:
     )
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def _figure(width: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(width, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    save_figure(figure, path)

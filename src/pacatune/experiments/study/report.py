@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pacatune.experiments.study.plots import draw_metric, draw_rates
 from pacatune.experiments.study.result import ArmResult, StudyResult
+from pacatune.reports.provenance import versions_text
+from pacatune.reports.tables import table_lines
 
 REPORT_NAME, METRIC_PLOT, RATES_PLOT = "report.md", "metric.png", "rates.png"
 OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)
@@ -43,13 +45,12 @@ def table(result: StudyResult) -> tuple[list[str], list[list[str]]]:
 def to_markdown(result: StudyResult) -> str:
     """Return the report."""
     head, rows = table(result)
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     failures = [
         f"- {arm.name}, {failure}" for arm in result.arms.values() for failure in arm.failures
     ]
     parts = [
         f"# {result.config['task'] or 'study'}: {', '.join(result.arms)}",
-        "\n".join(lines),
+        "\n".join(table_lines(head, rows, "llr")),
         notes(result),
         f"![{result.metric}]({METRIC_PLOT})\n\n![Learning rates]({RATES_PLOT})",
     ]
@@ -57,8 +58,7 @@ def to_markdown(result: StudyResult) -> str:
         parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in result.warnings))
     if failures:
         parts.append("Failed runs:\n\n" + "\n".join(failures))
-    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
-    return "\n\n".join([*parts, f"Versions: {packages}."]) + "\n"
+    return "\n\n".join([*parts, f"Versions: {versions_text(result.versions)}."]) + "\n"
 
 
 def notes(result: StudyResult) -> str:

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+PACKAGES = ("trl", "accelerate", "datasets")
+"""Whose versions are recorded beside those of every report."""
+
 METRICS = {"loss": False, "accuracy": True}
 """Metric -> whether more is better."""
 

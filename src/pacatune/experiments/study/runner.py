@@ -14,11 +14,11 @@ from pacatune.experiments.study.config import StudyConfig
 from pacatune.experiments.study.plan import Plan, make_plan
 from pacatune.experiments.study.records import Records
 from pacatune.experiments.study.report import OUTPUTS, write_report
-from pacatune.experiments.study.result import RunRecord, StudyResult
+from pacatune.experiments.study.result import PACKAGES, RunRecord, StudyResult
 from pacatune.experiments.study.summary import Place, best_rate, rate_beyond, summarise
 from pacatune.files.result_folder import ResultFolder
+from pacatune.reports.provenance import versions
 from pacatune.training.preparation import show_warnings
-from pacatune.training.report import versions
 
 RESULT_NAME = "study.json"
 RUNS_NAME = "runs"
@@ -179,7 +179,7 @@ class _Runner:
                 "arm": name,
                 "learning_rate": rate,
                 "seed": seed,
-                "versions": versions(),
+                "versions": versions(*PACKAGES),
             }
             try:
                 measured = self._plan.task.run(run, Console(quiet=True))

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 
 from pacatune.experiments.study.plan import Plan
-from pacatune.experiments.study.result import METRICS, ArmResult, RunRecord, StudyResult
+from pacatune.experiments.study.result import METRICS, PACKAGES, ArmResult, RunRecord, StudyResult
 from pacatune.experiments.study.statistics import compare, mean_of, std_of
-from pacatune.training.report import versions
+from pacatune.reports.provenance import versions
 
 Place = tuple[str, float, int]
 """Arm, learning rate, seed."""
@@ -62,7 +62,7 @@ def summarise(plan: Plan, records: dict[Place, RunRecord]) -> StudyResult:
         arms=arms,
         warnings=[*plan.task.warnings, *_warnings(plan, records, arms)],
         config=asdict(plan.config),
-        versions=versions(),
+        versions=versions(*PACKAGES),
     )
 
 

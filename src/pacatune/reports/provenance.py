@@ -1,0 +1,139 @@
+"""Where numbers come from: packages, commit, processor, and what else the machine did."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Noise",
+    "commit",
+    "commit_text",
+    "cpu",
+    "cpu_name",
+    "git",
+    "num_cores",
+    "package_version",
+    "versions",
+    "versions_text",
+]
+
+_PACKAGES = ("pacatune", "torch", "transformers", "peft")
+_PACKAGE_FOLDER = Path(__file__).parents[1]
+
+
+def package_version(name: str) -> str | None:
+    """Return the release of an installed package, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Return the releases of Python and of the packages that decide what is computed.
+
+    Args:
+        *more: Names of further packages; left out where they are not installed.
+    """
+    found = {"python": platform.python_version()}
+    found |= {name: version(name) for name in _PACKAGES}
+    return found | {name: number for name in more if (number := package_version(name))}
+
+
+def versions_text(found: Mapping[str, str]) -> str:
+    """Return releases as a sentence's part: `torch 2.13.0, peft 0.21.2`."""
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def commit() -> dict[str, Any]:
+    """Return commit and `is_modified` of the checkout this package runs from; None elsewhere."""
+    # An environment may lie in a repository of its user, whose commit says nothing about us.
+    if not git("ls-files", "--", "__init__.py", folder=_PACKAGE_FOLDER):
+        return {"commit": None, "is_modified": None}
+    return {
+        "commit": git("rev-parse", "HEAD", folder=_PACKAGE_FOLDER),
+        "is_modified": bool(git("status", "--porcelain", "--", ".", folder=_PACKAGE_FOLDER)),
+    }
+
+
+def commit_text(record: Mapping[str, Any]) -> str:
+    """Return the commit of a result as a sentence's part; empty where it is not known."""
+    if not record.get("commit"):
+        return ""
+    changed = ", with changes that were not committed," if record["is_modified"] else ""
+    return f" at commit {record['commit'][:9]}{changed}"
+
+
+def git(*args: str, folder: Path) -> str | None:
+    """Return what a git command prints in a folder, None where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the processor's name, with family and model where the name alone says little."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+
+
+def cpu() -> dict[str, Any]:
+    """Return name, vector instructions and number of cores of the processor."""
+    import torch
+
+    return {
+        "name": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "num_cores": num_cores(),
+    }
+
+
+class Noise:
+    """What the machine did besides a measurement, from when this is made."""
+
+    def __init__(self) -> None:
+        self._load_average = _load_average()
+        self._start, self._others = time.monotonic(), _seconds_of_others()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return load averages at start and end, and how many cores others kept busy meanwhile."""
+        others, start = _seconds_of_others(), self._start
+        cores = None
+        if others is not None and self._others is not None:
+            cores = round((others - self._others) / (time.monotonic() - start), 2)
+        return {"load_average": [self._load_average, _load_average()], "num_cores_of_others": cores}
+
+
+def _load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _seconds_of_others() -> float | None:
+    """CPU seconds of all other processes, and of other virtual machines, since the start."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    ticks = [int(text) for text in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # idle and waiting for a disk
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - time.process_time()
