@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.record import RESULTS, git, write
 from pacatune.experiments.paper import TABLES
 from pacatune.experiments.paper.tables import GPU, Row
-from pacatune.experiments.reproduce.simulate import setting_of, tokens_for
+from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
 from pacatune.memory.estimate import Estimate, estimate_memory, find_max
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting

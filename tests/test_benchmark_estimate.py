@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import estimate, estimate_tables, tables
 from pacatune.experiments.paper import TABLES
-from pacatune.experiments.reproduce.simulate import setting_of, tokens_for
+from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
 from pacatune.memory.estimate import estimate_memory
 from pacatune.memory.gpus import gpu_bytes
 from tests.memory.real_step import LLAMA, tiny, write_config

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from benchmarks import reproduce_tables, tables
-from pacatune.experiments.reproduce.compare import Verdict
-from pacatune.experiments.reproduce.section import Section
+from pacatune.experiments.reproduce.section import Section, Verdict
 from pacatune.reports.tables import ReportTable
 
 RESULT = {

@@ -85,7 +85,7 @@ def _print_list(show: "object", experiments: "dict[str, Experiment]") -> None:
 def _print_settings(
     show: "object", experiments: "list[Experiment]", scale: "Literal['small', 'full'] | None"
 ) -> None:
-    from pacatune.experiments.reproduce.settings_of import settings_text
+    from pacatune.experiments.reproduce.settings import settings_text
 
     for experiment in experiments:
         show(settings_text(experiment, scale or "full"))  # type: ignore[operator]

@@ -1,7 +1,7 @@
 import pytest
 
 from pacatune.experiments.paper.tables import Quantity, Row, Table
-from pacatune.experiments.reproduce.compare import Column
+from pacatune.experiments.reproduce.verdicts import Column
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pacatune.experiments.reproduce.cells import Cell, CellStore
+from pacatune.experiments.reproduce.experiment import Cell, CellStore
 
 
 @pytest.fixture

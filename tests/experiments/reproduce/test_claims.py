@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from pacatune.experiments.paper.fig2 import CLAIMS
-from pacatune.experiments.reproduce.claims import ClaimResult, claims_table, judge_claim
-from pacatune.experiments.reproduce.measured import Measured
+from pacatune.experiments.reproduce.section import Measured
+from pacatune.experiments.reproduce.verdicts import ClaimResult, claims_table, judge_claim
 
 FASTER = next(claim for claim in CLAIMS if claim.key == "time-paca-lora")  # 0.81
 ALIKE = next(claim for claim in CLAIMS if claim.key == "time-lora-full")  # 0.994

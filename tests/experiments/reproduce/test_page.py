@@ -10,10 +10,9 @@ from importlib.resources import files
 import pytest
 
 from benchmarks.pages import read_sections
-from pacatune.experiments.reproduce.beside import fill_section
-from pacatune.experiments.reproduce.measured import Measured
+from pacatune.experiments.reproduce.comparison import fill_section
 from pacatune.experiments.reproduce.page import make_html, make_markdown, make_result
-from pacatune.experiments.reproduce.section import Section
+from pacatune.experiments.reproduce.section import Measured, Section
 
 
 def exact(value, note=""):

@@ -1,13 +1,15 @@
 """Runs of experiments: what is written when, and that a killed run goes on."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
+from pacatune.experiments import reproduce
 from pacatune.experiments.paper import TABLES
-from pacatune.experiments.reproduce.cells import Cell
-from pacatune.experiments.reproduce.commands import evaluate_words
-from pacatune.experiments.reproduce.experiment import Experiment
+from pacatune.experiments.reproduce import instruction
+from pacatune.experiments.reproduce.experiment import Cell, Experiment
 from pacatune.experiments.reproduce.running import (
     check_method,
     find_experiments,
@@ -15,6 +17,7 @@ from pacatune.experiments.reproduce.running import (
     run_experiments,
     write_report,
 )
+from pacatune.experiments.reproduce.runs import evaluate_line
 from pacatune.experiments.reproduce.section import Section
 
 
@@ -98,10 +101,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, calls):
 
 def test_the_machine_is_the_one_that_measured(experiments, tmp_path, monkeypatch):
     """A report made again elsewhere once named the machine that made the report."""
-    monkeypatch.setattr("pacatune.experiments.reproduce.cells.cpu_name", lambda: "Some Processor")
-    monkeypatch.setattr("pacatune.experiments.reproduce.cells.num_cores", lambda: 3)
+    monkeypatch.setattr(
+        "pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Some Processor"
+    )
+    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.num_cores", lambda: 3)
     go(experiments, tmp_path / "out")
-    monkeypatch.setattr("pacatune.experiments.reproduce.cells.cpu_name", lambda: "Another")
+    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Another")
     (section, _), _ = go(experiments, tmp_path / "out", resume=True)
     assert " minutes on Some Processor, 3 cores (" in section.provenance
     path = tmp_path / "out" / "cells" / "first" / "lora.json"
@@ -167,11 +172,18 @@ def test_names_and_methods(experiments):
 def test_commands_of_the_full_scale_are_those_of_the_evaluations():
     """Their own parsers take every word; a wrong one would end the process."""
     from pacatune.cli import evaluate_mmlu, evaluate_mt_bench
-    from pacatune.experiments.reproduce import mt_bench_runs
 
-    words = evaluate_words("mmlu", "a/model", None)
-    assert evaluate_mmlu._parse([*words[2:], "--output", "DIR"]).model == "a/model"
     row = TABLES["table3"].row("llama3-8b-quantized")
-    parsed = evaluate_mt_bench._parse([*mt_bench_runs._judge_words(row, None)[2:], "--output", "D"])
+    (line,) = instruction._full_commands(None, row)
+    parsed = evaluate_mt_bench._parse(shlex.split(line)[3:])
     assert (parsed.quantization, parsed.judge_model) == ("nf4", "gpt-4o-mini")
     assert parsed.judge_key_env == "OPENAI_API_KEY"
+    line = evaluate_line("mmlu", "a/model", has_adapter=True)
+    parsed = evaluate_mmlu._parse(shlex.split(line)[3:])
+    assert (parsed.model, parsed.adapter, parsed.output) == ("a/model", "RUN", "DIR")
+
+
+def test_reproduction_knows_no_command_line():
+    """It does what it does in this process, by functions."""
+    folder = Path(reproduce.__file__).parent
+    assert not [path for path in folder.glob("*.py") if "pacatune.cli" in path.read_text()]

@@ -4,8 +4,12 @@ import pytest
 
 from pacatune.experiments.paper.settings import MODULES, Settings
 from pacatune.experiments.reproduce import EXPERIMENTS
-from pacatune.experiments.reproduce.experiment import SettingsBeside
-from pacatune.experiments.reproduce.settings_of import beside_table, differences, settings_text
+from pacatune.experiments.reproduce.settings import (
+    SettingsBeside,
+    beside_table,
+    differences,
+    settings_text,
+)
 
 ALL = [(name, scale) for name in EXPERIMENTS for scale in ("small", "full")]
 

@@ -6,8 +6,8 @@ import pytest
 
 from pacatune.cli import main
 from pacatune.experiments.paper import TABLES
-from pacatune.experiments.reproduce import memory_columns, table4
-from pacatune.experiments.reproduce.simulate import (
+from pacatune.experiments.reproduce import limits, simulation
+from pacatune.experiments.reproduce.simulation import (
     setting_of,
     simulate_length,
     simulate_peak,
@@ -56,9 +56,9 @@ def small_models(tmp_path, monkeypatch):
     def small(table, row):
         return setting_of(table, row).but(model=path)
 
-    monkeypatch.setattr(memory_columns, "setting_of", small)
-    monkeypatch.setattr(table4, "setting_of", small)
-    monkeypatch.setattr(table4, "gpu_bytes", lambda name: _AVAILABLE)
+    monkeypatch.setattr(simulation, "setting_of", small)
+    monkeypatch.setattr(limits, "setting_of", small)
+    monkeypatch.setattr(limits, "gpu_bytes", lambda name: _AVAILABLE)
     return path
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pacatune.experiments.reproduce.measured import Measured
+from pacatune.experiments.reproduce.section import Measured
 from pacatune.reports.figures import new_figure, svg_text
 
 __all__ = ["bars", "lines", "stacked"]

@@ -7,24 +7,22 @@ from typing import Any, Literal
 
 from pacatune.experiments.paper import METHOD_TITLES, fig2
 from pacatune.experiments.paper.settings import table_8
-from pacatune.experiments.reproduce.bench_cells import (
+from pacatune.experiments.reproduce.charts import stacked
+from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Results
+from pacatune.experiments.reproduce.section import Chart, Measured, Section
+from pacatune.experiments.reproduce.settings import SettingsBeside, of_bench
+from pacatune.experiments.reproduce.steps import (
     bench_cell,
     bench_config,
     machine_of,
     phase_ratio,
     row_of,
 )
-from pacatune.experiments.reproduce.cells import Cell
-from pacatune.experiments.reproduce.charts import stacked
-from pacatune.experiments.reproduce.claims import ClaimResult, claims_table, judge_claim
-from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
-from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import Chart, Section
-from pacatune.experiments.reproduce.settings_of import of_bench
+from pacatune.experiments.reproduce.verdicts import ClaimResult, claims_table, judge_claim
 from pacatune.memory.setting import Setting
 from pacatune.reports.tables import ReportTable
 
-__all__ = ["EXPERIMENT"]
+__all__ = ["FIGURE_2_EXPERIMENT"]
 
 NAME = "fig2"
 _MODEL = "llama3-8b"
@@ -191,7 +189,7 @@ def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
     ]
 
 
-EXPERIMENT = Experiment(
+FIGURE_2_EXPERIMENT = Experiment(
     name=NAME,
     title=fig2.TITLE,
     place=fig2.PLACE,

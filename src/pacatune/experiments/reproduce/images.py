@@ -1,32 +1,29 @@
-"""What Tables 6 and 7 share: a real small model, the paper's own without its weights, presets."""
+"""Tables 6 and 7: ViT-B/16 and EfficientNetV2-L on images.
+
+At the small scale a real small model is trained, and steps of the paper's own are measured with
+random weights; at the full scale they are the presets of `pacatune train-image`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.experiments.paper.settings import Settings
-from pacatune.experiments.paper.tables import Quantity, Row
-from pacatune.experiments.reproduce.bench_cells import steps_of_ours
-from pacatune.experiments.reproduce.beside import fill_section
-from pacatune.experiments.reproduce.cells import Cell
-from pacatune.experiments.reproduce.commands import shell_line
-from pacatune.experiments.reproduce.compare import Column
-from pacatune.experiments.reproduce.experiment import Experiment, Mode, Results, SettingsBeside
-from pacatune.experiments.reproduce.image_runs import (
-    full_cell,
-    full_columns,
-    full_numbers,
-    full_run,
-    full_words,
-)
-from pacatune.experiments.reproduce.image_spec import ImageTable
-from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import Section
-from pacatune.experiments.reproduce.study_cells import SPREAD_NOTE, one_arm, scores_of, study_cell
+from pacatune.experiments.paper.tables import TABLE_6, TABLE_7, Quantity, Row, Table
+from pacatune.experiments.reproduce.comparison import fill_section
+from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Results
+from pacatune.experiments.reproduce.image_steps import build_efficientnet, build_vit, measure_steps
+from pacatune.experiments.reproduce.runs import Runs
+from pacatune.experiments.reproduce.scores import SPREAD_NOTE, one_arm, scores_of, study_cell
+from pacatune.experiments.reproduce.section import Measured, Section
+from pacatune.experiments.reproduce.settings import SettingsBeside
+from pacatune.experiments.reproduce.steps import steps_of_ours
+from pacatune.experiments.reproduce.verdicts import Column
 from pacatune.experiments.study import Arm, StudyConfig
 
-__all__ = ["make_experiment"]
+__all__ = ["TABLE_6_EXPERIMENT", "TABLE_7_EXPERIMENT", "ImageTable"]
 
 _RANK = 8
 _SEEDS = [0, 1]
@@ -40,7 +37,31 @@ _CANNOT = (
 )
 
 
-def make_experiment(spec: ImageTable) -> Experiment:
+@dataclass(frozen=True, kw_only=True)
+class ImageTable:
+    """What distinguishes Table 6 from Table 7."""
+
+    table: Table
+    about: tuple[str, ...]
+    task: str
+    """Packaged task of a study."""
+    small_model: str
+    """What it is, for the reader."""
+    num_steps: int
+    """That it is trained for."""
+    build: Callable[[], Any]
+    """The paper's model with random weights."""
+    model: str
+    """Its name."""
+    num_images: int
+    image_size: int
+    """Of the steps that are timed."""
+    presets: dict[str, str]
+    """Key of a score -> preset of `train-image`."""
+    notes: tuple[str, ...] = ()
+
+
+def _experiment(spec: ImageTable) -> Experiment:
     """Return the experiment of one of the tables."""
     return Experiment(
         name=spec.table.name,
@@ -68,7 +89,7 @@ def _cells(spec: ImageTable, mode: Mode) -> list[Cell]:
     rows = spec.table.rows
     if mode == "full":
         return [
-            full_cell(row, score, preset) for row in rows for score, preset in spec.presets.items()
+            _full_cell(row, score, preset) for row in rows for score, preset in spec.presets.items()
         ]
     others = [row.method for row in rows if row.method != "paca"]
     sizes = {
@@ -105,7 +126,6 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from pacatune.experiments.reproduce.image_steps import measure_steps
     from pacatune.reports.provenance import Noise, cpu_name, num_cores
 
     torch.set_num_threads(num_cores())
@@ -124,7 +144,7 @@ def _section(spec: ImageTable, mode: Mode, results: Results) -> Section:
         notes=list(spec.notes),
     )
     if mode == "full":
-        columns, ours = full_columns(spec), full_numbers(spec, results)
+        columns, ours = _full_columns(spec), _full_numbers(spec, results)
     else:
         columns, ours = _small_columns(spec, results), _small_numbers(spec, results)
     fill_section(part, table, columns, ours)
@@ -215,7 +235,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
             }
             found.append(SettingsBeside(title=row.title, paper=_paper(spec), ours=ours, why=why))
             continue
-        runs = {score: full_run(row, preset) for score, preset in spec.presets.items()}
+        runs = {score: _full_run(row, preset) for score, preset in spec.presets.items()}
         run = next(iter(runs.values()))
         ours = Settings(
             model=run.model.path,
@@ -225,7 +245,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
             batch_size=run.training.per_device_train_batch_size,
             epochs=run.training.num_train_epochs,
         )
-        commands = tuple(shell_line(full_words(row, preset)) for preset in spec.presets.values())
+        commands = tuple(_full_line(row, preset) for preset in spec.presets.values())
         why |= {"model": "its name on the hub; the paper does not say which weights"}
         found.append(
             SettingsBeside(
@@ -237,3 +257,159 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
 
 def _paper(spec: ImageTable) -> Settings:
     return Settings(model=spec.model, data=", ".join(spec.presets))
+
+
+# Full scale: the presets of `pacatune train-image`.
+
+
+def _full_run(row: Row, preset: str) -> Any:
+    """Return the run of a line on one data set."""
+    from pacatune.training.image import (
+        ImageDataConfig,
+        ImageModelConfig,
+        ImageRunConfig,
+        ImageTrainingConfig,
+    )
+    from pacatune.training.image.presets import find_preset
+
+    options: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
+    for name, value in find_preset(preset).options().items():
+        section, _, key = name.partition(".")
+        options[section][key] = value
+    return ImageRunConfig(
+        method=row.method,
+        model=ImageModelConfig(**options["model"]),
+        data=ImageDataConfig(**options["data"]),
+        training=ImageTrainingConfig(**options["training"], report_to="none"),
+    )
+
+
+def _full_line(row: Row, preset: str) -> str:
+    """Return its command, as it is typed."""
+    return f"pacatune train-image --preset {preset} --method {row.method}"
+
+
+def _full_cell(row: Row, score: str, preset: str) -> Cell:
+    """Return the cell of a line on one data set.
+
+    Args:
+        row: The line.
+        score: Key of the accuracy.
+        preset: Of `train-image`.
+    """
+    return Cell(
+        key=f"full-{row.key}-{score}",
+        title=_full_line(row, preset),
+        methods=(row.method,),
+        inputs={"method": row.method, "preset": preset},
+        run=partial(_train, row, preset),
+    )
+
+
+def _train(row: Row, preset: str, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    report, _ = Runs(folder=folder, tell=tell).train(_full_run(row, preset), "run")
+    names = ("accuracy_after", "peak_memory_bytes", "step_ms", "num_steps")
+    return {name: report[name] for name in names}
+
+
+def _full_columns(spec: ImageTable) -> list[Column]:
+    """Return the columns of everything that the paper reports."""
+    return [
+        Column(
+            quantity=Quantity(
+                key=f"full_{paper.key}",
+                title=f"{paper.title}, measured",
+                unit=paper.unit,
+                kind=paper.kind,
+                margin=paper.margin,
+            ),
+            paper=paper,
+            is_same=True,
+            about="By `pacatune train-image`; memory and time are of CIFAR-10: the paper does not "
+            "say of which data set its are.",
+        )
+        for paper in spec.table.quantities
+    ]
+
+
+def _full_numbers(spec: ImageTable, results: Results) -> dict[tuple[str, str], Measured]:
+    """Return all numbers of the lines that were run in full."""
+    found: dict[tuple[str, str], Measured] = {}
+    for row in spec.table.rows:
+        runs = {
+            score: result
+            for score in spec.presets
+            if (result := results.get(f"full-{row.key}-{score}")) is not None
+        }
+        scores = {score: 100 * run["accuracy_after"] for score, run in runs.items()}
+        if len(scores) == len(spec.presets):
+            scores["average"] = sum(scores.values()) / len(scores)
+        for score, value in scores.items():
+            found[row.key, f"full_{score}"] = Measured.exact(value, "measured")
+        if "cifar10" in runs:
+            run = runs["cifar10"]
+            memory, minutes = (
+                run["peak_memory_bytes"] / 1e9,
+                run["step_ms"] * run["num_steps"] / 6e4,
+            )
+            found[row.key, "full_memory"] = Measured.exact(memory, "measured")
+            found[row.key, "full_time"] = Measured.exact(minutes, "measured")
+    return found
+
+
+# The two tables.
+
+
+TABLE_6_EXPERIMENT = _experiment(
+    ImageTable(
+        table=TABLE_6,
+        about=(
+            "The paper fine-tunes ViT-B/16, a transformer for images, on four data sets, by LoRA "
+            "and by PaCA, to show that PaCA is not for language alone.",
+        ),
+        task="dinov2-cifar10",
+        small_model="DINOv2-S (22 M parameters, fine-tuned for saliency by others)",
+        num_steps=30,
+        build=build_vit,
+        model="ViT-B/16",
+        num_images=4,
+        image_size=224,
+        presets={
+            "cifar10": "vit-b16-cifar10",
+            "cifar100": "vit-b16-cifar100",
+            "pets": "vit-b16-pets",
+            "flowers102": "vit-b16-flowers102",
+        },
+        notes=(
+            "CIFAR-100, Oxford-IIIT Pets and Oxford-Flowers 102 cannot be had offline, so their "
+            "columns have no counterpart at the small scale.",
+        ),
+    )
+)
+
+TABLE_7_EXPERIMENT = _experiment(
+    ImageTable(
+        table=TABLE_7,
+        about=(
+            "LoRA's matrices are linear layers and do not merge into every kind of convolution; "
+            "PaCA trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a "
+            "convolutional network, in full and by PaCA.",
+        ),
+        task="efficientnet-cifar10",
+        small_model="EfficientNet-Lite0 (3.4 M parameters, ImageNet weights)",
+        num_steps=40,
+        build=build_efficientnet,
+        model="EfficientNetV2-L",
+        num_images=2,
+        image_size=192,
+        presets={
+            "cifar10": "efficientnetv2-l-cifar10",
+            "cifar100": "efficientnetv2-l-cifar100",
+        },
+        notes=(
+            "CIFAR-100 cannot be had offline, so its column has no counterpart at the small scale.",
+            "The paper trained BatchNorm in a way that it does not state; here it stays in "
+            "evaluation mode.",
+        ),
+    )
+)

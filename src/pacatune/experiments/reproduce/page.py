@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pacatune.experiments.paper import CITATION
-from pacatune.experiments.reproduce.compare import RULE
 from pacatune.experiments.reproduce.section import Section
+from pacatune.experiments.reproduce.verdicts import RULE
 from pacatune.reports.pages import inline_svg, render_page
 
 __all__ = ["make_html", "make_markdown", "make_result"]

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.reproduce.cells import Cell, CellStore
-from pacatune.experiments.reproduce.experiment import Experiment, Mode
+from pacatune.experiments.reproduce.experiment import Cell, CellStore, Experiment, Mode
 from pacatune.experiments.reproduce.page import make_html, make_markdown
 from pacatune.experiments.reproduce.section import Section
 from pacatune.names import guess

@@ -1,14 +1,54 @@
 """One experiment's part of the report, as data that Markdown, HTML and JSON are made of."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from pacatune.experiments.reproduce.compare import Verdict
 from pacatune.reports.tables import ReportTable
 
-__all__ = ["Chart", "Section"]
+__all__ = ["Chart", "Measured", "Origin", "Outcome", "Section", "Verdict"]
+
+
+Origin = Literal["simulated", "counted", "measured"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A number and the interval it lies in; equal ends where it is exact."""
+
+    value: float
+    low: float
+    high: float
+    origin: Origin
+    """simulated: by `pacatune estimate`; counted: exactly, of the real step; measured: here."""
+    note: str = ""
+    """What a reader must know about this one number."""
+
+    @classmethod
+    def exact(cls, value: float, origin: Origin, note: str = "") -> "Measured":
+        """Return a number without spread."""
+        return cls(value=value, low=value, high=value, origin=origin, note=note)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Measured":
+        """Return the number that `to_dict` wrote."""
+        return cls(**values)
+
+
+Outcome = Literal["agrees", "contradicts", "open"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What two lines say about the paper in one quantity."""
+
+    outcome: Outcome
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

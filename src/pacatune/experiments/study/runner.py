@@ -15,7 +15,8 @@ from pacatune.experiments.study.plan import Plan, make_plan
 from pacatune.experiments.study.records import Records
 from pacatune.experiments.study.report import OUTPUTS, write_report
 from pacatune.experiments.study.result import PACKAGES, RunRecord, StudyResult
-from pacatune.experiments.study.summary import Place, best_rate, rate_beyond, summarise
+from pacatune.experiments.study.summary import Place, best_rate, summarise
+from pacatune.experiments.study.tuning import rate_beyond
 from pacatune.files.result_folder import ResultFolder
 from pacatune.reports.provenance import versions
 from pacatune.training.preparation import show_warnings
@@ -120,7 +121,10 @@ class _Runner:
     def _extend_grids(self) -> None:
         """Try one more rate for each arm whose best one is at the edge of its grid."""
         seeds = self._plan.config.seeds[: self._plan.config.tuning_seeds]
-        beyond = {name: rate_beyond(self._plan, self._ended, name) for name in self._plan.arms}
+        beyond = {
+            name: rate_beyond(best_rate(self._plan, self._ended, name), arm.learning_rates)
+            for name, arm in self._plan.arms.items()
+        }
         for name, rate in beyond.items():
             if rate is not None:
                 self._plan.add_rate(name, rate)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pacatune.experiments.study.plan import Plan
 from pacatune.experiments.study.result import METRICS, PACKAGES, ArmResult, RunRecord, StudyResult
 from pacatune.experiments.study.statistics import compare, mean_of, std_of
+from pacatune.experiments.study.tuning import best_of, is_at_edge
 from pacatune.reports.provenance import versions
 
 Place = tuple[str, float, int]
@@ -15,19 +16,7 @@ _EQUAL_SHARE = 0.05
 
 def best_rate(plan: Plan, records: dict[Place, RunRecord], name: str) -> float | None:
     """Return the rate with the best mean on validation data over the seeds that choose."""
-    means = rate_curve(plan, records, name)
-    sign = 1 if METRICS[plan.metric] else -1
-    found = {rate: sign * mean for rate, mean in means.items() if mean is not None}
-    return max(found, key=lambda rate: found[rate]) if found else None
-
-
-def rate_beyond(plan: Plan, records: dict[Place, RunRecord], name: str) -> float | None:
-    """Return the rate next to the best one outside of the grid; None if it is not at the edge."""
-    rates, best = plan.arms[name].learning_rates, best_rate(plan, records, name)
-    if best is None or len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbour:.3g}")
+    return best_of(rate_curve(plan, records, name), higher_is_better=METRICS[plan.metric])
 
 
 def rate_curve(plan: Plan, records: dict[Place, RunRecord], name: str) -> dict[float, float | None]:
@@ -94,7 +83,6 @@ def _arm_result(
         for (arm, at, seed), record in records.items()
         if arm == name and record.error is not None
     ]
-    rates = planned.learning_rates
     return ArmResult(
         name=name,
         method=planned.arm.method,
@@ -110,7 +98,7 @@ def _arm_result(
         ),
         forgetting=mean_of(rises),
         rates=rate_curve(plan, records, name),
-        at_edge=len(rates) > 1 and rate in (min(rates), max(rates)),
+        at_edge=is_at_edge(rate, planned.learning_rates),
         comparison=None if name == reference else compare(mine, values[reference]),
         failures=failures,
     )

@@ -1,24 +1,35 @@
 """Cells that `pacatune bench` measures: steps of all methods in turns, or sweeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.bench.config import BenchConfig
-from pacatune.bench.shape import load_values
-from pacatune.experiments.reproduce.cells import Cell
-from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.scale import (
-    SHAPE,
-    SWEEP_LIMIT_BYTES,
-    SWEEP_SHAPE,
-    small_dtype,
-    values_of,
-)
+from pacatune.bench.shape import llama_values, load_values
+from pacatune.experiments.paper.tables import Quantity, Row, Table
+from pacatune.experiments.reproduce.experiment import Cell
+from pacatune.experiments.reproduce.section import Measured
+from pacatune.experiments.reproduce.verdicts import Column
 
-__all__ = ["bench_cell", "bench_config", "machine_of", "phase_ratio", "row_of", "steps_of_ours"]
+__all__ = [
+    "MODEL",
+    "SHAPE",
+    "SWEEP_LIMIT_BYTES",
+    "SWEEP_SHAPE",
+    "bench_cell",
+    "bench_columns",
+    "bench_config",
+    "bench_numbers",
+    "machine_of",
+    "phase_ratio",
+    "row_of",
+    "small_dtype",
+    "steps_of_ours",
+    "values_of",
+]
+
 
 Scale = Literal["small", "full"]
 
@@ -151,3 +162,89 @@ def machine_of(result: dict[str, Any]) -> str:
     known = [cores for cores in noises if cores is not None]
     busy = f"; other processes kept up to {max(known):.2f} cores busy" if known else ""
     return f"Measured on {result['model']} with {result['device']}{busy}."
+
+
+# Hidden size and layers of the Llama whose steps are timed.
+SHAPE = (512, 8)
+# Of sweeps until memory ends, which take dozens of processes; and where it ends.
+SWEEP_SHAPE = (256, 4)
+SWEEP_LIMIT_BYTES = 3 * 2**29
+
+
+def values_of(shape: tuple[int, int]) -> tuple[dict[str, Any], str]:
+    """Return the configuration and the name of a small Llama."""
+    hidden_size, num_layers = shape
+    return llama_values(hidden_size, num_layers), f"Llama {hidden_size}x{num_layers}"
+
+
+def small_dtype() -> str:
+    """Return the type of weights that this processor multiplies fast."""
+    from pacatune.training.precision import bfloat16_is_fast
+
+    return "bfloat16" if bfloat16_is_fast(use_cpu=True) else "float32"
+
+
+# The model of the paper whose lines small numbers stand beside.
+MODEL = "llama3-8b"
+_TIME, _KEPT, _PEAK = "small_time", "small_kept", "small_peak"
+_MB = 10**6
+# In a narrow model a rank weighs more than in the paper's; peaks of a few megabytes are not exact.
+_MARGINS = {_TIME: 0.02, _KEPT: 0.05, _PEAK: 0.1}
+
+
+def bench_columns(table: Table, about: str) -> list[Column]:
+    """Return the columns of what `bench_numbers` gives.
+
+    Args:
+        table: The paper's.
+        about: What was measured where, a sentence or two.
+    """
+    memory, time = table.quantity("memory"), table.quantity("time")
+    titles = (
+        (_TIME, "time of a step, small model", "of PaCA's", time),
+        (_KEPT, "kept for backward, small model", "MB", memory),
+        (_PEAK, "peak of a process, small model", "MB", memory),
+    )
+    return [
+        Column(
+            quantity=Quantity(
+                key=key, title=title, unit=unit, kind=paper.kind, margin=_MARGINS[key]
+            ),
+            paper=paper,
+            is_same=False,
+            about=about,
+        )
+        for key, title, unit, paper in titles
+    ]
+
+
+def bench_numbers(
+    table: Table, result: dict[str, Any], names: Mapping[str, str]
+) -> dict[tuple[str, str], Measured]:
+    """Return time, kept bytes and peak of each line that was measured.
+
+    Args:
+        table: The paper's.
+        result: Of a bench cell.
+        names: Method of the paper -> of `pacatune bench`.
+    """
+    found: dict[tuple[str, str], Measured] = {}
+    times = steps_of_ours(result)
+    for method, name in names.items():
+        row, line = row_of(result, name), _line(table, method)
+        if not row or line is None:
+            continue
+        if name in times:
+            found[line.key, _TIME] = times[name]
+        found[line.key, _KEPT] = Measured.exact(row["saved_bytes"] / _MB, "counted")
+        if row["peak_bytes"] is not None:
+            found[line.key, _PEAK] = Measured.exact(row["peak_bytes"] / _MB, "measured")
+    return found
+
+
+def _line(table: Table, method: str) -> Row | None:
+    """Return the first line of a method: that of the smallest rank."""
+    for row in table.rows:
+        if row.model == MODEL and row.method == method:
+            return row
+    return None

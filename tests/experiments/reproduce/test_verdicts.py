@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from pacatune.experiments.reproduce.compare import judge, share
-from pacatune.experiments.reproduce.measured import Measured
+from pacatune.experiments.reproduce.section import Measured
+from pacatune.experiments.reproduce.verdicts import judge, share
 
 
 def number(value, spread=0.0):

@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.reproduce.cells import Cell
-from pacatune.experiments.reproduce.experiment import Results
-from pacatune.experiments.reproduce.measured import Measured
+from pacatune.experiments.reproduce.experiment import Cell, Results
+from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.study import Arm, StudyConfig
 from pacatune.experiments.study.statistics import pooled_std
 

@@ -1,25 +1,41 @@
 """The settings of our own runs, in the words of the paper's tables; and which differ."""
 
-from dataclasses import fields
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune.bench.config import BenchConfig
 from pacatune.experiments.paper.settings import MODULES, SCRIPTS, Settings
-from pacatune.experiments.reproduce.experiment import Experiment, SettingsBeside
-from pacatune.memory.setting import Setting
 from pacatune.methods import METHODS
 from pacatune.reports.tables import ReportTable
 
+if TYPE_CHECKING:
+    from pacatune.experiments.reproduce.experiment import Experiment
+
 __all__ = [
+    "SettingsBeside",
     "beside_table",
     "differences",
     "of_bench",
     "of_run",
-    "of_simulation",
     "settings_text",
 ]
 
 _SAME = "same"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsBeside:
+    """The settings of one line of the paper beside those of a run of ours."""
+
+    title: str
+    """Of the line."""
+    paper: Settings
+    ours: Settings
+    why: Mapping[str, str]
+    """Name of a setting that differs, or that the paper leaves out -> why ours is what it is."""
+    commands: tuple[str, ...] = ()
+    """What runs, one line of a shell each."""
 
 
 def of_bench(config: BenchConfig, method: str) -> Settings:
@@ -34,21 +50,6 @@ def of_bench(config: BenchConfig, method: str) -> Settings:
         batch_size=None if config.sweep == "batch" else (1 if is_sweep else first.num_rows),
         seq_len=None if config.sweep == "seq-len" else config.seq_len,
         dropout=None if METHODS[method].dropout is None else config.dropout,
-        target_modules=MODULES,
-    )
-
-
-def of_simulation(setting: Setting, *, has_length: bool = True) -> Settings:
-    """Return what `pacatune estimate` simulates."""
-    return Settings(
-        model=setting.model,
-        rank=setting.rank if setting.row.has_adapter else None,
-        dropout=setting.dropout or None,
-        precision="16-bit mixed",
-        optimizer="AdamW",
-        batch_size=setting.batch_size * setting.gradient_accumulation,
-        micro_batches=setting.gradient_accumulation,
-        seq_len=setting.seq_len if has_length else None,
         target_modules=MODULES,
     )
 
@@ -118,7 +119,7 @@ def beside_table(beside: SettingsBeside) -> ReportTable:
     return ReportTable(title=beside.title, header=header, rows=rows, align="l")
 
 
-def settings_text(experiment: Experiment, scale: Literal["small", "full"]) -> str:
+def settings_text(experiment: "Experiment", scale: Literal["small", "full"]) -> str:
     """Return all settings of an experiment beside the paper's, as Markdown.
 
     Args:

@@ -5,8 +5,10 @@ import math
 
 import pytest
 
-from pacatune.experiments.reproduce import chats, images, table6
-from pacatune.experiments.reproduce.study_cells import scores_of
+from pacatune.experiments.paper import TABLES
+from pacatune.experiments.paper.tables import Row
+from pacatune.experiments.reproduce import EXPERIMENTS, images, instruction
+from pacatune.experiments.reproduce.scores import scores_of
 from pacatune.experiments.study.result import ArmResult, StudyResult
 
 
@@ -54,8 +56,9 @@ def study(monkeypatch):
 
 
 def test_a_cell_runs_one_arm_in_its_own_folder(study, tmp_path):
-    cell = chats.chat_cell("paca", 64, "a-line", "gradient", (2, 3))
-    assert (cell.key, cell.methods) == ("small-a-line", ("paca",))
+    row = Row(model="llama3-8b", method="paca", rank=64, variant="gradient-2", values={})
+    cell = instruction.small_cell(row)
+    assert (cell.key, cell.methods) == ("small-llama3-8b-paca-r64-gradient-2", ("paca",))
     result = cell.run(tmp_path / "work" / "x", print)
     config, folder = study.seen
     (arm,) = config.arms.values()
@@ -69,8 +72,9 @@ def test_a_cell_runs_one_arm_in_its_own_folder(study, tmp_path):
 
 def test_a_line_without_a_good_run_is_no_result(study, tmp_path):
     study.arm = arm_result(learning_rate=None, mean=None, std=None, failures=["rate 1: diverged"])
+    cell = instruction.small_cell(TABLES["table2"].row("llama3-8b-paca-r64"))
     with pytest.raises(RuntimeError, match=r"no run of paca ended well: rate 1: diverged"):
-        chats.chat_cell("paca", 64, "a-line").run(tmp_path / "work", print)
+        cell.run(tmp_path / "work", print)
 
 
 def score_of(values, num_examples=None, **more):
@@ -113,13 +117,13 @@ def test_two_seeds_that_happen_to_agree_are_not_sure():
 def test_strategies_and_methods_differ_in_nothing_else():
     """Equal settings but for the arm: what a fair comparison needs."""
     studies = [
-        chats.chat_study(method, 64)
+        instruction.small_study(Row(model="llama3-8b", method=method, rank=64, values={}))
         for method in ("paca", "lora", "dora", "moslora", "qlora", "qpaca")
     ]
     plain = [dataclasses.asdict(study) for study in studies]
     for values in plain:
         (arm,) = values["arms"].values()
-        assert arm["learning_rates"] == chats._RATES
+        assert arm["learning_rates"] == instruction._RATES
         assert (arm["rank"], arm["alpha"], arm["options"]) == (64, None, {})
         assert values["options"].pop("paca", None) in (None, {"selection_batches": 8})
     assert len({str(values["options"]) for values in plain}) == 1
@@ -127,7 +131,7 @@ def test_strategies_and_methods_differ_in_nothing_else():
 
 
 def test_image_methods_share_all_but_the_method():
-    cells = {cell.key: cell for cell in table6.EXPERIMENT.cells("small")}
+    cells = {cell.key: cell for cell in EXPERIMENTS["table6"].cells("small")}
     lora, paca = (cells[f"small-vit-b16-{m}"].inputs for m in ("lora", "paca"))
     arms = [next(iter(inputs["arms"].values())) for inputs in (lora, paca)]
     assert [arm["rank"] for arm in arms] == [images._RANK] * 2

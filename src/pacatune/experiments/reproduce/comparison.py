@@ -5,9 +5,8 @@ from functools import partial
 
 from pacatune.experiments.paper.tables import Row, Table
 from pacatune.experiments.reproduce.charts import bars
-from pacatune.experiments.reproduce.compare import Column, Ours, judge, share
-from pacatune.experiments.reproduce.measured import Measured
-from pacatune.experiments.reproduce.section import Chart, Section
+from pacatune.experiments.reproduce.section import Chart, Measured, Section
+from pacatune.experiments.reproduce.verdicts import Column, Ours, judge, share
 from pacatune.reports.tables import ReportTable
 
 __all__ = ["fill_section", "papers_table"]

@@ -1,0 +1,168 @@
+"""Runs of cells: done once, gone on with, in this process, and clear when one fails."""
+
+import json
+
+import pytest
+
+from pacatune.experiments.paper import TABLES
+from pacatune.experiments.reproduce import instruction, mmlu, runs
+from pacatune.experiments.reproduce.runs import Runs, evaluate_line, text_run, train_line
+
+ROW = TABLES["table1"].row("llama3-8b-paca-r8")
+
+
+def tell(line):
+    pass
+
+
+def make_run(**changes):
+    stated = mmlu.small_stated(ROW)
+    options = {"model": "m", "data": {"path": "d.jsonl"}, "rate": 1e-3, "dtype": "float32"}
+    return text_run(stated, "paca", **options | changes)
+
+
+def write_report(folder, values):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(values))
+
+
+def test_lines_to_type():
+    line = evaluate_line("mmlu", "a model", "--limit", "3", has_adapter=False)
+    assert line == "pacatune evaluate mmlu --model 'a model' --limit 3 --output DIR"
+    assert train_line(make_run()) == "pacatune train --config RUN.yaml"
+
+
+@pytest.mark.parametrize(("before", "resumes"), [((), False), (("checkpoint-2",), True)])
+def test_training_goes_on_where_it_was_stopped(before, resumes, tmp_path, monkeypatch):
+    output, seen = tmp_path / "run", []
+
+    def train(run, *, resume, overwrite, console):
+        seen.append((run.training.output_dir, resume, overwrite))
+        print("a bar")
+        console.print("a table")
+        write_report(output, {"loss": 1.0})
+
+    monkeypatch.setattr(runs, "_recipe", lambda run: train)
+    for name in before:
+        (output / name).mkdir(parents=True)
+    found = Runs(folder=tmp_path, tell=tell)
+    assert found.train(make_run(), "run") == ({"loss": 1.0}, output)
+    assert seen == [(str(output), resumes, not resumes)]
+    assert (tmp_path / "run.log").read_text() == "a bar\na table\n"
+    found.train(make_run(), "run")
+    assert len(seen) == 1
+
+
+def test_what_is_computed_is_kept(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(None)
+        if len(calls) == 1:
+            raise RuntimeError("no more memory")
+        return {"accuracy": 7}
+
+    found = Runs(folder=tmp_path, tell=tell)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        found.once("score", compute)
+    for _ in range(2):
+        assert found.once("score", compute) == {"accuracy": 7}
+    assert len(calls) == 2
+
+
+def test_images_and_texts_have_their_recipes():
+    from pacatune import training
+    from pacatune.experiments.reproduce import images
+    from pacatune.training import image
+
+    assert runs._recipe(make_run()) is training.train
+    row = TABLES["table6"].row("vit-b16-paca")
+    assert runs._recipe(images._full_run(row, "vit-b16-cifar10")) is image.train
+
+
+def test_the_best_rate_is_judged(tmp_path, monkeypatch):
+    """Table 3 at the full scale, but for training and the judge."""
+    row = TABLES["table3"].row("llama3-8b-qpaca-r64")
+    stated = instruction.TABLE_3_EXPERIMENT.settings("full")[1].paper
+    losses = {5e-4: 2.0, 1e-3: 1.0, 5e-3: 3.0}
+    seen = []
+
+    def train(self, run, name):
+        rate = run.training.learning_rate
+        report = {"eval_loss_after": losses[rate], "step_ms": 2.0, "num_steps": 10}
+        more = {"peak_memory_bytes": 1, "num_trainable_parameters": 5}
+        return report | more, tmp_path / name
+
+    def judge(config, console, log):
+        seen.append(config)
+        line = {"name": "all", "mean": 5.0, "low": 4.0, "high": 6.0}
+        math = {"name": "math", "mean": 3.0, "low": None, "high": None}
+        return {"table": [line, math, {"name": "coding", "mean": None, "low": None, "high": None}]}
+
+    monkeypatch.setattr(Runs, "train", train)
+    monkeypatch.setattr("pacatune.evaluation.mt_bench.run_mt_bench", judge)
+    result = instruction._run_full(row, stated, tmp_path, tell)
+    assert result == {
+        "scores": {
+            "average": {"value": 5.0, "low": 4.0, "high": 6.0},
+            "math": {"value": 3.0, "low": 3.0, "high": 3.0},
+        },
+        "learning_rate": 1e-3,
+        "rates": {"0.0005": 2.0, "0.001": 1.0, "0.005": 3.0},
+        "peak_memory_bytes": 1,
+        "training_ms": 20.0,
+        "num_trainable_parameters": 5,
+    }
+    (config,) = seen
+    assert config.adapter == str(tmp_path / "rate-0.001")
+    assert (config.judge_model, config.output) == ("gpt-4o-mini", tmp_path / "mt-bench")
+
+
+@pytest.fixture
+def tiny_questions(tmp_path, tiny_model_dir, monkeypatch):
+    """Table 1's small runs, of one step on a tiny model and eight questions."""
+    rows = [
+        {
+            "prompt": f"Is {n} even? A:",
+            "completion": f" {'yes' if n % 2 == 0 else 'no'}",
+            "question": f"Is {n} even?",
+            "choices": ["yes", "no"],
+            "answer": n % 2,
+        }
+        for n in range(60)
+    ]
+    for name, part in (("train", rows[:50]), ("heldout", rows[50:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    monkeypatch.setattr(mmlu, "_STEPS", 1)
+    monkeypatch.setattr(mmlu, "_RATES", (1e-3, 1e-1))
+    monkeypatch.setattr(mmlu, "_NUM_QUESTIONS", 8)
+    monkeypatch.setattr(
+        "pacatune.data.packaged.language_models.prepare_model", lambda cache, say: tiny_model_dir
+    )
+    monkeypatch.setattr(
+        "pacatune.data.packaged.question_types.prepare_type_choices",
+        lambda cache, say: (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"),
+    )
+
+
+def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path, monkeypatch):
+    cell = mmlu.small_cell(ROW)
+    lines = []
+    result = cell.run(tmp_path / "work", lines.append)
+    assert set(result["values"]) == {"0", "1"}
+    assert all(0 <= value <= 1 for value in result["values"].values())
+    assert f"{result['learning_rate']}" == min(result["rates"], key=result["rates"].get)
+    assert sum("  training rate" in line for line in lines) == 3  # two rates, one more seed
+    assert sum("  score-seed" in line for line in lines) == 2
+    assert result["num_trainable_parameters"] > 0
+    # Killed and called again, it does nothing twice.
+    monkeypatch.setattr(runs, "_recipe", None)
+    monkeypatch.setattr(mmlu, "_ask_small", pytest.fail)
+    assert cell.run(tmp_path / "work", lines.append) == result
+
+
+def test_a_model_without_training_is_scored(tiny_questions, tmp_path):
+    cell = mmlu.small_cell(TABLES["table1"].row("llama3-8b-none"))
+    result = cell.run(tmp_path / "work", tell)
+    assert list(result["values"]) == ["0"]
+    assert result["learning_rate"] is None
