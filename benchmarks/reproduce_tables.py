@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import read_sections
+from pacatune.experiments.reproduce.page import outcomes_table
 from pacatune.experiments.reproduce.section import Section
 from pacatune.reports.tables import table_lines
 
@@ -28,18 +29,21 @@ def table(kind: str, results: Path) -> str:
 
 
 def outcomes(sections: Sequence[Section]) -> list[str]:
-    """Return the lines of the table of outcomes."""
-    rows = []
-    for section in sections:
-        seconds = sum(cell["seconds"] for cell in section.numbers["cells"].values())
-        found = section.outcomes()
-        counts = [str(found[kind]) for kind in ("agrees", "open", "contradicts")]
-        rows.append([f"`{section.name}`", *counts, f"{seconds / 60:.1f}"])
-    return table_lines(["", "agree", "open", "contradict", "minutes"], rows)
+    """Return the lines of the table of outcomes, with the minutes of each name."""
+    shown = outcomes_table(sections)
+    minutes = {section.name: f"{_seconds(section) / 60:.1f}" for section in sections}
+    rows = [
+        [f"`{row[0]}`" if row[0] else "", *row[1:], minutes.get(row[0], "")] for row in shown.rows
+    ]
+    return table_lines([*shown.header, "minutes"], rows, "llr")
+
+
+def _seconds(section: Section) -> float:
+    return sum(cell["seconds"] for cell in section.numbers["cells"].values())
 
 
 def shares(sections: Sequence[Section]) -> list[str]:
-    """Return the lines of the table of PaCA's shares."""
+    """Return the lines of the table of PaCA's shares, each with the model of ours."""
     rows = []
     for section in sections:
         for one in section.tables:
@@ -48,10 +52,11 @@ def shares(sections: Sequence[Section]) -> list[str]:
             if len(columns) != 2:
                 continue
             paper, ours = (heads.index(head) for head in columns)
-            method = heads.index("method")
+            model, method = heads.index("model"), heads.index("method")
             row = next((row for row in one.rows if row[method] in OURS), None)
             if row is not None:
                 what = one.title[0].lower() + one.title[1:]
                 against = columns[0].partition(", ")[2]
-                rows.append([f"`{section.name}`", f"{what}, {against}", row[paper], row[ours]])
-    return table_lines(["", "of PaCA", "the paper", "here"], rows, "llr")
+                numbers = [row[paper], row[ours], row[model]]
+                rows.append([f"`{section.name}`", f"{what}, {against}", *numbers])
+    return table_lines(["", "of PaCA", "the paper", "here", "here on"], rows, "llrrl")

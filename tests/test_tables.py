@@ -75,13 +75,14 @@ def test_reproduction_has_a_line_for_each_name_and_for_each_share(tmp_path):
         ["small", "PaCA", rank, "3", "0.75", here, "+0.05"]
         for rank, here in (("8", "0.80"), ("16", "0.90"))
     ]
-    found = ["agrees"] * 3 + ["open"] * 2 + ["contradicts"]
+    found = ["agrees"] * 3 + ["cannot_tell"] * 4 + ["open"] * 2 + ["contradicts"]
     part = Section(
         name="table1",
         title="",
         place="",
         about=[],
-        verdicts=[Verdict(outcome=outcome, text="") for outcome in found],
+        verdicts=[Verdict(outcome=outcome, origin="measured", text="") for outcome in found],
+        rates={"a line": True, "another": False},
         tables=[
             ReportTable(title="What the paper reports", header=["model", "method"], rows=[]),
             ReportTable(title="Time of a step", header=head, rows=rows),
@@ -89,8 +90,8 @@ def test_reproduction_has_a_line_for_each_name_and_for_each_share(tmp_path):
         numbers={"cells": {"bench": {"seconds": 60.0}, "train": {"seconds": 30.0}}},
     )
     lines = list(reproduce_tables.outcomes([part]))
-    assert lines[2:] == ["| `table1` | 3 | 2 | 1 | 1.5 |"]
-    line = "| `table1` | time of a step, as a share of LoRA's | 0.75 | 0.80 |"
+    assert lines[2:] == ["| `table1` | measured | 3 | 4 | 2 | 1 | 1 of 2 | 1.5 |"]
+    line = "| `table1` | time of a step, as a share of LoRA's | 0.75 | 0.80 | small |"
     assert list(reproduce_tables.shares([part]))[2:] == [line]
     with pytest.raises(ValueError, match="no table 'other'"):
         tables.table("reproduce-other", tmp_path)

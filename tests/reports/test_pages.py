@@ -27,7 +27,8 @@ def section(**changes):
 
 
 def render(**changes):
-    values = {"heading": "A <page>", "introduction": ["Hello."], "sections": [section(**changes)]}
+    values = {"heading": "A <page>", "introduction": ["Hello."], "overview": None}
+    values["sections"] = [section(**changes)]
     return render_page("reproduction.html", **values)
 
 

@@ -43,10 +43,16 @@ def same(table):
 def shares(table):
     """A column of another model's memory: shares count."""
     ours = Quantity(key="mb", title="measured memory", unit="MB", kind="memory", margin=0.02)
-    return Column(quantity=ours, paper=table.quantity("memory"), is_same=False)
+    return Column(
+        quantity=ours,
+        paper=table.quantity("memory"),
+        is_same=False,
+        model="Tiny",
+        rank=lambda row: 4,
+    )
 
 
 @pytest.fixture
 def scores(table):
     ours = Quantity(key="accuracy", title="accuracy", unit="%", kind="score", margin=1.0)
-    return Column(quantity=ours, paper=table.quantity("average"), is_same=False)
+    return Column(quantity=ours, paper=table.quantity("average"), is_same=False, model="Tiny")

@@ -20,7 +20,13 @@ def outcome(claim, low, high, origin="measured"):
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.5, 0.6, "agrees"), (0.9, 0.99, "agrees"), (0.9, 1.1, "open"), (1.01, 1.2, "contradicts")],
+    [
+        (0.5, 0.6, "agrees"),
+        (0.9, 0.99, "agrees"),
+        (0.9, 1.1, "open"),
+        (0.7, 1.1, "cannot_tell"),  # wider than the paper's distance from 1, 0.19
+        (1.01, 1.2, "contradicts"),
+    ],
 )
 def test_measured_shares_lie_on_the_same_side(low, high, expected):
     assert outcome(FASTER, low, high) == expected
@@ -28,7 +34,12 @@ def test_measured_shares_lie_on_the_same_side(low, high, expected):
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.98, 1.02, "agrees"), (0.9, 1.0, "open"), (0.8, 0.9, "contradicts")],
+    [
+        (0.98, 1.02, "agrees"),
+        (0.96, 1.0, "open"),
+        (0.9, 1.0, "cannot_tell"),  # wider than the margin, 0.03
+        (0.8, 0.9, "contradicts"),
+    ],
 )
 def test_shares_that_are_alike_stay_near_1(low, high, expected):
     assert outcome(ALIKE, low, high) == expected

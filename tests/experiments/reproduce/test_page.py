@@ -11,7 +11,12 @@ import pytest
 
 from benchmarks.pages import read_sections
 from pacatune.experiments.reproduce.comparison import fill_section
-from pacatune.experiments.reproduce.page import make_html, make_markdown, make_result
+from pacatune.experiments.reproduce.page import (
+    make_html,
+    make_markdown,
+    make_result,
+    outcomes_table,
+)
 from pacatune.experiments.reproduce.section import Measured, Section
 
 
@@ -37,8 +42,12 @@ def section(table, same, shares, scores):
         ("small-dora-r8", "mb"): exact(1500.0),
         ("small-paca-r8", "mb"): exact(850.0),
         ("small-none", "accuracy"): exact(20.0),
-        ("small-lora-r8", "accuracy"): Measured(value=30, low=28, high=32, origin="measured"),
-        ("small-paca-r8", "accuracy"): Measured(value=31, low=29, high=33, origin="measured"),
+        ("small-lora-r8", "accuracy"): Measured(
+            value=30, low=28, high=32, origin="measured", rate=3e-3
+        ),
+        ("small-paca-r8", "accuracy"): Measured(
+            value=31, low=29, high=33, origin="measured", rate=1e-2, at_edge=True
+        ),
     }
     fill_section(part, table, [same, shares, scores], ours)
     return part
@@ -52,21 +61,41 @@ def test_markdown_has_the_papers_numbers_ours_and_differences(section):
         "### Our memory",
         "| small | PaCA | 8 | 16 | 19 | +18.8% |",
         "How it is got. small, PaCA (rank 8): a note.",
-        # 30 / 20, 1500 / 1000, and 16 / 20, 850 / 1000
-        "| small | DoRA | 8 | 30 | 1,500 | 1.50 | 1.50 | +0.00 |",
-        "| small | PaCA | 8 | 16 | 850 | 0.80 | 0.85 | +0.05 |",
-        "| small | PaCA | 8 | 53.0 | 31 (29 to 33) | +3.00 | +1 |",
-        "| small | No tuning | - | 40.0 | 20 | -10.00 | -10 |",
+        # 30 / 20, 1500 / 1000, and 16 / 20, 850 / 1000; ours are Tiny's, at rank 4
+        "| Tiny | DoRA | 4 | 1,500 | small | 8 | 30 | 1.50 | 1.50 | +0.00 |",
+        "| Tiny | PaCA | 4 | 850 | small | 8 | 16 | 0.80 | 0.85 | +0.05 |",
+        "| Tiny | PaCA | 8 | 31 (29 to 33) | 0.01 (edge) | small | 8 | 53.0 | +3.00 | +1 |",
+        "| Tiny | No tuning | - | 20 | - | small | - | 40.0 | -10.00 | -10 |",
         "### Contradicts the paper",
         "Not computed yet: DoRA.",
         "- One `limit`.",
         "made by a command",
         "![our memory: the paper and here](table9-1.svg)",
+        "![measured memory: the paper and here: Tiny](table9-2.svg)",
+        "**Comparisons of simulated numbers: 3 agree, 0 cannot tell, 0 open, 1 contradict.**",
+        "**Comparisons of measured numbers: 0 agree, 1 cannot tell, 0 open, 0 contradict.**",
+        "The best learning rate of 1 of 2 lines lies at the edge of its grid",
+        "### Cannot be told: our intervals are wider than the paper's difference",
     ):
         assert line in page, line
     counts = section.outcomes()
-    assert counts == {"agrees": 3, "open": 1, "contradicts": 1}
-    assert "**3 comparisons agree with the paper, 1 are left open, 1 contradict it.**" in page
+    assert counts == {"agrees": 3, "cannot_tell": 1, "open": 0, "contradicts": 1}
+
+
+def test_no_line_of_ours_is_named_after_the_papers_model(section):
+    """Numbers of a small model once stood in rows called llama3-8b."""
+    for one in section.tables[2:]:
+        assert {row[0] for row in one.rows} == {"Tiny"}
+
+
+def test_several_sections_begin_with_how_the_comparisons_end(section):
+    table = outcomes_table([section, section])
+    measured = ["", "measured", "0", "1", "0", "0", "1 of 2"]
+    assert table.rows == [["table9", "simulated", "3", "0", "0", "1", ""], measured] * 2
+    text = make_markdown([section, section], "A report")
+    assert text.index(table.title) < text.index("A & table")
+    assert table.title in make_html([section, section], "A report")
+    assert table.title not in make_markdown([section], "A report")
 
 
 class _Page(HTMLParser):

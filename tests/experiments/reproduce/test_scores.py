@@ -87,15 +87,15 @@ def test_intervals_are_two_standard_errors():
     std = 0.2 / math.sqrt(2)
     assert loss.value == 2.1
     assert loss.high - loss.value == pytest.approx(2 * std / math.sqrt(2))
-    assert loss.note == "rate 0.004"
+    assert (loss.rate, loss.at_edge) == (0.004, False)
     accuracy = score_of([0.79, 0.81], 400)
     error = math.hypot(0.01, math.sqrt(0.8 * 0.2 / 400))
     assert accuracy.value == pytest.approx(80)
     assert accuracy.value - accuracy.low == pytest.approx(200 * error)
     edge = score_of([2.0], rates={"0.001": 2.4, "0.004": 2.1})
-    assert edge.note == "rate 0.004, at the edge of its grid"
+    assert (edge.rate, edge.at_edge) == (0.004, True)
     middle = score_of([2.0], rates={"0.001": 2.4, "0.004": 2.1, "0.008": None})
-    assert middle.note == "rate 0.004"
+    assert (middle.rate, middle.at_edge) == (0.004, False)
     assert middle.low == middle.high
 
 

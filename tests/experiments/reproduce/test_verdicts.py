@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pacatune.experiments.reproduce.section import Measured
-from pacatune.experiments.reproduce.verdicts import judge, share
+from pacatune.experiments.reproduce.verdicts import Column, judge, share
 
 
 def number(value, spread=0.0):
@@ -31,9 +31,17 @@ def test_the_opposite_order_contradicts(table, same):
     assert only(table, same, lora=number(18), paca=number(21)).outcome == "contradicts"
 
 
-def test_overlapping_intervals_leave_an_order_open(table, same):
-    assert only(table, same, lora=number(18, 2), paca=number(21, 2)).outcome == "open"
+def test_an_order_is_open_where_lines_are_alike_here(table, same):
+    """20 and 16 GB for the paper, and intervals that would show 4."""
+    assert only(table, same, lora=number(18, 1), paca=number(19, 1)).outcome == "open"
     assert only(table, same, lora=number(18), paca=number(18.4)).outcome == "open"  # margin 0.5
+
+
+def test_intervals_wider_than_the_papers_difference_cannot_tell(table, same):
+    assert only(table, same, lora=number(18, 3), paca=number(21, 3)).outcome == "cannot_tell"
+    assert only(table, same, lora=number(20, 9), paca=number(16, 9)).outcome == "cannot_tell"
+    # An order that is seen all the same counts.
+    assert only(table, same, lora=number(40, 9), paca=number(16, 9)).outcome == "agrees"
 
 
 def test_an_order_where_the_paper_has_none_contradicts(table, scores):
@@ -42,7 +50,50 @@ def test_an_order_where_the_paper_has_none_contradicts(table, scores):
     assert verdict.outcome == "contradicts"
     assert "the paper has LoRA (rank 8) and DoRA (rank 8) alike" in verdict.text
     assert only(table, scores, lora=number(70, 0.5), dora=number(70.8, 0.1)).outcome == "agrees"
-    assert only(table, scores, lora=number(70, 9), dora=number(60, 9)).outcome == "agrees"
+
+
+def test_lines_that_are_alike_agree_if_a_difference_would_have_been_seen(table, scores):
+    """They once agreed however wide the intervals: 70 and 60, nine points up and down."""
+    verdict = only(table, scores, lora=number(70, 9), dora=number(60, 9))
+    assert verdict.outcome == "cannot_tell"
+    assert "here on Tiny LoRA (rank 8) and DoRA (rank 8) not told apart (70 [61, 79]" in (
+        verdict.text
+    )
+    assert only(table, scores, lora=number(70, 0.6), dora=number(70, 0.6)).outcome == "cannot_tell"
+    assert only(table, scores, lora=number(70, 0.4), dora=number(70, 0.4)).outcome == "agrees"
+
+
+def test_of_another_size_the_papers_difference_is_a_share(table, shares):
+    """16 of 20 GB: a fifth."""
+    assert only(table, shares, lora=number(1000, 90), paca=number(990, 90)).outcome == "open"
+    assert only(table, shares, lora=number(1000, 110), paca=number(990, 110)).outcome == (
+        "cannot_tell"
+    )
+
+
+def test_a_scale_of_another_unit_has_the_margin_of_ours(table, scores):
+    loss = dataclasses.replace(
+        scores,
+        quantity=dataclasses.replace(scores.quantity, unit="nats", margin=0.02),
+        is_inverted=True,
+    )
+    lora, paca = number(3.00, 0.04), number(3.01, 0.04)
+    assert only(table, loss, lora=lora, paca=paca).outcome == "cannot_tell"
+    assert only(table, loss, lora=number(3.00, 0.005), paca=number(3.01, 0.005)).outcome == "open"
+
+
+def test_verdicts_name_our_own_model_and_rank(table, shares):
+    verdict = only(table, shares, lora=number(1000), paca=number(850))
+    assert verdict.origin == "measured"
+    assert verdict.text == (
+        "measured memory: the paper has LoRA (rank 8) above PaCA (rank 8) (20 and 16 GB, small); "
+        "here on Tiny LoRA (rank 4) above PaCA (rank 4) (1000 and 850 MB)"
+    )
+
+
+def test_numbers_of_another_model_must_name_it(table):
+    with pytest.raises(AssertionError, match="numbers of another model must name it"):
+        Column(quantity=table.quantity("memory"), paper=table.quantity("memory"), is_same=False)
 
 
 def test_margins_of_other_sizes_are_shares(table, shares):

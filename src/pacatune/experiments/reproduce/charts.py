@@ -21,6 +21,7 @@ def bars(
     paper: Sequence[float | None],
     ours: Sequence[Measured | None],
     labels: tuple[str, str],
+    titles: tuple[str, str],
 ) -> str:
     """Draw the paper's bars and ours, each on its own scale.
 
@@ -29,6 +30,7 @@ def bars(
         paper: Its numbers; None leaves a gap.
         ours: With their intervals.
         labels: Of the two axes, with units.
+        titles: Of the two panels: what the numbers were obtained on.
     """
     figure, panels = _panels(2, height=0.9 + 0.28 * len(names))
     places = list(range(len(names)))[::-1]
@@ -37,7 +39,7 @@ def bars(
     here = [(place, value) for place, value in zip(places, ours, strict=True) if value]
     errors = [(n.value - n.low, n.high - n.value) for _, n in here]
     _bar_panel(panels[1], [(place, n.value) for place, n in here], errors, _OURS)
-    for axes, label, source in zip(panels, labels, ("the paper", "here"), strict=True):
+    for axes, label, source in zip(panels, labels, titles, strict=True):
         axes.set(xlabel=label, title=source, yticks=places, ylim=(-0.6, len(names) - 0.4))
         axes.set_yticklabels(names, fontsize="small")
     panels[1].set_yticklabels([])
@@ -53,8 +55,8 @@ def _bar_panel(axes: Any, numbers: Sequence[tuple[int, float]], errors: Any, col
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str]) -> str:
-    """Draw a line per name.
+def lines(series: Mapping[str, Sequence[tuple[float, Measured]]], labels: tuple[str, str]) -> str:
+    """Draw a line per name, with an error bar where a number has an interval.
 
     Args:
         series: Name -> points.
@@ -62,7 +64,9 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str
     """
     figure, (axes,) = _panels(1, height=3.4)
     for name, points in series.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+        errors = [[y.value - y.low for _, y in points], [y.high - y.value for _, y in points]]
+        xs, ys = [x for x, _ in points], [y.value for _, y in points]
+        axes.errorbar(xs, ys, yerr=errors, fmt="o-", capsize=3, label=name)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)

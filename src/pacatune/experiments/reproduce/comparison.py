@@ -6,7 +6,7 @@ from functools import partial
 from pacatune.experiments.paper.tables import Row, Table
 from pacatune.experiments.reproduce.charts import bars
 from pacatune.experiments.reproduce.section import Chart, Measured, Section
-from pacatune.experiments.reproduce.verdicts import Column, Ours, judge, share
+from pacatune.experiments.reproduce.verdicts import Column, Ours, judge, name_of, share
 from pacatune.reports.tables import ReportTable
 
 __all__ = ["fill_section", "papers_table"]
@@ -20,7 +20,7 @@ def papers_table(table: Table) -> ReportTable:
         [
             row.model,
             row.title,
-            "-" if row.rank is None else str(row.rank),
+            _rank(row.rank),
             *(_printed(row.values.get(key), number) for key, number in digits.items()),
         ]
         for row in table.rows
@@ -40,6 +40,10 @@ def _printed(value: float | None, num_digits: int) -> str:
     return "-" if value is None else f"{value:,.{num_digits}f}"
 
 
+def _rank(rank: int | None) -> str:
+    return "-" if rank is None else str(rank)
+
+
 def fill_section(section: Section, table: Table, columns: Sequence[Column], ours: Ours) -> None:
     """Add the paper's table, and a comparison, a picture and verdicts for each column of ours.
 
@@ -57,6 +61,8 @@ def fill_section(section: Section, table: Table, columns: Sequence[Column], ours
         section.tables.append(_comparison(table, column, rows, ours))
         section.charts.append(_chart(column, rows, ours))
         section.verdicts += judge(table, column, ours)
+    tuned = {line: number for (line, _), number in ours.items() if number.rate is not None}
+    section.rates |= {line: number.at_edge for line, number in tuned.items()}
     section.numbers["rows"] = [
         {
             "row": row.key,
@@ -70,23 +76,44 @@ def fill_section(section: Section, table: Table, columns: Sequence[Column], ours
 
 
 def _comparison(table: Table, column: Column, rows: list[Row], ours: Ours) -> ReportTable:
+    """Return our numbers beside the paper's.
+
+    A line is named after what ours was obtained on. Where that is not the paper's model, the
+    paper's has its own columns.
+    """
     quantity, paper = column.quantity, column.paper
+    numbers = {row.key: ours[row.key, quantity.key] for row in rows}
+    has_rates = any(number.rate is not None for number in numbers.values())
     digits = _num_digits(table, paper.key)
-    header = ["model", "method", "rank", f"paper, {paper.unit}", f"ours, {quantity.unit}"]
-    header += ["difference"] if column.is_same else _shares(table, column)
+    header = ["model", "method", "rank"]
+    if column.is_same:
+        header += [f"paper, {paper.unit}", f"ours, {quantity.unit}", *["rate"] * has_rates]
+        header.append("difference")
+    else:
+        header += [f"ours, {quantity.unit}", *["rate"] * has_rates]
+        header += ["paper's model", "its rank", f"paper, {paper.unit}", *_shares(table, column)]
     lines = []
     for row in rows:
-        number = ours[row.key, quantity.key]
-        line = [row.model, row.title, "-" if row.rank is None else str(row.rank)]
-        line += [_printed(row.values.get(paper.key), digits), _with_spread(number)]
+        number, stated = numbers[row.key], _printed(row.values.get(paper.key), digits)
+        here = [_with_spread(number), *[_rate(number)] * has_rates]
+        model = row.model if column.is_same else column.model
+        line = [model, row.title, _rank(column.rank(row))]
         if column.is_same:
-            line.append(_difference(column, row.values.get(paper.key), number.value))
+            difference = _difference(column, row.values.get(paper.key), number.value)
+            line += [stated, *here, difference]
         else:
+            line += [*here, row.model, _rank(row.rank), stated]
             line += _relative(table, column, row, ours)
         lines.append(line)
     notes = [column.about, *dict.fromkeys(_notes(rows, column, ours))]
     title = quantity.title[0].upper() + quantity.title[1:]
     return ReportTable(title=title, header=header, rows=lines, note=" ".join(filter(None, notes)))
+
+
+def _rate(number: Measured) -> str:
+    if number.rate is None:
+        return "-"
+    return f"{number.rate:g}{' (edge)' * number.at_edge}"
 
 
 def _shares(table: Table, column: Column) -> list[str]:
@@ -128,24 +155,26 @@ def _notes(rows: list[Row], column: Column, ours: Ours) -> Iterator[str]:
     for row in rows:
         note = ours[row.key, column.quantity.key].note
         if note:
-            rank = "" if row.rank is None else f" (rank {row.rank})"
-            yield f"{row.model}, {row.title}{rank}: {note}."
+            model = row.model if column.is_same else column.model
+            yield f"{model}, {name_of(row, column.rank(row))}: {note}."
 
 
 def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
-    several = len({row.model for row in rows}) > 1
+    models = list(dict.fromkeys(row.model for row in rows))
+    has_same_ranks = all(column.rank(row) == row.rank for row in rows)
     names = [
         " ".join(
             part
             for part in (
-                row.model if several else "",
+                row.model if len(models) > 1 else "",
                 row.title,
-                "" if row.rank is None else f"r={row.rank}",
+                f"r={row.rank}" if row.rank is not None and has_same_ranks else "",
             )
             if part
         )
         for row in rows
     ]
+    here = "here" if column.is_same else f"here: {column.model}"
     draw = partial(
         bars,
         names,
@@ -155,8 +184,9 @@ def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
             f"{column.paper.title}, {column.paper.unit}",
             f"{column.quantity.title}, {column.quantity.unit}",
         ),
+        (f"the paper: {models[0]}" if len(models) == 1 else "the paper", here),
     )
-    return Chart(caption=f"{column.quantity.title}: the paper and here", draw=draw)
+    return Chart(caption=f"{column.quantity.title}: the paper and {here}", draw=draw)
 
 
 def _with_spread(number: Measured) -> str:

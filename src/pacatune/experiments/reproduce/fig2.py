@@ -12,9 +12,11 @@ from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Re
 from pacatune.experiments.reproduce.section import Chart, Measured, Section
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_bench
 from pacatune.experiments.reproduce.steps import (
+    RANK,
     bench_cell,
     bench_config,
     machine_of,
+    model_of,
     phase_ratio,
     row_of,
 )
@@ -61,7 +63,7 @@ def _count(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[
 
 
 def _bench(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, fig2.METHODS, tokens=(_ROWS * _TOKENS,), seq_len=_TOKENS, rank=8)
+    return bench_config(scale, fig2.METHODS, tokens=(_ROWS * _TOKENS,), seq_len=_TOKENS, rank=RANK)
 
 
 def cells(mode: Mode) -> list[Cell]:
@@ -140,7 +142,7 @@ def _add_times(part: Section, bench: dict[str, Any]) -> None:
             shown[METHOD_TITLES[method]] = times
             rows.append([METHOD_TITLES[method], *(f"{n:.4g}" for n in (*times, row["step_ms"]))])
     table = ReportTable(
-        title="Time of a step, ms (medians)",
+        title=f"Time of a step of {model_of(bench)}, ms (medians)",
         header=["method", *phases, "step"],
         rows=rows,
         note=machine_of(bench),
@@ -148,7 +150,8 @@ def _add_times(part: Section, bench: dict[str, Any]) -> None:
     part.tables.append(table)
     if shown:
         draw = partial(stacked, shown, phases, "ms per step")
-        part.charts.append(Chart(caption=f"Times of a step. {machine_of(bench)}", draw=draw))
+        caption = f"Times of a step of {model_of(bench)}. {machine_of(bench)}"
+        part.charts.append(Chart(caption=caption, draw=draw))
 
 
 def _ours(

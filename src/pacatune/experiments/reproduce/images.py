@@ -80,8 +80,7 @@ def _study(spec: ImageTable, row: Row) -> StudyConfig:
         "data": {"eval_per_class": _EVAL_PER_CLASS},
         "training": {"max_steps": spec.num_steps, "warmup_steps": spec.num_steps // 5},
     }
-    rank = None if row.method == "full" else _RANK
-    arm = Arm(method=row.method, rank=rank)
+    arm = Arm(method=row.method, rank=_small_rank(row))
     return one_arm(spec.task, row.method, arm, options=options, seeds=list(_SEEDS))
 
 
@@ -162,8 +161,12 @@ def _describe_steps(spec: ImageTable, steps: dict[str, Any] | None) -> str:
     )
 
 
+def _small_rank(row: Row) -> int | None:
+    return None if row.method == "full" else _RANK
+
+
 def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
-    table = spec.table
+    table, random = spec.table, f"{spec.model}, random weights"
     of_step = _describe_steps(spec, results.get("steps"))
     return [
         Column(
@@ -172,6 +175,8 @@ def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
             ),
             paper=table.quantity("time"),
             is_same=False,
+            model=random,
+            rank=_small_rank,
             about=of_step,
         ),
         Column(
@@ -180,6 +185,8 @@ def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
             ),
             paper=table.quantity("memory"),
             is_same=False,
+            model=random,
+            rank=_small_rank,
             about=f"Exact, of the same step: {of_step} The paper's memory holds weights and "
             "optimizer state as well.",
         ),
@@ -193,6 +200,8 @@ def _small_columns(spec: ImageTable, results: Results) -> list[Column]:
             ),
             paper=table.quantity("cifar10"),
             is_same=False,
+            model=spec.small_model.partition(" (")[0],
+            rank=_small_rank,
             about=f"{spec.small_model}, {spec.num_steps} steps of 32 images out of CIFAR-10's test "
             f"images, scored on {_EVAL_PER_CLASS * _NUM_CLASSES} others of them: not the usual "
             "accuracy on CIFAR-10. For each method the best of three learning rates on validation "
@@ -227,7 +236,7 @@ def _settings(spec: ImageTable, scale: Literal["small", "full"]) -> list[Setting
     for row in spec.table.rows:
         if scale == "small":
             model, data = spec.small_model, "8,000 of CIFAR-10's test images"
-            rank = None if row.method == "full" else _RANK
+            rank = _small_rank(row)
             ours = Settings(model=model, data=data, rank=rank, alpha=rank, steps=spec.num_steps)
             why |= {
                 "model": "a real one that comes as a Python package",

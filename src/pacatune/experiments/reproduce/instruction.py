@@ -41,16 +41,16 @@ from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.simulation import memory_cells, memory_column, simulated_memory
 from pacatune.experiments.reproduce.steps import (
     MODEL,
+    RANK,
     bench_cell,
     bench_columns,
     bench_config,
     bench_numbers,
-    machine_of,
     small_dtype,
 )
 from pacatune.experiments.reproduce.verdicts import Column
 from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.tuning import tune
+from pacatune.experiments.study.tuning import is_at_edge, tune
 
 __all__ = [
     "TABLE_2_EXPERIMENT",
@@ -109,8 +109,7 @@ def _cells(spec: InstructionTable, mode: Mode) -> list[Cell]:
     found = memory_cells(spec.table, explain=True) if spec.has_costs else []
     if mode == "small" and spec.has_costs:
         methods = spec.table.trained_methods
-        # The paper's 64 of 4,096 channels, in proportion.
-        config = bench_config("small", methods, tokens=(768,), seq_len=768, rank=8)
+        config = bench_config("small", methods, tokens=(768,), seq_len=768, rank=RANK)
         found.append(bench_cell(config, methods))
     if mode == "small":
         found += [small_cell(row) for row in spec.small]
@@ -137,7 +136,7 @@ def _section(spec: InstructionTable, mode: Mode, results: Results) -> Section:
     bench = results.get("bench")
     if bench is not None:
         ours |= bench_numbers(table, bench, {name: name for name in table.trained_methods})
-        columns += bench_columns(table, machine_of(bench))
+        columns += bench_columns(table, bench)
     lines = {row.key: f"{_PREFIX}{row.key}" for row in spec.small}
     ours |= {(line, _KEY): score for line, score in scores_of(lines, results).items()}
     fill_section(part, table, [*columns, _small_column(table)], ours)
@@ -291,8 +290,11 @@ def _full_numbers(spec: InstructionTable, results: Results) -> dict[tuple[str, s
         result = results.get(f"full-{row.key}")
         if result is None:
             continue
+        rate, rates = result.get("learning_rate"), [float(r) for r in result.get("rates", {})]
         for name, score in result["scores"].items():
-            found[row.key, f"full_{name}"] = Measured(origin="measured", **score)
+            found[row.key, f"full_{name}"] = Measured(
+                origin="measured", rate=rate, at_edge=is_at_edge(rate, rates), **score
+            )
         if "peak_memory_bytes" in result and "memory" in row.values:
             found |= cost_numbers(spec.table, row, result)
     return found
@@ -363,6 +365,7 @@ def _small_column(table: Table) -> Column:
         paper=table.quantity("average"),
         is_same=False,
         is_inverted=True,
+        model=_SMALL_MODEL,
         about=f"{_SMALL_MODEL}, {_STEPS} steps of 8 questions and answers; for every method the "
         f"best of the learning rates {', '.join(f'{rate:g}' for rate in _RATES)} on validation "
         f"data. Less is better. {SPREAD_NOTE}",

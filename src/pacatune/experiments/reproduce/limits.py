@@ -12,11 +12,18 @@ from pacatune.experiments.paper.tables import GPU, TABLE_4, Quantity, Row
 from pacatune.experiments.reproduce.charts import lines, stacked
 from pacatune.experiments.reproduce.comparison import fill_section
 from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Results
-from pacatune.experiments.reproduce.section import Chart, Measured, Section, Verdict
+from pacatune.experiments.reproduce.section import Chart, Measured, Outcome, Section, Verdict
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_bench
 from pacatune.experiments.reproduce.simulation import describe, setting_of, simulate_length
-from pacatune.experiments.reproduce.steps import bench_cell, bench_config, machine_of
-from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.experiments.reproduce.steps import (
+    RANK,
+    bench_cell,
+    bench_config,
+    machine_of,
+    model_of,
+    rate_of,
+)
+from pacatune.experiments.reproduce.verdicts import Column, share_outcome
 from pacatune.memory.gpus import gpu_bytes
 from pacatune.memory.setting import Setting
 from pacatune.reports.tables import ReportTable
@@ -91,7 +98,7 @@ def _cells_4(mode: Mode) -> list[Cell]:
 
 
 def _bench_lengths(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, tuple(TABLE_4.methods()), sweep="seq-len", rank=8)
+    return bench_config(scale, tuple(TABLE_4.methods()), sweep="seq-len", rank=RANK)
 
 
 def _simulate_length(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def _measured_column(mode: Mode, bench: dict[str, Any]) -> Column:
         ),
         paper=paper,
         is_same=is_same,
+        model="" if is_same else model_of(bench),
         about=f"By `pacatune bench --sweep seq-len`, to 1/64 of itself. {machine_of(bench)}",
     )
 
@@ -202,9 +210,13 @@ _ABOUT_3 = (
     "measured on the machine named below, with a smaller Llama and less memory where the scale is "
     "small: the shape of the curves and their order can be compared, the numbers cannot.",
 )
+_NO_SPREAD = (
+    "Only the median of each batch was recorded, not the spread of its steps, so nothing can be "
+    "said of how sure a ratio of throughputs is."
+)
 _RULE_3 = (
     "A ratio contradicts the paper if it lies on the other side of 1 (PaCA's batch no larger than "
-    "LoRA's, or its best throughput no higher)."
+    "LoRA's, or its best throughput no higher), with its whole interval where it has one."
 )
 
 
@@ -227,7 +239,7 @@ def _simulate_batch(setting: Setting, folder: Path, tell: Callable[[str], None])
 
 
 def _bench_batches(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, fig3.METHODS, sweep="batch", seq_len=_SEQ_LEN, rank=8)
+    return bench_config(scale, fig3.METHODS, sweep="batch", seq_len=_SEQ_LEN, rank=RANK)
 
 
 def _cells_3(mode: Mode) -> list[Cell]:
@@ -269,7 +281,8 @@ def _section_3(mode: Mode, results: Results) -> Section:
         shown = {METHOD_TITLES[method]: [float(number)] for method, number in batches.items()}
         draw = partial(stacked, shown, ("largest batch",), "texts of 512 tokens per step")
         part.charts.append(Chart(caption=title, draw=draw))
-        _judge(part, "largest batch, simulated", batches, a100.batch_ratio)
+        found = {name: Measured.exact(number, "simulated") for name, number in batches.items()}
+        _judge(part, "largest batch, simulated", found, a100.batch_ratio)
     bench = results.get("bench")
     if bench is not None:
         _add_sweep(part, bench)
@@ -293,46 +306,98 @@ def _papers_table() -> ReportTable:
 
 
 def _add_sweep(part: Section, bench: dict[str, Any]) -> None:
-    points = [point for point in bench["points"] if "step_ms" in point]
     series = {
-        METHOD_TITLES[method]: [
-            (point["num_rows"], point["sentences_per_second"])
-            for point in points
-            if point["method"] == method
+        method: [
+            (point["num_rows"], rate_of(point))
+            for point in bench["points"]
+            if point["method"] == method and "step_ms" in point
         ]
         for method in fig3.METHODS
     }
-    series = {name: values for name, values in series.items() if values}
-    best = {name: max(rate for _, rate in values) for name, values in series.items()}
+    series = {method: points for method, points in series.items() if points}
+    best = {
+        method: max((rate for _, rate in points), key=lambda rate: rate.value)
+        for method, points in series.items()
+    }
+    has_spread = any(rate.low < rate.high for points in series.values() for _, rate in points)
     rows = [
-        [name, f"{max(batch for batch, _ in values):,}", f"{best[name]:.4g}"]
-        for name, values in series.items()
+        [
+            METHOD_TITLES[method],
+            f"{max(batch for batch, _ in points):,}",
+            f"{best[method].value:.4g}"
+            + (f" ({best[method].low:.4g} to {best[method].high:.4g})" if has_spread else ""),
+        ]
+        for method, points in series.items()
     ]
-    header = ["method", "largest batch", "sentences/s at best"]
+    spread = "Intervals are the quartiles of the steps." if has_spread else _NO_SPREAD
     part.tables.append(
         ReportTable(
-            title="Until memory ends, measured", header=header, rows=rows, note=machine_of(bench)
+            title=f"{model_of(bench)}, until memory ends, measured",
+            header=["method", "largest batch", "sentences/s at best"],
+            rows=rows,
+            note=f"{machine_of(bench)} {spread}",
+            align="lr",
         )
     )
-    draw = partial(lines, series, ("batch, sentences of 512 tokens", "sentences per second"))
-    part.charts.append(Chart(caption=f"Throughput over the batch. {machine_of(bench)}", draw=draw))
-    limits = {limit["method"]: limit["limit"] for limit in bench["limits"]}
+    shown = {METHOD_TITLES[method]: points for method, points in series.items()}
+    labels = ("batch, sentences of 512 tokens", f"sentences per second, {model_of(bench)}")
+    caption = f"Throughput over the batch. {machine_of(bench)} {spread}"
+    part.charts.append(Chart(caption=caption, draw=partial(lines, shown, labels)))
+    limits = {
+        limit["method"]: Measured.exact(limit["limit"], "measured") for limit in bench["limits"]
+    }
     a100 = fig3.DEVICES["A100"]
-    _judge(part, "largest batch, measured", limits, a100.batch_ratio)
-    named = {method: best.get(METHOD_TITLES[method]) for method in fig3.METHODS}
-    rates = {method: rate for method, rate in named.items() if rate is not None}
-    _judge(part, "throughput at its best, measured", rates, a100.rate_ratio)
+    on = f"on {model_of(bench)}"
+    _judge(part, "largest batch, measured", limits, a100.batch_ratio, on)
+    _judge(part, "throughput at its best, measured", best, a100.rate_ratio, on, has_spread)
 
 
-def _judge(part: Section, what: str, values: dict[str, Any], stated: float) -> None:
-    """Compare PaCA with LoRA."""
-    if not values.get("paca") or not values.get("lora"):
+def _judge(
+    part: Section,
+    what: str,
+    values: dict[str, Measured],
+    stated: float,
+    on: str = "",
+    has_spread: bool = True,
+) -> None:
+    """Compare PaCA with LoRA.
+
+    Args:
+        part: Gets the verdict.
+        what: Names the ratio.
+        values: Method -> number.
+        stated: The paper's ratio, on LLaMA3-8B and an A100.
+        on: What ours was measured on, if that is not the paper's model.
+        has_spread: Whether the spread of the numbers is known.
+    """
+    if "paca" not in values or "lora" not in values:
         return
-    ratio = values["paca"] / values["lora"]
-    text = f"{what}: PaCA's is {stated:g} of LoRA's in the paper (A100), {ratio:.2f} here"
-    outcome = "agrees" if ratio > 1 else "contradicts"
-    part.verdicts.append(Verdict(outcome=outcome, text=text))  # type: ignore[arg-type]
-    part.numbers.setdefault("ratios", {})[what] = {"paper": stated, "ours": ratio}
+    ours, other = values["paca"], values["lora"]
+    if not ours.value or not other.low:
+        return
+    ratio = Measured(
+        value=ours.value / other.value,
+        low=ours.low / other.high,
+        high=ours.high / other.low,
+        origin=ours.origin,
+    )
+    if not has_spread:
+        outcome: Outcome = "cannot_tell"
+    elif ratio.low > 1:
+        outcome = "agrees"
+    elif ratio.high <= 1:
+        outcome = "contradicts"
+    else:
+        outcome = share_outcome(ratio, stated, 0.0)
+    here = f"{ratio.value:.2f}"
+    if ratio.low < ratio.high:
+        here += f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    text = (
+        f"{what}: PaCA's is {stated:g} of LoRA's in the paper (A100), {here} here"
+        f"{f' {on}' * bool(on)}{'; its spread was not recorded' * (not has_spread)}"
+    )
+    part.verdicts.append(Verdict(outcome=outcome, origin=ratio.origin, text=text))
+    part.numbers.setdefault("ratios", {})[what] = {"paper": stated, "ours": ratio.value}
 
 
 def _settings_3(scale: Literal["small", "full"]) -> list[SettingsBeside]:

@@ -32,11 +32,11 @@ from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.simulation import memory_cells, memory_column, simulated_memory
 from pacatune.experiments.reproduce.steps import (
     MODEL,
+    RANK,
     bench_cell,
     bench_columns,
     bench_config,
     bench_numbers,
-    machine_of,
     small_dtype,
 )
 from pacatune.experiments.reproduce.verdicts import Column
@@ -86,7 +86,7 @@ def section(mode: Mode, results: Results) -> Section:
     bench = results.get("bench")
     if bench is not None:
         ours |= bench_numbers(TABLE_1, bench, {method: method for method in _METHODS})
-        columns += bench_columns(TABLE_1, machine_of(bench))
+        columns += bench_columns(TABLE_1, bench)
         part.notes.append(_BENCH_NOTE)
     ours |= _small_numbers(results)
     columns.append(_small_column())
@@ -210,7 +210,7 @@ def _small_rows() -> list[Row]:
 
 
 def _bench() -> Any:
-    return bench_config("small", _METHODS, tokens=(1024,), seq_len=512, rank=8)
+    return bench_config("small", _METHODS, tokens=(1024,), seq_len=512, rank=RANK)
 
 
 def small_stated(row: Row) -> Settings:
@@ -310,6 +310,7 @@ def _small_column() -> Column:
         ),
         paper=TABLE_1.quantity(_AVERAGE),
         is_same=False,
+        model=_SMALL_MODEL,
         about=f"{_SMALL_MODEL}, trained for {_STEPS} steps on {_BATCH} questions each to name the "
         f"type of the answer (one of six; BIG-bench), and scored on {_NUM_QUESTIONS} others; for "
         f"every method the best of the learning rates {', '.join(f'{r:g}' for r in _RATES)} by "

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pacatune.experiments.paper import CITATION
-from pacatune.experiments.reproduce.section import Section
+from pacatune.experiments.reproduce.section import Outcome, Section
 from pacatune.experiments.reproduce.verdicts import RULE
 from pacatune.reports.pages import inline_svg, render_page
+from pacatune.reports.tables import ReportTable
 
-__all__ = ["make_html", "make_markdown", "make_result"]
+__all__ = ["make_html", "make_markdown", "make_result", "outcomes_table"]
 
 INTRODUCTION = (
     "Fine-tuning adapts a trained neural network to a task. Training all of its weights (Full-FT) "
@@ -24,9 +25,16 @@ INTRODUCTION = (
     "compared and not the numbers themselves.",
 )
 # Agreements are only counted.
-_OUTCOMES = {
+_LISTED: dict[Outcome, str] = {
     "contradicts": "Contradicts the paper",
-    "open": "Left open: the intervals overlap",
+    "open": "Left open: alike here, where the paper has an order",
+    "cannot_tell": "Cannot be told: our intervals are wider than the paper's difference",
+}
+_SHORT: dict[Outcome, str] = {
+    "agrees": "agree",
+    "cannot_tell": "cannot tell",
+    "open": "open",
+    "contradicts": "contradict",
 }
 
 
@@ -38,6 +46,9 @@ def make_markdown(sections: Sequence[Section], heading: str) -> str:
         heading: Of the report.
     """
     parts = [f"# {heading}", "", *_paragraphs(_introduction())]
+    if len(sections) > 1:
+        overview = outcomes_table(sections)
+        parts += [f"## {overview.title}", "", *overview.lines(), "", overview.note, ""]
     for section in sections:
         parts += _section_markdown(section)
     return "\n".join(parts).rstrip() + "\n"
@@ -77,7 +88,7 @@ def _introduction() -> list[str]:
 
 def _lists(section: Section) -> Iterator[dict[str, Any]]:
     """Yield the verdicts that are shown one by one, and what limits the comparison."""
-    for outcome, title in _OUTCOMES.items():
+    for outcome, title in _LISTED.items():
         texts = [f"{v.text}." for v in section.verdicts if v.outcome == outcome]
         if texts:
             yield {"kind": outcome, "title": title, "texts": texts}
@@ -86,17 +97,46 @@ def _lists(section: Section) -> Iterator[dict[str, Any]]:
 
 
 def _summary(section: Section) -> list[str]:
-    """Say in a sentence how many comparisons agree, and what is missing."""
+    """Say how many comparisons agree, by where our numbers come from, and what is missing."""
     texts = []
-    if section.verdicts:
-        counts = section.outcomes()
+    for origin in section.origins:
+        counts = section.outcomes(origin)
+        words = ", ".join(f"{counts[outcome]} {word}" for outcome, word in _SHORT.items())
+        texts.append(f"**Comparisons of {origin} numbers: {words}.**")
+    if section.rates:
         texts.append(
-            f"**{counts['agrees']} comparisons agree with the paper, {counts['open']} are left "
-            f"open, {counts['contradicts']} contradict it.**"
+            f"The best learning rate of {_edges(section)} lines lies at the edge of its grid; a "
+            "better one may lie outside."
         )
     if section.missing:
         texts.append(f"Not computed yet: {', '.join(section.missing)}.")
     return texts
+
+
+def _edges(section: Section) -> str:
+    """Return how many of the best rates lie at an edge: `2 of 5`; empty where nothing is tuned."""
+    rates = section.rates.values()
+    return f"{sum(rates)} of {len(rates)}" if rates else ""
+
+
+def outcomes_table(sections: Sequence[Section]) -> ReportTable:
+    """Return how the comparisons of all sections end, by where our numbers come from."""
+    rows = [
+        [
+            section.name if number == 0 else "",
+            origin,
+            *(str(section.outcomes(origin)[outcome]) for outcome in _SHORT),
+            _edges(section) if origin == "measured" else "",
+        ]
+        for section in sections
+        for number, origin in enumerate(section.origins)
+    ]
+    return ReportTable(
+        title="How the comparisons with the paper end",
+        header=["", "our numbers", *_SHORT.values(), "best rates at an edge"],
+        rows=rows,
+        note="Rates: lines whose best learning rate is the smallest or largest that was tried.",
+    )
 
 
 def make_html(sections: Sequence[Section], heading: str) -> str:
@@ -105,6 +145,7 @@ def make_html(sections: Sequence[Section], heading: str) -> str:
         "reproduction.html",
         heading=heading,
         introduction=_introduction(),
+        overview=outcomes_table(sections) if len(sections) > 1 else None,
         sections=[_section_values(section) for section in sections],
     )
 

@@ -208,7 +208,11 @@ def section_values(section: Section) -> dict[str, Any]:
         "title": section.title,
         "place": section.place,
         "outcomes": section.outcomes(),
-        "verdicts": [{"outcome": v.outcome, "text": v.text} for v in section.verdicts],
+        "outcomes_by_origin": {origin: section.outcomes(origin) for origin in section.origins},
+        "rates_at_edge": section.rates,
+        "verdicts": [
+            {"outcome": v.outcome, "origin": v.origin, "text": v.text} for v in section.verdicts
+        ],
         "tables": [
             {"title": t.title, "header": t.header, "rows": t.rows, "note": t.note}
             for t in section.tables

@@ -12,8 +12,9 @@ from pacatune.experiments.reproduce.experiment import Cell, Results
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.study import Arm, StudyConfig
 from pacatune.experiments.study.statistics import pooled_std
+from pacatune.experiments.study.tuning import is_at_edge
 
-__all__ = ["SPREAD_NOTE", "one_arm", "rate_note", "scores_of", "study_cell"]
+__all__ = ["SPREAD_NOTE", "one_arm", "scores_of", "study_cell"]
 
 SPREAD_NOTE = (
     "Intervals are two standard errors on either side of the mean: of the seeds, whose spread is "
@@ -67,20 +68,6 @@ def _run(config: StudyConfig, folder: Path, tell: Callable[[str], None]) -> dict
     }
 
 
-def rate_note(result: dict[str, Any]) -> str:
-    """Return the learning rate that was taken, and whether a better one may lie outside the grid.
-
-    Args:
-        result: With `learning_rate`, and `rates` if there was a grid.
-    """
-    rate = result["learning_rate"]
-    if rate is None:
-        return ""
-    grid = [float(tried) for tried in result.get("rates", {})]
-    is_edge = len(grid) > 1 and rate in (min(grid), max(grid))
-    return f"rate {rate:g}" + (", at the edge of its grid" if is_edge else "")
-
-
 def scores_of(
     cells: Mapping[str, str], results: Results, num_examples: int | None = None
 ) -> dict[str, Measured]:
@@ -107,7 +94,12 @@ def _score(result: dict[str, Any], std: float, num_examples: int | None) -> Meas
         error = math.hypot(error, math.sqrt(max(mean * (1 - mean), 0.0) / num_examples))
     spread = 2 * error * unit
     value = mean * unit
-    note = rate_note(result)
+    rate, rates = result["learning_rate"], [float(rate) for rate in result.get("rates", {})]
     return Measured(
-        value=value, low=value - spread, high=value + spread, origin="measured", note=note
+        value=value,
+        low=value - spread,
+        high=value + spread,
+        origin="measured",
+        rate=rate,
+        at_edge=is_at_edge(rate, rates),
     )

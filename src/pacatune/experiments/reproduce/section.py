@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pacatune.reports.tables import ReportTable
 
-__all__ = ["Chart", "Measured", "Origin", "Outcome", "Section", "Verdict"]
+__all__ = ["ORIGINS", "OUTCOMES", "Chart", "Measured", "Origin", "Outcome", "Section", "Verdict"]
 
 
 Origin = Literal["simulated", "counted", "measured"]
+ORIGINS: tuple[Origin, ...] = ("simulated", "counted", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class Measured:
     """simulated: by `pacatune estimate`; counted: exactly, of the real step; measured: here."""
     note: str = ""
     """What a reader must know about this one number."""
+    rate: float | None = None
+    """The best learning rate of a grid, where there was one."""
+    at_edge: bool = False
+    """Whether that is the smallest or largest of its grid: a better one may lie outside."""
 
     @classmethod
     def exact(cls, value: float, origin: Origin, note: str = "") -> "Measured":
@@ -40,7 +45,10 @@ class Measured:
         return cls(**values)
 
 
-Outcome = Literal["agrees", "contradicts", "open"]
+Outcome = Literal["agrees", "cannot_tell", "open", "contradicts"]
+OUTCOMES: tuple[Outcome, ...] = ("agrees", "cannot_tell", "open", "contradicts")
+"""cannot_tell: our intervals are wider than the paper's difference; open: they are not, and the
+lines are alike here where the paper has an order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,8 @@ class Verdict:
     """What two lines say about the paper in one quantity."""
 
     outcome: Outcome
+    origin: Origin
+    """Where our numbers come from."""
     text: str
 
 
@@ -88,7 +98,15 @@ class Section:
     numbers: dict[str, Any] = field(default_factory=dict)
     """What the JSON file holds beside the texts: the numbers themselves."""
 
-    def outcomes(self) -> dict[str, int]:
-        """Return how many verdicts there are of each kind."""
-        kinds = [verdict.outcome for verdict in self.verdicts]
-        return {kind: kinds.count(kind) for kind in ("agrees", "open", "contradicts")}
+    rates: dict[str, bool] = field(default_factory=dict)
+    """Line whose learning rate is the best of a grid -> whether it lies at the grid's edge."""
+
+    def outcomes(self, origin: Origin | None = None) -> dict[str, int]:
+        """Return how many verdicts there are of each kind, of one origin or of all."""
+        kinds = [v.outcome for v in self.verdicts if origin in (None, v.origin)]
+        return {kind: kinds.count(kind) for kind in OUTCOMES}
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Where the numbers of the verdicts come from."""
+        return [origin for origin in ORIGINS if any(v.origin == origin for v in self.verdicts)]

@@ -12,9 +12,11 @@ from pacatune.experiments.paper.tables import Quantity, Row, Table
 from pacatune.experiments.reproduce.experiment import Cell
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.methods import METHODS
 
 __all__ = [
     "MODEL",
+    "RANK",
     "SHAPE",
     "SWEEP_LIMIT_BYTES",
     "SWEEP_SHAPE",
@@ -23,9 +25,12 @@ __all__ = [
     "bench_config",
     "bench_numbers",
     "machine_of",
+    "model_of",
     "phase_ratio",
+    "rate_of",
     "row_of",
     "small_dtype",
+    "small_rank",
     "steps_of_ours",
     "values_of",
 ]
@@ -111,6 +116,16 @@ def steps_of_ours(result: dict[str, Any]) -> dict[str, Measured]:
     return found
 
 
+def rate_of(point: dict[str, Any]) -> Measured:
+    """Return the sentences per second of a point of a sweep, with the quartiles of its steps.
+
+    Without an interval where the quartiles were not recorded.
+    """
+    ends = [point.get(f"step_ms_quartile_{number}", point["step_ms"]) for number in (3, 1)]
+    low, high = (1e3 * point["num_rows"] / step_ms for step_ms in ends)
+    return Measured(value=point["sentences_per_second"], low=low, high=high, origin="measured")
+
+
 def phase_ratio(
     result: dict[str, Any], what: tuple[str, str], of: tuple[str, str]
 ) -> Measured | None:
@@ -155,6 +170,16 @@ def _ratio(pair: dict[str, Any], phase: str) -> Measured:
     )
 
 
+def model_of(result: dict[str, Any]) -> str:
+    """Return the name of the model that was measured."""
+    return str(result["model"]).partition(",")[0]
+
+
+def small_rank(row: Row) -> int | None:
+    """Return the rank of steps that are measured at the small scale, whatever the paper's."""
+    return RANK if METHODS[row.method].has_adapter else None
+
+
 def machine_of(result: dict[str, Any]) -> str:
     """Return what was measured where, and what else the machine did, in a sentence."""
     timed = [*result.get("rows", ()), *result.get("points", ())]
@@ -164,6 +189,8 @@ def machine_of(result: dict[str, Any]) -> str:
     return f"Measured on {result['model']} with {result['device']}{busy}."
 
 
+# Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion.
+RANK = 8
 # Hidden size and layers of the Llama whose steps are timed.
 SHAPE = (512, 8)
 # Of sweeps until memory ends, which take dozens of processes; and where it ends.
@@ -192,12 +219,12 @@ _MB = 10**6
 _MARGINS = {_TIME: 0.02, _KEPT: 0.05, _PEAK: 0.1}
 
 
-def bench_columns(table: Table, about: str) -> list[Column]:
+def bench_columns(table: Table, result: dict[str, Any]) -> list[Column]:
     """Return the columns of what `bench_numbers` gives.
 
     Args:
         table: The paper's.
-        about: What was measured where, a sentence or two.
+        result: Of a bench cell at the small scale.
     """
     memory, time = table.quantity("memory"), table.quantity("time")
     titles = (
@@ -212,7 +239,9 @@ def bench_columns(table: Table, about: str) -> list[Column]:
             ),
             paper=paper,
             is_same=False,
-            about=about,
+            about=machine_of(result),
+            model=model_of(result),
+            rank=small_rank,
         )
         for key, title, unit, paper in titles
     ]

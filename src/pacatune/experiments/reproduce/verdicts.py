@@ -1,7 +1,7 @@
 """Ours beside the paper's: differences, and by one stated rule, what contradicts it."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pacatune.experiments.paper import METHOD_TITLES
@@ -19,7 +19,9 @@ __all__ = [
     "claims_table",
     "judge",
     "judge_claim",
+    "name_of",
     "share",
+    "share_outcome",
 ]
 
 
@@ -27,10 +29,13 @@ RULE = (
     "Two lines of one model are compared in each quantity. The paper puts them in an order if its "
     "numbers differ by more than a margin (what rounding hides, or what its text calls comparable) "
     "and has them alike otherwise. Here they are in an order if their intervals do not overlap and "
-    "they differ by more than the margin stated for our numbers. The opposite order contradicts "
-    "the paper, and so does an order where the paper has them alike; overlapping intervals where "
-    "the paper has an order leave it open; the rest agrees. A model that is not trained is not "
-    "compared where ours has another task: what training adds there is no matter of the method."
+    "they differ by more than the margin stated for our numbers. The same order agrees, the "
+    "opposite one contradicts, and so does an order where the paper has them alike. Where we find "
+    "no order, we cannot tell if our intervals are wider than the paper's difference (or, where "
+    "the paper has them alike, than our margin): then a difference like the paper's would not have "
+    "been seen. If they are narrower, lines that the paper has alike agree, and an order of the "
+    "paper stays open. A model that is not trained is not compared where ours has another task: "
+    "what training adds there is no matter of the method."
 )
 
 UNTRAINED = "none"
@@ -50,10 +55,17 @@ class Column:
     is_same: bool
     """Whether both measure the same thing at the same size, so that numbers can be compared and not
     shares alone."""
+    model: str = ""
+    """What ours was obtained on, where that is not the paper's model."""
+    rank: Callable[[Row], int | None] = lambda row: row.rank
+    """Rank of ours in a line of the paper."""
     is_inverted: bool = False
     """Whether less of ours is as good as more of the paper's: a loss beside a score."""
     about: str = ""
     """How ours is obtained, for the reader."""
+
+    def __post_init__(self) -> None:
+        assert self.is_same or self.model, "numbers of another model must name it"
 
     @property
     def is_score(self) -> bool:
@@ -80,27 +92,57 @@ def _judge(column: Column, rows: tuple[Row, Row], here: tuple[Measured, Measured
     a, b = (row.values[column.paper.key] for row in rows)
     stated = 0 if abs(a - b) <= column.paper.margin else (1 if a > b else -1)
     found = _order(column, *here)
-    if stated == found:
-        outcome: Outcome = "agrees"
-    elif found == 0:
-        outcome = "open"
+    outcome: Outcome
+    if found != 0:
+        outcome = "agrees" if stated == found else "contradicts"
+    elif _half_width(*here) > _reach(column, (a, b), here, is_ordered=stated != 0):
+        outcome = "cannot_tell"
     else:
-        outcome = "contradicts"
-    names = tuple(_name(row) for row in rows)
-    unit, our_unit = column.paper.unit, column.quantity.unit
-    theirs, mine = (_sentence(column, names, order) for order in (stated, found))
+        outcome = "agrees" if stated == 0 else "open"
+    theirs = _sentence(column, [name_of(row, row.rank) for row in rows], stated)
+    alike = "not told apart" if outcome == "cannot_tell" else "alike"
+    mine = _sentence(column, [name_of(row, column.rank(row)) for row in rows], found, alike)
+    place, on = f", {rows[0].model}", ""
+    if not column.is_same:
+        place, on = "", f" on {column.model}"
     text = (
-        f"{column.quantity.title}, {rows[0].model}: the paper has {theirs} ({a:g} and {b:g} "
-        f"{unit}); here {mine} ({_interval(here[0])} and {_interval(here[1])} {our_unit})"
+        f"{column.quantity.title}{place}: the paper has {theirs} ({a:g} and {b:g} "
+        f"{column.paper.unit}{'' if column.is_same else f', {rows[0].model}'}); here{on} {mine} "
+        f"({_interval(here[0])} and {_interval(here[1])} {column.quantity.unit})"
     )
-    return Verdict(outcome=outcome, text=text)
+    return Verdict(outcome=outcome, origin=here[0].origin, text=text)
+
+
+def _half_width(a: Measured, b: Measured) -> float:
+    """Return the least difference between two numbers whose intervals do not overlap."""
+    return ((a.high - a.low) + (b.high - b.low)) / 2
+
+
+def _reach(
+    column: Column, paper: tuple[float, float], here: tuple[Measured, Measured], *, is_ordered: bool
+) -> float:
+    """Return the difference that our intervals must be able to show, in our unit."""
+    margin = _margin(column, *here)
+    if not is_ordered:
+        return margin
+    difference = abs(paper[0] - paper[1])
+    if column.is_same or column.quantity.unit == column.paper.unit:
+        return difference
+    if column.is_score:  # another scale: what counts as a difference is ours to say
+        return margin
+    return difference / max(map(abs, paper)) * max(abs(number.value) for number in here)
+
+
+def _margin(column: Column, a: Measured, b: Measured) -> float:
+    margin = column.quantity.margin
+    if not column.is_same and not column.is_score:
+        margin *= max(abs(a.value), abs(b.value))
+    return margin
 
 
 def _order(column: Column, a: Measured, b: Measured) -> int:
     """Return 1 if a is surely above b (a better score), -1 if below, 0 if neither."""
-    margin = column.quantity.margin
-    if not column.is_same and not column.is_score:
-        margin *= max(abs(a.value), abs(b.value))
+    margin = _margin(column, a, b)
     sign = -1 if column.is_inverted else 1
     if a.low > b.high and a.value - b.value > margin:
         return sign
@@ -109,16 +151,17 @@ def _order(column: Column, a: Measured, b: Measured) -> int:
     return 0
 
 
-def _sentence(column: Column, names: tuple[str, ...], order: int) -> str:
+def _sentence(column: Column, names: Sequence[str], order: int, alike: str = "alike") -> str:
     first, second = names
     if order == 0:
-        return f"{first} and {second} alike"
+        return f"{first} and {second} {alike}"
     words = ("better than", "worse than") if column.is_score else ("above", "below")
     return f"{first} {words[order < 0]} {second}"
 
 
-def _name(row: Row) -> str:
-    return row.title if row.rank is None else f"{row.title} (rank {row.rank})"
+def name_of(row: Row, rank: int | None) -> str:
+    """Return a line's method, with a rank where it has one."""
+    return row.title if rank is None else f"{row.title} (rank {rank})"
 
 
 def _interval(number: Measured) -> str:
@@ -136,8 +179,9 @@ CLAIM_RULE = (
     "A statement gives one quantity as a share of another. Counted at the paper's own size it must "
     "be met within the margin that its words leave. Measured on another machine or model, the "
     "share must lie on the same side of 1, or within the margin of 1 where the paper's does; it "
-    "contradicts the paper if its whole interval lies elsewhere, and leaves it open if a part "
-    "does."
+    "contradicts the paper if its whole interval lies elsewhere. If a part of it does, we cannot "
+    "tell if the interval is wider than the paper's distance from 1 (or than the margin), and it "
+    "stays open otherwise."
 )
 
 
@@ -158,7 +202,7 @@ def judge_claim(result: ClaimResult) -> Verdict:
         f"'{claim.quote}' (section {claim.section}): {_what(claim)} is {claim.ratio:g} in the "
         f"paper, {ours.value:.3f}{spread} here ({ours.origin})"
     )
-    return Verdict(outcome=outcome, text=text)
+    return Verdict(outcome=outcome, origin=ours.origin, text=text)
 
 
 def _outcome(claim: Claim, ours: Measured) -> Outcome:
@@ -168,7 +212,21 @@ def _outcome(claim: Claim, ours: Measured) -> Outcome:
     low, high = _region(claim)
     if low <= ours.low and ours.high <= high:
         return "agrees"
-    return "contradicts" if ours.high < low or ours.low > high else "open"
+    if ours.high < low or ours.low > high:
+        return "contradicts"
+    return share_outcome(ours, claim.ratio, claim.margin)
+
+
+def share_outcome(ours: Measured, stated: float, margin: float) -> Outcome:
+    """Return what becomes of a share whose interval lies partly where the paper's does.
+
+    Args:
+        ours: The share.
+        stated: The paper's.
+        margin: How near to 1 is alike.
+    """
+    is_wide = (ours.high - ours.low) / 2 > max(abs(stated - 1), margin)
+    return "cannot_tell" if is_wide else "open"
 
 
 def _region(claim: Claim) -> tuple[float, float]:
