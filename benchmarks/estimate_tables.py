@@ -16,7 +16,7 @@ def table(number: str, results: Path) -> str:
     """Return one table as Markdown, and where it comes from.
 
     Args:
-        number: Of the paper's table: 1, 3 or 4.
+        number: Number of the paper's table: 1, 3 or 4.
         results: Folder of the result.
     """
     path = results / "estimate.json"

@@ -71,7 +71,7 @@ def verdict(study: dict[str, Any], arm: str, reference: str = REFERENCE) -> str:
     over seeds, and it is better for every seed. Worse: the mean is worse by more than that.
 
     Args:
-        study: Of `read_studies`.
+        study: One study of `read_studies`.
         arm: Its name.
         reference: Arm to compare with.
     """
@@ -92,7 +92,7 @@ def winners(studies: dict[str, dict[str, Any]]) -> list[str]:
     That is: better than random in studies of two models at least, worse in none.
 
     Args:
-        studies: Of `read_studies`.
+        studies: What `read_studies` returns.
     """
     found = []
     for arm in _arms(studies):

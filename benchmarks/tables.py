@@ -37,7 +37,7 @@ def table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of one result, and where it comes from.
 
     Args:
-        name: Of the file, without `.json`; or `estimate-` and the number of the paper's table; or
+        name: File name without `.json`; or `estimate-` and the number of the paper's table; or
             `reproduce-` or `selection-` and a table of reproduce_tables or selection_tables.
         results: Folder.
 
@@ -64,7 +64,7 @@ def byte_table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of what one result's methods keep for backward.
 
     Args:
-        name: Of the file, without `.json`.
+        name: File name without `.json`.
         results: Folder.
 
     Raises:

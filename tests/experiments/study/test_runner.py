@@ -8,6 +8,8 @@ from rich.console import Console
 
 from pacatune.experiments.study import Arm, StudyConfig, run_study
 from pacatune.experiments.study.plan import make_plan
+from pacatune.experiments.study.report import notes
+from pacatune.experiments.study.result import StudyResult
 from pacatune.experiments.study.runner import pending_runs
 
 RATES = [5e-4, 1e-3, 4e-3]
@@ -228,3 +230,28 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
     result, _ = run(config, tmp_path / "out")
     assert result.arms["paca"].rank == 5  # 500 are nearer to 460 than 400 are
     assert "paca: trains 500 parameters, the reference 460." in result.warnings
+
+
+@pytest.mark.parametrize(
+    ("config", "metric", "words"),
+    [
+        ({"task": "smollm2-chat"}, "loss", "its loss on all test data: the mean over the learned"),
+        ({"task": "dinov2-cifar10"}, "accuracy", "the share of all test images whose class it"),
+        ({"task": "", "command": "classify"}, "accuracy", "the share of all test texts whose"),
+        ({"task": "", "command": "train-image"}, "loss", "its mean loss over all test images"),
+    ],
+)
+def test_the_report_says_what_a_mean_is_a_mean_of(config, metric, words):
+    values = {"command": "train", "tuning_seeds": 1, "seeds": [3, 5], "validation_fraction": 0.1}
+    result = StudyResult(
+        metric=metric,
+        higher_is_better=metric == "accuracy",
+        reference="paca",
+        arms={},
+        warnings=[],
+        config=values | config,
+        versions={},
+    )
+    text = notes(result)
+    assert f"Each test {metric} is a mean over n runs, one for each seed (3, 5)" in text
+    assert words in text

@@ -59,11 +59,11 @@ def make_runs(
 
     Args:
         model: Folder or hub id.
-        data: Of both.
+        data: Data of both runs.
         folder: Gets one folder per method.
         num_steps: Optimizer steps of each run.
-        seed: Of the data's order, the columns and the start of LoRA.
-        dtype: Of the weights, as `choose_dtype` returns it.
+        seed: Seed for the data's order, the columns and the start of LoRA.
+        dtype: Type of the weights, as `choose_dtype` returns it.
     """
     paca = _make_run("paca", model, data, folder, num_steps=num_steps, seed=seed, dtype=dtype)
     lora = _make_run("lora", model, data, folder, num_steps=num_steps, seed=seed, dtype=dtype)

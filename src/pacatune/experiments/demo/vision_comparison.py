@@ -57,11 +57,11 @@ def make_runs(
 
     Args:
         model: Folder or hub id.
-        data: Of all.
+        data: Data of all runs.
         folder: Gets one folder per method.
-        learning_rates: Of each method; None for its default.
+        learning_rates: Rate of each method; None for its default.
         num_steps: Optimizer steps of each run.
-        seed: Of the order of the images, the head, the columns and the start of LoRA.
+        seed: Seed for the order of the images, the head, the columns and the start of LoRA.
     """
     from pacatune.training.image import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
 

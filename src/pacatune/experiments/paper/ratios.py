@@ -18,7 +18,7 @@ class PaperRatio:
     quantity: str
     """flops, step, forward, backward or peak."""
     method: str
-    """Of `pacatune bench`."""
+    """Name of a method of `pacatune bench`."""
     reference: str
     ratio: float
     source: str

@@ -44,7 +44,7 @@ class Settings:
     optimizer: str | None = None
     scheduler: str | None = None
     batch_size: int | None = None
-    """Of an optimizer step, over all micro-batches."""
+    """Examples in an optimizer step, over all micro-batches."""
     micro_batches: int | None = None
     """Gradient accumulation steps."""
     seq_len: int | None = None

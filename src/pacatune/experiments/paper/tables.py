@@ -132,7 +132,7 @@ def rows_of(
 
     Args:
         quantities: Columns, in the order of the numbers.
-        model: Of all lines.
+        model: Model of all lines.
         *lines: Method, rank and numbers of each.
     """
     keys = [quantity.key for quantity in quantities]

@@ -26,11 +26,11 @@ def bars(
     """Draw the paper's bars and ours, each on its own scale.
 
     Args:
-        names: Of the lines.
+        names: Names of the lines.
         paper: Its numbers; None leaves a gap.
         ours: With their intervals.
-        labels: Of the two axes, with units.
-        titles: Of the two panels: what the numbers were obtained on.
+        labels: Labels of the two axes, with units.
+        titles: Titles of the two panels: what the numbers were obtained on.
     """
     figure, panels = _panels(2, height=0.9 + 0.28 * len(names))
     places = list(range(len(names)))[::-1]
@@ -60,7 +60,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, Measured]]], labels: tuple[
 
     Args:
         series: Name -> points.
-        labels: Of x and y.
+        labels: Labels of x and y.
     """
     figure, (axes,) = _panels(1, height=3.4)
     for name, points in series.items():
@@ -78,8 +78,8 @@ def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: s
 
     Args:
         parts: Title of a line -> its parts.
-        names: Of the parts.
-        label: Of the axis, with its unit.
+        names: Names of the parts.
+        label: Label of the axis, with its unit.
     """
     figure, (axes,) = _panels(1, height=1.2 + 0.4 * len(parts))
     places = list(range(len(parts)))[::-1]
@@ -90,6 +90,7 @@ def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], label: s
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set(xlabel=label, yticks=places)
     axes.set_yticklabels(list(parts))
-    axes.legend(fontsize="small")
+    if len(names) > 1:
+        axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return svg_text(figure)

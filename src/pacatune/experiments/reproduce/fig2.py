@@ -122,6 +122,7 @@ def _add_operations(part: Section, operations: dict[str, dict[str, Any]]) -> Non
             title=f"Operations of a step of {_MODEL}, TFLOP (counted)",
             header=["method", "forward", "backward", "both"],
             rows=rows,
+            align="lr",
         )
     )
     shown = {
@@ -146,6 +147,7 @@ def _add_times(part: Section, bench: dict[str, Any]) -> None:
         header=["method", *phases, "step"],
         rows=rows,
         note=machine_of(bench),
+        align="lr",
     )
     part.tables.append(table)
     if shown:

@@ -54,11 +54,11 @@ def measure_steps(
     Args:
         build: Returns the model.
         methods: paca first, then lora or full.
-        rank: Of adapters.
-        num_images: Of a step.
-        image_size: Of the images, in pixels.
+        rank: Rank of the adapters.
+        num_images: Images in a step.
+        image_size: Width and height of the images, in pixels.
         seconds: For all steps.
-        seed: Of weights, images, columns and LoRA.
+        seed: Seed for weights, images, columns and LoRA.
 
     Returns:
         `saved_bytes` by method, for a whole step; `ratios`, ours over the others, with intervals.

@@ -55,7 +55,7 @@ class ImageTable:
     """Its name."""
     num_images: int
     image_size: int
-    """Of the steps that are timed."""
+    """Pixels of the images in the steps that are timed."""
     presets: dict[str, str]
     """Key of a score -> preset of `train-image`."""
     notes: tuple[str, ...] = ()
@@ -304,7 +304,7 @@ def _full_cell(row: Row, score: str, preset: str) -> Cell:
     Args:
         row: The line.
         score: Key of the accuracy.
-        preset: Of `train-image`.
+        preset: Name of a preset of `train-image`.
     """
     return Cell(
         key=f"full-{row.key}-{score}",

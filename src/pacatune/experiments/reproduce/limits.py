@@ -277,7 +277,9 @@ def _section_3(mode: Mode, results: Results) -> Section:
         title = "Largest batch of 512 tokens on an A100 (80 GB), llama3-8b, simulated"
         header = ["method", "authors' raw figures", "simulated"]
         note = f"Authors: {fig3.AUTHORS_SOURCE}."
-        part.tables.append(ReportTable(title=title, header=header, rows=rows, note=note))
+        part.tables.append(
+            ReportTable(title=title, header=header, rows=rows, note=note, align="lr")
+        )
         shown = {METHOD_TITLES[method]: [float(number)] for method, number in batches.items()}
         draw = partial(stacked, shown, ("largest batch",), "texts of 512 tokens per step")
         part.charts.append(Chart(caption=title, draw=draw))
@@ -302,7 +304,8 @@ def _papers_table() -> ReportTable:
         for name, d in fig3.DEVICES.items()
     ]
     header = ["device", "PaCA, sentences/s", "as a multiple of LoRA's", "its batch, of LoRA's"]
-    return ReportTable(title="What the paper's text states of PaCA", header=header, rows=rows)
+    title = "What the paper's text states of PaCA"
+    return ReportTable(title=title, header=header, rows=rows, align="lr")
 
 
 def _add_sweep(part: Section, bench: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def make_markdown(sections: Sequence[Section], heading: str) -> str:
 
     Args:
         sections: In order.
-        heading: Of the report.
+        heading: Title of the report.
     """
     parts = [f"# {heading}", "", *_paragraphs(_introduction())]
     if len(sections) > 1:

@@ -29,7 +29,7 @@ def find_experiments(name: str, known: dict[str, Experiment]) -> list[Experiment
     """Return the experiments of a name.
 
     Args:
-        name: Of one, or `all`.
+        name: Name of one, or `all`.
         known: All there are.
 
     Raises:

@@ -89,9 +89,9 @@ def text_run(
         model: Hub id or folder.
         data: Options of the data section.
         rate: Learning rate.
-        dtype: Of the frozen weights.
-        seed: Of the data's order, the columns and LoRA.
-        selection: Of PaCA's columns.
+        dtype: Type of the frozen weights.
+        seed: Seed for the data's order, the columns and LoRA.
+        selection: How PaCA's columns are chosen.
         selection_batches: Looked at by a selection that needs data.
         **training: Further options of training.
     """
@@ -172,7 +172,7 @@ class Runs:
 
         Args:
             run: A RunConfig or ImageRunConfig; its output folder is set.
-            name: Of the run, in the cell's folder.
+            name: Folder of the run, in the cell's.
         """
         output = self.folder / name
         run.training.output_dir = run.training.given["output_dir"] = str(output)
@@ -190,7 +190,7 @@ class Runs:
         """Return what is computed, of an earlier call if it has ended there.
 
         Args:
-            name: Of its file in the cell's folder.
+            name: Name of its file in the cell's folder.
             compute: Returns JSON values.
         """
         path = self.folder / f"{name}.json"

@@ -27,7 +27,7 @@ def study_cell(config: StudyConfig, key: str, title: str, method: str) -> Cell:
 
     Args:
         config: A study with that arm alone.
-        key: Of the cell.
+        key: Key of the cell.
         title: What is trained.
         method: By the paper's name, for --only.
     """
@@ -78,7 +78,7 @@ def scores_of(
     Args:
         cells: Key of a line -> key of its cell.
         results: All there are.
-        num_examples: Of the test, where the metric is an accuracy; in per cent then.
+        num_examples: Size of the test, where the metric is an accuracy; in per cent then.
     """
     found = {line: results[key] for line, key in cells.items() if key in results}
     std = pooled_std(result["values"].values() for result in found.values())

@@ -29,7 +29,7 @@ class SettingsBeside:
     """The settings of one line of the paper beside those of a run of ours."""
 
     title: str
-    """Of the line."""
+    """Title of the line."""
     paper: Settings
     ours: Settings
     why: Mapping[str, str]
@@ -124,7 +124,7 @@ def settings_text(experiment: "Experiment", scale: Literal["small", "full"]) -> 
 
     Args:
         experiment: Which one.
-        scale: Of ours.
+        scale: Scale of our runs.
     """
     lines = [f"# {experiment.name}: {experiment.title} ({experiment.place}); --scale {scale}"]
     if experiment.name in SCRIPTS:

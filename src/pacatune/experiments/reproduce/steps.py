@@ -43,9 +43,9 @@ def bench_config(scale: Scale, methods: tuple[str, ...], **options: Any) -> Benc
     """Return what is measured at a scale: a small Llama here, LLaMA3-8B on an accelerator.
 
     Args:
-        scale: Of the model.
-        methods: Of `pacatune bench`.
-        **options: Of BenchConfig.
+        scale: Which model is measured.
+        methods: Methods by the names of `pacatune bench`.
+        **options: Further fields of BenchConfig.
     """
     if scale == "full":
         sizes = {"values": load_values("llama3-8b"), "title": "llama3-8b", "dtype": "bfloat16"}
@@ -70,7 +70,7 @@ def bench_cell(config: BenchConfig, methods: tuple[str, ...], key: str = "bench"
     Args:
         config: What is measured.
         methods: For --only, by the paper's names.
-        key: Of the cell.
+        key: Key of the cell.
     """
     what = f"a sweep over {config.sweep}" if config.sweep else "steps of"
     return Cell(
@@ -134,7 +134,7 @@ def phase_ratio(
     Pairs that took turns have a bootstrap interval, others one by their quartiles.
 
     Args:
-        result: Of a bench cell.
+        result: Result of a bench cell.
         what: Method and phase: forward, backward or step.
         of: The same of what it is a share of.
     """
@@ -224,7 +224,7 @@ def bench_columns(table: Table, result: dict[str, Any]) -> list[Column]:
 
     Args:
         table: The paper's.
-        result: Of a bench cell at the small scale.
+        result: Result of a bench cell at the small scale.
     """
     memory, time = table.quantity("memory"), table.quantity("time")
     titles = (
@@ -254,7 +254,7 @@ def bench_numbers(
 
     Args:
         table: The paper's.
-        result: Of a bench cell.
+        result: Result of a bench cell.
         names: Method of the paper -> of `pacatune bench`.
     """
     found: dict[tuple[str, str], Measured] = {}

@@ -31,7 +31,7 @@ class PlannedArm:
     learning_rates: list[float]
     num_trainable_parameters: int
     options: Values
-    """Of its runs, over the task's, but for rate, seed and folder."""
+    """Options of its runs, over the task's, but for rate, seed and folder."""
 
 
 @dataclass(kw_only=True)
@@ -59,9 +59,9 @@ class Plan:
         """Build one run.
 
         Args:
-            name: Of the arm.
+            name: Name of the arm.
             rate: Learning rate.
-            seed: Of everything.
+            seed: Seed for data order, columns and whatever starts at random.
             folder: Scratch folder of the trainer.
         """
         return _make_run(self.task, self.arms[name].options, rate, seed, folder)

@@ -19,7 +19,7 @@ def draw_metric(result: StudyResult, path: Path) -> None:
         if arm.mean is not None:
             axes.plot([place - 0.3, place + 0.3], [arm.mean] * 2, color="black", linewidth=1.5)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set(ylabel=f"test {result.metric}", title="points: seeds, line: mean")
+    axes.set(ylabel=f"test {result.metric}", title="a point for each seed; line: mean of the seeds")
     axes.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
 from pacatune.experiments.study.plots import draw_metric, draw_rates
 from pacatune.experiments.study.result import ArmResult, StudyResult
 from pacatune.reports.provenance import versions_text
@@ -64,26 +65,47 @@ def to_markdown(result: StudyResult) -> str:
 def notes(result: StudyResult) -> str:
     """Return what a reader must know of the table."""
     config = result.config
-    tuning, seeds = config["tuning_seeds"], len(config["seeds"])
+    tuning, seeds = config["tuning_seeds"], config["seeds"]
     better = "more" if result.higher_is_better else "less"
     compared = [arm.comparison for arm in result.arms.values() if arm.comparison is not None]
     smallest = max((c.smallest_p_value for c in compared), default=None)
     text = (
-        f"Mean and standard deviation over seeds of the {result.metric} on test data; {better} is "
-        "better. The rate of each arm is the best of its grid on a held-out share of the training "
-        f"data ({config['validation_fraction']:g}), with {tuning} of {seeds} seeds; test data "
-        "chose nothing. All arms see the same batches in the same order, with the same schedule "
-        "and precision."
+        f"Each test {result.metric} is a mean over n runs, one for each seed "
+        f"({', '.join(map(str, seeds))}), and after ± their standard deviation. What a run reaches "
+        f"is {_meaning(result)}; {better} is better. The rate of each arm is the best of its grid "
+        f"on a held-out share of the training data ({config['validation_fraction']:g}), with "
+        f"{tuning} of {len(seeds)} seeds; `!` marks one at the edge of its grid. Test data chose "
+        "nothing. All arms see the same batches in the same order, with the same schedule and "
+        "precision."
     )
     if smallest is not None:
         text += (
-            " Differences are paired by seed; p is that of an exact two-sided sign-flip "
-            f"permutation test, which cannot be below {smallest:.2g} with so many seeds, and is "
-            "not corrected for the number of arms."
+            f" Minus {result.reference}: the mean over n of the differences by seed, and after ± "
+            "their standard deviation; p is that of an exact two-sided sign-flip permutation test, "
+            f"which cannot be below {smallest:.2g} with so many seeds, and is not corrected for "
+            "the number of arms."
         )
     if any(arm.forgetting is not None for arm in result.arms.values()):
-        text += " Forgetting is the rise of the loss on general text that was not trained on."
+        text += (
+            " Forgetting is the mean over n of the rise of the loss per token on general text that "
+            "was not trained on."
+        )
     return text
+
+
+def _meaning(result: StudyResult) -> str:
+    """Return what one run's number is a mean of."""
+    task = PACKAGED_TASKS.get(result.config["task"])
+    command = result.config["command"] if task is None else task.command
+    examples = "images" if command == "train-image" else "texts"
+    if result.metric == "accuracy":
+        return f"the share of all test {examples} whose class it names, in per cent"
+    if command == "train":
+        return (
+            "its loss on all test data: the mean over the learned tokens of each evaluation batch, "
+            "averaged over the batches by their size"
+        )
+    return f"its mean loss over all test {examples}"
 
 
 def _row(arm: ArmResult, metric: str) -> list[str]:

@@ -39,7 +39,7 @@ class Task(ABC):
 
     Args:
         values: Options of the base run, in sections. Its evaluation data is the test data here.
-        validation_fraction: Of the training data, held out to choose learning rates by.
+        validation_fraction: Share of the training data that is held out to choose rates by.
         forgetting_tokens: How much general text to measure a language model's loss on.
 
     Raises:
