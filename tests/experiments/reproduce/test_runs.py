@@ -161,6 +161,12 @@ def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path,
     assert cell.run(tmp_path / "work", lines.append) == result
 
 
+def test_another_prompt_is_another_result(monkeypatch):
+    cell = mmlu.small_cell(ROW)
+    monkeypatch.setattr("pacatune.data.packaged.question_types.PROMPT", "{} is a")
+    assert mmlu.small_cell(ROW).inputs != cell.inputs
+
+
 def test_a_model_without_training_is_scored(tiny_questions, tmp_path):
     cell = mmlu.small_cell(TABLES["table1"].row("llama3-8b-none"))
     result = cell.run(tmp_path / "work", tell)

@@ -228,8 +228,12 @@ def small_stated(row: Row) -> Settings:
 
 def small_cell(row: Row) -> Cell:
     """Return the cell of one line: the best rate of a grid by validation loss, then all seeds."""
+    from pacatune.data.packaged.question_types import PROMPT
+
     inputs = {
         "method": row.method,
+        # Without it, a score of an earlier prompt was once kept beside those of another.
+        "prompt": PROMPT,
         "settings": {} if row.method in UNTRAINED else asdict(small_stated(row)),
         "model": _SMALL_MODEL,
         "data": _DATA,
