@@ -41,6 +41,13 @@ def test_core_needs_five_packages() -> None:
     assert names == ["torch", "transformers", "peft", "accelerate", "safetensors"]
 
 
+def test_floors_are_what_make_compat_runs_with() -> None:
+    pins = (ROOT / "tools/compat/floors.txt").read_text()
+    for line in PROJECT["dependencies"]:
+        name, floor = re.match(r"([\w-]+)>=([\d.]+),", line).groups()
+        assert re.search(rf"^{name}=={re.escape(floor)}(\.\d+)*$", pins, re.MULTILINE), line
+
+
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_command_without_its_packages_says_one_line(name, monkeypatch, capsys) -> None:
     for package in ("trl", "rich"):
