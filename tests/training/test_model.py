@@ -6,7 +6,6 @@ import torch
 
 from pacatune.training import LoraSection, PacaSection
 from pacatune.training import model as models
-from pacatune.training.precision import bfloat16_is_fast, choose_dtype
 
 
 @pytest.fixture
@@ -176,38 +175,6 @@ def test_model_arguments_are_passed_on(make_config):
     config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
     with pytest.raises(TypeError, match="no_such_argument"):
         models.load_model(config)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "checkpoint", "full", "expected"),
-    [
-        ("auto", torch.float32, False, torch.float32),
-        ("auto", torch.float16, False, torch.float32),
-        ("auto", None, False, torch.float32),
-        ("auto", torch.bfloat16, True, torch.float32),
-        ("bfloat16", torch.float32, True, torch.bfloat16),
-        ("float16", torch.float32, False, torch.float16),
-    ],
-)
-def test_dtype_on_the_cpu(dtype, checkpoint, full, expected):
-    assert choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
-    from pacatune.training import precision
-
-    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda use_cpu: fast)
-    dtype = choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
-    assert dtype == (torch.bfloat16 if fast else torch.float32)
-
-
-def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert bfloat16_is_fast(use_cpu=True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not bfloat16_is_fast(use_cpu=True)
 
 
 def test_weights_are_loaded_in_the_chosen_type(make_config):

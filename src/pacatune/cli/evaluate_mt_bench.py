@@ -5,7 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, positive, quiet_libraries
+from pacatune.cli.options import add_base_options, new_parser, positive, quiet_libraries
+from pacatune.precision import DTYPES
+from pacatune.pretrained import QUANTIZATIONS
 
 EXIT_NOTHING_JUDGED = 1
 _PATHS = ("output", "chat_template", "judge_prompts", "cache")
@@ -53,7 +55,7 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
         "--answers", metavar="FILE", help="judge these answers, in FastChat's form, without a model"
     )
     add("--model-id", help="name in the results (default: of the folders)")
-    add("--quantization", choices=("nf4", "fp4", "int8"), help="hold the base in 4 or 8 bits")
+    add("--quantization", choices=QUANTIZATIONS, help="hold the base in 4 or 8 bits")
     add("--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)")
     add("--chat-template", metavar="FILE", help="Jinja text instead of the tokenizer's own")
     add(

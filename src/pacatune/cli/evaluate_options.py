@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, positive, print_notes
+from pacatune.cli.options import add_base_options, new_parser, positive, print_notes
+from pacatune.precision import DTYPES
+from pacatune.pretrained import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from pacatune.adapters.loading import LoadedModel
@@ -28,7 +30,7 @@ def model_parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)")
     add(
         "--quantization",
-        choices=("nf4", "fp4", "int8"),
+        choices=QUANTIZATIONS,
         help="hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained "
         "so does it by itself",
     )

@@ -3,7 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
     from pacatune.adapters.merge import MergeResult

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def new_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of one command.

@@ -16,6 +16,7 @@ from pacatune.adapters.loading import LoadedModel
 from pacatune.bench.record import versions
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.precision import dtype_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,7 +94,7 @@ def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dic
         "settings": settings,
         "model": {
             "name": loaded.name,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(loaded.model.dtype),
             "device": str(loaded.model.device),
             "quantization": _quantization(loaded.model),
             "base": _fingerprint(loaded.model),

@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from pacatune.precision import bfloat16_is_fast
 from pacatune.training.option_checks import check_ranges, refuse_elsewhere
-from pacatune.training.precision import bfloat16_is_fast
 
 # Options that every recipe decides elsewhere, and where.
 _ELSEWHERE = {

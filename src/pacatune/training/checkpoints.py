@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from pacatune.adapters.base import readable_weights
 from pacatune.lean import LeanReport
 from pacatune.memory import SavedBytes
+from pacatune.pretrained import readable_weights
 from pacatune.training.finite import FiniteSteps
 from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
 from pacatune.training.progress import Meter

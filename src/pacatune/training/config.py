@@ -10,6 +10,7 @@ from trl import SFTConfig
 from pacatune.data import DataConfig
 from pacatune.format.patterns import check_patterns
 from pacatune.methods import TEXT_METHODS
+from pacatune.precision import Dtype
 from pacatune.selection import strategies
 from pacatune.training.any_run import settle
 from pacatune.training.arguments import SharedDefaults
@@ -30,7 +31,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the weights. `auto`: the checkpoint's, but float32 for full fine-tuning and where
     the device computes in the checkpoint's type slowly."""
 

@@ -1,8 +1,7 @@
 """Tokenizer, targets and weights of the model; all that can be checked is, before the weights."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pacatune.hub import check_on_hub
+from pacatune import pretrained
 from pacatune.methods import METHODS, adapter_config
+from pacatune.precision import choose_dtype
 from pacatune.training.any_run import AnyRun
 from pacatune.training.config import RunConfig
-from pacatune.training.precision import choose_dtype
-from pacatune.training.quantization import check_quantization, quantization_options
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -48,34 +46,8 @@ class Plan:
 
 
 def model_path(config: RunConfig) -> str:
-    """Return the hub id, or the absolute path of a local folder; see `find_model`."""
-    return find_model(config.model.path, config.model.revision)
-
-
-def find_model(path: str, revision: str | None = None, *, others: bool = False) -> str:
-    """Return a hub id as it is, and the absolute path of a local folder.
-
-    Args:
-        path: Hub id or folder.
-        revision: Branch, tag or commit of the hub's model.
-        others: Whether names of other kinds are allowed, which are returned as they are.
-
-    Raises:
-        FileNotFoundError: If it looks like a local folder and holds no model, or is no hub id that
-            can be reached.
-    """
-    local = Path(path).expanduser()
-    if local.exists() and not (local / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} holds no config.json; `model.path` must be a model folder."
-        )
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise FileNotFoundError(f"model folder {path} does not exist; check `model.path`.")
-    if local.exists():
-        return str(local.resolve())
-    if not others:
-        check_on_hub(path, "model.path", revision=revision)
-    return path
+    """Return the hub id, or the absolute path of a local folder."""
+    return pretrained.find_model(config.model.path, config.model.revision)
 
 
 def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
@@ -84,21 +56,7 @@ def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
     Raises:
         ValueError: If the model needs code of its own, or `training.eos_token` is unknown.
     """
-    from transformers import AutoTokenizer
-
-    path = model_path(config)
-    with _no_remote_code(config.model.path):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, revision=config.model.revision, trust_remote_code=False
-            )
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            # The Rust part of tokenizers has no other class for a damaged file.
-            raise ValueError(
-                f"the tokenizer of {path} cannot be read ({error}); copy its files again."
-            ) from error
+    tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
     if config.data.chat_template is not None:
         tokenizer.chat_template = _read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
@@ -180,18 +138,16 @@ def plan_training(config: RunConfig, adapter_config: "PeftConfig | None") -> Pla
 
     model_config = _load_model_config(config)
     check_quantization(config, model_config)
-    with _no_remote_code(config.model.path), torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                model_config,
-                attn_implementation=config.model.attn_implementation,
-                trust_remote_code=False,
-            )
-        except ImportError as error:
-            raise ValueError(
-                f"`model.attn_implementation` ({config.model.attn_implementation!r}) cannot be "
-                f"used: {error}. Install it or choose another."
-            ) from error
+    attention = config.model.attn_implementation
+    try:
+        model = pretrained.empty_model(
+            AutoModelForCausalLM, model_config, attn_implementation=attention
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"`model.attn_implementation` ({attention!r}) cannot be used: {error}. Install it or "
+            "choose another."
+        ) from error
     num_parameters = model.num_parameters()
     targets: dict[str, str] = {}
     if adapter_config is not None:
@@ -238,24 +194,68 @@ def load_model(config: RunConfig) -> "PreTrainedModel":
     """Load the weights, in the type that `model.dtype` asks for."""
     from transformers import AutoModelForCausalLM
 
-    from pacatune.adapters.base import readable_weights
-    from pacatune.tuner.quantized import forbid_packing
-
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(config.training.model_init_kwargs or {})
     options |= quantization_options(config, dtype)
-    with _no_remote_code(config.model.path), readable_weights(config.model.path):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path(config),
-            revision=config.model.revision,
-            dtype=dtype,
-            attn_implementation=config.model.attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **options,
-        )
-    forbid_packing(model)  # the evaluation before training would spoil LoRA's base
+    model: PreTrainedModel = pretrained.load_weights(
+        AutoModelForCausalLM,
+        model_path(config),
+        dtype=dtype,
+        revision=config.model.revision,
+        attn_implementation=config.model.attn_implementation,
+        use_safetensors=True,
+        **options,
+    )
     return model
+
+
+def check_quantization(config: RunConfig, model_config: Any) -> None:
+    """Refuse a quantisation that the method, the model or the installation cannot have.
+
+    Args:
+        config: The run.
+        model_config: The pretrained model's own configuration.
+
+    Raises:
+        ValueError: Names the option, the rule and the fix.
+    """
+    quantization = config.model.quantization
+    if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
+        raise ValueError(
+            f"`model.double_quantization` (False) is for 4 bits, and `model.quantization` is "
+            f"{quantization!r}; set that to nf4 or fp4, or drop the option."
+        )
+    if quantization is None:
+        return
+    if config.method == "full":
+        raise ValueError(
+            f"`model.quantization` ({quantization!r}) with `method` ('full'): quantised weights "
+            "cannot be trained; choose another method or drop the option."
+        )
+    pretrained.check_quantizable(
+        quantization, model_config, config.model.path, option="model.quantization"
+    )
+
+
+def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what from_pretrained needs to quantise the model while it loads.
+
+    Args:
+        config: The run.
+        dtype: Of what is not quantised, and of the products.
+    """
+    quantization = config.model.quantization
+    if quantization is None:
+        return {}
+    # FSDP shards weights of one dtype together, and floating ones only.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    made = pretrained.bitsandbytes_config(
+        quantization,
+        dtype,
+        double=config.model.double_quantization,
+        storage=dtype if is_sharded else None,
+    )
+    return {"quantization_config": made}
 
 
 def weights_dtype(config: RunConfig) -> torch.dtype:
@@ -279,12 +279,7 @@ def _section(config: RunConfig) -> str:
 
 
 def _load_model_config(config: RunConfig) -> Any:
-    from transformers import AutoConfig
-
-    with _no_remote_code(config.model.path):
-        return AutoConfig.from_pretrained(
-            model_path(config), revision=config.model.revision, trust_remote_code=False
-        )
+    return pretrained.load_config(model_path(config), revision=config.model.revision)
 
 
 def _read_template(template: str) -> str:
@@ -297,16 +292,3 @@ def _read_template(template: str) -> str:
             "give a .jinja file, or the text with its {{ }} and {% %}."
         )
     return path.read_text(encoding="utf-8")
-
-
-@contextmanager
-def _no_remote_code(path: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"model {path} comes with code of its own, which is never executed; use a version "
-            "of it that transformers supports."
-        ) from error

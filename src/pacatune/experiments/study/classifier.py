@@ -15,6 +15,8 @@ from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from pacatune.experiments.study.classifier_config import ClassifierConfig
 from pacatune.methods import METHODS, adapter_config
+from pacatune.precision import torch_dtype
+from pacatune.pretrained import load_weights
 from pacatune.training.checkpoints import WholeCheckpoints
 from pacatune.training.model import adapter_options
 from pacatune.training.progress import Meter
@@ -97,20 +99,17 @@ def load_classifier(config: ClassifierConfig, classes: list[str]) -> Any:
     """Load an encoder and put a new head for the classes on it."""
     from transformers import AutoModelForSequenceClassification
 
-    from pacatune.adapters.base import readable_weights
-
     set_seed(config.training.seed)
-    with readable_weights(config.model.path):
-        return AutoModelForSequenceClassification.from_pretrained(
-            config.model.path,
-            revision=config.model.revision,
-            num_labels=len(classes),
-            dtype=torch.float32 if config.model.dtype == "auto" else config.model.dtype,
-            attn_implementation=config.model.attn_implementation,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+    return load_weights(
+        AutoModelForSequenceClassification,
+        config.model.path,
+        dtype=torch.float32 if config.model.dtype == "auto" else torch_dtype(config.model.dtype),
+        revision=config.model.revision,
+        num_labels=len(classes),
+        attn_implementation=config.model.attn_implementation,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
 
 
 def _rows(data: "Dataset", collate: Any, places: list[int]) -> dict[str, torch.Tensor]:

@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
 
+from pacatune import pretrained
 from pacatune.data.checks import overlap_warning
 from pacatune.experiments.study import classifier
 from pacatune.experiments.study.labelled_texts import LabelledTexts, encode, read_texts, split_texts
@@ -20,7 +20,7 @@ from pacatune.experiments.study.task import (
 )
 from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.training.config import LoraSection, ModelConfig, MosLoraSection, PacaSection
-from pacatune.training.model import count_trainable, find_model
+from pacatune.training.model import count_trainable
 from pacatune.training.report import train_curve
 from pacatune.training.running import run_trainer
 
@@ -51,15 +51,12 @@ class ClassifyTask(Task):
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains."""
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
-        path = find_model(config.model.path)
         classes = _classes(split_texts(config.data)[0])
-        model_config = AutoConfig.from_pretrained(
-            path, revision=config.model.revision, num_labels=len(classes), trust_remote_code=False
-        )
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(model_config)
+        model_config = pretrained.load_config(config.model.path, revision=config.model.revision)
+        model_config.num_labels = len(classes)
+        model = pretrained.empty_model(AutoModelForSequenceClassification, model_config)
         adapter = classifier.complete_adapter_config(config, model)
         return count_trainable(classifier.make_trainable(model, config, adapter))
 
@@ -72,18 +69,16 @@ class ClassifyTask(Task):
             *overlap_warning(train.texts, held_out.texts, "validation texts"),
             *overlap_warning(train.texts + held_out.texts, test.texts, "test texts"),
         )
-        weights = weights_digest(find_model(config.model.path), config.model.revision)
+        weights = weights_digest(pretrained.find_model(config.model.path), config.model.revision)
         return " ".join([*map(_fingerprint, parts), weights])
 
     def run(self, config: Any, console: Console) -> Measured:
         """Train and evaluate."""
-        from transformers import AutoTokenizer
-
         with released():
             train, held_out = split_texts(config.data)
             classes = _classes(train)
-            tokenizer = AutoTokenizer.from_pretrained(
-                find_model(config.model.path), revision=config.model.revision
+            tokenizer = pretrained.load_tokenizer(
+                pretrained.find_model(config.model.path), revision=config.model.revision
             )
             parts = {"train": train, "validation": held_out, "test": self._test_texts(config)}
             data = {

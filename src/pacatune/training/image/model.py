@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pacatune.methods import METHODS, adapter_config
+from pacatune.pretrained import load_weights
 from pacatune.training.image.base import ImageBase
 from pacatune.training.image.config import ImageRunConfig
 from pacatune.training.image.parts import find_batch_norms, find_heads, reset_heads
@@ -84,20 +85,17 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
     """
     from transformers import AutoModelForImageClassification
 
-    from pacatune.adapters.base import readable_weights
-
-    with readable_weights(base.path):
-        model, info = AutoModelForImageClassification.from_pretrained(
-            base.path,
-            config=base.config,
-            revision=base.revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+    model, info = load_weights(
+        AutoModelForImageClassification,
+        base.path,
+        dtype=dtype,
+        revision=base.revision,
+        config=base.config,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        use_safetensors=True,
+    )
     heads = find_heads(model)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     prefixes = () if base.has_own_head else tuple(f"{name}." for name in heads)

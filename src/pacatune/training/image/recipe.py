@@ -15,6 +15,7 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import Augmentation, ImageDataset, PreparedImages, prepare_images
 from pacatune.methods import METHODS
+from pacatune.precision import torch_dtype
 from pacatune.training.checkpoints import TrainedOn
 from pacatune.training.image.base import ImageBase, describe_base
 from pacatune.training.image.card import write_card
@@ -184,7 +185,7 @@ def make_trainer(
     )
     arguments.label_names = ["labels"]
     set_seed(arguments.seed)
-    dtype = getattr(torch, config.model.dtype)
+    dtype = torch_dtype(config.model.dtype)
     model = load_model(run.base, dtype, config.model.attn_implementation)
     batches = share_of_batches(len(run.train), config, partial(_collate, run.train))
     adapter_config = choose_from_data(
