@@ -165,7 +165,7 @@ def load_weights(
     Args:
         model_class: Class of transformers, automatic or of one architecture.
         path: Hub id or folder.
-        dtype: Of the weights; `auto` is the one they were saved in.
+        dtype: Type of the weights; `auto` is the one they were saved in.
         revision: Branch, tag or commit of the hub's model.
         **options: For `from_pretrained`.
 
@@ -246,7 +246,7 @@ def bitsandbytes_config(
 
     Args:
         kind: One of `QUANTIZATIONS`.
-        dtype: Of the products, with 4 bits.
+        dtype: Type of the products, with 4 bits.
         double: Whether the scales of 4-bit weights are quantised too.
         storage: Type that packed 4-bit weights seem to have; bitsandbytes' own where None.
     """

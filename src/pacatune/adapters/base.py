@@ -172,7 +172,7 @@ def load_base(
         name: A local folder or a hub id.
         task_type: The adapter's task, which decides the head; None takes the class that the base
             was saved from.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         device: Where to put it; see `resolve_device`.
         quantization: How to quantise it, as an adapter's `base_quantization`; ignored for a base
             that is saved quantised.

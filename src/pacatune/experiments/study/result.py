@@ -26,7 +26,7 @@ class RunRecord:
     train_loss: float | None = None
     num_steps: int = 0
     seconds: float = 0.0
-    """Of the run, for planning only: other programs may have been running."""
+    """Time of the run, for planning only: other programs may have been running."""
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     """Why it failed; None if it did not."""

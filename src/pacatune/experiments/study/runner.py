@@ -17,7 +17,7 @@ from pacatune.experiments.study.report import OUTPUTS, write_report
 from pacatune.experiments.study.result import RunRecord, StudyResult
 from pacatune.experiments.study.summary import Place, best_rate, rate_beyond, summarise
 from pacatune.files.result_folder import ResultFolder
-from pacatune.training.preparation import show_warnings
+from pacatune.training.progress import show_warnings
 from pacatune.training.report import versions
 
 RESULT_NAME = "study.json"

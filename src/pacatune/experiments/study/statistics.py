@@ -65,7 +65,7 @@ def sign_flip_p_value(differences: list[float]) -> float:
     assumes nothing about the distribution, and cannot be below 2 / 2^n.
 
     Args:
-        differences: Of pairs, n of them; the cost grows as 2^n.
+        differences: Differences of n pairs; the cost grows as 2^n.
     """
     sums = np.zeros(1)
     for difference in differences:
