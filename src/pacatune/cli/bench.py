@@ -56,19 +56,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--methods", metavar="A,B", default=METHODS, help="see docs/bench.md (default: %(default)s)"
     )
-    numbers = "of each micro-batch (default: %(default)s)"
+    numbers = "tokens of each micro-batch (default: %(default)s)"
     add("--tokens", metavar="N,M", default="16,512,2048", help=numbers)
     add("--seq-len", type=int, default=512, help="longest row (default: %(default)s)")
-    add("--dtype", default="auto", help="of the weights; auto is bfloat16 where it is fast")
+    add(
+        "--dtype",
+        default="auto",
+        help="number type of the weights; auto is bfloat16 where it is fast",
+    )
     add(
         "--adapter-dtype",
         choices=("same", "float32"),
         default="same",
-        help="of what adapters train; float32 beside 16-bit weights runs under autocast",
+        help="number type of adapters; float32 beside 16-bit weights runs under autocast",
     )
     add("--device", default="auto", help="cpu, cuda, xpu, hpu, mps (default: the accelerator)")
-    add("--rank", type=int, default=8, help="of every adapter (default: %(default)s)")
-    add("--dropout", type=float, default=0.1, help="of lora_dropout (default: %(default)s)")
+    add("--rank", type=int, default=8, help="rank of every adapter (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="dropout of lora_dropout (default: %(default)s)")
     add("--compiled", action="store_true", help="compile models by torch.compile")
     add(
         "--sweep",
@@ -82,7 +86,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--min-rounds", type=int, default=5, help="rounds at the least (default: %(default)s)")
     add("--warmup", type=int, default=2, help="rounds before, not counted (default: %(default)s)")
     add("--threads", type=int, help="torch's on a CPU (default: all cores)")
-    add("--seed", type=int, default=0, help="of weights, tokens and columns (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of weights, tokens and columns (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

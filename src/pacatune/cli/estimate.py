@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import names, new_parser, print_notes, quiet_libraries
 
 if TYPE_CHECKING:
     from pacatune.memory.estimate import Estimate, Quantity
@@ -60,13 +60,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help=_MODEL_HELP)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", default="paca", metavar="NAME", help=_METHOD_HELP)
-    which.add_argument("--methods", type=_names, metavar="A,B,...", help="several, side by side")
+    which.add_argument("--methods", type=names, metavar="A,B,...", help="several, side by side")
     add("--rank", type=int, default=8, help="columns or rank of the adapter (default: %(default)s)")
-    add("--dropout", type=float, default=0.0, help="of lora, dora and moslora (default: none)")
+    add("--dropout", type=float, default=0.0, help="dropout of lora, dora, moslora (default: none)")
     add("--batch-size", type=int, default=1, help="sequences per step (default: %(default)s)")
     add("--seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
-    add("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
-    add("--adapter-dtype", default="float32", help="of the adapter (default: %(default)s)")
+    add("--dtype", default="bfloat16", help="number type of the weights (default: %(default)s)")
+    add(
+        "--adapter-dtype",
+        default="float32",
+        help="number type of the adapter (default: %(default)s)",
+    )
     add("--quantization", metavar="KIND", help="4-bit weights: nf4 or fp4")
     add("--gradient-checkpointing", action="store_true", help="recompute blocks in backward")
     add("--lean", default="auto", help="lean layers: off, auto or require (default: %(default)s)")
@@ -75,7 +79,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--gradient-accumulation", type=int, default=1, metavar="N", help=accumulation)
     add("--sharding", default="none", metavar="KIND", help="zero1, zero2, zero3 or fsdp2")
     add("--num-gpus", type=int, default=1, help="that share it (default: %(default)s)")
-    add("--target-modules", type=_names, metavar="A,B,...", help=_TARGETS_HELP)
+    add("--target-modules", type=names, metavar="A,B,...", help=_TARGETS_HELP)
     add("--gpu", metavar="NAME", help="does it fit on this one: a100-80g, h100, 4090, ...")
     add("--memory", metavar="SIZE", help="or in this much, such as 24GiB")
     add("--max", choices=list(_QUANTITIES), help="find the largest that fits")
@@ -104,19 +108,12 @@ _LOSS_HELP = (
 _TARGETS_HELP = "adapted modules (default: the linear layers of the blocks)"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
-    return names
-
-
 def _setting(options: argparse.Namespace, method: str, num_methods: int) -> "Setting":
     from pacatune.memory.setting import Setting
 
     values = {name: value for name, value in vars(options).items() if name not in _OWN}
     values |= {"model": options.model, "method": method, "dropout": 0.0}
-    values["target_modules"] = options.target_modules or ()
+    values["target_modules"] = tuple(options.target_modules or ())
     setting = Setting(**values)
     if num_methods > 1 and not setting.row.has_dropout:
         return setting  # beside methods that have dropout

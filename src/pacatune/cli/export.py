@@ -44,7 +44,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--dtype",
         choices=DTYPES[1:],
         default="float32",
-        help="of the tensors; float32 (the default) is exact",
+        help="number type of the tensors; float32 (the default) is exact",
     )
     parser.add_argument(
         "--keep-extra",

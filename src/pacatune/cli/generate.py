@@ -72,9 +72,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=1.0,
         help="sample from the likeliest tokens up to this probability (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)"
+        "--dtype", choices=DTYPES, default="auto", help="number type of the base (default: its own)"
     )
     options = parser.parse_args(argv)
     if options.compare and options.adapter is None:

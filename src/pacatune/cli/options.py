@@ -1,25 +1,62 @@
 """Options and habits that commands share."""
 
 import argparse
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from pacatune.names import did_you_mean, nearest
+
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*")
+_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '?(.+?)'? \(choose from (.+)\)")
 
 
-def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command whose errors are one line that names what was meant."""
+
+    def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the words of the command line.
+
+        Raises:
+            ValueError: If one is wrong. An unknown option comes first: without it another one,
+                which was meant, may be missing.
+        """
+        known = self._option_string_actions
+        for word in args:
+            name = word.partition("=")[0]
+            if _OPTION.fullmatch(name) and name not in known:
+                names = [option for option in known if option.startswith("--")]
+                self.error(f"unknown option {name}; {did_you_mean(name, names)}".rstrip("."))
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words of the command line.
+
+        Raises:
+            ValueError: Says what is wrong with them.
+        """
+        choice = _CHOICE.fullmatch(message)
+        if choice is not None:
+            choices = [name.strip("'") for name in choice[3].split(", ")]
+            near = nearest(choice[2], choices)
+            message = f"`{choice[1]}` ({choice[2]!r}) must be one of {', '.join(choices)}"
+            message += "" if near is None else f"; did you mean {near!r}?"
+        see = " See" if message.endswith("?") else "; see"
+        raise ValueError(f"{message}{see} `{self.prog} --help`.")
+
+
+def new_parser(command: str, description: str) -> CommandParser:
     """Return the parser of one command.
 
     Args:
         command: Its name.
         description: One sentence for the help text.
     """
-    return argparse.ArgumentParser(
-        prog=f"pacatune {command}",
-        description=description,
-        allow_abbrev=False,
-    )
+    return CommandParser(prog=f"pacatune {command}", description=description, allow_abbrev=False)
 
 
 def add_base_options(
@@ -81,6 +118,18 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return number
+
+
+def names(text: str) -> list[str]:
+    """Return the names of an option such as `a,b`.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
+    return found
 
 
 def program_name() -> str:

@@ -40,7 +40,7 @@ class TaskScores:
     num_truncated: int
     """Prompts that were longer than the model's context, cut at their start."""
     versions: dict[str, Any]
-    """Of the tasks, as lm-eval counts them."""
+    """Versions of the tasks, as lm-eval counts them."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pacatune.names import guess
 NUM_FEWSHOT = 5
 NUM_SUBJECTS = 57
 NUM_TEST_QUESTIONS = 14_042
-"""Of the test split as released."""
+"""Size of the test split as released."""
 
 _SPLIT = re.compile(r"(?:^|[-_])(dev|test|val|validation|train)(?:[-_.]|$)")
 _ASKED, _SHOWN = "test", "dev"

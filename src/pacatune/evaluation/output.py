@@ -109,8 +109,8 @@ def write_report(folder: Path, head: dict[str, Any], report: Report, *, finished
     """Write a result as far as it is known; call again when more is.
 
     Args:
-        folder: Of `open_output`.
-        head: Of `describe`.
+        folder: The folder that `open_output` made.
+        head: What `describe` returned.
         report: The result.
         finished: Whether nothing more will come.
     """

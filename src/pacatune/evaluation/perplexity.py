@@ -24,7 +24,7 @@ class TextScore:
     num_tokens: int
     """Tokens that were predicted."""
     num_bytes: int
-    """Of the text that those tokens spell, in UTF-8."""
+    """Size of the text that those tokens spell, in UTF-8."""
 
     @property
     def perplexity(self) -> float:

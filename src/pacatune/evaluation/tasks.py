@@ -40,7 +40,7 @@ def evaluate_tasks(
         limit: Questions per task at most, the first ones.
         batch_size: Prompts that are evaluated at once.
         chat: Write prompts by the chat template.
-        seed: Of examples that are drawn at random.
+        seed: Seed of examples that are drawn at random.
         progress: Whether to show a bar.
 
     Raises:

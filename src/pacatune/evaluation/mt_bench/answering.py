@@ -38,9 +38,9 @@ def answer_questions(
         generator: The model.
         questions: In any order.
         file: Gets the answers; a row for one question when all are there.
-        max_new_tokens: Of each turn.
+        max_new_tokens: Most tokens of each turn.
         batch_size: How many questions are answered at once.
-        seed: Of the sampling; each turn of each question has its own, made of this one.
+        seed: Seed of the sampling; each turn of each question has its own, made of this one.
         on_done: Called with how many questions are answered, and of how many.
 
     Raises:
@@ -87,7 +87,7 @@ def turn_seed(seed: int, question: Question, turn: int) -> int:
     """Return the seed of one turn, which no other question changes.
 
     Args:
-        seed: Of the whole run.
+        seed: Seed of the whole run.
         question: Whose answer is sampled.
         turn: 0 or 1.
     """

@@ -200,13 +200,13 @@ class JudgeClient:
     key: str | None = field(default=None, repr=False)
     """Sent as bearer token."""
     timeout_s: float = 120.0
-    """Of one request, from its start to the end of the reply."""
+    """Seconds for one request, from its start to the end of the reply."""
     max_retries: int = 6
     """How often a request is repeated that failed in a way that may pass."""
     temperature: float = 0.0
     """Left out where the endpoint says that its model takes none."""
     max_tokens: int = 2048
-    """Of a reply."""
+    """Most tokens of a reply."""
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
     """Once set, no request is sent or repeated."""
     wait: Callable[[float], Any] | None = field(default=None, repr=False)

