@@ -2,6 +2,9 @@
 
 Code that comes with a model is never run, and weights are read from safetensors alone where a run
 trains them. What cannot be read is an error that says whose it is and what to do.
+
+In all of them `path` is a hub id or a folder, `revision` a branch, tag or commit of the hub's
+model, and `option` where the path is from, for messages.
 """
 
 import logging
@@ -40,11 +43,7 @@ def find_model(
 ) -> str:
     """Return a hub id as it is, and the absolute path of a local folder.
 
-    Args:
-        path: Hub id or folder.
-        revision: Branch, tag or commit of the hub's model.
-        option: Where the path is from, for messages.
-        others: Whether names of other kinds are allowed, which are returned as they are.
+    With `others`, names of other kinds are allowed and returned as they are.
 
     Raises:
         FileNotFoundError: If it looks like a local folder and holds no model, or is no hub id that
@@ -67,11 +66,6 @@ def find_model(
 
 def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
     """Load the configuration of a model, without a weight.
-
-    Args:
-        path: Hub id or folder.
-        revision: Branch, tag or commit of the hub's model.
-        option: Where the path is from, for messages.
 
     Raises:
         FileNotFoundError: If there is no such model, or it cannot be reached.
@@ -103,11 +97,6 @@ def load_tokenizer(
 ) -> "PreTrainedTokenizerBase":
     """Load the tokenizer that lies beside a model.
 
-    Args:
-        path: Hub id or folder.
-        revision: Branch, tag or commit of the hub's model.
-        option: Where the path is from, for messages.
-
     Raises:
         OSError: If there is none.
         ValueError: If it cannot be read, or needs code of its own.
@@ -115,28 +104,24 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     check_on_hub(path, option, revision=revision)
-    try:
-        with no_remote_code(path):
+    with no_remote_code(path):
+        try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, revision=revision, trust_remote_code=False
             )
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # The Rust part of tokenizers has no other class for a damaged file.
-        raise ValueError(
-            f"the tokenizer of {path} cannot be read ({error}); copy its files again."
-        ) from error
+        except Exception as error:
+            if isinstance(error, OSError) or "trust_remote_code" in str(error):
+                raise
+            # The Rust part of tokenizers raises plain Exception for a damaged file.
+            raise ValueError(
+                f"the tokenizer of {path} cannot be read ({type(error).__name__}: {error}); copy "
+                "its files again."
+            ) from error
     return tokenizer
 
 
 def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
     """Build a model on the meta device: modules and shapes, no weights.
-
-    Args:
-        model_class: Class of transformers, automatic or of one architecture.
-        config: Configuration of the model.
-        **options: For the class, such as `attn_implementation`.
 
     Raises:
         ValueError: If the model needs code of its own.
@@ -160,14 +145,7 @@ def load_weights(
     revision: str | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model with its weights.
-
-    Args:
-        model_class: Class of transformers, automatic or of one architecture.
-        path: Hub id or folder.
-        dtype: Type of the weights; `auto` is the one they were saved in.
-        revision: Branch, tag or commit of the hub's model.
-        **options: For `from_pretrained`.
+    """Load a model with its weights, by any class of transformers; `auto` is their own type.
 
     Raises:
         ValueError: If the weights cannot be read, or the model needs code of its own.
@@ -220,12 +198,6 @@ def no_remote_code(path: str) -> Iterator[None]:
 
 def check_quantizable(kind: str, config: Any, path: str, *, option: str) -> None:
     """Refuse to quantise a model that is quantised, or where bitsandbytes is missing.
-
-    Args:
-        kind: One of `QUANTIZATIONS`.
-        config: Configuration of the model.
-        path: Name of the model, for the message.
-        option: Where `kind` is from, for the message.
 
     Raises:
         ValueError: Names the option and the fix.

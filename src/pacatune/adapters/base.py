@@ -260,12 +260,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return pretrained.load_tokenizer(name, option="model")
     except FileNotFoundError:
         raise
-    except Exception as error:
-        if not folder.is_dir() and isinstance(error, OSError):
+    except OSError as error:
+        if not folder.is_dir():
             return None
         raise ValueError(
-            f"the tokenizer of {name!r} cannot be read ({type(error).__name__}: {error}); "
-            "repair its files, or remove them to go without."
+            f"the tokenizer of {name!r} cannot be read ({error}); repair its files, or remove them "
+            "to go without."
         ) from error
 
 
