@@ -46,6 +46,7 @@ def test_an_option_that_there_is_not_comes_before_those_that_are_missing(command
         (["generate", "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
         (["generate", "--promt=a"], "unknown option --promt; did you mean '--prompt'? See"),
         (["inspect"], "the following arguments are required: ADAPTER; see `pacatune inspect"),
+        (["inspect", "a", "--", "-b"], "unrecognized arguments: -b; see"),
         (["inspect", "a", "b"], "unrecognized arguments: b; see `pacatune inspect --help`."),
         (["generate", "-o", "b"], "unknown option -o; "),
     ],

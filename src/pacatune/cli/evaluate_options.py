@@ -67,7 +67,7 @@ def evaluate(
 
     output = Path(options.output)
     command = " ".join(["pacatune evaluate", name, *map(shlex.quote, argv)])
-    settings |= {"quantization": options.quantization, "batch_size": options.batch_size}
+    settings = {**settings, **values_of(options, "quantization", "batch_size")}
     with _loaded_model(options) as loaded:
         head = describe(loaded, command, settings)
         for report in score(loaded):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,11 +27,11 @@ class CommandParser(argparse.ArgumentParser):
                 which was meant, may be missing.
         """
         known = self._option_string_actions
-        for word in args:
+        for word in takewhile(lambda word: word != "--", args):
             name = word.partition("=")[0]
             if _OPTION.fullmatch(name) and name not in known:
-                names = [option for option in known if option.startswith("--")]
-                self.error(f"unknown option {name}; {did_you_mean(name, names)}".rstrip("."))
+                hint = did_you_mean(name, [option for option in known if option.startswith("--")])
+                self.error(f"unknown option {name}; {hint}".rstrip("."))
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
