@@ -6,7 +6,7 @@ import pytest
 from pacatune.adapters.base import load_base_config, load_tokenizer
 from pacatune.data.read import read_rows
 from pacatune.hub import check_on_hub
-from pacatune.training.model import find_model
+from pacatune.pretrained import find_model
 
 MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the hub that can be re"
 

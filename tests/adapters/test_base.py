@@ -45,10 +45,10 @@ def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
 def test_a_missing_base_is_named(tmp_path, adapter_dir):
     with pytest.raises(FileNotFoundError, match=r"'nowhere'\) is neither a file or folder here"):
         load_base("nowhere", task_type=None)
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json\.$"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; `model` must be a mod"):
         load_base(str(tmp_path), task_type=None)
     with pytest.raises(
-        FileNotFoundError, match=r"has no config\.json; it is an adapter, not a base"
+        FileNotFoundError, match=r"holds no config\.json \(it is an adapter, not a base\)"
     ):
         load_base(str(adapter_dir), task_type=None)
 
@@ -57,7 +57,7 @@ def test_an_unknown_architecture_is_refused_and_its_code_not_run(model_copy, tmp
     (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     edit_config(model_copy, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     edit_config(model_copy, model_type="nonsense")
-    with pytest.raises(ValueError, match=r"nonsense|custom code|trust_remote_code"):
+    with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
         load_base(str(model_copy), task_type="CAUSAL_LM")
     edit_config(model_copy, model_type="llama", architectures=["EvilForCausalLM"])
     with pytest.raises(ValueError, match=r"is a 'EvilForCausalLM', which transformers .* not run"):
@@ -67,10 +67,10 @@ def test_an_unknown_architecture_is_refused_and_its_code_not_run(model_copy, tmp
 
 def test_damaged_weights_are_named(model_copy):
     (model_copy / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"weights of base model .* cannot be read"):
+    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
         load_base(str(model_copy), task_type=None)
     (model_copy / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"weights of base model .* cannot be read"):
+    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
         load_base(str(model_copy), task_type=None)
 
 

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 import torch
 
-from pacatune.adapters import loading
+from pacatune import pretrained
 from pacatune.adapters.loading import load_language_model
 from pacatune.tuner.quantized import forbid_packing
 from tests.adapters.fixtures import save_adapter
@@ -74,7 +74,7 @@ def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
 
 
 def test_bitsandbytes_is_missing(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
 

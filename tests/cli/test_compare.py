@@ -54,7 +54,7 @@ def test_study(study, tmp_path, capsys):
 
 
 def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
-    from pacatune.experiments.study.classify import ClassifyTask
+    from pacatune.experiments.study.tasks import ClassifyTask
 
     def fail(self, config, console):
         raise RuntimeError("out of memory")

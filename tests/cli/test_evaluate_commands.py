@@ -167,7 +167,7 @@ def test_wrong_input_is_found_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(shared, "loaded_model", lambda options: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(shared, "_loaded_model", lambda options: pytest.fail("a model is loaded"))
     assert main(["evaluate", *words, "--model", "m", "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
@@ -203,6 +203,5 @@ def test_mmlu_data_of_a_folder(tmp_path, capsys):
 
 
 def test_names_of_nothing(capsys):
-    with pytest.raises(SystemExit):
-        main(["evaluate", "lm-eval", "--tasks", ",", "--output", "x"])
+    assert main(["evaluate", "lm-eval", "--tasks", ",", "--output", "x"]) == 2
     assert "',' names nothing; write a,b,c" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pacatune.cli import train, train_image
-from pacatune.training.option_names import option_names
+from pacatune.cli.option_names import option_names
 
 NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview", "preset"}
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pacatune.training import train
-from pacatune.training.trainer import RunTrainer
+from pacatune.training.sft import SftRunTrainer
 from tests.conftest import build_model
 
 
@@ -29,13 +29,13 @@ def questions(tmp_path):
 @pytest.fixture
 def batches(monkeypatch):
     """The micro-batches that training sees."""
-    seen, step = [], RunTrainer.training_step
+    seen, step = [], SftRunTrainer.training_step
 
     def watch(self, model, inputs, *args, **kwargs):
         seen.append({name: value.clone() for name, value in inputs.items()})
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(RunTrainer, "training_step", watch)
+    monkeypatch.setattr(SftRunTrainer, "training_step", watch)
     return seen
 
 

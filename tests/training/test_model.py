@@ -6,7 +6,8 @@ import torch
 
 from pacatune.training import LoraSection, PacaSection
 from pacatune.training import model as models
-from pacatune.training.precision import bfloat16_is_fast, choose_dtype
+from pacatune.training.plan import Plan, count_trainable, make_adapter_config
+from pacatune.training.sft import check_attention
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_code_of_a_model_is_never_executed(make_config, model_copy, tmp_path):
     )
     config = make_config(model={"path": str(model_copy)})
     with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
-        models.plan_training(config, None)
+        models.plan_training(config)
     assert not (tmp_path / "ran").exists()
 
 
@@ -95,18 +96,18 @@ def test_packing_needs_flash_attention(make_config, training):
     for attention in (None, "sdpa", "eager"):
         config = make_config(model={"attn_implementation": attention}, training=training)
         with pytest.raises(ValueError, match="flash attention alone keeps packed examples apart"):
-            models.check_attention(config)
+            check_attention(config)
     for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
         config = make_config(model={"attn_implementation": attention}, training=training)
-        models.check_attention(config)
+        check_attention(config)
 
 
 def test_no_packing_needs_nothing(make_config):
-    models.check_attention(make_config())
+    check_attention(make_config())
 
 
 def plan(config):
-    return models.plan_training(config, models.make_adapter_config(config))
+    return models.plan_training(config)[0]
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora", "full"])
@@ -114,13 +115,12 @@ def test_plan_is_what_is_trained(make_config, method):
     from peft import get_peft_model
 
     config = make_config(method)
-    adapter_config = models.make_adapter_config(config)
-    planned = models.plan_training(config, adapter_config)
+    planned, adapter_config, max_positions = models.plan_training(config)
     model = models.load_model(config)
     if adapter_config is not None:
         model = get_peft_model(model, adapter_config)
-    assert planned.num_trainable_parameters == models.count_trainable(model)
-    assert planned.max_positions == 256
+    assert planned.num_trainable_parameters == count_trainable(model)
+    assert max_positions == 256
     assert len(planned.targets) == (0 if method == "full" else 14)
 
 
@@ -146,68 +146,36 @@ def test_layers_beside_a_regular_expression_are_refused(make_config, method):
 
 def test_layers_of_many_sizes_are_one_line_of_the_plan():
     targets = {"0.conv_pw": "8 -> 16", "1.conv_pw": "16 -> 32", "0.fc": "8 -> 8", "1.fc": "8 -> 8"}
-    planned = models.Plan(targets, 1, 2, None)
+    planned = Plan(targets, 1, 2)
     assert planned.summary() == ["2 x conv_pw", "2 x fc (8 -> 8)"]
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora"])
 def test_default_targets_are_the_same_for_every_method(make_config, method):
     config = make_config(method)
-    adapter_config = models.make_adapter_config(config)
-    assert len(models.plan_training(config, adapter_config).targets) == 14
+    planned, adapter_config, _ = models.plan_training(config)
+    assert len(planned.targets) == 14
     assert adapter_config.target_modules == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
 
 
 def test_sections_reach_peft(make_config):
-    paca = models.make_adapter_config(
+    paca = make_adapter_config(
         make_config(paca=PacaSection(r=4, paca_alpha=8, random_seed=7, rank_pattern={"q_proj": 2}))
     )
     assert (paca.r, paca.paca_alpha, paca.random_seed) == (4, 8, 7)
     assert paca.rank_pattern == {"q_proj": 2}
-    dora = models.make_adapter_config(make_config("dora", lora=LoraSection(r=4, lora_dropout=0.5)))
+    dora = make_adapter_config(make_config("dora", lora=LoraSection(r=4, lora_dropout=0.5)))
     assert dora.use_dora
     assert (dora.r, dora.lora_dropout) == (4, 0.5)
-    assert models.make_adapter_config(make_config("full")) is None
+    assert make_adapter_config(make_config("full")) is None
 
 
 def test_model_arguments_are_passed_on(make_config):
     config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
     with pytest.raises(TypeError, match="no_such_argument"):
         models.load_model(config)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "checkpoint", "full", "expected"),
-    [
-        ("auto", torch.float32, False, torch.float32),
-        ("auto", torch.float16, False, torch.float32),
-        ("auto", None, False, torch.float32),
-        ("auto", torch.bfloat16, True, torch.float32),
-        ("bfloat16", torch.float32, True, torch.bfloat16),
-        ("float16", torch.float32, False, torch.float16),
-    ],
-)
-def test_dtype_on_the_cpu(dtype, checkpoint, full, expected):
-    assert choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
-    from pacatune.training import precision
-
-    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda use_cpu: fast)
-    dtype = choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
-    assert dtype == (torch.bfloat16 if fast else torch.float32)
-
-
-def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert bfloat16_is_fast(use_cpu=True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not bfloat16_is_fast(use_cpu=True)
 
 
 def test_weights_are_loaded_in_the_chosen_type(make_config):

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
-from pacatune.training.trainer import num_tokens
+from pacatune.training.sft import num_tokens
 
 ARGUMENTS = SimpleNamespace(disable_tqdm=False)
 

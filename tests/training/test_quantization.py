@@ -9,8 +9,9 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from pacatune import pretrained
 from pacatune.training import ModelConfig, PacaSection, train
-from pacatune.training import quantization as quantization_module
+from pacatune.training import model as models
 from tests.conftest import build_model
 
 QUIET = Console(quiet=True)
@@ -84,15 +85,15 @@ def test_full_fine_tuning_is_refused(make_config):
 def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
     load(tiny_model_dir, load_in_4bit=True).save_pretrained(tmp_path / "quantised")
     path = {"path": str(tmp_path / "quantised")}
-    with pytest.raises(ValueError, match=r"is already saved quantised; drop the option"):
-        quantization_module.check_quantization(
+    with pytest.raises(ValueError, match=r"is saved quantised already; drop the option"):
+        models.check_quantization(
             make_config(model={**path, "quantization": "nf4"}),
             AutoModelForCausalLM.from_pretrained(tmp_path / "quantised").config,
         )
 
 
 def test_without_bitsandbytes(make_config, monkeypatch):
-    monkeypatch.setattr(quantization_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         train(make_config(model={"quantization": "nf4"}), console=QUIET)
 
@@ -114,10 +115,10 @@ def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog)
 
 def test_storage_is_set_for_sharding(make_config, monkeypatch):
     config = make_config(model={"quantization": "nf4"})
-    options = quantization_module.quantization_options(config, torch.bfloat16)
+    options = models.quantization_options(config, torch.bfloat16)
     assert options["quantization_config"].bnb_4bit_quant_storage == torch.uint8
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    options = quantization_module.quantization_options(config, torch.bfloat16)
+    options = models.quantization_options(config, torch.bfloat16)
     assert options["quantization_config"].bnb_4bit_quant_storage == torch.bfloat16
 
 

@@ -181,7 +181,7 @@ def test_run_without_evaluation(make_config, console):
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 def test_packed_examples_are_trained_as_alone(make_config, console, monkeypatch, strategy):
     """Only with flash attention in use, but sdpa masks this model right too, at a cost."""
-    monkeypatch.setattr("pacatune.training.model.check_attention", lambda config: None)
+    monkeypatch.setattr("pacatune.training.sft.check_attention", lambda config: None)
     options = {"per_device_train_batch_size": 57, "per_device_eval_batch_size": 60, "max_steps": 2}
     alone = train(make_config(training=options), console=console)
     options |= {"packing": True, "packing_strategy": strategy, "max_length": 64}

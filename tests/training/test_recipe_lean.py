@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.training import recipe as recipe_module
+from pacatune.training import model as models
 from pacatune.training import train
 
 
@@ -45,7 +45,7 @@ def test_what_cannot_be_lean_is_said_once_or_refused(make_config, console):
 def test_required_but_impossible_is_found_before_the_weights_are_loaded(
     make_config, console, monkeypatch
 ):
-    monkeypatch.setattr(recipe_module.models, "load_model", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(models, "load_model", lambda config: pytest.fail("loaded"))
     config = make_config(model={"attn_implementation": "eager"}, lean="require")
     with pytest.raises(ValueError, match="this model cannot be all lean, which 'require' asks for"):
         train(config, console=console)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from pacatune.training import LoraSection, PacaSection, preview, train
+from pacatune.training import model as models
 from pacatune.training import recipe as recipe_module
+from pacatune.training.sft import SftRunTrainer
 
 
 def test_targets_and_parameters_are_shown_before_training(make_config, console):
@@ -40,7 +42,7 @@ class TestBeforeWeights:
         def refuse(config):
             raise AssertionError("weights were loaded")
 
-        monkeypatch.setattr(recipe_module.models, "load_model", refuse)
+        monkeypatch.setattr(models, "load_model", refuse)
         yield
         assert not (tmp_path / "out").exists()
 
@@ -104,7 +106,7 @@ def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(recipe_module.RunTrainer, "training_step", out_of_memory)
+    monkeypatch.setattr(SftRunTrainer, "training_step", out_of_memory)
     with pytest.raises(ValueError, match=r"out of memory .*`training.per_device_train_batch_size`"):
         train(make_config(), console=console)
 

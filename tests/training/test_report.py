@@ -4,8 +4,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from pacatune.training.card import write_card
-from pacatune.training.report import Report, eval_curve, train_curve, versions, write_report
+from pacatune.training.report import (
+    Report,
+    eval_curve,
+    train_curve,
+    versions,
+    write_card,
+    write_report,
+)
+from pacatune.training.sft import SftTask
 
 
 def make_report(**changes):
@@ -108,12 +115,21 @@ def test_versions_name_what_decides_the_numbers():
     ],
 )
 def test_card(make_config, tmp_path, method, library, contains):
-    write_card(make_config(method), make_report(method=method), tmp_path)
+    task, report = SftTask(make_config(method)), make_report(method=method)
+    write_card(
+        task.config,
+        report,
+        tmp_path,
+        pipeline_tag=task.pipeline_tag,
+        tags=task.tags,
+        how_to_load=task.how_to_load(report),
+    )
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["base_model"] == "owner/model"
     assert front["library_name"] == library
-    assert {method, "pacatune"} <= set(front["tags"])
+    assert front["tags"] == sorted({method, "pacatune", "sft", "trl"})
+    assert front["pipeline_tag"] == "text-generation"
     assert all(text in body for text in contains)
     assert "20 examples, 2 held out" in body
     assert ("import pacatune" in body) == (method in ("paca", "moslora"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pacatune.cli import main
 from pacatune.training import TrainingInterrupted, train
 from pacatune.training.config_file import save_config
-from pacatune.training.recipe import RunTrainer
+from pacatune.training.sft import SftRunTrainer
 
 SIXTEEN_STEPS = {"num_train_epochs": 2, "save_total_limit": 20}
 
@@ -73,14 +73,14 @@ def test_sigkill(make_config, tmp_path, console):
 
 def stop_at(monkeypatch, step, action):
     """Do something inside a training step of the trainer."""
-    plain = RunTrainer.training_step
+    plain = SftRunTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step - 1:
             action()
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(RunTrainer, "training_step", training_step)
+    monkeypatch.setattr(SftRunTrainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -189,17 +189,17 @@ def test_overwrite_says_what_it_deletes_and_spares_the_rest(make_config, tmp_pat
 FULL_DISK = """
 import resource, sys
 from pacatune.cli import main
-from pacatune.training.recipe import RunTrainer
+from pacatune.training.sft import SftRunTrainer
 
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-plain = RunTrainer._save_checkpoint
+plain = SftRunTrainer._save_checkpoint
 
 def limited(self, *args):
     if self.state.global_step == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     plain(self, *args)
 
-RunTrainer._save_checkpoint = limited
+SftRunTrainer._save_checkpoint = limited
 for limit in (20_000, 60_000):  # the adapter has 33 kB, the state of the optimizer 70 kB
     folder = f"{sys.argv[2]}/{limit}"
     status = main(["train", "--config", sys.argv[1], "--training.output_dir", folder])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from pacatune.experiments.study.classifier_config import ClassifierTrainingConfig
 from pacatune.methods import METHODS, TEXT_METHODS
 from pacatune.training import (
     DataConfig,
@@ -15,6 +14,7 @@ from pacatune.training import (
     RunConfig,
     TrainingConfig,
 )
+from pacatune.training.classifier import ClassifierTrainingConfig
 from pacatune.training.image import ImageTrainingConfig
 
 

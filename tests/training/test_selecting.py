@@ -14,8 +14,9 @@ from rich.console import Console
 from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
 from pacatune.training import model as models
+from pacatune.training.plan import make_adapter_config
 from pacatune.training.selecting import share_of_batches
-from pacatune.training.trainer import collate_rows
+from pacatune.training.sft import collate_rows
 
 
 def quiet():
@@ -59,7 +60,7 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
 
     from pacatune import PacaConfig
     from pacatune.selection import choose_columns, collect_statistics
-    from pacatune.training.preparation import prepare_run_data
+    from pacatune.training.sft import read_data
 
     section = PacaSection(
         r=4, selection="gradient", selection_batches=3, target_modules=["q_proj", "down_proj"]
@@ -80,7 +81,7 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
 
     # By hand, on the same batches.
     tokenizer = models.load_tokenizer(config)
-    data = prepare_run_data(config, tokenizer).train
+    data = read_data(config, tokenizer).train
     batches = share_of_batches(len(data), config, lambda p: collate_rows(data, tokenizer, p))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     options = PacaConfig(r=4, selection="gradient", target_modules=["q_proj", "down_proj"])
@@ -130,23 +131,22 @@ def test_a_folder_is_known_by_its_name(tmp_path, monkeypatch):
 def test_fixed_columns_in_yaml(make_config):
     given = yaml.safe_load("{q_proj: [0, 3], v_proj: [1, 2]}")
     section = PacaSection(r=2, selection=given, target_modules=["q_proj", "v_proj"])
-    adapter_config = models.make_adapter_config(make_config(paca=section))
+    adapter_config = make_adapter_config(make_config(paca=section))
     assert (adapter_config.selection, adapter_config.columns) == ("fixed", given)
-    assert models.plan_training(make_config(paca=section), adapter_config).targets
+    assert models.plan_training(make_config(paca=section))[0].targets
 
 
 def test_fixed_columns_that_do_not_fit_are_found_before_the_weights_are_loaded(make_config):
     section = PacaSection(r=2, selection={"q_proj": [0, 99]}, target_modules=["q_proj"])
     config = make_config(paca=section)
-    adapter_config = models.make_adapter_config(config)
     with pytest.raises(ValueError, match=r"gives column 99 for 'model.layers.0.self_attn.q_p"):
-        models.plan_training(config, adapter_config)
+        models.plan_training(config)
 
 
 def test_files_that_are_not_there(make_config, tmp_path):
     section = PacaSection(selection=str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=r"columns file .*none does not exist"):
-        models.make_adapter_config(make_config(paca=section))
+        make_adapter_config(make_config(paca=section))
     with pytest.raises(ValueError, match=r"`paca.selection_batches` \(0\) must be at least 1"):
         PacaSection(selection_batches=0)
     with pytest.raises(

@@ -1,27 +1,22 @@
 """Load the base model an adapter belongs to, or only its shapes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
 from peft import PeftConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pacatune import pretrained
 from pacatune.format.options import format_quantization
-from pacatune.hub import check_on_hub
+from pacatune.precision import Dtype, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
-from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized, forbid_packing
+from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 # Bases of few bits: quantise one as an adapter's was, and turn one into plain layers again.
 
@@ -29,7 +24,7 @@ from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized,
 MergeBase = Literal["original", "dequantized", "nf4"]
 
 
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> "BitsAndBytesConfig":
     """Return what transformers needs to quantise a base as an adapter's base was.
 
     Args:
@@ -41,15 +36,9 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     """
     kind = quantization.get("type")
     is_bitsandbytes = quantization.get("method") == "bitsandbytes"
-    if is_bitsandbytes and kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if is_bitsandbytes and kind in ("nf4", "fp4") and quantization.get("block_size") == 64:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_use_double_quant=bool(quantization.get("double")),
-            bnb_4bit_compute_dtype=dtype,
-        )
+    is_repeatable = kind == "int8" or quantization.get("block_size") == 64
+    if is_bitsandbytes and kind in pretrained.QUANTIZATIONS and is_repeatable:
+        return pretrained.bitsandbytes_config(kind, dtype, double=bool(quantization.get("double")))
     raise ValueError(
         f"the adapter's base was quantised as {format_quantization(quantization)!r}, which cannot "
         "be repeated while a model loads; load it with transformers, then the adapter with "
@@ -116,7 +105,7 @@ def _forget_quantisation(model: Any) -> None:
             delattr(holder, name)
 
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+DTypeName = Dtype | Literal["float64"]
 """`auto` is the dtype the base was saved in."""
 
 _AUTO_CLASSES = {
@@ -165,23 +154,7 @@ def load_base_config(name: str) -> Any:
         FileNotFoundError: If there is no such model, or it cannot be reached.
         ValueError: If the folder's config.json is not one that transformers knows.
     """
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        hint = "; it is an adapter, not a base" if (folder / "adapter_config.json").exists() else ""
-        raise FileNotFoundError(f"base model {name!r} has no config.json{hint}.")
-    check_on_hub(name, "model")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"base model {name!r} is neither a model folder nor a hub id that can be reached; "
-            "check the path or the network."
-        ) from error
-    except KeyError as error:
-        raise ValueError(
-            f"base model {name!r} has a config.json without the key {error}; transformers "
-            f"{transformers.__version__} cannot tell which architecture it is."
-        ) from error
+    return pretrained.load_config(name, option="model")
 
 
 def load_base(
@@ -198,7 +171,7 @@ def load_base(
         name: A local folder or a hub id.
         task_type: The adapter's task, which decides the head; None takes the class that the base
             was saved from.
-        dtype: Dtype of the weights.
+        dtype: Type of the weights.
         device: Where to put it; see `resolve_device`.
         quantization: How to quantise it, as an adapter's `base_quantization`; ignored for a base
             that is saved quantised.
@@ -210,37 +183,18 @@ def load_base(
     target = resolve_device(device)
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = dtype if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {}
     if quantization is not None and getattr(config, "quantization_config", None) is None:
-        compute_dtype: Any = config.dtype or torch.float32 if dtype == "auto" else torch_dtype
+        compute_dtype: Any = config.dtype or torch.float32 if dtype == "auto" else wanted
         options = {
             "quantization_config": quantization_config(quantization, compute_dtype),
             "device_map": {"": target},
         }
-    with readable_weights(f"base model {name!r}"):
-        model = model_class.from_pretrained(
-            name, config=config, dtype=torch_dtype, trust_remote_code=False, **options
-        )
+    model = pretrained.load_weights(model_class, name, dtype=wanted, config=config, **options)
     if not options:
         model = model.to(target)
-    forbid_packing(model)
     return cast(PreTrainedModel, model.eval())
-
-
-@contextmanager
-def readable_weights(owner: str) -> Iterator[None]:
-    """Say whose weights cannot be read inside this block, such as those of a cut off file.
-
-    Raises:
-        ValueError: Names the owner.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of {owner} cannot be read ({error}); copy them again."
-        ) from error
 
 
 def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
@@ -256,9 +210,7 @@ def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
     """
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
-    with torch.device("meta"):
-        build = getattr(model_class, "from_config", None) or model_class._from_config
-        return cast(PreTrainedModel, build(config))
+    return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -303,18 +255,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
-    check_on_hub(name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        # The Rust part of tokenizers raises plain Exception for a damaged file.
-        if not folder.is_dir() and isinstance(error, OSError):
+        return pretrained.load_tokenizer(name, option="model")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not folder.is_dir():
             return None
         raise ValueError(
-            f"the tokenizer of {name!r} cannot be read ({type(error).__name__}: {error}); "
-            "repair its files, or remove them to go without."
+            f"the tokenizer of {name!r} cannot be read ({error}); repair its files, or remove them "
+            "to go without."
         ) from error
-    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenizerBase | None:

@@ -59,6 +59,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
+from pacatune.precision import torch_dtype
 from pacatune.tuner.quantized import Quantization
 
 __all__ = []
@@ -145,7 +146,7 @@ def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
         dtype: The exported tensors' dtype.
     """
     size = max(float(outputs.abs().max()) for outputs in reference)
-    limit = _ARITHMETIC * size + _FACTOR * torch.finfo(getattr(torch, dtype)).eps * effect
+    limit = _ARITHMETIC * size + _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
     return min(limit, effect / 2) if effect else limit
 
 
@@ -256,12 +257,12 @@ def export_lora(
     check_output(output, num_bytes=0)
     folder = locate_folder(adapter)
     if read_json_object(find_file(folder, CONFIG_NAME)).get("peft_type") == "MOSLORA":
-        plan = plan_moslora(folder, model, getattr(torch, dtype), keep_extra=keep_extra)
+        plan = plan_moslora(folder, model, torch_dtype(dtype), keep_extra=keep_extra)
     else:
         plan = _plan_paca(
             folder,
             model,
-            getattr(torch, dtype),
+            torch_dtype(dtype),
             keep_extra=keep_extra,
             allow_other_base=allow_other_base,
         )

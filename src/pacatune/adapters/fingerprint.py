@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
 from pacatune.adapters.target import find_target
 from pacatune.files.json_file import read_json_object
+from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -122,7 +123,7 @@ def _hash_target(model: nn.Module, name: str, indices: Tensor) -> dict[str, str]
         return {}
     rows = _spread(torch.arange(weight.shape[0]), _MAX_ROWS)
     sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)].cpu()
-    return {name: _hash(sample, getattr(torch, name)) for name in _ROUNDINGS[weight.dtype]}
+    return {name: _hash(sample, torch_dtype(name)) for name in _ROUNDINGS[weight.dtype]}
 
 
 def _is_readable(weight: Tensor) -> bool:

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +28,8 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import find_target
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
-from pacatune.installation import install_command
 from pacatune.names import nearest
+from pacatune.pretrained import QUANTIZATIONS, check_quantizable
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.layout import ExpertsLayout
@@ -280,9 +279,6 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
             )
 
 
-QUANTIZATIONS = ("nf4", "fp4", "int8")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model that is ready to be asked."""
@@ -310,7 +306,7 @@ def load_language_model(
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
         adapter: Folder or hub id of a PaCA, LoRA or MosLoRA adapter; None goes without.
-        dtype: Dtype of the base's weights; `auto` is the one it was saved in.
+        dtype: Type of the base's weights; `auto` is the one it was saved in.
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         quantization: Hold the base in fewer bits: `nf4`, `fp4` or `int8`, as training does. A PaCA
             adapter that was trained so knows it, a LoRA adapter does not.
@@ -350,14 +346,7 @@ def _check_quantization(wanted: str, base: str) -> None:
         raise ValueError(
             f"`quantization` ({wanted!r}) must be one of {', '.join(QUANTIZATIONS)}, or left out."
         )
-    if getattr(load_base_config(base), "quantization_config", None) is not None:
-        raise ValueError(
-            f"`quantization` ({wanted!r}): {base} is saved quantised already; leave it out."
-        )
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"`quantization` ({wanted!r}) needs bitsandbytes; {install_command('quant')}."
-        )
+    check_quantizable(wanted, load_base_config(base), base, option="quantization")
 
 
 def _base_quantization(

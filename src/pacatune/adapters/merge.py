@@ -26,6 +26,7 @@ from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run
 from pacatune.adapters.target import read_target_columns
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
+from pacatune.precision import dtype_name
 from pacatune.tuner.compat import tied_weights
 from pacatune.tuner.quantized import Quantization
 
@@ -224,7 +225,7 @@ def merge(
     num_bytes = sum(parameter.nbytes for parameter in base.parameters())
     del base, original  # or they would stay in memory beside the model that is read back
     with staged_folder(output, num_bytes) as staging:
-        dtype_name = str(merged.write(staging)).removeprefix("torch.")
+        name_of_dtype = dtype_name(merged.write(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         error = limit = None
@@ -234,14 +235,14 @@ def merge(
             error = output_error(merged.expected, outputs)
             is_requantised = onto == "nf4"
             limit = math.inf if is_requantised else rounding_limit(written, inputs, outputs)
-            rounded_to = "nf4 again" if is_requantised else dtype_name
+            rounded_to = "nf4 again" if is_requantised else name_of_dtype
             limit = check_outputs(error, limit, merged.effect, rounded_to, onto)
             merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
     return MergeResult(
         output=output,
         base=name,
         onto=onto,
-        dtype=dtype_name,
+        dtype=name_of_dtype,
         num_modules=merged.num_modules,
         num_bytes=num_bytes,
         error=error,

@@ -108,7 +108,7 @@ def _model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _dtype(options: argparse.Namespace) -> str:
     from pacatune.measure.device import choose_device
-    from pacatune.training.precision import bfloat16_is_fast
+    from pacatune.precision import bfloat16_is_fast
 
     if options.dtype != "auto":
         return str(options.dtype)

@@ -43,7 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="STUDY.yaml", help="the study")
-    add("--output", required=True, metavar="DIR", help="folder of its runs and results")
+    add("--output", required=True, metavar="DIR", help="output folder of runs and results")
     add("--dry-run", action="store_true", help="show what would run, and stop")
     return parser.parse_args(argv)
 
@@ -53,7 +53,7 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
 
     from pacatune.experiments.study.plan import make_plan
     from pacatune.experiments.study.runner import pending_runs
-    from pacatune.training.preparation import show_warnings
+    from pacatune.training.progress import show_warnings
 
     plan = make_plan(config, console.print)
     shown = Table("arm", "method", "rank", "trained parameters", "rates")
@@ -77,7 +77,7 @@ def _show_result(result: "StudyResult", folder: Path, console: "Console") -> Non
     from rich.table import Table
 
     from pacatune.experiments.study.report import notes, table
-    from pacatune.training.preparation import show_warnings
+    from pacatune.training.progress import show_warnings
 
     head, rows = table(result)
     shown = Table(*head)

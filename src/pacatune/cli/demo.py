@@ -74,9 +74,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "many trained parameters; show losses, cost and answers before and after.",
     )
     add = parser.add_argument
-    add("--output", metavar="DIR", default="demo-output", help="of the runs (default: %(default)s)")
-    add("--steps", type=positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of data, columns and LoRA (default: %(default)s)")
+    add(
+        "--output",
+        metavar="DIR",
+        default="demo-output",
+        help="output folder (default: %(default)s)",
+    )
+    add(
+        "--steps", type=positive, default=NUM_STEPS, help="steps of each run (default: %(default)s)"
+    )
+    add("--seed", type=int, default=0, help="seed of data, columns, LoRA (default: %(default)s)")
     add("--prompt", action="append", help="ask this instead; may be repeated")
     add("--model", metavar="BASE", help="another model: a folder or hub id")
     add("--data", metavar="PATH", help="other data: a file, folder or hub id, as for train")

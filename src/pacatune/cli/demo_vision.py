@@ -66,12 +66,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     name = "efficientnet-lite0, dinov2-small, or a folder or hub id; may be repeated"
     default = "demo-vision-output"
-    add("--output", metavar="DIR", default=default, help="of the runs (default: %(default)s)")
+    add("--output", metavar="DIR", default=default, help="output folder (default: %(default)s)")
     add("--model", action="append", help=f"{name} (default: the first two)")
     add("--data", metavar="FOLDER", help="other images: a folder per class, as for train-image")
-    add("--steps", type=positive, default=NUM_STEPS, help="of each run (default: %(default)s)")
+    add(
+        "--steps", type=positive, default=NUM_STEPS, help="steps of each run (default: %(default)s)"
+    )
     add("--image-size", type=positive, help="height and width (default: the demo's own)")
-    add("--seed", type=int, default=0, help="of images, head and columns (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of images, head, columns (default: %(default)s)")
     add("--cache", metavar="DIR", help="keeps models and data (default: ~/.cache/pacatune)")
     return parser.parse_args(argv)
 

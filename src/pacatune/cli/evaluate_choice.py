@@ -1,6 +1,7 @@
 """`pacatune evaluate choice`: multiple choice, packaged or your own."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from pacatune.cli.options import positive, quiet_libraries
 from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
+    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation import ChoiceQuestion, ChoiceResult
     from pacatune.evaluation.output import Report
 
@@ -16,37 +18,32 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate choice` with the words after it; return the exit status."""
     options = _parse(argv)
-    output = Path(options.output)
     quiet_libraries()
 
     from pacatune.evaluation.choice import evaluate_choice
     from pacatune.evaluation.harness import require_lm_eval
-    from pacatune.evaluation.output import describe, open_output, write_report
+    from pacatune.evaluation.output import open_output
 
     require_lm_eval()
-    open_output(output)
+    open_output(Path(options.output))
     data = {name: _questions(name, options) for name in dict.fromkeys(options.data)}
-    with shared.loaded_model(options) as loaded:
-        head = describe(
-            loaded,
-            shared.command_line("choice", argv),
-            shared.settings_of(options, "data", "seed", "limit", "chat"),
-        )
+    asked = shared.values_of(options, "limit", "chat")
+
+    def score(loaded: "LoadedModel") -> "Iterator[Report]":
         results: dict[str, ChoiceResult] = {}
         for name, questions in data.items():
             results[name] = evaluate_choice(
                 loaded.model,
                 loaded.tokenizer,
                 questions,
-                limit=options.limit,
+                **asked,
                 batch_size=options.batch_size,
-                chat=options.chat,
                 progress=True,
             )
-            report = make_report(results)
-            write_report(output, head, report, finished=len(results) == len(data))
-        shared.show(report, output)
-    return 0
+            yield make_report(results)
+
+    settings = shared.values_of(options, "data", "seed") | asked
+    return shared.evaluate("choice", argv, options, settings, score)
 
 
 def make_report(results: "dict[str, ChoiceResult]") -> "Report":
@@ -119,6 +116,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
     add("--chat", action="store_true", help="ask by the model's chat template")
-    add("--seed", type=int, default=0, help="of the packaged data's split (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the packaged split (default: %(default)s)")
     add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
     return parser.parse_args(argv)

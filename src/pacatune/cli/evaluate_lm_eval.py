@@ -1,6 +1,7 @@
 """`pacatune evaluate lm-eval`: any task of lm-eval."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from pacatune.cli import evaluate_options as shared
 from pacatune.cli.options import names, positive, quiet_libraries
 
 if TYPE_CHECKING:
+    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation.harness import TaskScores
     from pacatune.evaluation.output import Report
 
@@ -15,36 +17,29 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate lm-eval` with the words after it; return the exit status."""
     options = _parse(argv)
-    output = Path(options.output)
     quiet_libraries()
 
     from pacatune.evaluation.harness import run_tasks
-    from pacatune.evaluation.output import describe, open_output, write_report
+    from pacatune.evaluation.output import open_output
     from pacatune.evaluation.tasks import prepare_tasks
 
-    open_output(output)
+    open_output(Path(options.output))
     tasks = prepare_tasks(options.tasks, options.tasks_dir)
-    with shared.loaded_model(options) as loaded:
-        settings = {
-            name: getattr(options, name) for name in ("num_fewshot", "limit", "chat", "seed")
-        }
-        head = describe(
-            loaded,
-            shared.command_line("lm-eval", argv),
-            shared.settings_of(options, "tasks", "tasks_dir", *settings),
-        )
+    asked = shared.values_of(options, "num_fewshot", "limit", "chat", "seed")
+
+    def score(loaded: "LoadedModel") -> "Iterator[Report]":
         scores = run_tasks(
             loaded.model,
             loaded.tokenizer,
             tasks,
-            **settings,
+            **asked,
             batch_size=options.batch_size,
             progress=True,
         )
-        report = make_report(scores)
-        write_report(output, head, report, finished=True)
-        shared.show(report, output)
-    return 0
+        yield make_report(scores)
+
+    settings = shared.values_of(options, "tasks", "tasks_dir") | asked
+    return shared.evaluate("lm-eval", argv, options, settings, score)
 
 
 def make_report(scores: "TaskScores") -> "Report":
@@ -89,5 +84,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--limit", type=positive, metavar="N", help="questions per task, the first ones")
     add("--chat", action="store_true", help="write prompts by the model's chat template")
-    add("--seed", type=int, default=0, help="of examples drawn at random (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of drawn examples (default: %(default)s)")
     return parser.parse_args(argv)

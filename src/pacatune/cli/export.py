@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
     from pacatune.adapters.export import ExportResult
@@ -41,9 +42,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES[1:],
         default="float32",
-        help="of the tensors; float32 (the default) is exact",
+        help="number type of the tensors; float32 (the default) is exact",
     )
     parser.add_argument(
         "--keep-extra",

@@ -5,7 +5,8 @@ import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
     from pacatune.adapters.generation import Sampling, TextGenerator
@@ -71,9 +72,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=1.0,
         help="sample from the likeliest tokens up to this probability (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the base (default: its own)"
+        "--dtype", choices=DTYPES, default="auto", help="number type of the base (default: its own)"
     )
     options = parser.parse_args(argv)
     if options.compare and options.adapter is None:

@@ -3,7 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import DTYPES, add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
     from pacatune.adapters.merge import MergeResult
@@ -37,7 +38,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_base_options(parser, adapter_required=True, device="cpu")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the result (default: the base's own)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="number type of the result (default: the base's own)",
     )
     parser.add_argument(
         "--base",

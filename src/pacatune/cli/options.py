@@ -3,32 +3,65 @@
 import argparse
 import ast
 import inspect
+import re
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
-from pacatune.names import choices_of
+from pacatune.names import choices_of, did_you_mean, nearest
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*")
+_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '?(.+?)'? \(choose from (.+)\)")
 
 
-def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command whose errors are one line that names what was meant."""
+
+    def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the words of the command line.
+
+        Raises:
+            ValueError: If one is wrong. An unknown option comes first: without it another one,
+                which was meant, may be missing.
+        """
+        known = self._option_string_actions
+        for word in takewhile(lambda word: word != "--", args):
+            name = word.partition("=")[0]
+            if _OPTION.fullmatch(name) and name not in known:
+                hint = did_you_mean(name, [option for option in known if option.startswith("--")])
+                self.error(f"unknown option {name}; {hint}".rstrip("."))
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words of the command line.
+
+        Raises:
+            ValueError: Says what is wrong with them.
+        """
+        choice = _CHOICE.fullmatch(message)
+        if choice is not None:
+            choices = [name.strip("'") for name in choice[3].split(", ")]
+            near = nearest(choice[2], choices)
+            message = f"`{choice[1]}` ({choice[2]!r}) must be one of {', '.join(choices)}"
+            message += "" if near is None else f"; did you mean {near!r}?"
+        see = " See" if message.endswith("?") else "; see"
+        raise ValueError(f"{message}{see} `{self.prog} --help`.")
+
+
+def new_parser(command: str, description: str) -> CommandParser:
     """Return the parser of one command.
 
     Args:
         command: Its name.
         description: One sentence for the help text.
     """
-    return argparse.ArgumentParser(
-        prog=f"pacatune {command}",
-        description=description,
-        allow_abbrev=False,
-    )
+    return CommandParser(prog=f"pacatune {command}", description=description, allow_abbrev=False)
 
 
 def add_base_options(

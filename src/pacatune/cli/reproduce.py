@@ -56,7 +56,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--scale", choices=("small", "full"), help=scale)
     add("--simulate", action="store_true", help=_SIMULATE_HELP)
     add("--print", action="store_true", help=_PRINT_HELP)
-    add("--only", metavar="METHOD", help="of one method, such as paca; other results are kept")
+    add("--only", metavar="METHOD", help="one method alone, such as paca; other results are kept")
     add("--output", metavar="DIR", help="gets the report and the results")
     add("--resume", action="store_true", help="go on with what an earlier run left in DIR")
     options = parser.parse_args(argv)

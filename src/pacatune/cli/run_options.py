@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pacatune.cli.option_names import option_names
 from pacatune.names import choose, suggest
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ class RunOptions:
 
     Args:
         run_class: Dataclass of the run; its class attribute `command` names the command.
-        sections: Name of each field that is a section -> its dataclass.
         description: One sentence for the help text.
         flags: Further flags, which are no options of the run -> arguments of `add_argument`.
     """
@@ -30,30 +30,25 @@ class RunOptions:
     def __init__(
         self,
         run_class: Any,
-        sections: Mapping[str, Any],
         description: str,
         flags: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+        from jsonargparse import set_parsing_settings
 
-        from pacatune.training.config_file import load_yaml
+        from pacatune.training.config_file import option_parser
 
         self.run_class = run_class
-        self.sections = dict(sections)
+        self.sections = run_class.sections()
         self.flags = (*_FLAGS, *flags)
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
-        self.parser: ArgumentParser = ArgumentParser(
+        self.parser = option_parser(
             prog=f"pacatune {run_class.command}",
             description=f"{description} Options of a config file come first, options here override "
             "them.",
-            exit_on_error=False,
-            print_config=None,
-            parser_mode="yaml_1_2",
         )
         self._add_flags(flags)
-        self.parser.add_class_arguments(run_class, skip=set(sections))
-        for name, section in sections.items():
+        self.parser.add_class_arguments(run_class, skip=set(self.sections))
+        for name, section in self.sections.items():
             self.parser.add_class_arguments(section, name)
         self._add_help_of_arguments()
 
@@ -132,8 +127,6 @@ def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None
     Raises:
         ValueError: Names the nearest known one.
     """
-    from pacatune.training.option_names import option_names
-
     try:
         names = option_names(*run_class.rsplit(".", 1))
     except (LookupError, OSError):  # no sources here: `RunOptions.parse` finds it, later

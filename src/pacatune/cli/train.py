@@ -35,21 +35,11 @@ def build_parser() -> "ArgumentParser":
 
 
 def _run_options() -> RunOptions:
-    from pacatune import training
+    from pacatune.training import RunConfig
 
-    sections = {
-        "model": training.ModelConfig,
-        "data": training.DataConfig,
-        "paca": training.PacaSection,
-        "lora": training.LoraSection,
-        "moslora": training.MosLoraSection,
-        "training": training.TrainingConfig,
-    }
     preview = {
         "type": int | None,
         "metavar": "N",
         "help": "Show N examples with the tokens that are learned, and stop.",
     }
-    return RunOptions(
-        training.RunConfig, sections, "Fine-tune a causal language model.", {"preview": preview}
-    )
+    return RunOptions(RunConfig, "Fine-tune a causal language model.", {"preview": preview})

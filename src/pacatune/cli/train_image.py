@@ -35,22 +35,12 @@ def build_parser() -> "ArgumentParser":
 
 
 def _run_options() -> RunOptions:
-    from pacatune.training import image
+    from pacatune.training.image import ImageRunConfig
     from pacatune.training.image.presets import PRESETS
 
-    sections = {
-        "model": image.ImageModelConfig,
-        "data": image.ImageDataConfig,
-        "paca": image.PacaSection,
-        "lora": image.LoraSection,
-        "moslora": image.MosLoraSection,
-        "training": image.ImageTrainingConfig,
-    }
     preset = {
         "metavar": "NAME",
         "help": "Start from a run of the paper's Tables 6 and 7 (model and data set; the other "
         f"settings are ours): {', '.join(PRESETS)}. Options override it.",
     }
-    return RunOptions(
-        image.ImageRunConfig, sections, "Fine-tune an image classifier.", {"preset": preset}
-    )
+    return RunOptions(ImageRunConfig, "Fine-tune an image classifier.", {"preset": preset})

@@ -15,6 +15,7 @@ from pacatune.adapters.loading import LoadedModel
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
 from pacatune.format.tensors import TENSORS_NAME
+from pacatune.precision import dtype_name
 from pacatune.reports.provenance import versions, versions_text
 from pacatune.reports.tables import table_lines
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
@@ -96,7 +97,7 @@ def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dic
         "settings": settings,
         "model": {
             "name": loaded.name,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(loaded.model.dtype),
             "device": str(loaded.model.device),
             "quantization": _quantization(loaded.model),
             "base": _fingerprint(loaded.model),

@@ -1,4 +1,4 @@
-"""The text fine-tuning recipe: `train(RunConfig(...))`. Parts are imported when used."""
+"""Fine-tuning: `train(RunConfig(...))`. Parts are imported when used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     )
     from pacatune.training.finite import TrainingDiverged
     from pacatune.training.interrupt import TrainingInterrupted
-    from pacatune.training.recipe import preview, train
+    from pacatune.training.recipe import train
     from pacatune.training.report import Report
+    from pacatune.training.sft import preview
 
 __all__ = [
     "DataConfig",
@@ -38,7 +39,7 @@ _OUTSIDE_CONFIG = {
     "Report": "pacatune.training.report",
     "TrainingDiverged": "pacatune.training.finite",
     "TrainingInterrupted": "pacatune.training.interrupt",
-    "preview": "pacatune.training.recipe",
+    "preview": "pacatune.training.sft",
     "train": "pacatune.training.recipe",
 }
 

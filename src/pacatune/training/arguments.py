@@ -1,18 +1,45 @@
-"""The training options whose defaults are the same for every recipe."""
+"""The training options whose defaults are the same for every task, and what they may be."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from pacatune.training.option_checks import check_ranges, refuse_elsewhere
-from pacatune.training.precision import bfloat16_is_fast
+from pacatune.precision import bfloat16_is_fast
 
-# Options that every recipe decides elsewhere, and where.
+# Options that every task decides elsewhere, and where.
 _ELSEWHERE = {
     "resume_from_checkpoint": "use --resume",
     "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
     "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
 }
+
+_ABOVE_ZERO = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_accumulation_steps",
+    "max_length",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "adam_epsilon",
+    "dataset_num_proc",
+    "dataloader_prefetch_factor",
+)
+_FROM_ZERO = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_delay",
+    "dataloader_num_workers",
+    "neftune_noise_alpha",
+)
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 @dataclass
@@ -75,7 +102,7 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that no recipe offers, and numbers that train nothing."""
+        """Refuse options that no task offers, and numbers that train nothing."""
         refuse_elsewhere(self, _ELSEWHERE)
         check_ranges(self)
 
@@ -100,6 +127,53 @@ def own_options(training_class: type) -> set[str]:
     """Return the names of the options that a class of ours declares, with our defaults."""
     ours = (kind for kind in training_class.__mro__ if kind.__module__.startswith("pacatune."))
     return {name for kind in ours for name in vars(kind).get("__annotations__", {})}
+
+
+def refuse_elsewhere(training: Any, elsewhere: Mapping[str, str]) -> None:
+    """Refuse options that have another value than their default.
+
+    Args:
+        training: The arguments.
+        elsewhere: Option -> where it is decided, or why it is not offered.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    defaults = {f.name: f.default for f in fields(training)}
+    for name, instead in elsewhere.items():
+        value = getattr(training, name)
+        if value != defaults[name]:
+            raise ValueError(f"`training.{name}` ({value!r}) is not offered: {instead}.")
+
+
+def check_ranges(training: Any) -> None:
+    """Refuse numbers that train nothing or mean nothing.
+
+    PyTorch and transformers would find these only when the weights are loaded, or never.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise ValueError(
+            f"`training.max_steps` ({training.max_steps}) must be above 0, or -1: then "
+            "`training.num_train_epochs` decides."
+        )
+    epochs = () if training.max_steps > 0 else ("num_train_epochs",)
+    for name in (*_ABOVE_ZERO, *epochs):
+        value = getattr(training, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
+    for name in _FROM_ZERO:
+        value = getattr(training, name, None)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`training.{name}` ({value}) must be at least 0; 0 is off.")
+    for name in _BELOW_ONE:
+        value = getattr(training, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"`training.{name}` ({value}) must be in [0, 1).")
+    if not 0 <= training.seed < 2**32:
+        raise ValueError(f"`training.seed` ({training.seed}) must be in [0, 2^32).")
 
 
 def _has_accelerator() -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and what a run needs to continue from them."""
+"""What every trainer of a run does its own way: checkpoints that are whole or absent, above all."""
 
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,19 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from pacatune.adapters.base import readable_weights
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
+from pacatune.pretrained import load_weights, readable_weights
 from pacatune.training.finite import FiniteSteps
 from pacatune.training.output import STATE_NAME, publish, refuse_empty_tensors, staged
 from pacatune.training.progress import Meter
 
 
-class WholeCheckpoints(FiniteSteps):
+class RunTrainer(FiniteSteps):
     """Put before a Trainer class: writes each checkpoint aside and renames it when it is complete.
 
-    It stops at what is not finite, too: see `FiniteSteps`.
+    It also stops at what is not finite, as `FiniteSteps` says, and counts the bytes that the first
+    step keeps for backward.
 
     Args:
         meter: Counts what the steps process; its callback counts time.
@@ -70,7 +71,7 @@ class WholeCheckpoints(FiniteSteps):
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded or not isinstance(model, PreTrainedModel):
             return False
-        saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+        saved = load_weights(type(model), checkpoint, dtype=model.dtype, config=model.config)
         model.load_state_dict(saved.state_dict())
         return True
 

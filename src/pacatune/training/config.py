@@ -1,19 +1,44 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
+import torch
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
 from pacatune.format.patterns import check_patterns
-from pacatune.methods import TEXT_METHODS
+from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
+from pacatune.precision import Dtype
 from pacatune.selection import strategies
-from pacatune.training.any_run import settle
-from pacatune.training.arguments import SharedDefaults
-from pacatune.training.option_checks import refuse_foreign_options
+from pacatune.training.arguments import SharedDefaults, refuse_elsewhere
+
+if TYPE_CHECKING:
+    from pacatune.training.report import Report, RunReport  # noqa: F401 (of type variables)
+
+# Sections that only some methods read.
+ADAPTER_SECTIONS = ("paca", "lora", "moslora")
+
+# Options of SFTConfig that this task decides elsewhere, and where.
+_ELSEWHERE = {
+    "chat_template_path": "set `data.chat_template`",
+    "dataset_text_field": "name the column 'text'",
+    "dataset_kwargs": "data is always prepared before the model is loaded",
+    "completion_only_loss": "set `data.loss` to completion or all",
+    "assistant_only_loss": "set `data.loss` to completion or all",
+    "trust_remote_code": "code of a model is never executed; use a converted model",
+    "truncation_mode": "examples are cut at their end; shorten them yourself",
+    "remove_unused_columns": "the data has the columns that training needs",
+}
+_MODEL_ARGUMENTS = {
+    "trust_remote_code": "code of a model is never executed",
+    "dtype": "set `model.dtype`",
+    "torch_dtype": "set `model.dtype`",
+    "revision": "set `model.revision`",
+    "attn_implementation": "set `model.attn_implementation`",
+}
 
 
 @dataclass(kw_only=True)
@@ -30,7 +55,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the weights. `auto`: the checkpoint's, but float32 for full fine-tuning and where
     the device computes in the checkpoint's type slowly."""
 
@@ -212,12 +237,154 @@ class MosLoraSection:
     """How the r x r mixer between A and B starts."""
 
 
+R = TypeVar("R", bound="RunReport")
+"""Report of a run."""
+
+
+@dataclass(kw_only=True)
+class BaseRunConfig(Generic[R]):
+    """One fine-tuning run, whatever its task.
+
+    The class of a task has its own sections for model, data and training, and names the task.
+
+    Raises:
+        ValueError: If the sections contradict each other.
+        TypeError: If the training section is of another class.
+    """
+
+    command: ClassVar[str]
+    """Name of the command that does such runs."""
+    methods: ClassVar[tuple[str, ...]]
+    """Names of the methods that are offered: of language models, or of classifiers."""
+    task: ClassVar[str]
+    """`module:class` of its `Task`; imported when it runs, since it needs the trainer."""
+
+    method: str = "paca"
+    """How to fine-tune; a name of `METHODS`."""
+
+    model: Any
+    """The pretrained model: `path` and `revision` at least."""
+
+    data: Any
+    """The data, with the options `eval_path`, `eval_split` and `eval_fraction`."""
+
+    paca: PacaSection = field(default_factory=PacaSection)
+    """Options of the methods paca and qpaca."""
+
+    lora: LoraSection = field(default_factory=LoraSection)
+    """Options of the methods lora, lora_dropout, dora, moslora and qlora."""
+
+    moslora: MosLoraSection = field(default_factory=MosLoraSection)
+    """Options of the method moslora."""
+
+    training: Any
+    """The arguments of the trainer, of a class that begins with `SharedDefaults`."""
+
+    lean: Literal["auto", "off", "require"] = "auto"
+    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
+    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Any]]:
+        """Return the class of each section by its name."""
+        hints = get_type_hints(cls)
+        return {f.name: hints[f.name] for f in fields(cls) if is_dataclass(hints[f.name])}
+
+    @classmethod
+    def default_rate(cls, method: str) -> float:
+        """Return the learning rate of a method where the run says none."""
+        found = METHODS[method]
+        rate = found.text_rate if cls.methods is TEXT_METHODS else found.head_rate
+        assert rate is not None, "the method is offered"
+        return rate
+
+    def adapter_options(self) -> dict[str, Any]:
+        """Return the options of the adapter, as PEFT's class of the method takes them."""
+        method = METHODS[self.method]
+        if method.is_paca:
+            return self.paca.adapter_options()
+        more = asdict(self.moslora) if method.is_moslora else {}
+        return {**asdict(self.lora), **more}
+
+    def __post_init__(self) -> None:
+        """Check what concerns several sections, and fill in what one leaves to another."""
+        training_class = self.sections()["training"]
+        if not isinstance(self.training, training_class):
+            package = training_class.__module__.rpartition(".")[0]
+            raise TypeError(
+                f"`training` is a {type(self.training).__name__}; it must be a "
+                f"{package}.{training_class.__name__}."
+            )
+        method = method_of(self.method, self.methods)
+        self.method = method.name
+        if method.quantization is not None and self.model.quantization is None:
+            self.model.quantization = method.quantization
+        if method.dropout is not None and self.lora.lora_dropout == 0:
+            self.lora.lora_dropout = method.dropout
+        self._refuse_other_methods()
+        training = self.training
+        if training.learning_rate is None:
+            rate = self.default_rate(self.method)
+            training.learning_rate = training.given["learning_rate"] = rate
+        if self.early_stopping_patience is not None:
+            _set_early_stopping(training, self.early_stopping_patience)
+        chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
+        if chooses and not (self.data.eval_path or self.data.eval_split or self.data.eval_fraction):
+            raise ValueError(
+                "the best checkpoint is to be kept (`early_stopping_patience`, "
+                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
+                "evaluation data; set `data.eval_path` or `data.eval_fraction`."
+            )
+
+    def _refuse_other_methods(self) -> None:
+        for name in ADAPTER_SECTIONS:
+            section: Any = getattr(self, name)
+            methods = readers_of(name)
+            if self.method in methods:
+                continue
+            default = type(section)()
+            for option in fields(section):
+                value = getattr(section, option.name)
+                if value != getattr(default, option.name):
+                    raise ValueError(
+                        f"`{name}.{option.name}` ({value!r}) is an option of {', '.join(methods)}, "
+                        f"and `method` ({self.method!r}) would ignore it; drop it or change "
+                        "`method`."
+                    )
+
+
+def _set_early_stopping(training: Any, patience: int) -> None:
+    if patience < 1:
+        raise ValueError(f"`early_stopping_patience` ({patience}) must be at least 1, or null.")
+    same = training.save_strategy == training.eval_strategy and (
+        training.eval_strategy != "steps" or training.save_steps == training.eval_steps
+    )
+    if training.eval_strategy == "no" or not same:
+        raise ValueError(
+            "`early_stopping_patience` keeps the best adapter, so each evaluation needs its "
+            f"checkpoint: `training.save_strategy` ({_name(training.save_strategy)}) and "
+            f"`training.save_steps` ({training.save_steps}) must equal "
+            f"`training.eval_strategy` ({_name(training.eval_strategy)}) and "
+            f"`training.eval_steps` ({training.eval_steps}), and not be 'no'."
+        )
+    training.load_best_model_at_end = True
+    training.metric_for_best_model = "eval_loss"
+    training.greater_is_better = False
+
+
+def _name(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))
+
+
 @dataclass
 class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     """Every option of TRL's SFTConfig, with these defaults.
 
     Raises:
-        ValueError: If an option is set that this recipe decides elsewhere or does not offer.
+        ValueError: If an option is set that this task decides elsewhere or does not offer.
     """
 
     learning_rate: float | None = None
@@ -225,14 +392,31 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     2e-4 the others."""
 
     def check_options(self) -> None:
-        """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
+        """Refuse options that this task decides elsewhere, and numbers that train nothing."""
         super().check_options()
-        refuse_foreign_options(self)
+        refuse_elsewhere(self, _ELSEWHERE)
+        for name in self.model_init_kwargs or {}:
+            if name in _MODEL_ARGUMENTS:
+                raise ValueError(
+                    f"`training.model_init_kwargs` has {name!r}, which is not offered: "
+                    f"{_MODEL_ARGUMENTS[name]}."
+                )
+        on_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
+        if self.activation_offloading and on_cpu:
+            raise ValueError(
+                "`training.activation_offloading` (True) moves activations off an accelerator, and "
+                "this run is on the CPU; drop it."
+            )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "`training.packing_strategy` ('wrapped') lets examples attend to each other; "
+                "use 'bfd' or 'bfd_split'."
+            )
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """One fine-tuning run.
+class RunConfig(BaseRunConfig["Report"]):
+    """One run of supervised fine-tuning.
 
     Raises:
         ValueError: If the sections contradict each other.
@@ -241,6 +425,7 @@ class RunConfig:
 
     command: ClassVar[str] = "train"
     methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
+    task: ClassVar[str] = "pacatune.training.sft:SftTask"
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
@@ -253,24 +438,5 @@ class RunConfig:
     data: DataConfig
     """Training and evaluation data."""
 
-    paca: PacaSection = field(default_factory=PacaSection)
-    """Options of the methods paca and qpaca."""
-
-    lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, lora_dropout, dora, moslora and qlora."""
-
-    moslora: MosLoraSection = field(default_factory=MosLoraSection)
-    """Options of the method moslora."""
-
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Every option of TRL's SFTConfig."""
-
-    lean: Literal["auto", "off", "require"] = "auto"
-    """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
-    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
-
-    early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a lower eval_loss, and keep the best adapter."""
-
-    def __post_init__(self) -> None:
-        settle(self, TrainingConfig)

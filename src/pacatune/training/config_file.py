@@ -1,16 +1,23 @@
-"""Write a run's configuration to YAML, read it back as plain values, compare two of them."""
+"""Write a run's configuration to YAML, read it back as plain values, compare two of them.
+
+This module imports nothing heavy: a misspelt key is found before anything is.
+"""
 
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, asdict, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pacatune.names import suggest
-from pacatune.training.any_run import AnyRun
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from pacatune.training.config import BaseRunConfig
 
 CONFIG_NAME = "config.yaml"
 MAX_CONFIG_BYTES = 2**20
@@ -67,7 +74,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def to_values(config: AnyRun) -> dict[str, Any]:
+def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
     """Return every option of ours and every training option that has not its default.
 
     What our class of training options sets otherwise than TRL's or transformers' is always there,
@@ -83,7 +90,7 @@ def to_values(config: AnyRun) -> dict[str, Any]:
         and f.name not in _UNSAVED
         and (f.name in ours or config.training.given[f.name] != _default_of(f))
     }
-    names = [f.name for f in fields(config) if f.name != "training"]  # type: ignore[arg-type]
+    names = [f.name for f in fields(config) if f.name != "training"]
     values = {name: getattr(config, name) for name in names}
     plain = {
         name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
@@ -97,7 +104,7 @@ def to_values(config: AnyRun) -> dict[str, Any]:
     return plain
 
 
-def save_config(config: AnyRun, path: Path) -> None:
+def save_config(config: "BaseRunConfig[Any]", path: Path) -> None:
     """Write the configuration so that the command with `--config PATH` repeats the run."""
     text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
     head = f"# Repeat with: pacatune {config.command} --config {path.name}\n"
@@ -156,6 +163,18 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
 def load_yaml(text: str) -> Any:
     """Parse YAML in which `no` is a word and 1e-3 a number, as in YAML 1.2."""
     return yaml.load(text, Loader=_Loader)
+
+
+def option_parser(**options: Any) -> "ArgumentParser":
+    """Return a parser without options that takes values as `load_yaml` reads them.
+
+    Args:
+        **options: Of jsonargparse's class.
+    """
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
+    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2", **options)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -10,9 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors import safe_open
 
-from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.config import BaseRunConfig
+from pacatune.training.config_file import (
+    CONFIG_NAME,
+    changed_keys,
+    read_values,
+    save_config,
+    to_values,
+)
 
 STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
@@ -66,6 +74,74 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"output folder {folder} holds {', '.join(foreign[:3])}, which no run of pacatune "
             "wrote; choose another `training.output_dir`."
         )
+
+
+def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
+    """Refuse to resume a run with other options than it was started with.
+
+    Raises:
+        ValueError: Names each option that differs, with both values.
+    """
+    changes = changed_keys(read_values(folder / CONFIG_NAME), to_values(config))
+    if changes:
+        raise ValueError(
+            f"the run in {folder} was started with other options, so resuming would mix two "
+            f"runs ({'; '.join(changes)}); resume with `--config {folder / CONFIG_NAME}`."
+        )
+
+
+def find_checkpoint(digest: str, folder: Path, num_processes: int) -> Path:
+    """Return the checkpoint to continue, once sure that it saw the same data in the same order.
+
+    Args:
+        digest: Digest of the training data.
+        folder: Output folder of the run.
+        num_processes: Among which the data is shared out.
+
+    Raises:
+        ValueError: If no checkpoint is complete, or the data or the number of processes differ.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"the run in {folder} has no complete checkpoint; start it again without --resume."
+        )
+    state = read_state(checkpoint) or {}
+    before = state.get("stateful_callbacks", {}).get("TrainedOn", {}).get("args", {})
+    if before.get("fingerprint") != digest:
+        raise ValueError(
+            f"the training data has changed since {checkpoint} was saved, so it cannot be "
+            "continued; restore the data, or start again with --overwrite."
+        )
+    if before.get("num_processes") != num_processes:
+        raise ValueError(
+            f"{checkpoint} was trained by {before.get('num_processes')} processes and cannot be "
+            f"continued by {num_processes}: each would see other examples. Start as many as "
+            "before, or start again with --overwrite."
+        )
+    return checkpoint
+
+
+def open_folder(
+    config: BaseRunConfig[Any], folder: Path, checkpoint: Path | None, console: Console
+) -> None:
+    """Delete what an older run left and write config.yaml, or say where an older run goes on."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()  # until all have looked at the folder as it was
+    if config.training.process_index == 0 and checkpoint is not None:
+        clear_staging(folder)
+        step = (read_state(checkpoint) or {}).get("global_step")
+        console.print(f"resuming after step {step}: {checkpoint}", soft_wrap=True, highlight=False)
+    elif config.training.process_index == 0:
+        deleted = clear_folder(folder)
+        if deleted:
+            console.print(
+                f"deleted from {folder}: {', '.join(deleted)}", soft_wrap=True, highlight=False
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_NAME)
+    PartialState().wait_for_everyone()
 
 
 def clear_folder(folder: Path) -> list[str]:

@@ -1,18 +1,24 @@
-"""What is seen while training: a bar on a terminal, lines elsewhere."""
+"""What is seen of a run: a bar on a terminal, lines elsewhere; warnings and the result."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
 from pacatune.measure.device import peak_process_bytes
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from pacatune.training.config import BaseRunConfig
+    from pacatune.training.report import RunReport
 
 _NUM_LINES = 20
 
@@ -71,7 +77,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         meter: Source of the speed; must be called before this.
     """
 
-    def __init__(self, console: "Console", meter: Meter) -> None:
+    def __init__(self, console: Console, meter: Meter) -> None:
         self._console = console
         self._meter = meter
         self._progress: Progress | None = None
@@ -153,3 +159,25 @@ def peak_memory_bytes() -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "cuda_max_memory_allocated"
     return peak_process_bytes(), "process_peak_resident"
+
+
+def main_console(config: "BaseRunConfig[Any]", console: Console | None) -> Console:
+    """Return the console of the main process; the others get one that prints nothing."""
+    if config.training.process_index != 0:
+        return Console(quiet=True)
+    return console or Console()
+
+
+def show_warnings(warnings: list[str], console: Console) -> None:
+    """Print each warning on a line of its own."""
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
+
+
+def show_result(report: "RunReport", what: str, folder: Path, console: Console) -> None:
+    """Print the results and where they are."""
+    table = Table(show_header=False, box=None)
+    for name, value in report.table():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"{what}, report and model card are in {folder}", soft_wrap=True, highlight=False)

@@ -1,63 +1,95 @@
-"""Fine-tune: config -> data -> plan -> model -> trainer -> report."""
+"""Fine-tune, whatever the task: configuration -> plan -> model -> trainer -> report."""
 
+import copy
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
-from pacatune.data import show_preview
+from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
-from pacatune.training import model as models
-from pacatune.training.card import write_card
-from pacatune.training.checkpoints import TrainedOn
-from pacatune.training.config import RunConfig
-from pacatune.training.output import check_folder
-from pacatune.training.preparation import (
-    Run,
+from pacatune.reports.provenance import versions
+from pacatune.training.checkpoints import LogBeforeSave, TrainedOn
+from pacatune.training.config import BaseRunConfig, R
+from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.interrupt import StopOnSignal, TrainingInterrupted
+from pacatune.training.output import (
+    check_folder,
     check_same_options,
     find_checkpoint,
-    fingerprint,
+    open_folder,
+    publish,
+    read_state,
+    refuse_empty_tensors,
+    staged,
+)
+from pacatune.training.plan import count_trainable
+from pacatune.training.progress import (
+    Meter,
+    ProgressReporter,
     main_console,
-    prepare_run,
-    prepare_run_data,
+    peak_memory_bytes,
+    show_result,
     show_warnings,
 )
-from pacatune.training.progress import Meter
-from pacatune.training.report import Report, eval_curve, write_report
-from pacatune.training.running import (
-    add_callbacks,
-    adjusted_arguments,
-    items_per_second,
-    make_lean,
-    measured,
-    open_folder,
-    run_trainer,
-    save_result,
-    show_result,
+from pacatune.training.report import eval_curve, train_curve, write_card, write_report
+from pacatune.training.selecting import (
+    check_selection,
+    choose_from_data,
+    describe_columns,
+    share_of_batches,
 )
-from pacatune.training.selecting import choose_from_data, describe_columns, share_of_batches
-from pacatune.training.trainer import RunTrainer, collate_rows
+from pacatune.training.task import Prepared, ReportedTask, Task, task_of
 
-_LESS_MEMORY = "`training.max_length`, or set `training.gradient_checkpointing` to true"
+# What `accelerate launch` sets: variable, its default, the option, what it must be, and why.
+_FSDP_RULES = (
+    (
+        "FSDP_VERSION",
+        "1",
+        "fsdp_version",
+        "2",
+        "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
+    ),
+    (
+        "FSDP_STATE_DICT_TYPE",
+        "SHARDED_STATE_DICT",
+        "fsdp_state_dict_type",
+        "FULL_STATE_DICT",
+        "otherwise no process has the result to save it",
+    ),
+    (
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "false",
+        "fsdp_cpu_ram_efficient_loading",
+        "false",
+        "accelerate cannot send the chosen columns, which are buffers, to the other processes",
+    ),
+)
 
 
 def train(
-    config: RunConfig,
+    config: BaseRunConfig[R],
     *,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Report:
+) -> R:
     """Fine-tune a model as `config` says and write the result into its output folder.
 
     Everything that can be checked is checked before the model's weights are loaded. The folder
-    then holds the adapter (or the model, for `full`), config.yaml, report.json, report.md,
-    loss.png, README.md and the last checkpoints.
+    then holds the adapter (or the model, for `full` and `head`), config.yaml, report.json,
+    report.md, loss.png, README.md, the last checkpoints, and what the task adds.
 
     Args:
-        config: The run.
+        config: The run, of any task: a `RunConfig`, an `ImageRunConfig`, ...
         resume: Continue the run in the output folder from its last checkpoint.
         overwrite: Delete another run's files in the output folder first.
         console: Where to show progress; standard output when None.
@@ -67,110 +99,302 @@ def train(
 
     Raises:
         ValueError: If the configuration, the data or the folder cannot be used.
+        FileNotFoundError: If the model or the data are not there.
         FileExistsError: If the output folder holds another run.
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
+        TypeError: If runs of this kind are not saved.
     """
+    task = task_of(config)
+    if not isinstance(task, ReportedTask):
+        raise TypeError(
+            f"`config` is a {type(config).__name__}, whose runs are measured in studies alone; use "
+            "`pacatune compare`."
+        )
     console = main_console(config, console)
     folder = Path(str(config.training.output_dir))
     check_folder(folder, resume=resume, overwrite=overwrite)
     if resume:
         check_same_options(config, folder)
-    run = prepare_run(config, console)
-    digest = fingerprint(run.data.train)
-    checkpoint = find_checkpoint(digest, folder, config.training.world_size) if resume else None
-    trainer = make_trainer(config, run, digest, checkpoint, console)
+    prepared = prepare(task, console)
+    checkpoint = None
+    if resume:
+        checkpoint = find_checkpoint(prepared.fingerprint, folder, config.training.world_size)
+    trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, folder, checkpoint, console)
-    run_trainer(trainer, config, checkpoint, console, less_memory=_LESS_MEMORY)
-    report = _make_report(config, run, trainer)
-    save_result(trainer, folder, lambda staging: _write(config, report, trainer, staging))
-    what = "model" if report.method == "full" else "adapter"
+    run_trainer(trainer, task, checkpoint, console)
+    report = _make_report(task, prepared, trainer)
+    save_result(trainer, folder, partial(_write, task, trainer, report))
+    what = "model" if prepared.adapter_config is None else "adapter"
     show_result(report, what, folder, console)
-    return report
+    return report  # type: ignore[no-any-return]
 
 
-def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
-    """Show the first training examples and what is learned of them, without loading weights."""
-    console = main_console(config, console)
-    tokenizer = models.load_tokenizer(config)
-    data = prepare_run_data(config, tokenizer)
-    show_preview(data.train, tokenizer, num_examples, console)
-    show_warnings(data.warnings, console)  # after the examples, where they are seen
+def prepare(task: Task[Any], console: Console) -> Prepared:
+    """Look at everything but the weights, plan what is trained, and say so.
+
+    Raises:
+        ValueError: If the options, the data and the model do not fit together.
+    """
+    config = task.config
+    check_environment(config)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
+        # What `accelerate launch` was told; it ignores it on CPUs without a word.
+        show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
+    prepared = task.prepare()
+    check_selection(config, prepared.adapter_config)
+    plan = prepared.plan
+    everything = "the head" if config.method == "head" else "every weight"
+    for line in (
+        f"data: {prepared.about_data}",
+        f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
+        f"({config.method}): {', '.join(plan.summary()) or everything}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+    show_warnings(prepared.warnings, console)
+    return prepared
+
+
+def check_environment(config: BaseRunConfig[Any]) -> None:
+    """Refuse what the process was started with, or lacks, and the trainer would not mind.
+
+    Raises:
+        ValueError: Names the setting and the fix.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    if config.training.n_gpu > 1:
+        raise ValueError(
+            f"{config.training.n_gpu} GPUs are visible to one process; start one process per GPU "
+            "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _check_fsdp(config.method)
+    available = get_available_reporting_integrations()
+    for name in config.training.report_to or ():
+        if name not in available:
+            raise ValueError(
+                f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
+                f"{', '.join(available) or 'none'}."
+            )
+
+
+def _check_fsdp(method: str) -> None:
+    for variable, default, option, needed, reason in _FSDP_RULES:
+        value = os.environ.get(variable, default)
+        if value.lower() == needed.lower():
+            continue
+        if option == "fsdp_cpu_ram_efficient_loading" and not METHODS[method].is_paca:
+            continue
+        raise ValueError(
+            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
+        )
 
 
 def make_trainer(
-    config: RunConfig, run: Run, digest: str, checkpoint: Path | None, console: Console
-) -> RunTrainer:
+    task: Task[Any], prepared: Prepared, checkpoint: Path | None, console: Console
+) -> Any:
     """Load the weights, choose columns where data decides about them, and return the trainer.
 
     Args:
-        config: The run.
-        run: What `prepare_run` found.
-        digest: Of the training data; checkpoints keep it.
+        task: The run.
+        prepared: What `prepare` found.
         checkpoint: Where the run goes on, if it does.
         console: Where to show progress.
     """
-    arguments = adjusted_arguments(
-        config, has_evaluation=run.data.evaluation is not None, checkpoint=checkpoint
+    config = task.config
+    arguments = _adjusted_arguments(
+        config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
     )
-    if not (arguments.packing or arguments.eval_packing or arguments.shuffle_dataset):
-        arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-        arguments.max_length = None
     set_seed(arguments.seed)
-    meter = Meter()
-    model = models.load_model(config)
-    collate = partial(collate_rows, run.data.train, run.tokenizer)
-    batches = share_of_batches(len(run.data.train), config, collate)
+    model = task.load_model()
+    batches = share_of_batches(len(prepared.train), config, partial(task.collate, prepared.train))
     adapter_config = choose_from_data(
-        config, run.adapter_config, model, batches, checkpoint, console
+        config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
     )
-    trainer = RunTrainer(
+    meter = Meter(task.unit)
+    trainer = task.make_trainer(
+        model,
+        adapter_config,
         meter=meter,
-        model=model,
         args=arguments,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.evaluation,
-        processing_class=run.tokenizer,
-        peft_config=adapter_config,
-        callbacks=[meter, TrainedOn(digest, arguments.world_size)],
+        train_dataset=prepared.train,
+        eval_dataset=prepared.evaluation,
+        callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
     )
-    make_lean(trainer, config, console)
-    add_callbacks(trainer, config, checkpoint, meter, console)
+    if config.lean != "off":
+        trainer.lean_report = lean.enable(trainer.model, config.lean)
+        console.print(str(trainer.lean_report), soft_wrap=True, highlight=False)
+    _add_callbacks(trainer, config, checkpoint, console)
     return trainer
 
 
-def _make_report(config: RunConfig, run: Run, trainer: RunTrainer) -> Report:
-    eval_losses = eval_curve(trainer.state.log_history)
-    before = eval_losses[0][1] if eval_losses else None
-    after = None
-    if run.data.evaluation is not None:
-        last_step, after = eval_losses[-1]
-        # The best checkpoint may have replaced the last weights since they were evaluated.
-        if last_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-            after = float(trainer.evaluate()["eval_loss"])
-        if last_step != trainer.state.global_step:
-            eval_losses.append((trainer.state.global_step, after))
-    return Report(
-        **measured(config, trainer),
-        eval_loss_before=before,
-        eval_loss_after=after,
-        eval_losses=eval_losses,
-        tokens_per_second=items_per_second(trainer),
-        targets=list(run.plan.targets),
-        model=models.model_path(config),
-        num_parameters=run.plan.num_parameters,
-        num_train_examples=len(run.data.train),
-        num_eval_examples=0 if run.data.evaluation is None else len(run.data.evaluation),
-        dtype=str(models.weights_dtype(config)).removeprefix("torch."),
-        quantization=config.model.quantization,
-        warnings=run.data.warnings,
-        columns=describe_columns(trainer.model),
+def _adjusted_arguments(
+    config: BaseRunConfig[Any], *, has_evaluation: bool, checkpoint: Path | None
+) -> Any:
+    """Return a copy of the training arguments that fits the data and the checkpoint to continue."""
+    arguments = copy.copy(config.training)
+    if not has_evaluation:
+        arguments.eval_strategy = type(arguments.eval_strategy)("no")
+        arguments.do_eval = False
+    # The loss before training; a resumed run has it in its log.
+    arguments.eval_on_start = has_evaluation and checkpoint is None
+    if checkpoint is not None:
+        # Resolved to whole steps by the first process of the run; shares would look changed.
+        state = read_state(checkpoint) or {}
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(arguments, name, state.get(name, getattr(arguments, name)))
+    return arguments
+
+
+def _add_callbacks(
+    trainer: Any, config: BaseRunConfig[Any], checkpoint: Path | None, console: Console
+) -> None:
+    """Put our display of progress in place of the trainer's, and early stopping if asked for."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressReporter(console, _find_meter(trainer)))
+    if config.early_stopping_patience is None:
+        return
+    callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
+    state = (read_state(checkpoint) if checkpoint else None) or {}
+    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    for name, value in saved.get("attributes", {}).items():
+        setattr(callback, name, value)
+    trainer.add_callback(callback)
+
+
+def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console: Console) -> None:
+    """Train until the end or a signal.
+
+    Args:
+        trainer: What `make_trainer` returned.
+        task: The run.
+        checkpoint: Where to continue.
+        console: Where to say that a signal was heard.
+
+    Raises:
+        TrainingInterrupted: If a signal ended the run, after its checkpoint was saved.
+        ValueError: If the device ran out of memory.
+    """
+    config = task.config
+    stop = StopOnSignal(
+        trainer.accelerator,
+        lambda: console.print("stopping after this step; again to stop at once", style="yellow"),
     )
+    trainer.add_callback(stop)
+    trainer.add_callback(LogBeforeSave())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak_process_bytes()
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device ran out of memory ({str(error).partition('.')[0]}); lower "
+            "`training.per_device_train_batch_size` (and raise gradient_accumulation_steps) or "
+            f"{task.less_memory}."
+        ) from error
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressReporter):
+                callback.close()
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        path = Path(str(config.training.output_dir)) / CONFIG_NAME
+        raise TrainingInterrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; continue "
+            f"with `pacatune {config.command} --config {path} --resume`"
+        )
 
 
-def _write(config: RunConfig, report: Report, trainer: RunTrainer, folder: Path) -> None:
+def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> Any:
+    config = task.config
+    train_losses, train_loss = train_curve(trainer.state.log_history)
+    eval_losses = eval_curve(trainer.state.log_history)
+    peak, peak_kind = peak_memory_bytes()
+    known = {
+        "eval_loss_before": eval_losses[0][1] if eval_losses else None,
+        "eval_losses": eval_losses,
+        "train_loss": train_loss,
+        "train_losses": train_losses,
+        "num_trainable_parameters": count_trainable(trainer.model),
+        "num_parameters": prepared.plan.num_parameters,
+        "num_train_examples": len(prepared.train),
+        "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
+        "num_steps": trainer.state.global_step,
+        "step_ms": _find_meter(trainer).step_ms,
+        "peak_memory_bytes": peak,
+        "peak_memory_kind": peak_kind,
+        "saved_activation_bytes": trainer.saved_activation_bytes,
+        "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
+        "method": config.method,
+        "model": prepared.model,
+        "targets": list(prepared.plan.targets),
+        "columns": describe_columns(trainer.model),
+        "dtype": prepared.dtype,
+        "quantization": getattr(config.model, "quantization", None),
+        "device": str(trainer.args.device),
+        "learning_rate": config.training.learning_rate or 0.0,
+        "seed": config.training.seed,
+        "versions": versions("trl", "accelerate", "datasets"),
+        "warnings": prepared.warnings,
+    }
+    if prepared.evaluation is not None:
+        known |= task.evaluate(trainer)
+    return task.make_report(known, trainer, _items_per_second(trainer))
+
+
+def _items_per_second(trainer: Any) -> float:
+    """Return the speed of all processes together, over the time of their steps."""
+    speed = torch.tensor(_find_meter(trainer).items_per_second, device=trainer.args.device)
+    return float(trainer.accelerator.reduce(speed, "sum"))
+
+
+def _find_meter(trainer: Any) -> Meter:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Meter))
+
+
+def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> None:
+    """Save what was trained and what is known about it, all of it or nothing.
+
+    Args:
+        trainer: After training.
+        folder: Output folder of the run.
+        write: Writes everything else into the folder that it is given; in the main process.
+
+    Raises:
+        OSError: If writing fails; says what is still intact.
+        TrainingDiverged: If a weight is not finite.
+    """
+    trainer.refuse_not_finite()
+    main = trainer.args.process_index == 0
+    with staged(folder, "the result", owner=main) as staging:
+        trainer.save_model(str(staging), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            refuse_empty_tensors(staging)
+            (staging / "training_args.bin").unlink(missing_ok=True)
+            write(staging)
+            # report.json last: it says that the run is finished.
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
+                publish(path, folder / path.name)
+        trainer.accelerator.wait_for_everyone()
+    trainer.rotate_checkpoints()
+
+
+def _write(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
     """Write what goes with the weights."""
+    config = task.config
+    task.write(report, folder)
     if METHODS[config.method].is_paca:
         write_fingerprint(folder, trainer.accelerator.unwrap_model(trainer.model))
     write_report(report, folder)
-    write_card(config, report, folder)
+    write_card(
+        config,
+        report,
+        folder,
+        pipeline_tag=task.pipeline_tag,
+        tags=task.tags,
+        how_to_load=task.how_to_load(report),
+    )

@@ -1,13 +1,19 @@
-"""What a run achieved: report.json, report.md and loss.png."""
+"""What a run achieved: report.json, report.md, loss.png, and README.md, the model card."""
 
 import json
-import platform
 from abc import abstractmethod
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
 
 from pacatune.files.folder import format_bytes
+from pacatune.methods import METHODS
+
+if TYPE_CHECKING:
+    from pacatune.training.config import BaseRunConfig
 
 Curve = list[tuple[int, float]]
 
@@ -19,9 +25,9 @@ class RunReport:
     loss_per: ClassVar[str]
     """What losses are means over."""
 
-    eval_loss_before: float | None
+    eval_loss_before: float | None = None
     """Held-out loss before the first step; None without evaluation data."""
-    eval_loss_after: float | None
+    eval_loss_after: float | None = None
     """Held-out loss of what was saved."""
     train_loss: float | None
     """Mean over all steps."""
@@ -122,6 +128,50 @@ def write_report(report: RunReport, folder: Path) -> None:
     _plot(report, folder / "loss.png")
 
 
+def write_card(
+    config: "BaseRunConfig[Any]",
+    report: RunReport,
+    folder: Path,
+    *,
+    pipeline_tag: str,
+    tags: Collection[str],
+    how_to_load: str,
+) -> None:
+    """Write README.md: what the result is, how to load it, how it was made.
+
+    Args:
+        config: The run.
+        report: Its results.
+        folder: Gets the file.
+        pipeline_tag: The hub's name of the task.
+        tags: For the hub, beside the method.
+        how_to_load: Markdown that says how to load the result.
+    """
+    method = METHODS[config.method]
+    name = method.title
+    if report.quantization and not name.startswith("Q"):
+        name = f"Q{name}"
+    front = {
+        "base_model": report.model,
+        "library_name": "peft" if method.has_adapter else "transformers",
+        "pipeline_tag": pipeline_tag,
+        "tags": sorted({config.method, "pacatune", *tags}),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
+    text = (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# {name} fine-tuning of {Path(report.model).name}\n\n"
+        f"{how_to_load}\n"
+        f"## Training\n\n"
+        f"Data: `{config.data.path}` ({report.num_train_examples:,} examples, "
+        f"{report.num_eval_examples:,} held out). "
+        f"Settings: [config.yaml](config.yaml), which `pacatune {config.command} --config "
+        f"config.yaml` repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
     """Return the logged training losses and their mean over all steps.
 
@@ -136,18 +186,14 @@ def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
     return curve, weighted / curve[-1][0]
 
 
+def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
+    """Return what the trainer's log says of a metric, one value per step."""
+    return sorted({int(e["step"]): float(e[name]) for e in log if name in e}.items())
+
+
 def eval_curve(log: list[dict[str, Any]]) -> Curve:
     """Return the evaluation losses, one per step."""
-    points = {int(e["step"]): float(e["eval_loss"]) for e in log if "eval_loss" in e}
-    return sorted(points.items())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers."""
-    from importlib.metadata import version
-
-    packages = ("pacatune", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return curve_of(log, "eval_loss")
 
 
 def _lean(report: dict[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
 from pacatune.methods import METHODS
-from pacatune.training.any_run import AnyRun
+from pacatune.training.config import BaseRunConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pacatune.selection import ColumnStatistics
 
 
-def check_selection(config: AnyRun, adapter_config: "PeftConfig | None") -> None:
+def check_selection(config: BaseRunConfig[Any], adapter_config: "PeftConfig | None") -> None:
     """Refuse a choice from data where no process has the whole model.
 
     Raises:

@@ -129,8 +129,7 @@ def test_folder_of_an_interrupted_demo_is_taken(tmp_path):
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many", "1.5"])
 def test_steps_must_be_a_number(steps, capsys):
-    with pytest.raises(SystemExit):
-        main(["demo", "--steps", steps])
+    assert main(["demo", "--steps", steps]) == 2
     assert f"'{steps}' is not a number of at least 1" in capsys.readouterr().err
 
 

@@ -12,10 +12,10 @@ import yaml
 from rich.console import Console
 
 from pacatune.experiments.study import run_study
-from pacatune.experiments.study.classifier import ClassifierTrainer
-from pacatune.experiments.study.classify import ClassifyTask
 from pacatune.experiments.study.config_file import read_study
+from pacatune.experiments.study.tasks import ClassifyTask
 from pacatune.files.result_folder import alone_in
+from pacatune.training.classifier import ClassifierTrainer
 
 # Runs a study whose third run never ends.
 SCRIPT = """
@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from rich.console import Console
 from pacatune.experiments.study import run_study
-from pacatune.experiments.study.classify import ClassifyTask
+from pacatune.experiments.study.tasks import ClassifyTask
 from pacatune.experiments.study.config_file import read_study
 
 train, started = ClassifyTask.run, []

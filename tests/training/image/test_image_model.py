@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from pacatune.training.image import LoraSection, PacaSection
 from pacatune.training.image.base import describe_base
 from pacatune.training.image.model import (
+    choose_adapter,
     load_model,
-    make_adapter_config,
     make_trainable,
     plan_training,
 )
@@ -22,7 +22,7 @@ from tests.image_models import CLASSES, save_timm
 
 def plan(config):
     base = describe_base(config.model.path, None, CLASSES, config.data.image_size)
-    adapter_config, notes = make_adapter_config(config, base)
+    adapter_config, notes = choose_adapter(config, base)
     return plan_training(config, base, adapter_config), adapter_config, notes
 
 
@@ -200,7 +200,7 @@ def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
     config = make_config(model={"path": str(tmp_path)}, paca=PacaSection(r=4))
     base = describe_base(str(tmp_path), None, CLASSES, None)
     assert find_heads(base.empty_model()) == heads
-    adapter_config, _ = make_adapter_config(config, base)
+    adapter_config, _ = choose_adapter(config, base)
     model = make_trainable(load_model(base, torch.float32), config, adapter_config)
     assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
     pixels = torch.randn(2, 3, base.preprocessing.size, base.preprocessing.size)
@@ -232,7 +232,7 @@ def test_model_without_a_head():
 def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
     config = make_config(model={"revision": "main"})
     base = describe_base(config.model.path, None, CLASSES, None)
-    adapter_config, _ = make_adapter_config(config, base)
+    adapter_config, _ = choose_adapter(config, base)
     make_trainable(load_model(base, torch.float32), config, adapter_config).save_pretrained(
         tmp_path
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pacatune.data.images import prepare_images
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.training.image import PacaSection, load_result, train
-from pacatune.training.image import recipe as recipe_module
+from pacatune.training.image.task import ImageTask
 from tests.image_models import CLASSES, save_vit
 from tests.training.test_recipe import REPORT_KEYS
 
@@ -106,7 +106,7 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path, co
     config = make_config("full", data=data, training=settings)
     report = train(config, console=console)
     base = describe_base(config.model.path, None, CLASSES, None)
-    run = recipe_module.prepare(config, console)
+    run = ImageTask(config).prepare()
     arguments = TrainingArguments(
         str(tmp_path / "plain"),
         report_to="none",

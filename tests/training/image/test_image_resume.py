@@ -166,8 +166,8 @@ def test_other_run_in_the_folder(make_config, tmp_path, quiet):
 def test_full_disk_keeps_the_previous_checkpoint(make_config, tmp_path):
     """A disk that is full at the second checkpoint, by a real limit of file sizes."""
     save_config(make_config(), tmp_path / "run.yaml")
-    code = FULL_DISK.replace("pacatune.training.recipe", "pacatune.training.image.recipe")
-    code = code.replace("RunTrainer", "ImageTrainer").replace('"train"', '"train-image"')
+    code = FULL_DISK.replace("pacatune.training.sft", "pacatune.training.image.trainer")
+    code = code.replace("SftRunTrainer", "ImageTrainer").replace('"train"', '"train-image"')
     command = [sys.executable, "-c", code, str(tmp_path / "run.yaml"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.training.image.evaluation import confusion_matrix, surest_mistakes
-from pacatune.training.image.report import ImageReport
+from pacatune.training.image.report import ImageReport, confusion_matrix, surest_mistakes
 from pacatune.training.image.trainer import compute_metrics, mix
 
 

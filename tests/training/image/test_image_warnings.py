@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune.training.image import PacaSection, train
-from pacatune.training.image import recipe as recipe_module
+from pacatune.training.image import task as task_module
 from tests.image_models import save_timm
 
 
@@ -28,7 +28,7 @@ class TestBeforeWeights:
         def refuse(*args):
             raise AssertionError("weights were loaded")
 
-        monkeypatch.setattr(recipe_module, "load_model", refuse)
+        monkeypatch.setattr(task_module, "load_model", refuse)
         yield
         assert not (tmp_path / "out").exists()
 
@@ -64,6 +64,6 @@ def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(recipe_module.ImageTrainer, "training_step", out_of_memory)
+    monkeypatch.setattr(task_module.ImageTrainer, "training_step", out_of_memory)
     with pytest.raises(ValueError, match=r"ran out of memory .*or `data.image_size`, or set"):
         train(make_config(), console=console)

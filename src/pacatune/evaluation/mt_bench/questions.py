@@ -70,7 +70,7 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """Sampling temperature of the model that answers."""
+        """Return the temperature at which the model answers."""
         return TEMPERATURES[self.category]
 
 

@@ -165,14 +165,11 @@ def _make_run(
 
 def _equal_rank(paca: "RunConfig", lora: "RunConfig") -> int:
     """Return the rank at which LoRA trains as many parameters as PaCA, or nearly."""
-    from pacatune.training.model import make_adapter_config, plan_training
+    from pacatune.training.task import task_of
 
     single = copy.deepcopy(lora)
     single.lora.r = 1
-    numbers = [
-        plan_training(config, make_adapter_config(config)).num_trainable_parameters
-        for config in (paca, single)
-    ]
+    numbers = [task_of(config).plan().num_trainable_parameters for config in (paca, single)]
     return max(1, round(numbers[0] / numbers[1]))
 
 

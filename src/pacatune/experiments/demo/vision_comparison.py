@@ -94,19 +94,10 @@ def make_runs(
 
 def _equal_rank(paca: "ImageRunConfig", lora: "ImageRunConfig") -> int:
     """Return the rank at which LoRA trains as many parameters as PaCA, or nearly."""
-    from pacatune.data.images.sources import read_sources
+    from pacatune.training.task import task_of
 
-    classes = read_sources(paca.data)[0].classes
     single, head = copy.deepcopy(lora), copy.deepcopy(lora)
     single.lora.r, head.method = 1, "head"
-    numbers = [_num_trainable(config, classes) for config in (paca, single, head)]
+    runs = (paca, single, head)
+    numbers = [task_of(config).plan().num_trainable_parameters for config in runs]
     return max(1, round((numbers[0] - numbers[2]) / (numbers[1] - numbers[2])))
-
-
-def _num_trainable(config: "ImageRunConfig", classes: list[str]) -> int:
-    from pacatune.training.image.base import describe_base
-    from pacatune.training.image.model import make_adapter_config, plan_training
-
-    base = describe_base(config.model.path, None, classes, config.data.image_size)
-    adapter_config, _ = make_adapter_config(config, base)
-    return plan_training(config, base, adapter_config).num_trainable_parameters

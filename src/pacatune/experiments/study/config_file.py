@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.training.config_file import check_keys, load_yaml, read_values
+from pacatune.training.config_file import check_keys, option_parser, read_values
 
 
 def read_study(path: Path) -> StudyConfig:
@@ -21,11 +19,8 @@ def read_study(path: Path) -> StudyConfig:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no study; names the key and the nearest known one.
     """
-    from jsonargparse import ArgumentParser, set_loader
-
     values = read_values(path)
-    set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2")
+    parser = option_parser()
     parser.add_class_arguments(StudyConfig)
     check_keys(values, _fields(StudyConfig), str(path))
     arms = values.get("arms")

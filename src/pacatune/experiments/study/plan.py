@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.experiments.study.config import Arm, StudyConfig, has_rank
-from pacatune.experiments.study.task import Task, Values, merged
+from pacatune.experiments.study.task import StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
-from pacatune.training.any_run import ADAPTER_SECTIONS
+from pacatune.training.config import ADAPTER_SECTIONS
 from pacatune.training.config_file import read_values, to_values
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
@@ -39,7 +39,7 @@ class Plan:
     """What a study will run."""
 
     config: StudyConfig
-    task: Task
+    task: StudyTask
     metric: str
     arms: dict[str, PlannedArm]
     _digests: dict[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Plan:
         Args:
             name: Name of the arm.
             rate: Learning rate.
-            seed: Seed for data order, columns and whatever starts at random.
+            seed: Seed for data order, columns and initial weights.
             folder: Scratch folder of the trainer.
         """
         return _make_run(self.task, self.arms[name].options, rate, seed, folder)
@@ -127,7 +127,7 @@ def _refuse_unused(config: StudyConfig) -> None:
 
 def open_task(
     config: StudyConfig, say: Callable[[str], None]
-) -> tuple[Task, dict[str, list[float]]]:
+) -> tuple[StudyTask, dict[str, list[float]]]:
     """Return the task, and grids by method where a packaged task brings some."""
     from pacatune.experiments.study.packaged_tasks import find_packaged_task, prepare_packaged
 
@@ -145,23 +145,15 @@ def open_task(
     return kind(values, config.validation_fraction, config.forgetting_tokens), grids
 
 
-def _task_class(command: str) -> type[Task]:
-    if command == "train":
-        from pacatune.experiments.study.text import TextTask
+def _task_class(command: str) -> type[StudyTask]:
+    from pacatune.experiments.study.tasks import TASKS
 
-        return TextTask
-    if command == "train-image":
-        from pacatune.experiments.study.images import ImageTask
-
-        return ImageTask
-    from pacatune.experiments.study.classify import ClassifyTask
-
-    return ClassifyTask
+    return TASKS[command]
 
 
 def _plan_arm(
     config: StudyConfig,
-    task: Task,
+    task: StudyTask,
     grids: dict[str, list[float]],
     name: str,
     reference: PlannedArm | None,
@@ -188,7 +180,9 @@ def _plan_arm(
         raise ValueError(f"arm {name!r}: {error}") from error
 
 
-def _grid(config: StudyConfig, grids: dict[str, list[float]], task: Task, arm: Arm) -> list[float]:
+def _grid(
+    config: StudyConfig, grids: dict[str, list[float]], task: StudyTask, arm: Arm
+) -> list[float]:
     for found in (
         arm.learning_rates,
         config.learning_rates.get(arm.method),
@@ -214,7 +208,7 @@ def arm_options(arm: Arm, rank: int | None) -> Values:
     return merged(options, arm.options)
 
 
-def _make_run(task: Task, options: Values, rate: float, seed: int, folder: Path) -> Any:
+def _make_run(task: StudyTask, options: Values, rate: float, seed: int, folder: Path) -> Any:
     training = {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
     decided: Values = {"training": training}
     if METHODS[options["method"]].is_paca:
@@ -222,7 +216,7 @@ def _make_run(task: Task, options: Values, rate: float, seed: int, folder: Path)
     return task.make_config(options, decided)
 
 
-def _matching_rank(task: Task, arm: Arm, number: int) -> int:
+def _matching_rank(task: StudyTask, arm: Arm, number: int) -> int:
     """Return the rank with which an arm trains about as many parameters, by bisection."""
 
     def count(rank: int) -> int | None:

@@ -19,7 +19,7 @@ from pacatune.experiments.study.summary import Place, best_rate, summarise
 from pacatune.experiments.study.tuning import rate_beyond
 from pacatune.files.result_folder import ResultFolder
 from pacatune.reports.provenance import versions
-from pacatune.training.preparation import show_warnings
+from pacatune.training.progress import show_warnings
 
 RESULT_NAME = "study.json"
 RUNS_NAME = "runs"

@@ -1,6 +1,7 @@
-"""What a study trains and evaluates: one kind of task per recipe, told apart by data alone."""
+"""What a study trains and evaluates: a task with its data split in three."""
 
 import copy
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
+import torch
 from rich.console import Console
 
-from pacatune.methods import METHODS, TEXT_METHODS, readers_of
-from pacatune.training.any_run import ADAPTER_SECTIONS
-from pacatune.training.config_file import check_keys, load_yaml
+from pacatune.methods import readers_of
+from pacatune.training.config import ADAPTER_SECTIONS, BaseRunConfig
+from pacatune.training.config_file import check_keys, option_parser
+from pacatune.training.plan import count_trainable
+from pacatune.training.recipe import make_trainer, prepare, run_trainer
+from pacatune.training.report import train_curve
+from pacatune.training.task import Task, task_of
 
 Values = dict[str, Any]
 
@@ -34,22 +39,20 @@ class Measured:
     forgetting: dict[str, float] = field(default_factory=dict)
 
 
-class Task(ABC):
+class StudyTask(ABC):
     """A model and data, split into what is trained on, chosen by and reported.
 
     Args:
         values: Options of the base run, in sections. Its evaluation data is the test data here.
-        validation_fraction: Share of the training data that is held out to choose rates by.
+        validation_fraction: Share of the training data, held out to choose learning rates by.
         forgetting_tokens: How much general text to measure a language model's loss on.
 
     Raises:
         ValueError: If there is no evaluation data, or an option is unknown.
     """
 
-    command: ClassVar[str]
-    methods: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]]
-    """The first is that of `metric: auto`."""
+    """What is measured; the first is that of `metric: auto`."""
 
     def __init__(self, values: Values, validation_fraction: float, forgetting_tokens: int) -> None:
         self.values = copy.deepcopy(values)
@@ -68,23 +71,41 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def classes(cls) -> tuple[type[Any], dict[str, type[Any]]]:
-        """Return the dataclass of a run, and that of each of its sections."""
+    def run_class(cls) -> type[BaseRunConfig[Any]]:
+        """Return the dataclass of a run."""
 
-    @abstractmethod
-    def _take_test(self, data: Values) -> Values:
-        """Remove the evaluation data from the data section and return it as options of one."""
+    @property
+    def command(self) -> str:
+        """Name of the command that does such runs."""
+        return self.run_class().command
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that the command offers."""
+        return self.run_class().methods
 
     def default_rate(self, method: str) -> float:
         """Return the command's default learning rate of a method that it offers."""
-        found = METHODS[method]
-        rate = found.text_rate if self.methods is TEXT_METHODS else found.head_rate
-        assert rate is not None
-        return rate
+        return self.run_class().default_rate(method)
+
+    def _take_test(self, data: Values) -> Values:
+        """Remove the evaluation data from the data section and return it as options of one.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        path, split = data.pop("eval_path", None), data.pop("eval_split", None)
+        if path is None and split is None:
+            raise ValueError(
+                "the task has no `data.eval_path` or `data.eval_split`; give one: it is what is "
+                "reported, and the learning rate is chosen on a part of the training data."
+            )
+        test = {"path": path or data.get("path", ""), "eval_fraction": 0}
+        return test | ({"split": split} if split is not None else {})
 
     @abstractmethod
-    def count(self, config: Any) -> int:
-        """Return how many parameters a run trains, without weights; checks what it can."""
+    def test_data(self, task: Task[Any]) -> Any:
+        """Return the test data as the trainer takes it, for a task that is prepared."""
 
     @abstractmethod
     def digest(self, config: Any) -> str:
@@ -93,9 +114,41 @@ class Task(ABC):
     def _warn(self, *warnings: str) -> None:
         self.warnings += [text for text in warnings if text not in self.warnings]
 
-    @abstractmethod
+    def count(self, config: Any) -> int:
+        """Return how many parameters a run trains, without weights; checks what it can."""
+        return task_of(config).plan().num_trainable_parameters
+
     def run(self, config: Any, console: Console) -> Measured:
         """Train and evaluate."""
+        with released():
+            task = task_of(config)
+            prepared = prepare(task, console)
+            test = self.test_data(task)
+            before = self._general_loss(task, None)
+            trainer = make_trainer(task, prepared, None, console)
+            trainer.args.eval_on_start = False
+            run_trainer(trainer, task, None, console)
+            found = {
+                name: trainer.evaluate(data)
+                for name, data in (("validation", prepared.evaluation), ("test", test))
+            }
+            general = {"before": before, "after": self._general_loss(task, trainer.model)}
+            return Measured(
+                **{k: {m: float(v[f"eval_{m}"]) for m in self.metrics} for k, v in found.items()},
+                num_trainable_parameters=count_trainable(trainer.model),
+                train_loss=train_curve(trainer.state.log_history)[1],
+                num_steps=trainer.state.global_step,
+                forgetting={name: value for name, value in general.items() if value is not None},
+            )
+
+    def _general_loss(self, task: Task[Any], model: Any) -> float | None:
+        """Return the loss on general text, where it is measured.
+
+        Args:
+            task: A run that is prepared.
+            model: The trained model; None for the base.
+        """
+        return None
 
     def make_config(self, options: Values, decided: Values | None = None) -> Any:
         """Build a run.
@@ -107,7 +160,8 @@ class Task(ABC):
         Raises:
             ValueError: If an option is unknown or wrong.
         """
-        run_class, sections = self.classes()
+        run_class = self.run_class()
+        sections = run_class.sections()
         # What the task says of another method is for other arms.
         others = {
             name for name in ADAPTER_SECTIONS if options.get("method") not in readers_of(name)
@@ -140,29 +194,9 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
     return result
 
 
-def take_test_path(data: Values) -> Values:
-    """Take the evaluation data out of the section of a run on texts.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path, split = data.pop("eval_path", None), data.pop("eval_split", None)
-    if path is None and split is None:
-        raise ValueError(
-            "the task has no `data.eval_path` or `data.eval_split`; give one: it is what is "
-            "reported, and the learning rate is chosen on a part of the training data."
-        )
-    test = {"path": path or data.get("path", ""), "eval_fraction": 0}
-    return test | ({"split": split} if split is not None else {})
-
-
 @contextmanager
 def released() -> Iterator[None]:
     """Give memory back afterwards: a model is in a cycle with its trainer."""
-    import gc
-
-    import torch
-
     try:
         yield
     finally:
@@ -185,12 +219,10 @@ def _folder_digest(path: str) -> str:
 
 
 @cache
-def _parser(task_class: type[Task]) -> tuple[Any, frozenset[str]]:
-    from jsonargparse import ArgumentParser, set_loader
-
-    set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2")
-    run_class, sections = task_class.classes()
+def _parser(task_class: type[StudyTask]) -> tuple[Any, frozenset[str]]:
+    parser = option_parser()
+    run_class = task_class.run_class()
+    sections = run_class.sections()
     parser.add_class_arguments(run_class, skip=set(sections))
     for name, section in sections.items():
         parser.add_class_arguments(section, name)

@@ -1,11 +1,11 @@
-"""The image classification recipe: `train(ImageRunConfig(...))`, and loading its results."""
+"""Fine-tuning of image classifiers: `train(ImageRunConfig(...))`, and loading its results."""
 
 from pacatune.data.images import ImageDataConfig
 from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
 from pacatune.training.image.load import ImageClassifier, load_result
-from pacatune.training.image.recipe import train
 from pacatune.training.image.report import ImageReport
+from pacatune.training.recipe import train
 
 __all__ = [
     "ImageClassifier",

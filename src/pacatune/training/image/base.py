@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pacatune.data.images import Preprocessing
-from pacatune.training.model import find_model
+from pacatune.pretrained import empty_model, find_model, load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +100,7 @@ def _find(path: str) -> str:
 
 
 def _load_config(path: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
-
-    from pacatune.hub import check_on_hub
-
-    check_on_hub(path, "model.path", revision=revision)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model {path!r} is neither a folder here nor a hub id that can be reached; check "
-            "`model.path` or the network."
-        ) from error
+    config = load_config(path, revision=revision)
     if getattr(config, "num_channels", 3) != 3:
         raise ValueError(
             f"{path} takes images of {config.num_channels} channels; they have 3 here. Use another."
@@ -186,14 +175,11 @@ def _try_size(config: Any, size: int, options: dict[str, Any]) -> str | None:
 def _build(config: Any) -> Any:
     from transformers import AutoModelForImageClassification
 
-    with torch.device("meta"):
-        try:
-            return AutoModelForImageClassification.from_config(
-                copy.deepcopy(config), trust_remote_code=False
-            )
-        except (KeyError, ValueError) as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            raise ValueError(
-                f"a {config.model_type!r} model is no image classifier; use one that is."
-            ) from error
+    try:
+        return empty_model(AutoModelForImageClassification, copy.deepcopy(config))
+    except (KeyError, ValueError) as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"a {config.model_type!r} model is no image classifier; use one that is."
+        ) from error

@@ -1,18 +1,19 @@
 """One run on images, declared once for the command line, YAML files and Python."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
-from pacatune.training.any_run import settle
-from pacatune.training.arguments import SharedDefaults
-from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
-from pacatune.training.option_checks import refuse_elsewhere
+from pacatune.training.arguments import SharedDefaults, refuse_elsewhere
+from pacatune.training.config import BaseRunConfig
 
-# Options of TrainingArguments that this recipe decides elsewhere, and where.
+if TYPE_CHECKING:
+    from pacatune.training.image.report import ImageReport  # noqa: F401 (of the run's type)
+
+# Options of TrainingArguments that this task decides elsewhere, and where.
 _ELSEWHERE = {
     "remove_unused_columns": "the data has the columns that training needs",
     "label_names": "the class of an image is its only label",
@@ -55,7 +56,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     """Every option of transformers' TrainingArguments, with these defaults.
 
     Raises:
-        ValueError: If an option is set that this recipe decides elsewhere or does not offer.
+        ValueError: If an option is set that this task decides elsewhere or does not offer.
     """
 
     learning_rate: float | None = None
@@ -84,7 +85,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     mixes nothing."""
 
     def check_options(self) -> None:
-        """Refuse options that this recipe decides elsewhere, and numbers that train nothing."""
+        """Refuse options that this task decides elsewhere, and numbers that train nothing."""
         super().check_options()
         refuse_elsewhere(self, _ELSEWHERE)
         if self.mixup_alpha < 0:
@@ -94,7 +95,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
 
 
 @dataclass(kw_only=True)
-class ImageRunConfig:
+class ImageRunConfig(BaseRunConfig["ImageReport"]):
     """One fine-tuning run on images.
 
     Raises:
@@ -104,6 +105,7 @@ class ImageRunConfig:
 
     command: ClassVar[str] = "train-image"
     methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
+    task: ClassVar[str] = "pacatune.training.image.task:ImageTask"
 
     method: str = "paca"
     """How to fine-tune: `paca`, `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained
@@ -116,15 +118,6 @@ class ImageRunConfig:
     data: ImageDataConfig
     """Training and evaluation images."""
 
-    paca: PacaSection = field(default_factory=PacaSection)
-    """Options of the method paca."""
-
-    lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, lora_dropout, dora and moslora."""
-
-    moslora: MosLoraSection = field(default_factory=MosLoraSection)
-    """Options of the method moslora."""
-
     training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
     """Every option of transformers' TrainingArguments."""
 
@@ -132,9 +125,3 @@ class ImageRunConfig:
     """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
     `pacatune.lean` makes them. `auto`: what can be; `require`: refuse a model that keeps more than
     it must."""
-
-    early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
-
-    def __post_init__(self) -> None:
-        settle(self, ImageTrainingConfig)

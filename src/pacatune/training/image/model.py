@@ -1,23 +1,23 @@
 """Adapter, plan and weights of an image model."""
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pacatune.methods import METHODS, adapter_config
+from pacatune.methods import METHODS
+from pacatune.pretrained import load_weights
 from pacatune.training.image.base import ImageBase
 from pacatune.training.image.config import ImageRunConfig
 from pacatune.training.image.parts import find_batch_norms, find_heads, reset_heads
 from pacatune.training.image.targets import check_lora_targets, check_names, choose_targets
-from pacatune.training.model import Plan, adapter_options, count_trainable, require_lean
+from pacatune.training.plan import Plan, make_adapter_config, make_plan, put_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def make_adapter_config(
+def choose_adapter(
     config: ImageRunConfig, base: ImageBase
 ) -> "tuple[PeftConfig | None, list[str]]":
     """Return the PEFT configuration of the method, None where it needs none, and notes.
@@ -31,7 +31,7 @@ def make_adapter_config(
     model = base.empty_model()
     heads = find_heads(model)
     section = config.paca if method.is_paca else config.lora
-    values = adapter_options(config)
+    values: dict[str, Any] = {}
     notes: list[str] = []
     if section.target_modules is None:
         values["target_modules"], notes = choose_targets(model, method, section.r, heads)
@@ -44,7 +44,7 @@ def make_adapter_config(
         saved += _batch_norms_or_refuse(model)
     values["modules_to_save"] = sorted(set(saved))
     values["revision"] = config.model.revision
-    made: Any = adapter_config(method, **values)
+    made: Any = make_adapter_config(config, **values)
     if method.is_paca:
         from pacatune.tuner.config import refuse_idle_layers
 
@@ -62,18 +62,10 @@ def plan_training(
     Raises:
         ValueError: If the targets match nothing or cannot be adapted.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     model = base.empty_model()
     num_parameters = sum(p.numel() for p in model.parameters())
-    trained = make_trainable(model, config, adapter_config)
-    require_lean(config.lean, trained)
-    targets = {
-        name: f"{module.in_features} -> {module.out_features}"
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-    return Plan(targets, count_trainable(trained), num_parameters, None)
+    make_trainable(model, config, adapter_config)
+    return make_plan(model, num_parameters, config.lean)
 
 
 def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -84,20 +76,17 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
     """
     from transformers import AutoModelForImageClassification
 
-    from pacatune.adapters.base import readable_weights
-
-    with readable_weights(base.path):
-        model, info = AutoModelForImageClassification.from_pretrained(
-            base.path,
-            config=base.config,
-            revision=base.revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+    model, info = load_weights(
+        AutoModelForImageClassification,
+        base.path,
+        dtype=dtype,
+        revision=base.revision,
+        config=base.config,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        use_safetensors=True,
+    )
     heads = find_heads(model)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     prefixes = () if base.has_own_head else tuple(f"{name}." for name in heads)
@@ -124,13 +113,7 @@ def make_trainable(
             _batch_norms_or_refuse(model)
         trained: nn.Module = model
         return trained
-    from pacatune.tuner.ignored import get_strict_peft_model
-
-    is_empty = any(parameter.is_meta for parameter in model.parameters())
-    adapter_config = copy.deepcopy(adapter_config)
-    if is_empty and getattr(adapter_config, "columns", True) is None:
-        adapter_config.selection = "random"  # a plan: no weights are read
-    trained = get_strict_peft_model(model, adapter_config, low_cpu_mem_usage=is_empty)
+    trained = put_adapter(model, adapter_config)
     for layer in find_batch_norms(trained).values():
         # Saved for their statistics; scale and shift stay the pretrained ones.
         layer.requires_grad_(False)

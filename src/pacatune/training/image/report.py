@@ -1,13 +1,24 @@
 """What a run on images achieved: accuracy, confusion matrix, misclassified images."""
 
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pacatune.data.images import ImageDataset
 from pacatune.training.report import Curve, RunReport
+
+NUM_MISTAKES = 25
 
 _MOST_CONFUSIONS = 10
 # The largest class, as a multiple of the mean, up to which accuracies mean what they seem to.
 _EVEN = 1.2
+# Beyond this many classes, names and numbers would not be readable.
+_MOST_NAMES, _MOST_NUMBERS = 40, 20
+_NUM_COLUMNS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +30,9 @@ class Mistake:
     label: str
     predicted: str
     probability: float
-    """Of the predicted class."""
+    """Probability of the predicted class."""
     position: int
-    """Of the image among the evaluation images."""
+    """Position among the evaluation images."""
 
 
 @dataclass(kw_only=True)
@@ -30,9 +41,9 @@ class ImageReport(RunReport):
 
     loss_per: ClassVar[str] = "image"
 
-    accuracy_before: float | None
+    accuracy_before: float | None = None
     """Held-out accuracy before the first step, with the head as `head` says; None without data."""
-    accuracy_after: float | None
+    accuracy_after: float | None = None
     """Held-out accuracy of what was saved."""
     images_per_second: float
     """Training images of all processes, per second of steps."""
@@ -40,9 +51,9 @@ class ImageReport(RunReport):
     """`new`: random before training, so `accuracy_before` is about chance. `own`: the model's."""
     classes: list[str]
     image_size: int
-    confusion: list[list[int]]
+    confusion: list[list[int]] = field(default_factory=list)
     """Row: class of the image, column: predicted class; empty without evaluation images."""
-    mistakes: list[Mistake]
+    mistakes: list[Mistake] = field(default_factory=list)
     """Those of mistakes.png: the surest first."""
     eval_accuracies: Curve = field(default_factory=list)
     """(step, accuracy)."""
@@ -95,3 +106,94 @@ class ImageReport(RunReport):
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def confusion_matrix(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> NDArray[np.int64]:
+    """Count (C, C) pairs: row the class of an image (N,), column the predicted one (N,)."""
+    pairs = labels * num_classes + predicted
+    counts = np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def surest_mistakes(
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    dataset: ImageDataset,
+    number: int = NUM_MISTAKES,
+) -> list[Mistake]:
+    """Return misclassified images, those first whose wrong class got the most probability.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+        dataset: The N images.
+        number: At most as many.
+    """
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    predicted = logits.argmax(axis=1)
+    sureness = probabilities[np.arange(len(labels)), predicted]
+    wrong = np.flatnonzero(predicted != labels)
+    chosen = wrong[np.argsort(-sureness[wrong], kind="stable")][:number]
+    classes = dataset.source.classes
+    return [
+        Mistake(
+            place=dataset.place(int(position)),
+            label=classes[labels[position]],
+            predicted=classes[predicted[position]],
+            probability=float(sureness[position]),
+            position=int(position),
+        )
+        for position in chosen
+    ]
+
+
+def draw_confusion(report: ImageReport, path: Path) -> None:
+    """Draw the confusion matrix, coloured by the share of each class's images."""
+    counts = np.array(report.confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    num = len(report.classes)
+    size = min(max(4.0, 0.45 * num + 2), 16.0)
+    figure = _figure(size, size)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="class", title=f"accuracy {report.accuracy_after:.3f}")
+    if num <= _MOST_NAMES:
+        axes.set_xticks(range(num), map(_short, report.classes), rotation=90)
+        axes.set_yticks(range(num), map(_short, report.classes))
+    if num <= _MOST_NUMBERS:
+        for (row, column), number in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(number), ha="center", va="center", color=colour)
+    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.7)
+    figure.savefig(path, dpi=100)
+
+
+def draw_mistakes(mistakes: list[Mistake], dataset: ImageDataset, path: Path) -> None:
+    """Draw misclassified images as the model saw them, with class and prediction."""
+    num_rows = math.ceil(len(mistakes) / _NUM_COLUMNS)
+    figure = _figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
+    grid = list(figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat)
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, mistake in zip(grid, mistakes, strict=False):
+        axes.imshow(dataset.preprocessing.crop(dataset.image(mistake.position)))
+        text = f"{_short(mistake.label)}\n{_short(mistake.predicted)} {mistake.probability:.2f}?"
+        axes.set_title(text, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _short(name: str) -> str:
+    """Cut a class's name, and keep matplotlib from reading it as mathematics."""
+    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")

@@ -26,7 +26,7 @@ def choose_targets(
     Args:
         model: The base model, weights not needed.
         method: One with adapters.
-        rank: Of the adapter.
+        rank: Rank of the adapter.
         heads: Names of the modules that are trained in full.
 
     Raises:

@@ -9,17 +9,17 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from pacatune.training.checkpoints import WholeCheckpoints
+from pacatune.training.checkpoints import RunTrainer
 from pacatune.training.image.parts import find_batch_norms
 
 
-class ImageTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
+class ImageTrainer(RunTrainer, Trainer):  # type: ignore[misc]
     """Trainer of a model that turns `pixel_values` into `logits`.
 
     Args:
         num_classes: Number of classes.
         forward_options: What the model's forward needs besides pixels.
-        kwargs: As for WholeCheckpoints and Trainer.
+        kwargs: As for RunTrainer and Trainer.
     """
 
     def __init__(self, *, num_classes: int, forward_options: dict[str, Any], **kwargs: Any) -> None:

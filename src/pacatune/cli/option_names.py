@@ -21,30 +21,32 @@ def option_names(module: str, name: str) -> frozenset[str]:
         LookupError: If the source of a class is not found.
     """
     found: set[str] = set()
-    for option, annotation in _fields(module, name).items():
+    for option, (owner, annotation) in _fields(module, name).items():
         found.add(option)
-        section = _find_class(module, annotation)
+        section = _find_class(owner, annotation)
         if section is not None:
             found |= {f"{option}.{one}" for one in _fields(*section)}
     return frozenset(found)
 
 
-def _fields(module: str, name: str) -> dict[str, str]:
-    """Return the fields of a dataclass, inherited ones too, and their annotations."""
+def _fields(module: str, name: str) -> dict[str, tuple[str, str]]:
+    """Return the fields of a dataclass, inherited ones too: module of the class and annotation."""
     place = _find_class(module, name)
     if place is None:
         raise LookupError(f"no class {name} in {module}")
     owner = _parse(place[0])
     kind = next(n for n in owner.body if isinstance(n, ast.ClassDef) and n.name == place[1])
-    fields: dict[str, str] = {}
+    fields: dict[str, tuple[str, str]] = {}
     for base in kind.bases:
-        fields |= _fields(place[0], ast.unparse(base))
+        plain = base.value if isinstance(base, ast.Subscript) else base
+        if ast.unparse(plain) != "Generic":
+            fields |= _fields(place[0], ast.unparse(plain))
     for node in kind.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             annotation = ast.unparse(node.annotation)
             value = "" if node.value is None else ast.unparse(node.value)
             if not annotation.startswith("ClassVar") and "init=False" not in value:
-                fields[node.target.id] = annotation
+                fields[node.target.id] = place[0], annotation
     return fields
 
 

@@ -1,0 +1,246 @@
+"""Pretrained models, from a folder or the hub: find, describe, load and quantise them.
+
+Code that comes with a model is never run, and weights are read from safetensors alone where a run
+trains them. What cannot be read is an error that says whose it is and what to do.
+
+In all of them `path` is a hub id or a folder, `revision` a branch, tag or commit of the hub's
+model, and `option` where the path is from, for messages.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pacatune.hub import check_on_hub
+from pacatune.installation import install_command
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+__all__ = [
+    "QUANTIZATIONS",
+    "bitsandbytes_config",
+    "check_quantizable",
+    "empty_model",
+    "find_model",
+    "load_config",
+    "load_tokenizer",
+    "load_weights",
+    "no_remote_code",
+    "readable_weights",
+]
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+"""Ways to hold weights in 4 or 8 bits, by bitsandbytes."""
+
+
+def find_model(
+    path: str, revision: str | None = None, *, option: str = "model.path", others: bool = False
+) -> str:
+    """Return a hub id as it is, and the absolute path of a local folder.
+
+    With `others`, names of other kinds are allowed and returned as they are.
+
+    Raises:
+        FileNotFoundError: If it looks like a local folder and holds no model, or is no hub id that
+            can be reached.
+    """
+    local = Path(path).expanduser()
+    if local.exists() and not (local / "config.json").is_file():
+        hint = " (it is an adapter, not a base)" if _is_adapter(local) else ""
+        raise FileNotFoundError(
+            f"{path} holds no config.json{hint}; `{option}` must be a model folder."
+        )
+    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"model folder {path} does not exist; check `{option}`.")
+    if local.exists():
+        return str(local.resolve())
+    if not others:
+        check_on_hub(path, option, revision=revision)
+    return path
+
+
+def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
+    """Load the configuration of a model, without a weight.
+
+    Raises:
+        FileNotFoundError: If there is no such model, or it cannot be reached.
+        ValueError: If the model needs code of its own, or its config.json is not one that
+            transformers knows.
+    """
+    import transformers
+
+    find_model(path, revision, option=option)
+    try:
+        with no_remote_code(path):
+            return transformers.AutoConfig.from_pretrained(
+                path, revision=revision, trust_remote_code=False
+            )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {path!r} is neither a model folder nor a hub id that can be reached; check "
+            f"`{option}` or the network."
+        ) from error
+    except KeyError as error:
+        raise ValueError(
+            f"model {path!r} has a config.json without the key {error}; transformers "
+            f"{transformers.__version__} cannot tell which architecture it is."
+        ) from error
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, option: str = "model.path"
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it cannot be read, or needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    check_on_hub(path, option, revision=revision)
+    with no_remote_code(path):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, revision=revision, trust_remote_code=False
+            )
+        except Exception as error:
+            if isinstance(error, OSError) or "trust_remote_code" in str(error):
+                raise
+            # The Rust part of tokenizers raises plain Exception for a damaged file.
+            raise ValueError(
+                f"the tokenizer of {path} cannot be read ({type(error).__name__}: {error}); copy "
+                "its files again."
+            ) from error
+    return tokenizer
+
+
+def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
+    """Build a model on the meta device: modules and shapes, no weights.
+
+    Raises:
+        ValueError: If the model needs code of its own.
+    """
+    import torch
+
+    build = getattr(model_class, "from_config", None)
+    if build is None:
+        build = model_class._from_config
+    else:
+        options["trust_remote_code"] = False
+    with no_remote_code(str(getattr(config, "name_or_path", ""))), torch.device("meta"):
+        return build(config, **options)
+
+
+def load_weights(
+    model_class: Any,
+    path: str,
+    *,
+    dtype: "torch.dtype | str",
+    revision: str | None = None,
+    **options: Any,
+) -> Any:
+    """Load a model with its weights, by any class of transformers; `auto` is their own type.
+
+    Raises:
+        ValueError: If the weights cannot be read, or the model needs code of its own.
+    """
+    from pacatune.tuner.quantized import forbid_packing
+
+    with no_remote_code(path), readable_weights(path):
+        loaded = model_class.from_pretrained(
+            path, revision=revision, dtype=dtype, trust_remote_code=False, **options
+        )
+    # An evaluation before training would spoil the base of LoRA.
+    forbid_packing(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
+
+
+@contextmanager
+def readable_weights(owner: str) -> Iterator[None]:
+    """Say whose weights cannot be read inside this block, such as those of a cut off file.
+
+    Raises:
+        ValueError: Names the owner.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {owner} cannot be read ({error}); copy them again."
+        ) from error
+
+
+@contextmanager
+def no_remote_code(path: str) -> Iterator[None]:
+    """Say in our words that a model needs code of its own, where transformers asks to trust it.
+
+    Raises:
+        ValueError: Names the model.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model {path} comes with code of its own, which is never executed; use a version "
+            "of it that transformers supports."
+        ) from error
+
+
+def check_quantizable(kind: str, config: Any, path: str, *, option: str) -> None:
+    """Refuse to quantise a model that is quantised, or where bitsandbytes is missing.
+
+    Raises:
+        ValueError: Names the option and the fix.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"`{option}` ({kind!r}): {path} is saved quantised already; drop the option, or give "
+            "the original model."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"`{option}` ({kind!r}) needs bitsandbytes; {install_command('quant')}.")
+
+
+def bitsandbytes_config(
+    kind: str, dtype: "torch.dtype", *, double: bool = True, storage: "torch.dtype | None" = None
+) -> "BitsAndBytesConfig":
+    """Return what transformers needs to hold weights in few bits.
+
+    Args:
+        kind: One of `QUANTIZATIONS`.
+        dtype: Type of the products, with 4 bits.
+        double: Whether the scales of 4-bit weights are quantised too.
+        storage: Type that packed 4-bit weights seem to have; bitsandbytes' own where None.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_saying)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    options = {} if storage is None else {"bnb_4bit_quant_storage": storage}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        **options,
+    )
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a log line is not the one that every 8-bit layer writes in every forward pass."""
+    return "inputs will be cast" not in record.msg
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()

@@ -1,0 +1,175 @@
+"""Fine-tuning of an image classifier."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import default_data_collator
+
+from pacatune.adapters.folder import SIDECAR_NAME
+from pacatune.data.images import Augmentation, ImageDataset, prepare_images
+from pacatune.data.images.sources import read_sources
+from pacatune.installation import repository_command
+from pacatune.methods import METHODS
+from pacatune.precision import torch_dtype
+from pacatune.training.image.base import ImageBase, describe_base
+from pacatune.training.image.config import ImageRunConfig
+from pacatune.training.image.load import CLASSES_KEY
+from pacatune.training.image.model import (
+    choose_adapter,
+    load_model,
+    make_trainable,
+    plan_training,
+)
+from pacatune.training.image.report import (
+    ImageReport,
+    confusion_matrix,
+    draw_confusion,
+    draw_mistakes,
+    surest_mistakes,
+)
+from pacatune.training.image.trainer import ImageTrainer, NewEpoch
+from pacatune.training.plan import Plan
+from pacatune.training.report import curve_of
+from pacatune.training.task import Prepared, ReportedTask
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class ImageTask(ReportedTask[ImageRunConfig]):
+    """A run on images."""
+
+    unit = "images"
+    less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
+    pipeline_tag = "image-classification"
+
+    base: ImageBase
+    classes: list[str]
+    evaluation: ImageDataset | None
+
+    def plan(self) -> Plan:
+        """Say what would be trained; of the images, only their classes are read."""
+        base = self._describe_base(read_sources(self.config.data)[0].classes)
+        return plan_training(self.config, base, choose_adapter(self.config, base)[0])
+
+    def prepare(self) -> Prepared:
+        """Find images and model, and plan what is trained."""
+        config = self.config
+        data = prepare_images(config.data)
+        self.classes = data.classes
+        self.base = self._describe_base(data.classes)
+        adapter_config, notes = choose_adapter(config, self.base)
+        preprocessing, part = self.base.preprocessing, data.evaluation
+        augmentation = Augmentation(config.data.augmentation, config.training.seed)
+        train = ImageDataset(data.train.source, data.train.indices, preprocessing, augmentation)
+        self.evaluation = None
+        if part is not None:
+            self.evaluation = ImageDataset(part.source, part.indices, preprocessing)
+        held_out = 0 if self.evaluation is None else len(self.evaluation)
+        size = preprocessing.size
+        head = "the model's own head" if self.base.has_own_head else "a new head"
+        return Prepared(
+            train=train,
+            evaluation=self.evaluation,
+            fingerprint=data.fingerprint,
+            about_data=f"{len(train):,} images of {len(data.classes)} classes, {held_out:,} held "
+            f"out; {size} x {size} pixels, {head}",
+            adapter_config=adapter_config,
+            plan=plan_training(config, self.base, adapter_config),
+            model=self.base.path,
+            dtype=config.model.dtype,
+            warnings=[*data.warnings, *self.base.warnings, *notes],
+        )
+
+    def _describe_base(self, classes: list[str]) -> ImageBase:
+        model = self.config.model
+        return describe_base(model.path, model.revision, classes, self.config.data.image_size)
+
+    def load_model(self) -> nn.Module:
+        """Load the weights; a new head gets random ones."""
+        model = self.config.model
+        return load_model(self.base, torch_dtype(model.dtype), model.attn_implementation)  # type: ignore[no-any-return]
+
+    def collate(self, examples: Any, places: list[int]) -> dict[str, torch.Tensor]:
+        """Return some images as one batch."""
+        return default_data_collator([examples[place] for place in places])  # type: ignore[no-any-return]
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the cross-entropy of a batch of `collate`."""
+        moved = {key: value.to(model.device) for key, value in batch.items()}
+        labels = moved.pop("labels")
+        logits = model(**moved, **self.base.forward_options)["logits"].float()
+        return F.cross_entropy(logits, labels)
+
+    def make_trainer(
+        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+    ) -> ImageTrainer:
+        """Return the trainer, which tells the training images the number of the pass."""
+        options["args"].label_names = ["labels"]
+        options["callbacks"].append(NewEpoch(options["train_dataset"]))
+        return ImageTrainer(
+            num_classes=len(self.classes),
+            forward_options=self.base.forward_options,
+            model=make_trainable(model, self.config, adapter_config),
+            **options,
+        )
+
+    def evaluate(self, trainer: Any) -> dict[str, Any]:
+        """Return loss, accuracy, confusion matrix and mistakes."""
+        assert self.evaluation is not None
+        result = trainer.predict(self.evaluation)
+        logits, labels = result.predictions, result.label_ids
+        counts = confusion_matrix(labels, logits.argmax(axis=1), len(self.classes))
+        return {
+            "eval_loss_after": float(result.metrics["test_loss"]),
+            "accuracy_after": float(result.metrics["test_accuracy"]),
+            "confusion": counts.tolist(),
+            "mistakes": surest_mistakes(logits, labels, self.evaluation),
+        }
+
+    def make_report(
+        self, known: dict[str, Any], trainer: Any, items_per_second: float
+    ) -> ImageReport:
+        """Return the report, with accuracies and images per second."""
+        curve = curve_of(trainer.state.log_history, "eval_accuracy")
+        return ImageReport(
+            **known,
+            accuracy_before=curve[0][1] if curve else None,
+            eval_accuracies=curve,
+            images_per_second=items_per_second,
+            head="own" if self.base.has_own_head else "new",
+            classes=self.classes,
+            image_size=self.base.preprocessing.size,
+        )
+
+    def write(self, report: Any, folder: Path) -> None:
+        """Write the transform, the classes beside an adapter, and the pictures."""
+        self.base.preprocessing.save(folder)
+        if METHODS[self.config.method].has_adapter:
+            sidecar = json.dumps({CLASSES_KEY: self.classes}, indent=2, ensure_ascii=False)
+            (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
+        if self.evaluation is not None:
+            draw_confusion(report, folder / "confusion.png")
+            if report.mistakes:
+                draw_mistakes(report.mistakes, self.evaluation, folder / "mistakes.png")
+
+    def how_to_load(self, report: Any) -> str:
+        """Return the classes, and code that classifies an image."""
+        classes = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
+        loading = (
+            f"Tells apart {len(self.classes)} classes: {classes}.\n\n"
+            f"Install pacatune ({repository_command('vision')}), then:\n\n"
+            "```python\nfrom pacatune.training.image import load_result\n\n"
+            'classifier = load_result("FOLDER")\n'
+            'print(classifier.classify("IMAGE.png"))  # class -> probability\n```\n'
+        )
+        if METHODS[self.config.method].has_adapter:
+            loading += (
+                "\n`classifier.model` is a PEFT model; `classifier.model.merge_and_unload()` makes "
+                "it a plain one.\n"
+            )
+        return loading

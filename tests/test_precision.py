@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from pacatune import precision
+from pacatune.precision import bfloat16_is_fast, choose_dtype, dtype_name, torch_dtype
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
+def test_names_of_number_formats(name):
+    assert dtype_name(torch_dtype(name)) == name
+
+
+def test_name_of_no_number_format():
+    with pytest.raises(ValueError, match=r"`dtype` \('bfloat'\) must .*did you mean 'bfloat16'\?"):
+        torch_dtype("bfloat")
+    with pytest.raises(ValueError, match=r"`adapter_dtype` \('int8'\) must be one of float64, "):
+        torch_dtype("int8", option="adapter_dtype")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "full", "expected"),
+    [
+        ("auto", torch.float32, False, torch.float32),
+        ("auto", torch.float16, False, torch.float32),
+        ("auto", None, False, torch.float32),
+        ("auto", torch.bfloat16, True, torch.float32),
+        ("bfloat16", torch.float32, True, torch.bfloat16),
+        ("float16", torch.float32, False, torch.float16),
+    ],
+)
+def test_dtype_on_the_cpu(dtype, checkpoint, full, expected):
+    assert choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda use_cpu: fast)
+    dtype = choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
+    assert dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert bfloat16_is_fast(use_cpu=True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not bfloat16_is_fast(use_cpu=True)

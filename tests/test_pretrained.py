@@ -1,0 +1,55 @@
+"""What cannot be loaded says whose it is; tests of what can are those of adapters and training."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pacatune import pretrained
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder .*no/such does not exist; check `model.p"):
+        pretrained.find_model(str(tmp_path / "no" / "such"))
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; `base` must be a model f"):
+        pretrained.load_config(str(tmp_path), option="base")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
+        pretrained.find_model(str(tmp_path))
+    assert pretrained.find_model("resnet18.a1_in1k", others=True) == "resnet18.a1_in1k"
+
+
+def test_damaged_tokenizer(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read \(\w+: .*; copy its fi"):
+        pretrained.load_tokenizer(str(folder))
+
+
+def test_other_errors_are_not_ours():
+    with pytest.raises(ValueError, match=r"^something else$"), pretrained.no_remote_code("m"):
+        raise ValueError("something else")
+
+
+def test_a_model_without_weights_is_one_with_them(tiny_model_dir):
+    config = pretrained.load_config(str(tiny_model_dir))
+    empty = pretrained.empty_model(AutoModelForCausalLM, config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    loaded = pretrained.load_weights(
+        AutoModelForCausalLM, str(tiny_model_dir), dtype=torch.bfloat16
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {
+        n: p.shape for n, p in empty.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("kind", pretrained.QUANTIZATIONS)
+def test_quantisation(kind):
+    made = pretrained.bitsandbytes_config(kind, torch.bfloat16, double=False)
+    assert made.load_in_8bit == (kind == "int8")
+    if kind != "int8":
+        assert made.bnb_4bit_quant_type == kind
+        assert made.bnb_4bit_compute_dtype == torch.bfloat16
+        assert not made.bnb_4bit_use_double_quant
