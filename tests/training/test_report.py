@@ -4,11 +4,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from pacatune.reports.provenance import versions
 from pacatune.training.report import (
     Report,
     eval_curve,
     train_curve,
-    versions,
     write_card,
     write_report,
 )
@@ -26,7 +26,7 @@ def make_report(**changes):
         "peak_memory_bytes": 2**30,
         "saved_activation_bytes": 2**20,
         "seed": 42,
-        "versions": versions(),
+        "versions": versions("trl"),
         "targets": ["layers.0.q_proj", "layers.1.q_proj"],
         "method": "paca",
         "model": "owner/model",
@@ -101,7 +101,7 @@ def test_train_loss_is_the_mean_over_steps():
 
 
 def test_versions_name_what_decides_the_numbers():
-    assert versions().keys() >= {"python", "pacatune", "torch", "transformers", "peft", "trl"}
+    assert versions("trl").keys() >= {"python", "pacatune", "torch", "transformers", "peft", "trl"}
 
 
 @pytest.mark.parametrize(
