@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.methods import all_methods
+from pacatune.precision import bfloat16_is_fast
 from pacatune.reports import provenance as record
 from pacatune.reports.provenance import Noise, cpu, cpu_name, num_cores, versions
-from pacatune.training.precision import bfloat16_is_fast
 
 __all__ = [
     "DTYPES",

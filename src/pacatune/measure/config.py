@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pacatune import methods
 from pacatune.installation import install_command
 from pacatune.names import check_choices, choose
+from pacatune.precision import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ __all__ = [
     "is_ours",
     "quantization_of",
     "row_of",
-    "torch_dtype",
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -95,14 +95,6 @@ def check_methods(names: Sequence[str], *, compiled: bool) -> tuple[str, ...]:
                 "out."
             )
     return tuple(chosen)
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's dtype of a name such as `bfloat16`."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,18 +329,13 @@ def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
         raise ValueError(
             f"`quantization` ({quantization!r}) needs bitsandbytes; {install_command('quant')}."
         )
-    from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
+    from pacatune.pretrained import bitsandbytes_config
     from pacatune.tuner.quantized import forbid_packing
 
     head = model.get_output_embeddings()
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config = bitsandbytes_config(quantization, dtype)
     left = [name for name, module in model.named_modules() if module is head]
     replace_with_bnb_linear(model, modules_to_not_convert=left, quantization_config=config)
     forbid_packing(model)

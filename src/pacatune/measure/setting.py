@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune.measure.config import torch_dtype
 from pacatune.methods import METHODS, TEXT_METHODS, Method, method_of
 from pacatune.names import check_choices
+from pacatune.precision import torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -375,7 +375,7 @@ def _small_column(table: Table) -> Column:
 def _small_settings(row: Row, paper: Settings) -> SettingsBeside:
     from pacatune.experiments.study.plan import arm_options
     from pacatune.experiments.study.task import merged
-    from pacatune.experiments.study.text import TextTask
+    from pacatune.experiments.study.tasks import TextTask
 
     study = small_study(row)
     (arm,) = study.arms.values()

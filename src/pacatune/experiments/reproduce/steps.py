@@ -205,7 +205,7 @@ def values_of(shape: tuple[int, int]) -> tuple[dict[str, Any], str]:
 
 def small_dtype() -> str:
     """Return the type of weights that this processor multiplies fast."""
-    from pacatune.training.precision import bfloat16_is_fast
+    from pacatune.precision import bfloat16_is_fast
 
     return "bfloat16" if bfloat16_is_fast(use_cpu=True) else "float32"
 
