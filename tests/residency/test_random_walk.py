@@ -22,5 +22,5 @@ class TestWalk(Walk.TestCase):
 
 def test_every_kind_of_layer_has_its_line() -> None:
     layers = [kind.build() for kind in KINDS.values()]
-    for kinds, name, _ in _KINDS:
-        assert any(isinstance(layer, kinds) for layer in layers), name
+    for kinds, layout in _KINDS:
+        assert any(isinstance(layer, kinds) for layer in layers), layout.title
