@@ -1,10 +1,11 @@
 import dataclasses
 
-import matplotlib
 import pytest
 
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.reports.columns import plot_columns
+
+matplotlib = pytest.importorskip("matplotlib")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pacatune import lean
 from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, frozen_batch_norm
-from tests.releases import has
+from tests.releases import has, needs
 
 SHAPES = {1: (4, 6), 2: (4, 6, 5), 3: (4, 6, 5, 3), 4: (2, 6, 3, 4, 2)}
 
@@ -233,6 +233,7 @@ def test_checkpointing_and_autocast(use_reentrant):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@needs("timm")
 def test_compiled():
     torch._dynamo.reset()
     layer = layer_of(BatchNormAct2d, act_layer=nn.SiLU)

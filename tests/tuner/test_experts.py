@@ -85,6 +85,7 @@ def test_bfloat16_untrained_is_the_base() -> None:
         assert torch.equal(model(input_ids=ids()).logits, base(input_ids=ids()).logits)
 
 
+@needs("transformers", "5")  # has the interface
 def test_experts_without_gate_and_with_a_norm() -> None:
     """Of what transformers' interface knows, the two options that the models above do not use."""
     from transformers.integrations.moe import use_experts_implementation

@@ -100,6 +100,7 @@ def _forget_quantisation(model: Any) -> None:
         (model, "hf_quantizer"),
         (model, "quantization_method"),
         (model.config, "quantization_config"),
+        (model.config, "_pre_quantization_dtype"),  # transformers 4 would try to write it as JSON
     ):
         if hasattr(holder, name):
             delattr(holder, name)

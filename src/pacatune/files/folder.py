@@ -99,8 +99,8 @@ def _make_readable(folder: Path) -> None:
 def _is_write_failure(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    # safetensors wraps the system's error in its own type and keeps only the text.
-    return "os error" in str(error)
+    # safetensors wraps the system's error in its own type and keeps only the text; 0.5 Rust's.
+    return any(words in str(error) for words in ("os error", "IoError(Os"))
 
 
 def _nearest_existing(path: Path) -> Path:

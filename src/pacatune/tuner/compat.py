@@ -444,7 +444,10 @@ def tied_weights(model: Any) -> dict[str, str]:
         return cast(dict[str, str], model.all_tied_weights_keys)
     if not getattr(model.config, "tie_word_embeddings", False):
         return {}
-    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    try:
+        ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    except NotImplementedError:  # of a model that has no tokens
+        return {}
     names = {module: name for name, module in model.named_modules()}
     if any(end not in names for end in ends):
         return {}
