@@ -130,10 +130,16 @@ def _open_guards(module, package):
 
     `check_beft_config` is to skip Llama and Gemma3 for BEFT only, but tests
     `isinstance(a class, BeftConfig)`, so that no method's merging is ever tried on them.
-    `_skip_if_conv1d_not_supported` goes by a list of classes.
+    `_skip_if_conv1d_not_supported` goes by a list of classes, and in PEFT 0.18 a table says how the
+    names of a method's parameters begin.
     """
     if "Beft" not in _method().cls.__name__ and hasattr(module, "check_beft_config"):
         module.check_beft_config = lambda *args: None
+    if hasattr(module, "PREFIXES"):
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        cls = _method().cls
+        module.PREFIXES[cls] = PEFT_TYPE_TO_PREFIX_MAPPING[cls().peft_type]
     if "hfconv1d" in _method().families:
         common = importlib.import_module(f"{package}.testing_common")
         common._skip_if_conv1d_not_supported = lambda *args: None

@@ -73,6 +73,37 @@ def _tiny_models():
             )
         )
 
+    # Of PEFT 0.18's tests, beside the others.
+    def bloom():
+        return t.BloomForCausalLM(t.BloomConfig(vocab_size=v, hidden_size=32, n_layer=3, n_head=4))
+
+    def gpt_neo():
+        return t.GPTNeoForCausalLM(
+            t.GPTNeoConfig(
+                vocab_size=v,
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                max_position_embeddings=100,
+                bos_token_id=v - 1,
+                eos_token_id=v - 1,
+            )
+        )
+
+    def gpt_bigcode():
+        return t.GPTBigCodeForCausalLM(
+            t.GPTBigCodeConfig(
+                vocab_size=v,
+                n_embd=32,
+                n_layer=3,
+                n_head=4,
+                n_positions=100,
+                bos_token_id=v - 1,
+                eos_token_id=v - 1,
+            )
+        )
+
     def llamaish(config_cls, model_cls, **more):
         common = {
             "vocab_size": v,
@@ -135,6 +166,9 @@ def _tiny_models():
         "peft-internal-testing/tiny-random-gpt2": seeded(gpt2),
         "hf-internal-testing/tiny-random-gpt2": seeded(gpt2),
         "peft-internal-testing/tiny-random-GPTJForCausalLM": seeded(gptj),
+        "hf-internal-testing/tiny-random-BloomForCausalLM": seeded(bloom),
+        "hf-internal-testing/tiny-random-gpt_neo": seeded(gpt_neo),
+        "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": seeded(gpt_bigcode),
         "trl-internal-testing/tiny-random-LlamaForCausalLM": llamaish(
             t.LlamaConfig, t.LlamaForCausalLM, num_key_value_heads=4
         ),
@@ -257,6 +291,13 @@ def write_tiny_models(root):
             _tiny_tokenizer().save_pretrained(snapshot)
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(revision)
+    # Where PEFT 0.18's tests look for the same models.
+    ours = "models--peft-internal-testing--"
+    for folder in list(hub.glob(f"{ours}*")):
+        for owner in ("hf-internal-testing", "ybelkada"):
+            alias = hub / f"models--{owner}--{folder.name.removeprefix(ours)}"
+            if not alias.exists():
+                alias.symlink_to(folder.name, target_is_directory=True)
     # An adapter repository that test_config.py reads a config from, at a revision called "test".
     lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8}
     lora["target_modules"] = ["q_proj", "v_proj"]

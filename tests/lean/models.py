@@ -46,11 +46,11 @@ MODELS = {name: FAMILIES[name] for name in (
         batch="image",
     ),
 }  # fmt: skip
-if not has("transformers", "5"):
-    # Of these, transformers 4 has other classes: without an activation module, an expert each, or
-    # with other attention by default.
-    for other in ("DINOv2, SwiGLU", "Qwen 2 MoE", "Gemma 2"):
-        del MODELS[other]
+# Older releases build some of these in another way: without a module for the activation, with
+# attention that can be made lean, with a module for each expert.
+for name, least in {"DINOv2, SwiGLU": "5.24", "Gemma 2": "5.24", "Qwen 2 MoE": "5"}.items():
+    if not has("transformers", least):
+        del MODELS[name]
 
 
 def build(name, dtype=torch.float32):

@@ -141,7 +141,7 @@ def test_evaluation_and_generation_take_the_modules_own_way(model, batch):
 
 
 @pytest.mark.parametrize(
-    "is_bias_trained", [pytest.param(True, marks=needs("transformers", "5")), False]
+    "is_bias_trained", [pytest.param(True, marks=needs("transformers", "5.14")), False]
 )
 def test_attention_with_a_bias(is_bias_trained):
     """A bias that is learned gets its gradient; one that is not changes nothing."""

@@ -23,12 +23,14 @@ from pacatune.adapters.folder import Adapter, LoraAdapter
 from pacatune.adapters.target import find_target
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.tuner.compat import require
 from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.layout import (
     AttentionLayout,
     ConvolutionLayout,
     EmbeddingLayout,
     ExpertsLayout,
+    is_transposed,
     takes_all_tokens,
 )
 
@@ -173,6 +175,9 @@ def _experts_factors(
     adapter: Adapter, experts: nn.Module, name: str, selector: Tensor, update: Tensor
 ) -> dict[str, Tensor]:
     """Return A (E * rank, I), expert by expert, and B (O, rank * E), rank by rank."""
+    # Older ones take (E, O, I) for (E, I, O), and 0.18 does so with Llama 4's.
+    least = "0.19" if takes_all_tokens(experts) else "0.18" if is_transposed(experts) else "0.20"
+    require("PEFT", least, f"LoRA for the experts of {adapter.folder}")
     owner, _, parameter_name = name.rpartition(".")
     # PEFT wraps the module once for each parameter, in the order in which the module has them.
     adapted = [other for other in experts._parameters if f"{owner}.{other}" in adapter.modules]

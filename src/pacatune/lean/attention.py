@@ -253,7 +253,9 @@ class _Dispatch:
             or _is_trained(attention_mask, *kwargs.values())
         ):
             return self.plain(module, query, key, value, attention_mask, **kwargs)
-        mask = additive_mask(attention_mask, query)
+        # With a bias, transformers builds that mask itself, out of one of bools.
+        has_bias = kwargs.get("position_bias") is not None
+        mask = attention_mask if has_bias else additive_mask(attention_mask, query)
         ungrouped = _Ungrouped(module)
 
         def apply(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
