@@ -136,6 +136,9 @@ def main(argv=None):
     if "vision" in options.suites and find_spec("torchvision") is None:
         print("conformance: no suite vision, which needs torchvision.")
         lacking.append("vision")
+    if "params" in options.suites and int(version("transformers").partition(".")[0]) < 5:
+        print("conformance: no suite params, whose experts need transformers 5.")
+        lacking.append("params")
     options.suites = [suite for suite in options.suites if suite not in lacking]
     set_environment(options)
     root = view(tests)
