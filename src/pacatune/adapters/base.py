@@ -25,15 +25,7 @@ MergeBase = Literal["original", "dequantized", "nf4"]
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> "BitsAndBytesConfig":
-    """Return what transformers needs to quantise a base as an adapter's base was.
-
-    Args:
-        quantization: `base_quantization` of the adapter's configuration.
-        dtype: To compute in.
-
-    Raises:
-        ValueError: If it is not one that bitsandbytes makes while a model loads.
-    """
+    """Return what transformers needs to quantise a base as an adapter's base was."""
     kind = quantization.get("type")
     is_bitsandbytes = quantization.get("method") == "bitsandbytes"
     is_repeatable = kind == "int8" or quantization.get("block_size") == 64
@@ -50,11 +42,9 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> "Bits
 def replace_quantised(model: PreTrainedModel, original: nn.Module | None) -> None:
     """Replace every quantised layer by a plain one, in place; adapters stay where they are.
 
-    Args:
-        model: The base inside a PEFT model.
-        original: The same base, not quantised: its weights are taken, but for the adapted columns,
-            which were trained from the quantised ones. None: all weights are the quantised ones,
-            dequantised.
+    The weights are the quantised ones, dequantised. With the `original`, which is the same base
+    before quantisation, they are its own, except the adapted columns: those were trained from the
+    quantised ones.
     """
     options = get_quantization_kwargs(model)
     layers = {id(m.base_layer): m for m in model.modules() if isinstance(m, QuantizedLinear)}
@@ -127,15 +117,7 @@ _TOKENIZER_FILES = (
 
 
 def base_name(model: str | None, config: PeftConfig) -> str:
-    """Return the base to load: the one given, else the one the adapter names.
-
-    Args:
-        model: What the user gave, or None.
-        config: The adapter's configuration.
-
-    Raises:
-        ValueError: If neither names a base.
-    """
+    """Return the base to load: the one given, else the one the adapter names."""
     name = model or config.base_model_name_or_path
     if not name:
         raise ValueError(
@@ -146,15 +128,7 @@ def base_name(model: str | None, config: PeftConfig) -> str:
 
 
 def load_base_config(name: str) -> Any:
-    """Load a base model's configuration; code that comes with a model is never run.
-
-    Args:
-        name: A local folder or a hub id.
-
-    Raises:
-        FileNotFoundError: If there is no such model, or it cannot be reached.
-        ValueError: If the folder's config.json is not one that transformers knows.
-    """
+    """Load a base model's configuration; code that comes with a model is never run."""
     return pretrained.load_config(name, option="model")
 
 
@@ -168,18 +142,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a base model for inference.
 
-    Args:
-        name: A local folder or a hub id.
-        task_type: The adapter's task, which decides the head; None takes the class that the base
-            was saved from.
-        dtype: Type of the weights.
-        device: Where to put it; see `resolve_device`.
-        quantization: How to quantise it, as an adapter's `base_quantization`; ignored for a base
-            that is saved quantised.
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If its weights cannot be read, or its class or the device are not known.
+    `task_type` decides the head; None takes the class that the base was saved from. A base that
+    is saved quantised stays so, whatever `quantization` says.
     """
     target = resolve_device(device)
     config = load_base_config(name)
@@ -199,30 +163,14 @@ def load_base(
 
 
 def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
-    """Build a base model without weights, on the meta device: only its modules and shapes.
-
-    Args:
-        name: A local folder or a hub id; only its config.json is read.
-        task_type: As for `load_base`.
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If the class is not known.
-    """
+    """Build a base model without weights, on the meta device: only its modules and shapes."""
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name, and see that it is there.
-
-    Args:
-        name: Such as `cpu`, `cuda` or `cuda:1`; `auto` is the accelerator if there is one.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """Return the device of a name, `auto` for the accelerator, and see that it is there."""
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
@@ -245,14 +193,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that lies beside a model, or None if there is none.
-
-    Args:
-        name: A local folder or a hub id.
-
-    Raises:
-        ValueError: If there is one but it cannot be read.
-    """
+    """Load the tokenizer that lies beside a model, or None if there is none."""
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
@@ -273,13 +214,6 @@ def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenize
     """Load the tokenizer that training left with the adapter, else the base's.
 
     Training may have been given a chat template of its own, and saves it there.
-
-    Args:
-        base: Folder or hub id of the base.
-        adapter_folder: The adapter's folder, if there is an adapter.
-
-    Raises:
-        ValueError: If there is one but it cannot be read.
     """
     own = None if adapter_folder is None else load_tokenizer(str(adapter_folder))
     return load_tokenizer(base) if own is None else own

@@ -68,17 +68,7 @@ class ExportPlan:
 
 
 def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = "") -> None:
-    """Refuse tensors that LoRA servers do not load.
-
-    Args:
-        folder: The adapter's.
-        names: Tensors that are not the method's.
-        method: Its name.
-        what: Where they come from, for the message.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse tensors that LoRA servers do not load."""
     if names:
         raise ValueError(
             f"{folder} also holds {len(names)} tensors that are not {method}'s, first {names[0]!r} "
@@ -88,32 +78,14 @@ def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = ""
 
 
 def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
-    """Return the 0/1 matrix A with A x = x[indices].
-
-    Args:
-        indices: (R,) columns.
-        in_features: I.
-        rank: Number of rows, R if None; those beyond R are zeros.
-
-    Returns:
-        (rank, I) float32.
-    """
+    """Return the (rank, I) matrix A with A x = x[indices]; rows beyond the indices are zeros."""
     selector = torch.zeros(rank or len(indices), in_features)
     selector[torch.arange(len(indices)), indices] = 1
     return selector
 
 
 def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tensor, float]:
-    """Return a factor as it is written, and by what share of its size that was rounded.
-
-    Args:
-        factor: In float64.
-        dtype: To write.
-        where: Folder and module, for the message.
-
-    Raises:
-        ValueError: If a value is too big for `dtype`.
-    """
+    """Return a factor as it is written, and by what share of its size that was rounded."""
     rounded = factor.to(dtype).contiguous()
     if not rounded.isfinite().all():
         raise ValueError(
@@ -126,18 +98,7 @@ def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tens
 def lora_factors(
     adapter: Adapter, base: nn.Module, name: str, update: Tensor, rank: int
 ) -> dict[str, Tensor]:
-    """Return the factors of one layer by their names in PEFT's file, without its prefix.
-
-    Args:
-        adapter: The PaCA adapter.
-        base: Its base, weights not needed.
-        name: The layer's name in the base.
-        update: Its (O, R, ...) update, in LoRA's scaling.
-        rank: Rank of the LoRA adapter.
-
-    Raises:
-        ValueError: If PEFT's LoRA cannot say it.
-    """
+    """Return the factors of one layer by their names in PEFT's file, without its prefix."""
     found = find_target(base, name)
     assert found is not None, "check_base has seen it"
     layout, indices = found.layout, adapter.modules[name].indices
@@ -213,17 +174,10 @@ def _attention_factors(target: str, selector: Tensor, update: Tensor) -> dict[st
 def convolution_factors(
     update: Tensor, indices: Tensor, in_channels: int, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the LoRA factors of an update of some input channels, exactly.
+    """Return the LoRA factors of an (O/G, R, *k) update of some input channels, exactly.
 
-    Args:
-        update: (O/G, R, *k).
-        indices: (R,) sorted, of the I input channels.
-        in_channels: I.
-        groups: G.
-
-    Returns:
-        A (rank, I, *k) and B (O, rank/G, 1, ...): output channel o of group g sees A's rows of
-        group g only, as in a convolution with G groups.
+    They are A (rank, I, *k) and B (O, rank/G, 1, ...): output channel o of group g sees A's rows of
+    group g only, as in a convolution with G groups.
     """
     out_per_group, num_columns, *kernel_size = update.shape
     num_taps = math.prod(kernel_size)
@@ -251,13 +205,7 @@ def convolution_factors(
 def convolution_patterns(
     tensors: dict[str, Tensor], rank: int, alpha: float
 ) -> dict[str, dict[str, float]]:
-    """Return the patterns that give convolutions their own rank and the same alpha / rank.
-
-    Args:
-        tensors: The LoRA adapter's tensors.
-        rank: That of all other modules.
-        alpha: That of all other modules.
-    """
+    """Return the patterns that give convolutions their own rank and the same alpha / rank."""
     ranks = {f"^{re.escape(name)}": len(a) for name, (a, _) in _convolutions(tensors).items()}
     return {
         "rank_pattern": dict(ranks),
@@ -266,11 +214,7 @@ def convolution_patterns(
 
 
 def convolution_notes(tensors: dict[str, Tensor]) -> list[str]:
-    """Say what convolutions cost as LoRA, and what PEFT does not do with them.
-
-    Args:
-        tensors: The LoRA adapter's tensors.
-    """
+    """Say what convolutions cost as LoRA, and what PEFT does not do with them."""
     factors = _convolutions(tensors)
     if not factors:
         return []
@@ -299,16 +243,7 @@ def _convolutions(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
 
 
 def refuse_inexpressible(layer: nn.Module, where: str) -> None:
-    """Refuse a convolution that PEFT's LoRA would run in another way.
-
-    Args:
-        layer: The base's layer; its weight is not needed.
-        where: Folder and module, the first words of the error.
-
-    Raises:
-        ValueError: If it is dilated, pads with something else than zeros, or is a subclass with a
-            forward of its own.
-    """
+    """Refuse a convolution that PEFT's LoRA would run in another way."""
     conv: Any = layer
     wide = [size > 1 for size in conv.kernel_size]
     if any(step > 1 for step, is_wide in zip(conv.dilation, wide, strict=True) if is_wide):

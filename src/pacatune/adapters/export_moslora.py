@@ -34,17 +34,7 @@ _A, _B, _MIXER, _BIAS = (
 def plan_moslora(
     folder: Path, model: str | None, dtype: torch.dtype, *, keep_extra: bool
 ) -> ExportPlan:
-    """Read a MosLoRA adapter and fold its mixers.
-
-    Args:
-        folder: The adapter's.
-        model: Folder or hub id of the base; None takes the one that the adapter names.
-        dtype: To write.
-        keep_extra: Carry over what is not MosLoRA's.
-
-    Raises:
-        FileNotFoundError, ValueError: As for `export_lora`.
-    """
+    """Read a MosLoRA adapter and fold its mixers."""
     adapter, tensors = _read(folder)
     name = base_name(model, adapter.config)
     extra = sorted(key for key in tensors if not re.search(r"\.lora_(A|B|mixer)\.", key))
@@ -65,18 +55,7 @@ def plan_moslora(
 
 
 def _read(folder: str | Path) -> tuple[LoraAdapter, dict[str, Tensor]]:
-    """Read and check a MosLoRA adapter.
-
-    Args:
-        folder: A local folder or a hub id.
-
-    Returns:
-        The adapter and the tensors of its file.
-
-    Raises:
-        FileNotFoundError, ValueError: As for `open_adapter`, or if a module lacks a factor, or
-            factors do not fit together.
-    """
+    """Read and check a MosLoRA adapter."""
     adapter = open_adapter(folder)
     assert isinstance(adapter, LoraAdapter), "the caller has looked"
     tensors = read_tensors(find_tensors(adapter.folder))
@@ -107,16 +86,7 @@ def _modules_of(tensors: dict[str, Tensor]) -> list[str]:
 def _folded_tensors(
     adapter: LoraAdapter, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors of the LoRA adapter, and the largest relative rounding of a factor.
-
-    Args:
-        adapter: Knows ranks and alphas.
-        tensors: The file's tensors by name.
-        dtype: To write.
-
-    Raises:
-        ValueError: If a value is too big for `dtype`.
-    """
+    """Return the tensors of the LoRA adapter, and the largest relative rounding of a factor."""
     result, rounding = dict(tensors), 0.0
     config: MosLoraConfig = adapter.config
     rank, alpha = _rank_and_alpha(config, tensors)
@@ -139,17 +109,7 @@ def _folded_tensors(
 def _folded_config(
     adapter: LoraAdapter, tensors: dict[str, Tensor], base: nn.Module, name: str
 ) -> dict[str, Any]:
-    """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows.
-
-    Args:
-        adapter: The MosLoRA adapter.
-        tensors: The file's tensors by name.
-        base: Its base, weights not needed.
-        name: The base's folder or hub id, if the adapter does not name one.
-
-    Raises:
-        ValueError: If the base has no such modules, or they are of other sizes.
-    """
+    """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows."""
     config: MosLoraConfig = adapter.config
     rank, alpha = _rank_and_alpha(config, tensors)
     names = [key.removeprefix(PEFT_PREFIX) for key in _modules_of(tensors)]

@@ -34,16 +34,11 @@ _ROUNDINGS = {
 
 
 def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Compute the fingerprint of a base model.
+    """Compute the fingerprint of a base model, for some modules with their (R,) adapted columns.
 
-    Args:
-        model: The base, or a PEFT model around it.
-        adapter_modules: Adapted columns (R,) by the name of the module in the base.
-
-    Returns:
-        JSON-ready: `architecture`, `model_type`, a few sizes, and `modules`, which maps a module's
-        name to its hash by dtype. A module has no hashes if its weight is quantised, sharded, not
-        loaded, or adapted in every column.
+    JSON-ready: `architecture`, `model_type`, a few sizes, and `modules`, which maps a module's
+    name to its hash by dtype. A module has no hashes if its weight is quantised, sharded, not
+    loaded, or adapted in every column.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -82,15 +77,7 @@ def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
 def differing_modules(
     stored: Mapping[str, Mapping[str, str]], current: Mapping[str, Mapping[str, str]]
 ) -> tuple[list[str], int]:
-    """Compare the hashes of two fingerprints.
-
-    Args:
-        stored: `modules` of one fingerprint.
-        current: `modules` of the other.
-
-    Returns:
-        Names of the modules that differ, and the number of modules that could be compared.
-    """
+    """Return which modules of two fingerprints differ, and how many could be compared."""
     differing, num_compared = [], 0
     for name, hashes in current.items():
         shared = hashes.keys() & stored.get(name, {}).keys()

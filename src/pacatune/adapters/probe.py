@@ -27,16 +27,7 @@ class OutputError:
 def probe_inputs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return fixed inputs for a model: random tokens, pixels or sounds by seed, and a text.
-
-    Args:
-        model: A transformers model for text, images, pairs of both (CLIP) or speech (Whisper), or
-            a PEFT model around it.
-        tokenizer: Adds a real sentence.
-
-    Raises:
-        ValueError: If the model takes something else.
-    """
+    """Return fixed inputs for a model: random tokens, pixels or sounds by seed, and a text."""
     config: Any = model.config
     main_input = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
@@ -78,12 +69,7 @@ def _pixels(config: Any, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def run_probe(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
-    """Return a model's outputs in float32 on the CPU: logits, or hidden states without a head.
-
-    Args:
-        model: In evaluation mode.
-        inputs: From `probe_inputs`.
-    """
+    """Return a model's outputs in float32 on the CPU: logits, or hidden states without a head."""
     with resident(model):  # to the bit what a merge computes
         return [_outputs(model, batch) for batch in inputs]
 
@@ -102,12 +88,7 @@ def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def output_error(reference: list[Tensor], candidate: list[Tensor]) -> OutputError:
-    """Measure the largest difference over all probes.
-
-    Args:
-        reference: Outputs that are right.
-        candidate: Outputs of the same shapes.
-    """
+    """Measure the largest difference over all probes."""
     pairs = list(zip(reference, candidate, strict=True))
     absolute = max(float((a - b).abs().max()) for a, b in pairs)
     scale = max(float(a.abs().max()) for a in reference)

@@ -26,12 +26,7 @@ class BaseWeight(NamedTuple):
 
 
 def find_target(model: nn.Module, name: str) -> BaseWeight | None:
-    """Return the base's weight that a name means, None if there is none that can be adapted.
-
-    Args:
-        model: The base, adapted or not; weights are not needed.
-        name: Such as `model.layers.0.self_attn.q_proj` or `model.layers.0.mlp.experts.down_proj`.
-    """
+    """Return the base's weight that a name means, None if there is none that can be adapted."""
     owner, _, last = name.rpartition(".")
     try:
         layer = model.get_submodule(name)
@@ -46,13 +41,7 @@ def find_target(model: nn.Module, name: str) -> BaseWeight | None:
 
 
 def read_target_columns(model: nn.Module, name: str, indices: Tensor) -> Tensor:
-    """Return what a weight of the base holds in some columns, in the shape of a file's update.
-
-    Args:
-        model: The base, adapted or not.
-        name: As for `find_target`; there must be such a weight.
-        indices: (R,) columns.
-    """
+    """Return what a weight of the base holds in some columns, in the shape of a file's update."""
     target = find_target(model, name)
     assert target is not None, "check_shapes has seen it"
     weight: Tensor = getattr(target.module, target.parameter_name).detach()

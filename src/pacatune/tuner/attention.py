@@ -98,11 +98,7 @@ class AttentionInput(ParameterLayer):
 
     @staticmethod
     def check_base(base_layer: Any, name: str) -> None:
-        """Refuse an attention without the one weight.
-
-        Raises:
-            ValueError: If `kdim` or `vdim` is not `embed_dim`.
-        """
+        """Refuse an attention without the one weight."""
         if base_layer.in_proj_weight is None:
             raise ValueError(
                 f"Target module {name!r} has kdim={base_layer.kdim} and vdim={base_layer.vdim}; "
@@ -224,12 +220,7 @@ def _merged_mask(
 ) -> Tensor | None:
     """Return both masks as what is added to the scores, (B, H, T, S) or what broadcasts to it.
 
-    Args:
-        attn_mask: (T, S) or (B * H, T, S), True or -inf where a query must not look.
-        key_padding_mask: (B, S) or (S,), True or -inf at keys that nobody looks at.
-        q: (B, T, E) queries.
-        k: (B, S, E) keys.
-        num_heads: H.
+    They are (T, S) or (B * H, T, S), and (B, S) or (S,): True or -inf where nobody looks.
     """
     merged = None
     if attn_mask is not None:

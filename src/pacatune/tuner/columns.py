@@ -77,11 +77,7 @@ def choose_columns(
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
-    """Return what a configuration adapts, by the names that files know.
-
-    Raises:
-        ValueError, TypeError: See `targets.check_targets`.
-    """
+    """Return what a configuration adapts, by the names that files know."""
     kwargs = get_quantization_kwargs(model)
     if config.target_modules is None:
         config = copy.copy(config)
@@ -161,9 +157,7 @@ def _refuse_merged(model: nn.Module) -> None:
 def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     """Let a configuration say which columns an adapter has, where it would say others.
 
-    Args:
-        config: Changed in place. Its seed, which has not chosen these, is taken out.
-        columns: Module's name -> (R,) columns of every adapted module; empty: it says the same.
+    It is changed in place; its seed, which has not chosen these, is taken out.
     """
     if columns:
         listed = {name: [int(index) for index in indices] for name, indices in columns.items()}
@@ -174,13 +168,7 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
 def other_columns(
     model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the columns of a file, if they are not those which its configuration leads to.
-
-    Args:
-        model: What has `named_modules`, adapted as the configuration says.
-        adapter_name: The adapter that is about to be loaded.
-        state_dict: The file's tensors by their names in the model.
-    """
+    """Return the columns of a file, if they are not those which its configuration leads to."""
     columns_of, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:

@@ -144,11 +144,7 @@ class _Bitsandbytes:
 
 
 def _resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
-    """Return what reads the weight of a quantised layer; None for the others.
-
-    Raises:
-        ValueError: If a layer is quantised in a way that this PEFT does not know.
-    """
+    """Return what reads the weight of a quantised layer; None for the others."""
     kinds = {"Linear4bit": 4, "Linear8bitLt": 8}
     for kind in type(base_layer).__mro__:
         if kind.__name__ in kinds and kind.__module__.startswith("bitsandbytes"):

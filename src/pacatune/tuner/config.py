@@ -45,11 +45,7 @@ class PacaConfig(PacaOptions, PeftConfig):
 
 
 def seeded(config: PacaConfig) -> PacaConfig:
-    """Return a configuration with a seed: itself, or a copy with one of torch's global generator.
-
-    Args:
-        config: Not changed.
-    """
+    """Return a configuration with a seed, a copy with one of torch's generator if it has none."""
     if config.random_seed is None:
         config = copy.copy(config)
         config.random_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -57,14 +53,7 @@ def seeded(config: PacaConfig) -> PacaConfig:
 
 
 def refuse_idle_layers(config: PeftConfig) -> None:
-    """Refuse to make an adapter that leaves an option out; a finished one has it in its file.
-
-    Args:
-        config: A configuration of any method; its targets are given.
-
-    Raises:
-        ValueError: If layers are numbered beside a regular expression.
-    """
+    """Refuse to make an adapter that leaves an option out; a finished one has it in its file."""
     if idle := idle_layers(config):
         raise ValueError(
             f"{idle} cannot be used when `target_modules` is a regular expression "

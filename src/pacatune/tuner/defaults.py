@@ -31,19 +31,7 @@ __all__ = ["default_targets", "log_targets", "survey"]
 
 
 def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
-    """Return what to adapt, as `target_modules` says it: names, each as short as can be.
-
-    Args:
-        model: Whole model, adapted or not; its weights are not needed.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Returns:
-        The ends of the modules' names, or a regular expression where a tower beside the language
-        model has the same ones.
-
-    Raises:
-        ValueError: If the model has no linear layers in repeated blocks.
-    """
+    """Return what to adapt, as `target_modules` says it: names, each as short as can be."""
     targets = {name for name, reason in survey(model, **kwargs).items() if not reason}
     if not targets:
         raise ValueError(
@@ -75,15 +63,7 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
 
 
 def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
-    """Return every module with a weight matrix, and why the default leaves it out.
-
-    Args:
-        model: Whole model, adapted or not.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Returns:
-        Name -> reason, empty where the module is adapted.
-    """
+    """Return every module with a weight matrix, and why the default leaves it out."""
     modules = _outer_modules(model)
     blocks = tuple(f"{name}." for name in modules if _is_block(name, modules))
     root = _language_model(modules)

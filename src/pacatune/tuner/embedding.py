@@ -40,12 +40,7 @@ class Embedding(AdditiveLayer):
 
     @staticmethod
     def check_base(base_layer: Any, name: str) -> None:
-        """Refuse embeddings that do more than look up and multiply.
-
-        Raises:
-            ValueError: If `max_norm` is set.
-            TypeError: If the class has a forward of its own that is not known.
-        """
+        """Refuse embeddings that do more than look up and multiply."""
         if base_layer.max_norm is not None:
             raise ValueError(
                 f"Target module {name!r} has `max_norm` ({base_layer.max_norm}): it changes its "

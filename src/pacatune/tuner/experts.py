@@ -99,15 +99,7 @@ _Layers = dict[str, tuple[ExpertParameter, list[str]]]
 def _forward(
     experts: Any, layers: _Layers, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Run an experts module with adapted parameters.
-
-    Args:
-        experts: The module.
-        layers: The adapted parameters by name, and the adapters to apply.
-        hidden_states: (N, I) tokens.
-        top_k_index: (N, K) the experts of each token.
-        top_k_weights: (N, K) what each expert's output is multiplied by.
-    """
+    """Run an experts module with adapted parameters on (N, I) tokens of (N, K) experts each."""
     num_tokens, top_k = top_k_index.shape
     expert_ids, order, offsets = _sort_by_expert(top_k_index, experts.num_experts)
     is_grouped = experts.config._experts_implementation != "eager"

@@ -10,12 +10,7 @@ __all__ = ["given_columns", "key_of_columns"]
 
 
 def given_columns(columns: Mapping[str, list[int]] | None, name: str) -> list[int] | None:
-    """Return the columns that a configuration gives a module, None if it gives none.
-
-    Args:
-        columns: Module's name or pattern -> columns.
-        name: As in files, such as `model.layers.0.self_attn.q_proj`.
-    """
+    """Return the columns that a configuration gives a module, None if it gives none."""
     key = key_of_columns(columns, name) if columns else None
     return None if key is None else (columns or {})[key]
 

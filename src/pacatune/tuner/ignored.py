@@ -64,15 +64,7 @@ def _refuse_ignored(adapted: PeftModel) -> None:
 
 
 def refuse_unused_patterns(config: PeftConfig, adapted: Collection[str]) -> None:
-    """Refuse ranks, alphas and layers for nothing that is adapted.
-
-    Args:
-        config: A configuration of any PEFT method.
-        adapted: Names of the adapted modules and parameters.
-
-    Raises:
-        ValueError: Names the pattern and what is adapted.
-    """
+    """Refuse ranks, alphas and layers for nothing that is adapted."""
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option, None) or {}
         used = {get_pattern_key(patterns, name) for name in adapted} if patterns else set()

@@ -50,14 +50,9 @@ class MergeMixin:
     _kept: list[Any]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the base weight.
+        """Write adapters, the active ones if None, into the base weight.
 
-        Args:
-            safe_merge: Check the merged columns for NaN and infinity before anything is changed.
-            adapter_names: Adapters to merge; None: the active ones.
-
-        Raises:
-            ValueError: If `safe_merge` finds a value that is not finite, or a weight is sharded.
+        With `safe_merge`, a value that is not finite is refused before anything is changed.
         """
         layer = cast(Any, self)
         before = len(layer.merged_adapters)
@@ -261,11 +256,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
 
     @staticmethod
     def check_base(base_layer: nn.Module, name: str) -> None:
-        """Refuse a base layer that cannot be adapted as it is.
-
-        Raises:
-            ValueError, TypeError: See the kinds of layers.
-        """
+        """Refuse a base layer that cannot be adapted as it is."""
 
     @property
     def in_features(self) -> int:
@@ -287,18 +278,9 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         paca_alpha: float,
         columns: list[int] | None = None,
     ) -> None:
-        """Add an adapter, or replace the one of that name.
+        """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
-        Args:
-            adapter_name: The adapter's name.
-            name: The module's name in the base model; part of the seed of the columns.
-            config: The adapter's configuration.
-            r: Number of columns, patterns resolved.
-            paca_alpha: Scale of the update, patterns resolved.
-            columns: The columns to train, patterns resolved; None: `r` random ones.
-
-        Raises:
-            ValueError: If `r` exceeds the in_features of the base layer.
+        The module's name in the base model is part of the seed of its columns.
         """
         num_columns = self.layout.in_features
         check_rank(r, num_columns, name)
@@ -328,11 +310,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        Args:
-            adapter_name: An adapter of this layer.
-            delta: (O, R) update, before scaling.
-            indices: (R,) int64 sorted columns.
-            paca_alpha: Scale of the update; the factor is paca_alpha / R.
+        They are an (O, R) delta, (R,) sorted indices, and the factor paca_alpha / R.
         """
         holder, rank = cast(Delta, self.paca_delta[adapter_name]), len(indices)
         old = holder.weight
@@ -394,11 +372,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
 
 
 def check_rank(r: int, in_features: int, name: str) -> None:
-    """Refuse a rank that the weight has not got the columns for.
-
-    Raises:
-        ValueError: If `r` exceeds `in_features`.
-    """
+    """Refuse a rank that the weight has not got the columns for."""
     if r > in_features:
         raise ValueError(
             f"`r` ({r}) must be in [1, in_features={in_features}] for {name!r}; lower it, set "

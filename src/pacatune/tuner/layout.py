@@ -301,10 +301,7 @@ def _kind_of(module: nn.Module) -> type[Layout] | None:
 def layout_of(module: Any, parameter_name: str = "weight") -> Layout | None:
     """Return the layout of a weight that an adapter can have, None if there is none.
 
-    Args:
-        module: A module of the base model, of which only sizes are read; quantised linear layers
-            are known by their `in_features` and `out_features`.
-        parameter_name: The weight's name in it.
+    Only sizes are read: quantised linear layers are known by in_features and out_features.
     """
     kind = _kind_of(module)
     if kind is AttentionLayout or parameter_name == IN_PROJ:
@@ -327,12 +324,7 @@ def has_layout(module: nn.Module) -> bool:
 
 
 def adaptable_kind(module: nn.Module, **kwargs: Any) -> type[Layout] | None:
-    """Return the kind of a module that `target_modules` may name, None if it cannot be adapted.
-
-    Args:
-        module: A module of the base model.
-        **kwargs: What PEFT needs to recognise quantised layers.
-    """
+    """Return the kind of a module that `target_modules` may name, None if it cannot be adapted."""
     if resolve_quantization_backend(module, **kwargs) is not None:
         return Layout
     return _kind_of(module)

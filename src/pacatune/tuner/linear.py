@@ -78,13 +78,7 @@ class Linear(AdditiveLayer):
     ) -> Tensor | None:
         """Apply the layer to act(gate) * up, of which nothing is then kept (lean MLPs).
 
-        Args:
-            gate: (..., I).
-            up: (..., I).
-            activation: act.
-
-        Returns:
-            (..., O); None where the layer must be called with the product.
+        Returns (..., O), or None where the layer must be called with the product.
         """
         if self._disable_adapters or self.merged_adapters or is_traced():
             return None

@@ -62,8 +62,7 @@ __all__ = [
 def mark_shared_weights(model: nn.Module) -> None:
     """Tell every adapted layer whether another module sees its weight, so that it is not written.
 
-    Args:
-        model: Whole model: sharing is seen from above only. Tie weights before adapting.
+    Sharing is seen from the whole model only; tie weights before adapting.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -97,12 +96,7 @@ def _address(parameter: Tensor) -> int:
 
 
 def kinds_beyond_peft(model: Any, adapter_name: str) -> list[str]:
-    """Return the kinds of adapted modules that PEFT's own PaCA does not adapt rightly, sorted.
-
-    Args:
-        model: What has `named_modules`, with the adapter's layers in it.
-        adapter_name: The adapter.
-    """
+    """Return the kinds of adapted modules that PEFT's own PaCA does not adapt rightly, sorted."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     kinds = {
         _kind_beyond_peft(layer, modules.get(name.rpartition(".")[0]))
@@ -150,11 +144,7 @@ class PacaModel(Tuner):
     tuner_layer_cls = PacaLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """Put the adapter's layers into `model`, then see which weights are shared.
-
-        Raises:
-            ValueError, TypeError: See `targets.check_targets`; the model is then unchanged.
-        """
+        """Put the adapter's layers into `model`, then see which weights are shared."""
         config = _adopt(self.peft_config[adapter_name])
         _warn_of_idle_layers(config)
         has_columns = config.columns is not None or config.selection != "random"
@@ -331,9 +321,6 @@ class PacaModel(Tuner):
 
         Whoever saves an adapter asks for these first and saves the configuration then, so what that
         says of the adapted modules is filled in here.
-
-        Raises:
-            ValueError: If a tensor is empty (ZeRO-3).
         """
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model=_PlainNames(model), config=config, adapter_name=adapter_name, **kwargs

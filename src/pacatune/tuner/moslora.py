@@ -192,12 +192,7 @@ class MosLoraModel(LoraModel):
         combination_type: str = "svd",
         **kwargs: Any,
     ) -> None:
-        """Add the weighted sum of adapters as a new one: "cat" is exact, "svd" nearly so.
-
-        Raises:
-            ValueError: If `combination_type` adds the factors themselves, which are not the
-                adapter's update.
-        """
+        """Add the weighted sum of adapters as a new one: "cat" is exact, "svd" nearly so."""
         if combination_type not in _COMBINATIONS:
             raise ValueError(
                 f"`combination_type` ({combination_type!r}) must be one of {_COMBINATIONS}: the "
@@ -232,11 +227,7 @@ def _set_mixer(mixer: nn.Linear, parts: list[Any] | None) -> None:
 
 
 def _layer_class(base: nn.Module, name: str) -> Any:
-    """Return the class that adapts a module.
-
-    Raises:
-        TypeError: If there is none.
-    """
+    """Return the class that adapts a module."""
     kind = type(base)
     if kind.__module__.startswith("bitsandbytes."):
         from pacatune.tuner import moslora_bnb

@@ -30,13 +30,6 @@ class ParameterLayer(PacaLayer):
     """One adapted parameter of a module; it holds the deltas and is never called.
 
     `base_layer` is the module. It is not registered here, since its other parameters share it.
-
-    Args:
-        base_layer: The module.
-        adapter_name: The first adapter's name.
-        name: The parameter's name in the base model.
-        config: The adapter's configuration.
-        **options: As for PacaLayer.
     """
 
     def __init__(
@@ -103,14 +96,7 @@ class ParameterOwner(nn.Module):
     def adapt(
         self, adapter_name: str, name: str, config: PacaConfig, **ranks: Any
     ) -> ParameterLayer:
-        """Add an adapter to a parameter.
-
-        Args:
-            adapter_name: The adapter's name.
-            name: The parameter's name in the base model.
-            config: The adapter's configuration.
-            **ranks: `r` and `paca_alpha`, patterns resolved.
-        """
+        """Add an adapter to a parameter."""
         parameter_name = name.rpartition(".")[2]
         layer = self._modules.get(parameter_name)
         if isinstance(layer, ParameterLayer):

@@ -75,14 +75,7 @@ _MOST_DIFFERENCE = 0.5
 
 
 class OriginalWeights:
-    """The safetensors checkpoint that a quantised transformers model was loaded from.
-
-    Args:
-        model: Knows the folder or hub id it came from (`name_or_path`).
-
-    Raises:
-        ValueError: If there is no such checkpoint.
-    """
+    """The safetensors checkpoint that a quantised transformers model was loaded from."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name = getattr(model, "name_or_path", None) or ""
@@ -95,18 +88,9 @@ class OriginalWeights:
             )
 
     def columns(self, module_name: str, indices: Tensor, *, like: Tensor) -> Tensor:
-        """Read columns of one weight.
+        """Read the (O, R) columns of one weight, in float32 and where `like` is.
 
-        Args:
-            module_name: The module in the model.
-            indices: (R,) columns.
-            like: (O, I) the same weight, dequantised.
-
-        Returns:
-            (O, R) in float32, on the device of `like`.
-
-        Raises:
-            ValueError: If the checkpoint holds no such weight, or another one.
+        `like` is the (O, I) weight as the model has it, dequantised.
         """
         key = self._find_key(f"{module_name}.weight")
         with safe_open(self.files[key], framework="pt") as file:
@@ -190,13 +174,7 @@ class QuantizedLinear(Linear):
 
 
 def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return the (O, I) weight of a quantised layer as a new tensor.
-
-    Args:
-        backend: PEFT's, which knows how.
-        base_layer: The quantised layer.
-        dtype: Dtype of the result.
-    """
+    """Return the (O, I) weight of a quantised layer as a new tensor."""
     weight: Tensor
     if backend.backend_name == "bnb 4bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -210,19 +188,7 @@ def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) -> Tensor:
-    """Return the weight of a target as a matrix, dequantised if it is held in few bits.
-
-    Args:
-        module: A module of the base model.
-        parameter_name: The weight's name in it.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Returns:
-        As `Layout.matrix`.
-
-    Raises:
-        ValueError: If the weight is not whole on this process, or cannot be dequantised.
-    """
+    """Return the weight of a target as a matrix, dequantised if it is held in few bits."""
     backend = resolve_quantization_backend(module, **kwargs)
     if backend is not None and not backend.supports_merge:
         raise ValueError(
@@ -256,16 +222,7 @@ Quantization = dict[str, Any]
 
 
 def find_originals(model: nn.Module, config: PacaConfig, **kwargs: Any) -> OriginalWeights | None:
-    """Open the checkpoint of a new adapter whose columns start from it; None where none does.
-
-    Args:
-        model: The base, not changed.
-        config: The adapter's configuration.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Raises:
-        ValueError: If the base is not quantised, or its original weights cannot be had.
-    """
+    """Open the checkpoint of a new adapter whose columns start from it; None where none does."""
     if config.columns_from != "original" or config.base_quantization or not config.init_weights:
         return None
     if 0 in (config.paca_alpha, *(config.alpha_pattern or {}).values()):
@@ -286,18 +243,7 @@ def settle_columns(
 ) -> PacaConfig:
     """Start a new adapter's columns where its configuration says, or check a loaded one's base.
 
-    Args:
-        model: The base with the adapter's layers in it.
-        config: The adapter's configuration; `base_quantization` is set if it was loaded.
-        adapter_name: The adapter.
-        originals: What `find_originals` found.
-
-    Returns:
-        The configuration to save: the same, or a copy that names the quantisation.
-
-    Raises:
-        ValueError: If the adapter starts from original columns and the base is not quantised as it
-            was, or not from these original weights.
+    Returns the configuration to save: the same, or a copy that names the quantisation.
     """
     layers = {
         name: module
@@ -318,11 +264,7 @@ def settle_columns(
 
 
 def describe(layers: Iterable[QuantizedLinear]) -> Quantization | None:
-    """Return how the bases of adapted layers are quantised, None if none is.
-
-    Raises:
-        ValueError: If they are quantised in different ways.
-    """
+    """Return how the bases of adapted layers are quantised, None if none is."""
     found: Quantization | None = None
     for layer in layers:
         one = _describe_one(layer.quantization_backend, layer.get_base_layer())

@@ -26,11 +26,7 @@ _NAME = "PACA"
 
 
 def ensure_peft_type(name: str = _NAME) -> PeftType:
-    """Return the member of PeftType of that name, adding it where PEFT has none.
-
-    Args:
-        name: In capitals, such as "PACA".
-    """
+    """Return the member of PeftType of that name, adding it where PEFT has none."""
     if name in PeftType.__members__:
         return PeftType.__members__[name]
     # PeftType is a str enum whose members are found by plain strings: name and value must be equal.
@@ -49,12 +45,7 @@ def ensure_peft_type(name: str = _NAME) -> PeftType:
 
 
 def register(config_class: type, model_class: type) -> None:
-    """Register the method with PEFT, in place of a PaCA that PEFT itself ships.
-
-    Args:
-        config_class: The PeftConfig of the method.
-        model_class: Its tuner.
-    """
+    """Register the method with PEFT, in place of a PaCA that PEFT itself ships."""
     peft_type = ensure_peft_type()
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
     foreign = mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)

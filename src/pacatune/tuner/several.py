@@ -36,16 +36,6 @@ def add_weighted_adapter(
 
     The sum of column updates is again a column update, over the union of the columns, so nothing
     is approximated; each layer's rank is the size of its union.
-
-    Args:
-        tuner: The tuner of the model.
-        adapters: Names of the adapters to add up.
-        weights: One factor per adapter.
-        adapter_name: Name of the new adapter.
-
-    Raises:
-        ValueError: If names and weights do not fit together, an adapter does not exist, or the
-            new name is taken.
     """
     _check_combination(tuner, adapters, weights, adapter_name)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -121,16 +111,9 @@ _LAYERS = (PacaLayer, AuxiliaryTrainingWrapper)
 def adapter_names_passed(
     model: nn.Module, adapter_names: list[str], num_beams: int
 ) -> Iterator[None]:
-    """Let every adapted layer see which adapter each row is for.
+    """Let every adapted layer see which adapter each row is for, "__base__" for none.
 
-    Args:
-        model: The base with the adapted layers in it.
-        adapter_names: One name, or "__base__", per row.
-        num_beams: How often generation repeats each row.
-
-    Raises:
-        ValueError: If the model is in training mode, a name is unknown, or a layer cannot tell
-            the rows of a batch apart.
+    Generation repeats each row `num_beams` times.
     """
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

@@ -83,23 +83,7 @@ class Target(NamedTuple):
 def check_targets(
     tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module, **kwargs: Any
 ) -> dict[str, Target]:
-    """Find what is adapted, and refuse what cannot be as the configuration says.
-
-    Args:
-        tuner: Knows which module names match the configuration.
-        config: Its `target_modules` are given or set to the architecture's default.
-        model: The model to be adapted; not changed.
-        **kwargs: What PEFT needs to recognise quantised layers.
-
-    Returns:
-        The targets by the names that files and seeds of columns know them by.
-
-    Raises:
-        ValueError: If some of the target names, or a pattern of ranks or alphas, match nothing, a
-            rank exceeds its weight's in_features, or a weight is parametrised or
-            of tensor parallelism.
-        TypeError: If a target is of no supported kind.
-    """
+    """Find what is adapted, and refuse what cannot be as the configuration says."""
     parameters = find_parameters(tuner, config, model)
     targets = {name: _parameter_target(model, config, name) for name in parameters}
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
@@ -232,17 +216,7 @@ def _kind_of(base: nn.Module, name: str, **kwargs: Any) -> type[Layout]:
 def find_parameters(
     tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module
 ) -> list[str]:
-    """Return the names of the parameters to adapt: those that `target_parameters` names the end of.
-
-    Args:
-        tuner: Knows which names match the configuration.
-        config: The configuration; `exclude_modules` and `layers_to_transform` count.
-        model: The model to be adapted; not changed.
-
-    Raises:
-        ValueError: If a name matches nothing, or a parameter cannot be adapted as it is.
-        TypeError: If a parameter is of no supported kind.
-    """
+    """Return the names of the parameters to adapt, whose ends `target_parameters` names."""
     targets = config.target_parameters or []
     parameters = _bare_parameters(model) if targets else {}
     missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in parameters)]
