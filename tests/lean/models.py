@@ -48,9 +48,8 @@ MODELS = {name: FAMILIES[name] for name in (
 }  # fmt: skip
 # Older releases build some of these in another way: without a module for the activation, with
 # attention that can be made lean, with a module for each expert.
-for name, least in {"DINOv2, SwiGLU": "5.24", "Gemma 2": "5.24", "Qwen 2 MoE": "5"}.items():
-    if not has("transformers", least):
-        del MODELS[name]
+LEAST = {"DINOv2, SwiGLU": "5.24", "Gemma 2": "5.24", "Qwen 2 MoE": "5"}
+AS_KNOWN = [name for name in MODELS if has("transformers", LEAST.get(name, "4"))]
 
 
 def build(name, dtype=torch.float32):

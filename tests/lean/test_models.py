@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from pacatune import PacaConfig, lean
 from tests.lean.models import (
-    MODELS,
+    AS_KNOWN,
     assert_close_to_exact,
     build,
     classes,
@@ -42,7 +42,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", AS_KNOWN)
 def test_report(name):
     model = build(name)
     report = lean.enable(model)
@@ -70,7 +70,7 @@ def lean_classes(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", AS_KNOWN)
 def test_gradients_of_a_fully_trained_model(name, dtype):
     model, batch = build(name, dtype), make_batch(name, dtype)
     plain, plain_bytes = gradients(model, batch)
@@ -96,7 +96,7 @@ def test_gradients_of_a_fully_trained_model(name, dtype):
 @pytest.mark.parametrize("method", ["paca", "lora"])
 @pytest.mark.parametrize(
     "name",
-    sorted(MODELS.keys() & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "DINOv2, SwiGLU"}),
+    sorted(set(AS_KNOWN) & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "DINOv2, SwiGLU"}),
 )
 def test_gradients_of_adapters(name, method, dtype):
     model, batch = adapt(build(name, dtype), method), make_batch(name, dtype)
