@@ -8,7 +8,8 @@ import yaml
 
 from pacatune.data.mmlu import LETTERS
 from pacatune.evaluation import evaluate_mmlu
-from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
+from pacatune.evaluation.harness import run_tasks
+from pacatune.evaluation.mmlu import prepare_mmlu
 
 SUBJECTS = ["anatomy", "marketing", "sociology"]
 
@@ -94,7 +95,7 @@ def test_limit_gives_the_first_questions_and_a_standard_error(model, tokenizer, 
 
 def test_tasks_can_be_asked_again(model, tokenizer, tasks_dir):
     tasks = prepare_mmlu(tasks_dir, SUBJECTS[:1])
-    first, again = (ask_mmlu(model, tokenizer, tasks, limit=limit) for limit in (2, 3))
+    first, again = (run_tasks(model, tokenizer, tasks, limit=limit) for limit in (2, 3))
     assert [each["number"] for each in again.questions] == [0, 1, 2]
     for one, other in zip(first.questions, again.questions, strict=False):
         assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)

@@ -7,26 +7,16 @@ import torch
 from torch import Tensor
 
 
-def can_keep_few(model: Any) -> bool:
-    """Whether a model, adapted or not, can leave out the logits of all but the last positions."""
-    from pacatune.adapters.fingerprint import unwrap  # imports PEFT, which judging does not need
-
-    return "logits_to_keep" in signature(unwrap(model).forward).parameters
-
-
 @torch.no_grad()
 def last_logits(model: Any, num_kept: int, **inputs: Tensor) -> Tensor:
-    """Return the logits of the last positions, (B, min(T, num_kept), V).
+    """Return a causal language model's logits of the last positions, (B, min(T, num_kept), V).
 
     With a large vocabulary, logits of whole prompts are most of the memory and a good part of
-    the time.
-
-    Args:
-        model: A causal language model.
-        num_kept: Positions whose logits are read.
-        inputs: What the model takes; (B, T) each.
+    the time. `inputs` are what the model takes, (B, T) each.
     """
-    if not can_keep_few(model):
+    from pacatune.adapters.fingerprint import unwrap  # imports PEFT, which judging does not need
+
+    if "logits_to_keep" not in signature(unwrap(model).forward).parameters:
         logits: Tensor = model(**inputs).logits
         return logits[:, -num_kept:]
     head = model.get_output_embeddings()
@@ -40,9 +30,6 @@ def last_logits(model: Any, num_kept: int, **inputs: Tensor) -> Tensor:
 
 
 def _make_contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy the last positions out of their rows.
-
-    torch multiplies inputs with gaps by a frozen weight batch-wise, with a copy of the weight for
-    each row.
-    """
+    # torch multiplies inputs with gaps by a frozen weight batch-wise, with a copy of the weight
+    # for each row.
     return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)

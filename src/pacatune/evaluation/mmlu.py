@@ -16,8 +16,8 @@ from pacatune.evaluation.harness import (
     require_lm_eval,
     run_tasks,
 )
-from pacatune.evaluation.local_tasks import local_tasks
 from pacatune.evaluation.mmlu_data import NUM_FEWSHOT, lm_eval_folder
+from pacatune.evaluation.tasks import local_tasks
 from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
@@ -74,34 +74,12 @@ def evaluate_mmlu(
         batch_size: Prompts that are evaluated at once.
         chat: Write prompts by the chat template, which the paper does not.
         progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If lm-eval is missing, a subject is unknown, there are fewer examples than
-            `num_fewshot`, or a number is out of range.
-        FileNotFoundError: If `tasks_dir` or a file in it is missing.
-        OSError: If the hub's data cannot be had.
     """
     tasks = prepare_mmlu(tasks_dir, subjects, num_fewshot=num_fewshot)
-    return ask_mmlu(
-        model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
-    )
-
-
-def ask_mmlu(
-    model: Any,
-    tokenizer: Any,
-    tasks: "PreparedTasks",
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    chat: bool = False,
-    progress: bool = False,
-) -> MmluResult:
-    """Score a model on tasks that `prepare_mmlu` has loaded; for the rest see `evaluate_mmlu`."""
     scores = run_tasks(
         model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
     )
-    return _to_result(scores)
+    return mmlu_result(scores)
 
 
 def prepare_mmlu(
@@ -109,23 +87,13 @@ def prepare_mmlu(
     subjects: Sequence[str] | None = None,
     *,
     num_fewshot: int | None = None,
-) -> "PreparedTasks":
-    """Load the tasks and their data, and see that they can be asked; needs no model.
-
-    Args:
-        tasks_dir: As for `evaluate_mmlu`, as are the others.
-        subjects: Such as `anatomy`.
-        num_fewshot: Examples in each prompt.
-
-    Raises:
-        ValueError: As `evaluate_mmlu`.
-        FileNotFoundError: As `evaluate_mmlu`.
-        OSError: As `evaluate_mmlu`.
-    """
+) -> PreparedTasks:
+    """Load the tasks and their data, and see that they can be asked; needs no model."""
     require_lm_eval()
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"`num_fewshot` ({num_fewshot}) must be at least 0.")
-    manager = _own_tasks() if tasks_dir is None else local_tasks(Path(tasks_dir).expanduser())
+    # lm-eval's own tasks have their data on the hub.
+    manager = local_tasks(lm_eval_folder() / "default" if tasks_dir is None else tasks_dir)
     index = manager.task_index
     if "mmlu" not in index:
         raise ValueError(
@@ -145,11 +113,6 @@ def prepare_mmlu(
     return PreparedTasks(manager, [loaded["groups"]["mmlu"]])
 
 
-def _own_tasks() -> "TaskManager":
-    """Return lm-eval's own MMLU, whose data is on the hub."""
-    return local_tasks(lm_eval_folder() / "default")
-
-
 def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
     known = {name.removeprefix("mmlu_") for name, entry in index.items() if _is_task(entry)}
     for subject in subjects:
@@ -158,16 +121,11 @@ def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
             raise ValueError(f"`subjects` names {subject!r}, which is not there; {hint}")
     wanted = {f"mmlu_{subject}" for subject in subjects}
     for group in CATEGORIES.values():
-        if group not in index:
-            continue
-        members = [
-            name
-            for member in index[group].cfg["task"]
-            for name in (
-                sorted(index[member].tags) if member in index and index[member].tags else [member]
-            )
-        ]
-        index[group].cfg["task"] = [name for name in members if name in wanted]
+        if group in index:
+            # A group of lm-eval's own names a tag, which stands for its subjects.
+            members = index[group].cfg["task"]
+            found = [sorted(index[one].tags or [one]) if one in index else [one] for one in members]
+            index[group].cfg["task"] = [n for names in found for n in names if n in wanted]
     index["mmlu"].cfg["task"] = [g for g in index["mmlu"].cfg["task"] if index[g].cfg["task"]]
 
 
@@ -211,7 +169,8 @@ def _check_examples(name: str, task: Any) -> None:
         )
 
 
-def _to_result(scores: TaskScores) -> MmluResult:
+def mmlu_result(scores: TaskScores) -> MmluResult:
+    """Return what lm-eval says about the tasks of `prepare_mmlu` in the terms of MMLU."""
     tasks = {name: _with_stderr(each["acc"]) for name, each in scores.tasks.items()}
     subjects = [name for name in tasks if name not in (*CATEGORIES.values(), "mmlu")]
     shots = [scores.num_fewshot[name] for name in subjects]

@@ -58,6 +58,8 @@ def evaluate_perplexity(
 ) -> dict[str, TextScore]:
     """Score a model on texts, each token once, with at least `window - stride` tokens before it.
 
+    Returns a score by name, and that of all texts together as `all` where there are several.
+
     The windows of a text are `window` tokens long and start `stride` apart; the first `stride`
     tokens of a text have less before them. A text begins with the BOS token if the tokenizer puts
     it there; else its first token, which nothing predicts, is left out, and so are its bytes.
@@ -72,12 +74,6 @@ def evaluate_perplexity(
         max_tokens: Tokens of each text at most, the first ones.
         batch_size: Windows that are evaluated at once.
         progress: Whether to show a bar.
-
-    Returns:
-        Name -> score, and the score of all texts together as `all` where there are several.
-
-    Raises:
-        ValueError: If a text has nothing to predict, or a number is out of range.
     """
     window, stride = _sizes(model, window, stride, batch_size)
     model.eval()

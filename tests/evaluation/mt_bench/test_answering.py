@@ -7,11 +7,11 @@ import torch
 
 from pacatune.adapters.generation import Sampling, TextGenerator
 from pacatune.evaluation.mt_bench.answering import (
+    AnswerFile,
     answer_questions,
     check_template,
     turn_seed,
 )
-from pacatune.evaluation.mt_bench.answers import AnswerFile
 from pacatune.evaluation.mt_bench.questions import Question
 
 

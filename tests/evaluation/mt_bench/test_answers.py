@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
+from pacatune.evaluation.mt_bench.answering import AnswerFile, read_answers
 from pacatune.evaluation.mt_bench.questions import Question
 from tests.evaluation.mt_bench.conftest import answer_row, write_lines
 

@@ -203,7 +203,7 @@ def test_a_full_disk_ends_the_run(make, judge, questions, answers, monkeypatch):
     def fail(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pacatune.evaluation.mt_bench.json_lines.JsonLines.append", fail)
+    monkeypatch.setattr("pacatune.files.json_lines.JsonLines.append", fail)
     with pytest.raises(OSError, match="No space left"):
         make(parallel=1).judge(questions, answers)
     assert len(judge.requests) == 1
