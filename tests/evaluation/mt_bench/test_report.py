@@ -27,7 +27,7 @@ def result(**changes):
         "seed": 3,
         "cut_off": {"context": 2},
         "failures": [{"question_id": n, "turn": 1, "problem": "said `rm` <b>"} for n in range(12)],
-        "table": [line.to_dict() for line in make_table(ones, seed=3)],
+        "table": make_table(ones, seed=3),
     } | changes
 
 
@@ -78,7 +78,7 @@ def test_the_radar_needs_three_categories_with_a_score(tmp_path):
     table = result()["table"]
     assert not draw_radar(table, "title", tmp_path / "a.png")
     ones = [line for name in ("math", "stem", "coding") for line in judgments(name, [(5, None)])]
-    table = [line.to_dict() for line in make_table(ones)]
+    table = make_table(ones)
     assert draw_radar(table, "title", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -97,7 +97,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
         *judgments("stem", [(2, None)]),
         *judgments("coding", [(1, 9)]),
     ]
-    draw_radar([line.to_dict() for line in make_table(ones)], "title", tmp_path / "a.png")
+    draw_radar(make_table(ones), "title", tmp_path / "a.png")
     (axes,) = drawn
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert lines["both turns"] == [6, 5, 2, 6]

@@ -1,10 +1,16 @@
 """Means and intervals."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from pacatune.evaluation.mt_bench import report
 from pacatune.evaluation.mt_bench.judging import Judgment
-from pacatune.evaluation.mt_bench.report import make_table
+
+
+def make_table(*args, **options):
+    return [SimpleNamespace(**line) for line in report.make_table(*args, **options)]
 
 
 def judgments(category, scores, start=0):

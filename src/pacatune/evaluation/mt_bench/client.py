@@ -61,12 +61,12 @@ class Reply:
     text: str
     """Empty where the judge wrote nothing."""
     model: str | None
-    """Which model the endpoint says has answered."""
+    """The one that the endpoint says has answered."""
     finish_reason: str | None
     usage: dict[str, int]
-    """Tokens of prompt and answer, as the endpoint counts them."""
+    """Tokens of prompt and answer."""
     temperature: float | None
-    """That it was asked for; None if the endpoint takes none."""
+    """None if the endpoint takes none."""
 
 
 @dataclass(kw_only=True)
@@ -76,17 +76,13 @@ class JudgeClient:
     url: str
     """Up to `/v1`, or the whole address of `/chat/completions`."""
     model: str
-    """Name of the judge."""
     key: str | None = field(default=None, repr=False)
-    """Sent as bearer token."""
     timeout_s: float = 120.0
     """Longest time for a request, from its start to the end of the reply."""
     max_retries: int = 6
-    """How often a request is repeated that failed in a way that may pass."""
     temperature: float = 0.0
     """Left out where the endpoint says that its model takes none."""
     max_tokens: int = 2048
-    """Most tokens in a reply."""
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
     """Once set, no request is sent or repeated."""
     wait: Callable[[float], Any] | None = field(default=None, repr=False)

@@ -19,7 +19,6 @@ from pacatune.evaluation.mt_bench.client import (
 )
 from pacatune.evaluation.mt_bench.questions import (
     NUM_TURNS,
-    JudgePrompt,
     Prompt,
     Question,
     QuestionId,
@@ -83,7 +82,7 @@ class Judge:
     def __init__(
         self,
         client: JudgeClient,
-        prompts: Mapping[str, JudgePrompt],
+        prompts: Mapping[str, Prompt],
         path: Path,
         *,
         model_id: str,

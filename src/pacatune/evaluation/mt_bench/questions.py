@@ -186,25 +186,16 @@ _KINDS: dict[tuple[bool, int], tuple[str, frozenset[str]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgePrompt:
-    """One of the four prompts, with places for what is judged."""
-
-    name: str
-    system: str
-    template: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a judge is sent."""
 
     name: str
-    """Name of the `JudgePrompt`."""
     system: str
     user: str
+    """With places for what is judged until `render` fills them."""
 
 
-def read_prompts(path: Path) -> dict[str, JudgePrompt]:
+def read_prompts(path: Path) -> dict[str, Prompt]:
     """Read a `judge_prompts.jsonl` of FastChat, by name; others than the four are passed over."""
     if not path.is_file():
         raise FileNotFoundError(f"--judge-prompts ({path}) is no file; check the path.")
@@ -222,12 +213,12 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
                 f"{_RATING!r} as `output_format`."
             )
         _check_fields(template, fields, f"{place}: `prompt_template` of {name!r}")
-        prompts[name] = JudgePrompt(name=name, system=system, template=template)
+        prompts[name] = Prompt(name=name, system=system, user=template)
     return prompts
 
 
 def render(
-    prompts: Mapping[str, JudgePrompt], question: Question, answers: Sequence[str], turn: int
+    prompts: Mapping[str, Prompt], question: Question, answers: Sequence[str], turn: int
 ) -> Prompt:
     """Write what a judge is sent about turn 1 or 2; the prompt of the second shows both."""
     name, fields = _KINDS[question.needs_reference, turn]
@@ -238,9 +229,8 @@ def render(
         if question.needs_reference:
             assert question.reference is not None
             values[f"ref_answer_{place + 1}"] = question.reference[place]
-    prompt = prompts[name]
-    user = prompt.template.format_map({key: values[key] for key in fields})
-    return Prompt(name=name, system=prompt.system, user=user)
+    user = prompts[name].user.format_map({key: values[key] for key in fields})
+    return dataclasses.replace(prompts[name], user=user)
 
 
 def _check_fields(template: str, expected: frozenset[str], place: str) -> None:
@@ -263,7 +253,7 @@ class Data:
     """What one evaluation asks and judges by."""
 
     questions: list[Question]
-    prompts: dict[str, JudgePrompt]
+    prompts: dict[str, Prompt]
     """Empty if nothing is judged."""
     sources: dict[str, str]
     """Where questions, references and prompts come from."""

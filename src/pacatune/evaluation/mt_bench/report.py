@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +26,13 @@ _CUTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """The scores of one category, or of all."""
+def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[str, Any]]:
+    """Return a line for each category that was judged, and one of all, for JSON.
 
-    name: str
-    turn_1: float | None
-    """Mean over the judged questions; None if there are none."""
-    turn_2: float | None
-    mean: float | None
-    """Over the judged turns, as in FastChat."""
-    low: float | None
-    """The interval of `mean`; None with fewer than two questions."""
-    high: float | None
-    num_questions: int
-    num_judged: int
-    """Turns."""
-    num_failed: int
-    """Turns without a score, which no mean counts."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
-
-def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[Line]:
-    """Return a line for each category that was judged, and one of all.
-
-    The interval tells how much the mean would vary with other questions of the kind: they are
-    resampled with replacement, both turns of one together. It says nothing about the judge.
+    Means are over judged turns, as in FastChat; turns without a score count as failed only. The
+    interval (`low`, `high`) tells how much the mean would vary with other questions of the kind,
+    which are resampled with replacement, both turns of one together; one question has none. It
+    says nothing about the judge.
     """
     generator = np.random.default_rng(seed)
     by_category = {
@@ -66,20 +43,22 @@ def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[Line]:
     return [*lines, _line("all", judgments, generator)]
 
 
-def _line(name: str, judgments: Sequence[Judgment], generator: np.random.Generator) -> Line:
+def _line(
+    name: str, judgments: Sequence[Judgment], generator: np.random.Generator
+) -> dict[str, Any]:
     scores = [one.score for one in judgments if one.score is not None]
     low, high = _score_interval(judgments, generator)
-    return Line(
-        name=name,
-        turn_1=_mean([one.score for one in judgments if one.turn == 1]),
-        turn_2=_mean([one.score for one in judgments if one.turn == 2]),
-        mean=_mean(scores),
-        low=low,
-        high=high,
-        num_questions=len({one.question_id for one in judgments}),
-        num_judged=len(scores),
-        num_failed=len(judgments) - len(scores),
-    )
+    return {
+        "name": name,
+        "turn_1": _mean([one.score for one in judgments if one.turn == 1]),
+        "turn_2": _mean([one.score for one in judgments if one.turn == 2]),
+        "mean": _mean(scores),
+        "low": low,
+        "high": high,
+        "num_questions": len({one.question_id for one in judgments}),
+        "num_judged": len(scores),
+        "num_failed": len(judgments) - len(scores),
+    }
 
 
 def _mean(scores: Sequence[int | float | None]) -> float | None:

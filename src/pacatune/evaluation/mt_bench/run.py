@@ -214,7 +214,7 @@ def _judge(
         "judge": about | used,
         "seed": config.seed,
         "num_resamples": NUM_RESAMPLES,
-        "table": [line.to_dict() for line in make_table(judgments, config.seed)],
+        "table": make_table(judgments, config.seed),
         "failures": [
             {"question_id": one.question_id, "turn": one.turn, "problem": one.problem}
             for one in judgments
