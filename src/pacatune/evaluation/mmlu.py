@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pacatune.data.mmlu import to_question
 from pacatune.data.read import read_rows
@@ -12,16 +12,12 @@ from pacatune.evaluation.harness import (
     PreparedTasks,
     Score,
     TaskScores,
-    quiet_lm_eval,
     require_lm_eval,
     run_tasks,
 )
 from pacatune.evaluation.mmlu_data import NUM_FEWSHOT, lm_eval_folder
-from pacatune.evaluation.tasks import local_tasks
+from pacatune.evaluation.tasks import load_task, local_tasks
 from pacatune.names import did_you_mean
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 CATEGORIES = {
     "Hums.": "mmlu_humanities",
@@ -64,8 +60,8 @@ def evaluate_mmlu(
     """Score a model on MMLU with lm-eval's task `mmlu`.
 
     Args:
-        model: A causal language model, or a PEFT model around one; put into evaluation mode.
-        tokenizer: Its tokenizer; gets a padding token if it has none.
+        model: As for `evaluate_tasks`, as are those that are not here.
+        tokenizer: Its tokenizer.
         tasks_dir: Folder of the tasks, as `pacatune evaluate mmlu-data` writes it; None takes
             lm-eval's own, whose data comes from the hub.
         subjects: Such as `anatomy`; None asks all that there are.
@@ -106,11 +102,13 @@ def prepare_mmlu(
             entry.cfg["num_fewshot"] = num_fewshot
         entry.cfg.setdefault("num_fewshot", NUM_FEWSHOT)
         _check_rows(entry)
-    with quiet_lm_eval():
-        loaded = _load(manager, tasks_dir)
-    for name, task in loaded["tasks"].items():
-        _check_examples(name, task)
-    return PreparedTasks(manager, [loaded["groups"]["mmlu"]])
+    hint = "make a folder of it with `pacatune evaluate mmlu-data`."
+    if tasks_dir is None:
+        hint = f"it is cais/mmlu on the hub; without network, {hint[:-1]} and give --tasks-dir."
+    whole = load_task(manager, "mmlu", hint)
+    for task in whole.get_all_tasks():
+        _check_examples(task)
+    return PreparedTasks(manager, [whole])
 
 
 def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
@@ -142,21 +140,7 @@ def _check_rows(entry: Any) -> None:
                 to_question(row)
 
 
-def _load(manager: "TaskManager", tasks_dir: str | Path | None) -> Any:
-    try:
-        return manager.load(["mmlu"])
-    except Exception as error:
-        # The hub's client and `datasets` raise a dozen types for a set that cannot be had.
-        if tasks_dir is not None:
-            raise
-        raise OSError(
-            f"the data of MMLU (`cais/mmlu` on the hub) cannot be had ({type(error).__name__}); "
-            "without network, make a folder of it with `pacatune evaluate mmlu-data` and give "
-            "--tasks-dir."
-        ) from error
-
-
-def _check_examples(name: str, task: Any) -> None:
+def _check_examples(task: Any) -> None:
     """Refuse more examples than there are; the question itself is never its own example."""
     examples = list(task.fewshot_docs())
     available = len(examples)
@@ -165,7 +149,7 @@ def _check_examples(name: str, task: Any) -> None:
     if task.config.num_fewshot > available:
         raise ValueError(
             f"`num_fewshot` ({task.config.num_fewshot}) is more than the {available} examples of "
-            f"{name}; lower it to {available}."
+            f"{task.config.task}; lower it to {available}."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from pacatune.evaluation.logits import last_logits
 
@@ -158,20 +159,14 @@ def _score(
     starts = range(0, len(windows), batch_size)
     for start in track(starts, title or "", console=Console(stderr=True), disable=title is None):
         batch = windows[start : start + batch_size]
-        longest = max(len(each.ids) for each in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, each in enumerate(batch):
-            ids[row, : len(each.ids)] = torch.tensor(each.ids)
-            mask[row, : len(each.ids)] = 1
+        rows = [torch.tensor(each.ids, device=model.device) for each in batch]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         first = min(len(each.ids) - each.num_scored - 1 for each in batch)
-        device = model.device
-        logits = last_logits(
-            model, longest - first, input_ids=ids.to(device), attention_mask=mask.to(device)
-        )
+        logits = last_logits(model, ids.shape[1] - first, input_ids=ids, attention_mask=mask)
         for row, each in enumerate(batch):
             end = len(each.ids)
-            targets = ids[row, end - each.num_scored : end].to(device)
+            targets = ids[row, end - each.num_scored : end]
             predicted = logits[row, end - each.num_scored - 1 - first : end - 1 - first].float()
             loss = functional.cross_entropy(predicted, targets, reduction="sum")
             results.append((float(loss), each.num_scored))

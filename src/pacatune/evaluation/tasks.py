@@ -70,24 +70,23 @@ def prepare_tasks(tasks: Sequence[str], tasks_dir: str | Path | None = None) -> 
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=5, cutoff=0)
             raise ValueError(f"unknown task {name!r}; the nearest are {', '.join(near)}.")
+    hint = "see that the hub can be reached and that the task's own packages are installed."
+    return PreparedTasks(manager, [load_task(manager, name, hint) for name in tasks])
+
+
+def load_task(manager: "TaskManager", name: str, hint: str) -> Any:
+    """Load what a name stands for and its data; a tag is given as a group of its tasks."""
+    from lm_eval.api.group import Group
+
     try:
         with quiet_lm_eval():
-            loaded = [manager.load([name]) for name in tasks]
+            loaded: Any = manager.load([name])
     except Exception as error:
         # Besides the hub's and data sets' dozen errors, tasks import packages of their own.
         raise OSError(
-            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); see that the hub can be reached and that the "
-            "task's own packages are installed."
+            f"the data of {name} cannot be had ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); {hint}"
         ) from error
-    tops = [_top(name, each) for name, each in zip(tasks, loaded, strict=True)]
-    return PreparedTasks(manager, tops)
-
-
-def _top(name: str, loaded: dict[str, Any]) -> Any:
-    """Return what a name stands for; a tag is given as a group of its tasks."""
-    from lm_eval.api.group import Group
-
     for kind in ("groups", "tasks"):
         if name in loaded[kind]:
             return loaded[kind][name]

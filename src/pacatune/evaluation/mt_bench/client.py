@@ -147,7 +147,7 @@ class JudgeClient:
             if not self._learn(settings, str(refusal)):
                 raise
             return self._ask_once(prompt)  # at most twice: each time one field less is disputed
-        return _read_reply(raw, settings.get("temperature"))
+        return self._read_reply(raw, settings.get("temperature"))
 
     def _learn(self, sent: dict[str, float], refusal: str) -> bool:
         """See whether a refusal is about what was sent, so that it is sent otherwise from now on.
@@ -183,8 +183,7 @@ class JudgeClient:
         deadline = time.monotonic() + self.timeout_s
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
-                raw = _read(response, deadline)
-                return raw.replace(self.key.encode(), b"***") if self.key else raw
+                return _read(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._failure(error) from None
@@ -215,10 +214,35 @@ class JudgeClient:
     def _wait(self, seconds: float) -> None:
         (self.wait or self.stop.wait)(seconds)
 
+    def _read_reply(self, raw: bytes, temperature: float | None) -> Reply:
+        def text_or_none(value: Any) -> str | None:
+            return self._without_key(value) if isinstance(value, str) else None
+
+        try:
+            parsed = json.loads(raw)
+            choice = parsed["choices"][0]
+            text = choice["message"]["content"]
+            usage = parsed.get("usage") or {}
+            counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+            if not isinstance(text, str | None):
+                raise TypeError
+            return Reply(
+                text=text_or_none(text) or "",
+                model=text_or_none(parsed.get("model")),
+                finish_reason=text_or_none(choice.get("finish_reason")),
+                usage={name: count for name, count in counts.items() if isinstance(count, int)},
+                temperature=temperature,
+            )
+        except _MALFORMED:
+            start = self._without_key(raw.decode(errors="replace"))[:100]
+            raise _Transient(f"something else than an OpenAI-compatible reply: {start!r}") from None
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
+
     def _clean(self, text: str) -> str:
-        if self.key:
-            text = text.replace(self.key, "***")
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+        text = "".join(c if c.isprintable() else " " for c in self._without_key(text))
+        return " ".join(text.split())[:300]
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -262,30 +286,6 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
     if response.length:
         raise _Transient(f"the reply breaks off, {response.length} bytes before its end")
     return raw
-
-
-def _read_reply(raw: bytes, temperature: float | None) -> Reply:
-    def text_or_none(value: Any) -> str | None:
-        return value if isinstance(value, str) else None
-
-    try:
-        parsed = json.loads(raw)
-        choice = parsed["choices"][0]
-        text = choice["message"]["content"]
-        usage = parsed.get("usage") or {}
-        counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-        if not isinstance(text, str | None):
-            raise TypeError
-        return Reply(
-            text=text or "",
-            model=text_or_none(parsed.get("model")),
-            finish_reason=text_or_none(choice.get("finish_reason")),
-            usage={name: count for name, count in counts.items() if isinstance(count, int)},
-            temperature=temperature,
-        )
-    except _MALFORMED:
-        start = raw[:100].decode(errors="replace")
-        raise _Transient(f"something else than an OpenAI-compatible reply: {start!r}") from None
 
 
 def _error_text(error: urllib.error.HTTPError) -> str:
