@@ -109,21 +109,15 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_base_options(parser, adapter_required=False, device="auto")
     add = parser.add_argument
     add("--output", metavar="DIR", required=True, help="new folder of the result")
-    add(
-        "--dtype", choices=DTYPES, default="auto", help="number type of the base (default: its own)"
+    dtype = "number type of the base (default: its own)"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    bits = (
+        "hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained so "
+        "does it by itself"
     )
-    add(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained "
-        "so does it by itself",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=8,
-        help="evaluated at once; more is faster on a GPU (default: %(default)s)",
-    )
+    add("--quantization", choices=QUANTIZATIONS, help=bits)
+    batch = "evaluated at once; more is faster on a GPU (default: %(default)s)"
+    add("--batch-size", type=positive, default=8, help=batch)
 
 
 @contextmanager

@@ -21,14 +21,11 @@ def run(argv: list[str]) -> int:
 
 
 def _add_options(add: Callable[..., Any]) -> None:
-    add(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="NAME_OR_FILE",
-        help="social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
-        "question, choices, answer",
+    data = (
+        "social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
+        "question, choices, answer"
     )
+    add("--data", nargs="+", required=True, metavar="NAME_OR_FILE", help=data)
     add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
     add("--chat", action="store_true", help="ask by the model's chat template")
     add("--seed", type=int, default=0, help="seed of the packaged split (default: %(default)s)")
@@ -49,8 +46,7 @@ def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
             results[name] = evaluate_choice(model, tokenizer, questions, **asked, **speed)
             yield _report(results)
 
-    settings = values_of(options, "data", "seed") | asked
-    return settings, score
+    return values_of(options, "data", "seed") | asked, score
 
 
 def _report(results: "dict[str, ChoiceResult]") -> "Report":

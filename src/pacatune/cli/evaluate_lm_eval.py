@@ -21,12 +21,8 @@ def run(argv: list[str]) -> int:
 def _add_options(add: Callable[..., Any]) -> None:
     add("--tasks", type=names, required=True, metavar="A,B,...", help="such as arc_easy")
     add("--tasks-dir", metavar="DIR", help="folder with task files of your own, taken instead")
-    add(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="examples in each prompt (default: what the tasks say)",
-    )
+    examples = "examples in each prompt (default: what the tasks say)"
+    add("--num-fewshot", type=int, metavar="N", help=examples)
     add("--limit", type=positive, metavar="N", help="questions per task, the first ones")
     add("--chat", action="store_true", help="write prompts by the model's chat template")
     add("--seed", type=int, default=0, help="seed of drawn examples (default: %(default)s)")
@@ -42,8 +38,7 @@ def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
     def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
         yield make_report(run_tasks(model, tokenizer, tasks, **asked, **speed))
 
-    settings = values_of(options, "tasks", "tasks_dir") | asked
-    return settings, score
+    return values_of(options, "tasks", "tasks_dir") | asked, score
 
 
 def make_report(scores: "TaskScores") -> "Report":

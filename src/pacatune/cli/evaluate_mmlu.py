@@ -19,19 +19,11 @@ def run(argv: list[str]) -> int:
 
 
 def _add_options(add: Callable[..., Any]) -> None:
-    add(
-        "--tasks-dir",
-        metavar="DIR",
-        help="folder that `pacatune evaluate mmlu-data` wrote (default: the data comes from the "
-        "hub)",
-    )
+    folder = "folder that `pacatune evaluate mmlu-data` wrote (default: the data is the hub's)"
+    add("--tasks-dir", metavar="DIR", help=folder)
     add("--subjects", type=names, metavar="A,B,...", help="only these")
-    add(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="examples in each prompt (default: what the tasks say, 5 for MMLU)",
-    )
+    examples = "examples in each prompt (default: what the tasks say, 5 for MMLU)"
+    add("--num-fewshot", type=int, metavar="N", help=examples)
     add("--limit", type=positive, metavar="N", help="questions per subject, the first ones")
     add("--chat", action="store_true", help="write prompts by the model's chat template")
 

@@ -21,12 +21,8 @@ def run(argv: list[str]) -> int:
 
 
 def _add_options(add: Callable[..., Any]) -> None:
-    add(
-        "--text",
-        nargs="+",
-        metavar="FILE",
-        help="UTF-8 (default: the manual that comes with Python, pydoc_data.topics)",
-    )
+    text = "UTF-8 (default: the manual that comes with Python, pydoc_data.topics)"
+    add("--text", nargs="+", metavar="FILE", help=text)
     for name, text in (
         ("window", "tokens that are read at once (default: 1024, or the model's context if less)"),
         ("stride", "tokens from one window to the next (default: half of the window)"),
