@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
-from rich.console import Console
-from rich.progress import track
 
 from pacatune.evaluation.harness import quiet_lm_eval
-from pacatune.evaluation.logits import last_logits
+from pacatune.evaluation.scoring import batches, last_logits
 
 
 class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
@@ -69,18 +67,13 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         self._check(requests)
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, continuation) in enumerate(requests):
-            # What differs in its last token only is read off one forward pass by lm-eval.
+            # lm-eval runs requests that differ only in their last token as one.
             groups.setdefault((*context, *continuation[:-1]), []).append(place)
         longest_first = sorted(groups, key=len, reverse=True)
         size = override_bs or self.batch_size
         answers: list[Any] = [None] * len(requests)
-        for start in track(
-            range(0, len(longest_first), size),
-            "scoring",
-            console=Console(stderr=True),
-            disable=not self._progress,
-        ):
-            places = [place for key in longest_first[start : start + size] for place in groups[key]]
+        for keys in batches(longest_first, size, "scoring" if self._progress else None):
+            places = [place for key in keys for place in groups[key]]
             batch = [requests[place] for place in places]
             self._num_kept = self._tail(batch)
             found = super()._loglikelihood_tokens(batch, disable_tqdm=True)

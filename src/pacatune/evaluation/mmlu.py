@@ -132,7 +132,7 @@ def _is_task(entry: Any) -> bool:
 
 
 def _check_rows(entry: Any) -> None:
-    """Read local data once with our own eyes: lm-eval would not say which row is damaged."""
+    """Read local data once ourselves: lm-eval would not say which row is damaged."""
     files = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
     for file in files.values() if isinstance(files, dict) else []:
         if isinstance(file, str) and Path(file).is_file():

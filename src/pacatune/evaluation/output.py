@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RESULT_NAME, REPORT_NAME, QUESTIONS_NAME = "evaluation.json", "evaluation.md", "questions.jsonl"
 _SPARE_BYTES = 2**20
-# Whose weights tell one base from another.
+# Layers whose weights tell one base from another.
 _HASHED = (Layout, Conv1DLayout, ConvolutionLayout)
 
 
@@ -37,7 +37,7 @@ class Report:
     title: str
     headings: list[str]
     rows: list[list[str]]
-    """A table: what was scored, then cells as texts."""
+    """Cells of a table; the first says what was scored."""
     result: dict[str, Any]
     """The same and more, as JSON."""
     notes: list[str] = field(default_factory=list)

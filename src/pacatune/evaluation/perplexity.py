@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from pacatune.evaluation.logits import last_logits
+from pacatune.evaluation.scoring import batches, last_logits
 
 _MAX_WINDOW = 1024
 
@@ -152,13 +152,8 @@ def _score(
     model: Any, windows: list[_Window], batch_size: int, title: str | None
 ) -> list[tuple[float, int]]:
     """Return the summed loss and the number of tokens of each window."""
-    from rich.console import Console
-    from rich.progress import track
-
     results = []
-    starts = range(0, len(windows), batch_size)
-    for start in track(starts, title or "", console=Console(stderr=True), disable=title is None):
-        batch = windows[start : start + batch_size]
+    for batch in batches(windows, batch_size, title):
         rows = [torch.tensor(each.ids, device=model.device) for each in batch]
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -178,7 +173,7 @@ def _total(parts: list[tuple[float, int]], num_bytes: int) -> TextScore:
     loss = sum(total for total, _ in parts) / num_tokens
     stderr = None
     if len(parts) > 1:
-        # Of a ratio of sums over windows, whose tokens are not independent of each other.
+        # `loss` is a ratio of sums over windows; tokens of one are not independent.
         residuals = sum((total - loss * num) ** 2 for total, num in parts)
         stderr = math.sqrt(residuals * len(parts) / (len(parts) - 1)) / num_tokens
     return TextScore(loss=loss, loss_stderr=stderr, num_tokens=num_tokens, num_bytes=num_bytes)

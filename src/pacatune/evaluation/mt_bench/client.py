@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 
 from pacatune.evaluation.mt_bench.questions import Prompt
 
-# Their cause may be gone a moment later.
+# Status codes whose cause may be gone a moment later.
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REFUSALS = frozenset({400, 413, 422})
 _MAX_REPLY_BYTES = 8 * 2**20
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 1.0, 60.0, 600.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# What json and a reply of another form raise.
+# What reading a reply of another form raises.
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -35,11 +35,11 @@ class JudgeUnavailable(OSError):
 
 
 class RequestRefused(ValueError):
-    """The endpoint does not want this very request."""
+    """The endpoint refuses this request, but maybe not others."""
 
 
 class JudgeStopped(Exception):
-    """Somebody has set the event that stops the work."""
+    """`JudgeClient.stop` is set."""
 
 
 class _Transient(Exception):
@@ -246,7 +246,7 @@ class JudgeClient:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: the key would go along to wherever the redirect points."""
+    """Follows no redirect: the key would go along to wherever it points."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None

