@@ -160,10 +160,13 @@ def test_damaged_folders(tasks_dir, tmp_path):
         ("task: x\nclass: utils.Task\n", "names a `class`; code in task files is never run"),
         ("task: 'x", "is not a plain YAML file"),
         ("- x\n", "holds a list; a task file is a mapping"),
+        ("task: x\ninclude: shared\n", "(?s)shared is not a plain YAML.*code in task files is"),
+        ("task: x\ninclude: [x.yaml, shared]\n", "shared is not a plain YAML"),
     ],
 )
 def test_task_files_are_never_run(tmp_path, text, message):
     (tmp_path / "utils.py").write_text("raise SystemExit('run')\n")
+    (tmp_path / "shared").write_text("doc_to_text: !function utils.text\n")
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         prepare_mmlu(tmp_path)

@@ -106,7 +106,8 @@ def local_tasks(folder: str | Path) -> "TaskManager":
             f"{str(folder)!r} has no task (*.yaml); make one with `pacatune evaluate mmlu-data`."
         )
     for file in files:
-        _check_task_file(file)
+        # What is found included is checked too; lm-eval would take its code for text.
+        files += [one for one in _check_task_file(file) if one not in files]
     manager = TaskManager(include_path=str(Path(folder).expanduser()), include_defaults=False)
     for entry in manager.task_index.values():
         if entry.cfg is not None and entry.yaml_path is not None:
@@ -117,7 +118,8 @@ def local_tasks(folder: str | Path) -> "TaskManager":
     return manager
 
 
-def _check_task_file(file: Path) -> None:
+def _check_task_file(file: Path) -> list[Path]:
+    """Refuse a file that wants code to be run; return those that it includes."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -127,6 +129,8 @@ def _check_task_file(file: Path) -> None:
         raise ValueError(f"{file} holds a {type(values).__name__}; a task file is a mapping.")
     if "class" in values:
         raise ValueError(f"{file} names a `class`; code in task files is never run.")
+    included = values.get("include", [])
+    return [file.parent / one for one in (included if isinstance(included, list) else [included])]
 
 
 def _absolute(files: Any, folder: Path) -> Any:
