@@ -129,8 +129,9 @@ def _check_task_file(file: Path) -> list[Path]:
         raise ValueError(f"{file} holds a {type(values).__name__}; a task file is a mapping.")
     if "class" in values:
         raise ValueError(f"{file} names a `class`; code in task files is never run.")
-    included = values.get("include", [])
-    return [file.parent / one for one in (included if isinstance(included, list) else [included])]
+    found = values.get("include", [])
+    names = found if isinstance(found, list) else [found]
+    return [(file.parent / name).resolve() for name in names]
 
 
 def _absolute(files: Any, folder: Path) -> Any:
