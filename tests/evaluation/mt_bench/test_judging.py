@@ -30,7 +30,7 @@ def make(judge, prompts, tmp_path):
             for name in ("model", "max_retries", "max_tokens")
             if name in options
         }
-        client = JudgeClient(url=judge.url, **{"model": "judge"} | own, wait=lambda seconds: None)
+        client = JudgeClient(url=judge.url, **{"model": "judge"} | own)
         path = tmp_path / "model_judgment" / "judge_single.jsonl"
         settings = {"model_id": "model-a"} | options
         return Judge(client, settings.pop("prompts", prompts), path, **settings)

@@ -10,7 +10,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import parsedate_to_datetime
@@ -19,6 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pacatune.evaluation.mt_bench.questions import Prompt
+
+TEMPERATURE = 0.0
+"""The judge's, as in FastChat; left out where an endpoint says that its model takes none."""
 
 # Status codes whose cause may be gone a moment later.
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -80,13 +82,9 @@ class JudgeClient:
     timeout_s: float = 120.0
     """Longest time for a request, from its start to the end of the reply."""
     max_retries: int = 6
-    temperature: float = 0.0
-    """Left out where the endpoint says that its model takes none."""
     max_tokens: int = 2048
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
     """Once set, no request is sent or repeated."""
-    wait: Callable[[float], Any] | None = field(default=None, repr=False)
-    """Waits that many seconds, or less if `stop` is set."""
 
     def __post_init__(self) -> None:
         """Check the address and the key."""
@@ -97,7 +95,7 @@ class JudgeClient:
                 "the judge's key has characters that no header can have; set the variable that "
                 "--judge-key-env names again, without line breaks."
             )
-        self._settings = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        self._settings = {"temperature": TEMPERATURE, "max_tokens": self.max_tokens}
         # A request to this very machine needs no proxy, and few proxies would deliver it.
         self._is_near = urlsplit(self.url).hostname in _LOOPBACK
         proxies = urllib.request.ProxyHandler({} if self._is_near else None)
@@ -135,7 +133,7 @@ class JudgeClient:
                 problem = self._clean(str(failure))
                 if failure.is_final or attempt == self.max_retries:
                     break
-                self._wait(_delay(attempt, failure.retry_after_s))
+                self.stop.wait(_delay(attempt, failure.retry_after_s))
         tries = f" ({attempt + 1} tries)" if attempt else ""
         raise JudgeUnavailable(f"the judge at {self.url} gives no answer{tries}: {problem}")
 
@@ -210,9 +208,6 @@ class JudgeClient:
             f"the judge at {self.url} answers {error.code}: {text}; check --judge-url (it usually "
             f"ends in /v1) and --judge-model ({self.model!r})."
         )
-
-    def _wait(self, seconds: float) -> None:
-        (self.wait or self.stop.wait)(seconds)
 
     def _read_reply(self, raw: bytes, temperature: float | None) -> Reply:
         def text_or_none(value: Any) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.evaluation.mt_bench.client import (
+    TEMPERATURE,
     JudgeClient,
     JudgeStopped,
     JudgeUnavailable,
@@ -127,7 +128,7 @@ class Judge:
         """Return what judgments took: the models, their temperatures, replies and tokens."""
         rows = [row for key in keys for row in self._rows.get(key, [])]
         models = sorted({row["judge_reported"] for row in rows if row.get("judge_reported")})
-        temperatures = {row.get("temperature", self._client.temperature) for row in rows}
+        temperatures = {row.get("temperature", TEMPERATURE) for row in rows}
         usage = [row.get("usage") or {} for row in rows]
         names = ("prompt_tokens", "completion_tokens")
         return {
@@ -194,7 +195,7 @@ class Judge:
     def _task(self, question: Question, answers: Sequence[str], turn: int) -> _Task:
         prompt = render(self._prompts, question, answers, turn)
         # The answer is part of the prompt.
-        asked = [self._client.model, self._client.temperature, prompt.system, prompt.user]
+        asked = [self._client.model, TEMPERATURE, prompt.system, prompt.user]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return _Task(question=question, turn=turn, prompt=prompt, key=key)
 
