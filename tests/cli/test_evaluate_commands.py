@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pacatune.cli import evaluate_options as shared
+from pacatune.cli import evaluate as shared
 from pacatune.cli import main
 from tests.conftest import build_model
 

@@ -1,11 +1,13 @@
 """Options that come from the fields of a dataclass."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
+from pacatune.evaluation.mt_bench import MtBenchConfig
 from pacatune.measure.config import BenchConfig
 from pacatune.measure.setting import Setting
 
@@ -23,6 +25,7 @@ class Sizes:
     names: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (1, 2)
     is_quick: bool = False
+    folder: Path | None = None
 
 
 def parse(*words):
@@ -39,19 +42,28 @@ def test_defaults_are_those_of_the_fields_unless_changed():
         "names": (),
         "lengths": (1, 2),
         "is_quick": False,
+        "folder": None,
     }
 
 
 def test_words_become_values_of_the_fields_types():
     words = ["--num-rows", "7", "--share", "0.5", "--kind", "odd", "--names", "a, b", "--is-quick"]
-    assert parse(*words, "--lengths", "4,5") == {
+    assert parse(*words, "--lengths", "4,5", "--folder", "a/b") == {
         "num_rows": 7,
         "share": 0.5,
         "kind": "odd",  # the dataclass refuses it, in one line
         "names": ("a", "b"),
         "lengths": (4, 5),
         "is_quick": True,
+        "folder": Path("a/b"),
     }
+
+
+def test_a_field_without_default_is_required():
+    parser = new_parser("sizes", "Choose sizes.")
+    add_fields(parser, Sizes)
+    with pytest.raises(ValueError, match="arguments are required: --path; see"):
+        parser.parse_args([])
 
 
 def test_what_is_no_list_of_numbers_is_refused():
@@ -68,6 +80,6 @@ def test_help_is_the_docstring_of_the_field():
     assert "--kind {fine,coarse} of what grain (default: fine)" in text
 
 
-@pytest.mark.parametrize("kind", [BenchConfig, Setting])
+@pytest.mark.parametrize("kind", [BenchConfig, Setting, MtBenchConfig])
 def test_every_field_of_a_command_has_a_help(kind):
     assert {field.name for field in fields(kind)} <= field_helps(kind).keys()

@@ -3,7 +3,6 @@ import logging
 import pytest
 
 from pacatune.evaluation import evaluate_choice, evaluate_mmlu, evaluate_tasks
-from pacatune.evaluation import harness as harness_module
 from pacatune.evaluation.harness import quiet_lm_eval
 
 
@@ -16,8 +15,8 @@ from pacatune.evaluation.harness import quiet_lm_eval
     ],
 )
 def test_without_lm_eval(monkeypatch, call):
-    monkeypatch.setattr(harness_module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'pacatune\[eval\]'"):
+    monkeypatch.setattr("pacatune.installation.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed \(lm_eval\): .*'pacatune\[eval\]'"):
         call()
 
 

@@ -8,7 +8,8 @@ import yaml
 
 from pacatune.data.mmlu import LETTERS
 from pacatune.evaluation import evaluate_mmlu
-from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
+from pacatune.evaluation.harness import run_tasks
+from pacatune.evaluation.mmlu import prepare_mmlu
 
 SUBJECTS = ["anatomy", "marketing", "sociology"]
 
@@ -94,7 +95,7 @@ def test_limit_gives_the_first_questions_and_a_standard_error(model, tokenizer, 
 
 def test_tasks_can_be_asked_again(model, tokenizer, tasks_dir):
     tasks = prepare_mmlu(tasks_dir, SUBJECTS[:1])
-    first, again = (ask_mmlu(model, tokenizer, tasks, limit=limit) for limit in (2, 3))
+    first, again = (run_tasks(model, tokenizer, tasks, limit=limit) for limit in (2, 3))
     assert [each["number"] for each in again.questions] == [0, 1, 2]
     for one, other in zip(first.questions, again.questions, strict=False):
         assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)
@@ -159,10 +160,13 @@ def test_damaged_folders(tasks_dir, tmp_path):
         ("task: x\nclass: utils.Task\n", "names a `class`; code in task files is never run"),
         ("task: 'x", "is not a plain YAML file"),
         ("- x\n", "holds a list; a task file is a mapping"),
+        ("task: x\ninclude: shared\n", "(?s)shared is not a plain YAML.*code in task files is"),
+        ("task: x\ninclude: [a/../x.yaml, shared]\n", "shared is not a plain YAML"),
     ],
 )
 def test_task_files_are_never_run(tmp_path, text, message):
     (tmp_path / "utils.py").write_text("raise SystemExit('run')\n")
+    (tmp_path / "shared").write_text("doc_to_text: !function utils.text\n")
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         prepare_mmlu(tmp_path)
@@ -180,7 +184,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(OSError, match=r"cais/mmlu.* cannot be had \(Conn.*--tasks-dir"):
+    with pytest.raises(OSError, match=r"mmlu cannot be had \(Conn.*cais/mmlu.*--tasks-dir"):
         prepare_mmlu()
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from pacatune.data.mmlu import LETTERS, Question
 from pacatune.evaluation import MmluData, bundled_mmlu, read_mmlu, write_tasks
-from pacatune.evaluation import harness as harness_module
 from pacatune.evaluation import mmlu_data as mmlu_data_module
 
 
@@ -145,7 +144,7 @@ def test_folder_is_written_whole_or_not_at_all(bundled, tasks_dir, tmp_path):
 
 
 def test_without_lm_eval(monkeypatch):
-    monkeypatch.setattr(harness_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("pacatune.installation.find_spec", lambda name: None)
     mmlu_data_module._default_configs.cache_clear()
-    with pytest.raises(ValueError, match=r"`lm-eval` is not installed.*'pacatune\[eval\]'"):
+    with pytest.raises(ValueError, match=r"not installed \(lm_eval\): .*'pacatune\[eval\]'"):
         bundled_mmlu()

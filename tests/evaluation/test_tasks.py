@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from pacatune.cli.evaluate_lm_eval import make_report
 from pacatune.evaluation import evaluate_tasks
-from pacatune.evaluation.tasks import prepare_tasks, rows_of
+from pacatune.evaluation.tasks import prepare_tasks
 
 TASK = """\
 task: {name}
@@ -42,7 +43,7 @@ def test_a_tag_gives_its_tasks(model, tokenizer, folder):
     assert likely.num_questions == 2
     assert likely.value in (0.0, 0.5, 1.0)
     assert scores.num_fewshot["written"] == 1
-    rows = {row[0]: row for row in rows_of(scores)}
+    rows = {row[0]: row for row in make_report(scores).rows}
     assert rows["likely"][1:3] == ["acc", f"{likely.value:.4f}"]
     assert rows["likely"][4:] == ["2", "1"]
     texts = [each["responses"] for each in scores.questions if each["task"] == "written"]

@@ -1,8 +1,31 @@
-"""`pacatune evaluate WHAT`: the table of evaluations."""
+"""`pacatune evaluate WHAT`: the table of evaluations, and what those that load a model share."""
 
+import argparse
 import importlib
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pacatune.cli.options import (
+    add_base_options,
+    new_parser,
+    positive,
+    print_notes,
+    quiet_libraries,
+)
 from pacatune.names import did_you_mean
+from pacatune.precision import DTYPES
+from pacatune.pretrained import QUANTIZATIONS
+
+if TYPE_CHECKING:
+    from pacatune.adapters.loading import LoadedModel
+    from pacatune.evaluation.output import Report
+
+# Takes model, tokenizer, `batch_size` and `progress`; yields the report, again with every further
+# part that is known.
+Score = Callable[..., "Iterable[Report]"]
 
 # Each is the module `pacatune.cli.evaluate_NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 SUBCOMMANDS = {
@@ -16,11 +39,7 @@ SUBCOMMANDS = {
 
 
 def run(argv: list[str]) -> int:
-    """Run the evaluation that the first word names with the words after it; return its status.
-
-    Raises:
-        ValueError: If there is no such evaluation.
-    """
+    """Run the evaluation that the first word names with the words after it; return its status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -43,3 +62,80 @@ def _usage() -> str:
         f"what:\n{table}\n\n"
         "`pacatune evaluate WHAT --help` lists the options of one."
     )
+
+
+def evaluate(
+    name: str,
+    description: str,
+    argv: list[str],
+    add_options: Callable[[Callable[..., Any]], None],
+    prepare: Callable[[argparse.Namespace], tuple[dict[str, Any], Score]],
+) -> int:
+    """Score the model that the words name, write and print the report; return the exit status.
+
+    `add_options` adds the evaluation's own options. `prepare` reads what it needs before a model is
+    loaded; it returns the settings that decide the numbers, and what scores.
+    """
+    parser = new_parser(f"evaluate {name}", description)
+    _add_model_options(parser)
+    add_options(parser.add_argument)
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from rich.console import Console
+
+    from pacatune.evaluation.output import describe, open_output, write_report
+
+    output = Path(options.output)
+    open_output(output)
+    settings, score = prepare(options)
+    settings = settings | values_of(options, "quantization", "batch_size")
+    command = " ".join(["pacatune evaluate", name, *map(shlex.quote, argv)])
+    with _loaded_model(options) as loaded:
+        head = describe(loaded, command, settings)
+        speed = {"batch_size": options.batch_size, "progress": True}
+        for report in score(loaded.model, loaded.tokenizer, **speed):
+            write_report(output, head, report, finished=False)
+        write_report(output, head, report, finished=True)
+    console = Console(highlight=False)
+    console.print(report.table())
+    for note in report.notes:
+        console.print(note, style="dim", markup=False)
+    console.print(f"wrote {output}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_base_options(parser, adapter_required=False, device="auto")
+    add = parser.add_argument
+    add("--output", metavar="DIR", required=True, help="new folder of the result")
+    dtype = "number type of the base (default: its own)"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    bits = (
+        "hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained so "
+        "does it by itself"
+    )
+    add("--quantization", choices=QUANTIZATIONS, help=bits)
+    batch = "evaluated at once; more is faster on a GPU (default: %(default)s)"
+    add("--batch-size", type=positive, default=8, help=batch)
+
+
+@contextmanager
+def _loaded_model(options: argparse.Namespace) -> Iterator["LoadedModel"]:
+    """Load the model that the options name, and print what there is to know about it.
+
+    It is this command's alone, so adapted columns are kept in its weights.
+    """
+    from pacatune import resident
+    from pacatune.adapters.loading import load_language_model
+
+    names = ("dtype", "device", "quantization", "allow_other_base")
+    loaded = load_language_model(options.model, options.adapter, **values_of(options, *names))
+    print_notes(loaded.notes)
+    with resident(loaded.model):
+        yield loaded
+
+
+def values_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return some of the options by name."""
+    return {name: getattr(options, name) for name in names}

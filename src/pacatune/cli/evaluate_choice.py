@@ -1,54 +1,57 @@
 """`pacatune evaluate choice`: multiple choice, packaged or your own."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pacatune.cli import evaluate_options as shared
-from pacatune.cli.options import positive, quiet_libraries
+from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.options import positive
 from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
-    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation import ChoiceQuestion, ChoiceResult
     from pacatune.evaluation.output import Report
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate choice` with the words after it; return the exit status."""
-    options = _parse(argv)
-    quiet_libraries()
+    description = "Score a model on multiple-choice questions by the likelihood of each choice."
+    return evaluate("choice", description, argv, _add_options, _prepare)
 
+
+def _add_options(add: Callable[..., Any]) -> None:
+    data = (
+        "social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
+        "question, choices, answer"
+    )
+    add("--data", nargs="+", required=True, metavar="NAME_OR_FILE", help=data)
+    add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
+    add("--chat", action="store_true", help="ask by the model's chat template")
+    add("--seed", type=int, default=0, help="seed of the packaged split (default: %(default)s)")
+    add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
+
+
+def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
     from pacatune.evaluation.choice import evaluate_choice
     from pacatune.evaluation.harness import require_lm_eval
-    from pacatune.evaluation.output import open_output
 
     require_lm_eval()
-    open_output(Path(options.output))
     data = {name: _questions(name, options) for name in dict.fromkeys(options.data)}
-    asked = shared.values_of(options, "limit", "chat")
+    asked = values_of(options, "limit", "chat")
 
-    def score(loaded: "LoadedModel") -> "Iterator[Report]":
-        results: dict[str, ChoiceResult] = {}
+    def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+        results = {}
         for name, questions in data.items():
-            results[name] = evaluate_choice(
-                loaded.model,
-                loaded.tokenizer,
-                questions,
-                **asked,
-                batch_size=options.batch_size,
-                progress=True,
-            )
-            yield make_report(results)
+            results[name] = evaluate_choice(model, tokenizer, questions, **asked, **speed)
+            yield _report(results)
 
-    settings = shared.values_of(options, "data", "seed") | asked
-    return shared.evaluate("choice", argv, options, settings, score)
+    return values_of(options, "data", "seed") | asked, score
 
 
-def make_report(results: "dict[str, ChoiceResult]") -> "Report":
+def _report(results: "dict[str, ChoiceResult]") -> "Report":
     """Return a row per data set."""
-    from pacatune.evaluation.output import Report, percent, score_dict
+    from pacatune.evaluation.output import Report, percent, result_dict
 
     notes = ["Accuracy in % ± standard error; `per character`: by log-likelihood per character."]
     for name, result in results.items():
@@ -70,15 +73,7 @@ def make_report(results: "dict[str, ChoiceResult]") -> "Report":
             ]
             for name, result in results.items()
         ],
-        result={
-            name: {
-                "accuracy": score_dict(result.accuracy),
-                "accuracy_normalised": score_dict(result.accuracy_normalised),
-                "chance": result.chance,
-                "num_truncated": result.num_truncated,
-            }
-            for name, result in results.items()
-        },
+        result={name: result_dict(result) for name, result in results.items()},
         notes=notes,
         questions=[
             {"data": name, **each} for name, result in results.items() for each in result.questions
@@ -99,23 +94,3 @@ def _questions(name: str, options: argparse.Namespace) -> "list[ChoiceQuestion]"
             f"`data` ({name!r}) is no file and no packaged data; {did_you_mean(name, TASKS)}"
         )
     return read_questions(name)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = shared.model_parser(
-        "choice", "Score a model on multiple-choice questions by the likelihood of each choice."
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="NAME_OR_FILE",
-        help="social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
-        "question, choices, answer",
-    )
-    add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
-    add("--chat", action="store_true", help="ask by the model's chat template")
-    add("--seed", type=int, default=0, help="seed of the packaged split (default: %(default)s)")
-    add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
-    return parser.parse_args(argv)

@@ -1,63 +1,58 @@
 """`pacatune evaluate mmlu`: MMLU with examples in the prompt, by category."""
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from pacatune.cli import evaluate_options as shared
-from pacatune.cli.options import names, positive, quiet_libraries
+from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.options import names, positive
 
 if TYPE_CHECKING:
-    from pacatune.adapters.loading import LoadedModel
     from pacatune.evaluation.mmlu import MmluResult
     from pacatune.evaluation.output import Report
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune evaluate mmlu` with the words after it; return the exit status."""
-    options = _parse(argv)
-    quiet_libraries()
+    description = "Score a model on MMLU by lm-eval: four categories and their average."
+    return evaluate("mmlu", description, argv, _add_options, _prepare)
 
-    from pacatune.evaluation.mmlu import ask_mmlu, prepare_mmlu
-    from pacatune.evaluation.output import open_output
 
-    open_output(Path(options.output))
-    chosen = shared.values_of(options, "tasks_dir", "subjects", "num_fewshot")
+def _add_options(add: Callable[..., Any]) -> None:
+    folder = "folder that `pacatune evaluate mmlu-data` wrote (default: the data is the hub's)"
+    add("--tasks-dir", metavar="DIR", help=folder)
+    add("--subjects", type=names, metavar="A,B,...", help="only these")
+    examples = "examples in each prompt (default: what the tasks say, 5 for MMLU)"
+    add("--num-fewshot", type=int, metavar="N", help=examples)
+    add("--limit", type=positive, metavar="N", help="questions per subject, the first ones")
+    add("--chat", action="store_true", help="write prompts by the model's chat template")
+
+
+def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+    from pacatune.evaluation.harness import run_tasks
+    from pacatune.evaluation.mmlu import mmlu_result, prepare_mmlu
+
+    chosen = values_of(options, "tasks_dir", "subjects", "num_fewshot")
     tasks = prepare_mmlu(**chosen)
-    asked = shared.values_of(options, "limit", "chat")
+    asked = values_of(options, "limit", "chat")
 
-    def score(loaded: "LoadedModel") -> "Iterator[Report]":
-        result = ask_mmlu(
-            loaded.model,
-            loaded.tokenizer,
-            tasks,
-            **asked,
-            batch_size=options.batch_size,
-            progress=True,
-        )
-        report = make_report(result)
-        if options.limit is not None:
-            report.notes.append(
-                f"Only the first {options.limit} questions of each subject were asked."
-            )
-        yield report
+    def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+        result = mmlu_result(run_tasks(model, tokenizer, tasks, **asked, **speed))
+        yield _report(result, options.limit)
 
-    return shared.evaluate("mmlu", argv, options, chosen | asked, score)
+    return chosen | asked, score
 
 
-def make_report(result: "MmluResult") -> "Report":
+def _report(result: "MmluResult", limit: int | None) -> "Report":
     """Return the table of the paper's Table 1 with standard errors and numbers of questions."""
     from pacatune.evaluation.mmlu import CATEGORIES
     from pacatune.evaluation.mmlu_data import NUM_SUBJECTS
-    from pacatune.evaluation.output import Report, percent, score_dict
+    from pacatune.evaluation.output import Report, percent, result_dict
 
     fewest, most = result.num_fewshot
     shots = f"{most}" if fewest == most else f"{fewest} to {most}"
-    scores = {
-        **{title: result.categories.get(title) for title in CATEGORIES},
-        "Avg.": result.average,
-    }
+    scores = {title: result.categories.get(title) for title in CATEGORIES}
+    scores["Avg."] = result.average
     notes = [
         f"Accuracy in % ± standard error, {shots} examples in each prompt; average by question."
     ]
@@ -68,6 +63,8 @@ def make_report(result: "MmluResult") -> "Report":
             f"{result.num_truncated} prompts are longer than the model's context and lost their "
             "first examples."
         )
+    if limit is not None:
+        notes.append(f"Only the first {limit} questions of each subject were asked.")
     return Report(
         title="MMLU",
         headings=["", *scores],
@@ -75,36 +72,7 @@ def make_report(result: "MmluResult") -> "Report":
             ["accuracy", *(percent(score) for score in scores.values())],
             ["questions", *(str(score.num_questions if score else 0) for score in scores.values())],
         ],
-        result={
-            "categories": {name: score_dict(score) for name, score in result.categories.items()},
-            "average": score_dict(result.average),
-            "subjects": {name: score_dict(score) for name, score in result.subjects.items()},
-            "num_fewshot": list(result.num_fewshot),
-            "num_truncated": result.num_truncated,
-        },
+        result=result_dict(result),
         notes=notes,
         questions=result.questions,
     )
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = shared.model_parser(
-        "mmlu", "Score a model on MMLU by lm-eval: four categories and their average."
-    )
-    add = parser.add_argument
-    add(
-        "--tasks-dir",
-        metavar="DIR",
-        help="folder that `pacatune evaluate mmlu-data` wrote (default: the data comes from the "
-        "hub)",
-    )
-    add("--subjects", type=names, metavar="A,B,...", help="only these")
-    add(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="examples in each prompt (default: what the tasks say, 5 for MMLU)",
-    )
-    add("--limit", type=positive, metavar="N", help="questions per subject, the first ones")
-    add("--chat", action="store_true", help="write prompts by the model's chat template")
-    return parser.parse_args(argv)

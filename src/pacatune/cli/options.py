@@ -120,16 +120,19 @@ def _arguments(field: "Field[Any]", text: str) -> dict[str, Any]:
     default = None if field.default is MISSING else field.default
     if field.type is bool:
         return {"action": "store_true", "help": text}
+    is_required = field.default is MISSING and field.default_factory is MISSING
     if isinstance(default, tuple):
         default = ",".join(map(str, default)) or None
     if default is not None:
         text += " (default: %(default)s)"
-    arguments: dict[str, Any] = {"default": default, "help": text}
+    arguments: dict[str, Any] = {"default": default, "help": text, "required": is_required}
     kinds = (field.type, *get_args(field.type))
     if choices := choices_of(field.type):
         return arguments | {"metavar": f"{{{','.join(choices)}}}"}
     if "..." in str(field.type):
         return arguments | {"metavar": "A,B,..." if str in kinds else "N,M,..."}
+    if Path in kinds:
+        return arguments | {"metavar": "PATH"}
     number = next((kind for kind in (int, float) if kind in kinds), None)
     return arguments | ({"metavar": "NAME"} if number is None else {"type": number, "metavar": "N"})
 
@@ -148,6 +151,8 @@ def field_values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
 
 
 def _value(field: "Field[Any]", value: Any) -> Any:
+    if Path in (field.type, *get_args(field.type)):
+        return None if value is None else Path(value)
     if "..." not in str(field.type) or isinstance(value, tuple):
         return value
     words = [word.strip() for word in (value or "").split(",")]

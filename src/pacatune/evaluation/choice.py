@@ -31,13 +31,8 @@ class ChoiceResult:
 def read_questions(path: str | Path) -> list[ChoiceQuestion]:
     """Read multiple-choice questions from a .jsonl, .json or .parquet file.
 
-    Args:
-        path: Rows have question, choices and answer, and may have a prompt; or BIG-bench's input
-            and target_scores.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a row is wrong; names the file and row.
+    Rows have question, choices and answer, and may have a prompt; or BIG-bench's input and
+    target_scores.
     """
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a file; give one with questions.")
@@ -64,10 +59,6 @@ def evaluate_choice(
         batch_size: Choices that are evaluated at once.
         chat: Ask by the chat template; the choice is what the assistant says.
         progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If lm-eval is missing, there are no questions, or the tokenizer has no chat
-            template for `chat`.
     """
     require_lm_eval()
     asked = list(questions)[:limit]
@@ -106,7 +97,6 @@ def _task(questions: Sequence[ChoiceQuestion], chat: bool) -> dict[str, Any]:
         for one in questions
     ]
     data = {"test": Dataset.from_list(rows)}
-    metrics = ("acc", "acc_norm")
     return {
         "task": _TASK,
         "custom_dataset": lambda **_: data,
@@ -117,6 +107,7 @@ def _task(questions: Sequence[ChoiceQuestion], chat: bool) -> dict[str, Any]:
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in ("acc", "acc_norm")
         ],
     }

@@ -6,13 +6,12 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pacatune.installation import install_command
+from pacatune.installation import require_extra
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -53,16 +52,8 @@ class PreparedTasks:
 
 
 def require_lm_eval() -> None:
-    """Refuse to go on without lm-eval.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
-    if find_spec("lm_eval") is None:
-        raise ValueError(
-            "the package `lm-eval` is not installed, which scores this evaluation; install it: "
-            f"{install_command('eval')}."
-        )
+    """Refuse to go on without lm-eval."""
+    require_extra("this evaluation", "eval", ("lm_eval",))
 
 
 def run_tasks(
@@ -78,37 +69,21 @@ def run_tasks(
     progress: bool = False,
     keep_line_break: bool = False,
 ) -> TaskScores:
-    """Score a model by lm-eval.
-
-    Args:
-        model: A causal language model, or a PEFT model around one.
-        tokenizer: Its tokenizer.
-        tasks: What to ask.
-        limit: As for `evaluate_tasks`.
-        num_fewshot: As there.
-        batch_size: As there.
-        chat: As there.
-        seed: As there.
-        progress: As there.
-        keep_line_break: As for `LanguageModel`.
-
-    Raises:
-        ValueError: If a number is out of range, or the tokenizer has no chat template for `chat`.
-    """
+    """Score a model by lm-eval; for the arguments see `evaluate_tasks` and `LanguageModel`."""
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ValueError(f"`{name}` ({value}) must be at least {least}, or left out.")
-    require_chat_template(tokenizer, chat)
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            "`chat` needs a chat template, which the model's tokenizer lacks; leave it out, or "
+            "take an instruction-tuned model."
+        )
     import lm_eval
 
     from pacatune.evaluation.language_model import LanguageModel
 
     lm = LanguageModel(
-        model,
-        tokenizer,
-        batch_size=batch_size,
-        progress=progress,
-        keep_line_break=keep_line_break,
+        model, tokenizer, batch_size=batch_size, progress=progress, keep_line_break=keep_line_break
     )
     with quiet_lm_eval(), _own_randomness(lm.device):
         result = lm_eval.simple_evaluate(
@@ -126,19 +101,6 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     return _to_scores(result, lm.num_truncated)
-
-
-def require_chat_template(tokenizer: Any, chat: bool) -> None:
-    """Refuse to write chats by a tokenizer that cannot.
-
-    Raises:
-        ValueError: If `chat` is set and there is no template.
-    """
-    if chat and not tokenizer.chat_template:
-        raise ValueError(
-            "`chat` needs a chat template, which the model's tokenizer lacks; leave it out, or "
-            "take an instruction-tuned model."
-        )
 
 
 @contextlib.contextmanager
@@ -231,11 +193,7 @@ def _metrics(metrics: dict[str, Any], num_questions: int) -> dict[str, Score]:
         if not isinstance(stderr, int | float) or not math.isfinite(stderr) or num_questions < 2:
             stderr = None
         shown = name if filter_name == "none" else f"{name} ({filter_name})"
-        scores[shown] = Score(
-            value=float(value),
-            stderr=stderr,
-            num_questions=num_questions,
-        )
+        scores[shown] = Score(value=float(value), stderr=stderr, num_questions=num_questions)
     return scores
 
 

@@ -5,30 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
-from rich.console import Console
-from rich.progress import track
 
 from pacatune.evaluation.harness import quiet_lm_eval
-from pacatune.evaluation.logits import last_logits
+from pacatune.evaluation.scoring import batches, last_logits
 
 
 class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
     """lm-eval's Hugging Face model around one that is loaded already, adapters included.
 
-    Args:
-        model: A causal language model, or a PEFT model around one.
-        tokenizer: Its tokenizer; gets a padding token if it has none.
-        batch_size: Prompts that are evaluated at once.
-        progress: Whether to show lm-eval's bars.
-        keep_line_break: Whether a line break that ends a context stays there. lm-eval scores it
-            with the continuation, which shifts likelihoods per character where a chat template
-            ends its cue with one.
-
-    Attributes:
-        num_truncated: Prompts so far that did not fit the model's context.
-
-    Raises:
-        ValueError: If `batch_size` is below 1.
+    With `keep_line_break`, a line break that ends a context stays there. lm-eval scores it with
+    the continuation, which shifts likelihoods per character where a chat template ends its cue
+    with one.
     """
 
     def __init__(
@@ -50,7 +37,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
                 batch_size=batch_size,
                 softmax_dtype="float32",
             )
-        self.num_truncated = 0
+        self.num_truncated = 0  # prompts so far that did not fit the model's context
         self._num_kept = 0
         self._progress = progress
         self._keep_line_break = keep_line_break
@@ -80,18 +67,13 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         self._check(requests)
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, continuation) in enumerate(requests):
-            # What differs in its last token only is read off one forward pass by lm-eval.
+            # lm-eval runs requests that differ only in their last token as one.
             groups.setdefault((*context, *continuation[:-1]), []).append(place)
         longest_first = sorted(groups, key=len, reverse=True)
         size = override_bs or self.batch_size
         answers: list[Any] = [None] * len(requests)
-        for start in track(
-            range(0, len(longest_first), size),
-            "scoring",
-            console=Console(stderr=True),
-            disable=not self._progress,
-        ):
-            places = [place for key in longest_first[start : start + size] for place in groups[key]]
+        for keys in batches(longest_first, size, "scoring" if self._progress else None):
+            places = [place for key in keys for place in groups[key]]
             batch = [requests[place] for place in places]
             self._num_kept = self._tail(batch)
             found = super()._loglikelihood_tokens(batch, disable_tqdm=True)
@@ -101,6 +83,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
         return answers
 
     def _check(self, requests: Any) -> None:
+        """Count the prompts that are cut at their start; refuse answers that would be cut."""
         room = self.max_length
         cut = set()
         for texts, context, continuation in requests:
@@ -115,13 +98,9 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is not followed
 
     def _tail(self, requests: Any) -> int:
         """Return how many of a padded batch's last positions are read."""
-        lengths = [
-            min(len(context) + len(continuation) - 1, self.max_length)
-            for _, context, continuation in requests
-        ]
-        firsts = [n - len(request[2]) for n, request in zip(lengths, requests, strict=True)]
-        num_kept: int = max(lengths) - min(firsts)
-        return num_kept
+        room: int = self.max_length
+        ends = [(min(len(start) + len(end) - 1, room), len(end)) for _, start, end in requests]
+        return max(length for length, _ in ends) - min(length - scored for length, scored in ends)
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if not self._num_kept:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pacatune.data.mmlu import to_question
 from pacatune.data.read import read_rows
@@ -12,16 +12,12 @@ from pacatune.evaluation.harness import (
     PreparedTasks,
     Score,
     TaskScores,
-    quiet_lm_eval,
     require_lm_eval,
     run_tasks,
 )
-from pacatune.evaluation.local_tasks import local_tasks
 from pacatune.evaluation.mmlu_data import NUM_FEWSHOT, lm_eval_folder
+from pacatune.evaluation.tasks import load_task, local_tasks
 from pacatune.names import did_you_mean
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 CATEGORIES = {
     "Hums.": "mmlu_humanities",
@@ -64,8 +60,8 @@ def evaluate_mmlu(
     """Score a model on MMLU with lm-eval's task `mmlu`.
 
     Args:
-        model: A causal language model, or a PEFT model around one; put into evaluation mode.
-        tokenizer: Its tokenizer; gets a padding token if it has none.
+        model: As for `evaluate_tasks`, as are those that are not here.
+        tokenizer: Its tokenizer.
         tasks_dir: Folder of the tasks, as `pacatune evaluate mmlu-data` writes it; None takes
             lm-eval's own, whose data comes from the hub.
         subjects: Such as `anatomy`; None asks all that there are.
@@ -74,34 +70,12 @@ def evaluate_mmlu(
         batch_size: Prompts that are evaluated at once.
         chat: Write prompts by the chat template, which the paper does not.
         progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If lm-eval is missing, a subject is unknown, there are fewer examples than
-            `num_fewshot`, or a number is out of range.
-        FileNotFoundError: If `tasks_dir` or a file in it is missing.
-        OSError: If the hub's data cannot be had.
     """
     tasks = prepare_mmlu(tasks_dir, subjects, num_fewshot=num_fewshot)
-    return ask_mmlu(
-        model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
-    )
-
-
-def ask_mmlu(
-    model: Any,
-    tokenizer: Any,
-    tasks: "PreparedTasks",
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    chat: bool = False,
-    progress: bool = False,
-) -> MmluResult:
-    """Score a model on tasks that `prepare_mmlu` has loaded; for the rest see `evaluate_mmlu`."""
     scores = run_tasks(
         model, tokenizer, tasks, limit=limit, batch_size=batch_size, chat=chat, progress=progress
     )
-    return _to_result(scores)
+    return mmlu_result(scores)
 
 
 def prepare_mmlu(
@@ -109,23 +83,13 @@ def prepare_mmlu(
     subjects: Sequence[str] | None = None,
     *,
     num_fewshot: int | None = None,
-) -> "PreparedTasks":
-    """Load the tasks and their data, and see that they can be asked; needs no model.
-
-    Args:
-        tasks_dir: As for `evaluate_mmlu`, as are the others.
-        subjects: Such as `anatomy`.
-        num_fewshot: Examples in each prompt.
-
-    Raises:
-        ValueError: As `evaluate_mmlu`.
-        FileNotFoundError: As `evaluate_mmlu`.
-        OSError: As `evaluate_mmlu`.
-    """
+) -> PreparedTasks:
+    """Load the tasks and their data, and see that they can be asked; needs no model."""
     require_lm_eval()
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"`num_fewshot` ({num_fewshot}) must be at least 0.")
-    manager = _own_tasks() if tasks_dir is None else local_tasks(Path(tasks_dir).expanduser())
+    # lm-eval's own tasks have their data on the hub.
+    manager = local_tasks(lm_eval_folder() / "default" if tasks_dir is None else tasks_dir)
     index = manager.task_index
     if "mmlu" not in index:
         raise ValueError(
@@ -138,16 +102,13 @@ def prepare_mmlu(
             entry.cfg["num_fewshot"] = num_fewshot
         entry.cfg.setdefault("num_fewshot", NUM_FEWSHOT)
         _check_rows(entry)
-    with quiet_lm_eval():
-        loaded = _load(manager, tasks_dir)
-    for name, task in loaded["tasks"].items():
-        _check_examples(name, task)
-    return PreparedTasks(manager, [loaded["groups"]["mmlu"]])
-
-
-def _own_tasks() -> "TaskManager":
-    """Return lm-eval's own MMLU, whose data is on the hub."""
-    return local_tasks(lm_eval_folder() / "default")
+    hint = "make a folder of it with `pacatune evaluate mmlu-data`."
+    if tasks_dir is None:
+        hint = f"it is cais/mmlu on the hub; without network, {hint[:-1]} and give --tasks-dir."
+    whole = load_task(manager, "mmlu", hint)
+    for task in whole.get_all_tasks():
+        _check_examples(task)
+    return PreparedTasks(manager, [whole])
 
 
 def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
@@ -158,16 +119,11 @@ def _choose_subjects(index: dict[str, Any], subjects: Sequence[str]) -> None:
             raise ValueError(f"`subjects` names {subject!r}, which is not there; {hint}")
     wanted = {f"mmlu_{subject}" for subject in subjects}
     for group in CATEGORIES.values():
-        if group not in index:
-            continue
-        members = [
-            name
-            for member in index[group].cfg["task"]
-            for name in (
-                sorted(index[member].tags) if member in index and index[member].tags else [member]
-            )
-        ]
-        index[group].cfg["task"] = [name for name in members if name in wanted]
+        if group in index:
+            # A group of lm-eval's own names a tag, which stands for its subjects.
+            members = index[group].cfg["task"]
+            found = [sorted(index[one].tags or [one]) if one in index else [one] for one in members]
+            index[group].cfg["task"] = [n for names in found for n in names if n in wanted]
     index["mmlu"].cfg["task"] = [g for g in index["mmlu"].cfg["task"] if index[g].cfg["task"]]
 
 
@@ -176,7 +132,7 @@ def _is_task(entry: Any) -> bool:
 
 
 def _check_rows(entry: Any) -> None:
-    """Read local data once with our own eyes: lm-eval would not say which row is damaged."""
+    """Read local data once ourselves: lm-eval would not say which row is damaged."""
     files = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
     for file in files.values() if isinstance(files, dict) else []:
         if isinstance(file, str) and Path(file).is_file():
@@ -184,21 +140,7 @@ def _check_rows(entry: Any) -> None:
                 to_question(row)
 
 
-def _load(manager: "TaskManager", tasks_dir: str | Path | None) -> Any:
-    try:
-        return manager.load(["mmlu"])
-    except Exception as error:
-        # The hub's client and `datasets` raise a dozen types for a set that cannot be had.
-        if tasks_dir is not None:
-            raise
-        raise OSError(
-            f"the data of MMLU (`cais/mmlu` on the hub) cannot be had ({type(error).__name__}); "
-            "without network, make a folder of it with `pacatune evaluate mmlu-data` and give "
-            "--tasks-dir."
-        ) from error
-
-
-def _check_examples(name: str, task: Any) -> None:
+def _check_examples(task: Any) -> None:
     """Refuse more examples than there are; the question itself is never its own example."""
     examples = list(task.fewshot_docs())
     available = len(examples)
@@ -207,11 +149,12 @@ def _check_examples(name: str, task: Any) -> None:
     if task.config.num_fewshot > available:
         raise ValueError(
             f"`num_fewshot` ({task.config.num_fewshot}) is more than the {available} examples of "
-            f"{name}; lower it to {available}."
+            f"{task.config.task}; lower it to {available}."
         )
 
 
-def _to_result(scores: TaskScores) -> MmluResult:
+def mmlu_result(scores: TaskScores) -> MmluResult:
+    """Return what lm-eval says about the tasks of `prepare_mmlu` in the terms of MMLU."""
     tasks = {name: _with_stderr(each["acc"]) for name, each in scores.tasks.items()}
     subjects = [name for name in tasks if name not in (*CATEGORIES.values(), "mmlu")]
     shots = [scores.num_fewshot[name] for name in subjects]

@@ -23,6 +23,7 @@ NUM_SUBJECTS = 57
 NUM_TEST_QUESTIONS = 14_042
 """Number of questions in the test split as released."""
 
+_NUM_BYTES = 10 * 2**20  # the whole of MMLU
 _SPLIT = re.compile(r"(?:^|[-_])(dev|test|val|validation|train)(?:[-_.]|$)")
 _ASKED, _SHOWN = "test", "dev"
 _BUNDLED = re.compile(
@@ -47,14 +48,8 @@ def read_mmlu(folder: Path) -> MmluData:
     """Read the splits `dev` and `test` out of a folder with files of MMLU.
 
     The original `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv`, and Parquet or JSON files of the
-    hub's `cais/mmlu`: in folders by subject, or all subjects in `all`.
-
-    Args:
-        folder: Searched with its folders; other splits are passed over.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If a row is cut off or wrong, a subject unknown, or a split missing.
+    hub's `cais/mmlu`: in folders by subject, or all subjects in `all`. Other splits are passed
+    over.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is not a folder; give the one with MMLU's files.")
@@ -86,9 +81,6 @@ def bundled_mmlu() -> MmluData:
 
     They are in the prompts of its task `mmlu_flan_cot_fewshot`; the answers are those that its
     chains of thought arrive at. One with five choices and one that is there twice are left out.
-
-    Raises:
-        ValueError: If lm-eval is not installed.
     """
     path = lm_eval_folder() / "flan_cot_fewshot" / "_cot_prompts.json"
     shown: dict[str, list[Question]] = {}
@@ -114,20 +106,11 @@ def bundled_mmlu() -> MmluData:
 def write_tasks(data: MmluData, output: Path) -> None:
     """Write a folder that `pacatune evaluate mmlu --tasks-dir` and lm-eval's --include_path take.
 
-    Prompts, categories and metric are those of the installed lm-eval's `mmlu`.
-
-    Args:
-        data: Questions; subjects may be missing.
-        output: New folder; written as a whole or not at all.
-
-    Raises:
-        FileExistsError: If the folder is in use.
-        ValueError: If lm-eval is not installed, or a subject has too few examples.
+    Prompts, categories and metric are those of the installed lm-eval's `mmlu`. The folder is new,
+    and written as a whole or not at all.
     """
     configs = _default_configs()
-    by_subject = [*data.shown.values(), *(data.asked or {}).values()]
-    num_bytes = sum(_num_bytes(question) for questions in by_subject for question in questions)
-    with staged_folder(output, num_bytes) as folder:
+    with staged_folder(output, _NUM_BYTES) as folder:
         (folder / "data").mkdir()
         subjects: dict[str, list[str]] = {}
         for subject, shown in data.shown.items():
@@ -178,6 +161,7 @@ def _read_file(file: Path) -> Iterator[Question]:
 
 
 def _count(asked: dict[str, list[Question]]) -> list[str]:
+    """Return what an evaluation of these questions should say about their number."""
     notes = []
     num = sum(map(len, asked.values()))
     if num != NUM_TEST_QUESTIONS:
@@ -201,12 +185,10 @@ def _parse_bundled(text: str, subject: str) -> Question | None:
 @cache
 def _default_configs() -> dict[str, dict[str, Any]]:
     """Return the configuration of each of lm-eval's MMLU tasks and groups."""
-    require_lm_eval()
+    folder = lm_eval_folder() / "default"
     from lm_eval.tasks import TaskManager
 
-    index = TaskManager(
-        include_path=str(lm_eval_folder() / "default"), include_defaults=False
-    ).task_index
+    index = TaskManager(include_path=str(folder), include_defaults=False).task_index
     return {name: entry.cfg for name, entry in index.items() if entry.cfg is not None}
 
 
@@ -216,11 +198,7 @@ def _subjects() -> list[str]:
 
 
 def lm_eval_folder() -> Path:
-    """Return the folder of the installed lm-eval's MMLU tasks.
-
-    Raises:
-        ValueError: If lm-eval is not installed.
-    """
+    """Return the folder of the installed lm-eval's MMLU tasks."""
     require_lm_eval()
     spec = find_spec("lm_eval")
     assert spec is not None
@@ -236,7 +214,3 @@ def _write_rows(folder: Path, name: str, questions: list[Question]) -> str:
 
 def _write_yaml(path: Path, config: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _num_bytes(question: Question) -> int:
-    return 200 + 4 * (len(question.question) + sum(map(len, question.choices)))

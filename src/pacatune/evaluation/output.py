@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,10 @@ import torch
 from pacatune.adapters.base import innermost
 from pacatune.adapters.fingerprint import fingerprint, unwrap
 from pacatune.adapters.loading import LoadedModel
+from pacatune.data.packaged.packages import sha256_of
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
+from pacatune.files.result_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
 from pacatune.reports.provenance import versions, versions_text
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 RESULT_NAME, REPORT_NAME, QUESTIONS_NAME = "evaluation.json", "evaluation.md", "questions.jsonl"
 _SPARE_BYTES = 2**20
-# Whose weights tell one base from another.
+# Layers whose weights tell one base from another.
 _HASHED = (Layout, Conv1DLayout, ConvolutionLayout)
 
 
@@ -36,7 +37,7 @@ class Report:
     title: str
     headings: list[str]
     rows: list[list[str]]
-    """A table: what was scored, then cells as texts."""
+    """Cells of a table; the first says what was scored."""
     result: dict[str, Any]
     """The same and more, as JSON."""
     notes: list[str] = field(default_factory=list)
@@ -73,24 +74,13 @@ class Report:
 
 
 def open_output(path: Path) -> None:
-    """Make an evaluation's folder, so that a wrong one is found before anything is loaded.
-
-    Raises:
-        FileExistsError: If it holds something: a result is never overwritten.
-        ValueError: If the disk is full.
-    """
+    """Make an evaluation's folder before anything is loaded: a result is never overwritten."""
     check_output(path, _SPARE_BYTES)
     path.mkdir(parents=True, exist_ok=True)
 
 
 def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what belongs to any result: the model, the command, its settings and versions.
-
-    Args:
-        loaded: What is evaluated.
-        command: As it was typed.
-        settings: What decides the numbers.
-    """
+    """Return what belongs to any result: the model, the command, its settings and versions."""
     adapter = None if loaded.adapter is None else loaded.adapter.folder
     return {
         "command": command,
@@ -102,25 +92,18 @@ def describe(loaded: LoadedModel, command: str, settings: dict[str, Any]) -> dic
             "quantization": _quantization(loaded.model),
             "base": _fingerprint(loaded.model),
             "adapter": None if adapter is None else str(adapter),
-            "adapter_sha256": None if adapter is None else _sha256(adapter / TENSORS_NAME),
+            "adapter_sha256": None if adapter is None else sha256_of(adapter / TENSORS_NAME),
         },
         "versions": versions("lm-eval", "datasets", "bitsandbytes"),
     }
 
 
 def write_report(folder: Path, head: dict[str, Any], report: Report, *, finished: bool) -> None:
-    """Write a result as far as it is known; call again when more is.
-
-    Args:
-        folder: Folder that `open_output` made.
-        head: What `describe` returned.
-        report: The result.
-        finished: Whether nothing more will come.
-    """
+    """Write a result as far as it is known, under the head that `describe` returned."""
     if report.questions:
         lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in report.questions)
-        _write(folder / QUESTIONS_NAME, lines)
-    _write(folder / REPORT_NAME, [report.markdown(head)])
+        write_whole(folder / QUESTIONS_NAME, "".join(lines))
+    write_whole(folder / REPORT_NAME, report.markdown(head))
     values = {
         "finished": finished,
         "title": report.title,
@@ -128,12 +111,12 @@ def write_report(folder: Path, head: dict[str, Any], report: Report, *, finished
         "result": report.result,
         "notes": report.notes,
     }
-    _write(folder / RESULT_NAME, [json.dumps(values, indent=1, ensure_ascii=False) + "\n"])
+    write_whole(folder / RESULT_NAME, to_json(values))
 
 
-def score_dict(score: Score) -> dict[str, Any]:
-    """Return a score for JSON."""
-    return asdict(score)
+def result_dict(result: Any) -> dict[str, Any]:
+    """Return a result for JSON, without its questions, which have a file of their own."""
+    return {name: value for name, value in asdict(result).items() if name != "questions"}
 
 
 def percent(score: Score | None) -> str:
@@ -142,18 +125,6 @@ def percent(score: Score | None) -> str:
         return "-"
     spread = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
     return f"{100 * score.value:.1f}{spread}"
-
-
-def _write(path: Path, parts: Iterable[str]) -> None:
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(parts)
-    partial.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _quantization(model: Any) -> str | None:

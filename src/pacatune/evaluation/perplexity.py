@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from pacatune.evaluation.logits import last_logits
+from pacatune.evaluation.scoring import batches, last_logits
 
 _MAX_WINDOW = 1024
 
@@ -58,6 +59,8 @@ def evaluate_perplexity(
 ) -> dict[str, TextScore]:
     """Score a model on texts, each token once, with at least `window - stride` tokens before it.
 
+    Returns a score by name, and that of all texts together as `all` where there are several.
+
     The windows of a text are `window` tokens long and start `stride` apart; the first `stride`
     tokens of a text have less before them. A text begins with the BOS token if the tokenizer puts
     it there; else its first token, which nothing predicts, is left out, and so are its bytes.
@@ -72,12 +75,6 @@ def evaluate_perplexity(
         max_tokens: Tokens of each text at most, the first ones.
         batch_size: Windows that are evaluated at once.
         progress: Whether to show a bar.
-
-    Returns:
-        Name -> score, and the score of all texts together as `all` where there are several.
-
-    Raises:
-        ValueError: If a text has nothing to predict, or a number is out of range.
     """
     window, stride = _sizes(model, window, stride, batch_size)
     model.eval()
@@ -155,27 +152,16 @@ def _score(
     model: Any, windows: list[_Window], batch_size: int, title: str | None
 ) -> list[tuple[float, int]]:
     """Return the summed loss and the number of tokens of each window."""
-    from rich.console import Console
-    from rich.progress import track
-
     results = []
-    starts = range(0, len(windows), batch_size)
-    for start in track(starts, title or "", console=Console(stderr=True), disable=title is None):
-        batch = windows[start : start + batch_size]
-        longest = max(len(each.ids) for each in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, each in enumerate(batch):
-            ids[row, : len(each.ids)] = torch.tensor(each.ids)
-            mask[row, : len(each.ids)] = 1
+    for batch in batches(windows, batch_size, title):
+        rows = [torch.tensor(each.ids, device=model.device) for each in batch]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         first = min(len(each.ids) - each.num_scored - 1 for each in batch)
-        device = model.device
-        logits = last_logits(
-            model, longest - first, input_ids=ids.to(device), attention_mask=mask.to(device)
-        )
+        logits = last_logits(model, ids.shape[1] - first, input_ids=ids, attention_mask=mask)
         for row, each in enumerate(batch):
             end = len(each.ids)
-            targets = ids[row, end - each.num_scored : end].to(device)
+            targets = ids[row, end - each.num_scored : end]
             predicted = logits[row, end - each.num_scored - 1 - first : end - 1 - first].float()
             loss = functional.cross_entropy(predicted, targets, reduction="sum")
             results.append((float(loss), each.num_scored))
@@ -187,7 +173,7 @@ def _total(parts: list[tuple[float, int]], num_bytes: int) -> TextScore:
     loss = sum(total for total, _ in parts) / num_tokens
     stderr = None
     if len(parts) > 1:
-        # Of a ratio of sums over windows, whose tokens are not independent of each other.
+        # `loss` is a ratio of sums over windows; tokens of one are not independent.
         residuals = sum((total - loss * num) ** 2 for total, num in parts)
         stderr = math.sqrt(residuals * len(parts) / (len(parts) - 1)) / num_tokens
     return TextScore(loss=loss, loss_stderr=stderr, num_tokens=num_tokens, num_bytes=num_bytes)

@@ -29,7 +29,7 @@ def client(judge):
     """Asks the judge; `client.waits` holds what it would have waited."""
     client = JudgeClient(url=judge.url, model="judge")
     client.waits = []
-    client.wait = client.waits.append
+    client.stop.wait = client.waits.append
     return client
 
 
@@ -169,16 +169,21 @@ def test_a_wrong_address_is_said_at_once_and_no_redirect_followed(client, judge,
     assert len(judge.requests) == 1
 
 
-def test_the_key_is_sent_and_shown_nowhere(judge):
-    judge.key = KEY
-    client = JudgeClient(url=judge.url, model="judge", key=KEY, max_retries=0)
-    judge.misdeeds.extend(["leak", (500, {}, {"message": f"{KEY} is out of order"})])
-    assert client.ask(PROMPT).text == "I was given Bearer ***. [[7]]"
-    assert judge.requests[0][0]["Authorization"] == f"Bearer {KEY}"
+@pytest.mark.parametrize("key", [KEY, 'sk-secret"0123\\456'])  # which JSON escapes
+def test_the_key_is_sent_and_shown_nowhere(judge, key):
+    judge.key = key
+    judge.model = f"judge of {key}"
+    client = JudgeClient(url=judge.url, model=judge.model, key=key, max_retries=0)
+    judge.misdeeds.extend(["leak", (500, {}, {"message": f"{key} is out of order"})])
+    reply = client.ask(PROMPT)
+    assert reply.text == "I was given Bearer ***. [[7]]"
+    assert reply.model == "judge of ***-2026-01-01"
+    assert judge.requests[0][0]["Authorization"] == f"Bearer {key}"
     with pytest.raises(JudgeUnavailable, match=r"500: \*\*\* is out of order") as caught:
         client.ask(PROMPT)
-    assert KEY not in "".join(traceback.format_exception(caught.value))
-    assert KEY not in repr(client)
+    assert key not in "".join(traceback.format_exception(caught.value))
+    client.model = "judge"
+    assert key not in repr(client)
 
 
 def test_a_refused_key_is_not_repeated_even_in_part(judge):
@@ -226,16 +231,10 @@ def test_addresses_that_cannot_be_read(url):
 def test_a_stopped_client_asks_nothing_and_waits_no_more(judge):
     client = JudgeClient(url=judge.url, model="judge")
     judge.misdeeds.append((500, {}, {}))
-    client.wait = lambda seconds: client.stop.set()
+    client.stop.wait = lambda seconds: client.stop.set()
     with pytest.raises(JudgeStopped):
         client.ask(PROMPT)
     assert len(judge.requests) == 1
-
-
-def test_the_own_waiting_ends_when_it_is_stopped(judge):
-    client = JudgeClient(url=judge.url, model="judge")
-    client.stop.set()
-    client._wait(60)
 
 
 def test_a_reply_without_text_is_empty(client, judge):

@@ -1,8 +1,17 @@
+import json
+import shutil
 import traceback
 
 import pytest
 
 from pacatune.evaluation.mt_bench import MtBenchConfig
+from pacatune.evaluation.mt_bench.config import (
+    SETTINGS_NAME,
+    answer_settings,
+    check_settings,
+    sampled_hash,
+    write_settings,
+)
 
 
 def config(tmp_path, **options):
@@ -46,3 +55,57 @@ def test_a_key_in_the_place_of_its_name_is_not_shown(tmp_path):
     with pytest.raises(ValueError, match="not an upper-case name, so not shown") as caught:
         config(tmp_path, judge_key_env="sk-abcdef").judge_key()
     assert "abcdef" not in str(traceback.format_exception_only(caught.value))
+
+
+def settings(model="m", template=None, **options):
+    return answer_settings(
+        MtBenchConfig(output="x", model=model, no_judge=True, **options), "name", template
+    )
+
+
+def test_the_same_settings_go_on(tmp_path):
+    check_settings(tmp_path / "missing", settings())
+    write_settings(tmp_path, settings())
+    write_settings(tmp_path, settings(batch_size=2))
+    assert json.loads((tmp_path / SETTINGS_NAME).read_text()) == settings()
+    check_settings(tmp_path, settings(batch_size=2, device="cpu", judge_model="other"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 5}, "max_new_tokens was 1024 and is 5"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"model": "other"}, "model was 'm' and is 'other'"),
+        ({"adapter": "a"}, "adapter was None and is 'a'"),
+        ({"quantization": "nf4"}, "quantization was None and is 'nf4'"),
+        ({"template": "x"}, "chat_template_sha256 was None and is '2d71"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, options, message):
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps(settings()))
+    with pytest.raises(ValueError, match=f"holds answers made otherwise: {message}.*--output DIR"):
+        check_settings(tmp_path, settings(**options))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"decides": 3}'])
+def test_damaged_settings_are_refused(tmp_path, text):
+    (tmp_path / SETTINGS_NAME).write_text(text)
+    with pytest.raises(ValueError, match="is damaged, so nobody knows"):
+        check_settings(tmp_path, settings())
+
+
+def test_weights_are_told_apart_by_samples(tiny_model_dir, tmp_path):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    assert sampled_hash(str(copy)) == sampled_hash(str(tiny_model_dir))
+    (copy / "README.md").write_text("hello")
+    assert sampled_hash(str(copy)) == sampled_hash(str(tiny_model_dir))
+    for name in ("config.json", "model.safetensors"):
+        whole = (copy / name).read_bytes()
+        middle = len(whole) // 2
+        step = max(len(whole) // 64, 4096)
+        middle -= middle % step
+        (copy / name).write_bytes(whole[:middle] + b"?" + whole[middle + 1 :])
+        assert sampled_hash(str(copy)) != sampled_hash(str(tiny_model_dir))
+        (copy / name).write_bytes(whole)
+    assert sampled_hash("some/hub-id") is sampled_hash(None) is None

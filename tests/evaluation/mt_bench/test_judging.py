@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pacatune.evaluation.mt_bench.client import JudgeClient, JudgeUnavailable
-from pacatune.evaluation.mt_bench.judging import Judge
+from pacatune.evaluation.mt_bench.judging import Judge, parse_rating
 from pacatune.evaluation.mt_bench.questions import render
 from tests.evaluation.mt_bench.conftest import prompt_rows, write_lines
 from tests.evaluation.mt_bench.judge_server import rating_of
@@ -30,7 +30,7 @@ def make(judge, prompts, tmp_path):
             for name in ("model", "max_retries", "max_tokens")
             if name in options
         }
-        client = JudgeClient(url=judge.url, **{"model": "judge"} | own, wait=lambda seconds: None)
+        client = JudgeClient(url=judge.url, **{"model": "judge"} | own)
         path = tmp_path / "model_judgment" / "judge_single.jsonl"
         settings = {"model_id": "model-a"} | options
         return Judge(client, settings.pop("prompts", prompts), path, **settings)
@@ -203,7 +203,7 @@ def test_a_full_disk_ends_the_run(make, judge, questions, answers, monkeypatch):
     def fail(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pacatune.evaluation.mt_bench.json_lines.JsonLines.append", fail)
+    monkeypatch.setattr("pacatune.files.json_lines.JsonLines.append", fail)
     with pytest.raises(OSError, match="No space left"):
         make(parallel=1).judge(questions, answers)
     assert len(judge.requests) == 1
@@ -298,3 +298,32 @@ def test_a_killed_run_loses_only_what_was_under_way(judge, command, tmp_path):
     assert judge.complaints == []
     table = json.loads((tmp_path / "out" / "mt_bench.json").read_text())["table"]
     assert table[-1]["num_judged"] == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Fine. Rating: [[7]]", 7),
+        ("[[7.5]]", 7.5),
+        ("[[10]]", 10),
+        ("[[8.]]", 8),
+        ("first [[3]], then [[9]]", 3),
+        ("[2] but [[6]]", 6),
+        ("Rating: [4]", 4),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[10.5]]", None),
+        ("[[-3]]", None),
+        ("[[rating]]", None),
+        ("Rating: 5", None),
+        ("", None),
+        ("<think>[[3]], or rather [[4]]</think>\nRating: [[5]]", 5),
+        ("\n<think>Could be [[3]]", None),
+        ("It wrote <think>. [[6]]", 6),
+        ("[[" + "9" * 400 + "]]", None),
+    ],
+)
+def test_rating(text, rating):
+    found = parse_rating(text)
+    assert found == rating
+    assert type(found) is type(rating)

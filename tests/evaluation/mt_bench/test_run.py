@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import signal
+import threading
 
 import pytest
 from filelock import FileLock
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from pacatune.adapters import generation
 from pacatune.evaluation.mt_bench import MtBenchConfig, run_mt_bench
+from pacatune.evaluation.mt_bench.run import termination_interrupts
 from tests.adapters.fixtures import save_adapter
 from tests.evaluation.mt_bench.conftest import answer_row, write_lines
 
@@ -239,3 +242,23 @@ def test_a_judge_that_gives_out_leaves_an_unfinished_folder(evaluate, files, jud
     assert json.loads((tmp_path / "out" / "mt_bench.json").read_text()) == {"finished": False}
     judge.misdeeds.clear()
     assert evaluate(**options)["finished"]
+
+
+def test_termination_interrupts_inside_and_not_outside():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_another_thread_changes_nothing():
+    seen = []
+
+    def work():
+        with termination_interrupts():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]

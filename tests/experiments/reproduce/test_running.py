@@ -19,6 +19,7 @@ from pacatune.experiments.reproduce.running import (
 from pacatune.experiments.reproduce.runs import evaluate_line
 from pacatune.experiments.reproduce.section import Section
 from pacatune.paper import TABLES
+from tools.cli_reference import find_parser
 
 
 def make_experiment(name, run, **changes):
@@ -171,15 +172,13 @@ def test_names_and_methods(experiments):
 
 def test_commands_of_the_full_scale_are_those_of_the_evaluations():
     """Their own parsers take every word; a wrong one would end the process."""
-    from pacatune.cli import evaluate_mmlu, evaluate_mt_bench
-
     row = TABLES["table3"].row("llama3-8b-quantized")
     (line,) = instruction._full_commands(None, row)
-    parsed = evaluate_mt_bench._parse(shlex.split(line)[3:])
+    parsed = find_parser("evaluate-mt-bench").parse_args(shlex.split(line)[3:])
     assert (parsed.quantization, parsed.judge_model) == ("nf4", "gpt-4o-mini")
     assert parsed.judge_key_env == "OPENAI_API_KEY"
     line = evaluate_line("mmlu", "a/model", has_adapter=True)
-    parsed = evaluate_mmlu._parse(shlex.split(line)[3:])
+    parsed = find_parser("evaluate-mmlu").parse_args(shlex.split(line)[3:])
     assert (parsed.model, parsed.adapter, parsed.output) == ("a/model", "RUN", "DIR")
 
 

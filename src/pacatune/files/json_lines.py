@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JsonLines"]
+from pacatune.files.result_folder import write_whole
 
 Row = dict[str, Any]
 
@@ -15,17 +15,8 @@ Row = dict[str, Any]
 class JsonLines:
     """Rows of JSON, each written whole before the next; from several threads if need be.
 
-    A run that is killed while it writes leaves part of a line at the end: it is removed.
-
-    Args:
-        path: File; it and its folder may be missing.
-
-    Attributes:
-        rows: What the file held.
-        notes: What the user should know.
-
-    Raises:
-        ValueError: If a line that is not the last is damaged.
+    `rows` is what the file held. A run that is killed while it writes leaves part of a line at the
+    end: it is removed, and `notes` says so.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +30,7 @@ class JsonLines:
 
     def append(self, row: Row) -> None:
         """Write a row; when this returns, it is on the disk."""
-        rest = _line(row)
+        rest = _line(row).encode("ascii")
         # Unbuffered: closing a buffer that could not be written would try once more.
         with self._lock, self.path.open("ab", buffering=0) as file:
             size = file.tell()
@@ -54,12 +45,7 @@ class JsonLines:
 
     def replace(self, rows: Iterable[Row]) -> None:
         """Write the file anew, all at once."""
-        partial = self.path.with_name(f".{self.path.name}")
-        with partial.open("wb") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_whole(self.path, "".join(map(_line, rows)))
 
     def _read(self) -> None:
         *lines, last = self.path.read_bytes().split(b"\n")
@@ -85,9 +71,9 @@ class JsonLines:
         self.notes.append(f"the last line of {self.path} was cut off; it is removed.")
 
 
-def _line(row: Row) -> bytes:
+def _line(row: Row) -> str:
     # ASCII: some readers split lines at other characters too.
-    return json.dumps(row).encode("ascii") + b"\n"
+    return json.dumps(row) + "\n"
 
 
 def _parse(line: bytes) -> Row | None:

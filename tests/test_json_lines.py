@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pacatune.evaluation.mt_bench.json_lines import JsonLines
+from pacatune.files.json_lines import JsonLines
 
 ROWS = [{"a": 1}, {"a": "\u2028\nß"}]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune.evaluation.logits import last_logits
+from pacatune.evaluation.scoring import last_logits
 
 
 class LargestResult(TorchDispatchMode):
