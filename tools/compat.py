@@ -2,6 +2,7 @@
 
     python tools/compat.py                      every combination of tools/compat, then a table
     python tools/compat.py floors -- -k merge   one of them; what follows -- goes to pytest
+    python tools/compat.py --json FILE          also writes the counts, of earlier runs as well
 
 Each combination is a file of pip constraints. It gets an environment under .cache/compat with the
 core alone, without any extra, and the packages that tests import. `floors` brings a torch from the
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import venv
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix("")
@@ -58,16 +61,16 @@ def prepare(constraints: Path) -> Path:
     return python
 
 
-def versions(python: Path) -> str:
+def versions(python: Path) -> dict[str, str]:
     """Return what is installed there."""
     code = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
     command = [str(python), "-c", code, *SHOWN]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return ", ".join(f"{name} {one}" for name, one in zip(SHOWN, found, strict=True))
+    return dict(zip(SHOWN, found, strict=True))
 
 
-def run_tests(python: Path, command: list[str], extra: list[str], report: Path) -> tuple[str, bool]:
-    """Run tests; return how many passed, failed and were skipped, and whether all is well."""
+def run_tests(python: Path, command: list[str], extra: list[str], report: Path) -> bool:
+    """Run tests, whose counts go into a report; return whether all is well."""
     report.unlink(missing_ok=True)
     # A worker of its own: one test limits the size of files, a log that is written to among them.
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", "-n", "1"]
@@ -75,16 +78,30 @@ def run_tests(python: Path, command: list[str], extra: list[str], report: Path) 
     status = subprocess.run(
         [str(python), *command, *options, *extra], cwd=ROOT, env=os.environ | settings, check=False
     ).returncode
+    return status == 0 and counts_of(report).get("passed", 0) > 0
+
+
+def counts_of(report: Path) -> dict[str, int]:
+    """Return how many tests passed, failed and were skipped; nothing without a report."""
     if not report.is_file():
-        return f"no result, status {status}", False
+        return {}
     suites = ElementTree.parse(report).getroot().findall("testsuite")
     total, failed, errors, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites)
         for name in ("tests", "failures", "errors", "skipped")
     )
     bad = failed + errors
-    counts = f"{total - bad - skipped} passed, {bad} failed, {skipped} skipped"
-    return counts, status == 0 and total > skipped
+    return {"passed": total - bad - skipped, "failed": bad, "skipped": skipped}
+
+
+def summary(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return versions and counts of the combinations whose tests have run."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        counts = {half: counts_of(CACHE / f"{name}-{half}.xml") for half in COMMANDS}
+        if any(counts.values()):
+            found[name] = {"versions": versions(CACHE / name / "bin" / "python"), **counts}
+    return found
 
 
 def main() -> int:
@@ -98,21 +115,26 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)}")
     parser.add_argument("--only", choices=tuple(COMMANDS), help="one half of the tests")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
     chosen = parser.parse_args(words[:end])
     if unknown := sorted(set(chosen.names) - set(names)):
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}")
-    rows, is_good = [], True
+    is_good = True
     for name in chosen.names or names:
         python = prepare(TABLE / f"{name}.txt")
-        rows.append(f"{name}: {versions(python)}")
-        print(f"compat: {rows[-1]}", flush=True)
         for half, command in COMMANDS.items():
             if chosen.only in (None, half):
+                print(f"compat: {name}, {half}", flush=True)
                 report = CACHE / f"{name}-{half}.xml"
-                counts, passed = run_tests(python, command, words[end + 1 :], report)
-                rows.append(f"    {half:<12} {counts}")
-                is_good = is_good and passed
-    print("", *rows, sep="\n")
+                is_good = run_tests(python, command, words[end + 1 :], report) and is_good
+    found = summary(names if chosen.json else chosen.names or names)
+    for name, row in found.items():
+        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in row["versions"].items()))
+        for half in COMMANDS:
+            counts = ", ".join(f"{number} {kind}" for kind, number in row[half].items())
+            print(f"    {half:<12} {counts or 'not run'}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if is_good else 1
 
 
