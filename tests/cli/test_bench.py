@@ -80,12 +80,12 @@ def test_a_sweep_is_written(tmp_path, capsys):
         (["--device", "gpu"], "`device` ('gpu') is unknown to torch"),
         (["--tokens", "16,x"], "`tokens` ('16,x') must be whole numbers with commas between"),
         (["--tokens=-16"], "`tokens` (-16) must be at least 1"),
-        (["--rank", "0"], "`rank` (0) must be at least 1"),
+        (["--rank", "0"], "`rank` (0) must be a whole number of at least 1"),
         (["--memory-limit", "4 lots"], "`memory_limit` ('4 lots') is no amount of memory"),
         (["--model", "no/such/folder/at-all"], "does not exist"),
         (["--adapter-dtype", "int8"], "`adapter_dtype` ('int8') must be one of same, float32"),
         (["--sweep", "rank"], "`sweep` ('rank') must be one of batch, seq-len"),
-        (["--sweep", "batch", "--sweep-max", "0"], "`sweep_max` (0) must be at least 1"),
+        (["--sweep", "batch", "--sweep-max", "0"], "`sweep_max` (0) must be a whole number of at"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, words, message):

@@ -105,7 +105,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words):
     reader, writer = os.pipe()
     os.close(reader)
     errors = subprocess.PIPE if words != ["nothing"] else writer
-    with open(writer, "w") as pipe:
+    with os.fdopen(writer, "w") as pipe:
         env = os.environ | {"PYTHONUNBUFFERED": ""}  # the output is written at the end
         done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=env)
     assert done.returncode == 141

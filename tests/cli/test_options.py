@@ -6,8 +6,7 @@ from typing import Literal
 import pytest
 
 from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
-from pacatune.measure.config import BenchConfig
-from pacatune.measure.setting import Setting
+from pacatune.measure.setting import BenchConfig, Setting
 
 
 @dataclass(kw_only=True)

@@ -50,8 +50,11 @@ def test_given_sizes_are_taken():
         ({"num_heads": 7}, r"`num_heads` \(7\) must divide `hidden_size` \(64\) into an even"),
         ({"num_heads": 64}, r"`num_heads` \(64\) must divide .* even number of channels"),
         ({"num_heads": 4, "num_kv_heads": 3}, r"`num_kv_heads` \(3\) must divide `num_heads`"),
-        ({"vocab_size": -1}, r"`vocab_size` \(-1\) must be at least 1"),
-        ({"intermediate_size": 0}, r"`intermediate_size` \(0\) must be at least 1"),
+        ({"vocab_size": -1}, r"`vocab_size` \(-1\) must be a whole number of at least 1"),
+        (
+            {"intermediate_size": 0},
+            r"`intermediate_size` \(0\) must be a whole number of at least 1",
+        ),
         ({"hidden_size": 60}, r"`hidden_size` \(60\) does not divide into heads of 64, 32"),
     ],
 )

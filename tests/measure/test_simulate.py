@@ -201,7 +201,7 @@ def test_missing_trl_is_named(tmp_path):
 
 def test_missing_bitsandbytes_is_named(tmp_path):
     with (
-        patch("pacatune.measure.models.find_spec", return_value=None),
+        patch("pacatune.pretrained.find_spec", return_value=None),
         pytest.raises(ValueError, match="`quantization` \\('nf4'\\) needs bitsandbytes"),
     ):
         FakeTraining(tiny(tmp_path, quantization="nf4"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
 from pacatune.format.options import format_quantization
-from pacatune.precision import Dtype, torch_dtype
+from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
 from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized
 
@@ -172,7 +172,7 @@ def load_base(
         task_type: The adapter's task, which decides the head; None takes the class that the base
             was saved from.
         dtype: Type of the weights.
-        device: Where to put it; see `resolve_device`.
+        device: Where to put it; see `precision.choose_device`.
         quantization: How to quantise it, as an adapter's `base_quantization`; ignored for a base
             that is saved quantised.
 
@@ -180,7 +180,7 @@ def load_base(
         FileNotFoundError: If there is no such model.
         ValueError: If its weights cannot be read, or its class or the device are not known.
     """
-    target = resolve_device(device)
+    target = choose_device(device)
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     wanted = dtype if dtype == "auto" else torch_dtype(dtype)
@@ -211,36 +211,6 @@ def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a name, and see that it is there.
-
-    Args:
-        name: Such as `cpu`, `cuda` or `cuda:1`; `auto` is the accelerator if there is one.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"`device` ({name!r}) is not one that PyTorch knows; try 'cpu'."
-        ) from error
-    if device.type != "cpu":
-        count = torch.accelerator.device_count() if accelerator else 0
-        if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count:
-            there = "none" if accelerator is None else f"{count} of type {accelerator.type!r}"
-            raise ValueError(
-                f"`device` ({name!r}) is not there (accelerators: {there}); use 'cpu' or 'auto'."
-            )
-    return device
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.cli.options import add_fields, field_values, new_parser, quiet_libraries
-from pacatune.measure.config import BenchConfig
+from pacatune.measure.setting import BenchConfig
 
 _SHAPE = "512x8"
 
@@ -107,8 +107,7 @@ def _model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _dtype(options: argparse.Namespace) -> str:
-    from pacatune.measure.device import choose_device
-    from pacatune.precision import bfloat16_is_fast
+    from pacatune.precision import bfloat16_is_fast, choose_device
 
     if options.dtype != "auto":
         return str(options.dtype)

@@ -32,13 +32,14 @@ def run(argv: list[str]) -> int:
     options = _parse(argv)
     quiet_libraries()
 
-    from pacatune.measure.pictures import check_plot_path, save_plot
+    from pacatune.measure.pictures import save_plot
+    from pacatune.reports.figures import check_picture_path
 
     methods = options.methods or [options.method]
     settings = {name: _setting(options, name, len(methods)) for name in methods}
     available = _available_bytes(options)
     if options.plot is not None:
-        check_plot_path(options.plot)
+        check_picture_path(options.plot)
     quantity = _QUANTITIES[options.max] if options.max else None
     results = {name: _estimate(one, quantity, available) for name, one in settings.items()}
     values = {name: _values(*result, quantity, available) for name, result in results.items()}
