@@ -53,7 +53,7 @@ def test_given_sizes_are_taken():
         ({"vocab_size": -1}, r"`vocab_size` \(-1\) must be a whole number of at least 1"),
         (
             {"intermediate_size": 0},
-            r"`intermediate_size` \(0\) must be a whole number of at least 1",
+            r"`intermediate_size` \(0\) must be a whole number",
         ),
         ({"hidden_size": 60}, r"`hidden_size` \(60\) does not divide into heads of 64, 32"),
     ],

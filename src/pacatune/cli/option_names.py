@@ -13,9 +13,7 @@ from pathlib import Path
 def option_names(module: str, name: str) -> frozenset[str]:
     """Return the dotted names of a run's options, such as `data.path`, and of its sections.
 
-    Args:
-        module: Where the dataclass of the run is, such as `pacatune.training.config`.
-        name: The class's name. A field whose annotation is another class of ours is a section.
+    A field of the class whose annotation is another class of ours is a section.
 
     Raises:
         LookupError: If the source of a class is not found.
