@@ -8,8 +8,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "find_moved_modules"]
-
 _MEASURE = "pacatune.measure"
 MOVED: dict[str, str | tuple[str, ...]] = {
     "pacatune.baselines": "pacatune.tuner.moslora",

@@ -17,14 +17,8 @@ def check_on_hub(
 ) -> None:
     """Refuse the name of a model or data set that is neither here nor on the hub.
 
-    Args:
-        name: A path, or a name on the hub.
-        option: Where the name is from, for the message.
-        revision: Branch, tag or commit.
-        kind: Which of the two.
-
     Raises:
-        FileNotFoundError: Names the option, and why.
+        FileNotFoundError: Names the option that the name is from, and why.
     """
     if Path(name).expanduser().exists():
         return

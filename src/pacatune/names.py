@@ -5,20 +5,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["check_choices", "choices_of", "choose", "did_you_mean", "guess", "nearest", "suggest"]
-
 _MAX_LISTED = 20
 # Less alike than this, a key is no guess at another one.
 _NEAR = 0.6
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | None:
-    """Return the known name most like another one, None where none is like it.
+    """Return the known name most like a wrong one, None where none is; capitals may be wrong too.
 
-    Args:
-        name: The wrong one; capitals do not count where it has none of the known.
-        known: The right ones.
-        cutoff: How alike they must be, from 0 to 1; with 0 there is always one.
+    With a `cutoff` of 0 there is always one.
     """
     known = list(known)
     found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
@@ -40,13 +35,8 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 def choose(name: str, known: Collection[str], *, option: str) -> str:
     """Return the one of several names that is meant; a hyphen and an underscore are the same.
 
-    Args:
-        name: As the user wrote it.
-        known: Names that are offered.
-        option: Where the name is from, for the message.
-
     Raises:
-        ValueError: If it is none of them; names the nearest.
+        ValueError: If it is none of them; names the option and the nearest.
     """
     names = {one.replace("-", "_"): one for one in known}
     wanted = str(name).replace("-", "_")

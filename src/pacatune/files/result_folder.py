@@ -9,20 +9,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-# One process at a time in an output folder.
-
-
 LOCK_NAME = ".lock"
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that exists, until the end of the block.
+    """Keep other processes out of a folder that exists; refuse one that another process is in.
 
     The lock is the operating system's: it ends with the process, however that ends.
-
-    Raises:
-        ValueError: If another process is in it.
     """
     lock = FileLock(folder / LOCK_NAME)
     try:
@@ -56,25 +50,18 @@ class ResultFolder:
         Raises:
             FileExistsError: If it is a file or holds something without the mark.
         """
-        self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         self._begin()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the folder ready, for this process alone until the end of the block.
-
-        Raises:
-            FileExistsError: If it is a file or holds something without the mark.
-            ValueError: If another process is in it.
-        """
-        self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder ready, for this process alone until the end of the block; see `open`."""
+        self._make()
         with alone_in(self.path):
             self._begin()
             yield
 
-    def _check(self) -> None:
+    def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output {self.path} is a file; choose another: --output DIR.")
         holds = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
@@ -83,6 +70,7 @@ class ResultFolder:
                 f"output folder {self.path} holds files but no {self.mark}, so they are not from "
                 f"{self.kind} and stay as they are; choose another: --output DIR."
             )
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def _begin(self) -> None:
         for name in self.others:
@@ -92,10 +80,6 @@ class ResultFolder:
     def write(self, result: dict[str, Any]) -> None:
         """Write the results, which are also the mark, all at once."""
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        partial = self._mark.with_name(f".{self.mark}")
+        partial = self.path / f".{self.mark}"
         partial.write_text(text, encoding="utf-8")
-        partial.replace(self._mark)
-
-    @property
-    def _mark(self) -> Path:
-        return self.path / self.mark
+        partial.replace(self.path / self.mark)

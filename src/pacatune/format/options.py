@@ -12,16 +12,6 @@ from typing import Any, Literal
 from pacatune.format.patterns import check_patterns
 from pacatune.strategies import FIXED, needs_of
 
-__all__ = [
-    "FILE_TYPES",
-    "IN_PROJ",
-    "NEEDS_US",
-    "PacaOptions",
-    "format_quantization",
-    "idle_layers",
-    "target_of",
-]
-
 NEEDS_US = "PACATUNE"
 FILE_TYPES = ("PACA", NEEDS_US)
 """`peft_type` in adapter_config.json: of adapters that PEFT's own PaCA reads too, and of those that
@@ -196,11 +186,7 @@ class PacaOptions:
 
 
 def target_of(name: str) -> str:
-    """Return what a configuration calls an adapted weight: the attention, for its in_proj_weight.
-
-    Args:
-        name: Name of an adapted layer or parameter, as in an adapter's file.
-    """
+    """Return how options name an adapted weight: for in_proj_weight, by the attention."""
     return name.removesuffix(f".{IN_PROJ}")
 
 

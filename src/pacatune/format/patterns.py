@@ -18,15 +18,10 @@ _PLAIN = re.compile(r"[\w.]*")
 
 
 def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
-    """Refuse regular expressions that do not compile.
+    """Refuse regular expressions in an adapter's options that do not compile.
 
-    Args:
-        options: An adapter's; each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary
-            by patterns.
-        section: Before the name of an option in the message, such as "paca.".
-
-    Raises:
-        ValueError: Names option and pattern, and what is wrong with it.
+    Each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary by patterns; `section`, such
+    as "paca.", stands before the name of an option in the message.
     """
     for option in PATTERN_OPTIONS:
         value = options.get(option)
@@ -43,10 +38,5 @@ def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
 
 
 def matching_key(patterns: Iterable[str], name: str) -> str | None:
-    """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key.
-
-    Args:
-        patterns: Names or regular expressions that compile.
-        name: A module's full name.
-    """
+    """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key."""
     return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)

@@ -15,7 +15,7 @@ from pacatune.hub import check_on_hub
 from pacatune.measure.presets import PRESETS, SIZES
 from pacatune.measure.setting import check_sizes
 from pacatune.names import guess, nearest
-from pacatune.pretrained import bitsandbytes_config, check_quantizable
+from pacatune.pretrained import bitsandbytes_config, check_quantizable, remote_code_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -192,10 +192,7 @@ def _check_origin(values: dict[str, Any], model: str) -> None:
             )
         return
     if "auto_map" in values:
-        raise ValueError(
-            f"model {model} comes with code of its own, which is never executed; use a version "
-            "of it that transformers supports."
-        )
+        raise remote_code_error(model)
     near = nearest(str(kind), CONFIG_MAPPING)
     hint = "." if near is None else f"; did you mean {near!r}?"
     raise ValueError(f"model {model}: `model_type` ({kind!r}) is unknown to transformers{hint}")
