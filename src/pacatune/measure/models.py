@@ -15,7 +15,12 @@ from pacatune.hub import check_on_hub
 from pacatune.measure.presets import PRESETS, SIZES
 from pacatune.measure.setting import check_sizes
 from pacatune.names import guess, nearest
-from pacatune.pretrained import bitsandbytes_config, check_quantizable, remote_code_error
+from pacatune.pretrained import (
+    bitsandbytes_config,
+    check_quantizable,
+    empty_model,
+    remote_code_error,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -228,10 +233,9 @@ def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> 
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model: PreTrainedModel = empty_model(
+            AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa"
+        )
     except Exception as error:
         # Classes fail at wrong values in their own ways: unknown activations, missing sizes.
         if "Unrecognized configuration class" not in str(error):
@@ -264,6 +268,12 @@ def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = model.is_quantized = True
 
 
+def is_4bit(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' 4-bit layers."""
+    kind = type(module)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+
+
 def make_model(
     values: dict[str, Any],
     dtype: torch.dtype,
@@ -292,7 +302,7 @@ def make_model(
 
 def _fill(model: Any, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give one module's own tensors their place and random or neutral values."""
-    if type(module).__name__ == "Linear4bit":
+    if is_4bit(module):
         _fill_quantized(model, cast(Any, module), dtype, device)
         return
     if not any(tensor.is_meta for tensor in _own_tensors(module)):

@@ -25,7 +25,7 @@ from pacatune import lean
 from pacatune.measure.counters import count_flops
 from pacatune.measure.gpu_kernels import allocations_of_gpu
 from pacatune.measure.methods import add_adapter
-from pacatune.measure.models import load_config, make_skeleton, quantize_
+from pacatune.measure.models import is_4bit, load_config, make_skeleton, quantize_
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker
 from pacatune.residency import Residency
@@ -273,7 +273,7 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
     for module in model.modules():
         # Past the guard of adapted layers, which would take the new parameter for a sharded one.
         parameters, buffers = module.__dict__["_parameters"], module.__dict__["_buffers"]
-        if _is_quantized(module):
+        if is_4bit(module):
             packed, scales = _quantized_weight(module, setting)
             parameters["weight"] = packed
             weights += [packed, *scales]
@@ -324,14 +324,8 @@ def _pack_weights(model: nn.Module, setting: Setting) -> None:
     """Give 4-bit layers of the meta device weights as small as they are when packed."""
     with torch.device("meta"):
         for module in model.modules():
-            if _is_quantized(module):
+            if is_4bit(module):
                 module.weight, _ = _quantized_weight(module, setting)
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of bitsandbytes' 4-bit layers."""
-    kind = type(module)
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def _quantized_weight(layer: Any, setting: Setting) -> tuple[Tensor, list[Tensor]]:
