@@ -76,7 +76,7 @@ def test_a_sweep_is_written(tmp_path, capsys):
         (["--shape", "512"], "`shape` ('512') must be HIDDENxLAYERS"),
         (["--shape=-512x8"], "`shape` ('-512x8') must be HIDDENxLAYERS"),
         (["--shape", "64x2", "--heads", "7"], "`num_heads` (7) must divide"),
-        (["--dtype", "fp4"], "`dtype` ('fp4') must be one of float32"),
+        (["--dtype", "fp4"], "`dtype` ('fp4') must be one of auto, float32"),
         (["--device", "gpu"], "`device` ('gpu') is unknown to torch"),
         (["--tokens", "16,x"], "`tokens` ('16,x') must be whole numbers with commas between"),
         (["--tokens=-16"], "`tokens` (-16) must be at least 1"),

@@ -27,6 +27,8 @@ def make_config(values):
             "min_rounds": 2,
             "warmup": 1,
             "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
         }
         return BenchConfig(**{**settings, **options})
 

@@ -99,7 +99,7 @@ def test_loss_follows_lean():
         ({"methods": ("lorra",)}, r"`methods` \('lorra'\) must be one of .* did you mean 'lora'\?"),
         ({"methods": ("paca", "paca")}, "method 'paca' is named twice"),
         ({"methods": ("paca-resident",), "compiled": True}, "a compiled graph decides by itself"),
-        ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of auto, float32, bfloat16, float16"),
         ({"adapter_dtype": "int8"}, r"`adapter_dtype` \('int8'\) must be one of same, float32"),
         ({"device": "gpu"}, r"`device` \('gpu'\) is unknown to torch; here are cpu"),
         ({"sweep": "rank"}, r"`sweep` \('rank'\) must be one of batch, seq-len"),
@@ -157,3 +157,10 @@ def test_settings_are_rows_of_equal_length(make_config):
 )
 def test_ours_alternates_with_every_other_on_an_equal_base(make_config, names, pairs):
     assert make_config(methods=names).pairs == pairs
+
+
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_what_is_left_to_the_machine_is_settled(make_config, monkeypatch, is_fast, dtype):
+    monkeypatch.setattr(settings.precision, "bfloat16_is_fast", lambda use_cpu: is_fast)
+    config = make_config(dtype="auto", threads=None)
+    assert (config.dtype, config.threads) == (dtype, settings.num_cores())

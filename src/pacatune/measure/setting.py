@@ -10,11 +10,12 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune import methods
+from pacatune import methods, precision
 from pacatune.installation import install_command
 from pacatune.methods import TEXT_METHODS, Method, method_of
 from pacatune.names import check_choices, choose
-from pacatune.precision import choose_device, torch_dtype
+from pacatune.precision import torch_dtype
+from pacatune.reports.provenance import num_cores
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +131,8 @@ class BenchConfig:
     """Tokens of each micro-batch; a sweep does not look at them."""
     seq_len: int = 512
     """Longest row; more tokens make more rows."""
-    dtype: Dtype = "float32"
-    """Number format of the weights: float32, bfloat16 or float16."""
+    dtype: precision.Dtype = "auto"
+    """Number format of the weights; auto is bfloat16 where it is fast, else float32."""
     adapter_dtype: Literal["same", "float32"] = "same"
     """Number format of what adapters train: that of the weights (same) or float32, which runs under
     autocast beside 16-bit weights."""
@@ -149,8 +150,8 @@ class BenchConfig:
     """Rounds at the least, however long they take."""
     warmup: int = 2
     """Rounds before, not counted."""
-    threads: int = 1
-    """Threads of torch on a CPU."""
+    threads: int | None = None
+    """Threads of torch on a CPU (default: all cores)."""
     seed: int = 0
     """Seed of weights, tokens, columns and intervals."""
     sweep: Literal["batch", "seq-len"] | None = None
@@ -184,7 +185,11 @@ class BenchConfig:
             raise ValueError(
                 f"`sweep_max` ({self.sweep_max}) is for a sweep; choose one or leave it out."
             )
-        choose_device(self.device)
+        device = self.torch_device
+        if self.dtype == "auto":
+            is_fast = precision.bfloat16_is_fast(use_cpu=device.type == "cpu")
+            object.__setattr__(self, "dtype", "bfloat16" if is_fast else "float32")
+        object.__setattr__(self, "threads", self.threads or num_cores())
 
     @property
     def settings(self) -> list[MicroBatch]:
@@ -206,8 +211,8 @@ class BenchConfig:
 
     @cached_property
     def torch_device(self) -> "torch.device":
-        """The device."""
-        return choose_device(self.device)
+        """The device; an error if it is not there."""
+        return precision.choose_device(self.device)
 
     @property
     def weight_dtype(self) -> "torch.dtype":

@@ -118,6 +118,7 @@ def _serve(
 
 def prepare(config: BenchConfig) -> None:
     """Set threads and precision of a process; import what building a model imports."""
+    assert config.threads is not None  # settled when the configuration was made
     torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("highest")
     if config.torch_device.type != "cpu":
