@@ -83,18 +83,15 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments(__doc__, seconds=40.0)
     add_tokens(parser)
-    parser.add_argument(
-        "--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step"
-    )
-    parser.add_argument(
-        "--compiled", action="store_true", help="compare under torch.compile; needs a C++ compiler"
-    )
-    parser.add_argument(
-        "--quantization", choices=("nf4", "fp4"), help="of the frozen weights, by bitsandbytes"
-    )
+    add = parser.add_argument
+    add("--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step")
+    compiled = "compare under torch.compile; needs a C++ compiler"
+    add("--compiled", action="store_true", help=compiled)
+    frozen = "format of the frozen weights, by bitsandbytes"
+    add("--quantization", choices=("nf4", "fp4"), help=frozen)
     for field in dataclasses.fields(Shape):
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=at_least_1, default=field.default, help="of the Llama")
+        add(option, type=at_least_1, default=field.default, help="size of the Llama")
     args = parser.parse_args(options)
     for number in args.tokens or ():
         try:

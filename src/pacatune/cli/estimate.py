@@ -99,13 +99,13 @@ def _available_bytes(options: argparse.Namespace) -> int | None:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What is said of one method."""
+    """The answer for one method."""
 
     estimate: "Estimate | None"
     """None where nothing fits."""
     quantity: "Quantity | None"
     largest: int | None
-    """Of the quantity, where one was asked for."""
+    """Largest value that fits, where one was asked for."""
     available: int | None
 
     def to_values(self) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
             print(f"  {name:<{width}}{value}")
 
 
-def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+def _print_table(title: str, head: list[str], rows: list[list[str]], most: int | None) -> None:
     """Print names to the left, numbers to the right, and what may be long at the end."""
-    lines = [head, *rows]
+    lines = [head, *rows[:most]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}")
     for name, *cells in lines:
@@ -101,6 +101,8 @@ def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
             f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=False)
         )
         print(f"  {name:<{widths[0]}}{numbers}  {columns}".rstrip())
+    if most is not None and len(rows) > most:
+        print(f"{len(rows) - most} more modules; --all lists them")
 
 
 def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None:
@@ -116,10 +118,9 @@ def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None
             f"{module.update_norm:.4g}",
             "-" if module.columns is None else " ".join(map(str, module.columns)),
         ][: len(head)]
-        for module in report.modules[:most]
+        for module in report.modules
     ]
-    _print_table("largest updates first", head, rows)
-    _print_left_out(len(report.modules), most)
+    _print_table("largest updates first", head, rows, most)
 
 
 def _print_comparison(comparison: Any, most: int | None) -> None:
@@ -142,15 +143,10 @@ def _print_comparison(comparison: Any, most: int | None) -> None:
             f"{module.norm_a:.4g}",
             f"{module.norm_b:.4g}",
         ]
-        for module in sorted(comparison.modules, key=lambda module: module.cosine)[:most]
+        for module in sorted(comparison.modules, key=lambda module: module.cosine)
     ]
-    _print_table("least alike first", ["module", "shared", "cosine", "norm", "other norm"], cells)
-    _print_left_out(len(comparison.modules), most)
-
-
-def _print_left_out(total: int, most: int | None) -> None:
-    if most is not None and total > most:
-        print(f"{total - most} more modules; --all lists them")
+    head = ["module", "shared", "cosine", "norm", "other norm"]
+    _print_table("least alike first", head, cells, most)
 
 
 def _some(names: list[str]) -> str:

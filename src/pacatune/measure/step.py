@@ -37,7 +37,7 @@ _PRELOADED = ["pacatune.measure.step", "pacatune.tuner"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one measurement."""
+    """Result of one measurement, or how memory ended it."""
 
     value: dict[str, Any] | None
     """What was measured; None where memory ended."""
