@@ -15,11 +15,7 @@ def check_on_hub(
     revision: str | None = None,
     kind: Literal["model", "dataset"] = "model",
 ) -> None:
-    """Refuse the name of a model or data set that is neither here nor on the hub.
-
-    Raises:
-        FileNotFoundError: Names the option that the name is from, and why.
-    """
+    """Refuse the name of a model or data set that is neither here nor on the hub."""
     if Path(name).expanduser().exists():
         return
     from huggingface_hub import HfApi

@@ -34,11 +34,7 @@ def repository_command(extra: str | None = None) -> str:
 
 
 def require_extra(who: str, extra: str, packages: tuple[str, ...] | None = None) -> None:
-    """Refuse to start what needs the packages of an extra, or only some of them, without these.
-
-    Raises:
-        ValueError: Names those that are missing, and the line that installs them.
-    """
+    """Refuse to start what needs the packages of an extra, or only some of them, without these."""
     missing = [name for name in packages or _PACKAGES[extra] if find_spec(name) is None]
     if missing:
         raise ValueError(

@@ -33,11 +33,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def choose(name: str, known: Collection[str], *, option: str) -> str:
-    """Return the one of several names that is meant; a hyphen and an underscore are the same.
-
-    Raises:
-        ValueError: If it is none of them; names the option and the nearest.
-    """
+    """Return the one of several names that is meant (`-` and `_` are the same); refuse others."""
     names = {one.replace("-", "_"): one for one in known}
     wanted = str(name).replace("-", "_")
     if wanted in names:
@@ -54,11 +50,7 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def check_choices(config: Any) -> None:
-    """Hold the fields of a dataclass to the values that their annotations name; None is fine.
-
-    Raises:
-        ValueError: If one has another value; names the nearest.
-    """
+    """Refuse a field of a dataclass whose value its annotation does not name; None is fine."""
     for field in fields(config):
         value, choices = getattr(config, field.name), choices_of(field.type)
         if choices and value is not None:

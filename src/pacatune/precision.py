@@ -18,11 +18,7 @@ _NAMES = ("float64", "float32", "bfloat16", "float16")
 
 
 def choose_device(name: str) -> "torch.device":
-    """Return the device of a name such as `cpu` or `cuda:1`; of `auto` the accelerator if any.
-
-    Raises:
-        ValueError: If torch does not know it, or there is none.
-    """
+    """Return a device of this machine by its name, such as `cuda:1`; `auto`: any accelerator."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

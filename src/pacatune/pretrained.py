@@ -31,9 +31,6 @@ def find_model(
     """Return a hub id as it is, and the absolute path of a local folder.
 
     With `others`, names of other kinds are allowed and returned as they are.
-
-    Raises:
-        FileNotFoundError: If it is neither a folder with a model nor a hub id that can be reached.
     """
     local = Path(path).expanduser()
     if local.exists():
@@ -52,12 +49,7 @@ def find_model(
 
 
 def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
-    """Load the configuration of a model, without a weight.
-
-    Raises:
-        FileNotFoundError: If there is no such model, or it cannot be reached.
-        ValueError: If it needs code of its own, or transformers does not know its config.json.
-    """
+    """Load the configuration of a model, without a weight."""
     import transformers
 
     find_model(path, revision, option=option)

@@ -14,9 +14,6 @@ def option_names(module: str, name: str) -> frozenset[str]:
     """Return the dotted names of a run's options, such as `data.path`, and of its sections.
 
     A field of the class whose annotation is another class of ours is a section.
-
-    Raises:
-        LookupError: If the source of a class is not found.
     """
     found: set[str] = set()
     for option, (owner, annotation) in _fields(module, name).items():

@@ -61,11 +61,7 @@ class ResultFolder:
     """Names of what a run writes beside `mark`; the next run removes them."""
 
     def open(self) -> None:
-        """Make the folder ready; what an earlier run wrote is removed, nothing else.
-
-        Raises:
-            FileExistsError: If it is a file or holds something without the mark.
-        """
+        """Make the folder ready; what an earlier run wrote is removed, nothing else."""
         self._make()
         self._begin()
 

@@ -20,12 +20,7 @@ _LENGTH_BYTES = 8
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file of at most 16 GiB, whose header has at most 16 MiB, onto the CPU.
-
-    Raises:
-        ValueError: If the file is truncated, damaged or too large, or if a tensor's name is
-            more than letters, digits, `_`, `-` and single dots.
-    """
+    """Read all tensors of a file onto the CPU; refuse a damaged or too large one, and odd names."""
     check_names(read_header(path), source=str(path))
     try:
         tensors: dict[str, Tensor] = load_file(path)

@@ -37,6 +37,7 @@ GPU_GIB: dict[str, float] = {
 }
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+# A smaller number without a unit is likely meant otherwise.
 _LEAST_WITHOUT_UNIT = 2**20
 
 
@@ -70,11 +71,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def limit_memory(num_bytes: int, device: torch.device) -> None:
-    """Let this process take so much memory from now on (on an accelerator: in all), then fail.
-
-    Raises:
-        ValueError: If the system or the device cannot limit it.
-    """
+    """Let this process take so much memory from now on (on an accelerator: in all), then fail."""
     if device.type == "cpu":
         used = _read_kib(_STATUS, "VmData")
         if used is None:
@@ -179,11 +176,7 @@ def gpu_bytes(name: str) -> int:
 
 
 def parse_bytes(text: str, option: str = "memory") -> int:
-    """Return the bytes that a text such as `24GiB` or `16 GB` names; from 1 MiB on without a unit.
-
-    Raises:
-        ValueError: If it names no amount. A small number without a unit is likely meant otherwise.
-    """
+    """Return the bytes that a text such as `24GiB`, `16 GB` or `8589934592` names."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text.lower())
     unit = _UNITS.get(match[2] or "b") if match else None
     num_bytes = int(float(match[1]) * unit) if match and unit else 0

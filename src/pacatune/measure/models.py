@@ -56,9 +56,6 @@ def llama_values(
     """Return the configuration values of a Llama, in Llama's proportions unless given.
 
     Heads have 128 channels from `hidden_size` 2048 on, else 64 or fewer.
-
-    Raises:
-        ValueError: If a size is below 1, or the heads do not divide.
     """
     check_sizes(locals())
     heads = num_heads or _num_heads(hidden_size)
@@ -101,11 +98,6 @@ def load_config(model: str) -> "PreTrainedConfig":
 
     `model` is a name of `PRESETS`, a config.json, a folder that holds one, or a hub id, of which
     nothing but config.json is downloaded.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is not the configuration of a model that transformers has the code of, if
-            the weights are saved quantised, or if its sizes cannot be.
     """
     from transformers import AutoConfig
 
@@ -225,11 +217,7 @@ def _check_sizes(values: dict[str, Any], model: str) -> None:
 
 
 def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the model without weights, on the meta device; `name` is for messages.
-
-    Raises:
-        ValueError: If it is no causal language model.
-    """
+    """Return the model without weights, on the meta device; `name` is for messages."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -251,9 +239,6 @@ def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
     """Put bitsandbytes' 4-bit layers in place of every linear layer but the head, without weights.
 
     The model is on the meta device; `dtype` is that of the products.
-
-    Raises:
-        ValueError: If bitsandbytes is not installed.
     """
     check_quantizable(quantization, model.config, "the model", option="quantization")
     from transformers.integrations import replace_with_bnb_linear

@@ -58,9 +58,6 @@ class FakeTraining:
     """A model ready for training steps of any batch and length, without weights.
 
     Everything but the batch and the length stays as in the setting.
-
-    Raises:
-        ValueError: If the model, the method or the options do not exist together.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -110,11 +107,7 @@ class FakeTraining:
             yield
 
     def step(self, batch_size: int, seq_len: int) -> Measured:
-        """Measure one optimiser step in the middle of training, of `batch_size` per micro-batch.
-
-        Raises:
-            ValueError: If what the model computes, or keeps, depends on values.
-        """
+        """Measure one optimiser step in the middle of training, of `batch_size` per micro-batch."""
         tracker = StorageTracker(_shares(self.setting))
         try:
             saved = self._run(tracker, batch_size, seq_len)

@@ -48,11 +48,7 @@ class Outcome:
 def run_in_child(
     measure: Callable[..., dict[str, Any]], config: BenchConfig, *args: Any
 ) -> Outcome:
-    """Call `measure(config, *args)` in a new process, within `config.memory_limit`.
-
-    Raises:
-        RuntimeError: If it fails for another reason than memory.
-    """
+    """Call `measure(config, *args)` in a new process; only memory that ends is no error."""
     context = _context(config)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sender, measure, config, args))
