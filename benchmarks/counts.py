@@ -11,18 +11,13 @@ from torch import nn
 from benchmarks.methods import OURS
 from pacatune.residency import weight as residency
 
-__all__ = ["check_bytes", "count_column_writes", "formula_bytes"]
-
 
 def formula_bytes(
     layers: dict[nn.Module, str], num_tokens: int | dict[nn.Module, int], dtype: torch.dtype
 ) -> dict[str, int]:
     """Return what PaCA has to keep: N * R elements per layer, by kind of layer.
 
-    Args:
-        layers: Each of our layers -> its kind.
-        num_tokens: N, of all layers or of each; for a convolution all positions of all images.
-        dtype: Of the activations.
+    N is `num_tokens`, of all layers or of each; for a convolution all positions of all images.
     """
     totals = dict.fromkeys(layers.values(), 0)
     for layer, kind in layers.items():
@@ -49,12 +44,7 @@ def count_column_writes() -> Iterator[Callable[[], int]]:
 def check_bytes(rows: list[dict[str, Any]]) -> None:
     """Add what each method keeps beyond the frozen model; refuse a PaCA that misses its formula.
 
-    Args:
-        rows: With the counts of each setting and method; those of `frozen` may be missing,
-            and PaCA's formula where it does not apply.
-
-    Raises:
-        RuntimeError: If PaCA keeps more, or less, than N * R elements per layer.
+    Rows of `frozen` may be missing, and PaCA's formula where it does not apply.
     """
     frozen = {row["setting"]: row["saved_bytes"] for row in rows if row["method"] == "frozen"}
     for row in rows:

@@ -9,11 +9,11 @@ alternate as in `benchmarks.step`.
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,19 +24,20 @@ from benchmarks.counts import check_bytes, formula_bytes
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
-    Noise,
+    Row,
     add_tokens,
     arguments,
     at_least_1,
+    measure_all,
     prepare,
     provenance,
+    take_turns,
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
-from pacatune.measure.timing import alternate, summarize
 
 SHAPES = ("512x512", "1408x512", "512x1408")
 TOKENS = (16, 512)
@@ -128,9 +129,7 @@ def _num_cold_layers(num_elements: int, dtype: str) -> int:
     return max(2, _CHAIN_BYTES // (num_elements * DTYPES[dtype].itemsize))
 
 
-def measure(
-    setting: Setting, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(setting: Setting, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Compare the methods in one setting; return a row per method and a ratio per pair."""
     dtype = DTYPES[setting.dtype]
     inputs = [
@@ -143,27 +142,7 @@ def measure(
     ]
     counts = {c.method: count(c, inputs) for c in contenders}
     runs = {c.method: make_run(c, inputs) for c in contenders}
-    noise = Noise()
-    phases = alternate(
-        runs, seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
-    )
-    surroundings = noise.to_dict()
-    times = {method: [sum(times) for times in rounds] for method, rounds in phases.items()}
-    rows = [
-        {
-            **setting.to_dict(),
-            "method": method,
-            **summarize([1e3 * seconds for seconds in times[method]], "step_ms"),
-            **{
-                name: 1e6 * statistics.median(seconds)
-                for name, seconds in zip(_PHASES, zip(*rounds, strict=True), strict=True)
-            },
-            "num_rounds": len(rounds),
-            **surroundings,
-            **counts[method],
-        }
-        for method, rounds in phases.items()
-    ]
+    rows, times = take_turns(setting.to_dict(), runs, counts, args, _PHASES)
     return rows, make_ratios(setting.to_dict(), times, {}, args.seed)
 
 
@@ -217,13 +196,9 @@ def main(options: list[str] | None = None) -> None:
     args = parse(options)
     prepare(args)
     console = Console(highlight=False, width=120)
-    rows, ratios = [], []
     result = provenance("benchmarks.layer", args, options)
-    for setting in choose_settings(args):
-        console.print(f"measuring {setting.label} ...")
-        more_rows, more_ratios = measure(setting, args)
-        rows += more_rows
-        ratios += more_ratios
+    settings = [(one.label, partial(measure, one, args)) for one in choose_settings(args)]
+    rows, ratios = measure_all(settings, console)
     check_bytes(rows)
     result |= {
         "model": "one linear layer, caches cold",

@@ -13,6 +13,7 @@ Times are of whole steps of a smaller model of the same proportions, lean on and
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,20 @@ from torch import Tensor, nn
 
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
-from benchmarks.record import DTYPES, Noise, add_tokens, arguments, prepare, provenance, write
+from benchmarks.record import (
+    DTYPES,
+    Row,
+    add_tokens,
+    arguments,
+    measure_all,
+    prepare,
+    provenance,
+    take_turns,
+    write,
+)
 from pacatune import lean
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.timing import alternate, compare, summarize
+from pacatune.measure.timing import compare
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
 # PEFT's default is float32, for which LoRA keeps a float32 copy of each input.
@@ -113,11 +124,7 @@ def formula_units(shape: Shape, rank: int = 8) -> float:
 
 
 def check(rows: list[dict[str, Any]], shape: Shape) -> None:
-    """Refuse a lean PaCA that keeps more, or less, than its formula.
-
-    Raises:
-        RuntimeError: Names both numbers.
-    """
+    """Refuse a lean PaCA that keeps more, or less, than its formula."""
     for row in rows:
         if row["method"] == OURS and row["is_lean"] and not row["is_padded"]:
             formula = formula_units(shape)
@@ -128,9 +135,7 @@ def check(rows: list[dict[str, Any]], shape: Shape) -> None:
                 )
 
 
-def measure(
-    tokens: int, dtype: str, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(tokens: int, dtype: str, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Time steps with lean on and off; return a row for each and a ratio per method."""
     setting = {"setting": f"{tokens} tokens, {dtype}", "num_tokens": tokens, "dtype": dtype}
     batch = make_batch(tokens, SMALL.vocab_size, args.seed)
@@ -142,25 +147,8 @@ def measure(
             if is_lean:
                 lean.enable(contender.model, mode="require")
             steps[method, is_lean] = make_step(contender, batch, 1)
-    noise = Noise()
-    times: Any = alternate(
-        steps,  # type: ignore[arg-type]
-        seconds=args.seconds,
-        min_rounds=args.min_rounds,
-        num_warmup=args.warmup,
-    )
-    surroundings = noise.to_dict()
-    rows = [
-        {
-            **setting,
-            "method": method,
-            "is_lean": is_lean,
-            **summarize([1e3 * second for second in seconds], "step_ms"),
-            "num_rounds": len(seconds),
-            **surroundings,
-        }
-        for (method, is_lean), seconds in times.items()
-    ]
+    both = {key: {"method": key[0], "is_lean": key[1]} for key in steps}
+    rows, times = take_turns(setting, steps, both, args)
     ratios = []
     for method in args.methods or TIMED:
         ratio = compare(times[method, True], times[method, False], seed=args.seed)
@@ -218,13 +206,12 @@ def main(options: list[str] | None = None) -> None:
             for is_lean in (False, True)
         ]
     check(counts, shape)
-    rows, ratios = [], []
-    settings = [(n, dtype) for n in args.tokens for dtype in args.dtypes]
-    for tokens, dtype in [] if args.no_times else settings:
-        console.print(f"measuring {tokens} tokens, {dtype} ...")
-        more_rows, more_ratios = measure(tokens, dtype, args)
-        rows += more_rows
-        ratios += more_ratios
+    settings = [
+        (f"{tokens} tokens, {dtype}", partial(measure, tokens, dtype, args))
+        for tokens in args.tokens
+        for dtype in args.dtypes
+    ]
+    rows, ratios = measure_all([] if args.no_times else settings, console)
     names = dict.fromkeys([*(args.methods or COUNTED), *(args.methods or TIMED)])
     result |= {
         "unit": "bytes per token, layer and hidden channel",

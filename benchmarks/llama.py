@@ -1,7 +1,6 @@
 """The model of the benchmarks: a small Llama with random weights, and its training step."""
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from pacatune.measure.methods import Contender
 from pacatune.measure.models import make_batch as make_rows
-
-__all__ = ["MAX_LENGTH", "Shape", "linear_layers", "make_batch", "make_model", "make_step"]
+from pacatune.measure.models import make_model as make_measured
 
 MAX_LENGTH = 512
 
@@ -32,53 +30,20 @@ class Shape:
 def make_model(
     shape: Shape, dtype: torch.dtype, seed: int, quantization: str | None = None
 ) -> nn.Module:
-    """Return a Llama whose embeddings ask for a gradient, in every method alike.
-
-    Input gradients then flow through every layer: what a method does is exactly what the frozen
-    model does and something more.
-
-    Args:
-        shape: Its size.
-        dtype: Of its weights.
-        seed: Of its weights.
-        quantization: nf4 or fp4, doubly quantised by bitsandbytes; None leaves it as it is.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    config = LlamaConfig(
-        **dataclasses.asdict(shape), max_position_embeddings=MAX_LENGTH, use_cache=False
+    """Return a Llama with random weights, as `pacatune bench` measures one."""
+    values = {"model_type": "llama", **dataclasses.asdict(shape)}
+    return make_measured(
+        values,
+        dtype,
+        torch.device("cpu"),
+        seed=seed,
+        quantization=quantization,
+        max_length=MAX_LENGTH,
     )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    if quantization is not None:
-        disable_progress_bar()
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            config = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization,
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", quantization_config=config
-            )
-    model.enable_input_require_grads()
-    return model
 
 
 def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
-    """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`.
-
-    Args:
-        num_tokens: B * T.
-        vocab_size: Tokens are below it.
-        seed: Of the tokens.
-
-    Raises:
-        ValueError: If the rows cannot be of equal length.
-    """
+    """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`, all of equal length."""
     num_rows = max(1, num_tokens // MAX_LENGTH)
     if num_tokens > MAX_LENGTH and num_tokens % MAX_LENGTH:
         raise ValueError(
@@ -89,13 +54,7 @@ def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
 
 
 def make_step(contender: Contender, batch: Tensor, accumulation: int) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns its seconds.
-
-    Args:
-        contender: Model and optimizer.
-        batch: (B, T) tokens, the same in every micro-batch.
-        accumulation: Micro-batches per optimizer step.
-    """
+    """Return a function that makes one optimizer step and returns its seconds."""
     model, optimizer = contender.model, contender.optimizer
 
     def step() -> float:

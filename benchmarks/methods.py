@@ -20,8 +20,6 @@ from pacatune.methods import adapter_config as make_config
 from pacatune.methods import size_options
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["HEAD", "METHODS", "OURS", "RANK", "adapt", "adapter_config", "all_methods"]
-
 OURS = "paca"
 HEAD = "head"  # of models that have one to train
 METHODS = {
@@ -55,17 +53,9 @@ def adapt(
     seed: int,
     heads: Sequence[str] = (),
 ) -> Contender:
-    """Make `model` a contender, in training mode.
+    """Make `model` a contender, in place: of one of `all_methods()`, or `HEAD` where it has heads.
 
-    Args:
-        model: Untouched, in the dtype of the comparison; adapted in place.
-        method: One of `all_methods()`, or `HEAD` where there are heads.
-        targets: PEFT's `target_modules`.
-        seed: Seed of PaCA's columns and LoRA's start.
-        heads: Names of modules that every method but `frozen` trains in full.
-
-    Raises:
-        ValueError: If `method` is unknown.
+    See `pacatune.measure.methods.adapt`.
     """
     known = [*all_methods(), *([HEAD] if heads else [])]
     if method not in known:

@@ -4,73 +4,48 @@ import argparse
 import datetime
 import json
 import shlex
+import statistics
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks.methods import all_methods
+from pacatune.measure.timing import alternate, summarize
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports import provenance as record
 from pacatune.reports.provenance import Noise, cpu, cpu_name, num_cores, versions
 
-__all__ = [
-    "DTYPES",
-    "RESULTS",
-    "Noise",
-    "add_tokens",
-    "arguments",
-    "at_least_1",
-    "git",
-    "prepare",
-    "provenance",
-    "write",
-]
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def arguments(
     description: str | None, *, seconds: float, methods: Iterable[str] | None = None
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have.
-
-    Args:
-        description: Of the command, its first line a summary.
-        seconds: Default time for each setting.
-        methods: Those there are, if not `all_methods()`.
-    """
+    """Return a parser with the options that all benchmarks have; `methods` are by default all."""
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=list(methods or all_methods()),
-        metavar="NAME",
-        help="None: all but the optional ones",
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=_fast_dtypes(),
-        choices=list(DTYPES),
-        help="by default those that this processor multiplies in hardware",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded"
-    )
-    parser.add_argument("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before, not counted")
-    parser.add_argument("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
-    parser.add_argument("--seed", type=int, default=0)
+    add, names = parser.add_argument, list(methods or all_methods())
+    add("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    usual = "None: all but the optional ones"
+    add("--methods", nargs="+", choices=names, metavar="NAME", help=usual)
+    fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
+    hardware = "by default those that this processor multiplies in hardware"
+    add("--dtypes", nargs="+", default=fast, choices=list(DTYPES), help=hardware)
+    add("--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded")
+    add("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
+    add("--warmup", type=int, default=2, help="rounds before, not counted")
+    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
+    add("--seed", type=int, default=0)
     return parser
 
 
@@ -79,10 +54,6 @@ def add_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual"
     )
-
-
-def _fast_dtypes() -> list[str]:
-    return [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
 
 
 def at_least_1(text: str) -> int:
@@ -103,13 +74,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def provenance(module: str, args: argparse.Namespace, options: list[str] | None) -> dict[str, Any]:
-    """Return where, when and of what the measurement is.
-
-    Args:
-        module: Name of the command's module.
-        args: The command's options.
-        options: What they were read from; None: the command line.
-    """
+    """Return where, when and of what a measurement is; `options` are the words of the command."""
     words = sys.argv[1:] if options is None else options
     return {
         "command": " ".join(["python", "-m", module, *map(shlex.quote, words)]),
@@ -125,6 +90,49 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
         },
     }
+
+
+def take_turns(
+    setting: Mapping[str, Any],
+    runs: Mapping[Any, Callable[[], Any]],
+    counts: Mapping[Any, Row],
+    args: argparse.Namespace,
+    phases: Sequence[str] = (),
+    num_of_step: int | None = None,
+) -> tuple[list[Row], dict[Any, list[float]]]:
+    """Let methods alternate; return a row for each, with its counts, and the seconds of its rounds.
+
+    A run returns its seconds, or those of each of `phases`; the first `num_of_step` of these, by
+    default all, are the step.
+    """
+    noise = Noise()
+    measured = alternate(
+        dict(runs), seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
+    )
+    surroundings = noise.to_dict()
+    rows, times = [], {}
+    for method, rounds in measured.items():
+        times[method] = [sum(one[:num_of_step]) for one in rounds] if phases else rounds
+        row = {**setting, "method": method}
+        row |= summarize([1e3 * seconds for seconds in times[method]], "step_ms")
+        for name, seconds in zip(phases, zip(*rounds, strict=True), strict=True) if phases else ():
+            row[name] = 1e6 * statistics.median(seconds)
+        rows.append(row | {"num_rounds": len(rounds), **surroundings, **counts[method]})
+    return rows, times
+
+
+def measure_all(
+    settings: Iterable[tuple[str, Callable[[], tuple[list[Row], list[Row]]]]], console: Console
+) -> tuple[list[Row], list[Row]]:
+    """Measure each setting, by its label and a function; return all rows and all ratios."""
+    rows: list[Row] = []
+    ratios: list[Row] = []
+    for label, measure in settings:
+        console.print(f"measuring {label} ...")
+        more_rows, more_ratios = measure()
+        rows += more_rows
+        ratios += more_ratios
+    return rows, ratios
 
 
 def write(result: dict[str, Any], folder: Path, name: str) -> Path:

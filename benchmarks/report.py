@@ -8,8 +8,6 @@ from rich.table import Table
 from benchmarks.methods import OURS
 from pacatune.measure.timing import compare
 
-__all__ = ["make_ratios", "ratio_table"]
-
 
 def make_ratios(
     setting: dict[str, Any],
@@ -19,11 +17,7 @@ def make_ratios(
 ) -> list[dict[str, Any]]:
     """Compare PaCA with every other method of one setting; nothing, where it was not measured.
 
-    Args:
-        setting: What each entry says of the setting.
-        times: Method -> time of each round.
-        targets: Other method -> highest acceptable ratio, where there is one.
-        seed: Of the intervals.
+    `targets` maps other methods to the highest acceptable ratio, `seed` is that of the intervals.
     """
     ratios = []
     for reference in times:
@@ -40,11 +34,7 @@ def make_ratios(
 
 
 def ratio_table(result: dict[str, Any]) -> Table:
-    """Return PaCA's time as a share of each other method's, as a Markdown table.
-
-    Args:
-        result: With `ratios`, as `make_ratios` gives them for every setting.
-    """
+    """Return PaCA's time as a share of each other method's, as a Markdown table."""
     table = Table(box=box.MARKDOWN)
     table.add_column("setting", no_wrap=True)
     table.add_column(f"{OURS} /", no_wrap=True)

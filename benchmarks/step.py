@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,19 +26,20 @@ from benchmarks.llama import Shape, linear_layers, make_batch, make_model, make_
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
-    Noise,
+    Row,
     add_tokens,
     arguments,
     at_least_1,
+    measure_all,
     prepare,
     provenance,
+    take_turns,
     write,
 )
 from benchmarks.report import make_ratios, ratio_table
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
-from pacatune.measure.timing import alternate, summarize
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
@@ -81,18 +83,15 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments(__doc__, seconds=40.0)
     add_tokens(parser)
-    parser.add_argument(
-        "--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step"
-    )
-    parser.add_argument(
-        "--compiled", action="store_true", help="compare under torch.compile; needs a C++ compiler"
-    )
-    parser.add_argument(
-        "--quantization", choices=("nf4", "fp4"), help="of the frozen weights, by bitsandbytes"
-    )
+    add = parser.add_argument
+    add("--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step")
+    compiled = "compare under torch.compile; needs a C++ compiler"
+    add("--compiled", action="store_true", help=compiled)
+    frozen = "format of the frozen weights, by bitsandbytes"
+    add("--quantization", choices=("nf4", "fp4"), help=frozen)
     for field in dataclasses.fields(Shape):
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=at_least_1, default=field.default, help="of the Llama")
+        add(option, type=at_least_1, default=field.default, help="size of the Llama")
     args = parser.parse_args(options)
     for number in args.tokens or ():
         try:
@@ -122,7 +121,7 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
 
 def measure(
     setting: Setting, shape: Shape, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Row], list[Row]]:
     """Compare the methods in one setting; return a row per method and a ratio per pair."""
     batch = make_batch(setting.num_tokens, shape.vocab_size, args.seed)
     contenders = []
@@ -136,22 +135,7 @@ def measure(
     else:
         counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
     steps = {c.method: make_step(c, batch, setting.accumulation) for c in contenders}
-    noise = Noise()
-    times = alternate(
-        steps, seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
-    )
-    surroundings = noise.to_dict()
-    rows = [
-        {
-            **setting.to_dict(),
-            "method": method,
-            **summarize([1e3 * second for second in seconds], "step_ms"),
-            "num_rounds": len(seconds),
-            **surroundings,
-            **counts[method],
-        }
-        for method, seconds in times.items()
-    ]
+    rows, times = take_turns(setting.to_dict(), steps, counts, args)
     key = (setting.num_tokens, setting.accumulation)
     by_reference: dict[str, dict[tuple[int, int], float]] = TARGETS
     if args.compiled or args.quantization:
@@ -202,13 +186,9 @@ def main(options: list[str] | None = None) -> None:
     prepare(args)
     console = Console(highlight=False, width=120)
     shape = Shape(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Shape)})
-    rows, ratios = [], []
     result = provenance("benchmarks.step", args, options)
-    for setting in choose_settings(args):
-        console.print(f"measuring {setting.label} ...")
-        more_rows, more_ratios = measure(setting, shape, args)
-        rows += more_rows
-        ratios += more_ratios
+    settings = [(one.label, partial(measure, one, shape, args)) for one in choose_settings(args)]
+    rows, ratios = measure_all(settings, console)
     check_bytes(rows)
     result |= {
         "model": f"Llama, hidden {shape.hidden_size}, {shape.num_hidden_layers} layers"

@@ -8,10 +8,10 @@ timed without switching. The layers are those of `benchmarks.layer`, their weigh
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +23,16 @@ from benchmarks.counts import count_column_writes
 from benchmarks.layer import Layers, Setting, choose_settings
 from benchmarks.layer import parse as parse_layer
 from benchmarks.methods import METHODS, OURS, adapter_config
-from benchmarks.record import DTYPES, Noise, prepare, provenance, write
+from benchmarks.record import (
+    DTYPES,
+    Row,
+    measure_all,
+    prepare,
+    provenance,
+    take_turns,
+    write,
+)
 from benchmarks.report import make_ratios, ratio_table
-from pacatune.measure.timing import alternate, summarize
-
-__all__ = ["main", "parse"]
 
 COMPARED = (OURS, "lora")
 _ADAPTERS = ("default", "other")
@@ -44,9 +49,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(
-    setting: Setting, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(setting: Setting, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Compare the methods in one setting; return a row per method and a ratio per pair.
 
     Raises:
@@ -58,29 +61,12 @@ def measure(
         for _ in range(setting.num_layers)
     ]
     models = {method: make_model(setting, method, args.seed) for method in args.methods}
-    counts = {method: count_writes(model, inputs) for method, model in models.items()}
+    counts = {
+        method: {"column_writes_per_layer": count_writes(model, inputs)}
+        for method, model in models.items()
+    }
     runs = {method: make_run(model, inputs) for method, model in models.items()}
-    noise = Noise()
-    phases = alternate(
-        runs, seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
-    )
-    surroundings = noise.to_dict()
-    times = {method: [sum(times[:2]) for times in rounds] for method, rounds in phases.items()}
-    rows = [
-        {
-            **setting.to_dict(),
-            "method": method,
-            **summarize([1e3 * seconds for seconds in times[method]], "step_ms"),
-            **{
-                name: 1e6 * statistics.median(seconds)
-                for name, seconds in zip(_PHASES, zip(*rounds, strict=True), strict=True)
-            },
-            "num_rounds": len(rounds),
-            "column_writes_per_layer": counts[method],
-            **surroundings,
-        }
-        for method, rounds in phases.items()
-    ]
+    rows, times = take_turns(setting.to_dict(), runs, counts, args, _PHASES, num_of_step=2)
     return rows, make_ratios(setting.to_dict(), times, {}, args.seed)
 
 
@@ -145,13 +131,9 @@ def main(options: list[str] | None = None) -> None:
     args = parse(options)
     prepare(args)
     console = Console(highlight=False, width=120)
-    rows, ratios = [], []
     result = provenance("benchmarks.switch", args, options)
-    for setting in choose_settings(args):
-        console.print(f"measuring {setting.label} ...")
-        more_rows, more_ratios = measure(setting, args)
-        rows += more_rows
-        ratios += more_ratios
+    settings = [(one.label, partial(measure, one, args)) for one in choose_settings(args)]
+    rows, ratios = measure_all(settings, console)
     result |= {
         "model": "one linear layer, caches cold: set_adapter and one forward",
         "methods": {name: METHODS[name] for name in args.methods},

@@ -12,6 +12,7 @@ The command fails if PaCA keeps one byte more than it should.
 import argparse
 import copy
 import sys
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -30,14 +31,23 @@ from benchmarks.image_models import (
     positions_of,
 )
 from benchmarks.methods import HEAD, METHODS, OURS, RANK, adapt
-from benchmarks.record import DTYPES, Noise, arguments, at_least_1, prepare, provenance, write
+from benchmarks.record import (
+    DTYPES,
+    Row,
+    arguments,
+    at_least_1,
+    measure_all,
+    prepare,
+    provenance,
+    take_turns,
+    write,
+)
 from benchmarks.report import make_ratios, ratio_table
 from pacatune.experiments.reproduce.image_steps import choose_layers, make_batch, make_step
 from pacatune.lean.batch_norm import enable_batch_norm
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
-from pacatune.measure.timing import alternate, summarize
 from pacatune.methods import METHODS as TABLE
 
 LEAN = "_lean"
@@ -59,9 +69,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(options)
 
 
-def measure(
-    model: ImageModel, dtype: str, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(model: ImageModel, dtype: str, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Compare the methods on one model; return a row per method and a ratio of steps per pair."""
     size, num_images = args.image_size or model.image_size, args.batch_size or model.batch_size
     label = f"{num_images} {'image' if num_images == 1 else 'images'} of {size} px, {dtype}"
@@ -75,22 +83,7 @@ def measure(
         method: count(contender, model.counted_size, args.seed)
         for method, contender in contenders.items()
     }
-    noise = Noise()
-    times = alternate(
-        steps, seconds=args.seconds, min_rounds=args.min_rounds, num_warmup=args.warmup
-    )
-    surroundings = noise.to_dict()
-    rows = [
-        {
-            **setting,
-            "method": method,
-            **summarize([1e3 * second for second in seconds], "step_ms"),
-            "num_rounds": len(seconds),
-            **surroundings,
-            **counts[method],
-        }
-        for method, seconds in times.items()
-    ]
+    rows, times = take_turns(setting, steps, counts, args)
     is_usual = (size, num_images) == (model.image_size, model.batch_size)
     return rows, make_ratios(setting, times, model.step_targets if is_usual else {}, args.seed)
 
@@ -135,9 +128,7 @@ def count(contender: Contender, size: int, seed: int) -> dict[str, Any]:
 def byte_ratios(rows: list[dict[str, Any]], targets: dict[str, float]) -> list[dict[str, Any]]:
     """Return the bytes that PaCA keeps as a share of each other method's, lean or not.
 
-    Args:
-        rows: With the counts of each setting and method.
-        targets: Other method -> highest acceptable share of plain PaCA, where there is one.
+    `targets` maps other methods to the highest acceptable share of plain PaCA.
     """
     ratios = []
     for ours in rows:
@@ -183,12 +174,11 @@ def main(options: list[str] | None = None) -> None:
         model = MODELS[name]
         result = provenance("benchmarks.vision", args, options)
         result["versions"]["timm"] = version("timm")
-        rows, ratios = [], []
-        for dtype in args.dtypes:
-            console.print(f"measuring {model.title}, {dtype} ...")
-            more_rows, more_ratios = measure(model, dtype, args)
-            rows += more_rows
-            ratios += more_ratios
+        settings = [
+            (f"{model.title}, {dtype}", partial(measure, model, dtype, args))
+            for dtype in args.dtypes
+        ]
+        rows, ratios = measure_all(settings, console)
         check_bytes(rows)
         result |= {
             "model": model.title,

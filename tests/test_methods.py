@@ -64,12 +64,12 @@ def test_every_adapter_has_its_configuration(name):
 
 def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers():
     from pacatune.experiments.study.tasks import TASKS
-    from pacatune.measure import config
+    from pacatune.measure.setting import METHODS as MEASURED
     from pacatune.measure.setting import Setting
 
     for name in TEXT_METHODS:
         assert Setting(model="llama3-8b", method=name).row.sections == METHODS[name].sections
-        assert config.METHODS[name] == METHODS[name].summary
+        assert MEASURED[name] == METHODS[name].summary
     for command, task in TASKS.items():
         assert task.run_class().command == command
         assert set(task.run_class().methods) in (set(TEXT_METHODS), set(CLASSIFIER_METHODS))

@@ -2,7 +2,22 @@ import pytest
 import torch
 
 from pacatune import precision
-from pacatune.precision import bfloat16_is_fast, choose_dtype, dtype_name, torch_dtype
+from pacatune.precision import (
+    bfloat16_is_fast,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    torch_dtype,
+)
+
+
+def test_devices_are_checked_before_they_are_used():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(ValueError, match=r"`device` \('warp'\) is unknown to torch; here are cpu"):
+        choose_device("warp")
+    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not on this machine; here"):
+        choose_device("cuda:99")
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])

@@ -36,7 +36,7 @@ def find_parser(command):
     """Return the argument parser of a command."""
     module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
     if command in _WITH_SECTIONS:
-        return module.build_parser()
+        return module.all_options().parser
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(parser, *args, **kwargs):

@@ -8,19 +8,17 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "find_moved_modules"]
-
 _MEASURE = "pacatune.measure"
 MOVED: dict[str, str | tuple[str, ...]] = {
     "pacatune.baselines": "pacatune.tuner.moslora",
-    "pacatune.bench": (f"{_MEASURE}.bench", f"{_MEASURE}.config", f"{_MEASURE}.models"),
+    "pacatune.bench": (f"{_MEASURE}.bench", f"{_MEASURE}.setting", f"{_MEASURE}.models"),
     "pacatune.bench.child": f"{_MEASURE}.step",
     "pacatune.bench.comparison": f"{_MEASURE}.bench",
-    "pacatune.bench.config": f"{_MEASURE}.config",
-    "pacatune.bench.device": f"{_MEASURE}.device",
+    "pacatune.bench.config": (f"{_MEASURE}.bench", f"{_MEASURE}.setting"),
+    "pacatune.bench.device": (f"{_MEASURE}.device", "pacatune.precision"),
     "pacatune.bench.flops": f"{_MEASURE}.counters",
     "pacatune.bench.measure": f"{_MEASURE}.step",
-    "pacatune.bench.methods": (f"{_MEASURE}.methods", f"{_MEASURE}.config"),
+    "pacatune.bench.methods": (f"{_MEASURE}.methods", f"{_MEASURE}.setting"),
     "pacatune.bench.model": f"{_MEASURE}.models",
     "pacatune.bench.output": f"{_MEASURE}.bench",
     "pacatune.bench.plots": f"{_MEASURE}.pictures",

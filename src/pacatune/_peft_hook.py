@@ -8,8 +8,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register_with_peft"]
-
 _REGISTERING = ("pacatune.tuner", "pacatune.tuner.moslora")
 
 

@@ -15,17 +15,7 @@ def check_on_hub(
     revision: str | None = None,
     kind: Literal["model", "dataset"] = "model",
 ) -> None:
-    """Refuse the name of a model or data set that is neither here nor on the hub.
-
-    Args:
-        name: A path, or a name on the hub.
-        option: Where the name is from, for the message.
-        revision: Branch, tag or commit.
-        kind: Which of the two.
-
-    Raises:
-        FileNotFoundError: Names the option, and why.
-    """
+    """Refuse the name of a model or data set that is neither here nor on the hub."""
     if Path(name).expanduser().exists():
         return
     from huggingface_hub import HfApi

@@ -2,8 +2,6 @@
 
 from importlib.util import find_spec
 
-__all__ = ["install_command", "repository_command", "require_extra"]
-
 # Extra -> the packages by which its commands see that it is installed, under the names to import.
 _TRAIN = ("trl", "datasets", "jsonargparse", "yaml", "rich", "matplotlib", "jinja2")
 _VISION = (*_TRAIN, "timm", "torchvision", "PIL")
@@ -19,12 +17,9 @@ _PACKAGES = {
 
 
 def install_command(extra: str) -> str:
-    """Return the line that adds optional packages to the pacatune that is running.
+    """Return the line that adds an extra of pyproject.toml to the pacatune that is running.
 
     pip takes the pacatune that is installed, wherever it came from, and adds the packages alone.
-
-    Args:
-        extra: A group of optional packages, such as "quant" (pyproject.toml lists them).
     """
     return f"pip install 'pacatune[{extra}]'"
 
@@ -33,25 +28,13 @@ def repository_command(extra: str | None = None) -> str:
     """Return what installs pacatune where it is not: for cards, whose readers may not have it.
 
     No package index has it yet, so that it names the repository.
-
-    Args:
-        extra: As for `install_command`.
     """
     what = "." if extra is None else f"'.[{extra}]'"
     return f"pip install -e {what} in a checkout of pacatune's repository"
 
 
 def require_extra(who: str, extra: str, packages: tuple[str, ...] | None = None) -> None:
-    """Refuse to start something whose optional packages are not installed.
-
-    Args:
-        who: What needs them, for the message: "`pacatune train`".
-        extra: The group that has them: train, demo, vision, demo-vision or eval.
-        packages: Names to import, where not all of the group are needed.
-
-    Raises:
-        ValueError: Names those that are missing, and the line that installs them.
-    """
+    """Refuse to start what needs the packages of an extra, or only some of them, without these."""
     missing = [name for name in packages or _PACKAGES[extra] if find_spec(name) is None]
     if missing:
         raise ValueError(

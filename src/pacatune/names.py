@@ -5,20 +5,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["check_choices", "choices_of", "choose", "did_you_mean", "guess", "nearest", "suggest"]
-
 _MAX_LISTED = 20
 # Less alike than this, a key is no guess at another one.
 _NEAR = 0.6
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | None:
-    """Return the known name most like another one, None where none is like it.
+    """Return the known name most like a wrong one, None where none is; capitals may be wrong too.
 
-    Args:
-        name: The wrong one; capitals do not count where it has none of the known.
-        known: The right ones.
-        cutoff: How alike they must be, from 0 to 1; with 0 there is always one.
+    With a `cutoff` of 0 there is always one.
     """
     known = list(known)
     found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
@@ -38,16 +33,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def choose(name: str, known: Collection[str], *, option: str) -> str:
-    """Return the one of several names that is meant; a hyphen and an underscore are the same.
-
-    Args:
-        name: As the user wrote it.
-        known: Names that are offered.
-        option: Where the name is from, for the message.
-
-    Raises:
-        ValueError: If it is none of them; names the nearest.
-    """
+    """Return the one of several names that is meant (`-` and `_` are the same); refuse others."""
     names = {one.replace("-", "_"): one for one in known}
     wanted = str(name).replace("-", "_")
     if wanted in names:
@@ -64,11 +50,7 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def check_choices(config: Any) -> None:
-    """Hold the fields of a dataclass to the values that their annotations name; None is fine.
-
-    Raises:
-        ValueError: If one has another value; names the nearest.
-    """
+    """Refuse a field of a dataclass whose value its annotation does not name; None is fine."""
     for field in fields(config):
         value, choices = getattr(config, field.name), choices_of(field.type)
         if choices and value is not None:

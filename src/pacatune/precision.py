@@ -1,4 +1,4 @@
-"""Number formats: their names, which the device computes in fast, and which weights are held in.
+"""Number formats and the device: their names, and which the device computes in fast.
 
 This module imports torch only where a function needs it.
 """
@@ -10,8 +10,6 @@ from pacatune.names import choose
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Dtype", "bfloat16_is_fast", "choose_dtype", "dtype_name", "torch_dtype"]
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 """What options of a number format take; `auto` is left to the checkpoint or the device."""
@@ -19,16 +17,28 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 _NAMES = ("float64", "float32", "bfloat16", "float16")
 
 
+def choose_device(name: str) -> "torch.device":
+    """Return a device of this machine by its name, such as `cuda:1`; `auto`: any accelerator."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return found or torch.device("cpu")
+    there = "cpu" if found is None else f"cpu and {found.type}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` ({name!r}) is unknown to torch; here are {there}.") from error
+    count = torch.accelerator.device_count() if found is not None else 0
+    if device.type != "cpu" and (
+        found is None or device.type != found.type or (device.index or 0) >= count
+    ):
+        raise ValueError(f"`device` ({name!r}) is not on this machine; here are {there}.")
+    return device
+
+
 def torch_dtype(name: str, *, option: str = "dtype") -> "torch.dtype":
-    """Return torch's object of a number format.
-
-    Args:
-        name: float64, float32, bfloat16 or float16.
-        option: Where the name is from, for the message.
-
-    Raises:
-        ValueError: If it is none of them; names the nearest.
-    """
+    """Return torch's object of a number format; a wrong name is an error that calls it `option`."""
     import torch
 
     dtype: torch.dtype = getattr(torch, choose(name, _NAMES, option=option))
@@ -41,11 +51,7 @@ def dtype_name(dtype: "torch.dtype") -> str:
 
 
 def bfloat16_is_fast(*, use_cpu: bool = False) -> bool:
-    """Whether the device that training would use multiplies bfloat16 matrices in hardware.
-
-    Args:
-        use_cpu: Whether training is told to use the CPU.
-    """
+    """Whether the device that training would use multiplies bfloat16 matrices in hardware."""
     import torch
 
     if torch.accelerator.is_available() and not use_cpu:
@@ -64,14 +70,10 @@ def bfloat16_is_fast(*, use_cpu: bool = False) -> bool:
 def choose_dtype(
     dtype: Dtype, checkpoint: "torch.dtype | None", *, full: bool, use_cpu: bool
 ) -> "torch.dtype":
-    """Return the type in which the weights of a model are held in training.
+    """Return the type in which training holds the weights of a model.
 
-    Args:
-        dtype: The user's choice.
-        checkpoint: Type of the weights on disk, float32 where unknown.
-        full: Whether every weight is trained. bfloat16 loses small updates, so `auto` is then
-            float32.
-        use_cpu: Whether training is told to use the CPU.
+    bfloat16 loses small updates, so `auto` is float32 where every weight is trained (`full`), and
+    where the type on disk (`checkpoint`) is unknown.
     """
     import torch
 

@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-__all__ = [
-    "QUANTIZATIONS",
-    "bitsandbytes_config",
-    "check_quantizable",
-    "empty_model",
-    "find_model",
-    "load_config",
-    "load_tokenizer",
-    "load_weights",
-    "no_remote_code",
-    "readable_weights",
-]
-
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 """Ways to hold weights in 4 or 8 bits, by bitsandbytes."""
 
@@ -44,34 +31,25 @@ def find_model(
     """Return a hub id as it is, and the absolute path of a local folder.
 
     With `others`, names of other kinds are allowed and returned as they are.
-
-    Raises:
-        FileNotFoundError: If it looks like a local folder and holds no model, or is no hub id that
-            can be reached.
     """
     local = Path(path).expanduser()
-    if local.exists() and not (local / "config.json").is_file():
-        hint = " (it is an adapter, not a base)" if _is_adapter(local) else ""
+    if local.exists():
+        if (local / "config.json").is_file():
+            return str(local.resolve())
+        is_adapter = (local / "adapter_config.json").exists()
+        hint = " (it is an adapter, not a base)" if is_adapter else ""
         raise FileNotFoundError(
             f"{path} holds no config.json{hint}; `{option}` must be a model folder."
         )
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model folder {path} does not exist; check `{option}`.")
-    if local.exists():
-        return str(local.resolve())
     if not others:
         check_on_hub(path, option, revision=revision)
     return path
 
 
 def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
-    """Load the configuration of a model, without a weight.
-
-    Raises:
-        FileNotFoundError: If there is no such model, or it cannot be reached.
-        ValueError: If the model needs code of its own, or its config.json is not one that
-            transformers knows.
-    """
+    """Load the configuration of a model, without a weight."""
     import transformers
 
     find_model(path, revision, option=option)
@@ -95,12 +73,7 @@ def load_config(path: str, *, revision: str | None = None, option: str = "model.
 def load_tokenizer(
     path: str, *, revision: str | None = None, option: str = "model.path"
 ) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that lies beside a model.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it cannot be read, or needs code of its own.
-    """
+    """Load the tokenizer that lies beside a model; an OSError if there is none."""
     from transformers import AutoTokenizer
 
     check_on_hub(path, option, revision=revision)
@@ -121,11 +94,7 @@ def load_tokenizer(
 
 
 def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
-    """Build a model on the meta device: modules and shapes, no weights.
-
-    Raises:
-        ValueError: If the model needs code of its own.
-    """
+    """Build a model on the meta device: modules and shapes, no weights."""
     import torch
 
     build = getattr(model_class, "from_config", None)
@@ -145,11 +114,7 @@ def load_weights(
     revision: str | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model with its weights, by any class of transformers; `auto` is their own type.
-
-    Raises:
-        ValueError: If the weights cannot be read, or the model needs code of its own.
-    """
+    """Load a model with its weights, by any class of transformers; `auto` is their own type."""
     from pacatune.tuner.quantized import forbid_packing
 
     with no_remote_code(path), readable_weights(path):
@@ -163,11 +128,7 @@ def load_weights(
 
 @contextmanager
 def readable_weights(owner: str) -> Iterator[None]:
-    """Say whose weights cannot be read inside this block, such as those of a cut off file.
-
-    Raises:
-        ValueError: Names the owner.
-    """
+    """Raise a ValueError that names the owner of weights that cannot be read in this block."""
     from safetensors import SafetensorError
 
     try:
@@ -180,28 +141,25 @@ def readable_weights(owner: str) -> Iterator[None]:
 
 @contextmanager
 def no_remote_code(path: str) -> Iterator[None]:
-    """Say in our words that a model needs code of its own, where transformers asks to trust it.
-
-    Raises:
-        ValueError: Names the model.
-    """
+    """Say in our words that a model needs code of its own, where transformers asks to trust it."""
     try:
         yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
-            f"model {path} comes with code of its own, which is never executed; use a version "
-            "of it that transformers supports."
-        ) from error
+        raise remote_code_error(path) from error
+
+
+def remote_code_error(path: str) -> ValueError:
+    """Return what is said of a model that needs code of its own."""
+    return ValueError(
+        f"model {path} comes with code of its own, which is never executed; use a version of it "
+        "that transformers supports."
+    )
 
 
 def check_quantizable(kind: str, config: Any, path: str, *, option: str) -> None:
-    """Refuse to quantise a model that is quantised, or where bitsandbytes is missing.
-
-    Raises:
-        ValueError: Names the option and the fix.
-    """
+    """Refuse to quantise a model that is quantised, or where bitsandbytes is missing."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"`{option}` ({kind!r}): {path} is saved quantised already; drop the option, or give "
@@ -216,11 +174,8 @@ def bitsandbytes_config(
 ) -> "BitsAndBytesConfig":
     """Return what transformers needs to hold weights in few bits.
 
-    Args:
-        kind: One of `QUANTIZATIONS`.
-        dtype: Type of the products, with 4 bits.
-        double: Whether the scales of 4-bit weights are quantised too.
-        storage: Type that packed 4-bit weights seem to have; bitsandbytes' own where None.
+    With 4 bits, `dtype` is that of the products, `double` quantises the scales too, and `storage`
+    is the type that packed weights seem to have, bitsandbytes' own where None.
     """
     from transformers import BitsAndBytesConfig
 
@@ -240,7 +195,3 @@ def bitsandbytes_config(
 def _is_worth_saying(record: logging.LogRecord) -> bool:
     """Whether a log line is not the one that every 8-bit layer writes in every forward pass."""
     return "inputs will be cast" not in record.msg
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()

@@ -188,45 +188,20 @@ def select_random(
     return torch.randperm(weight.shape[1], generator=generator, device="cpu")[:rank].clone()
 
 
-@register_strategy("weight_norm", needs=("weight",))
-def select_weight_norm(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the largest L2 norm (Sec. 5)."""
-    return largest(_norms(weight), rank)
+def _register_scores(name: str, needs: tuple[str, ...], score: Callable[..., Tensor]) -> None:
+    """Register the strategy that chooses the columns of the largest `score(weight, statistics)`."""
+
+    def select(
+        weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
+    ) -> Tensor:
+        return _largest(score(weight, statistics), rank)
+
+    register_strategy(name, needs)(select)
 
 
-@register_strategy("weight_norm_smallest", needs=("weight",))
-def select_weight_norm_smallest(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the smallest L2 norm."""
-    return largest(-_norms(weight), rank)
-
-
-@register_strategy("gradient", needs=("gradient",))
-def select_gradient(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the largest accumulated gradient (Sec. 5)."""
-    return largest(statistics["gradient"], rank)
-
-
-@register_strategy("activation", needs=("activation",))
-def select_activation(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the largest inputs."""
-    return largest(statistics["activation"], rank)
-
-
-@register_strategy("weight_activation", needs=("weight", "activation"))
-def select_weight_activation(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the largest product of both norms."""
-    norms = _norms(weight)
-    return largest(norms * statistics["activation"].to(norms).sqrt(), rank)
+def _largest(scores: Tensor, rank: int) -> Tensor:
+    """Return the places of the largest of some scores, of equal ones the first."""
+    return scores.sort(descending=True, stable=True).indices[:rank]
 
 
 def _norms(weight: Tensor) -> Tensor:
@@ -235,9 +210,16 @@ def _norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def largest(scores: Tensor, rank: int) -> Tensor:
-    """Return the places of the largest of some scores, of equal ones the first."""
-    return scores.sort(descending=True, stable=True).indices[:rank]
+def _weight_times_activation(weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+    norms = _norms(weight)
+    return norms * statistics["activation"].to(norms).sqrt()
+
+
+_register_scores("weight_norm", ("weight",), lambda weight, found: _norms(weight))
+_register_scores("weight_norm_smallest", ("weight",), lambda weight, found: -_norms(weight))
+_register_scores("gradient", ("gradient",), lambda weight, found: found["gradient"])
+_register_scores("activation", ("activation",), lambda weight, found: found["activation"])
+_register_scores("weight_activation", ("weight", "activation"), _weight_times_activation)
 
 
 # Candidates for better columns than random ones, beyond those of the paper.
@@ -253,12 +235,11 @@ def largest(scores: Tensor, rank: int) -> Tensor:
 # Source: pivoted QR for column subsets, Golub 1965; leverage scores, Mahoney and Drineas 2009.
 
 
-@register_strategy("gradient_activation", needs=("gradient", "activation"))
-def select_gradient_activation(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns of the largest product of both norms."""
-    return largest(statistics["gradient"].sqrt() * statistics["activation"].sqrt(), rank)
+_register_scores(
+    "gradient_activation",
+    ("gradient", "activation"),
+    lambda weight, found: found["gradient"].sqrt() * found["activation"].sqrt(),
+)
 
 
 @register_strategy("activation_qr", needs=("activation_sketch",))
@@ -298,7 +279,7 @@ def select_activation_leverage(
     sketch = statistics["activation_sketch"]
     _check_rank("activation_leverage", rank, sketch)
     directions = torch.linalg.svd(sketch.double(), full_matrices=False).Vh[:rank]
-    return largest(directions.square().sum(0), rank)
+    return _largest(directions.square().sum(0), rank)
 
 
 def _check_rank(name: str, rank: int, sketch: Tensor) -> None:

@@ -11,7 +11,6 @@ from pacatune.adapters.base import (
     find_tokenizer,
     load_base,
     load_tokenizer,
-    resolve_device,
 )
 
 
@@ -91,12 +90,3 @@ def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):
     (adapter_copy / "chat_template.jinja").write_text("ours")
     assert find_tokenizer(str(model_copy), adapter_copy).chat_template == "ours"
     assert find_tokenizer(str(model_copy), None).chat_template != "ours"
-
-
-def test_devices_are_checked_before_they_are_used():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps", "xpu")
-    with pytest.raises(ValueError, match=r"`device` \('warp'\) is not one that PyTorch knows"):
-        resolve_device("warp")
-    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not there"):
-        resolve_device("cuda:99")

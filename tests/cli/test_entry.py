@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -95,6 +96,20 @@ def test_interrupt(monkeypatch, capsys):
     install_command(monkeypatch, raising(KeyboardInterrupt()))
     assert main(["inspect"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["nothing"]])
+def test_a_reader_that_leaves_ends_the_command_quietly(words):
+    """As `| head`, which may be gone before the first line is written."""
+    command = [sys.executable, "-m", "pacatune", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = subprocess.PIPE if words != ["nothing"] else writer
+    with os.fdopen(writer, "w") as pipe:
+        env = os.environ | {"PYTHONUNBUFFERED": ""}  # the output is written at the end
+        done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=env)
+    assert done.returncode == 141
+    assert not done.stderr
 
 
 def test_defects_keep_their_traceback(monkeypatch):

@@ -57,7 +57,7 @@ def test_notes_go_to_stderr(adapter_copy, tmp_path, capsys):
         ),
         (
             ["--adapter", "{adapter}", "--output", "out", "--device", "cuda:99"],
-            "`device` ('cuda:99') is not there",
+            "`device` ('cuda:99') is not on this machine",
         ),
     ],
 )

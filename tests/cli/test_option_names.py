@@ -19,7 +19,7 @@ NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview"
     ],
 )
 def test_names_in_the_source_are_those_of_the_parser(module, name, command):
-    known = {action.dest for action in command.build_parser()._actions} - NO_OPTIONS
+    known = {action.dest for action in command.all_options().parser._actions} - NO_OPTIONS
     assert option_names(module, name) == {n for n in known if not n.endswith(".help")}
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
 from pacatune.evaluation.mt_bench import MtBenchConfig
-from pacatune.measure.config import BenchConfig
-from pacatune.measure.setting import Setting
+from pacatune.measure.setting import BenchConfig, Setting
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.train import build_parser
+from pacatune.cli.train import all_options
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_help(capsys):
 
 
 def test_every_option_has_help():
-    for action in build_parser()._actions:
+    for action in all_options().parser._actions:
         assert action.help, action.dest
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.train_image import build_parser
+from pacatune.cli.train_image import all_options
 from tests.image_models import save_vit, write_images
 
 
@@ -113,5 +113,5 @@ def test_template_explains_every_key_and_is_a_config(words, folder, capsys):
 
 
 def test_every_option_has_help():
-    for action in build_parser()._actions:
+    for action in all_options().parser._actions:
         assert action.help, action.dest

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pacatune.measure.config import BenchConfig
 from pacatune.measure.models import llama_values
+from pacatune.measure.setting import BenchConfig
 
 HIDDEN, MLP, NUM_LAYERS, VOCAB, RANK = 32, 48, 2, 64, 4
 
@@ -27,6 +27,8 @@ def make_config(values):
             "min_rounds": 2,
             "warmup": 1,
             "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
         }
         return BenchConfig(**{**settings, **options})
 

@@ -6,7 +6,7 @@ import pytest
 
 from pacatune.measure import bench
 from pacatune.measure.bench import find_limit, result_folder, sweep_method
-from pacatune.measure.config import MicroBatch
+from pacatune.measure.setting import MicroBatch
 from pacatune.measure.step import Outcome, count, time_together
 
 

@@ -11,12 +11,12 @@ from pacatune.measure import device
 from pacatune.measure.device import (
     GPU_GIB,
     PeakMemory,
-    choose_device,
     gpu_bytes,
     is_out_of_memory,
     limit_memory,
     parse_bytes,
 )
+from pacatune.precision import choose_device
 
 XPU = torch.device("xpu", 0)
 

@@ -64,7 +64,7 @@ def test_every_rank_fits(tmp_path):
 
 
 def test_quantities_that_do_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="unknown quantity 'layers'; choose from seq_len, batch"):
+    with pytest.raises(ValueError, match=r"`quantity` \('layers'\) must be one of seq_len, batch"):
         find_max(tiny(tmp_path), "layers", GIB)
     with pytest.raises(ValueError, match=r"`method` \('full'\) has no rank"):
         find_max(tiny(tmp_path, method="full"), "rank", GIB)

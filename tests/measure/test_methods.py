@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pacatune.measure.config import METHODS
 from pacatune.measure.methods import adapt
 from pacatune.measure.models import make_batch, make_model
+from pacatune.measure.setting import METHODS
 from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
 CPU = torch.device("cpu")

@@ -1,9 +1,7 @@
-from pathlib import Path
-
 import pytest
 
 from pacatune.measure.estimate import Estimate, estimate_memory
-from pacatune.measure.pictures import _title_and_names, check_plot_path, save_plot
+from pacatune.measure.pictures import _title_and_names, save_plot
 from pacatune.measure.simulate import Measured
 from tests.measure.real_step import tiny
 
@@ -42,13 +40,3 @@ def test_sizes_that_differ_are_named_below_their_bars(tmp_path):
     title, names = _title_and_names(estimates)
     assert title == "config.json: memory of a training step\nbatch 2, tokens 32"
     assert names == ["paca\nrank 4", "lora\nrank 7"]
-
-
-def test_file_that_is_no_picture():
-    with pytest.raises(ValueError, match=r"plot out.txt: the file must end in one of .png"):
-        check_plot_path(Path("out.txt"))
-
-
-def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; make it"):
-        check_plot_path(tmp_path / "none" / "out.png")

@@ -113,7 +113,7 @@ def test_quantised_base(method, tmp_path):
 
 
 def frozen_bytes(model):
-    """Of a 4-bit model: weights, scales, codes and buffers, shared ones once."""
+    """Return the bytes of a 4-bit model: weights, scales, codes and buffers, shared ones once."""
     weights = [p for p in model.parameters() if not p.requires_grad]
     states = [p.quant_state for p in weights if hasattr(p, "quant_state")]
     assert len(states) == 14
@@ -201,7 +201,7 @@ def test_missing_trl_is_named(tmp_path):
 
 def test_missing_bitsandbytes_is_named(tmp_path):
     with (
-        patch("pacatune.measure.models.find_spec", return_value=None),
+        patch("pacatune.pretrained.find_spec", return_value=None),
         pytest.raises(ValueError, match="`quantization` \\('nf4'\\) needs bitsandbytes"),
     ):
         FakeTraining(tiny(tmp_path, quantization="nf4"))

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from pacatune.measure.config import MicroBatch
+from pacatune.measure.setting import MicroBatch
 from pacatune.measure.step import count, prepare, run_in_child, run_point, time_together
 from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 

@@ -40,13 +40,13 @@ def test_trained_parameters_of_table_1_are_those_of_the_ranks():
     for row in TABLES["table1"].rows:
         if row.method not in ("lora", "paca"):
             continue
-        sizes = PRESETS[row.model]
-        hidden, mlp = sizes.hidden_size, sizes.intermediate_size
-        kv = sizes.num_key_value_heads * sizes.head_dim
+        sizes = PRESETS[row.model].values
+        hidden, mlp = sizes["hidden_size"], sizes["intermediate_size"]
+        kv = sizes["num_key_value_heads"] * sizes["head_dim"]
         outputs = 2 * hidden + 2 * kv + 2 * mlp + hidden
         inputs = 4 * hidden + 2 * hidden + mlp
         number = outputs if row.method == "paca" else outputs + inputs
-        millions = number * row.rank * sizes.num_hidden_layers / 1e6
+        millions = number * row.rank * sizes["num_hidden_layers"] / 1e6
         assert row.values["params"] == pytest.approx(millions, abs=0.51), row.key
 
 

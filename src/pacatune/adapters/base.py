@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
 from pacatune.format.options import format_quantization
-from pacatune.precision import Dtype, torch_dtype
+from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
 from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized
 
@@ -145,7 +145,7 @@ def load_base(
     `task_type` decides the head; None takes the class that the base was saved from. A base that
     is saved quantised stays so, whatever `quantization` says.
     """
-    target = resolve_device(device)
+    target = choose_device(device)
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     wanted = dtype if dtype == "auto" else torch_dtype(dtype)
@@ -167,29 +167,6 @@ def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
     config = load_base_config(name)
     model_class = _model_class(config, task_type, name)
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a name, `auto` for the accelerator, and see that it is there."""
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"`device` ({name!r}) is not one that PyTorch knows; try 'cpu'."
-        ) from error
-    if device.type != "cpu":
-        count = torch.accelerator.device_count() if accelerator else 0
-        if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count:
-            there = "none" if accelerator is None else f"{count} of type {accelerator.type!r}"
-            raise ValueError(
-                f"`device` ({name!r}) is not there (accelerators: {there}); use 'cpu' or 'auto'."
-            )
-    return device
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

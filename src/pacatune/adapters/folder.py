@@ -13,8 +13,13 @@ from torch import Tensor
 
 from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import read_tensors
-from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
-from pacatune.format.patterns import check_patterns, matching_key
+from pacatune.format.options import (
+    FILE_TYPES,
+    PacaOptions,
+    check_patterns,
+    matching_key,
+    target_of,
+)
 from pacatune.format.tensors import (
     TENSORS_NAME,
     ColumnUpdate,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.cli.options import add_fields, field_values, new_parser, quiet_libraries
-from pacatune.measure.config import BenchConfig
+from pacatune.measure.setting import BenchConfig
 
 _SHAPE = "512x8"
 
@@ -59,30 +59,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         ("vocab-size", "size of the vocabulary (default: 8 HIDDEN, at most 32000)"),
     ):
         add(f"--{name}", type=int, metavar="N", help=f"for --shape: {text}")
-    add_fields(
-        parser,
-        BenchConfig,
-        skip=("values", "title"),
-        dtype={
-            "default": "auto",
-            "metavar": "{auto,float32,bfloat16,float16}",
-            "help": "number format of the weights; auto is bfloat16 where it is fast, else float32 "
-            "(default: %(default)s)",
-        },
-        memory_limit={"type": str, "metavar": "SIZE"},
-        threads={"default": None, "help": "threads of torch on a CPU (default: all cores)"},
-    )
+    size = {"type": str, "metavar": "SIZE"}
+    add_fields(parser, BenchConfig, skip=("values", "title"), memory_limit=size)
     return parser.parse_args(argv)
 
 
 def _make_config(options: argparse.Namespace) -> BenchConfig:
     from pacatune.measure.device import parse_bytes
-    from pacatune.reports.provenance import num_cores
 
     values, title = _model(options)
-    given = field_values(options, BenchConfig) | {"dtype": _dtype(options)}
-    if given["threads"] is None:
-        given["threads"] = num_cores()
+    given = field_values(options, BenchConfig)
     if given["memory_limit"] is not None:
         given["memory_limit"] = parse_bytes(given["memory_limit"], "memory_limit")
     return BenchConfig(values=values, title=title, **given)
@@ -104,13 +90,3 @@ def _model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = options.shape or _SHAPE
     hidden_size, num_layers = parse_shape(text)
     return llama_values(hidden_size, num_layers, **sizes), f"Llama {text}"
-
-
-def _dtype(options: argparse.Namespace) -> str:
-    from pacatune.measure.device import choose_device
-    from pacatune.precision import bfloat16_is_fast
-
-    if options.dtype != "auto":
-        return str(options.dtype)
-    is_cpu = choose_device(options.device).type == "cpu"
-    return "bfloat16" if bfloat16_is_fast(use_cpu=is_cpu) else "float32"

@@ -61,9 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after `pacatune`; those of the process when None.
 
     Returns:
-        0 on success, 2 for a user error, 130 when interrupted, else what the command returns.
+        0 on success, 2 for a user error, 130 when interrupted, 141 when the reader of the output
+        has left, else what the command returns.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            # What is still buffered would fail while Python ends, where nobody can catch it.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _main(words: list[str]) -> int:
     debug = words[:1] == ["--debug"]
     if debug:
         words = words[1:]
@@ -80,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has left; a second failure while flushing would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        raise  # an OSError that is no error of the user's
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +33,25 @@ def run(argv: list[str]) -> int:
     options = _parse(argv)
     quiet_libraries()
 
-    from pacatune.measure.pictures import check_plot_path, save_plot
+    from pacatune.measure.pictures import save_plot
+    from pacatune.reports.figures import check_picture_path
 
     methods = options.methods or [options.method]
     settings = {name: _setting(options, name, len(methods)) for name in methods}
     available = _available_bytes(options)
     if options.plot is not None:
-        check_plot_path(options.plot)
-    quantity = _QUANTITIES[options.max] if options.max else None
-    results = {name: _estimate(one, quantity, available) for name, one in settings.items()}
-    values = {name: _values(*result, quantity, available) for name, result in results.items()}
+        check_picture_path(options.plot)
+    quantity = _QUANTITIES.get(options.max)
+    answers = {name: _answer(setting, quantity, available) for name, setting in settings.items()}
+    values = {name: answer.to_values() for name, answer in answers.items()}
     if options.json:
         alone = options.methods is None
         print(json.dumps(values[options.method] if alone else {"methods": values}, indent=2))
     else:
-        _print_table(results, quantity, available, options.model)
-        for note in dict.fromkeys(note for row in values.values() for note in row["notes"]):
-            print_notes([note])
+        _print_table(answers, options.model, available)
+        print_notes(dict.fromkeys(note for row in values.values() for note in row["notes"]))
     if options.plot is not None:
-        bars = {name: estimate for name, (_, estimate) in results.items() if estimate is not None}
+        bars = {name: one.estimate for name, one in answers.items() if one.estimate is not None}
         save_plot(bars, options.plot, available, options.gpu or "available")
     return 0
 
@@ -96,36 +97,60 @@ def _available_bytes(options: argparse.Namespace) -> int | None:
     return None if options.memory is None else parse_bytes(options.memory)
 
 
-def _estimate(
-    setting: Setting, quantity: "Quantity | None", available: int | None
-) -> tuple[int | None, "Estimate | None"]:
+@dataclass(frozen=True)
+class _Answer:
+    """The answer for one method."""
+
+    estimate: "Estimate | None"
+    """None where nothing fits."""
+    quantity: "Quantity | None"
+    largest: int | None
+    """Largest value that fits, where one was asked for."""
+    available: int | None
+
+    def to_values(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        values: dict[str, Any] = {}
+        if self.quantity is not None:
+            values[f"max_{self.quantity}"] = self.largest
+        values |= {"notes": []} if self.estimate is None else self.estimate.to_values()
+        if self.available is not None:
+            values["available_bytes"] = self.available
+            values["fits"] = "no" if self.estimate is None else self.estimate.fits(self.available)
+        return values
+
+    def to_cells(self) -> dict[str, str]:
+        """Return a column of the table by the titles of its rows."""
+        cells = {} if self.quantity is None else {f"max {self.quantity}": f"{self.largest:,}"}
+        one = self.estimate
+        if one is not None:
+            cells |= {name: _gib(number) for name, number in one.measured.by_category.items()}
+            cells["peak"] = _gib(one.peak_bytes)
+            cells["device needs"], cells["to"] = _gib(one.low_bytes), _gib(one.high_bytes)
+        return cells if self.available is None else cells | {"fits": self._verdict(self.available)}
+
+    def _verdict(self, available: int) -> str:
+        """Say whether it fits and, if not for sure, by how much it is over."""
+        if self.estimate is None:
+            return "no"
+        verdict = self.estimate.fits(available)
+        if verdict == "no":
+            return f"no, over by {_gib(self.estimate.low_bytes - available)} GiB"
+        if verdict == "perhaps":
+            return f"perhaps, over by up to {_gib(self.estimate.high_bytes - available)} GiB"
+        return verdict
+
+
+def _answer(setting: Setting, quantity: "Quantity | None", available: int | None) -> _Answer:
     from pacatune.measure.estimate import estimate_memory, find_max
 
     if quantity is None or available is None:
-        return None, estimate_memory(setting)
-    return find_max(setting, quantity, available)
+        return _Answer(estimate_memory(setting), None, None, available)
+    largest, estimate = find_max(setting, quantity, available)
+    return _Answer(estimate, quantity, largest, available)
 
 
-def _values(
-    largest: int | None,
-    estimate: "Estimate | None",
-    quantity: "Quantity | None",
-    available: int | None,
-) -> dict[str, Any]:
-    values: dict[str, Any] = {} if quantity is None else {f"max_{quantity}": largest}
-    values |= {"notes": []} if estimate is None else estimate.to_values()
-    if available is not None:
-        values["available_bytes"] = available
-        values["fits"] = "no" if estimate is None else estimate.fits(available)
-    return values
-
-
-def _print_table(
-    results: dict[str, tuple[int | None, "Estimate | None"]],
-    quantity: "Quantity | None",
-    available: int | None,
-    model: str,
-) -> None:
+def _print_table(answers: dict[str, _Answer], model: str, available: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -134,47 +159,21 @@ def _print_table(
     memory = "" if available is None else f", of {_gib(available)} GiB"
     table = Table(title=f"{model}: GiB at the peak{memory}", title_justify="left")
     table.add_column("")
-    for name in results:
+    for name in answers:
         table.add_column(name, justify="right")
-    cells = {name: _cells(*result, quantity, available) for name, result in results.items()}
-    for title in (f"max {quantity}", *CATEGORIES, "peak", "device needs", "to", "fits"):
-        row = [found.get(title, "") for found in cells.values()]
+    cells = [answer.to_cells() for answer in answers.values()]
+    largest = [f"max {quantity}" for quantity in _QUANTITIES.values()]
+    for title in (*largest, *CATEGORIES, "peak", "device needs", "to", "fits"):
+        row = [found.get(title, "") for found in cells]
         if any(row):
             table.add_row(title, *row)
     console = Console(markup=False, highlight=False)
     console.print(table)
-    for name, (_, estimate) in results.items():
-        if estimate is not None:
-            saved = estimate.measured.saved_by_module.items()
+    for name, answer in answers.items():
+        if answer.estimate is not None:
+            saved = answer.estimate.measured.saved_by_module.items()
             parts = ", ".join(f"{kind} {_gib(number)}" for kind, number in saved if number > 2**20)
             console.print(f"{name} keeps for backward: {parts or 'nothing'}", soft_wrap=True)
-
-
-def _cells(
-    largest: int | None,
-    estimate: "Estimate | None",
-    quantity: "Quantity | None",
-    available: int | None,
-) -> dict[str, str]:
-    """Return a column of the table by the titles of its rows."""
-    cells = {} if quantity is None else {f"max {quantity}": f"{largest:,}"}
-    if estimate is not None:
-        cells |= {name: _gib(number) for name, number in estimate.measured.by_category.items()}
-        cells["peak"] = _gib(estimate.peak_bytes)
-        cells["device needs"], cells["to"] = _gib(estimate.low_bytes), _gib(estimate.high_bytes)
-    return cells if available is None else cells | {"fits": _verdict(estimate, available)}
-
-
-def _verdict(estimate: "Estimate | None", available: int) -> str:
-    """Say whether it fits and, if not for sure, by how much it is over."""
-    if estimate is None:
-        return "no"
-    verdict = estimate.fits(available)
-    if verdict == "no":
-        return f"no, over by {_gib(estimate.low_bytes - available)} GiB"
-    if verdict == "perhaps":
-        return f"perhaps, over by up to {_gib(estimate.high_bytes - available)} GiB"
-    return verdict
 
 
 def _gib(num_bytes: int) -> str:

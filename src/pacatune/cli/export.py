@@ -38,25 +38,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "the trained columns, B holds what was trained; of MosLoRA, B takes the mixer.",
     )
     add_base_options(parser, adapter_required=True, device="cpu")
-    parser.add_argument("--to", choices=("lora",), required=True, help="format to write")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES[1:],
-        default="float32",
-        help="number type of the tensors; float32 (the default) is exact",
+    add = parser.add_argument
+    add("--to", choices=("lora",), required=True, help="format to write")
+    add("--output", metavar="DIR", required=True, help="folder to write")
+    dtype = "number type of the tensors; float32 (the default) is exact"
+    add("--dtype", choices=DTYPES[1:], default="float32", help=dtype)
+    extra = (
+        "carry modules_to_save, biases and token embeddings over; PEFT loads them, most servers "
+        "do not"
     )
-    parser.add_argument(
-        "--keep-extra",
-        action="store_true",
-        help="carry modules_to_save, biases and token embeddings over; PEFT loads them, most "
-        "servers do not",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="load the result with PEFT alone in a new process and compare outputs",
-    )
+    add("--keep-extra", action="store_true", help=extra)
+    verify = "load the result with PEFT alone in a new process and compare outputs"
+    add("--verify", action="store_true", help=verify)
     return parser.parse_args(argv)
 
 

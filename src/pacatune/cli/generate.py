@@ -44,38 +44,24 @@ def run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("generate", "Stream text from a model, with or without an adapter.")
     add_base_options(parser, adapter_required=False, device="auto")
-    parser.add_argument(
-        "--prompt",
-        help="what to answer; - reads it from stdin; without it, prompts are asked for one by one",
-    )
-    parser.add_argument("--system", help="instruction that precedes the prompt in a chat")
+    add = parser.add_argument
+    prompt = "what to answer; - reads it from stdin; without it, prompts are asked for one by one"
+    add("--prompt", help=prompt)
+    add("--system", help="instruction that precedes the prompt in a chat")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--without-adapter", action="store_true", help="answer as the base does")
-    which.add_argument(
-        "--compare", action="store_true", help="answer twice, first without the adapter"
-    )
-    parser.add_argument(
-        "--no-chat", action="store_true", help="continue the prompt as it is, without chat template"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="most tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0 takes the likeliest token (the default); above it, tokens are sampled",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the likeliest tokens up to this probability (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="number type of the base (default: its own)"
-    )
+    compare = "answer twice, first without the adapter"
+    which.add_argument("--compare", action="store_true", help=compare)
+    no_chat = "continue the prompt as it is, without chat template"
+    add("--no-chat", action="store_true", help=no_chat)
+    add("--max-new-tokens", type=int, default=256, help="most tokens (default: %(default)s)")
+    temperature = "0 takes the likeliest token (the default); above it, tokens are sampled"
+    add("--temperature", type=float, default=0.0, help=temperature)
+    top_p = "sample from the likeliest tokens up to this probability (default: %(default)s)"
+    add("--top-p", type=float, default=1.0, help=top_p)
+    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    dtype = "number type of the base (default: its own)"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
     options = parser.parse_args(argv)
     if options.compare and options.adapter is None:
         parser.error("--compare needs --adapter")

@@ -17,31 +17,28 @@ _MOST_NAMES = 8
 def run(argv: list[str]) -> int:
     """Run `pacatune inspect` with the words after it; return the exit status."""
     parser = new_parser("inspect", "Show what an adapter holds; its base model is not needed.")
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
-    parser.add_argument(
-        "--against", metavar="OTHER", help="compare the updates of two PaCA adapters instead"
-    )
-    parser.add_argument("--columns", action="store_true", help="list the columns of each module")
-    parser.add_argument("--all", action="store_true", help="list every module")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw which columns each module trains, as .png or .svg"
-    )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
+    add("--against", metavar="OTHER", help="compare the updates of two PaCA adapters instead")
+    add("--columns", action="store_true", help="list the columns of each module")
+    add("--all", action="store_true", help="list every module")
+    add("--plot", metavar="FILE", help="draw which columns each module trains, as .png or .svg")
+    add("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
 
     from pacatune.adapters.inspect import compare, inspect_adapter
 
-    result: AdapterReport | Comparison
-    if options.against is not None:
-        result = compare(options.adapter, options.against)
-    else:
-        result = inspect_adapter(options.adapter)
+    result: AdapterReport | Comparison = (
+        inspect_adapter(options.adapter)
+        if options.against is None
+        else compare(options.adapter, options.against)
+    )
     if options.plot is not None:
         from pacatune.reports.columns import plot_columns
 
         plot_columns(result, Path(options.plot))
     if options.json:
-        print(json.dumps(dataclasses.asdict(result), indent=2, default=_plain))
+        print(json.dumps(dataclasses.asdict(result), indent=2, default=str))  # the folder
         return 0
     most = None if options.all or options.columns else _MOST_ROWS
     if options.against is not None:
@@ -93,9 +90,9 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
             print(f"  {name:<{width}}{value}")
 
 
-def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+def _print_table(title: str, head: list[str], rows: list[list[str]], most: int | None) -> None:
     """Print names to the left, numbers to the right, and what may be long at the end."""
-    lines = [head, *rows]
+    lines = [head, *rows[:most]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}")
     for name, *cells in lines:
@@ -104,27 +101,26 @@ def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
             f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=False)
         )
         print(f"  {name:<{widths[0]}}{numbers}  {columns}".rstrip())
+    if most is not None and len(rows) > most:
+        print(f"{len(rows) - most} more modules; --all lists them")
 
 
 def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None:
     if not report.modules:
         return
-    rows = []
-    for module in report.modules[:most]:
-        cells = [
+    head = ["module", "rank", "scaling", "out", "norm", *(["columns"] if with_columns else [])]
+    rows = [
+        [
             module.name,
             str(module.rank),
             f"{module.scaling:g}",
             str(module.out_features),
             f"{module.update_norm:.4g}",
-        ]
-        if with_columns:
-            columns = module.columns
-            cells.append("-" if columns is None else " ".join(map(str, columns)))
-        rows.append(cells)
-    head = ["module", "rank", "scaling", "out", "norm", *(["columns"] if with_columns else [])]
-    _print_table("largest updates first", head, rows)
-    _print_left_out(len(report.modules), most)
+            "-" if module.columns is None else " ".join(map(str, module.columns)),
+        ][: len(head)]
+        for module in report.modules
+    ]
+    _print_table("largest updates first", head, rows, most)
 
 
 def _print_comparison(comparison: Any, most: int | None) -> None:
@@ -147,22 +143,12 @@ def _print_comparison(comparison: Any, most: int | None) -> None:
             f"{module.norm_a:.4g}",
             f"{module.norm_b:.4g}",
         ]
-        for module in sorted(comparison.modules, key=lambda module: module.cosine)[:most]
+        for module in sorted(comparison.modules, key=lambda module: module.cosine)
     ]
-    _print_table("least alike first", ["module", "shared", "cosine", "norm", "other norm"], cells)
-    _print_left_out(len(comparison.modules), most)
-
-
-def _print_left_out(total: int, most: int | None) -> None:
-    if most is not None and total > most:
-        print(f"{total - most} more modules; --all lists them")
+    head = ["module", "shared", "cosine", "norm", "other norm"]
+    _print_table("least alike first", head, cells, most)
 
 
 def _some(names: list[str]) -> str:
     rest = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _plain(value: Any) -> str:
-    assert isinstance(value, Path)
-    return str(value)

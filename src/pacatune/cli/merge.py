@@ -36,25 +36,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "merge", "Write an adapter into its base model: a folder that transformers loads alone."
     )
     add_base_options(parser, adapter_required=True, device="cpu")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="number type of the result (default: the base's own)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--output", metavar="DIR", required=True, help="folder to write")
+    dtype = "number type of the result (default: the base's own)"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    add(
         "--base",
         choices=("original", "dequantized", "nf4"),
         help="for adapters of a quantised base, whose weights the untrained ones are: those of the "
         "checkpoint before quantisation, those that were trained with (the default), or these "
         "quantised again, which costs accuracy",
     )
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="skip comparing outputs before and after (saves four forward passes and a load)",
-    )
+    skip = "skip comparing outputs before and after (saves four forward passes and a load)"
+    add("--no-verify", action="store_true", help=skip)
     return parser.parse_args(argv)
 
 

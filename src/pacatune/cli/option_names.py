@@ -6,19 +6,14 @@ place that declares options; this reads them as text, those of TRL and transform
 
 import ast
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 
 def option_names(module: str, name: str) -> frozenset[str]:
     """Return the dotted names of a run's options, such as `data.path`, and of its sections.
 
-    Args:
-        module: Where the dataclass of the run is, such as `pacatune.training.config`.
-        name: The class's name. A field whose annotation is another class of ours is a section.
-
-    Raises:
-        LookupError: If the source of a class is not found.
+    A field of the class whose annotation is another class of ours is a section.
     """
     found: set[str] = set()
     for option, (owner, annotation) in _fields(module, name).items():
@@ -68,12 +63,9 @@ def _find_class(module: str, name: str) -> tuple[str, str] | None:
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    if not node.level:
-        return str(node.module)
-    # A package is its own parent for relative imports.
-    parts = module.split(".")
-    parts = parts[: len(parts) - node.level + _source(module).name.startswith("__init__")]
-    return ".".join([*parts, *([node.module] if node.module else [])])
+    is_package = _source(module).name == "__init__.py"
+    package = module if is_package else module.rpartition(".")[0]
+    return resolve_name("." * node.level + (node.module or ""), package)
 
 
 @cache
@@ -86,11 +78,10 @@ def _source(module: str) -> Path:
     """Return the file of a module without importing it, or a package above it."""
     root, *parts = module.split(".")
     spec = find_spec(root)
-    if spec is None or spec.origin is None:
-        raise LookupError(f"no source of {module}")
-    path = Path(spec.origin).parent.joinpath(*parts)
-    files = [path.with_name(f"{path.name}.py")] if parts else []
-    for file in (*files, path / "__init__.py"):
-        if file.is_file():
-            return file
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent.joinpath(*parts)
+        files = [path.with_name(f"{path.name}.py")] if parts else []
+        for file in (*files, path / "__init__.py"):
+            if file.is_file():
+                return file
     raise LookupError(f"no source of {module}")

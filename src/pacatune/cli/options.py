@@ -24,11 +24,9 @@ class CommandParser(argparse.ArgumentParser):
     """Parser of a command whose errors are one line that names what was meant."""
 
     def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse the words of the command line.
+        """Parse the words of the command line; an unknown option is refused first.
 
-        Raises:
-            ValueError: If one is wrong. An unknown option comes first: without it another one,
-                which was meant, may be missing.
+        Without it another one, which was meant, may be missing.
         """
         known = self._option_string_actions
         for word in takewhile(lambda word: word != "--", args):
@@ -39,11 +37,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words of the command line.
-
-        Raises:
-            ValueError: Says what is wrong with them.
-        """
+        """Refuse the words of the command line by a ValueError, which the entry shows."""
         choice = _CHOICE.fullmatch(message)
         if choice is not None:
             choices = [name.strip("'") for name in choice[3].split(", ")]
@@ -55,59 +49,31 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def new_parser(command: str, description: str) -> CommandParser:
-    """Return the parser of one command.
-
-    Args:
-        command: Its name.
-        description: One sentence for the help text.
-    """
+    """Return the parser of one command, which a sentence describes."""
     return CommandParser(prog=f"pacatune {command}", description=description, allow_abbrev=False)
 
 
 def add_base_options(
     parser: argparse.ArgumentParser, *, adapter_required: bool, device: str
 ) -> None:
-    """Add --model, --adapter, --device and --allow-other-base.
-
-    Args:
-        parser: Gets the options.
-        adapter_required: Whether the command makes sense without an adapter.
-        device: Default of --device.
-    """
-    parser.add_argument(
-        "--model", metavar="BASE", help="folder or hub id of the base (default: the adapter's own)"
-    )
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        required=adapter_required,
-        help="folder or hub id of the adapter",
-    )
-    parser.add_argument(
-        "--device",
-        default=device,
-        help="cpu, cuda, ...; auto takes the accelerator if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--allow-other-base",
-        action="store_true",
-        help="go on although the base is not the one the adapter was trained on",
-    )
+    """Add --model, --adapter, --device (by default `device`) and --allow-other-base."""
+    add, adapter = parser.add_argument, "folder or hub id of the adapter"
+    add("--model", metavar="BASE", help="folder or hub id of the base (default: the adapter's own)")
+    add("--adapter", metavar="DIR", required=adapter_required, help=adapter)
+    where = "cpu, cuda, ...; auto takes the accelerator if there is one (default: %(default)s)"
+    add("--device", default=device, help=where)
+    other = "go on although the base is not the one the adapter was trained on"
+    add("--allow-other-base", action="store_true", help=other)
 
 
 def add_fields(
     parser: argparse.ArgumentParser, kind: Any, *, skip: Collection[str] = (), **changes: Any
 ) -> None:
-    """Add an option for each field of a dataclass: its name, default and docstring.
+    """Add an option for each field of a dataclass but `skip`: its name, default and docstring.
 
     Values keep to the dataclass's own checks, whose messages are one line; only what is no number
-    where a number belongs ends here. A tuple stays text until `field_values` reads it.
-
-    Args:
-        parser: Gets `--seq-len` for a field `seq_len`, and so on.
-        kind: The dataclass.
-        skip: Fields that are no options, or not of this shape.
-        **changes: Field -> arguments of `add_argument` that are other than the field says.
+    where a number belongs ends here. A tuple stays text until `field_values` reads it. `changes`
+    are, by field, arguments of `add_argument` that are other than the field says.
     """
     helps = field_helps(kind)
     for field in fields(kind):
@@ -138,11 +104,7 @@ def _arguments(field: "Field[Any]", text: str) -> dict[str, Any]:
 
 
 def field_values(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    """Return the options that are fields of a dataclass, as its constructor takes them.
-
-    Raises:
-        ValueError: If an option of numbers with commas between holds something else.
-    """
+    """Return the options that are fields of a dataclass, as its constructor takes them."""
     return {
         field.name: _value(field, getattr(options, field.name))
         for field in fields(kind)
@@ -167,10 +129,7 @@ def _value(field: "Field[Any]", value: Any) -> Any:
 
 
 def field_helps(kind: Any) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass in the form of a help text.
-
-    None where the source is not installed.
-    """
+    """Return the docstring under each field of a dataclass as help; none without its source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except OSError:
@@ -185,11 +144,7 @@ def field_helps(kind: Any) -> dict[str, str]:
 
 
 def names(text: str) -> list[str]:
-    """Return the names of an option such as `a,b`.
-
-    Raises:
-        argparse.ArgumentTypeError: If there is none.
-    """
+    """Return the names of an option such as `a,b`."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b,c")
@@ -215,11 +170,7 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 def positive(text: str) -> int:
-    """Return the number of an option.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is none of at least 1.
-    """
+    """Return the number of an option, at least 1."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")

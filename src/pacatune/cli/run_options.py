@@ -19,19 +19,14 @@ _FLAGS = ("help", "config", "resume", "overwrite", "print_config")
 
 
 class RunOptions:
-    """The command line of a command that trains.
+    """The command line of a command that trains: one option per field of the run and its sections.
 
-    Args:
-        run_class: Dataclass of the run; its class attribute `command` names the command.
-        description: One sentence for the help text.
-        flags: Further flags, which are no options of the run -> arguments of `add_argument`.
+    The class of the run names the command; `flags` are, by name, arguments of `add_argument` of
+    what is no option of the run.
     """
 
     def __init__(
-        self,
-        run_class: Any,
-        description: str,
-        flags: Mapping[str, Mapping[str, Any]],
+        self, run_class: Any, description: str, flags: Mapping[str, Mapping[str, Any]]
     ) -> None:
         from jsonargparse import set_parsing_settings
 
@@ -46,13 +41,6 @@ class RunOptions:
             description=f"{description} Options of a config file come first, options here override "
             "them.",
         )
-        self._add_flags(flags)
-        self.parser.add_class_arguments(run_class, skip=set(self.sections))
-        for name, section in self.sections.items():
-            self.parser.add_class_arguments(section, name)
-        self._add_help_of_arguments()
-
-    def _add_flags(self, flags: Mapping[str, Mapping[str, Any]]) -> None:
         add = self.parser.add_argument
         add("--config", action="config", help="YAML file with options.")
         resume = "Continue the run in training.output_dir from its last checkpoint."
@@ -63,6 +51,10 @@ class RunOptions:
             add(f"--{name}", **arguments)
         show = "Print all options as a commented config file, and stop."
         add("--print_config", action="store_true", help=show)
+        self.parser.add_class_arguments(run_class, skip=set(self.sections))
+        for name, section in self.sections.items():
+            self.parser.add_class_arguments(section, name)
+        self._add_help_of_arguments()
 
     def _add_help_of_arguments(self) -> None:
         """Take the help of training options from where TRL and transformers write it."""
@@ -75,11 +67,7 @@ class RunOptions:
                 action.help = text.replace("%%", "%").replace("%", "%%")
 
     def parse(self, argv: list[str]) -> "Namespace":
-        """Parse the words of the command line.
-
-        Raises:
-            ValueError: If a word, or a key of a config file, is wrong; names the nearest one.
-        """
+        """Parse the words of the command line and its config files; wrong ones are a ValueError."""
         from argparse import ArgumentError
 
         _check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
@@ -89,11 +77,7 @@ class RunOptions:
             raise ValueError(f"{readable(str(error))}; see `{self.parser.prog} --help`.") from error
 
     def to_config(self, options: "Namespace") -> Any:
-        """Build the run.
-
-        Raises:
-            ValueError: If the options contradict each other.
-        """
+        """Build the run, which refuses options that contradict each other."""
         values = options.as_dict()
         choose(values["method"], self.run_class.methods, option="method")
         sections = {name: kind(**values[name]) for name, kind in self.sections.items()}
@@ -119,13 +103,7 @@ class RunOptions:
 def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None:
     """Refuse unknown options and unknown keys of config files before anything is imported.
 
-    Args:
-        argv: Words of the command line.
-        run_class: Dataclass of the run, as `module.Class`.
-        flags: This command's own, beside those of all commands that train.
-
-    Raises:
-        ValueError: Names the nearest known one.
+    `run_class` is `module.Class`; `flags` are those that only this command has.
     """
     try:
         names = option_names(*run_class.rsplit(".", 1))

@@ -1,11 +1,6 @@
 """`pacatune train`: fine-tune a model on your data."""
 
-from typing import TYPE_CHECKING
-
 from pacatune.cli.run_options import RunOptions, check_early
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def run(argv: list[str]) -> int:
@@ -14,12 +9,12 @@ def run(argv: list[str]) -> int:
 
     from pacatune.training import preview, train
 
-    run_options = _run_options()
-    options = run_options.parse(argv)
+    known = all_options()
+    options = known.parse(argv)
     if options.print_config:
-        print(run_options.template(options), end="")
+        print(known.template(options), end="")
         return 0
-    config = run_options.to_config(options)
+    config = known.to_config(options)
     if options.preview is not None and options.preview < 1:
         raise ValueError(f"`--preview` ({options.preview}) must be at least 1.")
     if options.preview is not None:
@@ -29,12 +24,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def build_parser() -> "ArgumentParser":
-    """Return the parser: one option per field of RunConfig and its sections, and the flags."""
-    return _run_options().parser
-
-
-def _run_options() -> RunOptions:
+def all_options() -> RunOptions:
+    """Return the options of the command."""
     from pacatune.training import RunConfig
 
     preview = {

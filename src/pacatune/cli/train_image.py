@@ -1,12 +1,7 @@
 """`pacatune train-image`: fine-tune an image classifier on your images."""
 
-from typing import TYPE_CHECKING
-
 from pacatune.cli.options import quiet_libraries
 from pacatune.cli.run_options import RunOptions, check_early, values_of
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def run(argv: list[str]) -> int:
@@ -16,25 +11,21 @@ def run(argv: list[str]) -> int:
 
     from pacatune.training.image import train
 
-    run_options = _run_options()
+    known = all_options()
     for name in values_of(argv, "preset"):
         from pacatune.training.image.presets import find_preset
 
-        run_options.parser.set_defaults(find_preset(name).options())
-    options = run_options.parse(argv)
+        known.parser.set_defaults(find_preset(name).options())
+    options = known.parse(argv)
     if options.print_config:
-        print(run_options.template(options), end="")
+        print(known.template(options), end="")
         return 0
-    train(run_options.to_config(options), resume=options.resume, overwrite=options.overwrite)
+    train(known.to_config(options), resume=options.resume, overwrite=options.overwrite)
     return 0
 
 
-def build_parser() -> "ArgumentParser":
-    """Return the parser: one option per field of ImageRunConfig and its sections, and the flags."""
-    return _run_options().parser
-
-
-def _run_options() -> RunOptions:
+def all_options() -> RunOptions:
+    """Return the options of the command."""
     from pacatune.training.image import ImageRunConfig
     from pacatune.training.image.presets import PRESETS
 

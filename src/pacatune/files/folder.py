@@ -14,15 +14,9 @@ _SPARE_BYTES = 16 * 2**20
 
 
 def check_output(folder: Path, num_bytes: int) -> None:
-    """Refuse an output folder that is in use or whose disk is too full.
+    """Refuse an output folder that holds something, or whose disk has no room for `num_bytes`.
 
-    Args:
-        folder: May be missing or empty; its parents may be missing.
-        num_bytes: Size of what will be written.
-
-    Raises:
-        FileExistsError: If the folder holds something, or is a file.
-        ValueError: If the disk has less than `num_bytes` and a few MiB free.
+    The folder and its parents may be missing.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"output {str(folder)!r} is not a folder; choose another path.")
@@ -43,18 +37,7 @@ def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     """Give an empty folder beside `folder` that takes its name when the block succeeds.
 
     Whatever happens in the block (an error, Ctrl-C, a full disk), `folder` is either complete or
-    as it was before.
-
-    Args:
-        folder: Final path; see `check_output`.
-        num_bytes: Size of what will be written.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        FileExistsError: If `folder` is in use.
-        ValueError: If the disk is too full before, or runs full while writing.
+    as it was before. See `check_output`; a disk that runs full while writing is a ValueError too.
     """
     folder = folder.absolute()
     check_output(folder, num_bytes)

@@ -15,15 +15,7 @@ _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read one JSON object from a file of at most 4 MiB and 16 levels.
-
-    Args:
-        path: A regular file.
-
-    Raises:
-        ValueError: If the file is larger, deeper, no UTF-8, no JSON, no object, repeats a key,
-            or holds NaN, Infinity, an endless number or a control character.
-    """
+    """Read one JSON object from a regular file of at most 4 MiB and 16 levels; refuse all else."""
     with path.open("rb") as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
@@ -37,14 +29,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
-    """Parse bytes that must hold exactly one JSON object.
+    """Parse bytes that must hold one JSON object, as `read_json_object` but for size and strings.
 
-    Args:
-        raw: UTF-8 text.
-        source: Where it comes from, the first words of the error.
-
-    Raises:
-        ValueError: As for `read_json_object`, size and control characters apart.
+    Errors begin with `source`, where they come from.
     """
     _check_depth(raw, source)
 
@@ -102,10 +89,6 @@ def _check_strings(value: Any, source: str) -> None:
             raise ValueError(
                 f"{source} holds the string {value[:80]!a}; control characters are not allowed."
             )
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_strings(key, source)
-            _check_strings(item, source)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_strings(item, source)

@@ -15,12 +15,9 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that exists, until the end of the block.
+    """Keep other processes out of a folder that exists; refuse one that another process is in.
 
     The lock is the operating system's: it ends with the process, however that ends.
-
-    Raises:
-        ValueError: If another process is in it.
     """
     lock = FileLock(folder / LOCK_NAME)
     try:
@@ -64,30 +61,19 @@ class ResultFolder:
     """Names of what a run writes beside `mark`; the next run removes them."""
 
     def open(self) -> None:
-        """Make the folder ready; what an earlier run wrote is removed, nothing else.
-
-        Raises:
-            FileExistsError: If it is a file or holds something without the mark.
-        """
-        self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder ready; what an earlier run wrote is removed, nothing else."""
+        self._make()
         self._begin()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the folder ready, for this process alone until the end of the block.
-
-        Raises:
-            FileExistsError: If it is a file or holds something without the mark.
-            ValueError: If another process is in it.
-        """
-        self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder ready, for this process alone until the end of the block; see `open`."""
+        self._make()
         with alone_in(self.path):
             self._begin()
             yield
 
-    def _check(self) -> None:
+    def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output {self.path} is a file; choose another: --output DIR.")
         holds = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
@@ -96,6 +82,7 @@ class ResultFolder:
                 f"output folder {self.path} holds files but no {self.mark}, so they are not from "
                 f"{self.kind} and stay as they are; choose another: --output DIR."
             )
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def _begin(self) -> None:
         for name in self.others:

@@ -20,15 +20,7 @@ _LENGTH_BYTES = 8
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of one safetensors file onto the CPU.
-
-    Args:
-        path: A regular file of at most 16 GiB whose header has at most 16 MiB.
-
-    Raises:
-        ValueError: If the file is truncated, damaged or too large, or if a tensor's name is
-            more than letters, digits, `_`, `-` and single dots.
-    """
+    """Read all tensors of a file onto the CPU; refuse a damaged or too large one, and odd names."""
     check_names(read_header(path), source=str(path))
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -41,14 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read the description of each tensor, without `__metadata__` and without the data.
-
-    Args:
-        path: A regular file.
-
-    Raises:
-        ValueError: If the file is too large, truncated, or its header is no JSON object.
-    """
+    """Read the description of each tensor, without `__metadata__` and without the data."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{path} is {size} bytes; at most {MAX_FILE_BYTES} are read.")
@@ -72,15 +57,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def check_names(names: dict[str, Any], *, source: str) -> None:
-    """Refuse tensor names that are paths, or that a terminal would not print as they are.
-
-    Args:
-        names: Anything keyed by tensor name.
-        source: Where they come from, the first words of the error.
-
-    Raises:
-        ValueError: At the first name that is not `word.word.word`.
-    """
+    """Refuse tensor names that are paths, or that a terminal would not print as they are."""
     for name in names:
         if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
             raise ValueError(
@@ -90,12 +67,7 @@ def check_names(names: dict[str, Any], *, source: str) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as PEFT does, marked as PyTorch's.
-
-    Args:
-        tensors: By name, on any device.
-        path: File to write.
-    """
+    """Write tensors as PEFT does, marked as PyTorch's."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt"})
 

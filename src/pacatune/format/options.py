@@ -4,23 +4,13 @@
 looking into an adapter does not wait for PEFT.
 """
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pacatune.format.patterns import check_patterns
 from pacatune.strategies import FIXED, needs_of
-
-__all__ = [
-    "FILE_TYPES",
-    "IN_PROJ",
-    "NEEDS_US",
-    "PacaOptions",
-    "format_quantization",
-    "idle_layers",
-    "target_of",
-]
 
 NEEDS_US = "PACATUNE"
 FILE_TYPES = ("PACA", NEEDS_US)
@@ -31,6 +21,17 @@ IN_PROJ = "in_proj_weight"
 # Options that PEFT's own PaCA does not have, and that change what an adapter computes.
 _OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 _MAX_DEPTH = 8
+# PEFT compiles these, names of modules included, and only when it looks for modules.
+PATTERN_OPTIONS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "columns",
+    "modules_to_save",
+)
+_PLAIN_NAME = re.compile(r"[\w.]*")
 
 
 @dataclass
@@ -195,12 +196,33 @@ class PacaOptions:
             needs_of(self.selection)  # columns that are there may be of a strategy that is not
 
 
-def target_of(name: str) -> str:
-    """Return what a configuration calls an adapted weight: the attention, for its in_proj_weight.
+def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
+    """Refuse regular expressions in an adapter's options that do not compile.
 
-    Args:
-        name: Name of an adapted layer or parameter, as in an adapter's file.
+    Each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary by patterns; `section`, such
+    as "paca.", stands before the name of an option in the message.
     """
+    for option in PATTERN_OPTIONS:
+        value = options.get(option)
+        patterns = value if isinstance(value, (list, tuple, set, dict)) else [value or ""]
+        for pattern in patterns:
+            try:
+                # Thousands of plain names need no compiling.
+                _PLAIN_NAME.fullmatch(pattern) or re.compile(pattern)
+            except (re.error, OverflowError, RecursionError, TypeError) as error:
+                raise ValueError(
+                    f"`{section}{option}` ({str(pattern)[:80]!r}) is no regular expression: "
+                    f"{error}; mend it, or put a backslash before a sign that stands for itself."
+                ) from error
+
+
+def matching_key(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key."""
+    return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
+
+
+def target_of(name: str) -> str:
+    """Return how options name an adapted weight: for in_proj_weight, by the attention."""
     return name.removesuffix(f".{IN_PROJ}")
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pacatune.precision import dtype_name
+
 DELTA = "paca_delta"
 INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
@@ -29,14 +31,7 @@ class ColumnUpdate(NamedTuple):
 
 
 def split_tensor_name(name: str) -> tuple[str, str] | None:
-    """Split a file's tensor name into module and kind.
-
-    Args:
-        name: Such as `base_model.model.layers.0.q_proj.paca_delta`.
-
-    Returns:
-        (`layers.0.q_proj`, `paca_delta`), or None if the tensor is not one of PaCA's.
-    """
+    """Split a name, such as (`layers.0.q_proj`, `paca_delta`); None if it is not PaCA's."""
     module, _, kind = name.rpartition(".")
     if kind not in (DELTA, INDICES):
         return None
@@ -44,15 +39,7 @@ def split_tensor_name(name: str) -> tuple[str, str] | None:
 
 
 def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, ColumnUpdate]:
-    """Pair each module's delta with its indices; tensors of other kinds are passed over.
-
-    Args:
-        tensors: Tensors by name, as in an adapter file.
-        source: Where they come from, for the error.
-
-    Raises:
-        ValueError: If a delta has no indices or indices have no delta.
-    """
+    """Pair each module's delta with its indices; tensors of other kinds are passed over."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (split := split_tensor_name(name)) is not None:
@@ -73,14 +60,8 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
 
     Checks what the tensors alone can show: pairs, dtypes, shapes, finite deltas, indices that
     are non-negative, unique and increasing. Tensors of other kinds (biases, `modules_to_save`)
-    are passed over, and the values of tensors on the meta device are not looked at.
-
-    Args:
-        tensors: Tensors by name, as in an adapter file; the PEFT prefix is optional.
-        source: Where they come from, the first words of the error.
-
-    Raises:
-        ValueError: If any tensor breaks a rule; the message names module, value and rule.
+    are passed over, and the values of tensors on the meta device are not looked at. Names are
+    those of an adapter file, with PEFT's prefix or without; errors begin with `source`.
     """
     for module, update in group_tensors(tensors, source=source).items():
         where = f"{source}: module {module!r}"
@@ -94,7 +75,7 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
 def _check_layout(update: ColumnUpdate, where: str) -> None:
     delta, indices = update
     if delta.dtype not in _DELTA_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DELTA_DTYPES)
+        allowed = ", ".join(map(dtype_name, _DELTA_DTYPES))
         raise ValueError(
             f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {allowed}."
         )

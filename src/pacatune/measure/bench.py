@@ -11,31 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.files.result_folder import ResultFolder
-from pacatune.measure.config import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.device import available_bytes, device_name
+from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import PHASES, count, run_in_child, run_point, time_together
 from pacatune.measure.timing import compare, summarize
 from pacatune.reports.provenance import commit, cpu, versions
 
-__all__ = [
-    "PICTURES",
-    "REPORT_NAME",
-    "RESULT_NAME",
-    "compare_methods",
-    "find_limit",
-    "result_folder",
-    "run",
-    "sweep_method",
-]
-
 RESULT_NAME, REPORT_NAME = "bench.json", "bench.md"
 PICTURES = ("operations.png", "times.png", "memory.png", "throughput.png", "lengths.png")
+Setting = MicroBatch
+"""Its name in `pacatune.bench`."""
+
 # A sweep on a CPU takes this share of free memory: with more, the system would swap, not fail.
 _SHARE_OF_MEMORY = 0.8
 _FIRST_LENGTH = 128
 # Lengths are found to this share of themselves; batches exactly.
 _PRECISION = 64
-Result = dict[str, Any]
 Row = dict[str, Any]
 Rounds = list[tuple[float, float, float]]
 
@@ -49,14 +40,10 @@ def result_folder(path: Path) -> ResultFolder:
 
 def run(
     config: BenchConfig, folder: ResultFolder, command: str, tell: Callable[[str], None]
-) -> Result:
-    """Measure everything and return the result, which is written after each measurement.
+) -> dict[str, Any]:
+    """Measure everything and return the result, written to an open folder after each measurement.
 
-    Args:
-        config: What to measure.
-        folder: Folder of the result, opened.
-        command: The user's, for the record.
-        tell: Shows a line about what goes on.
+    The result records the user's command; `tell` shows a line about what goes on.
     """
     config = _with_limit(config)
     result = _provenance(config, command)
@@ -93,7 +80,7 @@ def _with_limit(config: BenchConfig) -> BenchConfig:
     return replace(config, memory_limit=int(_SHARE_OF_MEMORY * free))
 
 
-def _provenance(config: BenchConfig, command: str) -> Result:
+def _provenance(config: BenchConfig, command: str) -> dict[str, Any]:
     device = config.torch_device
     threads = f", {config.threads} threads" if device.type == "cpu" else ""
     return {
@@ -116,18 +103,13 @@ def _provenance(config: BenchConfig, command: str) -> Result:
 def compare_methods(
     config: BenchConfig, setting: MicroBatch, tell: Callable[[str], None]
 ) -> tuple[list[Row], list[Row]]:
-    """Return a row for each method and a ratio for each pair; what memory ended says so.
-
-    Args:
-        config: Whose methods.
-        setting: Size of the micro-batch.
-        tell: Shows a line about what goes on.
-    """
+    """Return a row for each method and a ratio for each pair; what memory ended says so."""
     rows: dict[str, Row] = {}
     for method in config.methods:
         tell(f"{setting.label}: counting {method} ...")
         rows[method] = _row(count, config, setting, method)
-    ratios, rounds = [], {method: [] for method in config.methods}  # type: ignore[var-annotated]
+    ratios: list[Row] = []
+    rounds: dict[str, Rounds] = {method: [] for method in config.methods}
     for pair in config.pairs:
         methods = tuple(method for method in pair if rows[method]["status"] == "measured")
         if not methods:
@@ -188,12 +170,7 @@ def _summarize(setting: MicroBatch, rounds: Rounds) -> Row:
     row: Row = summarize([1e3 * sum(times) for times in rounds], "step_ms")
     for phase, seconds in zip(PHASES, zip(*rounds, strict=True), strict=True):
         row |= summarize([1e3 * second for second in seconds], f"{phase}_ms")
-    rate = 1e3 * setting.num_rows / row["step_ms"]
-    return row | {
-        "num_rounds": len(rounds),
-        "sentences_per_second": rate,
-        "tokens_per_second": rate * setting.num_tokens,
-    }
+    return row | {"num_rounds": len(rounds)} | setting.rates(row["step_ms"])
 
 
 def find_limit(
@@ -201,13 +178,9 @@ def find_limit(
 ) -> tuple[int, bool]:
     """Return the largest number that fits, and whether a larger one was found not to fit.
 
-    Doubles from `start` until something does not fit, then halves the interval.
-
-    Args:
-        fits: Tries a number; what fits must also fit when it is smaller.
-        start: First number.
-        highest: Largest number to try, None without end.
-        precision: Stop when the interval is below 1 / precision of the limit; None: at 1.
+    Doubles from `start` until something does not fit, then halves the interval until it is below
+    1 / `precision` of the limit, or 1 without a precision. What fits must also fit when it is
+    smaller.
     """
     good, bad, number = 0, None, min(start, highest or start)
     while bad is None:
@@ -226,24 +199,20 @@ def find_limit(
 
 def sweep_method(
     config: BenchConfig, method: str, tell: Callable[[str], None]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the limit of one method, and a row for each point that was tried.
-
-    Args:
-        config: With a sweep.
-        method: One of its methods.
-        tell: Shows a line about each point.
-    """
-    points: list[dict[str, Any]] = []
+) -> tuple[dict[str, Any], list[Row]]:
+    """Return the limit of one method, and a row for each point that was tried."""
+    points: list[Row] = []
     is_batch = config.sweep == "batch"
 
     def fits(number: int) -> bool:
-        setting = MicroBatch(
-            num_rows=number if is_batch else 1, num_tokens=config.seq_len if is_batch else number
-        )
-        points.append(_row(run_point, config, setting, method))
-        tell(_line(points[-1]))
-        return bool(points[-1]["status"] == "measured")
+        rows, tokens = (number, config.seq_len) if is_batch else (1, number)
+        setting = MicroBatch(num_rows=rows, num_tokens=tokens)
+        point = _row(run_point, config, setting, method)
+        points.append(point)
+        rate = point.get("sentences_per_second")
+        shown = "" if rate is None else f", {rate:.3g} sentences/s"
+        tell(f"{method}, {setting.label}: {point['status']}{shown}")
+        return bool(point["status"] == "measured")
 
     limit, is_reached = find_limit(
         fits,
@@ -262,10 +231,3 @@ def sweep_method(
         "reason": failed and failed["reason"],
     }
     return found, points
-
-
-def _line(point: dict[str, Any]) -> str:
-    text = f"{point['method']}, {point['setting']}: {point['status']}"
-    if "sentences_per_second" in point:
-        text += f", {point['sentences_per_second']:.3g} sentences/s"
-    return text

@@ -9,12 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = [
-    "SavedBytes",
-    "count_flops",
-    "kinds_of_modules",
-]
-
 # Words in the name of a module's class -> kind; linear layers and embeddings are told by type.
 _WORDS = {"norm": "norm", "attention": "attention", "mlp": "mlp", "gated": "mlp"}
 
@@ -31,17 +25,13 @@ class SavedBytes:
         loss.backward()
         saved.num_bytes
 
-    A storage belongs to the layer that saved it first, the innermost one where layers are nested,
-    unless something outside all layers keeps it as well: then the layer costs nothing beyond that.
-
-    Args:
-        model: Its parameters and buffers are not counted.
-        layers: Each layer to count apart -> its kind.
+    `layers` maps each layer to count apart to its kind. A storage belongs to the layer that saved
+    it first, the innermost one where layers are nested, unless something outside all layers keeps
+    it as well: then the layer costs nothing beyond that.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[nn.Module, str] | None = None) -> None:
-        held = [*model.parameters(), *model.buffers()]
-        self._held = {_address(tensor) for tensor in held}
+        self._held = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._layers = dict(layers or {})
         self._entered: list[str] = []
         self._saved: dict[int, tuple[int, str | None]] = {}
@@ -64,11 +54,10 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> Tensor:
         address = _address(tensor)
         if address not in self._held:
-            num_bytes = tensor.untyped_storage().nbytes()
             kind = self._entered[-1] if self._entered else None
             if address in self._saved and kind is not None:
                 kind = self._saved[address][1]
-            self._saved[address] = num_bytes, kind
+            self._saved[address] = tensor.untyped_storage().nbytes(), kind
         # Holds the memory, so that no address comes twice. Detached: a node that kept its own
         # output would keep itself alive.
         return tensor.detach()
@@ -93,7 +82,7 @@ class SavedBytes:
 
 
 SavedByLayer = SavedBytes
-"""Its name in `pacatune.measure.counters`."""
+"""Its name in `pacatune.bench.saved`, which had a class for each of both uses."""
 
 
 def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
@@ -101,9 +90,6 @@ def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
 
     An adapted layer is one linear layer, whatever it consists of. What no such module keeps (loss,
     residuals, rotary positions) belongs to none.
-
-    Args:
-        model: With or without adapters.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
@@ -132,24 +118,17 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def count_flops(
-    forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], None]
-) -> dict[str, int]:
-    """Return `forward_flops` and `backward_flops`, a multiplication and an addition being two.
-
-    Args:
-        forward: Returns the loss.
-        backward: Takes the loss.
-    """
-    with FlopCounterMode(display=False, custom_mapping=_missing()) as counter:
-        loss = forward()
-    num_forward = counter.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=_missing()) as counter:
-        backward(loss)
-    return {"forward_flops": num_forward, "backward_flops": counter.get_total_flops()}
+def count_flops(forward: Callable[[], Tensor]) -> dict[str, int]:
+    """Return `forward_flops` and `backward_flops` of a loss; multiplying and adding are two."""
+    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as before:
+        loss: Any = forward()
+    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as after:
+        loss.backward()
+    return {"forward_flops": before.get_total_flops(), "backward_flops": after.get_total_flops()}
 
 
-def _missing() -> dict[Any, Any]:
+def _uncounted() -> dict[Any, Any]:
+    """Return the products that torch's counter does not know -> their number of operations."""
     aten, quantized = torch.ops.aten, torch.ops.bitsandbytes
     # There from bitsandbytes' first import on, which a quantised model has behind it.
     products = [
@@ -162,7 +141,8 @@ def _missing() -> dict[Any, Any]:
     }
 
 
-def _addmm_flop(self: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> int:
+# Each takes shapes in place of the tensors that the operation takes.
+def _addmm_flop(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     """In place: (M, K) by (K, N), as the additive form of PaCA adds what the columns give."""
     return int(2 * a[0] * a[1] * b[1])
 

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,6 @@ import torch
 
 from pacatune.names import guess
 from pacatune.reports.provenance import cpu_name
-
-__all__ = [
-    "GPU_GIB",
-    "PeakMemory",
-    "available_bytes",
-    "choose_device",
-    "device_name",
-    "gpu_bytes",
-    "is_out_of_memory",
-    "limit_memory",
-    "parse_bytes",
-    "peak_process_bytes",
-    "reset_peak_process_bytes",
-    "synchronize",
-]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -53,39 +37,16 @@ GPU_GIB: dict[str, float] = {
 }
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+# A smaller number without a unit is likely meant otherwise.
 _LEAST_WITHOUT_UNIT = 2**20
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name such as `cpu` or `cuda:1`; of `auto` the accelerator if any.
-
-    Raises:
-        ValueError: If torch does not know it, or there is none.
-    """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return found or torch.device("cpu")
-    there = "cpu" if found is None else f"cpu and {found.type}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"`device` ({name!r}) is unknown to torch; here are {there}.") from error
-    count = torch.accelerator.device_count() if found is not None else 0
-    if device.type != "cpu" and (
-        found is None or device.type != found.type or (device.index or 0) >= count
-    ):
-        raise ValueError(f"`device` ({name!r}) is not on this machine; here are {there}.")
-    return device
 
 
 def device_name(device: torch.device) -> str:
     """Return the name that the maker gave it."""
     if device.type == "cpu":
         return cpu_name()
-    module: Any = torch.get_device_module(device)
-    return (
-        str(module.get_device_name(device)) if hasattr(module, "get_device_name") else str(device)
-    )
+    get_name = getattr(torch.get_device_module(device), "get_device_name", str)
+    return str(get_name(device))
 
 
 def synchronize(device: torch.device) -> None:
@@ -103,29 +64,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def available_bytes(device: torch.device) -> int | None:
     """Return how much memory is free, None where nobody says."""
-    if device.type != "cpu":
-        try:
-            return int(torch.accelerator.get_memory_info(device)[0])
-        except (RuntimeError, NotImplementedError):
-            return None
-    return _read_kib(Path("/proc/meminfo"), "MemAvailable")
+    if device.type == "cpu":
+        return _read_kib(Path("/proc/meminfo"), "MemAvailable")
+    free = _try(torch.accelerator.get_memory_info, device)
+    return None if free is None else int(free[0])
 
 
 def limit_memory(num_bytes: int, device: torch.device) -> None:
-    """Let this process take so much memory from now on, and fail beyond.
-
-    Args:
-        num_bytes: On a CPU beyond what the process has already; on an accelerator in all.
-        device: Whose memory.
-
-    Raises:
-        ValueError: If the system or the device cannot limit it.
-    """
+    """Let this process take so much memory from now on (on an accelerator: in all), then fail."""
     if device.type == "cpu":
         used = _read_kib(_STATUS, "VmData")
         if used is None:
             raise ValueError("`memory_limit` on a CPU needs Linux; leave it out.")
-        import resource
+        import resource  # not on every system
 
         limit = used + num_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -158,46 +109,41 @@ def reset_peak_process_bytes() -> None:
         _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
 
 
-@dataclass
 class PeakMemory:
-    """The most memory that training takes: start it before the model is there.
+    """The most memory that training takes: make it before the model.
 
     An accelerator's allocator counts by itself. On a CPU it is the resident set beyond what the
     process had at the start, which the kernel counts by pages; files and shared memory are in it.
-
-    Args:
-        device: Whose memory.
     """
 
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self._before = 0 if self.device.type != "cpu" else _resident_bytes() or 0
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+        if device.type == "cpu":
+            self._before = _read_kib(_STATUS, "VmRSS") or peak_process_bytes()
 
     def reset(self) -> None:
         """Forget the peak so far, that of building the model for instance."""
-        if self.device.type != "cpu":
-            _try(torch.accelerator.reset_peak_memory_stats, self.device)
-            return
-        if sys.platform == "linux":
+        if self._device.type != "cpu":
+            _try(torch.accelerator.reset_peak_memory_stats, self._device)
+        elif sys.platform == "linux":
             # What has been freed may still be the process's; the model was built of it.
             ctypes.CDLL(None).malloc_trim(0)
             reset_peak_process_bytes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return `peak_bytes`, what it was `peak_of`, and an allocator's `peak_reserved_bytes`."""
-        if self.device.type == "cpu":
+        if self._device.type == "cpu":
             return {
                 "peak_bytes": peak_process_bytes() - self._before,
                 "peak_of": "resident set beyond that of the process before the model",
             }
-        allocated = _try(torch.accelerator.max_memory_allocated, self.device)
-        module: Any = torch.get_device_module(self.device)
+        allocated = _try(torch.accelerator.max_memory_allocated, self._device)
+        module: Any = torch.get_device_module(self._device)
         if allocated is None and hasattr(module, "max_memory_allocated"):
-            allocated = module.max_memory_allocated(self.device)
+            allocated = module.max_memory_allocated(self._device)
         return {
             "peak_bytes": allocated,
-            "peak_reserved_bytes": _try(torch.accelerator.max_memory_reserved, self.device),
+            "peak_reserved_bytes": _try(torch.accelerator.max_memory_reserved, self._device),
             "peak_of": "the allocator" if allocated is not None else "nothing: torch does not tell",
         }
 
@@ -210,30 +156,16 @@ def _try(function: Any, device: torch.device) -> Any:
         return None
 
 
-def _resident_bytes() -> int | None:
-    return _read_kib(_STATUS, "VmRSS") or (
-        peak_process_bytes() if sys.platform != "linux" else None
-    )
-
-
 def _read_kib(path: Path, name: str) -> int | None:
+    """Return the bytes that a line of a file of the kernel states in KiB, None without it."""
     if not path.is_file():
         return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    found = re.search(rf"^{name}:\s+(\d+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def gpu_bytes(name: str) -> int:
-    """Return the memory of a GPU that PyTorch can use, in bytes.
-
-    Args:
-        name: One of `GPU_GIB`.
-
-    Raises:
-        ValueError: If it is unknown; names the nearest.
-    """
+    """Return the memory of one of `GPU_GIB` that PyTorch can use; refuse others."""
     if name.lower() not in GPU_GIB:
         hint = guess(name.lower(), GPU_GIB, cutoff=0.4)
         raise ValueError(
@@ -244,15 +176,7 @@ def gpu_bytes(name: str) -> int:
 
 
 def parse_bytes(text: str, option: str = "memory") -> int:
-    """Return the bytes that a text such as `24GiB`, `16 GB` or `8589934592` names.
-
-    Args:
-        text: A number above zero and a unit; bytes from 1 MiB on need none.
-        option: Where the text is from, for the message.
-
-    Raises:
-        ValueError: If it names no amount. A small number without a unit is likely meant otherwise.
-    """
+    """Return the bytes that a text such as `24GiB`, `16 GB` or `8589934592` names."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text.lower())
     unit = _UNITS.get(match[2] or "b") if match else None
     num_bytes = int(float(match[1]) * unit) if match and unit else 0

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args
 from pacatune.measure.setting import Setting
 from pacatune.measure.simulate import FakeTraining, Measured
 from pacatune.measure.tracker import Category
-
-__all__ = ["Estimate", "Quantity", "estimate_memory", "find_max"]
+from pacatune.names import choose
 
 Quantity = Literal["seq_len", "batch_size", "rank"]
 
@@ -76,14 +75,10 @@ def estimate_memory(setting: Setting) -> Estimate:
 
     Runs the step of the model's own class on tensors without memory: seconds, on any machine.
 
-    Args:
-        setting: Model, method, sizes and options.
-
     Raises:
         FileNotFoundError, ValueError: If the model or the options do not exist.
     """
-    training = FakeTraining(setting)
-    return Estimate(setting, training.step(setting.batch_size, setting.seq_len))
+    return Estimate(setting, FakeTraining(setting).step(setting.batch_size, setting.seq_len))
 
 
 def find_max(
@@ -91,21 +86,13 @@ def find_max(
 ) -> tuple[int, Estimate | None]:
     """Find the largest sequence length, batch or rank that fits with the whole spread.
 
-    Args:
-        setting: Everything else; its own value of the quantity is not used.
-        quantity: What to look for.
-        available_bytes: Memory of the device.
-
-    Returns:
-        The number and its estimate; 0 and None if nothing fits.
+    The setting's own value of the quantity is not used. Returns the number and its estimate, 0 and
+    None if nothing fits.
 
     Raises:
         ValueError: If the quantity is unknown, or full training is asked for its rank.
     """
-    if quantity not in get_args(Quantity):
-        raise ValueError(
-            f"unknown quantity {quantity!r}; choose from {', '.join(get_args(Quantity))}."
-        )
+    choose(quantity, get_args(Quantity), option="quantity")
     if quantity == "rank" and not setting.row.has_adapter:
         raise ValueError("`method` ('full') has no rank; look for seq_len or batch_size.")
     # The first model also knows the largest rank.

@@ -27,8 +27,6 @@ from transformers import masking_utils
 
 from pacatune.residency import weight as residency
 
-__all__ = ["allocations_of_gpu", "attention", "dropout"]
-
 # FlashAttention's largest head.
 _MAX_FLASH_DIM = 256
 # Its backward pass rounds the length of the accumulator of dq up to blocks of this many rows, and
@@ -73,8 +71,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     """As F.dropout, by the kernel that GPUs use; keeps one byte per element."""
     if not training or p == 0.0:
         return x
-    result: Tensor = torch.native_dropout(x, p, True)[0]
-    return result
+    return torch.native_dropout(x, p, True)[0]
 
 
 def attention(
@@ -89,20 +86,9 @@ def attention(
 ) -> Tensor:
     """As F.scaled_dot_product_attention, with the allocations of its GPU kernels and no values.
 
-    Saves q, k, v, the output and N * H numbers; with a mask also that, in the dtype of q.
-
-    Args:
-        query: (B, H, T, D).
-        key: (B, G, S, D); G divides H.
-        value: (B, G, S, E).
-        attn_mask: (B or 1, H or 1, T, S), boolean or to be added.
-        dropout_p: Allocates nothing: the kernels draw again in backward.
-        is_causal: Allocates nothing.
-        scale: Allocates nothing.
-        enable_gqa: Whether G may differ from H.
-
-    Returns:
-        (B, H, T, E).
+    From query (B, H, T, D), key (B, G, S, D) and value (B, G, S, E), where G divides H, makes
+    (B, H, T, E). Saves q, k, v, the output and N * H numbers; with a mask also that, in the dtype
+    of q. The other options allocate nothing: the kernels draw dropout again in backward.
     """
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

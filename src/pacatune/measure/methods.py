@@ -11,10 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.measure.config import row_of
+from pacatune.measure.setting import row_of
 from pacatune.methods import Method, adapter_config, size_options
-
-__all__ = ["Contender", "adapt", "add_adapter"]
 
 _LEARNING_RATE = 1e-4
 
@@ -46,15 +44,8 @@ def add_adapter(
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
-    Args:
-        model: Changed in place.
-        row: A method that has an adapter.
-        rank: Its columns or rank; alpha is the same.
-        dropout: Dropout on the input of LoRA's A.
-        targets: PEFT's `target_modules`; none are the linear layers of the blocks.
-        heads: Names of modules that are trained in full.
-        seed: Seed of PaCA's columns and LoRA's start; None is PaCA's own.
-        is_meta: Whether the model has no weights.
+    Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
+    trained in full; `is_meta` tells that the model has no weights.
     """
     from peft import get_peft_model
 
@@ -85,17 +76,10 @@ def adapt(
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
 ) -> Contender:
-    """Make `model` a contender, in training mode.
+    """Make a model on its device a contender, in place and in training mode.
 
-    Args:
-        model: Untouched, on its device; adapted in place.
-        method: One of `config.METHODS`, or `head` where there are heads.
-        rank: Rank of every adapter.
-        dropout: Dropout of `lora_dropout`.
-        seed: Seed of PaCA's columns and LoRA's start.
-        adapter_dtype: Dtype of what an adapter trains; None is PEFT's choice.
-        targets: PEFT's `target_modules`; none are the linear layers of the blocks.
-        heads: Names of modules that every method but `frozen` trains in full.
+    `method` is one of `setting.METHODS`, or `head` where there are heads, which every method but
+    `frozen` trains in full; `adapter_dtype` is that of what is trained, PEFT's choice if None.
     """
     model.requires_grad_(method == "full")
     row = row_of(method)
@@ -130,11 +114,12 @@ def _make_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer | None
 
 
 def _fix_form(model: nn.Module, *, is_resident: bool) -> None:
+    """Let every layer of PaCA always, or never, write its columns into the weight."""
     from pacatune.tuner.linear import Linear
 
+    make_forward = _resident_forward if is_resident else _transient_forward
     for layer in model.modules():
         if isinstance(layer, Linear):
-            make_forward = _resident_forward if is_resident else _transient_forward
             cast(Any, layer).forward = make_forward(layer)
 
 

@@ -5,43 +5,27 @@ Everything is found out from the configuration; no code that comes with a model 
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.installation import install_command
-from pacatune.measure.presets import PRESETS
+from pacatune.hub import check_on_hub
+from pacatune.measure.presets import PRESETS, SIZES
+from pacatune.measure.setting import check_sizes
 from pacatune.names import guess, nearest
+from pacatune.pretrained import (
+    bitsandbytes_config,
+    check_quantizable,
+    empty_model,
+    remote_code_error,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "llama_values",
-    "load_config",
-    "load_values",
-    "make_batch",
-    "make_config",
-    "make_model",
-    "make_skeleton",
-    "parse_shape",
-    "quantize_",
-]
-
 _MAX_CONFIG_BYTES = 2**22
-# Sizes that every decoder has, by transformers' common names.
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
 # Llama's proportions: the MLP is 8/3 as wide as the model, rounded up; 2-7B has 7.8 tokens per
 # channel.
 _ROUND_MLP_TO = 128
@@ -50,19 +34,14 @@ _WIDE = 2048
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Return hidden size and number of layers of a text such as `512x8`.
-
-    Raises:
-        ValueError: If it is none, or a number is zero.
-    """
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    numbers = tuple(int(number) for number in match.groups()) if match else ()
-    if len(numbers) != 2 or 0 in numbers:
+    """Return hidden size and number of layers of a text such as `512x8`."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
         raise ValueError(
             f"`shape` ({text!r}) must be HIDDENxLAYERS, two whole numbers of at least 1, such as "
             "512x8."
         )
-    return numbers[0], numbers[1]
+    return int(match[1]), int(match[2])
 
 
 def llama_values(
@@ -76,25 +55,9 @@ def llama_values(
 ) -> dict[str, Any]:
     """Return the configuration values of a Llama, in Llama's proportions unless given.
 
-    Args:
-        hidden_size: H.
-        num_layers: Blocks.
-        num_heads: Attention heads; of 128 channels from H = 2048 on, else of 64 or fewer.
-        num_kv_heads: Heads of keys and values; as many as `num_heads`.
-        intermediate_size: Width of the MLP; 8/3 H, rounded up to 128.
-        vocab_size: Tokens; 8 H, at most 32000.
-
-    Raises:
-        ValueError: If a size is below 1, or the heads do not divide.
+    Heads have 128 channels from `hidden_size` 2048 on, else 64 or fewer.
     """
-    _check_positive(
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        intermediate_size=intermediate_size,
-        vocab_size=vocab_size,
-    )
+    check_sizes(locals())
     heads = num_heads or _num_heads(hidden_size)
     if hidden_size % heads or hidden_size // heads % 2:
         raise ValueError(
@@ -119,12 +82,6 @@ def llama_values(
     }
 
 
-def _check_positive(**sizes: int | None) -> None:
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` ({value}) must be at least 1.")
-
-
 def _num_heads(hidden_size: int) -> int:
     sizes = (128, 64, 32, 16, 8) if hidden_size >= _WIDE else (64, 32, 16, 8)
     for size in sizes:
@@ -139,27 +96,20 @@ def _num_heads(hidden_size: int) -> int:
 def load_config(model: str) -> "PreTrainedConfig":
     """Return the configuration of a model.
 
-    Args:
-        model: A name of `PRESETS`, a config.json, a folder that holds one, or a hub id, of which
-            nothing but config.json is downloaded.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is not the configuration of a model that transformers has the code of, if
-            the weights are saved quantised, or if its sizes cannot be.
+    `model` is a name of `PRESETS`, a config.json, a folder that holds one, or a hub id, of which
+    nothing but config.json is downloaded.
     """
     from transformers import AutoConfig
 
     if model in PRESETS:
-        preset = PRESETS[model]
-        config: PreTrainedConfig = AutoConfig.for_model(preset.model_type, **preset.to_values())
-        return config
+        preset: PreTrainedConfig = AutoConfig.for_model(**PRESETS[model].values)
+        return preset
     values = _read_values(model)
     _check_origin(values, model)
     _check_sizes(values, model)
     _check_sizes(values.get("text_config") or {}, model)
     try:
-        config = AutoConfig.for_model(**values)
+        config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:
         # Each class validates in its own way, and with its own kind of exception.
         raise ValueError(f"model {model}: transformers refuses its config.json: {error}") from error
@@ -172,12 +122,7 @@ def load_values(model: str) -> dict[str, Any]:
 
 
 def make_config(values: dict[str, Any], max_length: int = 0) -> "PreTrainedConfig":
-    """Return the configuration with these values, without a cache.
-
-    Args:
-        values: `model_type` among them.
-        max_length: Length of the longest row; positions reach as far at the least.
-    """
+    """Return the configuration with these values, without a cache, for rows up to `max_length`."""
     from transformers import AutoConfig
 
     config: PreTrainedConfig = AutoConfig.for_model(**(values | {"use_cache": False}))
@@ -194,6 +139,7 @@ def _read_values(model: str) -> dict[str, Any]:
             f"{_MAX_CONFIG_BYTES}. Is it the right file?"
         )
     try:
+        # Not as strict as an adapter's files are read: some configurations hold Infinity.
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
@@ -218,13 +164,7 @@ def _find_file(model: str) -> Path:
             f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
             "model folder or hub id."
         )
-    return _download(model)
-
-
-def _download(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-
-    from pacatune.hub import check_on_hub
 
     check_on_hub(model, "model")
     try:
@@ -249,10 +189,7 @@ def _check_origin(values: dict[str, Any], model: str) -> None:
             )
         return
     if "auto_map" in values:
-        raise ValueError(
-            f"model {model} comes with code of its own, which is never executed; use a version "
-            "of it that transformers supports."
-        )
+        raise remote_code_error(model)
     near = nearest(str(kind), CONFIG_MAPPING)
     hint = "." if near is None else f"; did you mean {near!r}?"
     raise ValueError(f"model {model}: `model_type` ({kind!r}) is unknown to transformers{hint}")
@@ -260,25 +197,19 @@ def _check_origin(values: dict[str, Any], model: str) -> None:
 
 def _check_sizes(values: dict[str, Any], model: str) -> None:
     """Refuse sizes of which transformers would only fail in the middle of a step, or not at all."""
-    for name in _SIZES:
-        value = values.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(
-                f"model {model}: `{name}` ({value!r}) must be a whole number of at least 1."
-            )
+    check_sizes({name: values.get(name) for name in SIZES}, f"model {model}: ")
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-    if heads and hidden and values.get("head_dim") is None and hidden % heads:
+    groups, dim = values.get("num_key_value_heads"), values.get("head_dim")
+    if heads and hidden and dim is None and hidden % heads:
         raise ValueError(
             f"model {model}: `hidden_size` ({hidden}) must be a multiple of `num_attention_heads` "
             f"({heads}), or `head_dim` must be given."
         )
-    groups = values.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ValueError(
             f"model {model}: `num_attention_heads` ({heads}) must be a multiple of "
             f"`num_key_value_heads` ({groups})."
         )
-    dim = values.get("head_dim")
     if dim and dim % 2:
         raise ValueError(
             f"model {model}: `head_dim` ({dim}) must be even: rotary positions turn pairs."
@@ -286,23 +217,13 @@ def _check_sizes(values: dict[str, Any], model: str) -> None:
 
 
 def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the model without weights, on the meta device.
-
-    Args:
-        config: Its configuration.
-        name: For messages.
-        dtype: Dtype of its weights.
-
-    Raises:
-        ValueError: If it is no causal language model.
-    """
+    """Return the model without weights, on the meta device; `name` is for messages."""
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model: PreTrainedModel = empty_model(
+            AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa"
+        )
     except Exception as error:
         # Classes fail at wrong values in their own ways: unknown activations, missing sizes.
         if "Unrecognized configuration class" not in str(error):
@@ -317,21 +238,11 @@ def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> 
 def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
     """Put bitsandbytes' 4-bit layers in place of every linear layer but the head, without weights.
 
-    Args:
-        model: On the meta device; changed in place.
-        quantization: nf4 or fp4; scales are quantised as well.
-        dtype: Dtype of the products.
-
-    Raises:
-        ValueError: If bitsandbytes is not installed.
+    The model is on the meta device; `dtype` is that of the products.
     """
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"`quantization` ({quantization!r}) needs bitsandbytes; {install_command('quant')}."
-        )
+    check_quantizable(quantization, model.config, "the model", option="quantization")
     from transformers.integrations import replace_with_bnb_linear
 
-    from pacatune.pretrained import bitsandbytes_config
     from pacatune.tuner.quantized import forbid_packing
 
     head = model.get_output_embeddings()
@@ -340,6 +251,12 @@ def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
     replace_with_bnb_linear(model, modules_to_not_convert=left, quantization_config=config)
     forbid_packing(model)
     model.is_loaded_in_4bit = model.is_quantized = True
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' 4-bit layers."""
+    kind = type(module)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def make_model(
@@ -354,16 +271,8 @@ def make_model(
     """Return a causal language model whose embeddings ask for a gradient, in every method alike.
 
     Input gradients then flow through every layer: what a method does is exactly what the frozen
-    model does and something more.
-
-    Args:
-        values: Values of its configuration, `model_type` among them.
-        dtype: Dtype of its weights.
-        device: Where they are made.
-        seed: Seed of its weights.
-        quantization: nf4 or fp4, doubly quantised by bitsandbytes; None leaves them as they are.
-            No more than one layer is ever there unquantised.
-        max_length: Length of the longest row.
+    model does and something more. Weights are random; with `quantization` (nf4 or fp4) no more
+    than one layer is ever there unquantised. `max_length` is the length of the longest row.
     """
     model: Any = make_skeleton(make_config(values, max_length), values["model_type"], dtype)
     if quantization is not None:
@@ -378,7 +287,7 @@ def make_model(
 
 def _fill(model: Any, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give one module's own tensors their place and random or neutral values."""
-    if type(module).__name__ == "Linear4bit":
+    if is_4bit(module):
         _fill_quantized(model, cast(Any, module), dtype, device)
         return
     if not any(tensor.is_meta for tensor in _own_tensors(module)):
@@ -414,13 +323,6 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def make_batch(num_rows: int, num_tokens: int, vocab_size: int, seed: int) -> Tensor:
-    """Return (B, T) random tokens.
-
-    Args:
-        num_rows: B.
-        num_tokens: T.
-        vocab_size: Tokens are below it.
-        seed: Seed of the tokens.
-    """
+    """Return (B, T) random tokens below `vocab_size`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator)

@@ -7,16 +7,12 @@ from typing import Any
 
 from pacatune.measure.bench import PICTURES
 from pacatune.measure.estimate import Estimate
-from pacatune.measure.report import measured_ratio
+from pacatune.measure.report import Result, measured_ratio
+from pacatune.measure.step import PHASES
 from pacatune.measure.tracker import CATEGORIES
 from pacatune.paper import fig3
 from pacatune.paper import ratios as paper
-
-__all__ = [
-    "check_plot_path",
-    "save_pictures",
-    "save_plot",
-]
+from pacatune.reports.figures import new_figure, save_figure
 
 _GIB = 2**30
 # Parts below this share of the tallest bar have no room for a number.
@@ -24,35 +20,20 @@ _LEAST_LABELLED = 0.045
 _INCHES_PER_BAR = 0.15
 # Matplotlib's Set2: light enough for numbers on top.
 _PASTEL = ("#66c2a5", "#fc8d62", "#8da0cb", "#e78ac3", "#a6d854", "#ffd92f", "#e5c494", "#b3b3b3")
-_SUFFIXES = (".png", ".svg", ".pdf")
-Result = dict[str, Any]
 
 
 def save_pictures(result: Result, folder: Path) -> list[str]:
-    """Draw what the result holds; return the names of the files.
-
-    Args:
-        result: As `run` returns it.
-        folder: Gets the files.
-    """
-    drawn = []
-    for name, draw in zip(
-        PICTURES, (_operations, _times, _memory, _throughput, _lengths), strict=True
-    ):
-        figure = draw(result)
-        if figure is not None:
-            figure.savefig(folder / name, dpi=120)
-            drawn.append(name)
-    return drawn
+    """Draw in a folder what the result holds; return the names of the files."""
+    draws = (_operations, _times, _memory, _throughput, _lengths)
+    figures = {name: draw(result) for name, draw in zip(PICTURES, draws, strict=True)}
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        save_figure(figure, folder / name)
+    return list(drawn)
 
 
-def _figure(num_panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(4.6 * num_panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+def _panels(num_panels: int) -> tuple[Any, list[Any]]:
+    figure = new_figure(4.6 * num_panels, 4.2)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
 
@@ -98,19 +79,15 @@ def _slant(axes: Any) -> None:
 def _by_setting(
     result: Result, key: str, draw: Callable[[Any, list[Result]], None], quantities: str
 ) -> Any:
-    """A panel for each setting whose rows have `key`, and one of the ratios that the paper states.
+    """Draw a panel for each setting whose rows have `key`, and one of the paper's ratios.
 
-    Args:
-        result: As `run` returns it.
-        key: What is drawn.
-        draw: Fills the panel of one setting.
-        quantities: Quantities of the paper's ratios, with spaces between.
+    The `quantities` of these have spaces between.
     """
     rows = [row for row in result.get("rows", []) if key in row]
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     if not settings:
         return None
-    figure, panels = _figure(len(settings) + 1)
+    figure, panels = _panels(len(settings) + 1)
     for axes, setting in zip(panels, settings, strict=False):
         draw(axes, [row for row in rows if row["setting"] == setting])
         _slant(axes)
@@ -138,10 +115,7 @@ def _paper_ratios(
 
 def _operations(result: Result) -> Any:
     def draw(axes: Any, rows: list[Result]) -> None:
-        parts = {
-            phase: [row[f"{phase}_flops"] / 1e9 for row in rows]
-            for phase in ("forward", "backward")
-        }
+        parts = {phase: [row[f"{phase}_flops"] / 1e9 for row in rows] for phase in PHASES[:2]}
         _stacked(axes, [row["method"] for row in rows], parts, "GFLOP")
 
     return _by_setting(result, "forward_flops", draw, "flops")
@@ -150,8 +124,7 @@ def _operations(result: Result) -> Any:
 def _times(result: Result) -> Any:
     def draw(axes: Any, rows: list[Result]) -> None:
         names = [row["method"] for row in rows]
-        phases = ("forward", "backward", "optimizer")
-        parts = {phase: [row[f"{phase}_ms"] for row in rows] for phase in phases}
+        parts = {phase: [row[f"{phase}_ms"] for row in rows] for phase in PHASES}
         _stacked(axes, names, parts, "ms (medians; quartiles of the step)")
         for place, row in enumerate(rows):
             low, high = row["step_ms_quartile_1"], row["step_ms_quartile_3"]
@@ -175,7 +148,7 @@ def _throughput(result: Result) -> Any:
     points = [point for point in result.get("points", []) if "step_ms" in point]
     if not points:
         return None
-    figure, (axes, beside) = _figure(2)
+    figure, (axes, beside) = _panels(2)
     for limit in result["limits"]:
         own = [point for point in points if point["method"] == limit["method"]]
         batches = [point["num_rows"] for point in own]
@@ -213,7 +186,7 @@ def _best(result: Result, points: list[Result]) -> list[float | None]:
 def _lengths(result: Result) -> Any:
     if result["config"]["sweep"] != "seq-len":
         return None
-    figure, (axes, beside) = _figure(2)
+    figure, (axes, beside) = _panels(2)
     limits = {limit["method"]: limit["limit"] for limit in result["limits"]}
     bars = axes.bar(list(limits), list(limits.values()), width=0.6)
     axes.bar_label(bars, [f"{limit:,}" for limit in limits.values()], fontsize="small")
@@ -234,34 +207,14 @@ def _lengths(result: Result) -> Any:
     return figure
 
 
-def check_plot_path(path: Path) -> None:
-    """Refuse a file that could not be written, before anything is computed.
-
-    Raises:
-        ValueError: If its ending is not one of a picture.
-        FileNotFoundError: If its folder does not exist.
-    """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"plot {path}: the file must end in one of {', '.join(_SUFFIXES)}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"plot {path}: the folder {path.parent} does not exist; make it.")
-
-
 def save_plot(
     estimates: Mapping[str, Estimate],
     path: Path,
     available_bytes: int | None,
     device: str = "available",
 ) -> None:
-    """Draw what each estimate's peak consists of, its spread, and the device's memory.
-
-    Args:
-        estimates: Name of each bar -> its estimate.
-        path: Picture to write.
-        available_bytes: Drawn as a line, where given.
-        device: What the line is called.
-    """
-    figure, (axes,) = _figure(1)
+    """Draw a bar of what each estimate's peak consists of, its spread, and the device's memory."""
+    figure, (axes,) = _panels(1)
     figure.set_size_inches(3.6 + 1.1 * len(estimates), 4.6)
     title, names = _title_and_names(estimates)
     parts = {
@@ -302,7 +255,7 @@ def save_plot(
         )
     axes.set_title(title, fontsize="medium")
     figure.legend(fontsize="small", frameon=False, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _title_and_names(estimates: Mapping[str, Estimate]) -> tuple[str, list[str]]:

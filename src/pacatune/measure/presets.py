@@ -4,162 +4,99 @@ The numbers are those of the public `config.json` of each checkpoint; a test hol
 parameters that they give against the published one.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["PRESETS", "Preset"]
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""Sizes that every decoder has, by transformers' common names."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
+class Preset(NamedTuple):
     """What decides the memory of a decoder-only language model."""
 
     hub_id: str
     """Checkpoint whose config.json the numbers are from."""
-    model_type: str
-    """transformers' name of the architecture."""
     num_parameters: int
     """All parameters of the language model, a tied head counted once."""
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What only this architecture has."""
-
-    def to_values(self) -> dict[str, Any]:
-        """Return the values of the transformers configuration."""
-        values = asdict(self)
-        for name in ("hub_id", "model_type", "num_parameters", "extra"):
-            del values[name]
-        return values | self.extra
+    values: dict[str, Any]
+    """Its transformers configuration."""
 
 
-def _llama(hub_id: str, num_parameters: int, **sizes: Any) -> Preset:
-    return Preset(hub_id=hub_id, model_type="llama", num_parameters=num_parameters, **sizes)
+def _preset(
+    hub_id: str,
+    num_parameters: int,
+    sizes: tuple[int, ...],
+    max_length: int,
+    *,
+    kind: str = "llama",
+    tied: bool = False,
+    **others: Any,
+) -> Preset:
+    """Return a preset of `sizes` in the order of `SIZES`; `others` only its architecture has."""
+    values = {
+        "model_type": kind,
+        **dict(zip(SIZES, sizes, strict=True)),
+        "max_position_embeddings": max_length,
+        "tie_word_embeddings": tied,
+    }
+    return Preset(hub_id, num_parameters, values | others)
 
 
+# name: hub id, parameters, (hidden, MLP, layers, heads, groups, head, vocabulary), positions
 PRESETS: dict[str, Preset] = {
-    "llama2-7b": _llama(
-        "meta-llama/Llama-2-7b-hf",
-        6_738_415_616,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        vocab_size=32000,
-        max_position_embeddings=4096,
+    "llama2-7b": _preset(
+        "meta-llama/Llama-2-7b-hf", 6_738_415_616, (4096, 11008, 32, 32, 32, 128, 32000), 4096
     ),
-    "llama2-13b": _llama(
-        "meta-llama/Llama-2-13b-hf",
-        13_015_864_320,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-        vocab_size=32000,
-        max_position_embeddings=4096,
+    "llama2-13b": _preset(
+        "meta-llama/Llama-2-13b-hf", 13_015_864_320, (5120, 13824, 40, 40, 40, 128, 32000), 4096
     ),
-    "llama3-8b": _llama(
-        "meta-llama/Meta-Llama-3-8B",
-        8_030_261_248,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=8192,
+    "llama3-8b": _preset(
+        "meta-llama/Meta-Llama-3-8B", 8_030_261_248, (4096, 14336, 32, 32, 8, 128, 128256), 8192
     ),
-    "llama3.1-70b": _llama(
-        "meta-llama/Llama-3.1-70B",
-        70_553_706_496,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
+    "llama3.1-70b": _preset(
+        "meta-llama/Llama-3.1-70B", 70_553_706_496, (8192, 28672, 80, 64, 8, 128, 128256), 131072
     ),
-    "llama3.2-1b": _llama(
+    "llama3.2-1b": _preset(
         "meta-llama/Llama-3.2-1B",
         1_235_814_400,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
+        (2048, 8192, 16, 32, 8, 64, 128256),
+        131072,
+        tied=True,
     ),
-    "llama3.2-3b": _llama(
+    "llama3.2-3b": _preset(
         "meta-llama/Llama-3.2-3B",
         3_212_749_824,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
+        (3072, 8192, 28, 24, 8, 128, 128256),
+        131072,
+        tied=True,
     ),
-    "qwen3-8b": Preset(
-        hub_id="Qwen/Qwen3-8B",
-        model_type="qwen3",
-        num_parameters=8_190_735_360,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_position_embeddings=40960,
+    "qwen3-8b": _preset(
+        "Qwen/Qwen3-8B", 8_190_735_360, (4096, 12288, 36, 32, 8, 128, 151936), 40960, kind="qwen3"
     ),
     # The language model alone: training on text leaves the vision tower out.
-    "gemma3-12b": Preset(
-        hub_id="google/gemma-3-12b-pt",
-        model_type="gemma3_text",
-        num_parameters=11_766_034_176,
-        hidden_size=3840,
-        intermediate_size=15360,
-        num_hidden_layers=48,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-        vocab_size=262208,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        extra={"sliding_window": 1024, "query_pre_attn_scalar": 256},
+    "gemma3-12b": _preset(
+        "google/gemma-3-12b-pt",
+        11_766_034_176,
+        (3840, 15360, 48, 16, 8, 256, 262208),
+        131072,
+        kind="gemma3_text",
+        tied=True,
+        sliding_window=1024,
+        query_pre_attn_scalar=256,
     ),
-    "mistral-7b": Preset(
-        hub_id="mistralai/Mistral-7B-v0.3",
-        model_type="mistral",
-        num_parameters=7_248_023_552,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=32768,
-        max_position_embeddings=32768,
-        extra={"sliding_window": None},
+    "mistral-7b": _preset(
+        "mistralai/Mistral-7B-v0.3",
+        7_248_023_552,
+        (4096, 14336, 32, 32, 8, 128, 32768),
+        32768,
+        kind="mistral",
+        sliding_window=None,
     ),
 }

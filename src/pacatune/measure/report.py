@@ -6,19 +6,17 @@ from typing import Any
 from pacatune.files.folder import format_bytes
 from pacatune.paper import fig3
 from pacatune.paper import ratios as paper
-
-__all__ = ["make_report", "measured_ratio"]
+from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.tables import table_lines
 
 Result = dict[str, Any]
+_CAUTION = (
+    "The paper's ratios are of LLaMA3-8B on one A100; those here of this model, device and size."
+)
 
 
 def make_report(result: Result, pictures: Iterable[str]) -> str:
-    """Return the Markdown page of a finished result.
-
-    Args:
-        result: As `run` returns it.
-        pictures: Names of files beside it.
-    """
+    """Return the Markdown page of a finished result, and of pictures beside it."""
     parts = [f"# {result['model']}\n", _source(result), ""]
     parts += [f"- `{name}`: {what}" for name, what in result["methods"].items()]
     if "rows" in result:
@@ -32,13 +30,9 @@ def make_report(result: Result, pictures: Iterable[str]) -> str:
 
 
 def _source(result: Result) -> str:
-    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    commit = result["commit"]
-    at = f" at commit {commit[:9]}" if commit else ""
-    changed = ", with changes that were not committed," if result["is_modified"] else ""
     return (
-        f"`{result['command']}`{at}{changed} on {result['device']}, {result['date']}, seed "
-        f"{result['seed']} ({packages}).{_busy(result)}"
+        f"`{result['command']}`{commit_text(result)} on {result['device']}, {result['date']}, seed "
+        f"{result['seed']} ({versions_text(result['versions'])}).{_busy(result)}"
     )
 
 
@@ -50,35 +44,23 @@ def _busy(result: Result) -> str:
     return f" Other processes kept at most {max(known)} cores busy meanwhile." if known else ""
 
 
-def _table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(titles)} |",
-        "|---|" + "--:|" * (len(titles) - 1),
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-
-
 def _setting(result: Result, setting: str) -> list[str]:
     rows = [row for row in result["rows"] if row["setting"] == setting]
     ratios = [ratio for ratio in result["ratios"] if ratio["setting"] == setting]
-    lines = [
-        f"## {setting}",
-        "",
-        "Milliseconds (median, quartiles of the step) and throughput:",
-        "",
-    ]
     titles = ["method", "forward", "backward", "optimizer", "step", "tokens/s", "sentences/s"]
-    lines += _table(titles, (_times(row) for row in rows))
-    lines += ["", "Operations and memory:", ""]
+    times = table_lines(titles, map(_times, rows))
     titles = ["method", "trained", "GFLOP forward", "GFLOP backward", "kept for backward", "peak"]
-    lines += _table(titles, (_counts(row) for row in rows))
-    if any("saved_bytes_by_kind" in row for row in rows):
-        kinds = list(next(r["saved_bytes_by_kind"] for r in rows if "saved_bytes_by_kind" in r))
+    counts = table_lines(titles, map(_counts, rows))
+    lines = [f"## {setting}", ""]
+    lines += ["Milliseconds (median, quartiles of the step) and throughput:", "", *times]
+    lines += ["", "Operations and memory:", "", *counts]
+    kinds = next((list(r["saved_bytes_by_kind"]) for r in rows if "saved_bytes_by_kind" in r), [])
+    if kinds:
         lines += ["", "Kept for backward, by kind of module:", ""]
-        lines += _table(["method", *kinds], (_kinds(row, kinds) for row in rows))
+        lines += table_lines(["method", *kinds], (_kinds(row, kinds) for row in rows))
     if ratios:
         lines += ["", "Ratios of medians, with 95 % intervals:", ""]
-        lines += _table(["", "step", "forward", "backward"], map(_ratio, ratios))
+        lines += table_lines(["", "step", "forward", "backward"], map(_ratio, ratios))
     for row in rows:
         if row["status"] != "measured":
             lines += ["", f"`{row['method']}`: {row['status']} ({row['reason']})."]
@@ -98,31 +80,34 @@ def _times(row: Result) -> list[str]:
 
 def _counts(row: Result) -> list[str]:
     if "saved_bytes" not in row:
-        return [row["method"], "-", "-", "-", "-", row["status"]]
+        return [row["method"], *["-"] * 4, row["status"]]
     flops = [row.get(f"{name}_flops") for name in ("forward", "backward")]
     return [
         row["method"],
         f"{row['num_trainable_parameters']:,}",
         *("-" if number is None else f"{number / 1e9:.4g}" for number in flops),
         format_bytes(row["saved_bytes"]),
-        "-" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
+        _peak(row),
     ]
 
 
+def _peak(row: Result) -> str:
+    return "-" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"])
+
+
 def _kinds(row: Result, kinds: list[str]) -> list[str]:
-    saved = row.get("saved_bytes_by_kind")
-    if saved is None:
-        return [row["method"], *["-"] * len(kinds)]
-    return [row["method"], *(format_bytes(saved[kind]) for kind in kinds)]
+    saved = row.get("saved_bytes_by_kind", {})
+    return [row["method"], *(format_bytes(saved[kind]) if saved else "-" for kind in kinds)]
 
 
 def _ratio(ratio: Result) -> list[str]:
-    cells = (_interval(part) for part in (ratio, ratio["forward"], ratio["backward"]))
-    return [f"{ratio['method']} / {ratio['reference']}", *cells]
-
-
-def _interval(ratio: Result) -> str:
-    return f"{ratio['ratio']:.3f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    return [
+        f"{ratio['method']} / {ratio['reference']}",
+        *(
+            f"{part['ratio']:.3f} ({part['low']:.2f}-{part['high']:.2f})"
+            for part in (ratio, ratio["forward"], ratio["backward"])
+        ),
+    ]
 
 
 def measured_ratio(result: Result, setting: str, stated: paper.PaperRatio) -> float | None:
@@ -159,49 +144,43 @@ def _paper_ratios(result: Result) -> list[str]:
     if not rows:
         return []
     titles = ["", "paper", *settings, "where the paper says so"]
-    return ["", "## Beside the paper", "", _CAUTION, "", *_table(titles, rows)]
-
-
-_CAUTION = (
-    "The paper's ratios are of LLaMA3-8B on one A100; those here of this model, device and size."
-)
+    return ["", "## Beside the paper", "", _CAUTION, "", *table_lines(titles, rows)]
 
 
 def _sweep(result: Result) -> list[str]:
-    is_batch = result["config"]["sweep"] == "batch"
-    lines = ["## Largest batch" if is_batch else "## Longest sequence", ""]
     titles = ["method", "limit", "ended by"]
-    lines += _table([*titles, "paper"] if not is_batch else titles, map(_limit, result["limits"]))
-    if is_batch:
-        titles = ["method", "batch", "sentences/s", "tokens/s", "step, ms", "peak"]
-        lines += ["", *_table(titles, (_point(p) for p in result["points"] if "step_ms" in p))]
-        stated = "; ".join(
-            f"{name}: {values.sentences_per_second} sentences/s, {values.rate_ratio} of "
-            f"LoRA's, at {values.batch_ratio} of its batch"
-            for name, values in fig3.DEVICES.items()
-        )
-        return [*lines, "", f"The paper's PaCA: {stated} ({paper.THROUGHPUT_SOURCE})."]
-    return [*lines, "", f"The paper: {paper.LENGTHS_SOURCE}."]
+    if result["config"]["sweep"] != "batch":
+        table = table_lines([*titles, "paper"], map(_length, result["limits"]))
+        return ["## Longest sequence", "", *table, "", f"The paper: {paper.LENGTHS_SOURCE}."]
+    lines = ["## Largest batch", "", *table_lines(titles, map(_limit, result["limits"])), ""]
+    titles = ["method", "batch", "sentences/s", "tokens/s", "step, ms", "peak"]
+    lines += table_lines(titles, (_point(p) for p in result["points"] if "step_ms" in p))
+    stated = "; ".join(
+        f"{name}: {values.sentences_per_second} sentences/s, {values.rate_ratio} of "
+        f"LoRA's, at {values.batch_ratio} of its batch"
+        for name, values in fig3.DEVICES.items()
+    )
+    return [*lines, "", f"The paper's PaCA: {stated} ({paper.THROUGHPUT_SOURCE})."]
 
 
 def _limit(limit: Result) -> list[str]:
     ended = "the largest tried"
     if limit["is_memory_the_limit"]:
         ended = f"memory: {limit['next_failed']} failed ({limit['reason']})"
-    row = [limit["method"], f"{limit['limit']:,}", ended]
-    if limit["sweep"] == "batch":
-        return row
+    return [limit["method"], f"{limit['limit']:,}", ended]
+
+
+def _length(limit: Result) -> list[str]:
     stated = paper.LENGTHS.get(limit["method"])
-    return [*row, "-" if stated is None else f"{stated / 1000:g}K"]
+    return [*_limit(limit), "-" if stated is None else f"{stated / 1000:g}K"]
 
 
 def _point(point: Result) -> list[str]:
-    peak = "-" if point["peak_bytes"] is None else format_bytes(point["peak_bytes"])
     return [
         point["method"],
         str(point["num_rows"]),
         f"{point['sentences_per_second']:.3g}",
         f"{point['tokens_per_second']:,.0f}",
         f"{point['step_ms']:.4g}",
-        peak,
+        _peak(point),
     ]

@@ -1,25 +1,228 @@
-"""What to estimate, declared once for the command line, Python and the tables."""
+"""What `pacatune bench` measures and `pacatune estimate` simulates, checked at the start.
+
+The command line declares its options by these classes, so this imports nothing heavy by itself.
+"""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune.methods import METHODS, TEXT_METHODS, Method, method_of
-from pacatune.names import check_choices
+from pacatune import methods, precision
+from pacatune.installation import install_command
+from pacatune.methods import TEXT_METHODS, Method, method_of
+from pacatune.names import check_choices, choose
 from pacatune.precision import torch_dtype
+from pacatune.reports.provenance import num_cores
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Setting"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-Quantization = Literal["nf4", "fp4"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Lean = Literal["off", "auto", "require"]
-Loss = Literal["auto", "logits", "chunked"]
-Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
+_FORMS = {
+    "paca-resident": "PaCA, columns always written into the weight",
+    "paca-transient": "PaCA, weight never written: one thin product more per layer",
+    "paca-lean": "PaCA, with lean activations",
+}
+METHODS = {
+    "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
+    **{name: methods.METHODS[name].summary for name in TEXT_METHODS},
+    **_FORMS,
+}
+"""Name -> description: the methods for language models, and what only a measurement has."""
 
-_WITH_DROPOUT = [name for name in TEXT_METHODS if METHODS[name].has_dropout]
+_PLAIN = [name for name in TEXT_METHODS if not methods.METHODS[name].quantization]
+_USUAL_METHODS = ("frozen", *(name for name in _PLAIN if name != "moslora"))
+_WITH_DROPOUT = [name for name in TEXT_METHODS if methods.METHODS[name].has_dropout]
+# Compiled graphs decide by themselves how to run.
+_EAGER_ONLY = ("paca-resident", "paca-transient")
+
+
+def row_of(method: str) -> Method | None:
+    """Return the row of a measured method in the table of all methods, None for `frozen`."""
+    return methods.METHODS.get("paca" if method in _FORMS else method)
+
+
+def is_ours(method: str) -> bool:
+    """Whether a method is PaCA in one of its forms."""
+    row = row_of(method)
+    return row is not None and row.is_paca
+
+
+def quantization_of(method: str) -> str | None:
+    """Return how the base of a method is quantised."""
+    row = row_of(method)
+    return None if row is None else row.quantization
+
+
+def check_methods(names: Sequence[str], *, compiled: bool) -> tuple[str, ...]:
+    """Return names as `METHODS` has them; refuse those that cannot be measured here."""
+    if not names:
+        raise ValueError(f"`methods` is empty; choose from {', '.join(METHODS)}.")
+    chosen = [choose(name, METHODS, option="methods") for name in names]
+    for method in chosen:
+        if chosen.count(method) > 1:
+            raise ValueError(f"method {method!r} is named twice; name it once.")
+        if compiled and method in _EAGER_ONLY:
+            raise ValueError(
+                f"method {method!r} with compiled models: a compiled graph decides by itself how "
+                "PaCA runs; choose paca."
+            )
+        if quantization_of(method) is not None and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it "
+                "out."
+            )
+    return tuple(chosen)
+
+
+def check_sizes(sizes: Mapping[str, Any], owner: str = "") -> None:
+    """Refuse a size that is not a whole number of at least 1; None is fine."""
+    for name, value in sizes.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{owner}`{name}` ({value!r}) must be a whole number of at least 1.")
+
+
+def _check_fields(config: Any, *sizes: str) -> None:
+    """Check what both commands ask for: choices, sizes and a dropout."""
+    check_choices(config)
+    check_sizes({name: getattr(config, name) for name in sizes})
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"`dropout` ({config.dropout!r}) must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Size of one micro-batch, which is what the settings of a comparison differ in."""
+
+    num_rows: int
+    num_tokens: int
+    """Tokens of each row."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.num_rows} x {self.num_tokens} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, and the label as `setting`."""
+        return {"setting": self.label, "num_rows": self.num_rows, "num_tokens": self.num_tokens}
+
+    def rates(self, step_ms: float) -> dict[str, float]:
+        """Return the throughput of steps that take so long."""
+        rows = 1e3 * self.num_rows / step_ms
+        return {"sentences_per_second": rows, "tokens_per_second": rows * self.num_tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """One run of `pacatune bench`."""
+
+    values: dict[str, Any] = field(hash=False)
+    """Configuration of the model, `model_type` among them."""
+    title: str
+    """What tables call the model."""
+    methods: tuple[str, ...] = _USUAL_METHODS
+    """Methods to compare; docs/bench.md lists them."""
+    tokens: tuple[int, ...] = (16, 512, 2048)
+    """Tokens of each micro-batch; a sweep does not look at them."""
+    seq_len: int = 512
+    """Longest row; more tokens make more rows."""
+    dtype: precision.Dtype = "auto"
+    """Number format of the weights; auto is bfloat16 where it is fast, else float32."""
+    adapter_dtype: Literal["same", "float32"] = "same"
+    """Number format of what adapters train: that of the weights (same) or float32, which runs under
+    autocast beside 16-bit weights."""
+    device: str = "auto"
+    """cpu, cuda, xpu, hpu, mps; auto is the accelerator, if there is one."""
+    rank: int = 8
+    """Columns or rank of every adapter."""
+    dropout: float = 0.1
+    """Dropout of the method lora_dropout."""
+    compiled: bool = False
+    """Compile models by torch.compile."""
+    seconds: float = 10.0
+    """Time for each setting and pair of methods, warm-up excluded."""
+    min_rounds: int = 5
+    """Rounds at the least, however long they take."""
+    warmup: int = 2
+    """Rounds before, not counted."""
+    threads: int | None = None
+    """Threads of torch on a CPU (default: all cores)."""
+    seed: int = 0
+    """Seed of weights, tokens, columns and intervals."""
+    sweep: Literal["batch", "seq-len"] | None = None
+    """Instead of the comparison: batch tries ever more rows of `seq_len` tokens, seq-len one row of
+    ever more tokens, until memory ends."""
+    sweep_max: int | None = None
+    """Largest batch or length that a sweep tries; by default it goes on until memory ends."""
+    memory_limit: int | None = None
+    """Memory that each process may take, such as 4GiB; by default, in a sweep on a CPU, 0.8 of what
+    is free."""
+
+    def __post_init__(self) -> None:
+        names = check_methods(self.methods, compiled=self.compiled)
+        object.__setattr__(self, "methods", names)
+        _check_fields(self, "seq_len", "rank", "min_rounds", "threads", "sweep_max", "memory_limit")
+        for name in ("seconds", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must not be negative.")
+        if not self.tokens:
+            raise ValueError("`tokens` is empty; give at least one number.")
+        for number in self.tokens if self.sweep is None else ():
+            if number < 1 or (number > self.seq_len and number % self.seq_len):
+                raise ValueError(
+                    f"`tokens` ({number}) must be at least 1, and above `seq_len` ({self.seq_len}) "
+                    "a multiple of it; round it."
+                )
+        hidden = self.values.get("hidden_size", self.rank)
+        if self.rank > hidden and any(map(is_ours, self.methods)):
+            raise ValueError(f"`rank` ({self.rank}) must be at most `hidden_size` ({hidden}).")
+        if self.sweep is None and self.sweep_max is not None:
+            raise ValueError(
+                f"`sweep_max` ({self.sweep_max}) is for a sweep; choose one or leave it out."
+            )
+        device = self.torch_device
+        if self.dtype == "auto":
+            is_fast = precision.bfloat16_is_fast(use_cpu=device.type == "cpu")
+            object.__setattr__(self, "dtype", "bfloat16" if is_fast else "float32")
+        object.__setattr__(self, "threads", self.threads or num_cores())
+
+    @property
+    def settings(self) -> list[MicroBatch]:
+        """Settings of the comparison, in the order given."""
+        sizes = [(max(1, number // self.seq_len), number) for number in self.tokens]
+        return [MicroBatch(num_rows=rows, num_tokens=number // rows) for rows, number in sizes]
+
+    @property
+    def pairs(self) -> list[tuple[str, ...]]:
+        """Methods that alternate: ours, or the first, with each other one on an equal base."""
+        pairs: list[tuple[str, ...]] = []
+        for is_quantized in (False, True):
+            group = [m for m in self.methods if (quantization_of(m) is not None) == is_quantized]
+            first = next((m for m in group if is_ours(m)), group[0] if group else "")
+            pairs += [(first, method) for method in group if method != first]
+            if len(group) == 1:
+                pairs.append((first,))
+        return pairs
+
+    @cached_property
+    def torch_device(self) -> "torch.device":
+        """The device; an error if it is not there."""
+        return precision.choose_device(self.device)
+
+    @property
+    def weight_dtype(self) -> "torch.dtype":
+        """The dtype of the weights."""
+        return torch_dtype(self.dtype)
+
+    @property
+    def trained_dtype(self) -> "torch.dtype":
+        """The dtype of what adapters train."""
+        return torch_dtype(self.dtype if self.adapter_dtype == "same" else self.adapter_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,54 +235,39 @@ class Setting:
 
     model: str
     """Name of a model, a config.json, a model folder, or a hub id."""
-
     method: str = "paca"
     """paca, lora, dora, moslora, full; qpaca and qlora set the quantisation nf4, lora_dropout a
     dropout."""
-
     rank: int = 8
     """Columns or rank of the adapter."""
-
     dropout: float = 0.0
     """Dropout on the input of lora, dora and moslora."""
-
     batch_size: int = 1
     """Sequences per micro-batch, on each device."""
-
     seq_len: int = 512
     """Tokens per sequence, none of them padding."""
-
     dtype: Dtype = "bfloat16"
     """Number format of the weights; products are in bfloat16 unless this is float16."""
-
     adapter_dtype: Dtype = "float32"
     """Number format of the adapter, its gradient and its optimiser state; full training has that of
     the weights."""
-
-    quantization: Quantization | None = None
+    quantization: Literal["nf4", "fp4"] | None = None
     """Format of frozen 4-bit weights, nf4 or fp4, by bitsandbytes."""
-
     gradient_checkpointing: bool = False
     """Keep the inputs of each block only; recompute the rest in backward."""
-
-    lean: Lean = "auto"
+    lean: Literal["off", "auto", "require"] = "auto"
     """Exact, memory-lean norms, MLPs and attention: off, where the model has them (auto), or
     everywhere, else refused (require)."""
-
-    loss: Loss = "auto"
+    loss: Literal["auto", "logits", "chunked"] = "auto"
     """logits: all of them, by the model's own loss; chunked: never all, as `pacatune train`; auto:
     logits where lean is off."""
-
     gradient_accumulation: int = 1
     """Micro-batches per optimiser step; from the second on, gradients are there from the start."""
-
-    sharding: Sharding = "none"
+    sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"] = "none"
     """What several devices divide: the optimiser state (zero1), gradients too (zero2), weights too
     (zero3, fsdp2)."""
-
     num_gpus: int = 1
     """Number of devices that divide it."""
-
     target_modules: tuple[str, ...] = ()
     """Names of the adapted modules; by default the linear layers of the blocks."""
 
@@ -88,17 +276,11 @@ class Setting:
         object.__setattr__(self, "method", given.variant_of or given.name)
         object.__setattr__(self, "quantization", self.quantization or given.quantization)
         object.__setattr__(self, "dropout", self.dropout or given.dropout or 0.0)
-        check_choices(self)
-        for name in ("rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"`{name}` ({value!r}) must be a whole number of at least 1.")
+        _check_fields(self, "rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
         if self.seq_len < 2:
             raise ValueError(
                 f"`seq_len` ({self.seq_len}) must be at least 2: each token learns the next one."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` ({self.dropout!r}) must be in [0, 1).")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -107,12 +289,12 @@ class Setting:
                 f"`dropout` ({self.dropout}) with `method` ({self.method!r}): it has none; drop "
                 f"the option, or choose one of {', '.join(_WITH_DROPOUT)}."
             )
-        if self.quantization is not None and self.method not in ("paca", "lora", "moslora"):
-            reasons = {
-                "full": "quantised weights cannot be trained",
-                "dora": "DoRA on 4-bit layers reads their values before training, and cannot be "
-                "estimated without",
-            }
+        reasons = {
+            "full": "quantised weights cannot be trained",
+            "dora": "DoRA on 4-bit layers reads their values before training, and cannot be "
+            "estimated without",
+        }
+        if self.quantization is not None and self.method in reasons:
             raise ValueError(
                 f"`quantization` ({self.quantization!r}) with `method` ({self.method!r}): "
                 f"{reasons[self.method]}; choose paca, lora or moslora, or drop the option."
@@ -131,21 +313,21 @@ class Setting:
     @property
     def row(self) -> Method:
         """The method."""
-        return METHODS[self.method]
+        return methods.METHODS[self.method]
 
     @property
     def weight_dtype(self) -> "torch.dtype":
-        """Type of the weights."""
+        """The dtype of the weights."""
         return torch_dtype(self.dtype)
 
     @property
     def compute_dtype(self) -> "torch.dtype":
-        """Type of the products, by autocast."""
+        """The dtype of the products, by autocast."""
         return torch_dtype("float16" if self.dtype == "float16" else "bfloat16")
 
     @property
     def trained_dtype(self) -> "torch.dtype":
-        """Type of what is trained."""
+        """The dtype of what is trained."""
         return torch_dtype(self.adapter_dtype if self.row.has_adapter else self.dtype)
 
     @property
@@ -154,6 +336,11 @@ class Setting:
         if self.loss == "auto":
             return "logits" if self.lean == "off" else "chunked"
         return self.loss
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether several devices divide the weights."""
+        return self.sharding in ("zero3", "fsdp2")
 
     def but(self, **changes: Any) -> "Setting":
         """Return the same with some options changed, checked again."""

@@ -25,13 +25,11 @@ from pacatune import lean
 from pacatune.measure.counters import count_flops
 from pacatune.measure.gpu_kernels import allocations_of_gpu
 from pacatune.measure.methods import add_adapter
-from pacatune.measure.models import load_config, make_skeleton, quantize_
+from pacatune.measure.models import is_4bit, load_config, make_skeleton, quantize_
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker
 from pacatune.residency import Residency
 from pacatune.tuner.layer import PacaLayer
-
-__all__ = ["FakeTraining", "Measured", "checkpoint_blocks"]
 
 # bitsandbytes' own numbers: values per scale, and scales per scale of those.
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -59,11 +57,7 @@ class Measured:
 class FakeTraining:
     """A model ready for training steps of any batch and length, without weights.
 
-    Args:
-        setting: Everything but the batch and the length stays as it is here.
-
-    Raises:
-        ValueError: If the model, the method or the options do not exist together.
+    Everything but the batch and the length stays as in the setting.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -74,14 +68,29 @@ class FakeTraining:
         if setting.quantization is not None:
             quantize_(model, setting.quantization, setting.compute_dtype)
             _pack_weights(model, setting)
-        self.model = _adapt(model, setting)
+        # As `pacatune train`, every method adapts the linear layers of the blocks by default.
+        self.model: nn.Module = model
+        if setting.row.has_adapter:
+            self.model = add_adapter(
+                model,
+                setting.row,
+                rank=setting.rank,
+                dropout=setting.dropout,
+                targets=setting.target_modules,
+                is_meta=True,
+            )
         self.base: Any = model
-        self._enable_options()
+        if setting.lean != "off":
+            lean.enable(model, mode=setting.lean)
+        if setting.gradient_checkpointing:
+            checkpoint_blocks(model)
+        model.config.use_cache = False
+        self.model.train()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake():
-            self.held: _Held = _materialize(self.model, setting)
+            self._weights, self._adapter = _materialize(self.model, setting)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._gathered = _gathered_bytes(self.model) if _shares_weights(setting) else 0
+        self._gathered = _gathered_bytes(self.model) if setting.shares_weights else 0
 
     def max_rank(self) -> int:
         """Return the most columns that every adapted layer has."""
@@ -91,15 +100,6 @@ class FakeTraining:
             if isinstance(module, BaseTunerLayer)
         )
 
-    def _enable_options(self) -> None:
-        setting = self.setting
-        if setting.lean != "off":
-            lean.enable(self.base, mode=setting.lean)
-        if setting.gradient_checkpointing:
-            checkpoint_blocks(self.base)
-        self.base.config.use_cache = False
-        self.model.train()
-
     @contextmanager
     def _fake(self) -> Iterator[None]:
         with self._mode, allocations_of_gpu(), warnings.catch_warnings():
@@ -107,15 +107,7 @@ class FakeTraining:
             yield
 
     def step(self, batch_size: int, seq_len: int) -> Measured:
-        """Measure one optimiser step in the middle of training.
-
-        Args:
-            batch_size: Sequences per micro-batch.
-            seq_len: Tokens of each.
-
-        Raises:
-            ValueError: If what the model computes, or keeps, depends on values.
-        """
+        """Measure one optimiser step in the middle of training, of `batch_size` per micro-batch."""
         tracker = StorageTracker(_shares(self.setting))
         try:
             saved = self._run(tracker, batch_size, seq_len)
@@ -132,25 +124,17 @@ class FakeTraining:
         return Measured(tracker.peak_bytes, categories, tracker.peak_phase, saved, notes)
 
     def count_operations(self, batch_size: int, seq_len: int) -> dict[str, int]:
-        """Count the operations of a step without a clock: exact, at any size.
-
-        Args:
-            batch_size: Sequences per micro-batch.
-            seq_len: Tokens of each.
-
-        Returns:
-            `forward_flops` and `backward_flops`; a multiplication and an addition are two.
-        """
+        """Count the operations of a micro-batch exactly, at any size; see `count_flops`."""
         # By the CPU's attention, whose products are counted; those of GPUs only allocate here.
         with self._mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-            return count_flops(lambda: self._loss(ids), lambda loss: cast(None, loss.backward()))
+            return count_flops(lambda: self._loss(ids))
 
     def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
         with self._fake(), tracker:
-            tracker.hold(self.held.weights, "weights")
-            tracker.hold(self.held.adapter, "adapter")
+            tracker.hold(self._weights, "weights")
+            tracker.hold(self._adapter, "adapter")
             if self._gathered:
                 room = torch.empty(self._gathered, dtype=torch.uint8)
                 tracker.hold([room], "gathered")
@@ -179,27 +163,9 @@ class FakeTraining:
         return saved
 
     def _loss(self, ids: Tensor) -> Tensor:
-        if self.setting.loss_kind == "logits":
-            loss: Tensor = self.base(input_ids=ids, labels=ids).loss
-            return loss
-        return _chunked_loss(self.base, ids)
-
-
-def _adapt(model: Any, setting: Setting) -> nn.Module:
-    """Put the method's adapter on a model of the meta device; without one, train every weight.
-
-    All methods adapt the linear layers of the blocks, as `pacatune train` does by default.
-    """
-    if not setting.row.has_adapter:
-        return cast(nn.Module, model.requires_grad_(True))
-    return add_adapter(
-        model,
-        setting.row,
-        rank=setting.rank,
-        dropout=setting.dropout,
-        targets=setting.target_modules,
-        is_meta=True,
-    )
+        if self.setting.loss_kind == "chunked":
+            return _chunked_loss(self.base, ids)
+        return cast(Tensor, self.base(input_ids=ids, labels=ids).loss)
 
 
 def checkpoint_blocks(model: Any) -> None:
@@ -241,19 +207,16 @@ def _warm_optimizer(trained: list[nn.Parameter], tracker: StorageTracker) -> tor
     return optimizer
 
 
-def _shares_weights(setting: Setting) -> bool:
-    return setting.sharding in ("zero3", "fsdp2")
-
-
 def _shares(setting: Setting) -> dict[Category, float]:
-    shared: dict[str, tuple[Category, ...]] = {
-        "none": (),
-        "zero1": ("optimizer",),
-        "zero2": ("optimizer", "gradients"),
-        "zero3": ("optimizer", "gradients", "weights", "adapter"),
-        "fsdp2": ("optimizer", "gradients", "weights", "adapter"),
-    }
-    return dict.fromkeys(shared[setting.sharding], 1 / setting.num_gpus)
+    """Return the share of what several devices divide that one of them holds."""
+    categories: list[Category] = []
+    if setting.sharding != "none":
+        categories.append("optimizer")
+    if setting.sharding not in ("none", "zero1"):
+        categories.append("gradients")
+    if setting.shares_weights:
+        categories += ["weights", "adapter"]
+    return dict.fromkeys(categories, 1 / setting.num_gpus)
 
 
 def _gathered_bytes(model: nn.Module) -> int:
@@ -274,14 +237,6 @@ def _num_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-class _Held:
-    """The tensors that a model holds throughout training, by what they are."""
-
-    def __init__(self) -> None:
-        self.weights: list[Tensor] = []
-        self.adapter: list[Tensor] = []
-
-
 class _FakeResidency(Residency):
     """A Residency over a fake weight; its columns and originals have their real sizes."""
 
@@ -300,35 +255,36 @@ class _FakeResidency(Residency):
         return 0  # there is no memory
 
 
-def _materialize(model: nn.Module, setting: Setting) -> _Held:
-    """Replace every parameter and buffer by a fake tensor; call it in a FakeTensorMode.
+def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
+    """Replace every tensor of the meta device by a fake one; call it in a FakeTensorMode.
 
-    Args:
-        model: On the meta device; changed in place.
-        setting: Method, dtypes, sharding.
-
-    Returns:
-        What the model holds from now on.
+    Returns what the model holds from now on: weights, and what the adapter adds.
     """
-    held, replaced = _Held(), dict[int, tuple[Tensor, Tensor]]()
+    weights: list[Tensor] = []
+    adapter: list[Tensor] = []
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id must not come again
     for module in model.modules():
-        if _is_quantized(module):
-            packed, scales = _quantized_weight(module, setting)
-            module.__dict__["_parameters"]["weight"] = packed
-            held.weights += [packed, *scales]
         # Past the guard of adapted layers, which would take the new parameter for a sharded one.
         parameters, buffers = module.__dict__["_parameters"], module.__dict__["_buffers"]
-        for name, value in [*dict.items(parameters), *buffers.items()]:
-            if value is None or not value.is_meta:
-                continue
-            if id(value) not in replaced:
-                replaced[id(value)] = (_fake(value, setting), value)
-                own = held.adapter if _is_of_adapter(value, setting) else held.weights
-                own.append(replaced[id(value)][0])
-            target = parameters if name in dict.keys(parameters) else buffers
-            dict.__setitem__(target, name, replaced[id(value)][0])
-    _make_resident(model, setting)
-    return held
+        if is_4bit(module):
+            packed, scales = _quantized_weight(module, setting)
+            parameters["weight"] = packed
+            weights += [packed, *scales]
+        for tensors in (parameters, buffers):
+            for name, value in list(dict.items(tensors)):
+                if value is None or not value.is_meta:
+                    continue
+                if id(value) not in fakes:
+                    fakes[id(value)] = _fake(value, setting), value
+                    is_own = setting.row.has_adapter and value.requires_grad
+                    (adapter if is_own else weights).append(fakes[id(value)][0])
+                dict.__setitem__(tensors, name, fakes[id(value)][0])
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer) and layer.residency is not None:
+            layer.residency = _FakeResidency(layer.get_base_layer())
+            layer.residency.is_shared = layer.shares_weight
+            layer.residency.is_sharded = setting.shares_weights
+    return weights, adapter
 
 
 def _fake(value: Tensor, setting: Setting) -> Tensor:
@@ -337,18 +293,6 @@ def _fake(value: Tensor, setting: Setting) -> Tensor:
     dtype = setting.trained_dtype if trained else value.dtype
     fake = torch.empty_like(value, device="cpu", dtype=dtype, requires_grad=False)
     return nn.Parameter(fake, requires_grad=trained) if is_parameter else fake
-
-
-def _is_of_adapter(value: Tensor, setting: Setting) -> bool:
-    return setting.row.has_adapter and value.requires_grad
-
-
-def _make_resident(model: nn.Module, setting: Setting) -> None:
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer) and layer.residency is not None:
-            layer.residency = _FakeResidency(layer.get_base_layer())
-            layer.residency.is_shared = layer.shares_weight
-            layer.residency.is_sharded = setting.sharding in ("zero3", "fsdp2")
 
 
 def _kept_aside(model: nn.Module) -> list[Tensor]:
@@ -373,24 +317,14 @@ def _pack_weights(model: nn.Module, setting: Setting) -> None:
     """Give 4-bit layers of the meta device weights as small as they are when packed."""
     with torch.device("meta"):
         for module in model.modules():
-            if _is_quantized(module):
+            if is_4bit(module):
                 module.weight, _ = _quantized_weight(module, setting)
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of bitsandbytes' 4-bit layers."""
-    kind = type(module)
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def _quantized_weight(layer: Any, setting: Setting) -> tuple[Tensor, list[Tensor]]:
     """Return an empty packed weight of a 4-bit layer, and the tensors of scales that belong to it.
 
     Two values are a byte; each 64 have a scale of one byte, each 256 scales one of four bytes.
-
-    Args:
-        layer: Its `in_features` and `out_features` are read.
-        setting: Kind of quantisation and dtype.
     """
     from bitsandbytes.functional import QuantState
 

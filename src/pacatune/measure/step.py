@@ -17,33 +17,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pacatune.measure.config import BenchConfig, MicroBatch, quantization_of
 from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
 from pacatune.measure.device import PeakMemory, is_out_of_memory, limit_memory, synchronize
-from pacatune.measure.methods import Contender, adapt
+from pacatune.measure.methods import adapt
 from pacatune.measure.models import make_batch, make_config, make_model, make_skeleton
+from pacatune.measure.setting import BenchConfig, MicroBatch, quantization_of
 from pacatune.measure.timing import alternate, summarize
 from pacatune.reports.provenance import Noise
 
-__all__ = [
-    "PHASES",
-    "Outcome",
-    "count",
-    "run_in_child",
-    "run_point",
-    "time_together",
-]
+# Hints about optional kernels that nobody here asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PHASES = ("forward", "backward", "optimizer")
 Phases = tuple[float, float, float]
 _MIN_STEPS_OF_POINT = 3
-_PRELOADED = ["pacatune.measure.preload"]
-_MEASURED, _OUT_OF_MEMORY, _FAILED = "measured", "out of memory", "failed"
+# What the server imports once that child processes are forked from, so that they start at once.
+_PRELOADED = ["pacatune.measure.step", "pacatune.tuner"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one measurement."""
+    """Result of one measurement, or how memory ended it."""
 
     value: dict[str, Any] | None
     """What was measured; None where memory ended."""
@@ -54,34 +48,29 @@ class Outcome:
 def run_in_child(
     measure: Callable[..., dict[str, Any]], config: BenchConfig, *args: Any
 ) -> Outcome:
-    """Call `measure(config, *args)` in a new process, within `config.memory_limit`.
-
-    Raises:
-        RuntimeError: If it fails for another reason than memory.
-    """
+    """Call `measure(config, *args)` in a new process; only memory that ends is no error."""
     context = _context(config)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sender, measure, config, args))
     process.start()
     sender.close()
+    received: Outcome | str | None = None  # a text is the traceback of an error
     try:
-        kind, value = receiver.recv()
+        received = receiver.recv()
     except EOFError:
-        kind, value = "died", None
+        pass  # it died
     except BaseException:
         process.kill()
         raise
     finally:
         receiver.close()
         process.join()
-    if kind == _MEASURED:
-        return Outcome(value)
-    if kind == _OUT_OF_MEMORY:
-        return Outcome(None, value)
+    if isinstance(received, Outcome):
+        return received
     number = -(process.exitcode or 0)
-    if kind == "died" and number in _signs_of_memory(config):
+    if received is None and number in _signs_of_memory(config):
         return Outcome(None, f"the process was ended by {signal.Signals(number).name}")
-    detail = value or f"exit status {process.exitcode}"
+    detail = received or f"exit status {process.exitcode}"
     raise RuntimeError(f"a measurement failed: {measure.__name__}{args}: {detail}")
 
 
@@ -108,20 +97,31 @@ def _serve(
     config: BenchConfig,
     args: tuple[Any, ...],
 ) -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # between the packages that we build on
     try:
         prepare(config)
         if config.memory_limit is not None:
             limit_memory(config.memory_limit, config.torch_device)
-        sender.send((_MEASURED, measure(config, *args)))
+        sender.send(Outcome(measure(config, *args)))
     except KeyboardInterrupt:
         return
     except BaseException as error:
         if is_out_of_memory(error):
-            sender.send((_OUT_OF_MEMORY, " ".join(str(error).split())[:300] or "MemoryError"))
+            sender.send(Outcome(None, " ".join(str(error).split())[:300] or "MemoryError"))
         else:
-            sender.send((_FAILED, traceback.format_exc()))
+            sender.send(traceback.format_exc())
+
+
+def prepare(config: BenchConfig) -> None:
+    """Set threads and precision of a process; import what building a model imports."""
+    assert config.threads is not None  # settled when the configuration was made
+    torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("highest")
+    if config.torch_device.type != "cpu":
+        torch.accelerator.set_device_index(config.torch_device.index or 0)
+    from pacatune import tuner  # noqa: F401 (modules in memory are not what training takes)
+
+    make_skeleton(make_config(config.values), config.title, config.weight_dtype)
 
 
 class _Run:
@@ -137,7 +137,7 @@ class _Run:
             quantization=quantization_of(method),
             max_length=setting.num_tokens,
         )
-        self.contender: Contender = adapt(
+        self.contender = adapt(
             model,
             method,
             rank=config.rank,
@@ -145,14 +145,11 @@ class _Run:
             seed=config.seed,
             adapter_dtype=config.trained_dtype,
         )
+        if config.compiled:
+            self.contender.model.compile(dynamic=False)
         vocab_size = cast(Any, model).config.get_text_config().vocab_size
         batch = make_batch(setting.num_rows, setting.num_tokens, vocab_size, config.seed)
         self._batch = batch.to(self.device)
-
-    def compile(self) -> None:
-        """Let the model run as torch.compile makes it, if the run is of compiled models."""
-        if self.config.compiled:
-            self.contender.model.compile(dynamic=False)
 
     def forward(self) -> Tensor:
         """Return the loss."""
@@ -161,9 +158,11 @@ class _Run:
         return loss
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if not self.config.needs_autocast:
+        """Products of 16-bit weights and finer adapters need autocast."""
+        weights = self.config.weight_dtype
+        if self.config.trained_dtype == weights:
             return nullcontext()
-        return torch.autocast(self.device.type, self.config.weight_dtype)
+        return torch.autocast(self.device.type, weights)
 
     def step(self) -> Phases:
         """Make a training step; return the seconds of forward, backward and optimizer."""
@@ -183,25 +182,9 @@ class _Run:
         return forward - start, backward - forward, time.perf_counter() - backward
 
 
-def prepare(config: BenchConfig) -> None:
-    """Set threads and precision of a process; import what building a model imports."""
-    torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("highest")
-    if config.torch_device.type != "cpu":
-        torch.accelerator.set_device_index(config.torch_device.index or 0)
-    import peft  # noqa: F401 (modules in memory are not what training takes)
-
-    from pacatune import tuner  # noqa: F401 (as above)
-
-    make_skeleton(make_config(config.values), config.title, config.weight_dtype)
-
-
 def count(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, Any]:
     """Return what needs no clock: peak memory, bytes kept by kind of module, operations."""
-    memory = PeakMemory(config.torch_device)
-    run = _Run(config, setting, method)
-    run.compile()
-    peak = _measure_peak(run, memory)
+    run, peak = _run_and_peak(config, setting, method)
     model = run.contender.model
     counted = {
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -214,33 +197,33 @@ def count(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, An
         loss = run.forward()
     by_kind = saved.num_bytes_by_kind
     counted["saved_bytes"] = saved.num_bytes
+    del loss
     if not config.compiled:
         rest = saved.num_bytes - sum(by_kind.values())
         counted["saved_bytes_by_kind"] = by_kind | {"other": rest}
-    del loss, saved
-    if not config.compiled:
-        counted |= count_flops(run.forward, lambda loss: cast(None, loss.backward()))
+        counted |= count_flops(run.forward)
     return counted
 
 
-def _measure_peak(run: _Run, memory: PeakMemory) -> dict[str, Any]:
+def _run_and_peak(
+    config: BenchConfig, setting: MicroBatch, method: str
+) -> tuple[_Run, dict[str, Any]]:
+    """Return a contender that has made its first steps, and the most memory that these took."""
+    memory = PeakMemory(config.torch_device)
+    run = _Run(config, setting, method)
     run.step()  # makes the optimizer's state
     gc.collect()
     memory.reset()
     run.step()
     run.step()
-    return memory.to_dict()
+    return run, memory.to_dict()
 
 
 def time_together(
     config: BenchConfig, setting: MicroBatch, methods: tuple[str, ...]
 ) -> dict[str, Any]:
     """Let methods take turns; return the seconds of each phase, method and round, and the noise."""
-    runs: dict[str, Callable[[], Phases]] = {}
-    for method in methods:
-        run = _Run(config, setting, method)
-        run.compile()
-        runs[method] = run.step
+    runs = {method: _Run(config, setting, method).step for method in methods}
     noise = Noise()
     phases = alternate(
         runs, seconds=config.seconds, min_rounds=config.min_rounds, num_warmup=config.warmup
@@ -250,10 +233,7 @@ def time_together(
 
 def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, Any]:
     """Return time and memory of one point of a sweep; without rounds, only whether it fits."""
-    memory = PeakMemory(config.torch_device)
-    run = _Run(config, setting, method)
-    run.compile()
-    peak = _measure_peak(run, memory)
+    run, peak = _run_and_peak(config, setting, method)
     if config.sweep == "seq-len":
         return peak
     times: list[float] = []
@@ -262,12 +242,5 @@ def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str
     while len(times) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
         times.append(1e3 * sum(run.step()))
     step = summarize(times, "step_ms")
-    seconds = 1e-3 * step["step_ms"]
-    return {
-        **peak,
-        **step,
-        "num_steps": len(times),
-        "noise": [noise.to_dict()],
-        "sentences_per_second": setting.num_rows / seconds,
-        "tokens_per_second": setting.num_rows * setting.num_tokens / seconds,
-    }
+    found = {**peak, **step, "num_steps": len(times), "noise": [noise.to_dict()]}
+    return found | setting.rates(step["step_ms"])

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["alternate", "compare", "order_of_round", "summarize"]
-
 Times = list[float]
 _NUM_RESAMPLES = 2000
 _NUM_ROUNDS_PER_COLLECTION = 10
@@ -21,10 +19,6 @@ def order_of_round(num: int, round_: int) -> list[int]:
 
     A plain rotation would let each contender always find the caches as the same other one left
     them. This is Williams' design: 0, n-1, 1, n-2, ... shifted by the round, odd rounds reversed.
-
-    Args:
-        num: Number of contenders.
-        round_: Number of the round, from 0.
     """
     zigzag = [i // 2 if i % 2 == 0 else num - (i + 1) // 2 for i in range(num)]
     order = [(place + round_ // 2) % num for place in zigzag]
@@ -34,16 +28,9 @@ def order_of_round(num: int, round_: int) -> list[int]:
 def alternate(
     runs: dict[str, Callable[[], Any]], *, seconds: float, min_rounds: int, num_warmup: int
 ) -> dict[str, list[Any]]:
-    """Let every contender run once per round until the time is up.
+    """Let every contender run once per round until the time is up; return what each measured.
 
-    Args:
-        runs: Name -> runs once and returns what it measured.
-        seconds: Budget, warm-up excluded.
-        min_rounds: Rounds to make however long they take.
-        num_warmup: Rounds before, not counted.
-
-    Returns:
-        Name -> what each round measured.
+    The warm-up is not in the time, and `min_rounds` are made however long they take.
     """
     names = list(runs)
     measured: dict[str, list[Any]] = {name: [] for name in names}
@@ -89,14 +76,9 @@ def summarize(times: Times, name: str) -> dict[str, float]:
 def compare(times: Times, reference: Times, *, seed: int) -> dict[str, float]:
     """Return the ratio of two contenders' medians, how sure it is, and the ratio of their minima.
 
-    Args:
-        times: Times of one contender, by round.
-        reference: Times of the other one in the same rounds.
-        seed: Seed of the bootstrap, which draws rounds: what disturbed one round disturbed both.
-
-    Returns:
-        `ratio`, the bounds `low` and `high` of its 95 % interval, and `ratio_of_minima`, which
-        noise of the machine cannot raise but which knows nothing of the typical step.
+    Both have times of the same rounds. `low` and `high` bound the 95 % interval of a bootstrap that
+    draws rounds: what disturbed one round disturbed both. Noise of the machine cannot raise
+    `ratio_of_minima`, which knows nothing of the typical step.
     """
     both = torch.tensor([times, reference], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,8 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,34 +17,31 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CATEGORIES", "Category", "StorageTracker"]
-
 Category = Literal[
     "weights", "adapter", "gradients", "optimizer", "gathered", "activations", "temporaries"
 ]
-CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+_LINEAR = "linear layers"
 
 
+@dataclass(slots=True)
 class _Record:
-    """One live storage; the reference ends the record with it."""
+    """One live storage."""
 
-    __slots__ = ("category", "link", "num_bytes", "owner")
-
-    def __init__(self, num_bytes: int, category: Category, owner: str, link: Any) -> None:
-        self.num_bytes, self.category, self.owner, self.link = num_bytes, category, owner, link
+    num_bytes: int
+    category: Category
+    owner: str
+    link: Any
+    """Weak reference that ends the record with the storage."""
 
 
 class StorageTracker(TorchDispatchMode):
     """Context in which every new storage is counted while it lives.
 
     A storage is a temporary until somebody says otherwise: autograd saves it (an activation), it
-    becomes a parameter's gradient, or `hold` names it.
-
-    Args:
-        shares: Category -> share of its bytes that this device holds, where it is not all.
-
-    Attributes:
-        peak_bytes: Largest sum so far, `by_category` its parts, `phase` when it was.
+    becomes a parameter's gradient, or `hold` names it. `shares` maps a category to the share of its
+    bytes that this device holds, where it is not all. `peak_bytes` is the largest sum so far,
+    `by_category` its parts, `peak_phase` when it was.
     """
 
     def __init__(self, shares: dict[Category, float] | None = None) -> None:
@@ -84,8 +82,8 @@ class StorageTracker(TorchDispatchMode):
     def settle_activations(self, *results: Tensor) -> None:
         """Take all temporaries but a forward pass's results for activations.
 
-        Called when a forward pass has ended: what still lives then is kept for backward, in a
-        closure of checkpointing if not by autograd.
+        What still lives when it has ended is kept for backward, in a closure of checkpointing if
+        not by autograd.
         """
         kept = {_key(tensor) for tensor in results}
         for key, record in self._records.items():
@@ -106,12 +104,9 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self._see(result)
-        elif isinstance(result, list | tuple):
-            for part in result:
-                if isinstance(part, Tensor):
-                    self._see(part)
+        for part in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(part, Tensor):
+                self._see(part)
         return result
 
     def _see(self, tensor: Tensor) -> None:
@@ -121,9 +116,8 @@ class StorageTracker(TorchDispatchMode):
             return
         link = weakref.ref(storage, lambda _: self._end(key))
         owner = self._owners[-1] if self._owners else ""
-        record = _Record(storage.nbytes(), "temporaries", owner, link)
-        self._records[key] = record
-        self._add("temporaries", record.num_bytes)
+        self._records[key] = _Record(storage.nbytes(), "temporaries", owner, link)
+        self._add("temporaries", storage.nbytes())
         self._note_peak()
 
     def _end(self, key: int) -> None:
@@ -167,7 +161,7 @@ class StorageTracker(TorchDispatchMode):
         self._owners.pop()
 
     def __enter__(self) -> "StorageTracker":
-        saved = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        saved = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
         self._stack.enter_context(saved)
         self._stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
         leave = hooks.register_module_forward_hook(self._leave, always_call=True)
@@ -177,13 +171,6 @@ class StorageTracker(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._stack.close()
-
-
-_LINEAR = "linear layers"
-
-
-def _unpack(kept: Tensor) -> Tensor:
-    return kept
 
 
 def _key(tensor: Tensor) -> int:

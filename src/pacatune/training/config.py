@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
-from pacatune.format.patterns import check_patterns
+from pacatune.format.options import check_patterns
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
 from pacatune.selection import strategies

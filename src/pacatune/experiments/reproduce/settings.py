@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune.measure.config import BenchConfig
+from pacatune.measure.setting import BenchConfig
 from pacatune.methods import METHODS
 from pacatune.paper.settings import MODULES, SCRIPTS, Settings
 from pacatune.reports.tables import ReportTable

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pacatune.experiments.reproduce.experiment import Cell
 from pacatune.experiments.reproduce.section import Measured
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.measure.config import BenchConfig
 from pacatune.measure.models import llama_values, load_values
+from pacatune.measure.setting import BenchConfig
 from pacatune.methods import METHODS
 from pacatune.paper.tables import Quantity, Row, Table
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import collect, pages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def committed():

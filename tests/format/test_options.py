@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from pacatune.format.patterns import matching_key
+from pacatune.format.options import matching_key
 
 _NAMES = ["q_proj", "layers.0.q_proj", "model.layers.10.mlp.q_proj", "xq_proj", "0", ""]
 _PATTERNS = ["q_proj", "0.q_proj", r"layers\.\d+\.q_proj", ".*", "q|0", "[a-z]+", "^x", "0$", ""]
