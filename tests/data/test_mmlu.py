@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pacatune.data import DataConfig, prepare_data
-from pacatune.data.mmlu import LETTERS, Question, to_question
+from pacatune.data.choices import LETTERS, Question, to_question
 from pacatune.data.read import Row
 
 ROW = {"question": " What is it? ", "choices": ["a", "b ", "c", "d"], "answer": 2}

@@ -20,21 +20,11 @@ def keep_learnable(
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    Args:
-        data: Encoded examples with their statistics, dropped but for the number of tokens.
-        what: "training" or "evaluation", for messages.
-        max_length: Tokens at which examples were cut.
-        tokenizer: Tokenizer that encoded them.
-        warnings: Sentences are appended here.
-
-    Raises:
-        ValueError: If an example begins with two BOS tokens or has nothing to learn, or if none
-            is left.
+    `what` is "training" or "evaluation"; of the statistics only the number of tokens is kept.
     """
-    places = data["place"][:]
 
     def where(column: str, value: object) -> list[str]:
-        pairs = zip(places, data[column], strict=True)
+        pairs = zip(data["place"], data[column], strict=True)
         return [place for place, found in pairs if found == value]
 
     if doubled := where("doubled_bos", True):
@@ -76,13 +66,9 @@ def overlap_warning(
     what: str,
     places: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return a warning if anything that measures is in the training data as well.
+    """Return a warning if any `what`, such as test images, are in the training data as well.
 
-    Args:
-        train: What tells each example of the training data from others.
-        evaluation: The same of the examples that measure.
-        what: Name of these, as "test images".
-        places: Where each of them stands.
+    Both are given as what tells an example from others, and `places` says where each stands.
     """
     known, examples = set(train), list(evaluation)
     shared = [number for number, example in enumerate(examples) if example in known]
