@@ -129,8 +129,8 @@ class ImageTask(StudyTask):
         texts, seen = [], []
         for part in (images.train, images.evaluation, self._test_images(config).evaluation):
             assert part is not None, "a fraction is held out, and there is test data"
-            (digests,) = check_images((part.source, part.indices))
-            texts.append(run_digest(part.source, part.indices, digests))
+            (digests,) = check_images(part)
+            texts.append(run_digest(part, digests))
             seen.append(digests)
         train, validation, test = seen
         self._warn(
