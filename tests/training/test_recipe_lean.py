@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.training import model as models
+from pacatune.training import sft as models
 from pacatune.training import train
 
 

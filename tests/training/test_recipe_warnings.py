@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pacatune.training import LoraSection, PacaSection, preview, train
-from pacatune.training import model as models
 from pacatune.training import recipe as recipe_module
+from pacatune.training import sft as models
 from pacatune.training.sft import SftRunTrainer
 
 

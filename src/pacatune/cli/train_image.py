@@ -18,9 +18,9 @@ def run(argv: list[str]) -> int:
 
     run_options = _run_options()
     for name in values_of(argv, "preset"):
-        from pacatune.training.image.presets import find_preset
+        from pacatune.training.image.config import find_preset
 
-        run_options.parser.set_defaults(find_preset(name).options())
+        run_options.parser.set_defaults(find_preset(name))
     options = run_options.parse(argv)
     if options.print_config:
         print(run_options.template(options), end="")
@@ -36,7 +36,7 @@ def build_parser() -> "ArgumentParser":
 
 def _run_options() -> RunOptions:
     from pacatune.training.image import ImageRunConfig
-    from pacatune.training.image.presets import PRESETS
+    from pacatune.training.image.config import PRESETS
 
     preset = {
         "metavar": "NAME",

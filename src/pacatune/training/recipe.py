@@ -17,10 +17,8 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
-from pacatune.training.checkpoints import LogBeforeSave, TrainedOn
 from pacatune.training.config import BaseRunConfig, R
 from pacatune.training.config_file import CONFIG_NAME
-from pacatune.training.interrupt import StopOnSignal, TrainingInterrupted
 from pacatune.training.output import (
     check_folder,
     check_same_options,
@@ -31,7 +29,6 @@ from pacatune.training.output import (
     refuse_empty_tensors,
     staged,
 )
-from pacatune.training.plan import count_trainable
 from pacatune.training.progress import (
     Meter,
     ProgressReporter,
@@ -40,14 +37,15 @@ from pacatune.training.progress import (
     show_result,
     show_warnings,
 )
-from pacatune.training.report import eval_curve, train_curve, write_card, write_report
+from pacatune.training.report import curve_of, train_curve, write_card, write_report
 from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
     describe_columns,
     share_of_batches,
 )
-from pacatune.training.task import Prepared, ReportedTask, Task, task_of
+from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
+from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
 
 # What `accelerate launch` sets: variable, its default, the option, what it must be, and why.
 _FSDP_RULES = (
@@ -311,7 +309,7 @@ def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console:
 def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> Any:
     config = task.config
     train_losses, train_loss = train_curve(trainer.state.log_history)
-    eval_losses = eval_curve(trainer.state.log_history)
+    eval_losses = curve_of(trainer.state.log_history, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
     known = {
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,

@@ -11,6 +11,7 @@ import yaml
 
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
+from pacatune.reports.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from pacatune.training.config import BaseRunConfig
@@ -191,11 +192,6 @@ def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     return sorted({int(e["step"]): float(e[name]) for e in log if name in e}.items())
 
 
-def eval_curve(log: list[dict[str, Any]]) -> Curve:
-    """Return the evaluation losses, one per step."""
-    return curve_of(log, "eval_loss")
-
-
 def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
@@ -223,12 +219,7 @@ def _markdown(report: RunReport) -> str:
 
 
 def _plot(report: RunReport, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     if report.train_losses:
         axes.plot(*zip(*report.train_losses, strict=True), label="training", linewidth=1)
@@ -238,4 +229,4 @@ def _plot(report: RunReport, path: Path) -> None:
     if report.train_losses or report.eval_losses:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -9,8 +9,7 @@ import torch
 
 from pacatune.data.packaged import models
 from pacatune.data.packaged.packages import sha256_of
-from pacatune.training.image.base import describe_base
-from pacatune.training.image.model import load_model
+from pacatune.training.image.model import describe_base, load_model
 
 onnx = pytest.importorskip("onnx")
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pacatune.training.image.base import describe_base
+from pacatune.training.image.model import describe_base
 from tests.image_models import save_timm
 
 CLASSES = ["blue", "green", "red"]

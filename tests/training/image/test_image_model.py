@@ -9,14 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from pacatune.training.image import LoraSection, PacaSection
-from pacatune.training.image.base import describe_base
 from pacatune.training.image.model import (
-    choose_adapter,
+    describe_base,
+    find_batch_norms,
+    find_heads,
     load_model,
-    make_trainable,
-    plan_training,
 )
-from pacatune.training.image.parts import find_batch_norms, find_heads
+from pacatune.training.image.targets import choose_adapter, make_trainable, plan_training
 from tests.image_models import CLASSES, save_timm
 
 

@@ -90,8 +90,7 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path, co
     """The recipe adds nothing to what Trainer and the model's own loss compute."""
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from pacatune.training.image.base import describe_base
-    from pacatune.training.image.model import load_model
+    from pacatune.training.image.model import describe_base, load_model
 
     settings = {
         "learning_rate": 1e-3,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from pacatune.training import TrainingDiverged
 from pacatune.training.config_file import read_values
 from pacatune.training.image import load_result, train
-from pacatune.training.image.parts import find_batch_norms
+from pacatune.training.image.model import find_batch_norms
 from tests.image_models import CLASSES
 from tests.training.image.test_image_recipe import accuracy_of
 

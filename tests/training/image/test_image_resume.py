@@ -19,7 +19,7 @@ from pacatune.cli import main
 from pacatune.training import TrainingInterrupted
 from pacatune.training.config_file import save_config
 from pacatune.training.image import PacaSection, train
-from pacatune.training.image.trainer import ImageTrainer
+from pacatune.training.image.task import ImageTrainer
 from tests.training.test_resume import FULL_DISK
 
 # Random numbers in every step: dropout, mixup, crops.
@@ -166,7 +166,7 @@ def test_other_run_in_the_folder(make_config, tmp_path, quiet):
 def test_full_disk_keeps_the_previous_checkpoint(make_config, tmp_path):
     """A disk that is full at the second checkpoint, by a real limit of file sizes."""
     save_config(make_config(), tmp_path / "run.yaml")
-    code = FULL_DISK.replace("pacatune.training.sft", "pacatune.training.image.trainer")
+    code = FULL_DISK.replace("pacatune.training.sft", "pacatune.training.image.task")
     code = code.replace("SftRunTrainer", "ImageTrainer").replace('"train"', '"train-image"')
     command = [sys.executable, "-c", code, str(tmp_path / "run.yaml"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
