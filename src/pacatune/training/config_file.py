@@ -112,12 +112,7 @@ def save_config(config: "BaseRunConfig[Any]", path: Path) -> None:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Read a YAML file as plain values.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is larger than 1 MiB, no YAML, not a mapping, or expands to too much.
-    """
+    """Read a YAML file as plain values."""
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; check the path.")
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -144,16 +139,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse keys that no option has.
-
-    Args:
-        values: Nested values, as read from a file.
-        known: Dotted names of all options, such as `data.path`.
-        source: Name of the file, for the message.
-
-    Raises:
-        ValueError: For the first unknown key; names the nearest known one.
-    """
+    """Refuse keys of nested values that are no dotted name in `known`; `source` is their file."""
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for key in _dotted(values, sections):
         if key not in known and key not in sections:
@@ -166,11 +152,7 @@ def load_yaml(text: str) -> Any:
 
 
 def option_parser(**options: Any) -> "ArgumentParser":
-    """Return a parser without options that takes values as `load_yaml` reads them.
-
-    Args:
-        **options: Of jsonargparse's class.
-    """
+    """Return a parser without options that takes values as `load_yaml` reads them."""
     from jsonargparse import ArgumentParser, set_loader
 
     set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,18 +121,14 @@ def train(
     open_folder(config, folder, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     report = _make_report(task, prepared, trainer)
-    save_result(trainer, folder, partial(_write, task, trainer, report))
+    save_result(task, trainer, report, folder)
     what = "model" if prepared.adapter_config is None else "adapter"
     show_result(report, what, folder, console)
     return report  # type: ignore[no-any-return]
 
 
 def prepare(task: Task[Any], console: Console) -> Prepared:
-    """Look at everything but the weights, plan what is trained, and say so.
-
-    Raises:
-        ValueError: If the options, the data and the model do not fit together.
-    """
+    """Look at everything but the weights, plan what is trained, and say so."""
     config = task.config
     check_environment(config)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
@@ -154,11 +149,7 @@ def prepare(task: Task[Any], console: Console) -> Prepared:
 
 
 def check_environment(config: BaseRunConfig[Any]) -> None:
-    """Refuse what the process was started with, or lacks, and the trainer would not mind.
-
-    Raises:
-        ValueError: Names the setting and the fix.
-    """
+    """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     from transformers.integrations import get_available_reporting_integrations
 
     if config.training.n_gpu > 1:
@@ -192,14 +183,7 @@ def _check_fsdp(method: str) -> None:
 def make_trainer(
     task: Task[Any], prepared: Prepared, checkpoint: Path | None, console: Console
 ) -> Any:
-    """Load the weights, choose columns where data decides about them, and return the trainer.
-
-    Args:
-        task: The run.
-        prepared: What `prepare` found.
-        checkpoint: Where the run goes on, if it does.
-        console: Where to show progress.
-    """
+    """Load the weights, choose columns where data decides about them, and return the trainer."""
     config = task.config
     arguments = _adjusted_arguments(
         config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
@@ -251,7 +235,7 @@ def _add_callbacks(
     """Put our display of progress in place of the trainer's, and early stopping if asked for."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressReporter(console, _find_meter(trainer)))
+    trainer.add_callback(ProgressReporter(console, trainer.meter))
     if config.early_stopping_patience is None:
         return
     callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
@@ -263,18 +247,7 @@ def _add_callbacks(
 
 
 def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console: Console) -> None:
-    """Train until the end or a signal.
-
-    Args:
-        trainer: What `make_trainer` returned.
-        task: The run.
-        checkpoint: Where to continue.
-        console: Where to say that a signal was heard.
-
-    Raises:
-        TrainingInterrupted: If a signal ended the run, after its checkpoint was saved.
-        ValueError: If the device ran out of memory.
-    """
+    """Train until the end or a signal, after which a checkpoint is saved."""
     config = task.config
     stop = StopOnSignal(
         trainer.accelerator,
@@ -321,7 +294,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "num_train_examples": len(prepared.train),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
         "num_steps": trainer.state.global_step,
-        "step_ms": _find_meter(trainer).step_ms,
+        "step_ms": trainer.meter.step_ms,
         "peak_memory_bytes": peak,
         "peak_memory_kind": peak_kind,
         "saved_activation_bytes": trainer.saved_activation_bytes,
@@ -340,31 +313,14 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
     }
     if prepared.evaluation is not None:
         known |= task.evaluate(trainer)
-    return task.make_report(known, trainer, _items_per_second(trainer))
+    # of all processes together, over the time of their steps
+    speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
+    speed = trainer.accelerator.reduce(speed, "sum")
+    return task.make_report(known, trainer, float(speed))
 
 
-def _items_per_second(trainer: Any) -> float:
-    """Return the speed of all processes together, over the time of their steps."""
-    speed = torch.tensor(_find_meter(trainer).items_per_second, device=trainer.args.device)
-    return float(trainer.accelerator.reduce(speed, "sum"))
-
-
-def _find_meter(trainer: Any) -> Meter:
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Meter))
-
-
-def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> None:
-    """Save what was trained and what is known about it, all of it or nothing.
-
-    Args:
-        trainer: After training.
-        folder: Output folder of the run.
-        write: Writes everything else into the folder that it is given; in the main process.
-
-    Raises:
-        OSError: If writing fails; says what is still intact.
-        TrainingDiverged: If a weight is not finite.
-    """
+def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
+    """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
     main = trainer.args.process_index == 0
     with staged(folder, "the result", owner=main) as staging:
@@ -373,7 +329,7 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
         if main:
             refuse_empty_tensors(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
-            write(staging)
+            _write(task, trainer, report, staging)
             # report.json last: it says that the run is finished.
             for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
                 publish(path, folder / path.name)

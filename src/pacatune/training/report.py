@@ -138,16 +138,7 @@ def write_card(
     tags: Collection[str],
     how_to_load: str,
 ) -> None:
-    """Write README.md: what the result is, how to load it, how it was made.
-
-    Args:
-        config: The run.
-        report: Its results.
-        folder: Gets the file.
-        pipeline_tag: The hub's name of the task.
-        tags: For the hub, beside the method.
-        how_to_load: Markdown that says how to load the result.
-    """
+    """Write README.md: what the result is, how to load it, how it was made."""
     method = METHODS[config.method]
     name = method.title
     if report.quantization and not name.startswith("Q"):
@@ -176,8 +167,7 @@ def write_card(
 def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
     """Return the logged training losses and their mean over all steps.
 
-    Args:
-        log: The trainer's log; each loss is the mean since the log before it.
+    Each loss in the trainer's log is the mean since the one before it.
     """
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
     if not curve:

@@ -34,7 +34,7 @@ from pacatune.training.trainer import RunTrainer
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 class SftTask(ReportedTask[RunConfig]):
@@ -266,12 +266,12 @@ def plan_training(config: BaseRunConfig[Any]) -> "tuple[Plan, PeftConfig | None,
     return plan, adapter, positions
 
 
-def load_model(config: BaseRunConfig[Any]) -> "PreTrainedModel":
+def load_model(config: BaseRunConfig[Any]) -> nn.Module:
     """Load the weights, in the type that `model.dtype` asks for."""
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
     options |= quantization_options(config, dtype)
-    model: PreTrainedModel = pretrained.load_weights(
+    model: nn.Module = pretrained.load_weights(
         AutoModelForCausalLM,
         model_path(config),
         dtype=dtype,

@@ -53,7 +53,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *, meter: Meter, **kwargs: Any) -> None:
-        self._meter = meter
+        self.meter = meter
         self._staging: Path | None = None
         self._step_loss: Tensor | float = 0.0
         # The newest step after which the weights gave a finite loss; None: not known of this run.
@@ -72,7 +72,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Take one micro-batch forward and backward; count it, and add up the loss of the step."""
-        self._meter.add(self.num_items(inputs))
+        self.meter.add(self.num_items(inputs))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss.detach()
         return loss

@@ -7,19 +7,11 @@ from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
-from pacatune.training.arguments import SharedDefaults, refuse_elsewhere
+from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
 
 if TYPE_CHECKING:
     from pacatune.training.image.report import ImageReport  # noqa: F401 (of the run's type)
-
-# Options of TrainingArguments that this task decides elsewhere, and where.
-_ELSEWHERE = {
-    "remove_unused_columns": "the data has the columns that training needs",
-    "label_names": "the class of an image is its only label",
-    "prediction_loss_only": "the accuracy is always measured",
-    "batch_eval_metrics": "the accuracy is measured over all images at once",
-}
 
 
 @dataclass(kw_only=True)
@@ -51,6 +43,14 @@ class ImageModelConfig:
 class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[misc]
     """Every option of transformers' TrainingArguments, with these defaults."""
 
+    elsewhere: ClassVar[dict[str, str]] = {
+        **SharedDefaults.elsewhere,
+        "remove_unused_columns": "the data has the columns that training needs",
+        "label_names": "the class of an image is its only label",
+        "prediction_loss_only": "the accuracy is always measured",
+        "batch_eval_metrics": "the accuracy is measured over all images at once",
+    }
+
     learning_rate: float | None = None
     """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
     head, 1e-4 full."""
@@ -77,9 +77,8 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     mixes nothing."""
 
     def check_options(self) -> None:
-        """Refuse options that this task decides elsewhere, and numbers that train nothing."""
+        """Refuse also a mixup of less than nothing."""
         super().check_options()
-        refuse_elsewhere(self, _ELSEWHERE)
         if self.mixup_alpha < 0:
             raise ValueError(
                 f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
