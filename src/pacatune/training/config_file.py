@@ -161,7 +161,10 @@ def option_parser(**options: Any) -> "ArgumentParser":
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = (
+        _dotted(values, {key for key, value in values.items() if isinstance(value, dict)})
+        for values in (old, new)
+    )
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
@@ -201,20 +204,11 @@ def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
             yield from _walk(child, depth + 1)
 
 
-def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> Iterator[str]:
+def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in sections and isinstance(value, dict):
-            yield from _dotted(value, sections, f"{name}.")
-        else:
-            yield name
-
-
-def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    sections = {key for key, value in values.items() if isinstance(value, dict)}
-    return {name: _lookup(values, name) for name in _dotted(values, sections)}
-
-
-def _lookup(values: dict[str, Any], name: str) -> Any:
-    section, _, key = name.rpartition(".")
-    return values[section][key] if section else values[key]
+        is_section = name in sections and isinstance(value, dict)
+        found |= _dotted(value, sections, f"{name}.") if is_section else {name: value}
+    return found

@@ -21,6 +21,7 @@ from pacatune.training.config_file import (
     save_config,
     to_values,
 )
+from pacatune.training.progress import say
 
 STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
@@ -123,7 +124,7 @@ def open_folder(
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder / CONFIG_NAME)
         if said:
-            console.print(said, soft_wrap=True, highlight=False)
+            say(console, said)
     PartialState().wait_for_everyone()
 
 

@@ -116,7 +116,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         else:
             return
         step = f"step {state.global_step}/{state.max_steps}"
-        self._console.print(f"{step}: {said}", soft_wrap=True, highlight=False)
+        say(self._console, f"{step}: {said}")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the bar where it is."""
@@ -149,6 +149,11 @@ def main_console(config: "BaseRunConfig[Any]", console: Console | None) -> Conso
     return console or Console()
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, soft_wrap=True, highlight=False)
+
+
 def show_warnings(warnings: list[str], console: Console) -> None:
     """Print each warning on a line of its own."""
     for warning in warnings:
@@ -161,4 +166,4 @@ def show_result(report: "RunReport", what: str, folder: Path, console: Console) 
     for name, value in report.table():
         table.add_row(name, value)
     console.print(table)
-    console.print(f"{what}, report and model card are in {folder}", soft_wrap=True, highlight=False)
+    say(console, f"{what}, report and model card are in {folder}")

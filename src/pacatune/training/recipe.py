@@ -33,6 +33,7 @@ from pacatune.training.progress import (
     ProgressReporter,
     main_console,
     peak_memory_bytes,
+    say,
     show_result,
     show_warnings,
 )
@@ -143,7 +144,7 @@ def prepare(task: Task[Any], console: Console) -> Prepared:
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
     ):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     show_warnings(prepared.warnings, console)
     return prepared
 
@@ -206,7 +207,7 @@ def make_trainer(
     )
     if config.lean != "off":
         trainer.lean_report = lean.enable(trainer.model, config.lean)
-        console.print(str(trainer.lean_report), soft_wrap=True, highlight=False)
+        say(console, str(trainer.lean_report))
     _add_callbacks(trainer, config, checkpoint, console)
     return trainer
 

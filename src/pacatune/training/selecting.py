@@ -17,6 +17,7 @@ from torch import nn
 
 from pacatune.methods import METHODS
 from pacatune.training.config import BaseRunConfig
+from pacatune.training.progress import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -106,7 +107,7 @@ def _collect(
     model.train(was_training)
     seconds = time.perf_counter() - start
     chosen = f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches"
-    console.print(f"{chosen} ({seconds:.1f} s)", soft_wrap=True, highlight=False)
+    say(console, f"{chosen} ({seconds:.1f} s)")
     return statistics
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pacatune.training import TrainingDiverged
 from pacatune.training.config_file import read_values
@@ -142,6 +142,10 @@ def test_base_that_has_moved(make_config, vit_dir, tmp_path, console):
     with pytest.raises(FileNotFoundError, match=r"base does not exist; check `model.path`"):
         load_result(tmp_path / "out")
     assert load_result(tmp_path / "out", base=str(tmp_path / "moved")).classes == CLASSES
+    weights = tmp_path / "moved" / "model.safetensors"
+    save_file({name: w + 0.1 for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"out: the weights of \d+ of \d+ adapted modules are not"):
+        load_result(tmp_path / "out", base=str(tmp_path / "moved"))
 
 
 def test_folder_without_a_result(tmp_path):

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pacatune.adapters.folder import SIDECAR_NAME
+from pacatune.adapters.base import base_name
+from pacatune.adapters.folder import SIDECAR_NAME, open_adapter
+from pacatune.adapters.loading import attach
 from pacatune.data.images import Preprocessing
 from pacatune.data.images.dataset import PREPROCESSOR_NAME
 from pacatune.data.images.sources import to_rgb
@@ -293,20 +295,15 @@ def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
         )
     values = json.loads((folder / PREPROCESSOR_NAME).read_text(encoding="utf-8"))
     preprocessing = Preprocessing.from_transformers(values)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    path, revision, classes = str(folder), None, None
-    if is_adapter:
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        path, revision = base or adapter["base_model_name_or_path"], adapter.get("revision")
+    adapter, path, revision, classes = None, str(folder), None, None
+    if (folder / "adapter_config.json").is_file():
+        adapter = open_adapter(folder)
+        path, revision = base_name(base, adapter.config), adapter.config.revision
         classes = json.loads((folder / SIDECAR_NAME).read_text(encoding="utf-8"))[CLASSES_KEY]
     described = describe_base(path, revision, classes, preprocessing.size)
     model = load_model(described, torch.float32)
-    if is_adapter:
-        from peft import PeftModel
-
-        import pacatune  # noqa: F401 (makes PaCA known to PEFT)
-
-        model = PeftModel.from_pretrained(model, str(folder))
+    if adapter is not None:
+        model, _ = attach(model, adapter)
     return ImageClassifier(
         model=model.eval(),
         preprocessing=preprocessing,
