@@ -11,7 +11,7 @@ from pacatune.training.config_file import read_values
 from pacatune.training.image import load_result, train
 from pacatune.training.image.model import find_batch_norms
 from tests.image_models import CLASSES
-from tests.training.image.test_image_recipe import accuracy_of
+from tests.training.image.test_recipe import accuracy_of
 
 
 @pytest.mark.parametrize("method", ["paca", "full"])
