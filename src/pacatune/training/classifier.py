@@ -2,13 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedModel,
     TrainingArguments,
 )
 
@@ -24,7 +25,6 @@ from pacatune.training.task import (
     Plan,
     Prepared,
     Task,
-    complete_targets,
     make_adapter_config,
     make_plan,
     put_adapter,
@@ -132,9 +132,8 @@ class ClassifierTask(Task[ClassifierConfig]):
         model_config = pretrained.load_config(config.model.path, revision=config.model.revision)
         model_config.num_labels = len(classes)
         model = pretrained.empty_model(AutoModelForSequenceClassification, model_config)
-        adapter = make_adapter_config(config, task_type="SEQ_CLS")  # PEFT adds the head to it
-        if adapter is not None:
-            complete_targets(adapter, model)
+        # PEFT adds the head to it
+        adapter = make_adapter_config(config, model, task_type="SEQ_CLS")
         plan = make_plan(model, lambda base: self._make_trainable(base, adapter), config.lean)
         return plan, adapter
 
@@ -205,14 +204,11 @@ class ClassifierTask(Task[ClassifierConfig]):
             **options,
         )
 
-    def _make_trainable(self, model: Any, adapter: "PeftConfig | None") -> nn.Module:
+    def _make_trainable(self, model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
         """Put the adapter on a model, or set which of its weights are trained."""
-        if adapter is not None:
-            model = put_adapter(model, adapter)
-        elif self.config.method == "head":
-            model.base_model.requires_grad_(False)
-        trained: nn.Module = model
-        return trained
+        if self.config.method == "head":
+            cast(PreTrainedModel, model).base_model.requires_grad_(False)
+        return put_adapter(model, adapter)
 
 
 class ClassifierTrainer(RunTrainer):

@@ -47,26 +47,23 @@ from pacatune.training.selecting import (
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
 
-# What `accelerate launch` sets: variable, its default, the option, what it must be, and why.
+# What `accelerate launch` sets: variable, its default, what it must be, and why.
 _FSDP_RULES = (
     (
         "FSDP_VERSION",
         "1",
-        "fsdp_version",
         "2",
         "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
     ),
     (
         "FSDP_STATE_DICT_TYPE",
         "SHARDED_STATE_DICT",
-        "fsdp_state_dict_type",
         "FULL_STATE_DICT",
         "otherwise no process has the result to save it",
     ),
     (
         "FSDP_CPU_RAM_EFFICIENT_LOADING",
         "false",
-        "fsdp_cpu_ram_efficient_loading",
         "false",
         "accelerate cannot send the chosen columns, which are buffers, to the other processes",
     ),
@@ -170,15 +167,14 @@ def check_environment(config: BaseRunConfig[Any]) -> None:
 
 
 def _check_fsdp(method: str) -> None:
-    for variable, default, option, needed, reason in _FSDP_RULES:
+    for variable, default, needed, reason in _FSDP_RULES:
         value = os.environ.get(variable, default)
-        if value.lower() == needed.lower():
-            continue
-        if option == "fsdp_cpu_ram_efficient_loading" and not METHODS[method].is_paca:
-            continue
-        raise ValueError(
-            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
-        )
+        concerns = METHODS[method].is_paca or variable != "FSDP_CPU_RAM_EFFICIENT_LOADING"
+        if concerns and value.lower() != needed.lower():
+            raise ValueError(
+                f"`{variable.lower()}` ({value}) in the configuration of accelerate must be "
+                f"{needed}: {reason}."
+            )
 
 
 def make_trainer(

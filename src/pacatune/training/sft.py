@@ -24,7 +24,6 @@ from pacatune.training.task import (
     Plan,
     Prepared,
     ReportedTask,
-    complete_targets,
     make_adapter_config,
     make_plan,
     put_adapter,
@@ -249,12 +248,8 @@ def plan_training(config: BaseRunConfig[Any]) -> "tuple[Plan, PeftConfig | None,
             f"`model.attn_implementation` ({attention!r}) cannot be used: {error}. Install it or "
             "choose another."
         ) from error
-    adapter = make_adapter_config(config, task_type="CAUSAL_LM")
-    if adapter is not None:
-        complete_targets(adapter, model)
-    plan = make_plan(
-        model, lambda base: base if adapter is None else put_adapter(base, adapter), config.lean
-    )
+    adapter = make_adapter_config(config, model, task_type="CAUSAL_LM")
+    plan = make_plan(model, lambda base: put_adapter(base, adapter), config.lean)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         # TRL multiplies by the weight of the head itself, past any adapter on it.
         section = METHODS[config.method].sections[0]

@@ -19,7 +19,7 @@ from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import BaseRunConfig
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     from pacatune.training.report import RunReport
 
@@ -154,35 +154,41 @@ def task_of(config: BaseRunConfig[Any]) -> Task[Any]:
     return made
 
 
-def make_adapter_config(config: BaseRunConfig[Any], **options: Any) -> "PeftConfig | None":
-    """Return the PEFT configuration of a run, `options` over its own; None without an adapter."""
-    method = METHODS[config.method]
-    if not method.has_adapter:
-        return None
-    return adapter_config(method, **{**config.adapter_options(), **options})
+def make_adapter_config(
+    config: BaseRunConfig[Any], model: nn.Module | None = None, **options: Any
+) -> "PeftConfig | None":
+    """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
 
-
-def complete_targets(adapter: "PeftConfig", model: nn.Module) -> None:
-    """Set targets that are not set to the default, the same for every method, in place."""
+    Targets that are not set become the model's default, the same for every method.
+    """
     from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
 
-    if adapter.target_modules is None:
-        adapter.target_modules = default_targets(model)
-    refuse_idle_layers(adapter)
+    method = METHODS[config.method]
+    if not method.has_adapter:
+        return None
+    adapter = adapter_config(method, **{**config.adapter_options(), **options})
+    if model is not None:
+        if adapter.target_modules is None:
+            adapter.target_modules = default_targets(model)
+        refuse_idle_layers(adapter)
+    return adapter
 
 
-def put_adapter(model: nn.Module, adapter: "PeftConfig") -> "PeftModel":
-    """Put an adapter on a model, in place; no weight is read of a model that has none."""
+def put_adapter(model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
+    """Put an adapter, if there is one, on a model, in place; the model may have no weights."""
     from pacatune.tuner.ignored import get_strict_peft_model
 
+    if adapter is None:
+        return model
     options: Any = copy.deepcopy(adapter)
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     if is_empty and options.peft_type == "PACA":
         options.columns_from = "dequantized"
         if options.columns is None:
             options.selection = "random"
-    return get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
+    adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
+    return adapted
 
 
 def make_plan(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -140,45 +140,52 @@ def _align_classes(source: ImageSource, eval_source: ImageSource) -> None:
 
 def _hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Hold out a fraction of each class, at least one image and never all; nothing with 0."""
+    indices = list(range(len(source.labels)))
     if not fraction:
-        return list(range(len(source.labels))), []
-    generator = torch.Generator().manual_seed(seed)
-    rest, held_out = [], []
-    for name, members in _by_class(source, range(len(source.labels))).items():
-        if len(members) == 1:
+        return indices, []
+
+    def number_of(name: str, available: int) -> int:
+        if available == 1:
             raise ValueError(
                 f"class {name!r} of {source.name} has one image, so none can be held "
                 "out; add images, or set `data.eval_fraction` to 0."
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        number = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        held_out += [members[place] for place in order[:number]]
-        rest += [members[place] for place in order[number:]]
-    return sorted(rest), sorted(held_out)
+        return min(max(1, round(available * fraction)), available - 1)
+
+    held_out, rest = _draw(source, indices, seed, number_of)
+    return rest, held_out
 
 
 def _limit(source: ImageSource, indices: list[int], per_class: int | None, seed: int) -> list[int]:
     """Choose as many images of each class."""
     if per_class is None or not indices:
         return indices
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for name, members in _by_class(source, indices).items():
-        if len(members) < per_class:
+
+    def number_of(name: str, available: int) -> int:
+        if available < per_class:
             raise ValueError(
-                f"class {name!r} of {source.name} has {len(members)} images to choose from; lower "
+                f"class {name!r} of {source.name} has {available} images to choose from; lower "
                 f"`data.train_per_class` or `data.eval_per_class` ({per_class}) to that."
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        chosen += [members[place] for place in order[:per_class]]
-    return sorted(chosen)
+        return per_class
+
+    return _draw(source, indices, seed, number_of)[0]
 
 
-def _by_class(source: ImageSource, indices: Sequence[int]) -> dict[str, list[int]]:
+def _draw(
+    source: ImageSource, indices: Sequence[int], seed: int, number_of: Callable[[str, int], int]
+) -> tuple[list[int], list[int]]:
+    """Draw a number of images of each class, given its name and size; return them and the rest."""
     members: dict[str, list[int]] = {name: [] for name in source.classes}
     for index in indices:
         members[source.classes[source.labels[index]]].append(index)
-    return members
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    for name, found in members.items():
+        number = number_of(name, len(found))
+        order = torch.randperm(len(found), generator=generator).tolist()
+        drawn += [found[place] for place in order[:number]]
+    return sorted(drawn), sorted(set(indices) - set(drawn))
 
 
 def _some(names: list[str]) -> str:
