@@ -132,7 +132,7 @@ def own_options(training_class: type) -> set[str]:
 def _check_ranges(training: Any) -> None:
     """Refuse numbers that PyTorch and transformers would refuse when weights are loaded, or never.
 
-    Of a task's arguments, some have options that others lack.
+    Not every task has all of these options.
     """
     if training.max_steps != -1 and training.max_steps < 1:
         raise ValueError(

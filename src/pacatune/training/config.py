@@ -384,7 +384,7 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
     2e-4 the others."""
 
     def check_options(self) -> None:
-        """Refuse also what TRL's own options would do to the model, or on this device."""
+        """Refuse also model arguments of other sections, and what this device or task cannot do."""
         super().check_options()
         for name in self.model_init_kwargs or {}:
             if name in _MODEL_ARGUMENTS:

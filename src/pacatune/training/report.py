@@ -77,7 +77,7 @@ class RunReport:
         saved = self.saved_activation_bytes
         return [
             *self.outcome(),
-            ("training loss", _loss(self.train_loss)),
+            ("training loss", four_digits(self.train_loss)),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
             self.speed(),
@@ -94,8 +94,8 @@ class RunReport:
     def outcome(self) -> list[tuple[str, str]]:
         """Return the rows of the table that say what was reached."""
         return [
-            ("held-out loss before", _loss(self.eval_loss_before)),
-            ("held-out loss after", _loss(self.eval_loss_after)),
+            ("held-out loss before", four_digits(self.eval_loss_before)),
+            ("held-out loss after", four_digits(self.eval_loss_after)),
         ]
 
     @abstractmethod
@@ -190,7 +190,8 @@ def _lean(report: dict[str, Any] | None) -> str:
     return "; ".join(filter(None, [made or "nothing to make lean", left]))
 
 
-def _loss(value: float | None) -> str:
+def four_digits(value: float | None) -> str:
+    """Return a loss or a share as text."""
     return "-" if value is None else f"{value:.4f}"
 
 

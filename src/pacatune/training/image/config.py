@@ -77,7 +77,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     mixes nothing."""
 
     def check_options(self) -> None:
-        """Refuse also a mixup of less than nothing."""
+        """Refuse also a negative `mixup_alpha`."""
         super().check_options()
         if self.mixup_alpha < 0:
             raise ValueError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pacatune.data.images import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
-from pacatune.training.report import Curve, RunReport
+from pacatune.training.report import Curve, RunReport, four_digits
 
 NUM_MISTAKES = 25
 
@@ -63,8 +63,8 @@ class ImageReport(RunReport):
         """Return accuracy, then loss."""
         chance = f" (new head; chance is {1 / len(self.classes):.3f})" if self.head == "new" else ""
         return [
-            ("held-out accuracy before", _share(self.accuracy_before) + chance),
-            ("held-out accuracy after", _share(self.accuracy_after) + self._remark()),
+            ("held-out accuracy before", four_digits(self.accuracy_before) + chance),
+            ("held-out accuracy after", four_digits(self.accuracy_after) + self._remark()),
             *super().outcome(),
         ]
 
@@ -103,10 +103,6 @@ class ImageReport(RunReport):
             if number and label != predicted
         ]
         return sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def confusion_matrix(
