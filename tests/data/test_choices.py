@@ -1,6 +1,10 @@
+import copy
+import json
+
 import pytest
 
-from pacatune.data.choices import ChoiceQuestion, to_choice_question
+from pacatune.data import DataConfig, prepare_data
+from pacatune.data.choices import LETTERS, ChoiceQuestion, Question, to_choice_question, to_question
 from pacatune.data.read import Row
 
 ROW = {"question": "Who?", "choices": ["Ann", " Bob "], "answer": 1}
@@ -55,3 +59,146 @@ def test_written_rows_are_read_again():
 def test_wrong_rows(values, message):
     with pytest.raises(ValueError, match=f"x.jsonl, row 3: {message}"):
         to_choice_question(Row("x.jsonl, row 3", values))
+
+
+MMLU_ROW = {"question": " What is it? ", "choices": ["a", "b ", "c", "d"], "answer": 2}
+QUESTIONS = [
+    Question(" Which bone is longest?\nThink. ", ["Femur", " Skull", "Rib\n", "Été"], 3, "anatomy"),
+    Question("What sells?", ["{{ 1 }}", "2", "3", "4"], 0, "high_school_world_history"),
+]
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return copy.deepcopy(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tasks_dir(tmp_path_factory):
+    """lm-eval's own tasks on two questions, which are also each other's examples."""
+    from pacatune.evaluation import MmluData, write_tasks
+
+    folder = tmp_path_factory.mktemp("mmlu") / "tasks"
+    shown = {one.subject: [one, Question("x", list("abcd"), 1, one.subject)] for one in QUESTIONS}
+    write_tasks(MmluData(shown=shown, asked=None, source="here"), folder)
+    return folder
+
+
+def prepare(tokenizer, path, **options):
+    config = DataConfig(path=str(path), format="mmlu", eval_fraction=0, **options)
+    return prepare_data(config, tokenizer, max_length=None, stop_ids={2})
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def scored_tokens(tokenizer, tasks_dir, subject):
+    """Tokens of prompt and right answer as lm-eval scores them, without examples."""
+    from pacatune.evaluation.language_model import LanguageModel
+    from pacatune.evaluation.mmlu import prepare_mmlu
+    from tests.conftest import build_model
+
+    tasks = prepare_mmlu(tasks_dir, [subject], num_fewshot=0)
+    (task,) = tasks.tasks[0].get_all_tasks()
+    asked = task.eval_docs[0]
+    requests = task.construct_requests(asked, task.fewshot_context(asked, 0))
+    lm = LanguageModel(build_model(len(tokenizer)), tokenizer)
+    return lm._encode_pair(*requests[asked["answer"]].args)
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+def test_training_tokens_are_those_that_lm_eval_scores(
+    tokenizer, tasks_dir, tmp_path, number, has_bos
+):
+    if not has_bos:
+        from tokenizers import processors
+
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    one = QUESTIONS[number]
+    context, answer = scored_tokens(tokenizer, tasks_dir, one.subject)
+    path = write(tmp_path / "train.jsonl", [one.to_dict()])
+    (row,) = prepare(tokenizer, path).train
+    assert row["input_ids"] == [*context, *answer, tokenizer.eos_token_id]
+    learned = [*answer, tokenizer.eos_token_id]
+    assert row["labels"] == [-100] * len(context) + learned
+    assert (row["input_ids"][0] == tokenizer.bos_token_id) is has_bos
+
+
+def test_questions_without_subject_have_no_description(tokenizer, tasks_dir):
+    from pacatune.evaluation.mmlu import prepare_mmlu
+
+    for one in QUESTIONS:
+        tasks = prepare_mmlu(tasks_dir, [one.subject], num_fewshot=0)
+        (task,) = tasks.tasks[0].get_all_tasks()
+        nameless = Question(one.question, one.choices, one.answer)
+        assert nameless.prompt() == task.doc_to_text(one.to_dict())
+        assert one.prompt() == task.config.description + nameless.prompt()
+        assert nameless.completion() == f" {task.doc_to_choice(one.to_dict())[one.answer]}"
+
+
+def test_as_the_authors_trained(tokenizer, tmp_path):
+    """Neither BOS nor EOS."""
+    path = write(tmp_path / "train.jsonl", [MMLU_ROW])
+    (row,) = prepare(tokenizer, path, special_tokens=False).train
+    text = "What is it?\nA. a\nB. b \nC. c\nD. d\nAnswer: C"
+    assert tokenizer.decode(row["input_ids"]) == text
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == " C"
+
+
+def test_csv_without_header_and_nested_rows_and_parquet_say_the_same(tokenizer, tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "a.csv").write_text("What is it?,a,b ,c,d,C\n")
+    (tmp_path / "b.csv").write_text("question,A,B,C,D,answer\nWhat is it?,a,b ,c,d,C\n")
+    write(tmp_path / "c.jsonl", [{"train": {**MMLU_ROW, "subject": ""}}])
+    Dataset.from_list([MMLU_ROW]).to_parquet(tmp_path / "d.parquet")
+    encoded = [
+        prepare(tokenizer, tmp_path / name).train["input_ids"][:]
+        for name in ("a.csv", "b.csv", "c.jsonl", "d.parquet")
+    ]
+    assert len(encoded[0]) == 1
+    assert all(each == encoded[0] for each in encoded)
+
+
+def test_format_is_found_from_the_columns(tokenizer, tmp_path):
+    path = write(tmp_path / "train.jsonl", [MMLU_ROW])
+    config = DataConfig(path=str(path), eval_fraction=0)
+    auto = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
+    assert auto["labels"][:] == prepare(tokenizer, path).train["labels"][:]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_answers_are_letters_or_numbers(number):
+    for answer in (number, LETTERS[number]):
+        question = to_question(Row("here", {**MMLU_ROW, "answer": answer}))
+        assert question.completion() == f" {LETTERS[number]}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "'question' is missing; it must be a text. The file may be cut off"),
+        ({"question": " "}, "'question' is ' '; it must be a text"),
+        ({"choices": ["a", "b"]}, r"the choices are \['a', 'b'\]; they must be four texts"),
+        ({"choices": ["a", "b", "c", None]}, "the choices are .*; they must be four texts"),
+        ({"choices": None}, "the choices are missing; they must be four texts"),
+        ({"answer": "E"}, "'answer' is 'E'; it must be A, B, C or D, or a number from 0 to 3"),
+        ({"answer": 4}, "'answer' is 4; it must be A, B, C or D"),
+        ({"answer": True}, "'answer' is True; it must be A, B, C or D"),
+        ({"answer": None}, "'answer' is missing; it must be A, B, C or D"),
+    ],
+)
+def test_wrong_rows_of_mmlu(change, message):
+    with pytest.raises(ValueError, match=f"data.jsonl, row 7: {message}"):
+        to_question(Row("data.jsonl, row 7", {**MMLU_ROW, **change}))
+
+
+def test_chats_have_their_own_special_tokens(tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "train.jsonl", [{"messages": messages}])
+    config = DataConfig(path=str(path), eval_fraction=0, special_tokens=False)
+    with pytest.raises(ValueError, match=r"`data.special_tokens` \(False\) is for plain texts"):
+        prepare_data(config, tokenizer, max_length=None, stop_ids={2})

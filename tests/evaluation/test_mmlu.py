@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from pacatune.data.mmlu import LETTERS
+from pacatune.data.choices import LETTERS
 from pacatune.evaluation import evaluate_mmlu
 from pacatune.evaluation.harness import run_tasks
 from pacatune.evaluation.mmlu import prepare_mmlu

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from pacatune.data.mmlu import LETTERS, Question
+from pacatune.data.choices import LETTERS, Question
 from pacatune.evaluation import MmluData, bundled_mmlu, read_mmlu, write_tasks
 from pacatune.evaluation import mmlu_data as mmlu_data_module
 

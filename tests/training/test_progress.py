@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
-from pacatune.training.sft import num_tokens
+from pacatune.training.sft import SftRunTrainer
 
 ARGUMENTS = SimpleNamespace(disable_tqdm=False)
 
@@ -87,5 +87,5 @@ def test_peak_memory_of_the_process():
 def test_padding_is_not_counted():
     ids = torch.zeros(2, 5, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert num_tokens({"input_ids": ids, "attention_mask": mask}) == 8
-    assert num_tokens({"input_ids": ids}) == 10
+    assert SftRunTrainer.num_items(None, {"input_ids": ids, "attention_mask": mask}) == 8
+    assert SftRunTrainer.num_items(None, {"input_ids": ids}) == 10

@@ -7,7 +7,7 @@ from PIL import Image
 from pacatune.reports.provenance import versions
 from pacatune.training.report import (
     Report,
-    eval_curve,
+    curve_of,
     train_curve,
     write_card,
     write_report,
@@ -96,7 +96,7 @@ def test_train_loss_is_the_mean_over_steps():
         {"step": 4, "train_runtime": 1.0},
     ]
     assert train_curve(log) == ([(1, 4.0), (4, 2.0)], (4.0 + 3 * 2.0) / 4)
-    assert eval_curve(log) == [(0, 9.0), (4, 3.0)]
+    assert curve_of(log, "eval_loss") == [(0, 9.0), (4, 3.0)]
     assert train_curve([]) == ([], None)
 
 

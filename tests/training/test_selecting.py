@@ -13,10 +13,9 @@ from rich.console import Console
 
 from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
-from pacatune.training import model as models
-from pacatune.training.plan import make_adapter_config
+from pacatune.training import sft as models
 from pacatune.training.selecting import share_of_batches
-from pacatune.training.sft import collate_rows
+from pacatune.training.task import make_adapter_config
 
 
 def quiet():
@@ -45,13 +44,15 @@ def test_processes_share_the_batches_of_one():
 def test_a_batch_is_what_the_trainer_makes_of_it(tiny_tokenizer):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
     rows += [{"input_ids": [8], "labels": [8], "place": 2}]
-    batch = collate_rows(rows, tiny_tokenizer, [1, 0])
+    task = models.SftTask(None)
+    task.tokenizer = tiny_tokenizer
+    batch = task.collate(rows, [1, 0])
     padding = tiny_tokenizer.pad_token_id
     assert batch["input_ids"].tolist() == [[8, padding, padding], [5, 6, 7]]
     assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    without = SimpleNamespace(pad_token_id=None, eos_token_id=2)
-    assert collate_rows(rows, without, [1, 0])["input_ids"].tolist()[0] == [8, 2, 2]
+    task.tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=2)
+    assert task.collate(rows, [1, 0])["input_ids"].tolist()[0] == [8, 2, 2]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -60,7 +61,6 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
 
     from pacatune import PacaConfig
     from pacatune.selection import choose_columns, collect_statistics
-    from pacatune.training.sft import read_data
 
     section = PacaSection(
         r=4, selection="gradient", selection_batches=3, target_modules=["q_proj", "down_proj"]
@@ -80,9 +80,9 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
     assert saved["columns"] == load_columns(folder)
 
     # By hand, on the same batches.
-    tokenizer = models.load_tokenizer(config)
-    data = read_data(config, tokenizer).train
-    batches = share_of_batches(len(data), config, lambda p: collate_rows(data, tokenizer, p))
+    task = models.SftTask(config)
+    data = task.prepare().train
+    batches = share_of_batches(len(data), config, lambda places: task.collate(data, places))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     options = PacaConfig(r=4, selection="gradient", target_modules=["q_proj", "down_proj"])
     expected = choose_columns(base, options, collect_statistics(base, batches, options))

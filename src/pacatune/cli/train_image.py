@@ -13,9 +13,9 @@ def run(argv: list[str]) -> int:
 
     known = all_options()
     for name in values_of(argv, "preset"):
-        from pacatune.training.image.presets import find_preset
+        from pacatune.training.image.config import find_preset
 
-        known.parser.set_defaults(find_preset(name).options())
+        known.parser.set_defaults(find_preset(name))
     options = known.parse(argv)
     if options.print_config:
         print(known.template(options), end="")
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
 def all_options() -> RunOptions:
     """Return the options of the command."""
     from pacatune.training.image import ImageRunConfig
-    from pacatune.training.image.presets import PRESETS
+    from pacatune.training.image.config import PRESETS
 
     preset = {
         "metavar": "NAME",

@@ -20,31 +20,21 @@ def keep_learnable(
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    Args:
-        data: Encoded examples with their statistics, dropped but for the number of tokens.
-        what: "training" or "evaluation", for messages.
-        max_length: Tokens at which examples were cut.
-        tokenizer: Tokenizer that encoded them.
-        warnings: Sentences are appended here.
-
-    Raises:
-        ValueError: If an example begins with two BOS tokens or has nothing to learn, or if none
-            is left.
+    `what` is "training" or "evaluation"; of the statistics only the number of tokens is kept.
     """
-    places = data["place"][:]
 
     def where(column: str, value: object) -> list[str]:
-        pairs = zip(places, data[column], strict=True)
+        pairs = zip(data["place"], data[column], strict=True)
         return [place for place, found in pairs if found == value]
 
     if doubled := where("doubled_bos", True):
         raise ValueError(
-            f"{_some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
+            f"{some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
             "chat template and once from the tokenizer; remove it from the data or template."
         )
     if empty := where("num_learned", 0):
         raise ValueError(
-            f"{_some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
+            f"{some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
             "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
         )
     kept = [index for index, num in enumerate(data["num_kept"]) if num > 0]
@@ -56,7 +46,7 @@ def keep_learnable(
     if lost := where("num_kept", 0):
         warnings.append(
             f"{len(lost)} of {len(data)} {what} examples lose their whole completion at "
-            f"`training.max_length` ({max_length}) and are left out: {_some(lost)}."
+            f"`training.max_length` ({max_length}) and are left out: {some(lost)}."
         )
     data = data.select(kept, keep_in_memory=True)
     _warn(data, what, max_length, tokenizer, warnings)
@@ -76,19 +66,15 @@ def overlap_warning(
     what: str,
     places: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return a warning if anything that measures is in the training data as well.
+    """Return a warning if any `what`, such as test images, are in the training data as well.
 
-    Args:
-        train: What tells each example of the training data from others.
-        evaluation: The same of the examples that measure.
-        what: Name of these, as "test images".
-        places: Where each of them stands.
+    Both are given as what tells an example from others, and `places` says where each stands.
     """
     known, examples = set(train), list(evaluation)
     shared = [number for number, example in enumerate(examples) if example in known]
     if not shared:
         return []
-    where = "" if places is None else f" ({_some([places[number] for number in shared])})"
+    where = "" if places is None else f" ({some([places[number] for number in shared])})"
     return [
         f"{len(shared)} of {len(examples)} {what} are also in the training data{where}, so what is "
         "measured on them flatters; remove them from one of the two."
@@ -118,7 +104,7 @@ def _warn(
         warnings.append(
             f"{sum(cut)} of {len(data)} {what} examples are cut at `training.max_length` "
             f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop: "
-            f"{_some(places)}."
+            f"{some(places)}."
         )
     if what == "training" and whole and not any(whole):
         warnings.append(
@@ -143,6 +129,7 @@ def _warn(
         )
 
 
-def _some(places: Sequence[str]) -> str:
+def some(places: Sequence[str]) -> str:
+    """Return the first three of some places or problems, and the number of the others."""
     more = f" and {len(places) - 3} more" if len(places) > 3 else ""
     return "; ".join(places[:3]) + more

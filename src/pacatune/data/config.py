@@ -1,9 +1,9 @@
-"""What to train on: the `data` section of a run."""
+"""What to train on: the `data` section of a run on texts or on images."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Format = Literal["messages", "prompt-completion", "instruction", "text", "mmlu"]
+TORCHVISION_PREFIX = "torchvision:"
 
 
 @dataclass(kw_only=True)
@@ -59,8 +59,89 @@ class DataConfig:
                 f"`data.path` is {self.path!r}; give a .jsonl, .json, .csv or .parquet file, "
                 "a folder of them, or a hub data set id."
             )
-        if not 0 <= self.eval_fraction < 1:
+        check_fraction(self.eval_fraction)
+
+
+@dataclass(kw_only=True)
+class ImageDataConfig:
+    """Training and evaluation images, each of one class."""
+
+    path: str = ""
+    """Training images: a folder with a folder of images per class (or with `train` and `test`
+    folders of such), a hub data set id, or torchvision:CIFAR10, torchvision:CIFAR100,
+    torchvision:OxfordIIITPet or torchvision:Flowers102. Required."""
+
+    name: str | None = None
+    """Configuration of a hub data set, where it has several."""
+
+    split: str | None = None
+    """Split of a hub or torchvision data set to train on; `train` (OxfordIIITPet: `trainval`) where
+    null."""
+
+    image_column: str | None = None
+    """Column of a hub data set with the images; the only one of that kind where null."""
+
+    label_column: str | None = None
+    """Column of a hub data set with the classes; the only one of that kind where null."""
+
+    root: str | None = None
+    """Folder of torchvision's data sets, downloaded into it where missing; in torch's cache where
+    null."""
+
+    eval_path: str | None = None
+    """Evaluation images, as `path`. Without them, `eval_fraction` of the training images is held
+    out."""
+
+    eval_split: str | None = None
+    """Split of a hub or torchvision data set to evaluate on, instead of holding out a fraction."""
+
+    eval_fraction: float = 0.1
+    """Fraction of each class held out for evaluation; 0 evaluates on nothing."""
+
+    seed: int = 0
+    """Seed of the choice of the held-out images, and of the limits per class."""
+
+    train_per_class: int | None = None
+    """Train on this many images of each class; all where null."""
+
+    eval_per_class: int | None = None
+    """Evaluate on this many images of each class; all where null."""
+
+    image_size: int | None = None
+    """Height and width that the model sees; those it was made for where null."""
+
+    augmentation: Literal["none", "flip", "crop"] = "none"
+    """Changes to training images: `flip` (half are mirrored), or `crop` (a random part of at least
+    a quarter, mirrored half the time). Evaluation always uses the model's own transform."""
+
+    check_images: bool = True
+    """Decode every image before training, so that a broken one is found before work is lost."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
             raise ValueError(
-                f"`data.eval_fraction` ({self.eval_fraction}) must be in [0, 1); "
-                "use 0 to hold nothing out."
+                f"`data.path` is {self.path!r}; give a folder with a folder of images per class, a "
+                f"hub data set id, or one of torchvision's, such as {TORCHVISION_PREFIX}CIFAR10."
             )
+        check_fraction(self.eval_fraction)
+        check_counts(self, "train_per_class", "eval_per_class", "image_size")
+        if self.augmentation not in ("none", "flip", "crop"):
+            raise ValueError(
+                f"`data.augmentation` ({self.augmentation!r}) must be 'none', 'flip' or 'crop'."
+            )
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a share of held-out data that leaves nothing to train on."""
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"`data.eval_fraction` ({fraction}) must be in [0, 1); use 0 to hold nothing out."
+        )
+
+
+def check_counts(section: object, *names: str) -> None:
+    """Refuse numbers below 1 among options of a `data` section that may be null."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`data.{name}` ({value}) must be at least 1, or null.")

@@ -1,13 +1,11 @@
 """Turn an example into token ids and labels: which tokens are learned, and why not others."""
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pacatune.data.formats import Example, Message
@@ -15,12 +13,10 @@ from pacatune.data.formats import Example, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# What a chat template shows of a chat: most drop what they do not know without a word.
-
+IGNORED = -100
+"""Label of a token that is not learned."""
 
 Render = Callable[[list[Message], list[Any] | None], str]
-_StandIn = Callable[[str], str]
 
 _NEEDED = ("content", "tool_calls")
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
@@ -29,7 +25,7 @@ _BOOKKEEPING = ("role", "tool_call_id", "id")
 _UNREAD = re.compile(r'[\s\\"]+')
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
     """A tool (turn None) or a field of a message, and the texts in it."""
 
@@ -39,21 +35,11 @@ class _Part:
 
 
 def check_shown(example: Example, learned: Collection[int], render: Render) -> list[str]:
-    """Check that a template shows everything of a chat that is read or learned.
+    """Check that a template shows everything of a chat that is read, and its `learned` turns.
 
-    The chat is rendered a second time with a mark in place of each text: no mark may be missing.
-
-    Args:
-        example: The chat.
-        learned: Turns that are learned, from 0.
-        render: Renders messages and tools to text; raises ValueError where it cannot.
-
-    Returns:
-        Names of the fields that are not shown and need not be, as "name" or "rating".
-
-    Raises:
-        ValueError: If the chat cannot be rendered, or if a tool, a tool call, the content of a
-            turn or anything else that a learned turn says is not shown.
+    Most templates drop what they do not know without a word. So the chat is rendered a second time
+    with a mark in place of each text, and no mark may be missing. Returns the names of fields that
+    are not shown and need not be, as "name" or "rating".
     """
     text = _squeeze(render(example.messages, example.tools))
     for turn in learned:
@@ -102,13 +88,13 @@ def with_arguments(example: Example, *, as_text: bool) -> Example:
             for m in messages
         ]
 
-    return dataclasses.replace(
+    return replace(
         example, prompt=convert_all(example.prompt), completion=convert_all(example.completion)
     )
 
 
 def _mark_chat(
-    example: Example, stand_in: _StandIn
+    example: Example, stand_in: Callable[[str], str]
 ) -> tuple[list[Message], list[Any] | None, list[_Part]]:
     """Copy messages and tools with `stand_in` of each text, and list what has to be looked for."""
     parts: list[_Part] = []
@@ -178,9 +164,6 @@ def _refuse(example: Example, what: str) -> NoReturn:
     )
 
 
-IGNORED = -100
-
-
 @dataclass(slots=True)
 class Encoded:
     """Token ids of one example, and what became of its loss."""
@@ -200,31 +183,22 @@ class Encoded:
 
 @dataclass(slots=True)
 class Encoder:
-    """Encodes examples with one tokenizer and one chat template.
-
-    Args:
-        tokenizer: Its `chat_template` renders chats.
-        stop_ids: Tokens that end a generation.
-        learn_all: Learn every token, not only completions.
-        special_tokens: Whether plain texts get the tokenizer's own tokens and an EOS.
-    """
+    """Encodes examples with one tokenizer and its chat template."""
 
     tokenizer: "PreTrainedTokenizerBase"
     stop_ids: Collection[int]
+    """Tokens that end a generation."""
     learn_all: bool = False
+    """Learn every token, not only completions."""
     special_tokens: bool = True
+    """Whether plain texts get the tokenizer's own tokens and an EOS."""
     _marked_template: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._marked_template = _find_marked_template(self.tokenizer)
 
     def __call__(self, example: Example) -> Encoded:
-        """Encode one example.
-
-        Raises:
-            ValueError: If the chat template cannot render it, not turn by turn, or leaves out
-                what is read or learned.
-        """
+        """Encode one example."""
         if isinstance(example.completion, str):
             assert isinstance(example.prompt, str)
             encoded = self._encode_text(example.prompt, example.completion)
@@ -244,9 +218,10 @@ class Encoder:
                 "'all' learns every turn; use 'completion', or remove the weights."
             )
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        render = functools.partial(
-            _render_text, self.tokenizer, example.place, self._marked_template
-        )
+
+        def render(messages: list[Message], tools: list[Any] | None) -> str:
+            return str(self._render(example.place, messages, tools, tokenize=False))
+
         objects, texts = (with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
             return objects, check_shown(objects, turns, render)
@@ -258,44 +233,43 @@ class Encoder:
             raise
 
     def _encode_text(self, prompt: str, completion: str) -> Encoded:
-        end = self.tokenizer.eos_token or ""
-        text = prompt + completion
-        if not self.special_tokens:
-            return self._encode_bare(prompt, text)
-        ids = self.tokenizer(text if end and text.endswith(end) else text + end)["input_ids"]
-        if len(ids) > 1 and ids[-1] == ids[-2] == self.tokenizer.eos_token_id:
-            del ids[-1]  # The tokenizer adds one of its own.
-        if not prompt:
-            return Encoded(ids, [True] * len(ids))
-        prompt_ids = self.tokenizer(prompt)["input_ids"]
-        if prompt_ids[-1:] == [self.tokenizer.eos_token_id] and not prompt.endswith(end):
-            del prompt_ids[-1]
-        start = common_prefix(prompt_ids, ids)
-        learned = [position >= start for position in range(len(ids))]
-        return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))
+        def tokenize(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=self.special_tokens)[
+                "input_ids"
+            ]
+            return ids
 
-    def _encode_bare(self, prompt: str, text: str) -> Encoded:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        end = (self.tokenizer.eos_token or "") if self.special_tokens else ""
+        text, eos = prompt + completion, self.tokenizer.eos_token_id
+        ids = tokenize(text if text.endswith(end) else text + end)
+        prompt_ids = tokenize(prompt) if prompt else []
+        if self.special_tokens:  # The tokenizer may add an EOS of its own.
+            if len(ids) > 1 and ids[-1] == ids[-2] == eos:
+                del ids[-1]
+            if prompt_ids[-1:] == [eos] and not prompt.endswith(end):
+                del prompt_ids[-1]
         start = common_prefix(prompt_ids, ids)
         learned = [position >= start for position in range(len(ids))]
         return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))
 
     def _encode_chat(self, example: Example) -> Encoded:
-        render = functools.partial(_render, self.tokenizer, example)
-        messages, template = example.messages, self._marked_template
-        if template is None:
-            ids = render(messages)["input_ids"]
+        messages = example.messages
+        if self._marked_template is None:
+            ids = self._ids(example, messages)
             encoded = Encoded(ids, [False] * len(ids))
             for turn in example.learned_turns:
                 self._learn_turn(encoded, example, turn)
             return encoded
-        marked = render(messages, chat_template=template, marked=True)
+        marked = self._render(
+            example.place,
+            messages,
+            example.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
         encoded = Encoded(marked["input_ids"], [bool(bit) for bit in marked["assistant_masks"]])
         if example.prompt:
-            prompt_ids = render(messages[: len(example.prompt)], chat_template=template)[
-                "input_ids"
-            ]
+            prompt_ids = self._ids(example, messages[: len(example.prompt)])
             start = common_prefix(prompt_ids, encoded.input_ids)
             encoded.learned[:start] = [False] * start
         for turn in example.skipped:
@@ -313,7 +287,7 @@ class Encoder:
                 "{% generation %} marks."
             )
         ids = encoded.input_ids
-        cue = _render(self.tokenizer, example, example.messages[:turn], cue=True)["input_ids"]
+        cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
         _, end = self._find_turn(ids, example, turn)
         start = common_prefix(cue, ids)
         stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
@@ -325,22 +299,37 @@ class Encoder:
     def _find_turn(self, ids: list[int], example: Example, turn: int) -> tuple[int, int]:
         """Return where the tokens of one turn begin and end."""
         messages = example.messages
-        render = functools.partial(
-            _render, self.tokenizer, example, chat_template=self._marked_template
-        )
-        before = render(messages[:turn])["input_ids"] if turn else []
-        after = ids if turn == len(messages) - 1 else render(messages[: turn + 1])["input_ids"]
+        before = self._ids(example, messages[:turn]) if turn else []
+        is_last = turn == len(messages) - 1
+        after = ids if is_last else self._ids(example, messages[: turn + 1])
         # The last token may merge with what follows; any more, and the template rewrites history.
-        if (
-            common_prefix(before, ids) < len(before) - 1
-            or common_prefix(after, ids) < len(after) - 1
-        ):
+        start, end = common_prefix(before, ids), common_prefix(after, ids)
+        if start < len(before) - 1 or end < len(after) - 1:
             raise ValueError(
                 f"{example.place}: the chat template renders turn {turn + 1} otherwise when more "
                 "turns follow, so its tokens cannot be told apart; give `data.chat_template` with "
                 "{% generation %} marks, or train on single answers (prompt-completion)."
             )
-        return common_prefix(before, ids), common_prefix(after, ids)
+        return start, end
+
+    def _ids(self, example: Example, messages: list[Message], **options: Any) -> list[int]:
+        rendered = self._render(example.place, messages, example.tools, return_dict=True, **options)
+        return list(rendered["input_ids"])
+
+    def _render(
+        self, place: str, messages: list[Message], tools: list[Any] | None, **options: Any
+    ) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self._marked_template, **options
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"{place}: the chat template cannot render it ({error}); "
+                "change the messages, or give another `data.chat_template`."
+            ) from error
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -367,55 +356,3 @@ def _find_marked_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         # TRL probes unknown templates with made-up chats, on which they may fail in any way.
         return None
     return template
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase",
-    example: Example,
-    messages: list[Message],
-    *,
-    cue: bool = False,
-    marked: bool = False,
-    chat_template: str | None = None,
-) -> dict[str, Any]:
-    """Render messages to token ids; with `cue`, up to where the assistant starts to write."""
-    with _template_errors(example.place):
-        return dict(
-            tokenizer.apply_chat_template(
-                messages,
-                tools=example.tools,
-                chat_template=chat_template,
-                add_generation_prompt=cue,
-                return_dict=True,
-                return_assistant_tokens_mask=marked,
-            )
-        )
-
-
-def _render_text(
-    tokenizer: "PreTrainedTokenizerBase",
-    place: str,
-    chat_template: str | None,
-    messages: list[Message],
-    tools: list[Any] | None,
-) -> str:
-    """Render messages to text."""
-    with _template_errors(place):
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=chat_template, tokenize=False
-            )
-        )
-
-
-@contextlib.contextmanager
-def _template_errors(place: str) -> Iterator[None]:
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except (TemplateError, TypeError) as error:
-        raise ValueError(
-            f"{place}: the chat template cannot render it ({error}); "
-            "change the messages, or give another `data.chat_template`."
-        ) from error

@@ -1,17 +1,16 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
-from pacatune.data.config import Format
-from pacatune.data.mmlu import to_question
+from pacatune.data.choices import to_question
 from pacatune.data.read import Row
 
 Message = dict[str, Any]
 
 # Required columns, most specific first: a row that fits several is the first of them.
-COLUMNS: dict[Format, tuple[str, ...]] = {
+COLUMNS = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
@@ -55,29 +54,21 @@ class Example:
 
     @property
     def learned_turns(self) -> list[int]:
-        """Those of `messages`, from 0, that are learned."""
-        turns = range(len(self.prompt), len(self.messages))
+        """Numbers, from 0, of the turns that are learned."""
         return [
             turn
-            for turn in turns
-            if self.messages[turn]["role"] == "assistant" and turn not in self.skipped
+            for turn, message in enumerate(self.messages)
+            if turn >= len(self.prompt)
+            and message["role"] == "assistant"
+            and turn not in self.skipped
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary."""
-        return asdict(self)
 
-
-def detect_format(row: Row) -> Format:
-    """Return the format that the columns of `row` fit.
-
-    Raises:
-        ValueError: If they fit none; lists the columns found and the formats accepted.
-    """
+def detect_format(row: Row) -> str:
+    """Return the format that the columns of a row fit."""
     present = _present(row)
-    for name, required in COLUMNS.items():
-        if all(column in present for column in required):
-            return name
+    if found := _formats_of(present):
+        return found[0]
     hint = "Rename the columns."
     if "conversations" in row.values:
         hint = (
@@ -94,171 +85,29 @@ def detect_format(row: Row) -> Format:
 def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iterator[Example]:
     """Yield one checked example per row; every row must have the format of the first.
 
-    Args:
-        rows: Rows of the data.
-        format: A format, or "auto" for that of the first row.
-        has_template: Whether the tokenizer has a chat template; without one, instructions
-            become plain text.
-
-    Raises:
-        ValueError: If a row lacks a field, has an empty one or one of another type, or is of
-            another format than the rows before it.
+    Without a chat template, instructions become plain text.
     """
-    chosen = None if format == "auto" else cast(Format, format)
-    assert chosen is None or chosen in get_args(Format)
+    assert format in ("auto", *COLUMNS)
     for row in rows:
-        if chosen is None:
-            chosen = detect_format(row)
-        if chosen != "mmlu":  # whose check knows its three layouts
-            _check_columns(row, chosen)
-            _check_unused(row, chosen)
-        yield _CONVERTERS[chosen](row, has_template)
+        if format == "auto":
+            format = detect_format(row)
+        if format != "mmlu":  # whose check knows its three layouts
+            _check_columns(row, format)
+            _check_unused(row, format)
+        yield _to_example(row, format, has_template)
 
 
-def _present(row: Row) -> set[str]:
-    """Columns that hold something; tables fill what a row lacks with nulls."""
-    return {column for column, value in row.values.items() if value is not None}
-
-
-def _check_columns(row: Row, format: Format) -> None:
-    missing = [column for column in COLUMNS[format] if column not in _present(row)]
-    if not missing:
-        return
-    others = [
-        name for name, required in COLUMNS.items() if all(c in _present(row) for c in required)
-    ]
-    if others:
-        raise ValueError(
-            f"{row.place}: format {others[0]!r} among rows of format {format!r}; "
-            "one run takes one format: split the data or convert these rows."
-        )
-    raise ValueError(
-        f"{row.place}: field {missing[0]!r} is missing (columns {sorted(_present(row))}); "
-        f"format {format!r} needs {', '.join(COLUMNS[format])}. Add it or remove the row."
-    )
-
-
-def _check_unused(row: Row, format: Format) -> None:
-    """Refuse what would be left out of the text without a word."""
-    if format == "text":  # Where such columns describe the text.
-        return
-    is_chat = format == "messages" or isinstance(row.values.get("prompt"), list)
-    for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
-        if row.values.get(column):
-            raise ValueError(
-                f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
-                "`messages` and `tools` (system text as a turn, functions as tools), or remove it."
-            )
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.values[column]
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{row.place}: {column!r} is a {type(value).__name__}; it must be a string."
-        )
-    if not value.strip():
-        raise ValueError(f"{row.place}: {column!r} is empty; fill it or remove the row.")
-    return value
-
-
-def _messages(row: Row, column: str, *, is_context: bool = False) -> list[Message]:
-    value = row.values[column]
-    if not isinstance(value, list):
-        raise ValueError(
-            f"{row.place}: {column!r} is a {type(value).__name__}; it must be a list of messages, "
-            'as {"role": "user", "content": "..."}.'
-        )
-    if not value:
-        raise ValueError(f"{row.place}: {column!r} is empty; fill it or remove the row.")
-    return [
-        _message(row.place, f"{column}[{i}]", message, is_context)
-        for i, message in enumerate(value)
-    ]
-
-
-def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(
-            f"{place}: {where} is {message!r:.80}; a message must be an object with the "
-            "strings 'role' and 'content'."
-        )
-    content = message.get("content")
-    kept = {key: value for key, value in message.items() if value is not None}
-    _check_weight(place, where, kept, is_context)
-    calls = _functions(place, f"tool_calls of {where}", "call", kept.get("tool_calls"))
-    if content in (None, "") and (calls or kept.get("function_call")):
-        return {**kept, "content": ""}
-    if not isinstance(content, str):
-        kind = "missing" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"{place}: content of {where} is {kind}; it must be a string.")
-    if not content.strip():
-        raise ValueError(f"{place}: content of {where} is empty; fill it or remove the row.")
-    return kept
-
-
-def _check_weight(place: str, where: str, message: Message, is_context: bool) -> None:
-    weight = message.get("weight", 0)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(
-            f"{place}: weight of {where} is {weight!r}; it must be 0 or 1: whether the turn is "
-            "learned."
-        )
-    if weight and (is_context or message["role"] != "assistant"):
-        raise ValueError(
-            f"{place}: weight of {where} is 1, but only assistant turns outside a prompt are "
-            "learned; remove the weight."
-        )
-
-
-def _functions(place: str, where: str, kind: str, value: Any) -> list[Any] | None:
-    """Check a list of tools or calls: each names its function."""
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise ValueError(
-            f"{place}: {where} is a {type(value).__name__}; it must be a list of {kind}s."
-        )
-    for number, item in enumerate(value):
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(
-                f"{place}: item {number} of {where} is {item!r:.80}; a {kind} must be an object "
-                "with a name, or with a 'function' that has one."
-            )
-    return value
-
-
-def _tools(row: Row) -> list[Any] | None:
-    return _functions(row.place, "'tools'", "tool", row.values.get("tools"))
-
-
-def _chat(
-    row: Row, column: str, prompt: list[Message], completion: list[Message], fix: str
-) -> Example:
-    """Make an example of a chat; weights become a list of turns that are not learned."""
-    weights = [message.get("weight") for message in prompt + completion]
-    skipped = [turn for turn, weight in enumerate(weights) if weight == 0]
-    prompt, completion = (
-        [{key: value for key, value in m.items() if key != "weight"} for m in messages]
-        for messages in (prompt, completion)
-    )
-    example = Example(row.place, prompt, completion, _tools(row), skipped)
-    if not example.learned_turns:
-        speaks = any(message["role"] == "assistant" for message in completion)
-        of_weight = " of weight 1" if speaks else ""
-        raise ValueError(
-            f"{row.place}: {column!r} has no assistant turn{of_weight}, so nothing to learn; {fix}"
-        )
-    return example
-
-
-def _from_messages(row: Row, has_template: bool) -> Example:
-    fix = "add the answer or remove the row."
-    return _chat(row, "messages", [], _messages(row, "messages"), fix)
-
-
-def _from_prompt_completion(row: Row, has_template: bool) -> Example:
+def _to_example(row: Row, format: str, has_template: bool) -> Example:
+    if format == "mmlu":
+        question = to_question(row)
+        return Example(row.place, question.prompt(), question.completion())
+    if format == "text":
+        return Example(row.place, "", _text(row, "text"))
+    if format == "instruction":
+        return _from_instruction(row, has_template)
+    if format == "messages":
+        fix = "add the answer or remove the row."
+        return _chat(row, "messages", [], _messages(row, "messages"), fix)
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise ValueError(
@@ -273,16 +122,13 @@ def _from_prompt_completion(row: Row, has_template: bool) -> Example:
 
 
 def _from_instruction(row: Row, has_template: bool) -> Example:
-    fields = {"instruction": _text(row, "instruction"), "input": row.values.get("input") or ""}
-    if not isinstance(fields["input"], str):
-        raise ValueError(
-            f"{row.place}: 'input' is a {type(fields['input']).__name__}; it must be a string."
-        )
+    instruction, more = _text(row, "instruction"), row.values.get("input") or ""
+    _check_type(more, str, "a string", f"{row.place}: 'input'")
     output = _text(row, "output")
     if not has_template:
-        form = _INSTRUCTION_INPUT if fields["input"] else _INSTRUCTION
-        return Example(row.place, form.format(**fields), output)
-    question = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
+        form = _INSTRUCTION_INPUT if more else _INSTRUCTION
+        return Example(row.place, form.format(instruction=instruction, input=more), output)
+    question = "\n\n".join(filter(None, (instruction, more)))
     return Example(
         row.place,
         [{"role": "user", "content": question}],
@@ -290,19 +136,133 @@ def _from_instruction(row: Row, has_template: bool) -> Example:
     )
 
 
-def _from_text(row: Row, has_template: bool) -> Example:
-    return Example(row.place, "", _text(row, "text"))
+def _chat(
+    row: Row, column: str, prompt: list[Message], completion: list[Message], fix: str
+) -> Example:
+    """Make an example of a chat; weights become a list of turns that are not learned."""
+    weights = [message.get("weight") for message in prompt + completion]
+    skipped = [turn for turn, weight in enumerate(weights) if weight == 0]
+    prompt, completion = (
+        [{key: value for key, value in m.items() if key != "weight"} for m in messages]
+        for messages in (prompt, completion)
+    )
+    tools = _functions(row.place, "'tools'", "tool", row.values.get("tools"))
+    example = Example(row.place, prompt, completion, tools, skipped)
+    if not example.learned_turns:
+        speaks = any(message["role"] == "assistant" for message in completion)
+        of_weight = " of weight 1" if speaks else ""
+        raise ValueError(
+            f"{row.place}: {column!r} has no assistant turn{of_weight}, so nothing to learn; {fix}"
+        )
+    return example
 
 
-def _from_mmlu(row: Row, has_template: bool) -> Example:
-    question = to_question(row)
-    return Example(row.place, question.prompt(), question.completion())
+def _present(row: Row) -> set[str]:
+    """Columns that hold something; tables fill what a row lacks with nulls."""
+    return {column for column, value in row.values.items() if value is not None}
 
 
-_CONVERTERS = {
-    "messages": _from_messages,
-    "prompt-completion": _from_prompt_completion,
-    "instruction": _from_instruction,
-    "text": _from_text,
-    "mmlu": _from_mmlu,
-}
+def _formats_of(present: set[str]) -> list[str]:
+    return [name for name, required in COLUMNS.items() if present.issuperset(required)]
+
+
+def _check_columns(row: Row, format: str) -> None:
+    present = _present(row)
+    missing = [column for column in COLUMNS[format] if column not in present]
+    if not missing:
+        return
+    if others := _formats_of(present):
+        raise ValueError(
+            f"{row.place}: format {others[0]!r} among rows of format {format!r}; "
+            "one run takes one format: split the data or convert these rows."
+        )
+    raise ValueError(
+        f"{row.place}: field {missing[0]!r} is missing (columns {sorted(present)}); "
+        f"format {format!r} needs {', '.join(COLUMNS[format])}. Add it or remove the row."
+    )
+
+
+def _check_unused(row: Row, format: str) -> None:
+    """Refuse what would be left out of the text without a word."""
+    if format == "text":  # Where such columns describe the text.
+        return
+    is_chat = format == "messages" or isinstance(row.values.get("prompt"), list)
+    for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
+        if row.values.get(column):
+            raise ValueError(
+                f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
+                "`messages` and `tools` (system text as a turn, functions as tools), or remove it."
+            )
+
+
+def _check_type(value: Any, kind: type, rule: str, what: str) -> None:
+    if not isinstance(value, kind):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{what} is {found}; it must be {rule}.")
+
+
+def _check_filled(value: str | list[Any], what: str) -> None:
+    if not (value.strip() if isinstance(value, str) else value):
+        raise ValueError(f"{what} is empty; fill it or remove the row.")
+
+
+def _text(row: Row, column: str) -> str:
+    value, what = row.values[column], f"{row.place}: {column!r}"
+    _check_type(value, str, "a string", what)
+    _check_filled(value, what)
+    return str(value)
+
+
+def _messages(row: Row, column: str, *, is_context: bool = False) -> list[Message]:
+    value, what = row.values[column], f"{row.place}: {column!r}"
+    rule = 'a list of messages, as {"role": "user", "content": "..."}'
+    _check_type(value, list, rule, what)
+    _check_filled(value, what)
+    return [
+        _message(row.place, f"{column}[{i}]", message, is_context)
+        for i, message in enumerate(value)
+    ]
+
+
+def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"{place}: {where} is {message!r:.80}; a message must be an object with the "
+            "strings 'role' and 'content'."
+        )
+    content = message.get("content")
+    kept = {key: value for key, value in message.items() if value is not None}
+    _check_weight(f"{place}: weight of {where}", kept, is_context)
+    calls = _functions(place, f"tool_calls of {where}", "call", kept.get("tool_calls"))
+    if content in (None, "") and (calls or kept.get("function_call")):
+        return {**kept, "content": ""}
+    what = f"{place}: content of {where}"
+    _check_type(content, str, "a string", what)
+    _check_filled(str(content), what)
+    return kept
+
+
+def _check_weight(what: str, message: Message, is_context: bool) -> None:
+    weight = message.get("weight", 0)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f"{what} is {weight!r}; it must be 0 or 1: whether the turn is learned.")
+    if weight and (is_context or message["role"] != "assistant"):
+        raise ValueError(
+            f"{what} is 1, but only assistant turns outside a prompt are learned; remove the "
+            "weight."
+        )
+
+
+def _functions(place: str, where: str, kind: str, value: Any) -> list[Any] | None:
+    """Check a list of tools or calls: each names its function."""
+    if value is None:
+        return None
+    _check_type(value, list, f"a list of {kind}s", f"{place}: {where}")
+    for number, item in enumerate(value):
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{place}: item {number} of {where} is {item!r:.80}; a {kind} must be an object "
+                "with a name, or with a 'function' that has one."
+            )
+    return list(value)

@@ -3,25 +3,24 @@
 import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
+from pacatune.data.choices import CSV_COLUMNS
 from pacatune.data.config import DataConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import Example, to_examples
-from pacatune.data.mmlu import CSV_COLUMNS
 from pacatune.data.read import read_rows
+
+_NUM_ROWS_FOR_BAR = 10_000
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
-
-
-# Show examples as the model sees them, with the tokens it learns in colour.
 
 
 def show_preview(
@@ -33,12 +32,6 @@ def show_preview(
     """Print the first examples; learned tokens are green, each second token underlined.
 
     Where there is no colour, learned tokens stand between [[ and ]].
-
-    Args:
-        data: Columns place, input_ids, labels and num_tokens, before any cut.
-        tokenizer: Decodes the ids.
-        num_examples: Number of examples to print.
-        console: Where to print.
     """
     mark = "green" if console.color_system else "between [[ and ]]"
     for row in data.select(range(min(num_examples, len(data)))):
@@ -84,9 +77,6 @@ def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return pieces
 
 
-_NUM_ROWS_FOR_BAR = 10_000
-
-
 @dataclass(frozen=True)
 class PreparedData:
     """Tokenized data: columns input_ids, labels (-100 where nothing is learned) and place."""
@@ -109,22 +99,11 @@ def prepare_data(
 ) -> PreparedData:
     """Read, encode, split and check the data of a run.
 
-    Args:
-        config: Where the data is and what is learned from it.
-        tokenizer: Tokenizer with the chat template to use, if any.
-        max_length: Tokens at which examples are cut; None never cuts.
-        stop_ids: Tokens that end a generation.
-        num_processes: Processes that tokenize; None for this one.
-
-    Raises:
-        ValueError: If a row or the whole is not usable; names the file and row.
-        FileNotFoundError: If a local path does not exist.
+    Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
+    generation.
     """
     encoder = Encoder(
-        tokenizer,
-        stop_ids,
-        learn_all=config.loss == "all",
-        special_tokens=config.special_tokens,
+        tokenizer, stop_ids, config.loss == "all", special_tokens=config.special_tokens
     )
 
     def load(path: str, split: str, what: str) -> "Dataset":
@@ -138,11 +117,8 @@ def prepare_data(
 
     train = load(config.path, config.split, "training")
     if config.eval_path or config.eval_split:
-        evaluation: Dataset | None = load(
-            config.eval_path or config.path,
-            config.eval_split or config.split,
-            "evaluation",
-        )
+        path, split = config.eval_path or config.path, config.eval_split or config.split
+        evaluation: Dataset | None = load(path, split, "evaluation")
     else:
         train, evaluation = _split(train, config.eval_fraction, config.seed)
     warnings: list[str] = []
@@ -179,26 +155,20 @@ def _encode(
     from datasets import Dataset, Features, List, Value
 
     # As JSON, since messages may have any keys and Arrow columns may not.
-    table = Dataset.from_dict({"example": [json.dumps(e.to_dict()) for e in examples]})
-    features = Features(
-        {
-            "place": Value("string"),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "num_tokens": Value("int64"),
-            "num_learned": Value("int64"),
-            "num_kept": Value("int64"),
-            "doubled_bos": Value("bool"),
-            "ends": Value("bool"),
-            "boundary_moved": Value("bool"),
-            "hidden": List(Value("string")),
-        }
-    )
+    table = Dataset.from_dict({"example": [json.dumps(asdict(e)) for e in examples]})
+    tokens, number, flag = List(Value("int32")), Value("int64"), Value("bool")
+    features = {
+        "place": Value("string"),
+        **dict.fromkeys(("input_ids", "labels"), tokens),
+        **dict.fromkeys(("num_tokens", "num_learned", "num_kept"), number),
+        **dict.fromkeys(("doubled_bos", "ends", "boundary_moved"), flag),
+        "hidden": List(Value("string")),
+    }
     with _progress_bars(len(examples) >= _NUM_ROWS_FOR_BAR):
         return table.map(
             _encode_one(encoder, max_length),
             remove_columns=["example"],
-            features=features,
+            features=Features(features),
             keep_in_memory=True,
             num_proc=num_processes if len(examples) > (num_processes or 1) else None,
             # Nothing is cached, so the costly hash of the tokenizer is not needed.

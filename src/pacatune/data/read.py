@@ -36,24 +36,14 @@ def read_rows(
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
-    Args:
-        path: File, folder, or hub data set id.
-        name: Configuration of a hub data set.
-        split: Split of a hub data set.
-        csv_columns: Of .csv files without a header; a first row that names the last of them is
-            a header all the same.
-        option: Where `path` is from, for messages.
-
-    Raises:
-        FileNotFoundError: If `path` does not exist, here or on the hub.
-        ValueError: If a file cannot be read as its suffix says, or holds no row.
+    Columns of .csv files without a header are given as `csv_columns`; a first row that names the
+    last of them is a header all the same. `option` is where `path` is from, for messages.
     """
     local = Path(path).expanduser()
     if not local.exists():
         if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
-        check_on_hub(path, option, kind="dataset")
-        rows = _read_hub(path, name, split)
+        rows = _read_hub(path, name, split, option)
     elif local.is_dir():
         rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))
     else:
@@ -169,11 +159,24 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{file} is not a readable Parquet file ({error}).") from error
 
 
-def _read_hub(path: str, name: str | None, split: str) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    for number, values in enumerate(load_dataset(path, name, split=split), start=1):
+def _read_hub(path: str, name: str | None, split: str, option: str) -> Iterator[Row]:
+    for number, values in enumerate(load_hub(path, name, split, option), start=1):
         yield Row(f"{path} ({split}), row {number}", _without_nulls(dict(values)))
+
+
+def load_hub(path: str, name: str | None, split: str, option: str) -> Any:
+    """Load a split of a data set of the hub, or of a configuration of it."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    check_on_hub(path, option, kind="dataset")
+    try:
+        return load_dataset(path, name, split=split)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path!r} is neither here nor a hub data set that can be reached "
+            f"({type(error).__name__}); check `{option}` or the network."
+        ) from error
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

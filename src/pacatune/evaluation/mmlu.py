@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.mmlu import to_question
+from pacatune.data.choices import to_question
 from pacatune.data.read import read_rows
 from pacatune.evaluation.harness import (
     PreparedTasks,

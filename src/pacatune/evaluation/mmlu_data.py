@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pacatune.data.mmlu import CSV_COLUMNS, LETTERS, Question, to_question
+from pacatune.data.choices import CSV_COLUMNS, LETTERS, Question, to_question
 from pacatune.data.read import SUFFIXES, read_rows
 from pacatune.evaluation.harness import require_lm_eval
 from pacatune.files.folder import staged_folder

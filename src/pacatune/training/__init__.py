@@ -13,11 +13,10 @@ if TYPE_CHECKING:
         RunConfig,
         TrainingConfig,
     )
-    from pacatune.training.finite import TrainingDiverged
-    from pacatune.training.interrupt import TrainingInterrupted
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
     from pacatune.training.sft import preview
+    from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
 __all__ = [
     "DataConfig",
@@ -37,8 +36,8 @@ __all__ = [
 _OUTSIDE_CONFIG = {
     "DataConfig": "pacatune.data",
     "Report": "pacatune.training.report",
-    "TrainingDiverged": "pacatune.training.finite",
-    "TrainingInterrupted": "pacatune.training.interrupt",
+    "TrainingDiverged": "pacatune.training.trainer",
+    "TrainingInterrupted": "pacatune.training.trainer",
     "preview": "pacatune.training.sft",
     "train": "pacatune.training.recipe",
 }

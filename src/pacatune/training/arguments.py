@@ -1,20 +1,13 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-
-# Options that every task decides elsewhere, and where.
-_ELSEWHERE = {
-    "resume_from_checkpoint": "use --resume",
-    "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
-    "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
-}
 
 _ABOVE_ZERO = (
     "learning_rate",
@@ -44,11 +37,14 @@ _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 @dataclass
 class SharedDefaults:
-    """Put before transformers' or TRL's class of arguments, whose defaults these replace.
+    """Put before transformers' or TRL's class of arguments, whose defaults these replace."""
 
-    Raises:
-        ValueError: If `check_options` refuses one.
-    """
+    elsewhere: ClassVar[dict[str, str]] = {
+        "resume_from_checkpoint": "use --resume",
+        "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
+        "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
+    }
+    """Option that must keep its default -> where it is decided, or why it is not offered."""
 
     output_dir: str | None = "pacatune-run"
     """Folder of the run and its results."""
@@ -102,9 +98,13 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that no task offers, and numbers that train nothing."""
-        refuse_elsewhere(self, _ELSEWHERE)
-        check_ranges(self)
+        """Refuse options that the task does not offer, and numbers that train nothing."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in self.elsewhere and value != option.default:
+                instead = self.elsewhere[option.name]
+                raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
+        _check_ranges(self)
 
     def __post_init__(self) -> None:
         # As given, before TRL and transformers resolve them: what a saved config must say.
@@ -114,7 +114,7 @@ class SharedDefaults:
             # Pinned, so that a saved config gives the same numbers on another machine.
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)  # type: ignore[attr-defined]
             self.given["bf16"] = self.bf16
-        if not _has_accelerator():
+        if not torch.accelerator.is_available():
             # Unless it is said, transformers takes no bf16, and accelerate takes each of several
             # processes for the only one.
             self.use_cpu = True
@@ -129,30 +129,10 @@ def own_options(training_class: type) -> set[str]:
     return {name for kind in ours for name in vars(kind).get("__annotations__", {})}
 
 
-def refuse_elsewhere(training: Any, elsewhere: Mapping[str, str]) -> None:
-    """Refuse options that have another value than their default.
+def _check_ranges(training: Any) -> None:
+    """Refuse numbers that PyTorch and transformers would refuse when weights are loaded, or never.
 
-    Args:
-        training: The arguments.
-        elsewhere: Option -> where it is decided, or why it is not offered.
-
-    Raises:
-        ValueError: Names the first.
-    """
-    defaults = {f.name: f.default for f in fields(training)}
-    for name, instead in elsewhere.items():
-        value = getattr(training, name)
-        if value != defaults[name]:
-            raise ValueError(f"`training.{name}` ({value!r}) is not offered: {instead}.")
-
-
-def check_ranges(training: Any) -> None:
-    """Refuse numbers that train nothing or mean nothing.
-
-    PyTorch and transformers would find these only when the weights are loaded, or never.
-
-    Raises:
-        ValueError: Names the first.
+    Not every task has all of these options.
     """
     if training.max_steps != -1 and training.max_steps < 1:
         raise ValueError(
@@ -160,23 +140,13 @@ def check_ranges(training: Any) -> None:
             "`training.num_train_epochs` decides."
         )
     epochs = () if training.max_steps > 0 else ("num_train_epochs",)
-    for name in (*_ABOVE_ZERO, *epochs):
-        value = getattr(training, name, None)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
-    for name in _FROM_ZERO:
-        value = getattr(training, name, None)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"`training.{name}` ({value}) must be at least 0; 0 is off.")
-    for name in _BELOW_ONE:
-        value = getattr(training, name, None)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"`training.{name}` ({value}) must be in [0, 1).")
-    if not 0 <= training.seed < 2**32:
-        raise ValueError(f"`training.seed` ({training.seed}) must be in [0, 2^32).")
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
+    for names, fits, rule in (
+        ((*_ABOVE_ZERO, *epochs), lambda value: 0 < value < math.inf, "above 0; raise it"),
+        (_FROM_ZERO, lambda value: 0 <= value < math.inf, "at least 0; 0 is off"),
+        (_BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)"),
+        (("seed",), lambda value: 0 <= value < 2**32, "in [0, 2^32)"),
+    ):
+        for name in names:
+            value = getattr(training, name, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"`training.{name}` ({value}) must be {rule}.")

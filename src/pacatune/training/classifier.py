@@ -2,34 +2,34 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    Trainer,
+    PreTrainedModel,
     TrainingArguments,
 )
 
 from pacatune import pretrained
 from pacatune.data.checks import overlap_warning
+from pacatune.data.config import check_counts, check_fraction
 from pacatune.data.read import read_rows
 from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.precision import dtype_name, torch_dtype
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.checkpoints import RunTrainer
 from pacatune.training.config import BaseRunConfig, ModelConfig
-from pacatune.training.plan import (
+from pacatune.training.task import (
     Plan,
-    complete_targets,
+    Prepared,
+    Task,
     make_adapter_config,
     make_plan,
     put_adapter,
 )
-from pacatune.training.task import Prepared, Task
+from pacatune.training.trainer import RunTrainer, accuracy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TextClassConfig:
-    """Texts, each of one class.
-
-    Raises:
-        ValueError: If `path` is missing or a number is out of its range.
-    """
+    """Texts, each of one class."""
 
     path: str = ""
     """Training data with columns `text` and `label`: a file, a folder, or a hub data set id."""
@@ -74,12 +70,8 @@ class TextClassConfig:
             raise ValueError(
                 f"`data.path` is {self.path!r}; give a file with columns text and label."
             )
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"`data.eval_fraction` ({self.eval_fraction}) must be in [0, 1).")
-        for name in ("num_train", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`data.{name}` ({value}) must be at least 1.")
+        check_fraction(self.eval_fraction)
+        check_counts(self, "num_train", "max_length")
 
 
 @dataclass
@@ -98,12 +90,7 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):  # type: igno
 
 @dataclass(kw_only=True)
 class ClassifierConfig(BaseRunConfig[Any]):
-    """One fine-tuning run of a classifier of texts; its head is new and trained in any case.
-
-    Raises:
-        ValueError: If the sections contradict each other.
-        TypeError: If `training` is of another class.
-    """
+    """One fine-tuning run of a classifier of texts; its head is new and trained in any case."""
 
     command: ClassVar[str] = "classify"
     methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
@@ -145,12 +132,10 @@ class ClassifierTask(Task[ClassifierConfig]):
         model_config = pretrained.load_config(config.model.path, revision=config.model.revision)
         model_config.num_labels = len(classes)
         model = pretrained.empty_model(AutoModelForSequenceClassification, model_config)
-        num_parameters = model.num_parameters()
-        adapter = make_adapter_config(config, task_type="SEQ_CLS")  # PEFT adds the head to it
-        if adapter is not None:
-            complete_targets(adapter, model)
-        self._make_trainable(model, adapter)
-        return make_plan(model, num_parameters, config.lean), adapter
+        # PEFT adds the head to it
+        adapter = make_adapter_config(config, model, task_type="SEQ_CLS")
+        plan = make_plan(model, lambda base: self._make_trainable(base, adapter), config.lean)
+        return plan, adapter
 
     def prepare(self) -> Prepared:
         """Read and encode the texts, and plan what is trained."""
@@ -174,8 +159,16 @@ class ClassifierTask(Task[ClassifierConfig]):
         )
 
     def encode(self, texts: "LabelledTexts") -> "Dataset":
-        """Return texts as the trainer takes them."""
-        return encode(texts, self.classes, self.tokenizer, self.config.data.max_length)
+        """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
+        from datasets import Dataset
+
+        if unknown := sorted(set(texts.labels) - set(self.classes)):
+            raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
+        limit = self.config.data.max_length
+        columns = self.tokenizer(texts.texts, truncation=True, max_length=limit)
+        columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
+        labels = [self.classes.index(label) for label in texts.labels]
+        return Dataset.from_dict({**columns, "labels": labels})
 
     def load_model(self) -> nn.Module:
         """Load an encoder and put a new head for the classes on it."""
@@ -207,30 +200,19 @@ class ClassifierTask(Task[ClassifierConfig]):
         return ClassifierTrainer(
             model=self._make_trainable(model, adapter_config),
             data_collator=DataCollatorWithPadding(self.tokenizer),
-            compute_metrics=_accuracy,
+            compute_metrics=accuracy,
             **options,
         )
 
-    def _make_trainable(self, model: Any, adapter: "PeftConfig | None") -> nn.Module:
+    def _make_trainable(self, model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
         """Put the adapter on a model, or set which of its weights are trained."""
-        if adapter is not None:
-            model = put_adapter(model, adapter)
-        elif self.config.method == "head":
-            model.base_model.requires_grad_(False)
-        trained: nn.Module = model
-        return trained
+        if self.config.method == "head":
+            cast(PreTrainedModel, model).base_model.requires_grad_(False)
+        return put_adapter(model, adapter)
 
 
-class ClassifierTrainer(RunTrainer, Trainer):  # type: ignore[misc]
-    """Trainer with what the recipe needs, which counts texts."""
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Take one micro-batch forward and backward, counting its texts."""
-        self._meter.add(len(inputs["labels"]))
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+class ClassifierTrainer(RunTrainer):
+    """Trainer of classifiers, whose batches are counted by their labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +242,7 @@ class LabelledTexts:
 
 
 def read_texts(path: str, split: str, option: str = "data.path") -> LabelledTexts:
-    """Read texts and labels.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a row has no text or label; names it.
-    """
+    """Read texts and labels from a file, folder or data set of the hub."""
     texts, labels = [], []
     for row in read_rows(path, name=None, split=split, option=option):
         text, label = row.values.get("text"), row.values.get("label")
@@ -280,11 +257,7 @@ def read_texts(path: str, split: str, option: str = "data.path") -> LabelledText
 
 
 def split_texts(config: TextClassConfig) -> tuple[LabelledTexts, LabelledTexts]:
-    """Return what is trained on and what is held out.
-
-    Raises:
-        ValueError: If there are too few rows or classes.
-    """
+    """Return what is trained on and what is held out."""
     whole = read_texts(config.path, config.split)
     order = torch.randperm(
         len(whole.texts), generator=torch.Generator().manual_seed(config.seed)
@@ -303,25 +276,3 @@ def split_texts(config: TextClassConfig) -> tuple[LabelledTexts, LabelledTexts]:
             "least two."
         )
     return train, whole.part(held_out)
-
-
-def encode(data: LabelledTexts, classes: list[str], tokenizer: Any, max_length: int) -> "Dataset":
-    """Return rows of `input_ids`, `attention_mask` and `labels`.
-
-    Raises:
-        ValueError: If a label is not among the classes.
-    """
-    from datasets import Dataset
-
-    if unknown := sorted(set(data.labels) - set(classes)):
-        raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
-    columns = tokenizer(data.texts, truncation=True, max_length=max_length)
-    columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
-    labels = [classes.index(label) for label in data.labels]
-    return Dataset.from_dict({**columns, "labels": labels})
-
-
-def _accuracy(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}

@@ -13,7 +13,7 @@ from pacatune.format.options import check_patterns
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
 from pacatune.selection import strategies
-from pacatune.training.arguments import SharedDefaults, refuse_elsewhere
+from pacatune.training.arguments import SharedDefaults
 
 if TYPE_CHECKING:
     from pacatune.training.report import Report, RunReport  # noqa: F401 (of type variables)
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
 
-# Options of SFTConfig that this task decides elsewhere, and where.
-_ELSEWHERE = {
-    "chat_template_path": "set `data.chat_template`",
-    "dataset_text_field": "name the column 'text'",
-    "dataset_kwargs": "data is always prepared before the model is loaded",
-    "completion_only_loss": "set `data.loss` to completion or all",
-    "assistant_only_loss": "set `data.loss` to completion or all",
-    "trust_remote_code": "code of a model is never executed; use a converted model",
-    "truncation_mode": "examples are cut at their end; shorten them yourself",
-    "remove_unused_columns": "the data has the columns that training needs",
-}
 _MODEL_ARGUMENTS = {
     "trust_remote_code": "code of a model is never executed",
     "dtype": "set `model.dtype`",
@@ -162,12 +151,7 @@ class PacaSection:
         return name.endswith(".safetensors") or "/" in name or Path(name).is_dir()
 
     def adapter_options(self) -> dict[str, Any]:
-        """Return the options as PacaConfig takes them, with columns that a file gives.
-
-        Raises:
-            FileNotFoundError: If `selection` looks like a file and is none.
-            ValueError: If the file holds no columns.
-        """
+        """Return the options as PacaConfig takes them, with columns that a file gives."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("selection_batches", "share_columns", "budget"):
             del values[name]
@@ -246,10 +230,6 @@ class BaseRunConfig(Generic[R]):
     """One fine-tuning run, whatever its task.
 
     The class of a task has its own sections for model, data and training, and names the task.
-
-    Raises:
-        ValueError: If the sections contradict each other.
-        TypeError: If the training section is of another class.
     """
 
     command: ClassVar[str]
@@ -387,14 +367,25 @@ class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
         ValueError: If an option is set that this task decides elsewhere or does not offer.
     """
 
+    elsewhere: ClassVar[dict[str, str]] = {
+        **SharedDefaults.elsewhere,
+        "chat_template_path": "set `data.chat_template`",
+        "dataset_text_field": "name the column 'text'",
+        "dataset_kwargs": "data is always prepared before the model is loaded",
+        "completion_only_loss": "set `data.loss` to completion or all",
+        "assistant_only_loss": "set `data.loss` to completion or all",
+        "trust_remote_code": "code of a model is never executed; use a converted model",
+        "truncation_mode": "examples are cut at their end; shorten them yourself",
+        "remove_unused_columns": "the data has the columns that training needs",
+    }
+
     learning_rate: float | None = None
     """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full,
     2e-4 the others."""
 
     def check_options(self) -> None:
-        """Refuse options that this task decides elsewhere, and numbers that train nothing."""
+        """Refuse also model arguments of other sections, and what this device or task cannot do."""
         super().check_options()
-        refuse_elsewhere(self, _ELSEWHERE)
         for name in self.model_init_kwargs or {}:
             if name in _MODEL_ARGUMENTS:
                 raise ValueError(

@@ -112,12 +112,7 @@ def save_config(config: "BaseRunConfig[Any]", path: Path) -> None:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Read a YAML file as plain values.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is larger than 1 MiB, no YAML, not a mapping, or expands to too much.
-    """
+    """Read a YAML file as plain values."""
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; check the path.")
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -144,16 +139,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse keys that no option has.
-
-    Args:
-        values: Nested values, as read from a file.
-        known: Dotted names of all options, such as `data.path`.
-        source: Name of the file, for the message.
-
-    Raises:
-        ValueError: For the first unknown key; names the nearest known one.
-    """
+    """Refuse keys of nested values that are no dotted name in `known`; `source` is their file."""
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for key in _dotted(values, sections):
         if key not in known and key not in sections:
@@ -166,11 +152,7 @@ def load_yaml(text: str) -> Any:
 
 
 def option_parser(**options: Any) -> "ArgumentParser":
-    """Return a parser without options that takes values as `load_yaml` reads them.
-
-    Args:
-        **options: Of jsonargparse's class.
-    """
+    """Return a parser without options that takes values as `load_yaml` reads them."""
     from jsonargparse import ArgumentParser, set_loader
 
     set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
@@ -179,7 +161,10 @@ def option_parser(**options: Any) -> "ArgumentParser":
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = (
+        _dotted(values, {key for key, value in values.items() if isinstance(value, dict)})
+        for values in (old, new)
+    )
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
@@ -219,20 +204,11 @@ def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
             yield from _walk(child, depth + 1)
 
 
-def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> Iterator[str]:
+def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in sections and isinstance(value, dict):
-            yield from _dotted(value, sections, f"{name}.")
-        else:
-            yield name
-
-
-def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    sections = {key for key, value in values.items() if isinstance(value, dict)}
-    return {name: _lookup(values, name) for name in _dotted(values, sections)}
-
-
-def _lookup(values: dict[str, Any], name: str) -> Any:
-    section, _, key = name.rpartition(".")
-    return values[section][key] if section else values[key]
+        is_section = name in sections and isinstance(value, dict)
+        found |= _dotted(value, sections, f"{name}.") if is_section else {name: value}
+    return found

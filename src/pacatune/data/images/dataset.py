@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from pacatune.data.images.sources import ImageSource
 
-# The transform that a model was trained with, from its own description, as plain numbers.
-
-
 PREPROCESSOR_NAME = "preprocessor_config.json"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+_CROP_AREA = (0.25, 1.0)
+_CROP_LOG_ASPECT = math.log(4 / 3)
+_EPOCH_STRIDE = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,7 @@ class Preprocessing:
 
     @classmethod
     def from_transformers(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Read the settings of one of transformers' image processors.
-
-        Args:
-            values: What its `to_dict` returns, or preprocessor_config.json holds.
-
-        Raises:
-            ValueError: If the model does not see squares, or its values are not scaled to [0, 1].
-        """
+        """Read the settings of one of transformers' image processors, as `to_dict` returns them."""
         size, crop = values.get("size") or {}, values.get("crop_size")
         edge = size.get("shortest_edge")
         if values.get("crop_pct") and edge:  # ConvNeXT's: `size` is what is left after cropping
@@ -123,11 +116,7 @@ class Preprocessing:
 
     @classmethod
     def from_timm(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Read timm's `pretrained_cfg`, or the data configuration resolved from it.
-
-        Raises:
-            ValueError: If the model does not see squares, or does not crop as other models do.
-        """
+        """Read timm's `pretrained_cfg`, or the data configuration resolved from it."""
         _, height, width = values["input_size"]
         final = _square({"height": height, "width": width}, "input_size")
         mode = values.get("crop_mode") or "center"
@@ -166,11 +155,6 @@ def _square(size: Mapping[str, int], name: str) -> int:
     return height
 
 
-_CROP_AREA = (0.25, 1.0)
-_CROP_LOG_ASPECT = math.log(4 / 3)
-_EPOCH_STRIDE = 2**32
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of training images, the same for the same seed, epoch and image.
@@ -183,14 +167,7 @@ class Augmentation:
     seed: int
 
     def __call__(self, image: Image.Image, size: int, epoch: int, index: int) -> Image.Image:
-        """Return the image changed; with `crop`, of size x size pixels.
-
-        Args:
-            image: 8-bit RGB.
-            size: Final size, for `crop`.
-            epoch: Number of the pass over the data.
-            index: Number of the image.
-        """
+        """Return an RGB image, number `index` of the data, changed; `crop` makes it size x size."""
         seed = hash((self.seed, epoch * _EPOCH_STRIDE + index)) % 2**63
         generator = Generator().manual_seed(seed)
         if self.kind == "crop":
@@ -202,14 +179,7 @@ class Augmentation:
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Some images of a source, transformed.
-
-    Args:
-        source: Where they come from.
-        indices: Which of them, in order.
-        preprocessing: The model's own transform.
-        augmentation: For training.
-    """
+    """Some images of a source, transformed by the model's own preprocessing."""
 
     def __init__(
         self,
@@ -229,7 +199,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         image = self.image(position)
-        label = self.source.labels[self.indices[position]]
+        label = self.label(position)
         if self.augmentation is not None and self.augmentation.kind != "none":
             size = self.preprocessing.size
             image = self.augmentation(image, size, self.epoch, self.indices[position])

@@ -2,76 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from pacatune.data.checks import overlap_warning
-from pacatune.data.images.config import ImageDataConfig
+from pacatune.data.checks import overlap_warning, some
+from pacatune.data.config import ImageDataConfig
 from pacatune.data.images.sources import ImageSource, read_sources
-
-# Look at every image before training: a broken one should stop nothing later.
-
 
 # Resized to the model's height, an image of more would take gigabytes.
 _MAX_ASPECT = 50
 _MOST_THREADS = 32
-
-
-def check_images(*parts: tuple[ImageSource, Sequence[int]]) -> list[list[str]]:
-    """Decode images and return a digest of the pixels of each, by part.
-
-    Args:
-        parts: Where they come from, and which of them.
-
-    Raises:
-        ValueError: Names the images, of all parts, that cannot be read or are too narrow.
-    """
-
-    def examine(pair: tuple[ImageSource, int]) -> tuple[str, str]:
-        """Return the digest and what is wrong; one of them is empty."""
-        source, index = pair
-        try:
-            image = source.load(index)
-        except ValueError as error:
-            return "", str(error)
-        width, height = image.size
-        if max(width, height) > _MAX_ASPECT * min(width, height):
-            return "", f"{source.place(index)}: {width} x {height} pixels are too narrow to resize"
-        digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
-        digest.update(image.tobytes())
-        return digest.hexdigest(), ""
-
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        pairs = [(source, index) for source, indices in parts for index in indices]
-        results = list(pool.map(examine, pairs))
-    problems = [problem for _, problem in results if problem]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{len(problems)} of {len(results)} images cannot be used: "
-            f"{'; '.join(problems[:3])}{more}. Replace or remove them."
-        )
-    digests = iter(results)
-    return [[next(digests)[0] for _ in indices] for _, indices in parts]
-
-
-def run_digest(source: ImageSource, indices: Sequence[int], digests: Sequence[str] | None) -> str:
-    """Return what tells these training images, in this order and with these classes, from others.
-
-    Args:
-        source: Where they come from.
-        indices: Which of them.
-        digests: Hashes of their pixels, in the order of `indices`; None tells them apart by place.
-    """
-    found = digests or [source.place(index) for index in indices]
-    digest = hashlib.blake2b("\0".join(source.classes).encode(), digest_size=16)
-    for index, text in zip(indices, found, strict=True):
-        digest.update(f"\0{source.labels[index]} {text}".encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,40 +38,75 @@ class PreparedImages:
     """What is probably not meant, one sentence each."""
 
 
-def prepare_images(config: ImageDataConfig) -> PreparedImages:
-    """Find, split and check the images of a run.
+def check_images(*parts: ImagePart) -> list[list[str]]:
+    """Decode images and return digests of the pixels by part.
 
-    Raises:
-        FileNotFoundError: If a folder or data set does not exist or cannot be reached.
-        ValueError: If there are fewer than two classes, training and evaluation have different
-            ones, or an image cannot be read.
+    The ValueError names the images, of all parts, that cannot be read or are too narrow.
     """
+
+    def examine(pair: tuple[ImageSource, int]) -> tuple[str, str]:
+        """Return the digest and what is wrong; one of them is empty."""
+        source, index = pair
+        try:
+            image = source.load(index)
+        except ValueError as error:
+            return "", str(error)
+        width, height = image.size
+        if max(width, height) > _MAX_ASPECT * min(width, height):
+            return "", f"{source.place(index)}: {width} x {height} pixels are too narrow to resize"
+        digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
+        digest.update(image.tobytes())
+        return digest.hexdigest(), ""
+
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        pairs = [(part.source, index) for part in parts for index in part.indices]
+        results = list(pool.map(examine, pairs))
+    problems = [problem for _, problem in results if problem]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(results)} images cannot be used: "
+            f"{some(problems)}. Replace or remove them."
+        )
+    digests = iter(results)
+    return [[next(digests)[0] for _ in part.indices] for part in parts]
+
+
+def run_digest(part: ImagePart, digests: Sequence[str] | None) -> str:
+    """Return a digest of these images in this order, their pixels (or places) and classes."""
+    source = part.source
+    found = digests or [source.place(index) for index in part.indices]
+    digest = hashlib.blake2b("\0".join(source.classes).encode(), digest_size=16)
+    for index, text in zip(part.indices, found, strict=True):
+        digest.update(f"\0{source.labels[index]} {text}".encode())
+    return digest.hexdigest()
+
+
+def prepare_images(config: ImageDataConfig) -> PreparedImages:
+    """Find, split and check the images of a run."""
     source, eval_source = read_sources(config)
     _check_classes(source)
     if eval_source is not None:
         _align_classes(source, eval_source)
-    indices = list(range(len(source.labels)))
-    held_out: list[int] = []
-    if eval_source is None and config.eval_fraction:
+        indices, held_out = list(range(len(source.labels))), list(range(len(eval_source.labels)))
+    else:
         indices, held_out = _hold_out(source, config.eval_fraction, config.seed)
-    elif eval_source is not None:
-        held_out = list(range(len(eval_source.labels)))
+    eval_source = eval_source or source
     indices = _limit(source, indices, config.train_per_class, config.seed)
-    held_out = _limit(eval_source or source, held_out, config.eval_per_class, config.seed)
+    held_out = _limit(eval_source, held_out, config.eval_per_class, config.seed)
     train = ImagePart(source=source, indices=indices)
-    evaluation = ImagePart(source=eval_source or source, indices=held_out) if held_out else None
-    warnings = [*source.warnings, *(eval_source.warnings if eval_source else [])]
+    evaluation = ImagePart(source=eval_source, indices=held_out) if held_out else None
+    warnings = [*source.warnings, *(eval_source.warnings if eval_source is not source else [])]
     digests = None
     if config.check_images:
-        parts = [(part.source, part.indices) for part in (train, evaluation) if part is not None]
-        digests, *others = check_images(*parts)
+        digests, *others = check_images(train, *([evaluation] if evaluation else []))
         for other in others:
             warnings += overlap_warning(digests, other, "evaluation images")
     return PreparedImages(
         classes=source.classes,
         train=train,
         evaluation=evaluation,
-        fingerprint=run_digest(source, indices, digests),
+        fingerprint=run_digest(train, digests),
         warnings=warnings,
     )
 
@@ -161,44 +139,53 @@ def _align_classes(source: ImageSource, eval_source: ImageSource) -> None:
 
 
 def _hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of each class, at least one image and never all."""
-    generator = torch.Generator().manual_seed(seed)
-    rest, held_out = [], []
-    for name, members in _by_class(source, range(len(source.labels))).items():
-        if len(members) == 1:
+    """Hold out a fraction of each class, at least one image and never all; nothing with 0."""
+    indices = list(range(len(source.labels)))
+    if not fraction:
+        return indices, []
+
+    def number_of(name: str, available: int) -> int:
+        if available == 1:
             raise ValueError(
                 f"class {name!r} of {source.name} has one image, so none can be held "
                 "out; add images, or set `data.eval_fraction` to 0."
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        number = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        held_out += [members[place] for place in order[:number]]
-        rest += [members[place] for place in order[number:]]
-    return sorted(rest), sorted(held_out)
+        return min(max(1, round(available * fraction)), available - 1)
+
+    held_out, rest = _draw(source, indices, seed, number_of)
+    return rest, held_out
 
 
 def _limit(source: ImageSource, indices: list[int], per_class: int | None, seed: int) -> list[int]:
     """Choose as many images of each class."""
     if per_class is None or not indices:
         return indices
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for name, members in _by_class(source, indices).items():
-        if len(members) < per_class:
+
+    def number_of(name: str, available: int) -> int:
+        if available < per_class:
             raise ValueError(
-                f"class {name!r} of {source.name} has {len(members)} images to choose from; lower "
+                f"class {name!r} of {source.name} has {available} images to choose from; lower "
                 f"`data.train_per_class` or `data.eval_per_class` ({per_class}) to that."
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        chosen += [members[place] for place in order[:per_class]]
-    return sorted(chosen)
+        return per_class
+
+    return _draw(source, indices, seed, number_of)[0]
 
 
-def _by_class(source: ImageSource, indices: Sequence[int]) -> dict[str, list[int]]:
+def _draw(
+    source: ImageSource, indices: Sequence[int], seed: int, number_of: Callable[[str, int], int]
+) -> tuple[list[int], list[int]]:
+    """Draw a number of images of each class, given its name and size; return them and the rest."""
     members: dict[str, list[int]] = {name: [] for name in source.classes}
     for index in indices:
         members[source.classes[source.labels[index]]].append(index)
-    return members
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    for name, found in members.items():
+        number = number_of(name, len(found))
+        order = torch.randperm(len(found), generator=generator).tolist()
+        drawn += [found[place] for place in order[:number]]
+    return sorted(drawn), sorted(set(indices) - set(drawn))
 
 
 def _some(names: list[str]) -> str:

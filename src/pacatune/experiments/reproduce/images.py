@@ -279,10 +279,10 @@ def _full_run(row: Row, preset: str) -> Any:
         ImageRunConfig,
         ImageTrainingConfig,
     )
-    from pacatune.training.image.presets import find_preset
+    from pacatune.training.image.config import find_preset
 
     options: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
-    for name, value in find_preset(preset).options().items():
+    for name, value in find_preset(preset).items():
         section, _, key = name.partition(".")
         options[section][key] = value
     return ImageRunConfig(

@@ -228,12 +228,12 @@ def small_stated(row: Row) -> Settings:
 
 def small_cell(row: Row) -> Cell:
     """Return the cell of one line: the best rate of a grid by validation loss, then all seeds."""
-    from pacatune.data.packaged.question_types import PROMPT
+    from pacatune.data.packaged.bigbench import TYPE_PROMPT
 
     inputs = {
         "method": row.method,
         # Without it, a score of an earlier prompt was once kept beside those of another.
-        "prompt": PROMPT,
+        "prompt": TYPE_PROMPT,
         "settings": {} if row.method in UNTRAINED else asdict(small_stated(row)),
         "model": _SMALL_MODEL,
         "data": _DATA,
@@ -252,9 +252,7 @@ def small_cell(row: Row) -> Cell:
 
 
 def _run_small(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from pacatune.data.packaged.language_models import prepare_model
-    from pacatune.data.packaged.packages import default_cache
-    from pacatune.data.packaged.question_types import prepare_type_choices
+    from pacatune.data.packaged import default_cache, prepare_model, prepare_type_choices
 
     cache = default_cache()
     model = str(prepare_model(cache, tell))

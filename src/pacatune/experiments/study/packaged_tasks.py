@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.packaged.packages import default_cache
+from pacatune.data.packaged import (
+    default_cache,
+    prepare_cifar10,
+    prepare_dino,
+    prepare_efficientnet,
+    prepare_minilm,
+    prepare_model,
+    prepare_question_types,
+    prepare_questions,
+)
 from pacatune.methods import METHODS
 from pacatune.names import guess
 
@@ -47,9 +56,6 @@ def prepare_packaged(task: PackagedTask, say: Say) -> dict[str, Any]:
 
 
 def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:
-    from pacatune.data.packaged.language_models import prepare_model
-    from pacatune.data.packaged.questions import prepare_questions
-
     model = prepare_model(cache, say)
     train, heldout = prepare_questions(cache)
     return {
@@ -65,9 +71,6 @@ def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:
 
 
 def _minilm_questions(cache: Path, say: Say) -> dict[str, Any]:
-    from pacatune.data.packaged.language_models import prepare_minilm
-    from pacatune.data.packaged.question_types import prepare_question_types
-
     model = prepare_minilm(cache, say)
     train, test = prepare_question_types(cache, say)
     return {
@@ -95,16 +98,10 @@ def _images(model: Path, images: Path, size: int, num_steps: int) -> dict[str, A
 
 
 def _efficientnet_cifar10(cache: Path, say: Say) -> dict[str, Any]:
-    from pacatune.data.packaged.cifar10 import prepare_cifar10
-    from pacatune.data.packaged.vision_models import prepare_efficientnet
-
     return _images(prepare_efficientnet(cache, say), prepare_cifar10(cache, say), 96, 60)
 
 
 def _dinov2_cifar10(cache: Path, say: Say) -> dict[str, Any]:
-    from pacatune.data.packaged.cifar10 import prepare_cifar10
-    from pacatune.data.packaged.vision_models import prepare_dino
-
     return _images(prepare_dino(cache, say), prepare_cifar10(cache, say), 98, 60)
 
 

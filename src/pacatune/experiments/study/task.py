@@ -16,10 +16,9 @@ from rich.console import Console
 from pacatune.methods import readers_of
 from pacatune.training.config import ADAPTER_SECTIONS, BaseRunConfig
 from pacatune.training.config_file import check_keys, option_parser
-from pacatune.training.plan import count_trainable
 from pacatune.training.recipe import make_trainer, prepare, run_trainer
 from pacatune.training.report import train_curve
-from pacatune.training.task import Task, task_of
+from pacatune.training.task import Task, count_trainable, task_of
 
 Values = dict[str, Any]
 

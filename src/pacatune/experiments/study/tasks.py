@@ -12,9 +12,8 @@ from pacatune.data.checks import find_overlap, overlap_warning
 from pacatune.experiments.study.forgetting import general_rows, text_loss
 from pacatune.experiments.study.task import StudyTask, Values, weights_digest
 from pacatune.pretrained import find_model
-from pacatune.training import model as models
+from pacatune.training import sft
 from pacatune.training.recipe import prepare
-from pacatune.training.sft import fingerprint
 from pacatune.training.task import task_of
 
 __all__ = ["TASKS", "ClassifyTask", "ImageTask", "TextTask"]
@@ -44,7 +43,7 @@ class TextTask(StudyTask):
             dataclasses.replace(config.data, **self.test_options),
             tokenizer,
             max_length=config.training.max_length,
-            stop_ids=models.find_stop_ids(config, tokenizer),
+            stop_ids=sft.find_stop_ids(config, tokenizer),
         ).train
 
     def digest(self, config: Any) -> str:
@@ -57,8 +56,8 @@ class TextTask(StudyTask):
         parts = (run.train, run.evaluation, self.test_data(task))
         whole = concatenate_datasets([run.train, run.evaluation])
         self._warn(*run.warnings, *find_overlap(whole, parts[2], "test"))
-        weights = weights_digest(models.model_path(config), config.model.revision)
-        return " ".join([*map(fingerprint, parts), weights, str(self.forgetting_tokens)])
+        weights = weights_digest(sft.model_path(config), config.model.revision)
+        return " ".join([*map(sft.fingerprint, parts), weights, str(self.forgetting_tokens)])
 
     def _general_loss(self, task: Any, model: Any) -> float | None:
         """Return the loss on general text; the base's is measured once for each way to hold it."""
@@ -71,9 +70,9 @@ class TextTask(StudyTask):
             self._rows[path] = general_rows(task.tokenizer, self.forgetting_tokens)
         if model is not None:
             return text_loss(model, self._rows[path], bf16=bf16)
-        key = (path, models.weights_dtype(config), quantization, bf16)
+        key = (path, sft.weights_dtype(config), quantization, bf16)
         if key not in self._before:
-            base = models.load_model(config)
+            base = sft.load_model(config)
             if quantization is None:
                 base.to(config.training.device)
             self._before[key] = text_loss(base, self._rows[path], bf16=bf16)
@@ -129,8 +128,8 @@ class ImageTask(StudyTask):
         texts, seen = [], []
         for part in (images.train, images.evaluation, self._test_images(config).evaluation):
             assert part is not None, "a fraction is held out, and there is test data"
-            (digests,) = check_images((part.source, part.indices))
-            texts.append(run_digest(part.source, part.indices, digests))
+            (digests,) = check_images(part)
+            texts.append(run_digest(part, digests))
             seen.append(digests)
         train, validation, test = seen
         self._warn(

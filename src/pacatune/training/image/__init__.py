@@ -3,7 +3,7 @@
 from pacatune.data.images import ImageDataConfig
 from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
-from pacatune.training.image.load import ImageClassifier, load_result
+from pacatune.training.image.model import ImageClassifier, load_result
 from pacatune.training.image.report import ImageReport
 from pacatune.training.recipe import train
 

@@ -1,34 +1,22 @@
 """One run on images, declared once for the command line, YAML files and Python."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
-from pacatune.training.arguments import SharedDefaults, refuse_elsewhere
+from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
 
 if TYPE_CHECKING:
     from pacatune.training.image.report import ImageReport  # noqa: F401 (of the run's type)
 
-# Options of TrainingArguments that this task decides elsewhere, and where.
-_ELSEWHERE = {
-    "remove_unused_columns": "the data has the columns that training needs",
-    "label_names": "the class of an image is its only label",
-    "prediction_loss_only": "the accuracy is always measured",
-    "batch_eval_metrics": "the accuracy is measured over all images at once",
-}
-
 
 @dataclass(kw_only=True)
 class ImageModelConfig:
-    """The pretrained model. Code that comes with a model is never executed.
-
-    Raises:
-        ValueError: If `path` is missing.
-    """
+    """The pretrained model. Code that comes with a model is never executed."""
 
     path: str = ""
     """Hub id (of transformers, or timm/...), name of a timm model, or local folder of an image
@@ -53,11 +41,15 @@ class ImageModelConfig:
 
 @dataclass
 class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[misc]
-    """Every option of transformers' TrainingArguments, with these defaults.
+    """Every option of transformers' TrainingArguments, with these defaults."""
 
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    elsewhere: ClassVar[dict[str, str]] = {
+        **SharedDefaults.elsewhere,
+        "remove_unused_columns": "the data has the columns that training needs",
+        "label_names": "the class of an image is its only label",
+        "prediction_loss_only": "the accuracy is always measured",
+        "batch_eval_metrics": "the accuracy is measured over all images at once",
+    }
 
     learning_rate: float | None = None
     """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
@@ -85,9 +77,8 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
     mixes nothing."""
 
     def check_options(self) -> None:
-        """Refuse options that this task decides elsewhere, and numbers that train nothing."""
+        """Refuse also a negative `mixup_alpha`."""
         super().check_options()
-        refuse_elsewhere(self, _ELSEWHERE)
         if self.mixup_alpha < 0:
             raise ValueError(
                 f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
@@ -96,12 +87,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[mi
 
 @dataclass(kw_only=True)
 class ImageRunConfig(BaseRunConfig["ImageReport"]):
-    """One fine-tuning run on images.
-
-    Raises:
-        ValueError: If the sections contradict each other.
-        TypeError: If `training` is not an ImageTrainingConfig.
-    """
+    """One fine-tuning run on images."""
 
     command: ClassVar[str] = "train-image"
     methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
@@ -125,3 +111,41 @@ class ImageRunConfig(BaseRunConfig["ImageReport"]):
     """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
     `pacatune.lean` makes them. `auto`: what can be; `require`: refuse a model that keeps more than
     it must."""
+
+
+def _preset(model: str, data: str, num_epochs: int) -> dict[str, Any]:
+    return {
+        "model.path": model,
+        "data.path": f"torchvision:{data}",
+        "data.eval_split": "test",
+        "data.image_size": 224,
+        "data.augmentation": "crop",
+        "training.num_train_epochs": num_epochs,
+        "training.per_device_train_batch_size": 64,
+        "training.dataloader_num_workers": 4,
+    }
+
+
+# The runs of the paper's Tables 6 and 7. The paper (Appendix B) names the models, the data sets and
+# the methods compared (ViT-B/16: PaCA and LoRA; EfficientNetV2-L: PaCA and full fine-tuning), and
+# no other setting: no rank, learning rate, batch, number of epochs or image size. The settings of
+# Appendix C are those of language models. So size, batch, epochs and augmentation are ours, and so
+# is the choice among the published weights; rank and learning rate are the defaults of each method.
+_VIT = "google/vit-base-patch16-224-in21k"
+_EFFICIENTNET = "timm/tf_efficientnetv2_l.in21k"
+PRESETS = {
+    "vit-b16-cifar10": _preset(_VIT, "CIFAR10", 3),
+    "vit-b16-cifar100": _preset(_VIT, "CIFAR100", 3),
+    "vit-b16-pets": _preset(_VIT, "OxfordIIITPet", 10),
+    "vit-b16-flowers102": _preset(_VIT, "Flowers102", 30),
+    "efficientnetv2-l-cifar10": _preset(_EFFICIENTNET, "CIFAR10", 3),
+    "efficientnetv2-l-cifar100": _preset(_EFFICIENTNET, "CIFAR100", 3),
+}
+"""Name -> options of `pacatune train-image`, by their dotted names; the method is the user's."""
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """Return the options of a preset by its name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

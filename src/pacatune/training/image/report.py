@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pacatune.data.images import ImageDataset
-from pacatune.training.report import Curve, RunReport
+from pacatune.reports.figures import new_figure, plain_text, save_figure
+from pacatune.training.report import Curve, RunReport, four_digits
 
 NUM_MISTAKES = 25
 
@@ -62,8 +63,8 @@ class ImageReport(RunReport):
         """Return accuracy, then loss."""
         chance = f" (new head; chance is {1 / len(self.classes):.3f})" if self.head == "new" else ""
         return [
-            ("held-out accuracy before", _share(self.accuracy_before) + chance),
-            ("held-out accuracy after", _share(self.accuracy_after) + self._remark()),
+            ("held-out accuracy before", four_digits(self.accuracy_before) + chance),
+            ("held-out accuracy after", four_digits(self.accuracy_after) + self._remark()),
             *super().outcome(),
         ]
 
@@ -104,10 +105,6 @@ class ImageReport(RunReport):
         return sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def confusion_matrix(
     labels: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
 ) -> NDArray[np.int64]:
@@ -125,11 +122,7 @@ def surest_mistakes(
 ) -> list[Mistake]:
     """Return misclassified images, those first whose wrong class got the most probability.
 
-    Args:
-        logits: (N, C).
-        labels: (N,).
-        dataset: The N images.
-        number: At most as many.
+    `logits` are (N, C), `labels` (N,), of the N images.
     """
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
@@ -156,7 +149,7 @@ def draw_confusion(report: ImageReport, path: Path) -> None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     num = len(report.classes)
     size = min(max(4.0, 0.45 * num + 2), 16.0)
-    figure = _figure(size, size)
+    figure = new_figure(size, size)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="class", title=f"accuracy {report.accuracy_after:.3f}")
@@ -168,13 +161,13 @@ def draw_confusion(report: ImageReport, path: Path) -> None:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(number), ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.7)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def draw_mistakes(mistakes: list[Mistake], dataset: ImageDataset, path: Path) -> None:
     """Draw misclassified images as the model saw them, with class and prediction."""
     num_rows = math.ceil(len(mistakes) / _NUM_COLUMNS)
-    figure = _figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
+    figure = new_figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
     grid = list(figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
@@ -182,18 +175,9 @@ def draw_mistakes(mistakes: list[Mistake], dataset: ImageDataset, path: Path) ->
         axes.imshow(dataset.preprocessing.crop(dataset.image(mistake.position)))
         text = f"{_short(mistake.label)}\n{_short(mistake.predicted)} {mistake.probability:.2f}?"
         axes.set_title(text, fontsize=9)
-    figure.savefig(path, dpi=100)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save_figure(figure, path, dpi=100)
 
 
 def _short(name: str) -> str:
-    """Cut a class's name, and keep matplotlib from reading it as mathematics."""
-    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")
+    """Cut the name of a class."""
+    return plain_text(name if len(name) <= 18 else f"{name[:17]}…")

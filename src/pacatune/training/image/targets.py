@@ -1,4 +1,4 @@
-"""Which layers of an image model are adapted where the user names none."""
+"""What of an image model is trained: its head, and by an adapter or not the layers below."""
 
 from collections import Counter
 from typing import Any, cast
@@ -8,10 +8,88 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pacatune.methods import Method
+from pacatune.methods import METHODS, Method
+from pacatune.training.image.config import ImageRunConfig
+from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads
+from pacatune.training.task import Plan, make_adapter_config, make_plan, put_adapter
+from pacatune.tuner.config import refuse_idle_layers
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import ConvolutionLayout, adaptable_kind
 from pacatune.tuner.targets import available_targets
+
+
+def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig | None, list[str]]:
+    """Return the PEFT configuration of the method, None where it needs none, and notes."""
+    method = METHODS[config.method]
+    if not method.has_adapter:
+        return None, []
+    model = base.empty_model()
+    heads = find_heads(model)
+    section = config.paca if method.is_paca else config.lora
+    values: dict[str, Any] = {}
+    notes: list[str] = []
+    if section.target_modules is None:
+        values["target_modules"], notes = choose_targets(model, method, section.r, heads)
+    else:
+        option = f"{method.sections[0]}.target_modules"
+        check_names(model, section.target_modules, option)
+        values["exclude_modules"] = _exclude(section.exclude_modules, heads)
+    saved = heads + list(section.modules_to_save or [])
+    if config.training.train_batch_norm:
+        saved += _batch_norms_or_refuse(model)
+    values["modules_to_save"] = sorted(set(saved))
+    values["revision"] = config.model.revision
+    made: Any = make_adapter_config(config, **values)
+    if method.is_paca:
+        refuse_idle_layers(made)
+    else:
+        check_lora_targets(model, made)
+    return made, notes
+
+
+def plan_training(
+    config: ImageRunConfig, base: ImageBase, adapter_config: PeftConfig | None
+) -> Plan:
+    """Say what would be trained, without a single weight."""
+    return make_plan(
+        base.empty_model(), lambda model: make_trainable(model, config, adapter_config), config.lean
+    )
+
+
+def make_trainable(
+    model: Any, config: ImageRunConfig, adapter_config: PeftConfig | None
+) -> nn.Module:
+    """Put the adapter on a model, or set which of its weights are trained."""
+    if adapter_config is None:
+        heads = tuple(f"{name}." for name in find_heads(model))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(config.method == "full" or name.startswith(heads))
+        if config.training.train_batch_norm:
+            _batch_norms_or_refuse(model)
+        trained: nn.Module = model
+        return trained
+    trained = put_adapter(model, adapter_config)
+    for layer in find_batch_norms(trained).values():
+        # Saved for their statistics; scale and shift stay the pretrained ones.
+        layer.requires_grad_(False)
+    return trained
+
+
+def _batch_norms_or_refuse(model: nn.Module) -> list[str]:
+    names = list(find_batch_norms(model))
+    if not names:
+        raise ValueError(
+            f"`training.train_batch_norm` is true, but {type(model).__name__} has no BatchNorm; "
+            "leave it out."
+        )
+    return names
+
+
+def _exclude(given: list[str] | str | None, heads: list[str]) -> list[str] | str:
+    """Keep adapters off the heads, which are trained in full."""
+    if isinstance(given, str):
+        return rf"(?:{given})|(?:{'|'.join(name.replace('.', '[.]') for name in heads)})"
+    return [*(given or []), *heads]
 
 
 def choose_targets(
@@ -21,16 +99,7 @@ def choose_targets(
 
     Transformers get the linear layers of their blocks, as language models do. Where convolutions
     hold more weights, they are the targets, those with enough channels and of a kind that the
-    method can adapt.
-
-    Args:
-        model: The base model, weights not needed.
-        method: One with adapters.
-        rank: Rank of the adapter.
-        heads: Names of the modules that are trained in full.
-
-    Raises:
-        ValueError: If the model has nothing that the method adapts, with this rank at least.
+    method can adapt; not the heads, which are trained in full.
     """
     modules = dict(model.named_modules())
     reasons = survey(model)
@@ -77,13 +146,7 @@ def choose_targets(
 def check_names(model: nn.Module, targets: list[str] | str, option: str) -> None:
     """Refuse names of targets that match nothing, for which PEFT may only say that none was left.
 
-    Args:
-        model: The base model, weights not needed.
-        targets: Names, or a regular expression, which is not checked.
-        option: Where they are from, for the message.
-
-    Raises:
-        ValueError: Lists them and what there is.
+    A regular expression is not checked. `option` is where they are from.
     """
     if isinstance(targets, str):
         return
@@ -97,15 +160,7 @@ def check_names(model: nn.Module, targets: list[str] | str, option: str) -> None
 
 
 def check_lora_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse convolutions that LoRA of this rank cannot adapt, before PEFT does in the middle.
-
-    Args:
-        model: The base model, weights not needed.
-        config: A LoRA configuration with its targets.
-
-    Raises:
-        ValueError: Names the first layer.
-    """
+    """Refuse convolutions that LoRA of this rank cannot adapt, before PEFT does in the middle."""
     for name, layer in model.named_modules():
         if not isinstance(layer, _ConvNd) or layer.groups == 1:
             continue

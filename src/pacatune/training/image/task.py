@@ -1,13 +1,14 @@
-"""Fine-tuning of an image classifier."""
+"""Fine-tuning of an image classifier: its data, model and trainer."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
+from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import Augmentation, ImageDataset, prepare_images
@@ -15,14 +16,13 @@ from pacatune.data.images.sources import read_sources
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
-from pacatune.training.image.base import ImageBase, describe_base
 from pacatune.training.image.config import ImageRunConfig
-from pacatune.training.image.load import CLASSES_KEY
 from pacatune.training.image.model import (
-    choose_adapter,
+    CLASSES_KEY,
+    ImageBase,
+    describe_base,
+    find_batch_norms,
     load_model,
-    make_trainable,
-    plan_training,
 )
 from pacatune.training.image.report import (
     ImageReport,
@@ -31,10 +31,10 @@ from pacatune.training.image.report import (
     draw_mistakes,
     surest_mistakes,
 )
-from pacatune.training.image.trainer import ImageTrainer, NewEpoch
-from pacatune.training.plan import Plan
+from pacatune.training.image.targets import choose_adapter, make_trainable, plan_training
 from pacatune.training.report import curve_of
-from pacatune.training.task import Prepared, ReportedTask
+from pacatune.training.task import Plan, Prepared, ReportedTask
+from pacatune.training.trainer import RunTrainer, accuracy
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -94,11 +94,11 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         model = self.config.model
         return load_model(self.base, torch_dtype(model.dtype), model.attn_implementation)  # type: ignore[no-any-return]
 
-    def collate(self, examples: Any, places: list[int]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some images as one batch."""
         return default_data_collator([examples[place] for place in places])  # type: ignore[no-any-return]
 
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of a batch of `collate`."""
         moved = {key: value.to(model.device) for key, value in batch.items()}
         labels = moved.pop("labels")
@@ -107,7 +107,7 @@ class ImageTask(ReportedTask[ImageRunConfig]):
 
     def make_trainer(
         self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
-    ) -> ImageTrainer:
+    ) -> "ImageTrainer":
         """Return the trainer, which tells the training images the number of the pass."""
         options["args"].label_names = ["labels"]
         options["callbacks"].append(NewEpoch(options["train_dataset"]))
@@ -173,3 +173,79 @@ class ImageTask(ReportedTask[ImageRunConfig]):
                 "it a plain one.\n"
             )
         return loading
+
+
+class ImageTrainer(RunTrainer):
+    """Trainer of a model that turns `pixel_values` into `logits`, with options of its forward."""
+
+    def __init__(self, *, num_classes: int, forward_options: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(compute_loss_func=self._loss, compute_metrics=accuracy, **kwargs)
+        # The loss is ours, so nothing but pixels goes into the model.
+        self.model_accepts_loss_kwargs = False
+        self._num_classes = num_classes
+        self._forward_options = forward_options
+        self._batch_norms = find_batch_norms(self.model)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Take one micro-batch forward and backward, its images mixed."""
+        if self.args.mixup_alpha > 0:
+            inputs = {**inputs, **mix(inputs, self.args.mixup_alpha, self._num_classes)}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compute the loss; Trainer has put all of the model into training mode before."""
+        if not self.args.train_batch_norm:
+            for layer in self._batch_norms.values():
+                layer.eval()
+        inputs = {**inputs, **self._forward_options}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Evaluate; the loss is a mean over images, which Trainer's is not in several processes."""
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        logits, labels = (torch.from_numpy(a) for a in (result.predictions, result.label_ids))
+        result.metrics[f"{metric_key_prefix}_loss"] = float(F.cross_entropy(logits, labels))
+        return result
+
+    def _loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the cross-entropy; smoothed in training only, so that losses can be compared."""
+        logits = outputs["logits"].float()
+        smoothing = self.args.label_smoothing_factor if logits.requires_grad else 0.0
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
+
+
+class NewEpoch(TrainerCallback):  # type: ignore[misc]
+    """Tells the training images the number of the pass, for other augmentations each time."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first batch is loaded; `state.epoch` also counts the steps of this one."""
+        self._dataset.epoch = int(state.epoch or 0)
+
+
+def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Tensor]:
+    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha).
+
+    `pixel_values` are (B, 3, H, W), `labels` (B,), and (B, C) afterwards: shares of the classes.
+
+    Source: mixup, Zhang et al. 2018, Eq. 1.
+    """
+    pixels, labels = inputs["pixel_values"], inputs["labels"]
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    partners = torch.randperm(len(pixels)).to(pixels.device)
+    classes = F.one_hot(labels, num_classes).to(pixels.dtype)
+    return {
+        "pixel_values": torch.lerp(pixels[partners], pixels, share),
+        "labels": torch.lerp(classes[partners], classes, share),
+    }

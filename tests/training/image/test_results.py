@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pacatune.training import TrainingDiverged
-from pacatune.training.config_file import read_values
 from pacatune.training.image import load_result, train
-from pacatune.training.image.parts import find_batch_norms
+from pacatune.training.image.model import find_batch_norms
 from tests.image_models import CLASSES
-from tests.training.image.test_image_recipe import accuracy_of
+from tests.training.image.test_recipe import accuracy_of
 
 
 @pytest.mark.parametrize("method", ["paca", "full"])
@@ -89,21 +87,6 @@ def test_merged_result(make_config, images_dir, tmp_path, console):
     assert torch.allclose(merged(pixel_values=pixels).logits, before, atol=1e-5)
 
 
-def test_config_beside_the_result_repeats_the_run(make_config, tmp_path, console):
-    from pacatune.cli import main
-
-    train(make_config(data={"augmentation": "crop"}), console=console)
-    saved, again = str(tmp_path / "out" / "config.yaml"), str(tmp_path / "again")
-    assert main(["train-image", "--config", saved, "--training.output_dir", again]) == 0
-    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    second = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    old, new = (read_values(tmp_path / name / "config.yaml") for name in ("out", "again"))
-    assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
-    assert old == new
-
-
 def test_card_and_its_code(make_config, images_dir, tmp_path, console, capsys):
     train(make_config(training={"max_steps": 1}), console=console)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -142,6 +125,10 @@ def test_base_that_has_moved(make_config, vit_dir, tmp_path, console):
     with pytest.raises(FileNotFoundError, match=r"base does not exist; check `model.path`"):
         load_result(tmp_path / "out")
     assert load_result(tmp_path / "out", base=str(tmp_path / "moved")).classes == CLASSES
+    weights = tmp_path / "moved" / "model.safetensors"
+    save_file({name: w + 0.1 for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"out: the weights of \d+ of \d+ adapted modules are not"):
+        load_result(tmp_path / "out", base=str(tmp_path / "moved"))
 
 
 def test_folder_without_a_result(tmp_path):
@@ -149,10 +136,3 @@ def test_folder_without_a_result(tmp_path):
         FileNotFoundError, match=r"holds no preprocessor_config\.json, so it is no f"
     ):
         load_result(tmp_path)
-
-
-def test_diverged_run(make_config, tmp_path, console):
-    config = make_config(training={"learning_rate": 1e38, "save_steps": 8, "eval_steps": 8})
-    with pytest.raises(TrainingDiverged, match=r"the loss of step \d is (nan|inf); the learning"):
-        train(config, console=console)
-    assert not (tmp_path / "out" / "report.json").exists()

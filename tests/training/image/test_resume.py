@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,12 +11,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pacatune.cli import main
 from pacatune.training import TrainingInterrupted
-from pacatune.training.config_file import save_config
-from pacatune.training.image import PacaSection, train
-from pacatune.training.image.trainer import ImageTrainer
-from tests.training.test_resume import FULL_DISK
+from pacatune.training.image import train
+from pacatune.training.image.task import ImageTrainer
 
 # Random numbers in every step: dropout, mixup, crops.
 RANDOM = {"mixup_alpha": 0.5, "num_train_epochs": 2, "max_steps": -1, "save_total_limit": 20}
@@ -107,35 +100,6 @@ def test_resume_with_trained_batch_norm(make_config, tmp_path, quiet, monkeypatc
     assert resumed.num_trainable_parameters == whole["num_trainable_parameters"]
 
 
-def test_sigkill(make_config, tmp_path, quiet):
-    train(random_config(make_config, tmp_path, "whole"), console=quiet)
-    save_config(random_config(make_config, tmp_path, "killed"), tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "pacatune", "train-image", "--config", "run.yaml"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
-    ) as process:
-        while not (tmp_path / "killed" / "checkpoint-4").exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.01)
-        time.sleep(int.from_bytes(os.urandom(1)) / 255 * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "killed" / "report.json").exists()
-    config = str(tmp_path / "killed" / "config.yaml")
-    assert main(["train-image", "--config", config, "--resume"]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-def test_resume_refuses_other_options(make_config, monkeypatch):
-    interrupt(make_config(), monkeypatch)
-    config = make_config(paca=PacaSection(r=8), data={"augmentation": "flip"})
-    with pytest.raises(
-        ValueError,
-        match=r"other options.*\(data.augmentation: 'none' -> 'flip'; paca.r: 16 -> 8\); resume",
-    ):
-        train(config, resume=True)
-
-
 def test_resume_refuses_changed_images(make_config, images_dir, tmp_path, monkeypatch):
     shutil.copytree(images_dir, tmp_path / "images")
     config = make_config(data={"path": str(tmp_path / "images")})
@@ -161,22 +125,3 @@ def test_other_run_in_the_folder(make_config, tmp_path, quiet):
     deleted = quiet.file.getvalue().split("deleted from ")[1].splitlines()[0]
     assert "mistakes.png" in deleted
     assert "preprocessor_config.json" in deleted
-
-
-def test_full_disk_keeps_the_previous_checkpoint(make_config, tmp_path):
-    """A disk that is full at the second checkpoint, by a real limit of file sizes."""
-    save_config(make_config(), tmp_path / "run.yaml")
-    code = FULL_DISK.replace("pacatune.training.sft", "pacatune.training.image.trainer")
-    code = code.replace("SftRunTrainer", "ImageTrainer").replace('"train"', '"train-image"')
-    command = [sys.executable, "-c", code, str(tmp_path / "run.yaml"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("pacatune: error:")]
-    assert len(errors) == 2
-    for error, limit in zip(errors, ("20000", "60000"), strict=True):
-        assert "could not save checkpoint-4 in" in error
-        assert "checkpoint-2 is intact: make room, then continue with --resume." in error
-        folder = tmp_path / limit
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "config.yaml"]
-        config = make_config(training={"output_dir": str(folder)})
-        assert train(config, resume=True, console=Console(quiet=True)).num_steps == 8

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pacatune.training import LoraSection, PacaSection
-from pacatune.training import model as models
-from pacatune.training.plan import Plan, count_trainable, make_adapter_config
+from pacatune.training import sft as models
 from pacatune.training.sft import check_attention
+from pacatune.training.task import Plan, count_trainable, make_adapter_config
 
 
 @pytest.fixture

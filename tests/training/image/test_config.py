@@ -11,7 +11,7 @@ from pacatune.training.image import (
     ImageRunConfig,
     ImageTrainingConfig,
 )
-from pacatune.training.image.presets import PRESETS, find_preset
+from pacatune.training.image.config import PRESETS, find_preset
 
 
 def test_has_every_option_of_transformers_and_two_more():
@@ -87,7 +87,7 @@ def test_preset_names_options_of_a_run(name):
         "training": ImageTrainingConfig,
     }
     given = {section: {} for section in sections}
-    for option, value in find_preset(name).options().items():
+    for option, value in find_preset(name).items():
         section, _, key = option.partition(".")
         given[section][key] = value
     config = ImageRunConfig(**{key: kind(**given[key]) for key, kind in sections.items()})
@@ -107,7 +107,11 @@ def test_presets_have_the_shapes_of_the_paper():
 
     with torch.device("meta"):
         vit = AutoModelForImageClassification.from_config(ViTConfig(num_labels=10))
-        name = PRESETS["efficientnetv2-l-cifar10"].model.removeprefix("timm/").partition(".")[0]
+        name = (
+            PRESETS["efficientnetv2-l-cifar10"]["model.path"]
+            .removeprefix("timm/")
+            .partition(".")[0]
+        )
         cnn = AutoModelForImageClassification.from_config(
             TimmWrapperConfig(architecture=name, num_labels=10)
         )

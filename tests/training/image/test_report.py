@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from pacatune.training.image.report import ImageReport, confusion_matrix, surest_mistakes
-from pacatune.training.image.trainer import compute_metrics, mix
+from pacatune.training.image.task import mix
+from pacatune.training.trainer import accuracy
 
 
 def batch():
@@ -53,7 +54,7 @@ class Prediction:
 
 
 def test_accuracy():
-    assert compute_metrics(Prediction) == {"accuracy": pytest.approx(2 / 3)}
+    assert accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_confusion_matrix():

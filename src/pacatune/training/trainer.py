@@ -1,0 +1,315 @@
+"""The trainer of a run: it stops in time, and every checkpoint is whole and good, or absent."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from pacatune.lean import LeanReport
+from pacatune.measure.counters import SavedBytes
+from pacatune.pretrained import load_weights, readable_weights
+from pacatune.training.output import (
+    STATE_NAME,
+    last_checkpoint,
+    publish,
+    refuse_empty_tensors,
+    staged,
+)
+from pacatune.training.progress import Meter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingDiverged(ValueError):
+    """A loss, a gradient norm or a trained weight is not finite."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, after its checkpoint was saved."""
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """Stops before weights are spoilt, and writes each checkpoint aside until it is complete.
+
+    Loss and gradient norm are looked at once per step, before the optimizer uses them, instead of
+    Trainer's own look at the loss of each micro-batch. A checkpoint is good once its weights have
+    given a finite loss: in evaluation, or in the step after it. Only then are older ones deleted.
+
+    It also counts what the steps process and the bytes that the first one keeps for backward.
+    """
+
+    def __init__(self, *, meter: Meter, **kwargs: Any) -> None:
+        self.meter = meter
+        self._staging: Path | None = None
+        self._step_loss: Tensor | float = 0.0
+        # The newest step after which the weights gave a finite loss; None: not known of this run.
+        self._good_step: int | None = None
+        self._has_spare_checkpoints = False
+        self._last_rate: float | None = None
+        self.saved_activation_bytes: int | None = None
+        self.lean_report: LeanReport | None = None
+        super().__init__(**kwargs)
+
+    def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
+        """Return how much a micro-batch holds, in the unit of the task."""
+        return len(inputs["labels"])
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Take one micro-batch forward and backward; count it, and add up the loss of the step."""
+        self.meter.add(self.num_items(inputs))
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss = self._step_loss + loss.detach()
+        return loss
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss; the first time in training, count what is kept for backward."""
+        first = self.saved_activation_bytes is None and torch.is_grad_enabled()
+        if not first or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Gathered weights lie in storages of their own and would count as activations.
+            return super().compute_loss(model, *args, **kwargs)
+        with SavedBytes(model) as saved:
+            result = super().compute_loss(model, *args, **kwargs)
+        self.saved_activation_bytes = saved.num_bytes
+        return result
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; Trainer asks for it between backward and optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, self._step_loss = self._step_loss, 0.0
+        values = [torch.as_tensor(0.0 if v is None else v).detach() for v in (loss, norm)]
+        values = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
+        # Together, so that a device is waited for once.
+        found = torch.stack([v.to(self.args.device, torch.float32) for v in values]).tolist()
+        step = self.state.global_step + 1
+        if not math.isfinite(found[0]):
+            raise self._diverged(f"the loss of step {step} is {found[0]}")
+        self._trust_weights()
+        scaler = getattr(self.accelerator, "scaler", None)
+        # float16's scaler skips such a step and tries a smaller scale.
+        if not math.isfinite(found[1]) and not (scaler is not None and scaler.get_scale() >= 1):
+            raise self._diverged(f"the gradient norm of step {step} is {found[1]}")
+        self._last_rate = self._get_learning_rate()
+        return norm
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Evaluate or predict; the loss must be finite."""
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = result.metrics.get(f"{metric_key_prefix}_loss")
+        if loss is not None and not math.isfinite(loss):
+            raise self._diverged(
+                f"the evaluation loss after step {self.state.global_step} is {loss}"
+            )
+        if loss is not None:
+            self._trust_weights()
+        return result
+
+    def refuse_not_finite(self) -> None:
+        """Refuse to save weights that are not finite; every process must call it."""
+        # ZeRO-3 and FSDP2 hold shards; PyTorch's own name for one is to_local.
+        trained = {
+            name: getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        flags = [p.detach().isfinite().all().to(self.args.device) for p in trained.values()]
+        bad = ~torch.stack(flags)
+        if not self.accelerator.reduce(bad.sum(), "sum"):
+            return
+        here = [repr(name) for name, is_bad in zip(trained, bad.tolist(), strict=True) if is_bad]
+        weight = here[0] if here else "of another process"
+        raise self._diverged(f"weight {weight} is not finite after step {self.state.global_step}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        step, args = self.state.global_step, self.args
+        if step == 0:
+            return TrainingDiverged(
+                f"{what} before any weight was changed; so it is the model or the data that give "
+                "it: try `model.dtype: float32`, and look at the data."
+            )
+        # Of a resumed run, the weights that it began with have given nothing finite yet.
+        good = step - 1 if self._good_step is None else self._good_step
+        checkpoint = last_checkpoint(Path(args.output_dir), up_to=good)
+        rate = self._get_learning_rate() if self._last_rate is None else self._last_rate
+        kept = f"{checkpoint} is the last good checkpoint."
+        return TrainingDiverged(
+            f"training diverged: {what}; the learning rate before was {rate:.3g}: lower "
+            f"`training.learning_rate` ({args.learning_rate:g}) or raise "
+            "`training.warmup_steps`. " + (kept if checkpoint else "No good checkpoint was saved.")
+        )
+
+    def _trust_weights(self) -> None:
+        """Note that the weights as they are have given a finite loss."""
+        self._good_step = self.state.global_step
+        if self._has_spare_checkpoints:
+            self.rotate_checkpoints()
+
+    def rotate_checkpoints(self) -> None:
+        """Delete all but the newest `save_total_limit` checkpoints and the best one."""
+        self._has_spare_checkpoints = False
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run writes its own card when it knows the results."""
+
+    def _send_telemetry(self) -> None:
+        """Do nothing: a run tells nobody about itself."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable_weights(resume_from_checkpoint):
+            if not self._load_plain_model(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_plain_model(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_plain_model(self, checkpoint: str) -> bool:
+        """Load every weight of a model without adapter; return False if it is another kind.
+
+        transformers saves some models under the names of older releases and translates them in
+        `from_pretrained` only: Trainer would find none of those and keep what it has, silently.
+        """
+        model = self.model
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded or not isinstance(model, PreTrainedModel):
+            return False
+        saved = load_weights(type(model), checkpoint, dtype=model.dtype, config=model.config)
+        model.load_state_dict(saved.state_dict())
+        return True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.refuse_not_finite()
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        with staged(folder, name, owner=self.args.should_save) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    refuse_empty_tensors(staging / name)
+                    self._name_best_checkpoint(folder, staging / name)
+                    publish(staging / name, folder / name)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
+        self._has_spare_checkpoints = True
+        if self._good_step == self.state.global_step:
+            self.rotate_checkpoints()
+
+    def _name_best_checkpoint(self, folder: Path, checkpoint: Path) -> None:
+        """Let the state name the best checkpoint where it will be, not where it is staged."""
+        target = folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (target.name == checkpoint.name or target.is_dir()):
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(checkpoint / STATE_NAME))
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Return the accuracy of logits (N, C), or outputs that begin with them, against (N,)."""
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+class LogBeforeSave(TrainerCallback):  # type: ignore[misc]
+    """Logs at every checkpoint and at the last step.
+
+    The loss since the last log is not part of a checkpoint, so a resumed run would lose it.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log where a checkpoint or the end follows."""
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log where a checkpoint follows."""
+        if control.should_save:
+            control.should_log = True
+
+
+class TrainedOn(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps in each checkpoint what it takes to continue it: digest of the data, and processes."""
+
+    def __init__(self, fingerprint: str, num_processes: int) -> None:
+        self._kept = {"fingerprint": fingerprint, "num_processes": num_processes}
+
+    def state(self) -> dict[str, Any]:
+        """Return what the trainer writes into trainer_state.json."""
+        return {"args": self._kept, "attributes": {}}
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Saves and stops after the step in which a signal arrived, in all processes at the same step.
+
+    The accelerator lets the processes agree; `notify` is called once when the signal arrives.
+    """
+
+    def __init__(self, accelerator: "Accelerator", notify: Callable[[], None]) -> None:
+        self._accelerator = accelerator
+        self._notify = notify
+        self._received = False
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end, once any process was signalled."""
+        received = self._received
+        if self._accelerator.num_processes > 1:
+            # A signal reaches processes at different steps; saving alone would wait for ever.
+            if received:
+                self._accelerator.set_trigger()
+            received = self._accelerator.check_trigger()
+        if received:
+            self.stopped = True
+            control.should_save = state.global_step > 0
+            control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside this block; a second one has its usual effect at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self._received = True
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            self._notify()
+
+        for number in _SIGNALS:
+            signal.signal(number, receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
