@@ -85,7 +85,7 @@ def generate_batch(
     return [_cut(tokenizer, answer, eos_token_id or []) for answer in answers]
 
 
-class _SeededChoice(LogitsProcessor):  # type: ignore[misc]  # transformers is not followed
+class _SeededChoice(LogitsProcessor):
     """Turns the largest score into a sample, in the rows that have a temperature."""
 
     def __init__(self, samplings: Sequence["Sampling"]) -> None:
@@ -347,7 +347,7 @@ class TextGenerator:
             )
 
 
-class _CallbackStreamer(TextStreamer):  # type: ignore[misc]  # transformers is not followed
+class _CallbackStreamer(TextStreamer):
     """Hands decoded text on, and keeps it."""
 
     def __init__(

@@ -74,7 +74,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, apply: Attend) -> Tensor:
     if is_known and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _Attend.apply(query, key, value, apply, num_heads // num_kept)  # type: ignore[no-any-return]
+    return _Attend.apply(query, key, value, apply, num_heads // num_kept)
 
 
 class _Source(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _Attend(torch.autograd.Function):
 
 def _source(x: Tensor) -> Tensor:
     token = torch.empty(0, device=x.device, requires_grad=True)
-    return _Source.apply(token, x)  # type: ignore[no-any-return]
+    return _Source.apply(token, x)
 
 
 class _Kept:
@@ -260,7 +260,7 @@ class _Dispatch:
 
         def apply(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             y, _ = self.plain(ungrouped, query, key, value, mask, **kwargs)
-            return y  # type: ignore[no-any-return]
+            return y
 
         return attend(query, key, value, apply), None
 
@@ -312,4 +312,4 @@ def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     if known is None or known[0] != mask._version or known[1].dtype != dtype:
         scores = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
         known = _additive[mask] = mask._version, scores
-    return known[1]  # type: ignore[no-any-return]
+    return known[1]

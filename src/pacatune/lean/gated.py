@@ -77,7 +77,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return _aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
+    return _aten.gelu_backward(grad, x, approximate="tanh")
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -164,4 +164,4 @@ class _GatedProduct(torch.autograd.Function):
 
 def apply_gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """Apply `gated_product` without its checks."""
-    return _GatedProduct.apply(gate, up, activation)  # type: ignore[no-any-return]
+    return _GatedProduct.apply(gate, up, activation)

@@ -205,4 +205,4 @@ def _sum_rows(x: Tensor) -> Tensor:
 
 def apply_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
     """Apply `rms_norm` or `layer_norm` without their checks."""
-    return _Norm.apply(x, weight, bias, norm)  # type: ignore[no-any-return]
+    return _Norm.apply(x, weight, bias, norm)

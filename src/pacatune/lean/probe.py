@@ -96,7 +96,7 @@ def _gated(parts: dict[str, nn.Module], names: GatedNames, x: Tensor) -> Tensor:
     else:
         up = parts[names.up](x)
     activation: Activation = names.activation
-    return parts[names.down](activation.value(gate) * up)  # type: ignore[no-any-return]
+    return parts[names.down](activation.value(gate) * up)
 
 
 def _small(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:

@@ -69,7 +69,7 @@ def paca_experts_linear(
             f"`weight` and `indices`, got shape {tuple(delta.shape)}."
         )
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
+    return _ExpertsLinear.apply(
         x, weight, delta, indices, scaling, offsets, is_transposed, is_grouped
     )
 
@@ -99,9 +99,7 @@ def experts_linear(
     """
     _check_weight(x, weight, offsets, is_transposed)
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
-        x, weight, None, None, 0.0, offsets, is_transposed, is_grouped
-    )
+    return _ExpertsLinear.apply(x, weight, None, None, 0.0, offsets, is_transposed, is_grouped)
 
 
 def paca_experts_update(
@@ -124,7 +122,7 @@ def paca_experts_update(
         ValueError: If the shapes do not fit.
     """
     _check_delta(x, delta, indices, offsets)
-    return _ExpertsLinear.apply(  # type: ignore[no-any-return]
+    return _ExpertsLinear.apply(
         autocast(x), None, delta, indices, scaling, offsets, False, is_grouped
     )
 
@@ -224,7 +222,7 @@ def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> T
         if _can_group(x, weight):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     if torch.compiler.is_compiling():
-        return torch.ops.pacatune.experts_products(x, weight, offsets)  # type: ignore[no-any-return]
+        return torch.ops.pacatune.experts_products(x, weight, offsets)
     return _products_per_expert(x, weight, offsets)
 
 
@@ -235,7 +233,7 @@ def _grad_delta(
     if is_grouped and _can_group(gy, x):
         return F.grouped_mm(gy.t(), x, offs=offsets).to(dtype).mul_(scaling)
     if torch.compiler.is_compiling():
-        return torch.ops.pacatune.experts_grad_delta(gy, x, offsets, scaling, dtype)  # type: ignore[no-any-return]
+        return torch.ops.pacatune.experts_grad_delta(gy, x, offsets, scaling, dtype)
     return _grad_delta_per_expert(gy, x, offsets, scaling, dtype)
 
 

@@ -120,6 +120,6 @@ def apply_paca_gated(
     Returns:
         (..., O).
     """
-    return _PacaGated.apply(  # type: ignore[no-any-return]
+    return _PacaGated.apply(
         gate, up, weight, delta, indices, scaling, bias, is_resident, source, activation
     )

@@ -70,7 +70,7 @@ def paca_linear(
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)  # type: ignore[no-any-return]
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)
 
 
 def paca_linear_additive(
@@ -105,7 +105,7 @@ def paca_linear_additive(
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
     _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)  # type: ignore[no-any-return]
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)
 
 
 def autocast(x: Tensor) -> Tensor:

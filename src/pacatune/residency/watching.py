@@ -209,7 +209,7 @@ def release(module: nn.Module) -> None:
 
 def alias_of(tensor: Tensor) -> Tensor:
     """Return `tensor.data`, unnoticed."""
-    return torch._C.TensorBase.data.__get__(tensor)  # type: ignore[attr-defined, no-any-return]
+    return torch._C.TensorBase.data.__get__(tensor)  # type: ignore[attr-defined]
 
 
 def owns_its_memory(tensor: Tensor) -> bool:

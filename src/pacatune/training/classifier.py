@@ -75,7 +75,7 @@ class TextClassConfig:
 
 
 @dataclass
-class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[misc]
+class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Every option of transformers' TrainingArguments, with these defaults."""
 
     warmup_steps: float = 0.1

@@ -360,7 +360,7 @@ def _name(choice: Any) -> str:
 
 
 @dataclass
-class TrainingConfig(SharedDefaults, SFTConfig):  # type: ignore[misc]
+class TrainingConfig(SharedDefaults, SFTConfig):
     """Every option of TRL's SFTConfig, with these defaults.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NUM_LINES = 20
 
 
-class Meter(TrainerCallback):  # type: ignore[misc]
+class Meter(TrainerCallback):
     """Measures steps: their time, and how many units they process.
 
     Evaluation, saving and logging lie between steps and are not counted.
@@ -61,7 +61,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         return 1000 * statistics.median(seconds) if seconds else None
 
 
-class ProgressReporter(TrainerCallback):  # type: ignore[misc]
+class ProgressReporter(TrainerCallback):
     """Shows loss, speed and memory of the main process; the meter must be called before it."""
 
     def __init__(self, console: Console, meter: Meter) -> None:

@@ -122,7 +122,7 @@ def train(
     save_result(task, trainer, report, folder)
     what = "model" if prepared.adapter_config is None else "adapter"
     show_result(report, what, folder, console)
-    return report  # type: ignore[no-any-return]
+    return report
 
 
 def prepare(task: Task[Any], console: Console) -> Prepared:

@@ -144,7 +144,7 @@ class SftTask(ReportedTask[RunConfig]):
         )
 
 
-class SftRunTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
+class SftRunTrainer(RunTrainer, SFTTrainer):
     """SFTTrainer with what the recipe needs, which counts tokens that are not padding."""
 
     def __init__(self, **kwargs: Any) -> None:

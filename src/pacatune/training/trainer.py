@@ -42,7 +42,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal, after its checkpoint was saved."""
 
 
-class RunTrainer(Trainer):  # type: ignore[misc]
+class RunTrainer(Trainer):
     """Stops before weights are spoilt, and writes each checkpoint aside until it is complete.
 
     Loss and gradient norm are looked at once per step, before the optimizer uses them, instead of
@@ -239,7 +239,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
 
 
-class LogBeforeSave(TrainerCallback):  # type: ignore[misc]
+class LogBeforeSave(TrainerCallback):
     """Logs at every checkpoint and at the last step.
 
     The loss since the last log is not part of a checkpoint, so a resumed run would lose it.
@@ -256,7 +256,7 @@ class LogBeforeSave(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
 
 
-class TrainedOn(TrainerCallback, ExportableState):  # type: ignore[misc]
+class TrainedOn(TrainerCallback, ExportableState):
     """Keeps in each checkpoint what it takes to continue it: digest of the data, and processes."""
 
     def __init__(self, fingerprint: str, num_processes: int) -> None:
@@ -267,7 +267,7 @@ class TrainedOn(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": self._kept, "attributes": {}}
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class StopOnSignal(TrainerCallback):
     """Saves and stops after the step in which a signal arrived, in all processes at the same step.
 
     The accelerator lets the processes agree; `notify` is called once when the signal arrives.

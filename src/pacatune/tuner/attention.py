@@ -130,10 +130,10 @@ class MultiheadAttention(ParameterOwner):
         """As nn.MultiheadAttention's, with the same arguments."""
         base: Any = self.base_layer
         if not any(names_to_apply(layer) for layer in self._modules.values()):
-            return base(*args, **kwargs)  # type: ignore[no-any-return]
+            return base(*args, **kwargs)
         if has_hooks(base.__dict__):
             with in_place_of_forward(base, self._forward):
-                return base(*args, **kwargs)  # type: ignore[no-any-return]
+                return base(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
     def _forward(

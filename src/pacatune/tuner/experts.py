@@ -83,14 +83,14 @@ class Experts(ParameterOwner):
                 layers[name] = (cast(ExpertParameter, module), names)
         experts: Any = self.base_layer
         if not layers:
-            return experts(*args, **kwargs)  # type: ignore[no-any-return]
+            return experts(*args, **kwargs)
         if not has_hooks(experts.__dict__):
             if "has_gate" in experts.__dict__:
                 return _forward(experts, layers, *args, **kwargs)
             if takes_all_tokens(experts):
                 return _forward_of_all(experts, layers, *args, **kwargs)
         with _running_ours(experts, layers):
-            return experts(*args, **kwargs)  # type: ignore[no-any-return]
+            return experts(*args, **kwargs)
 
 
 _Layers = dict[str, tuple[ExpertParameter, list[str]]]

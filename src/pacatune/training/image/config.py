@@ -40,7 +40,7 @@ class ImageModelConfig:
 
 
 @dataclass
-class ImageTrainingConfig(SharedDefaults, TrainingArguments):  # type: ignore[misc]
+class ImageTrainingConfig(SharedDefaults, TrainingArguments):
     """Every option of transformers' TrainingArguments, with these defaults."""
 
     elsewhere: ClassVar[dict[str, str]] = {

@@ -92,11 +92,11 @@ class ImageTask(ReportedTask[ImageRunConfig]):
     def load_model(self) -> nn.Module:
         """Load the weights; a new head gets random ones."""
         model = self.config.model
-        return load_model(self.base, torch_dtype(model.dtype), model.attn_implementation)  # type: ignore[no-any-return]
+        return load_model(self.base, torch_dtype(model.dtype), model.attn_implementation)
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some images as one batch."""
-        return default_data_collator([examples[place] for place in places])  # type: ignore[no-any-return]
+        return default_data_collator([examples[place] for place in places])
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of a batch of `collate`."""
@@ -223,7 +223,7 @@ class ImageTrainer(RunTrainer):
         return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
 
 
-class NewEpoch(TrainerCallback):  # type: ignore[misc]
+class NewEpoch(TrainerCallback):
     """Tells the training images the number of the pass, for other augmentations each time."""
 
     def __init__(self, dataset: Any) -> None:
