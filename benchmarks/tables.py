@@ -12,7 +12,7 @@ with one row per setting and method, `step_ms` being the median. The table has a
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
-(selection_tables.py).
+(selection_tables.py), `compat` of what `make compat` has counted.
 """
 
 import json
@@ -53,11 +53,43 @@ def table(name: str, results: Path = RESULTS) -> str:
     result = _read(name, results)
     if result is None:
         return _missing(name)
+    if name == "compat":
+        return compat_table(result)
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
     lines = _lines("step, ms", times, name)
     return "\n".join([*lines, "", "; ".join(meanings) + ".", "", _source(name, result)])
+
+
+def compat_table(result: dict[str, dict[str, Any]]) -> str:
+    """Return the Markdown table of what passed beside which releases."""
+    shown = ("torch", "transformers", "peft", "accelerate")
+    rows = [
+        [
+            _COMBINATIONS.get(name, name),
+            *(row["versions"][package].partition("+")[0] for package in shown),
+            *(_passed(row.get(half)) for half in ("core", "conformance")),
+        ]
+        for name, row in result.items()
+    ]
+    titles = ["", "torch", "transformers", "PEFT", "accelerate", "core's tests", "PEFT's own tests"]
+    return "\n".join(table_lines(titles, rows))
+
+
+def _passed(counts: dict[str, int] | None) -> str:
+    if not counts:
+        return "not run"
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    return f"{counts['passed']:,} passed{failed}, {counts['skipped']:,} skipped"
+
+
+_COMBINATIONS = {
+    "floors": "the floors",
+    "llama-factory": "as LLaMA-Factory pins them",
+    "axolotl": "as Axolotl pins them",
+    "ms-swift": "as ms-swift pins them",
+}
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:
