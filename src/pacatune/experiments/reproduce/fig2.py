@@ -159,7 +159,7 @@ def _add_times(part: Section, bench: dict[str, Any]) -> None:
 def _ours(
     claim: fig2.Claim, operations: dict[str, dict[str, Any]], bench: dict[str, Any] | None
 ) -> Measured | None:
-    what, of = (claim.method, claim.phase), (claim.of_method, claim.of_phase)
+    what, of = claim.what, claim.of
     if claim.quantity == "time":
         return None if bench is None else phase_ratio(bench, what, of)
     counts = [_operations(operations, *one) for one in (what, of)]

@@ -237,8 +237,8 @@ def _region(claim: Claim) -> tuple[float, float]:
 
 
 def _what(claim: Claim) -> str:
-    what = f"{claim.quantity} of {METHOD_TITLES[claim.method]}'s {claim.phase}"
-    return f"{what} / {METHOD_TITLES[claim.of_method]}'s {claim.of_phase}"
+    what, of = (f"{METHOD_TITLES[method]}'s {phase}" for method, phase in (claim.what, claim.of))
+    return f"{claim.quantity} of {what} / {of}"
 
 
 def claims_table(results: list[ClaimResult]) -> ReportTable:
