@@ -14,37 +14,19 @@ import torch
 
 from benchmarks.methods import all_methods
 from pacatune.precision import bfloat16_is_fast
-from pacatune.reports import provenance as record
-from pacatune.reports.provenance import Noise, cpu, cpu_name, num_cores, versions
-
-__all__ = [
-    "DTYPES",
-    "RESULTS",
-    "Noise",
-    "add_tokens",
-    "arguments",
-    "at_least_1",
-    "git",
-    "prepare",
-    "provenance",
-    "write",
-]
+from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CODE = ("src", "benchmarks/*.py")
+"""What a result is a result of; changes there are noted."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def arguments(
     description: str | None, *, seconds: float, methods: Iterable[str] | None = None
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have.
-
-    Args:
-        description: Of the command, its first line a summary.
-        seconds: Default time for each setting.
-        methods: Those there are, if not `all_methods()`.
-    """
+    """Return a parser with the options that all benchmarks have; `seconds` are for a setting."""
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -103,13 +85,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def provenance(module: str, args: argparse.Namespace, options: list[str] | None) -> dict[str, Any]:
-    """Return where, when and of what the measurement is.
-
-    Args:
-        module: Name of the command's module.
-        args: The command's options.
-        options: What they were read from; None: the command line.
-    """
+    """Return where, when and of what the measurement is; `options` None: the command line's."""
     words = sys.argv[1:] if options is None else options
     return {
         "command": " ".join(["python", "-m", module, *map(shlex.quote, words)]),
@@ -118,8 +94,7 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
         "cpu": cpu(),
         "num_threads": args.threads,
         "versions": versions(),
-        "commit": git("rev-parse", "HEAD"),
-        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        **commit(ROOT, *CODE),
         "seed": args.seed,
         "settings": {
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
@@ -133,9 +108,3 @@ def write(result: dict[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def git(*args: str) -> str:
-    """Return what a git command prints in this repository, `unknown` where it fails."""
-    found = record.git(*args, folder=ROOT)
-    return "unknown" if found is None else found
