@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import read_sections
+from pacatune.experiments.reproduce.experiment import Section
 from pacatune.experiments.reproduce.page import outcomes_table
-from pacatune.experiments.reproduce.section import Section
 from pacatune.reports.tables import table_lines
 
 OURS = ("PaCA", "QPaCA")

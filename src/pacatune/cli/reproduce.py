@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pacatune.experiments.reproduce import Experiment
-    from pacatune.experiments.reproduce.experiment import Mode
-    from pacatune.experiments.reproduce.section import Section
+    from pacatune.experiments.reproduce.experiment import Mode, Section
 
 # Some cells have no result; the report says which and why.
 EXIT_FAILURES = 1
@@ -107,14 +106,12 @@ def _run(
 ) -> "list[Section]":
     from pacatune.experiments.reproduce import open_folder, run_experiments
     from pacatune.experiments.reproduce.running import write_report
-    from pacatune.files.result_folder import alone_in
 
     mode: Mode = "simulate" if options.simulate else options.scale
     if len(experiments) == 1 and mode in experiments[0].cannot:
         raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
     folder = Path(options.output)
-    open_folder(folder, resume=options.resume)
-    with alone_in(folder):
+    with open_folder(folder, resume=options.resume):
         sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
         if options.name == "all":
             write_report(sections, "all", "The paper and here", folder)

@@ -1,6 +1,7 @@
 """The folder of one command's results, marked by a JSON file: only ever its own."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-
-# One process at a time in an output folder.
-
 
 LOCK_NAME = ".lock"
 
@@ -36,6 +34,21 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file all at once: whatever happens, it is either as before or complete."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_json(values: Any) -> str:
+    """Return the text of a JSON file that people read too."""
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +104,4 @@ class ResultFolder:
 
     def write(self, result: dict[str, Any]) -> None:
         """Write the results, which are also the mark, all at once."""
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        partial = self._mark.with_name(f".{self.mark}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self._mark)
-
-    @property
-    def _mark(self) -> Path:
-        return self.path / self.mark
+        write_whole(self.path / self.mark, to_json(result))

@@ -5,6 +5,8 @@ Where a table leaves something out it is None here, and what a run takes instead
 
 from dataclasses import dataclass, replace
 
+from pacatune.paper.tables import Row
+
 # What the authors' scripts (github.com/WooSunghyeon/paca, commit be9a806) have otherwise, by table.
 SCRIPTS = {
     "table1": "The authors' scripts for MMLU: linear schedule, no warm-up, micro-batches of 2.",
@@ -84,14 +86,14 @@ def table_8(method: str) -> Settings:
 
 def table_9(model: str, method: str, rank: int) -> Settings:
     """Return the settings of a line of Table 1 (MMLU)."""
-    rate = _MMLU_RATES[model]["paca16" if (method, rank) == ("paca", 16) else method]
+    rate = _MMLU_RATES[model].get("paca16" if (method, rank) == ("paca", 16) else method)
     return replace(
         _MMLU,
         model=model,
         rank=rank,
         alpha=64 if rank == 16 else 32,
         dropout=None if method == "paca" else 0.1,
-        learning_rates=(rate,),
+        learning_rates=None if rate is None else (rate,),  # None: it is not trained
     )
 
 
@@ -115,3 +117,12 @@ def table_13(method: str) -> Settings:
     """Return the settings of Figure 3 (throughput)."""
     rank = None if method == "full" else 8
     return replace(_LLAMA3_8B, rank=rank, precision="16 bits", seq_len=512)
+
+
+def of_line(table: str, row: Row) -> Settings:
+    """Return the settings of a line of Tables 1 to 5."""
+    if table == "table1":
+        return table_9(row.model, row.method, row.rank or 8)
+    if table in ("table2", "table5"):
+        return table_10(row.rank or 64)
+    return table_11(row.model) if table == "table3" else table_12(row.method)

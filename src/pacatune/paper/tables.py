@@ -52,6 +52,11 @@ class Row:
         return "-".join(part for part in (self.model, self.method, rank, self.variant) if part)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the line is of a fine-tuned model."""
+        return self.method in METHODS
+
+    @property
     def title(self) -> str:
         """The method as the paper names it."""
         title = METHOD_TITLES[self.method]
@@ -92,7 +97,7 @@ class Table:
     @property
     def trained_methods(self) -> tuple[str, ...]:
         """The methods of the lines that are fine-tuned."""
-        return tuple(method for method in self.methods() if method in METHODS)
+        return tuple(dict.fromkeys(row.method for row in self.rows if row.is_trained))
 
 
 Line = tuple[str, int | None, tuple[float | None, ...]]

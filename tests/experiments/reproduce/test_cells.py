@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pacatune.experiments.reproduce.experiment import Cell, CellStore
+from pacatune.experiments.reproduce.experiment import Cell
+from pacatune.experiments.reproduce.running import CellStore
 
 
 @pytest.fixture

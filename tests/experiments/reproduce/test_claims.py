@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pacatune.experiments.reproduce.section import Measured
-from pacatune.experiments.reproduce.verdicts import ClaimResult, claims_table, judge_claim
+from pacatune.experiments.reproduce.experiment import Measured
+from pacatune.experiments.reproduce.verdicts import claims_table, judge_claim
 from pacatune.paper.fig2 import CLAIMS
 
 FASTER = next(claim for claim in CLAIMS if claim.key == "time-paca-lora")  # 0.81
@@ -15,7 +15,7 @@ COUNTED = next(claim for claim in CLAIMS if claim.key == "operations-lora-full")
 
 def outcome(claim, low, high, origin="measured"):
     ours = Measured(value=(low + high) / 2, low=low, high=high, origin=origin)
-    return judge_claim(ClaimResult(claim=claim, ours=ours)).outcome
+    return judge_claim(claim, ours).outcome
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_claim_above_1():
 
 def test_table_has_both_numbers():
     ours = Measured(value=0.9, low=0.85, high=0.95, origin="measured")
-    table = claims_table([ClaimResult(claim=FASTER, ours=ours)])
+    table = claims_table([(FASTER, ours)])
     assert table.rows == [
         [
             "time of PaCA's step / LoRA's step",
@@ -68,6 +68,6 @@ def test_table_has_both_numbers():
             "+0.090",
         ]
     ]
-    text = judge_claim(ClaimResult(claim=FASTER, ours=ours)).text
+    text = judge_claim(FASTER, ours).text
     assert "19% reduction" in text
     assert "is 0.81 in the paper, 0.900 [0.850, 0.950] here (measured)" in text

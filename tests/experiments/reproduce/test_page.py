@@ -11,13 +11,13 @@ import pytest
 
 from benchmarks.pages import read_sections
 from pacatune.experiments.reproduce.comparison import fill_section
+from pacatune.experiments.reproduce.experiment import Measured, Section
 from pacatune.experiments.reproduce.page import (
     make_html,
     make_markdown,
     make_result,
     outcomes_table,
 )
-from pacatune.experiments.reproduce.section import Measured, Section
 
 
 def exact(value, note=""):

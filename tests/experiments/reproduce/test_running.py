@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pacatune.experiments import reproduce
-from pacatune.experiments.reproduce import instruction
-from pacatune.experiments.reproduce.experiment import Cell, Experiment
+from pacatune.experiments.reproduce import EXPERIMENTS
+from pacatune.experiments.reproduce.experiment import Cell, Experiment, Section
 from pacatune.experiments.reproduce.running import (
     check_method,
     find_experiments,
@@ -16,9 +16,6 @@ from pacatune.experiments.reproduce.running import (
     run_experiments,
     write_report,
 )
-from pacatune.experiments.reproduce.runs import evaluate_line
-from pacatune.experiments.reproduce.section import Section
-from pacatune.paper import TABLES
 
 
 def make_experiment(name, run, **changes):
@@ -59,8 +56,8 @@ def experiments(calls):
 
 def go(experiments, folder, only=None, resume=False):
     lines = []
-    open_folder(folder, resume=resume)
-    sections = run_experiments(experiments, "small", folder, "a command", lines.append, only)
+    with open_folder(folder, resume=resume):
+        sections = run_experiments(experiments, "small", folder, "a command", lines.append, only)
     return sections, lines
 
 
@@ -101,12 +98,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, calls):
 
 def test_the_machine_is_the_one_that_measured(experiments, tmp_path, monkeypatch):
     """A report made again elsewhere once named the machine that made the report."""
-    monkeypatch.setattr(
-        "pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Some Processor"
-    )
-    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.num_cores", lambda: 3)
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.cpu_name", lambda: "Some Processor")
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.num_cores", lambda: 3)
     go(experiments, tmp_path / "out")
-    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Another")
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.cpu_name", lambda: "Another")
     (section, _), _ = go(experiments, tmp_path / "out", resume=True)
     assert " minutes on Some Processor, 3 cores (" in section.provenance
     path = tmp_path / "out" / "cells" / "first" / "lora.json"
@@ -169,18 +164,25 @@ def test_names_and_methods(experiments):
         check_method("dora", experiments)
 
 
+def commands(cells, key):
+    (cell,) = [cell for cell in cells if cell.key == key]
+    return cell.inputs["commands"]
+
+
 def test_commands_of_the_full_scale_are_those_of_the_evaluations():
     """Their own parsers take every word; a wrong one would end the process."""
     from pacatune.cli import evaluate_mmlu, evaluate_mt_bench
 
-    row = TABLES["table3"].row("llama3-8b-quantized")
-    (line,) = instruction._full_commands(None, row)
+    cells = {name: EXPERIMENTS[name].cells("full") for name in ("table1", "table3")}
+    (line,) = commands(cells["table3"], "full-llama3-8b-quantized")
     parsed = evaluate_mt_bench._parse(shlex.split(line)[3:])
     assert (parsed.quantization, parsed.judge_model) == ("nf4", "gpt-4o-mini")
     assert parsed.judge_key_env == "OPENAI_API_KEY"
-    line = evaluate_line("mmlu", "a/model", has_adapter=True)
+    train, line = commands(cells["table1"], "full-llama3-8b-paca-r8")
+    assert train == "pacatune train --config RUN.yaml"
     parsed = evaluate_mmlu._parse(shlex.split(line)[3:])
-    assert (parsed.model, parsed.adapter, parsed.output) == ("a/model", "RUN", "DIR")
+    assert (parsed.model, parsed.adapter) == ("meta-llama/Meta-Llama-3-8B", "RUN")
+    assert parsed.output == "DIR"
 
 
 def test_reproduction_knows_no_command_line():

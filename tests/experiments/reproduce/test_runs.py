@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pacatune.experiments.reproduce import instruction, mmlu, runs
-from pacatune.experiments.reproduce.runs import Runs, evaluate_line, text_run, train_line
+from pacatune.experiments.reproduce import EXPERIMENTS, mmlu, runs
+from pacatune.experiments.reproduce.runs import Runs, text_run
 from pacatune.paper import TABLES
 
 ROW = TABLES["table1"].row("llama3-8b-paca-r8")
@@ -24,12 +24,6 @@ def make_run(**changes):
 def write_report(folder, values):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(values))
-
-
-def test_lines_to_type():
-    line = evaluate_line("mmlu", "a model", "--limit", "3", has_adapter=False)
-    assert line == "pacatune evaluate mmlu --model 'a model' --limit 3 --output DIR"
-    assert train_line(make_run()) == "pacatune train --config RUN.yaml"
 
 
 @pytest.mark.parametrize(("before", "resumes"), [((), False), (("checkpoint-2",), True)])
@@ -77,13 +71,12 @@ def test_images_and_texts_have_their_recipes():
 
     assert runs._recipe(make_run()) is training.train
     row = TABLES["table6"].row("vit-b16-paca")
-    assert runs._recipe(images._full_run(row, "vit-b16-cifar10")) is image.train
+    assert runs._recipe(images.full_run(row, "vit-b16-cifar10")) is image.train
 
 
 def test_the_best_rate_is_judged(tmp_path, monkeypatch):
     """Table 3 at the full scale, but for training and the judge."""
-    row = TABLES["table3"].row("llama3-8b-qpaca-r64")
-    stated = instruction.TABLE_3_EXPERIMENT.settings("full")[1].paper
+    cells = {cell.key: cell for cell in EXPERIMENTS["table3"].cells("full")}
     losses = {5e-4: 2.0, 1e-3: 1.0, 5e-3: 3.0}
     seen = []
 
@@ -101,7 +94,7 @@ def test_the_best_rate_is_judged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Runs, "train", train)
     monkeypatch.setattr("pacatune.evaluation.mt_bench.run_mt_bench", judge)
-    result = instruction._run_full(row, stated, tmp_path, tell)
+    result = cells["full-llama3-8b-qpaca-r64"].run(tmp_path, tell)
     assert result == {
         "scores": {
             "average": {"value": 5.0, "low": 4.0, "high": 6.0},

@@ -1,12 +1,12 @@
 """Cells of studies: one arm each, what they hand on, and what their intervals are."""
 
-import dataclasses
 import math
 
 import pytest
 
-from pacatune.experiments.reproduce import EXPERIMENTS, images, instruction
-from pacatune.experiments.reproduce.scores import scores_of
+from pacatune.experiments.reproduce import EXPERIMENTS, instruction
+from pacatune.experiments.reproduce.runs import scores_of
+from pacatune.experiments.reproduce.steps import RANK
 from pacatune.experiments.study.result import ArmResult, StudyResult
 from pacatune.paper import TABLES
 from pacatune.paper.tables import Row
@@ -116,14 +116,13 @@ def test_two_seeds_that_happen_to_agree_are_not_sure():
 
 def test_strategies_and_methods_differ_in_nothing_else():
     """Equal settings but for the arm: what a fair comparison needs."""
-    studies = [
-        instruction.small_study(Row(model="llama3-8b", method=method, rank=64, values={}))
+    plain = [
+        instruction.small_cell(Row(model="llama3-8b", method=method, rank=64, values={})).inputs
         for method in ("paca", "lora", "dora", "moslora", "qlora", "qpaca")
     ]
-    plain = [dataclasses.asdict(study) for study in studies]
     for values in plain:
         (arm,) = values["arms"].values()
-        assert arm["learning_rates"] == instruction._RATES
+        assert tuple(arm["learning_rates"]) == instruction._RATES
         assert (arm["rank"], arm["alpha"], arm["options"]) == (64, None, {})
         assert values["options"].pop("paca", None) in (None, {"selection_batches": 8})
     assert len({str(values["options"]) for values in plain}) == 1
@@ -134,6 +133,6 @@ def test_image_methods_share_all_but_the_method():
     cells = {cell.key: cell for cell in EXPERIMENTS["table6"].cells("small")}
     lora, paca = (cells[f"small-vit-b16-{m}"].inputs for m in ("lora", "paca"))
     arms = [next(iter(inputs["arms"].values())) for inputs in (lora, paca)]
-    assert [arm["rank"] for arm in arms] == [images._RANK] * 2
+    assert [arm["rank"] for arm in arms] == [RANK] * 2
     assert lora["options"] == paca["options"]
     assert lora["seeds"] == paca["seeds"]

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from pacatune.experiments.reproduce.section import Measured
-from pacatune.experiments.reproduce.verdicts import Column, judge, share
+from pacatune.experiments.reproduce.experiment import Measured
+from pacatune.experiments.reproduce.verdicts import judge, share
 
 
 def number(value, spread=0.0):
@@ -91,11 +91,6 @@ def test_verdicts_name_our_own_model_and_rank(table, shares):
     )
 
 
-def test_numbers_of_another_model_must_name_it(table):
-    with pytest.raises(AssertionError, match="numbers of another model must name it"):
-        Column(quantity=table.quantity("memory"), paper=table.quantity("memory"), is_same=False)
-
-
 def test_margins_of_other_sizes_are_shares(table, shares):
     assert only(table, shares, lora=number(1000), paca=number(990)).outcome == "open"
     assert only(table, shares, lora=number(1000), paca=number(970)).outcome == "agrees"
@@ -115,7 +110,7 @@ def test_every_pair_is_judged(table, same):
 def test_untrained_models_are_compared_on_the_papers_task_only(table, scores):
     ours = {("small-none", "accuracy"): number(20), ("small-lora-r8", "accuracy"): number(80)}
     assert list(judge(table, scores, ours)) == []
-    (verdict,) = judge(table, dataclasses.replace(scores, is_same=True), ours)
+    (verdict,) = judge(table, dataclasses.replace(scores, model=""), ours)
     assert verdict.outcome == "agrees"
 
 
