@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pacatune.cli import main
-from tests.experiments.demo.test_demo import _recording
+from tests.experiments.test_demo import _recording
 from tests.image_models import save_timm, save_vit, write_images
 
 
@@ -85,8 +85,8 @@ def test_missing_images_are_named(tmp_path, words, capsys):
 
 
 def test_real_models_are_known_by_name():
-    from pacatune.experiments.demo.vision_comparison import MODELS
+    from pacatune.experiments.demo import IMAGE_MODELS
 
-    for name, model in MODELS.items():
+    for name, model in IMAGE_MODELS.items():
         assert model.learning_rates.keys() == {"head", "lora", "paca"}
         assert Path(name).name == name
