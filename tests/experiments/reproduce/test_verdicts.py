@@ -13,7 +13,7 @@ def number(value, spread=0.0):
 
 
 def only(table, column, **values):
-    ours = {(f"small-{method}-r8", column.quantity.key): n for method, n in values.items()}
+    ours = {f"small-{method}-r8": n for method, n in values.items()}
     (verdict,) = judge(table, column, ours)
     return verdict
 
@@ -97,18 +97,18 @@ def test_margins_of_other_sizes_are_shares(table, shares):
 
 
 def test_only_lines_of_one_model_are_compared(table, same):
-    ours = {("small-lora-r8", "ours"): number(1), ("large-lora-r8", "ours"): number(9)}
+    ours = {"small-lora-r8": number(1), "large-lora-r8": number(9)}
     assert list(judge(table, same, ours)) == []
 
 
 def test_every_pair_is_judged(table, same):
-    ours = {(f"small-{m}-r8", "ours"): number(n) for m, n in (("lora", 20), ("dora", 30))}
-    ours["small-paca-r8", "ours"] = number(25)
+    ours = {f"small-{m}-r8": number(n) for m, n in (("lora", 20), ("dora", 30))}
+    ours["small-paca-r8"] = number(25)
     assert [v.outcome for v in judge(table, same, ours)] == ["agrees", "contradicts", "agrees"]
 
 
 def test_untrained_models_are_compared_on_the_papers_task_only(table, scores):
-    ours = {("small-none", "accuracy"): number(20), ("small-lora-r8", "accuracy"): number(80)}
+    ours = {"small-none": number(20), "small-lora-r8": number(80)}
     assert list(judge(table, scores, ours)) == []
     (verdict,) = judge(table, dataclasses.replace(scores, model=""), ours)
     assert verdict.outcome == "agrees"

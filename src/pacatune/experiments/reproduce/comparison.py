@@ -16,7 +16,7 @@ from pacatune.experiments.reproduce.experiment import (
     Section,
 )
 from pacatune.experiments.reproduce.settings import SettingsBeside
-from pacatune.experiments.reproduce.verdicts import Column, Ours, judge, name_of, share
+from pacatune.experiments.reproduce.verdicts import Column, Numbers, judge, name_of, share
 from pacatune.paper.tables import Row, Table
 from pacatune.reports.tables import ReportTable
 
@@ -26,8 +26,7 @@ class Source:
     """What computes some of our numbers for a table, and the columns in which they stand."""
 
     cells: list[Cell]
-    columns: Callable[[Results], list[Column]]
-    numbers: Callable[[Results], dict[tuple[str, str], Measured]]
+    columns: Callable[[Results], list[tuple[Column, Numbers]]]
     note: str = ""
     """What limits them, once there are any."""
 
@@ -52,14 +51,12 @@ def table_experiment(
             about=list(about),
             notes=list(notes),
         )
-        columns: list[Column] = []
-        ours: dict[tuple[str, str], Measured] = {}
+        columns: list[tuple[Column, Numbers]] = []
         for source in sources(mode):
             columns += source.columns(results)
-            ours |= source.numbers(results)
             if source.note and any(cell.key in results for cell in source.cells):
                 part.notes.append(source.note)
-        fill_section(part, table, columns, ours)
+        fill_section(part, table, columns)
         finish(part, results)
         return part
 
@@ -75,23 +72,28 @@ def table_experiment(
     )
 
 
-def fill_section(section: Section, table: Table, columns: Sequence[Column], ours: Ours) -> None:
+def fill_section(section: Section, table: Table, columns: Sequence[tuple[Column, Numbers]]) -> None:
     """Add the paper's table, and a comparison, a picture and verdicts for each column of ours."""
     section.tables.append(_papers_table(table))
-    for column in columns:
-        rows = [row for row in table.rows if (row.key, column.quantity.key) in ours]
+    for column, ours in columns:
+        rows = [row for row in table.rows if row.key in ours]
         if not rows:
             continue
         section.tables.append(_comparison(table, column, rows, ours))
         section.charts.append(_chart(column, rows, ours))
         section.verdicts += judge(table, column, ours)
-    tuned = {line: number for (line, _), number in ours.items() if number.rate is not None}
-    section.rates |= {line: number.at_edge for line, number in tuned.items()}
+        section.rates |= {
+            line: number.at_edge for line, number in ours.items() if number.rate is not None
+        }
     section.numbers["rows"] = [
         {
             "row": row.key,
             "paper": dict(row.values),
-            "ours": {key: asdict(value) for (name, key), value in ours.items() if name == row.key},
+            "ours": {
+                column.quantity.key: asdict(ours[row.key])
+                for column, ours in columns
+                if row.key in ours
+            },
         }
         for row in table.rows
     ]
@@ -122,15 +124,14 @@ def _rank(rank: int | None) -> str:
     return "-" if rank is None else str(rank)
 
 
-def _comparison(table: Table, column: Column, rows: list[Row], ours: Ours) -> ReportTable:
+def _comparison(table: Table, column: Column, rows: list[Row], ours: Numbers) -> ReportTable:
     """Return our numbers beside the paper's.
 
     A line is named after what ours was obtained on. Where that is not the paper's model, the
     paper's has its own columns.
     """
     quantity, paper = column.quantity, column.paper
-    numbers = {row.key: ours[row.key, quantity.key] for row in rows}
-    has_rates = any(number.rate is not None for number in numbers.values())
+    has_rates = any(ours[row.key].rate is not None for row in rows)
     mine = [f"ours, {quantity.unit}", *["rate"] * has_rates]
     theirs = f"paper, {paper.unit}"
     header = ["model", "method", "rank"]
@@ -140,7 +141,7 @@ def _comparison(table: Table, column: Column, rows: list[Row], ours: Ours) -> Re
         header += [*mine, "paper's model", "its rank", theirs, *_shares(table, column)]
     lines = []
     for row in rows:
-        number, stated = numbers[row.key], _printed(table, row, paper.key)
+        number, stated = ours[row.key], _printed(table, row, paper.key)
         here = [number.text(_number, " ({} to {})"), *[_rate(number)] * has_rates]
         line = [column.model or row.model, row.title, _rank(column.rank(row))]
         if column.is_same:
@@ -168,16 +169,16 @@ def _shares(table: Table, column: Column) -> list[str]:
     return [f"paper, {what}", f"ours, {what}"] + ([] if column.is_score else ["difference"])
 
 
-def _relative(table: Table, column: Column, row: Row, ours: Ours) -> list[str]:
+def _relative(table: Table, column: Column, row: Row, ours: Numbers) -> list[str]:
     """Return both as a share of the reference method's on the same model, and their difference."""
-    key, paper = column.quantity.key, column.paper.key
+    paper = column.paper.key
     for reference in table.rows:
-        known = paper in reference.values and (reference.key, key) in ours
+        known = paper in reference.values and reference.key in ours
         if reference.method == table.reference and reference.model == row.model and known:
             break
     else:
         return ["-"] * (2 if column.is_score else 3)
-    here = share(column, ours[row.key, key].value, ours[reference.key, key].value)
+    here = share(column, ours[row.key].value, ours[reference.key].value)
     if paper not in row.values:
         return ["-", f"{here:+.3g}"] if column.is_score else ["-", f"{here:.2f}", "-"]
     stated = share(column, row.values[paper], reference.values[paper])
@@ -193,14 +194,14 @@ def _difference(column: Column, row: Row, here: float) -> str:
     return f"{here - paper:+.2f}" if column.is_score else f"{here / paper - 1:+.1%}"
 
 
-def _notes(rows: list[Row], column: Column, ours: Ours) -> Iterator[str]:
+def _notes(rows: list[Row], column: Column, ours: Numbers) -> Iterator[str]:
     for row in rows:
-        note = ours[row.key, column.quantity.key].note
+        note = ours[row.key].note
         if note:
             yield f"{column.model or row.model}, {name_of(row, column.rank(row))}: {note}."
 
 
-def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
+def _chart(column: Column, rows: list[Row], ours: Numbers) -> Chart:
     models = list(dict.fromkeys(row.model for row in rows))
     has_same_ranks = all(column.rank(row) == row.rank for row in rows)
     names = []
@@ -213,7 +214,7 @@ def _chart(column: Column, rows: list[Row], ours: Ours) -> Chart:
         bars,
         names,
         [row.values.get(column.paper.key) for row in rows],
-        [ours[row.key, column.quantity.key] for row in rows],
+        [ours[row.key] for row in rows],
         (
             f"{column.paper.title}, {column.paper.unit}",
             f"{column.quantity.title}, {column.quantity.unit}",

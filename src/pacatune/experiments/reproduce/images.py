@@ -5,7 +5,7 @@ random weights; at the full scale they are the presets of `pacatune train-image`
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pacatune.experiments.reproduce.image_steps import build_efficientnet, build
 from pacatune.experiments.reproduce.runs import SPREAD_NOTE, Runs, Tell, scores_source, study_cell
 from pacatune.experiments.reproduce.settings import SettingsBeside
 from pacatune.experiments.reproduce.steps import RANK, small_rank, steps_of_ours
-from pacatune.experiments.reproduce.verdicts import Column, same_column
+from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column
 from pacatune.experiments.study import Arm
 from pacatune.paper.settings import Settings
 from pacatune.paper.tables import TABLE_6, TABLE_7, Quantity, Row, Table
@@ -124,36 +124,34 @@ class _Images:
             device = f"{cpu_name()}, {num_cores()} threads"
             return {**result, "device": device, "noise": noise.to_dict()}
 
-        def columns(results: Results) -> list[Column]:
-            of_step = self._describe_steps(results.get("steps"))
-            model = f"{self.model}, random weights"
-            return [
-                Column(
-                    quantity=Quantity("step_time", "time of a step", "of PaCA's", "time", 0.02),
-                    paper=self.table.quantity("time"),
-                    model=model,
-                    rank=small_rank,
-                    about=of_step,
-                ),
-                Column(
-                    quantity=Quantity("kept", "kept for backward", "MB", "memory", 0.005),
-                    paper=self.table.quantity("memory"),
-                    model=model,
-                    rank=small_rank,
-                    about=f"Exact, of the same step: {of_step} The paper's memory holds weights "
-                    "and optimizer state as well.",
-                ),
-            ]
-
-        def numbers(results: Results) -> dict[tuple[str, str], Measured]:
-            found: dict[tuple[str, str], Measured] = {}
-            if "steps" in results:
-                times = steps_of_ours(results["steps"])
-                for row in self.table.rows:
-                    kept = results["steps"]["saved_bytes"][row.method] / _MB
-                    found[row.key, "step_time"] = times[row.method]
-                    found[row.key, "kept"] = Measured.exact(kept, "counted")
-            return found
+        def columns(results: Results) -> list[tuple[Column, Numbers]]:
+            if "steps" not in results:
+                return []
+            steps, rows = results["steps"], self.table.rows
+            times, saved = steps_of_ours(steps), steps["saved_bytes"]
+            others = steps["noise"]["num_cores_of_others"]
+            busy = "" if others is None else f"; other processes kept {others} cores busy"
+            of_step = (
+                f"{self.model} with random weights, {self.num_images} images of "
+                f"{self.image_size} px, float32, rank {RANK} ({steps['device']}; "
+                f"{steps['num_rounds']} rounds{busy})."
+            )
+            time = Column(
+                quantity=Quantity("step_time", "time of a step", "of PaCA's", "time", 0.02),
+                paper=self.table.quantity("time"),
+                model=f"{self.model}, random weights",
+                rank=small_rank,
+                about=of_step,
+            )
+            kept = replace(
+                time,
+                quantity=Quantity("kept", "kept for backward", "MB", "memory", 0.005),
+                paper=self.table.quantity("memory"),
+                about=f"Exact, of the same step: {of_step} The paper's memory holds weights "
+                "and optimizer state as well.",
+            )
+            counts = {row.key: Measured.exact(saved[row.method] / _MB, "counted") for row in rows}
+            return [(time, {row.key: times[row.method] for row in rows}), (kept, counts)]
 
         cell = Cell(
             key="steps",
@@ -162,17 +160,7 @@ class _Images:
             inputs={"model": self.model, "methods": methods, **sizes},
             run=measure,
         )
-        return Source(cells=[cell], columns=columns, numbers=numbers)
-
-    def _describe_steps(self, steps: Result | None) -> str:
-        """Return what was measured where, and what else the machine did."""
-        where = "" if steps is None else f"{steps['device']}; {steps['num_rounds']} rounds"
-        others = None if steps is None else steps["noise"]["num_cores_of_others"]
-        busy = "" if others is None else f"; other processes kept {others} cores busy"
-        return (
-            f"{self.model} with random weights, {self.num_images} images of {self.image_size} px, "
-            f"float32, rank {RANK} ({where}{busy})."
-        )
+        return Source(cells=[cell], columns=columns)
 
     # Full scale: the presets of `pacatune train-image`.
 
@@ -182,35 +170,43 @@ class _Images:
             "By `pacatune train-image`; memory and time are of CIFAR-10: the paper does not "
             "say of which data set its are."
         )
-        columns = [
-            same_column(paper, f"full_{paper.key}", f"{paper.title}, measured", about)
-            for paper in self.table.quantities
-        ]
+
+        def columns(results: Results) -> list[tuple[Column, Numbers]]:
+            values = {row.key: self._full_values(row, results) for row in self.table.rows}
+            return [
+                (
+                    same_column(paper, f"full_{paper.key}", f"{paper.title}, measured", about),
+                    {
+                        line: Measured.exact(found[paper.key], "measured")
+                        for line, found in values.items()
+                        if paper.key in found
+                    },
+                )
+                for paper in self.table.quantities
+            ]
+
         cells = [
             _full_cell(row, score, preset)
             for row in self.table.rows
             for score, preset in self.presets.items()
         ]
-        return Source(cells=cells, columns=lambda results: columns, numbers=self._full_numbers)
+        return Source(cells=cells, columns=columns)
 
-    def _full_numbers(self, results: Results) -> dict[tuple[str, str], Measured]:
-        found: dict[tuple[str, str], Measured] = {}
-        for row in self.table.rows:
-            runs = {
-                score: result
-                for score in self.presets
-                if (result := results.get(f"full-{row.key}-{score}")) is not None
-            }
-            values = {score: 100 * run["accuracy_after"] for score, run in runs.items()}
-            if len(values) == len(self.presets):
-                values["average"] = sum(values.values()) / len(values)
-            if "cifar10" in runs:
-                run = runs["cifar10"]
-                values["memory"] = run["peak_memory_bytes"] / 1e9
-                values["time"] = run["step_ms"] * run["num_steps"] / 6e4
-            for name, value in values.items():
-                found[row.key, f"full_{name}"] = Measured.exact(value, "measured")
-        return found
+    def _full_values(self, row: Row, results: Results) -> dict[str, float]:
+        """Return what a line reached in the quantities of the paper, in its units."""
+        runs = {
+            score: result
+            for score in self.presets
+            if (result := results.get(f"full-{row.key}-{score}")) is not None
+        }
+        values = {score: 100 * run["accuracy_after"] for score, run in runs.items()}
+        if len(values) == len(self.presets):
+            values["average"] = sum(values.values()) / len(values)
+        if "cifar10" in runs:
+            run = runs["cifar10"]
+            values["memory"] = run["peak_memory_bytes"] / 1e9
+            values["time"] = run["step_ms"] * run["num_steps"] / 6e4
+        return values
 
     def _settings(self, scale: Scale) -> list[SettingsBeside]:
         """Return ours beside the paper's, which gives none."""

@@ -37,7 +37,7 @@ from pacatune.experiments.reproduce.steps import (
     model_of,
     rate_of,
 )
-from pacatune.experiments.reproduce.verdicts import Column, same_column, share_outcome
+from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column, share_outcome
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.setting import Setting
 from pacatune.paper import METHOD_TITLES, fig3
@@ -91,23 +91,19 @@ def _sources_4(mode: Mode) -> list[Source]:
         )
         for name, (row, setting, what) in _variants().items()
     ]
-    paper = TABLE_4.quantity("length")
     column = same_column(
-        paper,
+        TABLE_4.quantity("length"),
         "simulated_length",
         "longest sequence on an A100 (80 GB)",
         "Ours is simulated by `pacatune estimate`.",
     )
 
-    def simulated(results: Results) -> dict[tuple[str, str], Measured]:
+    def simulated(results: Results) -> list[tuple[Column, Numbers]]:
         lengths = _lengths(results)
-        return {
-            (row.key, "simulated_length"): Measured.exact(lengths[row.key], "simulated")
-            for row in TABLE_4.rows
-            if row.key in lengths
-        }
+        found = {name: Measured.exact(length, "simulated") for name, length in lengths.items()}
+        return [(column, found)]
 
-    found = [Source(cells=cells, columns=lambda results: [column], numbers=simulated)]
+    found = [Source(cells=cells, columns=simulated)]
     return found if mode == "simulate" else [*found, _sweep_source_4(mode)]
 
 
@@ -125,7 +121,7 @@ def _lengths(results: Results) -> dict[str, int]:
 
 
 def _sweep_source_4(scale: Scale) -> Source:
-    def columns(results: Results) -> list[Column]:
+    def columns(results: Results) -> list[tuple[Column, Numbers]]:
         if "bench" not in results:
             return []
         bench = results["bench"]
@@ -138,17 +134,11 @@ def _sweep_source_4(scale: Scale) -> Source:
         if scale == "small":
             quantity = replace(column.quantity, margin=1 / 32)
             column = replace(column, quantity=quantity, model=model_of(bench))
-        return [column]
+        limits = _limits(bench)
+        lines = {row.key: limits[row.method] for row in TABLE_4.rows if row.method in limits}
+        return [(column, lines)]
 
-    def numbers(results: Results) -> dict[tuple[str, str], Measured]:
-        limits = _limits(results["bench"]) if "bench" in results else {}
-        return {
-            (row.key, "measured_length"): limits[row.method]
-            for row in TABLE_4.rows
-            if row.method in limits
-        }
-
-    return Source(cells=[bench_cell(_bench_4(scale))], columns=columns, numbers=numbers)
+    return Source(cells=[bench_cell(_bench_4(scale))], columns=columns)
 
 
 def _bench_4(scale: Scale) -> Any:

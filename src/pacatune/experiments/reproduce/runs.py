@@ -18,13 +18,13 @@ from pacatune.experiments import study
 from pacatune.experiments.reproduce.comparison import Source
 from pacatune.experiments.reproduce.experiment import Cell, Measured, Result, Results
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
-from pacatune.experiments.reproduce.verdicts import Column, same_column
+from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column
 from pacatune.experiments.study.statistics import is_at_edge, pooled_std, tune
 from pacatune.files.result_folder import to_json, write_whole
 from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.paper.settings import Settings, of_line
-from pacatune.paper.tables import Row, Table
+from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.training import (
     DataConfig,
     LoraSection,
@@ -219,26 +219,7 @@ class FullScale:
 
     def source(self) -> Source:
         """Return the cells, and columns of memory, time and scores."""
-        columns = [
-            same_column(
-                paper,
-                f"full_{paper.key}",
-                f"{paper.title}, measured",
-                "By `pacatune train`, on the accelerator named below.",
-            )
-            for paper in self.table.quantities
-            if paper.kind in ("memory", "time")
-        ]
-        columns += [
-            same_column(paper, f"full_{paper.key}", f"{self.test}, {paper.title}", self.about)
-            for paper in self.table.quantities
-            if paper.kind == "score"
-        ]
-        return Source(
-            cells=[self._cell(row) for row in self.table.rows],
-            columns=lambda results: columns,
-            numbers=self._numbers,
-        )
+        return Source(cells=[self._cell(row) for row in self.table.rows], columns=self._columns)
 
     def settings(self) -> list[SettingsBeside]:
         """Return ours beside the paper's."""
@@ -283,31 +264,39 @@ class FullScale:
             run=run,
         )
 
-    def _numbers(self, results: Results) -> dict[tuple[str, str], Measured]:
-        found: dict[tuple[str, str], Measured] = {}
-        for row in self.table.rows:
-            result = results.get(f"full-{row.key}")
-            if result is None:
+    def _columns(self, results: Results) -> list[tuple[Column, Numbers]]:
+        """Return memory, time and scores."""
+        costs = "By `pacatune train`, on the accelerator named below."
+        found: list[tuple[Column, Numbers]] = []
+        for paper in self.table.quantities:
+            key = f"full_{paper.key}"
+            if paper.kind in ("memory", "time"):
+                column = same_column(paper, key, f"{paper.title}, measured", costs)
+            elif paper.kind == "score":
+                column = same_column(paper, key, f"{self.test}, {paper.title}", self.about)
+            else:
                 continue
-            rate, at_edge = _rate(result)
-            for name, score in self.read(result["scores"]).items():
-                found[row.key, f"full_{name}"] = Measured(
-                    value=score["value"],
-                    low=score["low"],
-                    high=score["high"],
-                    origin="measured",
-                    rate=rate,
-                    at_edge=at_edge,
-                )
-            if "peak_memory_bytes" in result and "memory" in row.values:
-                unit_ms = {"h": 3.6e6, "min": 6e4}[self.table.quantity("time").unit]
-                costs = {
-                    "full_memory": result["peak_memory_bytes"] / 1e9,
-                    "full_time": result["training_ms"] / unit_ms,
-                }
-                for key, value in costs.items():
-                    found[row.key, key] = Measured.exact(value, "measured")
+            numbers = {
+                row.key: number
+                for row in self.table.rows
+                if (result := results.get(f"full-{row.key}")) is not None
+                and (number := self._number(result, paper)) is not None
+            }
+            found.append((column, numbers))
         return found
+
+    def _number(self, result: Result, paper: Quantity) -> Measured | None:
+        """Return what a line reached in a quantity of the paper, in its unit."""
+        if paper.kind == "score":
+            score = self.read(result["scores"]).get(paper.key)
+            return None if score is None else _with_rate(result, **score)
+        key, units = {
+            "memory": ("peak_memory_bytes", {"GB": 1e9}),
+            "time": ("training_ms", {"h": 3.6e6, "min": 6e4}),
+        }[paper.kind]
+        return (
+            Measured.exact(result[key] / units[paper.unit], "measured") if key in result else None
+        )
 
 
 def hub_id(row: Row) -> str:
@@ -323,10 +312,17 @@ def _costs(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rate(result: dict[str, Any]) -> tuple[float | None, bool]:
-    """Return the best learning rate of a result, and whether it is at the edge of its grid."""
+def _with_rate(result: Result, *, value: float, low: float, high: float) -> Measured:
+    """Return a score of a result, with the best learning rate of its grid."""
     rate = result.get("learning_rate")
-    return rate, is_at_edge(rate, [float(tried) for tried in result.get("rates", {})])
+    return Measured(
+        value=value,
+        low=low,
+        high=high,
+        origin="measured",
+        rate=rate,
+        at_edge=is_at_edge(rate, [float(tried) for tried in result.get("rates", {})]),
+    )
 
 
 # The small scale: one method at its best rate of a grid, over some seeds.
@@ -378,13 +374,9 @@ def scores_source(
 ) -> Source:
     """Return the scores of small runs of lines; accuracies on so many examples are in per cent."""
     lines = {row.key: f"small-{row.key}" for row in rows}
-
-    def numbers(results: Results) -> dict[tuple[str, str], Measured]:
-        scores = scores_of(lines, results, num_examples)
-        return {(line, column.quantity.key): score for line, score in scores.items()}
-
     return Source(
-        cells=[cell(row) for row in rows], columns=lambda results: [column], numbers=numbers
+        cells=[cell(row) for row in rows],
+        columns=lambda results: [(column, scores_of(lines, results, num_examples))],
     )
 
 
@@ -409,12 +401,4 @@ def _score(result: Result, std: float, num_examples: int | None) -> Measured:
         error = math.hypot(error, math.sqrt(max(mean * (1 - mean), 0.0) / num_examples))
     spread = 2 * error * unit
     value = mean * unit
-    rate, at_edge = _rate(result)
-    return Measured(
-        value=value,
-        low=value - spread,
-        high=value + spread,
-        origin="measured",
-        rate=rate,
-        at_edge=at_edge,
-    )
+    return _with_rate(result, value=value, low=value - spread, high=value + spread)

@@ -15,7 +15,6 @@ from pacatune.paper.settings import of_line
 from pacatune.paper.tables import Row, Table
 
 GB = 10**9
-KEY = "simulated_memory"
 # Two lengths between which a line is drawn.
 _LENGTHS = (256, 512)
 
@@ -107,16 +106,16 @@ def memory_source(table: Table, *, explain: bool = False) -> Source:
             run=lambda folder, tell: simulate_peak(setting, explain_gb),
         )
 
-    def numbers(results: Results) -> dict[tuple[str, str], Measured]:
+    def numbers(results: Results) -> dict[str, Measured]:
         return {
-            (row.key, KEY): Measured.exact(result["peak_bytes"] / GB, "simulated", _note(result))
+            row.key: Measured.exact(result["peak_bytes"] / GB, "simulated", _note(result))
             for row in table.rows
             if (result := results.get(f"simulate-{row.key}")) is not None
         }
 
     column = same_column(
         table.quantity("memory"),
-        KEY,
+        "simulated_memory",
         "memory at the paper's own size",
         "Ours is simulated by `pacatune estimate`: the most that the tensors of a training "
         "step take at once. A real GPU also holds a CUDA context of about half a gigabyte and gaps "
@@ -124,8 +123,7 @@ def memory_source(table: Table, *, explain: bool = False) -> Source:
     )
     return Source(
         cells=[cell(row) for row in table.rows if row.is_trained],
-        columns=lambda results: [column],
-        numbers=numbers,
+        columns=lambda results: [(column, numbers(results))],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pacatune.experiments.reproduce.comparison import Source
 from pacatune.experiments.reproduce.experiment import Cell, Measured, Results, Scale
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_bench
-from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.experiments.reproduce.verdicts import Column, Numbers
 from pacatune.measure.config import BenchConfig
 from pacatune.measure.models import llama_values, load_values
 from pacatune.paper.settings import Settings
@@ -172,46 +172,44 @@ def small_rank(row: Row) -> int | None:
 
 def steps_source(table: Table, *, tokens: int, seq_len: int, note: str = "") -> Source:
     """Return time, kept bytes and peak of a small Llama beside the paper's time and memory."""
-    # In a narrow model a rank weighs more than in the paper's; peaks of a few megabytes are not
-    # exact.
-    quantities = {
-        Quantity("small_time", "time of a step, small model", "of PaCA's", "time", 0.02): "time",
-        Quantity("small_kept", "kept for backward, small model", "MB", "memory", 0.05): "memory",
-        Quantity("small_peak", "peak of a process, small model", "MB", "memory", 0.1): "memory",
-    }
 
-    def columns(results: Results) -> list[Column]:
+    def columns(results: Results) -> list[tuple[Column, Numbers]]:
         if "bench" not in results:
             return []
-        return [
-            Column(
-                quantity=quantity,
-                paper=table.quantity(beside),
-                about=machine_of(results["bench"]),
-                model=model_of(results["bench"]),
-                rank=small_rank,
-            )
-            for quantity, beside in quantities.items()
-        ]
-
-    def numbers(results: Results) -> dict[tuple[str, str], Measured]:
-        found: dict[tuple[str, str], Measured] = {}
-        if "bench" not in results:
-            return found
-        times = steps_of_ours(results["bench"])
+        bench = results["bench"]
+        times = steps_of_ours(bench)
+        time, kept, peak = {}, {}, {}
         for method in table.trained_methods:
-            row = row_of(results["bench"], method)
+            row = row_of(bench, method)
             # The first line of a method is that of the smallest rank.
             lines = [r.key for r in table.rows if (r.model, r.method) == (MODEL, method)]
             if not row or not lines:
                 continue
             if method in times:
-                found[lines[0], "small_time"] = times[method]
-            found[lines[0], "small_kept"] = Measured.exact(row["saved_bytes"] / _MB, "counted")
+                time[lines[0]] = times[method]
+            kept[lines[0]] = Measured.exact(row["saved_bytes"] / _MB, "counted")
             if row["peak_bytes"] is not None:
-                peak = Measured.exact(row["peak_bytes"] / _MB, "measured")
-                found[lines[0], "small_peak"] = peak
-        return found
+                peak[lines[0]] = Measured.exact(row["peak_bytes"] / _MB, "measured")
+
+        def column(paper: str, quantity: Quantity) -> Column:
+            return Column(
+                quantity=quantity,
+                paper=table.quantity(paper),
+                about=machine_of(bench),
+                model=model_of(bench),
+                rank=small_rank,
+            )
+
+        # In a narrow model a rank weighs more than in the paper's; peaks of a few megabytes are
+        # not exact.
+        step = Quantity("small_time", "time of a step, small model", "of PaCA's", "time", 0.02)
+        held = Quantity("small_kept", "kept for backward, small model", "MB", "memory", 0.05)
+        most = Quantity("small_peak", "peak of a process, small model", "MB", "memory", 0.1)
+        return [
+            (column("time", step), time),
+            (column("memory", held), kept),
+            (column("memory", most), peak),
+        ]
 
     config = bench_config("small", table.trained_methods, tokens=(tokens,), seq_len=seq_len)
-    return Source(cells=[bench_cell(config)], columns=columns, numbers=numbers, note=note)
+    return Source(cells=[bench_cell(config)], columns=columns, note=note)

@@ -23,8 +23,8 @@ RULE = (
     "what training adds there is no matter of the method."
 )
 
-Ours = Mapping[tuple[str, str], Measured]
-"""Row of the paper's table, our quantity -> number."""
+Numbers = Mapping[str, Measured]
+"""Row of the paper's table -> ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +60,18 @@ def same_column(paper: Quantity, key: str, title: str, about: str) -> Column:
     return Column(quantity=replace(paper, key=key, title=title), paper=paper, about=about)
 
 
-def judge(table: Table, column: Column, ours: Ours) -> Iterator[Verdict]:
+def judge(table: Table, column: Column, ours: Numbers) -> Iterator[Verdict]:
     """Yield a verdict for each pair of lines of one model that both sides have numbers of."""
-    key = column.quantity.key
     known = [
         row
         for row in table.rows
         if column.paper.key in row.values
-        and (row.key, key) in ours
+        and row.key in ours
         and (column.is_same or row.method != "none")
     ]
     for first, second in itertools.combinations(known, 2):
         if first.model == second.model:
-            yield _judge(column, (first, second), (ours[first.key, key], ours[second.key, key]))
+            yield _judge(column, (first, second), (ours[first.key], ours[second.key]))
 
 
 def _judge(column: Column, rows: tuple[Row, Row], here: tuple[Measured, Measured]) -> Verdict:
