@@ -183,8 +183,7 @@ def _small_settings(table: Table, row: Row) -> SettingsBeside:
         "training": {"per_device_train_batch_size": 8},
     }
     task = TextTask(merged(base, _small_options(row)), _VALIDATION, 0)
-    rate = {"training": {"learning_rate": _RATES[0]}}
-    run = task.make_config(arm_options(_small_arm(row), row.rank), rate)
+    run = task.make_run(arm_options(_small_arm(row), row.rank), _RATES[0], 0, Path("run"))
     why = {
         "model": "the largest real one that comes as a Python package",
         "data": "comes as a Python package; there is no judge offline, so its held-out loss counts",

@@ -15,11 +15,7 @@ MAX_SEEDS = 20
 
 @dataclass(kw_only=True)
 class Arm:
-    """One of the methods that are compared.
-
-    Raises:
-        ValueError: If a value is out of its range or means nothing for the method.
-    """
+    """One of the methods that are compared."""
 
     method: str = "paca"
     """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, qlora, full (every
@@ -74,9 +70,6 @@ class StudyConfig:
     Each arm trains at each rate of its grid with the first `tuning_seeds` seeds, and the rate with
     the best mean on validation data is taken. It then trains with all seeds at that rate. Reported
     is what they reach on test data, which nothing was chosen by.
-
-    Raises:
-        ValueError: If a value is out of its range or contradicts another one.
     """
 
     task: str = ""
@@ -178,16 +171,13 @@ class StudyConfig:
 
     def _check_ranks(self) -> None:
         reference = self.arms[str(self.reference)]
-        open_arms = [
+        counts = self.match == "parameters" and reference.method == "head"
+        without = [
             n for n, a in self.arms.items() if a.rank is None and METHODS[a.method].has_adapter
         ]
-        if (
-            open_arms
-            and reference.rank is None
-            and not (self.match == "parameters" and reference.method == "head")
-        ):
+        if without and reference.rank is None and not counts:
             raise ValueError(
-                f"the arms {open_arms} have no `rank`, and the reference {self.reference!r} has "
+                f"the arms {without} have no `rank`, and the reference {self.reference!r} has "
                 "none to share; give ranks."
             )
 

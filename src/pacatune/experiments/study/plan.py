@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,7 @@ class Plan:
 
     def make_run(self, name: str, rate: float, seed: int, folder: Path) -> Any:
         """Build one run of an arm, whose trainer has a scratch folder."""
-        return _make_run(self.task, self.arms[name].options, rate, seed, folder)
+        return self.task.make_run(self.arms[name].options, rate, seed, folder)
 
     def key(self, run: Any) -> str:
         """Return the hash of all that decides the numbers of a run, but for versions."""
@@ -151,7 +154,7 @@ def _plan_arm(
             if config.match == "parameters":
                 rank = _matching_rank(task, arm, reference.num_trainable_parameters)
         options = arm_options(arm, rank)
-        run = _make_run(task, options, 1e-3, config.seeds[0], Path("unused"))
+        run = task.make_run(options, 1e-3, config.seeds[0], Path("unused"))
         return PlannedArm(
             name=name,
             arm=arm,
@@ -189,40 +192,26 @@ def arm_options(arm: Arm, rank: int | None) -> Values:
     return merged(options, arm.options)
 
 
-def _make_run(task: StudyTask, options: Values, rate: float, seed: int, folder: Path) -> Any:
-    training = {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
-    decided: Values = {"training": training}
-    if METHODS[options["method"]].is_paca:
-        decided["paca"] = {"random_seed": seed}
-    return task.make_config(options, decided)
-
-
 def _matching_rank(task: StudyTask, arm: Arm, number: int) -> int:
     """Return the rank with which an arm trains about as many parameters, by bisection."""
 
-    def count(rank: int) -> int | None:
-        run = _make_run(task, arm_options(arm, rank), 1e-3, 0, Path("unused"))
+    @cache
+    def count(rank: int) -> int:
         try:
-            return task.count(run)
+            return task.count(task.make_run(arm_options(arm, rank), 1e-3, 0, Path("unused")))
         except ValueError:
             if rank == 1:
                 raise
-            return None  # more columns than a weight has
+            return sys.maxsize  # more columns than a weight has
 
-    low, high = 1, 2
-    smallest = count(low)
-    assert smallest is not None, "raised otherwise"
-    while (found := count(high)) is not None and found < number:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = count(middle)
-        low, high = (middle, high) if found is not None and found < number else (low, middle)
-    counts = {rank: n for rank in (low, high) if (n := count(rank)) is not None}
-    best = min(counts, key=lambda rank: abs(counts[rank] - number))
-    if abs(counts[best] - number) > number / 4:
+    high = 1
+    while count(high) < number:
+        high *= 2
+    above = bisect_left(range(high + 1), number, lo=max(high // 2, 1), key=count)
+    best = min(max(above - 1, 1), above, key=lambda rank: abs(count(rank) - number))
+    if abs(count(best) - number) > number / 4:
         raise ValueError(
             f"no rank trains about as many parameters as the reference ({number:,}): rank {best} "
-            f"trains {counts[best]:,}; give `rank`."
+            f"trains {count(best):,}; give `rank`."
         )
     return best

@@ -121,18 +121,22 @@ class StudyTask(ABC):
         """Return the loss on general text of the trained model, or of the base where None."""
         return None
 
-    def make_config(self, options: Values, decided: Values | None = None) -> Any:
-        """Build a run by options over the task's, and others over those that the study decides."""
+    def make_run(self, options: Values, rate: float, seed: int, folder: Path) -> Any:
+        """Build a run by options over the task's, and what the study decides over those."""
         sections = self.run_class.sections()
+        method = options.get("method")
         # What the task says of another method is for other arms.
-        others = {
-            name for name in ADAPTER_SECTIONS if options.get("method") not in readers_of(name)
-        }
+        others = {name for name in ADAPTER_SECTIONS if method not in readers_of(name)}
         values = merged({k: v for k, v in self.values.items() if k not in others}, options)
         text = repr(values)
         if text not in self._parsed:  # checking takes longer than all that follows
             self._parsed[text] = self._parse(values)
-        parsed = merged(self._parsed[text], decided or {})
+        decided: Values = {
+            "training": {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
+        }
+        if "paca" not in others:
+            decided["paca"] = {"random_seed": seed}
+        parsed = merged(self._parsed[text], decided)
         built = {name: kind(**parsed[name]) for name, kind in sections.items()}
         return self.run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
 
@@ -175,7 +179,7 @@ class TextTask(StudyTask):
         parts = (run.train, run.evaluation, self.test_data(task))
         whole = concatenate_datasets([run.train, run.evaluation])
         self._warn(*run.warnings, *find_overlap(whole, parts[2], "test"))
-        weights = weights_digest(models.model_path(config), config.model.revision)
+        weights = _weights_digest(models.model_path(config), config.model.revision)
         return " ".join([*map(fingerprint, parts), weights, str(self.forgetting_tokens)])
 
     def _general_loss(self, task: Any, model: Any) -> float | None:
@@ -242,7 +246,7 @@ class ImageTask(StudyTask):
             *overlap_warning(train, validation, "validation images"),
             *overlap_warning(train + validation, test, "test images"),
         )
-        return " ".join([*texts, weights_digest(config.model.path, config.model.revision)])
+        return " ".join([*texts, _weights_digest(config.model.path, config.model.revision)])
 
     def _test_images(self, config: Any) -> Any:
         return prepare_images(dataclasses.replace(config.data, **self.test_options))
@@ -266,7 +270,7 @@ class ClassifyTask(StudyTask):
             *overlap_warning(train.texts, held_out.texts, "validation texts"),
             *overlap_warning(train.texts + held_out.texts, test.texts, "test texts"),
         )
-        weights = weights_digest(find_model(config.model.path), config.model.revision)
+        weights = _weights_digest(find_model(config.model.path), config.model.revision)
         return " ".join([*(part.fingerprint() for part in (train, held_out, test)), weights])
 
     def _test_texts(self, config: Any) -> Any:
@@ -303,13 +307,11 @@ def released() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def weights_digest(path: str, revision: str | None) -> str:
-    """Return the hash of a local model's weights, or the name of one of the hub."""
-    return _folder_digest(path) if Path(path).is_dir() else f"{path}@{revision}"
-
-
 @cache
-def _folder_digest(path: str) -> str:
+def _weights_digest(path: str, revision: str | None) -> str:
+    """Return the hash of a local model's weights, or the name of one of the hub."""
+    if not Path(path).is_dir():
+        return f"{path}@{revision}"
     files = sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".json"))
     return " ".join(f"{p.name}:{sha256_of(p)[:16]}" for p in files)
 
