@@ -24,6 +24,7 @@ from benchmarks.counts import check_bytes, formula_bytes
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
+    Noise,
     add_tokens,
     arguments,
     at_least_1,
@@ -36,7 +37,6 @@ from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
 from pacatune.measure.timing import alternate, summarize
-from pacatune.reports.provenance import Noise
 
 SHAPES = ("512x512", "1408x512", "512x1408")
 TOKENS = (16, 512)

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
-from benchmarks.record import DTYPES, add_tokens, arguments, prepare, provenance, write
+from benchmarks.record import DTYPES, Noise, add_tokens, arguments, prepare, provenance, write
 from pacatune import lean
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.timing import alternate, compare, summarize
-from pacatune.reports.provenance import Noise
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
 # PEFT's default is float32, for which LoRA keeps a float32 copy of each input.

@@ -14,7 +14,19 @@ import torch
 
 from benchmarks.methods import all_methods
 from pacatune.precision import bfloat16_is_fast
-from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
+from pacatune.reports.provenance import Noise, commit, cpu, cpu_name, num_cores, versions
+
+__all__ = [
+    "DTYPES",
+    "RESULTS",
+    "Noise",
+    "add_tokens",
+    "arguments",
+    "at_least_1",
+    "prepare",
+    "provenance",
+    "write",
+]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,7 +38,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def arguments(
     description: str | None, *, seconds: float, methods: Iterable[str] | None = None
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have; `seconds` are for a setting."""
+    """Return a parser with the options that all benchmarks have.
+
+    Args:
+        description: Of the command, its first line a summary.
+        seconds: Default time for each setting.
+        methods: Those there are, if not `all_methods()`.
+    """
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -85,7 +103,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def provenance(module: str, args: argparse.Namespace, options: list[str] | None) -> dict[str, Any]:
-    """Return where, when and of what the measurement is; `options` None: the command line's."""
+    """Return where, when and of what the measurement is.
+
+    Args:
+        module: Name of the command's module.
+        args: The command's options.
+        options: What they were read from; None: the command line.
+    """
     words = sys.argv[1:] if options is None else options
     return {
         "command": " ".join(["python", "-m", module, *map(shlex.quote, words)]),

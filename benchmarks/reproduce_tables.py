@@ -12,16 +12,7 @@ OURS = ("PaCA", "QPaCA")
 
 
 def table(kind: str, results: Path) -> str:
-    """Return one of the Markdown tables.
-
-    Args:
-        kind: `outcomes`: comparisons by outcome, and minutes; `shares`: PaCA's line against the
-            reference of each table.
-        results: Folder with the committed results.
-
-    Raises:
-        ValueError: If there is no such table.
-    """
+    """Return a table: outcomes of comparisons and minutes, or PaCA's shares of the references."""
     tables = {"outcomes": outcomes, "shares": shares}
     if kind not in tables:
         raise ValueError(f"no table {kind!r} of the reproduction; there are {', '.join(tables)}.")

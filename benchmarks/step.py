@@ -25,6 +25,7 @@ from benchmarks.llama import Shape, linear_layers, make_batch, make_model, make_
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.record import (
     DTYPES,
+    Noise,
     add_tokens,
     arguments,
     at_least_1,
@@ -37,7 +38,6 @@ from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
 from pacatune.measure.timing import alternate, summarize
-from pacatune.reports.provenance import Noise
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))

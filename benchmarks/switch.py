@@ -23,10 +23,9 @@ from benchmarks.counts import count_column_writes
 from benchmarks.layer import Layers, Setting, choose_settings
 from benchmarks.layer import parse as parse_layer
 from benchmarks.methods import METHODS, OURS, adapter_config
-from benchmarks.record import DTYPES, prepare, provenance, write
+from benchmarks.record import DTYPES, Noise, prepare, provenance, write
 from benchmarks.report import make_ratios, ratio_table
 from pacatune.measure.timing import alternate, summarize
-from pacatune.reports.provenance import Noise
 
 __all__ = ["main", "parse"]
 

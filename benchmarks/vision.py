@@ -30,7 +30,7 @@ from benchmarks.image_models import (
     positions_of,
 )
 from benchmarks.methods import HEAD, METHODS, OURS, RANK, adapt
-from benchmarks.record import DTYPES, arguments, at_least_1, prepare, provenance, write
+from benchmarks.record import DTYPES, Noise, arguments, at_least_1, prepare, provenance, write
 from benchmarks.report import make_ratios, ratio_table
 from pacatune.experiments.reproduce.image_steps import choose_layers, make_batch, make_step
 from pacatune.lean.batch_norm import enable_batch_norm
@@ -39,7 +39,6 @@ from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
 from pacatune.measure.timing import alternate, summarize
 from pacatune.methods import METHODS as TABLE
-from pacatune.reports.provenance import Noise
 
 LEAN = "_lean"
 IMAGE_METHODS = METHODS | {
