@@ -115,12 +115,6 @@ def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_file_as_output_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="is a file; choose another: --output DIR"):
-        demo.result_folder(tmp_path / "file").open()
-
-
 def test_folder_of_an_interrupted_demo_is_taken(tmp_path):
     demo.result_folder(tmp_path / "out").open()
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {"finished": False}

@@ -71,13 +71,6 @@ def test_second_demo_replaces_the_first(finished, words):
     assert next(iter(after["models"].values()))["paca"]["seed"] == 1
 
 
-def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
-    (tmp_path / "thesis.tex").write_text("mine")
-    assert main([*words, "--output", str(tmp_path)]) == 2
-    assert "holds files but no demo.json" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 def test_missing_images_are_named(tmp_path, words, capsys):
     given = [*words, "--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
     assert main(given) == 2

@@ -10,8 +10,7 @@ from pacatune.experiments import reproduce
 from pacatune.experiments.reproduce import EXPERIMENTS
 from pacatune.experiments.reproduce.experiment import Cell, Experiment, Section
 from pacatune.experiments.reproduce.running import (
-    check_method,
-    find_experiments,
+    CellStore,
     open_folder,
     run_experiments,
     write_report,
@@ -153,17 +152,6 @@ def test_what_a_mode_lacks_is_said_and_left_out(calls, tmp_path):
     assert (sections, lines, calls) == ([], ["first: there is none."], [])
 
 
-def test_names_and_methods(experiments):
-    known = {experiment.name: experiment for experiment in experiments}
-    assert find_experiments("all", known) == experiments
-    assert find_experiments("second", known) == experiments[1:]
-    check_method("paca", experiments)
-    with pytest.raises(ValueError, match="did you mean 'first'"):
-        find_experiments("fist", known)
-    with pytest.raises(ValueError, match="unknown method 'dora'"):
-        check_method("dora", experiments)
-
-
 def commands(cells, key):
     (cell,) = [cell for cell in cells if cell.key == key]
     return cell.inputs["commands"]
@@ -189,3 +177,63 @@ def test_reproduction_knows_no_command_line():
     """It does what it does in this process, by functions."""
     folder = Path(reproduce.__file__).parent
     assert not [path for path in folder.glob("*.py") if "pacatune.cli" in path.read_text()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CellStore(tmp_path / "cells" / "table9")
+
+
+def make_cell(run=None, **inputs):
+    return Cell(
+        key="one",
+        title="a cell",
+        methods=("paca",),
+        inputs={"sizes": (1, 2), **inputs},
+        run=run or (lambda folder, tell: {"value": 7}),
+    )
+
+
+def test_a_result_is_computed_once(store):
+    assert store.find(make_cell()) is None
+    kept = store.compute(make_cell(), print)
+    assert kept["result"] == {"value": 7}
+    assert "torch" in kept["versions"]
+    assert store.find(make_cell()) == kept
+
+
+def test_other_inputs_are_another_result(store):
+    store.compute(make_cell(rank=8), print)
+    assert store.find(make_cell(rank=16)) is None
+    assert store.find(make_cell(rank=8))["result"] == {"value": 7}
+
+
+def test_a_failed_cell_leaves_nothing(store):
+    def fail(folder, tell):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        store.compute(make_cell(fail), print)
+    assert store.find(make_cell()) is None
+
+
+def test_a_file_cut_off_in_the_middle_is_made_again(store):
+    store.compute(make_cell(), print)
+    path = store.folder / "one.json"
+    path.write_text(path.read_text()[:40])
+    assert store.find(make_cell()) is None
+    path.write_text(json.dumps({"inputs": {"sizes": [1, 2]}}))
+    assert store.find(make_cell()) is None
+
+
+def test_each_input_has_its_own_folder_for_what_is_half_done(store):
+    folders = []
+
+    def note(folder, tell):
+        folders.append(folder)
+        return {}
+
+    store.compute(make_cell(note), print)
+    store.compute(make_cell(note), print)
+    store.compute(make_cell(note, rank=1), print)
+    assert folders[0] == folders[1] != folders[2]
