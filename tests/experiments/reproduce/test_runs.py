@@ -1,10 +1,13 @@
 """Runs of cells: done once, gone on with, in this process, and clear when one fails."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from pacatune.evaluation.harness import Score
 from pacatune.experiments.reproduce import EXPERIMENTS, images, instruction, mmlu, runs
 from pacatune.experiments.reproduce.runs import Runs, scores_of, text_run
 from pacatune.experiments.reproduce.steps import RANK
@@ -112,6 +115,29 @@ def test_the_best_rate_is_judged(tmp_path, monkeypatch):
     (config,) = seen
     assert config.adapter == str(tmp_path / "rate-0.001")
     assert (config.judge_model, config.output) == ("gpt-4o-mini", tmp_path / "mt-bench")
+
+
+def test_a_line_with_one_rate_needs_no_validation_data(tmp_path, monkeypatch):
+    """Table 1 at the full scale, but for training and MMLU."""
+    score = Score(value=0.5, stderr=0.01, num_questions=4)
+    result = SimpleNamespace(categories={"STEM": score}, average=score)
+    report = {"eval_loss_after": None, "step_ms": 2.0, "num_steps": 10}
+    report |= {"peak_memory_bytes": 1, "num_trainable_parameters": 5}
+    monkeypatch.setattr(Runs, "train", lambda self, run, name: (report, tmp_path / name))
+    seen = []
+
+    @contextlib.contextmanager
+    def loaded(model, adapter):
+        seen.append((model, adapter))
+        yield SimpleNamespace(model=None, tokenizer=None)
+
+    monkeypatch.setattr(mmlu, "loaded", loaded)
+    monkeypatch.setattr("pacatune.evaluation.evaluate_mmlu", lambda *args, **options: result)
+    cells = {cell.key: cell for cell in EXPERIMENTS["table1"].cells("full")}
+    found = cells[f"full-{ROW.key}"].run(tmp_path, tell)
+    assert seen == [("meta-llama/Meta-Llama-3-8B", tmp_path / "run")]
+    assert found["scores"]["average"]["value"] == 0.5
+    assert (found["training_ms"], "rates" in found) == (20.0, False)
 
 
 @pytest.fixture

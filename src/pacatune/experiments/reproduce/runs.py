@@ -241,7 +241,6 @@ class FullScale:
     def _cell(self, row: Row) -> Cell:
         rates = of_line(self.table.name, row).learning_rates or ()
         has_grid = len(rates) > 1
-        grid = {"rates": list(rates)} if has_grid else {}
 
         def run(folder: Path, tell: Tell) -> Result:
             runs = Runs(folder=folder, tell=tell)
@@ -249,13 +248,16 @@ class FullScale:
                 return {"scores": self.score(runs, row, None)}
 
             def train(rate: float, seed: int) -> tuple[dict[str, Any], Path]:
-                return runs.train(self.run(row, rate), f"rate-{rate:g}" if has_grid else "run")
+                return runs.train(self.run(row, rate), f"rate-{rate:g}")
 
-            tuned = tune(rates, (SEED,), train, lambda run: float(run[0]["eval_loss_after"]))
-            report, adapter = tuned.runs[SEED]
-            scores = self.score(runs, row, adapter)
-            return {"scores": scores, **(tuned.to_dict() if has_grid else {}), **_costs(report)}
+            if has_grid:
+                tuned = tune(rates, (SEED,), train, lambda run: float(run[0]["eval_loss_after"]))
+                (report, adapter), chosen = tuned.runs[SEED], tuned.to_dict()
+            else:  # nothing is chosen, and there may be no validation data
+                (report, adapter), chosen = runs.train(self.run(row, rates[0]), "run"), {}
+            return {"scores": self.score(runs, row, adapter), **chosen, **_costs(report)}
 
+        grid = {"rates": list(rates)} if has_grid else {}
         return Cell(
             key=f"full-{row.key}",
             title=f"{row.title} on {row.model}: training on {self.data_name}, then {self.then}",
