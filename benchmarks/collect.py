@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "STUDIES", "collect_bench", "collect_reproduction", "collect_studies"]
-
 RESULTS = Path(__file__).parent / "results"
 STUDIES = "selection"
 """Name of the two files of the studies: .json, what each found, and .csv, a line for each run."""
@@ -52,11 +50,7 @@ def collect_bench(folder: Path, name: str, results: Path = RESULTS) -> Path:
 
 
 def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Path:
-    """Keep every cell of one `pacatune reproduce all`; its report is made of them.
-
-    Raises:
-        ValueError: If the folder holds no finished run.
-    """
+    """Keep every cell of one `pacatune reproduce all`; its report is made of them."""
     mark = json.loads((folder / _MARK).read_text(encoding="utf-8"))
     if not mark["finished"]:
         raise ValueError(f"{folder / _MARK} is not finished; go on with `--resume` first.")
@@ -71,15 +65,7 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> tuple[Path, Path]:
-    """Take studies among those that are there, in the place of earlier ones of the same name.
-
-    Args:
-        folders: What `pacatune compare` wrote, each named after its study.
-        results: Gets the two files.
-
-    Raises:
-        ValueError: If a study is not finished, or its runs were done with several versions.
-    """
+    """Take studies among those that are there, in the place of earlier ones of the same name."""
     found, table = results / f"{STUDIES}.json", results / f"{STUDIES}.csv"
     studies = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
     rows = list(read_runs(results)) if table.is_file() else []

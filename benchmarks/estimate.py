@@ -13,13 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, git, write
+from benchmarks.record import CODE, RESULTS, ROOT, write
 from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import Estimate, estimate_memory, find_max
 from pacatune.measure.setting import Setting
 from pacatune.paper import TABLES
 from pacatune.paper.tables import GPU, Row
+from pacatune.reports.provenance import commit
 
 __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
 
@@ -111,8 +112,7 @@ def main(options: list[str] | None = None) -> Path:
     result = {
         "command": "python -m benchmarks.estimate",
         "versions": {name: version(name) for name in _PACKAGES},
-        "commit": git("rev-parse", "HEAD"),
-        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        **commit(ROOT, *CODE),
         "table_1": rows_of_table_1(),
         "table_3": rows_of_table_3(),
         "table_4": rows_of_table_4(),

@@ -13,12 +13,7 @@ __all__ = ["table"]
 
 
 def table(number: str, results: Path) -> str:
-    """Return one table as Markdown, and where it comes from.
-
-    Args:
-        number: Number of the paper's table: 1, 3 or 4.
-        results: Folder of the result.
-    """
+    """Return one table as Markdown, and where it comes from."""
     path = results / "estimate.json"
     if not path.is_file():
         return "Not made yet: `python -m benchmarks.estimate` writes `results/estimate.json`."

@@ -17,19 +17,12 @@ from typing import Any
 
 from benchmarks.collect import RESULTS, STUDIES
 
-__all__ = ["make_pages", "read_sections"]
-
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "report"
 
 
 def make_pages(folder: Path, results: Path = RESULTS) -> Iterator[Path]:
-    """Write the pages, and yield the first file of each to look at.
-
-    Args:
-        folder: Gets a folder for each result.
-        results: Where the JSON files are.
-    """
+    """Write the pages, and yield the first file of each to look at."""
     for path in sorted(results.glob("reproduce-*.json")):
         yield _reproduction(path.stem.removeprefix("reproduce-"), folder / path.stem, results)
     for path in sorted(results.glob("bench-*.json")):
@@ -40,12 +33,7 @@ def make_pages(folder: Path, results: Path = RESULTS) -> Iterator[Path]:
 
 
 def read_sections(mode: str, results: Path = RESULTS) -> list[Any]:
-    """Return the report's sections on a committed reproduction.
-
-    Args:
-        mode: small or simulate.
-        results: Where the JSON files are.
-    """
+    """Return the report's sections on a committed reproduction."""
     from pacatune.experiments.reproduce import EXPERIMENTS
     from pacatune.experiments.reproduce.running import make_section
 

@@ -17,11 +17,12 @@ from rich.console import Console
 from benchmarks.methods import all_methods
 from pacatune.measure.timing import alternate, summarize
 from pacatune.precision import bfloat16_is_fast
-from pacatune.reports import provenance as record
-from pacatune.reports.provenance import Noise, cpu, cpu_name, num_cores, versions
+from pacatune.reports.provenance import Noise, commit, cpu, cpu_name, num_cores, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CODE = ("src", "benchmarks/*.py")
+"""What a result is a result of; changes there are noted."""
 Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,8 +84,7 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
         "cpu": cpu(),
         "num_threads": args.threads,
         "versions": versions(),
-        "commit": git("rev-parse", "HEAD"),
-        "is_modified": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        **commit(ROOT, *CODE),
         "seed": args.seed,
         "settings": {
             name: value for name, value in vars(args).items() if name not in ("output", "threads")
@@ -141,9 +141,3 @@ def write(result: dict[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def git(*args: str) -> str:
-    """Return what a git command prints in this repository, `unknown` where it fails."""
-    found = record.git(*args, folder=ROOT)
-    return "unknown" if found is None else found

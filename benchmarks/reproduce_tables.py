@@ -4,24 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import read_sections
+from pacatune.experiments.reproduce.experiment import Section
 from pacatune.experiments.reproduce.page import outcomes_table
-from pacatune.experiments.reproduce.section import Section
 from pacatune.reports.tables import table_lines
 
 OURS = ("PaCA", "QPaCA")
 
 
 def table(kind: str, results: Path) -> str:
-    """Return one of the Markdown tables.
-
-    Args:
-        kind: `outcomes`: comparisons by outcome, and minutes; `shares`: PaCA's line against the
-            reference of each table.
-        results: Folder with the committed results.
-
-    Raises:
-        ValueError: If there is no such table.
-    """
+    """Return a table: outcomes of comparisons and minutes, or PaCA's shares of the references."""
     tables = {"outcomes": outcomes, "shares": shares}
     if kind not in tables:
         raise ValueError(f"no table {kind!r} of the reproduction; there are {', '.join(tables)}.")

@@ -29,16 +29,7 @@ _BETTER_THAN = {
 
 
 def table(kind: str, results: Path) -> str:
-    """Return one of the Markdown tables.
-
-    Args:
-        kind: `differences`: each arm against random columns; `verdicts`: hypotheses, and who wins;
-            `rates`: chosen learning rates; `forgetting`: rise of the loss on general text.
-        results: Folder with the committed results.
-
-    Raises:
-        ValueError: If there is no such table.
-    """
+    """Return one of the Markdown tables."""
     tables = {
         "differences": _differences,
         "verdicts": _verdicts,
@@ -69,11 +60,6 @@ def verdict(study: dict[str, Any], arm: str, reference: str = REFERENCE) -> str:
 
     Better: the mean difference is better than 0 by more than the standard deviation of `random`
     over seeds, and it is better for every seed. Worse: the mean is worse by more than that.
-
-    Args:
-        study: One study of `read_studies`.
-        arm: Its name.
-        reference: Arm to compare with.
     """
     sign = 1 if study["higher_is_better"] else -1
     spread = study["arms"][REFERENCE]["std"]
@@ -90,9 +76,6 @@ def winners(studies: dict[str, dict[str, Any]]) -> list[str]:
     """Return the arms that `strategy: auto` could stand for, by the rule of the plan.
 
     That is: better than random in studies of two models at least, worse in none.
-
-    Args:
-        studies: What `read_studies` returns.
     """
     found = []
     for arm in _arms(studies):

@@ -34,16 +34,7 @@ _MOST = 10  # a larger multiple says nothing
 
 
 def table(name: str, results: Path = RESULTS) -> str:
-    """Return the Markdown table of one result, and where it comes from.
-
-    Args:
-        name: File name without `.json`; or `estimate-` and the number of the paper's table; or
-            `reproduce-` or `selection-` and a table of reproduce_tables or selection_tables.
-        results: Folder.
-
-    Raises:
-        ValueError: If a setting lacks one of the methods.
-    """
+    """Return the Markdown table of a result (a file's name, or estimate-1, ...), and its source."""
     if name.startswith("estimate-"):
         return estimate_tables.table(name.removeprefix("estimate-"), results)
     if name.startswith("reproduce-"):
@@ -93,15 +84,7 @@ _COMBINATIONS = {
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:
-    """Return the Markdown table of what one result's methods keep for backward.
-
-    Args:
-        name: File name without `.json`.
-        results: Folder.
-
-    Raises:
-        ValueError: If a setting lacks one of the methods.
-    """
+    """Return the Markdown table of what one result's methods keep for backward."""
     result = _read(name, results)
     if result is None:
         return _missing(name)

@@ -71,8 +71,8 @@ def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers()
         assert Setting(model="llama3-8b", method=name).row.sections == METHODS[name].sections
         assert MEASURED[name] == METHODS[name].summary
     for command, task in TASKS.items():
-        assert task.run_class().command == command
-        assert set(task.run_class().methods) in (set(TEXT_METHODS), set(CLASSIFIER_METHODS))
+        assert task.run_class.command == command
+        assert set(task.run_class.methods) in (set(TEXT_METHODS), set(CLASSIFIER_METHODS))
 
 
 def test_no_other_table_of_methods():

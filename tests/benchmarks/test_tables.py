@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import reproduce_tables, tables
-from pacatune.experiments.reproduce.section import Section, Verdict
+from pacatune.experiments.reproduce.experiment import Section, Verdict
 from pacatune.reports.tables import ReportTable
 
 RESULT = {

@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from pacatune.experiments.study import run_study
-    from pacatune.experiments.study.config_file import read_study
+    from pacatune.experiments.study.config import read_study
 
     config = read_study(Path(options.config))
     console = Console(highlight=False)
@@ -76,14 +76,14 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
 def _show_result(result: "StudyResult", folder: Path, console: "Console") -> None:
     from rich.table import Table
 
-    from pacatune.experiments.study.report import notes, table
+    from pacatune.experiments.study.report import table
     from pacatune.training.progress import show_warnings
 
-    head, rows = table(result)
-    shown = Table(*head)
-    for row in rows:
+    found = table(result)
+    shown = Table(*found.header)
+    for row in found.rows:
         shown.add_row(*row)
     console.print(shown)
-    console.print(notes(result), markup=False)
+    console.print(found.note, markup=False)
     show_warnings(result.warnings, console)
     console.print(f"report and plots are in {folder}", soft_wrap=True)

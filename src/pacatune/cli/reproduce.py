@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pacatune.cli.options import new_parser, quiet_libraries
 
@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pacatune.experiments.reproduce import Experiment
-    from pacatune.experiments.reproduce.experiment import Mode
-    from pacatune.experiments.reproduce.section import Section
+    from pacatune.experiments.reproduce.experiment import Mode, Section
 
 # Some cells have no result; the report says which and why.
 EXIT_FAILURES = 1
@@ -24,23 +23,31 @@ def run(argv: list[str]) -> int:
     quiet_libraries()
 
     from rich.console import Console
+    from rich.markdown import Markdown
 
     from pacatune.experiments.reproduce import EXPERIMENTS, find_experiments
+    from pacatune.experiments.reproduce.page import make_result
     from pacatune.experiments.reproduce.running import check_method
+    from pacatune.experiments.reproduce.settings import settings_text
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if options.list:
-        _print_list(console.print, EXPERIMENTS)
+        for one in EXPERIMENTS.values():
+            console.print(f"{one.name:<7} {one.title} ({one.place})")
         return 0
     experiments = find_experiments(options.name, EXPERIMENTS)
     if options.only is not None:
         check_method(options.only, experiments)
     if options.print:
-        _print_settings(console.print, experiments, options.scale)
+        for one in experiments:
+            console.print(settings_text(one, options.scale or "full"))
         return 0
     command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
-    sections = _run(options, experiments, command, console.print)
-    _print_results(console, sections, Path(options.output) / f"{options.name}.html")
+    sections = _run(options, experiments, command, console)
+    for section in sections:
+        console.print(Markdown(make_result(section)))
+    if sections:
+        console.print(f"\nThe report is {Path(options.output) / f'{options.name}.html'}.")
     return EXIT_FAILURES if any(section.failures for section in sections) else 0
 
 
@@ -52,10 +59,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3, or all")
     add("--list", action="store_true", help="list the names, and stop")
+    shown = "show the settings beside the paper's (of --scale, default full), and stop"
+    simulated = "the memory columns alone, at the paper's own sizes, without GPU or weights"
     scale = "small: real small models on this machine, offline; full: the paper's, on a GPU"
     add("--scale", choices=("small", "full"), help=scale)
-    add("--simulate", action="store_true", help=_SIMULATE_HELP)
-    add("--print", action="store_true", help=_PRINT_HELP)
+    add("--simulate", action="store_true", help=simulated)
+    add("--print", action="store_true", help=shown)
     add("--only", metavar="METHOD", help="one method alone, such as paca; other results are kept")
     add("--output", metavar="DIR", help="gets the report and the results")
     add("--resume", action="store_true", help="go on with what an earlier run left in DIR")
@@ -73,49 +82,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-_PRINT_HELP = "show the settings beside the paper's (of --scale, default full), and stop"
-_SIMULATE_HELP = "the memory columns alone, at the paper's own sizes, without GPU or weights"
-
-
-def _print_list(show: "object", experiments: "dict[str, Experiment]") -> None:
-    for experiment in experiments.values():
-        show(f"{experiment.name:<7} {experiment.title} ({experiment.place})")  # type: ignore[operator]
-
-
-def _print_settings(
-    show: "object", experiments: "list[Experiment]", scale: "Literal['small', 'full'] | None"
-) -> None:
-    from pacatune.experiments.reproduce.settings import settings_text
-
-    for experiment in experiments:
-        show(settings_text(experiment, scale or "full"))  # type: ignore[operator]
-
-
-def _print_results(console: "Console", sections: "list[Section]", page: Path) -> None:
-    from rich.markdown import Markdown
-
-    from pacatune.experiments.reproduce.page import make_result
-
-    for section in sections:
-        console.print(Markdown(make_result(section)))
-    if sections:
-        console.print(f"\nThe report is {page}.")
-
-
 def _run(
-    options: argparse.Namespace, experiments: "list[Experiment]", command: str, show: "object"
+    options: argparse.Namespace, experiments: "list[Experiment]", command: str, console: "Console"
 ) -> "list[Section]":
     from pacatune.experiments.reproduce import open_folder, run_experiments
     from pacatune.experiments.reproduce.running import write_report
-    from pacatune.files.result_folder import alone_in
 
     mode: Mode = "simulate" if options.simulate else options.scale
     if len(experiments) == 1 and mode in experiments[0].cannot:
         raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
     folder = Path(options.output)
-    open_folder(folder, resume=options.resume)
-    with alone_in(folder):
-        sections = run_experiments(experiments, mode, folder, command, show, options.only)  # type: ignore[arg-type]
+    with open_folder(folder, resume=options.resume):
+        sections = run_experiments(experiments, mode, folder, command, console.print, options.only)
         if options.name == "all":
             write_report(sections, "all", "The paper and here", folder)
     return sections

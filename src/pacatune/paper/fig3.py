@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = ["AUTHORS_MS", "AUTHORS_SOURCE", "DEVICES", "METHODS", "PLACE", "TITLE", "Throughput"]
-
 TITLE = "Throughput over the batch, until memory ends"
 PLACE = "Figure 3, section 4.4; settings in Table 13"
 METHODS = ("lora", "dora", "moslora", "paca")

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pacatune.paper import fig2, tables
 from pacatune.paper.tables import Table
 
-__all__ = ["LENGTHS", "LENGTHS_SOURCE", "RATIOS", "THROUGHPUT_SOURCE", "PaperRatio"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRatio:
@@ -27,56 +25,44 @@ class PaperRatio:
 def _of_figure_2() -> list[PaperRatio]:
     return [
         PaperRatio(
-            quantity="flops" if claim.quantity == "operations" else claim.phase,
-            method=claim.method,
-            reference=claim.of_method,
+            quantity="flops" if claim.quantity == "operations" else claim.what[1],
+            method=claim.what[0],
+            reference=claim.of[0],
             ratio=claim.ratio,
             source=f"'{claim.quote}', section {claim.section}; 2 x 512 tokens, 16 bits (Fig. 2, "
             "Table 8)",
         )
         for claim in fig2.CLAIMS
-        if claim.method != claim.of_method and (claim.quantity == "time" or claim.phase == "step")
+        if claim.what[0] != claim.of[0] and (claim.quantity == "time" or claim.what[1] == "step")
     ]
 
 
 def _of_table(
-    table: Table, keys: tuple[str, str], names: tuple[str, str], setting: str
+    table: Table, setting: str, ours: str, line: str, reference: str = ""
 ) -> list[PaperRatio]:
-    """Return the ratios of time and memory of two lines."""
-    ours, other = (table.row(key).values for key in keys)
-    method, reference = names
+    """Return time and memory of LLaMA3-8B by method-rank `ours` as shares of those by `line`."""
+    here, there = (table.row(f"llama3-8b-{key}").values for key in (ours, line))
     return [
         PaperRatio(
             quantity=quantity,
-            method=method,
-            reference=reference,
-            ratio=ours[key] / other[key],
-            source=f"{ours[key]:g} and {other[key]:g} {table.quantity(key).unit}, "
+            method=ours.partition("-")[0],
+            reference=reference or line.partition("-")[0],
+            ratio=here[key] / there[key],
+            source=f"{here[key]:g} and {there[key]:g} {table.quantity(key).unit}, "
             f"{table.label}; {setting}",
         )
         for quantity, key in (("step", "time"), ("peak", "memory"))
     ]
 
 
-_MMLU = "MMLU, 2 x 512 tokens, dropout 0.1 but for PaCA"
+_MMLU = (tables.TABLE_1, "MMLU, 2 x 512 tokens, dropout 0.1 but for PaCA", "paca-r8")
+_OASST1 = (tables.TABLE_3, "Oasst1, at most 768 tokens, rank 64", "qpaca-r64")
 RATIOS: tuple[PaperRatio, ...] = (
     *_of_figure_2(),
-    *(
-        ratio
-        for row, name in (("lora", "lora_dropout"), ("dora", "dora"), ("moslora", "moslora"))
-        for ratio in _of_table(
-            tables.TABLE_1,
-            ("llama3-8b-paca-r8", f"llama3-8b-{row}-r8"),
-            ("paca", name),
-            _MMLU,
-        )
-    ),
-    *_of_table(
-        tables.TABLE_3,
-        ("llama3-8b-qpaca-r64", "llama3-8b-qlora-r64"),
-        ("qpaca", "qlora"),
-        "Oasst1, at most 768 tokens, rank 64",
-    ),
+    *_of_table(*_MMLU, "lora-r8", "lora_dropout"),
+    *_of_table(*_MMLU, "dora-r8"),
+    *_of_table(*_MMLU, "moslora-r8"),
+    *_of_table(*_OASST1, "qlora-r64"),
 )
 
 # Method -> longest sequence in tokens, batch 1, 16-bit mixed precision.

@@ -3,20 +3,9 @@
 Where a table leaves something out it is None here, and what a run takes instead is ours to say.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = [
-    "MODULES",
-    "SCRIPTS",
-    "Settings",
-    "learning_rate_of_table_9",
-    "table_8",
-    "table_9",
-    "table_10",
-    "table_11",
-    "table_12",
-    "table_13",
-]
+from pacatune.paper.tables import Row
 
 # What the authors' scripts (github.com/WooSunghyeon/paca, commit be9a806) have otherwise, by table.
 SCRIPTS = {
@@ -26,7 +15,6 @@ SCRIPTS = {
 }
 # "Q, K, V, O, Up, Down, Gate", by transformers' names.
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
-_RATES = (5e-4, 1e-3, 5e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,120 +44,85 @@ class Settings:
     target_modules: tuple[str, ...] | None = None
 
 
+_LLAMA3_8B = Settings(model="llama3-8b", target_modules=MODULES)
+_MMLU = replace(
+    _LLAMA3_8B,
+    data="MMLU",
+    precision="16-bit mixed",
+    optimizer="AdamW",
+    scheduler="cosine",
+    batch_size=8,
+    micro_batches=4,
+    seq_len=512,
+    warmup=100,
+    epochs=1,
+)
+# Model -> method -> learning rate on MMLU; paca16: PaCA at rank 16.
+_MMLU_RATES = {
+    "llama2-7b": {"lora": 3e-4, "dora": 3e-4, "moslora": 3e-4, "paca": 3e-4, "paca16": 1e-4},
+    "llama2-13b": {"lora": 2e-4, "dora": 1e-4, "moslora": 1e-4, "paca": 1e-4, "paca16": 1e-4},
+    "llama3-8b": {"lora": 1e-5, "dora": 5e-6, "moslora": 5e-6, "paca": 5e-6, "paca16": 5e-6},
+}
+_OASST1 = replace(
+    _LLAMA3_8B,
+    data="Oasst1",
+    alpha=1,
+    learning_rates=(5e-4, 1e-3, 5e-3),
+    precision="16-bit mixed",
+    optimizer="AdamW",
+    scheduler="linear",
+    batch_size=16,
+    micro_batches=4,
+    seq_len=768,
+    warmup=0.1,
+    epochs=1,
+)
+
+
 def table_8(method: str) -> Settings:
     """Return the settings of Figure 2."""
-    return Settings(
-        model="llama3-8b",
-        rank=None if method == "full" else 8,
-        precision="16 bits",
-        batch_size=2,
-        seq_len=512,
-        target_modules=MODULES,
-    )
-
-
-def learning_rate_of_table_9(model: str, method: str, rank: int) -> float:
-    """Return the learning rate of a line of Table 1.
-
-    Args:
-        model: llama2-7b, llama2-13b or llama3-8b.
-        method: lora, dora, moslora or paca.
-        rank: 8, or of PaCA 16.
-    """
-    rates = {
-        "llama2-7b": {"lora": 3e-4, "dora": 3e-4, "moslora": 3e-4, "paca": 3e-4, "paca16": 1e-4},
-        "llama2-13b": {"lora": 2e-4, "dora": 1e-4, "moslora": 1e-4, "paca": 1e-4, "paca16": 1e-4},
-        "llama3-8b": {"lora": 1e-5, "dora": 5e-6, "moslora": 5e-6, "paca": 5e-6, "paca16": 5e-6},
-    }
-    return rates[model]["paca16" if (method, rank) == ("paca", 16) else method]
+    return replace(table_13(method), batch_size=2)
 
 
 def table_9(model: str, method: str, rank: int) -> Settings:
     """Return the settings of a line of Table 1 (MMLU)."""
-    return Settings(
+    rate = _MMLU_RATES[model].get("paca16" if (method, rank) == ("paca", 16) else method)
+    return replace(
+        _MMLU,
         model=model,
-        data="MMLU",
         rank=rank,
         alpha=64 if rank == 16 else 32,
         dropout=None if method == "paca" else 0.1,
-        learning_rates=(learning_rate_of_table_9(model, method, rank),),
-        precision="16-bit mixed",
-        optimizer="AdamW",
-        scheduler="cosine",
-        batch_size=8,
-        micro_batches=4,
-        seq_len=512,
-        warmup=100,
-        epochs=1,
-        target_modules=MODULES,
+        learning_rates=None if rate is None else (rate,),  # None: it is not trained
     )
 
 
 def table_10(rank: int) -> Settings:
-    """Return the settings of a line of Table 2, or of Table 5 (Oasst1): the same for all methods.
-
-    Args:
-        rank: 64, or of PaCA 128.
-    """
-    return Settings(
-        model="llama3-8b",
-        data="Oasst1",
-        rank=rank,
-        alpha=1,
-        learning_rates=_RATES,
-        precision="16-bit mixed",
-        optimizer="AdamW",
-        scheduler="linear",
-        batch_size=16,
-        micro_batches=4,
-        seq_len=768,
-        warmup=0.1,
-        epochs=1,
-        target_modules=MODULES,
-    )
+    """Return the settings of Tables 2 and 5 (Oasst1), which are the same for all methods."""
+    return replace(_OASST1, rank=rank)
 
 
 def table_11(model: str) -> Settings:
-    """Return the settings of a line of Table 3 (Oasst1 on 4-bit bases).
-
-    Args:
-        model: llama3-8b or llama3.1-70b.
-    """
-    return Settings(
-        model=model,
-        data="Oasst1",
-        rank=64,
-        alpha=1,
-        learning_rates=_RATES,
-        precision="16-bit mixed",
-        optimizer="AdamW",
-        scheduler="linear",
-        batch_size=16,
-        micro_batches=4 if model == "llama3-8b" else 2,
-        seq_len=768,
-        warmup=0.1,
-        epochs=1,
-        target_modules=MODULES,
-    )
+    """Return the settings of Table 3 (Oasst1 on 4-bit bases)."""
+    return replace(_OASST1, model=model, rank=64, micro_batches=4 if model == "llama3-8b" else 2)
 
 
 def table_12(method: str) -> Settings:
     """Return the settings of Table 4 (longest sequence)."""
-    return Settings(
-        model="llama3-8b",
-        rank=None if method == "full" else 8,
-        precision="16-bit mixed",
-        batch_size=1,
-        target_modules=MODULES,
-    )
+    rank = None if method == "full" else 8
+    return replace(_LLAMA3_8B, rank=rank, precision="16-bit mixed", batch_size=1)
 
 
 def table_13(method: str) -> Settings:
     """Return the settings of Figure 3 (throughput)."""
-    return Settings(
-        model="llama3-8b",
-        rank=None if method == "full" else 8,
-        precision="16 bits",
-        seq_len=512,
-        target_modules=MODULES,
-    )
+    rank = None if method == "full" else 8
+    return replace(_LLAMA3_8B, rank=rank, precision="16 bits", seq_len=512)
+
+
+def of_line(table: str, row: Row) -> Settings:
+    """Return the settings of a line of Tables 1 to 5."""
+    if table == "table1":
+        return table_9(row.model, row.method, row.rank or 8)
+    if table in ("table2", "table5"):
+        return table_10(row.rank or 64)
+    return table_11(row.model) if table == "table3" else table_12(row.method)

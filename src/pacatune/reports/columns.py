@@ -6,8 +6,6 @@ from typing import Any
 from pacatune.installation import require_extra
 from pacatune.reports.figures import check_picture_path, new_figure, plain_text, save_figure
 
-__all__ = ["plot_columns"]
-
 # A whole picture fits a screen of 1920 x 1080 pixels, whatever the model.
 _WIDTH, _MOST_HEIGHT = 12.0, 6.6
 _INCHES_PER_ROW, _INCHES_PER_PANEL = 0.18, 1.1
@@ -20,13 +18,7 @@ def plot_columns(report: Any, path: Path) -> None:
 
     There is a panel for each kind of module, such as `q_proj`, with a row for each layer; modules
     of more kinds than a screen shows share one panel. The picture is never larger than a screen.
-
-    Args:
-        report: What `adapters.inspect.inspect_adapter` returns for a PaCA adapter.
-        path: File to write; its ending decides the format.
-
-    Raises:
-        ValueError: If the adapter has no columns, or the ending is another one.
+    `report` is what `adapters.inspect.inspect_adapter` returns for a PaCA adapter.
     """
     modules = getattr(report, "modules", ())
     rows = [(one.name, one.columns) for one in modules if getattr(one, "columns", None) is not None]

@@ -7,9 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SUFFIXES", "check_picture_path", "new_figure", "plain_text", "save_figure", "svg_text"]
-
-SUFFIXES = (".png", ".svg", ".pdf")
+_SUFFIXES = (".png", ".svg", ".pdf")
 _DPI = 120
 # The salt makes the names inside, and so the text, the same every time. Words stay words: they can
 # be read aloud and searched, and are half as long as their outlines.
@@ -44,13 +42,9 @@ def svg_text(figure: Any) -> str:
 
 
 def check_picture_path(path: Path) -> None:
-    """Refuse a file that is no picture by its name, before anything is computed.
-
-    Raises:
-        ValueError: If its ending is another one.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+    """Refuse a file that is no picture by its name, before anything is computed."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
 
 
 def plain_text(text: str) -> str:

@@ -7,27 +7,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-__all__ = ["inline_svg", "render_page"]
-
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page.
-
-    Args:
-        template: Name of a file in `pacatune/reports/templates`.
-        **values: What it shows. Texts are escaped; a template sets `code` and **bold** words of
-            those that it passes through `prose`.
-    """
+    """Return a page by a template of `reports/templates`, which shows the values, escaped."""
     return _environment().get_template(template).render(**values) + "\n"
 
 
 def inline_svg(svg: str, prefix: str) -> Markup:
-    """Return a picture for a page with several, which must not share the names they use inside.
-
-    Args:
-        svg: An SVG element of our own making; it is not escaped.
-        prefix: Unique on the page.
-    """
+    """Return an SVG element of ours whose names inside begin with a prefix unique on the page."""
     return Markup(re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg))
 
 

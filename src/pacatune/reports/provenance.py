@@ -9,19 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Noise",
-    "commit",
-    "commit_text",
-    "cpu",
-    "cpu_name",
-    "git",
-    "num_cores",
-    "package_version",
-    "versions",
-    "versions_text",
-]
-
 _PACKAGES = ("pacatune", "torch", "transformers", "peft")
 _PACKAGE_FOLDER = Path(__file__).parents[1]
 
@@ -35,11 +22,7 @@ def package_version(name: str) -> str | None:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the releases of Python and of the packages that decide what is computed.
-
-    Args:
-        *more: Names of further packages; left out where they are not installed.
-    """
+    """Return the releases of Python, of what decides the numbers, and of more if installed."""
     found = {"python": platform.python_version()}
     found |= {name: version(name) for name in _PACKAGES}
     return found | {name: number for name in more if (number := package_version(name))}
@@ -50,14 +33,15 @@ def versions_text(found: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
-def commit() -> dict[str, Any]:
-    """Return commit and `is_modified` of the checkout this package runs from; None elsewhere."""
+def commit(folder: Path = _PACKAGE_FOLDER, *paths: str) -> dict[str, Any]:
+    """Return `commit` and `is_modified` of a checkout's paths; None where git has none of them."""
+    paths = paths or (".",)
     # An environment may lie in a repository of its user, whose commit says nothing about us.
-    if not git("ls-files", "--", "__init__.py", folder=_PACKAGE_FOLDER):
+    if not _git("ls-files", "--", *paths, folder=folder):
         return {"commit": None, "is_modified": None}
     return {
-        "commit": git("rev-parse", "HEAD", folder=_PACKAGE_FOLDER),
-        "is_modified": bool(git("status", "--porcelain", "--", ".", folder=_PACKAGE_FOLDER)),
+        "commit": _git("rev-parse", "HEAD", folder=folder),
+        "is_modified": bool(_git("status", "--porcelain", "--", *paths, folder=folder)),
     }
 
 
@@ -69,7 +53,7 @@ def commit_text(record: Mapping[str, Any]) -> str:
     return f" at commit {record['commit'][:9]}{changed}"
 
 
-def git(*args: str, folder: Path) -> str | None:
+def _git(*args: str, folder: Path) -> str | None:
     """Return what a git command prints in a folder, None where it fails."""
     try:
         done = subprocess.run(

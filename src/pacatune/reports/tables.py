@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ReportTable", "table_lines"]
-
 _RULES = {"l": "---", "r": "--:"}
 
 
@@ -33,15 +31,9 @@ class ReportTable:
 def table_lines(
     header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "lr"
 ) -> list[str]:
-    """Return a table as lines of Markdown.
+    """Return a table of Markdown cells as lines.
 
-    Args:
-        header: Titles of the columns.
-        rows: Cells, which are Markdown already.
-        align: `l` or `r` for each column; the last letter holds for all that follow.
-
-    Raises:
-        ValueError: If a row has another number of cells than the header.
+    `align` has `l` or `r` for each column; the last letter holds for all that follow.
     """
     # An empty title takes one space, as in a table written by hand.
     lines = [

@@ -1,6 +1,6 @@
 import pytest
 
-from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.experiments.reproduce.verdicts import Column, same_column
 from pacatune.paper.tables import Quantity, Row, Table
 
 
@@ -35,8 +35,7 @@ def table():
 def same(table):
     """A column of the same quantity as the paper's."""
     paper = table.quantity("memory")
-    ours = Quantity(key="ours", title="our memory", unit="GB", kind="memory", margin=0.5)
-    return Column(quantity=ours, paper=paper, is_same=True, about="How it is got.")
+    return same_column(paper, "ours", "our memory", "How it is got.")
 
 
 @pytest.fixture
@@ -46,7 +45,6 @@ def shares(table):
     return Column(
         quantity=ours,
         paper=table.quantity("memory"),
-        is_same=False,
         model="Tiny",
         rank=lambda row: 4,
     )
@@ -55,4 +53,4 @@ def shares(table):
 @pytest.fixture
 def scores(table):
     ours = Quantity(key="accuracy", title="accuracy", unit="%", kind="score", margin=1.0)
-    return Column(quantity=ours, paper=table.quantity("average"), is_same=False, model="Tiny")
+    return Column(quantity=ours, paper=table.quantity("average"), model="Tiny")

@@ -11,13 +11,13 @@ import pytest
 
 from benchmarks.pages import read_sections
 from pacatune.experiments.reproduce.comparison import fill_section
+from pacatune.experiments.reproduce.experiment import Measured, Section
 from pacatune.experiments.reproduce.page import (
     make_html,
     make_markdown,
     make_result,
     outcomes_table,
 )
-from pacatune.experiments.reproduce.section import Measured, Section
 
 
 def exact(value, note=""):
@@ -35,21 +35,20 @@ def section(table, same, shares, scores):
         missing=["DoRA"],
         provenance="made by a command",
     )
-    ours = {
-        ("small-lora-r8", "ours"): exact(18.0),
-        ("small-paca-r8", "ours"): exact(19.0, "a note"),
-        ("small-lora-r8", "mb"): exact(1000.0),
-        ("small-dora-r8", "mb"): exact(1500.0),
-        ("small-paca-r8", "mb"): exact(850.0),
-        ("small-none", "accuracy"): exact(20.0),
-        ("small-lora-r8", "accuracy"): Measured(
-            value=30, low=28, high=32, origin="measured", rate=3e-3
-        ),
-        ("small-paca-r8", "accuracy"): Measured(
+    tuned = {
+        "small-none": exact(20.0),
+        "small-lora-r8": Measured(value=30, low=28, high=32, origin="measured", rate=3e-3),
+        "small-paca-r8": Measured(
             value=31, low=29, high=33, origin="measured", rate=1e-2, at_edge=True
         ),
     }
-    fill_section(part, table, [same, shares, scores], ours)
+    megabytes = {"lora": 1000.0, "dora": 1500.0, "paca": 850.0}
+    columns = [
+        (same, {"small-lora-r8": exact(18.0), "small-paca-r8": exact(19.0, "a note")}),
+        (shares, {f"small-{method}-r8": exact(size) for method, size in megabytes.items()}),
+        (scores, tuned),
+    ]
+    fill_section(part, table, columns)
     return part
 
 
@@ -156,8 +155,8 @@ def test_html_is_one_page_that_loads_nothing(section):
 
 def test_pictures_are_the_same_every_time(section, table, same):
     again = Section(name="table9", title="", place="", about=[])
-    ours = {("small-lora-r8", "ours"): exact(18.0), ("small-paca-r8", "ours"): exact(19.0)}
-    fill_section(again, table, [same], ours)
+    ours = {"small-lora-r8": exact(18.0), "small-paca-r8": exact(19.0)}
+    fill_section(again, table, [(same, ours)])
     assert again.charts[0].svg == section.charts[0].svg
 
 

@@ -7,18 +7,14 @@ from pathlib import Path
 import pytest
 
 from pacatune.experiments import reproduce
-from pacatune.experiments.reproduce import instruction
-from pacatune.experiments.reproduce.experiment import Cell, Experiment
+from pacatune.experiments.reproduce import EXPERIMENTS
+from pacatune.experiments.reproduce.experiment import Cell, Experiment, Section
 from pacatune.experiments.reproduce.running import (
-    check_method,
-    find_experiments,
+    CellStore,
     open_folder,
     run_experiments,
     write_report,
 )
-from pacatune.experiments.reproduce.runs import evaluate_line
-from pacatune.experiments.reproduce.section import Section
-from pacatune.paper import TABLES
 from tools.cli_reference import find_parser
 
 
@@ -60,8 +56,8 @@ def experiments(calls):
 
 def go(experiments, folder, only=None, resume=False):
     lines = []
-    open_folder(folder, resume=resume)
-    sections = run_experiments(experiments, "small", folder, "a command", lines.append, only)
+    with open_folder(folder, resume=resume):
+        sections = run_experiments(experiments, "small", folder, "a command", lines.append, only)
     return sections, lines
 
 
@@ -102,12 +98,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, calls):
 
 def test_the_machine_is_the_one_that_measured(experiments, tmp_path, monkeypatch):
     """A report made again elsewhere once named the machine that made the report."""
-    monkeypatch.setattr(
-        "pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Some Processor"
-    )
-    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.num_cores", lambda: 3)
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.cpu_name", lambda: "Some Processor")
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.num_cores", lambda: 3)
     go(experiments, tmp_path / "out")
-    monkeypatch.setattr("pacatune.experiments.reproduce.experiment.cpu_name", lambda: "Another")
+    monkeypatch.setattr("pacatune.experiments.reproduce.running.cpu_name", lambda: "Another")
     (section, _), _ = go(experiments, tmp_path / "out", resume=True)
     assert " minutes on Some Processor, 3 cores (" in section.provenance
     path = tmp_path / "out" / "cells" / "first" / "lora.json"
@@ -159,30 +153,86 @@ def test_what_a_mode_lacks_is_said_and_left_out(calls, tmp_path):
     assert (sections, lines, calls) == ([], ["first: there is none."], [])
 
 
-def test_names_and_methods(experiments):
-    known = {experiment.name: experiment for experiment in experiments}
-    assert find_experiments("all", known) == experiments
-    assert find_experiments("second", known) == experiments[1:]
-    check_method("paca", experiments)
-    with pytest.raises(ValueError, match="did you mean 'first'"):
-        find_experiments("fist", known)
-    with pytest.raises(ValueError, match="unknown method 'dora'"):
-        check_method("dora", experiments)
+def commands(cells, key):
+    (cell,) = [cell for cell in cells if cell.key == key]
+    return cell.inputs["commands"]
 
 
 def test_commands_of_the_full_scale_are_those_of_the_evaluations():
     """Their own parsers take every word; a wrong one would end the process."""
-    row = TABLES["table3"].row("llama3-8b-quantized")
-    (line,) = instruction._full_commands(None, row)
+    cells = {name: EXPERIMENTS[name].cells("full") for name in ("table1", "table3")}
+    (line,) = commands(cells["table3"], "full-llama3-8b-quantized")
     parsed = find_parser("evaluate-mt-bench").parse_args(shlex.split(line)[3:])
     assert (parsed.quantization, parsed.judge_model) == ("nf4", "gpt-4o-mini")
     assert parsed.judge_key_env == "OPENAI_API_KEY"
-    line = evaluate_line("mmlu", "a/model", has_adapter=True)
+    train, line = commands(cells["table1"], "full-llama3-8b-paca-r8")
+    assert train == "pacatune train --config RUN.yaml"
     parsed = find_parser("evaluate-mmlu").parse_args(shlex.split(line)[3:])
-    assert (parsed.model, parsed.adapter, parsed.output) == ("a/model", "RUN", "DIR")
+    assert (parsed.model, parsed.adapter) == ("meta-llama/Meta-Llama-3-8B", "RUN")
+    assert parsed.output == "DIR"
 
 
 def test_reproduction_knows_no_command_line():
     """It does what it does in this process, by functions."""
     folder = Path(reproduce.__file__).parent
     assert not [path for path in folder.glob("*.py") if "pacatune.cli" in path.read_text()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CellStore(tmp_path / "cells" / "table9")
+
+
+def make_cell(run=None, **inputs):
+    return Cell(
+        key="one",
+        title="a cell",
+        methods=("paca",),
+        inputs={"sizes": (1, 2), **inputs},
+        run=run or (lambda folder, tell: {"value": 7}),
+    )
+
+
+def test_a_result_is_computed_once(store):
+    assert store.find(make_cell()) is None
+    kept = store.compute(make_cell(), print)
+    assert kept["result"] == {"value": 7}
+    assert "torch" in kept["versions"]
+    assert store.find(make_cell()) == kept
+
+
+def test_other_inputs_are_another_result(store):
+    store.compute(make_cell(rank=8), print)
+    assert store.find(make_cell(rank=16)) is None
+    assert store.find(make_cell(rank=8))["result"] == {"value": 7}
+
+
+def test_a_failed_cell_leaves_nothing(store):
+    def fail(folder, tell):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        store.compute(make_cell(fail), print)
+    assert store.find(make_cell()) is None
+
+
+def test_a_file_cut_off_in_the_middle_is_made_again(store):
+    store.compute(make_cell(), print)
+    path = store.folder / "one.json"
+    path.write_text(path.read_text()[:40])
+    assert store.find(make_cell()) is None
+    path.write_text(json.dumps({"inputs": {"sizes": [1, 2]}}))
+    assert store.find(make_cell()) is None
+
+
+def test_each_input_has_its_own_folder_for_what_is_half_done(store):
+    folders = []
+
+    def note(folder, tell):
+        folders.append(folder)
+        return {}
+
+    store.compute(make_cell(note), print)
+    store.compute(make_cell(note), print)
+    store.compute(make_cell(note, rank=1), print)
+    assert folders[0] == folders[1] != folders[2]

@@ -164,8 +164,3 @@ def test_tables_6_and_7():
     lines = lines_of("table7", "full")
     assert "| efficientnetv2-l | PaCA | - | 93.7 | 90 | -3.70 |" in lines
     assert "| efficientnetv2-l | PaCA | - | 59 | 1 | -98.3% |" in lines
-
-
-@pytest.mark.parametrize("name", ["table5", "table6", "table7"])
-def test_what_cannot_be_simulated_says_why(name):
-    assert "simulate" in EXPERIMENTS[name].cannot

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pacatune.experiments.study import plan
-from pacatune.experiments.study.task import Measured, StudyTask
+from pacatune.experiments.study.result import Measured
+from pacatune.experiments.study.tasks import StudyTask
+from pacatune.training import RunConfig
 
 
 @pytest.fixture(scope="session")
@@ -103,26 +105,16 @@ class Scripted(StudyTask):
     Validation is best at a rate of 1e-3, test at 4e-3. `fail` raises at will.
     """
 
-    command = "train"
-    methods = ("paca", "lora", "full")
+    run_class = RunConfig
     metrics = ("loss",)
     runs: ClassVar = []
     fail = None
-
-    @classmethod
-    def run_class(cls):
-        from pacatune.training import RunConfig
-
-        return RunConfig
 
     def test_data(self, task):
         raise AssertionError("nothing is trained")
 
     def _take_test(self, data):
         return {"path": data.pop("eval_path")}
-
-    def default_rate(self, method):
-        return 3e-4
 
     def count(self, config):
         section = config.paca if config.method == "paca" else config.lora
@@ -151,5 +143,5 @@ class Scripted(StudyTask):
 def scripted(monkeypatch, text_options):
     """Let studies run the scripted task; yields its class and the options that it takes."""
     Scripted.runs, Scripted.fail = [], None
-    monkeypatch.setattr(plan, "_task_class", lambda command: Scripted)
+    monkeypatch.setitem(plan.TASKS, "train", Scripted)
     return Scripted, text_options

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from pacatune.experiments.study import run_study
-from pacatune.experiments.study.config_file import read_study
+from pacatune.experiments.study.config import read_study
 from pacatune.experiments.study.tasks import ClassifyTask
 from pacatune.files.result_folder import alone_in
 from pacatune.training.classifier import ClassifierTrainer
@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from pacatune.experiments.study import run_study
 from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.experiments.study.config_file import read_study
+from pacatune.experiments.study.config import read_study
 
 train, started = ClassifyTask.run, []
 

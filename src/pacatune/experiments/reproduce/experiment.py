@@ -1,34 +1,25 @@
-"""What every table and figure offers: its work in cells, its settings, its part of the report.
+"""A table or figure of the paper: its work in cells, its settings, its part of the report."""
 
-What is computed is computed once: each cell has its file, and a killed run goes on.
-"""
-
-import datetime
-import hashlib
-import json
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pacatune.experiments.reproduce.section import Section
 from pacatune.experiments.reproduce.settings import SettingsBeside
-from pacatune.reports.provenance import commit, cpu_name, num_cores, versions
+from pacatune.reports.tables import ReportTable
 
-__all__ = [
-    "Cell",
-    "CellStore",
-    "Experiment",
-    "Mode",
-    "Results",
-]
-
-
-Result = dict[str, Any]
 Mode = Literal["simulate", "small", "full"]
-# Key of a cell -> what it computed.
-Results = Mapping[str, dict[str, Any]]
+Scale = Literal["small", "full"]
+Result = dict[str, Any]
+Results = Mapping[str, Result]
+"""Key of a cell -> what it computed."""
+Origin = Literal["simulated", "counted", "measured"]
+ORIGINS: tuple[Origin, ...] = ("simulated", "counted", "measured")
+Outcome = Literal["agrees", "cannot_tell", "open", "contradicts"]
+OUTCOMES: tuple[Outcome, ...] = ("agrees", "cannot_tell", "open", "contradicts")
+"""cannot_tell: our intervals are wider than the paper's difference; open: they are not, and the
+lines are alike here where the paper has an order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,69 +38,100 @@ class Cell:
     """Called with a folder of its own, which survives a kill, and with what shows a line."""
 
 
-class CellStore:
-    """The folder `cells/EXPERIMENT` of an output folder.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A number and the interval it lies in; equal ends where it is exact."""
 
-    Args:
-        folder: Made where missing.
-    """
+    value: float
+    low: float
+    high: float
+    origin: Origin
+    """simulated: by `pacatune estimate`; counted: exactly, of the real step; measured: here."""
+    note: str = ""
+    """What a reader must know about this one number."""
+    rate: float | None = None
+    """The best learning rate of a grid, where there was one."""
+    at_edge: bool = False
+    """Whether that is the smallest or largest of its grid: a better one may lie outside."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    @classmethod
+    def exact(cls, value: float, origin: Origin, note: str = "") -> "Measured":
+        """Return a number without spread."""
+        return cls(value=value, low=value, high=value, origin=origin, note=note)
 
-    def find(self, cell: Cell) -> Result | None:
-        """Return the kept result of a cell, None if there is none of the same inputs."""
-        path = self._path(cell)
-        if not path.is_file():
-            return None
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # cut off by a full disk: made again
-            return None
-        same = isinstance(kept, dict) and kept.get("inputs") == _plain(cell.inputs)
-        return kept if same and "result" in kept else None
+    def over(self, other: "Measured") -> "Measured":
+        """Return the share of another number, with the widest interval."""
+        return Measured(
+            value=self.value / other.value,
+            low=self.low / other.high,
+            high=self.high / other.low,
+            origin=self.origin,
+        )
 
-    def compute(self, cell: Cell, tell: Callable[[str], None]) -> Result:
-        """Run a cell and keep its result."""
-        start = time.monotonic()
-        result = cell.run(self._work_folder(cell), tell)
-        kept = {
-            "key": cell.key,
-            "inputs": _plain(cell.inputs),
-            "result": result,
-            "seconds": round(time.monotonic() - start, 1),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": f"{cpu_name()}, {num_cores()} cores",
-            "versions": versions("trl", "bitsandbytes", "timm"),
-            **commit(),
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(cell)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return kept
-
-    def write_failure(self, cell: Cell, text: str) -> Path:
-        """Keep the traceback of a cell that failed; return where."""
-        folder = self._work_folder(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failure.txt").write_text(text, encoding="utf-8")
-        return folder / "failure.txt"
-
-    def _path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.key}.json"
-
-    def _work_folder(self, cell: Cell) -> Path:
-        """A folder for the inputs of this cell: what others left half done is not gone on with."""
-        text = json.dumps(_plain(cell.inputs), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return self.folder / "work" / f"{cell.key}-{digest}"
+    def text(self, show: Callable[[float], str], spread: str = " [{}, {}]") -> str:
+        """Return the number, and its interval where it has one."""
+        ends = spread.format(show(self.low), show(self.high)) if self.low < self.high else ""
+        return show(self.value) + ends
 
 
-def _plain(values: dict[str, Any]) -> Any:
-    """Return the values as JSON gives them back: tuples are lists."""
-    return json.loads(json.dumps(values))
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What two lines say about the paper in one quantity."""
+
+    outcome: Outcome
+    origin: Origin
+    """Where our numbers come from."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A picture."""
+
+    caption: str
+    draw: Callable[[], str]
+    """Draws it as SVG; only called for what is written."""
+
+    @cached_property
+    def svg(self) -> str:
+        """The whole file."""
+        return self.draw()
+
+
+@dataclass(kw_only=True)
+class Section:
+    """One experiment's part of the report, of which Markdown, HTML and JSON are made."""
+
+    name: str
+    title: str
+    place: str
+    """Where in the paper."""
+    about: list[str]
+    """Paragraphs for somebody who knows neither the paper nor us."""
+    tables: list[ReportTable] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What limits the comparison."""
+    missing: list[str] = field(default_factory=list)
+    """Cells that have no result yet."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Cell -> why it has none."""
+    provenance: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What the JSON file holds beside the texts: the numbers themselves."""
+    rates: dict[str, bool] = field(default_factory=dict)
+    """Line whose learning rate is the best of a grid -> whether it lies at the grid's edge."""
+
+    def outcomes(self, origin: Origin | None = None) -> dict[str, int]:
+        """Return how many verdicts there are of each kind, of one origin or of all."""
+        kinds = [v.outcome for v in self.verdicts if origin in (None, v.origin)]
+        return {kind: kinds.count(kind) for kind in OUTCOMES}
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Where the numbers of the verdicts come from."""
+        return [origin for origin in ORIGINS if any(v.origin == origin for v in self.verdicts)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +149,7 @@ class Experiment:
     """The work of a mode."""
     section: Callable[[Mode, Results], Section]
     """The report on what there is."""
-    settings: Callable[[Literal["small", "full"]], list[SettingsBeside]]
+    settings: Callable[[Scale], list[SettingsBeside]]
     """Ours beside the paper's."""
-    cannot: Mapping[str, str]
+    cannot: Mapping[str, str] = field(default_factory=dict)
     """Mode -> why it is not there."""

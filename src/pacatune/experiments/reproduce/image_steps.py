@@ -18,17 +18,6 @@ from pacatune.methods import METHODS, Method
 if TYPE_CHECKING:
     from pacatune.measure.methods import Contender
 
-__all__ = [
-    "NUM_CLASSES",
-    "build_efficientnet",
-    "build_vit",
-    "choose_layers",
-    "make_batch",
-    "make_step",
-    "measure_steps",
-    "with_statistics",
-]
-
 NUM_CLASSES = 100
 # Enough to put random layers' outputs into the range of trained ones.
 _STATISTICS_BATCH, _STATISTICS_SIZE = 4, 128
@@ -60,19 +49,9 @@ def measure_steps(
     seconds: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Let methods take turns at training steps in float32.
+    """Let methods, ours first, take turns at training steps in float32.
 
-    Args:
-        build: Returns the model.
-        methods: paca first, then lora or full.
-        rank: Rank of adapters.
-        num_images: Images of a step.
-        image_size: Height and width of the images, in pixels.
-        seconds: Time for all steps.
-        seed: Seed of weights, images, columns and LoRA.
-
-    Returns:
-        `saved_bytes` by method, for a whole step; `ratios`, ours over the others, with intervals.
+    Returns `saved_bytes` of a whole step by method, and `ratios`, ours over the others.
     """
     from pacatune.measure.methods import adapt
     from pacatune.measure.timing import alternate, compare
@@ -80,15 +59,20 @@ def measure_steps(
     torch.manual_seed(seed)
     base = with_statistics(build())
     batch = make_batch(num_images, image_size, torch.float32, seed)
-    contenders = {}
+    steps, saved = {}, {}
     for method in methods:
         targets, heads = choose_layers(base, METHODS[method], rank)
-        model = copy.deepcopy(base)
-        contenders[method] = adapt(
-            model, method, rank=rank, dropout=0.0, seed=seed, targets=targets, heads=heads
+        contender = adapt(
+            copy.deepcopy(base),
+            method,
+            rank=rank,
+            dropout=0.0,
+            seed=seed,
+            targets=targets,
+            heads=heads,
         )
-    steps = {method: make_step(contender, *batch) for method, contender in contenders.items()}
-    saved = {method: _count(contender.model, *batch) for method, contender in contenders.items()}
+        steps[method] = make_step(contender, *batch)
+        saved[method] = _count(contender.model, *batch)
     times = alternate(steps, seconds=seconds, min_rounds=5, num_warmup=1)
     ours, *others = methods
     return {
@@ -103,12 +87,7 @@ def measure_steps(
 
 
 def with_statistics(model: nn.Module, size: int = _STATISTICS_SIZE) -> nn.Module:
-    """Give BatchNorm the statistics of random images, or values would vanish in depth.
-
-    Args:
-        model: Changed in place, and returned.
-        size: Height and width of the images, where they are smaller than usual.
-    """
+    """Give BatchNorm the statistics of random images, or values would vanish in depth."""
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if norms:
         momenta = [layer.momentum for layer in norms]
@@ -131,13 +110,7 @@ def make_batch(num_images: int, size: int, dtype: torch.dtype, seed: int) -> tup
 
 
 def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | str, list[str]]:
-    """Return what `pacatune train-image` adapts by default, and the heads that it trains.
-
-    Args:
-        model: Not adapted.
-        row: A method; LoRA cannot adapt all layers that PaCA can.
-        rank: Rank of its adapter.
-    """
+    """Return what `pacatune train-image` adapts by default, and the heads that it trains."""
     from pacatune.training.image.model import find_heads
     from pacatune.training.image.targets import choose_targets
 
@@ -146,12 +119,9 @@ def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | 
 
 
 def make_step(contender: "Contender", images: Tensor, labels: Tensor) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns its seconds.
+    """Return a function that makes one optimizer step, BatchNorm frozen, and returns its seconds.
 
-    Args:
-        contender: Model and optimizer; its BatchNorm is put into evaluation mode.
-        images: (B, 3, H, W).
-        labels: (B,).
+    `images` are (B, 3, H, W), `labels` (B,).
     """
     model, optimizer = contender.model, contender.optimizer
     for layer in model.modules():

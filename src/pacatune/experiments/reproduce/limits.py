@@ -1,40 +1,52 @@
 """Table 4 and Figure 3: how long a text, and how many texts, until memory ends."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pacatune.experiments.reproduce.charts import lines, stacked
-from pacatune.experiments.reproduce.comparison import fill_section
-from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Results
-from pacatune.experiments.reproduce.section import Chart, Measured, Outcome, Section, Verdict
-from pacatune.experiments.reproduce.settings import SettingsBeside, of_bench
-from pacatune.experiments.reproduce.simulation import describe, setting_of, simulate_length
+from pacatune.experiments.reproduce.comparison import Source, table_experiment
+from pacatune.experiments.reproduce.experiment import (
+    Cell,
+    Chart,
+    Experiment,
+    Measured,
+    Mode,
+    Outcome,
+    Result,
+    Results,
+    Scale,
+    Section,
+    Verdict,
+)
+from pacatune.experiments.reproduce.settings import SettingsBeside
+from pacatune.experiments.reproduce.simulation import (
+    describe,
+    make_setting,
+    setting_of,
+    simulate_length,
+)
 from pacatune.experiments.reproduce.steps import (
+    MODEL,
     RANK,
     bench_cell,
     bench_config,
+    bench_settings,
     machine_of,
     model_of,
     rate_of,
 )
-from pacatune.experiments.reproduce.verdicts import Column, share_outcome
+from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column, share_outcome
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.setting import Setting
 from pacatune.paper import METHOD_TITLES, fig3
-from pacatune.paper.settings import table_12, table_13
-from pacatune.paper.tables import GPU, TABLE_4, Quantity, Row
+from pacatune.paper.settings import of_line, table_13
+from pacatune.paper.tables import GPU, TABLE_4, Row
 from pacatune.reports.tables import ReportTable
-
-__all__ = ["FIGURE_3_EXPERIMENT", "TABLE_4_EXPERIMENT"]
-
 
 # Table 4: the longest sequence that one A100 trains.
 
-
-_SIMULATED, _MEASURED = "simulated_length", "measured_length"
 _DROPOUT = 0.1
 _ABOUT_4 = (
     "How long may one text be before the memory of an NVIDIA A100 (80 GB) is full, for each way of "
@@ -50,18 +62,6 @@ _NOTES_4 = (
     "method comes near the paper's length; with dropout 0.1 they would not (last table).",
     "The paper used transformers 4.43, which kept repeated heads of keys and values; the version "
     "here does not, so that every method reaches some per cent more.",
-)
-_COLUMN_4 = Column(
-    quantity=Quantity(
-        key=_SIMULATED,
-        title="longest sequence on an A100 (80 GB)",
-        unit="tokens",
-        kind="length",
-        margin=TABLE_4.quantity("length").margin,
-    ),
-    paper=TABLE_4.quantity("length"),
-    is_same=True,
-    about="Ours is simulated by `pacatune estimate`.",
 )
 
 
@@ -80,9 +80,8 @@ def _variants() -> dict[str, tuple[Row, Setting, str]]:
     return found
 
 
-def _cells_4(mode: Mode) -> list[Cell]:
-    """Return the work of a mode."""
-    found = [
+def _sources_4(mode: Mode) -> list[Source]:
+    cells = [
         Cell(
             key=f"simulate-{name}",
             title=f"simulating {row.title}, {what}: {describe(setting.but(seq_len=512))}",
@@ -92,49 +91,68 @@ def _cells_4(mode: Mode) -> list[Cell]:
         )
         for name, (row, setting, what) in _variants().items()
     ]
-    if mode != "simulate":
-        found.append(bench_cell(_bench_lengths(mode), tuple(TABLE_4.methods())))
-    return found
+    column = same_column(
+        TABLE_4.quantity("length"),
+        "simulated_length",
+        "longest sequence on an A100 (80 GB)",
+        "Ours is simulated by `pacatune estimate`.",
+    )
+
+    def simulated(results: Results) -> list[tuple[Column, Numbers]]:
+        lengths = _lengths(results)
+        found = {name: Measured.exact(length, "simulated") for name, length in lengths.items()}
+        return [(column, found)]
+
+    found = [Source(cells=cells, columns=simulated)]
+    return found if mode == "simulate" else [*found, _sweep_source_4(mode)]
 
 
-def _bench_lengths(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, tuple(TABLE_4.methods()), sweep="seq-len", rank=RANK)
-
-
-def _simulate_length(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _simulate_length(setting: Setting, folder: Any, tell: Any) -> Result:
     return simulate_length(setting, gpu_bytes(GPU))
 
 
-def _section_4(mode: Mode, results: Results) -> Section:
-    """Return the report on what there is."""
-    part = Section(
-        name=TABLE_4.name,
-        title=TABLE_4.title,
-        place=TABLE_4.place,
-        about=list(_ABOUT_4),
-        notes=list(_NOTES_4),
-    )
-    lengths = {
+def _lengths(results: Results) -> dict[str, int]:
+    """Return the longest text of each variant that has been simulated."""
+    return {
         name: result["max_seq_len"]
         for name in _variants()
         if (result := results.get(f"simulate-{name}")) is not None
     }
-    ours = {
-        (row.key, _SIMULATED): Measured.exact(lengths[row.key], "simulated")
-        for row in TABLE_4.rows
-        if row.key in lengths
-    }
-    columns = [_COLUMN_4]
-    bench = results.get("bench")
-    if bench is not None:
-        columns.append(_measured_column(mode, bench))
-        limits = {limit["method"]: limit["limit"] for limit in bench["limits"]}
-        ours |= {
-            (row.key, _MEASURED): Measured.exact(limits[row.method], "measured")
-            for row in TABLE_4.rows
-            if row.method in limits
-        }
-    fill_section(part, TABLE_4, columns, ours)
+
+
+def _sweep_source_4(scale: Scale) -> Source:
+    def columns(results: Results) -> list[tuple[Column, Numbers]]:
+        if "bench" not in results:
+            return []
+        bench = results["bench"]
+        column = same_column(
+            TABLE_4.quantity("length"),
+            "measured_length",
+            "longest sequence until memory ends, measured",
+            f"By `pacatune bench --sweep seq-len`, to 1/64 of itself. {machine_of(bench)}",
+        )
+        if scale == "small":
+            quantity = replace(column.quantity, margin=1 / 32)
+            column = replace(column, quantity=quantity, model=model_of(bench))
+        limits = _limits(bench)
+        lines = {row.key: limits[row.method] for row in TABLE_4.rows if row.method in limits}
+        return [(column, lines)]
+
+    return Source(cells=[bench_cell(_bench_4(scale))], columns=columns)
+
+
+def _bench_4(scale: Scale) -> Any:
+    return bench_config(scale, TABLE_4.methods(), sweep="seq-len")
+
+
+def _limits(bench: Result) -> dict[str, Measured]:
+    """Return the largest size of each method until memory ended."""
+    return {one["method"]: Measured.exact(one["limit"], "measured") for one in bench["limits"]}
+
+
+def _finish_4(part: Section, results: Results) -> None:
+    """Add what is otherwise than in the paper."""
+    lengths = _lengths(results)
     rows = [
         [row.title, what, f"{row.values['length']:,.0f}", f"{lengths[name]:,}"]
         for name, (row, _, what) in _variants().items()
@@ -144,60 +162,22 @@ def _section_4(mode: Mode, results: Results) -> Section:
         header = ["method", "otherwise than above", "paper, tokens", "ours, tokens"]
         part.tables.append(ReportTable(title="What else changes it", header=header, rows=rows))
     part.numbers["lengths"] = lengths
-    return part
 
 
-def _measured_column(mode: Mode, bench: dict[str, Any]) -> Column:
-    paper = TABLE_4.quantity("length")
-    is_same = mode == "full"
-    return Column(
-        quantity=Quantity(
-            key=_MEASURED,
-            title="longest sequence until memory ends, measured",
-            unit="tokens",
-            kind="length",
-            margin=paper.margin if is_same else 1 / 32,
-        ),
-        paper=paper,
-        is_same=is_same,
-        model="" if is_same else model_of(bench),
-        about=f"By `pacatune bench --sweep seq-len`, to 1/64 of itself. {machine_of(bench)}",
-    )
-
-
-def _settings_4(scale: Literal["small", "full"]) -> list[SettingsBeside]:
-    """Return ours beside the paper's."""
+def _settings_4(scale: Scale) -> list[SettingsBeside]:
+    stated = {row.method: (row.title, of_line(TABLE_4.name, row)) for row in TABLE_4.rows}
     why = {
         "model": "the longest sequence is simulated for the paper's own model; what is measured "
-        "until memory ends is smaller",
-        "precision": "what this processor multiplies fast",
-        "optimizer": "the paper names none",
+        "until memory ends is smaller"
     }
-    return [
-        SettingsBeside(
-            title=row.title,
-            paper=table_12(row.method),
-            ours=of_bench(_bench_lengths(scale), row.method),
-            why=why,
-        )
-        for row in TABLE_4.rows
-    ]
+    return bench_settings(_bench_4(scale), stated, why)
 
 
-TABLE_4_EXPERIMENT = Experiment(
-    name=TABLE_4.name,
-    title=TABLE_4.title,
-    place=TABLE_4.place,
-    methods=tuple(TABLE_4.methods()),
-    cells=_cells_4,
-    section=_section_4,
-    settings=_settings_4,
-    cannot={},
+TABLE_4_EXPERIMENT = table_experiment(
+    TABLE_4, _ABOUT_4, _sources_4, _settings_4, notes=_NOTES_4, finish=_finish_4
 )
 
-
 # Figure 3: throughput over the batch.
-
 
 _NAME_3 = "fig3"
 _SEQ_LEN = 512
@@ -220,47 +200,32 @@ _RULE_3 = (
 )
 
 
-def _setting_3(method: str) -> Setting:
-    return Setting(
-        model="llama3-8b",
-        method=method,
-        rank=8,
-        seq_len=_SEQ_LEN,
-        lean="off",
-        loss="logits",
-        adapter_dtype="bfloat16",
-    )
+def _bench_3(scale: Scale) -> Any:
+    return bench_config(scale, fig3.METHODS, sweep="batch", seq_len=_SEQ_LEN)
 
 
-def _simulate_batch(setting: Setting, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _cells_3(mode: Mode) -> list[Cell]:
+    settings = {m: make_setting(MODEL, m, rank=RANK, seq_len=_SEQ_LEN) for m in fig3.METHODS}
+    found = [
+        Cell(
+            key=f"simulate-{method}",
+            title=f"simulating the largest batch of {METHOD_TITLES[method]} on {MODEL}",
+            methods=(method,),
+            inputs={**asdict(setting), "gpu": GPU},
+            run=partial(_simulate_batch, setting),
+        )
+        for method, setting in settings.items()
+    ]
+    return found if mode == "simulate" else [*found, bench_cell(_bench_3(mode))]
+
+
+def _simulate_batch(setting: Setting, folder: Any, tell: Any) -> Result:
     from pacatune.measure.estimate import find_max
 
     return {"max_batch": find_max(setting, "batch_size", gpu_bytes(GPU))[0]}
 
 
-def _bench_batches(scale: Literal["small", "full"]) -> Any:
-    return bench_config(scale, fig3.METHODS, sweep="batch", seq_len=_SEQ_LEN, rank=RANK)
-
-
-def _cells_3(mode: Mode) -> list[Cell]:
-    """Return the work of a mode."""
-    found = [
-        Cell(
-            key=f"simulate-{method}",
-            title=f"simulating the largest batch of {METHOD_TITLES[method]} on llama3-8b",
-            methods=(method,),
-            inputs={**asdict(_setting_3(method)), "gpu": GPU},
-            run=partial(_simulate_batch, _setting_3(method)),
-        )
-        for method in fig3.METHODS
-    ]
-    if mode != "simulate":
-        found.append(bench_cell(_bench_batches(mode), fig3.METHODS))
-    return found
-
-
 def _section_3(mode: Mode, results: Results) -> Section:
-    """Return the report on what there is."""
     part = Section(name=_NAME_3, title=fig3.TITLE, place=fig3.PLACE, about=list(_ABOUT_3))
     part.tables.append(_papers_table())
     batches = {
@@ -268,34 +233,13 @@ def _section_3(mode: Mode, results: Results) -> Section:
         for method in fig3.METHODS
         if (result := results.get(f"simulate-{method}")) is not None
     }
-    a100 = fig3.DEVICES["A100"]
     if batches:
-        rows = [
-            [METHOD_TITLES[method], _authors_batch(method), f"{number:,}"]
-            for method, number in batches.items()
-        ]
-        title = "Largest batch of 512 tokens on an A100 (80 GB), llama3-8b, simulated"
-        header = ["method", "authors' raw figures", "simulated"]
-        note = f"Authors: {fig3.AUTHORS_SOURCE}."
-        part.tables.append(
-            ReportTable(title=title, header=header, rows=rows, note=note, align="lr")
-        )
-        shown = {METHOD_TITLES[method]: [float(number)] for method, number in batches.items()}
-        draw = partial(stacked, shown, ("largest batch",), "texts of 512 tokens per step")
-        part.charts.append(Chart(caption=title, draw=draw))
-        found = {name: Measured.exact(number, "simulated") for name, number in batches.items()}
-        _judge(part, "largest batch, simulated", found, a100.batch_ratio)
-    bench = results.get("bench")
-    if bench is not None:
-        _add_sweep(part, bench)
+        _add_batches(part, batches)
+    if "bench" in results:
+        _add_sweep(part, results["bench"])
     part.notes.append(_RULE_3)
     part.numbers["largest_batches"] = batches
     return part
-
-
-def _authors_batch(method: str) -> str:
-    """Return the largest batch of the authors' raw figures."""
-    return str(max(fig3.AUTHORS_MS[method])) if method in fig3.AUTHORS_MS else "-"
 
 
 def _papers_table() -> ReportTable:
@@ -308,31 +252,45 @@ def _papers_table() -> ReportTable:
     return ReportTable(title=title, header=header, rows=rows, align="lr")
 
 
-def _add_sweep(part: Section, bench: dict[str, Any]) -> None:
-    series = {
-        method: [
-            (point["num_rows"], rate_of(point))
-            for point in bench["points"]
-            if point["method"] == method and "step_ms" in point
-        ]
-        for method in fig3.METHODS
-    }
+def _add_batches(part: Section, batches: Mapping[str, int]) -> None:
+    authors = {method: str(max(times)) for method, times in fig3.AUTHORS_MS.items()}
+    title = f"Largest batch of 512 tokens on an A100 (80 GB), {MODEL}, simulated"
+    part.tables.append(
+        ReportTable(
+            title=title,
+            header=["method", "authors' raw figures", "simulated"],
+            rows=[[METHOD_TITLES[m], authors.get(m, "-"), f"{n:,}"] for m, n in batches.items()],
+            note=f"Authors: {fig3.AUTHORS_SOURCE}.",
+            align="lr",
+        )
+    )
+    shown = {METHOD_TITLES[method]: [float(number)] for method, number in batches.items()}
+    draw = partial(stacked, shown, ("largest batch",), "texts of 512 tokens per step")
+    part.charts.append(Chart(caption=title, draw=draw))
+    found = {method: Measured.exact(number, "simulated") for method, number in batches.items()}
+    _judge(part, "largest batch, simulated", found, fig3.DEVICES["A100"].batch_ratio)
+
+
+def _add_sweep(part: Section, bench: Result) -> None:
+    series: dict[str, list[tuple[float, Measured]]] = {method: [] for method in fig3.METHODS}
+    for point in bench["points"]:
+        if point["method"] in series and "step_ms" in point:
+            series[point["method"]].append((point["num_rows"], rate_of(point)))
     series = {method: points for method, points in series.items() if points}
     best = {
         method: max((rate for _, rate in points), key=lambda rate: rate.value)
         for method, points in series.items()
     }
     has_spread = any(rate.low < rate.high for points in series.values() for _, rate in points)
+    spread = "Intervals are the quartiles of the steps." if has_spread else _NO_SPREAD
     rows = [
         [
             METHOD_TITLES[method],
             f"{max(batch for batch, _ in points):,}",
-            f"{best[method].value:.4g}"
-            + (f" ({best[method].low:.4g} to {best[method].high:.4g})" if has_spread else ""),
+            best[method].text("{:.4g}".format, " ({} to {})"),
         ]
         for method, points in series.items()
     ]
-    spread = "Intervals are the quartiles of the steps." if has_spread else _NO_SPREAD
     part.tables.append(
         ReportTable(
             title=f"{model_of(bench)}, until memory ends, measured",
@@ -346,44 +304,27 @@ def _add_sweep(part: Section, bench: dict[str, Any]) -> None:
     labels = ("batch, sentences of 512 tokens", f"sentences per second, {model_of(bench)}")
     caption = f"Throughput over the batch. {machine_of(bench)} {spread}"
     part.charts.append(Chart(caption=caption, draw=partial(lines, shown, labels)))
-    limits = {
-        limit["method"]: Measured.exact(limit["limit"], "measured") for limit in bench["limits"]
-    }
-    a100 = fig3.DEVICES["A100"]
-    on = f"on {model_of(bench)}"
-    _judge(part, "largest batch, measured", limits, a100.batch_ratio, on)
-    _judge(part, "throughput at its best, measured", best, a100.rate_ratio, on, has_spread)
+    a100, on = fig3.DEVICES["A100"], f" on {model_of(bench)}"
+    _judge(part, "largest batch, measured", _limits(bench), a100.batch_ratio, on)
+    what = "throughput at its best, measured"
+    _judge(part, what, best, a100.rate_ratio, on, has_spread=has_spread)
 
 
 def _judge(
     part: Section,
     what: str,
-    values: dict[str, Measured],
+    values: Mapping[str, Measured],
     stated: float,
     on: str = "",
+    *,
     has_spread: bool = True,
 ) -> None:
-    """Compare PaCA with LoRA.
-
-    Args:
-        part: Gets the verdict.
-        what: Names the ratio.
-        values: Method -> number.
-        stated: The paper's ratio, on LLaMA3-8B and an A100.
-        on: What ours was measured on, if that is not the paper's model.
-        has_spread: Whether the spread of the numbers is known.
-    """
+    """Compare PaCA's share of LoRA's with the paper's, on LLaMA3-8B and an A100."""
     if "paca" not in values or "lora" not in values:
         return
-    ours, other = values["paca"], values["lora"]
-    if not ours.value or not other.low:
+    if not values["paca"].value or not values["lora"].low:
         return
-    ratio = Measured(
-        value=ours.value / other.value,
-        low=ours.low / other.high,
-        high=ours.high / other.low,
-        origin=ours.origin,
-    )
+    ratio = values["paca"].over(values["lora"])
     if not has_spread:
         outcome: Outcome = "cannot_tell"
     elif ratio.low > 1:
@@ -392,34 +333,22 @@ def _judge(
         outcome = "contradicts"
     else:
         outcome = share_outcome(ratio, stated, 0.0)
-    here = f"{ratio.value:.2f}"
-    if ratio.low < ratio.high:
-        here += f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    unsure = "" if has_spread else "; its spread was not recorded"
     text = (
-        f"{what}: PaCA's is {stated:g} of LoRA's in the paper (A100), {here} here"
-        f"{f' {on}' * bool(on)}{'; its spread was not recorded' * (not has_spread)}"
+        f"{what}: PaCA's is {stated:g} of LoRA's in the paper (A100), "
+        f"{ratio.text('{:.2f}'.format)} here{on}{unsure}"
     )
     part.verdicts.append(Verdict(outcome=outcome, origin=ratio.origin, text=text))
     part.numbers.setdefault("ratios", {})[what] = {"paper": stated, "ours": ratio.value}
 
 
-def _settings_3(scale: Literal["small", "full"]) -> list[SettingsBeside]:
-    """Return ours beside the paper's."""
+def _settings_3(scale: Scale) -> list[SettingsBeside]:
+    stated = {method: (METHOD_TITLES[method], table_13(method)) for method in fig3.METHODS}
     why = {
         "model": "throughput needs a model that two cores step in a second; the largest batch is "
-        "simulated for the paper's own",
-        "precision": "what this processor multiplies fast",
-        "optimizer": "the paper names none",
+        "simulated for the paper's own"
     }
-    return [
-        SettingsBeside(
-            title=METHOD_TITLES[method],
-            paper=table_13(method),
-            ours=of_bench(_bench_batches(scale), method),
-            why=why,
-        )
-        for method in fig3.METHODS
-    ]
+    return bench_settings(_bench_3(scale), stated, why)
 
 
 FIGURE_3_EXPERIMENT = Experiment(
@@ -430,5 +359,4 @@ FIGURE_3_EXPERIMENT = Experiment(
     cells=_cells_3,
     section=_section_3,
     settings=_settings_3,
-    cannot={},
 )

@@ -3,46 +3,31 @@
 At the small scale SmolLM2-135M is trained to name the type of an answer, and scored on others.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pacatune.experiments.reproduce.comparison import fill_section
-from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Results
+from pacatune.experiments.reproduce.comparison import Source, table_experiment
+from pacatune.experiments.reproduce.experiment import Cell, Mode, Result, Scale
 from pacatune.experiments.reproduce.runs import (
-    MMLU,
-    UNTRAINED,
+    SPREAD_NOTE,
+    FullScale,
     Runs,
-    cost_columns,
-    cost_numbers,
-    costs,
-    evaluate_line,
+    Tell,
     hub_id,
     loaded,
+    scores_source,
     text_run,
-    train_line,
 )
-from pacatune.experiments.reproduce.scores import SPREAD_NOTE, scores_of
-from pacatune.experiments.reproduce.section import Measured, Section
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
-from pacatune.experiments.reproduce.simulation import memory_cells, memory_column, simulated_memory
-from pacatune.experiments.reproduce.steps import (
-    MODEL,
-    RANK,
-    bench_cell,
-    bench_columns,
-    bench_config,
-    bench_numbers,
-    small_dtype,
-)
+from pacatune.experiments.reproduce.simulation import memory_source
+from pacatune.experiments.reproduce.steps import MODEL, small_dtype, steps_source
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.experiments.study.tuning import tune
-from pacatune.paper.settings import Settings, table_9
+from pacatune.experiments.study.statistics import tune
+from pacatune.paper.settings import Settings, of_line
 from pacatune.paper.tables import TABLE_1, Quantity, Row
-
-__all__ = ["TABLE_1_EXPERIMENT", "small_cell", "small_stated"]
 
 _ABOUT = (
     "The paper fine-tunes three language models on the training questions of MMLU, a test of 57 "
@@ -50,154 +35,75 @@ _ABOUT = (
     "before each. It compares PaCA, which trains a few columns of every weight, with LoRA, DoRA "
     "and MosLoRA, which train small matrices beside every weight.",
 )
-_METHODS = TABLE_1.trained_methods
 _BENCH_NOTE = (
     "In the paper LoRA, DoRA and MosLoRA have dropout 0.1, which takes time and memory. Steps of "
     "the small model are measured without it, all three alike, which favours them."
 )
 # The paper's columns -> groups of lm-eval, as `pacatune evaluate mmlu` names them.
 _CATEGORIES = {"humanities": "Hums.", "stem": "STEM", "social": "Social.", "other": "Other"}
-_AVERAGE = "average"
 
 
-def _stated(row: Row) -> Settings:
-    return table_9(row.model, row.method, row.rank or 8)
-
-
-def cells(mode: Mode) -> list[Cell]:
-    """Return the work of a mode."""
+def _sources(mode: Mode) -> list[Source]:
     if mode == "full":
-        return [_full_cell(row) for row in TABLE_1.rows]
-    found = memory_cells(TABLE_1)
+        return [_FULL.source()]
+    found = [memory_source(TABLE_1)]
     if mode == "small":
-        found.append(bench_cell(_bench(), _METHODS))
-        found += [small_cell(row) for row in _small_rows()]
+        found.append(steps_source(TABLE_1, tokens=1024, seq_len=512, note=_BENCH_NOTE))
+        rows = [row for row in TABLE_1.rows if row.model == MODEL]
+        found.append(scores_source(rows, small_cell, _small_column(), _NUM_QUESTIONS))
     return found
 
 
-def section(mode: Mode, results: Results) -> Section:
-    """Return the report on what there is."""
-    part = Section(name=TABLE_1.name, title=TABLE_1.title, place=TABLE_1.place, about=list(_ABOUT))
-    if mode == "full":
-        columns = [*cost_columns(TABLE_1), *_score_columns()]
-        fill_section(part, TABLE_1, columns, _full_numbers(results))
-        return part
-    columns, ours = [memory_column(TABLE_1)], simulated_memory(TABLE_1, results)
-    bench = results.get("bench")
-    if bench is not None:
-        ours |= bench_numbers(TABLE_1, bench, {method: method for method in _METHODS})
-        columns += bench_columns(TABLE_1, bench)
-        part.notes.append(_BENCH_NOTE)
-    ours |= _small_numbers(results)
-    columns.append(_small_column())
-    fill_section(part, TABLE_1, columns, ours)
-    return part
-
-
-def settings(scale: Literal["small", "full"]) -> list[SettingsBeside]:
-    """Return ours beside the paper's."""
+def _settings(scale: Scale) -> list[SettingsBeside]:
     if scale == "full":
-        return [
-            SettingsBeside(
-                title=f"{row.title}, rank {row.rank}, on {row.model}",
-                paper=_stated(row),
-                ours=of_run(_full_run(row), "MMLU"),
-                why={"model": "its name on the hub"},
-                commands=_full_commands(row),
-            )
-            for row in TABLE_1.rows
-            if row.method not in UNTRAINED
-        ]
-    return [_small_settings(row) for row in _small_rows() if row.method not in UNTRAINED]
+        return _FULL.settings()
+    rows = [row for row in TABLE_1.rows if row.model == MODEL and row.is_trained]
+    return [_small_settings(row) for row in rows]
 
 
 # Full scale: the paper's models on MMLU.
 
 
-def _full_run(row: Row) -> Any:
-    stated = _stated(row)
-    (rate,) = stated.learning_rates or (1e-4,)
-    return text_run(stated, row.method, model=hub_id(row.model), data=MMLU, rate=rate)
+def _score(runs: Runs, row: Row, adapter: Path | None) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        from pacatune.evaluation import evaluate_mmlu
+
+        with loaded(hub_id(row), adapter) as found:
+            result = evaluate_mmlu(found.model, found.tokenizer, progress=True)
+        categories = {name: asdict(score) for name, score in result.categories.items()}
+        return {"categories": categories, "average": asdict(result.average)}
+
+    return runs.once("mmlu", compute)
 
 
-def _full_commands(row: Row) -> tuple[str, ...]:
-    is_trained = row.method not in UNTRAINED
-    score = evaluate_line("mmlu", hub_id(row.model), has_adapter=is_trained)
-    return (train_line(_full_run(row)), score) if is_trained else (score,)
+def _read(scores: Any) -> Mapping[str, Mapping[str, float]]:
+    """Return each score in per cent, with two standard errors."""
+    found = {name: scores["categories"].get(group) for name, group in _CATEGORIES.items()}
+    intervals = {}
+    for name, score in (found | {"average": scores["average"]}).items():
+        if score is not None:
+            value, spread = 100 * score["value"], 200 * (score["stderr"] or 0.0)
+            intervals[name] = {"value": value, "low": value - spread, "high": value + spread}
+    return intervals
 
 
-def _full_cell(row: Row) -> Cell:
-    return Cell(
-        key=f"full-{row.key}",
-        title=f"{row.title} on {row.model}: training on MMLU, then its test",
-        methods=(row.method,),
-        inputs={"row": row.key, "commands": list(_full_commands(row))},
-        run=partial(_train, row),
-    )
-
-
-def _train(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    runs = Runs(folder=folder, tell=tell)
-    adapter, kept = None, {}
-    if row.method not in UNTRAINED:
-        report, adapter = runs.train(_full_run(row), "run")
-        kept = costs(report)
-    scores = runs.once("mmlu", partial(_ask_mmlu, hub_id(row.model), adapter))
-    return {"scores": scores, **kept}
-
-
-def _ask_mmlu(model: str, adapter: Path | None) -> dict[str, Any]:
-    from pacatune.evaluation import evaluate_mmlu
-
-    with loaded(model, adapter) as found:
-        result = evaluate_mmlu(found.model, found.tokenizer, progress=True)
-    categories = {name: asdict(score) for name, score in result.categories.items()}
-    return {"categories": categories, "average": asdict(result.average)}
-
-
-def _score_columns() -> list[Column]:
-    return [
-        Column(
-            quantity=Quantity(
-                key=f"full_{name}",
-                title=f"MMLU, {TABLE_1.quantity(name).title}",
-                unit="%",
-                kind="score",
-                margin=TABLE_1.quantity(name).margin,
-            ),
-            paper=TABLE_1.quantity(name),
-            is_same=True,
-            about="By `pacatune evaluate mmlu`, five examples; two standard errors.",
-        )
-        for name in (*_CATEGORIES, _AVERAGE)
-    ]
-
-
-def _full_numbers(results: Results) -> dict[tuple[str, str], Measured]:
-    found: dict[tuple[str, str], Measured] = {}
-    for row in TABLE_1.rows:
-        result = results.get(f"full-{row.key}")
-        if result is None:
-            continue
-        groups = result["scores"]["categories"]
-        scores = {name: groups.get(group) for name, group in _CATEGORIES.items()}
-        scores[_AVERAGE] = result["scores"]["average"]
-        for name, score in scores.items():
-            if score is not None:
-                value, spread = 100 * score["value"], 200 * (score["stderr"] or 0.0)
-                found[row.key, f"full_{name}"] = Measured(
-                    value=value, low=value - spread, high=value + spread, origin="measured"
-                )
-        if "peak_memory_bytes" in result:
-            found |= cost_numbers(TABLE_1, row, result)
-    return found
-
+_FULL = FullScale(
+    table=TABLE_1,
+    # The training questions, in the words of the evaluation, loss on the answers.
+    data={"path": "cais/mmlu", "name": "auxiliary_train", "format": "mmlu"},
+    data_name="MMLU",
+    test="MMLU",
+    then="its test",
+    about="By `pacatune evaluate mmlu`, five examples; two standard errors.",
+    title=lambda row: f"{row.title}, rank {row.rank}, on {row.model}",
+    command=lambda row: ("mmlu",),
+    score=_score,
+    read=_read,
+)
 
 # Small scale: steps of a small Llama, and SmolLM2-135M on the types of answers.
 
-
 _SMALL_MODEL, _DATA = "SmolLM2-135M-Instruct", "types of answers"
-_KEY, _PREFIX = "small_accuracy", "small-"
 _STEPS, _BATCH = 16, 8
 # alpha / rank is 4 in Table 9 and multiplies the rate.
 _RATES = (1e-3, 2e-3, 4e-3)
@@ -205,18 +111,10 @@ _SEEDS = (0, 1)
 _NUM_QUESTIONS = 300
 
 
-def _small_rows() -> list[Row]:
-    return [row for row in TABLE_1.rows if row.model == MODEL]
-
-
-def _bench() -> Any:
-    return bench_config("small", _METHODS, tokens=(1024,), seq_len=512, rank=RANK)
-
-
 def small_stated(row: Row) -> Settings:
     """Return the settings of a line's small runs: Table 9's, but for what two cores cannot do."""
     return replace(
-        _stated(row),
+        of_line(TABLE_1.name, row),
         batch_size=_BATCH,
         micro_batches=1,
         warmup=0.1,
@@ -234,7 +132,7 @@ def small_cell(row: Row) -> Cell:
         "method": row.method,
         # Without it, a score of an earlier prompt was once kept beside those of another.
         "prompt": TYPE_PROMPT,
-        "settings": {} if row.method in UNTRAINED else asdict(small_stated(row)),
+        "settings": asdict(small_stated(row)) if row.is_trained else {},
         "model": _SMALL_MODEL,
         "data": _DATA,
         "seeds": list(_SEEDS),
@@ -243,7 +141,7 @@ def small_cell(row: Row) -> Cell:
     }
     rank = "" if row.rank is None else f", rank {row.rank}"
     return Cell(
-        key=f"{_PREFIX}{row.key}",
+        key=f"small-{row.key}",
         title=f"{_SMALL_MODEL} on {_DATA}: {row.title}{rank}",
         methods=(row.method,),
         inputs=inputs,
@@ -251,7 +149,7 @@ def small_cell(row: Row) -> Cell:
     )
 
 
-def _run_small(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _run_small(row: Row, folder: Path, tell: Tell) -> Result:
     from pacatune.data.packaged import default_cache, prepare_model, prepare_type_choices
 
     cache = default_cache()
@@ -263,35 +161,30 @@ def _run_small(row: Row, folder: Path, tell: Callable[[str], None]) -> dict[str,
         found = runs.once(f"score-{name}", partial(_ask_small, model, adapter, heldout))
         return float(found["accuracy"]["value"])
 
-    if row.method in UNTRAINED:
+    if not row.is_trained:
         return {"values": {"0": score("untrained", None)}, "learning_rate": None}
 
     def train(rate: float, seed: int) -> tuple[dict[str, Any], Path]:
-        run = _small_run(row, model, str(train_data), rate, seed)
+        data = {"path": str(train_data), "format": "prompt-completion", "eval_fraction": 0.03}
+        run = text_run(
+            small_stated(row),
+            row.method,
+            model=model,
+            data=data,
+            rate=rate,
+            dtype=small_dtype(),
+            seed=seed,
+            eval_strategy="no",
+            save_strategy="no",
+        )
         return runs.train(run, f"rate{rate:g}-seed{seed}")
 
     tuned = tune(_RATES, _SEEDS, train, lambda run: float(run[0]["eval_loss_after"]))
-    scores = {str(seed): score(f"seed{seed}", adapter) for seed, (_, adapter) in tuned.runs.items()}
     return {
-        "values": scores,
-        "learning_rate": tuned.rate,
-        "rates": {str(rate): loss for rate, loss in tuned.curve.items()},
+        "values": {str(seed): score(f"seed{seed}", run[1]) for seed, run in tuned.runs.items()},
+        **tuned.to_dict(),
         "num_trainable_parameters": tuned.runs[_SEEDS[0]][0]["num_trainable_parameters"],
     }
-
-
-def _small_run(row: Row, model: str, data: str, rate: float, seed: int) -> Any:
-    return text_run(
-        small_stated(row),
-        row.method,
-        model=model,
-        data={"path": data, "format": "prompt-completion", "eval_fraction": 0.03},
-        rate=rate,
-        dtype=small_dtype(),
-        seed=seed,
-        eval_strategy="no",
-        save_strategy="no",
-    )
 
 
 def _ask_small(model: str, adapter: Path | None, heldout: Path) -> dict[str, Any]:
@@ -307,24 +200,14 @@ def _ask_small(model: str, adapter: Path | None, heldout: Path) -> dict[str, Any
 
 def _small_column() -> Column:
     return Column(
-        quantity=Quantity(
-            key=_KEY, title="accuracy of a small model", unit="%", kind="score", margin=1.0
-        ),
-        paper=TABLE_1.quantity(_AVERAGE),
-        is_same=False,
+        quantity=Quantity("small_accuracy", "accuracy of a small model", "%", "score", 1.0),
+        paper=TABLE_1.quantity("average"),
         model=_SMALL_MODEL,
         about=f"{_SMALL_MODEL}, trained for {_STEPS} steps on {_BATCH} questions each to name the "
         f"type of the answer (one of six; BIG-bench), and scored on {_NUM_QUESTIONS} others; for "
         f"every method the best of the learning rates {', '.join(f'{r:g}' for r in _RATES)} by "
-        f"validation loss. "
-        f"{SPREAD_NOTE}",
+        f"validation loss. {SPREAD_NOTE}",
     )
-
-
-def _small_numbers(results: Results) -> dict[tuple[str, str], Measured]:
-    lines = {row.key: f"{_PREFIX}{row.key}" for row in TABLE_1.rows}
-    scores = scores_of(lines, results, _NUM_QUESTIONS)
-    return {(line, _KEY): score for line, score in scores.items()}
 
 
 def _small_settings(row: Row) -> SettingsBeside:
@@ -343,19 +226,10 @@ def _small_settings(row: Row) -> SettingsBeside:
     }
     return SettingsBeside(
         title=f"{row.title}, rank {row.rank}",
-        paper=_stated(row),
-        ours=of_run(run, f"{_DATA} (BIG-bench)", grid=stated),
+        paper=of_line(TABLE_1.name, row),
+        ours=of_run(run, f"{_DATA} (BIG-bench)", _RATES),
         why=why,
     )
 
 
-TABLE_1_EXPERIMENT = Experiment(
-    name=TABLE_1.name,
-    title=TABLE_1.title,
-    place=TABLE_1.place,
-    methods=tuple(TABLE_1.methods()),
-    cells=cells,
-    section=section,
-    settings=settings,
-    cannot={},
-)
+TABLE_1_EXPERIMENT = table_experiment(TABLE_1, _ABOUT, _sources, _settings)

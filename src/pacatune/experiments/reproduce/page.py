@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pacatune.experiments.reproduce.section import Outcome, Section
+from pacatune.experiments.reproduce.experiment import Outcome, Section
 from pacatune.experiments.reproduce.verdicts import RULE
 from pacatune.paper import CITATION
 from pacatune.reports.pages import inline_svg, render_page
 from pacatune.reports.tables import ReportTable
-
-__all__ = ["make_html", "make_markdown", "make_result", "outcomes_table"]
 
 INTRODUCTION = (
     "Fine-tuning adapts a trained neural network to a task. Training all of its weights (Full-FT) "
@@ -39,12 +37,7 @@ _SHORT: dict[Outcome, str] = {
 
 
 def make_markdown(sections: Sequence[Section], heading: str) -> str:
-    """Return the report as Markdown; pictures are files `NAME-1.svg`, ... beside it.
-
-    Args:
-        sections: In order.
-        heading: Title of the report.
-    """
+    """Return the report as Markdown; pictures are files `NAME-1.svg`, ... beside it."""
     parts = [f"# {heading}", "", *_paragraphs(_introduction())]
     if len(sections) > 1:
         overview = outcomes_table(sections)
@@ -56,30 +49,30 @@ def make_markdown(sections: Sequence[Section], heading: str) -> str:
 
 def make_result(section: Section) -> str:
     """Return what a section found, as Markdown for a terminal: tables and what contradicts."""
-    lines = [f"## {section.title}", ""]
-    for table in section.tables:
-        lines += [f"### {table.title}", "", *table.lines(), ""]
-        lines += _paragraphs([table.note] if table.note else [])
-    lines += _paragraphs(_summary(section))
+    lines = [f"## {section.title}", "", *_tables(section), *_paragraphs(_summary(section))]
     lines += [f"- {v.text}." for v in section.verdicts if v.outcome == "contradicts"]
     return "\n".join(lines)
 
 
 def _paragraphs(texts: Iterable[str]) -> list[str]:
-    return [line for text in texts for line in (text, "")]
+    return [line for text in texts if text for line in (text, "")]
+
+
+def _tables(section: Section) -> list[str]:
+    lines = []
+    for table in section.tables:
+        lines += [f"### {table.title}", "", *table.lines(), "", *_paragraphs([table.note])]
+    return lines
 
 
 def _section_markdown(section: Section) -> list[str]:
     lines = [f"## {section.title}", "", f"{section.place}.", "", *_paragraphs(section.about)]
-    lines += _paragraphs(_summary(section))
-    for table in section.tables:
-        lines += [f"### {table.title}", "", *table.lines(), ""]
-        lines += _paragraphs([table.note] if table.note else [])
+    lines += [*_paragraphs(_summary(section)), *_tables(section)]
     for number, chart in enumerate(section.charts, 1):
         lines += [f"![{chart.caption}]({section.name}-{number}.svg)", ""]
     for part in _lists(section):
         lines += [f"### {part['title']}", "", *(f"- {text}" for text in part["texts"]), ""]
-    return [*lines, *_paragraphs([section.provenance] if section.provenance else [])]
+    return [*lines, *_paragraphs([section.provenance])]
 
 
 def _introduction() -> list[str]:
@@ -146,24 +139,21 @@ def make_html(sections: Sequence[Section], heading: str) -> str:
         heading=heading,
         introduction=_introduction(),
         overview=outcomes_table(sections) if len(sections) > 1 else None,
-        sections=[_section_values(section) for section in sections],
+        sections=[
+            {
+                "name": section.name,
+                "title": section.title,
+                "place": section.place,
+                "about": section.about,
+                "summary": _summary(section),
+                "tables": section.tables,
+                "charts": [
+                    {"svg": inline_svg(c.svg, f"{section.name}-{number}"), "caption": c.caption}
+                    for number, c in enumerate(section.charts, 1)
+                ],
+                "lists": list(_lists(section)),
+                "provenance": section.provenance,
+            }
+            for section in sections
+        ],
     )
-
-
-def _section_values(section: Section) -> dict[str, Any]:
-    """Return what the template shows of a section."""
-    charts = [
-        {"svg": inline_svg(chart.svg, f"{section.name}-{number}"), "caption": chart.caption}
-        for number, chart in enumerate(section.charts, 1)
-    ]
-    return {
-        "name": section.name,
-        "title": section.title,
-        "place": section.place,
-        "about": section.about,
-        "summary": _summary(section),
-        "tables": section.tables,
-        "charts": charts,
-        "lists": list(_lists(section)),
-        "provenance": section.provenance,
-    }

@@ -1,40 +1,31 @@
-"""Run experiments: cells that have no result yet, then the report on all that there are."""
+"""Run experiments: cells that have no result yet, then the report on all that there are.
 
+What is computed is computed once: each cell has its file, and a killed run goes on.
+"""
+
+import datetime
+import hashlib
 import json
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.reproduce.experiment import Cell, CellStore, Experiment, Mode
+from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Result, Section
 from pacatune.experiments.reproduce.page import make_html, make_markdown
-from pacatune.experiments.reproduce.section import Section
+from pacatune.files.result_folder import ResultFolder, to_json, write_whole
 from pacatune.names import guess
-from pacatune.reports.provenance import versions_text
-
-__all__ = [
-    "MARK",
-    "find_experiments",
-    "make_section",
-    "open_folder",
-    "run_experiments",
-    "write_report",
-]
+from pacatune.reports.provenance import commit, cpu_name, num_cores, versions, versions_text
 
 MARK = "reproduce.json"
 ALL = "all"
 
 
 def find_experiments(name: str, known: dict[str, Experiment]) -> list[Experiment]:
-    """Return the experiments of a name.
-
-    Args:
-        name: Name of one, or `all`.
-        known: All there are.
-
-    Raises:
-        ValueError: If there is none; names the nearest.
-    """
+    """Return the experiment of a name, or `all`."""
     if name == ALL:
         return list(known.values())
     if name not in known:
@@ -44,43 +35,79 @@ def find_experiments(name: str, known: dict[str, Experiment]) -> list[Experiment
 
 
 def check_method(method: str, experiments: Sequence[Experiment]) -> None:
-    """Refuse a method that none of the experiments has.
-
-    Raises:
-        ValueError: Names the nearest.
-    """
+    """Refuse a method that none of the experiments has."""
     methods = list(dict.fromkeys(m for experiment in experiments for m in experiment.methods))
     if method not in methods:
         hint = guess(method, methods)
         raise ValueError(f"unknown method {method!r}; {hint}Choose from {', '.join(methods)}.")
 
 
-def open_folder(folder: Path, *, resume: bool) -> None:
-    """Make the output folder ready.
-
-    Args:
-        folder: Gets the results.
-        resume: Go on with what is there.
-
-    Raises:
-        FileExistsError: If it is a file, holds other things, or holds results and `resume` is off.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; choose another: --output DIR.")
-    is_ours = (folder / MARK).is_file()
-    if folder.exists() and any(folder.iterdir()) and not is_ours:
-        raise FileExistsError(
-            f"output folder {folder} holds files but no {MARK}, so they are not from reproduce and "
-            "stay as they are; choose another: --output DIR."
-        )
-    if is_ours and not resume:
+def open_folder(folder: Path, *, resume: bool) -> AbstractContextManager[None]:
+    """Make the output folder ready, for this process alone until the end of the block."""
+    if (folder / MARK).is_file() and not resume:
         raise FileExistsError(
             f"output folder {folder} holds results of an earlier run; go on with them: --resume, "
             "or choose another: --output DIR."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_ours:
-        _write_json(folder / MARK, {"finished": False})
+    return ResultFolder(path=folder, mark=MARK, kind="reproduce").opened()
+
+
+class CellStore:
+    """The results of an experiment's cells, in `cells/EXPERIMENT` of an output folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, cell: Cell) -> Result | None:
+        """Return what the file of a cell holds, None if there is none of the same inputs."""
+        path = self._path(cell)
+        if not path.is_file():
+            return None
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # cut off by a full disk: made again
+            return None
+        same = isinstance(kept, dict) and kept.get("inputs") == _plain(cell.inputs)
+        return kept if same and "result" in kept else None
+
+    def compute(self, cell: Cell, tell: Callable[[str], None]) -> Result:
+        """Run a cell and keep its result."""
+        start = time.monotonic()
+        result = cell.run(self._work_folder(cell), tell)
+        kept = {
+            "key": cell.key,
+            "inputs": _plain(cell.inputs),
+            "result": result,
+            "seconds": round(time.monotonic() - start, 1),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{cpu_name()}, {num_cores()} cores",
+            "versions": versions("trl", "bitsandbytes", "timm"),
+            **commit(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path(cell), to_json(kept))
+        return kept
+
+    def write_failure(self, cell: Cell, text: str) -> Path:
+        """Keep the traceback of a cell that failed; return where."""
+        folder = self._work_folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failure.txt").write_text(text, encoding="utf-8")
+        return folder / "failure.txt"
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.key}.json"
+
+    def _work_folder(self, cell: Cell) -> Path:
+        """A folder for the inputs of this cell: what others left half done is not gone on with."""
+        text = json.dumps(_plain(cell.inputs), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.folder / "work" / f"{cell.key}-{digest}"
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    """Return the values as JSON gives them back: tuples are lists."""
+    return json.loads(json.dumps(values))
 
 
 def run_experiments(
@@ -91,16 +118,7 @@ def run_experiments(
     tell: Callable[[str], None],
     only: str | None = None,
 ) -> list[Section]:
-    """Compute what is missing and write the report after each experiment.
-
-    Args:
-        experiments: In order.
-        mode: What is done of each.
-        folder: Opened.
-        command: The user's, for the record.
-        tell: Shows a line about what goes on.
-        only: A method; cells of others are left alone.
-    """
+    """Compute what is missing in an opened folder, of one method or all; report on each."""
     sections: list[Section] = []
     for experiment in experiments:
         if mode in experiment.cannot:
@@ -119,7 +137,12 @@ def run_experiments(
         found = {cell.key: kept for cell in cells if (kept := store.find(cell)) is not None}
         sections.append(make_section(experiment, mode, found, command, failures))
         write_report(sections[-1:], experiment.name, experiment.title, folder)
-    _write_json(folder / MARK, _summary(sections, command))
+    summary = {
+        "finished": not any(section.missing for section in sections),
+        "command": command,
+        "outcomes": {section.name: section.outcomes() for section in sections},
+    }
+    write_whole(folder / MARK, to_json(summary))
     return sections
 
 
@@ -142,19 +165,11 @@ def _compute(store: CellStore, cell: Cell, tell: Callable[[str], None]) -> str |
 def make_section(
     experiment: Experiment,
     mode: Mode,
-    kept: Mapping[str, dict[str, Any]],
+    kept: Mapping[str, Result],
     command: str,
     failures: Mapping[str, str] | None = None,
 ) -> Section:
-    """Return an experiment's part of the report.
-
-    Args:
-        experiment: Which one.
-        mode: What was done of it.
-        kept: Key of a cell -> what its file holds.
-        command: The user's, for the record.
-        failures: Key of a cell -> why it failed in this run.
-    """
+    """Return an experiment's part of the report, by what the files of its cells hold."""
     failures = failures or {}
     section = experiment.section(mode, {key: found["result"] for key, found in kept.items()})
     section.missing = [
@@ -168,7 +183,7 @@ def make_section(
     return section
 
 
-def _provenance(kept: list[dict[str, Any]], command: str) -> str:
+def _provenance(kept: list[Result], command: str) -> str:
     """Say what made the results, where, and with which packages."""
     if not kept:
         return ""
@@ -180,14 +195,12 @@ def _provenance(kept: list[dict[str, Any]], command: str) -> str:
     }
     machines = {cell.get("machine", "a machine that was not recorded") for cell in kept}
     texts = [versions_text(dict(one)) for one in sorted(packages)]
-    dates = sorted(cell["date"] for cell in kept)
+    days = sorted({cell["date"][:10] for cell in kept})
     seconds = sum(cell["seconds"] for cell in kept)
     at = f" at commit {', '.join(sorted(commits))}" if commits else ""
     return (
-        f"`{command}`{at}, {dates[0][:10]}"
-        + (f" to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else "")
-        + f", {seconds / 60:.1f} minutes on {' and '.join(sorted(machines))} "
-        f"({'; '.join(texts)})."
+        f"`{command}`{at}, {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}, "
+        f"{seconds / 60:.1f} minutes on {' and '.join(sorted(machines))} ({'; '.join(texts)})."
     )
 
 
@@ -199,7 +212,8 @@ def write_report(sections: Sequence[Section], name: str, heading: str, folder: P
             path.write_text(chart.svg, encoding="utf-8")
     (folder / f"{name}.md").write_text(make_markdown(sections, heading), encoding="utf-8")
     (folder / f"{name}.html").write_text(make_html(sections, heading), encoding="utf-8")
-    _write_json(folder / f"{name}.json", {s.name: section_values(s) for s in sections})
+    values = {section.name: section_values(section) for section in sections}
+    write_whole(folder / f"{name}.json", to_json(values))
 
 
 def section_values(section: Section) -> dict[str, Any]:
@@ -210,9 +224,7 @@ def section_values(section: Section) -> dict[str, Any]:
         "outcomes": section.outcomes(),
         "outcomes_by_origin": {origin: section.outcomes(origin) for origin in section.origins},
         "rates_at_edge": section.rates,
-        "verdicts": [
-            {"outcome": v.outcome, "origin": v.origin, "text": v.text} for v in section.verdicts
-        ],
+        "verdicts": [asdict(verdict) for verdict in section.verdicts],
         "tables": [
             {"title": t.title, "header": t.header, "rows": t.rows, "note": t.note}
             for t in section.tables
@@ -223,17 +235,3 @@ def section_values(section: Section) -> dict[str, Any]:
         "provenance": section.provenance,
         **section.numbers,
     }
-
-
-def _summary(sections: Sequence[Section], command: str) -> dict[str, Any]:
-    return {
-        "finished": not any(section.missing for section in sections),
-        "command": command,
-        "outcomes": {section.name: section.outcomes() for section in sections},
-    }
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

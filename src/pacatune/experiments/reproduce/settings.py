@@ -12,17 +12,6 @@ from pacatune.reports.tables import ReportTable
 if TYPE_CHECKING:
     from pacatune.experiments.reproduce.experiment import Experiment
 
-__all__ = [
-    "SettingsBeside",
-    "beside_table",
-    "differences",
-    "of_bench",
-    "of_run",
-    "settings_text",
-]
-
-_SAME = "same"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsBeside:
@@ -54,37 +43,29 @@ def of_bench(config: BenchConfig, method: str) -> Settings:
     )
 
 
-def of_run(run: Any, data: str, grid: Settings | None = None) -> Settings:
-    """Return the settings of a run of `pacatune train`.
-
-    Args:
-        run: A RunConfig.
-        data: What the data is called.
-        grid: Whose learning rates are tried, where several are.
-    """
+def of_run(run: Any, data: str, rates: tuple[float, ...] | None) -> Settings:
+    """Return the settings of a RunConfig, whose learning rate is one of several that are tried."""
     arguments = run.training
     is_paca = METHODS[run.method].is_paca
+    adapter = run.paca if is_paca else run.lora
     micro_batches = int(arguments.gradient_accumulation_steps)
-    given = arguments.given
     return Settings(
         model=run.model.path,
         data=data,
-        rank=run.paca.r if is_paca else run.lora.r,
-        alpha=float(run.paca.paca_alpha if is_paca else run.lora.lora_alpha),
-        dropout=None if is_paca else run.lora.lora_dropout or None,
-        learning_rates=((float(arguments.learning_rate),) if grid is None else grid.learning_rates),
+        rank=adapter.r,
+        alpha=float(adapter.paca_alpha if is_paca else adapter.lora_alpha),
+        dropout=None if is_paca else adapter.lora_dropout or None,
+        learning_rates=rates,
         precision="16-bit mixed" if arguments.bf16 else "32 bits",
         optimizer="AdamW",
         scheduler=str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
         batch_size=int(arguments.per_device_train_batch_size) * micro_batches,
         micro_batches=micro_batches,
         seq_len=arguments.max_length,
-        warmup=float(given["warmup_steps"]),
+        warmup=float(arguments.given["warmup_steps"]),
         epochs=None if arguments.max_steps > 0 else float(arguments.num_train_epochs),
         steps=arguments.max_steps if arguments.max_steps > 0 else None,
-        target_modules=tuple(
-            (run.paca if is_paca else run.lora).target_modules or MODULES  # the blocks' layers
-        ),
+        target_modules=tuple(adapter.target_modules or MODULES),  # the blocks' layers
     )
 
 
@@ -94,13 +75,12 @@ def differences(beside: SettingsBeside) -> dict[str, tuple[Any, Any]]:
         f.name: (getattr(beside.paper, f.name), getattr(beside.ours, f.name))
         for f in fields(Settings)
     }
-    return {name: pair for name, pair in pairs.items() if not _are_same(*pair)}
-
-
-def _are_same(paper: Any, ours: Any) -> bool:
-    if isinstance(paper, tuple) and isinstance(ours, tuple) and paper and isinstance(paper[0], str):
-        return set(paper) == set(ours)
-    return bool(paper == ours)
+    return {
+        name: (paper, ours)
+        for name, (paper, ours) in pairs.items()
+        if paper != ours
+        and not (name == "target_modules" and paper and ours and set(paper) == set(ours))
+    }
 
 
 def beside_table(beside: SettingsBeside) -> ReportTable:
@@ -111,21 +91,14 @@ def beside_table(beside: SettingsBeside) -> ReportTable:
         paper, ours = (getattr(one, field.name) for one in (beside.paper, beside.ours))
         if paper is None and ours is None:
             continue
-        reason = _SAME
-        if field.name in different:
-            reason = beside.why.get(field.name, "")
+        reason = beside.why.get(field.name, "") if field.name in different else "same"
         rows.append([field.name.replace("_", " "), _text(paper), _text(ours), reason])
     header = ["setting", "paper", "ours", "why it differs"]
     return ReportTable(title=beside.title, header=header, rows=rows, align="l")
 
 
 def settings_text(experiment: "Experiment", scale: Literal["small", "full"]) -> str:
-    """Return all settings of an experiment beside the paper's, as Markdown.
-
-    Args:
-        experiment: Which one.
-        scale: Scale of our runs.
-    """
+    """Return all settings of an experiment beside the paper's, as Markdown."""
     lines = [f"# {experiment.name}: {experiment.title} ({experiment.place}); --scale {scale}"]
     if experiment.name in SCRIPTS:
         lines += ["", SCRIPTS[experiment.name]]

@@ -4,64 +4,40 @@ What the tables of settings leave open is taken from the authors' repository (co
 weights and adapters in 16 bits, all logits, no gradient checkpointing.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.reproduce.experiment import Cell, Results
-from pacatune.experiments.reproduce.section import Measured
-from pacatune.experiments.reproduce.verdicts import Column
+from pacatune.experiments.reproduce.comparison import Source
+from pacatune.experiments.reproduce.experiment import Cell, Measured, Results
+from pacatune.experiments.reproduce.verdicts import same_column
 from pacatune.measure.setting import Setting
-from pacatune.paper import settings
-from pacatune.paper.tables import Quantity, Row, Table
-
-__all__ = [
-    "GB",
-    "KEY",
-    "describe",
-    "memory_cells",
-    "memory_column",
-    "setting_of",
-    "simulate_length",
-    "simulate_peak",
-    "simulated_memory",
-]
-
+from pacatune.paper.settings import of_line
+from pacatune.paper.tables import Row, Table
 
 GB = 10**9
 # Two lengths between which a line is drawn.
 _LENGTHS = (256, 512)
-_COMMON: dict[str, Any] = {"lean": "off", "loss": "logits", "adapter_dtype": "bfloat16"}
+
+
+def make_setting(model: str, method: str, **sizes: Any) -> Setting:
+    """Return a setting as the authors' code computes."""
+    return Setting(
+        model=model, method=method, lean="off", loss="logits", adapter_dtype="bfloat16", **sizes
+    )
 
 
 def setting_of(table: str, row: Row) -> Setting:
-    """Return what is simulated for a line of Table 1, 2, 3 or 4.
-
-    Args:
-        table: Name of the table.
-        row: A line with a method that trains.
-    """
-    rank = row.rank or 8
-    if table == "table1":
-        stated = settings.table_9(row.model, row.method, rank)
-    elif table == "table2":
-        stated = settings.table_10(rank)
-    elif table == "table3":
-        stated = settings.table_11(row.model)
-    else:
-        stated = settings.table_12(row.method)
+    """Return what is simulated for a line of Table 1, 2, 3 or 4 with a method that trains."""
+    stated = of_line(table, row)
     micro_batches = stated.micro_batches or 1
-    return Setting(
-        model=row.model,
-        method=row.method,
-        rank=rank,
+    return make_setting(
+        row.model,
+        row.method,
+        rank=row.rank or 8,
         dropout=stated.dropout or 0.0,
         batch_size=(stated.batch_size or 1) // micro_batches,
         gradient_accumulation=micro_batches,
         seq_len=stated.seq_len or 512,
-        **_COMMON,
     )
 
 
@@ -75,13 +51,7 @@ def describe(setting: Setting) -> str:
 
 
 def simulate_peak(setting: Setting, explain_gb: float | None = None) -> dict[str, Any]:
-    """Return the peak of a step in bytes.
-
-    Args:
-        setting: What is simulated.
-        explain_gb: Also find how many tokens per micro-batch take this much: where the paper names
-            the longest text only, not the usual one.
-    """
+    """Return the peak of a step in bytes, and how many tokens per micro-batch take so many GB."""
     from pacatune.measure.estimate import estimate_memory
 
     estimate = estimate_memory(setting)
@@ -109,12 +79,7 @@ def tokens_for(setting: Setting, num_bytes: float) -> int:
 
 
 def simulate_length(setting: Setting, available_bytes: int) -> dict[str, Any]:
-    """Return the longest sequence that surely fits, found by bisection.
-
-    Args:
-        setting: Everything but the length.
-        available_bytes: Memory of the device.
-    """
+    """Return the longest sequence that surely fits into so much memory, found by bisection."""
     from pacatune.measure.estimate import find_max
 
     longest, estimate = find_max(setting, "seq_len", available_bytes)
@@ -123,70 +88,46 @@ def simulate_length(setting: Setting, available_bytes: int) -> dict[str, Any]:
     return {"max_seq_len": longest, "peak_bytes": peak, "notes": notes}
 
 
-KEY = "simulated_memory"
-_UNTRAINED = ("none", "quantized")
-_NAME = "simulate-{}"
+def memory_source(table: Table, *, explain: bool = False) -> Source:
+    """Return the simulated memory of Table 1, 2 or 3.
 
-
-def memory_cells(table: Table, *, explain: bool = False) -> list[Cell]:
-    """Return a cell for each line that trains.
-
-    Args:
-        table: Table 1, 2 or 3.
-        explain: Also find how many tokens explain the paper's memory.
+    With `explain`, also how many tokens take the paper's memory: where it names the longest text
+    only, not the usual one.
     """
-    return [_cell(table, row, explain) for row in table.rows if row.method not in _UNTRAINED]
 
+    def cell(row: Row) -> Cell:
+        setting = setting_of(table.name, row)
+        explain_gb = row.values["memory"] if explain else None
+        return Cell(
+            key=f"simulate-{row.key}",
+            title=f"simulating {row.title} on {row.model}: {describe(setting)}",
+            methods=(row.method,),
+            inputs={**asdict(setting), "explain_gb": explain_gb},
+            run=lambda folder, tell: simulate_peak(setting, explain_gb),
+        )
 
-def _cell(table: Table, row: Row, explain: bool) -> Cell:
-    setting = setting_of(table.name, row)
-    explained = row.values["memory"] if explain else None
-    return Cell(
-        key=_NAME.format(row.key),
-        title=f"simulating {row.title} on {row.model}: {describe(setting)}",
-        methods=(row.method,),
-        inputs={**asdict(setting), "explain_gb": explained},
-        run=partial(_simulate, setting, explained),
-    )
+    def numbers(results: Results) -> dict[str, Measured]:
+        return {
+            row.key: Measured.exact(result["peak_bytes"] / GB, "simulated", _note(result))
+            for row in table.rows
+            if (result := results.get(f"simulate-{row.key}")) is not None
+        }
 
-
-def _simulate(
-    setting: Setting, explained: float | None, folder: Path, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    return simulate_peak(setting, explained)
-
-
-def memory_column(table: Table) -> Column:
-    """Return the column of the simulated memory."""
-    paper = table.quantity("memory")
-    return Column(
-        quantity=Quantity(
-            key=KEY,
-            title="memory at the paper's own size",
-            unit="GB",
-            kind="memory",
-            margin=paper.margin,
-        ),
-        paper=paper,
-        is_same=True,
-        about="Ours is simulated by `pacatune estimate`: the most that the tensors of a training "
+    column = same_column(
+        table.quantity("memory"),
+        "simulated_memory",
+        "memory at the paper's own size",
+        "Ours is simulated by `pacatune estimate`: the most that the tensors of a training "
         "step take at once. A real GPU also holds a CUDA context of about half a gigabyte and gaps "
         "between blocks, and the paper prints whole gigabytes.",
     )
+    return Source(
+        cells=[cell(row) for row in table.rows if row.is_trained],
+        columns=lambda results: [(column, numbers(results))],
+    )
 
 
-def simulated_memory(table: Table, results: Results) -> dict[tuple[str, str], Measured]:
-    """Return the simulated numbers of all lines that there are."""
-    found = {}
-    for row in table.rows:
-        result = results.get(_NAME.format(row.key))
-        if result is not None:
-            number = Measured.exact(result["peak_bytes"] / GB, "simulated", _explained(result))
-            found[row.key, KEY] = number
-    return found
-
-
-def _explained(result: dict[str, Any]) -> str:
+def _note(result: dict[str, Any]) -> str:
     if "tokens_that_explain_it" not in result:
         return ""
     return (

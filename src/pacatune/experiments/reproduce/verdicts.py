@@ -1,29 +1,14 @@
 """Ours beside the paper's: differences, and by one stated rule, what contradicts it."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from pacatune.experiments.reproduce.section import Measured, Outcome, Verdict
+from pacatune.experiments.reproduce.experiment import Measured, Outcome, Verdict
 from pacatune.paper import METHOD_TITLES
 from pacatune.paper.fig2 import Claim
 from pacatune.paper.tables import Quantity, Row, Table
 from pacatune.reports.tables import ReportTable
-
-__all__ = [
-    "CLAIM_RULE",
-    "RULE",
-    "ClaimResult",
-    "Column",
-    "Ours",
-    "claims_table",
-    "judge",
-    "judge_claim",
-    "name_of",
-    "share",
-    "share_outcome",
-]
-
 
 RULE = (
     "Two lines of one model are compared in each quantity. The paper puts them in an order if its "
@@ -38,10 +23,8 @@ RULE = (
     "what training adds there is no matter of the method."
 )
 
-UNTRAINED = "none"
-
-# Row of the paper's table, our quantity -> number.
-Ours = Mapping[tuple[str, str], Measured]
+Numbers = Mapping[str, Measured]
+"""Row of the paper's table -> ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +35,8 @@ class Column:
     """Ours. Its margin is a share of the number where `is_same` is False and the kind is no
     score."""
     paper: Quantity
-    is_same: bool
-    """Whether both measure the same thing at the same size, so that numbers can be compared and not
-    shares alone."""
     model: str = ""
-    """What ours was obtained on, where that is not the paper's model."""
+    """What ours was obtained on, where that is not the paper's model at its size."""
     rank: Callable[[Row], int | None] = lambda row: row.rank
     """Rank of ours in a line of the paper."""
     is_inverted: bool = False
@@ -64,8 +44,10 @@ class Column:
     about: str = ""
     """How ours is obtained, for the reader."""
 
-    def __post_init__(self) -> None:
-        assert self.is_same or self.model, "numbers of another model must name it"
+    @property
+    def is_same(self) -> bool:
+        """Whether numbers can be compared, and not shares alone."""
+        return not self.model
 
     @property
     def is_score(self) -> bool:
@@ -73,49 +55,50 @@ class Column:
         return self.quantity.kind == "score"
 
 
-def judge(table: Table, column: Column, ours: Ours) -> Iterator[Verdict]:
+def same_column(paper: Quantity, key: str, title: str, about: str) -> Column:
+    """Return the column of the same quantity as the paper's, obtained at its own size."""
+    return Column(quantity=replace(paper, key=key, title=title), paper=paper, about=about)
+
+
+def judge(table: Table, column: Column, ours: Numbers) -> Iterator[Verdict]:
     """Yield a verdict for each pair of lines of one model that both sides have numbers of."""
-    key = column.quantity.key
     known = [
         row
         for row in table.rows
         if column.paper.key in row.values
-        and (row.key, key) in ours
-        and (column.is_same or row.method != UNTRAINED)
+        and row.key in ours
+        and (column.is_same or row.method != "none")
     ]
     for first, second in itertools.combinations(known, 2):
         if first.model == second.model:
-            yield _judge(column, (first, second), (ours[first.key, key], ours[second.key, key]))
+            yield _judge(column, (first, second), (ours[first.key], ours[second.key]))
 
 
 def _judge(column: Column, rows: tuple[Row, Row], here: tuple[Measured, Measured]) -> Verdict:
     a, b = (row.values[column.paper.key] for row in rows)
     stated = 0 if abs(a - b) <= column.paper.margin else (1 if a > b else -1)
     found = _order(column, *here)
+    half_width = sum(number.high - number.low for number in here) / 2
     outcome: Outcome
     if found != 0:
         outcome = "agrees" if stated == found else "contradicts"
-    elif _half_width(*here) > _reach(column, (a, b), here, is_ordered=stated != 0):
+    elif half_width > _reach(column, (a, b), here, is_ordered=stated != 0):
         outcome = "cannot_tell"
     else:
         outcome = "agrees" if stated == 0 else "open"
-    theirs = _sentence(column, [name_of(row, row.rank) for row in rows], stated)
+    theirs = _sentence(column, [name_of(row, row.rank) for row in rows], stated, "alike")
     alike = "not told apart" if outcome == "cannot_tell" else "alike"
     mine = _sentence(column, [name_of(row, column.rank(row)) for row in rows], found, alike)
-    place, on = f", {rows[0].model}", ""
+    place, of_paper, on = f", {rows[0].model}", "", ""
     if not column.is_same:
-        place, on = "", f" on {column.model}"
+        place, of_paper, on = "", place, f" on {column.model}"
+    shown = [number.text("{:.4g}".format) for number in here]
     text = (
         f"{column.quantity.title}{place}: the paper has {theirs} ({a:g} and {b:g} "
-        f"{column.paper.unit}{'' if column.is_same else f', {rows[0].model}'}); here{on} {mine} "
-        f"({_interval(here[0])} and {_interval(here[1])} {column.quantity.unit})"
+        f"{column.paper.unit}{of_paper}); here{on} {mine} "
+        f"({shown[0]} and {shown[1]} {column.quantity.unit})"
     )
     return Verdict(outcome=outcome, origin=here[0].origin, text=text)
-
-
-def _half_width(a: Measured, b: Measured) -> float:
-    """Return the least difference between two numbers whose intervals do not overlap."""
-    return ((a.high - a.low) + (b.high - b.low)) / 2
 
 
 def _reach(
@@ -151,7 +134,7 @@ def _order(column: Column, a: Measured, b: Measured) -> int:
     return 0
 
 
-def _sentence(column: Column, names: Sequence[str], order: int, alike: str = "alike") -> str:
+def _sentence(column: Column, names: list[str], order: int, alike: str) -> str:
     first, second = names
     if order == 0:
         return f"{first} and {second} {alike}"
@@ -162,12 +145,6 @@ def _sentence(column: Column, names: Sequence[str], order: int, alike: str = "al
 def name_of(row: Row, rank: int | None) -> str:
     """Return a line's method, with a rank where it has one."""
     return row.title if rank is None else f"{row.title} (rank {rank})"
-
-
-def _interval(number: Measured) -> str:
-    if number.low == number.high:
-        return f"{number.value:.4g}"
-    return f"{number.value:.4g} [{number.low:.4g}, {number.high:.4g}]"
 
 
 def share(column: Column, value: float, reference: float) -> float:
@@ -185,78 +162,52 @@ CLAIM_RULE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClaimResult:
-    """A statement and what is found of it."""
-
-    claim: Claim
-    ours: Measured
-
-
-def judge_claim(result: ClaimResult) -> Verdict:
+def judge_claim(claim: Claim, ours: Measured) -> Verdict:
     """Say whether a statement holds here."""
-    claim, ours = result.claim, result.ours
-    outcome = _outcome(claim, ours)
-    spread = "" if ours.low == ours.high else f" [{ours.low:.3f}, {ours.high:.3f}]"
     text = (
         f"'{claim.quote}' (section {claim.section}): {_what(claim)} is {claim.ratio:g} in the "
-        f"paper, {ours.value:.3f}{spread} here ({ours.origin})"
+        f"paper, {ours.text('{:.3f}'.format)} here ({ours.origin})"
     )
-    return Verdict(outcome=outcome, origin=ours.origin, text=text)
+    return Verdict(outcome=_outcome(claim, ours), origin=ours.origin, text=text)
 
 
 def _outcome(claim: Claim, ours: Measured) -> Outcome:
     if ours.origin == "counted":
         near = abs(ours.value - claim.ratio) <= claim.margin
         return "agrees" if near else "contradicts"
-    low, high = _region(claim)
-    if low <= ours.low and ours.high <= high:
+    if abs(claim.ratio - 1) <= claim.margin:
+        region = 1 - claim.margin, 1 + claim.margin
+    else:
+        region = (0.0, 1.0) if claim.ratio < 1 else (1.0, float("inf"))
+    if region[0] <= ours.low and ours.high <= region[1]:
         return "agrees"
-    if ours.high < low or ours.low > high:
+    if ours.high < region[0] or ours.low > region[1]:
         return "contradicts"
     return share_outcome(ours, claim.ratio, claim.margin)
 
 
 def share_outcome(ours: Measured, stated: float, margin: float) -> Outcome:
-    """Return what becomes of a share whose interval lies partly where the paper's does.
-
-    Args:
-        ours: The share.
-        stated: The paper's.
-        margin: How near to 1 is alike.
-    """
+    """Return what becomes of a share that lies partly where the paper's does, or alike near 1."""
     is_wide = (ours.high - ours.low) / 2 > max(abs(stated - 1), margin)
     return "cannot_tell" if is_wide else "open"
 
 
-def _region(claim: Claim) -> tuple[float, float]:
-    """Return where a share agrees with the statement on another machine."""
-    if abs(claim.ratio - 1) <= claim.margin:
-        return 1 - claim.margin, 1 + claim.margin
-    return (0.0, 1.0) if claim.ratio < 1 else (1.0, float("inf"))
-
-
 def _what(claim: Claim) -> str:
-    what = f"{claim.quantity} of {METHOD_TITLES[claim.method]}'s {claim.phase}"
-    return f"{what} / {METHOD_TITLES[claim.of_method]}'s {claim.of_phase}"
+    what, of = (f"{METHOD_TITLES[method]}'s {phase}" for method, phase in (claim.what, claim.of))
+    return f"{claim.quantity} of {what} / {of}"
 
 
-def claims_table(results: list[ClaimResult]) -> ReportTable:
+def claims_table(found: list[tuple[Claim, Measured]]) -> ReportTable:
     """Return the statements with both numbers."""
     rows = [
         [
-            _what(one.claim),
-            f"section {one.claim.section}",
-            f"{one.claim.ratio:g}",
-            f"{one.ours.value:.3f}"
-            + (
-                ""
-                if one.ours.low == one.ours.high
-                else f" ({one.ours.low:.3f} to {one.ours.high:.3f})"
-            ),
-            f"{one.ours.value - one.claim.ratio:+.3f}",
+            _what(claim),
+            f"section {claim.section}",
+            f"{claim.ratio:g}",
+            ours.text("{:.3f}".format, " ({} to {})"),
+            f"{ours.value - claim.ratio:+.3f}",
         ]
-        for one in results
+        for claim, ours in found
     ]
     header = ["share", "where", "paper", "here", "difference"]
     return ReportTable(title="What the text states", header=header, rows=rows, note=CLAIM_RULE)

@@ -1,11 +1,13 @@
 """One study, declared once: methods ("arms") on one task, each at its best learning rate."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.methods import METHODS, method_of
 from pacatune.names import choose
+from pacatune.training.config_file import check_keys, option_parser, read_values
 
 # The exact test goes through 2^n signs.
 MAX_SEEDS = 20
@@ -13,11 +15,7 @@ MAX_SEEDS = 20
 
 @dataclass(kw_only=True)
 class Arm:
-    """One of the methods that are compared.
-
-    Raises:
-        ValueError: If a value is out of its range or means nothing for the method.
-    """
+    """One of the methods that are compared."""
 
     method: str = "paca"
     """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, qlora, full (every
@@ -72,9 +70,6 @@ class StudyConfig:
     Each arm trains at each rate of its grid with the first `tuning_seeds` seeds, and the rate with
     the best mean on validation data is taken. It then trains with all seeds at that rate. Reported
     is what they reach on test data, which nothing was chosen by.
-
-    Raises:
-        ValueError: If a value is out of its range or contradicts another one.
     """
 
     task: str = ""
@@ -176,28 +171,37 @@ class StudyConfig:
 
     def _check_ranks(self) -> None:
         reference = self.arms[str(self.reference)]
-        open_arms = [n for n, a in self.arms.items() if a.rank is None and has_rank(a)]
-        if (
-            open_arms
-            and reference.rank is None
-            and not (self.match == "parameters" and reference.method == "head")
-        ):
+        counts = self.match == "parameters" and reference.method == "head"
+        without = [
+            n for n, a in self.arms.items() if a.rank is None and METHODS[a.method].has_adapter
+        ]
+        if without and reference.rank is None and not counts:
             raise ValueError(
-                f"the arms {open_arms} have no `rank`, and the reference {self.reference!r} has "
+                f"the arms {without} have no `rank`, and the reference {self.reference!r} has "
                 "none to share; give ranks."
             )
 
 
-def has_rank(arm: Arm) -> bool:
-    """Whether the arm's method has a rank."""
-    return METHODS[arm.method].has_adapter
-
-
 def check_rates(name: str, rates: list[float]) -> None:
-    """Refuse a grid with which nothing could be chosen.
-
-    Raises:
-        ValueError: If it is empty, or a rate is not above 0 or there twice.
-    """
+    """Refuse a grid with which nothing could be chosen."""
     if not rates or len(set(rates)) < len(rates) or not all(0 < r < float("inf") for r in rates):
         raise ValueError(f"`{name}` ({rates}) must be different numbers above 0, at least one.")
+
+
+def read_study(path: Path) -> StudyConfig:
+    """Read a study from YAML; paths in it are taken as they are, from where the command runs."""
+    values = read_values(path)
+    parser = option_parser()
+    parser.add_class_arguments(StudyConfig)
+    check_keys(values, {field.name for field in fields(StudyConfig)}, str(path))
+    arms = values.get("arms")
+    if arms is not None and not isinstance(arms, dict):
+        raise ValueError(f"{path}: `arms` is a {type(arms).__name__}; it must map names to arms.")
+    for name, arm in (arms or {}).items():
+        check_keys(arm or {}, {field.name for field in fields(Arm)}, f"{path}, arm {name!r}")
+    values["arms"] = {str(name): arm or {} for name, arm in (arms or {}).items()}
+    try:
+        parsed = parser.parse_object(values).as_dict()
+    except Exception as error:  # jsonargparse's own classes of errors
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return StudyConfig(**parsed)

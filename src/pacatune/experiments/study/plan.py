@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.study.config import Arm, StudyConfig, has_rank
-from pacatune.experiments.study.task import StudyTask, Values, merged
+from pacatune.data.packaged.packages import default_cache
+from pacatune.experiments.study.config import Arm, StudyConfig
+from pacatune.experiments.study.packaged_tasks import find_packaged_task
+from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
 from pacatune.training.config import ADAPTER_SECTIONS
 from pacatune.training.config_file import read_values, to_values
@@ -45,6 +50,11 @@ class Plan:
     _digests: dict[str, str] = field(default_factory=dict)
 
     @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric == "accuracy"
+
+    @property
     def num_runs(self) -> int:
         """Return how many runs the whole study takes."""
         seeds, tuning = len(self.config.seeds), self.config.tuning_seeds
@@ -56,15 +66,8 @@ class Plan:
         self.arms[name] = replace(arm, learning_rates=sorted([*arm.learning_rates, rate]))
 
     def make_run(self, name: str, rate: float, seed: int, folder: Path) -> Any:
-        """Build one run.
-
-        Args:
-            name: Name of the arm.
-            rate: Learning rate.
-            seed: Seed for data order, columns and initial weights.
-            folder: Scratch folder of the trainer.
-        """
-        return _make_run(self.task, self.arms[name].options, rate, seed, folder)
+        """Build one run of an arm, whose trainer has a scratch folder."""
+        return self.task.make_run(self.arms[name].options, rate, seed, folder)
 
     def key(self, run: Any) -> str:
         """Return the hash of all that decides the numbers of a run, but for versions."""
@@ -76,33 +79,26 @@ class Plan:
             for name in names:
                 values[section].pop(name, None)
         test = {k: v for k, v in self.task.test_options.items() if not k.endswith("path")}
-        content = [self.task.command, values, test, self._digests[where]]
+        content = [self.task.run_class.command, values, test, self._digests[where]]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
-    """Find the task and settle every arm, before anything runs.
-
-    Args:
-        config: The study.
-        say: Called with a line when something is fetched.
-
-    Raises:
-        ValueError: If the task is unknown, or an arm does not fit it.
-    """
-    task, grids = open_task(config, say)
+    """Find the task and settle every arm, before anything runs; say what is fetched."""
+    task, grids = _open_task(config, say)
+    command = task.run_class.command
     metric = task.metrics[0] if config.metric == "auto" else config.metric
     if metric not in task.metrics:
         raise ValueError(
-            f"`metric` ({metric!r}) is not measured by {task.command}; use one of "
+            f"`metric` ({metric!r}) is not measured by {command}; use one of "
             f"{', '.join(task.metrics)}."
         )
     for name, arm in config.arms.items():
-        if arm.method not in task.methods:
+        if arm.method not in task.run_class.methods:
             raise ValueError(
-                f"arm {name!r}: `method` ({arm.method!r}) is not offered by {task.command}; use "
-                f"one of {', '.join(task.methods)}."
+                f"arm {name!r}: `method` ({arm.method!r}) is not offered by {command}; use "
+                f"one of {', '.join(task.run_class.methods)}."
             )
     _refuse_unused(config)
     arms: dict[str, PlannedArm] = {}
@@ -125,12 +121,10 @@ def _refuse_unused(config: StudyConfig) -> None:
             )
 
 
-def open_task(
+def _open_task(
     config: StudyConfig, say: Callable[[str], None]
 ) -> tuple[StudyTask, dict[str, list[float]]]:
     """Return the task, and grids by method where a packaged task brings some."""
-    from pacatune.experiments.study.packaged_tasks import find_packaged_task, prepare_packaged
-
     command: str = config.command
     values: Values = {}
     grids: dict[str, list[float]] = {}
@@ -139,16 +133,9 @@ def open_task(
     elif config.task:
         packaged = find_packaged_task(config.task)
         command, grids = packaged.command, packaged.learning_rates
-        values = prepare_packaged(packaged, say)
+        values = packaged.prepare(default_cache(), say)
     values = merged(values, config.options)
-    kind = _task_class(command)
-    return kind(values, config.validation_fraction, config.forgetting_tokens), grids
-
-
-def _task_class(command: str) -> type[StudyTask]:
-    from pacatune.experiments.study.tasks import TASKS
-
-    return TASKS[command]
+    return TASKS[command](values, config.validation_fraction, config.forgetting_tokens), grids
 
 
 def _plan_arm(
@@ -161,13 +148,13 @@ def _plan_arm(
     arm = config.arms[name]
     try:
         rank = arm.rank
-        if rank is None and has_rank(arm):
+        if rank is None and METHODS[arm.method].has_adapter:
             assert reference is not None, "the configuration demands a rank of the reference"
             rank = reference.rank
             if config.match == "parameters":
                 rank = _matching_rank(task, arm, reference.num_trainable_parameters)
         options = arm_options(arm, rank)
-        run = _make_run(task, options, 1e-3, config.seeds[0], Path("unused"))
+        run = task.make_run(options, 1e-3, config.seeds[0], Path("unused"))
         return PlannedArm(
             name=name,
             arm=arm,
@@ -183,14 +170,11 @@ def _plan_arm(
 def _grid(
     config: StudyConfig, grids: dict[str, list[float]], task: StudyTask, arm: Arm
 ) -> list[float]:
-    for found in (
-        arm.learning_rates,
-        config.learning_rates.get(arm.method),
-        grids.get(arm.method),
-    ):
+    given = (arm.learning_rates, config.learning_rates.get(arm.method), grids.get(arm.method))
+    for found in given:
         if found is not None:
             return sorted(found)
-    default = task.default_rate(arm.method)
+    default = task.run_class.default_rate(arm.method)
     return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
 
 
@@ -208,40 +192,26 @@ def arm_options(arm: Arm, rank: int | None) -> Values:
     return merged(options, arm.options)
 
 
-def _make_run(task: StudyTask, options: Values, rate: float, seed: int, folder: Path) -> Any:
-    training = {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
-    decided: Values = {"training": training}
-    if METHODS[options["method"]].is_paca:
-        decided["paca"] = {"random_seed": seed}
-    return task.make_config(options, decided)
-
-
 def _matching_rank(task: StudyTask, arm: Arm, number: int) -> int:
     """Return the rank with which an arm trains about as many parameters, by bisection."""
 
-    def count(rank: int) -> int | None:
-        run = _make_run(task, arm_options(arm, rank), 1e-3, 0, Path("unused"))
+    @cache
+    def count(rank: int) -> int:
         try:
-            return task.count(run)
+            return task.count(task.make_run(arm_options(arm, rank), 1e-3, 0, Path("unused")))
         except ValueError:
             if rank == 1:
                 raise
-            return None  # more columns than a weight has
+            return sys.maxsize  # more columns than a weight has
 
-    low, high = 1, 2
-    smallest = count(low)
-    assert smallest is not None, "raised otherwise"
-    while (found := count(high)) is not None and found < number:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = count(middle)
-        low, high = (middle, high) if found is not None and found < number else (low, middle)
-    counts = {rank: n for rank in (low, high) if (n := count(rank)) is not None}
-    best = min(counts, key=lambda rank: abs(counts[rank] - number))
-    if abs(counts[best] - number) > number / 4:
+    high = 1
+    while count(high) < number:
+        high *= 2
+    above = bisect_left(range(high + 1), number, lo=max(high // 2, 1), key=count)
+    best = min(max(above - 1, 1), above, key=lambda rank: abs(count(rank) - number))
+    if abs(count(best) - number) > number / 4:
         raise ValueError(
             f"no rank trains about as many parameters as the reference ({number:,}): rank {best} "
-            f"trains {counts[best]:,}; give `rank`."
+            f"trains {count(best):,}; give `rank`."
         )
     return best

@@ -1,13 +1,12 @@
 """The report of a study: a table in Markdown, and plots."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
-from pacatune.experiments.study.plots import draw_metric, draw_rates
 from pacatune.experiments.study.result import ArmResult, StudyResult
+from pacatune.reports.figures import new_figure, save_figure
 from pacatune.reports.provenance import versions_text
-from pacatune.reports.tables import table_lines
+from pacatune.reports.tables import ReportTable
 
 REPORT_NAME, METRIC_PLOT, RATES_PLOT = "report.md", "metric.png", "rates.png"
 OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)
@@ -15,50 +14,37 @@ OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)
 
 def write_report(result: StudyResult, folder: Path) -> None:
     """Write report.md, metric.png and rates.png."""
-    draw_metric(result, folder / METRIC_PLOT)
-    draw_rates(result, folder / RATES_PLOT)
-    (folder / REPORT_NAME).write_text(to_markdown(result), encoding="utf-8")
+    _draw_metric(result, folder / METRIC_PLOT)
+    _draw_rates(result, folder / RATES_PLOT)
+    (folder / REPORT_NAME).write_text(_to_markdown(result), encoding="utf-8")
 
 
-def table(result: StudyResult) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of the table of arms."""
-    head = [
-        "arm",
-        "method",
-        "rank",
-        "trained parameters",
-        "rate",
-        f"test {result.metric}",
-        "n",
-        f"minus {result.reference}",
-        "p",
-    ]
+def table(result: StudyResult) -> ReportTable:
+    """Return the table of arms, with what a reader must know of it."""
     arms = result.arms.values()
-    forgets = any(arm.forgetting is not None for arm in arms)
+    header = ["arm", "method", "rank", "trained parameters", "rate", f"test {result.metric}", "n"]
+    header += [f"minus {result.reference}", "p"]
     rows = [_row(arm, result.metric) for arm in arms]
-    if forgets:
-        head.append("forgetting")
+    if any(arm.forgetting is not None for arm in arms):
+        header.append("forgetting")
         for row, arm in zip(rows, arms, strict=True):
             row.append("-" if arm.forgetting is None else f"{arm.forgetting:+.4f}")
-    return head, rows
+    title = f"{result.config['task'] or 'study'}: {', '.join(result.arms)}"
+    return ReportTable(title=title, header=header, rows=rows, note=notes(result))
 
 
-def to_markdown(result: StudyResult) -> str:
-    """Return the report."""
-    head, rows = table(result)
-    failures = [
-        f"- {arm.name}, {failure}" for arm in result.arms.values() for failure in arm.failures
-    ]
+def _to_markdown(result: StudyResult) -> str:
+    shown = table(result)
     parts = [
-        f"# {result.config['task'] or 'study'}: {', '.join(result.arms)}",
-        "\n".join(table_lines(head, rows, "llr")),
-        notes(result),
+        f"# {shown.title}",
+        "\n".join(shown.lines()),
+        shown.note,
         f"![{result.metric}]({METRIC_PLOT})\n\n![Learning rates]({RATES_PLOT})",
     ]
-    if result.warnings:
-        parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in result.warnings))
-    if failures:
-        parts.append("Failed runs:\n\n" + "\n".join(failures))
+    failures = [f"{arm.name}, {text}" for arm in result.arms.values() for text in arm.failures]
+    for heading, texts in (("Warnings", result.warnings), ("Failed runs", failures)):
+        if texts:
+            parts.append(f"{heading}:\n\n" + "\n".join(f"- {text}" for text in texts))
     return "\n\n".join([*parts, f"Versions: {versions_text(result.versions)}."]) + "\n"
 
 
@@ -109,7 +95,15 @@ def _meaning(result: StudyResult) -> str:
 
 
 def _row(arm: ArmResult, metric: str) -> list[str]:
-    show = _formatter(metric)
+    # Accuracies are shown in per cent.
+    factor, digits = (100, 2) if metric == "accuracy" else (1, 4)
+
+    def show(mean: float | None, std: float | None, sign: str = "") -> str:
+        if mean is None:
+            return "-"
+        spread = "" if std is None else f" ± {factor * std:.{digits}f}"
+        return f"{factor * mean:{sign}.{digits}f}{spread}"
+
     compared = arm.comparison
     return [
         arm.name,
@@ -117,23 +111,48 @@ def _row(arm: ArmResult, metric: str) -> list[str]:
         "-" if arm.rank is None else str(arm.rank),
         f"{arm.num_trainable_parameters:,}",
         "-" if arm.learning_rate is None else f"{arm.learning_rate:g}{'!' * arm.at_edge}",
-        _with_spread(arm.mean, arm.std, show),
+        show(arm.mean, arm.std),
         str(len(arm.values)),
-        "" if compared is None else _with_spread(compared.mean, compared.std, show, sign="+"),
+        "" if compared is None else show(compared.mean, compared.std, "+"),
         "" if compared is None else f"{compared.p_value:.2g}",
     ]
 
 
-def _formatter(metric: str) -> Callable[[float, str], str]:
-    """Accuracies are shown in per cent."""
-    if metric == "accuracy":
-        return lambda value, sign: f"{100 * value:{sign}.2f}"
-    return lambda value, sign: f"{value:{sign}.4f}"
+def _draw_metric(result: StudyResult, path: Path) -> None:
+    """Draw each arm's seeds as points and its mean as a line."""
+    names = list(result.arms)
+    figure = new_figure(max(5.0, 1.5 + 1.1 * len(names)), 4)
+    axes = figure.add_subplot()
+    for place, arm in enumerate(result.arms.values()):
+        for number, value in enumerate(arm.values.values()):
+            # Side by side, so that equal values can be seen; the same place for the same seed.
+            shift = 0.4 * ((number + 0.5) / len(arm.values) - 0.5)
+            axes.plot(place + shift, value, "o", color="C0", alpha=0.7, markersize=4)
+        if arm.mean is not None:
+            axes.plot([place - 0.3, place + 0.3], [arm.mean] * 2, color="black", linewidth=1.5)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set(ylabel=f"test {result.metric}", title="a point for each seed; line: mean of the seeds")
+    axes.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
 
 
-def _with_spread(
-    mean: float | None, std: float | None, show: Callable[[float, str], str], sign: str = ""
-) -> str:
-    if mean is None:
-        return "-"
-    return show(mean, sign) + ("" if std is None else f" ± {show(std, '')}")
+def _draw_rates(result: StudyResult, path: Path) -> None:
+    """Draw each arm's metric on validation data over the learning rate; the best is marked."""
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    for number, arm in enumerate(result.arms.values()):
+        found = {rate: mean for rate, mean in arm.rates.items() if mean is not None}
+        color = f"C{number % 10}"
+        axes.plot(list(found), list(found.values()), "o-", color=color, label=arm.name, alpha=0.8)
+        if arm.learning_rate in found:
+            best = found[arm.learning_rate]
+            axes.plot(arm.learning_rate, best, "*", color=color, markersize=14)
+    axes.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel=f"validation {result.metric}",
+        title="star: the rate that was taken",
+    )
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)

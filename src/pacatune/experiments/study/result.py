@@ -1,24 +1,21 @@
-"""What a study found: one record per run, one result per arm, and the whole."""
+"""What a study found: a file for each run that has ended, a result for each arm, and the whole."""
 
+import json
+import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-PACKAGES = ("trl", "accelerate", "datasets")
-"""Whose versions are recorded beside those of every report."""
+from pacatune.experiments.study.statistics import Comparison
+from pacatune.files.result_folder import to_json, write_whole
 
-METRICS = {"loss": False, "accuracy": True}
-"""Metric -> whether more is better."""
+_KEY_IN_NAME = re.compile(r"-([0-9a-f]{24})\.json$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """One run: an arm at one learning rate with one seed."""
+class Measured:
+    """What one run reached; nothing where it failed."""
 
-    key: str
-    """Hash of all that decides the numbers."""
-    arm: str
-    learning_rate: float
-    seed: int
     validation: dict[str, float] = field(default_factory=dict)
     """Metric -> value on the data that rates are chosen by."""
     test: dict[str, float] = field(default_factory=dict)
@@ -28,26 +25,56 @@ class RunRecord:
     num_trainable_parameters: int = 0
     train_loss: float | None = None
     num_steps: int = 0
-    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Measured):
+    """One run: an arm at one learning rate with one seed."""
+
+    key: str
+    """Hash of all that decides the numbers."""
+    arm: str
+    learning_rate: float
+    seed: int
+    seconds: float
     """Time of the run, for planning only: other programs may have been running."""
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str]
     error: str | None = None
     """Why it failed; None if it did not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """An arm against the reference, over the seeds that both have."""
+class Records:
+    """The records in a folder, by key, each written whole or not at all."""
 
-    mean: float
-    """Mean of the differences by seed, arm minus reference, in the metric's own unit."""
-    std: float | None
-    """Their standard deviation (n - 1); None with one seed."""
-    p_value: float
-    """Exact two-sided sign-flip permutation test."""
-    smallest_p_value: float
-    """The least that the test can give with so many seeds, 2 / 2^n."""
-    num_seeds: int
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        self._files = {match[1]: f for f in files if (match := _KEY_IN_NAME.search(f.name))}
+
+    def find(self, key: str) -> RunRecord | None:
+        """Return the record of a run, failed or not; None if it never ended."""
+        path = self._files.get(key)
+        if path is None:
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return RunRecord(**{f.name: values[f.name] for f in fields(RunRecord)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no record of a run ({type(error).__name__}: {error}); delete it, and "
+                "the run is done again."
+            ) from error
+
+    def write(self, record: RunRecord) -> None:
+        """Write a record, in the place of an earlier one of the same run."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"{record.arm}-{record.learning_rate:g}-seed{record.seed}-{record.key}.json"
+        path = self._folder / name
+        write_whole(path, to_json(asdict(record)))
+        older = self._files.get(record.key)
+        if older is not None and older != path:
+            older.unlink(missing_ok=True)
+        self._files[record.key] = path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +130,9 @@ class StudyResult:
 
 def _arm_from_dict(values: dict[str, Any]) -> ArmResult:
     compared = values["comparison"]
-    return ArmResult(
-        **values
-        | {
-            "values": {int(seed): value for seed, value in values["values"].items()},
-            "rates": {float(rate): value for rate, value in values["rates"].items()},
-            "comparison": None if compared is None else Comparison(**compared),
-        }
-    )
+    numbers = {
+        "values": {int(seed): value for seed, value in values["values"].items()},
+        "rates": {float(rate): value for rate, value in values["rates"].items()},
+        "comparison": None if compared is None else Comparison(**compared),
+    }
+    return ArmResult(**values | numbers)

@@ -1,28 +1,42 @@
-"""Runs a study: every run once, whatever interrupts it."""
+"""Runs a study: every run once, whatever interrupts it; and what each arm reached."""
 
 import dataclasses
 import gc
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from pacatune.experiments.study.config import StudyConfig
 from pacatune.experiments.study.plan import Plan, make_plan
-from pacatune.experiments.study.records import Records
 from pacatune.experiments.study.report import OUTPUTS, write_report
-from pacatune.experiments.study.result import PACKAGES, RunRecord, StudyResult
-from pacatune.experiments.study.summary import Place, best_rate, summarise
-from pacatune.experiments.study.tuning import rate_beyond
+from pacatune.experiments.study.result import ArmResult, Measured, Records, RunRecord, StudyResult
+from pacatune.experiments.study.statistics import (
+    best_of,
+    compare,
+    is_at_edge,
+    mean_of,
+    rate_beyond,
+    std_of,
+)
 from pacatune.files.result_folder import ResultFolder
 from pacatune.reports.provenance import versions
 from pacatune.training.progress import show_warnings
 
 RESULT_NAME = "study.json"
 RUNS_NAME = "runs"
+# Whose versions are recorded beside those of every report.
+_PACKAGES = ("trl", "accelerate", "datasets")
+# Numbers of trained parameters that differ by more are not called equal.
+_EQUAL_SHARE = 0.05
+
+Place = tuple[str, float, int]
+"""Arm, learning rate, seed."""
+Ended = Mapping[Place, RunRecord]
+"""What has run, failed or not."""
 
 
 def run_study(config: StudyConfig, folder: Path, *, console: Console | None = None) -> StudyResult:
@@ -47,53 +61,46 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     output = ResultFolder(path=folder, mark=RESULT_NAME, kind="a study", others=OUTPUTS)
     plan = make_plan(config, console.print)
     with output.opened():
-        result = summarise(plan, _run_all(plan, folder, console))
+        runner = _Runner(plan, folder, console)
+        # What is there by now stays: each run collects garbage twice, and need not look at it.
+        gc.freeze()
+        try:
+            ended = runner.run_all()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped with {runner.num_done} of {plan.num_runs} runs done; the same command "
+                "continues"
+            ) from None
+        finally:
+            gc.unfreeze()
+        result = _summarise(plan, ended)
         write_report(result, folder)
         output.write({"finished": True, **result.to_dict()})
     return result
 
 
-def _run_all(plan: Plan, folder: Path, console: Console) -> dict[Place, RunRecord]:
-    runner = _Runner(plan, Records(folder / RUNS_NAME), console)
-    # What is there by now stays: each run collects garbage twice, and need not look at it.
-    gc.freeze()
-    try:
-        return runner.run_all()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"stopped with {runner.num_done} of {plan.num_runs} runs done; the same command "
-            "continues"
-        ) from None
-    finally:
-        gc.unfreeze()
-
-
 def pending_runs(plan: Plan, folder: Path) -> int:
     """Return how many of the runs that choose the rates have no result in a folder yet."""
-    runner = _Runner(plan, Records(folder / RUNS_NAME), Console(quiet=True))
+    runner = _Runner(plan, folder, Console(quiet=True))
     return sum(runner.find(place) is None for place in runner.tuning_runs())
 
 
 class _Runner:
-    """Does the runs of a plan that are not recorded.
+    """Does the runs of a plan that are not recorded."""
 
-    Args:
-        plan: The runs.
-        records: Those that have ended.
-        console: Gets a line per run.
-    """
-
-    def __init__(self, plan: Plan, records: Records, console: Console) -> None:
-        self._plan, self._records, self._console = plan, records, console
+    def __init__(self, plan: Plan, folder: Path, console: Console) -> None:
+        self._plan, self._records, self._console = plan, Records(folder / RUNS_NAME), console
         self._ended: dict[Place, RunRecord] = {}
         self._keys: dict[Place, str] = {}
+        seeds, number = plan.config.seeds, plan.config.tuning_seeds
+        self._tuning_seeds, self._other_seeds = seeds[:number], seeds[number:]
 
     @property
     def num_done(self) -> int:
         """Return how many runs have ended so far."""
         return len(self._ended)
 
-    def run_all(self) -> dict[Place, RunRecord]:
+    def run_all(self) -> Ended:
         """Do the runs that choose rates, then those at the chosen ones."""
         for place in self.tuning_runs():
             self._key(place)  # looks at the data
@@ -102,17 +109,19 @@ class _Runner:
             self._do(place)
         for _ in range(self._plan.config.extend_grids):
             self._extend_grids()
-        for place in self._final_runs():
-            self._do(place)
+        chosen = {name: _best_rate(self._plan, self._ended, name) for name in self._plan.arms}
+        for seed in self._other_seeds:
+            for name, rate in chosen.items():
+                if rate is not None:
+                    self._do((name, rate, seed))
         return self._ended
 
     def tuning_runs(self) -> list[Place]:
         """Return the runs that choose rates; the arms take turns."""
-        seeds = self._plan.config.seeds[: self._plan.config.tuning_seeds]
         most = max(len(arm.learning_rates) for arm in self._plan.arms.values())
         return [
             (name, arm.learning_rates[number], seed)
-            for seed in seeds
+            for seed in self._tuning_seeds
             for number in range(most)
             for name, arm in self._plan.arms.items()
             if number < len(arm.learning_rates)
@@ -120,27 +129,16 @@ class _Runner:
 
     def _extend_grids(self) -> None:
         """Try one more rate for each arm whose best one is at the edge of its grid."""
-        seeds = self._plan.config.seeds[: self._plan.config.tuning_seeds]
         beyond = {
-            name: rate_beyond(best_rate(self._plan, self._ended, name), arm.learning_rates)
+            name: rate
             for name, arm in self._plan.arms.items()
+            if (rate := rate_beyond(_best_rate(self._plan, self._ended, name), arm.learning_rates))
         }
         for name, rate in beyond.items():
-            if rate is not None:
-                self._plan.add_rate(name, rate)
-        for seed in seeds:
+            self._plan.add_rate(name, rate)
+        for seed in self._tuning_seeds:
             for name, rate in beyond.items():
-                if rate is not None:
-                    self._do((name, rate, seed))
-
-    def _final_runs(self) -> list[Place]:
-        chosen = {name: best_rate(self._plan, self._ended, name) for name in self._plan.arms}
-        return [
-            (name, rate, seed)
-            for seed in self._plan.config.seeds[self._plan.config.tuning_seeds :]
-            for name, rate in chosen.items()
-            if rate is not None
-        ]
+                self._do((name, rate, seed))
 
     def find(self, place: Place) -> RunRecord | None:
         """Return the record of a run that has ended well."""
@@ -176,28 +174,129 @@ class _Runner:
     def _run(self, place: Place) -> RunRecord:
         name, rate, seed = place
         start = time.perf_counter()
+        measured, error = Measured(), None
         with tempfile.TemporaryDirectory(prefix="pacatune-study-") as scratch:
             run = self._plan.make_run(name, rate, seed, Path(scratch))
-            known: dict[str, Any] = {
-                "key": self._key(place),
-                "arm": name,
-                "learning_rate": rate,
-                "seed": seed,
-                "versions": versions(*PACKAGES),
-            }
             try:
-                measured = self._plan.task.run(run, Console(quiet=True))
-                _refuse_not_finite({"train_loss": measured.train_loss, **measured.validation})
-                _refuse_not_finite({**measured.test, **measured.forgetting})
-            except Exception as error:  # whatever it is, the other runs go on
-                text = " ".join(str(error).split())
-                known["error"] = f"{type(error).__name__}: {text}"
-                return RunRecord(**known, seconds=time.perf_counter() - start)
-        values = {f.name: getattr(measured, f.name) for f in dataclasses.fields(measured)}
-        return RunRecord(**known, **values, seconds=time.perf_counter() - start)
+                found = self._plan.task.run(run, Console(quiet=True))
+                _refuse_not_finite({"train_loss": found.train_loss, **found.validation})
+                _refuse_not_finite({**found.test, **found.forgetting})
+                measured = found
+            except Exception as failure:  # whatever it is, the other runs go on
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        return RunRecord(
+            **{f.name: getattr(measured, f.name) for f in dataclasses.fields(Measured)},
+            key=self._key(place),
+            arm=name,
+            learning_rate=rate,
+            seed=seed,
+            seconds=time.perf_counter() - start,
+            versions=versions(*_PACKAGES),
+            error=error,
+        )
 
 
 def _refuse_not_finite(values: dict[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}: training diverged; lower the rate.")
+
+
+def _best_rate(plan: Plan, ended: Ended, name: str) -> float | None:
+    """Return the rate with the best mean on validation data over the seeds that choose."""
+    return best_of(_rate_curve(plan, ended, name), higher_is_better=plan.higher_is_better)
+
+
+def _rate_curve(plan: Plan, ended: Ended, name: str) -> dict[float, float | None]:
+    """Return learning rate -> mean metric on validation data, None where a run failed."""
+    seeds = plan.config.seeds[: plan.config.tuning_seeds]
+    curve: dict[float, float | None] = {}
+    for rate in plan.arms[name].learning_rates:
+        records = [ended[name, rate, seed] for seed in seeds]
+        is_whole = all(record.error is None for record in records)
+        curve[rate] = mean_of([r.validation[plan.metric] for r in records]) if is_whole else None
+    return curve
+
+
+def _summarise(plan: Plan, ended: Ended) -> StudyResult:
+    """Return what each arm reached at its best rate, compared with the reference."""
+    reference = str(plan.config.reference)
+    compared_with = _test_values(plan, _good_runs(plan, ended, reference))
+    arms = {name: _arm_result(plan, ended, name, compared_with) for name in plan.arms}
+    return StudyResult(
+        metric=plan.metric,
+        higher_is_better=plan.higher_is_better,
+        reference=reference,
+        arms=arms,
+        warnings=[*plan.task.warnings, *_warnings(plan, ended, arms)],
+        config=dataclasses.asdict(plan.config),
+        versions=versions(*_PACKAGES),
+    )
+
+
+def _good_runs(plan: Plan, ended: Ended, name: str) -> dict[int, RunRecord]:
+    """Return seed -> run of an arm at its best rate, those that ended well."""
+    rate = _best_rate(plan, ended, name)
+    return {
+        seed: record
+        for (arm, at, seed), record in sorted(ended.items(), key=lambda item: item[0][2])
+        if (arm, at) == (name, rate) and record.error is None
+    }
+
+
+def _test_values(plan: Plan, runs: dict[int, RunRecord]) -> dict[int, float]:
+    return {seed: record.test[plan.metric] for seed, record in runs.items()}
+
+
+def _arm_result(plan: Plan, ended: Ended, name: str, reference: dict[int, float]) -> ArmResult:
+    planned, rate = plan.arms[name], _best_rate(plan, ended, name)
+    runs = _good_runs(plan, ended, name)
+    values = _test_values(plan, runs)
+    rises = [r.forgetting["after"] - r.forgetting["before"] for r in runs.values() if r.forgetting]
+    return ArmResult(
+        name=name,
+        method=planned.arm.method,
+        rank=planned.rank,
+        learning_rate=rate,
+        values=values,
+        mean=mean_of(list(values.values())),
+        std=std_of(list(values.values())),
+        # Ranks that gradients decide about are known when a run has ended.
+        num_trainable_parameters=max(
+            (record.num_trainable_parameters for record in runs.values()),
+            default=planned.num_trainable_parameters,
+        ),
+        forgetting=mean_of(rises),
+        rates=_rate_curve(plan, ended, name),
+        at_edge=is_at_edge(rate, planned.learning_rates),
+        comparison=None if name == plan.config.reference else compare(values, reference),
+        failures=[
+            f"rate {at:g}, seed {seed}: {record.error}"
+            for (arm, at, seed), record in ended.items()
+            if arm == name and record.error is not None
+        ],
+    )
+
+
+def _warnings(plan: Plan, ended: Ended, arms: dict[str, ArmResult]) -> list[str]:
+    found = [
+        f"{name}: the best rate ({arm.learning_rate:g}) is at the edge of its grid "
+        f"({', '.join(f'{rate:g}' for rate in arm.rates)}); a better one may lie outside."
+        for name, arm in arms.items()
+        if arm.at_edge
+    ]
+    for name, arm in arms.items():
+        if arm.failures:
+            found.append(f"{name}: {len(arm.failures)} runs failed; the next call tries again.")
+        if arm.learning_rate is None:
+            found.append(f"{name}: no rate of the grid worked, so there is no result.")
+    if plan.config.match == "parameters":
+        wanted = arms[str(plan.config.reference)].num_trainable_parameters
+        found += [
+            f"{name}: trains {arm.num_trainable_parameters:,} parameters, the reference {wanted:,}."
+            for name, arm in arms.items()
+            if abs(arm.num_trainable_parameters - wanted) > _EQUAL_SHARE * wanted
+        ]
+    if len({tuple(sorted(record.versions.items())) for record in ended.values()}) > 1:
+        found.append("the runs were done with different versions of packages; see runs/.")
+    return found

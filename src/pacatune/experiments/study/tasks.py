@@ -1,40 +1,162 @@
-"""The kinds of tasks that a study takes: texts, images, texts with classes."""
+"""What a study trains and evaluates: texts, images, texts with classes, each split in three."""
 
+import copy
 import dataclasses
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from datasets import concatenate_datasets
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap, overlap_warning
-from pacatune.experiments.study.forgetting import general_rows, text_loss
-from pacatune.experiments.study.task import StudyTask, Values, weights_digest
+from pacatune.data.images import ImageDataset, prepare_images
+from pacatune.data.images.prepare import check_images, run_digest
+from pacatune.data.images.sources import find_split
+from pacatune.data.packaged.packages import sha256_of
+from pacatune.experiments.study.result import Measured
+from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
-from pacatune.training import sft
-from pacatune.training.recipe import prepare
-from pacatune.training.task import task_of
+from pacatune.training import RunConfig, sft
+from pacatune.training.classifier import ClassifierConfig, read_texts, split_texts
+from pacatune.training.config import ADAPTER_SECTIONS, BaseRunConfig
+from pacatune.training.config_file import check_keys, option_parser
+from pacatune.training.image import ImageRunConfig
+from pacatune.training.recipe import make_trainer, prepare, run_trainer
+from pacatune.training.report import train_curve
+from pacatune.training.task import Task, count_trainable, task_of
 
-__all__ = ["TASKS", "ClassifyTask", "ImageTask", "TextTask"]
+Values = dict[str, Any]
+
+# A run of a study is measured once, when it has ended, and leaves nothing but the numbers.
+_FIXED = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
+
+
+class StudyTask(ABC):
+    """A model and data, split into what is trained on, chosen by and reported.
+
+    `values` are the options of the base run, in sections. Its evaluation data is the test data
+    here; a share of its training data is held out to choose learning rates by.
+    """
+
+    run_class: ClassVar[type[BaseRunConfig[Any]]]
+    metrics: ClassVar[tuple[str, ...]]
+    """What is measured; the first is that of `metric: auto`."""
+
+    def __init__(self, values: Values, validation_fraction: float, forgetting_tokens: int) -> None:
+        self.values = copy.deepcopy(values)
+        self.forgetting_tokens = forgetting_tokens
+        self.warnings: list[str] = []
+        """What looks wrong with the data, as far as `digest` has seen it."""
+        self._parsed: dict[str, Values] = {}
+        self.test_options = self._take_test(self.values.setdefault("data", {}))
+        if self.values.get("early_stopping_patience") is not None:
+            raise ValueError(
+                "`early_stopping_patience` is set, but a study trains every arm for as long; drop "
+                "it."
+            )
+        self.values["data"]["eval_fraction"] = validation_fraction
+        self.values["training"] = {**self.values.get("training", {}), **_FIXED}
+
+    def _take_test(self, data: Values) -> Values:
+        """Remove the evaluation data from the data section and return it as options of one."""
+        path, split = data.pop("eval_path", None), data.pop("eval_split", None)
+        if path is None and split is None:
+            raise ValueError(
+                "the task has no `data.eval_path` or `data.eval_split`; give one: it is what is "
+                "reported, and the learning rate is chosen on a part of the training data."
+            )
+        test = {"path": path or data.get("path", ""), "eval_fraction": 0}
+        return test | ({"split": split} if split is not None else {})
+
+    @abstractmethod
+    def test_data(self, task: Task[Any]) -> Any:
+        """Return the test data as the trainer takes it, for a task that is prepared."""
+
+    @abstractmethod
+    def digest(self, config: Any) -> str:
+        """Return what tells model and data from others of the same names; warn of the data."""
+
+    def _warn(self, *warnings: str) -> None:
+        self.warnings += [text for text in warnings if text not in self.warnings]
+
+    def count(self, config: Any) -> int:
+        """Return how many parameters a run trains, without weights; checks what it can."""
+        return task_of(config).plan().num_trainable_parameters
+
+    def run(self, config: Any, console: Console) -> Measured:
+        """Train and evaluate."""
+        with released():
+            task = task_of(config)
+            prepared = prepare(task, console)
+            test = self.test_data(task)
+            before = self._general_loss(task, None)
+            trainer = make_trainer(task, prepared, None, console)
+            trainer.args.eval_on_start = False
+            run_trainer(trainer, task, None, console)
+            found = {
+                name: trainer.evaluate(data)
+                for name, data in (("validation", prepared.evaluation), ("test", test))
+            }
+            general = {"before": before, "after": self._general_loss(task, trainer.model)}
+            return Measured(
+                **{k: {m: float(v[f"eval_{m}"]) for m in self.metrics} for k, v in found.items()},
+                num_trainable_parameters=count_trainable(trainer.model),
+                train_loss=train_curve(trainer.state.log_history)[1],
+                num_steps=trainer.state.global_step,
+                forgetting={name: value for name, value in general.items() if value is not None},
+            )
+
+    def _general_loss(self, task: Task[Any], model: Any) -> float | None:
+        """Return the loss on general text of the trained model, or of the base where None."""
+        return None
+
+    def make_run(self, options: Values, rate: float, seed: int, folder: Path) -> Any:
+        """Build a run by options over the task's, and what the study decides over those."""
+        sections = self.run_class.sections()
+        method = options.get("method")
+        # What the task says of another method is for other arms.
+        others = {name for name in ADAPTER_SECTIONS if method not in readers_of(name)}
+        values = merged({k: v for k, v in self.values.items() if k not in others}, options)
+        text = repr(values)
+        if text not in self._parsed:  # checking takes longer than all that follows
+            self._parsed[text] = self._parse(values)
+        decided: Values = {
+            "training": {"learning_rate": rate, "seed": seed, "output_dir": str(folder)}
+        }
+        if "paca" not in others:
+            decided["paca"] = {"random_seed": seed}
+        parsed = merged(self._parsed[text], decided)
+        built = {name: kind(**parsed[name]) for name, kind in sections.items()}
+        return self.run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
+
+    def _parse(self, values: Values) -> Values:
+        parser, known = _parser(type(self))
+        check_keys(values, known, "the study's options")
+        try:
+            parsed: Values = parser.parse_object(values).as_dict()
+        except Exception as error:  # jsonargparse's own classes of errors
+            raise ValueError(f"the study's options: {error}") from error
+        return parsed
 
 
 class TextTask(StudyTask):
     """Runs of `pacatune train`: the loss per learned token, and what the model forgets."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    run_class = RunConfig
+    metrics = ("loss",)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._before: dict[tuple[Any, ...], float] = {}
         self._rows: dict[str, Tensor] = {}
-
-    @classmethod
-    def run_class(cls) -> Any:
-        """Return RunConfig."""
-        from pacatune.training import RunConfig
-
-        return RunConfig
 
     def test_data(self, task: Any) -> Any:
         """Return the test examples, encoded."""
@@ -48,15 +170,13 @@ class TextTask(StudyTask):
 
     def digest(self, config: Any) -> str:
         """Return hashes of all tokens and of the weights; warn of the data."""
-        from datasets import concatenate_datasets
-
         task = task_of(config)
         run = prepare(task, Console(quiet=True))
         assert run.evaluation is not None, "a fraction is always held out"
         parts = (run.train, run.evaluation, self.test_data(task))
         whole = concatenate_datasets([run.train, run.evaluation])
         self._warn(*run.warnings, *find_overlap(whole, parts[2], "test"))
-        weights = weights_digest(sft.model_path(config), config.model.revision)
+        weights = _weights_digest(sft.model_path(config), config.model.revision)
         return " ".join([*map(sft.fingerprint, parts), weights, str(self.forgetting_tokens)])
 
     def _general_loss(self, task: Any, model: Any) -> float | None:
@@ -82,18 +202,10 @@ class TextTask(StudyTask):
 class ImageTask(StudyTask):
     """Runs of `pacatune train-image`: the accuracy of an image classifier."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
-
-    @classmethod
-    def run_class(cls) -> Any:
-        """Return ImageRunConfig."""
-        from pacatune.training.image import ImageRunConfig
-
-        return ImageRunConfig
+    run_class = ImageRunConfig
+    metrics = ("accuracy", "loss")
 
     def _take_test(self, data: Values) -> Values:
-        from pacatune.data.images.sources import find_split
-
         path, split = data.pop("eval_path", None), data.pop("eval_split", None)
         folder = Path(data.get("path", "")).expanduser()
         if path is None and split is None and folder.is_dir() and (found := find_split(folder)):
@@ -113,17 +225,11 @@ class ImageTask(StudyTask):
 
     def test_data(self, task: Any) -> Any:
         """Return the test images."""
-        from pacatune.data.images import ImageDataset
-
         part = self._test_images(task.config).evaluation
         return ImageDataset(part.source, part.indices, task.base.preprocessing)
 
     def digest(self, config: Any) -> str:
         """Return hashes of all pixels and classes, and of the weights; finds broken images."""
-        from pacatune.data.checks import overlap_warning
-        from pacatune.data.images import prepare_images
-        from pacatune.data.images.prepare import check_images, run_digest
-
         images = prepare_images(config.data)
         texts, seen = [], []
         for part in (images.train, images.evaluation, self._test_images(config).evaluation):
@@ -137,25 +243,17 @@ class ImageTask(StudyTask):
             *overlap_warning(train, validation, "validation images"),
             *overlap_warning(train + validation, test, "test images"),
         )
-        return " ".join([*texts, weights_digest(config.model.path, config.model.revision)])
+        return " ".join([*texts, _weights_digest(config.model.path, config.model.revision)])
 
     def _test_images(self, config: Any) -> Any:
-        from pacatune.data.images import prepare_images
-
         return prepare_images(dataclasses.replace(config.data, **self.test_options))
 
 
 class ClassifyTask(StudyTask):
     """Runs of a classifier of texts: its accuracy."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
-
-    @classmethod
-    def run_class(cls) -> Any:
-        """Return ClassifierConfig."""
-        from pacatune.training.classifier import ClassifierConfig
-
-        return ClassifierConfig
+    run_class = ClassifierConfig
+    metrics = ("accuracy", "loss")
 
     def test_data(self, task: Any) -> Any:
         """Return the test texts, encoded."""
@@ -163,20 +261,16 @@ class ClassifyTask(StudyTask):
 
     def digest(self, config: Any) -> str:
         """Return hashes of all texts and labels, and of the weights."""
-        from pacatune.training.classifier import split_texts
-
         train, held_out = split_texts(config.data)
         test = self._test_texts(config)
         self._warn(
             *overlap_warning(train.texts, held_out.texts, "validation texts"),
             *overlap_warning(train.texts + held_out.texts, test.texts, "test texts"),
         )
-        weights = weights_digest(find_model(config.model.path), config.model.revision)
+        weights = _weights_digest(find_model(config.model.path), config.model.revision)
         return " ".join([*(part.fingerprint() for part in (train, held_out, test)), weights])
 
     def _test_texts(self, config: Any) -> Any:
-        from pacatune.training.classifier import read_texts
-
         data = dataclasses.replace(config.data, **self.test_options)
         return read_texts(data.path, data.split, "data.eval_path")
 
@@ -187,3 +281,81 @@ TASKS: dict[str, type[StudyTask]] = {
     "classify": ClassifyTask,
 }
 """Name of a command -> its tasks."""
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
+    """Return options with others over them, section by section; neither is changed."""
+    result = dict(copy.deepcopy(dict(base)))
+    for key, value in over.items():
+        # Below a section, dictionaries (columns, patterns) are values and replaced as a whole.
+        is_section = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = {**result[key], **value} if is_section else copy.deepcopy(value)
+    return result
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Give memory back afterwards: a model is in a cycle with its trainer."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@cache
+def _weights_digest(path: str, revision: str | None) -> str:
+    """Return the hash of a local model's weights, or the name of one of the hub."""
+    if not Path(path).is_dir():
+        return f"{path}@{revision}"
+    files = sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".json"))
+    return " ".join(f"{p.name}:{sha256_of(p)[:16]}" for p in files)
+
+
+@cache
+def _parser(task_class: type[StudyTask]) -> tuple[Any, frozenset[str]]:
+    parser = option_parser()
+    sections = task_class.run_class.sections()
+    parser.add_class_arguments(task_class.run_class, skip=set(sections))
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    known = {action.dest for action in parser._actions} - {"help", *sections}
+    return parser, frozenset(known)
+
+
+# What a language model forgets: its loss on general text, which no run trains on. The text is that
+# of Python's own language reference and manual, in every installation of Python
+# (`pydoc_data.topics`, PSF licence): English prose with some code, far from chats.
+ROW_TOKENS = 256
+_ROWS_PER_BATCH = 4
+
+
+def general_rows(tokenizer: Any, num_tokens: int) -> Tensor:
+    """Return general text from evenly spaced places, in rows of (num_tokens / 256, 256)."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    num_rows = -(-num_tokens // ROW_TOKENS)
+    if len(ids) < num_rows * ROW_TOKENS:
+        raise ValueError(
+            f"`forgetting_tokens` ({num_tokens}) must be at most {len(ids)}, the length of the "
+            "text; lower it."
+        )
+    starts = [place * (len(ids) - ROW_TOKENS) // max(num_rows - 1, 1) for place in range(num_rows)]
+    return torch.tensor([ids[start : start + ROW_TOKENS] for start in starts])
+
+
+@torch.no_grad()
+def text_loss(model: nn.Module, rows: Tensor, *, bf16: bool) -> float:
+    """Return the mean loss per token of (B, T) ids, in bfloat16 mixed precision as the runs."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in rows.to(device).split(_ROWS_PER_BATCH):
+            total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
+    model.train(was_training)
+    return total / len(rows)

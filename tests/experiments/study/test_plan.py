@@ -8,7 +8,7 @@ import yaml
 
 from pacatune.experiments.study import Arm, StudyConfig
 from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.task import merged
+from pacatune.experiments.study.tasks import merged
 
 
 def plan_of(options, arms=None, **values):

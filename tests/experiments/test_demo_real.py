@@ -75,9 +75,9 @@ def test_images_are_the_real_ones(cifar10):
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "dinov2-small"])
 def test_image_demo_beats_chance_with_the_real_models(name, cifar10, tmp_path):
-    from pacatune.experiments.demo.vision_comparison import MODELS
+    from pacatune.experiments.demo import IMAGE_MODELS
 
-    prepared(MODELS[name].prepare)
+    prepared(IMAGE_MODELS[name].prepare)
     words = ["demo-vision", "--model", name, "--steps", "10", "--output", str(tmp_path / "out")]
     assert main(words) == 0
     reports = json.loads((tmp_path / "out" / "demo.json").read_text())["models"][name]

@@ -3,7 +3,7 @@
 import pytest
 
 from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.config_file import read_study
+from pacatune.experiments.study.config import read_study
 
 ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
 

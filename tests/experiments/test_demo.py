@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pacatune.cli import demo, main
+from pacatune.cli import demo as command
+from pacatune.cli import main
 from pacatune.data.packaged import prepare_questions
-from pacatune.experiments.demo import comparison
-from pacatune.experiments.demo.output import result_folder
+from pacatune.experiments import demo
 from pacatune.training import Report
 
 
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_model_with_and_without_the_adapter(finished, w
     answer = json.loads((folder / "demo.json").read_text())["answers"][0]
     assert answer["prompt"] == "What is 3?"
     asked = ["generate", "--model", words[2], "--adapter", str(folder / "paca")]
-    asked += ["--prompt", "What is 3?", "--max-new-tokens", str(comparison.MAX_ANSWER_TOKENS)]
+    asked += ["--prompt", "What is 3?", "--max-new-tokens", str(demo.MAX_ANSWER_TOKENS)]
     for key, more in (("after", []), ("before", ["--without-adapter"])):
         assert main([*asked, *more]) == 0
         assert capsys.readouterr().out.strip() == answer[key]
@@ -115,16 +115,10 @@ def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_file_as_output_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="is a file; choose another: --output DIR"):
-        result_folder(tmp_path / "file").open()
-
-
 def test_folder_of_an_interrupted_demo_is_taken(tmp_path):
-    result_folder(tmp_path / "out").open()
+    demo.result_folder(tmp_path / "out").open()
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {"finished": False}
-    result_folder(tmp_path / "out").open()
+    demo.result_folder(tmp_path / "out").open()
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many", "1.5"])
@@ -142,15 +136,15 @@ def test_missing_model_is_named(tmp_path, words, capsys):
 def test_dtype_is_the_faster_one(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     times = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(comparison, "_matmul_seconds", lambda *dtypes: times)
-    assert comparison.choose_dtype() == "bfloat16"
+    monkeypatch.setattr(demo, "_matmul_seconds", lambda *dtypes: times)
+    assert demo.choose_dtype() == "bfloat16"
     times[torch.bfloat16] = 1.9
-    assert comparison.choose_dtype() == "float32"
+    assert demo.choose_dtype() == "float32"
 
 
 def test_measured_times_are_those_of_a_product():
     num_threads = torch.get_num_threads()
-    seconds = comparison._matmul_seconds(torch.float32, torch.bfloat16, num_repeats=2)
+    seconds = demo._matmul_seconds(torch.float32, torch.bfloat16, num_repeats=2)
     assert list(seconds) == [torch.float32, torch.bfloat16]
     assert all(1e-6 < value < 10 for value in seconds.values())
     assert torch.get_num_threads() == num_threads
@@ -158,9 +152,9 @@ def test_measured_times_are_those_of_a_product():
 
 def test_runs_on_unequal_cores_are_told(finished):
     report = Report(**json.loads((finished[0] / "demo.json").read_text())["reports"]["paca"])
-    quiet, busy = (comparison.Outcome(report=report, num_cores=number) for number in (1.8, 0.9))
-    assert comparison.unequal_cores({"paca": quiet, "lora": quiet}) is None
-    told = comparison.unequal_cores({"paca": quiet, "lora": busy})
+    quiet, busy = (demo.Outcome(report=report, num_cores=number) for number in (1.8, 0.9))
+    assert demo.unequal_cores({"paca": quiet, "lora": quiet}) == []
+    (told,) = demo.unequal_cores({"paca": quiet, "lora": busy})
     assert "the runs had 1.8 and 0.9 processor cores. Compare step times on an idle" in told
 
 
@@ -168,5 +162,5 @@ def test_prompts_are_not_in_the_data(tmp_path):
     pytest.importorskip("chatterbot_corpus")
     train, heldout = prepare_questions(tmp_path)
     text = (train.read_text() + heldout.read_text()).casefold()
-    for prompt in demo.PROMPTS:
+    for prompt in command.PROMPTS:
         assert prompt.casefold().rstrip("?.") not in text

@@ -9,8 +9,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from pacatune.experiments.study import Arm, StudyConfig, run_study
-from pacatune.experiments.study.forgetting import general_rows, text_loss
 from pacatune.experiments.study.plan import make_plan
+from pacatune.experiments.study.tasks import general_rows, text_loss
 from tests.image_models import save_vit, write_images
 
 QUIET = Console(quiet=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pacatune.cli import main
-from tests.experiments.demo.test_demo import _recording
+from tests.experiments.test_demo import _recording
 from tests.image_models import save_timm, save_vit, write_images
 
 
@@ -71,13 +71,6 @@ def test_second_demo_replaces_the_first(finished, words):
     assert next(iter(after["models"].values()))["paca"]["seed"] == 1
 
 
-def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
-    (tmp_path / "thesis.tex").write_text("mine")
-    assert main([*words, "--output", str(tmp_path)]) == 2
-    assert "holds files but no demo.json" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 def test_missing_images_are_named(tmp_path, words, capsys):
     given = [*words, "--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
     assert main(given) == 2
@@ -85,8 +78,8 @@ def test_missing_images_are_named(tmp_path, words, capsys):
 
 
 def test_real_models_are_known_by_name():
-    from pacatune.experiments.demo.vision_comparison import MODELS
+    from pacatune.experiments.demo import IMAGE_MODELS
 
-    for name, model in MODELS.items():
+    for name, model in IMAGE_MODELS.items():
         assert model.learning_rates.keys() == {"head", "lora", "paca"}
         assert Path(name).name == name

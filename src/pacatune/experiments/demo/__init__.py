@@ -1,1 +1,0 @@
-"""Fine-tune a real model on real data and show what changed."""
