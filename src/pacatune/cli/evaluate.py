@@ -116,7 +116,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "does it by itself"
     )
     add("--quantization", choices=QUANTIZATIONS, help=bits)
-    batch = "evaluated at once; more is faster on a GPU (default: %(default)s)"
+    batch = "examples evaluated at once; more is faster on a GPU (default: %(default)s)"
     add("--batch-size", type=positive, default=8, help=batch)
 
 

@@ -28,7 +28,12 @@ def _add_options(add: Callable[..., Any]) -> None:
     add("--data", nargs="+", required=True, metavar="NAME_OR_FILE", help=data)
     add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
     add("--chat", action="store_true", help="ask by the model's chat template")
-    add("--seed", type=int, default=0, help="seed of the packaged split (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed for splitting the packaged data (default: %(default)s)",
+    )
     add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
 
 

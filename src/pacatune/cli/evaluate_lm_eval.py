@@ -25,7 +25,7 @@ def _add_options(add: Callable[..., Any]) -> None:
     add("--num-fewshot", type=int, metavar="N", help=examples)
     add("--limit", type=positive, metavar="N", help="questions per task, the first ones")
     add("--chat", action="store_true", help="write prompts by the model's chat template")
-    add("--seed", type=int, default=0, help="seed of drawn examples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed for drawing the examples (default: %(default)s)")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:

@@ -59,7 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help=temperature)
     top_p = "sample from the likeliest tokens up to this probability (default: %(default)s)"
     add("--top-p", type=float, default=1.0, help=top_p)
-    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
     dtype = "number type of the base (default: its own)"
     add("--dtype", choices=DTYPES, default="auto", help=dtype)
     options = parser.parse_args(argv)

@@ -40,7 +40,7 @@ class DataConfig:
     """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
 
     seed: int = 0
-    """Seed of the choice of the held-out rows."""
+    """Seed for choosing the held-out rows."""
 
     chat_template: str | None = None
     """Chat template: a file or the Jinja text itself. The model's own where null."""
@@ -99,7 +99,7 @@ class ImageDataConfig:
     """Fraction of each class held out for evaluation; 0 evaluates on nothing."""
 
     seed: int = 0
-    """Seed of the choice of the held-out images, and of the limits per class."""
+    """Seed for choosing held-out images and for the limits per class."""
 
     train_per_class: int | None = None
     """Train on this many images of each class; all where null."""

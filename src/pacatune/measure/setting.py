@@ -128,9 +128,9 @@ class BenchConfig:
     methods: tuple[str, ...] = _USUAL_METHODS
     """Methods to compare; docs/bench.md lists them."""
     tokens: tuple[int, ...] = (16, 512, 2048)
-    """Tokens of each micro-batch; a sweep does not look at them."""
+    """Tokens per micro-batch; a sweep does not use them."""
     seq_len: int = 512
-    """Longest row; more tokens make more rows."""
+    """Longest row; more tokens are split into more rows."""
     dtype: precision.Dtype = "auto"
     """Number format of the weights; auto is bfloat16 where it is fast, else float32."""
     adapter_dtype: Literal["same", "float32"] = "same"
@@ -145,11 +145,11 @@ class BenchConfig:
     compiled: bool = False
     """Compile models by torch.compile."""
     seconds: float = 10.0
-    """Time for each setting and pair of methods, warm-up excluded."""
+    """Seconds for each setting and pair of methods, warm-up excluded."""
     min_rounds: int = 5
-    """Rounds at the least, however long they take."""
+    """Minimum number of rounds, however long they take."""
     warmup: int = 2
-    """Rounds before, not counted."""
+    """Warm-up rounds, not counted."""
     threads: int | None = None
     """Threads of torch on a CPU (default: all cores)."""
     seed: int = 0
@@ -262,12 +262,12 @@ class Setting:
     """logits: all of them, by the model's own loss; chunked: never all, as `pacatune train`; auto:
     logits where lean is off."""
     gradient_accumulation: int = 1
-    """Micro-batches per optimiser step; from the second on, gradients are there from the start."""
+    """Micro-batches per optimizer step; with two or more, gradients exist from the start."""
     sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"] = "none"
-    """What several devices divide: the optimiser state (zero1), gradients too (zero2), weights too
-    (zero3, fsdp2)."""
+    """What is sharded across devices: the optimizer state (zero1), gradients too (zero2), weights
+    too (zero3, fsdp2)."""
     num_gpus: int = 1
-    """Number of devices that divide it."""
+    """Number of devices to shard across."""
     target_modules: tuple[str, ...] = ()
     """Names of the adapted modules; by default the linear layers of the blocks."""
 

@@ -62,7 +62,7 @@ class SharedDefaults:
     """Steps in which the learning rate rises; below 1, a share of all steps."""
 
     bf16: bool | None = None
-    """bfloat16 mixed precision; where null, if the device computes in it fast."""
+    """bfloat16 mixed precision; null: on if the device has fast bfloat16."""
 
     gradient_checkpointing: bool | None = None
     """Recompute activations in backward: less memory, more time. Off where null."""

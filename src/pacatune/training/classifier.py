@@ -57,7 +57,7 @@ class TextClassConfig:
     """Fraction of the training data held out for evaluation."""
 
     seed: int = 0
-    """Seed of the choice of the held-out rows."""
+    """Seed for choosing the held-out rows."""
 
     num_train: int | None = None
     """Train on this many rows; all where null."""

@@ -104,7 +104,7 @@ class PacaSection:
     with as many parameters in all."""
 
     random_seed: int = 42
-    """Seed of the choice of the columns."""
+    """Seed for choosing the columns."""
 
     layers_to_transform: list[int] | int | None = None
     """Numbers of the layers to adapt; all where null."""
@@ -262,7 +262,7 @@ class BaseRunConfig(Generic[R]):
 
     lean: Literal["auto", "off", "require"] = "auto"
     """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
-    makes them. `auto`: what can be; `require`: refuse a model that keeps more than it must."""
+    makes them. `auto`: where the model allows it; `require`: refuse a model that does not."""
 
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""

@@ -74,11 +74,11 @@ class MtBenchConfig:
     judge_key_env: str | None = None
     """Environment variable with the key, such as OPENAI_API_KEY; without it, none is sent."""
     judge_parallel: int = 4
-    """Requests under way at once."""
+    """Parallel requests."""
     judge_timeout_s: float = 120.0
     """Seconds for one request."""
     judge_retries: int = 6
-    """Times to repeat a request that fails in a way that may pass."""
+    """Retries of a request whose failure may pass."""
     judge_max_tokens: int = 2048
     """Most tokens of a reply, thoughts included."""
     judge_attempts: int = 3

@@ -56,8 +56,8 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):
     head, 1e-4 full."""
 
     warmup_steps: float = 0.1
-    """Steps in which the learning rate rises; below 1, a share of all steps. A new head is random,
-    and what it asks of the other layers is too, until it has learnt something."""
+    """Steps in which the learning rate rises; below 1, a share of all steps. A new head
+    starts random, and so do the gradients that it sends to the other layers."""
 
     per_device_train_batch_size: int = 32
     """Images per device and step."""
@@ -109,8 +109,8 @@ class ImageRunConfig(BaseRunConfig["ImageReport"]):
 
     lean: Literal["auto", "off", "require"] = "auto"
     """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
-    `pacatune.lean` makes them. `auto`: what can be; `require`: refuse a model that keeps more than
-    it must."""
+    `pacatune.lean` makes them. `auto`: where the model allows it; `require`: refuse a model that
+    does not."""
 
 
 def _preset(model: str, data: str, num_epochs: int) -> dict[str, Any]:
