@@ -76,6 +76,7 @@ def test_merges_and_verifies(base_dir, adapter, tmp_path):
             torch.testing.assert_close(columns[0], columns[1] + 4 * delta)
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_exports_to_lora_that_plain_peft_runs_alike(base_dir, adapter, tmp_path):
     result = export_lora(str(base_dir), adapter, tmp_path / "lora", verify=True)
     assert result.error.max_relative < 1e-5

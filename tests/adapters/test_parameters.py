@@ -82,6 +82,7 @@ def test_merges_and_verifies(base_dir, tmp_path):
         assert result.effect > 1e-3
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_exports_to_lora_that_plain_peft_runs_alike(base_dir, tmp_path):
     model = make(base_dir, tmp_path / "adapter")
     if base_dir.name == "projection":

@@ -84,6 +84,8 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     done = launch(launcher, "--config", tmp_path / "run.yaml")
     assert done.stdout.count("data: 40 examples, 16 held out") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
+    if quantization is not None:
+        return
 
     # Resumed from the middle, the very same.
     shutil.copytree(tmp_path / "two", tmp_path / "cut")
