@@ -65,7 +65,8 @@ def compat_table(result: dict[str, dict[str, Any]]) -> str:
         for name, row in result.items()
     ]
     titles = ["", "torch", "transformers", "PEFT", "accelerate", "core's tests", "PEFT's own tests"]
-    return "\n".join(table_lines(titles, rows))
+    remark = "`python tools/compat.py --json benchmarks/results/compat.json` counted them."
+    return "\n".join([*table_lines(titles, rows), "", remark])
 
 
 def _passed(counts: dict[str, int] | None) -> str:
