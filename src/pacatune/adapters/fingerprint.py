@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
 from pacatune.adapters.target import find_target
 from pacatune.files.json_file import read_json_object
+from pacatune.files.result_folder import write_whole
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -69,9 +70,7 @@ def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
     path = folder / SIDECAR_NAME
     sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if path.exists() else {}
     sidecar[FINGERPRINT_KEY] = fingerprint(model, columns)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 
 
 def differing_modules(
