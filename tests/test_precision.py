@@ -14,9 +14,11 @@ from pacatune.precision import (
 def test_devices_are_checked_before_they_are_used():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
-    with pytest.raises(ValueError, match=r"`device` \('warp'\) is unknown to torch; here are cpu"):
+    with pytest.raises(
+        ValueError, match=r"`device` \('warp'\) is unknown to torch; choose cpu or auto"
+    ):
         choose_device("warp")
-    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not on this machine; here"):
+    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not on this machine; choose"):
         choose_device("cuda:99")
 
 

@@ -24,16 +24,18 @@ def choose_device(name: str) -> "torch.device":
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return found or torch.device("cpu")
-    there = "cpu" if found is None else f"cpu and {found.type}"
+    there = "cpu" if found is None else f"cpu, {found.type}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"`device` ({name!r}) is unknown to torch; here are {there}.") from error
+        raise ValueError(
+            f"`device` ({name!r}) is unknown to torch; choose {there} or auto."
+        ) from error
     count = torch.accelerator.device_count() if found is not None else 0
     if device.type != "cpu" and (
         found is None or device.type != found.type or (device.index or 0) >= count
     ):
-        raise ValueError(f"`device` ({name!r}) is not on this machine; here are {there}.")
+        raise ValueError(f"`device` ({name!r}) is not on this machine; choose {there} or auto.")
     return device
 
 

@@ -49,7 +49,7 @@ def test_an_accelerator_is_taken_waited_for_and_measured(accelerator):
     assert choose_device("xpu") == torch.device("xpu")
     assert choose_device("cpu") == torch.device("cpu")
     for absent in ("xpu:1", "cuda"):
-        with pytest.raises(ValueError, match="is not on this machine; here are cpu and xpu"):
+        with pytest.raises(ValueError, match="is not on this machine; choose cpu, xpu or auto"):
             choose_device(absent)
     device.synchronize(XPU)
     assert device.device_name(XPU) == "Some XPU"
