@@ -31,31 +31,6 @@ def words(tmp_path_factory, tiny_model_dir):
     return ["demo", *given, "--steps", "2", "--prompt", "What is 3?"]
 
 
-@pytest.fixture(scope="module")
-def finished(words, tmp_path_factory):
-    """Output folder of a demo, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo outputs") / "a demo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "120")
-        lines = []
-        patch.setattr("rich.console.Console.print", _recording(lines))
-        assert main([*words, "--output", str(folder)]) == 0
-    return folder, lines
-
-
-def _recording(lines):
-    from rich.console import Console
-
-    real = Console.print
-
-    def record(self, *objects, **options):
-        with self.capture() as capture:
-            real(self, *objects, **options)
-        lines.extend(capture.get().splitlines())
-
-    return record
-
-
 def test_result_has_both_runs_at_equal_numbers_of_parameters(finished):
     folder, lines = finished
     result = json.loads((folder / "demo.json").read_text())
@@ -137,9 +112,9 @@ def test_dtype_is_the_faster_one(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     times = {torch.float32: 2.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(demo, "_matmul_seconds", lambda *dtypes: times)
-    assert demo.choose_dtype() == "bfloat16"
+    assert demo.faster_dtype() == "bfloat16"
     times[torch.bfloat16] = 1.9
-    assert demo.choose_dtype() == "float32"
+    assert demo.faster_dtype() == "float32"
 
 
 def test_measured_times_are_those_of_a_product():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pacatune.cli import main
-from tests.experiments.test_demo import _recording
 from tests.image_models import save_timm, save_vit, write_images
 
 
@@ -19,18 +18,6 @@ def words(tmp_path_factory):
     given = ["--model", str(save_vit(folder / "vit")), "--model", str(save_timm(folder / "cnn"))]
     images = ["--data", str(folder / "images"), "--image-size", "32"]
     return ["demo-vision", *given, *images, "--steps", "3"]
-
-
-@pytest.fixture(scope="module")
-def finished(words, tmp_path_factory):
-    """Output folder of a demo, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo outputs") / "a demo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "120")
-        lines = []
-        patch.setattr("rich.console.Console.print", _recording(lines))
-        assert main([*words, "--output", str(folder)]) == 0
-    return folder, lines
 
 
 def test_result_has_three_runs_of_each_model(finished):

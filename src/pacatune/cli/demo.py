@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
         output,
         num_steps=options.steps,
         seed=options.seed,
-        dtype=demo.choose_dtype(),
+        dtype=demo.faster_dtype(),
     )
     outcomes = demo.run_all(runs, train, console)
     console.rule("[bold]answers", align="left")

@@ -34,7 +34,7 @@ def result_folder(path: Path) -> ResultFolder:
     return ResultFolder(path=path, mark="demo.json", kind="a demo")
 
 
-def choose_dtype() -> str:
+def faster_dtype() -> str:
     """Return the type of the weights: the faster one of a CPU, `auto` where there is a GPU."""
     if torch.accelerator.is_available():
         return "auto"
