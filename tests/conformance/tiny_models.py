@@ -46,32 +46,12 @@ def _tiny_models():
             )
         )
 
-    def gpt2():
-        return t.GPT2LMHeadModel(
-            t.GPT2Config(
-                vocab_size=v,
-                n_embd=32,
-                n_layer=3,
-                n_head=4,
-                n_positions=100,
-                bos_token_id=v - 1,
-                eos_token_id=v - 1,
-            )
-        )
+    def gpt(config_cls, model_cls, **more):
+        common = {"vocab_size": v, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 100}
+        ends = {"bos_token_id": v - 1, "eos_token_id": v - 1}
+        return seeded(lambda: model_cls(config_cls(**common, **ends, **more)))
 
-    def gptj():
-        return t.GPTJForCausalLM(
-            t.GPTJConfig(
-                vocab_size=v,
-                n_embd=32,
-                n_layer=3,
-                n_head=4,
-                rotary_dim=4,
-                n_positions=100,
-                bos_token_id=v - 1,
-                eos_token_id=v - 1,
-            )
-        )
+    gpt2 = gpt(t.GPT2Config, t.GPT2LMHeadModel)
 
     # Of PEFT 0.18's tests, beside the others.
     def bloom():
@@ -86,19 +66,6 @@ def _tiny_models():
                 num_heads=4,
                 attention_types=[[["global", "local"], 1]],
                 max_position_embeddings=100,
-                bos_token_id=v - 1,
-                eos_token_id=v - 1,
-            )
-        )
-
-    def gpt_bigcode():
-        return t.GPTBigCodeForCausalLM(
-            t.GPTBigCodeConfig(
-                vocab_size=v,
-                n_embd=32,
-                n_layer=3,
-                n_head=4,
-                n_positions=100,
                 bos_token_id=v - 1,
                 eos_token_id=v - 1,
             )
@@ -162,13 +129,17 @@ def _tiny_models():
     models = {
         "peft-internal-testing/tiny-random-OPTForCausalLM": opt(t.OPTForCausalLM),
         "peft-internal-testing/opt-125m": opt(t.OPTForCausalLM, layers=12, hidden=64, ffn=64),
-        "peft-internal-testing/tiny-random-GPT2LMHeadModel": seeded(gpt2),
-        "peft-internal-testing/tiny-random-gpt2": seeded(gpt2),
-        "hf-internal-testing/tiny-random-gpt2": seeded(gpt2),
-        "peft-internal-testing/tiny-random-GPTJForCausalLM": seeded(gptj),
+        "peft-internal-testing/tiny-random-GPT2LMHeadModel": gpt2,
+        "peft-internal-testing/tiny-random-gpt2": gpt2,
+        "hf-internal-testing/tiny-random-gpt2": gpt2,
+        "peft-internal-testing/tiny-random-GPTJForCausalLM": gpt(
+            t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4
+        ),
         "hf-internal-testing/tiny-random-BloomForCausalLM": seeded(bloom),
         "hf-internal-testing/tiny-random-gpt_neo": seeded(gpt_neo),
-        "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": seeded(gpt_bigcode),
+        "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": gpt(
+            t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM
+        ),
         "trl-internal-testing/tiny-random-LlamaForCausalLM": llamaish(
             t.LlamaConfig, t.LlamaForCausalLM, num_key_value_heads=4
         ),
