@@ -101,7 +101,7 @@ def test_loss_follows_lean():
         ({"methods": ("paca-resident",), "compiled": True}, "a compiled graph decides by itself"),
         ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of auto, float32, bfloat16, float16"),
         ({"adapter_dtype": "int8"}, r"`adapter_dtype` \('int8'\) must be one of same, float32"),
-        ({"device": "gpu"}, r"`device` \('gpu'\) is unknown to torch; here are cpu"),
+        ({"device": "gpu"}, r"`device` \('gpu'\) is unknown to torch; choose cpu or auto"),
         ({"sweep": "rank"}, r"`sweep` \('rank'\) must be one of batch, seq-len"),
         ({"sweep_max": 4}, r"`sweep_max` \(4\) is for a sweep"),
         ({"tokens": ()}, "`tokens` is empty"),
