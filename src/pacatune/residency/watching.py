@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 from torch.optim import optimizer as torch_optimizer
 
 __all__ = [
@@ -104,8 +105,9 @@ class WeightParameter(_Watched):
             residency.look()
 
 
-# Optimisers take their fast (foreach and fused) paths by exact types.
+# Both go by exact types: optimisers on their fast (foreach and fused) paths, and make_fx.
 torch_optimizer._foreach_supported_types += [DeltaParameter, WeightParameter]
+proxy_tensor.HANDLED_TYPES += (DeltaParameter, WeightParameter)  # type: ignore[assignment]
 
 
 class GuardedParameters(dict[str, Any]):

@@ -136,6 +136,8 @@ class Residency:
         self.is_merged = False
         # What a write has overwritten, from before it until after it is restored.
         self.present: _Kept | None = None
+        # At any time; compiled graphs then ask when they run.
+        self.was_written = False
         # Written, but perhaps in part, or an optimiser step has passed since.
         self.is_stale = False
         # Somebody changed the weight while columns were in it, and has been told so.
@@ -287,7 +289,7 @@ class Residency:
         self.added = None
         self.epoch += 1
         epoch = self.epoch
-        self.is_stale = True
+        self.is_stale = self.was_written = True
         self.present = kept  # should we be interrupted from here on, `restore` knows what to do
         _put_columns_(kept.memory, kept.columns, adapted, kept.positions)
         if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
@@ -539,9 +541,10 @@ class Pass:
         is_small: Whether adding two thin products costs less than writing; None where it never
             does. The columns are then written if a larger pass of the same step has asked for them,
             and not if somebody else has left them there: nobody's looks may change a bit.
+        writes: Whether this pass trains at all.
     """
 
-    __slots__ = ("base", "is_small", "residency", "update", "version")
+    __slots__ = ("base", "is_small", "residency", "update", "version", "writes")
 
     def __init__(
         self,
@@ -550,8 +553,9 @@ class Pass:
         indices: Tensor,
         scaling: float,
         is_small: bool | None = None,
+        writes: bool = True,
     ) -> None:
-        self.residency, self.is_small = residency, is_small
+        self.residency, self.is_small, self.writes = residency, is_small, writes
         self.update = delta, indices, scaling
         self.version, self.base = delta._version, (0, 0)
 
@@ -591,7 +595,7 @@ class Pass:
 
     def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
         delta = self.update[0]
-        writes = delta.requires_grad
+        writes = self.writes and delta.requires_grad
         if self.is_small is not None and writes:
             if self.is_small:
                 writes = self.residency.is_claimed(delta)

@@ -74,8 +74,10 @@ class AdditiveLayer(PacaLayer):
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if self._disable_adapters or self.merged_adapters:
+        if self.merged_adapters:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self._disable_adapters:
+            return self._base_forward(x, *args, **kwargs)
         active = self._active_adapter
         names = [active] if isinstance(active, str) else active
         return self._additive_forward(x, names, *args, **kwargs)

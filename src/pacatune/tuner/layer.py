@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.residency import Residency
-from pacatune.residency.watching import release
+from pacatune.residency.watching import DeltaParameter, release
 from pacatune.strategies import seed_for, select_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
@@ -185,7 +185,8 @@ class Delta(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
+        # Watched from the start: a compiled graph would be made anew for another class.
+        self.weight = DeltaParameter(torch.zeros(shape))
 
     def forward(
         self, columns: Tensor, scaling: float, apply: Callable[..., Tensor] = F.linear

@@ -23,18 +23,43 @@ from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, colum
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
+from pacatune.tuner.compiled import compiled_linear, handle_of, is_small
 
 __all__ = ["Linear"]
-
-# A training step of fewer tokens runs faster with two thin GEMMs more than with the columns written
-# into the weight, where thin GEMMs are cheap: in float32 on a CPU (benchmarks/step.py).
-_FEW_TOKENS = 64
 
 _Update = tuple[Tensor, Tensor, float]
 
 
 class Linear(AdditiveLayer):
     """An adapted nn.Linear, Conv1D (transformers) or quantised linear layer."""
+
+    def _attach(self) -> None:
+        super()._attach()
+        self.handle = handle_of(self)
+
+    def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        update = self._single_update()
+        if update is not None and self._asks_when_it_runs(args, kwargs):
+            return self._compiled(x, update)
+        return super()._additive_forward(x, names, *args, **kwargs)
+
+    def _asks_when_it_runs(self, args: Any, kwargs: Any) -> bool:
+        """Whether a compiled graph needs operators here, which ask the residency for the weight.
+
+        What only evaluates is better off without, as long as nothing was ever written.
+        """
+        residency = self.residency
+        return (
+            torch.compiler.is_dynamo_compiling()
+            and residency is not None
+            and residency.is_writable()
+            and (torch.is_grad_enabled() or residency.was_written)
+            and not (args or kwargs or is_exported())
+        )
+
+    def _compiled(self, x: Tensor, update: _Update | None) -> Tensor:
+        bias = cast("Tensor | None", self.base_layer.bias)
+        return compiled_linear(autocast(x), update, bias, self.handle, self.out_features)
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         """Apply one adapter by the hand-written gradients; None where the base layer must run."""
@@ -49,7 +74,7 @@ class Linear(AdditiveLayer):
             return residency.read(evaluate, *update, writes=writes)
         if update[0].is_inference():  # nothing is known of its changes
             return None
-        is_small = _is_small(x)
+        few = is_small(x)
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
         if not residency.is_writable():
@@ -57,7 +82,7 @@ class Linear(AdditiveLayer):
             if weight is None:
                 return None
             return apply_paca_linear(x, weight, *update, bias, False)
-        source = Pass(residency, *update, is_small)
+        source = Pass(residency, *update, few)
 
         def apply(weight: Tensor, is_resident: bool) -> Tensor:
             return apply_paca_linear(x, weight, *update, bias, is_resident, source)
@@ -89,7 +114,7 @@ class Linear(AdditiveLayer):
             return None
         update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
-        source = Pass(residency, *update, _is_small(up)) if residency.is_writable() else None
+        source = Pass(residency, *update, is_small(up)) if residency.is_writable() else None
 
         def apply(weight: Tensor, is_resident: bool) -> Tensor:
             return apply_paca_gated(
@@ -115,6 +140,8 @@ class Linear(AdditiveLayer):
                     "while columns are in them; export the model with `strict=False`."
                 )
             residency.is_captured = True
+        if self._asks_when_it_runs(args, kwargs) and not has_hooks(self.base_layer.__dict__):
+            return self._compiled(x, None)
         if residency is not None and residency.is_written and is_traced():
             # A traced graph cannot restore, so it undoes the columns in a copy, until the optimiser
             # has stepped twice or somebody looks at the weight.
@@ -138,9 +165,3 @@ def _evaluate(
     compute = partial(column_update, weight, *update)
     update_OR = residency.addition(compute, y.dtype, *update)
     return add_columns_(y, x.index_select(-1, update[1]), update_OR)
-
-
-def _is_small(x: Tensor) -> bool | None:
-    if x.dtype is not torch.float32 or not x.is_cpu:
-        return None
-    return x.numel() < _FEW_TOKENS * x.shape[-1]

@@ -1,0 +1,194 @@
+"""The adapted linear layer in a graph of torch.compile: an operator that runs as eager mode does.
+
+A graph reads its weights whenever it runs, and only the residency knows whether columns are in one
+by then. So the graph does not hold the weight. It calls `pacatune::linear`, and in its backward
+`pacatune::linear_grad`, which ask the residency as eager layers do: it writes the columns once per
+optimiser step, and where it may not write, adds their product. Neither a step nor a look at the
+model changes the graph. What reads activations only, the gather of R channels and the gradient of
+delta, are plain operations, which the compiler fuses and schedules as it likes.
+"""
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
+from pacatune.residency import Pass, Residency
+
+__all__ = ["compiled_linear", "handle_of", "is_small"]
+
+# A training step of fewer tokens runs faster with two thin GEMMs more than with the columns written
+# into the weight, where thin GEMMs are cheap: in float32 on a CPU (benchmarks/step.py).
+_FEW_TOKENS = 64
+
+_LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def handle_of(layer: Any) -> Tensor:
+    """Return what graphs call a layer: () int64 on the CPU, as a number would be built into them.
+
+    Args:
+        layer: Its `_prepare()` tells the active update and where its weight is.
+    """
+    _LAYERS[id(layer)] = layer
+    with torch.utils._python_dispatch._disable_current_modes():
+        return torch.tensor(id(layer), device="cpu")
+
+
+def compiled_linear(
+    x: Tensor,
+    update: tuple[Tensor, Tensor, float] | None,
+    bias: Tensor | None,
+    handle: Tensor,
+    out_features: int,
+) -> Tensor:
+    """Apply a layer to (..., I) in a graph, with its update or without; returns (..., O)."""
+    trains = torch.is_grad_enabled() and update is not None and update[0].requires_grad
+    delta, indices, scaling = update or (None, None, 0.0)
+    y, _ = torch.ops.pacatune.linear(x, delta, indices, scaling, bias, handle, trains, out_features)
+    return y
+
+
+def is_small(x: Tensor) -> bool | None:
+    """Whether (..., I) has so few tokens that writing columns takes longer; None: it never does."""
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        return None
+    return x.numel() < _FEW_TOKENS * x.shape[-1]
+
+
+def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass | Residency:
+    """Return where the weight of an update is found now; without one, where the pretrained is."""
+    layer = _LAYERS[int(handle)]
+    if delta is None:
+        return cast(Residency, layer.residency)
+    found = layer._prepare()
+    if found is None or found[0][0] is not delta:
+        raise RuntimeError(
+            "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
+            "was compiled. Call `torch.compiler.reset()` and run it again."
+        )
+    return Pass(found[1], *found[0], is_small(x), trains)
+
+
+def _view(residency: Residency) -> Tensor:
+    """Return the weight where it is a view of a larger buffer (FSDP1), which is never written."""
+    weight: Any = dict.get(residency.parameters or {}, "weight")
+    if weight.requires_grad:
+        raise RuntimeError(
+            "A compiled graph trains the columns of a weight that asks for a gradient itself. Freeze "
+            "the base (`base_layer.weight.requires_grad = False`), or do not compile the model."
+        )
+    return cast(Tensor, weight)
+
+
+def _linear(
+    x: Tensor,
+    delta: Tensor | None,
+    indices: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    handle: Tensor,
+    trains: bool,
+    out_features: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and what tells in the backward pass whether the base is still the same."""
+
+    def compute(weight: Tensor, is_resident: bool) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if delta is not None and indices is not None and not is_resident:
+            update = column_update(weight, delta, indices, scaling)
+            add_columns_(y, x.index_select(-1, indices), update)
+        return y
+
+    opened = _open(handle, delta, x, trains)
+    if isinstance(opened, Residency):
+        return opened.read_pretrained(compute), torch.tensor(opened.base())
+    y = opened.forward(compute)
+    if y is None:
+        y = compute(_view(opened.residency), False)
+    return y, torch.tensor(opened.base)
+
+
+def _linear_grad(
+    gy: Tensor,
+    delta: Tensor | None,
+    indices: Tensor | None,
+    scaling: float,
+    handle: Tensor,
+    base: Tensor,
+    in_features: int,
+) -> Tensor:
+    def compute(weight: Tensor, is_resident: bool) -> Tensor:
+        gy_NO = gy.reshape(-1, gy.shape[-1])
+        if delta is None or indices is None:
+            return gy_NO.mm(weight.to(gy.dtype))
+        return grad_x(gy_NO, delta, indices, scaling, weight, is_resident)
+
+    opened = _open(handle, delta, gy, True)
+    if isinstance(opened, Residency):
+        gx = opened.read_pretrained(compute)
+    else:
+        opened.base = tuple(base.tolist())
+        is_view = opened.residency.find_weight() is None and opened.base[1] == 0
+        gx = compute(_view(opened.residency), False) if is_view else opened.backward(compute)
+    return gx.view(*gy.shape[:-1], in_features)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, delta, indices, scaling, _, handle, *_ = inputs
+    x_R = None if delta is None else x.index_select(-1, indices)
+    ctx.call = scaling, x.shape[-1]
+    ctx.save_for_backward(x_R, delta, indices, handle, output[1])
+
+
+def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x_R, delta, indices, handle, base = ctx.saved_tensors
+    scaling, in_features = ctx.call
+    needs_x, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
+    gx = gdelta = gbias = None
+    gy_NO = gy.reshape(-1, gy.shape[-1])
+    if needs_x:
+        gx = torch.ops.pacatune.linear_grad(gy, delta, indices, scaling, handle, base, in_features)
+    if needs_delta:
+        gdelta = grad_delta(gy_NO, x_R.reshape(-1, x_R.shape[-1]), scaling, delta.dtype)
+    if needs_bias:
+        gbias = gy_NO.sum(0)
+    return gx, gdelta, None, None, gbias, None, None, None
+
+
+def _like_y(
+    x: Tensor,
+    delta: Any,
+    indices: Any,
+    scaling: float,
+    bias: Any,
+    handle: Any,
+    trains: bool,
+    out_features: int,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], out_features)
+    return y, torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def _like_gx(
+    gy: Tensor, delta: Any, indices: Any, scaling: float, handle: Any, base: Any, in_features: int
+) -> Tensor:
+    return gy.new_empty(*gy.shape[:-1], in_features)
+
+
+_library = torch.library.Library("pacatune", "FRAGMENT")
+_library.define(
+    "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? bias, Tensor handle, "
+    "bool trains, SymInt out_features) -> (Tensor, Tensor)"
+)
+_library.define(
+    "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, Tensor handle, "
+    "Tensor base, SymInt in_features) -> Tensor"
+)
+for _name, _run, _like in (("linear", _linear, _like_y), ("linear_grad", _linear_grad, _like_gx)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pacatune::{_name}", _like, lib=_library)
+torch.library.register_autograd("pacatune::linear", _gradients, setup_context=_save, lib=_library)
