@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -78,6 +78,24 @@ def checkpoint(model, *, use_reentrant):
 def batches():
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, VOCAB_SIZE, (NUM_STEPS, *BATCH_SHAPE), generator=generator)
+
+
+@contextmanager
+def counted_writes():
+    """Yield a list that grows by one with each weight whose columns are written or restored."""
+    from pacatune.residency import weight
+
+    put, writes = weight._put_columns_, []
+
+    def counted(*call):
+        writes.append(call[0].shape)
+        put(*call)
+
+    weight._put_columns_ = counted
+    try:
+        yield writes
+    finally:
+        weight._put_columns_ = put
 
 
 def whole(ids):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import net
+from tests.releases import compiles_whole
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +40,11 @@ def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentra
         net.checkpoint(model, use_reentrant=reentrant)
     shard(model, reshard)
     before = net.frozen(model)
-    losses = net.train(model, part=net.half)
+    with net.counted_writes() as writes:
+        losses = net.train(model, part=net.half)
     after = net.frozen(model)
     same_shards = all(torch.equal(before[name], after[name]) for name in before)
-    return losses, full_adapter_of(model), same_shards
+    return losses, full_adapter_of(model), same_shards and len(writes) > 0
 
 
 @pytest.mark.parametrize("reshard", [True, False])
@@ -50,6 +52,128 @@ def test_losses_adapter_and_shards(pair, reshard):
     results = pair.run(train_shards, "float64", (), False, reshard)
     net.assert_equal_to_one(results)
     assert all(same_shards for *_, same_shards in results)
+
+
+def train_on_smaller_shards(dtype):
+    """Ten steps where four processes hold halves between forward and backward."""
+    model = shard(net.adapt(dtype), 2)
+    before = net.frozen(model)
+    losses = net.train(model, part=net.half)
+    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    whole = full_state_dict(model)
+    one = {name: tensor for name, tensor in net.adapt(dtype).state_dict().items()}
+    same &= all(torch.equal(whole[name], one[name]) for name in one if "base_layer" in name)
+    return losses, full_adapter_of(model), same
+
+
+def test_smaller_shards_between_forward_and_backward(four):
+    """They are cut from the temporary that the columns are in; no weight is written after that."""
+    results = four.run(train_on_smaller_shards, "float64")
+    net.assert_equal_to_one(results)
+    assert all(same for *_, same in results)
+
+
+def train_in_mixed_precision(reshard):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(net.adapt("float32", (), True), reshard, mp_policy=policy)
+    before = net.frozen(model)
+    with net.counted_writes() as writes:
+        losses = net.train(model, part=net.half)
+    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    return losses, full_adapter_of(model), same and len(writes) > 0
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_mixed_precision_policy(pair, reshard):
+    """Within the error that one process has in bfloat16."""
+    results = pair.run(train_in_mixed_precision, reshard)
+    assert all(same for *_, same in results)
+    mean = [sum(pair) / 2 for pair in zip(results[0][0], results[1][0], strict=True)]
+    exact = net.one_process("float32", (), True)
+    losses, adapter = distance((mean, results[0][1]), exact)
+    losses_of_one, adapter_of_one = distance(net.one_process("bfloat16"), exact)
+    assert losses <= 1.5 * losses_of_one
+    assert adapter <= 1.5 * adapter_of_one
+
+
+def train_compiled_shards():
+    model = shard(net.adapt())
+    before = net.frozen(model)
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="aot_eager")
+    with net.counted_writes() as writes:
+        losses = net.train(model, part=net.half)
+    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    return losses, full_adapter_of(model), same and len(writes) > 0
+
+
+@compiles_whole
+def test_compiled_blocks(pair):
+    results = pair.run(train_compiled_shards)
+    net.assert_equal_to_one(results)
+    assert all(same for *_, same in results)
+
+
+def count_writes(reshard):
+    model = shard(net.adapt(), reshard)
+    layers = net.layers_of(model)
+    batch = net.half(net.batches()[0])
+    counts = []
+    for _ in range(2):
+        with net.counted_writes() as writes:
+            net.loss_of(model, batch).backward()
+        counts.append(len(writes) - len(layers))
+    return counts, len(layers), [layer.residency.is_written for layer in layers]
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_columns_are_written_once_for_each_gathering(pair, reshard):
+    for counts, num_layers, are_written in pair.run(count_writes, reshard):
+        # Backward needs all weights but q, k and v of the first block, whose input is no leaf's.
+        assert counts == ([num_layers - 3] * 2 if reshard else [0, 0])
+        assert not any(are_written)
+
+
+def hold_the_temporary():
+    """Somebody holds what FSDP2 has gathered, and sees the pretrained values there."""
+    model = shard(net.adapt(init_weights=False), False)
+    batch = net.half(net.batches()[0])
+    expected = net.loss_of(model, batch)
+    expected.backward()
+    gradients = [p.grad.full_tensor() for p in net.trained(model)]
+    layer = net.layers_of(model)[0]
+    model.zero_grad()
+    for block in model.get_base_model().model.layers:
+        block.unshard()
+    held = layer.base_layer.weight.detach()
+    before = held.clone()
+    with net.counted_writes() as writes:
+        loss = net.loss_of(model, batch)
+        unchanged = torch.equal(held, before)
+        loss.backward()
+    same = [
+        torch.allclose(p.grad.full_tensor(), g, rtol=1e-10)
+        for p, g in zip(net.trained(model), gradients)
+    ]
+    return (
+        loss.item() - expected.item(),
+        unchanged,
+        all(same),
+        len(writes),
+        len(net.layers_of(model)),
+    )
+
+
+def test_nothing_is_written_into_a_temporary_that_somebody_holds(pair):
+    for difference, unchanged, same_gradients, num_writes, num_layers in pair.run(
+        hold_the_temporary
+    ):
+        assert abs(difference) < 1e-12
+        assert unchanged
+        assert same_gradients
+        assert num_writes == num_layers - 1
 
 
 def test_float32(pair):

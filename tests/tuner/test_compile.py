@@ -258,7 +258,7 @@ def test_a_base_that_is_trained_as_well_is_refused(models):
     for layer in base_layers(model):
         layer.weight.requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="weight that asks for a gradient itself. Freeze"):
+    with pytest.raises(RuntimeError, match="asks for a gradient itself"):
         compiled(torch.randn(70, 10, dtype=torch.float64))
 
 

@@ -37,9 +37,6 @@ if hasattr(os, "register_at_fork"):  # so that no child starts with a weight hal
 class Watcher(Protocol):
     """What is told: a Residency."""
 
-    is_sharded: bool
-    """Set when a weight is put in place that is no plain parameter: then no weight is written."""
-
     @property
     def is_written(self) -> bool:
         """Whether adapted columns may be in the weight."""
@@ -52,6 +49,9 @@ class Watcher(Protocol):
 
     def look(self) -> None:
         """Somebody is about to see the weight, and may change it."""
+
+    def replace(self, weight: Any) -> None:
+        """Somebody is about to put another weight in place."""
 
 
 class _Watched(nn.Parameter):
@@ -90,6 +90,8 @@ class DeltaParameter(_Watched):
     """Grows with each of these, since fused ones count no versions, and each use of `.data`."""
     is_exposed = False
     """Whether somebody took `.data` and may still hold it."""
+    is_gathered = False
+    """Whether it is a temporary of FSDP2, in the memory of a buffer that FSDP2 keeps."""
 
     def _expose(self) -> None:
         self.is_exposed = True
@@ -168,18 +170,10 @@ class GuardedParameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         with LOCK:
-            self._look()
-            super().__setitem__(name, value)
             residency = self.residency()
-            # A plain tensor stands here while torch.func.functional_call runs. Anything else that
-            # is no plain parameter is a sharded weight (FSDP2's DTensor) or another subclass, and
-            # what later stands here is a temporary copy of it.
-            if (
-                name == "weight"
-                and type(value) not in (nn.Parameter, WeightParameter, Tensor)
-                and residency is not None
-            ):
-                residency.is_sharded = True
+            if residency is not None:
+                residency.replace(value) if name == "weight" else residency.look()
+            super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
         with LOCK:
@@ -225,13 +219,19 @@ def num_tensors_on(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` counts as well
 
 
-def is_tracked(delta: Tensor) -> bool:
-    """Whether every later change of `delta` will be noticed; makes it a DeltaParameter."""
+def is_tracked(delta: Tensor, *, is_gathered: bool = False) -> bool:
+    """Whether every later change of `delta` will be noticed; makes it a DeltaParameter.
+
+    With `is_gathered` it belongs to a weight that FSDP2 has gathered. It has then been gathered
+    with it, unless it has been watched from the start; the optimiser changes its shards.
+    """
     if type(delta) is nn.Parameter and not delta.is_inference():
         delta.__class__ = DeltaParameter
-        delta.is_exposed = True  # type: ignore[attr-defined]
+        delta.is_exposed, delta.is_gathered = not is_gathered, is_gathered  # type: ignore[attr-defined]
     if type(delta) is not DeltaParameter:
         return False
+    if delta.is_gathered:
+        return is_gathered
     if delta.is_exposed and owns_its_memory(delta) and num_tensors_on(delta) == 1:
         delta.is_exposed = False
     return not delta.is_exposed

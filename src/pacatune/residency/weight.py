@@ -127,13 +127,19 @@ class Residency:
     def __init__(self, module: nn.Module) -> None:
         # Another module sees the weight as well (tied embeddings): never write.
         self.is_shared = False
-        # What stands in the module during a forward pass is a temporary copy (FSDP2): read only.
+        # Each process has a part of the weight (FSDP2). What stands in the module during a pass is
+        # a temporary copy, the only thing that is written; it is thrown away with the columns.
         self.is_sharded = False
+        self.mesh: Any = None
+        # FSDP2 cuts smaller parts from the temporary after a forward pass: read only.
+        self.is_resharded = False
         # A CUDA graph, or an exported one, reads the memory whenever it runs: read only.
         self.is_captured = False
         # The module has been handed back without the adapter: read only.
         self.is_closed = False
         self.is_merged = False
+        # How many tensors besides the weight itself are known to share its memory.
+        self.num_sharing = 0
         # What a write has overwritten, from before it until after it is restored.
         self.present: _Kept | None = None
         # At any time; compiled graphs then ask when they run.
@@ -151,9 +157,8 @@ class Residency:
         self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
         self.parameters = guard(module, self.link)
-        if type(dict.get(self.parameters or {}, "weight")) not in (nn.Parameter, WeightParameter):
-            self.is_sharded = True
         self._forget()
+        self._note_shards(dict.get(self.parameters or {}, "weight"))
 
     @property
     def is_written(self) -> bool:
@@ -303,7 +308,7 @@ class Residency:
 
     def claim(self, delta: Any) -> None:
         """Note that a training pass wants the columns of `delta` to be in the weight."""
-        if not self.is_claimed(delta) and is_tracked(delta):
+        if not self.is_claimed(delta) and self._tracks(delta):
             self.claimed = delta, delta.num_steps
 
     def is_claimed(self, delta: Any) -> bool:
@@ -339,9 +344,43 @@ class Residency:
             with LOCK:
                 self.restore()
                 self._forget()
-                if type(weight) in (nn.Parameter, WeightParameter) and _is_ordinary(weight):
+                if type(weight) in _PLAIN and (self.is_sharded or _is_ordinary(weight)):
                     self.weight = weight
         return None if self.weight is None or self.weight.requires_grad else self.weight
+
+    def replace(self, weight: Any) -> None:
+        """Make way for another weight in the module."""
+        with LOCK:
+            if not self.is_sharded:
+                self.look()
+                self._note_shards(weight)
+            elif type(weight) in _PLAIN:
+                self._gathered(weight)
+            else:
+                self._note_shards(weight)
+                self.epoch += 1
+                self.is_stale = self.is_written
+                if not self.is_resharded:  # the temporary is thrown away as it is
+                    self.present, self.is_stale = None, False
+                    self._forget()
+
+    def _gathered(self, weight: Tensor) -> None:
+        if (kept := self.present) is not None:  # in the smaller parts, too
+            _put_columns_(alias_of(weight), kept.columns, kept.originals, None)
+        self.present, self.is_stale = None, False
+        self._forget()
+        # The buffer that it came in has the same memory.
+        self.num_sharing = num_tensors_on(weight) - 1
+
+    def _note_shards(self, weight: Any) -> None:
+        """See whether each process has a part of the weight; and whether it is a smaller one now."""
+        # A plain tensor stands there while torch.func.functional_call runs.
+        if weight is None or type(weight) in (*_PLAIN, Tensor):
+            return
+        mesh = getattr(weight, "device_mesh", None)
+        self.is_resharded |= self.is_sharded and mesh != self.mesh
+        if not self.is_sharded:
+            self.is_sharded, self.mesh = True, mesh
 
     def _may_write(self, delta: Tensor) -> bool:
         """Whether W is ours alone to write, and every change of `delta` will be noticed."""
@@ -353,7 +392,8 @@ class Residency:
         if self.kept is not None and not self._is_unchanged(weight):
             self._refuse_changed()
             self.kept = None
-        if num_tensors_on(weight) > (1 if self.kept is None else 2) or weight._use_count() > 1:  # type: ignore[attr-defined]
+        num_others = num_tensors_on(weight) - (1 if self.kept is None else 2)
+        if num_others > self.num_sharing or weight._use_count() > 1:  # type: ignore[attr-defined]
             return False
         thread = threading.get_ident()
         if self.looker not in (None, thread):
@@ -361,11 +401,14 @@ class Residency:
             if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
                 return False
             self.looker = None
-        return is_tracked(delta)
+        return self._tracks(delta)
+
+    def _tracks(self, delta: Tensor) -> bool:
+        return is_tracked(delta, is_gathered=self.is_sharded)
 
     def is_writable(self) -> bool:
         """False where nothing is ever written from now on, whatever else happens."""
-        return not (self.is_shared or self.is_sharded or self.is_captured or self.is_closed)
+        return not (self.is_shared or self.is_resharded or self.is_captured or self.is_closed)
 
     def _capture(self) -> None:
         """Leave the pretrained weight to a CUDA graph, which reads it at every replay.
@@ -450,7 +493,7 @@ class Residency:
         ):
             return added.columns
         epoch, update = self.epoch, None
-        if not self.is_captured and is_tracked(delta):
+        if not self.is_captured and self._tracks(delta):
             update = _update(delta, indices, scaling)
         with torch.inference_mode(False), torch.no_grad():
             columns = compute().to(dtype)
@@ -512,6 +555,8 @@ class Residency:
 
     def base(self) -> tuple[int, int]:
         """Tell one pretrained weight from another: what is there, and where."""
+        if self.is_sharded:  # and gathered anew, from shards that nobody here can watch
+            return 0, 1
         address = 0 if self.weight is None else self._address_of(self.weight)
         return self._version() - self.num_own_versions, address
 
@@ -631,6 +676,9 @@ def resident(model: nn.Module) -> Iterator[None]:
         for residency in owned:
             residency.owner = None
             residency.restore()
+
+
+_PLAIN = (nn.Parameter, WeightParameter)
 
 
 def _is_ordinary(weight: Tensor) -> bool:

@@ -78,8 +78,8 @@ def _view(residency: Residency) -> Tensor:
     weight: Any = dict.get(residency.parameters or {}, "weight")
     if weight.requires_grad:
         raise RuntimeError(
-            "A compiled graph trains the columns of a weight that asks for a gradient itself. Freeze "
-            "the base (`base_layer.weight.requires_grad = False`), or do not compile the model."
+            "A compiled graph trains the columns of a weight that asks for a gradient itself. "
+            "Freeze it (`base_layer.weight.requires_grad = False`), or do not compile the model."
         )
     return cast(Tensor, weight)
 
@@ -173,10 +173,8 @@ def _like_y(
     return y, torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-def _like_gx(
-    gy: Tensor, delta: Any, indices: Any, scaling: float, handle: Any, base: Any, in_features: int
-) -> Tensor:
-    return gy.new_empty(*gy.shape[:-1], in_features)
+def _like_gx(gy: Tensor, *others: Any) -> Tensor:
+    return gy.new_empty(*gy.shape[:-1], others[-1])
 
 
 _library = torch.library.Library("pacatune", "FRAGMENT")

@@ -318,7 +318,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         if old.shape == delta.shape:
             old.copy_(delta)
         else:
-            holder.weight = nn.Parameter(delta.to(old), requires_grad=old.requires_grad)
+            holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
         self.paca_indices[adapter_name] = indices.to(old.device)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
