@@ -61,7 +61,7 @@ def train_on_smaller_shards(dtype):
     losses = net.train(model, part=net.half)
     same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
     whole = full_state_dict(model)
-    one = {name: tensor for name, tensor in net.adapt(dtype).state_dict().items()}
+    one = net.adapt(dtype).state_dict()
     same &= all(torch.equal(whole[name], one[name]) for name in one if "base_layer" in name)
     return losses, full_adapter_of(model), same
 
@@ -155,7 +155,7 @@ def hold_the_temporary():
         loss.backward()
     same = [
         torch.allclose(p.grad.full_tensor(), g, rtol=1e-10)
-        for p, g in zip(net.trained(model), gradients)
+        for p, g in zip(net.trained(model), gradients, strict=True)
     ]
     return (
         loss.item() - expected.item(),

@@ -69,6 +69,8 @@ def prepared(base: Net, x: Tensor) -> nn.Module:
     model.add_adapter("other", PacaConfig(r=4, target_modules=["first", "second"], random_seed=7))
     model.set_adapter("default")
     train(model, x)
+    torch.optim.SGD(deltas(model), lr=0.0).step()  # from now on all weights are written together
+    train(model, x)
     return model
 
 

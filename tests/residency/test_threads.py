@@ -276,6 +276,9 @@ def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, base: Net,
         def look(self) -> None:
             seen.append(pool.submit(may_write).result())
 
+        def replace(self, weight: object) -> None:
+            self.look()
+
     stand_in, parameters = Residency(), layer.base_layer._parameters
     parameters.residency = weakref.ref(stand_in)
     hand_out(parameters)

@@ -5,11 +5,11 @@ import gc
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import get_peft_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from functorch.compile import make_boxed_func
 
 from pacatune import PacaConfig
 from pacatune.residency import weight as weight_module

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Source", "column_update", "paca_linear", "paca_linear_additive"]
+__all__ = ["Source", "adapted_columns", "column_update", "paca_linear", "paca_linear_additive"]
 
 Result = TypeVar("Result")
 
@@ -166,7 +166,21 @@ def column_update(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float
         wide = _cast(delta, weight.dtype) if delta.itemsize < weight.itemsize else delta
         return wide if scaling == 1.0 else wide * scaling
     columns = weight.index_select(1, indices)
-    return torch.add(columns, delta, alpha=scaling).to(weight.dtype).sub_(columns)
+    return adapted_columns(columns, delta, scaling).sub_(columns)
+
+
+def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
+    """Return W + scaling * delta in the dtype of W: the bits that every path has for W'.
+
+    Added in float32 at least, and rounded once: in 16 bits, devices round the factor differently.
+
+    Args:
+        columns: (O, R) of the pretrained weight.
+        delta: (O, R) trained update, any floating dtype.
+        scaling: alpha / R.
+    """
+    wide = delta.float() if delta.itemsize < 4 else delta
+    return torch.add(columns, wide, alpha=scaling).to(columns.dtype)
 
 
 class _PacaLinear(torch.autograd.Function):

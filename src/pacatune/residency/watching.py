@@ -37,6 +37,9 @@ if hasattr(os, "register_at_fork"):  # so that no child starts with a weight hal
 class Watcher(Protocol):
     """What is told: a Residency."""
 
+    is_data_used: bool
+    """Set when the weight's `.data` is used, whose changes no version counter notices."""
+
     @property
     def is_written(self) -> bool:
         """Whether adapted columns may be in the weight."""
@@ -104,6 +107,7 @@ class WeightParameter(_Watched):
     def _expose(self) -> None:
         residency = None if self.residency is None else self.residency()
         if residency is not None:
+            residency.is_data_used = True
             residency.look()
 
 

@@ -54,6 +54,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from pacatune.ops.linear import adapted_columns
+from pacatune.residency.exchange import Exchange, can_exchange, exchange
 from pacatune.residency.watching import (
     LOCK,
     DeltaParameter,
@@ -69,6 +71,9 @@ from pacatune.residency.watching import (
 __all__ = ["Pass", "Residency", "resident"]
 
 Result = TypeVar("Result")
+
+
+_Parts = tuple[DeltaParameter, Tensor, float]
 
 
 class _Kept(NamedTuple):
@@ -95,6 +100,11 @@ class _Update(NamedTuple):
     indices: Tensor
     scaling: float
 
+    @property
+    def parts(self) -> _Parts:
+        """Of a layer's update: delta, indices and scaling."""
+        return self.delta, self.indices, self.scaling
+
     def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
         return (
             delta is self.delta
@@ -103,6 +113,14 @@ class _Update(NamedTuple):
             and indices is self.indices
             and scaling == self.scaling
         )
+
+
+class _Move(NamedTuple):
+    """A write: what to put into which weight, and what it overwrites."""
+
+    residency: "Residency"
+    kept: _Kept
+    update: _Update
 
 
 class _Added(NamedTuple):
@@ -153,6 +171,11 @@ class Residency:
         # The thread that may write although it does not train, and the last one that trained.
         self.owner: int | None = None
         self.trainer: int | None = None
+        # Those that one optimiser changes together with this one, and whether this one stays apart.
+        self.group: _Group | None = None
+        self.is_alone = False
+        # Somebody has used the weight's `.data`, and may have changed it by that.
+        self.is_data_used = False
         # The thread that looked last, and may hold what it saw.
         self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
@@ -281,30 +304,41 @@ class Residency:
                 return self._write(delta, indices, scaling)
 
     def _write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
+        moves = [self._prepare(delta, indices, scaling)]
+        if self.group is not None and moves[0] is not None:
+            moves += [member._prepare(*parts) for member, parts in self.group.waiting(self)]
+        _put_updates([move for move in moves if move is not None])
+        return self.holds(delta, indices, scaling)
+
+    def _prepare(self, delta: Tensor, indices: Tensor, scaling: float) -> "_Move | None":
+        """Copy aside what a write would overwrite; None, and nothing written, if it must not be."""
         if not self._may_write(delta):
             self.restore()
-            return False
-        kept, update = self.kept, _update(delta, indices, scaling)
+            return None
+        kept = self.kept
         if kept is None or indices is not kept.indices:
             self.restore()
             self.kept = None
             kept = self._copy_aside(indices)
-        adapted = torch.add(kept.originals, delta.detach(), alpha=scaling)
-        adapted = adapted.to(kept.originals.dtype)
+        return _Move(self, kept, _update(delta, indices, scaling))
+
+    def _begin(self, kept: _Kept) -> int:
+        """Note that columns are about to change; `restore` then knows what to do, interrupted."""
         self.added = None
         self.epoch += 1
-        epoch = self.epoch
+        epoch = self.epoch  # a look between the next two lines changes it
         self.is_stale = self.was_written = True
-        self.present = kept  # should we be interrupted from here on, `restore` knows what to do
-        _put_columns_(kept.memory, kept.columns, adapted, kept.positions)
+        self.present = kept
+        return epoch
+
+    def _end(self, move: "_Move", epoch: int) -> None:
         if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
-            self.present = kept
+            self.present = move.kept
             self.restore()
-            return False
-        self.kept, self.written = kept, update
-        delta.residency = self.link  # type: ignore[attr-defined]
+            return
+        self.kept, self.written = move.kept, move.update
+        move.update.delta.residency = self.link
         self.is_stale = False
-        return True
 
     def claim(self, delta: Any) -> None:
         """Note that a training pass wants the columns of `delta` to be in the weight."""
@@ -373,7 +407,7 @@ class Residency:
         self.num_sharing = num_tensors_on(weight) - 1
 
     def _note_shards(self, weight: Any) -> None:
-        """See whether each process has a part of the weight; and whether it is a smaller one now."""
+        """See whether each process has a part of the weight, and whether that is smaller now."""
         # A plain tensor stands there while torch.func.functional_call runs.
         if weight is None or type(weight) in (*_PLAIN, Tensor):
             return
@@ -431,6 +465,10 @@ class Residency:
 
     def _is_unchanged(self, weight: Tensor) -> bool:
         return weight._version == self.weight_version and self._address_of(weight) == self.address
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has changed the weight since columns were put into it."""
+        return self.weight is not None and self._is_unchanged(self.weight)
 
     def _refuse_changed(self) -> None:
         if self.is_written:
@@ -511,10 +549,16 @@ class Residency:
         return self.weight.index_copy(1, self.kept.columns, self.kept.originals)
 
     def look(self) -> None:
-        """Restore for somebody who may change what he sees: the originals are read anew after."""
+        """Restore for somebody who may change what he sees."""
         with LOCK:
+            group = self.group
+            if self.is_written and group is not None:
+                group.look()
             self.restore()
-            self.kept = self.added = None
+            # On a CPU he may change it by numpy, which no version counter notices.
+            if self.kept is not None and (self.kept.memory.is_cpu or self.is_data_used):
+                self.kept = None
+            self.added, self.is_data_used = None, False
             self.looker = threading.get_ident()
 
     def before_step(self) -> None:
@@ -573,6 +617,83 @@ class Residency:
     def __del__(self) -> None:
         if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
             self.restore()
+
+
+class _Group:
+    """Weights whose deltas one optimiser changes: their columns are written and restored together.
+
+    On a GPU that is one launch for all of them, where each takes longer to launch than to run.
+    """
+
+    def __init__(self, members: list[Residency]) -> None:
+        self.links = [member.link for member in members]
+        # Somebody has looked at one since they were written, and will look at the next.
+        self.is_looked_at = False
+
+    def consists_of(self, members: list[Residency]) -> bool:
+        """Whether these are the group."""
+        return self.links == [member.link for member in members]
+
+    def _members(self) -> Iterator[Residency]:
+        return (member for link in self.links if (member := link()) is not None)  # type: ignore[misc]
+
+    def waiting(self, first: Residency) -> list[tuple[Residency, _Parts]]:
+        """Return the others whose columns have to be written anew, and by what."""
+        self.is_looked_at = False
+        found = []
+        for member in self._members():
+            written = member.written
+            if written is None or member is first or member.is_alone or member.owner != first.owner:
+                continue
+            if written.delta.requires_grad and not member.holds(*written.parts):
+                found.append((member, written.parts))
+        return found
+
+    def look(self) -> None:
+        """Restore all, if somebody is looking at one after the other."""
+        if self.is_looked_at:
+            _restore_all(list(self._members()))
+        self.is_looked_at = True
+
+
+def _put_updates(moves: list[_Move]) -> None:
+    """Write columns into all weights, which are known to allow it."""
+    epochs = []
+    if len(moves) > 1 and all(can_exchange(m.kept.memory, m.update.delta) for m in moves):
+        epochs = [move.residency._begin(move.kept) for move in moves]
+        exchange([_exchange_of(move.kept, move.update) for move in moves])
+    else:
+        values = [
+            adapted_columns(m.kept.originals, m.update.delta.detach(), m.update.scaling)
+            for m in moves
+        ]
+        for move, value in zip(moves, values, strict=True):
+            epochs.append(move.residency._begin(move.kept))
+            kept = move.kept
+            _put_columns_(kept.memory, kept.columns, value, kept.positions)
+    for move, epoch in zip(moves, epochs, strict=True):
+        move.residency._end(move, epoch)
+
+
+def _restore_all(residencies: list[Residency]) -> None:
+    """Restore every weight that columns are in, in one launch where that can be."""
+    found = [(r, r.present) for r in residencies if r.present is not None and r.is_unchanged()]
+    if len(found) < 2 or not all(can_exchange(k.memory, k.originals) for _, k in found):
+        for residency, _ in found:
+            residency.restore()
+        return
+    for residency, _ in found:
+        residency.epoch += 1
+        residency.is_stale = True
+    exchange([_exchange_of(kept) for _, kept in found])
+    for residency, _ in found:
+        residency.present, residency.is_stale = None, False
+
+
+def _exchange_of(kept: _Kept, update: _Update | None = None) -> Exchange:
+    delta = None if update is None else alias_of(update.delta)
+    scaling = 0.0 if update is None else update.scaling
+    return Exchange(kept.memory, kept.columns, kept.originals, delta, scaling)
 
 
 class Pass:
@@ -640,6 +761,7 @@ class Pass:
 
     def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
         delta = self.update[0]
+        self.residency.is_alone = self.is_small is not None
         writes = self.writes and delta.requires_grad
         if self.is_small is not None and writes:
             if self.is_small:
@@ -745,11 +867,17 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    found = []
     for delta, residency in _deltas_of(optimizer):
         delta.num_steps += 1
         delta.num_unversioned += 1  # fused optimisers count no versions
         if residency is not None:
             residency.after_step()
+            found.append(residency)
+    if found and (found[0].group is None or not found[0].group.consists_of(found)):
+        group = _Group(found)
+        for residency in found:
+            residency.group = group
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

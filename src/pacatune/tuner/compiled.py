@@ -70,7 +70,8 @@ def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass
             "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
             "was compiled. Call `torch.compiler.reset()` and run it again."
         )
-    return Pass(found[1], *found[0], is_small(x), trains)
+    (_, indices, scaling), residency = found
+    return Pass(residency, delta, indices, scaling, is_small(x), trains)
 
 
 def _view(residency: Residency) -> Tensor:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacatune.ops.linear import adapted_columns
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
 from pacatune.strategies import seed_for, select_columns
@@ -77,7 +78,7 @@ class MergeMixin:
         indices = layer.paca_indices[name].to(weight.device)
         originals = self.layout.read_columns(weight, indices)
         update = self.layout.oriented(layer.paca_delta[name].weight.to(weight.device))
-        merged = torch.add(originals, update, alpha=layer.scaling[name]).to(weight.dtype)
+        merged = adapted_columns(originals, update, layer.scaling[name])
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"

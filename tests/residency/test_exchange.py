@@ -1,0 +1,46 @@
+"""The kernel that puts all columns: on a GPU, or by Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+from pacatune.ops.linear import adapted_columns
+from pacatune.residency.exchange import Exchange, can_exchange, exchange
+
+SHAPES = [(37, 50, 4), (64, 33, 8), (700, 64, 3)]
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(
+    not (IS_INTERPRETED or torch.cuda.is_available()),
+    reason="Triton has neither a GPU nor its interpreter (TRITON_INTERPRET=1) here",
+)
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
+    pytest.importorskip("triton")
+    device = "cpu" if IS_INTERPRETED else "cuda"
+    exchanges, expected, pretrained = [], [], []
+    for out_features, in_features, rank in SHAPES:
+        weight = torch.randn(out_features, in_features).to(device, dtype)
+        columns = torch.randperm(in_features)[:rank].sort().values.to(device)
+        originals = weight.index_select(1, columns)
+        delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
+        pretrained.append(weight.clone())
+        adapted = adapted_columns(originals, delta, 1.7)
+        expected.append(weight.index_copy(1, columns, adapted))
+        exchanges.append(Exchange(weight, columns, originals, delta, 1.7))
+    exchange(exchanges)
+    # The interpreter truncates where it makes bfloat16.
+    atol = 0.04 if IS_INTERPRETED and dtype is torch.bfloat16 else 0.0
+    for each, want in zip(exchanges, expected, strict=True):
+        torch.testing.assert_close(each.memory, want, rtol=0, atol=atol)
+    exchange([each._replace(delta=None) for each in exchanges])
+    for each, want in zip(exchanges, pretrained, strict=True):
+        assert torch.equal(each.memory, want)
+
+
+def test_where_it_cannot_be_used() -> None:
+    weight, delta = torch.zeros(4, 4), torch.zeros(4, 2)
+    assert not can_exchange(weight, delta)

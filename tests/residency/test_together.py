@@ -1,0 +1,185 @@
+"""Columns of all weights of one optimiser are written and restored by one launch."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from pacatune import PacaConfig
+from pacatune.residency import weight as weight_module
+from pacatune.residency.exchange import Exchange
+from tests.residency.net import deltas, layers
+
+NUM_LAYERS = 5
+
+
+@pytest.fixture(name="launches")
+def _launches(monkeypatch: pytest.MonkeyPatch, writes: list[int]) -> list[int]:
+    """Grows by the number of weights of each launch; as if there were a GPU and its kernel."""
+    done: list[int] = []
+
+    def exchange(exchanges: list[Exchange]) -> None:
+        done.append(len(exchanges))
+        for each in exchanges:
+            values = each.originals
+            if each.delta is not None:
+                values = torch.add(values, each.delta, alpha=each.scaling)
+            each.memory.index_copy_(1, each.columns, values)
+
+    monkeypatch.setattr(weight_module, "exchange", exchange)
+    monkeypatch.setattr(weight_module, "can_exchange", lambda memory, delta: True)
+    return done
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(NUM_LAYERS))).double()
+    config = PacaConfig(r=3, target_modules=r"\d", init_weights=False)
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(deltas(model), lr=0.05)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    x = torch.randn(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    return model(x).square().sum()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies, without a look."""
+    return [dict.get(m.base_layer._parameters, "weight").detach().clone() for m in layers(model)]
+
+
+@pytest.mark.parametrize("looks", [None, "clip_grad_norm_", "zero_grad", "state_dict"])
+def test_launches_of_a_step(looks: str | None, launches: list[int], writes: list[int]) -> None:
+    model = build()
+    twin, optimizer = copy.deepcopy(model), optimizer_of(model)
+    theirs = optimizer_of(twin)
+    counts = []
+    for step in range(4):
+        launches.clear()
+        writes.clear()
+        for each in (model, twin):
+            for _ in range(2):  # micro-batches
+                loss_of(each, step).backward()
+            if each is twin:
+                list(each.parameters())
+                continue
+            if looks == "clip_grad_norm_":
+                nn.utils.clip_grad_norm_(each.parameters(), 1e9)
+            if looks == "zero_grad":
+                optimizer.step()
+                each.zero_grad()
+            if looks == "state_dict":
+                each.state_dict()
+            counts.append((list(launches), len(writes)))
+            if looks != "zero_grad":
+                optimizer.step()
+                optimizer.zero_grad()
+        theirs.step()
+        theirs.zero_grad()
+    # One for all, and of a look at one after the other, the first alone and then the others.
+    expected = ([NUM_LAYERS], 0) if looks is None else ([NUM_LAYERS, NUM_LAYERS - 1], 1)
+    assert counts[2:] == [expected] * 2
+    for ours, other in zip(deltas(model), deltas(twin), strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-10)
+
+
+def trained(model: nn.Module, steps: int = 2) -> torch.optim.Optimizer:
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_a_weight_that_somebody_holds_is_left_out(launches: list[int]) -> None:
+    model = build()
+    base = weights(model)
+    optimizer = trained(model)
+    held = layers(model)[2].base_layer.weight.detach()
+    launches.clear()
+    loss_of(model, 3).backward()
+    assert launches[-1] == NUM_LAYERS - 1
+    assert torch.equal(held, base[2])
+    optimizer.step()
+    list(model.parameters())
+    assert all(map(torch.equal, weights(model), base))
+
+
+def test_a_weight_that_was_changed_is_told_of_by_its_own_look(launches: list[int]) -> None:
+    model = build()
+    trained(model)
+    loss_of(model, 3).backward()
+    changed = dict.get(layers(model)[3].base_layer._parameters, "weight")
+    with torch.no_grad():
+        changed.mul_(2)
+    found = layers(model)
+    for layer in found[:3]:
+        layer.base_layer.weight  # noqa: B018
+    with pytest.raises(RuntimeError, match="was changed in place while its adapted columns were"):
+        found[3].base_layer.weight  # noqa: B018
+    found[4].base_layer.weight  # noqa: B018
+
+
+def test_deltas_that_are_not_trained_now_wait(launches: list[int]) -> None:
+    model = build()
+    optimizer = trained(model)
+    frozen = deltas(model)[4]
+    frozen.requires_grad_(False)
+    launches.clear()
+    loss_of(model, 3).backward()
+    assert launches == [NUM_LAYERS - 1]
+    optimizer.step()
+
+
+def test_another_adapter_does_not_get_the_columns_of_the_first(launches: list[int]) -> None:
+    model = build()
+    base = weights(model)
+    trained(model)
+    config = PacaConfig(r=2, target_modules=r"\d", init_weights=False, random_seed=5)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    for layer in layers(model):
+        layer.paca_delta["other"].double()
+    twin = copy.deepcopy(model)
+    loss, want = loss_of(model, 7), loss_of(twin, 7)
+    torch.testing.assert_close(loss, want)
+    loss.backward()
+    want.backward()
+    for ours, other in zip(deltas(model, "other"), deltas(twin, "other"), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad)
+    list(model.parameters())
+    assert all(map(torch.equal, weights(model), base))
+
+
+def test_a_weight_is_read_again_where_its_changes_may_go_unnoticed() -> None:
+    """On a CPU after any look, for numpy; elsewhere after a use of `.data`."""
+    model = build()
+    trained(model)
+    layer = layers(model)[1]
+    with torch.no_grad():
+        layer.base_layer.weight.numpy()[:] *= 2
+    list(model.parameters())
+    base = weights(model)
+    loss_of(model, 3).backward()
+    list(model.parameters())
+    assert all(map(torch.equal, weights(model), base))
+
+
+def test_a_model_that_is_gone_is_no_member(launches: list[int]) -> None:
+    first, second = build(), build()
+    optimizer = torch.optim.SGD(deltas(first) + deltas(second), lr=0.01)
+    for _ in range(2):
+        loss_of(first, 0).backward()
+        loss_of(second, 0).backward()
+        optimizer.step()
+    del second
+    launches.clear()
+    loss_of(first, 1).backward()
+    assert launches == [NUM_LAYERS]
