@@ -257,7 +257,7 @@ def _widened(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor
 
 @pytest.fixture(params=[True, False], ids=["widens", "casts"])
 def gpu_branch(request, monkeypatch):
-    """Run what GPUs run, with the GEMM that widens and without (torch before 2.8, other devices)."""
+    """Run what GPUs run, with the GEMM that widens and without (torch before 2.8)."""
     monkeypatch.setattr(linear, "_is_on_cpu", lambda x: False)
     monkeypatch.setattr(linear, "_can_widen", lambda device, dtype, wide: request.param)
     monkeypatch.setattr(linear, "_wide_product", _widened)

@@ -287,7 +287,7 @@ def _addmm(a: Tensor, b: Tensor, scaling: float, **options: Any) -> Tensor:
 def _wide_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in a wider `dtype`, without rounding to that of a and b in between."""
     if scaling == 1.0:
-        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+        return torch.mm(a, b, out_dtype=dtype)
     return _addmm(a, b, scaling, out_dtype=dtype)
 
 
