@@ -52,8 +52,10 @@ def table(name: str, results: Path = RESULTS) -> str:
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
-    lines = _lines("step, ms", times, name)
-    return "\n".join([*lines, "", "; ".join(meanings) + ".", "", _source(name, result)])
+    is_estimated = result.get("origin") == "roofline"
+    lines = _lines("estimated step, ms" if is_estimated else "step, ms", times, name)
+    source = _source_of_estimates(name, result) if is_estimated else _source(name, result)
+    return "\n".join([*lines, "", "; ".join(meanings) + ".", "", source])
 
 
 def compat_table(result: dict[str, dict[str, Any]]) -> str:
@@ -183,6 +185,14 @@ def _source(name: str, result: dict[str, Any]) -> str:
         f"{result['model']}; medians of whole steps, all methods alternating in one run, seed "
         f"{result['seed']}, on {result['device']} ({versions_text(result['versions'])}). "
         f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/{name}.json`."
+    )
+
+
+def _source_of_estimates(name: str, result: dict[str, Any]) -> str:
+    return (
+        f"{result['model']} on {result['gpu']}, estimated by a roofline and not measured "
+        f"({versions_text(result['versions'])}). `{result['command']}`{commit_text(result)} wrote "
+        f"`benchmarks/results/{name}.json`."
     )
 
 
