@@ -62,12 +62,23 @@ def test_a_product_has_its_operations_sizes_and_bytes():
 
 def test_gathers_and_scatters_touch_what_they_take():
     indices = torch.tensor([1, 5])
-    (gather,) = count(X.index_select, 1, indices)
-    assert gather.reads == (Operand(12, 2), Operand(2, 8))
+    (gather,) = count(X.index_select, 0, indices)
+    assert gather.reads == (Operand(16, 2), Operand(2, 8))
+    weight, rows = torch.zeros(6, 8), torch.ones(2, 8)
+    (scatter,) = count(weight.index_copy_, 0, indices, rows)
+    assert scatter.reads == (Operand(2, 8), Operand(16, 4))
+    assert scatter.writes == (Operand(16, 4),)
+
+
+def test_columns_are_touched_by_whole_sectors():
+    """32 bytes for each element, and read before they are written."""
+    indices = torch.tensor([1, 5])
+    (gather,) = count(X.view(2, 3, 8).index_select, -1, indices)
+    assert (gather.reads, gather.writes) == ((Operand(12, 32), Operand(2, 8)), (Operand(12, 2),))
     weight, columns = torch.zeros(6, 8), torch.ones(6, 2)
     (scatter,) = count(weight.index_copy_, 1, indices, columns)
-    assert scatter.reads == (Operand(2, 8), Operand(12, 4))
-    assert scatter.writes == (Operand(12, 4),)
+    assert scatter.reads == (Operand(12, 32), Operand(2, 8), Operand(12, 4))
+    assert scatter.writes == (Operand(12, 32),)
 
 
 def test_what_is_overwritten_is_not_read():
@@ -158,8 +169,7 @@ def test_what_lean_modules_fuse_is_one(counter):
     counter.kernels.clear()
     ACTIVATIONS["silu"].product_columns(gate.detach(), up.detach(), columns)
     (kernel,) = counter.kernels
-    # Two columns of both, of which the second is read as large as the first.
-    assert kernel.reads == (Operand(10, 2), Operand(10, 2), Operand(2, 8))
+    assert kernel.reads == (Operand(10, 32), Operand(10, 32), Operand(2, 8))
     assert kernel.writes == (Operand(10, 2),)
 
 

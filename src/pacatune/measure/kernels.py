@@ -64,6 +64,8 @@ _OVERWRITES = frozenset(
     ["copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_"]
 )
 
+_SECTOR = 32
+"""Bytes that a GPU's memory moves at the least."""
 # A fill and a copy.
 _TWO_LAUNCHES = frozenset(["slice_backward", "select_backward", "slice_scatter", "select_scatter"])
 
@@ -199,11 +201,15 @@ class KernelCounter(TorchDispatchMode):
         reads = [(x, _operand(x)) for x in read]
         writes = [_operand(x) for x in written]
         if name in _GATHERS:
-            reads[0] = read[0], Operand(writes[0].numel, read[0].itemsize)
+            size = _size_of_access(args, read[0])
+            reads[0] = read[0], Operand(writes[0].numel, size)
         elif name in _SCATTERS:
             # The changed tensor is listed first; what is written into it, last.
-            part = Operand(read[-1].numel(), written[0].itemsize)
-            reads, writes = reads[1:], [part]
+            part = Operand(read[-1].numel(), _size_of_access(args, written[0]))
+            is_whole = part.itemsize == written[0].itemsize
+            # A part of a sector is written by reading the whole.
+            reads = reads[1:] if is_whole else [(written[0], part), *reads[1:]]
+            writes = [part]
         formula = self._formulas.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
         self._add(name, int(flops), reads, writes, _num_launches(name, args, kwargs, result))
@@ -241,6 +247,16 @@ def _arguments(
         if name not in _OVERWRITES and not argument.is_out:
             read += tensors
     return read, changed
+
+
+def _size_of_access(args: tuple[Any, ...], x: Tensor) -> int:
+    """Return how many bytes memory moves for each element of `x` that is picked out.
+
+    Columns lie apart: each element of one comes, and goes, with the sector that it is in.
+    """
+    dim = args[1] if len(args) > 1 and isinstance(args[1], int) else 0
+    is_column = x.dim() > 1 and dim % x.dim() == x.dim() - 1
+    return max(x.itemsize, _SECTOR) if is_column else x.itemsize
 
 
 def _num_launches(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
