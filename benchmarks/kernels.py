@@ -54,11 +54,20 @@ PROMISED = {"forward": NUM_LINEAR, "backward": NUM_LINEAR, "accumulating": 2 * N
 # A lean MLP takes the columns of its product in backward, in place of forward.
 PROMISED_LEAN = {"forward": NUM_LINEAR - 1, "backward": NUM_LINEAR + 1}
 PROMISED_LEAN["accumulating"] = PROMISED_LEAN["backward"] + NUM_LINEAR
-# Beyond a steady pass: columns written after an optimizer step, and again after a look at the base;
-# per decoder layer, and of a whole model of as many layers as `_NUM_LAYERS`.
-PROMISED_BEYOND = {"column_write": 3 * NUM_LINEAR, "look": 6 * NUM_LINEAR}
-PROMISED_BEYOND |= {"column_write_in_all": 9 * NUM_LINEAR, "look_in_all": 18 * NUM_LINEAR}
+# Per optimizer step: what is launched beyond steady passes to write columns, and to write them once
+# more after a look at the base; and the fused optimizer, in which nothing of ours hides. Those in
+# all are of a model of `_NUM_LAYERS`.
+PROMISED_PER_STEP = {
+    "column_write": 3 * NUM_LINEAR,
+    "look": 6 * NUM_LINEAR,
+    "column_write_in_all": 9 * NUM_LINEAR,
+    "look_in_all": 18 * NUM_LINEAR,
+    "optimizer_in_all": 2,
+}
 _NUM_LAYERS = 3
+
+HELD = (OURS,)
+"""The lines that promises are about."""
 
 Make = Callable[[Shape], Contender]
 
@@ -191,14 +200,14 @@ def exceeded(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     frozen = {row["is_lean"]: row for row in rows if row["method"] == "frozen"}
     for row in rows:
-        if row["method"] != OURS:
+        if row["method"] not in HELD:
             continue
+        title = f"{row['method']}, lean" if row["is_lean"] else row["method"]
         most = PROMISED_LEAN if row["is_lean"] else PROMISED
         floor = frozen[row["is_lean"]]
-        allowed = {name: floor[name] + number for name, number in most.items()} | PROMISED_BEYOND
+        allowed = {name: floor[name] + number for name, number in most.items()} | PROMISED_PER_STEP
         found += [
-            f"{OURS}{', lean' if row['is_lean'] else ''}: {row[name]} kernels per layer "
-            f"({name}), at most {most} promised"
+            f"{title}: {row[name]} kernels ({name}), at most {most} promised"
             for name, most in allowed.items()
             if row[name] > most
         ]
@@ -240,7 +249,7 @@ def main(options: list[str] | None = None) -> int:
         "promised": {
             "beyond_frozen": PROMISED,
             "beyond_frozen_lean": PROMISED_LEAN,
-            "beyond_steady": PROMISED_BEYOND,
+            "per_optimizer_step": PROMISED_PER_STEP,
         },
         "methods": MEANINGS,
         "rows": rows,

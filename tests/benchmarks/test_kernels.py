@@ -63,7 +63,7 @@ def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, row
         assert kernels.main(["--json", str(tmp_path / "new" / "out.json")]) == status
     message = capsys.readouterr().err.splitlines()
     assert len(message) == 2
-    assert message[0].startswith(f"paca: {rows[1]['forward'] + 1} kernels per layer (forward), at")
+    assert message[0].startswith(f"paca: {rows[1]['forward'] + 1} kernels (forward), at most")
     result = json.loads((tmp_path / "new" / "out.json").read_text())
     assert result["rows"] == more
     assert result["promised"]["beyond_frozen"]["forward"] == 7

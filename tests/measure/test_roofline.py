@@ -1,13 +1,15 @@
 """Step times from kernels and rates: by hand for a few kernels, and for a small model's step."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
-from pacatune.measure.kernels import Kernel, Operand
+from pacatune.measure.kernels import Kernel, KernelCounter, Operand, branches_of_gpu
 from pacatune.measure.roofline import GPU_RATES, estimate_time, rates_of, time_of
 from pacatune.measure.simulate import FakeTraining
-from tests.measure.real_step import tiny
+from tests.measure.real_step import loss_of, real_model, tiny
 
 H100 = GPU_RATES["h100"]
 ADD = Kernel(
@@ -101,6 +103,23 @@ def test_operations_are_those_that_bench_counts(tmp_path):
         k.flops for k in kernels if k.phase == "micro-batch" and k.kind == "attention"
     )
     assert products + attention == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "dora", "full"])
+def test_a_real_model_runs_the_same_kernels(tmp_path, method):
+    """Once it has its columns written and its gradients made."""
+    setting = tiny(tmp_path, method=method, lean="off", loss="logits")
+    simulated = FakeTraining(setting).count_kernels(setting.batch_size, setting.seq_len)
+    model, counter = real_model(setting), KernelCounter()
+    ids = torch.zeros(setting.batch_size, setting.seq_len, dtype=torch.int64)
+    with branches_of_gpu(counter), counter:
+        for counter.phase in ("first micro-batch", "micro-batch"):
+            loss_of(model, setting, ids).backward()
+    real, fake = (
+        Counter(kernel.name for kernel in kernels if kernel.phase == "micro-batch")
+        for kernels in (counter.kernels, simulated)
+    )
+    assert real == fake
 
 
 def test_columns_are_written_in_the_first_micro_batch_only(tmp_path):
