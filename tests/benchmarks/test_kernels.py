@@ -47,10 +47,11 @@ def test_counts_are_those_that_are_published(rows):
         assert row == committed[row["method"], row["is_lean"]]
 
 
-def test_a_quantised_base_is_counted():
+@pytest.mark.parametrize("method", ["qpaca", "qlora"])
+def test_a_quantised_base_is_counted(method):
     pytest.importorskip("bitsandbytes")
-    counted = kernels.count_layer(kernels.MODELS["qpaca"], is_lean=False)
-    committed = next(row for row in COMMITTED["rows"] if row["method"] == "qpaca")
+    counted = kernels.count_layer(kernels.MODELS[method], is_lean=False)
+    committed = next(row for row in COMMITTED["rows"] if row["method"] == method)
     if IS_COMMITTED:
         assert counted == {name: committed[name] for name in counted}
     assert counted["column_write"] == 0
