@@ -50,6 +50,7 @@ bench: setup-dev
 	$(RUN) -m benchmarks.step $(ARGS)
 	$(RUN) -m benchmarks.switch $(ARGS)
 	$(RUN) -m benchmarks.vision $(ARGS)
+	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.tables
 
 docs: setup-dev

@@ -21,11 +21,12 @@ from pacatune.methods import size_options
 from pacatune.tuner.layer import PacaLayer
 
 OURS = "paca"
+SWAP = "swap"
 HEAD = "head"  # of models that have one to train
 METHODS = {
     "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
     "paca": "ours, r = 8",
-    "swap": "columns swapped in and out around every matmul (PEFT 0.22's way), r = 8",
+    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way), r = 8",
     "lora": "PEFT's LoRA, r = 8, no dropout",
     "lora_r4": "PEFT's LoRA, r = 4: about as many trained parameters as paca",
     "lora_dropout": "PEFT's LoRA, r = 8, dropout 0.1",
@@ -36,7 +37,7 @@ METHODS = {
 _OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
 RANK, DROPOUT = 8, 0.1
 # Those that are another method with something changed.
-_PLAIN = {"swap": OURS, "additive": OURS, "lora_r4": "lora"}
+_PLAIN = {SWAP: OURS, "additive": OURS, "lora_r4": "lora"}
 _RANKS = {"lora_r4": 4}
 
 
@@ -64,7 +65,7 @@ def adapt(
     contender = make_contender(
         model, plain, rank=rank, dropout=DROPOUT, seed=seed, targets=targets, heads=heads
     )
-    if method == "swap":
+    if method == SWAP:
         swap_layers(contender.model)
     if method == "additive":
         _make_additive(contender.model)

@@ -137,7 +137,12 @@ def measure_all(
 
 def write(result: dict[str, Any], folder: Path, name: str) -> Path:
     """Write a result as FOLDER/NAME.json and return the path."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(result, path)
     return path
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write a result to a file, and make the folder for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

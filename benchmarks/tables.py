@@ -12,7 +12,8 @@ with one row per setting and method, `step_ms` being the median. The table has a
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
-(selection_tables.py), `compat` of what `make compat` has counted.
+(selection_tables.py), `compat` of what `make compat` has counted, `kernels` of what
+benchmarks/kernels.py has.
 """
 
 import json
@@ -46,11 +47,15 @@ def table(name: str, results: Path = RESULTS) -> str:
         return _missing(name)
     if name == "compat":
         return compat_table(result)
+    if name == "kernels":
+        return kernel_table(result)
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
-    lines = _lines("step, ms", times, name)
-    return "\n".join([*lines, "", "; ".join(meanings) + ".", "", _source(name, result)])
+    is_estimated = result.get("origin") == "roofline"
+    lines = _lines("estimated step, ms" if is_estimated else "step, ms", times, name)
+    source = _source_of_estimates(name, result) if is_estimated else _source(name, result)
+    return "\n".join([*lines, "", "; ".join(meanings) + ".", "", source])
 
 
 def compat_table(result: dict[str, dict[str, Any]]) -> str:
@@ -82,6 +87,39 @@ _COMBINATIONS = {
     "axolotl": "as Axolotl pins them",
     "ms-swift": "as ms-swift pins them",
 }
+
+
+def kernel_table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of kernels per decoder layer, and how many are beyond frozen."""
+    rows = {(row["method"], row["is_lean"]): row for row in result["rows"]}
+    methods = list(dict.fromkeys(method for method, _ in rows))
+
+    def cell(method: str, name: str, is_lean: bool) -> str:
+        number, floor = rows[method, is_lean][name], rows["frozen", is_lean][name]
+        return str(number) if method == "frozen" else f"{number} (+{number - floor})"
+
+    columns = [("forward", False), ("backward", False), ("accumulating", False)]
+    columns += [("forward", True), ("backward", True)]
+    lines = [
+        [
+            method,
+            *(cell(method, *column) for column in columns),
+            str(rows[method, False]["column_write"]),
+            *(cell(method, f"passes_{way}", False) for way in ("forward", "backward")),
+        ]
+        for method in methods
+    ]
+    titles = ["kernels (beyond frozen)", "forward", "backward", "with accumulation"]
+    titles += ["lean: forward", "lean: backward", "column write per step"]
+    titles += ["whole-tensor passes: forward", "whole-tensor passes: backward"]
+    meanings = "; ".join(f"`{method}`: {result['methods'][method]}" for method in methods)
+    source = (
+        f"Per Llama decoder layer, weights in {result['dtype']}, adapters in "
+        f"{result['adapter_dtype']}, alpha / r = {result['scaling']}: counted, not timed, on a CPU "
+        f"that takes a GPU's branches ({versions_text(result['versions'])}). "
+        f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/kernels.json`."
+    )
+    return "\n".join([*table_lines(titles, lines), "", meanings + ".", "", source])
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:
@@ -147,6 +185,14 @@ def _source(name: str, result: dict[str, Any]) -> str:
         f"{result['model']}; medians of whole steps, all methods alternating in one run, seed "
         f"{result['seed']}, on {result['device']} ({versions_text(result['versions'])}). "
         f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/{name}.json`."
+    )
+
+
+def _source_of_estimates(name: str, result: dict[str, Any]) -> str:
+    return (
+        f"{result['model']} on {result['gpu']}, estimated by a roofline and not measured "
+        f"({versions_text(result['versions'])}). `{result['command']}`{commit_text(result)} wrote "
+        f"`benchmarks/results/{name}.json`."
     )
 
 

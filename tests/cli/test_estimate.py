@@ -143,3 +143,25 @@ def test_no_option_is_left_out():
     assert {field.name for field in fields(Setting)} <= set(options)
     defaults = {f.name: f.default for f in fields(Setting) if f.name != "model"}
     assert {name: options[name] or default for name, default in defaults.items()} == defaults
+
+
+def test_the_time_of_a_step(capsys, config):
+    words = [config, "--methods", "paca,lora", "--gpu", "h100", "--time"]
+    result = run_json(capsys, *words)["methods"]
+    times = {name: one["time"] for name, one in result.items()}
+    assert 0 < times["paca"]["step_ms"] < times["lora"]["step_ms"]
+    assert sum(times["paca"]["by_kind_ms"].values()) == pytest.approx(times["paca"]["step_ms"])
+    assert {one["origin"] for one in times.values()} == {"roofline"}
+    assert main(["estimate", *words]) == 0
+    printed = capsys.readouterr()
+    assert "estimated ms of a step on h100, not measured" in printed.out
+    assert "paca's share" in printed.out
+    assert "not a measurement: shares of one method's step" in printed.err
+    assert "time" not in run_json(capsys, config, "--gpu", "h100")
+
+
+def test_times_need_a_gpu_whose_rates_are_known(capsys, config):
+    assert "--time needs --gpu" in error_of(capsys, config, "--time", "--memory", "24GiB")
+    assert "rates of GPU '4090' are not known" in error_of(
+        capsys, config, "--time", "--gpu", "4090"
+    )

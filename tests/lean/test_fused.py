@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.lean import fused, gated_product, rms_norm
+from pacatune.lean import ACTIVATIONS, fused, gated_product, rms_norm
 from tests.lean.twins import assert_within_own_error, run
 
 # Inductor imports what torch itself deprecates.
@@ -69,6 +69,15 @@ def test_a_product_is_one_graph_each_way(graphs):
         gate, up = _make((num_rows, 32), (num_rows, 32), dtype=torch.float32)
         run(gated_product, {"gate": gate, "up": up}, {"gate", "up"})
     assert graphs.frame_count == 2
+
+
+def test_columns_of_a_product_are_one_graph(graphs):
+    indices = torch.tensor([1, 4, 9])
+    for num_rows in (5, 7, 11):
+        gate, up = _make((num_rows, 32), (num_rows, 32), dtype=torch.float32)
+        found = ACTIVATIONS["silu"].product_columns(gate, up, indices)
+        torch.testing.assert_close(found, gated_product(gate, up)[:, indices])
+    assert graphs.frame_count == 2  # and the product's own
 
 
 def test_cpus_and_tensors_without_memory_compile_nothing(monkeypatch):

@@ -131,3 +131,11 @@ def test_asks_again_before_it_reads_the_weight():
         torch.testing.assert_close(leaves[name].grad, twin[name].grad)
     torch.testing.assert_close(y, apart(**twin))
     assert F.linear(torch.zeros(1, WIDTH, dtype=torch.float64), memory).abs().sum() == 0
+
+
+def test_columns_of_the_product():
+    gate, up = make((4,))["gate"], make((4,))["up"]
+    _, indices = fixed(torch.float64)
+    silu = ACTIVATIONS["silu"]
+    found = silu.product_columns(gate, up, indices)
+    assert torch.equal(found, silu.product(gate, up).index_select(-1, indices))

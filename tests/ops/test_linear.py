@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.ops import paca_linear, paca_linear_additive, reference
+from pacatune.ops import linear, paca_linear, paca_linear_additive, reference
 
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]
 FORMS = ["resident", "additive"]
@@ -247,3 +248,82 @@ def test_changing_delta_in_place_before_backward_is_refused() -> None:
 def test_wrong_shapes(function, name: str, value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function(**{**make((5,), torch.float32), name: value}, scaling=1.0)
+
+
+def _widened(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """What a GPU's GEMM with a wider output computes."""
+    return scaling * a.to(dtype).mm(b.to(dtype))
+
+
+@pytest.fixture(params=[True, False], ids=["widens", "casts"])
+def gpu_branch(request, monkeypatch):
+    """Run what GPUs run, with the GEMM that widens and without (torch before 2.8)."""
+    monkeypatch.setattr(linear, "_is_on_cpu", lambda x: False)
+    monkeypatch.setattr(linear, "_can_widen", lambda device, dtype, wide: request.param)
+    monkeypatch.setattr(linear, "_wide_product", _widened)
+    return request.param
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.75])
+@pytest.mark.parametrize("leading", [(5,), (0,), (2, 200)])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_delta_by_the_branch_of_gpus(
+    gpu_branch, scaling, leading, delta_dtype, dtype
+) -> None:
+    tensors = make(leading, dtype, out_features=48, in_features=96, rank=8)
+    tensors["delta"] = tensors["delta"].to(delta_dtype)
+    ours = gradients("resident", tensors, scaling, {"x", "delta", "bias"})
+    assert ours["delta"].dtype == delta_dtype
+    assert ours["delta"].is_contiguous()
+    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
+    truth = gradients("reference", exact, scaling, {"x", "delta", "bias"})["delta"]
+    # Rounded once to 16 bits, or not at all; the sums in float32.
+    rounds = torch.bfloat16 in (dtype, delta_dtype)
+    largest = truth.abs().max()
+    assert (ours["delta"].double() - truth).abs().max() <= largest * (2**-8 if rounds else 1e-5)
+
+
+def test_a_gemm_that_widens_does_not_round_to_16_bits(gpu_branch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gy, x = (torch.randn(64, n, generator=generator).to(torch.bfloat16) for n in (48, 8))
+    found = linear.grad_delta(gy, x, 2.0, torch.float32)
+    exact = 2.0 * gy.double().t().mm(x.double())
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert (error < 1e-6) == gpu_branch
+
+
+def test_what_addmm_adds_to_is_never_read() -> None:
+    a, b = torch.randn(6, 4), torch.randn(4, 3)
+    torch.use_deterministic_algorithms(True)  # fills what is not set with NaN
+    try:
+        torch.testing.assert_close(linear._addmm(a, b, 2.0), 2.0 * a.mm(b))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif("dtype" not in torch.ops.aten.addmm.overloads(), reason="torch before 2.8")
+@pytest.mark.parametrize("scaling", [1.0, 2.0])
+def test_torch_has_the_gemm_that_widens(scaling) -> None:
+    """On tensors without memory, since CPUs have no kernel for it."""
+    with FakeTensorMode():
+        gy, x = torch.empty(5, 7, dtype=torch.bfloat16), torch.empty(5, 3, dtype=torch.bfloat16)
+        found = linear._wide_product(gy.t(), x, scaling, torch.float32)
+    assert (found.shape, found.dtype) == ((7, 3), torch.float32)
+
+
+def test_no_gemm_that_widens_is_found_on_a_cpu() -> None:
+    assert not linear._can_widen(torch.device("cpu"), torch.bfloat16, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scaling", [1.0, 2.0])
+def test_gradient_of_delta_is_one_kernel_on_a_gpu(scaling) -> None:
+    gy, x = (torch.randn(256, n, device="cuda").to(torch.bfloat16) for n in (512, 16))
+    linear.grad_delta(gy, x, scaling, torch.float32)  # finds out what torch has
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found = linear.grad_delta(gy, x, scaling, torch.float32)
+    exact = scaling * gy.double().t().mm(x.double())
+    assert (found.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert sum(event.count for event in profile.key_averages()) <= 2  # split-K adds up its parts

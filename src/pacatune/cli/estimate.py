@@ -20,6 +20,7 @@ from pacatune.measure.setting import Setting
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Estimate, Quantity
+    from pacatune.measure.roofline import StepTime
 
 _QUANTITIES: dict[str, "Quantity"] = {
     "seq-len": "seq_len",
@@ -34,6 +35,7 @@ def run(argv: list[str]) -> int:
     quiet_libraries()
 
     from pacatune.measure.pictures import save_plot
+    from pacatune.measure.roofline import rates_of
     from pacatune.reports.figures import check_picture_path
 
     methods = options.methods or [options.method]
@@ -41,15 +43,22 @@ def run(argv: list[str]) -> int:
     available = _available_bytes(options)
     if options.plot is not None:
         check_picture_path(options.plot)
+    if options.time:
+        rates_of(options.gpu)  # refuses those that it does not know
     quantity = _QUANTITIES.get(options.max)
     answers = {name: _answer(setting, quantity, available) for name, setting in settings.items()}
     values = {name: answer.to_values() for name, answer in answers.items()}
+    times = _times(answers, options.gpu) if options.time else {}
+    for name, step in times.items():
+        values[name]["time"] = step.to_values()
     if options.json:
         alone = options.methods is None
         print(json.dumps(values[options.method] if alone else {"methods": values}, indent=2))
     else:
         _print_table(answers, options.model, available)
         print_notes(dict.fromkeys(note for row in values.values() for note in row["notes"]))
+        if times:
+            _print_times(times, options.gpu)
     if options.plot is not None:
         bars = {name: one.estimate for name, one in answers.items() if one.estimate is not None}
         save_plot(bars, options.plot, available, options.gpu or "available")
@@ -72,6 +81,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--gpu", metavar="NAME", help="does it fit on this one: a100-80g, h100, 4090, ...")
     add("--memory", metavar="SIZE", help="or in this much, such as 24GiB")
     add("--max", choices=list(_QUANTITIES), help="find the largest that fits")
+    add("--time", action="store_true", help="estimate a step's time on that GPU, by a roofline")
     add("--plot", type=Path, metavar="FILE", help="write stacked bars as a PNG, SVG or PDF")
     add("--json", action="store_true", help="print everything as JSON, in bytes")
     options = parser.parse_args(argv)
@@ -79,6 +89,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--gpu and --memory both say how much there is; give one")
     if options.max is not None and options.gpu is None and options.memory is None:
         parser.error("--max needs --gpu or --memory")
+    if options.time and options.gpu is None:
+        parser.error("--time needs --gpu, whose rates it takes")
     return options
 
 
@@ -148,6 +160,38 @@ def _answer(setting: Setting, quantity: "Quantity | None", available: int | None
         return _Answer(estimate_memory(setting), None, None, available)
     largest, estimate = find_max(setting, quantity, available)
     return _Answer(estimate, quantity, largest, available)
+
+
+def _times(answers: dict[str, _Answer], gpu: str) -> dict[str, "StepTime"]:
+    """Return the time of each method's step, where one fits."""
+    from pacatune.measure.roofline import estimate_time
+
+    found = {name: answer.estimate for name, answer in answers.items()}
+    return {name: estimate_time(one.setting, gpu) for name, one in found.items() if one is not None}
+
+
+def _print_times(times: dict[str, "StepTime"], gpu: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pacatune.measure.roofline import MODEL
+
+    table = Table(title=f"estimated ms of a step on {gpu}, not measured", title_justify="left")
+    table.add_column("")
+    for name in times:
+        table.add_column(name, justify="right")
+    steps = list(times.values())
+    rows = {"step": [f"{one.ms:.1f}" for one in steps]}
+    rows["by the rate of products"] = [f"{one.low_ms:.1f} to {one.high_ms:.1f}" for one in steps]
+    for kind in steps[0].by_kind_ms:
+        rows[kind] = [f"{one.by_kind_ms[kind]:.1f}" for one in steps]
+    rows["kernels"] = [f"{one.num_launches:,}" for one in steps]
+    if len(steps) > 1:
+        rows[f"{next(iter(times))}'s share"] = [f"{steps[0].ms / one.ms:.2f}" for one in steps]
+    for title, cells in rows.items():
+        table.add_row(title, *cells)
+    Console(markup=False, highlight=False).print(table)
+    print_notes(dict.fromkeys([MODEL, *(note for one in steps for note in one.notes)]))
 
 
 def _print_table(answers: dict[str, _Answer], model: str, available: int | None) -> None:

@@ -53,6 +53,10 @@ class Activation:
         """Return the gradients of gate and up, (..., I) each, from that of act(gate) * up."""
         return _product_gradients(gh, gate, up, self)
 
+    def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
+        """Return the columns `indices` (R,) of act(gate) * up, (..., R)."""
+        return _product_columns(gate, up, indices, self)
+
 
 @fused
 def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -65,6 +69,12 @@ def _product_gradients(
 ) -> tuple[Tensor, Tensor]:
     ggate = activation.gradient(gh * up, gate)
     return ggate, _times(activation.value(gate), gh)
+
+
+@fused
+def _product_columns(gate: Tensor, up: Tensor, indices: Tensor, activation: Activation) -> Tensor:
+    gate_R, up_R = (x.index_select(-1, indices) for x in (gate, up))
+    return _times(activation.value(gate_R), up_R)
 
 
 def _times(x: Tensor, other: Tensor) -> Tensor:

@@ -120,14 +120,14 @@ def _address(tensor: Tensor) -> int:
 
 def count_flops(forward: Callable[[], Tensor]) -> dict[str, int]:
     """Return `forward_flops` and `backward_flops` of a loss; multiplying and adding are two."""
-    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as before:
+    with FlopCounterMode(display=False, custom_mapping=formulas_beside_torchs()) as before:
         loss: Any = forward()
-    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as after:
+    with FlopCounterMode(display=False, custom_mapping=formulas_beside_torchs()) as after:
         loss.backward()
     return {"forward_flops": before.get_total_flops(), "backward_flops": after.get_total_flops()}
 
 
-def _uncounted() -> dict[Any, Any]:
+def formulas_beside_torchs() -> dict[Any, Any]:
     """Return the products that torch's counter does not know -> their number of operations."""
     aten, quantized = torch.ops.aten, torch.ops.bitsandbytes
     # There from bitsandbytes' first import on, which a quantised model has behind it.

@@ -1,30 +1,35 @@
 """What a step on a GPU allocates where the same step on a CPU allocates something else.
 
 Fake tensors here have the CPU as their device, since a fake GPU needs a build of PyTorch for one.
-Three kernels differ, and only their allocations are made:
+Four kernels differ, and only their allocations are made:
 
     attention   FlashAttention keeps q, k, v, its output and a log-sum-exp, and no repeated heads of
                 keys and values; with a mask, the memory-efficient kernel keeps a float copy of it
     dropout     keeps a mask of one byte per element, not a scaled one in the dtype of the input
     loss        TRL's Triton kernels fold tiles of logits without copies of them
+    delta       its gradient is one product, in the dtype of delta at once
+
+Each stand-in reports what it stands for, to whoever counts (kernels.py).
 
 And one decision: transformers looks at the values of positions to see whether rows hold several
 sequences, and builds a causal mask where it cannot look, of which each layer would keep a quadratic
 copy. Rows of one sequence run without any mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
+from pacatune.ops import linear
 from pacatune.residency import weight as residency
 
 # FlashAttention's largest head.
@@ -34,13 +39,32 @@ _MAX_FLASH_DIM = 256
 _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 
 
+class Launch(Protocol):
+    """Takes note of a kernel that a stand-in stands for."""
+
+    def __call__(
+        self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]
+    ) -> None:
+        """Note its name, operations, and the tensors that it reads and writes."""
+
+
+def _unnoticed(name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+    pass
+
+
 @contextmanager
-def allocations_of_gpu() -> Iterator[None]:
-    """Let attention, dropout, column writes and TRL's loss allocate as on a GPU."""
+def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
+    """Let attention, dropout, gradients and writes of columns, and TRL's loss allocate as there.
+
+    `launch` is told of each kernel that is not run.
+    """
     with ExitStack() as stack:
-        replace = partial(_replace, stack)
-        replace(F, "scaled_dot_product_attention", attention)
+        replace = partial(replace_until, stack)
+        replace(F, "scaled_dot_product_attention", partial(attention, launch=launch))
         replace(F, "dropout", dropout)
+        replace(linear, "_is_on_cpu", lambda x: False)
+        replace(linear, "_can_widen", lambda device, dtype, wide: True)
+        replace(linear, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by `index_copy_` there, without positions.
         replace(residency, "_is_flat", lambda memory: False)
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -49,22 +73,35 @@ def allocations_of_gpu() -> Iterator[None]:
         except ImportError:  # older TRL; the loss that needs it says so
             pass
         else:
-            replace(chunked_logprob, "_forward_kernel", _NoKernel())
-            replace(chunked_logprob, "_backward_kernel", _NoKernel())
+            replace(chunked_logprob, "_forward_kernel", _LossKernel(launch, writes=False))
+            replace(chunked_logprob, "_backward_kernel", _LossKernel(launch, writes=True))
             replace(chunked_logprob, "_use_triton", lambda device: True)
             replace(chunked_logprob, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
             # From 16 to 32 bits without a copy.
-            replace(chunked_logprob, "_addmm_fp32", lambda total, a, b: None)
+            replace(chunked_logprob, "_addmm_fp32", partial(_add_product, launch))
         yield
 
 
-def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Put a value in an attribute's place until the stack is left."""
     if hasattr(owner, name):
         stack.callback(setattr, owner, name, getattr(owner, name))
     else:
         stack.callback(delattr, owner, name)
     setattr(owner, name, value)
+
+
+def wide_product(
+    a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, launch: Launch = _unnoticed
+) -> Tensor:
+    """Return a (M, N) tensor in `dtype` for scaling * a b, with no values."""
+    product = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    launch("mm", 2 * a.numel() * b.shape[1], (a, b), (product,))
+    return product
+
+
+def _add_product(launch: Launch, total: Tensor, a: Tensor, b: Tensor) -> None:
+    launch("addmm", 2 * a.numel() * b.shape[1], (a, b, total), (total,))
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -83,6 +120,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    launch: Launch = _unnoticed,
 ) -> Tensor:
     """As F.scaled_dot_product_attention, with the allocations of its GPU kernels and no values.
 
@@ -98,24 +136,35 @@ def attention(
     if attn_mask is not None or max(query.shape[-1], value.shape[-1]) > _MAX_FLASH_DIM:
         repeats = query.shape[1] // key.shape[1]  # the other kernel has no groups
         key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
-    result: Tensor = _Attention.apply(query, key, value, attn_mask)
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, is_causal, launch)
     return result
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        launch: Launch,
+    ) -> Tensor:
         batch, heads, length, _ = q.shape
         # Stored as (B, T, H, E), like the rows that the projections give.
         out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
         log_sum_exp = q.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, mask, out, log_sum_exp)
+        ctx.launch, ctx.share = launch, 2 if is_causal else 1  # half of the pairs are never seen
+        flops = sdpa_flop_count(q.shape, *_per_head(q, k, v))
+        launch("attention", flops // ctx.share, (q, k, v), (out, log_sum_exp))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, _, out, log_sum_exp = ctx.saved_tensors
         batch, heads, length, dim = q.shape
         rows, columns = _round_up(length, _FLASH_ROWS), _round_up(dim, _FLASH_COLUMNS)
         accumulator = q.new_empty(batch, heads, rows, columns, dtype=torch.float32)
@@ -126,15 +175,29 @@ class _Attention(torch.autograd.Function):
             expanded = [x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v)]
             del expanded
         del accumulator, row_sums
-        return gq, gk, gv, None
+        flops = sdpa_backward_flop_count(gradient.shape, q.shape, *_per_head(q, k, v))
+        reads = (gradient, q, k, v, out, log_sum_exp)
+        ctx.launch("attention_backward", flops // ctx.share, reads, (gq, gk, gv))
+        return gq, gk, gv, None, None, None
+
+
+def _per_head(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+    """Return the shapes of keys and values as if each head of queries had its own."""
+    return [(*q.shape[:2], *x.shape[2:]) for x in (k, v)]
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-class _NoKernel:
-    """Stands for a Triton kernel: launched on a grid, it allocates nothing."""
+class _LossKernel:
+    """Stands for a Triton kernel of TRL's loss: launched on a grid, it allocates nothing."""
+
+    def __init__(self, launch: Launch, *, writes: bool) -> None:
+        self._launch, self._writes = launch, writes
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
+        return self._run
+
+    def _run(self, tile: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._launch("loss", 0, (tile,), (tile,) if self._writes else ())

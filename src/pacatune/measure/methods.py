@@ -1,7 +1,7 @@
 """What each method makes of a model that is measured or simulated, and what it trains.
 
-Every adapter is made by PEFT, with the same rank, alpha (= rank, so that the factor is 1) and
-layers; every method that trains has torch's AdamW over its trainable parameters only.
+Every adapter is made by PEFT, with the same rank, alpha (= rank unless given) and layers; every
+method that trains has torch's AdamW over its trainable parameters only.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -36,6 +36,7 @@ def add_adapter(
     row: Method,
     *,
     rank: int,
+    alpha: int | None = None,
     dropout: float = 0.0,
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
@@ -51,7 +52,7 @@ def add_adapter(
 
     from pacatune.tuner.defaults import default_targets
 
-    options = size_options(row, rank, rank, dropout)
+    options = size_options(row, rank, alpha or rank, dropout)
     if seed is not None:
         torch.manual_seed(seed)
         if row.is_paca:
@@ -72,6 +73,7 @@ def adapt(
     rank: int,
     dropout: float,
     seed: int,
+    alpha: int | None = None,
     adapter_dtype: torch.dtype | None = None,
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
@@ -86,7 +88,14 @@ def adapt(
     if row is not None and row.has_adapter:
         dropout = dropout if row.dropout is not None else 0.0
         model = add_adapter(
-            model, row, rank=rank, dropout=dropout, targets=targets, heads=heads, seed=seed
+            model,
+            row,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            targets=targets,
+            heads=heads,
+            seed=seed,
         )
         for parameter in model.parameters() if adapter_dtype is not None else ():
             if parameter.requires_grad:

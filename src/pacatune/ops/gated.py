@@ -34,6 +34,9 @@ class Elementwise(Protocol):
     def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up from that of their product."""
 
+    def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
+        """Return the (..., R) columns of act(gate) * up."""
+
 
 class _PacaGated(torch.autograd.Function):
     """See `apply_paca_gated`."""
@@ -74,8 +77,7 @@ class _PacaGated(torch.autograd.Function):
         gy_NO = gy.reshape(-1, gy.shape[-1])
         ggate = gup = gdelta = None
         if needs_delta:
-            gate_R, up_R = (x.index_select(-1, indices_R) for x in (gate, up))
-            h_NR = activation.product(gate_R, up_R).view(-1, len(indices_R))
+            h_NR = activation.product_columns(gate, up, indices_R).view(-1, len(indices_R))
             gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype)
         if needs_gate or needs_up:
             if source is None:

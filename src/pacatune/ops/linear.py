@@ -12,6 +12,7 @@ forward pass and one thin GEMM in the backward pass; nothing runs in sequence wi
 `ops/reference.py` states the same equations in plain autograd; the tests hold the two together.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -271,14 +272,54 @@ def grad_x(
 def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
 
-    With many tokens computed as (x^T dy)^T: R being much smaller than O, that order is faster on
-    CPUs.
+    On GPUs one GEMM, which scales, and which stores the dtype of delta where torch has such a one.
+    On CPUs with many tokens computed as (x^T dy)^T: R being much smaller than O, that is faster
+    there. Compilers fuse what follows a product.
     """
+    if not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
+        return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
     if len(gy_NO) < _FEW_TOKENS:
         gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
     else:
         gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
     return gdelta_OR if scaling == 1.0 else gdelta_OR.mul_(scaling)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return scaling * a b in `dtype` by one GEMM, and a cast where no GEMM ends in that dtype."""
+    if dtype.itemsize > a.itemsize and _can_widen(a.device, a.dtype, dtype):
+        return _wide_product(a, b, scaling, dtype)
+    return _cast(a.mm(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype)
+
+
+def _addmm(a: Tensor, b: Tensor, scaling: float, **options: Any) -> Tensor:
+    """Return scaling * a b; the tensor that addmm adds to is not read, and has one element."""
+    nothing = a.new_empty(()).expand(a.shape[0], b.shape[1])
+    return torch.addmm(nothing, a, b, beta=0, alpha=scaling, **options)
+
+
+def _wide_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return scaling * a b in a wider `dtype`, without rounding to that of a and b in between."""
+    if scaling == 1.0:
+        return torch.mm(a, b, out_dtype=dtype)
+    return _addmm(a, b, scaling, out_dtype=dtype)
+
+
+@functools.cache
+def _can_widen(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether `_wide_product` works there: torch 2.8 has it, for some devices and dtypes.
+
+    Found out by trying it once, on tensors large enough for any alignment that a GEMM may ask for.
+    """
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return all(_wide_product(ones, ones, scaling, wide).dtype == wide for scaling in (1.0, 2.0))
+    except (TypeError, RuntimeError):  # no such option; no such kernel
+        return False
+
+
+def _is_on_cpu(x: Tensor) -> bool:
+    return x.is_cpu
 
 
 _FEW_TOKENS = 128

@@ -1,0 +1,269 @@
+"""Count the kernels that a GPU would run, per decoder layer and method; no GPU is needed.
+
+    python -m benchmarks.kernels --json OUT     default: benchmarks/results/kernels.json
+
+A layer's are those of a model of three layers minus those of a model of two; what counts as a
+kernel is in pacatune.measure.kernels. Weights are in bfloat16, adapters in float32 as PEFT makes
+them, and the factor alpha / r is 2, so that multiplying by it shows. Counts depend on no clock: the
+same versions of torch, transformers and PEFT give the same numbers everywhere.
+
+A whole-tensor pass is one read or one write of an (N, I) or (N, O) tensor beside the large products
+and attention: what an adapter costs in memory traffic, whatever the size of the model.
+
+The exit status is 1 if PaCA runs more than is promised here.
+"""
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.llama import Shape, make_model
+from benchmarks.methods import DROPOUT, OURS, SWAP
+from benchmarks.record import CODE, RESULTS, ROOT, write_json
+from benchmarks.swap import swap_layers
+from pacatune import lean
+from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
+from pacatune.measure.methods import Contender, adapt
+from pacatune.measure.models import make_batch
+from pacatune.reports.provenance import commit
+
+RANK, SCALING, SEED = 4, 2, 0
+LAYER = Shape(
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+)
+NUM_LINEAR = 7
+# Divides the size of no weight, which tells what is of tokens.
+NUM_TOKENS = 37
+_NARROWEST = 32  # the outputs of k_proj and v_proj
+
+# What a PaCA layer may launch beyond a frozen one, per decoder layer of seven linear layers.
+PROMISED = {"forward": NUM_LINEAR, "backward": NUM_LINEAR, "accumulating": 2 * NUM_LINEAR}
+# A lean MLP takes the columns of its product in backward, in place of forward.
+PROMISED_LEAN = {"forward": NUM_LINEAR - 1, "backward": NUM_LINEAR + 1}
+PROMISED_LEAN["accumulating"] = PROMISED_LEAN["backward"] + NUM_LINEAR
+# Per optimizer step: what is launched beyond steady passes to write columns, and to write them once
+# more after a look at the base; and the fused optimizer, in which nothing of ours hides. Those in
+# all are of a model of `_NUM_LAYERS`.
+PROMISED_PER_STEP = {
+    "column_write": 3 * NUM_LINEAR,
+    "look": 6 * NUM_LINEAR,
+    "column_write_in_all": 9 * NUM_LINEAR,
+    "look_in_all": 18 * NUM_LINEAR,
+    "optimizer_in_all": 2,
+}
+_NUM_LAYERS = 3
+
+HELD = (OURS,)
+"""The lines that promises are about."""
+
+Make = Callable[[Shape], Contender]
+
+
+def make(method: str, shape: Shape, *, quantization: str | None = None) -> Contender:
+    """Return a model of a size, adapted by a method of `pacatune bench`."""
+    model = make_model(shape, torch.bfloat16, SEED, quantization)
+    alpha = SCALING * RANK
+    return adapt(
+        model, method, rank=RANK, alpha=alpha, dropout=DROPOUT, seed=SEED, targets="all-linear"
+    )
+
+
+def _make_swap(shape: Shape) -> Contender:
+    contender = make(OURS, shape)
+    swap_layers(contender.model)
+    return contender
+
+
+# A form of a method that is made in another way is another line, with a function of its own.
+MODELS: dict[str, Make] = {
+    "frozen": partial(make, "frozen"),
+    OURS: partial(make, OURS),
+    SWAP: _make_swap,
+    "lora": partial(make, "lora"),
+    "lora_dropout": partial(make, "lora_dropout"),
+    "dora": partial(make, "dora"),
+    "qpaca": partial(make, "qpaca", quantization="nf4"),
+    "qlora": partial(make, "qlora", quantization="nf4"),
+}
+MEANINGS = {
+    "frozen": "forward and input gradients of the frozen model",
+    OURS: "ours, columns in the weights",
+    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
+    "lora": "PEFT's LoRA",
+    "lora_dropout": "with dropout",
+    "dora": "PEFT's DoRA",
+    "qpaca": "ours on a 4-bit base",
+    "qlora": "PEFT's LoRA on a 4-bit base",
+}
+
+
+def count_steps(contender: Contender) -> list[Kernel]:
+    """Run passes of every kind; return their kernels, by phases such as `forward:steady`."""
+    model, optimizer = contender.model, contender.optimizer
+    batch = make_batch(1, NUM_TOKENS, LAYER.vocab_size, SEED)
+    counter = KernelCounter()
+
+    def run(kind: str) -> None:
+        counter.phase = f"forward:{kind}"
+        loss = model(input_ids=batch, labels=batch).loss
+        counter.phase = f"backward:{kind}"
+        loss.backward()
+
+    def step() -> None:
+        counter.phase = "optimizer"
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with branches_of_gpu(counter), counter:
+        run("first")
+        step()
+        counter.kernels.clear()
+        run("written")
+        run("accumulating")
+        step()
+        run("written again")
+        _drop_gradients(model)
+        run("steady")
+        counter.phase = "forward:look"
+        model.zero_grad()
+        run("look")
+    return counter.kernels
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    """Do as `zero_grad`, without a look at the weights."""
+    for module in model.modules():
+        for parameter in dict.values(module._parameters):
+            if parameter is not None:
+                parameter.grad = None
+
+
+def count_layer(make: Make, is_lean: bool) -> dict[str, int]:
+    """Return what one decoder layer launches, and what a whole model does per optimizer step."""
+    found = []
+    for num_layers in (_NUM_LAYERS - 1, _NUM_LAYERS):
+        contender = make(dataclasses.replace(LAYER, num_hidden_layers=num_layers))
+        if is_lean:
+            lean.enable(contender.model, mode="require")
+        found.append(_summary(count_steps(contender)))
+    fewer, more = found
+    of_layer = {name: more[name] - fewer[name] for name in more if name != "optimizer"}
+    names = ("column_write", "look", "optimizer")
+    return of_layer | {f"{name}_in_all": more[name] for name in names}
+
+
+def _summary(kernels: list[Kernel]) -> dict[str, int]:
+    def launches(*phases: str) -> int:
+        return sum(kernel.launches for kernel in kernels if kernel.phase in phases)
+
+    def passes(phase: str) -> int:
+        return sum(_num_passes(kernel) for kernel in kernels if kernel.phase == phase)
+
+    steady = launches("forward:steady", "backward:steady")
+    return {
+        "forward": launches("forward:steady"),
+        "backward": launches("backward:steady"),
+        "accumulating": launches("backward:accumulating"),
+        "column_write": launches("forward:written", "backward:written") - steady,
+        "look": launches("forward:look", "backward:look") - steady,
+        "optimizer": launches("optimizer"),
+        "passes_forward": passes("forward:steady"),
+        "passes_backward": passes("backward:steady"),
+    }
+
+
+def _num_passes(kernel: Kernel) -> int:
+    if kernel.kind == "attention" or (kernel.kind == "gemm" and kernel.smallest_side > RANK):
+        return 0
+    return sum(
+        operand.numel % NUM_TOKENS == 0 and operand.numel >= NUM_TOKENS * _NARROWEST
+        for operand in (*kernel.reads, *kernel.writes)
+    )
+
+
+def exceeded(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what PaCA launches beyond what is promised, a sentence each."""
+    found = []
+    frozen = {row["is_lean"]: row for row in rows if row["method"] == "frozen"}
+    for row in rows:
+        if row["method"] not in HELD:
+            continue
+        title = f"{row['method']}, lean" if row["is_lean"] else row["method"]
+        most = PROMISED_LEAN if row["is_lean"] else PROMISED
+        floor = frozen[row["is_lean"]]
+        allowed = {name: floor[name] + number for name, number in most.items()} | PROMISED_PER_STEP
+        found += [
+            f"{title}: {row[name]} kernels ({name}), at most {most} promised"
+            for name, most in allowed.items()
+            if row[name] > most
+        ]
+    return found
+
+
+def count_all(
+    models: Mapping[str, Make], lean_or_not: tuple[bool, ...] = (False, True)
+) -> list[dict[str, Any]]:
+    """Return a row for each method, lean off and on."""
+    return [
+        {"method": method, "is_lean": is_lean, **count_layer(make, is_lean)}
+        for is_lean in lean_or_not
+        for method, make in models.items()
+    ]
+
+
+PACKAGES = ("pacatune", "torch", "transformers", "peft", "bitsandbytes")
+"""What the counts depend on."""
+
+
+def main(options: list[str] | None = None) -> int:
+    """Count, write the result, and say whether promises are kept."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    default = RESULTS / "kernels.json"
+    parser.add_argument("--json", type=Path, default=default, metavar="OUT", help="file to write")
+    args = parser.parse_args(options)
+    # PEFT asks transformers in an old way.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    rows = count_all(MODELS)
+    result = {
+        "command": "python -m benchmarks.kernels",
+        "versions": {name: version(name) for name in PACKAGES},
+        **commit(ROOT, *CODE),
+        "unit": f"kernels per decoder layer; those in all are of {_NUM_LAYERS} layers",
+        "dtype": "bfloat16",
+        "adapter_dtype": "float32",
+        "scaling": SCALING,
+        "promised": {
+            "beyond_frozen": PROMISED,
+            "beyond_frozen_lean": PROMISED_LEAN,
+            "per_optimizer_step": PROMISED_PER_STEP,
+        },
+        "methods": MEANINGS,
+        "rows": rows,
+    }
+    write_json(result, args.json)
+    print(f"wrote {args.json}")
+    problems = exceeded(rows)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    from pacatune.cli.options import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""How long a step would take on a GPU, from its kernels and the rates that a GPU sustains.
+
+Each kernel of the simulated step takes the longest of
+
+    its operations  / the rate of products, or of attention
+    its bytes       / the rate of memory, which is lower for thin products
+    its launches    * the least time between two
+
+and the step is their sum. This is a model: no GPU has run it. Its rates are those of the H100 that
+an earlier analysis of such steps worked with; other GPUs have them in proportion to the published
+peaks. Host time is left out, so small steps of eager PyTorch take longer than this says.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pacatune.measure.kernels import Kernel
+from pacatune.measure.setting import Setting
+from pacatune.measure.simulate import FakeTraining
+from pacatune.names import guess
+
+__all__ = ["GPU_RATES", "MODEL", "Rates", "StepTime", "estimate_time", "rates_of", "time_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a GPU sustains."""
+
+    gemm_tflops: tuple[float, float, float]
+    """Products in 16 bits: low, usual, high."""
+    float32_tflops: float
+    """Products in float32, without TF32."""
+    attention_tflops: float
+    """FlashAttention-2, forward and backward, 128 channels per head."""
+    stream_tbps: float
+    """Elementwise kernels, bytes read and written."""
+    thin_tbps: float
+    """Products with one side of at most `THIN`."""
+    launch_us: float = 3.0
+    """Least time of a kernel."""
+
+    def scaled(self, *, operations: float, memory: float, attention_tflops: float) -> "Rates":
+        """Return the rates of a GPU with other peaks, which are given as shares of these."""
+        low, usual, high = self.gemm_tflops
+        return replace(
+            self,
+            gemm_tflops=(low * operations, usual * operations, high * operations),
+            float32_tflops=self.float32_tflops * operations,
+            attention_tflops=attention_tflops,
+            stream_tbps=self.stream_tbps * memory,
+            thin_tbps=self.thin_tbps * memory,
+        )
+
+
+THIN = 64
+_H100 = Rates(
+    gemm_tflops=(650.0, 690.0, 730.0),
+    float32_tflops=50.0,
+    attention_tflops=350.0,
+    stream_tbps=2.55,
+    thin_tbps=1.8,
+)
+# Published peaks, dense: 16-bit TFLOP/s and TB/s. H100 SXM 989, 3.35; H200 989, 4.8; A100 SXM 312,
+# 2.039 (80 GB) and 1.555 (40 GB). FlashAttention-2 was made for the A100, and uses more of it.
+GPU_RATES = {
+    "h100": _H100,
+    "h200": _H100.scaled(operations=1.0, memory=4.8 / 3.35, attention_tflops=350.0),
+    "a100-80g": _H100.scaled(operations=312 / 989, memory=2.039 / 3.35, attention_tflops=190.0),
+    "a100-40g": _H100.scaled(operations=312 / 989, memory=1.555 / 3.35, attention_tflops=190.0),
+}
+
+MODEL = (
+    "step times are a roofline over the kernels of the simulated step, not a measurement: shares "
+    "of one method's step in another's are good to about 0.03 on an H100 and less elsewhere, times "
+    "to about 20 %; host time and communication are not in them."
+)
+_FEW_TOKENS = 800
+_HOST = (
+    "with {tokens} tokens per micro-batch, fewer than about {few}, eager PyTorch cannot keep an "
+    "H100 busy: steps take longer than estimated."
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of one optimiser step, in milliseconds."""
+
+    ms: float
+    low_ms: float
+    """With the highest rate of products."""
+    high_ms: float
+    """With the lowest."""
+    by_kind_ms: dict[str, float]
+    """Parts of `ms`: large products, thin products, attention, elementwise."""
+    launch_ms: float
+    """The part of `ms` in which a kernel has ended and the next has not begun."""
+    num_launches: int
+    tflop: float
+    gigabytes: float
+    """Bytes that kernels other than large products and attention move."""
+    notes: tuple[str, ...] = ()
+
+    def to_values(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "step_ms": self.ms,
+            "low_ms": self.low_ms,
+            "high_ms": self.high_ms,
+            "by_kind_ms": self.by_kind_ms,
+            "launch_ms": self.launch_ms,
+            "num_launches": self.num_launches,
+            "tflop": self.tflop,
+            "gigabytes": self.gigabytes,
+            "origin": "roofline",
+            "model": MODEL,
+            "notes": list(self.notes),
+        }
+
+
+def estimate_time(setting: Setting, gpu: str) -> StepTime:
+    """Estimate how long an optimiser step of a setting takes on one GPU.
+
+    Raises:
+        ValueError: If the GPU's rates are not known, or several devices share the work.
+    """
+    rates = rates_of(gpu)
+    if setting.sharding != "none":
+        raise ValueError(
+            f"a step's time with `sharding` ({setting.sharding!r}): communication is not modelled; "
+            "estimate the time of one device without."
+        )
+    kernels = FakeTraining(setting).count_kernels(setting.batch_size, setting.seq_len)
+    step = time_of(kernels, rates, setting.gradient_accumulation)
+    tokens = setting.batch_size * setting.seq_len
+    if tokens >= _FEW_TOKENS:
+        return step
+    return replace(step, notes=(_HOST.format(tokens=tokens, few=_FEW_TOKENS),))
+
+
+def rates_of(gpu: str) -> Rates:
+    """Return what one of `GPU_RATES` sustains; refuse others."""
+    if gpu.lower() not in GPU_RATES:
+        hint = guess(gpu.lower(), GPU_RATES, cutoff=0.4)
+        raise ValueError(
+            f"the rates of GPU {gpu!r} are not known; {hint}Step times can be estimated for "
+            f"{', '.join(GPU_RATES)}."
+        )
+    return GPU_RATES[gpu.lower()]
+
+
+def time_of(kernels: Iterable[Kernel], rates: Rates, num_micro_batches: int = 1) -> StepTime:
+    """Return the time of an optimiser step whose kernels `FakeTraining.count_kernels` returned."""
+    times = {"micro-batch": num_micro_batches - 1}
+    by_kind = dict.fromkeys(("large products", "thin products", "attention", "elementwise"), 0.0)
+    low = high = launch = flops = num_bytes = 0.0
+    num_launches = 0
+    for kernel in kernels:
+        number = times.get(kernel.phase, 1)
+        kind = _kind(kernel)
+        fast, usual, slow = (
+            _seconds(kernel, kind, rates, rate) for rate in reversed(rates.gemm_tflops)
+        )
+        least = kernel.launches * rates.launch_us * 1e-6
+        by_kind[kind] += number * max(usual, least)
+        low += number * max(fast, least)
+        high += number * max(slow, least)
+        launch += number * max(0.0, least - usual)
+        num_launches += number * kernel.launches
+        flops += number * kernel.flops
+        num_bytes += number * (kernel.num_bytes if kind.startswith(("thin", "elem")) else 0)
+    return StepTime(
+        ms=1e3 * sum(by_kind.values()),
+        low_ms=1e3 * low,
+        high_ms=1e3 * high,
+        by_kind_ms={kind: 1e3 * seconds for kind, seconds in by_kind.items()},
+        launch_ms=1e3 * launch,
+        num_launches=num_launches,
+        tflop=flops / 1e12,
+        gigabytes=num_bytes / 1e9,
+    )
+
+
+def _kind(kernel: Kernel) -> str:
+    if kernel.kind != "gemm":
+        return kernel.kind
+    return "thin products" if kernel.smallest_side <= THIN else "large products"
+
+
+def _seconds(kernel: Kernel, kind: str, rates: Rates, gemm_tflops: float) -> float:
+    """Return how long the work of a kernel takes."""
+    if kind == "attention":
+        return kernel.flops / rates.attention_tflops / 1e12
+    memory = kernel.num_bytes / (rates.thin_tbps if kind.startswith("thin") else rates.stream_tbps)
+    if kind == "elementwise":
+        return memory / 1e12
+    is_float32 = max(operand.itemsize for operand in kernel.reads) > 2
+    rate = rates.float32_tflops if is_float32 else gemm_tflops
+    return max(kernel.flops / rate, memory) / 1e12

@@ -1,0 +1,77 @@
+"""What PaCA launches on a GPU is promised: counted here, in each change, without one."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+
+from benchmarks import kernels, tables
+from benchmarks.methods import OURS, SWAP
+
+COMMITTED = json.loads((kernels.RESULTS / "kernels.json").read_text())
+IS_COMMITTED = all(COMMITTED["versions"][name] == version(name) for name in kernels.PACKAGES)
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    models = kernels.MODELS
+    rows = kernels.count_all({name: models[name] for name in ("frozen", OURS)})
+    return rows + kernels.count_all({name: models[name] for name in (SWAP, "lora")}, (False,))
+
+
+def test_promises_are_kept(rows):
+    assert kernels.exceeded(rows) == []
+
+
+def test_a_linear_layer_costs_one_kernel_each_way(rows):
+    """The factor alpha / r is 2 and delta is in float32, so neither costs a kernel of its own."""
+    (frozen, ours), (lean_frozen, lean_ours) = (
+        [next(r for r in rows if (r["method"], r["is_lean"]) == (name, is_lean)) for name in pair]
+        for is_lean, pair in ((False, ("frozen", OURS)), (True, ("frozen", OURS)))
+    )
+    assert ours["forward"] - frozen["forward"] == 7
+    assert ours["backward"] - frozen["backward"] == 7
+    assert ours["accumulating"] - frozen["accumulating"] == 14
+    assert ours["passes_forward"] == frozen["passes_forward"]
+    assert ours["passes_backward"] - frozen["passes_backward"] == 7  # dy, once per layer
+    both = sum(lean_ours[n] - lean_frozen[n] for n in ("forward", "backward"))
+    assert both == 14
+
+
+def test_counts_are_those_that_are_published(rows):
+    if not IS_COMMITTED:
+        pytest.skip(f"other versions than {COMMITTED['versions']}")
+    committed = {(row["method"], row["is_lean"]): row for row in COMMITTED["rows"]}
+    for row in rows:
+        assert row == committed[row["method"], row["is_lean"]]
+
+
+@pytest.mark.parametrize("method", ["qpaca", "qlora"])
+def test_a_quantised_base_is_counted(method):
+    pytest.importorskip("bitsandbytes")
+    counted = kernels.count_layer(kernels.MODELS[method], is_lean=False)
+    committed = next(row for row in COMMITTED["rows"] if row["method"] == method)
+    if IS_COMMITTED:
+        assert counted == {name: committed[name] for name in counted}
+    assert counted["column_write"] == 0
+
+
+def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, rows):
+    more = [row | {"forward": row["forward"] + (row["method"] == OURS)} for row in rows]
+    for found, status in ((rows, 0), (more, 1)):
+        monkeypatch.setattr(kernels, "count_all", lambda models, found=found: found)
+        assert kernels.main(["--json", str(tmp_path / "new" / "out.json")]) == status
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) == 2
+    assert message[0].startswith(f"paca: {rows[1]['forward'] + 1} kernels (forward), at most")
+    result = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert result["rows"] == more
+    assert result["promised"]["beyond_frozen"]["forward"] == 7
+
+
+def test_the_table_shows_what_is_beyond_frozen(tmp_path):
+    (tmp_path / "kernels.json").write_text(json.dumps(COMMITTED))
+    lines = tables.table("kernels", tmp_path).splitlines()
+    assert lines[2].startswith("| frozen | 38 |")
+    assert "(+7)" in next(line for line in lines if line.startswith("| paca |"))
