@@ -54,14 +54,14 @@ PROMISED = {"forward": NUM_LINEAR, "backward": NUM_LINEAR, "accumulating": 2 * N
 # A lean MLP takes the columns of its product in backward, in place of forward.
 PROMISED_LEAN = {"forward": NUM_LINEAR - 1, "backward": NUM_LINEAR + 1}
 PROMISED_LEAN["accumulating"] = PROMISED_LEAN["backward"] + NUM_LINEAR
-# Per optimizer step: what is launched beyond steady passes to write columns, and to write them once
-# more after a look at the base; and the fused optimizer, in which nothing of ours hides. Those in
-# all are of a model of `_NUM_LAYERS`.
+# Per optimizer step, of a model of any number of layers: one launch beyond steady passes writes the
+# columns; after a look at the base, which restores the first weight alone and then the others, they
+# are written once more; and the fused optimizer, in which nothing of ours hides.
 PROMISED_PER_STEP = {
-    "column_write": 3 * NUM_LINEAR,
-    "look": 6 * NUM_LINEAR,
-    "column_write_in_all": 9 * NUM_LINEAR,
-    "look_in_all": 18 * NUM_LINEAR,
+    "column_write": 0,
+    "look": 0,
+    "column_write_in_all": 1,
+    "look_in_all": 3,
     "optimizer_in_all": 2,
 }
 _NUM_LAYERS = 3

@@ -31,6 +31,7 @@ from transformers import masking_utils
 
 from pacatune.ops import linear
 from pacatune.residency import weight as residency
+from pacatune.residency.exchange import Exchange
 
 # FlashAttention's largest head.
 _MAX_FLASH_DIM = 256
@@ -65,8 +66,11 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(linear, "_is_on_cpu", lambda x: False)
         replace(linear, "_can_widen", lambda device, dtype, wide: True)
         replace(linear, "_wide_product", partial(wide_product, launch=launch))
-        # Columns are written by `index_copy_` there, without positions.
+        # Columns are written by one kernel there; of a single weight by `index_copy_`.
         replace(residency, "_is_flat", lambda memory: False)
+        replace(residency, "_is_numpys", lambda memory: False)
+        replace(residency, "can_exchange", lambda memory, delta: True)
+        replace(residency, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         try:
             from trl.kernels import chunked_logprob
@@ -80,6 +84,12 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
             # From 16 to 32 bits without a copy.
             replace(chunked_logprob, "_addmm_fp32", partial(_add_product, launch))
         yield
+
+
+def _exchange(launch: Launch, exchanges: list[Exchange]) -> None:
+    """Stand in for the kernel that puts the columns of many weights."""
+    reads = [x for each in exchanges for x in (each.originals, each.delta) if x is not None]
+    launch("exchange", 0, reads, [each.originals for each in exchanges])
 
 
 def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -555,8 +555,7 @@ class Residency:
             if self.is_written and group is not None:
                 group.look()
             self.restore()
-            # On a CPU he may change it by numpy, which no version counter notices.
-            if self.kept is not None and (self.kept.memory.is_cpu or self.is_data_used):
+            if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
                 self.kept = None
             self.added, self.is_data_used = None, False
             self.looker = threading.get_ident()
@@ -809,6 +808,11 @@ def _is_ordinary(weight: Tensor) -> bool:
 
 # To a weight: the guarded dictionary's, Residency.weight, and getrefcount's argument.
 _NUM_OWN_REFERENCES = 3
+
+
+def _is_numpys(memory: Tensor) -> bool:
+    """Whether numpy can change it, which no version counter notices."""
+    return memory.is_cpu
 
 
 def _is_on_gpu(weight: Tensor) -> bool:
