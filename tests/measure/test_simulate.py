@@ -249,8 +249,8 @@ def test_sharded_training_shares_what_it_says(tmp_path):
     assert four["fsdp2"].by_category["gathered"] == 2 * block + outside
 
 
-def test_sharded_paca_is_additive(tmp_path):
-    """Columns are not written into gathered weights, so no originals are kept."""
+def test_sharded_paca_keeps_no_originals(tmp_path):
+    """Those of gathered weights are gone with them."""
     alone = simulate(tiny(tmp_path))
     shared = simulate(tiny(tmp_path, sharding="fsdp2", num_gpus=2))
     indices = 2 * 7 * 4 * 8
