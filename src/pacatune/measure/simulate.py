@@ -268,9 +268,10 @@ class _FakeResidency(Residency):
         self.weight = dict.get(self.parameters, "weight")
         return self.weight
 
-    def _may_write(self, delta: Any) -> bool:
+    def obstacle(self, delta: Any) -> str | None:
+        """Tell of flags alone."""
         delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
-        return self.find_weight() is not None and self.is_writable()
+        return None if self.find_weight() is not None and self.is_writable() else "a flag"
 
     @staticmethod
     def _address_of(weight: Tensor) -> int:

@@ -418,24 +418,66 @@ class Residency:
 
     def _may_write(self, delta: Tensor) -> bool:
         """Whether W is ours alone to write, and every change of `delta` will be noticed."""
+        return self.obstacle(delta) is None
+
+    def obstacle(self, delta: Tensor) -> str | None:
+        """Return why the columns must not be written into W now; None if they may.
+
+        Args:
+            delta: (O, R), whose every change will have to be noticed.
+
+        Raises:
+            RuntimeError: If somebody changed the weight in place while columns were in it.
+        """
+        if not self.is_writable():
+            return self._what_forbids()
         weight = self.find_weight()
-        if weight is None or not self.is_writable() or self.is_merged:
-            return False
-        if delta.device != weight.device or (weight.is_cpu and weight.is_shared()):
-            return False
+        if weight is None:
+            return self._what_is_there()
+        if self.is_merged:
+            return "an adapter is merged into its weight"
+        if delta.device != weight.device:
+            return f"its weight is on {weight.device}, its update on {delta.device}"
+        if weight.is_cpu and weight.is_shared():
+            return "its weight is in memory that processes share"
         if self.kept is not None and not self._is_unchanged(weight):
             self._refuse_changed()
             self.kept = None
+        if weight._use_count() > 1:  # type: ignore[attr-defined]
+            return "an autograd graph holds its weight"
         num_others = num_tensors_on(weight) - (1 if self.kept is None else 2)
-        if num_others > self.num_sharing or weight._use_count() > 1:  # type: ignore[attr-defined]
-            return False
+        if num_others > self.num_sharing:
+            return "somebody holds a tensor in the memory of its weight"
         thread = threading.get_ident()
         if self.looker not in (None, thread):
             del weight
             if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                return False
+                return "another thread holds its weight"
             self.looker = None
-        return self._tracks(delta)
+        if not self._tracks(delta):
+            return "somebody holds the `.data` of its update, or that is no plain parameter"
+        return None
+
+    def _what_forbids(self) -> str:
+        if self.is_shared:
+            return "another module uses the same weight"
+        if self.is_resharded:
+            return "FSDP2 cuts smaller shards from its weight after the forward pass"
+        if self.is_captured:
+            return "a CUDA graph or an exported graph reads its weight"
+        return "the layer has been handed back"
+
+    def _what_is_there(self) -> str | None:
+        weight: Any = dict.get(self.parameters or {}, "weight")
+        if type(weight) not in _PLAIN:
+            return None if self.is_sharded else "its weight is no plain parameter"
+        if weight.requires_grad:
+            return "its weight is trained itself"
+        if weight.is_meta:
+            return "its weight has no values yet"
+        if weight.is_inference():
+            return "its weight was made in inference mode"
+        return "its weight is a view into a larger buffer"
 
     def _tracks(self, delta: Tensor) -> bool:
         return is_tracked(delta, is_gathered=self.is_sharded)

@@ -46,6 +46,7 @@ from pacatune.training.selecting import (
 )
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
+from pacatune.tuner.residency_report import residency_report
 
 # What `accelerate launch` sets: variable, its default, what it must be, and why.
 _FSDP_RULES = (
@@ -204,6 +205,8 @@ def make_trainer(
     if config.lean != "off":
         trainer.lean_report = lean.enable(trainer.model, config.lean)
         say(console, str(trainer.lean_report))
+    if (residency := residency_report(trainer.model)).additive:
+        say(console, str(residency))
     _add_callbacks(trainer, config, checkpoint, console)
     return trainer
 

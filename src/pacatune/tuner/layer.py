@@ -324,6 +324,21 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
 
+    def why_additive(self) -> str | None:
+        """Say why the columns are not in the base weight in training; None if they are.
+
+        They are from the next training pass on, that is, and under FSDP2 in what it gathers.
+        """
+        if self.merged_adapters:
+            return "an adapter is merged into its weight"
+        if self._disable_adapters:
+            return "its adapters are disabled"
+        if len(self.active_adapters) != 1:
+            return f"{len(self.active_adapters)} adapters are active"
+        if self.quantization_backend is not None:
+            return "its weight is quantised"
+        return f"columns are written into the weights of torch.nn.Linear, not {self.layout.title}"
+
     def restore(self) -> None:
         """Put the pretrained columns back into the base weight, if adapted ones are there."""
         if self.residency is not None:

@@ -37,6 +37,22 @@ class Linear(AdditiveLayer):
         super()._attach()
         self.handle = handle_of(self)
 
+    def why_additive(self) -> str | None:
+        """Say why the columns are not in the base weight in training; None if they are."""
+        found, residency = self._prepare(), self.residency
+        if residency is None or self.merged_adapters or self._disable_adapters:
+            return super().why_additive()
+        if found is not None:
+            delta = found[0][0]
+            if not delta.requires_grad:
+                return "its update is not trained"
+            return residency.obstacle(delta)
+        if has_hooks(self.base_layer.__dict__):
+            return "its base layer has hooks, or another forward (offloading, patches)"
+        if len(self.active_adapters) != 1:
+            return super().why_additive()
+        return "its update is sharded or wrapped by itself"
+
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         update = self._single_update()
         if update is not None and self._asks_when_it_runs(args, kwargs):
