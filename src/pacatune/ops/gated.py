@@ -60,7 +60,7 @@ class _PacaGated(torch.autograd.Function):
         h = activation.product(gate, up)
         y = owned(F.linear(h, weight, bias))
         if not is_resident:
-            update = column_update(weight, delta, indices, scaling)
+            update = column_update(weight, delta, indices, scaling, y.dtype)
             add_columns_(y, h.index_select(-1, indices), update)
         return y
 

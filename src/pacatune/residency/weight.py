@@ -556,7 +556,7 @@ class Residency:
         """Return what the columns of W' are beyond those of W, as long as it stays the same.
 
         Args:
-            compute: Returns it, (O, R); to be called where the pretrained weight is being read.
+            compute: Returns it; to be called where the pretrained weight is being read.
             dtype: The result's dtype.
             delta: (O, R) update.
             indices: (R,) int64.

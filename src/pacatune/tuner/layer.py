@@ -190,12 +190,15 @@ class Delta(nn.Module):
         self.weight = DeltaParameter(torch.zeros(shape))
 
     def forward(
-        self, columns: Tensor, scaling: float, apply: Callable[..., Tensor] = F.linear
+        self, columns: Tensor, scaling: float | None, apply: Callable[..., Tensor] = F.linear
     ) -> Tensor:
         """Apply scaling * delta as the weight of `apply`, in the dtype of `columns`.
 
-        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O).
+        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O). Without `scaling`, `apply` gets
+        delta as it is.
         """
+        if scaling is None:
+            return apply(columns, self.weight)
         return apply(columns, (self.weight * scaling).to(columns.dtype))
 
 

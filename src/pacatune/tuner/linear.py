@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.gated import Elementwise, apply_paca_gated
 from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, column_update
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
+from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 from pacatune.tuner.compiled import compiled_linear, handle_of, is_small
 
@@ -143,8 +144,22 @@ class Linear(AdditiveLayer):
         return None if weight is None else apply(weight, False)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
-        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
+        indices, scaling = self.paca_indices[name], self.scaling[name]
+        columns = x.index_select(-1, indices).to(dtype)
+        weight = self._weight_in_16_bits(dtype)
+        if weight is None:
+            return cast(Tensor, self.paca_delta[name](columns, scaling))
+        apply = partial(_product_of_columns, weight, indices, scaling)
+        return cast(Tensor, self.paca_delta[name](columns, None, apply))
+
+    def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the pretrained weight where W' is rounded by it; None where it is not to be had."""
+        base = self.base_layer
+        if dtype.itemsize > 2 or self.residency is None or has_hooks(base.__dict__):
+            return None
+        weight: Any = base.weight
+        is_whole = type(weight) in (nn.Parameter, WeightParameter, Tensor) and weight.dim() == 2
+        return cast(Tensor, weight) if is_whole else None
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight: whoever reads it through its module does."""
@@ -166,6 +181,14 @@ class Linear(AdditiveLayer):
         return super()._base_forward(x, *args, **kwargs)
 
 
+def _product_of_columns(
+    weight: Tensor, indices: Tensor, scaling: float, columns: Tensor, delta: Tensor
+) -> Tensor:
+    """Return (..., R) columns times those of W' - W, as (..., O), by operations autograd knows."""
+    added = column_update(weight, delta, indices, scaling, columns.dtype)
+    return F.linear(torch.cat((columns, columns), -1), added)
+
+
 def _evaluate(
     residency: Residency,
     x: Tensor,
@@ -178,6 +201,6 @@ def _evaluate(
     y = F.linear(x, weight, bias)
     if is_resident:
         return y
-    compute = partial(column_update, weight, *update)
-    update_OR = residency.addition(compute, y.dtype, *update)
-    return add_columns_(y, x.index_select(-1, update[1]), update_OR)
+    compute = partial(column_update, weight, *update, y.dtype)
+    added = residency.addition(compute, y.dtype, *update)
+    return add_columns_(y, x.index_select(-1, update[1]), added)
