@@ -657,7 +657,9 @@ class Residency:
 
     def __del__(self) -> None:
         if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
-            self.restore()
+            # Garbage is collected at any time: perhaps while a compiler runs on fake tensors.
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.restore()
 
 
 class _Group:

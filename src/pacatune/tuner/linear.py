@@ -144,16 +144,20 @@ class Linear(AdditiveLayer):
         return None if weight is None else apply(weight, False)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        indices, scaling = self.paca_indices[name], self.scaling[name]
-        columns = x.index_select(-1, indices).to(dtype)
-        weight = self._weight_in_16_bits(dtype)
+        columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
+        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
+
+    def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        weight = self._weight_in_16_bits(result.dtype)
         if weight is None:
-            return cast(Tensor, self.paca_delta[name](columns, scaling))
-        apply = partial(_product_of_columns, weight, indices, scaling)
+            return super()._with_update(result, x, name)
+        indices = self.paca_indices[name]
+        columns = x.index_select(-1, indices).to(result.dtype)
+        apply = partial(_add_columns, result, weight, indices, self.scaling[name])
         return cast(Tensor, self.paca_delta[name](columns, None, apply))
 
     def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the pretrained weight where W' is rounded by it; None where it is not to be had."""
+        """Return the pretrained weight if it is there; None where W' is not rounded to 16 bits."""
         base = self.base_layer
         if dtype.itemsize > 2 or self.residency is None or has_hooks(base.__dict__):
             return None
@@ -181,12 +185,13 @@ class Linear(AdditiveLayer):
         return super()._base_forward(x, *args, **kwargs)
 
 
-def _product_of_columns(
-    weight: Tensor, indices: Tensor, scaling: float, columns: Tensor, delta: Tensor
+def _add_columns(
+    y: Tensor, weight: Tensor, indices: Tensor, scaling: float, x_R: Tensor, delta: Tensor
 ) -> Tensor:
-    """Return (..., R) columns times those of W' - W, as (..., O), by operations autograd knows."""
-    added = column_update(weight, delta, indices, scaling, columns.dtype)
-    return F.linear(torch.cat((columns, columns), -1), added)
+    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
+    added = column_update(weight, delta, indices, scaling, y.dtype)
+    x_NR = torch.cat((x_R, x_R), -1).reshape(-1, added.shape[1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), x_NR, added.t()).view(y.shape)
 
 
 def _evaluate(
