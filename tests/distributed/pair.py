@@ -1,4 +1,4 @@
-"""Two processes in one gloo group, kept over many tests: starting them costs more than any test."""
+"""Processes in one gloo group, kept over many tests: starting them costs more than any test."""
 
 import multiprocessing
 import os
@@ -7,23 +7,22 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
-WORLD_SIZE = 2
-
 
 class Pair:
-    """Runs a function on both processes at once and returns what each returned.
+    """Runs a function on all processes at once and returns what each returned.
 
     Args:
         rendezvous: Path of a file, not there yet, by which the processes find each other.
+        world_size: Number of processes.
     """
 
-    def __init__(self, rendezvous):
+    def __init__(self, rendezvous, world_size=2):
         context = multiprocessing.get_context("spawn")
         self.connections, self.processes = [], []
-        for rank in range(WORLD_SIZE):
+        for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(theirs, rank, str(rendezvous)), daemon=True
+                target=serve, args=(theirs, rank, world_size, str(rendezvous)), daemon=True
             )
             process.start()
             theirs.close()
@@ -31,14 +30,14 @@ class Pair:
             self.processes.append(process)
 
     def run(self, function, *args, timeout=120):
-        """Return [result of rank 0, result of rank 1]; raise what went wrong on either."""
+        """Return the results of all ranks in order; raise what went wrong on any."""
         # Not Connection.send: with it torch would pass tensors as handles of the process's memory.
         message = pickle.dumps((function, args))
         for connection in self.connections:
             connection.send_bytes(message)
         results, errors = [], []
         for rank, connection in enumerate(self.connections):
-            # Once one has failed, the other may wait for it for ever.
+            # Once one has failed, the others may wait for it for ever.
             result, error = receive(connection, 2 if errors else timeout)
             results.append(result)
             if error is not None:
@@ -53,7 +52,7 @@ class Pair:
         return all(process.is_alive() for process in self.processes)
 
     def close(self):
-        """End both processes."""
+        """End all processes."""
         for process, connection in zip(self.processes, self.connections, strict=True):
             process.kill()
             process.join()
@@ -70,9 +69,9 @@ def receive(connection: Connection, timeout: float):
         return None, "the process has ended"
 
 
-def serve(connection: Connection, rank: int, rendezvous: str) -> None:
+def serve(connection: Connection, rank: int, world_size: int, rendezvous: str) -> None:
     """Join the group, then run what comes in until the other end is closed."""
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch
 
     torch.set_num_threads(1)
@@ -80,7 +79,7 @@ def serve(connection: Connection, rank: int, rendezvous: str) -> None:
         "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=world_size,
         timeout=timedelta(seconds=60),
     )
     while True:
