@@ -217,7 +217,7 @@ class _PacaLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
+            x_NR = x_R if x_R.dim() == 2 else x_R.view(len(gy_NO), x_R.shape[-1])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
             if source is None:
@@ -233,8 +233,8 @@ class _PacaLinear(torch.autograd.Function):
 def add_columns_(y: Tensor, x_R: Tensor, update_OR: Tensor) -> Tensor:
     """Add x_R update^T to the (..., O) product of the pretrained weight, in place."""
     out_features, rank = update_OR.shape
-    x_NR = _cast(x_R, y.dtype).view(-1, rank)
-    y.view(-1, out_features).addmm_(x_NR, _cast(update_OR, y.dtype).t())
+    y_NO = y.view(-1, out_features)
+    y_NO.addmm_(_cast(x_R, y.dtype).view(len(y_NO), rank), _cast(update_OR, y.dtype).t())
     return y
 
 
