@@ -236,7 +236,7 @@ class _PacaLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
+            x_NR = x_R if x_R.dim() == 2 else x_R.view(len(gy_NO), x_R.shape[-1])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
             if source is None:
@@ -251,10 +251,11 @@ class _PacaLinear(torch.autograd.Function):
 
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
     """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says."""
-    x_NR = _cast(x_R, y.dtype).view(-1, x_R.shape[-1])
+    y_NO = y.view(-1, y.shape[-1])
+    x_NR = _cast(x_R, y.dtype).view(len(y_NO), x_R.shape[-1])
     if update.shape[1] > x_NR.shape[1]:
         x_NR = torch.cat((x_NR, x_NR), 1)
-    y.view(-1, y.shape[-1]).addmm_(x_NR, update.t())
+    y_NO.addmm_(x_NR, update.t())
     return y
 
 
