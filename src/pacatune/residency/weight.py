@@ -27,8 +27,11 @@ Who may see W, and how each is served:
     pretrained weight again after every optimiser step, through torch's step hook. If nobody holds
     it, that write is saved. If another thread got hold of it, it is not written until he lets go.
   * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
-    a graph holds the weight (compiled, traced, or plain autograd's), or another process shares its
+    a graph holds the weight (a traced one, or plain autograd's), or another process shares its
     memory, nothing is written, and the layer adds the product of its columns.
+
+  * FSDP2 shows a temporary that it gathers for a pass: that is what is written, and what is thrown
+    away with the columns. Its shards are never written.
 
 How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
 what `watching.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
@@ -607,16 +610,14 @@ class Residency:
         if self.is_written and self.weight.grad is not None:  # type: ignore[union-attr]
             self.look()
 
-    def after_step(self) -> None:
-        """Note that an optimiser changed delta.
+    def is_over(self) -> bool:
+        """Whether columns have to go after an optimiser's step.
 
-        Restores at once if somebody holds the weight, or if nobody has written since the last step:
-        then compiled graphs run, which work around columns that are there at the cost of a copy.
+        They have if somebody holds the weight, or if nobody has used them since the last step.
         """
-        with LOCK:
-            if self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                self.restore()
-            self.is_stale = self.is_written
+        return self.is_written and (
+            self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES
+        )
 
     def merging(self) -> None:
         """Make way for a merge: from here on, W belongs to it."""
@@ -920,8 +921,14 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         delta.num_steps += 1
         delta.num_unversioned += 1  # fused optimisers count no versions
         if residency is not None:
-            residency.after_step()
             found.append(residency)
+    with LOCK:
+        over = [residency for residency in found if residency.is_over()]
+        _restore_all(over)
+        for residency in over:
+            residency.restore()  # or tell of what was changed meanwhile
+        for residency in found:
+            residency.is_stale = residency.is_written
     if found and (found[0].group is None or not found[0].group.consists_of(found)):
         group = _Group(found)
         for residency in found:

@@ -6,8 +6,8 @@
 Training is resident, evaluation additive unless the columns are there already. Additive also serves
 whatever must not or need not write: few tokens in float32 on a CPU, tied weights, weights whose
 memory somebody else holds; and, on top of the base layer's own forward, several active adapters,
-mixed batches, torch.compile, tracers, hooks, quantised, sharded and offloaded weights. The two
-differ by the rounding of their products only.
+mixed batches, tracers, hooks, quantised and offloaded weights. The two differ by the rounding of
+their products only. Compiled graphs call operators that choose when they run (`compiled.py`).
 """
 
 import threading
