@@ -72,7 +72,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
 
 
 def count(
-    method: str, adapters: str, is_lean: bool, is_padded: bool, shape: Shape, seed: int
+    method: str, adapters: str, level: int, is_padded: bool, shape: Shape, seed: int
 ) -> dict[str, Any]:
     """Return what one layer keeps per token, in units, by kind of module; adapters in a dtype."""
     batch = make_batch(_NUM_COUNTED, shape.vocab_size, seed)
@@ -84,12 +84,12 @@ def count(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[adapters])
-        if is_lean:
-            lean.enable(model, mode="require")
+        if level:
+            lean.enable(model, mode="require", level=level)
         for kind, num_bytes in kept(model, batch, is_padded).items():
             share = sign * num_bytes / batch.numel() / shape.hidden_size
             units[kind] = units.get(kind, 0.0) + share
-    row = {"method": method, "adapters": adapters, "is_lean": is_lean, "is_padded": is_padded}
+    row = {"method": method, "adapters": adapters, "level": level, "is_padded": is_padded}
     return {**row, "units": sum(units.values()), "units_by_module": units}
 
 
@@ -115,11 +115,19 @@ def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
     return {**kept, "others": saved.num_bytes - sum(kept.values())}
 
 
-def formula_units(shape: Shape, rank: int = 8) -> float:
-    """Return what a lean PaCA layer keeps without padding: gate, up; norms; q, k, v, y; columns."""
+def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
+    """Return what a lean PaCA layer keeps without padding.
+
+    The inputs of two norms, y and the columns of o_proj; below level 3 q, k, v and their columns;
+    below level 2 gate, up and theirs.
+    """
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     kv = hidden // heads * shape.num_key_value_heads
-    elements = 2 * shape.intermediate_size + 2 * hidden + 2 * hidden + 2 * kv + 6 * rank
+    elements = 2 * hidden + hidden + rank
+    if level < 3:
+        elements += hidden + 2 * kv + 3 * rank
+    if level < 2:
+        elements += 2 * shape.intermediate_size + 2 * rank
     return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
 
 

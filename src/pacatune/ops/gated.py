@@ -34,6 +34,11 @@ class Elementwise(Protocol):
     def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up from that of their product."""
 
+    def owned_product_gradients(
+        self, gh: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same; may overwrite the gradient of the product, and what can be made anew."""
+
 
 class _PacaGated(torch.autograd.Function):
     """See `apply_paca_gated`."""
@@ -83,7 +88,7 @@ class _PacaGated(torch.autograd.Function):
             else:
                 gh_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
             gh = gh_NI.view(gate.shape)
-            ggate, gup = activation.product_gradients(gh, gate, up)
+            ggate, gup = activation.owned_product_gradients(gh, gate, up)
         gbias = gy_NO.sum(0) if needs_bias else None
         return ggate, gup, None, gdelta, None, None, gbias, None, None, None
 

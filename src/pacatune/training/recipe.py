@@ -202,7 +202,7 @@ def make_trainer(
         callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
     )
     if config.lean != "off":
-        trainer.lean_report = lean.enable(trainer.model, config.lean)
+        trainer.lean_report = lean.enable(trainer.model, config.lean, level=config.lean_level)
         say(console, str(trainer.lean_report))
     _add_callbacks(trainer, config, checkpoint, console)
     return trainer
