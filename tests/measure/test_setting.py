@@ -44,6 +44,16 @@ def test_sizes_must_be_whole_and_positive(option, value):
         setting(**{option: value})
 
 
+@pytest.mark.parametrize("level", [0, 4, 2.0])
+def test_lean_levels(level):
+    with pytest.raises(ValueError, match=r"`lean_level` \(.*\) must be 1, 2 or 3\."):
+        setting(lean_level=level)
+    with pytest.raises(ValueError, match=r"`lean_level` \(2\) with `lean` \('off'\): nothing is"):
+        setting(lean_level=2, lean="off")
+    with pytest.raises(ValueError, match=r"`lean_level` \(4\) must be 0, 1, 2 or 3\."):
+        settings.check_lean_level(4, least=0)
+
+
 def test_one_token_has_nothing_to_learn():
     with pytest.raises(ValueError, match=r"`seq_len` \(1\) must be at least 2"):
         setting(seq_len=1)

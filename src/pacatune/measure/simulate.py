@@ -7,8 +7,8 @@ one device, where nobody does.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -161,8 +161,10 @@ class FakeTraining:
     ) -> dict[str, int]:
         ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         tracker.phase = "forward"
-        offloaded = _Offloaded(self.model) if self.setting.activation_offloading else nullcontext()
-        with torch.autocast("cpu", dtype=self.setting.compute_dtype), offloaded:
+        away: AbstractContextManager[Any] = nullcontext()
+        if self.setting.activation_offloading:
+            away = _Offloaded([*self._weights, *self._adapter])
+        with torch.autocast("cpu", dtype=self.setting.compute_dtype), away:
             loss = self._loss(ids)
         tracker.settle_activations(ids, loss)
         saved = tracker.owned_by_module("activations")
@@ -177,11 +179,11 @@ class FakeTraining:
 
 
 class _Offloaded(saved_tensors_hooks):
-    """Takes what autograd keeps off the device, parameters and buffers aside; a copy comes back."""
+    """Takes what autograd keeps off the device, but for what stays there; a copy comes back."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, staying: Iterable[Tensor]) -> None:
         super().__init__(self._pack, self._unpack)
-        self._held = {_storage(x) for x in (*model.parameters(), *model.buffers())}
+        self._held = {_storage(x) for x in staying}
 
     def _pack(self, x: Tensor) -> Any:
         if _storage(x) in self._held:
