@@ -117,6 +117,11 @@ def test_loss_follows_lean():
         ({"tokens": ()}, "`tokens` is empty"),
         ({"tokens": (-16,)}, r"`tokens` \(-16\) must be at least 1"),
         ({"tokens": (700,)}, r"`tokens` \(700\) .* above `seq_len` \(512\) a multiple of it"),
+        ({"lean_level": -1}, r"`lean_level` \(-1\) must be 0, 1, 2 or 3"),
+        (
+            {"lean_level": 1, "compiled": True},
+            r"`lean_level` \(1\) with compiled models: a compiled graph decides by itself",
+        ),
         ({"rank": 0}, r"`rank` \(0\) must be a whole number of at least 1"),
         ({"rank": 33}, r"`rank` \(33\) must be at most `hidden_size` \(32\)"),
         ({"threads": 0}, r"`threads` \(0\) must be a whole number of at least 1"),
