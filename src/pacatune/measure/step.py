@@ -17,10 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pacatune import lean
 from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
 from pacatune.measure.device import PeakMemory, is_out_of_memory, limit_memory, synchronize
 from pacatune.measure.methods import adapt
-from pacatune.measure.models import make_batch, make_config, make_model, make_skeleton
+from pacatune.measure.models import (
+    checkpoint_blocks,
+    make_batch,
+    make_config,
+    make_model,
+    make_skeleton,
+)
 from pacatune.measure.setting import BenchConfig, MicroBatch, quantization_of
 from pacatune.measure.timing import alternate, summarize
 from pacatune.reports.provenance import Noise
@@ -145,6 +152,10 @@ class _Run:
             seed=config.seed,
             adapter_dtype=config.trained_dtype,
         )
+        if config.lean_level:
+            lean.enable(self.contender.model, level=config.lean_level)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
         if config.compiled:
             self.contender.model.compile(dynamic=False)
         vocab_size = cast(Any, model).config.get_text_config().vocab_size

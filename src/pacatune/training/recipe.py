@@ -203,7 +203,7 @@ def make_trainer(
         callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
     )
     if config.lean != "off":
-        trainer.lean_report = lean.enable(trainer.model, config.lean)
+        trainer.lean_report = lean.enable(trainer.model, config.lean, level=config.lean_level)
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
