@@ -102,17 +102,27 @@ def kernel_table(result: dict[str, Any]) -> str:
 
     columns = [("forward", False), ("backward", False), ("accumulating", False)]
     columns += [("forward", True), ("backward", True)]
+    compiled = {row["method"]: row for row in result["compiled"]}
+
+    def compiled_cell(method: str, way: str) -> str:
+        if method not in compiled:
+            return ""
+        number, floor = compiled[method][way], compiled["frozen"][way]
+        return str(number) if method == "frozen" else f"{number} (+{number - floor})"
+
     lines = [
         [
             method,
             *(cell(method, *column) for column in columns),
-            str(rows[method, False]["column_write"]),
+            *(compiled_cell(method, way) for way in ("forward", "backward")),
+            str(rows[method, False]["column_write_in_all"]),
             *(cell(method, f"passes_{way}", False) for way in ("forward", "backward")),
         ]
         for method in methods
     ]
     titles = ["kernels (beyond frozen)", "forward", "backward", "with accumulation"]
-    titles += ["lean: forward", "lean: backward", "column write per step"]
+    titles += ["lean: forward", "lean: backward", "compiled: forward", "compiled: backward"]
+    titles += ["column write per step, all layers"]
     titles += ["whole-tensor passes: forward", "whole-tensor passes: backward"]
     meanings = "; ".join(f"`{method}`: {result['methods'][method]}" for method in methods)
     source = (
