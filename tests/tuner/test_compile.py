@@ -149,6 +149,24 @@ def test_nothing_that_happens_between_passes_changes_the_graph(models, situation
 
 
 @compiles_whole
+def test_other_numbers_of_tokens_share_a_graph(models):
+    model, twin = models
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for number in (200, 130, 70, 20, 90):
+        x = torch.randn(number, 10, dtype=torch.float64)
+        gradients = []
+        for each, forward in ((model, compiled), (twin, twin)):
+            forward(x).square().sum().backward()
+            gradients.append([p.grad for p in each.parameters() if p.grad is not None])
+            for parameter in each.parameters():
+                parameter.grad = None
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count == 2  # of the first, and of any
+
+
+@compiles_whole
 def test_columns_are_written_once_a_step(models, monkeypatch):
     model, _ = models
     written = []

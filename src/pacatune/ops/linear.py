@@ -286,12 +286,14 @@ def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) 
     On CPUs with many tokens computed as (x^T dy)^T: R being much smaller than O, that is faster
     there. Compilers fuse what follows a product.
     """
-    if not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
+    is_compiled, is_on_cpu = torch.compiler.is_compiling(), _is_on_cpu(gy_NO)
+    if not (is_on_cpu or is_compiled):
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
-    if len(gy_NO) < _FEW_TOKENS:
-        gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
-    else:
+    # A compiler would make a graph for few tokens, and one for many.
+    if is_on_cpu and (is_compiled or len(gy_NO) >= _FEW_TOKENS):
         gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
+    else:
+        gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
     return gdelta_OR if scaling == 1.0 else gdelta_OR.mul_(scaling)
 
 
