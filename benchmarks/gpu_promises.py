@@ -164,7 +164,7 @@ def check_columns(device: torch.device) -> Found:
 _READS = frozenset(["_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim"])
 
 
-class _Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):
     """Finds where the host reads what a device computes, on any device."""
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ def check_synchronisation(device: torch.device) -> Found:
     contender, batch = _contender(device, torch.bfloat16), _batch(device)
     for _ in range(2):
         _step(contender, batch)
-    reads = _Reads()
+    reads = Reads()
     with ExitStack() as stack:
         replace_until(stack, masking_utils, "find_packed_sequence_indices", lambda ids: None)
         stack.enter_context(_sync_is_an_error(device))
@@ -464,6 +464,7 @@ def check_compiled(device: torch.device) -> Found:
 def check_fsdp2(device: torch.device) -> Found:
     """Shard a model over one process: the adapter and the base become what they are without."""
     from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     plain, sharded = (_contender(device, torch.float32) for _ in range(2))
@@ -474,9 +475,10 @@ def check_fsdp2(device: torch.device) -> Found:
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
         model: Any = sharded.model
+        mesh = init_device_mesh(device.type, (1,))
         for block in model.get_base_model().model.layers:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         trained = [p for p in model.parameters() if p.requires_grad]
         sharded = replace(sharded, optimizer=torch.optim.AdamW(trained, lr=1e-4))
         losses = [[_step(each, batch).item() for _ in range(3)] for each in (plain, sharded)]

@@ -4,6 +4,7 @@ That they are kept on a CPU, as far as that goes, is shown by tests/tools/test_g
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,14 +67,14 @@ def test_a_step_that_waits_for_the_device(monkeypatch):
 
 @pytest.mark.parametrize("read", [lambda x: x[x > 0], torch.nonzero, torch.Tensor.item])
 def test_what_waits_for_a_device(read):
-    with promises._Reads() as reads:
+    with promises.Reads() as reads:
         read(torch.ones(1))
     assert reads.names
 
 
 def test_what_waits_for_no_device():
     x = torch.ones(3)
-    with promises._Reads() as reads:
+    with promises.Reads() as reads:
         x[torch.tensor([0, 2])] = x.index_select(0, torch.tensor([1, 1]))
         x.add_(x.sum()).to(torch.bfloat16)
     assert not reads.names
@@ -99,6 +100,44 @@ def test_more_launches_on_a_gpu_than_promised():
         promises._hold_launches(frozen, ours | {"backward": 72})
     with pytest.raises(promises.BrokenPromise, match="2 launches write the columns of a step"):
         promises._hold_launches(frozen, ours | {"column_write_in_all": 2})
+
+
+class Profile:
+    """What torch.profiler would tell of a GPU: three kernels of a decoder layer in every phase."""
+
+    num_layers = 0
+
+    def __init__(self, activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def key_averages(self):
+        def event(key, count, kind=torch.autograd.DeviceType.CUDA):
+            return SimpleNamespace(key=key, count=count, device_type=kind)
+
+        return [
+            event("ampere_bf16_gemm", 3 * self.num_layers),
+            event("void cublasLt::splitKreduce_kernel", 7 * self.num_layers),
+            event("Memcpy HtoD (Pinned -> Device)", 1),
+            event("cudaLaunchKernel", 5, torch.autograd.DeviceType.CPU),
+        ]
+
+
+def test_kernels_of_a_layer_are_those_of_three_minus_those_of_two(monkeypatch):
+    monkeypatch.setattr(promises, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def make(shape):
+        Profile.num_layers = shape.num_hidden_layers
+        return kernels.make("paca", shape)
+
+    found = promises._profiled_layer(make)
+    assert found == {"forward": 3, "backward": 3, "column_write_in_all": 0, "optimizer_in_all": 9}
 
 
 @pytest.mark.parametrize("ratio", [0.9, 1.1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_promises import Reads
 from pacatune.lean import linear_cross_entropy
 from pacatune.lean.loss import LazyLogits, _rows_per_chunk
 from tests.lean.twins import assert_within_own_error, run
@@ -93,6 +94,14 @@ def test_chunks_do_not_matter(chunk_rows):
 )
 def test_chunks_are_whole_tiles_of_a_gemm(num_words, num_rows):
     assert _rows_per_chunk(num_words) == num_rows
+
+
+def test_a_gpu_is_waited_for_once():
+    """Which rows count is read by the host, in the forward pass."""
+    tensors = make(torch.float32)
+    with Reads() as reads:
+        linear_cross_entropy(tensors.pop("x").requires_grad_(), **tensors, chunk_rows=4).backward()
+    assert reads.names == ["nonzero"]
 
 
 def test_autocast():
