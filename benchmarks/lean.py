@@ -1,4 +1,4 @@
-"""Count what lean activations keep, and time training steps with and without them.
+"""Count what lean activations keep at each level, and their rivals; time training steps with them.
 
     python -m benchmarks.lean                  writes benchmarks/results/lean.json
 
@@ -6,8 +6,10 @@ Counts are exact and depend on no clock: bytes that one decoder layer of the siz
 keeps for backward, per token, in units of one byte per hidden channel (a vector of hidden size is
 2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one, with and
 without padding in the batch. The command fails if a lean PaCA keeps a byte more than its formula.
+`lean_variants.py` says what is compared, torch's checkpointing and LoRA with recomputed inputs
+among them.
 DoRA is counted only where `--methods` names it: it keeps weights too, which no token count divides.
-Times are of whole steps of a smaller model of the same proportions, lean on and off alternating.
+Times are of whole steps of a smaller model of the same proportions, all variants alternating.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.lean_variants import VARIANTS, apply_variant
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
 from benchmarks.record import (
@@ -35,7 +38,6 @@ from benchmarks.record import (
     take_turns,
     write,
 )
-from pacatune import lean
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.timing import compare
 
@@ -44,7 +46,11 @@ COUNTED = ("full", "lora", "lora_dropout", OURS)
 ADAPTERS = {OURS: ("float32",), "lora": ("bfloat16", "float32")}
 TIMED = (OURS, "lora")
 TOKENS = (512, 2048)
-MAX_UNITS, MAX_RATIO = 23.5, 1.02
+LEVELS = {"level 1": 1, "level 2": 2, "level 3": 3}
+MAX_UNITS = {"level 1": 23.5, "level 2": 9.1, "level 3": 6.1}
+REFERENCE = "level 1"
+# Level 1 by comparison with plain layers, all others with level 1.
+MAX_RATIOS = {"level 1": 1.02, "level 2": 1.2}
 # Of LLaMA3-8B; a vocabulary as large would only cost time here.
 LAYER = Shape(
     hidden_size=4096,
@@ -72,7 +78,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
 
 
 def count(
-    method: str, adapters: str, is_lean: bool, is_padded: bool, shape: Shape, seed: int
+    method: str, adapters: str, variant: str, is_padded: bool, shape: Shape, seed: int
 ) -> dict[str, Any]:
     """Return what one layer keeps per token, in units, by kind of module; adapters in a dtype."""
     batch = make_batch(_NUM_COUNTED, shape.vocab_size, seed)
@@ -84,16 +90,26 @@ def count(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[adapters])
-        if is_lean:
-            lean.enable(model, mode="require")
+        apply_variant(model, variant)
         for kind, num_bytes in kept(model, batch, is_padded).items():
             share = sign * num_bytes / batch.numel() / shape.hidden_size
             units[kind] = units.get(kind, 0.0) + share
-    row = {"method": method, "adapters": adapters, "is_lean": is_lean, "is_padded": is_padded}
+    row = {"method": method, "adapters": adapters, "variant": variant, "is_padded": is_padded}
     return {**row, "units": sum(units.values()), "units_by_module": units}
 
 
 _NUM_COUNTED = 256
+
+
+def _counted(method: str, is_padded: bool) -> list[str]:
+    """Return the variants whose bytes are counted; selective checkpointing hides what it keeps."""
+    if is_padded or method == "lora_dropout":  # dropout cannot be computed again
+        return ["plain", REFERENCE]
+    rivals = {OURS: _RIVALS[1:], "lora": _RIVALS}.get(method, ())
+    return ["plain", *LEVELS, *rivals]
+
+
+_RIVALS = ("inputs", "checkpointed", "checkpointed, level 2")
 
 
 def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
@@ -115,70 +131,84 @@ def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
     return {**kept, "others": saved.num_bytes - sum(kept.values())}
 
 
-def formula_units(shape: Shape, rank: int = 8) -> float:
-    """Return what a lean PaCA layer keeps without padding: gate, up; norms; q, k, v, y; columns."""
+def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
+    """Return what a lean PaCA layer keeps without padding.
+
+    The inputs of two norms, y and the columns of o_proj; below level 3 q, k, v and their columns;
+    below level 2 gate, up and theirs.
+    """
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     kv = hidden // heads * shape.num_key_value_heads
-    elements = 2 * shape.intermediate_size + 2 * hidden + 2 * hidden + 2 * kv + 6 * rank
+    elements = 2 * hidden + hidden + rank
+    if level < 3:
+        elements += hidden + 2 * kv + 3 * rank
+    if level < 2:
+        elements += 2 * shape.intermediate_size + 2 * rank
     return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
 
 
 def check(rows: list[dict[str, Any]], shape: Shape) -> None:
     """Refuse a lean PaCA that keeps more, or less, than its formula."""
     for row in rows:
-        if row["method"] == OURS and row["is_lean"] and not row["is_padded"]:
-            formula = formula_units(shape)
+        level = LEVELS.get(row["variant"])
+        if row["method"] == OURS and level is not None and not row["is_padded"]:
+            formula = formula_units(shape, level)
             if abs(row["units"] - formula) > 1e-6:
                 raise RuntimeError(
-                    f"lean paca keeps {row['units']} units per token and layer; its formula gives "
-                    f"{formula}, so something else is saved."
+                    f"lean paca at level {level} keeps {row['units']} units per token and layer; "
+                    f"its formula gives {formula}, so something else is saved."
                 )
 
 
 def measure(tokens: int, dtype: str, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Time steps with lean on and off; return a row for each and a ratio per method."""
+    """Time steps of all variants; return a row for each and a ratio for each but the reference."""
     setting = {"setting": f"{tokens} tokens, {dtype}", "num_tokens": tokens, "dtype": dtype}
     batch = make_batch(tokens, SMALL.vocab_size, args.seed)
+    methods = [method for method in args.methods or TIMED if method in TIMED]
     steps = {}
-    for method in args.methods or TIMED:
-        for is_lean in (False, True):
+    for method in methods:
+        for variant in VARIANTS:
             model = make_model(SMALL, DTYPES[dtype], args.seed)
             contender = adapt(model, method, targets="all-linear", seed=args.seed)
-            if is_lean:
-                lean.enable(contender.model, mode="require")
-            steps[method, is_lean] = make_step(contender, batch, 1)
-    both = {key: {"method": key[0], "is_lean": key[1]} for key in steps}
+            apply_variant(contender.model, variant)
+            steps[method, variant] = make_step(contender, batch, 1)
+    both = {key: {"method": key[0], "variant": key[1]} for key in steps}
     rows, times = take_turns(setting, steps, both, args)
     ratios = []
-    for method in args.methods or TIMED:
-        ratio = compare(times[method, True], times[method, False], seed=args.seed)
-        verdict = {"target": MAX_RATIO, "is_reached": ratio["ratio"] <= MAX_RATIO}
-        ratios.append({**setting, "method": method, **ratio, **verdict})
+    for method, variant in steps:
+        if variant == "plain":
+            continue
+        reference = "plain" if variant == REFERENCE else REFERENCE
+        ratio = compare(times[method, variant], times[method, reference], seed=args.seed)
+        names = {"method": method, "variant": variant, "reference": reference}
+        target = MAX_RATIOS.get(variant)
+        verdict = {"target": target, "is_reached": target is None or ratio["ratio"] <= target}
+        ratios.append({**setting, **names, **ratio, **verdict})
     return rows, ratios
 
 
 def units_table(rows: list[dict[str, Any]]) -> Table:
     """Return the counts as a Markdown table."""
-    table = Table("method", "adapters", "padding", "lean", box=box.MARKDOWN)
+    table = Table("method", "adapters", "padding", "variant", box=box.MARKDOWN)
     kinds = list(rows[0]["units_by_module"])
     for title in ("units", *kinds):
         table.add_column(title, justify="right")
     for row in rows:
         numbers = [row["units"], *(row["units_by_module"][kind] for kind in kinds)]
-        flags = ("yes" if row[name] else "no" for name in ("is_padded", "is_lean"))
-        table.add_row(
-            row["method"], row["adapters"], *flags, *(f"{number:.2f}" for number in numbers)
-        )
+        padding = "yes" if row["is_padded"] else "no"
+        cells = (f"{number:.2f}" for number in numbers)
+        table.add_row(row["method"], row["adapters"], padding, row["variant"], *cells)
     return table
 
 
 def times_table(ratios: list[dict[str, Any]]) -> Table:
     """Return the ratios of step times as a Markdown table."""
-    table = Table("setting", "method", "lean / not", "95 %", "of minima", box=box.MARKDOWN)
+    table = Table("setting", "method", "variant", "by", "ratio", "95 %", box=box.MARKDOWN)
+    table.add_column("of minima", justify="right")
     for ratio in ratios:
         table.add_row(
             ratio["setting"],
-            ratio["method"],
+            *(ratio[name] for name in ("method", "variant", "reference")),
             f"{ratio['ratio']:.3f}",
             f"{ratio['low']:.2f}-{ratio['high']:.2f}",
             f"{ratio['ratio_of_minima']:.3f}",
@@ -200,10 +230,10 @@ def main(options: list[str] | None = None) -> None:
     for method in args.methods or COUNTED:
         console.print(f"counting {method} ...")
         counts += [
-            count(method, adapters, is_lean, is_padded, shape, args.seed)
+            count(method, adapters, variant, is_padded, shape, args.seed)
             for adapters in ADAPTERS.get(method, ("bfloat16",))
             for is_padded in (False, True)
-            for is_lean in (False, True)
+            for variant in _counted(method, is_padded)
         ]
     check(counts, shape)
     settings = [
@@ -218,6 +248,7 @@ def main(options: list[str] | None = None) -> None:
         "layer": dataclasses.asdict(shape),
         "shape": dataclasses.asdict(SMALL),
         "methods": {name: all_methods()[name] for name in names},
+        "variants": {name: description for name, (description, _) in VARIANTS.items()},
         "max_units": MAX_UNITS,
         "counts": counts,
         "rows": rows,

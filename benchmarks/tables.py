@@ -12,8 +12,8 @@ with one row per setting and method, `step_ms` being the median. The table has a
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
-(selection_tables.py), `compat` of what `make compat` has counted, `kernels` of what
-benchmarks/kernels.py has.
+(selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
+`make compat` has counted, `kernels` of what benchmarks/kernels.py has.
 """
 
 import json
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimate_tables, reproduce_tables, selection_tables
+from benchmarks import estimate_tables, lean_tables, reproduce_tables, selection_tables
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
@@ -42,6 +42,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return reproduce_tables.table(name.removeprefix("reproduce-"), results)
     if name.startswith("selection-"):
         return selection_tables.table(name.removeprefix("selection-"), results)
+    if name in lean_tables.NAMES:
+        return lean_tables.table(name, results)
     result = _read(name, results)
     if result is None:
         return _missing(name)
@@ -100,17 +102,27 @@ def kernel_table(result: dict[str, Any]) -> str:
 
     columns = [("forward", False), ("backward", False), ("accumulating", False)]
     columns += [("forward", True), ("backward", True)]
+    compiled = {row["method"]: row for row in result["compiled"]}
+
+    def compiled_cell(method: str, way: str) -> str:
+        if method not in compiled:
+            return ""
+        number, floor = compiled[method][way], compiled["frozen"][way]
+        return str(number) if method == "frozen" else f"{number} (+{number - floor})"
+
     lines = [
         [
             method,
             *(cell(method, *column) for column in columns),
-            str(rows[method, False]["column_write"]),
+            *(compiled_cell(method, way) for way in ("forward", "backward")),
+            str(rows[method, False]["column_write_in_all"]),
             *(cell(method, f"passes_{way}", False) for way in ("forward", "backward")),
         ]
         for method in methods
     ]
     titles = ["kernels (beyond frozen)", "forward", "backward", "with accumulation"]
-    titles += ["lean: forward", "lean: backward", "column write per step"]
+    titles += ["lean: forward", "lean: backward", "compiled: forward", "compiled: backward"]
+    titles += ["column write per step, all layers"]
     titles += ["whole-tensor passes: forward", "whole-tensor passes: backward"]
     meanings = "; ".join(f"`{method}`: {result['methods'][method]}" for method in methods)
     source = (

@@ -11,7 +11,14 @@ from pacatune._peft_hook import register_with_peft
 
 __version__ = "0.1.0"
 
-__all__ = ["MosLoraConfig", "PacaConfig", "PacaModel", "__version__", "resident"]
+__all__ = [
+    "MosLoraConfig",
+    "PacaConfig",
+    "PacaModel",
+    "__version__",
+    "residency_report",
+    "resident",
+]
 
 register_with_peft()
 find_moved_modules()
@@ -29,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from pacatune.residency import resident
 
         return resident
+    if name == "residency_report":
+        from pacatune.tuner.residency_report import residency_report
+
+        return residency_report
     if name == "MosLoraConfig":
         from pacatune.tuner.moslora import MosLoraConfig
 

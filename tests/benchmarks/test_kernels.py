@@ -58,6 +58,7 @@ def test_a_quantised_base_is_counted(method):
 
 
 def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, rows):
+    monkeypatch.setattr(kernels, "count_all_compiled", lambda: COMMITTED["compiled"])
     more = [row | {"forward": row["forward"] + (row["method"] == OURS)} for row in rows]
     for found, status in ((rows, 0), (more, 1)):
         monkeypatch.setattr(kernels, "count_all", lambda models, found=found: found)
@@ -68,6 +69,28 @@ def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, row
     result = json.loads((tmp_path / "new" / "out.json").read_text())
     assert result["rows"] == more
     assert result["promised"]["beyond_frozen"]["forward"] == 7
+
+
+def test_compiled_layers_keep_their_promises():
+    """Counting them takes a C++ compiler a minute: `make bench` does, and fails if they do not."""
+    assert kernels.exceeded_compiled(COMMITTED["compiled"]) == []
+    worse = [row | {"forward": row["forward"] + 2} for row in COMMITTED["compiled"][1:]]
+    (message,) = kernels.exceeded_compiled([COMMITTED["compiled"][0], *worse])
+    assert message.startswith("paca, compiled: 14 kernels (forward), at most 13 promised")
+
+
+def test_calls_in_generated_code_are_counted():
+    code = """
+def call(self, args):
+    cpp_fused_add_0(buf0, buf1)
+    assert_size_stride(buf1, (2,), (1,), 'torch.ops.aten.cumsum.default')
+    # buffer buf1 (op: torch.ops.aten.cumsum.default) is assumed to be not aligned
+    buf2 = torch.ops.aten.cumsum.default(buf1, dim=-1)
+    extern_kernels.mm(buf1, buf2, out=buf3)
+    triton_poi_fused_mul_1.run(buf3, buf4, 64, stream=stream0)
+    return (buf4,)
+"""
+    assert kernels._num_calls(code) == 4
 
 
 def test_the_table_shows_what_is_beyond_frozen(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import check, count, formula_units, parse
+from benchmarks.lean_variants import VARIANTS
 from benchmarks.llama import Shape
 from pacatune import lean
 
@@ -40,33 +41,41 @@ def test_complete_result(tmp_path, capsys):
     options += ["--tokens", "6", "--dtypes", "float32", "--methods", "paca", "lora"]
     benchmark.main(["--output", str(tmp_path), *options])
     result = json.loads((tmp_path / "lean.json").read_text())
-    assert [row["method"] for row in result["counts"]] == ["paca"] * 4 + ["lora"] * 8
+    assert [row["method"] for row in result["counts"]] == ["paca"] * 8 + ["lora"] * 18
     for row in result["counts"]:
         assert row["units"] == pytest.approx(sum(row["units_by_module"].values()))
-    paca = {(r["is_lean"], r["is_padded"]): r["units"] for r in result["counts"][:4]}
-    assert paca[True, False] == pytest.approx(formula_units(SHAPE))
+    paca = {(r["variant"], r["is_padded"]): r["units"] for r in result["counts"][:8]}
+    for level in (1, 2, 3):
+        assert paca[f"level {level}", False] == pytest.approx(formula_units(SHAPE, level))
     # One mask for all layers: a second layer keeps none.
-    assert paca[True, True] == pytest.approx(paca[True, False])
-    assert paca[False, False] > 1.4 * paca[True, False]
-    assert paca[False, True] > paca[False, False]
+    assert paca["level 1", True] == pytest.approx(paca["level 1", False])
+    assert paca["plain", False] > 1.4 * paca["level 1", False]
+    assert paca["plain", True] > paca["plain", False]
+    lora = {r["variant"]: r["units"] for r in result["counts"][8:15]}
+    # What both keep of rank 8 is the only difference.
+    assert lora["inputs"] == pytest.approx(paca["level 1", False], abs=7 * 8 * 2 / 64)
+    assert lora["checkpointed"] == paca["checkpointed", False] == pytest.approx(2)
     assert {row["method"] for row in result["rows"]} == {"paca", "lora"}
+    assert {row["variant"] for row in result["rows"]} == set(VARIANTS)
     assert all(row["step_ms"] > 0 for row in result["rows"])
-    assert [ratio["target"] for ratio in result["ratios"]] == [1.02, 1.02]
+    targets = {ratio["variant"]: ratio["target"] for ratio in result["ratios"]}
+    assert (targets["level 1"], targets["level 2"], targets["inputs"]) == (1.02, 1.2, None)
     assert "| paca" in capsys.readouterr().out
 
 
 def test_units_of_the_real_layer():
     """2 x 14 for gate and up, 4 for two norms, 5 for attention, and little else."""
     assert formula_units(benchmark.LAYER) == pytest.approx(23.05664)
-    assert formula_units(benchmark.LAYER) < benchmark.MAX_UNITS
+    for name, level in benchmark.LEVELS.items():
+        assert formula_units(benchmark.LAYER, level) < benchmark.MAX_UNITS[name]
 
 
 def test_something_else_that_is_kept_is_an_error(monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
-    row = count("paca", "float32", True, False, SHAPE, 0)
+    row = count("paca", "float32", "level 1", False, SHAPE, 0)
     check([row], SHAPE)
-    monkeypatch.setattr(lean, "enable", lambda model, mode: None)
-    row = count("paca", "float32", True, False, SHAPE, 0)
+    monkeypatch.setattr(lean, "enable", lambda model, mode, level: None)
+    row = count("paca", "float32", "level 1", False, SHAPE, 0)
     with pytest.raises(RuntimeError, match="so something else is saved"):
         check([row], SHAPE)
 

@@ -95,3 +95,47 @@ def test_reproduction_has_a_line_for_each_name_and_for_each_share(tmp_path):
     assert list(reproduce_tables.shares([part]))[2:] == [line]
     with pytest.raises(ValueError, match="no table 'other'"):
         tables.table("reproduce-other", tmp_path)
+
+
+LEAN = RESULT | {
+    "counts": [
+        {"method": m, "adapters": "bfloat16", "variant": v, "is_padded": padded, "units": units}
+        for m, v, padded, units in (
+            ("paca", "level 1", False, 23.06),
+            ("paca", "level 1", True, 99.0),
+            ("paca", "level 2", False, 9.06),
+            ("lora", "level 1", False, 34.1),
+            ("lora", "inputs", False, 23.1),
+        )
+    ],
+    "ratios": [
+        {"method": m, "variant": v, "reference": r, "setting": "512 tokens, float32"}
+        | {"ratio": 1.2, "low": 1.1, "high": 1.25}
+        for m, v, r in (
+            ("paca", "level 1", "plain"),
+            ("paca", "level 2", "level 1"),
+            ("lora", "level 2", "level 1"),
+        )
+    ],
+}
+
+
+def test_tables_of_lean_levels(tmp_path):
+    assert "Not measured yet: `python -m benchmarks.lean`" in tables.table("lean-units", tmp_path)
+    (tmp_path / "lean.json").write_text(json.dumps(LEAN))
+    lines = tables.table("lean-units", tmp_path).splitlines()
+    assert lines[0] == "| | PaCA | LoRA |"
+    assert [line.partition(":")[0] for line in lines[2:5]] == ["| level 1", "| inputs", "| level 2"]
+    assert lines[3].endswith(" |  | 23.10 |")
+    lines = tables.table("lean-times", tmp_path).splitlines()
+    assert lines[0] == "| | PaCA, 512 tokens, float32 | LoRA, 512 tokens, float32 |"
+    assert lines[2] == "| level 2 | 1.20 (1.10-1.25) | 1.20 (1.10-1.25) |"
+    assert "(on a CPU, 2 cores, torch 2.13.0)." in lines[-1]
+
+
+def test_table_of_lengths(tmp_path):
+    row = {"method": "paca", "adapters": "float32", "level": 2, "max_seq_len": 50258}
+    row |= {"checkpointing": False, "offloading": True, "saved_bytes_per_token": 1_190_000}
+    (tmp_path / "lengths.json").write_text(json.dumps(RESULT | {"rows": [row]}))
+    lines = tables.table("lengths", tmp_path).splitlines()
+    assert lines[2] == "| PaCA | float32 | 2 | offloading | 50,258 | 1190 |"

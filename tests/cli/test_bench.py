@@ -54,6 +54,25 @@ def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
     assert "wrote bench.json, bench.md, operations.png, times.png, memory.png in" in out
 
 
+def test_all_methods_are_as_lean(tmp_path):
+    results = []
+    for level in ("0", "2", "3"):
+        folder = tmp_path / level
+        words = [*TINY, "--methods", "paca,lora", "--tokens", "16", "--lean-level", level]
+        assert main(["bench", *words, "--output", str(folder)]) == 0
+        results.append(json.loads((folder / "bench.json").read_text()))
+    saved = [[row["saved_bytes"] for row in result["rows"]] for result in results]
+    for plain, two, three in zip(*saved, strict=True):
+        assert three < two < 0.7 * plain
+    assert results[1]["model"].endswith(", lean level 2")
+    folder = tmp_path / "checkpointed"
+    words = [*TINY, "--methods", "paca", "--tokens", "16", "--gradient-checkpointing"]
+    assert main(["bench", *words, "--output", str(folder)]) == 0
+    result = json.loads((folder / "bench.json").read_text())
+    assert result["model"].endswith(", checkpointed blocks")
+    assert result["rows"][0]["saved_bytes"] < saved[0][0]
+
+
 def test_a_sweep_is_written(tmp_path, capsys):
     words = ["--sweep", "batch", "--seq-len", "7", "--sweep-max", "2"]
     limit = ["--memory-limit", "1GiB"]

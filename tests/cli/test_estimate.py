@@ -40,6 +40,16 @@ def test_a_real_model_by_name(capsys):
     assert saved["LlamaAttention"] / unit == pytest.approx(5, rel=0.02)
 
 
+def test_the_longest_sequence_at_lean_level_2(capsys):
+    words = "llama3-8b --method paca --rank 8 --batch-size 1 --gpu a100-80g --max seq-len"
+    result = run_json(capsys, *words.split(), "--lean-level", "2")
+    assert result["max_seq_len"] >= 50_000
+    assert result["fits"] == "yes"
+    # Per token and layer, 9 units of the hidden size; a copy of the last hidden states; columns.
+    unit = result["max_seq_len"] * 32 * 4096
+    assert result["saved_bytes"] / unit <= 9.15
+
+
 def test_methods_side_by_side_and_a_plot(capsys, config, tmp_path):
     methods = "paca,lora,dora,moslora,full,qpaca"
     plot = tmp_path / "out.png"

@@ -374,16 +374,18 @@ def test_sharded_deltas_over_whole_weights(pair, which):
     net.assert_equal_to_one(pair.run(train_deltas_alone, which))
 
 
-def adapt_shards():
+def adapt_shards(mesh_dim_names):
     from peft import get_peft_model
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from pacatune import PacaConfig
 
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=mesh_dim_names)
     base = net.build_base()
     for block in base.model.layers:
-        fully_shard(block)
-    fully_shard(base)
+        fully_shard(block, mesh=mesh)
+    fully_shard(base, mesh=mesh)
     model = get_peft_model(base, PacaConfig(r=4, paca_alpha=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     losses = []
@@ -399,5 +401,6 @@ def adapt_shards():
     return losses, net.adapter_of(model)
 
 
-def test_whole_deltas_over_sharded_weights(pair):
-    net.assert_equal_to_one(pair.run(adapt_shards))
+@pytest.mark.parametrize("mesh_dim_names", [None, ("data",)])
+def test_whole_deltas_over_sharded_weights(pair, mesh_dim_names):
+    net.assert_equal_to_one(pair.run(adapt_shards, mesh_dim_names))

@@ -12,20 +12,20 @@ pytestmark = pytest.mark.slow
 
 def own_loss(model, ids):
     """The model's own loss: what lean heads are for."""
-    return model(input_ids=ids, labels=ids).loss
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def train_lean(order, is_lean=True):
+def train_lean(order, level):
     model = net.adapt("float32").train()
-    if is_lean and order == "lean first":
-        lean.enable(model, mode="require")
+    if order == "lean first":
+        lean.enable(model, mode="require", level=level)
     if order == "ddp":
-        lean.enable(model, mode="require")
+        lean.enable(model, mode="require", level=level)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
         wrapped = shard(model)
-    if is_lean and order == "sharded first":
-        lean.enable(model, mode="require")
+    if order == "sharded first":
+        lean.enable(model, mode="require", level=level)
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     losses = []
     for batch in net.batches():
@@ -53,7 +53,8 @@ def one_plain_process():
     return losses, net.adapter_of(model)
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("order", ["lean first", "sharded first", "ddp"])
-def test_trains_as_one_plain_process(pair, order):
-    results = pair.run(train_lean, order)
+def test_trains_as_one_plain_process(pair, order, level):
+    results = pair.run(train_lean, order, level)
     net.assert_equal_to_one(results, one_plain_process(), atol=1e-4)

@@ -170,5 +170,5 @@ def test_errors():
         attend(tensors["query"], tensors["query"][:, :4], tensors["query"][:, :4], apply)
     query = tensors["query"].requires_grad_()
     y = attend(query, tensors["key"], tensors["value"], apply)
-    with pytest.raises(RuntimeError, match="Lean attention has no second derivative"):
+    with pytest.raises(RuntimeError, match="A lean module has no second derivative"):
         torch.autograd.grad(y.sum(), query, create_graph=True)

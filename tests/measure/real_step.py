@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.measure.counters import SavedBytes
+from pacatune.measure.models import checkpoint_blocks
 from pacatune.measure.setting import Setting
-from pacatune.measure.simulate import checkpoint_blocks
 from pacatune.measure.tracker import StorageTracker
 from pacatune.tuner.layer import PacaLayer
 

@@ -44,6 +44,16 @@ def test_sizes_must_be_whole_and_positive(option, value):
         setting(**{option: value})
 
 
+@pytest.mark.parametrize("level", [0, 4, 2.0])
+def test_lean_levels(level):
+    with pytest.raises(ValueError, match=r"`lean_level` \(.*\) must be 1, 2 or 3\."):
+        setting(lean_level=level)
+    with pytest.raises(ValueError, match=r"`lean_level` \(2\) with `lean` \('off'\): nothing is"):
+        setting(lean_level=2, lean="off")
+    with pytest.raises(ValueError, match=r"`lean_level` \(4\) must be 0, 1, 2 or 3\."):
+        settings.check_lean_level(4, least=0)
+
+
 def test_one_token_has_nothing_to_learn():
     with pytest.raises(ValueError, match=r"`seq_len` \(1\) must be at least 2"):
         setting(seq_len=1)
@@ -107,6 +117,11 @@ def test_loss_follows_lean():
         ({"tokens": ()}, "`tokens` is empty"),
         ({"tokens": (-16,)}, r"`tokens` \(-16\) must be at least 1"),
         ({"tokens": (700,)}, r"`tokens` \(700\) .* above `seq_len` \(512\) a multiple of it"),
+        ({"lean_level": -1}, r"`lean_level` \(-1\) must be 0, 1, 2 or 3"),
+        (
+            {"lean_level": 1, "compiled": True},
+            r"`lean_level` \(1\) with compiled models: a compiled graph decides by itself",
+        ),
         ({"rank": 0}, r"`rank` \(0\) must be a whole number of at least 1"),
         ({"rank": 33}, r"`rank` \(33\) must be at most `hidden_size` \(32\)"),
         ({"threads": 0}, r"`threads` \(0\) must be a whole number of at least 1"),

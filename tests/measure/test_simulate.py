@@ -216,18 +216,33 @@ def test_lean_may_be_required(tmp_path):
         FakeTraining(tiny(tmp_path, values, lean="require"))
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("values", [LLAMA, GEMMA], ids=["llama", "gemma3"])
-def test_lean_layers_keep_what_they_keep_for_real(values, tmp_path):
+def test_lean_layers_keep_what_they_keep_for_real(values, level, tmp_path):
     """All but the loss, which is TRL's in an estimate."""
-    setting = tiny(tmp_path, values, lean="auto")
+    setting = tiny(tmp_path, values, lean="auto", lean_level=level)
     measured, model = simulate(setting), real_model(setting)
-    lean.enable(model)
+    lean.enable(model, level=level)
     with gpu_kernels.allocations_of_gpu():
         _, kept = real_peak(model, setting)
     saved = dict(measured.saved_by_module)
     assert saved.pop("loss") > 0
     kept.pop(type(model.get_base_model()).__name__)
     assert saved == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_what_is_offloaded_is_not_on_the_device(method, tmp_path):
+    """It comes back layer by layer, so that the peak is that of one layer's backward pass."""
+    sizes = {"method": method, "lean": "auto", "seq_len": 512, "lean_level": 2}
+    here = simulate(tiny(tmp_path, **sizes))
+    away = simulate(tiny(tmp_path, **sizes, activation_offloading=True))
+    assert away.saved_bytes < 0.1 * here.saved_bytes
+    assert away.peak_bytes < here.peak_bytes
+    static = ("weights", "adapter", "optimizer")
+    assert [away.by_category[name] for name in static] == [
+        here.by_category[name] for name in static
+    ]
 
 
 def test_sharded_training_shares_what_it_says(tmp_path):
@@ -249,8 +264,8 @@ def test_sharded_training_shares_what_it_says(tmp_path):
     assert four["fsdp2"].by_category["gathered"] == 2 * block + outside
 
 
-def test_sharded_paca_is_additive(tmp_path):
-    """Columns are not written into gathered weights, so no originals are kept."""
+def test_sharded_paca_keeps_no_originals(tmp_path):
+    """Those of gathered weights are gone with them."""
     alone = simulate(tiny(tmp_path))
     shared = simulate(tiny(tmp_path, sharding="fsdp2", num_gpus=2))
     indices = 2 * 7 * 4 * 8

@@ -111,6 +111,18 @@ def test_equal_to_reference(
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("leading", SHAPES)
+def test_without_columns(form: str, leading: tuple[int, ...]) -> None:
+    """A process of a tensor parallel model may hold none of them."""
+    trained = {"x", "delta"}
+    expected = gradients("reference", make(leading, rank=0), 0.7, trained)
+    found = gradients(form, make(leading, rank=0), 0.7, trained)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
 def test_low_precision_error_is_within_plain_autograds(

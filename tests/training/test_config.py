@@ -38,6 +38,13 @@ def test_learning_rate_is_that_of_the_method(method):
     assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
 
 
+def test_lean_levels():
+    with pytest.raises(ValueError, match=r"`lean_level` \(4\) must be 1, 2 or 3"):
+        run_config(lean_level=4)
+    with pytest.raises(ValueError, match=r"`lean_level` \(2\) with `lean` \('off'\)"):
+        run_config(lean="off", lean_level=2)
+
+
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, qpaca, lora, "):
         run_config(method="vera")

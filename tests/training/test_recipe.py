@@ -267,6 +267,24 @@ def test_lean_or_not_gives_equal_losses_and_keeps_less(make_config, console, tmp
     assert "lean: 2 x attention" in console.file.getvalue()
 
 
+def test_lean_level_2_gives_the_losses_of_level_1_and_keeps_less(make_config, console, tmp_path):
+    one, two = (
+        train(
+            make_config("paca", lean_level=level, training={"output_dir": str(tmp_path / name)}),
+            console=console,
+        )
+        for level, name in ((1, "one"), (2, "two"))
+    )
+    assert two.train_losses == one.train_losses
+    assert two.saved_activation_bytes < 0.8 * one.saved_activation_bytes
+    assert two.lean["level"] == 2
+    shown = dict(two.table())["lean activations"]
+    assert shown == "level 2: 2 x attention, 2 x gated_mlp, 5 x norm"
+    dropout = make_config("lora_dropout", lean="require", lean_level=2)
+    with pytest.raises(ValueError, match=r"stays at level 1: dropout \(0.05\) cannot be computed"):
+        train(dropout, console=console)
+
+
 def test_what_cannot_be_lean_is_said_once_or_refused(make_config, console):
     eager = {"attn_implementation": "eager"}
     report = train(make_config(model=eager), console=console)

@@ -1,7 +1,8 @@
 """Finds what can be made lean in a model, makes it lean, and says what could not be."""
 
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,13 @@ from pacatune.lean.modules import (
     LeanModel,
     LeanModule,
     LeanNorm,
-    is_lean,
+    RecomputedAttention,
+    RecomputedGatedMLP,
+    kind_of,
     make_lean,
     make_plain,
 )
+from pacatune.lean.recompute import why_not
 
 __all__ = ["LeanReport", "disable", "enable"]
 
@@ -27,6 +31,8 @@ __all__ = ["LeanReport", "disable", "enable"]
 class LeanReport:
     """What `enable` did."""
 
+    level: int = 1
+    """The level that was asked for."""
     made: dict[str, list[str]] = field(default_factory=dict)
     """Kind (`gated_mlp`, `norm`, `attention`, `loss`) -> names of the modules that are lean."""
     already: dict[str, list[str]] = field(default_factory=dict)
@@ -40,7 +46,8 @@ class LeanReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"lean: {_counts(self.made) or 'nothing'}"]
+        level = f", level {self.level}" if self.level > 1 else ""
+        lines = [f"lean{level}: {_counts(self.made) or 'nothing'}"]
         if self.already:
             lines.append(f"lean as they are: {_counts(self.already)}")
         for reason, names in self.left.items():
@@ -55,7 +62,7 @@ def _counts(kinds: dict[str, list[str]]) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one module becomes; without a class, why it stays as it is."""
+    """What one module becomes, and why it does not become more."""
 
     kind: str
     lean_class: type[LeanModule] | None = None
@@ -64,24 +71,33 @@ class _Plan:
     is_lean_already: bool = False
 
 
-def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
+def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanReport:
     """Let modules keep less for backward; outputs and gradients stay what they are.
 
     Gated MLPs keep gate and up, norms their input as it came, grouped attention no repeated heads,
     and the model's loss no logits. Modules are found by what they compute. Adapters, of any method,
-    may be there already or come later; call it again for modules that came later.
+    may be there already or come later; call it again for modules that came later, or with another
+    level.
+
+    Levels above 1 keep the input of the norm, and compute again in the backward pass what is made
+    of it: two of a gated MLP's three products at level 2, and the projections to query, key and
+    value at level 3. Gradients are those of level 1, bit for bit. In units of one byte per hidden
+    channel, a layer of LLaMA3-8B in bfloat16 keeps 23.06, 9.06 and 6.06 with PaCA.
 
     Args:
         model: Any model; changed in place, until `disable`.
         mode: "auto" makes lean what can be; "require" refuses a model in which something else
             keeps more than it must, or of which nothing is known.
+        level: 1, 2 or 3. Modules that cannot run twice stay at 1, and are reported with the reason:
+            with dropout, or hooks on their layers.
 
     Returns:
         What was made lean and what was not.
 
     Raises:
         TypeError: If `model` is no module.
-        ValueError: If `mode` is unknown, or "require" cannot be met; nothing is changed then.
+        ValueError: If `mode` or `level` is unknown, or "require" cannot be met; nothing is changed
+            then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
@@ -89,10 +105,12 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
         raise ValueError(
             f"`mode` ({mode!r}) must be 'auto' or 'require'; to do without, call `disable`."
         )
-    report = LeanReport()
+    if level not in (1, 2, 3):
+        raise ValueError(f"`level` ({level!r}) must be 1, 2 or 3; to do without, call `disable`.")
+    report = LeanReport(level=level)
     plans: list[tuple[nn.Module, _Plan]] = []
     for name, module in model.named_modules():
-        for plan in _plans(module):
+        for plan in _plans(module, level):
             if plan.is_lean_already:
                 report.already.setdefault(plan.kind, []).append(name)
             elif plan.lean_class is None:
@@ -100,6 +118,8 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
             else:
                 report.made.setdefault(plan.kind, []).append(name)
                 plans.append((module, plan))
+                if plan.reason:
+                    report.left.setdefault(plan.reason, []).append(name)
     _add_losses(model, report, plans)
     if norms := find_batch_norm(model):
         report.made["batch_norm"] = norms
@@ -110,9 +130,10 @@ def enable(model: nn.Module, mode: str = "auto") -> LeanReport:
         )
     for module, plan in plans:
         assert plan.lean_class is not None
-        if not is_lean(module):
+        if kind_of(module) is not plan.lean_class:
+            make_plain(module)
             make_lean(module, plan.lean_class, plan.settings)
-        if plan.lean_class is LeanAttention:
+        if issubclass(plan.lean_class, LeanAttention):
             attention.install(module)
     enable_batch_norm(model)
     return report
@@ -131,12 +152,32 @@ def disable(model: nn.Module) -> None:
     disable_batch_norm(model)
 
 
-def _plans(module: nn.Module) -> Iterator[_Plan]:
+def _plans(module: nn.Module, level: int) -> Iterator[_Plan]:
     """Yield what to do with a module: nothing, mostly."""
-    for find in (_plan_gated, _plan_norm, _plan_attention, _plan_experts):
-        plan = find(module)
-        if plan is not None:
-            yield plan
+    plans = (
+        _plan_gated(module),
+        _plan_norm(module),
+        _plan_attention(module, level),
+        _plan_experts(module),
+    )
+    yield from (_raised(module, plan, level) for plan in plans if plan is not None)
+
+
+def _raised(module: nn.Module, plan: _Plan, level: int) -> _Plan:
+    """Return the plan at a level, or why the module stays at level 1."""
+    if plan.lean_class is LeanGatedMLP and level >= 2:
+        higher = replace(plan, lean_class=RecomputedGatedMLP)
+    elif plan.lean_class is LeanAttention and level >= 3:
+        names = [
+            name for name in inspect.signature(type(module).forward).parameters if name != "self"
+        ]
+        higher = replace(plan, lean_class=RecomputedAttention, settings=names[0])
+    else:
+        return plan
+    reason = why_not(module)
+    if reason is None:
+        return higher
+    return replace(plan, reason=f"{type(module).__name__} stays at level 1: {reason}")
 
 
 def _replaced(module: nn.Module, kind: str) -> _Plan | None:
@@ -157,7 +198,7 @@ def _source(module: nn.Module) -> str:
 
 def _plan_gated(module: nn.Module) -> _Plan | None:
     if isinstance(module, LeanGatedMLP):
-        return _Plan("gated_mlp", LeanGatedMLP)
+        return _Plan("gated_mlp", LeanGatedMLP, module.settings)
     if not probe.looks_like_gated(module):
         return None
     names = probe.find_gated(module)
@@ -182,19 +223,19 @@ def _plan_norm(module: nn.Module) -> _Plan | None:
     return _replaced(module, "norm") or found
 
 
-def _plan_attention(module: nn.Module) -> _Plan | None:
-    groups = getattr(module, "num_key_value_groups", None)
-    if not isinstance(groups, int) or (groups < 2 and _implementation(module) != "eager"):
-        return None
+def _plan_attention(module: nn.Module, level: int) -> _Plan | None:
     if isinstance(module, LeanAttention):
         return _Plan("attention", LeanAttention)
-    implementation = _implementation(module)
+    groups, implementation = getattr(module, "num_key_value_groups", None), _implementation(module)
+    if not isinstance(groups, int) or (groups < 2 and implementation != "eager" and level < 3):
+        return None
     if implementation == attention.ATTENTION and attention.find_registry() is not None:
         return _Plan("attention", LeanAttention)
     if implementation == "eager":
         return _Plan("attention", reason=_EAGER)
     if implementation is not None and "flash" in implementation:
-        return None  # repeats nothing
+        # Repeats nothing.
+        return None if level < 3 else _Plan("attention", reason=f"{implementation} {_UNCUT}")
     return _Plan("attention", reason=f"attention {implementation!r} repeats heads as it likes")
 
 
@@ -202,6 +243,9 @@ _EAGER = (
     "eager attention keeps the scores of all pairs of tokens; use sdpa, or for soft caps "
     "flex_attention"
 )
+
+
+_UNCUT = "keeps query, key and value: level 3 is for sdpa"
 
 
 def _implementation(module: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ product): 3 I elements. Here: gate and up, 2 I; act(gate) is computed again. Wha
 linear layer keeps of the product is its own matter: all of it under LoRA, R columns under PaCA.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,48 @@ class Activation:
     def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
         """Return the columns `indices` (R,) of act(gate) * up, (..., R)."""
         return _product_columns(gate, up, indices, self)
+
+    def owned_product_gradients(
+        self, gh: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same from a gradient that nobody else needs."""
+        return self.product_gradients(gh, gate, up)
+
+
+class OverwritingActivation(Activation):
+    """One whose factors nobody needs after their gradients, which take the memory of up and gh.
+
+    Of the widest tensors of a layer, three live at once then, and not five.
+    """
+
+    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of gate in the memory of `up`, and that of up."""
+        return self.owned_product_gradients(gh.clone(), gate, up)
+
+    def owned_product_gradients(
+        self, gh: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradient of gate in the memory of `up`, and that of up in that of `gh`."""
+        if not gh.dtype == gate.dtype == up.dtype or not gh.numel():
+            return super().product_gradients(gh, gate, up)
+        # Whole vectors of a processor, whose remainders are computed in another way.
+        size = max(1, _MAX_CHUNK // gh.shape[-1] // 64) * 64
+        gh = gh.contiguous()
+        # Views, and an error where there is none: a copy of `up` would be overwritten in vain.
+        rows = [x.view(-1, x.shape[-1]).split(size) for x in (gh, gate, up)]
+        for gh_rows, gate_rows, up_rows in zip(*rows, strict=True):
+            _overwrite(gh_rows, gate_rows, up_rows, self)
+        return up, gh
+
+
+_MAX_CHUNK = 2**24  # elements: of what is made on the way, this many at a time
+
+
+@fused
+def _overwrite(gh: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> None:
+    ggate = activation.gradient(gh * up, gate)
+    gh.mul_(activation.value(gate))
+    up.copy_(ggate)
 
 
 @fused
@@ -127,6 +170,12 @@ ACTIVATIONS = {
         Activation("quick_gelu", _quick_gelu, _quick_gelu_gradient),
     )
 }
+
+
+@functools.cache
+def overwriting(activation: Activation) -> OverwritingActivation:
+    """Return an activation as one that overwrites."""
+    return OverwritingActivation(activation.name, activation.value, activation.gradient)
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:

@@ -6,18 +6,20 @@ under transforms of torch.func.
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.lean.gated import Activation, apply_gated_product
+from pacatune.lean.gated import Activation, apply_gated_product, overwriting
 from pacatune.lean.loss import LazyLogits
 from pacatune.lean.norm import Norm, apply_norm
+from pacatune.lean.recompute import NO_CUT, Cut, recompute, state_of
 from pacatune.ops.tracing import is_traced
 
 __all__ = [
@@ -28,7 +30,11 @@ __all__ = [
     "LeanModel",
     "LeanModule",
     "LeanNorm",
+    "RecomputedAttention",
+    "RecomputedGatedMLP",
+    "cut_of",
     "is_lean",
+    "kind_of",
     "make_lean",
     "make_plain",
 ]
@@ -82,6 +88,11 @@ def make_plain(module: nn.Module) -> bool:
 def is_lean(module: nn.Module) -> bool:
     """Whether a module has a class of ours, or one that was derived from it since (FSDP2)."""
     return any(_is_lean_class(kind) for kind in type(module).__mro__)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of ours that a module has; None if it is not lean."""
+    return next((kind.__bases__[0] for kind in type(module).__mro__ if _is_lean_class(kind)), None)
 
 
 @functools.cache
@@ -150,20 +161,55 @@ class LeanGatedMLP(LeanModule):
         """Apply the MLP to (..., H)."""
         if args or kwargs or not torch.is_grad_enabled() or is_traced():
             return super().forward(x, *args, **kwargs)
-        names, parts = self.settings, self._modules
-        gate = parts[names.gate](x)  # type: ignore[misc]
-        if names.is_fused:
-            first, second = gate.chunk(2, dim=-1)
-            gate, up = (first, second) if names.gate_first else (second, first)
-        else:
-            up = parts[names.up](x)  # type: ignore[misc]
-        down: Any = parts[names.down]
-        if not (gate.requires_grad or up.requires_grad):
-            return down(names.activation.value(gate) * up)
-        # A layer that needs only some columns of the product can do without the product.
-        together = getattr(down, "forward_of_product", None)
-        y = None if together is None else together(gate, up, names.activation)
-        return down(apply_gated_product(gate, up, names.activation)) if y is None else y
+        return _apply_gated(self._modules, self.settings, x, NO_CUT)
+
+
+def _apply_gated(parts: dict[str, Any], names: GatedNames, x: Tensor, cut: Cut) -> Any:
+    """Apply a gated MLP; the cut is behind the projections of its input."""
+    made = cut(*(parts[name](x) for name in dict.fromkeys((names.gate, names.up))))
+    gate, up = _gate_and_up(names, *made)
+    activation, down = names.activation, parts[names.down]
+    if not (gate.requires_grad or up.requires_grad):
+        return down(activation.value(gate) * up)
+    # A layer that needs only some columns of the product can do without the product.
+    together = getattr(down, "forward_of_product", None)
+    y = None if together is None else together(gate, up, activation)
+    if y is not None:
+        return y
+    h = apply_gated_product(gate, up, activation)
+    h = cut.derive(h, partial(_product_again, names))
+    with cut.casts():
+        return down(h)
+
+
+def _gate_and_up(names: GatedNames, *made: Tensor) -> Sequence[Tensor]:
+    if not names.is_fused:
+        return made
+    halves = made[0].chunk(2, dim=-1)
+    return halves if names.gate_first else halves[::-1]
+
+
+def _product_again(names: GatedNames, *made: Tensor) -> Tensor:
+    return names.activation.product(*_gate_and_up(names, *made))
+
+
+class RecomputedGatedMLP(LeanGatedMLP):
+    """down(act(gate(x)) * up(x)), keeping x, or the input of the norm that made it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Apply the MLP to (..., H)."""
+        state = None
+        if not (args or kwargs or not torch.is_grad_enabled() or is_traced()):
+            state = state_of(self)
+        if state is None or not (x.requires_grad or state.trained):
+            return super().forward(x, *args, **kwargs)
+        parts = self._modules
+        names = replace(self.settings, activation=overwriting(self.settings.activation))
+
+        def body(x: Tensor, cut: Cut) -> Tensor:
+            return _apply_gated(parts, names, x, cut)
+
+        return recompute(body, [x], self, state)
 
 
 class LeanNorm(LeanModule):
@@ -188,6 +234,60 @@ class LeanNorm(LeanModule):
 
 class LeanAttention(LeanModule):
     """Marks an attention whose calls of the attention function keep no repeated heads."""
+
+
+_cut: ContextVar[tuple[nn.Module, Cut] | None] = ContextVar("cut", default=None)
+
+
+def cut_of(module: nn.Module) -> Cut:
+    """Return where the attention that is running now is cut."""
+    found = _cut.get()
+    return NO_CUT if found is None or found[0] is not module else found[1]
+
+
+class RecomputedAttention(LeanAttention):
+    """An attention that keeps its input, or that of the norm that made it, for query, key, value.
+
+    The cut is where it calls the attention function.
+    """
+
+    settings: str
+    """Name of the argument that it projects."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention as it is."""
+        rest = dict(kwargs)
+        x, *more = args or (rest.pop(self.settings, None),)
+        state = None
+        if torch.is_grad_enabled() and not is_traced() and _are_fixed(more, rest.values()):
+            state = state_of(self)
+        if state is None or not isinstance(x, Tensor) or not (x.requires_grad or state.trained):
+            return super().forward(*args, **kwargs)
+        run, others = super().forward, list[Any]()
+
+        def body(x: Tensor, cut: Cut) -> Tensor:
+            token = _cut.set((self, cut))
+            try:
+                y, *others[:] = run(x, *more, **rest)
+            finally:
+                _cut.reset(token)
+            assert not any(isinstance(other, Tensor) for other in others)
+            return y
+
+        y = recompute(body, [x], self, state)
+        return (y, *others)
+
+
+def _are_fixed(*groups: Iterable[Any]) -> bool:
+    """Whether arguments are the same in a second call: no caches, and nothing that is trained."""
+    return all(
+        value is None
+        or isinstance(value, int | float | str)
+        or (isinstance(value, Tensor) and not value.requires_grad)
+        or (isinstance(value, tuple | list) and _are_fixed(value))
+        for group in groups
+        for value in group
+    )
 
 
 _wants_loss: ContextVar[bool] = ContextVar("wants_loss", default=False)

@@ -7,14 +7,22 @@ again. The forward pass does the same operations in the same order as the module
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from pacatune.lean.fused import fused, refuse_second_derivative
 
-__all__ = ["Norm", "apply_norm", "layer_norm", "plain_norm", "rms_norm"]
+__all__ = [
+    "Norm",
+    "NormSource",
+    "apply_norm",
+    "layer_norm",
+    "plain_norm",
+    "rms_norm",
+    "source_of",
+]
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,26 @@ def _sum_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).sum(0)
 
 
+class NormSource(NamedTuple):
+    """What a norm's output was made of; all of it is kept for the norm's own gradient."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    norm: Norm
+    version: int
+    """Of the output; a later one was changed in place."""
+
+
+def source_of(y: Tensor) -> NormSource | None:
+    """Return what `y` was made of, if it is a lean norm's output as it came."""
+    source: NormSource | None = getattr(y, "lean_source", None)
+    return None if source is None or source.version != y._version else source
+
+
 def apply_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-    """Apply `rms_norm` or `layer_norm` without their checks."""
-    return _Norm.apply(x, weight, bias, norm)
+    """Apply `rms_norm` or `layer_norm` without their checks; the output knows its source."""
+    y: Tensor = _Norm.apply(x, weight, bias, norm)
+    if y.requires_grad:  # what it names is kept anyway
+        cast(Any, y).lean_source = NormSource(x.detach(), weight, bias, norm, y._version)
+    return y

@@ -94,6 +94,8 @@ def _provenance(config: BenchConfig, command: str) -> dict[str, Any]:
         **commit(),
         "seed": config.seed,
         "model": f"{config.title}, random weights, {config.dtype}"
+        + (f", lean level {config.lean_level}" if config.lean_level else "")
+        + (", checkpointed blocks" if config.gradient_checkpointing else "")
         + (", compiled" if config.compiled else ""),
         "methods": {method: METHODS[method] for method in config.methods},
         "config": asdict(config),

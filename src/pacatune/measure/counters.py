@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Words in the name of a module's class -> kind; linear layers and embeddings are told by type.
@@ -62,16 +63,20 @@ class SavedBytes:
         # output would keep itself alive.
         return tensor.detach()
 
-    def _enter_layer(self, module: nn.Module, *args: Any) -> None:
-        self._entered.append(self._layers[module])
+    def _enter(self, module: nn.Module, *args: Any) -> None:
+        if module in self._layers:
+            self._entered.append(self._layers[module])
 
-    def _leave_layer(self, *args: Any) -> None:
-        self._entered.pop()
+    def _leave(self, module: nn.Module, *args: Any) -> None:
+        if module in self._layers:
+            self._entered.pop()
 
     def __enter__(self) -> "SavedBytes":
-        for module in self._layers:
-            self._stack.callback(module.register_forward_pre_hook(self._enter_layer).remove)
-            self._stack.callback(module.register_forward_hook(self._leave_layer).remove)
+        if self._layers:
+            # Of all modules: layers with hooks of their own may keep more, as lean ones do.
+            self._stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
+            leave = hooks.register_module_forward_hook(self._leave, always_call=True)
+            self._stack.callback(leave.remove)
         self._stack.enter_context(
             torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
         )

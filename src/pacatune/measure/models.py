@@ -343,3 +343,10 @@ def loss_of_graph(model: nn.Module, batch: Tensor) -> Tensor:
     embed: Any = cast(Any, model).get_input_embeddings()
     loss: Tensor = model(inputs_embeds=embed(batch), labels=batch).loss
     return loss
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let each block keep its inputs only."""
+    # Renamed within version 5 of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

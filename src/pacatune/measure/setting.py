@@ -86,6 +86,17 @@ def check_sizes(sizes: Mapping[str, Any], owner: str = "") -> None:
             raise ValueError(f"{owner}`{name}` ({value!r}) must be a whole number of at least 1.")
 
 
+def check_lean_level(level: int, *, least: int = 1, lean: str = "auto") -> None:
+    """Refuse a level of lean activations that does not exist, or that `lean` makes void."""
+    if type(level) is not int or not least <= level <= 3:
+        known = ", ".join(map(str, range(least, 3)))
+        raise ValueError(f"`lean_level` ({level!r}) must be {known} or 3.")
+    if lean == "off" and level > 1:
+        raise ValueError(
+            f"`lean_level` ({level}) with `lean` ('off'): nothing is lean then; drop one of them."
+        )
+
+
 def _check_fields(config: Any, *sizes: str) -> None:
     """Check what both commands ask for: choices, sizes and a dropout."""
     check_choices(config)
@@ -142,6 +153,10 @@ class BenchConfig:
     """Columns or rank of every adapter."""
     dropout: float = 0.1
     """Dropout of the method lora_dropout."""
+    lean_level: int = 0
+    """Lean activations of every method: none (0), or `pacatune.lean` at level 1, 2 or 3."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of each block only; recompute the rest in backward."""
     compiled: bool = False
     """Compile models by torch.compile."""
     seconds: float = 10.0
@@ -170,6 +185,12 @@ class BenchConfig:
         for name in ("seconds", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must not be negative.")
+        check_lean_level(self.lean_level, least=0)
+        if self.compiled and self.lean_level:
+            raise ValueError(
+                f"`lean_level` ({self.lean_level}) with compiled models: a compiled graph decides "
+                "by itself what to keep; drop one of them."
+            )
         if not self.tokens:
             raise ValueError("`tokens` is empty; give at least one number.")
         for number in self.tokens if self.sweep is None else ():
@@ -258,6 +279,11 @@ class Setting:
     lean: Literal["off", "auto", "require"] = "auto"
     """Exact, memory-lean norms, MLPs and attention: off, where the model has them (auto), or
     everywhere, else refused (require)."""
+    lean_level: int = 1
+    """How lean they are: 2 recomputes gate and up of MLPs from the norm's input, 3 also query, key
+    and value."""
+    activation_offloading: bool = False
+    """Hold what is kept for backward in the CPU's memory, as the trainer's option of that name."""
     loss: Literal["auto", "logits", "chunked"] = "auto"
     """logits: all of them, by the model's own loss; chunked: never all, as `pacatune train`; auto:
     logits where lean is off."""
@@ -281,6 +307,7 @@ class Setting:
             raise ValueError(
                 f"`seq_len` ({self.seq_len}) must be at least 2: each token learns the next one."
             )
+        check_lean_level(self.lean_level, lean=self.lean)
         self._check_combinations()
 
     def _check_combinations(self) -> None:

@@ -7,8 +7,8 @@ one device, where nobody does.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,13 +20,20 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.autograd.graph import saved_tensors_hooks
 
 from pacatune import lean
 from pacatune.measure.counters import count_flops
 from pacatune.measure.gpu_kernels import allocations_of_gpu
 from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
 from pacatune.measure.methods import add_adapter
-from pacatune.measure.models import is_4bit, load_config, make_skeleton, quantize_
+from pacatune.measure.models import (
+    checkpoint_blocks,
+    is_4bit,
+    load_config,
+    make_skeleton,
+    quantize_,
+)
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker
 from pacatune.residency import Residency
@@ -82,7 +89,7 @@ class FakeTraining:
             )
         self.base: Any = model
         if setting.lean != "off":
-            lean.enable(model, mode=setting.lean)
+            lean.enable(model, mode=setting.lean, level=setting.lean_level)
         if setting.gradient_checkpointing:
             checkpoint_blocks(model)
         model.config.use_cache = False
@@ -176,7 +183,10 @@ class FakeTraining:
     ) -> dict[str, int]:
         ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         tracker.phase = "forward"
-        with torch.autocast("cpu", dtype=self.setting.compute_dtype):
+        away: AbstractContextManager[Any] = nullcontext()
+        if self.setting.activation_offloading:
+            away = _Offloaded([*self._weights, *self._adapter])
+        with torch.autocast("cpu", dtype=self.setting.compute_dtype), away:
             loss = self._loss(ids)
         tracker.settle_activations(ids, loss)
         saved = tracker.owned_by_module("activations")
@@ -190,11 +200,28 @@ class FakeTraining:
         return cast(Tensor, self.base(input_ids=ids, labels=ids).loss)
 
 
-def checkpoint_blocks(model: Any) -> None:
-    """Let each block keep its inputs only."""
-    # Renamed within version 5 of transformers.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+class _Offloaded(saved_tensors_hooks):
+    """Takes what autograd keeps off the device, but for what stays there; a copy comes back."""
+
+    def __init__(self, staying: Iterable[Tensor]) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._held = {_storage(x) for x in staying}
+
+    def _pack(self, x: Tensor) -> Any:
+        if _storage(x) in self._held:
+            return x.detach()
+        return x.size(), x.stride(), x.dtype
+
+    @staticmethod
+    def _unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        size, stride, dtype = kept
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
 
 
 def _chunked_loss(model: Any, ids: Tensor) -> Tensor:
@@ -268,9 +295,10 @@ class _FakeResidency(Residency):
         self.weight = dict.get(self.parameters, "weight")
         return self.weight
 
-    def _may_write(self, delta: Any) -> bool:
+    def obstacle(self, delta: Any) -> str | None:
+        """Tell of flags alone."""
         delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
-        return self.find_weight() is not None and self.is_writable()
+        return None if self.find_weight() is not None and self.is_writable() else "a flag"
 
     @staticmethod
     def _address_of(weight: Tensor) -> int:
@@ -305,7 +333,8 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
         if isinstance(layer, PacaLayer) and layer.residency is not None:
             layer.residency = _FakeResidency(layer.get_base_layer())
             layer.residency.is_shared = layer.shares_weight
-            layer.residency.is_sharded = setting.shares_weights
+            # FSDP2 keeps originals of the two gathered blocks alone: R / I of these, not counted.
+            layer.residency.is_resharded = setting.shares_weights
     return weights, adapter
 
 

@@ -17,10 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pacatune import lean
 from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
 from pacatune.measure.device import PeakMemory, Stopwatch, is_out_of_memory, limit_memory
 from pacatune.measure.methods import adapt
 from pacatune.measure.models import (
+    checkpoint_blocks,
     loss_of,
     loss_of_graph,
     make_batch,
@@ -152,6 +154,10 @@ class _Run:
             seed=config.seed,
             adapter_dtype=config.trained_dtype,
         )
+        if config.lean_level:
+            lean.enable(self.contender.model, level=config.lean_level)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
         if config.compiled:
             self.contender.model.compile(dynamic=False)
         vocab_size = cast(Any, model).config.get_text_config().vocab_size

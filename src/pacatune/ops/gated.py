@@ -37,6 +37,11 @@ class Elementwise(Protocol):
     def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
         """Return the (..., R) columns of act(gate) * up."""
 
+    def owned_product_gradients(
+        self, gh: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same; may overwrite the gradient of the product, and what can be made anew."""
+
 
 class _PacaGated(torch.autograd.Function):
     """See `apply_paca_gated`."""
@@ -60,7 +65,7 @@ class _PacaGated(torch.autograd.Function):
         h = activation.product(gate, up)
         y = owned(F.linear(h, weight, bias))
         if not is_resident:
-            update = column_update(weight, delta, indices, scaling)
+            update = column_update(weight, delta, indices, scaling, y.dtype)
             add_columns_(y, h.index_select(-1, indices), update)
         return y
 
@@ -85,7 +90,7 @@ class _PacaGated(torch.autograd.Function):
             else:
                 gh_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
             gh = gh_NI.view(gate.shape)
-            ggate, gup = activation.product_gradients(gh, gate, up)
+            ggate, gup = activation.owned_product_gradients(gh, gate, up)
         gbias = gy_NO.sum(0) if needs_bias else None
         return ggate, gup, None, gdelta, None, None, gbias, None, None, None
 

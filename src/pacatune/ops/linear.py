@@ -147,27 +147,31 @@ def _check_shapes(
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
-def column_update(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
-    """Return W' - W in the trained columns, for W' as it would stand in the weight.
+def column_update(
+    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """Return what the columns of W' multiply x with beyond those of W, for `add_columns_`.
 
-    In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost.
-    Whoever adds the product of the columns to that of W adds the rounded ones, so that a model is
-    one function, whether its columns are in the weight, beside it or merged.
+    In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost. Their
+    difference may have more than 16 bits, so both are returned, the new columns and minus the old
+    ones: a model is one function, whether its columns are in the weight, beside it or merged.
 
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) trained update.
         indices: (R,) int64, the trained columns.
         scaling: alpha / R.
+        dtype: What the product is computed in.
 
     Returns:
-        (O, R) in the dtype of `weight` if that has 16 bits, otherwise in the finer of the two.
+        In 16 bits (O, 2R), otherwise (O, R) scaling * delta; in `dtype`.
     """
-    if weight.itemsize > 2:
-        wide = _cast(delta, weight.dtype) if delta.itemsize < weight.itemsize else delta
+    if dtype.itemsize > 2:
+        wide = _cast(delta, dtype)
         return wide if scaling == 1.0 else wide * scaling
     columns = weight.index_select(1, indices)
-    return adapted_columns(columns, delta, scaling).sub_(columns)
+    adapted = adapted_columns(columns, delta, scaling)
+    return torch.cat((_cast(adapted, dtype), _cast(columns, dtype).neg()), 1)
 
 
 def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
@@ -216,7 +220,7 @@ class _PacaLinear(torch.autograd.Function):
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, delta, indices, scaling))
+            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype))
         return y
 
     @staticmethod
@@ -232,7 +236,7 @@ class _PacaLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R if x_R.dim() == 2 else x_R.view(-1, x_R.shape[-1])
+            x_NR = x_R if x_R.dim() == 2 else x_R.view(len(gy_NO), x_R.shape[-1])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
             if source is None:
@@ -245,11 +249,13 @@ class _PacaLinear(torch.autograd.Function):
         return gx, None, gdelta, None, None, gbias, None, None
 
 
-def add_columns_(y: Tensor, x_R: Tensor, update_OR: Tensor) -> Tensor:
-    """Add x_R update^T to the (..., O) product of the pretrained weight, in place."""
-    out_features, rank = update_OR.shape
-    x_NR = _cast(x_R, y.dtype).view(-1, rank)
-    y.view(-1, out_features).addmm_(x_NR, _cast(update_OR, y.dtype).t())
+def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
+    """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says."""
+    y_NO = y.view(-1, y.shape[-1])
+    x_NR = _cast(x_R, y.dtype).view(len(y_NO), x_R.shape[-1])
+    if update.shape[1] > x_NR.shape[1]:
+        x_NR = torch.cat((x_NR, x_NR), 1)
+    y_NO.addmm_(x_NR, update.t())
     return y
 
 
@@ -264,8 +270,12 @@ def grad_x(
     """Return dy W' as (N, I), from a weight that holds the adapted columns or not (Eq. 8)."""
     gx_NI = gy_NO.mm(_cast(weight_OI, gy_NO.dtype))  # autocast's differs from the weight's
     if not is_resident:
-        update_OR = column_update(weight_OI, delta_OR, indices_R, scaling)
-        gx_NI.index_add_(1, indices_R, gy_NO.mm(_cast(update_OR, gy_NO.dtype)))
+        update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
+        columns_NR = gy_NO.mm(update[:, : len(indices_R)])
+        if update.shape == delta_OR.shape:
+            gx_NI.index_add_(1, indices_R, columns_NR)
+        else:  # those of W' as they are
+            gx_NI.index_copy_(1, indices_R, columns_NR)
     return gx_NI
 
 

@@ -47,9 +47,6 @@ class Watcher(Protocol):
     def before_step(self) -> None:
         """An optimiser is about to change the delta, and perhaps the weight."""
 
-    def after_step(self) -> None:
-        """An optimiser has changed the delta."""
-
     def look(self) -> None:
         """Somebody is about to see the weight, and may change it."""
 

@@ -27,8 +27,11 @@ Who may see W, and how each is served:
     pretrained weight again after every optimiser step, through torch's step hook. If nobody holds
     it, that write is saved. If another thread got hold of it, it is not written until he lets go.
   * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
-    a graph holds the weight (compiled, traced, or plain autograd's), or another process shares its
+    a graph holds the weight (a traced one, or plain autograd's), or another process shares its
     memory, nothing is written, and the layer adds the product of its columns.
+
+  * FSDP2 shows a temporary that it gathers for a pass: that is what is written, and what is thrown
+    away with the columns. Its shards are never written.
 
 How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
 what `watching.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
@@ -418,24 +421,66 @@ class Residency:
 
     def _may_write(self, delta: Tensor) -> bool:
         """Whether W is ours alone to write, and every change of `delta` will be noticed."""
+        return self.obstacle(delta) is None
+
+    def obstacle(self, delta: Tensor) -> str | None:
+        """Return why the columns must not be written into W now; None if they may.
+
+        Args:
+            delta: (O, R), whose every change will have to be noticed.
+
+        Raises:
+            RuntimeError: If somebody changed the weight in place while columns were in it.
+        """
+        if not self.is_writable():
+            return self._what_forbids()
         weight = self.find_weight()
-        if weight is None or not self.is_writable() or self.is_merged:
-            return False
-        if delta.device != weight.device or (weight.is_cpu and weight.is_shared()):
-            return False
+        if weight is None:
+            return self._what_is_there()
+        if self.is_merged:
+            return "an adapter is merged into its weight"
+        if delta.device != weight.device:
+            return f"its weight is on {weight.device}, its update on {delta.device}"
+        if weight.is_cpu and weight.is_shared():
+            return "its weight is in memory that processes share"
         if self.kept is not None and not self._is_unchanged(weight):
             self._refuse_changed()
             self.kept = None
+        if weight._use_count() > 1:  # type: ignore[attr-defined]
+            return "an autograd graph holds its weight"
         num_others = num_tensors_on(weight) - (1 if self.kept is None else 2)
-        if num_others > self.num_sharing or weight._use_count() > 1:  # type: ignore[attr-defined]
-            return False
+        if num_others > self.num_sharing:
+            return "somebody holds a tensor in the memory of its weight"
         thread = threading.get_ident()
         if self.looker not in (None, thread):
             del weight
             if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                return False
+                return "another thread holds its weight"
             self.looker = None
-        return self._tracks(delta)
+        if not self._tracks(delta):
+            return "somebody holds the `.data` of its update, or that is no plain parameter"
+        return None
+
+    def _what_forbids(self) -> str:
+        if self.is_shared:
+            return "another module uses the same weight"
+        if self.is_resharded:
+            return "FSDP2 cuts smaller shards from its weight after the forward pass"
+        if self.is_captured:
+            return "a CUDA graph or an exported graph reads its weight"
+        return "the layer has been handed back"
+
+    def _what_is_there(self) -> str | None:
+        weight: Any = dict.get(self.parameters or {}, "weight")
+        if type(weight) not in _PLAIN:
+            return None if self.is_sharded else "its weight is no plain parameter"
+        if weight.requires_grad:
+            return "its weight is trained itself"
+        if weight.is_meta:
+            return "its weight has no values yet"
+        if weight.is_inference():
+            return "its weight was made in inference mode"
+        return "its weight is a view into a larger buffer"
 
     def _tracks(self, delta: Tensor) -> bool:
         return is_tracked(delta, is_gathered=self.is_sharded)
@@ -514,7 +559,7 @@ class Residency:
         """Return what the columns of W' are beyond those of W, as long as it stays the same.
 
         Args:
-            compute: Returns it, (O, R); to be called where the pretrained weight is being read.
+            compute: Returns it; to be called where the pretrained weight is being read.
             dtype: The result's dtype.
             delta: (O, R) update.
             indices: (R,) int64.
@@ -565,16 +610,14 @@ class Residency:
         if self.is_written and self.weight.grad is not None:  # type: ignore[union-attr]
             self.look()
 
-    def after_step(self) -> None:
-        """Note that an optimiser changed delta.
+    def is_over(self) -> bool:
+        """Whether columns have to go after an optimiser's step.
 
-        Restores at once if somebody holds the weight, or if nobody has written since the last step:
-        then compiled graphs run, which work around columns that are there at the cost of a copy.
+        They have if somebody holds the weight, or if nobody has used them since the last step.
         """
-        with LOCK:
-            if self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                self.restore()
-            self.is_stale = self.is_written
+        return self.is_written and (
+            self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES
+        )
 
     def merging(self) -> None:
         """Make way for a merge: from here on, W belongs to it."""
@@ -615,7 +658,9 @@ class Residency:
 
     def __del__(self) -> None:
         if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
-            self.restore()
+            # Garbage is collected at any time: perhaps while a compiler runs on fake tensors.
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.restore()
 
 
 class _Group:
@@ -876,8 +921,14 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         delta.num_steps += 1
         delta.num_unversioned += 1  # fused optimisers count no versions
         if residency is not None:
-            residency.after_step()
             found.append(residency)
+    with LOCK:
+        over = [residency for residency in found if residency.is_over()]
+        _restore_all(over)
+        for residency in over:
+            residency.restore()  # or tell of what was changed meanwhile
+        for residency in found:
+            residency.is_stale = residency.is_written
     if found and (found[0].group is None or not found[0].group.consists_of(found)):
         group = _Group(found)
         for residency in found:

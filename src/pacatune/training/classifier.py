@@ -134,7 +134,7 @@ class ClassifierTask(Task[ClassifierConfig]):
         model = pretrained.empty_model(AutoModelForSequenceClassification, model_config)
         # PEFT adds the head to it
         adapter = make_adapter_config(config, model, task_type="SEQ_CLS")
-        plan = make_plan(model, lambda base: self._make_trainable(base, adapter), config.lean)
+        plan = make_plan(model, lambda base: self._make_trainable(base, adapter), config)
         return plan, adapter
 
     def prepare(self) -> Prepared:

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from pacatune.data import DataConfig
 from pacatune.format.options import check_patterns
+from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
 from pacatune.selection import strategies
@@ -264,6 +265,10 @@ class BaseRunConfig(Generic[R]):
     """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
     makes them. `auto`: where the model allows it; `require`: refuse a model that does not."""
 
+    lean_level: int = 1
+    """How much less: 2 computes gate and up of MLPs again in the backward pass, from the norm's
+    input; 3 query, key and value, too. Gradients stay the same."""
+
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
 
@@ -298,6 +303,7 @@ class BaseRunConfig(Generic[R]):
                 f"`training` is a {type(self.training).__name__}; it must be a "
                 f"{package}.{training_class.__name__}."
             )
+        check_lean_level(self.lean_level, lean=self.lean)
         method = method_of(self.method, self.methods)
         self.method = method.name
         if method.quantization is not None and self.model.quantization is None:

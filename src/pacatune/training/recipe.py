@@ -46,6 +46,7 @@ from pacatune.training.selecting import (
 )
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
+from pacatune.tuner.residency_report import residency_report
 
 # What `accelerate launch` sets: variable, its default, what it must be, and why.
 _FSDP_RULES = (
@@ -202,8 +203,10 @@ def make_trainer(
         callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
     )
     if config.lean != "off":
-        trainer.lean_report = lean.enable(trainer.model, config.lean)
+        trainer.lean_report = lean.enable(trainer.model, config.lean, level=config.lean_level)
         say(console, str(trainer.lean_report))
+    if (residency := residency_report(trainer.model)).additive:
+        say(console, str(residency))
     _add_callbacks(trainer, config, checkpoint, console)
     return trainer
 

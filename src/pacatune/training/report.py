@@ -186,6 +186,8 @@ def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
     made = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
+    if made and report.get("level", 1) > 1:
+        made = f"level {report['level']}: {made}"
     left = "; ".join(f"not {names[0]}: {reason}" for reason, names in report["left"].items())
     return "; ".join(filter(None, [made or "nothing to make lean", left]))
 

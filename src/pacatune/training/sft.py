@@ -249,7 +249,7 @@ def plan_training(config: BaseRunConfig[Any]) -> "tuple[Plan, PeftConfig | None,
             "choose another."
         ) from error
     adapter = make_adapter_config(config, model, task_type="CAUSAL_LM")
-    plan = make_plan(model, lambda base: put_adapter(base, adapter), config.lean)
+    plan = make_plan(model, lambda base: put_adapter(base, adapter), config)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         # TRL multiplies by the weight of the head itself, past any adapter on it.
         section = METHODS[config.method].sections[0]

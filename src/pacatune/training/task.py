@@ -192,18 +192,20 @@ def put_adapter(model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
 
 
 def make_plan(
-    model: nn.Module, make_trainable: Callable[[nn.Module], nn.Module], lean_mode: str
+    model: nn.Module,
+    make_trainable: Callable[[nn.Module], nn.Module],
+    config: BaseRunConfig[Any],
 ) -> Plan:
     """Make a model trainable, which needs no weights, and return what of it is trained.
 
-    With `require` it must be able to keep no more for backward than it has to.
+    With `lean: require` it must be able to keep no more for backward than it has to.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     num_parameters = sum(p.numel() for p in model.parameters())
     make_trainable(model)
-    if lean_mode == "require":
-        lean.enable(model, lean_mode)
+    if config.lean == "require":
+        lean.enable(model, config.lean, level=config.lean_level)
         lean.disable(model)
     targets = {
         name: f"{module.in_features} -> {module.out_features}"

@@ -100,7 +100,7 @@ def _linear(
     def compute(weight: Tensor, is_resident: bool) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if delta is not None and indices is not None and not is_resident:
-            update = column_update(weight, delta, indices, scaling)
+            update = column_update(weight, delta, indices, scaling, y.dtype)
             add_columns_(y, x.index_select(-1, indices), update)
         return y
 

@@ -75,9 +75,9 @@ class MergeMixin:
         layer = cast(Any, self)
         weight = self._weight_to_merge()
         _refuse_part(weight, num_dims=len(self.layout.dense_shape))
-        indices = layer.paca_indices[name].to(weight.device)
+        indices, update = (one.to(weight.device) for one in self._columns_to_merge(name))
         originals = self.layout.read_columns(weight, indices)
-        update = self.layout.oriented(layer.paca_delta[name].weight.to(weight.device))
+        update = self.layout.oriented(update)
         merged = adapted_columns(originals, update, layer.scaling[name])
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
@@ -110,6 +110,11 @@ class MergeMixin:
             return cast(Tensor, layer.get_base_weight())
         return cast(Tensor, getattr(layer.get_base_layer(), self.parameter_name))
 
+    def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the columns of that weight which an adapter changes, and its update of them."""
+        layer = cast(Any, self)
+        return layer.paca_indices[name], layer.delta_of(name)
+
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, bit for bit."""
         self.unmerge_to(0)
@@ -137,7 +142,7 @@ class MergeMixin:
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
         layer = cast(Any, self)
-        update = layer.paca_delta[adapter].weight.detach() * layer.scaling[adapter]
+        update = layer.whole_delta(adapter) * layer.scaling[adapter]
         dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
         columns = self.layout.oriented(update)
         self.layout.put_columns_(dense, layer.paca_indices[adapter], columns)
@@ -190,12 +195,15 @@ class Delta(nn.Module):
         self.weight = DeltaParameter(torch.zeros(shape))
 
     def forward(
-        self, columns: Tensor, scaling: float, apply: Callable[..., Tensor] = F.linear
+        self, columns: Tensor, scaling: float | None, apply: Callable[..., Tensor] = F.linear
     ) -> Tensor:
         """Apply scaling * delta as the weight of `apply`, in the dtype of `columns`.
 
-        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O).
+        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O). Without `scaling`, `apply` gets
+        delta as it is.
         """
+        if scaling is None:
+            return apply(columns, self.weight)
         return apply(columns, (self.weight * scaling).to(columns.dtype))
 
 
@@ -306,6 +314,10 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         """Return one adapter's (O, R) update, before scaling."""
         return cast(Delta, self.paca_delta[adapter_name]).weight
 
+    def whole_delta(self, adapter_name: str) -> Tensor:
+        """Return the values of one adapter's (O, R) update, wherever they are."""
+        return self.delta_of(adapter_name).detach()
+
     @torch.no_grad()
     def replace_update(
         self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
@@ -323,6 +335,21 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         self.paca_indices[adapter_name] = indices.to(old.device)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
+
+    def why_additive(self) -> str | None:
+        """Say why the columns are not in the base weight in training; None if they are.
+
+        They are from the next training pass on, that is, and under FSDP2 in what it gathers.
+        """
+        if self.merged_adapters:
+            return "an adapter is merged into its weight"
+        if self._disable_adapters:
+            return "its adapters are disabled"
+        if len(self.active_adapters) != 1:
+            return f"{len(self.active_adapters)} adapters are active"
+        if self.quantization_backend is not None:
+            return "its weight is quantised"
+        return f"columns are written into the weights of torch.nn.Linear, not {self.layout.title}"
 
     def restore(self) -> None:
         """Put the pretrained columns back into the base weight, if adapted ones are there."""

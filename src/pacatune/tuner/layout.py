@@ -63,7 +63,9 @@ class Layout:
 
     @classmethod
     def of(cls, module: Any, parameter_name: str) -> "Layout":
-        """Return the layout of a module's weight."""
+        """Return the layout of a module's weight, the whole of one that is split."""
+        if isinstance(module, nn.Linear):
+            return cls(module.out_features, module.in_features)
         in_features, out_features = cast("tuple[int, int]", _get_in_out_features(module))
         return cls(out_features, in_features)
 

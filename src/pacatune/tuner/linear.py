@@ -6,8 +6,8 @@
 Training is resident, evaluation additive unless the columns are there already. Additive also serves
 whatever must not or need not write: few tokens in float32 on a CPU, tied weights, weights whose
 memory somebody else holds; and, on top of the base layer's own forward, several active adapters,
-mixed batches, torch.compile, tracers, hooks, quantised, sharded and offloaded weights. The two
-differ by the rounding of their products only.
+mixed batches, tracers, hooks, quantised and offloaded weights. The two differ by the rounding of
+their products only. Compiled graphs call operators that choose when they run (`compiled.py`).
 """
 
 import threading
@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.gated import Elementwise, apply_paca_gated
 from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, column_update
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
+from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 from pacatune.tuner.compiled import compiled_linear, handle_of, is_small
 
@@ -36,6 +37,22 @@ class Linear(AdditiveLayer):
     def _attach(self) -> None:
         super()._attach()
         self.handle = handle_of(self)
+
+    def why_additive(self) -> str | None:
+        """Say why the columns are not in the base weight in training; None if they are."""
+        found, residency = self._prepare(), self.residency
+        if residency is None or self.merged_adapters or self._disable_adapters:
+            return super().why_additive()
+        if found is not None:
+            delta = found[0][0]
+            if not delta.requires_grad:
+                return "its update is not trained"
+            return residency.obstacle(delta)
+        if has_hooks(self.base_layer.__dict__):
+            return "its base layer has hooks, or another forward (offloading, patches)"
+        if len(self.active_adapters) != 1:
+            return super().why_additive()
+        return "its update is sharded or wrapped by itself"
 
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         update = self._single_update()
@@ -130,6 +147,24 @@ class Linear(AdditiveLayer):
         columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
         return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
 
+    def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        weight = self._weight_in_16_bits(result.dtype)
+        if weight is None:
+            return super()._with_update(result, x, name)
+        indices = self.paca_indices[name]
+        columns = x.index_select(-1, indices).to(result.dtype)
+        apply = partial(_add_columns, result, weight, indices, self.scaling[name])
+        return cast(Tensor, self.paca_delta[name](columns, None, apply))
+
+    def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the pretrained weight if it is there; None where W' is not rounded to 16 bits."""
+        base = self.base_layer
+        if dtype.itemsize > 2 or self.residency is None or has_hooks(base.__dict__):
+            return None
+        weight: Any = base.weight
+        is_whole = type(weight) in (nn.Parameter, WeightParameter, Tensor) and weight.dim() == 2
+        return cast(Tensor, weight) if is_whole else None
+
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight: whoever reads it through its module does."""
         residency = self.residency
@@ -150,6 +185,15 @@ class Linear(AdditiveLayer):
         return super()._base_forward(x, *args, **kwargs)
 
 
+def _add_columns(
+    y: Tensor, weight: Tensor, indices: Tensor, scaling: float, x_R: Tensor, delta: Tensor
+) -> Tensor:
+    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
+    added = column_update(weight, delta, indices, scaling, y.dtype)
+    x_NR = torch.cat((x_R, x_R), -1).reshape(-1, added.shape[1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), x_NR, added.t()).view(y.shape)
+
+
 def _evaluate(
     residency: Residency,
     x: Tensor,
@@ -162,6 +206,6 @@ def _evaluate(
     y = F.linear(x, weight, bias)
     if is_resident:
         return y
-    compute = partial(column_update, weight, *update)
-    update_OR = residency.addition(compute, y.dtype, *update)
-    return add_columns_(y, x.index_select(-1, update[1]), update_OR)
+    compute = partial(column_update, weight, *update, y.dtype)
+    added = residency.addition(compute, y.dtype, *update)
+    return add_columns_(y, x.index_select(-1, update[1]), added)

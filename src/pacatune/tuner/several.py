@@ -93,10 +93,11 @@ def _check_combination(
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
     indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
-    delta = layer.delta_of(present[0][0]).new_zeros(layer.layout.delta_shape(len(indices)))
-    for name, weight in present:
+    deltas = [layer.whole_delta(name) for name, _ in present]
+    delta = deltas[0].new_zeros(layer.layout.delta_shape(len(indices)))
+    for (name, weight), one in zip(present, deltas, strict=True):
         places = torch.searchsorted(indices, layer.paca_indices[name])
-        update = layer.delta_of(name).to(delta) * (weight * layer.scaling[name])
+        update = one.to(delta) * (weight * layer.scaling[name])
         delta.index_add_(layer.layout.delta_dim, places, update)
     return delta, indices
 

@@ -39,6 +39,7 @@ from pacatune.tuner.layout import (
 )
 from pacatune.tuner.linear import Linear
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
+from pacatune.tuner.tensor_parallel import refuse_copies, split_of
 
 __all__ = [
     "LAYERS",
@@ -110,28 +111,10 @@ def check_targets(
             targets[key] = Target(base, parameter_name, rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
+    refuse_copies(model, config.modules_to_save)
     for name, target in targets.items():
-        weight = getattr(target.module, target.parameter_name, None)
-        if hasattr(weight, "placements") and not _is_of_fsdp(weight, model):
-            _refuse_sharded(weight, name)
+        split_of(model, name.removesuffix(f".{IN_PROJ}"), target.module, target.parameter_name)
     return targets
-
-
-def _is_of_fsdp(weight: Any, model: nn.Module) -> bool:
-    """Whether a sharded weight is whole when its module runs: FSDP2 gathers it before."""
-    from torch.distributed.fsdp import FSDPModule
-
-    num_shards = sum(not placement.is_replicate() for placement in weight.placements)
-    return num_shards <= 1 and any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def _refuse_sharded(weight: Any, name: str) -> None:
-    raise ValueError(
-        f"The weight of {name!r} is a part of one that several devices share "
-        f"({weight.placements}), by tensor parallelism: columns would be chosen from this part, "
-        "and gradients of the others would be missing. That is not supported yet; load the model "
-        "without `tp_plan`."
-    )
 
 
 def _refuse_other_method(module: nn.Module, name: str) -> None:
@@ -232,6 +215,7 @@ def find_parameters(
         owner = name.rpartition(".")[0]
         is_excluded = isinstance(tuner._check_target_module_exists(config, owner), _ExcludedModule)
         if tuner._check_target_module_exists(config, name) and not is_excluded:
+            split_of(model, name, module, name.rpartition(".")[2])
             _check_parameter(name, module, config, parameters)
             found.append(name)
     if targets and not found:

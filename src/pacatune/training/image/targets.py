@@ -52,7 +52,7 @@ def plan_training(
 ) -> Plan:
     """Say what would be trained, without a single weight."""
     return make_plan(
-        base.empty_model(), lambda model: make_trainable(model, config, adapter_config), config.lean
+        base.empty_model(), lambda model: make_trainable(model, config, adapter_config), config
     )
 
 

@@ -1,0 +1,79 @@
+"""Find the longest sequence that trains on one GPU of 80 GB, at each lean level, simulated.
+
+    python -m benchmarks.lengths               writes benchmarks/results/lengths.json
+
+LLaMA3-8B, rank 8, one sequence per step, as `pacatune estimate --max seq-len`. Deterministic, and
+needs no GPU: a few minutes of one core.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, ROOT, write
+from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import find_max
+from pacatune.measure.setting import Setting
+from pacatune.reports.provenance import commit, versions
+
+GPU, RANK = "a100-80g", 8
+MODEL = "llama3-8b"
+_EXTRAS: tuple[dict[str, Any], ...] = (
+    {"lean_level": 1},
+    {"lean_level": 2},
+    {"lean_level": 3},
+    {"lean_level": 1, "gradient_checkpointing": True},
+    {"lean_level": 2, "gradient_checkpointing": True},
+)
+CASES: tuple[dict[str, Any], ...] = (
+    *({"method": "paca", **extra} for extra in _EXTRAS),
+    {"method": "paca", "lean_level": 2, "activation_offloading": True},
+    *({"method": "lora", **extra} for extra in _EXTRAS),
+    *({"method": "lora", "adapter_dtype": "bfloat16", **extra} for extra in _EXTRAS[:3]),
+)
+
+
+def rows(cases: tuple[dict[str, Any], ...] = CASES, model: str = MODEL) -> list[dict[str, Any]]:
+    """Return the longest sequence of each case, and what it keeps per token."""
+    found = []
+    for case in cases:
+        setting = Setting(model=model, rank=RANK, **case)
+        longest, estimate = find_max(setting, "seq_len", gpu_bytes(GPU))
+        saved = 0 if estimate is None else estimate.measured.saved_bytes // longest
+        found.append(
+            {
+                "method": setting.method,
+                "adapters": setting.adapter_dtype,
+                "level": setting.lean_level,
+                "checkpointing": setting.gradient_checkpointing,
+                "offloading": setting.activation_offloading,
+                "max_seq_len": longest,
+                "saved_bytes_per_token": saved,
+            }
+        )
+    return found
+
+
+def main(options: list[str] | None = None) -> Path:
+    """Simulate, write the result, and return its path."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    args = parser.parse_args(options)
+    result = {
+        "command": "python -m benchmarks.lengths",
+        "versions": versions(),
+        **commit(ROOT, "src", "benchmarks/*.py"),
+        "model": MODEL,
+        "gpu": GPU,
+        "rank": RANK,
+        "rows": rows(),
+    }
+    path = write(result, args.output, "lengths")
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit()

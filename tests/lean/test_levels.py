@@ -1,0 +1,381 @@
+"""Levels 2 and 3: what level 1 keeps is computed again, and every gradient is its own, bit for bit.
+
+The memory of a layer is in units of one byte per token and hidden channel; LLaMA3-8B's proportions
+are those of `SHAPE`, whose hidden size is smaller.
+"""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import save_on_cpu
+
+from benchmarks import lean as benchmark
+from benchmarks.lean import count, formula_units
+from benchmarks.llama import Shape
+from pacatune import PacaConfig, lean
+from pacatune.lean.attention import find_registry
+from pacatune.lean.modules import RecomputedAttention, RecomputedGatedMLP
+from pacatune.measure.tracker import StorageTracker
+from tests.lean.models import adapted, build, gradients, make_batch
+from tests.lean.test_models import AS_KNOWN, adapt
+from tests.releases import compiles_whole
+
+SHAPE = Shape(
+    hidden_size=512,
+    intermediate_size=1792,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    vocab_size=64,
+)
+FAMILIES = sorted(
+    set(AS_KNOWN) & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "OLMo 2", "DINOv2, SwiGLU"}
+)
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def batch_of(name, dtype=torch.float32):
+    batch = make_batch(name, dtype)
+    return batch | {"use_cache": False} if "input_ids" in batch else batch
+
+
+def levels(model, batch, *, run=gradients):
+    """The results and bytes at levels 1, 2 and 3."""
+    found = []
+    for level in (1, 2, 3):
+        lean.enable(model, level=level)
+        found.append(run(model, batch))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["paca", "lora", "dora", "full"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_level_1(name, method, dtype):
+    model = build(name, dtype)
+    if method == "dora":
+        model = adapt(model, "lora", use_dora=True)
+    elif method != "full":
+        model = adapt(model, method)
+    one, two, three = levels(model, batch_of(name, dtype))
+    if name == "OLMo 2":
+        # Its norms come last: x goes to gate, up and past both, and three gradients are added in
+        # another order.
+        for ours in (two[0], three[0]):
+            for key, value in one[0].items():
+                atol, rtol = (1e-6, 1e-5) if dtype == torch.float32 else (1e-2, 2e-2)
+                torch.testing.assert_close(ours[key], value, atol=atol, rtol=rtol)
+    else:
+        assert equal(two[0], one[0])
+        assert equal(three[0], one[0])
+    assert max(two[1], three[1]) < one[1]
+    if method != "dora" and name not in (
+        "Gemma 2",
+        "DINOv2, SwiGLU",
+    ):  # no attention that can be cut
+        assert three[1] < two[1]
+
+
+@pytest.mark.parametrize(("level", "bound"), [(1, 23.3), (2, 9.2), (3, 6.15)])
+def test_units_at_the_proportions_of_llama3_8b(level, bound, monkeypatch):
+    """At 8B the columns are an eighth of what they are here: 23.06, 9.06 and 6.06 units."""
+    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
+    row = count("paca", "bfloat16", f"level {level}", False, SHAPE, 0)
+    assert row["units"] == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
+    assert row["units"] <= bound
+    assert formula_units(benchmark.LAYER, level=level) <= {1: 23.1, 2: 9.1, 3: 6.1}[level]
+
+
+@pytest.mark.parametrize(("level", "bound"), [(1, 34.5), (2, 11.4), (3, 6.3)])
+def test_units_of_lora(level, bound, monkeypatch):
+    """Its inputs are recomputed like what is made of them: at level 3 it keeps what PaCA does."""
+    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
+    assert count("lora", "bfloat16", f"level {level}", False, SHAPE, 0)["units"] <= bound
+
+
+def test_casts_of_finer_adapters_are_made_again(monkeypatch):
+    """The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels."""
+    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
+    one, two = (
+        count("lora", "float32", f"level {level}", False, SHAPE, 0)["units"] for level in (1, 2)
+    )
+    assert one - two >= 14 + 7 + 14
+
+
+def test_memory_that_lives_is_what_is_counted():
+    """Hooks see what autograd keeps; here every storage counts that is there after the pass."""
+    model, batch = adapted(dtype=torch.bfloat16), batch_of("Llama")
+    gradients(model, batch)
+    alive, counted = [], []
+    for level in (1, 2, 3):
+        lean.enable(model, level=level)
+        counted.append(gradients(model, batch)[1])
+        with StorageTracker() as tracker:
+            loss = model(**batch).loss
+            alive.append(tracker.num_bytes)
+        loss.backward()
+    for level in (1, 2):
+        saved, freed = counted[0] - counted[level], alive[0] - alive[level]
+        assert saved > 30_000
+        assert freed == pytest.approx(saved, rel=0.05)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("level", [2, 3])
+def test_checkpointed_blocks(level, use_reentrant):
+    model, batch = adapted(), batch_of("Llama")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
+        model.get_base_model().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+        )
+    model.enable_input_require_grads()
+    lean.enable(model)
+    one, num_bytes = gradients(model, batch)
+    lean.enable(model, level=level)
+    ours, bytes_again = gradients(model, batch)
+    assert equal(ours, one)
+    assert bytes_again == num_bytes
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_autocast(method):
+    model, batch = adapt(build("Llama"), method), batch_of("Llama")
+
+    def run(model, batch):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads | {"loss": loss.detach()}
+
+    one, two, three = levels(model, batch, run=run)
+    assert equal(two, one)
+    assert equal(three, one)
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_what_is_kept_may_lie_elsewhere(level, method):
+    model, batch = adapt(build("Llama", torch.bfloat16), method), batch_of("Llama")
+    lean.enable(model)
+    expected, _ = gradients(model, batch)
+    lean.enable(model, level=level)
+    model.zero_grad()
+    with save_on_cpu():
+        loss = model(**batch).loss
+    loss.backward()
+    ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert equal(ours | {"loss": loss.detach()}, expected)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_ten_steps_are_those_of_level_1(level):
+    """With accumulation, two graphs at once, and a look at the base between the passes."""
+    batch, results = batch_of("Llama"), []
+    for number in (1, level):
+        model = adapted()
+        lean.enable(model, level=number)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses = []
+        for _ in range(10):
+            first, second = model(**batch).loss, model(**batch).loss
+            with model.disable_adapter(), torch.no_grad():
+                model(**batch)
+            model.state_dict()
+            (first / 2).backward()
+            (second / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(second.item())
+        results.append((losses, model.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert equal(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("kind", ["layer", "base layer", "parameter"])
+def test_hooks_are_called_as_often_as_at_level_1(kind):
+    model, batch, calls = adapted(), batch_of("Llama"), []
+    for name, layer in model.named_modules():
+        if not name.endswith(("up_proj", "q_proj")):
+            continue
+        if kind == "parameter":
+            delta = layer.paca_delta["default"].weight
+            delta.register_hook(lambda grad: [calls.append(1), 2 * grad][1])
+        else:
+            target = layer if kind == "layer" else layer.base_layer
+            target.register_forward_hook(lambda *args: calls.append(1))
+    one, two, three = levels(model, batch)
+    assert equal(two[0], one[0])
+    assert equal(three[0], one[0])
+    assert len(calls) == 3 * 4
+
+
+def test_a_hook_on_the_mlp_itself_runs_once():
+    model, batch, calls = adapted(), batch_of("Llama"), []
+    model.enable_input_require_grads()
+    lean.enable(model)
+    expected, _ = gradients(model, batch)
+    lean.enable(model, level=3)
+    for module in model.modules():
+        if isinstance(module, RecomputedGatedMLP):
+            module.register_forward_hook(lambda *args: calls.append(1))
+            module.register_full_backward_hook(lambda *args: calls.append(1))
+    assert equal(gradients(model, batch)[0], expected)
+    assert len(calls) == 4
+
+
+def test_dropout_stays_at_level_1_and_is_reported():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    model, batch = get_peft_model(build("Llama"), config).train(), batch_of("Llama")
+    report = lean.enable(model, level=3)
+    assert set(report.left) == {
+        "LlamaMLP stays at level 1: dropout (0.1) cannot be computed again",
+        "LlamaAttention stays at level 1: dropout (0.1) cannot be computed again",
+    }
+    assert len(report.made["gated_mlp"]) == 2
+    assert "not lean: " not in str(lean.enable(model))
+    with pytest.raises(ValueError, match="cannot be all lean"):
+        lean.enable(model, mode="require", level=2)
+    results = []
+    for level in (1, 3):
+        lean.enable(model, level=level)
+        torch.manual_seed(1)
+        results.append(gradients(model, batch))
+    assert equal(results[1][0], results[0][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_an_adapter_with_dropout_that_came_later():
+    model, batch = adapted(), batch_of("Llama")
+    lean.enable(model, level=2)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    model = get_peft_model(model.unload(), config).train()
+    torch.manual_seed(1)
+    late, _ = gradients(model, batch)
+    lean.enable(model)
+    torch.manual_seed(1)
+    assert equal(late, gradients(model, batch)[0])
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+@pytest.mark.parametrize("change", ["disabled", "scaled", "merged", "stepped", "fused step"])
+def test_another_function_by_the_time_of_the_backward_pass_is_refused(change, method):
+    model, batch = adapt(build("Llama"), method), batch_of("Llama")
+    lean.enable(model, level=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients(model, batch)
+    loss = model(**batch).loss
+    match = "adapters were switched, merged or scaled"
+    if change == "disabled":
+        model.base_model.disable_adapter_layers()
+    elif change == "scaled":
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(0.5)
+    elif change == "merged":
+        model.merge_adapter()
+        match = "merged|changed or replaced"
+    elif method == "lora" and change == "fused step":
+        pytest.skip("torch's fused optimisers change parameters without a trace")
+    else:
+        torch.optim.AdamW(trained, lr=1e-2, fused=change == "fused step").step()
+        match = "a parameter was changed or replaced since"
+    with pytest.raises(RuntimeError, match=match):
+        loss.backward()
+
+
+def test_made_plain_between_the_passes(monkeypatch):
+    plain = getattr(find_registry()["sdpa"], "plain", find_registry()["sdpa"])
+    model, batch = adapted(), batch_of("Llama")
+    lean.enable(model)
+    expected, _ = gradients(model, batch)
+    for level in (2, 3):
+        lean.enable(model, level=level)
+        model.zero_grad()
+        loss = model(**batch).loss
+        lean.disable(model)
+        if level == 3:
+            monkeypatch.setitem(find_registry(), "sdpa", plain)  # as if nothing else were lean
+            with pytest.raises(RuntimeError, match="or was made plain since"):
+                loss.backward()
+            continue
+        loss.backward()
+        ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        assert equal(ours | {"loss": loss.detach()}, expected)
+
+
+def test_a_cache_leaves_attention_at_level_1():
+    """It would be filled twice."""
+    model, batch = adapted(), batch_of("Llama") | {"use_cache": True}
+    one, two, three = levels(model, batch)
+    assert equal(three[0], one[0])
+    assert three[1] == two[1]
+
+
+@compiles_whole
+def test_compiled_graphs_keep_what_they_like():
+    model, batch = adapted(), batch_of("Llama")
+    lean.enable(model)
+    expected, _ = gradients(model, batch)
+    lean.enable(model, level=3)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)
+    ours, _ = gradients(model, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, atol=2e-6, rtol=2e-4)
+
+
+def test_levels_replace_one_another():
+    model = build("Llama")
+    plain = [type(module) for module in model.modules()]
+    for level, has_mlps, has_attentions in ((3, 2, 2), (1, 0, 0), (2, 2, 0), (3, 2, 2)):
+        report = lean.enable(model, mode="require", level=level)
+        assert report.level == level
+        modules = list(model.modules())
+        assert sum(isinstance(m, RecomputedGatedMLP) for m in modules) == has_mlps
+        assert sum(isinstance(m, RecomputedAttention) for m in modules) == has_attentions
+    assert str(report).startswith("lean, level 3: 2 x attention, 2 x gated_mlp, 5 x norm, 1 x loss")
+    lean.disable(model)
+    assert [type(module) for module in model.modules()] == plain
+
+
+def test_attention_without_groups_is_cut_at_level_3():
+    shape = dataclasses.replace(SHAPE, num_key_value_heads=4, num_hidden_layers=1)
+    model = benchmark.make_model(shape, torch.float32, 0)
+    assert "attention" not in lean.enable(model, level=2).made
+    assert lean.enable(model, level=3).made["attention"] == ["model.layers.0.self_attn"]
+    assert lean.enable(model, level=1).level == 1
+    assert not any(isinstance(m, RecomputedAttention) for m in model.modules())
+
+
+def test_another_attention_is_reported():
+    model = build("Llama")
+    model.config._attn_implementation = "flash_attention_2"
+    (reason,) = lean.enable(model, level=3).left
+    assert reason == "flash_attention_2 keeps query, key and value: level 3 is for sdpa"
+    assert lean.enable(model, level=2).left == {}
+
+
+@pytest.mark.parametrize("level", [0, 4, "2", None])
+def test_levels_that_there_are(level):
+    with pytest.raises(ValueError, match=r"`level` \(.*\) must be 1, 2 or 3; to do without, call"):
+        lean.enable(torch.nn.Linear(2, 2), level=level)
+
+
+def test_two_adapters_and_a_merged_one():
+    model, batch = adapted(), batch_of("Llama")
+    model.add_adapter("other", PacaConfig(r=2, target_modules="all-linear", init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    one, two, three = levels(model, batch)
+    assert equal(two[0], one[0])
+    assert equal(three[0], one[0])

@@ -1,0 +1,221 @@
+"""What runs twice instead of being kept, apart from any model."""
+
+import pytest
+import torch
+from torch import nn
+
+from pacatune.lean import ACTIVATIONS, rms_norm
+from pacatune.lean import gated as gated_module
+from pacatune.lean.gated import overwriting
+from pacatune.lean.norm import Norm, apply_norm, source_of
+from pacatune.lean.recompute import recompute, state_of, why_not
+from tests.lean.twins import NOTHING, SavedBytes
+
+
+class Net(nn.Module):
+    """Two products with a cut between them, and something that leaps over the cut."""
+
+    def __init__(self, leaps=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.leaps, self.num_runs = leaps, 0
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        self.double()
+
+    def body(self, x, cut):
+        self.num_runs += 1
+        before = self.a(x).sin()
+        (h,) = cut(before * before)
+        g = cut.derive(h * h, torch.square)
+        if self.leaps:
+            g = g * before
+        return self.b(g)
+
+    def forward(self, x):
+        return recompute(lambda x, cut: self.body(x, cut), [x], self, state_of(self))
+
+    def plain(self, x):
+        before = self.a(x).sin()
+        h = before * before
+        g = h * h
+        return self.b(g * before if self.leaps else g)
+
+
+def make_input():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def gradients_of(function, net, x):
+    return torch.autograd.grad(function(x).square().sum(), [x, *net.parameters()])
+
+
+@pytest.mark.parametrize("leaps", [False, True])
+def test_gradients_are_those_of_autograd_bit_for_bit(leaps):
+    net, x = Net(leaps), make_input()
+    ours, theirs = gradients_of(net, net, x), gradients_of(net.plain, net, x)
+    assert all(map(torch.equal, ours, theirs))
+    assert net.num_runs == 2
+    assert torch.autograd.gradcheck(net, (x,))
+
+
+def test_keeps_the_input_alone():
+    """What the second part saves came to the cut, or is derived."""
+    net, x = Net(), make_input()
+    with SavedBytes(net) as saved:
+        net(x)
+    assert saved.num_bytes == x.nbytes
+
+
+def test_what_leaps_over_the_cut_is_kept():
+    net, x = Net(leaps=True), make_input()
+    with SavedBytes(net) as saved:
+        net(x)
+    assert saved.num_bytes == x.nbytes + 5 * 6 * 8 * 2
+
+
+def test_the_input_of_a_lean_norm_is_kept_in_place_of_its_output():
+    net, x = Net(), make_input()
+    weight = torch.ones(4, dtype=torch.float64)
+    with SavedBytes(net) as saved:
+        y = net(rms_norm(x, weight))
+    with SavedBytes(NOTHING) as alone:
+        rms_norm(x, weight)
+    # The weight, and nothing of the net's but its own parameters.
+    assert saved.num_bytes == alone.num_bytes
+    ours = torch.autograd.grad(y.sum(), x)
+    theirs = torch.autograd.grad(net.plain(rms_norm(x, weight)).sum(), x)
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_norms_output_that_was_changed_has_no_source():
+    y = apply_norm(make_input(), None, None, Norm(1e-6))
+    assert source_of(y) is not None
+    y.mul_(2)
+    assert source_of(y) is None
+    assert source_of(apply_norm(torch.ones(2, 4), None, None, Norm(1e-6))) is None
+
+
+def test_retained_graphs_several_passes_and_some_gradients():
+    net, x = Net(), make_input()
+    first, second = net(x).square().sum(), net(2 * x).square().sum()
+    expected = gradients_of(net.plain, net, x)
+    once = torch.autograd.grad(first, [x, *net.parameters()], retain_graph=True)
+    twice = torch.autograd.grad(first, [x, *net.parameters()])
+    assert all(map(torch.equal, once, expected))
+    assert all(map(torch.equal, twice, expected))
+    (bias,) = torch.autograd.grad(second, [net.a.bias])
+    (other,) = torch.autograd.grad(net.plain(2 * x).square().sum(), [net.a.bias])
+    assert torch.equal(bias, other)
+
+
+def test_an_input_without_gradient():
+    net, x = Net(), make_input().detach()
+    ours = torch.autograd.grad(net(x).sum(), list(net.parameters()))
+    theirs = torch.autograd.grad(net.plain(x).sum(), list(net.parameters()))
+    assert all(map(torch.equal, ours, theirs))
+    net.requires_grad_(requires_grad=False)
+    assert not net(x).requires_grad
+
+
+def test_hooks_of_others_see_what_is_kept():
+    net, x = Net(leaps=True), make_input()
+    expected = gradients_of(net.plain, net, x)
+    with torch.autograd.graph.save_on_cpu():
+        y = net(x)
+    ours = torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_autocast_is_that_of_the_forward_pass():
+    net = Net().float()
+    x = make_input().float().detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+        plain = net.plain(x)
+    ours = torch.autograd.grad(y.float().sum(), [x, *net.parameters()])
+    theirs = torch.autograd.grad(plain.float().sum(), [x, *net.parameters()])
+    assert y.dtype == torch.bfloat16
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_parameter_that_changed_is_refused():
+    net, x = Net(), make_input()
+    y = net(x).sum()
+    with torch.no_grad():
+        net.a.bias.add_(1)
+    with pytest.raises(RuntimeError, match="a parameter was changed or replaced since"):
+        y.backward()
+
+
+def test_a_body_that_does_something_else_is_refused():
+    net, x = Net(), make_input()
+    y = net(x).sum()
+    net.a.forward = lambda x: x.exp()[:, [0, 1, 2, 3, 0, 1]]
+    with pytest.raises(RuntimeError, match="computes something else than in its forward pass"):
+        y.backward()
+
+
+def test_second_derivatives_are_refused():
+    net, x = Net(), make_input()
+    with pytest.raises(RuntimeError, match="A lean module has no second derivative"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+def test_what_cannot_run_twice():
+    net = Net()
+    assert why_not(net) is None
+    net.c = nn.Dropout(0.1)
+    assert why_not(net) == "dropout (0.1) cannot be computed again"
+    net.c = nn.Linear(2, 2)
+    handle = net.c.register_forward_hook(lambda *args: None)
+    assert why_not(net) == "hooks on its layers, or replaced forwards, would run twice"
+    handle.remove()
+    net.register_forward_hook(lambda *args: None)  # of the module itself runs once
+    assert why_not(net) is None
+    del net.c.weight
+    net.c.weight = torch.ones(2, 2)
+    assert why_not(net) == "tensors stand where its parameters were (FSDP1, nn.DataParallel)"
+    assert state_of(net) is None
+
+
+def test_parameters_with_hooks_are_not_recomputed():
+    """They would be called with the gradient inside the module, and with the same outside."""
+    net = Net()
+    assert state_of(net) is not None
+    net.a.weight.register_hook(lambda grad: 2 * grad)
+    assert state_of(net) is None
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=lambda one: one.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [64, 10_000])
+def test_overwriting_gives_the_same_bits(activation, dtype, rows, monkeypatch):
+    monkeypatch.setattr(gated_module, "_MAX_CHUNK", 6 * rows)
+    generator = torch.Generator().manual_seed(0)
+    gh, both = (torch.randn(2, 80, 6 * n, generator=generator).to(dtype) for n in (1, 2))
+    gate, up = both.chunk(2, dim=-1)
+    expected = activation.product_gradients(gh, gate, up)
+    other, kept = up.clone(), gh.clone()
+    ours = overwriting(activation).product_gradients(gh, gate, other)
+    assert all(map(torch.equal, ours, expected))
+    assert ours[0] is other
+    assert torch.equal(gh, kept)
+    ours = overwriting(activation).owned_product_gradients(gh, gate, up)
+    assert all(map(torch.equal, ours, expected))
+    assert ours[0].data_ptr() == up.data_ptr()
+    assert ours[1].data_ptr() == gh.data_ptr()
+
+
+def test_overwriting_leaves_two_dtypes_and_nothing_alone():
+    activation = ACTIVATIONS["silu"]
+    gh, gate, up = torch.ones(2, 3), torch.ones(2, 3).bfloat16(), torch.full((2, 3), 2.0)
+    expected = activation.product_gradients(gh, gate, up)
+    ours = overwriting(activation).owned_product_gradients(gh, gate, up)
+    assert all(map(torch.equal, ours, expected))
+    assert torch.equal(up, torch.full((2, 3), 2.0))
+    empty = torch.ones(0, 3)
+    assert overwriting(activation).owned_product_gradients(empty, empty, empty)[0].shape == (0, 3)

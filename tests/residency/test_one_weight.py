@@ -1,0 +1,141 @@
+"""In 16 bits every path multiplies with the same bits of W', and those are what merging writes."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import pacatune
+from pacatune import PacaConfig
+from pacatune.ops.linear import adapted_columns
+from tests.releases import compiles_whole
+from tests.residency.net import layers
+
+IN, OUT, RANK = 24, 40, 8
+
+
+def build(dtype: torch.dtype, **options) -> nn.Module:
+    """A layer whose updates are smaller, as large, and larger than its weights."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(IN, OUT, bias=False)).to(dtype)
+    config = PacaConfig(r=RANK, paca_alpha=1.7 * RANK, target_modules=["0"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    (layer,) = layers(model)
+    with torch.no_grad():
+        spread = torch.logspace(-5, 3, RANK)
+        layer.delta_of("default").copy_(0.2 * torch.randn(OUT, RANK) * spread)
+    return model
+
+
+def expected(model: nn.Module) -> Tensor:
+    (layer,) = layers(model)
+    delta, indices = layer.delta_of("default"), layer.paca_indices["default"]
+    weight = layer.base_layer.weight.detach().clone()
+    columns = adapted_columns(weight[:, indices], delta.detach(), layer.scaling["default"])
+    return weight.index_copy(1, indices, columns)
+
+
+def probed(forward: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight that a layer multiplies with: rows of ones and zeros add nothing to it."""
+    return forward(torch.eye(IN, dtype=dtype)).detach().t()
+
+
+def trained(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    found = probed(model, dtype)
+    assert layers(model)[0].residency.is_written
+    return found
+
+
+def held(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    weight = layers(model)[0].base_layer.weight.detach()
+    found = probed(model, dtype)
+    assert not layers(model)[0].residency.is_written
+    assert weight is not None
+    return found
+
+
+def evaluated(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        return probed(model, dtype)
+
+
+def resident(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad(), pacatune.resident(model):
+        return probed(model, dtype)
+
+
+def hooked(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    model.base_model.model[0].register_forward_hook(lambda *call: None)
+    return probed(model, dtype)
+
+
+def mixed(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    model.eval()
+    names = ["default", "__base__"] * (IN // 2)
+    one = probed(lambda x: model(x, adapter_names=names), dtype)
+    other = probed(lambda x: model(x, adapter_names=names[::-1]), dtype)
+    return torch.where(torch.arange(IN) % 2 == 0, one, other)
+
+
+def several(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    model.add_adapter("zero", PacaConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "zero"])
+    return probed(model, dtype)
+
+
+def compiled(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    torch._dynamo.reset()
+    return probed(torch.compile(model, backend="aot_eager", fullgraph=True), dtype)
+
+
+def compiled_evaluation(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return probed(torch.compile(model, backend="aot_eager", fullgraph=True), dtype)
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    return model.merge_and_unload()[0].weight.detach()
+
+
+PATHS = [trained, held, evaluated, resident, hooked, mixed, several, merged]
+COMPILED = [compiled, compiled_evaluation]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "path",
+    [*PATHS, *(pytest.param(path, marks=compiles_whole) for path in COMPILED)],
+    ids=lambda path: path.__name__,
+)
+def test_every_path_has_the_same_bits(path, dtype: torch.dtype) -> None:
+    model = build(dtype)
+    want = expected(model)
+    assert torch.equal(path(model, dtype), want)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_gradients_of_the_input_have_them_too(is_held: bool) -> None:
+    model = build(torch.bfloat16)
+    want = expected(model)
+    keep = layers(model)[0].base_layer.weight.detach() if is_held else nullcontext()
+    x = torch.zeros(OUT, IN, dtype=torch.bfloat16, requires_grad=True)
+    model(x).backward(torch.eye(OUT, dtype=torch.bfloat16))
+    assert keep is not None
+    assert torch.equal(x.grad, want)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_autocast_rounds_the_same_columns(is_held: bool) -> None:
+    model = build(torch.float32)
+    want = expected(model).bfloat16()
+    keep = layers(model)[0].base_layer.weight.detach() if is_held else nullcontext()
+    model = copy.deepcopy(model) if not is_held else model
+    with torch.autocast("cpu", torch.bfloat16):
+        found = probed(model, torch.float32)
+    assert keep is not None
+    assert torch.equal(found, want)
