@@ -48,7 +48,8 @@ def fused(function: _Function) -> _Function:
 
     Args:
         function: Takes tensors and hashable settings, and treats each row of (..., I) alike; has no
-            side effects. Its tensors of several dimensions have those of the first, but the last.
+            side effects, but on matrices. Its tensors of several dimensions have those of the
+            first, but the last.
     """
 
     @functools.wraps(function)
