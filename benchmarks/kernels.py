@@ -21,23 +21,23 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.llama import Shape, make_model
+from benchmarks.llama import CPU, Shape, make_model
 from benchmarks.methods import DROPOUT, OURS, SWAP
 from benchmarks.record import CODE, RESULTS, ROOT, write_json
 from benchmarks.swap import swap_layers
 from pacatune import lean
 from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
 from pacatune.measure.methods import Contender, adapt
-from pacatune.measure.models import make_batch
+from pacatune.measure.models import loss_of, make_batch
 from pacatune.reports.provenance import commit
 
 RANK, SCALING, SEED = 4, 2, 0
@@ -76,20 +76,22 @@ COMPILED = ("frozen", OURS, "lora")
 HELD = (OURS,)
 """The lines that promises are about."""
 
-Make = Callable[[Shape], Contender]
+Make = Callable[..., Contender]
 
 
-def make(method: str, shape: Shape, *, quantization: str | None = None) -> Contender:
+def make(
+    method: str, shape: Shape, *, quantization: str | None = None, device: torch.device = CPU
+) -> Contender:
     """Return a model of a size, adapted by a method of `pacatune bench`."""
-    model = make_model(shape, torch.bfloat16, SEED, quantization)
+    model = make_model(shape, torch.bfloat16, SEED, quantization, device)
     alpha = SCALING * RANK
     return adapt(
         model, method, rank=RANK, alpha=alpha, dropout=DROPOUT, seed=SEED, targets="all-linear"
     )
 
 
-def _make_swap(shape: Shape) -> Contender:
-    contender = make(OURS, shape)
+def _make_swap(shape: Shape, *, device: torch.device = CPU) -> Contender:
+    contender = make(OURS, shape, device=device)
     swap_layers(contender.model)
     return contender
 
@@ -117,37 +119,48 @@ MEANINGS = {
 }
 
 
-def count_steps(contender: Contender) -> list[Kernel]:
-    """Run passes of every kind; return their kernels, by phases such as `forward:steady`."""
-    model, optimizer = contender.model, contender.optimizer
-    batch = make_batch(1, NUM_TOKENS, LAYER.vocab_size, SEED)
-    counter = KernelCounter()
+def passes(contender: Contender, batch: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield the parts of a training run in their order, to be run: kernels are told by their names.
 
-    def run(kind: str) -> None:
-        counter.phase = f"forward:{kind}"
-        loss = model(input_ids=batch, labels=batch).loss
-        counter.phase = f"backward:{kind}"
-        loss.backward()
+    `forward:` and `backward:` of passes of each kind, and `optimizer` steps.
+    """
+    model, optimizer = contender.model, contender.optimizer
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        losses.append(loss_of(model, batch))
+
+    def backward() -> None:
+        losses.pop().backward()
 
     def step() -> None:
-        counter.phase = "optimizer"
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
 
+    def both(kind: str) -> Iterator[tuple[str, Callable[[], None]]]:
+        yield f"forward:{kind}", forward
+        yield f"backward:{kind}", backward
+
+    yield from both("first")
+    yield "optimizer:first", step
+    yield from both("written")
+    yield from both("accumulating")
+    yield "optimizer", step
+    yield from both("written again")
+    _drop_gradients(model)
+    yield from both("steady")
+    yield "forward:look", model.zero_grad
+    yield from both("look")
+
+
+def count_steps(contender: Contender) -> list[Kernel]:
+    """Run passes of every kind; return their kernels, by phases such as `forward:steady`."""
+    batch = make_batch(1, NUM_TOKENS, LAYER.vocab_size, SEED)
+    counter = KernelCounter()
     with branches_of_gpu(counter), counter:
-        run("first")
-        step()
-        counter.kernels.clear()
-        run("written")
-        run("accumulating")
-        step()
-        run("written again")
-        _drop_gradients(model)
-        run("steady")
-        counter.phase = "forward:look"
-        model.zero_grad()
-        run("look")
+        for counter.phase, run in passes(contender, batch):
+            run()
     return counter.kernels
 
 
@@ -177,7 +190,7 @@ def _summary(kernels: list[Kernel]) -> dict[str, int]:
     def launches(*phases: str) -> int:
         return sum(kernel.launches for kernel in kernels if kernel.phase in phases)
 
-    def passes(phase: str) -> int:
+    def num_passes(phase: str) -> int:
         return sum(_num_passes(kernel) for kernel in kernels if kernel.phase == phase)
 
     steady = launches("forward:steady", "backward:steady")
@@ -188,8 +201,8 @@ def _summary(kernels: list[Kernel]) -> dict[str, int]:
         "column_write": launches("forward:written", "backward:written") - steady,
         "look": launches("forward:look", "backward:look") - steady,
         "optimizer": launches("optimizer"),
-        "passes_forward": passes("forward:steady"),
-        "passes_backward": passes("backward:steady"),
+        "passes_forward": num_passes("forward:steady"),
+        "passes_backward": num_passes("backward:steady"),
     }
 
 

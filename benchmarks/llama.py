@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.measure.methods import Contender
+from pacatune.measure.models import loss_of
 from pacatune.measure.models import make_batch as make_rows
 from pacatune.measure.models import make_model as make_measured
 
 MAX_LENGTH = 512
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,18 @@ class Shape:
 
 
 def make_model(
-    shape: Shape, dtype: torch.dtype, seed: int, quantization: str | None = None
+    shape: Shape,
+    dtype: torch.dtype,
+    seed: int,
+    quantization: str | None = None,
+    device: torch.device = CPU,
 ) -> nn.Module:
     """Return a Llama with random weights, as `pacatune bench` measures one."""
     values = {"model_type": "llama", **dataclasses.asdict(shape)}
     return make_measured(
         values,
         dtype,
-        torch.device("cpu"),
+        device,
         seed=seed,
         quantization=quantization,
         max_length=MAX_LENGTH,
@@ -53,14 +59,19 @@ def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
     return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)
 
 
-def make_step(contender: Contender, batch: Tensor, accumulation: int) -> Callable[[], float]:
+def make_step(
+    contender: Contender,
+    batch: Tensor,
+    accumulation: int,
+    loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
+) -> Callable[[], float]:
     """Return a function that makes one optimizer step and returns its seconds."""
     model, optimizer = contender.model, contender.optimizer
 
     def step() -> float:
         start = time.perf_counter()
         for _ in range(accumulation):
-            model(input_ids=batch, labels=batch).loss.backward()
+            loss(model, batch).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

@@ -40,6 +40,7 @@ from benchmarks.report import make_ratios, ratio_table
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
+from pacatune.measure.models import loss_of, loss_of_graph
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
@@ -134,7 +135,8 @@ def measure(
         counts = {c.method: compile_and_count(c, batch) for c in contenders}
     else:
         counts = {c.method: count(c, batch, setting.accumulation) for c in contenders}
-    steps = {c.method: make_step(c, batch, setting.accumulation) for c in contenders}
+    loss = loss_of_graph if args.compiled else loss_of
+    steps = {c.method: make_step(c, batch, setting.accumulation, loss) for c in contenders}
     rows, times = take_turns(setting.to_dict(), steps, counts, args)
     key = (setting.num_tokens, setting.accumulation)
     by_reference: dict[str, dict[tuple[int, int], float]] = TARGETS
@@ -169,9 +171,9 @@ def compile_and_count(contender: Contender, batch: Tensor) -> dict[str, Any]:
     """Compile the model in place; return what its graphs keep for backward."""
     model = contender.model
     model.compile(dynamic=False)
-    model(input_ids=batch, labels=batch).loss.backward()
+    loss_of_graph(model, batch).backward()
     with SavedBytes(model, {}) as saved:
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = loss_of_graph(model, batch)
     loss.backward()
     model.zero_grad()
     return {

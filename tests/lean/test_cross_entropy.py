@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_promises import Reads
 from pacatune.lean import linear_cross_entropy
-from pacatune.lean.loss import LazyLogits
+from pacatune.lean.loss import LazyLogits, _rows_per_chunk
 from tests.lean.twins import assert_within_own_error, run
 
 N, WIDTH, V = 11, 6, 9
@@ -85,6 +86,22 @@ def test_chunks_do_not_matter(chunk_rows):
     theirs, _ = run(plain, tensors, trained)
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("num_words", "num_rows"),
+    [(128256, 256), (152064, 128), (262144, 128), (262400, 127), (10**6, 64), (32000, 1024)],
+)
+def test_chunks_are_whole_tiles_of_a_gemm(num_words, num_rows):
+    assert _rows_per_chunk(num_words) == num_rows
+
+
+def test_a_gpu_is_waited_for_once():
+    """Which rows count is read by the host, in the forward pass."""
+    tensors = make(torch.float32)
+    with Reads() as reads:
+        linear_cross_entropy(tensors.pop("x").requires_grad_(), **tensors, chunk_rows=4).backward()
+    assert reads.names == ["nonzero"]
 
 
 def test_autocast():

@@ -103,3 +103,24 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     with pytest.warns(UserWarning, match=message):
         assert double(torch.ones(2)).tolist() == [2.0, 2.0]
     assert double(torch.ones(2)).tolist() == [2.0, 2.0]  # and says no more
+
+
+def test_shapes_of_all_kinds_share_graphs(graphs):
+    """Torch keeps 8 graphs of a function, and then runs it as it is, without a word."""
+    indices = torch.tensor([1, 4, 9])
+    for shape in ((5, 32), (2, 6, 32), (1, 9, 32), (3, 1, 4, 32), (2, 1, 32)):
+        x, other = _make(shape, shape, dtype=torch.float32)
+        (weight,) = _make((32,), dtype=torch.float32)
+        run(rms_norm, {"x": x, "weight": weight}, {"x", "weight"})
+        run(gated_product, {"gate": x, "up": other}, {"gate", "up"})
+        found = ACTIVATIONS["silu"].product_columns(x, other, indices)
+        assert found.shape == (*shape[:-1], 3)
+    assert graphs.frame_count == 5  # a norm, a product, and each backward; the columns
+
+
+def test_a_half_of_a_wider_output_is_not_copied():
+    half, seen = torch.zeros(2, 6, 64)[..., :32], []
+    result = fused._of_matrices(lambda x: seen.append(x) or x, half)
+    assert seen[0].shape == (12, 32)
+    assert seen[0].data_ptr() == half.data_ptr()
+    assert result.shape == half.shape

@@ -11,6 +11,7 @@ from pacatune.measure import device
 from pacatune.measure.device import (
     GPU_GIB,
     PeakMemory,
+    Stopwatch,
     gpu_bytes,
     is_out_of_memory,
     limit_memory,
@@ -19,6 +20,7 @@ from pacatune.measure.device import (
 from pacatune.precision import choose_device
 
 XPU = torch.device("xpu", 0)
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -204,3 +206,48 @@ def test_amounts(text, expected):
 def test_what_is_no_amount(text):
     with pytest.raises(ValueError, match=r"`memory` .* is no amount of memory; write a number"):
         parse_bytes(text)
+
+
+class Event:
+    """A CUDA event: noted when recorded, reached by the device when it is waited for."""
+
+    reached = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.time = stream.pop(0)
+
+    def query(self):
+        return Event.reached >= self.time
+
+    def synchronize(self):
+        Event.reached = self.time
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+def test_a_stopwatch_waits_for_cuda_when_it_is_read(monkeypatch):
+    times = [100, 350, 400]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: times)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: pytest.fail("waited"))
+    watch = Stopwatch(CUDA)
+    for _ in range(3):
+        watch.mark()
+    assert not watch.is_done()
+    assert watch.seconds() == (0.25, 0.05)
+    assert watch.is_done()
+
+
+def test_a_stopwatch_reads_the_clock_elsewhere(accelerator, monkeypatch):
+    times = iter([1.0, 3.5, 4.0])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(times))
+    watch = Stopwatch(XPU)
+    for _ in range(3):
+        watch.mark()
+    assert watch.is_done()
+    assert watch.seconds() == (2.5, 0.5)
+    assert accelerator.calls == [("synchronize", XPU)] * 3

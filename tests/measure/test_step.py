@@ -5,9 +5,11 @@ import signal
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from pacatune.measure import step
 from pacatune.measure.setting import MicroBatch
-from pacatune.measure.step import count, prepare, run_in_child, run_point, time_together
+from pacatune.measure.step import _Run, count, prepare, run_in_child, run_point, time_together
 from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
 
@@ -152,6 +154,46 @@ def test_compiled_models_are_counted_without_their_modules(make_config, monkeypa
     assert options == [{"dynamic": False}]
     assert row["saved_bytes"] > 0
     assert not {"saved_bytes_by_kind", "forward_flops"} & set(row)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("method", ["frozen", "paca"])
+def test_a_compiled_step_is_one_graph(make_config, monkeypatch, method):
+    compile_model, graphs = torch.nn.Module.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **given: compile_model(self, backend=graphs)
+    )
+    torch.compiler.reset()
+    run = _Run(make_config(methods=(method,), compiled=True), SETTING, method)
+    for _ in range(2):
+        run.step()
+    torch.compiler.reset()
+    assert graphs.frame_count == 1
+
+
+class Watch:
+    """A clock that tells what the device would be waited for."""
+
+    def __init__(self, device):
+        self.events = []
+
+    def mark(self):
+        self.events.append("mark")
+
+    def seconds(self):
+        self.events.append("wait")
+        return (1.0, 2.0, 3.0)
+
+
+def test_a_step_waits_for_the_device_at_its_end_alone(make_config, monkeypatch):
+    watches = []
+    monkeypatch.setattr(
+        step, "Stopwatch", lambda device: watches.append(Watch(device)) or watches[-1]
+    )
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: pytest.fail("waited"))
+    assert _Run(make_config(), SETTING, "paca").step() == (1.0, 2.0, 3.0)
+    (watch,) = watches
+    assert watch.events == ["mark", "mark", "mark", "mark", "wait"]
 
 
 def test_processes_are_set_up_as_asked(make_config):

@@ -42,10 +42,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def fused(function: _Function) -> _Function:
     """Return `function`, as one kernel where its first argument is on a GPU with Triton.
 
-    Where it cannot be compiled, it says so once and runs as it is from then on.
+    Where it cannot be compiled, it says so once and runs as it is from then on. What is compiled
+    sees tensors as matrices: a graph is of one number of dimensions, and torch keeps but 8 of each
+    function.
 
     Args:
-        function: Takes tensors and hashable settings; has no side effects.
+        function: Takes tensors and hashable settings, and treats each row of (..., I) alike; has no
+            side effects, but on matrices. Its tensors of several dimensions have those of the
+            first, but the last.
     """
 
     @functools.wraps(function)
@@ -53,7 +57,7 @@ def fused(function: _Function) -> _Function:
         if not _is_wanted(x) or function in _failed:
             return function(x, *args)
         try:
-            return _compiled(function)(x, *args)
+            return _of_matrices(_compiled(function), x, *args)
         except Exception as error:
             result = function(x, *args)  # raises what is the arguments' fault
             _failed.add(function)
@@ -65,6 +69,21 @@ def fused(function: _Function) -> _Function:
             return result
 
     return cast(_Function, run)
+
+
+def _of_matrices(function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args) of tensors with their leading dimensions made one."""
+    leading = args[0].shape[:-1]
+    if len(leading) == 1:
+        return function(*args)
+    results = function(*(x.reshape(-1, x.shape[-1]) if _has_rows(x) else x for x in args))
+    if isinstance(results, Tensor):
+        return results.view(*leading, results.shape[-1])
+    return tuple(y.view(*leading, y.shape[-1]) if _has_rows(y) else y for y in results)
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 1
 
 
 _failed: set[Any] = set()

@@ -28,6 +28,8 @@ Transform = Callable[[Tensor], Tensor]
 # Logits per chunk: 128 MiB in float32, and a few times as much while its gradient is computed.
 _MAX_LOGITS = 2**25
 _MIN_ROWS = 64
+# Rows of a GEMM's tile on GPUs: what is left of one computes nothing.
+_TILE_ROWS = 128
 
 
 def linear_cross_entropy(
@@ -58,7 +60,7 @@ def linear_cross_entropy(
         label_smoothing: As in F.cross_entropy.
         transform: What happens to logits before the loss, elementwise and without parameters: a
             cast to float32, a soft cap.
-        chunk_rows: Rows per chunk; by default so many that a chunk has 2^25 logits.
+        chunk_rows: Rows per chunk; by default so many that a chunk has up to 2^25 logits.
 
     Returns:
         A number in the dtype of the transformed logits.
@@ -79,7 +81,7 @@ def linear_cross_entropy(
         raise ValueError(f"`reduction` ({reduction!r}) must be 'mean' or 'sum'.")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"`chunk_rows` ({chunk_rows}) must be at least 1.")
-    rows = chunk_rows or max(_MIN_ROWS, _MAX_LOGITS // len(weight))
+    rows = chunk_rows or _rows_per_chunk(len(weight))
     device_type, dtype = x.device.type, None
     if torch.is_autocast_enabled(device_type) and x.itemsize < 8:
         dtype = torch.get_autocast_dtype(device_type)
@@ -88,6 +90,12 @@ def linear_cross_entropy(
             x, weight, bias, target,
             (ignore_index, reduction, label_smoothing, transform, rows, dtype),
         )  # fmt: skip
+
+
+def _rows_per_chunk(num_words: int) -> int:
+    """Return the rows whose logits have the size of a chunk, in whole tiles where there is one."""
+    rows = max(_MIN_ROWS, _MAX_LOGITS // num_words)
+    return rows if rows < _TILE_ROWS else rows // _TILE_ROWS * _TILE_ROWS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

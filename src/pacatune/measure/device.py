@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,44 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class Stopwatch:
+    """Notes moments in a device's work: by events on CUDA, where nothing waits to note one.
+
+    Elsewhere it waits for the device each time, and reads the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note that everything given to the device so far is done."""
+        if has_events(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            synchronize(self._device)
+            self._marks.append(time.perf_counter())
+
+    def is_done(self) -> bool:
+        """Whether the device has come to the last mark."""
+        return not has_events(self._device) or bool(self._marks[-1].query())
+
+    def seconds(self) -> tuple[float, ...]:
+        """Wait for the last mark; return the time between each mark and the next."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not has_events(self._device):
+            return tuple(end - start for start, end in pairs)
+        self._marks[-1].synchronize()
+        return tuple(1e-3 * start.elapsed_time(end) for start, end in pairs)
+
+
+def has_events(device: torch.device) -> bool:
+    """Whether a device itself notes the time of its work."""
+    return device.type == "cuda"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -328,6 +328,23 @@ def make_batch(num_rows: int, num_tokens: int, vocab_size: int, seed: int) -> Te
     return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator)
 
 
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return the loss of (B, T) tokens, each of which learns the next one."""
+    loss: Tensor = model(input_ids=batch, labels=batch).loss
+    return loss
+
+
+def loss_of_graph(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return the same of a compiled model, whose graph begins after the embeddings.
+
+    That their output asks for a gradient is no operation which a graph could hold: it would be cut
+    into three.
+    """
+    embed: Any = cast(Any, model).get_input_embeddings()
+    loss: Tensor = model(inputs_embeds=embed(batch), labels=batch).loss
+    return loss
+
+
 def checkpoint_blocks(model: Any) -> None:
     """Let each block keep its inputs only."""
     # Renamed within version 5 of transformers.

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from pacatune import lean
 from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
-from pacatune.measure.device import PeakMemory, is_out_of_memory, limit_memory, synchronize
+from pacatune.measure.device import PeakMemory, Stopwatch, is_out_of_memory, limit_memory
 from pacatune.measure.methods import adapt
 from pacatune.measure.models import (
     checkpoint_blocks,
+    loss_of,
+    loss_of_graph,
     make_batch,
     make_config,
     make_model,
@@ -164,9 +166,10 @@ class _Run:
 
     def forward(self) -> Tensor:
         """Return the loss."""
+        model = self.contender.model
+        run = loss_of_graph if self.config.compiled else loss_of
         with self._precision():
-            loss: Tensor = self.contender.model(input_ids=self._batch, labels=self._batch).loss
-        return loss
+            return run(model, self._batch)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Products of 16-bit weights and finer adapters need autocast."""
@@ -176,21 +179,22 @@ class _Run:
         return torch.autocast(self.device.type, weights)
 
     def step(self) -> Phases:
-        """Make a training step; return the seconds of forward, backward and optimizer."""
-        optimizer = self.contender.optimizer
-        synchronize(self.device)
-        start = time.perf_counter()
+        """Make a training step; return the seconds of forward, backward and optimizer.
+
+        The device is not waited for between them: it works through a step as in training, and who
+        launches ahead of it does so here as well.
+        """
+        optimizer, watch = self.contender.optimizer, Stopwatch(self.device)
+        watch.mark()
         loss = self.forward()
-        synchronize(self.device)
-        forward = time.perf_counter()
+        watch.mark()
         loss.backward()
-        synchronize(self.device)
-        backward = time.perf_counter()
+        watch.mark()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-            synchronize(self.device)
-        return forward - start, backward - forward, time.perf_counter() - backward
+        watch.mark()
+        return cast(Phases, watch.seconds())
 
 
 def count(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, Any]:

@@ -24,8 +24,10 @@ def package_version(name: str) -> str | None:
 def versions(*more: str) -> dict[str, str]:
     """Return the releases of Python, of what decides the numbers, and of more if installed."""
     found = {"python": platform.python_version()}
-    found |= {name: version(name) for name in _PACKAGES}
-    return found | {name: number for name in more if (number := package_version(name))}
+    # Run from a checkout, our own is not installed.
+    return found | {
+        name: number for name in (*_PACKAGES, *more) if (number := package_version(name))
+    }
 
 
 def versions_text(found: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 """What is seen of a run: a bar on a terminal, lines elsewhere; warnings and the result."""
 
 import statistics
-import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
-from pacatune.measure.device import peak_process_bytes
+from pacatune.measure.device import Stopwatch, peak_process_bytes
 
 if TYPE_CHECKING:
     from pacatune.training.config import BaseRunConfig
@@ -25,14 +25,18 @@ _NUM_LINES = 20
 class Meter(TrainerCallback):
     """Measures steps: their time, and how many units they process.
 
-    Evaluation, saving and logging lie between steps and are not counted.
+    Evaluation, saving and logging lie between steps and are not counted. No step waits for a GPU:
+    its time and its units are read when it is done, some steps later.
     """
 
     def __init__(self, unit: str = "tokens") -> None:
         self.unit = unit
-        self.step_seconds: list[float] = []
         self.num_items: float | torch.Tensor = 0
-        self._start = 0.0
+        self._step_seconds: list[float] = []
+        self._num_read: float | torch.Tensor = 0
+        # Steps that the device may not have done yet, and the units counted when they end.
+        self._watch = Stopwatch(_clock_device())
+        self._running: deque[tuple[Stopwatch, float | torch.Tensor]] = deque()
 
     def add(self, number: float | torch.Tensor) -> None:
         """Count what a micro-batch holds, on its device so that nothing waits."""
@@ -40,25 +44,53 @@ class Meter(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
-        self._start = time.perf_counter()
+        self._watch = Stopwatch(_clock_device())
+        self._watch.mark()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock when the device has finished the step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.step_seconds.append(time.perf_counter() - self._start)
+        number = self.num_items
+        if isinstance(number, torch.Tensor):
+            # On its way when the device is; what is added later is another tensor.
+            number = number.to("cpu", non_blocking=True)
+        self._watch.mark()
+        self._running.append((self._watch, number))
+
+    def _read(self, *, waits: bool) -> None:
+        while self._running and (waits or self._running[0][0].is_done()):
+            watch, self._num_read = self._running.popleft()
+            self._step_seconds += watch.seconds()
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Times of all steps; waits for the last."""
+        self._read(waits=True)
+        return self._step_seconds
+
+    @property
+    def current_rate(self) -> float:
+        """Tokens or images per second of the steps that are done by now."""
+        self._read(waits=False)
+        return _rate(self._num_read, self._step_seconds)
 
     @property
     def items_per_second(self) -> float:
         """Tokens or images of this process per second of its steps; 0 before the first."""
-        seconds = sum(self.step_seconds)
-        return float(self.num_items) / seconds if seconds else 0.0
+        return _rate(self.num_items, self.step_seconds)
 
     @property
     def step_ms(self) -> float | None:
         """Median time of a step; the first, which warms up, is left out where there are others."""
         seconds = self.step_seconds[1:] or self.step_seconds
         return 1000 * statistics.median(seconds) if seconds else None
+
+
+def _rate(number: float | torch.Tensor, seconds: list[float]) -> float:
+    return float(number) / sum(seconds) if seconds else 0.0
+
+
+def _clock_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ProgressReporter(TrainerCallback):
@@ -131,7 +163,7 @@ class ProgressReporter(TrainerCallback):
     def _status(self) -> str:
         memory = format_bytes(peak_memory_bytes()[0])
         meter = self._meter
-        speed = f"{meter.items_per_second:,.0f} {meter.unit}/s  peak {memory}"
+        speed = f"{meter.current_rate:,.0f} {meter.unit}/s  peak {memory}"
         return f"loss {self._numbers['loss']:.4f}  {speed}" if "loss" in self._numbers else speed
 
 

@@ -1,0 +1,496 @@
+"""What is promised of a GPU, held to on one: by tools/gpu_check.py, and by the tests marked `gpu`.
+
+Each check takes the device, and returns what it has found; a promise that is not kept is a
+`BrokenPromise`. On a CPU the checks run as well, as far as there is something to check: the result
+says what stood in for what.
+"""
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+from benchmarks import kernels
+from benchmarks.llama import Shape, make_model
+from benchmarks.methods import OURS, adapt
+from pacatune.measure.device import PeakMemory
+from pacatune.measure.estimate import estimate_memory
+from pacatune.measure.gpu_kernels import replace_until
+from pacatune.measure.methods import Contender
+from pacatune.measure.methods import adapt as adapt_measured
+from pacatune.measure.models import load_config, loss_of, loss_of_graph, make_batch
+from pacatune.measure.models import make_model as make_measured
+from pacatune.measure.setting import Setting
+from pacatune.ops.linear import adapted_columns
+from pacatune.residency import weight as residency
+from pacatune.residency.exchange import can_exchange
+from pacatune.tuner.layer import PacaLayer
+
+SMALL = Shape(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+)
+SEED, NUM_STEPS, NUM_TOKENS = 0, 4, 128
+
+Found = dict[str, Any]
+
+
+class BrokenPromise(AssertionError):
+    """What was found is not what is promised."""
+
+
+def hold(is_kept: bool, message: str) -> None:
+    """Refuse a promise that is not kept."""
+    if not is_kept:
+        raise BrokenPromise(message)
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _contender(
+    device: torch.device, dtype: torch.dtype, method: str = OURS, shape: Shape = SMALL
+) -> Contender:
+    model = make_model(shape, dtype, SEED, device=device)
+    return adapt(model, method, targets="all-linear", seed=SEED)
+
+
+def _batch(device: torch.device, seed: int = SEED) -> Tensor:
+    return make_batch(1, NUM_TOKENS, SMALL.vocab_size, seed).to(device)
+
+
+def _step(contender: Contender, batch: Tensor) -> Tensor:
+    loss = loss_of(contender.model, batch)
+    loss.backward()
+    _optimize(contender)
+    return loss.detach()
+
+
+def _optimize(contender: Contender) -> None:
+    if contender.optimizer is not None:
+        contender.optimizer.step()
+        contender.optimizer.zero_grad()
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PacaLayer)]
+
+
+def _deltas(model: nn.Module) -> list[Tensor]:
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def _frozen(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+
+
+# Relative to the largest value; eager and reference round in another order.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def check_gradients(device: torch.device) -> Found:
+    """Compare PaCA with plain autograd: losses of some steps, gradients of the last."""
+    found: Found = {}
+    for dtype, tolerance in _TOLERANCE.items():
+        ours, plain = (_contender(device, dtype, method) for method in (OURS, "additive"))
+        batches = [_batch(device, seed) for seed in range(NUM_STEPS)]
+        losses = [[_step(each, batch).item() for batch in batches] for each in (ours, plain)]
+        for each in (ours, plain):
+            loss_of(each.model, batches[0]).backward()
+        gradients = [
+            [cast(Tensor, p.grad) for p in each.model.parameters() if p.requires_grad]
+            for each in (ours, plain)
+        ]
+        error = max(_error(*pair) for pair in zip(*gradients, strict=True))
+        far = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+        name = str(dtype).removeprefix("torch.")
+        found[name] = {"error_of_gradients": error, "error_of_losses": far}
+        hold(
+            max(error, far) <= tolerance,
+            f"{name}: PaCA is {error:.1e} (gradients) and {far:.1e} (losses) from plain autograd, "
+            f"at most {tolerance:.0e} allowed",
+        )
+    return found
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-12)
+    return float((found - expected).abs().max() / scale)
+
+
+def check_columns(device: torch.device) -> Found:
+    """Compare the columns that stand in the weights, and the base after a look, bit by bit."""
+    num_columns = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        contender = _contender(device, dtype)
+        before, batch = _frozen(contender.model), _batch(device)
+        for _ in range(NUM_STEPS):
+            _step(contender, batch)
+        loss_of(contender.model, batch).backward()
+        for layer in _layers(contender.model):
+            kept = layer.residency.present
+            hold(kept is not None, f"{dtype}: a layer's columns are not in its weight")
+            delta, indices, scaling = layer._single_update()
+            expected = adapted_columns(kept.originals, delta.detach(), scaling)
+            if device.type == "cuda":
+                hold(can_exchange(kept.memory, delta), f"{dtype}: the columns are no one launch")
+            there = kept.memory.index_select(1, indices)
+            hold(torch.equal(there, expected), f"{dtype}: columns in a weight have other bits")
+            num_columns += indices.numel()
+        after = _frozen(contender.model)
+        same = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        hold(same, f"{dtype}: the base is not bit-identical after a look")
+    return {"num_columns": num_columns, "is_base_identical": True}
+
+
+# What a GPU would be waited for.
+_READS = frozenset(["_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim"])
+
+
+class Reads(TorchDispatchMode):
+    """Finds where the host reads what a device computes, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.rpartition("::")[2]
+        masks = (x for x in (args[1] if name == "index" else ()) if x is not None)
+        if name in _READS or any(mask.dtype in (torch.bool, torch.uint8) for mask in masks):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _sync_is_an_error(device: torch.device) -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def check_synchronisation(device: torch.device) -> Found:
+    """Run training steps in which nothing may wait for the device: columns are written in them.
+
+    transformers looks at the positions of the tokens in each forward pass, which is left out.
+    """
+    contender, batch = _contender(device, torch.bfloat16), _batch(device)
+    for _ in range(2):
+        _step(contender, batch)
+    reads = Reads()
+    with ExitStack() as stack:
+        replace_until(stack, masking_utils, "find_packed_sequence_indices", lambda ids: None)
+        stack.enter_context(_sync_is_an_error(device))
+        with reads:
+            for _ in range(2):
+                _step(contender, batch)
+                cast(Any, contender.model).zero_grad()  # a look at the base
+    hold(not reads.names, f"a training step waits for the device in {', '.join(reads.names)}")
+    return {"num_reads": 0, "by": _stand_in(device, "set_sync_debug_mode", "a dispatch mode")}
+
+
+def _stand_in(device: torch.device, on_gpu: str, on_cpu: str) -> str:
+    return on_gpu if device.type == "cuda" else on_cpu
+
+
+def check_capture(device: torch.device) -> Found:
+    """Capture passes in a CUDA graph: additive and right; refused with columns written."""
+    if device.type == "cuda":
+        return _check_graph(device)
+    with ExitStack() as stack:
+        replace_until(stack, residency, "_is_on_gpu", lambda weight: True)
+        replace_until(stack, residency, "_is_capturing", lambda: True)
+        contender, batch = _contender(device, torch.float32), _batch(device)
+        plain = _contender(device, torch.float32, "additive")
+        losses = [[_step(each, batch).item() for _ in range(3)] for each in (contender, plain)]
+        _hold_additive(contender, *losses)
+    return {"by": "as if one were recorded", "is_refused_with_columns": _is_refused(device)}
+
+
+def _hold_additive(contender: Contender, ours: Sequence[float], plain: Sequence[float]) -> None:
+    written = any(layer.residency.was_written for layer in _layers(contender.model))
+    hold(not written, "columns were written under a CUDA graph, which reads the memory later")
+    far = max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+    hold(far <= 1e-4, f"the losses of a captured pass are {far:.1e} from plain autograd's")
+
+
+def _is_refused(device: torch.device) -> bool:
+    """Whether capturing is refused while columns are in the weights."""
+    contender, batch = _contender(device, torch.float32), _batch(device)
+    for _ in range(2):
+        _step(contender, batch)
+    loss_of(contender.model, batch).backward()
+    with ExitStack() as stack:
+        replace_until(stack, residency, "_is_on_gpu", lambda weight: True)
+        replace_until(stack, residency, "_is_capturing", lambda: True)
+        try:
+            loss_of(contender.model, batch)
+        except RuntimeError as error:
+            hold("CUDA graph" in str(error), f"capture is refused with another message: {error}")
+            return True
+    raise BrokenPromise("capturing a graph over written columns is not refused")
+
+
+def _check_graph(device: torch.device) -> Found:
+    contender, batch = _contender(device, torch.float32), _batch(device)
+    plain = _contender(device, torch.float32, "additive")
+    with ExitStack() as stack:
+        replace_until(stack, masking_utils, "find_packed_sequence_indices", lambda ids: None)
+        # Allocations and handles of libraries come before the capture, without a step.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                loss_of(contender.model, batch).backward()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        cast(Any, contender.model).zero_grad()
+        for layer in _layers(contender.model):
+            layer.residency.was_written = False  # of the unchanged columns, before the capture
+        with torch.cuda.graph(graph):
+            loss = loss_of(contender.model, batch)
+            loss.backward()
+    ours = []
+    for _ in range(3):
+        graph.replay()
+        ours.append(loss.item())
+        assert contender.optimizer is not None
+        contender.optimizer.step()  # the gradients are the graph's own memory, and stay
+    theirs = [_step(plain, batch).item() for _ in range(3)]
+    _hold_additive(contender, ours, theirs)
+    return {"by": "torch.cuda.graph", "is_refused_with_columns": _is_refused(device)}
+
+
+HELD = ("frozen", OURS)
+"""The methods whose kernels are promised: ours, beyond the floor."""
+
+
+def check_kernels(device: torch.device, methods: Iterable[str] = HELD) -> Found:
+    """Count the kernels of a layer by the profiler, beside those counted without a GPU."""
+    makes = {name: kernels.MODELS[name] for name in methods}
+    if device.type != "cuda":
+        rows = kernels.count_all(makes, (False,))
+        problems = kernels.exceeded(rows)
+        hold(not problems, "; ".join(problems))
+        return {"by": "a dispatch mode", "rows": rows}
+    rows = [
+        {"method": name, **_profiled_layer(partial(make, device=device))}
+        for name, make in makes.items()
+    ]
+    by_method = {row["method"]: row for row in rows}
+    if {"frozen", OURS} <= by_method.keys():
+        _hold_launches(by_method["frozen"], by_method[OURS])
+    return {"by": "torch.profiler", "rows": rows, "counted": _committed_counts(makes)}
+
+
+def _hold_launches(frozen: Found, ours: Found) -> None:
+    for phase in ("forward", "backward"):
+        beyond = ours[phase] - frozen[phase]
+        most = kernels.PROMISED[phase]
+        hold(beyond <= most, f"PaCA launches {beyond} kernels more ({phase}), at most {most}")
+    writes = ours["column_write_in_all"]
+    most = kernels.PROMISED_PER_STEP["column_write_in_all"]
+    hold(writes <= most, f"{writes} launches write the columns of a step, at most {most} promised")
+
+
+def _committed_counts(methods: Iterable[str]) -> list[Found]:
+    rows = json.loads((kernels.RESULTS / "kernels.json").read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if row["method"] in methods and not row["is_lean"]]
+
+
+def _profiled_layer(make: Callable[..., Contender]) -> Found:
+    found = []
+    for num_layers in (2, 3):
+        contender = make(replace(kernels.LAYER, num_hidden_layers=num_layers))
+        found.append(_profiled(contender))
+    fewer, more = found
+    steady = {"forward": "forward:steady", "backward": "backward:steady"}
+    counts = {name: more[phase] - fewer[phase] for name, phase in steady.items()}
+    written, as_before = (
+        sum(more[f"{part}:{kind}"] for part in steady) for kind in ("written", "steady")
+    )
+    return counts | {
+        "column_write_in_all": written - as_before,
+        "optimizer_in_all": more["optimizer"],
+    }
+
+
+# Sums of a split product are part of it; what comes and goes to the host is no kernel.
+_NO_LAUNCHES = ("splitkreduce", "memset", "htod", "dtoh")
+
+
+def _profiled(contender: Contender) -> dict[str, int]:
+    """Return the kernels of each phase."""
+    device = next(contender.model.parameters()).device
+    batch = make_batch(1, NUM_TOKENS, kernels.LAYER.vocab_size, SEED).to(device)
+    for _ in range(2):
+        _step(contender, batch)
+    counts: dict[str, int] = {}
+    for phase, run in kernels.passes(contender, batch):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize(device)
+        events = profiler.key_averages()
+        counts[phase] = sum(
+            event.count
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not any(word in event.key.lower() for word in _NO_LAUNCHES)
+        )
+    return counts
+
+
+def check_memory(
+    device: torch.device,
+    methods: Iterable[str] = (OURS, "lora"),
+    model: str | None = None,
+    seq_len: int = NUM_TOKENS,
+) -> Found:
+    """Compare the peak of training steps with the estimate; on a CPU, it is only shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            model = str(Path(folder) / "config.json")
+            values = {"model_type": "llama", **vars(SMALL), "tie_word_embeddings": False}
+            Path(model).write_text(json.dumps(values), encoding="utf-8")
+        rows = [
+            _compare_memory(device, Setting(model=model, method=m, seq_len=seq_len, lean="off"))
+            for m in methods
+        ]
+    if device.type == "cuda":
+        _hold_memory(rows)
+    return {"rows": rows}
+
+
+MAX_ERROR_OF_MEMORY = 0.03
+
+
+def _hold_memory(rows: Iterable[Found]) -> None:
+    for row in rows:
+        hold(
+            abs(row["ratio"] - 1) <= MAX_ERROR_OF_MEMORY,
+            f"{row['method']}: the peak is {row['ratio']:.3f} of the estimate, at most "
+            f"{MAX_ERROR_OF_MEMORY} from 1 promised",
+        )
+
+
+def _compare_memory(device: torch.device, setting: Setting) -> Found:
+    expected = estimate_memory(setting)
+    free(device)
+    memory = PeakMemory(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    values = load_config(setting.model).to_dict()
+    model: Any = make_measured(
+        values, setting.weight_dtype, device, seed=SEED, max_length=setting.seq_len
+    )
+    model.disable_input_require_grads()  # training needs none
+    contender = adapt_measured(
+        model,
+        setting.method,
+        rank=setting.rank,
+        dropout=setting.dropout,
+        seed=SEED,
+        adapter_dtype=setting.trained_dtype,
+    )
+    batch = make_batch(setting.batch_size, setting.seq_len, values["vocab_size"], SEED).to(device)
+    for number in range(3):
+        if number == 1:
+            memory.reset()
+        with torch.autocast(device.type, setting.compute_dtype):
+            loss = loss_of(contender.model, batch)
+        loss.backward()
+        _optimize(contender)
+        del loss
+    found = memory.to_dict()
+    found["peak_bytes"] -= before
+    ratio = found["peak_bytes"] / expected.peak_bytes
+    return {
+        "method": setting.method,
+        "estimated_bytes": expected.peak_bytes,
+        "ratio": ratio,
+        **found,
+    }
+
+
+def backend_on(device: torch.device) -> str:
+    """Return what graphs are compiled by: on a CPU, where that takes long, they run as they are."""
+    return _stand_in(device, "inductor", "eager")
+
+
+def check_compiled(device: torch.device) -> Found:
+    """Compile a model: one graph for all steps, with the losses of eager mode."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend(backend_on(device))
+    shape = replace(SMALL, num_hidden_layers=1)
+    eager, compiled = (_contender(device, torch.float32, shape=shape) for _ in range(2))
+    compiled.model.compile(dynamic=False, backend=graphs)
+    batch, far = _batch(device), 0.0
+    for _ in range(3):
+        loss = loss_of_graph(compiled.model, batch)
+        loss.backward()
+        _optimize(compiled)
+        expected = _step(eager, batch).item()
+        far = max(far, abs(loss.item() - expected) / abs(expected))
+    torch.compiler.reset()
+    hold(graphs.frame_count == 1, f"PaCA is compiled in {graphs.frame_count} graphs, 1 promised")
+    hold(far <= 1e-3, f"compiled losses are {far:.1e} from eager ones")
+    return {"backend": backend_on(device), "num_graphs": 1, "error_of_losses": far}
+
+
+def check_fsdp2(device: torch.device) -> Found:
+    """Shard a model over one process: the adapter and the base become what they are without."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded = (_contender(device, torch.float32) for _ in range(2))
+    batch, before = _batch(device), _frozen(plain.model)
+    is_first = not distributed.is_initialized()
+    if is_first:
+        backend = _stand_in(device, "nccl", "gloo")
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = sharded.model
+        mesh = init_device_mesh(device.type, (1,))
+        for block in model.get_base_model().model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        sharded = replace(sharded, optimizer=torch.optim.AdamW(trained, lr=1e-4))
+        losses = [[_step(each, batch).item() for _ in range(3)] for each in (plain, sharded)]
+        shards = [cast(Any, p).full_tensor() for p in model.parameters() if not p.requires_grad]
+        pairs = zip(shards, before, strict=True)
+        hold(all(torch.equal(*pair) for pair in pairs), "FSDP2: the base is not bit-identical")
+        far = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+        hold(far <= 1e-5, f"FSDP2: losses are {far:.1e} from those of one process")
+    finally:
+        if is_first:
+            distributed.destroy_process_group()
+    return {"error_of_losses": far, "is_base_identical": True}

@@ -1,0 +1,152 @@
+"""What is promised of GPUs is held to on one; here, that a promise which is broken is found.
+
+That they are kept on a CPU, as far as that goes, is shown by tests/tools/test_gpu_check.py.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu_promises as promises
+from benchmarks import kernels
+from pacatune.residency import weight as residency
+
+CPU = torch.device("cpu")
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in vars(promises).items()
+    if name.startswith("check_")
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CHECKS)
+def test_kept_on_a_gpu(name):
+    CHECKS[name](torch.device("cuda"))
+
+
+def refused(name, message):
+    with pytest.raises(promises.BrokenPromise, match=message):
+        CHECKS[name](CPU)
+
+
+def test_wrong_gradients(monkeypatch):
+    grad_delta = promises.residency.adapted_columns
+    monkeypatch.setattr(
+        residency, "adapted_columns", lambda w, d, scaling: grad_delta(w, d, scaling) * 1.01
+    )
+    refused("gradients", r"float32: PaCA is .* from plain autograd, at most 1e-04 allowed")
+    refused("columns", "columns in a weight have other bits")
+
+
+def test_a_base_that_is_not_restored(monkeypatch):
+    frozen, calls = promises._frozen, itertools.count()
+    monkeypatch.setattr(
+        promises, "_frozen", lambda model: [x.add_(next(calls)) for x in frozen(model)]
+    )
+    refused("columns", "the base is not bit-identical after a look")
+
+
+def test_a_step_that_waits_for_the_device(monkeypatch):
+    holds = residency.Residency.holds
+
+    def holds_and_looks(self, delta, *args):
+        float(delta.detach().sum())
+        return holds(self, delta, *args)
+
+    monkeypatch.setattr(residency.Residency, "holds", holds_and_looks)
+    refused("synchronisation", "a training step waits for the device in _local_scalar_dense")
+
+
+@pytest.mark.parametrize("read", [lambda x: x[x > 0], torch.nonzero, torch.Tensor.item])
+def test_what_waits_for_a_device(read):
+    with promises.Reads() as reads:
+        read(torch.ones(1))
+    assert reads.names
+
+
+def test_what_waits_for_no_device():
+    x = torch.ones(3)
+    with promises.Reads() as reads:
+        x[torch.tensor([0, 2])] = x.index_select(0, torch.tensor([1, 1]))
+        x.add_(x.sum()).to(torch.bfloat16)
+    assert not reads.names
+
+
+def test_columns_written_under_a_graph(monkeypatch):
+    monkeypatch.setattr(promises, "replace_until", lambda *args: None)
+    refused("capture", "columns were written under a CUDA graph")
+    monkeypatch.setattr(promises, "_hold_additive", lambda *args: None)
+    refused("capture", "capturing a graph over written columns is not refused")
+
+
+def test_more_launches_than_promised(monkeypatch):
+    monkeypatch.setitem(kernels.PROMISED, "forward", 6)
+    refused("kernels", r"paca: 45 kernels \(forward\), at most 44 promised")
+
+
+def test_more_launches_on_a_gpu_than_promised():
+    frozen = {"forward": 38, "backward": 64, "column_write_in_all": 0}
+    ours = {"forward": 45, "backward": 71, "column_write_in_all": 1}
+    promises._hold_launches(frozen, ours)
+    with pytest.raises(promises.BrokenPromise, match=r"8 kernels more \(backward\), at most 7"):
+        promises._hold_launches(frozen, ours | {"backward": 72})
+    with pytest.raises(promises.BrokenPromise, match="2 launches write the columns of a step"):
+        promises._hold_launches(frozen, ours | {"column_write_in_all": 2})
+
+
+class Profile:
+    """What torch.profiler would tell of a GPU: three kernels of a decoder layer in every phase."""
+
+    num_layers = 0
+
+    def __init__(self, activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def key_averages(self):
+        def event(key, count, kind=torch.autograd.DeviceType.CUDA):
+            return SimpleNamespace(key=key, count=count, device_type=kind)
+
+        return [
+            event("ampere_bf16_gemm", 3 * self.num_layers),
+            event("void cublasLt::splitKreduce_kernel", 7 * self.num_layers),
+            event("Memcpy HtoD (Pinned -> Device)", 1),
+            event("cudaLaunchKernel", 5, torch.autograd.DeviceType.CPU),
+        ]
+
+
+def test_kernels_of_a_layer_are_those_of_three_minus_those_of_two(monkeypatch):
+    monkeypatch.setattr(promises, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def make(shape):
+        Profile.num_layers = shape.num_hidden_layers
+        return kernels.make("paca", shape)
+
+    found = promises._profiled_layer(make)
+    assert found == {"forward": 3, "backward": 3, "column_write_in_all": 0, "optimizer_in_all": 9}
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_a_wrong_estimate(ratio):
+    promises._hold_memory([{"method": "paca", "ratio": 1.02}])
+    with pytest.raises(promises.BrokenPromise, match=rf"lora: the peak is {ratio}00 of the"):
+        promises._hold_memory([{"method": "lora", "ratio": ratio}])
+
+
+def test_shards_that_were_written(monkeypatch):
+    monkeypatch.setattr(promises, "_frozen", lambda model: [p + 1 for p in model.parameters()])
+    refused("fsdp2", "FSDP2: the base is not bit-identical")

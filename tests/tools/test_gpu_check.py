@@ -1,0 +1,90 @@
+"""Every section of tools/gpu_check.py, in small sizes on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_times
+from tools import gpu_check
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+SECTIONS = gpu_check.make_sections(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    output = tmp_path_factory.mktemp("gpu-check") / "out.json"
+    assert gpu_check.main(["--device", "cpu", "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_section(result, name):
+    assert result["sections"][name]["status"] == "passed"
+
+
+def test_what_the_result_says(result):
+    assert result["finished"]
+    assert result["times_by"] == "the clock of the host"
+    assert {"torch", "transformers", "peft"} <= result["versions"].keys()
+    sections = result["sections"]
+    ratios = sections["steps"]["ratios"]
+    assert {row["adapter_dtype"] for row in ratios} == {"bfloat16", "float32"}
+    pairs = {(row["method"], row["reference"]) for row in ratios}
+    assert {("paca", name) for name in gpu_times.REFERENCES["paca"]} <= pairs
+    assert {row["method"] for row in sections["memory"]["rows"]} == {"paca", "lora"}
+    saved = {row["method"]: row["saved_bytes"] for row in sections["lean"]["rows"]}
+    assert saved["paca lean"] < saved["paca"]
+    assert saved["lora lean"] < saved["lora"]
+
+
+def test_a_section_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    sections = {"first": lambda: {"a": 1}, "second": fail, "third": lambda: {"b": 2}}
+    monkeypatch.setattr(gpu_check, "make_sections", lambda device: sections)
+    written = []
+    monkeypatch.setattr(gpu_check, "write_json", lambda found, path: written.append(str(found)))
+    output = tmp_path / "out.json"
+    assert gpu_check.main(["--device", "cpu", "--output", str(output)]) == 1
+    assert len(written) == 4  # after each, and at the end
+    assert "'message': 'RuntimeError: no such kernel', 'at': 'test_gpu_check.py:" in written[-1]
+    assert "'third': {'status': 'passed', 'b': 2" in written[-1]
+    assert "failed: second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "tpu"], "`--device` ('tpu') must be 'cuda' or 'cpu'."),
+        (["--device", "cpu", "--sections", "stesp"], "did you mean 'steps'?"),
+        (["--device", "cpu", "--output", "."], "`--output` (.) is a folder; name a file."),
+        (["--device", "cpu", "--output", "no/folder/out.json"], "does not exist"),
+    ],
+)
+def test_wrong_options(tmp_path, capsys, options, message):
+    assert gpu_check.main(["--output", str(tmp_path / "out.json"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu(tmp_path, capsys):
+    assert gpu_check.main(["--output", str(tmp_path / "out.json")]) == 2
+    assert capsys.readouterr().err == (
+        "gpu_check: `--device` ('cuda'): there is no CUDA device; give `--device cpu`.\n"
+    )
+
+
+@pytest.mark.parametrize("options", [["--device", "cpu"], ["--output"], ["--no-such-option"]])
+def test_options_that_are_missing_or_unknown(capsys, options):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(options)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("gpu_check: ")
