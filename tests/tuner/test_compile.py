@@ -255,6 +255,21 @@ def test_many_layers_of_one_kind_share_their_graph():
 
 
 @compiles_whole
+@pytest.mark.parametrize("copies", [True, False])
+def test_hooks_on_saved_tensors(models, copies):
+    """They may copy what is saved (activation offloading), or wrap it; delta is saved as well."""
+    model, twin = models
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def forward(x):
+        keep = (lambda t: t.clone()) if copies else (lambda t: t.detach())
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            return compiled(x)
+
+    assert train(model, forward, 4) == pytest.approx(train(twin, twin, 4), rel=1e-10)
+
+
+@compiles_whole
 def test_what_became_of_the_base_is_not_taken_for_it(models):
     model, _ = models
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

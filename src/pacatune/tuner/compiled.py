@@ -59,19 +59,28 @@ def is_small(x: Tensor) -> bool | None:
     return x.numel() < _FEW_TOKENS * x.shape[-1]
 
 
-def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass | Residency:
-    """Return where the weight of an update is found now; without one, where the pretrained is."""
+def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass | Residency | None:
+    """Return where the weight of an update is found now; without one, where the pretrained is.
+
+    None if the layer has another one now, or runs in another way.
+    """
     layer = _LAYERS[int(handle)]
     if delta is None:
         return cast(Residency, layer.residency)
     found = layer._prepare()
-    if found is None or found[0][0] is not delta:
-        raise RuntimeError(
-            "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
-            "was compiled. Call `torch.compiler.reset()` and run it again."
-        )
-    (_, indices, scaling), residency = found
-    return Pass(residency, delta, indices, scaling, is_small(x), trains)
+    if found is None or not _is_same(found[0][0], delta):
+        return None
+    (own, indices, scaling), residency = found
+    return Pass(residency, own, indices, scaling, is_small(x), trains)
+
+
+def _is_same(own: Tensor, delta: Tensor) -> bool:
+    """Whether a graph has been given the layer's own delta, or what a hook has wrapped of it."""
+    return own is delta or (
+        own.data_ptr() == delta.data_ptr()
+        and own.shape == delta.shape
+        and own._version == delta._version
+    )
 
 
 def _view(residency: Residency) -> Tensor:
@@ -105,6 +114,11 @@ def _linear(
         return y
 
     opened = _open(handle, delta, x, trains)
+    if opened is None:
+        raise RuntimeError(
+            "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
+            "was compiled. Call `torch.compiler.reset()` and run it again."
+        )
     if isinstance(opened, Residency):
         return opened.read_pretrained(compute), torch.tensor(opened.base())
     y = opened.forward(compute)
@@ -132,6 +146,11 @@ def _linear_grad(
     if isinstance(opened, Residency):
         gx = opened.read_pretrained(compute)
     else:
+        if opened is None:  # hooks on saved tensors have kept what delta was
+            assert delta is not None
+            assert indices is not None
+            opened = Pass(_LAYERS[int(handle)].residency, delta, indices, scaling)
+            opened.version = -1
         opened.base = tuple(base.tolist())
         is_view = opened.residency.find_weight() is None and opened.base[1] == 0
         gx = compute(_view(opened.residency), False) if is_view else opened.backward(compute)
