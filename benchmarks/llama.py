@@ -53,18 +53,23 @@ def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
     return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)
 
 
-def make_step(contender: Contender, batch: Tensor, accumulation: int) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns its seconds."""
+def make_step(
+    contender: Contender,
+    batch: Tensor,
+    accumulation: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Callable[[], float]:
+    """Return a function that makes one optimizer step and returns its seconds by a clock."""
     model, optimizer = contender.model, contender.optimizer
 
     def step() -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(accumulation):
             model(input_ids=batch, labels=batch).loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        return time.perf_counter() - start
+        return clock() - start
 
     return step
 
