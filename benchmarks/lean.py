@@ -15,6 +15,7 @@ Times are of whole steps of a smaller model of the same proportions, all variant
 import argparse
 import dataclasses
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=int, default=1, help="counts are of a layer that is so many times smaller"
     )
     parser.add_argument("--no-times", action="store_true", help="count only")
+    processor = "time of this process on all processors, where others use the machine as well"
+    parser.add_argument("--processor-time", action="store_true", help=processor)
     args = parser.parse_args(options)
     if args.scale < 1 or LAYER.num_key_value_heads % args.scale:
         parser.error(f"--scale ({args.scale}) must divide the {LAYER.num_key_value_heads} KV heads")
@@ -171,7 +174,8 @@ def measure(tokens: int, dtype: str, args: argparse.Namespace) -> tuple[list[Row
             model = make_model(SMALL, DTYPES[dtype], args.seed)
             contender = adapt(model, method, targets="all-linear", seed=args.seed)
             apply_variant(contender.model, variant)
-            steps[method, variant] = make_step(contender, batch, 1)
+            clock = time.process_time if args.processor_time else time.perf_counter
+            steps[method, variant] = make_step(contender, batch, 1, clock)
     both = {key: {"method": key[0], "variant": key[1]} for key in steps}
     rows, times = take_turns(setting, steps, both, args)
     ratios = []

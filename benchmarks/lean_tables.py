@@ -23,7 +23,8 @@ def table(name: str, results: Path) -> str:
         return f"Not measured yet: `python -m benchmarks.{file}` writes it."
     result = json.loads(path.read_text(encoding="utf-8"))
     lines = {"lean-units": _units, "lean-times": _times, "lengths": _lengths}[name](result)
-    device = f"on {result['device']}, " if name == "lean-times" else ""
+    clock = "processor time " if result.get("settings", {}).get("processor_time") else ""
+    device = f"{clock}on {result['device']}, " if name == "lean-times" else ""
     source = (
         f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/{file}.json` "
         f"({device}{versions_text(result['versions'])})."
