@@ -175,7 +175,7 @@ def measure(tokens: int, dtype: str, args: argparse.Namespace) -> tuple[list[Row
             contender = adapt(model, method, targets="all-linear", seed=args.seed)
             apply_variant(contender.model, variant)
             clock = time.process_time if args.processor_time else time.perf_counter
-            steps[method, variant] = make_step(contender, batch, 1, clock)
+            steps[method, variant] = make_step(contender, batch, 1, clock=clock)
     both = {key: {"method": key[0], "variant": key[1]} for key in steps}
     rows, times = take_turns(setting, steps, both, args)
     ratios = []

@@ -63,15 +63,10 @@ def make_step(
     contender: Contender,
     batch: Tensor,
     accumulation: int,
-<<<<<<< HEAD
     loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
-) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns its seconds."""
-=======
     clock: Callable[[], float] = time.perf_counter,
 ) -> Callable[[], float]:
     """Return a function that makes one optimizer step and returns its seconds by a clock."""
->>>>>>> lean2
     model, optimizer = contender.model, contender.optimizer
 
     def step() -> float:
