@@ -74,8 +74,10 @@ def prepared(base: Net, x: Tensor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("is_changed", [True, False])
+@pytest.mark.parametrize(
+    ("error", "is_changed"),
+    [(KeyboardInterrupt, True), (KeyboardInterrupt, False), (torch.OutOfMemoryError, True)],
+)
 @pytest.mark.parametrize("operation", [train, look, step, switch, merge])
 def test_an_exception_at_every_line(
     operation, is_changed: bool, error: type, base: Net, x: Tensor
