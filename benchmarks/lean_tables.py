@@ -52,9 +52,8 @@ def _units(result: dict[str, Any]) -> list[str]:
 
 def _title(method: str, adapters: str) -> str:
     title = METHODS[method].title
-    dropout = ", dropout" if METHODS[method].dropout else ""
     finer = ", float32 adapters" if adapters == "float32" and not METHODS[method].is_paca else ""
-    return title + dropout + finer
+    return title + finer
 
 
 def _times(result: dict[str, Any]) -> list[str]:
