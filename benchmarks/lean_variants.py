@@ -1,9 +1,9 @@
 """What is done to a model so that it keeps less: levels of `pacatune.lean`, and their rivals.
 
-`inputs` is the cheapest rival: the input of a layer is not kept where a norm or a gated product made
-it, which cost next to nothing to compute again; no projection is computed twice. NeMo Automodel's
-fused LoRA MLP is of this kind (it keeps x, gate and up; here x comes from the norm's input as well).
-It is built of the parts that the levels are made of.
+`inputs` is the cheapest rival: the input of a layer is not kept where a norm or a gated product
+made it, which cost next to nothing to compute again; no projection is computed twice. NeMo
+Automodel's fused LoRA MLP is of this kind (it keeps x, gate and up; here x comes from the norm's
+input as well). It is built of the parts that the levels are made of.
 """
 
 from collections.abc import Callable
