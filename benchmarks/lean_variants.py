@@ -1,8 +1,9 @@
 """What is done to a model so that it keeps less: levels of `pacatune.lean`, and their rivals.
 
-`inputs` is what NeMo Automodel does for LoRA: the input of a layer is not kept where it is the
-output of a norm or a gated product, which cost next to nothing to compute again. No projection is
-computed twice. It is built here of the parts that the levels are made of.
+`inputs` is the cheapest rival: the input of a layer is not kept where a norm or a gated product
+made it, which cost next to nothing to compute again; no projection is computed twice. NeMo
+Automodel's fused LoRA MLP is of this kind (it keeps x, gate and up; here x comes from the norm's
+input as well). It is built of the parts that the levels are made of.
 """
 
 from collections.abc import Callable
@@ -103,8 +104,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Any], None]]] = {
         partial(_level, 1),
     ),
     "inputs": (
-        "level 1, and inputs of layers from the norm's input or gate and up, as NeMo Automodel's "
-        "LoRA",
+        "level 1, and inputs of layers from the norm's input, or from gate and up",
         _recompute_inputs,
     ),
     "level 2": ("gate and up from the norm's input", partial(_level, 2)),
