@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
@@ -207,6 +208,7 @@ _library.define(
     "Tensor base, SymInt in_features) -> Tensor"
 )
 for _name, _run, _like in (("linear", _linear, _like_y), ("linear_grad", _linear_grad, _like_gx)):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    # torch 2.6 would compile what an operator runs.
+    _library.impl(_name, _disable_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pacatune::{_name}", _like, lib=_library)
 torch.library.register_autograd("pacatune::linear", _gradients, setup_context=_save, lib=_library)
