@@ -118,7 +118,7 @@ def test_autocast():
 
 
 def test_bytes_kept():
-    """Of a frozen head: the gradient of the rows that count, and their places."""
+    """With a frozen head: the gradient of the rows that count, and their places."""
     tensors = make(torch.bfloat16, bias=False)
     _, ours = run(linear_cross_entropy, tensors, {"x"})
     assert ours == 8 * WIDTH * 2 + 8 * 8

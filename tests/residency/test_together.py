@@ -158,6 +158,25 @@ def test_another_adapter_does_not_get_the_columns_of_the_first(launches: list[in
     assert all(map(torch.equal, weights(model), base))
 
 
+def test_two_adapters_of_one_optimizer_are_one_member(launches: list[int]) -> None:
+    """Each weight is written once for all, with the columns of the adapter that is trained now."""
+    model = build()
+    config = PacaConfig(r=2, target_modules=r"\d", init_weights=False, random_seed=5)
+    model.add_adapter("other", config)
+    for layer in layers(model):
+        layer.paca_delta["other"].double()
+    optimizer = torch.optim.SGD(deltas(model) + deltas(model, "other"), lr=0.01)
+    for step in range(4):
+        name = "other" if step % 2 else "default"
+        model.set_adapter(name)
+        loss_of(model, step).backward()
+        optimizer.step()
+    launches.clear()
+    loss_of(model, 5).backward()
+    assert launches == [NUM_LAYERS]
+    assert all(layer.residency.is_written for layer in layers(model))
+
+
 def test_a_weight_is_read_again_where_its_changes_may_go_unnoticed() -> None:
     """On a CPU after any look, for numpy; elsewhere after a use of `.data`."""
     model = build()

@@ -142,6 +142,28 @@ def test_a_tied_weight() -> None:
     assert residency_report(model).additive == {reason: ["base_model.model.0"]}
 
 
+class Foreign(torch.Tensor):
+    """A tensor of a class that only its own package knows, as quantised weights are."""
+
+
+def test_a_weight_of_another_class() -> None:
+    """It is neither written nor, in a compiled graph, asked for."""
+    model = build()
+    layer, reference = paca_layers(model)[0], build()
+    foreign = layer.base_layer.weight.detach().clone().as_subclass(Foreign)
+    layer.base_layer._parameters["weight"] = foreign
+    report = residency_report(model)
+    assert report.additive == {"its weight is no plain parameter": ["base_model.model.0"]}
+    assert not layer.residency.is_writable()
+    for each in (model, reference):
+        torch.manual_seed(1)
+        train(each)
+    assert is_written(model) == [False, True]
+    for ours, theirs in zip(paca_layers(model), paca_layers(reference), strict=True):
+        want = theirs.delta_of("default").grad
+        torch.testing.assert_close(ours.delta_of("default").grad, want)
+
+
 def test_other_kinds_of_layer() -> None:
     base = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Linear(4, 4))
     model = get_peft_model(base, PacaConfig(r=2, target_modules=["0", "1"]))

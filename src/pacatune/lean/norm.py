@@ -219,7 +219,7 @@ class NormSource(NamedTuple):
     bias: Tensor | None
     norm: Norm
     version: int
-    """Of the output; a later one was changed in place."""
+    """The output's version; a later one was changed in place."""
 
 
 def source_of(y: Tensor) -> NormSource | None:

@@ -75,7 +75,7 @@ class State(NamedTuple):
 
     trained: tuple[nn.Parameter, ...]
     versions: tuple[tuple["weakref.ref[Tensor]", tuple[int, int]], ...]
-    """Of all parameters; held weakly, since a weight that somebody holds is written no more."""
+    """All parameters, held weakly, since a weight that somebody holds is written no more."""
     adapters: tuple[Any, ...]
     """Which adapters are on, active and merged, and their factors, for each of PEFT's layers."""
 

@@ -333,6 +333,7 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
         if isinstance(layer, PacaLayer) and layer.residency is not None:
             layer.residency = _FakeResidency(layer.get_base_layer())
             layer.residency.is_shared = layer.shares_weight
+            layer.residency.is_foreign = False  # fake, but of a plain parameter
             # FSDP2 keeps originals of the two gathered blocks alone: R / I of these, not counted.
             layer.residency.is_resharded = setting.shares_weights
     return weights, adapter

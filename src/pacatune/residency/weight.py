@@ -105,7 +105,7 @@ class _Update(NamedTuple):
 
     @property
     def parts(self) -> _Parts:
-        """Of a layer's update: delta, indices and scaling."""
+        """The layer's delta, indices and scaling."""
         return self.delta, self.indices, self.scaling
 
     def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
@@ -154,6 +154,8 @@ class Residency:
         self.mesh: Any = None
         # FSDP2 cuts smaller parts from the temporary after a forward pass: read only.
         self.is_resharded = False
+        # A tensor of another kind stands there, or has stood (quantised weights): read only.
+        self.is_foreign = False
         # A CUDA graph, or an exported one, reads the memory whenever it runs: read only.
         self.is_captured = False
         # The module has been handed back without the adapter: read only.
@@ -415,6 +417,9 @@ class Residency:
         if weight is None or type(weight) in (*_PLAIN, Tensor):
             return
         mesh = getattr(weight, "device_mesh", None)
+        if mesh is None:
+            self.is_foreign = True
+            return
         self.is_resharded |= self.is_sharded and mesh != self.mesh
         if not self.is_sharded:
             self.is_sharded, self.mesh = True, mesh
@@ -464,10 +469,12 @@ class Residency:
     def _what_forbids(self) -> str:
         if self.is_shared:
             return "another module uses the same weight"
-        if self.is_resharded:
-            return "FSDP2 cuts smaller shards from its weight after the forward pass"
         if self.is_captured:
             return "a CUDA graph or an exported graph reads its weight"
+        if self.is_foreign:
+            return "its weight is no plain parameter"
+        if self.is_resharded:
+            return "FSDP2 cuts smaller shards from its weight after the forward pass"
         return "the layer has been handed back"
 
     def _what_is_there(self) -> str | None:
@@ -487,7 +494,13 @@ class Residency:
 
     def is_writable(self) -> bool:
         """False where nothing is ever written from now on, whatever else happens."""
-        return not (self.is_shared or self.is_resharded or self.is_captured or self.is_closed)
+        return not (
+            self.is_shared
+            or self.is_resharded
+            or self.is_foreign
+            or self.is_captured
+            or self.is_closed
+        )
 
     def _capture(self) -> None:
         """Leave the pretrained weight to a CUDA graph, which reads it at every replay.
@@ -922,6 +935,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         delta.num_unversioned += 1  # fused optimisers count no versions
         if residency is not None:
             found.append(residency)
+    found = list(dict.fromkeys(found))  # two adapters may be trained by turns
     with LOCK:
         over = [residency for residency in found if residency.is_over()]
         _restore_all(over)

@@ -41,7 +41,7 @@ class _Style(NamedTuple):
     """What a plan's word means for a linear layer."""
 
     dim: int | None
-    """Of the (O, I) weight, along which it is split; None: it is whole."""
+    """The dimension of the (O, I) weight that is split; None: it is whole."""
     splits_input: bool = False
     """Whether a row-wise layer gets its input whole."""
     gathers_output: bool = False
