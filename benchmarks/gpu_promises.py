@@ -34,7 +34,7 @@ from pacatune.measure.models import make_model as make_measured
 from pacatune.measure.setting import Setting
 from pacatune.ops.linear import adapted_columns
 from pacatune.residency import weight as residency
-from pacatune.residency.exchange import can_exchange
+from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
 
 SMALL = Shape(

@@ -83,19 +83,19 @@ def batches():
 @contextmanager
 def counted_writes():
     """Yield a list that grows by one with each weight whose columns are written or restored."""
-    from pacatune.residency import weight
+    from pacatune.residency import put as residency_put
 
-    put, writes = weight._put_columns_, []
+    put, writes = residency_put._put_columns_, []
 
     def counted(*call):
         writes.append(call[0].shape)
         put(*call)
 
-    weight._put_columns_ = counted
+    residency_put._put_columns_ = counted
     try:
         yield writes
     finally:
-        weight._put_columns_ = put
+        residency_put._put_columns_ = put
 
 
 def whole(ids):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import pacatune.residency.weight
+import pacatune.residency.put
 from tests.residency.net import Net
 
 
@@ -27,12 +27,12 @@ def _x() -> Tensor:
 @pytest.fixture(name="writes")
 def _writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each write of columns."""
-    original = pacatune.residency.weight._put_columns_
+    original = pacatune.residency.put._put_columns_
     done: list[int] = []
 
     def counting(memory: Tensor, *args: Tensor) -> None:
         done.append(memory.data_ptr())
         original(memory, *args)
 
-    monkeypatch.setattr(pacatune.residency.weight, "_put_columns_", counting)
+    monkeypatch.setattr(pacatune.residency.put, "_put_columns_", counting)
     return done

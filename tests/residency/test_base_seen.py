@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pacatune.residency.weight
+import pacatune.residency.put
 from pacatune import PacaConfig
 from pacatune.residency.watching import DeltaParameter
 from tests.residency.looks import LOOKS, assert_sees_base
@@ -123,13 +123,13 @@ class TestR2TheBaseForWhoeverLooks:
         self, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = adapt(base)
-        original = pacatune.residency.weight._put_columns_
+        original = pacatune.residency.put._put_columns_
 
         def interrupted(*args: Tensor) -> None:
             original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pacatune.residency.weight, "_put_columns_", interrupted)
+        monkeypatch.setattr(pacatune.residency.put, "_put_columns_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(x)
         monkeypatch.undo()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pacatune.residency.weight
+import pacatune.residency.put
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 
@@ -128,7 +128,7 @@ class TestR1CurrentDelta:
         self, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not noticed, but the pretrained weight is found again."""
-        monkeypatch.setattr(pacatune.residency.weight, "_MAX_KEPT_POSITIONS", 0)
+        monkeypatch.setattr(pacatune.residency.put, "_MAX_KEPT_POSITIONS", 0)
         model = adapt(base)
         model(x).sum().backward()
         for layer in layers(model):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pacatune.residency.weight
 from pacatune import PacaConfig
+from pacatune.residency import passes, put, together, weight
 from pacatune.residency.watching import LOCK
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+
+FILES = {module.__file__ for module in (passes, put, together, weight)}
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def at_line(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
     lines = [0]
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if frame.f_code.co_filename != pacatune.residency.weight.__file__:
+        if frame.f_code.co_filename not in FILES:
             return None
         if event == "line":
             lines[0] += 1

@@ -8,8 +8,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pacatune import PacaConfig
-from pacatune.residency import weight as weight_module
-from pacatune.residency.exchange import Exchange
+from pacatune.residency import put as put_module
+from pacatune.residency.put import Put
 from tests.residency.net import deltas, layers
 
 NUM_LAYERS = 5
@@ -20,16 +20,16 @@ def _launches(monkeypatch: pytest.MonkeyPatch, writes: list[int]) -> list[int]:
     """Grows by the number of weights of each launch; as if there were a GPU and its kernel."""
     done: list[int] = []
 
-    def exchange(exchanges: list[Exchange]) -> None:
-        done.append(len(exchanges))
-        for each in exchanges:
-            values = each.originals
-            if each.delta is not None:
-                values = torch.add(values, each.delta, alpha=each.scaling)
-            each.memory.index_copy_(1, each.columns, values)
+    def exchange(puts: list[Put]) -> None:
+        done.append(len(puts))
+        for kept, update in puts:
+            values = kept.originals
+            if update is not None:
+                values = torch.add(values, update.delta, alpha=update.scaling)
+            kept.memory.index_copy_(1, kept.columns, values)
 
-    monkeypatch.setattr(weight_module, "exchange", exchange)
-    monkeypatch.setattr(weight_module, "can_exchange", lambda memory, delta: True)
+    monkeypatch.setattr(put_module, "exchange", exchange)
+    monkeypatch.setattr(put_module, "can_exchange", lambda memory, delta: True)
     return done
 
 

@@ -24,7 +24,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-import pacatune.residency.weight
+import pacatune.residency.put
 from pacatune import PacaConfig, resident
 from pacatune.adapters.loading import hotswap_adapter
 from tests.residency.twin import KINDS, Kind, Twin, adapted, targets_of
@@ -405,19 +405,19 @@ class Walk(RuleBasedStateMachine):
     @rule(after=st.booleans())
     def fail_in_the_middle(self, after: bool) -> None:
         """Interrupt a write of columns, if one takes place."""
-        put = pacatune.residency.weight._put_columns_
+        put = pacatune.residency.put._put_columns_
 
         def interrupted(*args: Any) -> None:
             if after:
                 put(*args)
             raise Injected
 
-        pacatune.residency.weight._put_columns_ = interrupted
+        pacatune.residency.put._put_columns_ = interrupted
         try:
             with contextlib.suppress(Injected):
                 self.twin.model(self.twin.inputs()).float().square().mean().backward()
         finally:
-            pacatune.residency.weight._put_columns_ = put
+            pacatune.residency.put._put_columns_ = put
         self.twin.model.zero_grad()
         self.twin.check_base()
 

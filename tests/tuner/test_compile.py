@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
-from pacatune.residency import weight as weight_module
+from pacatune.residency import put as put_module
 from pacatune.tuner import PacaLayer
 from tests.releases import compiles_whole
 
@@ -170,9 +170,9 @@ def test_other_numbers_of_tokens_share_a_graph(models):
 def test_columns_are_written_once_a_step(models, monkeypatch):
     model, _ = models
     written = []
-    put = weight_module._put_columns_
+    put = put_module._put_columns_
     monkeypatch.setattr(
-        weight_module, "_put_columns_", lambda *call: (written.append(call), put(*call))
+        put_module, "_put_columns_", lambda *call: (written.append(call), put(*call))
     )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -154,7 +154,7 @@ def test_a_weight_of_another_class() -> None:
     layer.base_layer._parameters["weight"] = foreign
     report = residency_report(model)
     assert report.additive == {"its weight is no plain parameter": ["base_model.model.0"]}
-    assert not layer.residency.is_writable()
+    assert layer.residency.forbidden
     for each in (model, reference):
         torch.manual_seed(1)
         train(each)

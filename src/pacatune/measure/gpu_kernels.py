@@ -30,8 +30,9 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
 from pacatune.ops import linear
+from pacatune.residency import put as residency_put
 from pacatune.residency import weight as residency
-from pacatune.residency.exchange import Exchange
+from pacatune.residency.put import Put
 
 # FlashAttention's largest head.
 _MAX_FLASH_DIM = 256
@@ -67,10 +68,10 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(linear, "_can_widen", lambda device, dtype, wide: True)
         replace(linear, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
-        replace(residency, "_is_flat", lambda memory: False)
+        replace(residency_put, "_is_flat", lambda memory: False)
         replace(residency, "_is_numpys", lambda memory: False)
-        replace(residency, "can_exchange", lambda memory, delta: True)
-        replace(residency, "exchange", partial(_exchange, launch))
+        replace(residency_put, "can_exchange", lambda memory, delta: True)
+        replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         try:
             from trl.kernels import chunked_logprob
@@ -86,10 +87,11 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         yield
 
 
-def _exchange(launch: Launch, exchanges: list[Exchange]) -> None:
+def _exchange(launch: Launch, puts: Sequence[Put]) -> None:
     """Stand in for the kernel that puts the columns of many weights."""
-    reads = [x for each in exchanges for x in (each.originals, each.delta) if x is not None]
-    launch("exchange", 0, reads, [each.originals for each in exchanges])
+    written = [each.kept.originals for each in puts]
+    deltas = [each.update.delta for each in puts if each.update is not None]
+    launch("exchange", 0, written + deltas, written)
 
 
 def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

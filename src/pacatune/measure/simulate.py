@@ -296,9 +296,9 @@ class _FakeResidency(Residency):
         return self.weight
 
     def obstacle(self, delta: Any) -> str | None:
-        """Tell of flags alone."""
+        """Tell of what is always forbidden alone."""
         delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
-        return None if self.find_weight() is not None and self.is_writable() else "a flag"
+        return self.forbidden if self.find_weight() is not None else "no weight"
 
     @staticmethod
     def _address_of(weight: Tensor) -> int:
@@ -332,10 +332,10 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
     for layer in model.modules():
         if isinstance(layer, PacaLayer) and layer.residency is not None:
             layer.residency = _FakeResidency(layer.get_base_layer())
-            layer.residency.is_shared = layer.shares_weight
-            layer.residency.is_foreign = False  # fake, but of a plain parameter
-            # FSDP2 keeps originals of the two gathered blocks alone: R / I of these, not counted.
-            layer.residency.is_resharded = setting.shares_weights
+            # Being fake forbids nothing: it stands for a plain parameter. FSDP2 keeps originals of
+            # the two gathered blocks alone: R / I of these, not counted.
+            is_read_only = layer.shares_weight or setting.shares_weights
+            layer.residency.forbidden = "its weight is shared" if is_read_only else None
     return weights, adapter
 
 

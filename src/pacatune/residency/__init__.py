@@ -1,5 +1,7 @@
 """Adapted columns inside the frozen weight, and nobody who sees them there by mistake."""
 
-from pacatune.residency.weight import Pass, Residency, resident
+import pacatune.residency.together  # noqa: F401 (its hooks, which optimisers call)
+from pacatune.residency.passes import Pass, resident
+from pacatune.residency.weight import Residency
 
 __all__ = ["Pass", "Residency", "resident"]

@@ -29,7 +29,6 @@ Who may see W, and how each is served:
   * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
     a graph holds the weight (a traced one, or plain autograd's), or another process shares its
     memory, nothing is written, and the layer adds the product of its columns.
-
   * FSDP2 shows a temporary that it gathers for a pass: that is what is written, and what is thrown
     away with the columns. Its shards are never written.
 
@@ -42,23 +41,16 @@ never trips on them. Deltas, not columns, are what is trained: an untrained delt
 the original bits.
 """
 
-import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
-from pacatune.ops.linear import adapted_columns
-from pacatune.residency.exchange import Exchange, can_exchange, exchange
+from pacatune.residency.put import Kept, Put, Update, keep, put
 from pacatune.residency.watching import (
     LOCK,
     DeltaParameter,
@@ -71,71 +63,20 @@ from pacatune.residency.watching import (
     owns_its_memory,
 )
 
-__all__ = ["Pass", "Residency", "resident"]
+if TYPE_CHECKING:
+    from pacatune.residency.together import Group
+
+__all__ = ["Residency", "put_all", "restore_all"]
 
 Result = TypeVar("Result")
-
-
-_Parts = tuple[DeltaParameter, Tensor, float]
-
-
-class _Kept(NamedTuple):
-    """What a write overwrites, and where."""
-
-    indices: Tensor
-    """The adapter's own, known by identity."""
-    columns: Tensor
-    """(R,) copy of them, since the adapter's own may be reloaded."""
-    originals: Tensor
-    """(O, R) in the weight's dtype."""
-    positions: Tensor | None
-    """(O, R) theirs in the flat memory, where worth keeping."""
-    memory: Tensor
-    """An alias of the weight: writes through it pass autograd's version check."""
-
-
-class _Update(NamedTuple):
-    """A delta at one moment: equal ones mean the same columns."""
-
-    delta: DeltaParameter
-    version: int
-    num_unversioned: int
-    indices: Tensor
-    scaling: float
-
-    @property
-    def parts(self) -> _Parts:
-        """The layer's delta, indices and scaling."""
-        return self.delta, self.indices, self.scaling
-
-    def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
-        return (
-            delta is self.delta
-            and delta._version == self.version
-            and delta.num_unversioned == self.num_unversioned
-            and indices is self.indices
-            and scaling == self.scaling
-        )
-
-
-class _Move(NamedTuple):
-    """A write: what to put into which weight, and what it overwrites."""
-
-    residency: "Residency"
-    kept: _Kept
-    update: _Update
 
 
 class _Added(NamedTuple):
     """What the columns add to the product of the pretrained weight, and of what."""
 
-    update: _Update
+    update: Update
     base: tuple[int, int]
     columns: Tensor
-
-
-def _update(delta: Any, indices: Tensor, scaling: float) -> _Update:
-    return _Update(delta, delta._version, delta.num_unversioned, indices, scaling)
 
 
 class Residency:
@@ -146,25 +87,21 @@ class Residency:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # Another module sees the weight as well (tied embeddings): never write.
-        self.is_shared = False
+        # Why nothing is ever written from now on, whatever else happens.
+        self.forbidden: str | None = None
         # Each process has a part of the weight (FSDP2). What stands in the module during a pass is
         # a temporary copy, the only thing that is written; it is thrown away with the columns.
         self.is_sharded = False
         self.mesh: Any = None
-        # FSDP2 cuts smaller parts from the temporary after a forward pass: read only.
+        # FSDP2 cuts smaller parts from the temporary after a forward pass.
         self.is_resharded = False
-        # A tensor of another kind stands there, or has stood (quantised weights): read only.
-        self.is_foreign = False
-        # A CUDA graph, or an exported one, reads the memory whenever it runs: read only.
+        # A CUDA graph, or an exported one, reads the memory whenever it runs.
         self.is_captured = False
-        # The module has been handed back without the adapter: read only.
-        self.is_closed = False
         self.is_merged = False
         # How many tensors besides the weight itself are known to share its memory.
         self.num_sharing = 0
         # What a write has overwritten, from before it until after it is restored.
-        self.present: _Kept | None = None
+        self.present: Kept | None = None
         # At any time; compiled graphs then ask when they run.
         self.was_written = False
         # Written, but perhaps in part, or an optimiser step has passed since.
@@ -177,7 +114,7 @@ class Residency:
         self.owner: int | None = None
         self.trainer: int | None = None
         # Those that one optimiser changes together with this one, and whether this one stays apart.
-        self.group: _Group | None = None
+        self.group: Group | None = None
         self.is_alone = False
         # Somebody has used the weight's `.data`, and may have changed it by that.
         self.is_data_used = False
@@ -199,8 +136,8 @@ class Residency:
         self.address = 0
         # Changes of the weight by merging, which unmerging has taken back.
         self.version_before_merge = self.num_own_versions = 0
-        self.kept: _Kept | None = None
-        self.written: _Update | None = None
+        self.kept: Kept | None = None
+        self.written: Update | None = None
         self.claimed: tuple[DeltaParameter, int] | None = None
         self.added: _Added | None = None
 
@@ -312,10 +249,12 @@ class Residency:
         moves = [self._prepare(delta, indices, scaling)]
         if self.group is not None and moves[0] is not None:
             moves += [member._prepare(*parts) for member, parts in self.group.waiting(self)]
-        _put_updates([move for move in moves if move is not None])
+        put_all([move for move in moves if move is not None])
         return self.holds(delta, indices, scaling)
 
-    def _prepare(self, delta: Tensor, indices: Tensor, scaling: float) -> "_Move | None":
+    def _prepare(
+        self, delta: Tensor, indices: Tensor, scaling: float
+    ) -> "tuple[Residency, Put] | None":
         """Copy aside what a write would overwrite; None, and nothing written, if it must not be."""
         if not self._may_write(delta):
             self.restore()
@@ -325,9 +264,9 @@ class Residency:
             self.restore()
             self.kept = None
             kept = self._copy_aside(indices)
-        return _Move(self, kept, _update(delta, indices, scaling))
+        return self, Put(kept, Update.now(delta, indices, scaling))
 
-    def _begin(self, kept: _Kept) -> int:
+    def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
         self.added = None
         self.epoch += 1
@@ -336,13 +275,13 @@ class Residency:
         self.present = kept
         return epoch
 
-    def _end(self, move: "_Move", epoch: int) -> None:
+    def _end(self, kept: Kept, update: Update, epoch: int) -> None:
         if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
-            self.present = move.kept
+            self.present = kept
             self.restore()
             return
-        self.kept, self.written = move.kept, move.update
-        move.update.delta.residency = self.link
+        self.kept, self.written = kept, update
+        update.delta.residency = self.link
         self.is_stale = False
 
     def claim(self, delta: Any) -> None:
@@ -357,16 +296,12 @@ class Residency:
         claimed, num_steps = self.claimed
         return claimed is delta and delta.num_steps == num_steps
 
-    def _copy_aside(self, indices: Tensor) -> _Kept:
+    def _copy_aside(self, indices: Tensor) -> Kept:
         assert self.weight is not None
-        memory = alias_of(self.weight)
-        originals = memory.index_select(1, indices)
-        columns, positions = indices.clone(), None
-        if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
-            positions = _flat_positions(memory, columns)
+        kept = keep(alias_of(self.weight), indices)
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
-        return _Kept(indices, columns, originals, positions, memory)
+        return kept
 
     def _watch(self, weight: Tensor) -> None:
         """Notice the use of the weight's `.data` from now on."""
@@ -405,7 +340,7 @@ class Residency:
 
     def _gathered(self, weight: Tensor) -> None:
         if (kept := self.present) is not None:  # in the smaller parts, too
-            _put_columns_(alias_of(weight), kept.columns, kept.originals, None)
+            put([Put(kept._replace(memory=alias_of(weight), positions=None), None)])
         self.present, self.is_stale = None, False
         self._forget()
         # The buffer that it came in has the same memory.
@@ -417,10 +352,12 @@ class Residency:
         if weight is None or type(weight) in (*_PLAIN, Tensor):
             return
         mesh = getattr(weight, "device_mesh", None)
-        if mesh is None:
-            self.is_foreign = True
+        if mesh is None:  # quantised
+            self.forbid("its weight is no plain parameter")
             return
-        self.is_resharded |= self.is_sharded and mesh != self.mesh
+        if self.is_sharded and mesh != self.mesh:
+            self.is_resharded = True
+            self.forbid("FSDP2 cuts smaller shards from its weight after the forward pass")
         if not self.is_sharded:
             self.is_sharded, self.mesh = True, mesh
 
@@ -437,8 +374,8 @@ class Residency:
         Raises:
             RuntimeError: If somebody changed the weight in place while columns were in it.
         """
-        if not self.is_writable():
-            return self._what_forbids()
+        if self.forbidden is not None:
+            return self.forbidden
         weight = self.find_weight()
         if weight is None:
             return self._what_is_there()
@@ -466,17 +403,6 @@ class Residency:
             return "somebody holds the `.data` of its update, or that is no plain parameter"
         return None
 
-    def _what_forbids(self) -> str:
-        if self.is_shared:
-            return "another module uses the same weight"
-        if self.is_captured:
-            return "a CUDA graph or an exported graph reads its weight"
-        if self.is_foreign:
-            return "its weight is no plain parameter"
-        if self.is_resharded:
-            return "FSDP2 cuts smaller shards from its weight after the forward pass"
-        return "the layer has been handed back"
-
     def _what_is_there(self) -> str | None:
         weight: Any = dict.get(self.parameters or {}, "weight")
         if type(weight) not in _PLAIN:
@@ -492,15 +418,20 @@ class Residency:
     def _tracks(self, delta: Tensor) -> bool:
         return is_tracked(delta, is_gathered=self.is_sharded)
 
-    def is_writable(self) -> bool:
-        """False where nothing is ever written from now on, whatever else happens."""
-        return not (
-            self.is_shared
-            or self.is_resharded
-            or self.is_foreign
-            or self.is_captured
-            or self.is_closed
-        )
+    def forbid(self, reason: str) -> None:
+        """Never write from now on; what is written stays until somebody reads it."""
+        self.forbidden = self.forbidden or reason
+
+    def note_sharing(self) -> None:
+        """Leave the pretrained weight to another module that uses it as well (tied embeddings)."""
+        self.restore()
+        self.forbid("another module uses the same weight")
+
+    def note_capture(self) -> None:
+        """Leave the pretrained weight to a graph that reads it whenever it runs."""
+        self.is_captured = True
+        # What an exporter puts in the weight's place has forbidden it already, for no good reason.
+        self.forbidden = "a CUDA graph or an exported graph reads its weight"
 
     def _capture(self) -> None:
         """Leave the pretrained weight to a CUDA graph, which reads it at every replay.
@@ -514,7 +445,7 @@ class Residency:
                 "would read at every replay. Call `model.zero_grad()` before the capture: any look "
                 "at the parameters puts the pretrained columns back."
             )
-        self.is_captured = True
+        self.note_capture()
 
     @staticmethod
     def _address_of(weight: Tensor) -> int:
@@ -547,19 +478,11 @@ class Residency:
         if self.present is None:
             return
         with LOCK:
-            if (kept := self.present) is not None:  # still
-                self._restore(kept)
-
-    def _restore(self, kept: _Kept) -> None:
-        assert self.weight is not None
-        if not self._is_unchanged(self.weight):
-            self._refuse_changed()
-        self.epoch += 1
-        self.is_stale = True
-        with torch.inference_mode(False):
-            _put_columns_(kept.memory, kept.columns, kept.originals, kept.positions)
-        self.present = None
-        self.is_stale = False
+            if self.present is None:  # by now
+                return
+            if not self.is_unchanged():
+                self._refuse_changed()
+            restore_all([self])
 
     def addition(
         self,
@@ -590,7 +513,7 @@ class Residency:
             return added.columns
         epoch, update = self.epoch, None
         if not self.is_captured and self._tracks(delta):
-            update = _update(delta, indices, scaling)
+            update = Update.now(delta, indices, scaling)
         with torch.inference_mode(False), torch.no_grad():
             columns = compute().to(dtype)
         with LOCK:
@@ -663,7 +586,7 @@ class Residency:
         """Leave the pretrained weight to the module, for good."""
         with LOCK:
             self.restore()
-            self.is_closed = True
+            self.forbid("the layer has been handed back")
             weight: Any = dict.get(self.parameters or {}, "weight")
             if type(weight) is WeightParameter:  # of a copied model, perhaps never written
                 weight.residency = None
@@ -676,185 +599,27 @@ class Residency:
                 self.restore()
 
 
-class _Group:
-    """Weights whose deltas one optimiser changes: their columns are written and restored together.
+def put_all(moves: "Sequence[tuple[Residency, Put]]") -> None:
+    """Write columns into all weights, which are known to allow it; the caller holds the lock."""
+    epochs = [residency._begin(kept) for residency, (kept, _) in moves]
+    put([move for _, move in moves])
+    for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
+        residency._end(kept, cast(Update, update), epoch)
 
-    On a GPU that is one launch for all of them, where each takes longer to launch than to run.
+
+def restore_all(residencies: "Iterable[Residency]") -> None:
+    """Put the pretrained columns back wherever nobody has changed the weight since.
+
+    The caller holds the lock.
     """
-
-    def __init__(self, members: list[Residency]) -> None:
-        self.links = [member.link for member in members]
-        # Somebody has looked at one since they were written, and will look at the next.
-        self.is_looked_at = False
-
-    def consists_of(self, members: list[Residency]) -> bool:
-        """Whether these are the group."""
-        return self.links == [member.link for member in members]
-
-    def _members(self) -> Iterator[Residency]:
-        return (member for link in self.links if (member := link()) is not None)  # type: ignore[misc]
-
-    def waiting(self, first: Residency) -> list[tuple[Residency, _Parts]]:
-        """Return the others whose columns have to be written anew, and by what."""
-        self.is_looked_at = False
-        found = []
-        for member in self._members():
-            written = member.written
-            if written is None or member is first or member.is_alone or member.owner != first.owner:
-                continue
-            if written.delta.requires_grad and not member.holds(*written.parts):
-                found.append((member, written.parts))
-        return found
-
-    def look(self) -> None:
-        """Restore all, if somebody is looking at one after the other."""
-        if self.is_looked_at:
-            _restore_all(list(self._members()))
-        self.is_looked_at = True
-
-
-def _put_updates(moves: list[_Move]) -> None:
-    """Write columns into all weights, which are known to allow it."""
-    epochs = []
-    if len(moves) > 1 and all(can_exchange(m.kept.memory, m.update.delta) for m in moves):
-        epochs = [move.residency._begin(move.kept) for move in moves]
-        exchange([_exchange_of(move.kept, move.update) for move in moves])
-    else:
-        values = [
-            adapted_columns(m.kept.originals, m.update.delta.detach(), m.update.scaling)
-            for m in moves
-        ]
-        for move, value in zip(moves, values, strict=True):
-            epochs.append(move.residency._begin(move.kept))
-            kept = move.kept
-            _put_columns_(kept.memory, kept.columns, value, kept.positions)
-    for move, epoch in zip(moves, epochs, strict=True):
-        move.residency._end(move, epoch)
-
-
-def _restore_all(residencies: list[Residency]) -> None:
-    """Restore every weight that columns are in, in one launch where that can be."""
-    found = [(r, r.present) for r in residencies if r.present is not None and r.is_unchanged()]
-    if len(found) < 2 or not all(can_exchange(k.memory, k.originals) for _, k in found):
-        for residency, _ in found:
-            residency.restore()
-        return
+    found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
     for residency, _ in found:
         residency.epoch += 1
         residency.is_stale = True
-    exchange([_exchange_of(kept) for _, kept in found])
+    with torch.inference_mode(False):
+        put([Put(kept, None) for _, kept in found])
     for residency, _ in found:
         residency.present, residency.is_stale = None, False
-
-
-def _exchange_of(kept: _Kept, update: _Update | None = None) -> Exchange:
-    delta = None if update is None else alias_of(update.delta)
-    scaling = 0.0 if update is None else update.scaling
-    return Exchange(kept.memory, kept.columns, kept.originals, delta, scaling)
-
-
-class Pass:
-    """One forward pass of a layer that may train, and how its backward finds the weight again.
-
-    Args:
-        residency: The residency of the layer's weight.
-        delta: (O, R) update that the pass is of.
-        indices: (R,) int64.
-        scaling: Factor between `delta` and the columns.
-        is_small: Whether adding two thin products costs less than writing; None where it never
-            does. The columns are then written if a larger pass of the same step has asked for them,
-            and not if somebody else has left them there: nobody's looks may change a bit.
-        writes: Whether this pass trains at all.
-    """
-
-    __slots__ = ("base", "is_small", "residency", "update", "version", "writes")
-
-    def __init__(
-        self,
-        residency: Residency,
-        delta: Tensor,
-        indices: Tensor,
-        scaling: float,
-        is_small: bool | None = None,
-        writes: bool = True,
-    ) -> None:
-        self.residency, self.is_small, self.writes = residency, is_small, writes
-        self.update = delta, indices, scaling
-        self.version, self.base = delta._version, (0, 0)
-
-    def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
-        """Compute with the weight, as `Residency.read` does."""
-        self.residency.trainer = threading.get_ident()
-        result = self._read(compute)
-        self.base = self.residency.base()
-        return result
-
-    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
-        """Compute with the weight in the state that the forward pass saw.
-
-        Args:
-            compute: As `Residency.read` takes it. Where the columns are not in the weight it uses
-                the delta that the forward pass has saved, whatever became of it since.
-
-        Raises:
-            RuntimeError: If the adapter is merged or the base weight was changed since.
-        """
-        residency, delta = self.residency, self.update[0]
-        if residency.is_merged:
-            raise RuntimeError(
-                "Backward through a forward pass made before the adapter was merged: the weight "
-                "has changed since. Call `unmerge_adapter()` first, or run the forward pass again."
-            )
-        if residency.find_weight() is None or residency.base() != self.base:
-            raise RuntimeError(
-                "Backward through a forward pass whose base weight was changed, moved, replaced or "
-                "made to ask for a gradient since. Run the forward pass again."
-            )
-        if delta._version != self.version:  # saved-tensor hooks have kept what it was
-            return residency.read_pretrained(compute)
-        result = self._read(compute)
-        assert result is not None
-        return result
-
-    def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
-        delta = self.update[0]
-        self.residency.is_alone = self.is_small is not None
-        writes = self.writes and delta.requires_grad
-        if self.is_small is not None and writes:
-            if self.is_small:
-                writes = self.residency.is_claimed(delta)
-            else:
-                self.residency.claim(delta)
-        return self.residency.read(compute, *self.update, writes=writes)
-
-
-@contextmanager
-def resident(model: nn.Module) -> Iterator[None]:
-    """Let this thread keep the adapted columns in the weights while it evaluates.
-
-    Without it, evaluation never writes: it adds a thin product to each layer's output, and any
-    number of threads may share the model. Inside it, this thread's forward passes write the columns
-    once and then multiply once, which is faster for generation. Other threads get right results all
-    the same; one that is inside it at the same time evaluates as it would without. Parameter
-    objects that somebody held before show the adapted columns until it ends.
-
-    Args:
-        model: With PaCA layers anywhere in it; other layers are left alone.
-    """
-    thread = threading.get_ident()
-    found = [getattr(module, "residency", None) for module in model.modules()]
-    owned: list[Residency] = []
-    try:
-        with LOCK:
-            for residency in found:
-                if isinstance(residency, Residency) and residency.owner is None:
-                    owned.append(residency)
-                    residency.owner = thread
-        yield
-    finally:
-        for residency in owned:
-            residency.owner = None
-            residency.restore()
 
 
 _PLAIN = (nn.Parameter, WeightParameter)
@@ -880,74 +645,3 @@ def _is_on_gpu(weight: Tensor) -> bool:
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being recorded."""
     return torch.cuda.is_current_stream_capturing()
-
-
-def _put_columns_(
-    memory: Tensor, columns: Tensor, values: Tensor, positions: Tensor | None
-) -> None:
-    """Write memory[:, columns] = values by the fastest kernel for the device."""
-    if _is_flat(memory):
-        # Row by row; index_copy_ goes column by column and misses the cache each time.
-        if positions is None:
-            positions = _flat_positions(memory, columns)
-        memory.view(-1).put_(positions, values)
-    else:
-        memory.index_copy_(1, columns, values)
-
-
-# Eight bytes each: 256 KiB per layer at most, for layers so small that finding them takes time.
-_MAX_KEPT_POSITIONS = 2**15
-
-
-def _is_flat(memory: Tensor) -> bool:
-    return memory.device.type == "cpu" and memory.is_contiguous()
-
-
-def _flat_positions(memory: Tensor, columns: Tensor) -> Tensor:
-    """Return the (O, R) positions of the columns in the flat memory of a contiguous (O, I)."""
-    return _row_starts(*memory.shape) + columns
-
-
-@functools.lru_cache(maxsize=64)
-def _row_starts(out_features: int, in_features: int) -> Tensor:
-    return torch.arange(0, out_features * in_features, in_features, device="cpu").unsqueeze(1)
-
-
-def _deltas_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[DeltaParameter, Any]]:
-    """Yield each delta of an optimiser and what its columns were last written by."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if type(parameter) is DeltaParameter:
-                link = parameter.residency
-                yield parameter, None if link is None else link()
-
-
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for _, residency in _deltas_of(optimizer):
-        if residency is not None:
-            residency.before_step()
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    found = []
-    for delta, residency in _deltas_of(optimizer):
-        delta.num_steps += 1
-        delta.num_unversioned += 1  # fused optimisers count no versions
-        if residency is not None:
-            found.append(residency)
-    found = list(dict.fromkeys(found))  # two adapters may be trained by turns
-    with LOCK:
-        over = [residency for residency in found if residency.is_over()]
-        _restore_all(over)
-        for residency in over:
-            residency.restore()  # or tell of what was changed meanwhile
-        for residency in found:
-            residency.is_stale = residency.is_written
-    if found and (found[0].group is None or not found[0].group.consists_of(found)):
-        group = _Group(found)
-        for residency in found:
-            residency.group = group
-
-
-register_optimizer_step_pre_hook(_before_optimizer_step)
-register_optimizer_step_post_hook(_after_optimizer_step)

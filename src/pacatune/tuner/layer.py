@@ -261,7 +261,8 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         base_layer = self.base_layer
         if type(base_layer).forward is nn.Linear.forward and "weight" in base_layer._parameters:
             self.residency = Residency(base_layer)
-            self.residency.is_shared = self.shares_weight
+            if self.shares_weight:
+                self.residency.note_sharing()
             self.residency.is_merged = bool(self.merged_adapters)
 
     @staticmethod

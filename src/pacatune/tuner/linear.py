@@ -69,7 +69,7 @@ class Linear(AdditiveLayer):
         return (
             torch.compiler.is_dynamo_compiling()
             and residency is not None
-            and residency.is_writable()
+            and residency.forbidden is None
             and (torch.is_grad_enabled() or residency.was_written)
             and not (args or kwargs or is_exported())
         )
@@ -94,7 +94,7 @@ class Linear(AdditiveLayer):
         few = is_small(x)
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
-        if not residency.is_writable():
+        if residency.forbidden is not None:
             weight = residency.find_weight()
             if weight is None:
                 return None
@@ -131,7 +131,7 @@ class Linear(AdditiveLayer):
             return None
         update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
-        source = Pass(residency, *update, is_small(up)) if residency.is_writable() else None
+        source = Pass(residency, *update, is_small(up)) if residency.forbidden is None else None
 
         def apply(weight: Tensor, is_resident: bool) -> Tensor:
             return apply_paca_gated(
@@ -174,7 +174,7 @@ class Linear(AdditiveLayer):
                     "A graph that torch.export makes with `strict=True` would read the weights "
                     "while columns are in them; export the model with `strict=False`."
                 )
-            residency.is_captured = True
+            residency.note_capture()
         if self._asks_when_it_runs(args, kwargs) and not has_hooks(self.base_layer.__dict__):
             return self._compiled(x, None)
         if residency is not None and residency.is_written and is_traced():

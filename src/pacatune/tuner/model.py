@@ -77,8 +77,7 @@ def mark_shared_weights(model: nn.Module) -> None:
             if weight is not None and owners.get(_address(weight), 0) > 1:
                 layer.shares_weight = True
                 if layer.residency is not None:
-                    layer.residency.restore()
-                    layer.residency.is_shared = True
+                    layer.residency.note_sharing()
 
 
 def _address(parameter: Tensor) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune.ops.linear import adapted_columns
-from pacatune.residency.exchange import Exchange, can_exchange, exchange
+from pacatune.residency.put import Put, Update, can_exchange, exchange, keep
 
 SHAPES = [(37, 50, 4), (64, 33, 8), (700, 64, 3)]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,24 +21,24 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
     pytest.importorskip("triton")
     device = "cpu" if IS_INTERPRETED else "cuda"
-    exchanges, expected, pretrained = [], [], []
+    puts, expected, pretrained = [], [], []
     for out_features, in_features, rank in SHAPES:
         weight = torch.randn(out_features, in_features).to(device, dtype)
         columns = torch.randperm(in_features)[:rank].sort().values.to(device)
-        originals = weight.index_select(1, columns)
+        kept = keep(weight, columns)
         delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
         pretrained.append(weight.clone())
-        adapted = adapted_columns(originals, delta, 1.7)
+        adapted = adapted_columns(kept.originals, delta, 1.7)
         expected.append(weight.index_copy(1, columns, adapted))
-        exchanges.append(Exchange(weight, columns, originals, delta, 1.7))
-    exchange(exchanges)
+        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0)))
+    exchange(puts)
     # The interpreter truncates where it makes bfloat16.
     atol = 0.04 if IS_INTERPRETED and dtype is torch.bfloat16 else 0.0
-    for each, want in zip(exchanges, expected, strict=True):
-        torch.testing.assert_close(each.memory, want, rtol=0, atol=atol)
-    exchange([each._replace(delta=None) for each in exchanges])
-    for each, want in zip(exchanges, pretrained, strict=True):
-        assert torch.equal(each.memory, want)
+    for each, want in zip(puts, expected, strict=True):
+        torch.testing.assert_close(each.kept.memory, want, rtol=0, atol=atol)
+    exchange([each._replace(update=None) for each in puts])
+    for each, want in zip(puts, pretrained, strict=True):
+        assert torch.equal(each.kept.memory, want)
 
 
 def test_where_it_cannot_be_used() -> None:

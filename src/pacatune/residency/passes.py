@@ -1,0 +1,116 @@
+"""How a layer uses its weight: a training pass forward and backward, or a thread that evaluates."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from pacatune.residency.watching import LOCK
+from pacatune.residency.weight import Residency, Result
+
+__all__ = ["Pass", "resident"]
+
+
+class Pass:
+    """One forward pass of a layer that may train, and how its backward finds the weight again.
+
+    Args:
+        residency: The residency of the layer's weight.
+        delta: (O, R) update that the pass is of.
+        indices: (R,) int64.
+        scaling: Factor between `delta` and the columns.
+        is_small: Whether adding two thin products costs less than writing; None where it never
+            does. The columns are then written if a larger pass of the same step has asked for them,
+            and not if somebody else has left them there: nobody's looks may change a bit.
+        writes: Whether this pass trains at all.
+    """
+
+    __slots__ = ("base", "is_small", "residency", "update", "version", "writes")
+
+    def __init__(
+        self,
+        residency: Residency,
+        delta: Tensor,
+        indices: Tensor,
+        scaling: float,
+        is_small: bool | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.residency, self.is_small, self.writes = residency, is_small, writes
+        self.update = delta, indices, scaling
+        self.version, self.base = delta._version, (0, 0)
+
+    def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
+        """Compute with the weight, as `Residency.read` does."""
+        self.residency.trainer = threading.get_ident()
+        result = self._read(compute)
+        self.base = self.residency.base()
+        return result
+
+    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
+        """Compute with the weight in the state that the forward pass saw.
+
+        Args:
+            compute: As `Residency.read` takes it. Where the columns are not in the weight it uses
+                the delta that the forward pass has saved, whatever became of it since.
+
+        Raises:
+            RuntimeError: If the adapter is merged or the base weight was changed since.
+        """
+        residency, delta = self.residency, self.update[0]
+        if residency.is_merged:
+            raise RuntimeError(
+                "Backward through a forward pass made before the adapter was merged: the weight "
+                "has changed since. Call `unmerge_adapter()` first, or run the forward pass again."
+            )
+        if residency.find_weight() is None or residency.base() != self.base:
+            raise RuntimeError(
+                "Backward through a forward pass whose base weight was changed, moved, replaced or "
+                "made to ask for a gradient since. Run the forward pass again."
+            )
+        if delta._version != self.version:  # saved-tensor hooks have kept what it was
+            return residency.read_pretrained(compute)
+        result = self._read(compute)
+        assert result is not None
+        return result
+
+    def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
+        delta = self.update[0]
+        self.residency.is_alone = self.is_small is not None
+        writes = self.writes and delta.requires_grad
+        if self.is_small is not None and writes:
+            if self.is_small:
+                writes = self.residency.is_claimed(delta)
+            else:
+                self.residency.claim(delta)
+        return self.residency.read(compute, *self.update, writes=writes)
+
+
+@contextmanager
+def resident(model: nn.Module) -> Iterator[None]:
+    """Let this thread keep the adapted columns in the weights while it evaluates.
+
+    Without it, evaluation never writes: it adds a thin product to each layer's output, and any
+    number of threads may share the model. Inside it, this thread's forward passes write the columns
+    once and then multiply once, which is faster for generation. Other threads get right results all
+    the same; one that is inside it at the same time evaluates as it would without. Parameter
+    objects that somebody held before show the adapted columns until it ends.
+
+    Args:
+        model: With PaCA layers anywhere in it; other layers are left alone.
+    """
+    thread = threading.get_ident()
+    found = [getattr(module, "residency", None) for module in model.modules()]
+    owned: list[Residency] = []
+    try:
+        with LOCK:
+            for residency in found:
+                if isinstance(residency, Residency) and residency.owner is None:
+                    owned.append(residency)
+                    residency.owner = thread
+        yield
+    finally:
+        for residency in owned:
+            residency.owner = None
+            residency.restore()

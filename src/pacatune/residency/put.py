@@ -1,0 +1,224 @@
+"""Puts columns into weights, or back: the only code that writes there while a model trains.
+
+On a GPU all weights are one launch, by a kernel that reads their addresses: a launch takes longer
+than the columns of a layer, and each layer would need three (the sum, its rounding, the copy). That
+needs Triton; without it, and on CPUs, they are written one by one.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacatune.ops.linear import adapted_columns
+
+__all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = 1024
+# Eight bytes each: 256 KiB per layer at most, for layers so small that finding them takes time.
+_MAX_KEPT_POSITIONS = 2**15
+
+
+class Kept(NamedTuple):
+    """What a write overwrites, and where."""
+
+    memory: Tensor
+    """(O, I) alias of the weight: writes through it pass autograd's version check."""
+    indices: Tensor
+    """The adapter's own, known by identity."""
+    columns: Tensor
+    """(R,) int64 copy of them, since the adapter's own may be reloaded."""
+    originals: Tensor
+    """(O, R) in the weight's dtype."""
+    positions: Tensor | None
+    """(O, R) theirs in the flat memory, where worth keeping."""
+
+
+class Update(NamedTuple):
+    """A delta at one moment: equal ones mean the same columns."""
+
+    delta: Any
+    """(O, R) DeltaParameter."""
+    scaling: float
+    indices: Tensor
+    version: int
+    num_unversioned: int
+
+    @classmethod
+    def now(cls, delta: Any, indices: Tensor, scaling: float) -> "Update":
+        """Return what the columns are of at this moment."""
+        return cls(delta, scaling, indices, delta._version, delta.num_unversioned)
+
+    @property
+    def parts(self) -> tuple[Any, Tensor, float]:
+        """The layer's delta, indices and scaling."""
+        return self.delta, self.indices, self.scaling
+
+    def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            delta is self.delta
+            and delta._version == self.version
+            and delta.num_unversioned == self.num_unversioned
+            and indices is self.indices
+            and scaling == self.scaling
+        )
+
+
+class Put(NamedTuple):
+    """memory[:, columns] = originals + scaling * delta, or the originals as they are."""
+
+    kept: Kept
+    update: Update | None
+
+
+def keep(memory: Tensor, indices: Tensor) -> Kept:
+    """Copy aside what a write to memory[:, indices] will overwrite."""
+    originals, columns, positions = memory.index_select(1, indices), indices.clone(), None
+    if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
+        positions = _flat_positions(memory, columns)
+    return Kept(memory, indices, columns, originals, positions)
+
+
+def put(puts: Sequence[Put]) -> None:
+    """Write the columns of all, which are known to allow it."""
+    if len(puts) > 1 and all(map(_has_kernel, puts)):
+        exchange(puts)
+        return
+    for kept, update in puts:
+        values = kept.originals
+        if update is not None:
+            values = adapted_columns(values, update.delta.detach(), update.scaling)
+        _put_columns_(kept.memory, kept.columns, values, kept.positions)
+
+
+def _put_columns_(
+    memory: Tensor, columns: Tensor, values: Tensor, positions: Tensor | None
+) -> None:
+    """Write memory[:, columns] = values by the fastest kernel for the device."""
+    if _is_flat(memory):
+        # Row by row; index_copy_ goes column by column and misses the cache each time.
+        if positions is None:
+            positions = _flat_positions(memory, columns)
+        memory.view(-1).put_(positions, values)
+    else:
+        memory.index_copy_(1, columns, values)
+
+
+def _is_flat(memory: Tensor) -> bool:
+    return memory.device.type == "cpu" and memory.is_contiguous()
+
+
+def _flat_positions(memory: Tensor, columns: Tensor) -> Tensor:
+    """Return the (O, R) positions of the columns in the flat memory of a contiguous (O, I)."""
+    return _row_starts(*memory.shape) + columns
+
+
+@functools.lru_cache(maxsize=64)
+def _row_starts(out_features: int, in_features: int) -> Tensor:
+    return torch.arange(0, out_features * in_features, in_features, device="cpu").unsqueeze(1)
+
+
+def _has_kernel(one: Put) -> bool:
+    values = one.kept.originals if one.update is None else one.update.delta
+    return can_exchange(one.kept.memory, values)
+
+
+def can_exchange(memory: Tensor, values: Tensor) -> bool:
+    """Whether the kernel can put values of such a dtype and form into such a weight."""
+    return (
+        memory.is_cuda
+        and memory.dtype in _DTYPES
+        and values.dtype in _DTYPES
+        and memory.is_contiguous()
+        and values.is_contiguous()
+        and _kernel() is not None
+    )
+
+
+def exchange(puts: Sequence[Put]) -> None:
+    """Put all columns by one launch for each device and pair of dtypes."""
+    kinds: dict[Any, list[Put]] = {}
+    for one in puts:
+        memory, update = one.kept.memory, one.update
+        dtypes = memory.dtype, None if update is None else update.delta.dtype
+        kinds.setdefault((memory.device, *dtypes), []).append(one)
+    for (device, dtype, delta_dtype), group in kinds.items():
+        addresses, scalings = _table(device, tuple(map(_row, group)), delta_dtype is not None)
+        size = max(one.kept.originals.numel() for one in group)
+        grid = (len(group), -(-size // _BLOCK))
+        with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+            _kernel()[grid](
+                addresses,
+                scalings,
+                _triton_dtype(dtype),
+                _triton_dtype(delta_dtype or dtype),
+                adds=delta_dtype is not None,
+                block=_BLOCK,
+            )
+
+
+def _row(put: Put) -> tuple[int | float, ...]:
+    memory, originals, columns = put.kept.memory, put.kept.originals, put.kept.columns
+    rows, rank = originals.shape
+    source, scaling = (originals, 0.0) if put.update is None else put.update[:2]
+    pointers = (tensor.data_ptr() for tensor in (memory, columns, originals, source))
+    return (*pointers, rows * rank, rank, memory.shape[1], scaling)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
+    """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
+    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64)
+    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32)
+    if device.type != "cuda":  # Triton's interpreter
+        return addresses, scalings
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in (addresses, scalings))  # type: ignore[return-value]
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Return the kernel; None without Triton."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def put(
+        table: Any,
+        scalings: Any,
+        dtype: tl.constexpr,
+        delta_dtype: tl.constexpr,
+        adds: tl.constexpr,
+        block: tl.constexpr,
+    ) -> None:
+        weight = tl.program_id(0)
+        row = table + weight * 7
+        memory = tl.load(row).to(tl.pointer_type(dtype))
+        columns = tl.load(row + 1).to(tl.pointer_type(tl.int64))
+        originals = tl.load(row + 2).to(tl.pointer_type(dtype))
+        delta = tl.load(row + 3).to(tl.pointer_type(delta_dtype))
+        size, rank, width = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+        at = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
+        there = at < size
+        values = tl.load(originals + at, mask=there)
+        if adds:
+            update = tl.load(delta + at, mask=there).to(tl.float32)
+            # One rounding in float32 and one to the weight's dtype, as torch.add and to have.
+            scaling = tl.load(scalings + weight)
+            values = tl.fma(update, scaling, values.to(tl.float32)).to(dtype)
+        column = tl.load(columns + at % rank, mask=there)
+        tl.store(memory + (at // rank) * width + column, values, mask=there)
+
+    return put
