@@ -237,26 +237,20 @@ class Residency:
         Raises:
             RuntimeError: If somebody changed the weight in place while columns were in it.
         """
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             if self.holds(delta, indices, scaling):
                 return True
-            if not torch.is_inference_mode_enabled():
-                return self._write(delta, indices, scaling)
-            with torch.inference_mode(False):
-                return self._write(delta, indices, scaling)
-
-    def _write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
-        moves = [self._prepare(delta, indices, scaling)]
-        if self.group is not None and moves[0] is not None:
-            moves += [member._prepare(*parts) for member, parts in self.group.waiting(self)]
-        put_all([move for move in moves if move is not None])
-        return self.holds(delta, indices, scaling)
+            moves = [self._prepare(delta, indices, scaling)]
+            if self.group is not None and moves[0] is not None:
+                moves += [member._prepare(*parts) for member, parts in self.group.waiting(self)]
+            put_all([move for move in moves if move is not None])
+            return self.holds(delta, indices, scaling)
 
     def _prepare(
         self, delta: Tensor, indices: Tensor, scaling: float
     ) -> "tuple[Residency, Put] | None":
         """Copy aside what a write would overwrite; None, and nothing written, if it must not be."""
-        if not self._may_write(delta):
+        if self.obstacle(delta) is not None:
             self.restore()
             return None
         kept = self.kept
@@ -360,10 +354,6 @@ class Residency:
             self.forbid("FSDP2 cuts smaller shards from its weight after the forward pass")
         if not self.is_sharded:
             self.is_sharded, self.mesh = True, mesh
-
-    def _may_write(self, delta: Tensor) -> bool:
-        """Whether W is ours alone to write, and every change of `delta` will be noticed."""
-        return self.obstacle(delta) is None
 
     def obstacle(self, delta: Tensor) -> str | None:
         """Return why the columns must not be written into W now; None if they may.
