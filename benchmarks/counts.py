@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.methods import OURS
-from pacatune.residency import weight as residency
+from pacatune.residency import put as residency
 
 
 def formula_bytes(

@@ -13,6 +13,10 @@ and attention: what an adapter costs in memory traffic, whatever the size of the
 Compiled models are counted by what inductor generates for them: fused kernels, and operators that
 it calls. It does so for the CPU here; what it fuses on a GPU may differ.
 
+Sharded models are split by FSDP2, block by block, over two processes, of which one runs: copies
+into and out of gathered buffers count, what a network does is left out. Columns go into every
+gathered weight anew.
+
 The exit status is 1 if PaCA runs more than is promised here.
 """
 
@@ -22,13 +26,17 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.llama import CPU, Shape, make_model
 from benchmarks.methods import DROPOUT, OURS, SWAP
@@ -69,9 +77,14 @@ PROMISED_PER_STEP = {
     "optimizer_in_all": 2,
 }
 _NUM_LAYERS = 3
-# What a compiled layer may have beyond a frozen one, per decoder layer.
-PROMISED_COMPILED = {"forward": 1, "backward": 2 * NUM_LINEAR}
-COMPILED = ("frozen", OURS, "lora")
+# What a layer may have beyond a frozen one, per decoder layer. FSDP2 gathers a block for each pass:
+# one launch takes its pretrained columns and one writes; two of FSDP2's own take the gradients.
+PROMISED_BESIDE = {
+    "compiled": {"forward": 1, "backward": 2 * NUM_LINEAR},
+    "sharded": {"forward": NUM_LINEAR + 2, "backward": NUM_LINEAR + 4},
+}
+COMPARED = ("frozen", OURS, "lora")
+"""Counted compiled and sharded, too."""
 
 HELD = (OURS,)
 """The lines that promises are about."""
@@ -186,6 +199,30 @@ def count_layer(make: Make, is_lean: bool) -> dict[str, int]:
     return of_layer | {f"{name}_in_all": more[name] for name in names}
 
 
+def count_sharded(make: Make) -> dict[str, int]:
+    """Return what one decoder layer launches in a process group of its own, sharded by FSDP2."""
+    found = []
+    with _process_group():
+        for num_layers in (_NUM_LAYERS - 1, _NUM_LAYERS):
+            contender = make(dataclasses.replace(LAYER, num_hidden_layers=num_layers))
+            for module in reversed(list(contender.model.modules())):  # blocks before the model
+                if isinstance(module, GradientCheckpointingLayer) or module is contender.model:
+                    fully_shard(module)
+            # FSDP2 has put other parameters in the place of those that the optimizer knows.
+            found.append(_summary(count_steps(dataclasses.replace(contender, optimizer=None))))
+    fewer, more = found
+    return {name: more[name] - fewer[name] for name in ("forward", "backward")}
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def _summary(kernels: list[Kernel]) -> dict[str, int]:
     def launches(*phases: str) -> int:
         return sum(kernel.launches for kernel in kernels if kernel.phase in phases)
@@ -253,20 +290,20 @@ def _num_calls(code: str) -> int:
     return sum(bool(_CALL.search(line)) and not line.startswith(("#", "assert")) for line in lines)
 
 
-def exceeded_compiled(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what compiled PaCA has beyond what is promised, a sentence each."""
+def exceeded_beside(kind: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return what PaCA, compiled or sharded, has beyond what is promised, a sentence each."""
     counts = {row["method"]: row for row in rows}
     return [
-        f"{OURS}, compiled: {counts[OURS][way]} kernels ({way}), "
+        f"{OURS}, {kind}: {counts[OURS][way]} kernels ({way}), "
         f"at most {counts['frozen'][way] + most} promised"
-        for way, most in PROMISED_COMPILED.items()
+        for way, most in PROMISED_BESIDE[kind].items()
         if counts[OURS][way] > counts["frozen"][way] + most
     ]
 
 
-def count_all_compiled() -> list[dict[str, Any]]:
-    """Return a row for each method that is counted compiled."""
-    return [{"method": method, **count_compiled(MODELS[method])} for method in COMPILED]
+def count_each(count: Callable[[Make], dict[str, int]]) -> list[dict[str, Any]]:
+    """Return a row for each method that is counted compiled and sharded."""
+    return [{"method": method, **count(MODELS[method])} for method in COMPARED]
 
 
 def exceeded(rows: list[dict[str, Any]]) -> list[str]:
@@ -312,7 +349,7 @@ def main(options: list[str] | None = None) -> int:
     # PEFT asks transformers in an old way.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     rows = count_all(MODELS)
-    compiled = count_all_compiled()
+    beside = {"compiled": count_each(count_compiled), "sharded": count_each(count_sharded)}
     result = {
         "command": "python -m benchmarks.kernels",
         "versions": {name: version(name) for name in PACKAGES},
@@ -325,15 +362,17 @@ def main(options: list[str] | None = None) -> int:
             "beyond_frozen": PROMISED,
             "beyond_frozen_lean": PROMISED_LEAN,
             "per_optimizer_step": PROMISED_PER_STEP,
-            "compiled_beyond_frozen": PROMISED_COMPILED,
+            "beside": PROMISED_BESIDE,
         },
         "methods": MEANINGS,
         "rows": rows,
-        "compiled": compiled,
+        **beside,
     }
     write_json(result, args.json)
     print(f"wrote {args.json}")
-    problems = [*exceeded(rows), *exceeded_compiled(compiled)]
+    problems = exceeded(rows)
+    for kind, found in beside.items():
+        problems += exceeded_beside(kind, found)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -13,7 +13,7 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
 (selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
-`make compat` has counted, `kernels` of what benchmarks/kernels.py has.
+`make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has.
 """
 
 import json
@@ -44,13 +44,13 @@ def table(name: str, results: Path = RESULTS) -> str:
         return selection_tables.table(name.removeprefix("selection-"), results)
     if name in lean_tables.NAMES:
         return lean_tables.table(name, results)
-    result = _read(name, results)
+    result = _read(name.removesuffix("-more"), results)
     if result is None:
         return _missing(name)
     if name == "compat":
         return compat_table(result)
-    if name == "kernels":
-        return kernel_table(result)
+    if name in ("kernels", "kernels-more"):
+        return kernel_table(result, is_short=name == "kernels")
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
@@ -91,52 +91,55 @@ _COMBINATIONS = {
 }
 
 
-def kernel_table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of kernels per decoder layer, and how many are beyond frozen."""
-    rows = {(row["method"], row["is_lean"]): row for row in result["rows"]}
-    methods = list(dict.fromkeys(method for method, _ in rows))
+def kernel_table(result: dict[str, Any], *, is_short: bool) -> str:
+    """Return a Markdown table of kernels per decoder layer, and how many are beyond frozen.
 
-    def cell(method: str, name: str, is_lean: bool) -> str:
-        number, floor = rows[method, is_lean][name], rows["frozen", is_lean][name]
-        return str(number) if method == "frozen" else f"{number} (+{number - floor})"
-
-    columns = [("forward", False), ("backward", False), ("accumulating", False)]
-    columns += [("forward", True), ("backward", True)]
+    The short one is of training without and with torch.compile, the other of what else is counted.
+    """
+    eager = {row["method"]: row for row in result["rows"] if not row["is_lean"]}
+    lean = {row["method"]: row for row in result["rows"] if row["is_lean"]}
     compiled = {row["method"]: row for row in result["compiled"]}
+    sharded = {row["method"]: row for row in result["sharded"]}
+    columns = [
+        ("forward", eager, "forward"),
+        ("backward", eager, "backward"),
+        ("with accumulation", eager, "accumulating"),
+        ("compiled: forward", compiled, "forward"),
+        ("compiled: backward", compiled, "backward"),
+    ]
+    if not is_short:
+        columns = [
+            ("lean: forward", lean, "forward"),
+            ("lean: backward", lean, "backward"),
+            ("sharded: forward", sharded, "forward"),
+            ("sharded: backward", sharded, "backward"),
+            ("whole-tensor passes: forward", eager, "passes_forward"),
+            ("whole-tensor passes: backward", eager, "passes_backward"),
+        ]
 
-    def compiled_cell(method: str, way: str) -> str:
-        if method not in compiled:
+    def cell(method: str, rows: dict[str, Any], name: str) -> str:
+        if method not in rows:
             return ""
-        number, floor = compiled[method][way], compiled["frozen"][way]
+        number, floor = rows[method][name], rows["frozen"][name]
         return str(number) if method == "frozen" else f"{number} (+{number - floor})"
 
-    lines = [
-        [
-            method,
-            *(cell(method, *column) for column in columns),
-            *(compiled_cell(method, way) for way in ("forward", "backward")),
-            str(rows[method, False]["column_write_in_all"]),
-            *(cell(method, f"passes_{way}", False) for way in ("forward", "backward")),
-        ]
-        for method in methods
-    ]
-    titles = ["kernels (beyond frozen)", "forward", "backward", "with accumulation"]
-    titles += ["lean: forward", "lean: backward", "compiled: forward", "compiled: backward"]
-    titles += ["column write per step, all layers"]
-    titles += ["whole-tensor passes: forward", "whole-tensor passes: backward"]
-    meanings = "; ".join(f"`{method}`: {result['methods'][method]}" for method in methods)
+    lines = [[method, *(cell(method, *column[1:]) for column in columns)] for method in eager]
+    table = table_lines(["kernels (beyond frozen)", *(column[0] for column in columns)], lines)
+    if not is_short:
+        return "\n".join(table)
+    meanings = "; ".join(f"`{method}`: {result['methods'][method]}" for method in eager)
     source = (
         f"Per Llama decoder layer, weights in {result['dtype']}, adapters in "
         f"{result['adapter_dtype']}, alpha / r = {result['scaling']}: counted, not timed, on a CPU "
         f"that takes a GPU's branches ({versions_text(result['versions'])}). "
         f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/kernels.json`."
     )
-    return "\n".join([*table_lines(titles, lines), "", meanings + ".", "", source])
+    return "\n".join([*table, "", meanings + ".", "", source])
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of what one result's methods keep for backward."""
-    result = _read(name, results)
+    result = _read(name.removesuffix("-more"), results)
     if result is None:
         return _missing(name)
     kept = _by_setting(

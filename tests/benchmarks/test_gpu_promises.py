@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu_promises as promises
 from benchmarks import kernels
+from pacatune.residency import put
 from pacatune.residency import weight as residency
 
 CPU = torch.device("cpu")
@@ -38,9 +39,9 @@ def refused(name, message):
 
 
 def test_wrong_gradients(monkeypatch):
-    grad_delta = promises.residency.adapted_columns
+    grad_delta = put.adapted_columns
     monkeypatch.setattr(
-        residency, "adapted_columns", lambda w, d, scaling: grad_delta(w, d, scaling) * 1.01
+        put, "adapted_columns", lambda w, d, scaling: grad_delta(w, d, scaling) * 1.01
     )
     refused("gradients", r"float32: PaCA is .* from plain autograd, at most 1e-04 allowed")
     refused("columns", "columns in a weight have other bits")

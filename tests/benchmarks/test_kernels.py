@@ -58,7 +58,8 @@ def test_a_quantised_base_is_counted(method):
 
 
 def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, rows):
-    monkeypatch.setattr(kernels, "count_all_compiled", lambda: COMMITTED["compiled"])
+    kinds = {kernels.count_compiled: "compiled", kernels.count_sharded: "sharded"}
+    monkeypatch.setattr(kernels, "count_each", lambda count: COMMITTED[kinds[count]])
     more = [row | {"forward": row["forward"] + (row["method"] == OURS)} for row in rows]
     for found, status in ((rows, 0), (more, 1)):
         monkeypatch.setattr(kernels, "count_all", lambda models, found=found: found)
@@ -73,10 +74,18 @@ def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, row
 
 def test_compiled_layers_keep_their_promises():
     """Counting them takes a C++ compiler a minute: `make bench` does, and fails if they do not."""
-    assert kernels.exceeded_compiled(COMMITTED["compiled"]) == []
+    assert kernels.exceeded_beside("compiled", COMMITTED["compiled"]) == []
     worse = [row | {"forward": row["forward"] + 2} for row in COMMITTED["compiled"][1:]]
-    (message,) = kernels.exceeded_compiled([COMMITTED["compiled"][0], *worse])
+    (message,) = kernels.exceeded_beside("compiled", [COMMITTED["compiled"][0], *worse])
     assert message.startswith("paca, compiled: 14 kernels (forward), at most 13 promised")
+
+
+def test_sharded_layers_keep_their_promises():
+    rows = COMMITTED["sharded"]
+    assert kernels.exceeded_beside("sharded", rows) == []
+    counted = kernels.count_sharded(kernels.MODELS[OURS])
+    if IS_COMMITTED:
+        assert {"method": OURS, **counted} == rows[1]
 
 
 def test_calls_in_generated_code_are_counted():

@@ -27,7 +27,7 @@ def replicate(monkeypatch):
 @pytest.fixture
 def writes(monkeypatch):
     """Addresses of the weights that columns are put into."""
-    from pacatune.residency import weight as residency
+    from pacatune.residency import put as residency
 
     addresses, put_columns_ = [], residency._put_columns_
 

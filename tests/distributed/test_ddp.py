@@ -55,7 +55,7 @@ def test_float32(pair):
 
 
 def count_writes(accumulation, checkpointing):
-    from pacatune.residency import weight as residency
+    from pacatune.residency import put as residency
 
     model = net.adapt()
     if checkpointing:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pacatune import PacaConfig
 from pacatune.residency import put as put_module
+from pacatune.residency import weight as weight_module
 from pacatune.residency.put import Put
 from tests.residency.net import deltas, layers
 
@@ -20,15 +21,19 @@ def _launches(monkeypatch: pytest.MonkeyPatch, writes: list[int]) -> list[int]:
     """Grows by the number of weights of each launch; as if there were a GPU and its kernel."""
     done: list[int] = []
 
-    def exchange(puts: list[Put]) -> None:
+    def exchange(puts: list[Put], takes: bool = False) -> None:
         done.append(len(puts))
         for kept, update in puts:
+            if takes:
+                kept.originals.copy_(kept.memory[:, kept.columns])
+                continue
             values = kept.originals
             if update is not None:
                 values = torch.add(values, update.delta, alpha=update.scaling)
             kept.memory.index_copy_(1, kept.columns, values)
 
     monkeypatch.setattr(put_module, "exchange", exchange)
+    monkeypatch.setattr(weight_module, "_is_numpys", lambda memory: False)
     monkeypatch.setattr(put_module, "can_exchange", lambda memory, delta: True)
     return done
 

@@ -87,8 +87,8 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         yield
 
 
-def _exchange(launch: Launch, puts: Sequence[Put]) -> None:
-    """Stand in for the kernel that puts the columns of many weights."""
+def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
+    """Stand in for the kernel that puts the columns of many weights, or takes them aside."""
     written = [each.kept.originals for each in puts]
     deltas = [each.update.delta for each in puts if each.update is not None]
     launch("exchange", 0, written + deltas, written)

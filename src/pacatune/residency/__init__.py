@@ -1,6 +1,5 @@
 """Adapted columns inside the frozen weight, and nobody who sees them there by mistake."""
 
-import pacatune.residency.together  # noqa: F401 (its hooks, which optimisers call)
 from pacatune.residency.passes import Pass, resident
 from pacatune.residency.weight import Residency
 

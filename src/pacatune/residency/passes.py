@@ -1,13 +1,25 @@
-"""How a layer uses its weight: a training pass forward and backward, or a thread that evaluates."""
+"""When columns are in a weight: in training passes, and in evaluation that asks for it.
+
+torch calls back before and after each step of an optimiser. Whoever holds a weight by then, such as
+an optimiser over all parameters, sees the pretrained columns in it; where nobody does, the columns
+stay until the next pass writes newer ones over them.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from pacatune.residency.watching import LOCK
-from pacatune.residency.weight import Residency, Result
+from pacatune.residency.together import Group
+from pacatune.residency.watching import LOCK, DeltaParameter
+from pacatune.residency.weight import Residency, Result, restore_all
 
 __all__ = ["Pass", "resident"]
 
@@ -114,3 +126,43 @@ def resident(model: nn.Module) -> Iterator[None]:
         for residency in owned:
             residency.owner = None
             residency.restore()
+
+
+def _deltas_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[DeltaParameter, Any]]:
+    """Yield each delta of an optimiser and what its columns were last written by."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if type(parameter) is DeltaParameter:
+                link = parameter.residency
+                yield parameter, None if link is None else link()
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for _, residency in _deltas_of(optimizer):
+        if residency is not None:
+            residency.before_step()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    found = []
+    for delta, residency in _deltas_of(optimizer):
+        delta.num_steps += 1
+        delta.num_unversioned += 1  # fused optimisers count no versions
+        if residency is not None:
+            found.append(residency)
+    found = list(dict.fromkeys(found))  # two adapters may be trained by turns
+    with LOCK:
+        over = [residency for residency in found if residency.is_over()]
+        restore_all(over)
+        for residency in over:
+            residency.restore()  # or tell of what was changed meanwhile
+        for residency in found:
+            residency.is_stale = residency.is_written
+    group = Group(found)
+    if found and found[0].group != group:
+        for residency in found:
+            residency.group = group
+
+
+register_optimizer_step_pre_hook(_before_optimizer_step)
+register_optimizer_step_post_hook(_after_optimizer_step)

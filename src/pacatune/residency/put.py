@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pacatune.ops.linear import adapted_columns
 
-__all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put"]
+__all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -75,12 +75,22 @@ class Put(NamedTuple):
     update: Update | None
 
 
-def keep(memory: Tensor, indices: Tensor) -> Kept:
-    """Copy aside what a write to memory[:, indices] will overwrite."""
-    originals, columns, positions = memory.index_select(1, indices), indices.clone(), None
+def room_for(memory: Tensor, indices: Tensor, columns: Tensor) -> Kept:
+    """Return where to `keep` what a write to memory[:, columns] will overwrite."""
+    originals = memory.new_empty(len(memory), len(columns))
+    positions = None
     if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
         positions = _flat_positions(memory, columns)
     return Kept(memory, indices, columns, originals, positions)
+
+
+def keep(rooms: Sequence[Kept]) -> None:
+    """Copy aside what writes will overwrite."""
+    if len(rooms) > 1 and all(can_exchange(kept.memory, kept.originals) for kept in rooms):
+        exchange([Put(kept, None) for kept in rooms], takes=True)
+        return
+    for kept in rooms:
+        torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
 
 
 def put(puts: Sequence[Put]) -> None:
@@ -139,8 +149,8 @@ def can_exchange(memory: Tensor, values: Tensor) -> bool:
     )
 
 
-def exchange(puts: Sequence[Put]) -> None:
-    """Put all columns by one launch for each device and pair of dtypes."""
+def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
+    """Put all columns, or take the originals, by one launch for each device and pair of dtypes."""
     kinds: dict[Any, list[Put]] = {}
     for one in puts:
         memory, update = one.kept.memory, one.update
@@ -157,6 +167,7 @@ def exchange(puts: Sequence[Put]) -> None:
                 _triton_dtype(dtype),
                 _triton_dtype(delta_dtype or dtype),
                 adds=delta_dtype is not None,
+                takes=takes,
                 block=_BLOCK,
             )
 
@@ -169,7 +180,7 @@ def _row(put: Put) -> tuple[int | float, ...]:
     return (*pointers, rows * rank, rank, memory.shape[1], scaling)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule
 def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
     """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
     addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64)
@@ -201,6 +212,7 @@ def _kernel() -> Any:
         dtype: tl.constexpr,
         delta_dtype: tl.constexpr,
         adds: tl.constexpr,
+        takes: tl.constexpr,
         block: tl.constexpr,
     ) -> None:
         weight = tl.program_id(0)
@@ -212,13 +224,17 @@ def _kernel() -> Any:
         size, rank, width = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
         at = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
         there = at < size
+        column = tl.load(columns + at % rank, mask=there)
+        place = memory + (at // rank) * width + column
+        if takes:
+            tl.store(originals + at, tl.load(place, mask=there), mask=there)
+            return
         values = tl.load(originals + at, mask=there)
         if adds:
             update = tl.load(delta + at, mask=there).to(tl.float32)
             # One rounding in float32 and one to the weight's dtype, as torch.add and to have.
             scaling = tl.load(scalings + weight)
             values = tl.fma(update, scaling, values.to(tl.float32)).to(dtype)
-        column = tl.load(columns + at % rank, mask=there)
-        tl.store(memory + (at // rank) * width + column, values, mask=there)
+        tl.store(place, values, mask=there)
 
     return put

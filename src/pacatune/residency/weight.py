@@ -45,12 +45,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.residency.put import Kept, Put, Update, keep, put
+from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
+from pacatune.residency.together import GATHERED, Group
 from pacatune.residency.watching import (
     LOCK,
     DeltaParameter,
@@ -62,9 +63,6 @@ from pacatune.residency.watching import (
     num_tensors_on,
     owns_its_memory,
 )
-
-if TYPE_CHECKING:
-    from pacatune.residency.together import Group
 
 __all__ = ["Residency", "put_all", "restore_all"]
 
@@ -122,6 +120,10 @@ class Residency:
         self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
         self.parameters = guard(module, self.link)
+        # What was written last, and will be again, as a rule: another gathered weight is as good.
+        self.last: Update | None = None
+        # The last indices, their version, and a copy.
+        self.columns: tuple[Tensor, int, Tensor] | None = None
         self._forget()
         self._note_shards(dict.get(self.parameters or {}, "weight"))
 
@@ -138,6 +140,8 @@ class Residency:
         self.version_before_merge = self.num_own_versions = 0
         self.kept: Kept | None = None
         self.written: Update | None = None
+        if not self.is_sharded:
+            self.last = None
         self.claimed: tuple[DeltaParameter, int] | None = None
         self.added: _Added | None = None
 
@@ -240,16 +244,29 @@ class Residency:
         with LOCK, torch.inference_mode(False):
             if self.holds(delta, indices, scaling):
                 return True
-            moves = [self._prepare(delta, indices, scaling)]
-            if self.group is not None and moves[0] is not None:
-                moves += [member._prepare(*parts) for member, parts in self.group.waiting(self)]
+            first = self._prepare(delta, indices, scaling)
+            if first is None:
+                return False
+            group = GATHERED if self.is_sharded else self.group
+            others = [] if group is None else group.waiting(self)
+            moves = [first, *(member._prepare(*member.last.parts) for member in others)]  # type: ignore[union-attr]
             put_all([move for move in moves if move is not None])
             return self.holds(delta, indices, scaling)
+
+    def is_waiting(self) -> bool:
+        """Whether training will write columns here before it computes with them."""
+        return (
+            self.last is not None
+            and not self.is_alone
+            and self.last.delta.requires_grad
+            and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
+            and not self.holds(*self.last.parts)
+        )
 
     def _prepare(
         self, delta: Tensor, indices: Tensor, scaling: float
     ) -> "tuple[Residency, Put] | None":
-        """Copy aside what a write would overwrite; None, and nothing written, if it must not be."""
+        """Return a write, with room for what it overwrites; None if nothing must be written."""
         if self.obstacle(delta) is not None:
             self.restore()
             return None
@@ -257,7 +274,7 @@ class Residency:
         if kept is None or indices is not kept.indices:
             self.restore()
             self.kept = None
-            kept = self._copy_aside(indices)
+            kept = self._make_room(indices)
         return self, Put(kept, Update.now(delta, indices, scaling))
 
     def _begin(self, kept: Kept) -> int:
@@ -274,7 +291,8 @@ class Residency:
             self.present = kept
             self.restore()
             return
-        self.kept, self.written = kept, update
+        self.kept = kept
+        self.written = self.last = update
         update.delta.residency = self.link
         self.is_stale = False
 
@@ -290,9 +308,12 @@ class Residency:
         claimed, num_steps = self.claimed
         return claimed is delta and delta.num_steps == num_steps
 
-    def _copy_aside(self, indices: Tensor) -> Kept:
+    def _make_room(self, indices: Tensor) -> Kept:
         assert self.weight is not None
-        kept = keep(alias_of(self.weight), indices)
+        columns = self.columns
+        if columns is None or columns[0] is not indices or columns[1] != indices._version:
+            columns = self.columns = indices, indices._version, indices.clone()
+        kept = room_for(alias_of(self.weight), indices, columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
         return kept
@@ -326,6 +347,7 @@ class Residency:
                 self._gathered(weight)
             else:
                 self._note_shards(weight)
+                GATHERED.discard(self)
                 self.epoch += 1
                 self.is_stale = self.is_written
                 if not self.is_resharded:  # the temporary is thrown away as it is
@@ -339,6 +361,7 @@ class Residency:
         self._forget()
         # The buffer that it came in has the same memory.
         self.num_sharing = num_tensors_on(weight) - 1
+        GATHERED.add(self)
 
     def _note_shards(self, weight: Any) -> None:
         """See whether each process has a part of the weight, and whether that is smaller now."""
@@ -522,9 +545,9 @@ class Residency:
     def look(self) -> None:
         """Restore for somebody who may change what he sees."""
         with LOCK:
-            group = self.group
-            if self.is_written and group is not None:
-                group.look()
+            group = GATHERED if self.is_sharded else self.group
+            if self.is_written and group is not None and group.looks_on():
+                restore_all(group.members())
             self.restore()
             if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
                 self.kept = None
@@ -591,6 +614,7 @@ class Residency:
 
 def put_all(moves: "Sequence[tuple[Residency, Put]]") -> None:
     """Write columns into all weights, which are known to allow it; the caller holds the lock."""
+    keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
     epochs = [residency._begin(kept) for residency, (kept, _) in moves]
     put([move for _, move in moves])
     for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
