@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 def walk(number: int, deadline: float, results: Any) -> None:
     """Walk until the deadline, each time from another seed; report what was found."""
-    from tests.residency.walk import Walk
+    from tests.residency.walk import CompiledWalk as Walk
 
     torch.set_num_threads(1)
     options = settings(

@@ -192,11 +192,14 @@ class Twin:
         changed = {f"layer.{self.kind.parameter}": weight}
         return torch.func.functional_call(net, changed, (x,)), deltas
 
-    def check(self) -> None:
-        """Compare the output, and, where something is trained, its gradient."""
+    def check(self, model: Any = None) -> None:
+        """Compare the output, and, where something is trained, its gradient.
+
+        With a `model`, of what that gives: ours in another form.
+        """
         x, names = self.inputs(), self.merged or self.active
         y, deltas = self.expected(x, names)
-        out = self.model(x)
+        out = (self.model if model is None else model)(x)
         self.close(out, y)
         if self.merged:
             return

@@ -433,6 +433,18 @@ class Walk(RuleBasedStateMachine):
         self.stack.close()
 
 
+class CompiledWalk(Walk):
+    """With graphs in between, each of which takes a second to make."""
+
+    @precondition(lambda self: getattr(self.twin.layer, "residency", None) is not None)
+    @rule(resets=st.booleans())
+    def train_compiled(self, resets: bool) -> None:
+        """In the graph that was made before, if there is one that still holds."""
+        if resets:
+            torch.compiler.reset()
+        self.twin.check(torch.compile(self.twin.model, backend="aot_eager"))
+
+
 def _saved(twin: Twin, rank: int) -> Path:
     """Return an adapter's folder; that of a kind of layer is made once."""
     folder = Path(_FOLDER.name, f"{list(KINDS.values()).index(twin.kind)}-{rank}")
