@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pacatune.files.journal import refuse_half_edited
 from pacatune.hub import check_on_hub
 from pacatune.installation import install_command
 
@@ -35,6 +36,7 @@ def find_model(
     local = Path(path).expanduser()
     if local.exists():
         if (local / "config.json").is_file():
+            refuse_half_edited(local)
             return str(local.resolve())
         is_adapter = (local / "adapter_config.json").exists()
         hint = " (it is an adapter, not a base)" if is_adapter else ""

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, MT-Bench, choices, perplexity",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
+    "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",
     "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
     "compare": "compare methods on one task: rates, seeds, table, test",

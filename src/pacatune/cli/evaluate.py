@@ -1,7 +1,6 @@
 """`pacatune evaluate WHAT`: the table of evaluations, and what those that load a model share."""
 
 import argparse
-import importlib
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pacatune.cli.options import (
     print_notes,
     quiet_libraries,
 )
-from pacatune.names import did_you_mean
+from pacatune.cli.subcommands import run_subcommand
 from pacatune.precision import DTYPES
 from pacatune.pretrained import QUANTIZATIONS
 
@@ -40,27 +39,13 @@ SUBCOMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Run the evaluation that the first word names with the words after it; return its status."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if argv else 2
-    name = argv[0]
-    if name not in SUBCOMMANDS:
-        kind = "option" if name.startswith("-") else "evaluation"
-        hint = did_you_mean(name, SUBCOMMANDS)
-        raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune evaluate --help`.")
-    module = importlib.import_module(f"pacatune.cli.evaluate_{name.replace('-', '_')}")
-    status: int = module.run(argv[1:])
-    return status
-
-
-def _usage() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items())
-    return (
-        "usage: pacatune evaluate WHAT [OPTIONS]\n\n"
-        "Score a model, with or without an adapter.\n\n"
-        f"what:\n{table}\n\n"
-        "`pacatune evaluate WHAT --help` lists the options of one."
+    return run_subcommand(
+        "evaluate",
+        SUBCOMMANDS,
+        argv,
+        description="Score a model, with or without an adapter.",
+        word="what",
+        kind="evaluation",
     )
 
 

@@ -3,7 +3,7 @@
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,11 +32,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class FileLayout(NamedTuple):
+    """What the header of a safetensors file says."""
+
+    tensors: dict[str, Any]
+    """Name -> `dtype`, `shape` and `data_offsets`, the latter from `data_start` on."""
+    metadata: dict[str, Any]
+    """Words about the whole file."""
+    data_start: int
+    """Where the tensors begin, in bytes from the start of the file."""
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """Read the description of each tensor, without `__metadata__` and without the data."""
+    return read_layout(path).tensors
+
+
+def read_layout(path: Path, max_bytes: int | None = MAX_FILE_BYTES) -> FileLayout:
+    """Read the whole header, without the data; a file of more than `max_bytes` is refused."""
     size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} is {size} bytes; at most {MAX_FILE_BYTES} are read.")
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(f"{path} is {size} bytes; at most {max_bytes} are read.")
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else size
@@ -51,9 +67,10 @@ def read_header(path: Path) -> dict[str, Any]:
                 "Copy it again."
             )
         header = parse_json_object(file.read(header_bytes), source=f"the header of {path}")
-    header.pop("__metadata__", None)
-    _check_extent(header, size - _LENGTH_BYTES - header_bytes, path)
-    return header
+    metadata = header.pop("__metadata__", None)
+    data_start = _LENGTH_BYTES + header_bytes
+    _check_extent(header, size - data_start, path)
+    return FileLayout(header, metadata if isinstance(metadata, dict) else {}, data_start)
 
 
 def check_names(names: dict[str, Any], *, source: str) -> None:
@@ -66,10 +83,12 @@ def check_names(names: dict[str, Any], *, source: str) -> None:
             )
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as PEFT does, marked as PyTorch's."""
+def write_tensors(
+    tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as PEFT does, marked as PyTorch's, with more `metadata` if need be."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def _check_extent(header: dict[str, Any], num_bytes: int, path: Path) -> None:

@@ -1,0 +1,201 @@
+"""The tensors of a model folder, where they lie in its safetensors files.
+
+Nothing is loaded: a tensor is a window onto its file. The folder's index (or its one file) says
+which files belong to the model; anything else that lies there does not.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pacatune.files.journal import file_path, refuse_half_edited
+from pacatune.files.json_file import parse_json_object
+from pacatune.files.tensor_file import read_layout
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "Entry",
+    "window",
+    "writable",
+]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_MAX_INDEX_BYTES = 64 * 2**20
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Of the tensors that are plain numbers: others are quantised, or no weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: str
+    """Name of the file in the folder."""
+    dtype: str
+    """In safetensors' words, such as `BF16`."""
+    shape: tuple[int, ...]
+    """Its sizes."""
+    start: int
+    """Of its first byte in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size, which `Checkpoint.open` has checked."""
+        return torch.Size(self.shape).numel() * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model folder's tensors."""
+
+    folder: Path
+    """The folder."""
+    files: tuple[str, ...]
+    """Names of the files with its tensors."""
+    entries: dict[str, Entry]
+    """Where each tensor lies, by name."""
+    _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, half_edited: bool = False) -> "Checkpoint":
+        """Read the headers of a model folder's files.
+
+        Args:
+            folder: The model folder.
+            half_edited: Take files under their parked names too, where an edit was interrupted;
+                otherwise such a folder is refused.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, is not named by a plain name, or being edited.
+        """
+        folder = Path(folder)
+        if not half_edited:
+            refuse_half_edited(folder)
+        files = _file_names(folder)
+        entries: dict[str, Entry] = {}
+        for name in files:
+            path = file_path(folder, name)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {name}, which its {INDEX_NAME} names; copy it again."
+                )
+            for key, entry in _read_entries(path, name).items():
+                if key in entries:
+                    raise ValueError(
+                        f"{folder} has tensor {key!r} in {entries[key].file} and in {name}; only "
+                        "one of them can be the model's. Save the model again."
+                    )
+                entries[key] = entry
+        return cls(folder=folder, files=files, entries=entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, read from the file as it is looked at."""
+        file = self.entries[name].file
+        if file not in self._opened:
+            self._opened[file] = safe_open(file_path(self.folder, file), framework="pt")
+        tensor: Tensor = self._opened[file].get_tensor(name)
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+
+def _file_names(folder: Path) -> tuple[str, ...]:
+    index = folder / INDEX_NAME
+    # transformers takes the one file where both lie.
+    is_single = file_path(folder, SINGLE_NAME).exists()
+    if is_single or not index.exists():
+        if not is_single:
+            raise FileNotFoundError(
+                f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}; only models that are saved "
+                "as safetensors can be patched: save it with transformers' `save_pretrained`."
+            )
+        return (SINGLE_NAME,)
+    with index.open("rb") as file:
+        raw = file.read(_MAX_INDEX_BYTES + 1)
+    if len(raw) > _MAX_INDEX_BYTES:
+        raise ValueError(f"{index} has more than {_MAX_INDEX_BYTES} bytes; it is no index.")
+    weight_map = parse_json_object(raw, source=str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no `weight_map`; it is damaged. Copy it again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the file {name[:80]!a}; it must be a plain name that ends with "
+                ".safetensors."
+            )
+    return tuple(names)
+
+
+def _read_entries(path: Path, name: str) -> dict[str, Entry]:
+    layout = read_layout(path, max_bytes=None)
+    try:
+        # Checks that dtypes, shapes and offsets fit each other, without gaps and overlaps.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a valid safetensors file ({error}); it is damaged. Copy it again."
+        ) from error
+    return {
+        key: Entry(
+            file=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=layout.data_start + entry["data_offsets"][0],
+        )
+        for key, entry in layout.tensors.items()
+    }
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[mmap.mmap]:
+    """Map a file into memory for writing; what is written is on the disk when the block ends."""
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 0)
+        yield memory
+        memory.flush()
+        os.fsync(file.fileno())
+        with suppress(BufferError):  # a window is still held somewhere; it goes with that
+            memory.close()
+
+
+def window(memory: mmap.mmap, entry: Entry) -> Tensor:
+    """Return a tensor's bits in a mapped file, as whole numbers: `shape` and a last dimension.
+
+    The last dimension is 1, or the bytes of an element where the file does not align them.
+    """
+    size = _ITEM_BYTES[entry.dtype]
+    is_aligned = entry.start % size == 0
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        size if is_aligned else 1
+    ]
+    count = entry.num_bytes // dtype.itemsize
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.start)
+    return flat.view(*entry.shape, 1 if is_aligned else size)

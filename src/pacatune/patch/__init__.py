@@ -1,0 +1,57 @@
+"""Patches: an adapter as an exact edit of a checkpoint, applied and taken back bit for bit.
+
+    edit          the data: columns before and after; torch alone
+    memory        apply and revert in a model's weights
+    file          patch files
+    base          whether a checkpoint is the one a patch is for
+    folder        apply and revert in model folders, in place or not
+    difference    what two checkpoints or patches differ in
+    adapter       from a PaCA adapter and back
+
+docs/patch.md says how to use them. A patch holds the bits that `ops.linear.adapted_columns` gives,
+which are those of training, merging and serving.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pacatune.patch.difference import Difference, PatchDifference, compare_patches, diff
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Overlap, Patch, edit_of, stack
+from pacatune.patch.file import is_patch, load, save
+from pacatune.patch.folder import FolderResult, apply_in_place, apply_to_folder, recover
+from pacatune.patch.memory import apply, revert
+
+if TYPE_CHECKING:
+    from pacatune.patch.adapter import make, to_adapter
+
+__all__ = [
+    "AdapterPart",
+    "ColumnEdit",
+    "Difference",
+    "FolderResult",
+    "Overlap",
+    "Patch",
+    "PatchDifference",
+    "apply",
+    "apply_in_place",
+    "apply_to_folder",
+    "compare_patches",
+    "diff",
+    "edit_of",
+    "is_patch",
+    "load",
+    "make",
+    "recover",
+    "revert",
+    "save",
+    "stack",
+    "to_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # These two need PEFT; a patch in memory or on a server does not wait for it.
+    if name in ("make", "to_adapter"):
+        from pacatune.patch import adapter
+
+        return getattr(adapter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,284 @@
+"""From an adapter to a patch of its base, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pacatune.adapters.base import base_name, empty_base, load_base
+from pacatune.adapters.folder import (
+    CONFIG_NAME,
+    SIDECAR_NAME,
+    Adapter,
+    LoraAdapter,
+    find_file,
+    find_tensors,
+    open_adapter,
+    read_adapter,
+)
+from pacatune.adapters.loading import check_base, check_shapes
+from pacatune.adapters.target import BaseWeight, find_target
+from pacatune.files.checkpoint import DTYPES, Checkpoint
+from pacatune.files.folder import staged_folder
+from pacatune.files.tensor_file import read_tensors, write_tensors
+from pacatune.format.options import format_quantization
+from pacatune.format.tensors import TENSORS_NAME
+from pacatune.ops.linear import adapted_columns
+from pacatune.patch.base import find_folder, fingerprint
+from pacatune.patch.difference import changed_columns
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
+from pacatune.patch.memory import find_name
+from pacatune.tuner.compat import tied_weights
+from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, ExpertsLayout
+
+__all__ = ["make", "to_adapter"]
+
+_BY_MERGE = (
+    "Make the patch of the merged model instead: `pacatune merge --model BASE --adapter ADAPTER "
+    "--output MERGED`, then `pacatune patch diff --model BASE --with MERGED --output PATCH`."
+)
+
+
+def make(
+    model: str | Path | None,
+    adapter: str | Path,
+    *,
+    with_adapter: bool = True,
+    allow_other_base: bool = False,
+) -> tuple[Patch, list[str]]:
+    """Make the patch that turns an adapter's base into what `merge` writes, bit for bit.
+
+    The base's files are read where columns change and nowhere else; the model is not loaded, except
+    where transformers holds a tensor in another form than the checkpoint (experts, mostly).
+
+    Args:
+        model: Folder or hub id of the base; None takes the one that the adapter names.
+        adapter: Folder or hub id of a PaCA adapter.
+        with_adapter: Keep the adapter's own tensors, which `to_adapter` needs: in 16 bits the
+            columns are rounded, so the update cannot be read off them.
+        allow_other_base: Go on although the base is not the one the adapter was trained on.
+
+    Returns:
+        The patch, and notes for the user.
+
+    Raises:
+        FileNotFoundError: If base or adapter are missing.
+        ValueError: If the adapter is damaged, belongs to another base, is not PaCA's, was trained
+            on a quantised base or trains more than columns, or the base ties a changed tensor.
+    """
+    checked = open_adapter(adapter)
+    _refuse_inexpressible(checked)
+    assert isinstance(checked, Adapter)
+    name = base_name(None if model is None else str(model), checked.config)
+    checkpoint = Checkpoint.open(find_folder(name))
+    base: Any = empty_base(name, task_type=checked.config.task_type)
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base model {name!r} is saved quantised: its numbers are packed, and columns of them "
+            "cannot be exchanged. Use the original base that is not quantised."
+        )
+    check_shapes(checked.modules, base, source=str(checked.folder))
+    parameters = {module: _parameter_name(base, module) for module in checked.modules}
+    _refuse_tied(base, set(parameters.values()))
+    prefix = base.base_model_prefix
+    names = {m: find_name(p, checkpoint.entries, prefix) for m, p in parameters.items()}
+    is_plain = all(n is not None and _has_shape(base, m, checkpoint, n) for m, n in names.items())
+    if not is_plain:
+        base = load_base(name, task_type=checked.config.task_type)
+    edits: dict[str, ColumnEdit] = {}
+    for module, tensor_name in names.items():
+        found = find_target(base, module)
+        assert found is not None, "check_shapes has seen it"
+        if is_plain:
+            assert tensor_name is not None
+            _refuse_dtype(checkpoint, tensor_name)
+            _put_tensor(found, checkpoint.tensor(tensor_name))
+            edits[tensor_name] = _edit(tensor_name, found, checked, module)
+        else:
+            edits |= _converted_edits(base, checkpoint, parameters[module], found, checked, module)
+    notes = check_base(checked, base, allow_other_base=allow_other_base)
+    part = _adapter_part(checked) if with_adapter else None
+    if not with_adapter:
+        notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
+    found_prints = fingerprint(checkpoint, edits)
+    patch = Patch(edits=edits, base=_short(name), fingerprint=found_prints, adapter=part)
+    return patch, notes
+
+
+def to_adapter(patch: Patch, output: str | Path) -> Path:
+    """Write the adapter that a patch was made of: the same configuration and tensors, exactly.
+
+    Args:
+        patch: With its adapter.
+        output: Folder to write, missing or empty.
+
+    Raises:
+        FileExistsError: If `output` is in use.
+        ValueError: If the patch is without its adapter, or that is damaged.
+    """
+    part = patch.adapter
+    if part is None:
+        raise ValueError(
+            "the patch is without the adapter it was made of; make it again without --no-adapter."
+        )
+    output = Path(output)
+    with staged_folder(output, part.num_bytes) as staging:
+        (staging / CONFIG_NAME).write_text(part.config, encoding="utf-8")
+        if part.sidecar is not None:
+            (staging / SIDECAR_NAME).write_text(part.sidecar, encoding="utf-8")
+        write_tensors(part.tensors, staging / TENSORS_NAME)
+        read_adapter(staging)  # a patch may come from a stranger
+    return output
+
+
+def _short(name: str) -> str:
+    """Return what a base is called in a patch; the path of somebody's folder is their own."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _refuse_inexpressible(adapter: Adapter | LoraAdapter) -> None:
+    where = adapter.folder
+    if isinstance(adapter, LoraAdapter):
+        raise ValueError(
+            f"{where} is a LoRA adapter, which changes every column of its weights; a patch holds "
+            "few columns. Merge it instead (`pacatune merge`)."
+        )
+    if (quantization := adapter.config.base_quantization) is not None:
+        raise ValueError(
+            f"{where} was trained on a base quantised as {format_quantization(quantization)!r}, "
+            "whose weights are not those of the checkpoint. `pacatune merge --base original` "
+            "writes the checkpoint with the trained columns; `pacatune patch diff` makes a patch "
+            "of that."
+        )
+    if adapter.extra:
+        raise ValueError(
+            f"{where} also trains what are no columns, first {next(iter(adapter.extra))!r}. "
+            f"{_BY_MERGE}"
+        )
+
+
+def _refuse_tied(base: Any, parameters: set[str]) -> None:
+    for target, source in tied_weights(base).items():
+        if touched := sorted(parameters & {target, source}):
+            raise ValueError(
+                f"the adapter changes {touched[0]!r}, and the base ties {target!r} to {source!r}: "
+                "its checkpoint has one tensor for both, and a patch would change both. Merge the "
+                "adapter instead (`pacatune merge`), which unties them."
+            )
+
+
+def _parameter_name(base: nn.Module, module: str) -> str:
+    found = find_target(base, module)
+    assert found is not None, "check_shapes has seen it"
+    owner = next(name for name, one in base.named_modules() if one is found.module)
+    return f"{owner}.{found.parameter_name}" if owner else found.parameter_name
+
+
+def _has_shape(base: nn.Module, module: str, checkpoint: Checkpoint, name: str) -> bool:
+    found = find_target(base, module)
+    assert found is not None, "check_shapes has seen it"
+    shape = tuple(getattr(found.module, found.parameter_name).shape)
+    return checkpoint.entries[name].shape == shape
+
+
+def _refuse_dtype(checkpoint: Checkpoint, name: str) -> None:
+    if (dtype := checkpoint.entries[name].dtype) not in DTYPES:
+        raise ValueError(
+            f"{checkpoint.folder}: {name!r} is {dtype}, so quantised; a patch needs plain numbers: "
+            f"{', '.join(DTYPES)}."
+        )
+
+
+def _put_tensor(found: BaseWeight, tensor: Tensor) -> None:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(found.module, found.parameter_name, parameter)
+
+
+@torch.no_grad()
+def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
+    """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
+    weight: Tensor = getattr(found.module, found.parameter_name).detach()
+    layout, indices = found.layout, adapter.modules[module].indices
+    new = _new_columns(weight, found, adapter, module)
+    if isinstance(layout, ConvolutionLayout) and layout.groups > 1:
+        # A channel is a column of its group's rows alone: other rows keep what they have there.
+        columns = (indices % (layout.in_features // layout.groups)).unique()
+        kernel = weight.clone()
+        layout.put_columns_(kernel, indices, new)
+        return edit_of(name, 1, weight, columns, kernel.index_select(1, columns))
+    dim = 1
+    if isinstance(layout, ExpertsLayout):
+        dim = 1 if layout.is_transposed else 2
+    elif isinstance(layout, Conv1DLayout):
+        dim = 0
+    return edit_of(name, dim, weight, indices, new)
+
+
+def _new_columns(weight: Tensor, found: BaseWeight, adapter: Adapter, module: str) -> Tensor:
+    delta, indices = adapter.modules[module]
+    layout = found.layout
+    update = layout.oriented(layout.from_file(delta.float()))  # as a layer holds it
+    columns = layout.read_columns(weight, indices)
+    new = adapted_columns(columns, update, adapter.scaling(module))
+    if not new.isfinite().all():
+        raise ValueError(
+            f"{adapter.folder}: module {module!r} has columns that are not finite in "
+            f"{weight.dtype}; use a base of wider range, or an earlier checkpoint of the adapter."
+        )
+    return new
+
+
+@torch.no_grad()
+def _converted_edits(
+    base: Any,
+    checkpoint: Checkpoint,
+    parameter: str,
+    found: BaseWeight,
+    adapter: Adapter,
+    module: str,
+) -> dict[str, ColumnEdit]:
+    """Return the edits in a checkpoint's tensors of a weight that transformers holds otherwise."""
+    weight: Tensor = getattr(found.module, found.parameter_name).detach()
+    patched = weight.clone()
+    new = _new_columns(weight, found, adapter, module)
+    found.layout.put_columns_(patched, adapter.modules[module].indices, new)
+    before, after = (_as_saved(base, {parameter: one}) for one in (weight, patched))
+    edits = {}
+    for name, tensor in before.items():
+        if not _is_stored(checkpoint, name, tensor):
+            raise ValueError(
+                f"{checkpoint.folder} does not hold {parameter!r} as transformers would save it, "
+                f"as {name!r} in {tensor.dtype}. {_BY_MERGE}"
+            )
+        if (change := changed_columns(tensor, after[name])) is not None:
+            dim, columns = change
+            new = after[name].index_select(dim, columns)
+            edits[name] = edit_of(name, dim, tensor, columns, new)
+    return edits
+
+
+def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
+    entry = checkpoint.entries.get(name)
+    if entry is None or entry.shape != tuple(tensor.shape):
+        return False
+    stored = checkpoint.tensor(name)
+    return stored.dtype == tensor.dtype and torch.equal(bits(stored), bits(tensor.contiguous()))
+
+
+def _as_saved(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a model as its checkpoint has them; transformers 4 converts nothing."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return tensors
+    return dict(revert_weight_conversion(base, tensors))
+
+
+def _adapter_part(adapter: Adapter) -> AdapterPart:
+    sidecar = adapter.folder / SIDECAR_NAME
+    return AdapterPart(
+        config=find_file(adapter.folder, CONFIG_NAME).read_text(encoding="utf-8"),
+        sidecar=sidecar.read_text(encoding="utf-8") if sidecar.exists() else None,
+        tensors=read_tensors(find_tensors(adapter.folder)),
+    )

@@ -1,0 +1,152 @@
+"""Whether a checkpoint is the one that a patch is for, and in which state.
+
+The original columns are in the patch, so the columns that it changes are compared bit for bit. That
+says nothing of the others: a patch of one layer fits every fine-tune that froze this layer. So a
+patch has hashes of up to 8 columns of each of its tensors that it leaves alone. Another patch of
+the same base may have changed a few of those; another base has changed nearly all of them.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pacatune import pretrained
+from pacatune.files.checkpoint import DTYPES, Checkpoint
+from pacatune.names import nearest
+from pacatune.patch.edit import ColumnEdit, Patch, bits
+
+__all__ = ["check_base", "check_tensors", "find_folder", "fingerprint", "holds"]
+
+_NUM_COLUMNS = 8
+_HASH_DIGITS = 12
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def find_folder(name: str, *, option: str = "model") -> Path:
+    """Return a model's folder: the one given, or the hub's, whose files are fetched first."""
+    found = pretrained.find_model(name, option=option)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(found, allow_patterns=_HUB_FILES))
+
+
+def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[str, dict[int, str]]:
+    """Hash some columns of each tensor, at equal distances, of those that its edit leaves alone."""
+    result = {}
+    for name, edit in edits.items():
+        is_free = torch.ones(edit.shape[edit.dim], dtype=torch.bool)
+        is_free[edit.indices] = False
+        free = is_free.nonzero()[:, 0]
+        chosen = free[:: max(1, -(-len(free) // _NUM_COLUMNS))]
+        if len(edit.shape) > 1 and len(chosen):
+            result[name] = _hashes(checkpoint.tensor(name), edit.dim, chosen)
+    return result
+
+
+def _hashes(tensor: Tensor, dim: int, columns: Tensor) -> dict[int, str]:
+    values = bits(tensor.index_select(dim, columns)).movedim(dim, 0).contiguous()
+    return {
+        column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
+        for column, value in zip(columns.tolist(), values, strict=True)
+    }
+
+
+def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
+    """Refuse a checkpoint without the patch's tensors, or with others of these names."""
+    where = checkpoint.folder
+    for name, edit in patch.edits.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            near = nearest(name, list(checkpoint.entries), cutoff=0)
+            raise ValueError(
+                f"{where} has no tensor {name!r}; the nearest is {near!r}. The patch is for "
+                f"another base{_called(patch)}."
+            )
+        if entry.shape != edit.shape:
+            raise ValueError(
+                f"{where}: {name!r} is {entry.shape}, but the patch is for {edit.shape}; it is for "
+                f"another base{_called(patch)}."
+            )
+        if DTYPES.get(entry.dtype) != edit.dtype:
+            raise ValueError(
+                f"{where}: {name!r} is {entry.dtype}, but the patch is for {edit.dtype}: bits fit "
+                "one dtype only. Make the patch on this base, or patch the base that it is for."
+            )
+
+
+def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
+    """Return the tensors whose columns are not those that the patch starts from, `original`."""
+    differing = []
+    for name, edit in patch.edits.items():
+        columns = checkpoint.tensor(name).index_select(edit.dim, edit.indices)
+        if not torch.equal(bits(columns), bits(edit.original)):
+            differing.append(name)
+    return differing
+
+
+def check_base(
+    checkpoint: Checkpoint, patch: Patch, *, action: str, allow_other_base: bool = False
+) -> list[str]:
+    """Refuse a checkpoint on which an action would not be exact; it is only read.
+
+    Args:
+        checkpoint: The model folder.
+        patch: Its `original` is what the folder must hold: the inverse one to revert.
+        action: "apply" or "revert", for messages.
+        allow_other_base: Go on if other columns than the patch's differ from its base.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError: If the columns are others, or the base is another one.
+    """
+    check_tensors(checkpoint, patch)
+    differing = holds(checkpoint, patch)
+    num_equal, num_compared = 0, 0
+    for name, hashes in patch.fingerprint.items():
+        found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, torch.tensor([*hashes]))
+        equal = [column for column, value in hashes.items() if found[column] == value]
+        num_compared += len(hashes)
+        num_equal += len(equal)
+    is_other = 2 * num_equal < num_compared
+    if differing:
+        _refuse(checkpoint, patch, differing, action, is_other)
+    sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
+    if is_other and not allow_other_base:
+        raise ValueError(
+            f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}: {sampled} "
+            "differ, although those it changes are the same. Choose the right base, or pass "
+            "`allow_other_base` (--allow-other-base)."
+        )
+    if num_equal < num_compared:
+        return [f"{sampled} differ from its base: another patch is applied, or it is another base."]
+    return []
+
+
+def _refuse(
+    checkpoint: Checkpoint, patch: Patch, differing: list[str], action: str, is_other: bool
+) -> None:
+    where, num = checkpoint.folder, len(patch.edits)
+    if not holds(checkpoint, patch.inverse()):
+        done = "is already applied to" if action == "apply" else "is not applied to"
+        raise ValueError(f"the patch {done} {where}; there is nothing to {action}.")
+    if is_other or len(differing) == num:
+        raise ValueError(
+            f"{where} is not the base that the patch is for{_called(patch)}: {len(differing)} of "
+            f"{num} tensors hold other columns, first {differing[0]!r}. Choose the right base."
+        )
+    other = "applied over this patch" if action == "revert" else "applied to it"
+    raise ValueError(
+        f"{where}: {len(differing)} of {num} tensors, first {differing[0]!r}, hold other columns "
+        f"than the patch {'starts from' if action == 'apply' else 'wrote'}. If another patch that "
+        f"overlaps was {other}, revert that one first; otherwise the folder was changed or damaged."
+    )
+
+
+def _called(patch: Patch) -> str:
+    return f" ({patch.base!r})" if patch.base else ""

@@ -1,0 +1,312 @@
+"""An exact edit of a checkpoint: some columns of some tensors, as they are to be and as they were.
+
+Nothing here knows files, models or PEFT. A column is one index along one dimension of a tensor:
+dimension 1 of a linear layer's (O, I) weight, 0 of a Conv1D's (I, O), the last one of (E, O, I)
+experts. Bits are compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AdapterPart",
+    "ColumnEdit",
+    "Overlap",
+    "Patch",
+    "bits",
+    "edit_of",
+    "shared_columns",
+    "stack",
+]
+
+Overlap = Literal["first", "last", "sum"]
+"""Whose column is taken where several patches have it; `sum` adds up their differences."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bits as whole numbers, in the same memory."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnEdit:
+    """Some columns of one tensor, before and after."""
+
+    name: str
+    """Of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
+    dim: int
+    """Dimension of the tensor along which the columns are."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    indices: Tensor
+    """(R,) int64, the columns in increasing order."""
+    original: Tensor
+    """The columns of the base: `shape` with R in place of `shape[dim]`, in the base's dtype."""
+    new: Tensor
+    """The columns of the patched tensor, in the same shape and dtype."""
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other."""
+        where = f"the edit of {self.name!r}"
+        if not 0 <= self.dim < len(self.shape):
+            raise ValueError(
+                f"{where}: `dim` ({self.dim}) must be one of the dimensions of {self.shape}."
+            )
+        if self.indices.dtype != torch.int64 or self.indices.dim() != 1:
+            raise ValueError(
+                f"{where}: `indices` must be (R,) int64, got {tuple(self.indices.shape)} of "
+                f"{self.indices.dtype}."
+            )
+        expected = (*self.shape[: self.dim], len(self.indices), *self.shape[self.dim + 1 :])
+        for part in ("original", "new"):
+            if (given := tuple(getattr(self, part).shape)) != expected:
+                raise ValueError(
+                    f"{where}: `{part}` must be {expected} to fit {len(self.indices)} columns "
+                    f"along dimension {self.dim} of {self.shape}, got {given}."
+                )
+        if self.original.dtype != self.new.dtype:
+            raise ValueError(
+                f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
+                "both must have the base's dtype."
+            )
+        if not self.indices.is_meta and not _is_increasing(self.indices, self.shape[self.dim]):
+            raise ValueError(
+                f"{where}: `indices` must increase from 0 on and stay below {self.shape[self.dim]}."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensor."""
+        return self.original.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the new columns: what an apply moves."""
+        return self.new.nbytes
+
+    def inverse(self) -> "ColumnEdit":
+        """Return the edit that takes this one back."""
+        return replace(self, original=self.new, new=self.original)
+
+    def to(self, device: torch.device | str) -> "ColumnEdit":
+        """Return the same on a device."""
+        return replace(
+            self,
+            indices=self.indices.to(device),
+            original=self.original.to(device),
+            new=self.new.to(device),
+        )
+
+
+def _is_increasing(indices: Tensor, size: int) -> bool:
+    if len(indices) == 0:
+        return False
+    is_within = int(indices[0]) >= 0 and int(indices[-1]) < size
+    return is_within and bool((indices.diff() > 0).all())
+
+
+def edit_of(name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor) -> ColumnEdit:
+    """Return the edit that writes `new` over some columns of a tensor.
+
+    Args:
+        name: The tensor's name in the checkpoint.
+        dim: Dimension of the columns.
+        weight: The tensor of the base.
+        indices: (R,) int64 columns, in increasing order.
+        new: `weight`'s shape with R in place of that dimension.
+    """
+    return ColumnEdit(
+        name=name,
+        dim=dim,
+        shape=tuple(weight.shape),
+        indices=indices,
+        original=weight.index_select(dim, indices).contiguous(),
+        new=new.contiguous(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterPart:
+    """The adapter that a patch was made of, so that it can be written again exactly."""
+
+    config: str
+    """Its adapter_config.json, to the letter."""
+    sidecar: str | None
+    """Its pacatune.json, if it has one."""
+    tensors: dict[str, Tensor]
+    """Its adapter_model.safetensors."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patch:
+    """Edits of one checkpoint."""
+
+    edits: dict[str, ColumnEdit]
+    """By the tensor's name."""
+    base: str = ""
+    """What the base was called, for messages."""
+    fingerprint: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Hashes of some columns that the patch leaves alone, by the tensor's name and the column."""
+    adapter: AdapterPart | None = None
+    """The adapter it was made of, if it is kept."""
+
+    def __post_init__(self) -> None:
+        """Refuse a patch of nothing, and edits under other names."""
+        if not self.edits:
+            raise ValueError("`edits` is empty; a patch changes at least one tensor.")
+        for name, edit in self.edits.items():
+            if name != edit.name:
+                raise ValueError(f"`edits` has the edit of {edit.name!r} under the name {name!r}.")
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of all tensors."""
+        return sum(len(edit.indices) for edit in self.edits.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the new columns: what an apply moves."""
+        return sum(edit.num_bytes for edit in self.edits.values())
+
+    def inverse(self) -> "Patch":
+        """Return the patch that takes this one back; it has no adapter."""
+        inverse = {name: edit.inverse() for name, edit in self.edits.items()}
+        return replace(self, edits=inverse, adapter=None)
+
+    def to(self, device: torch.device | str) -> "Patch":
+        """Return the patch with its columns on a device: applying it there copies nothing over."""
+        return replace(self, edits={name: edit.to(device) for name, edit in self.edits.items()})
+
+
+def stack(patches: Sequence[Patch], *, overlap: Overlap | None = None) -> Patch:
+    """Join patches of one base into one patch.
+
+    Where columns are disjoint the result is exactly what applying one after the other gives, in any
+    order. It carries no adapter.
+
+    Args:
+        patches: At least one.
+        overlap: What to do with columns that several patches have; None refuses them. `first` and
+            `last` take the column of that patch. `sum` adds the differences of all to the base's
+            column, in float64, and rounds once to the base's dtype: the only one of the three that
+            rounds.
+
+    Raises:
+        ValueError: If the patches are of different bases, or overlap without `overlap`.
+    """
+    if not patches:
+        raise ValueError("`patches` is empty; give at least one.")
+    names = list(dict.fromkeys(name for patch in patches for name in patch.edits))
+    edits = {
+        name: _stack_edits([p.edits[name] for p in patches if name in p.edits], overlap)
+        for name in names
+    }
+    base = next((patch.base for patch in patches if patch.base), "")
+    return Patch(edits=edits, base=base, fingerprint=_joint_fingerprint(patches, edits))
+
+
+def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit:
+    first = edits[0]
+    _refuse_other_forms(edits)
+    indices = torch.cat([edit.indices for edit in edits]).unique()
+    places = [torch.searchsorted(indices, edit.indices) for edit in edits]
+    original = _gather(edits, places, len(indices), "original")
+    for edit, place in zip(edits, places, strict=True):
+        if not torch.equal(bits(original.index_select(first.dim, place)), bits(edit.original)):
+            raise ValueError(
+                "the patches are of different bases: they disagree about columns of "
+                f"{first.name!r} before the change."
+            )
+    counts = torch.cat(places).bincount()
+    num_shared = int((counts > 1).sum())
+    if num_shared and overlap is None:
+        raise ValueError(
+            f"the patches overlap: {num_shared} columns of {first.name!r} are changed by several, "
+            f"column {int(indices[counts > 1][0])} for one. Choose by `overlap` (--overlap) whose "
+            "are taken: first, last, or sum, which adds up the changes and rounds once."
+        )
+    if overlap == "first":
+        new = _gather(edits[::-1], places[::-1], len(indices), "new")
+    else:
+        new = _gather(edits, places, len(indices), "new")
+    if overlap == "sum" and num_shared:
+        is_shared = (counts > 1).nonzero()[:, 0]
+        summed = _sum(edits, places, original).index_select(first.dim, is_shared)
+        new.index_copy_(first.dim, is_shared, summed)
+    return replace(first, indices=indices, original=original, new=new)
+
+
+def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
+    first = edits[0]
+    for other in edits[1:]:
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"the patches are of different bases: {first.name!r} is {first.shape} in "
+                f"{first.dtype} for one and {other.shape} in {other.dtype} for another."
+            )
+        if other.dim != first.dim:
+            raise ValueError(
+                f"{first.name!r} is changed along dimension {first.dim} by one patch and along "
+                f"{other.dim} by another; such patches cannot be joined, apply one of them only."
+            )
+
+
+def _gather(
+    edits: Sequence[ColumnEdit], places: Sequence[Tensor], num_columns: int, part: str
+) -> Tensor:
+    """Return one part of all edits, each column at its place; later edits win."""
+    first = edits[0]
+    shape = (*first.shape[: first.dim], num_columns, *first.shape[first.dim + 1 :])
+    result = first.original.new_empty(shape)
+    for edit, place in zip(edits, places, strict=True):
+        result.index_copy_(first.dim, place, getattr(edit, part))
+    return result
+
+
+def _sum(edits: Sequence[ColumnEdit], places: Sequence[Tensor], original: Tensor) -> Tensor:
+    wide = original.double()
+    for edit, place in zip(edits, places, strict=True):
+        wide.index_add_(edit.dim, place, edit.new.double() - edit.original.double())
+    return wide.to(original.dtype)
+
+
+def _joint_fingerprint(
+    patches: Sequence[Patch], edits: Mapping[str, ColumnEdit]
+) -> dict[str, dict[int, str]]:
+    """Return all hashes of columns that no patch changes; refuse those that disagree."""
+    result: dict[str, dict[int, str]] = {}
+    for patch in patches:
+        for name, hashes in patch.fingerprint.items():
+            touched = set(edits[name].indices.tolist()) if name in edits else set()
+            known = result.setdefault(name, {})
+            for column, value in hashes.items():
+                if column in touched:
+                    continue
+                if known.setdefault(column, value) != value:
+                    raise ValueError(
+                        f"the patches are of different bases: they disagree about column {column} "
+                        f"of {name!r}, which none of them changes."
+                    )
+    return result
+
+
+def shared_columns(a: Mapping[str, ColumnEdit], b: Mapping[str, ColumnEdit]) -> dict[str, int]:
+    """Return how many columns both change, by tensor; along different dimensions counts all."""
+    result = {}
+    for name in a.keys() & b.keys():
+        if a[name].dim != b[name].dim:
+            result[name] = max(len(a[name].indices), len(b[name].indices))
+        elif shared := int(torch.isin(a[name].indices, b[name].indices).sum()):
+            result[name] = shared
+    return dict(sorted(result.items()))

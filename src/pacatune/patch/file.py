@@ -1,0 +1,170 @@
+"""Read and write patch files: safetensors with the columns, and a checksum over everything.
+
+A file holds, for each tensor NAME of the checkpoint,
+
+    NAME.indices    (R,) int64
+    NAME.original   the base's columns, in its dtype
+    NAME.new        the patched ones
+
+and `pacatune_adapter.*`, the tensors of the adapter it was made of, if that is kept. The JSON under
+`pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint,
+the adapter's configuration.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacatune.files.json_file import parse_json_object
+from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
+
+__all__ = ["is_patch", "load", "read", "refuse_existing", "save"]
+
+_KEY = "pacatune_patch"
+_VERSION = 1
+_PARTS = ("indices", "original", "new")
+_ADAPTER = "pacatune_adapter."
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None) -> int:
+    """Write a patch file, all at once, and return its size in bytes.
+
+    Args:
+        patch: What to write.
+        path: A new file.
+        extra: More entries of its metadata.
+
+    Raises:
+        FileExistsError: If there is something under that name.
+    """
+    path = refuse_existing(path)
+    tensors, metadata = _pack(patch)
+    metadata |= extra or {}
+    metadata["digest"] = _digest(tensors, metadata)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def refuse_existing(path: str | Path) -> Path:
+    """Refuse a name for a new file that is taken."""
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"output {str(path)!r} exists; choose another name or remove it.")
+    return path
+
+
+def load(path: str | Path) -> Patch:
+    """Read and check a patch file; only safetensors and JSON are opened, nothing is run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no patch, damaged, or of a newer version.
+    """
+    return read(Path(path))[0]
+
+
+def is_patch(path: str | Path) -> bool:
+    """Whether a path is a patch file, by its header; ValueError for a damaged safetensors file."""
+    path = Path(path)
+    return path.is_file() and _KEY in read_layout(path).metadata
+
+
+def read(path: Path) -> tuple[Patch, dict[str, Any]]:
+    """Return a patch and the metadata of its file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"patch {str(path)!r} does not exist, or is no file.")
+    text = read_layout(path).metadata.get(_KEY)
+    if not isinstance(text, str):
+        raise ValueError(f"{path} is no patch; `pacatune patch make` writes one.")
+    metadata = parse_json_object(text.encode(), source=f"the metadata of {path}")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is a patch of version {metadata.get('version')!r}, and this pacatune reads "
+            f"{_VERSION}; upgrade pacatune."
+        )
+    tensors = read_tensors(path)
+    found = metadata.pop("digest", None)
+    if found != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its checksum does not fit. Copy it again.")
+    try:
+        return _unpack(tensors, metadata), metadata
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} lacks a part of a patch ({type(error).__name__}: {error}); make it again."
+        ) from error
+
+
+def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    for name, edit in patch.edits.items():
+        tensors |= {f"{name}.{part}": getattr(edit, part).cpu() for part in _PARTS}
+    metadata: dict[str, Any] = {
+        "version": _VERSION,
+        "base": patch.base,
+        "tensors": {
+            name: {"dim": edit.dim, "shape": list(edit.shape)} for name, edit in patch.edits.items()
+        },
+        "fingerprint": {
+            name: {str(column): value for column, value in hashes.items()}
+            for name, hashes in patch.fingerprint.items()
+        },
+    }
+    if patch.adapter is not None:
+        tensors |= {f"{_ADAPTER}{name}": one for name, one in patch.adapter.tensors.items()}
+        metadata["adapter"] = {"config": patch.adapter.config, "sidecar": patch.adapter.sidecar}
+    return tensors, metadata
+
+
+def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
+    edits = {}
+    for name, entry in metadata["tensors"].items():
+        indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
+        if original.dtype not in _DTYPES:
+            raise TypeError(f"{name!r} is {original.dtype}")
+        shape = tuple(int(size) for size in entry["shape"])
+        edits[name] = ColumnEdit(
+            name=name,
+            dim=int(entry["dim"]),
+            shape=shape,
+            indices=indices,
+            original=original,
+            new=new,
+        )
+    adapter = None
+    if (entry := metadata.get("adapter")) is not None:
+        own = {
+            name.removeprefix(_ADAPTER): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_ADAPTER)
+        }
+        adapter = AdapterPart(config=entry["config"], sidecar=entry["sidecar"], tensors=own)
+    fingerprint = {
+        name: {int(column): str(value) for column, value in hashes.items()}
+        for name, hashes in metadata["fingerprint"].items()
+    }
+    return Patch(edits=edits, base=str(metadata["base"]), fingerprint=fingerprint, adapter=adapter)
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Return the SHA-256 of all tensors, with their names, and of the metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bits(tensor.contiguous()).numpy().data)
+    return digest.hexdigest()

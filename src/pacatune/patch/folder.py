@@ -1,0 +1,305 @@
+"""Apply a patch to a model folder: into a new folder, or in place, so that a kill loses nothing.
+
+In place, a loader sees the base, an error, or the patched model, and never a mixture:
+
+1. The journal, a patch file of what is about to be written, is put into the folder.
+2. Each file that changes is renamed (`model.safetensors.patching`): who loads now misses a file.
+3. The columns are written and synced; headers, sizes and all other bytes stay.
+4. The files get their names back, then the journal is removed.
+
+Whoever finds a journal puts the columns back that were there before and ends with 4. Writing them
+again does no harm, so it does not matter where the process was killed, nor how often.
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pacatune.files.checkpoint import Checkpoint, window, writable
+from pacatune.files.folder import check_output, format_bytes, staged_folder
+from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
+from pacatune.files.result_folder import alone_in
+from pacatune.patch.base import check_base, check_tensors, holds
+from pacatune.patch.edit import ColumnEdit, Patch, bits
+from pacatune.patch.file import read, save
+
+__all__ = ["FolderResult", "apply_in_place", "apply_to_folder", "recover"]
+
+_PAGE_BYTES = 4096
+_SPARE_BYTES = 2**20
+# Weights in other formats, which a patch does not change: a copy of them would be the base's.
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderResult:
+    """What was written."""
+
+    folder: Path
+    """The model folder."""
+    num_tensors: int
+    """Tensors that were changed."""
+    num_columns: int
+    """Columns of them."""
+    column_bytes: int
+    """Bytes of these columns."""
+    page_bytes: int
+    """Bytes of the 4 KiB pages that they lie in: what a disk writes at least."""
+    checkpoint_bytes: int
+    """Size of all files with tensors."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know."""
+
+
+def apply_to_folder(
+    model: str | Path,
+    patch: Patch,
+    output: str | Path,
+    *,
+    revert: bool = False,
+    allow_other_base: bool = False,
+) -> FolderResult:
+    """Write a patched copy of a model folder, a plain one that needs nothing of ours.
+
+    Files that are not weights come along; hidden ones, weights in other formats and safetensors
+    that are not the model's do not. What was written is read back before the folder gets its name.
+
+    Args:
+        model: The folder to patch; it is only read.
+        patch: What to write.
+        output: Folder to write, missing or empty.
+        revert: Take the patch back instead of applying it.
+        allow_other_base: As for `check_base`.
+
+    Raises:
+        FileExistsError: If `output` is in use.
+        FileNotFoundError: If a file of the model is missing.
+        ValueError: If the patch does not fit, the folder is damaged, or the disk is full.
+    """
+    output = Path(output)
+    check_output(output, num_bytes=0)
+    checkpoint, wanted = Checkpoint.open(model), patch.inverse() if revert else patch
+    action = "revert" if revert else "apply"
+    notes = check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+    with staged_folder(output, checkpoint.num_bytes) as staging:
+        notes += _copy(checkpoint, staging)
+        copied = Checkpoint.open(staging)
+        for name, edits in _by_file(copied, wanted).items():
+            _write(staging / name, copied, edits)
+        if wrong := holds(Checkpoint.open(staging), wanted.inverse()):
+            raise ValueError(
+                f"{wrong[0]!r} was not written as it should be; nothing was left behind. Is the "
+                "disk damaged?"
+            )
+    return _result(output, checkpoint, wanted, notes)
+
+
+def apply_in_place(
+    folder: str | Path, patch: Patch, *, revert: bool = False, allow_other_base: bool = False
+) -> FolderResult:
+    """Patch a model folder itself: nothing but the columns is written.
+
+    An earlier call that was killed is rolled back first. Do not load from the folder meanwhile; who
+    tries finds a file missing. A process that has mapped the files (as loaders do until all weights
+    are read) sees the new columns in them.
+
+    Args:
+        folder: The model folder.
+        patch: What to write.
+        revert: Take the patch back instead of applying it.
+        allow_other_base: As for `check_base`.
+
+    Raises:
+        FileNotFoundError: If a file of the model is missing.
+        ValueError: If the patch does not fit, a file is a link or has several names, another
+            process is at work in the folder, or the disk is full. The folder is as before then.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist; check the path.")
+    wanted, action = patch.inverse() if revert else patch, "revert" if revert else "apply"
+    with alone_in(folder):
+        notes = _roll(folder, finish=False)
+        checkpoint = Checkpoint.open(folder)
+        if notes and _fits(checkpoint, wanted.inverse()):
+            return _result(folder, checkpoint, wanted, notes)  # that was all that was asked for
+        notes += check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+        files = _by_file(checkpoint, wanted)
+        _refuse_links(folder, files)
+        _check_room(folder, wanted, _page_bytes(checkpoint, wanted))
+        save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
+        _sync(folder)
+        try:
+            _edit(folder, checkpoint, files)
+        except BaseException:  # a full disk, an interrupt: back to what it was, at once
+            _roll(folder, finish=False)
+            raise
+    return _result(folder, checkpoint, wanted, notes)
+
+
+def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
+    """Bring a folder in order whose patching in place was killed.
+
+    Args:
+        folder: The model folder.
+        finish: Complete what was begun instead of rolling it back.
+
+    Returns:
+        Notes of what was done; empty if there was nothing to do.
+
+    Raises:
+        ValueError: If another process is at work there, or the journal is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist; check the path.")
+    with alone_in(folder):
+        return _roll(folder, finish=finish)
+
+
+def _fits(checkpoint: Checkpoint, patch: Patch) -> bool:
+    check_tensors(checkpoint, patch)
+    return not holds(checkpoint, patch)
+
+
+def _plain(patch: Patch) -> Patch:
+    return Patch(edits=patch.edits, base=patch.base)
+
+
+def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[ColumnEdit]]:
+    files: dict[str, list[ColumnEdit]] = defaultdict(list)
+    for name, edit in patch.edits.items():
+        files[checkpoint.entries[name].file].append(edit)
+    return dict(files)
+
+
+def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> None:
+    with writable(path) as memory:
+        for edit in edits:
+            entry = checkpoint.entries[edit.name]
+            place = window(memory, entry)
+            new = bits(edit.new.contiguous()).view(place.dtype)
+            shape = (*entry.shape[: edit.dim], len(edit.indices), *entry.shape[edit.dim + 1 :])
+            place.index_copy_(edit.dim, edit.indices, new.view(*shape, place.shape[-1]))
+            del place
+
+
+def _edit(folder: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit]]) -> None:
+    for name in files:
+        if not (parked := folder / f"{name}{PARKED_SUFFIX}").exists():
+            (folder / name).rename(parked)
+    _sync(folder)
+    for name, edits in files.items():
+        _write(file_path(folder, name), checkpoint, edits)
+    for name in files:
+        file_path(folder, name).rename(folder / name)
+    _sync(folder)
+    (folder / JOURNAL_NAME).unlink()
+    _sync(folder)
+
+
+def _roll(folder: Path, *, finish: bool) -> list[str]:
+    """End what a journal says was begun."""
+    for partial in folder.glob(f".{JOURNAL_NAME}.*"):  # of a journal that was not written whole
+        partial.unlink()
+    journal = folder / JOURNAL_NAME
+    if not journal.exists():
+        return []
+    patch, metadata = read(journal)
+    patch = patch if finish else patch.inverse()
+    checkpoint = Checkpoint.open(folder, half_edited=True)
+    check_tensors(checkpoint, patch)
+    files = _by_file(checkpoint, patch)
+    _refuse_links(folder, files)
+    _edit(folder, checkpoint, files)
+    done = "completed" if finish else "rolled back"
+    return [f"{folder}: {metadata.get('action')} in place was interrupted earlier; it is {done}."]
+
+
+def _refuse_links(folder: Path, files: Iterable[str]) -> None:
+    for name in files:
+        path = file_path(folder, name)
+        if path.is_symlink() or path.stat().st_nlink > 1:
+            raise ValueError(
+                f"{path} is a link, or has several names: others that use the file would see the "
+                "patch too. Write a new folder (--output), or put a copy of the file in its place."
+            )
+
+
+def _check_room(folder: Path, patch: Patch, page_bytes: int) -> None:
+    # The pages too: file systems that share blocks between copies write them to new places.
+    needed = 2 * patch.num_bytes + page_bytes + _SPARE_BYTES
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ValueError(
+            f"the disk of {folder} has {format_bytes(free)} free, but patching in place needs "
+            f"{format_bytes(needed)} for its journal; make room."
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk; where folders cannot be opened, nobody can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
+    """Copy a model folder; return a note on what was left out."""
+    root, left_out = checkpoint.folder.resolve(), []
+    allowed = [root]
+    if root.parent.name == "snapshots":  # the hub's cache: links to the blobs of the same model
+        allowed.append(root.parents[1] / "blobs")
+    for path in sorted(root.rglob("*")):
+        inner = path.relative_to(root)
+        if any(part.startswith(".") for part in inner.parts) or not path.is_file():
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(one) for one in allowed):
+            raise ValueError(
+                f"{path} is a link to {target}, outside of the folder; put a copy in its place."
+            )
+        is_models = str(inner) in checkpoint.files
+        if not is_models and inner.suffix in (".safetensors", *_OTHER_WEIGHTS):
+            left_out.append(str(inner))
+        else:
+            (staging / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target, staging / inner)
+    if not left_out:
+        return []
+    return [f"left out, as they hold the base's weights unpatched: {', '.join(left_out)}."]
+
+
+def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]) -> FolderResult:
+    return FolderResult(
+        folder=folder,
+        num_tensors=len(patch.edits),
+        num_columns=patch.num_columns,
+        column_bytes=patch.num_bytes,
+        page_bytes=_page_bytes(checkpoint, patch),
+        checkpoint_bytes=checkpoint.num_bytes,
+        notes=notes,
+    )
+
+
+def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
+    """Return the bytes of all pages that columns lie in; tensors that share one count it twice."""
+    num_pages = 0
+    for name, edit in patch.edits.items():
+        start, item = checkpoint.entries[name].start, edit.dtype.itemsize
+        outer = torch.Size(edit.shape[: edit.dim]).numel()
+        length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
+        rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
+        starts = (start + (rows + edit.indices.cpu()) * length).flatten()
+        first, last = starts // _PAGE_BYTES, (starts + length - 1) // _PAGE_BYTES
+        before = torch.cat((first.new_tensor([-1]), last[:-1]))
+        num_pages += int((last - torch.maximum(first, before + 1) + 1).clamp(min=0).sum())
+    return num_pages * _PAGE_BYTES
