@@ -23,7 +23,7 @@ from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
-from pacatune.format.tensors import TENSORS_NAME
+from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
 from pacatune.ops.linear import adapted_columns
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
@@ -82,6 +82,7 @@ def make(
     parameters = {module: _parameter_name(base, module) for module in checked.modules}
     _refuse_tied(base, set(parameters.values()))
     prefix = base.base_model_prefix
+    _refuse_extra(checked, checkpoint, prefix)
     names = {m: find_name(p, checkpoint.entries, prefix) for m, p in parameters.items()}
     is_plain = all(n is not None and _has_shape(base, m, checkpoint, n) for m, n in names.items())
     if not is_plain:
@@ -151,11 +152,17 @@ def _refuse_inexpressible(adapter: Adapter | LoraAdapter) -> None:
             "writes the checkpoint with the trained columns; `pacatune patch diff` makes a patch "
             "of that."
         )
-    if adapter.extra:
-        raise ValueError(
-            f"{where} also trains what are no columns, first {next(iter(adapter.extra))!r}. "
-            f"{_BY_MERGE}"
-        )
+
+
+def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:
+    for key, tensor in adapter.extra.items():
+        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        name = find_name(parameter, checkpoint.entries, prefix)
+        # PEFT saves embeddings that are adapted, or beside others that are, as they are.
+        if name is None or not _is_stored(checkpoint, name, tensor):
+            raise ValueError(
+                f"{adapter.folder} also trains what are no columns, first {key!r}. {_BY_MERGE}"
+            )
 
 
 def _refuse_tied(base: Any, parameters: set[str]) -> None:

@@ -1,0 +1,32 @@
+"""Models of each kind with an adapter, saved once."""
+
+import pytest
+
+from tests.adapters.fixtures import adapter_dir, save_adapter
+from tests.conftest import build_model
+
+__all__ = ["adapter_dir"]
+
+
+@pytest.fixture(scope="session")
+def bf16_dir(tmp_path_factory):
+    """A tiny Llama in bfloat16; not to be changed."""
+    folder = tmp_path_factory.mktemp("bf16") / "my-base"
+    build_model(300).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bf16_adapter(tmp_path_factory, bf16_dir):
+    """An adapter of it; not to be changed."""
+    folder = tmp_path_factory.mktemp("bf16") / "adapter"
+    save_adapter(bf16_dir, folder, dtype="bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bf16_patch(bf16_dir, bf16_adapter):
+    """The patch of both."""
+    from pacatune import patch
+
+    return patch.make(bf16_dir, bf16_adapter)[0]
