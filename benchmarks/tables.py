@@ -13,7 +13,8 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
 (selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
-`make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has.
+`make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
+`patch` of what benchmarks/patch.py has measured.
 """
 
 import json
@@ -51,6 +52,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return compat_table(result)
     if name in ("kernels", "kernels-more"):
         return kernel_table(result, is_short=name == "kernels")
+    if name == "patch":
+        return patch_table(result)
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
@@ -135,6 +138,40 @@ def kernel_table(result: dict[str, Any], *, is_short: bool) -> str:
         f"`{result['command']}`{commit_text(result)} wrote `benchmarks/results/kernels.json`."
     )
     return "\n".join([*table, "", meanings + ".", "", source])
+
+
+def patch_table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of a patch's size and times."""
+    (row,) = result["rows"]
+
+    def megabytes(name: str) -> str:
+        return f"{row[name] / 1e6:,.3g} MB" if row[name] < 1e9 else f"{row[name] / 1e9:.3g} GB"
+
+    def milliseconds(name: str) -> str:
+        return f"{1e3 * row[name]:,.3g} ms"
+
+    lines = [
+        ["checkpoint", megabytes("checkpoint_bytes"), ""],
+        ["changed columns, once", megabytes("columns_bytes"), ""],
+        ["patch file", megabytes("file_bytes"), f"made in {milliseconds('make_s')}"],
+        ["patch file, `--no-adapter`", megabytes("file_without_adapter_bytes"), ""],
+        ["apply in memory", megabytes("columns_bytes"), milliseconds("apply_s")],
+        ["revert in memory", megabytes("columns_bytes"), milliseconds("revert_s")],
+        ["apply in place", megabytes("page_bytes"), milliseconds("apply_in_place_s")],
+        ["apply to a new folder", megabytes("checkpoint_bytes"), milliseconds("apply_to_folder_s")],
+        ["`pacatune merge --no-verify`", megabytes("checkpoint_bytes"), milliseconds("merge_s")],
+    ]
+    counted = (
+        f"All of LLaMA3-8B, counted: {megabytes('llama3_8b_columns_bytes')} of columns in "
+        f"{megabytes('llama3_8b_bytes')}."
+    )
+    source = (
+        f"{result['model']}; bytes that are written, and medians on {result['device']} "
+        f"({versions_text(result['versions'])}). `{result['command']}`{commit_text(result)} wrote "
+        "`benchmarks/results/patch.json`."
+    )
+    table = table_lines(["", "bytes", "time"], lines)
+    return "\n".join([*table, "", counted, "", source])
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:

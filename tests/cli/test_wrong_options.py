@@ -3,12 +3,14 @@
 import pytest
 
 from pacatune.cli.entry import COMMANDS, main
-from pacatune.cli.evaluate import SUBCOMMANDS
+from pacatune.cli.evaluate import SUBCOMMANDS as EVALUATIONS
+from pacatune.cli.patch import SUBCOMMANDS as PATCHES
 
 WITH_SECTIONS = ("train", "train-image")
 EVERY_COMMAND = [
-    *([name] for name in COMMANDS if name not in (*WITH_SECTIONS, "evaluate")),
-    *(["evaluate", name] for name in SUBCOMMANDS),
+    *([name] for name in COMMANDS if name not in (*WITH_SECTIONS, "evaluate", "patch")),
+    *(["evaluate", name] for name in EVALUATIONS),
+    *(["patch", name] for name in PATCHES),
 ]
 
 
@@ -25,7 +27,8 @@ def refused(capsys, *words):
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
 def test_an_option_that_there_is_not_comes_before_those_that_are_missing(command, capsys):
     error = refused(capsys, *command, "--outptu", "x")
-    near = "--output" if command[0] not in ("generate", "inspect", "bench", "estimate") else ""
+    without = ("generate", "inspect", "bench", "estimate", "recover")
+    near = "" if command[-1] in without else "--output"
     assert error.startswith("unknown option --outptu; ")
     assert f"did you mean '{near}'? See" in error or not near
     assert error.endswith(f"ee `pacatune {' '.join(command)} --help`.")

@@ -278,5 +278,5 @@ def test_experts_that_the_checkpoint_has_otherwise(tmp_path):
     ]
     tensors[name] = tensors[name].float() + 1e-9  # loads as other bits than it is stored in
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="does not hold .* as transformers would save it"):
+    with pytest.raises(ValueError, match=r"does not hold .* as transformers would save it"):
         patch.make(tmp_path / "base", tmp_path / "adapter", allow_other_base=True)

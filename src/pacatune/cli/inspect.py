@@ -1,5 +1,6 @@
-"""`pacatune inspect`: show what an adapter holds and what it fits."""
+"""`pacatune inspect`: show what an adapter holds and what it fits, or what a patch changes."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pacatune.cli.options import new_parser
 
 if TYPE_CHECKING:
     from pacatune.adapters.inspect import AdapterReport, Comparison
+    from pacatune.patch import Patch
 
 _MOST_ROWS = 12
 _MOST_NAMES = 8
@@ -16,15 +18,20 @@ _MOST_NAMES = 8
 
 def run(argv: list[str]) -> int:
     """Run `pacatune inspect` with the words after it; return the exit status."""
-    parser = new_parser("inspect", "Show what an adapter holds; its base model is not needed.")
+    parser = new_parser(
+        "inspect", "Show what an adapter or a patch holds; its base model is not needed."
+    )
     add = parser.add_argument
-    add("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
+    add("adapter", metavar="ADAPTER", help="folder or hub id of the adapter, or a patch file")
     add("--against", metavar="OTHER", help="compare the updates of two PaCA adapters instead")
     add("--columns", action="store_true", help="list the columns of each module")
     add("--all", action="store_true", help="list every module")
     add("--plot", metavar="FILE", help="draw which columns each module trains, as .png or .svg")
     add("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
+
+    if Path(options.adapter).is_file():
+        return _show_patch(options)
 
     from pacatune.adapters.inspect import compare, inspect_adapter
 
@@ -46,6 +53,62 @@ def run(argv: list[str]) -> int:
     else:
         _print_report(result, most, with_columns=options.columns)
     return 0
+
+
+def _show_patch(options: argparse.Namespace) -> int:
+    from pacatune.patch.file import load
+
+    for option in ("against", "plot"):
+        if getattr(options, option) is not None:
+            raise ValueError(
+                f"{options.adapter} is a patch, for which there is no --{option}; `pacatune patch "
+                "diff` compares patches."
+            )
+    patch = load(options.adapter)
+    if options.json:
+        tensors = {
+            name: {
+                "dim": edit.dim,
+                "shape": edit.shape,
+                "dtype": str(edit.dtype).removeprefix("torch."),
+                "columns": edit.indices.tolist(),
+            }
+            for name, edit in patch.edits.items()
+        }
+        head = {"base": patch.base, "has_adapter": patch.adapter is not None}
+        print(json.dumps({**head, "tensors": tensors}, indent=2))
+        return 0
+    _print_patch(options, patch)
+    return 0
+
+
+def _print_patch(options: argparse.Namespace, patch: "Patch") -> None:
+    from pacatune.files.folder import format_bytes
+
+    kept = patch.adapter
+    rows = {
+        "patch of": patch.base,
+        "columns": f"{patch.num_columns} of {len(patch.edits)} tensors",
+        "before, after": f"{format_bytes(patch.num_bytes)} each",
+        "adapter": "none" if kept is None else format_bytes(kept.num_bytes),
+        "file": format_bytes(Path(options.adapter).stat().st_size),
+    }
+    _print_rows(options.adapter, rows)
+    cells = [
+        [
+            name,
+            str(len(edit.indices)),
+            " x ".join(map(str, edit.shape)),
+            str(edit.dtype).removeprefix("torch."),
+            " ".join(map(str, edit.indices.tolist())),
+        ]
+        for name, edit in patch.edits.items()
+    ]
+    head = ["tensor", "columns", "shape", "dtype"]
+    if options.columns:
+        head[1:] = ["changed", "shape", "dtype", "columns"]
+    most = None if options.all or options.columns else _MOST_ROWS
+    _print_table("tensors", head, [row[: len(head)] for row in cells], most)
 
 
 def _print_report(report: Any, most: int | None, *, with_columns: bool) -> None:
@@ -102,7 +165,7 @@ def _print_table(title: str, head: list[str], rows: list[list[str]], most: int |
         )
         print(f"  {name:<{widths[0]}}{numbers}  {columns}".rstrip())
     if most is not None and len(rows) > most:
-        print(f"{len(rows) - most} more modules; --all lists them")
+        print(f"{len(rows) - most} more {head[0]}s; --all lists them")
 
 
 def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None:

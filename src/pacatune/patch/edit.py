@@ -152,13 +152,13 @@ class AdapterPart:
 class Patch:
     """Edits of one checkpoint."""
 
-    edits: dict[str, ColumnEdit]
+    edits: dict[str, ColumnEdit] = field(repr=False)
     """By the tensor's name."""
     base: str = ""
     """What the base was called, for messages."""
-    fingerprint: dict[str, dict[int, str]] = field(default_factory=dict)
+    fingerprint: dict[str, dict[int, str]] = field(default_factory=dict, repr=False)
     """Hashes of some columns that the patch leaves alone, by the tensor's name and the column."""
-    adapter: AdapterPart | None = None
+    adapter: AdapterPart | None = field(default=None, repr=False)
     """The adapter it was made of, if it is kept."""
 
     def __post_init__(self) -> None:

@@ -291,15 +291,18 @@ def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]
 
 
 def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
-    """Return the bytes of all pages that columns lie in; tensors that share one count it twice."""
+    """Return the bytes of all pages that columns lie in."""
     num_pages = 0
-    for name, edit in patch.edits.items():
-        start, item = checkpoint.entries[name].start, edit.dtype.itemsize
-        outer = torch.Size(edit.shape[: edit.dim]).numel()
-        length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
-        rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
-        starts = (start + (rows + edit.indices.cpu()) * length).flatten()
-        first, last = starts // _PAGE_BYTES, (starts + length - 1) // _PAGE_BYTES
-        before = torch.cat((first.new_tensor([-1]), last[:-1]))
-        num_pages += int((last - torch.maximum(first, before + 1) + 1).clamp(min=0).sum())
+    for edits in _by_file(checkpoint, patch).values():
+        done = torch.tensor([-1])  # the last page that was counted
+        for edit in sorted(edits, key=lambda edit: checkpoint.entries[edit.name].start):
+            start, item = checkpoint.entries[edit.name].start, edit.dtype.itemsize
+            outer = torch.Size(edit.shape[: edit.dim]).numel()
+            length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
+            rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
+            starts = (start + (rows + edit.indices.cpu()) * length).flatten()
+            first, last = starts // _PAGE_BYTES, (starts + length - 1) // _PAGE_BYTES
+            before = torch.cat((done, last[:-1]))
+            num_pages += int((last - torch.maximum(first, before + 1) + 1).clamp(min=0).sum())
+            done = last[-1:]
     return num_pages * _PAGE_BYTES

@@ -1,0 +1,101 @@
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pacatune import patch
+from pacatune.patch.edit import bits
+from pacatune.patch.file import _KEY, is_patch
+
+
+@pytest.fixture
+def path(bf16_patch, tmp_path):
+    patch.save(bf16_patch, tmp_path / "p.safetensors")
+    return tmp_path / "p.safetensors"
+
+
+def test_a_patch_is_read_as_it_was_written(path, bf16_patch):
+    found = patch.load(path)
+    assert found.edits.keys() == bf16_patch.edits.keys()
+    for name, edit in bf16_patch.edits.items():
+        other = found.edits[name]
+        assert (other.dim, other.shape, other.dtype) == (edit.dim, edit.shape, edit.dtype)
+        assert torch.equal(other.indices, edit.indices)
+        assert torch.equal(bits(other.new), bits(edit.new))
+        assert torch.equal(bits(other.original), bits(edit.original))
+    assert (found.base, found.fingerprint) == (bf16_patch.base, bf16_patch.fingerprint)
+    assert found.adapter.config == bf16_patch.adapter.config
+    assert is_patch(path)
+
+
+def test_nothing_is_overwritten(path, bf16_patch):
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        patch.save(bf16_patch, path)
+    assert path.read_bytes() == before
+    assert [one.name for one in path.parent.iterdir()] == ["p.safetensors"]
+
+
+def test_every_flipped_bit_is_found(path):
+    whole = path.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    for place in [*range(8, 8 + header, 997), *range(8 + header, len(whole), 131)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="safetensors"):
+            patch.load(path)
+
+
+def test_every_cut_is_found(path):
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 499):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"truncated|holds|damaged|is 0 bytes"):
+            patch.load(path)
+
+
+def test_what_is_no_patch(path, tmp_path, bf16_adapter):
+    with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+        patch.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        patch.load(tmp_path)
+    with pytest.raises(ValueError, match="is no patch; `pacatune patch make` writes one"):
+        patch.load(bf16_adapter / "adapter_model.safetensors")
+    assert not is_patch(bf16_adapter / "adapter_model.safetensors")
+    assert not is_patch(bf16_adapter)
+
+
+def rewritten(path, **changes):
+    """Write a patch with a changed description and a checksum that fits."""
+    from safetensors import safe_open
+
+    from pacatune.patch.file import _digest
+
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()[_KEY])
+    tensors = load_file(path)
+    del metadata["digest"]
+    for key, value in changes.items():
+        metadata = metadata | {key: value} if value is not None else {**metadata, key: None}
+    metadata["digest"] = _digest(tensors, metadata)
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt", _KEY: json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "is a patch of version 2, and this pacatune reads 1; upgrade"),
+        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch .*a.indices"),
+        ({"tensors": {}}, "`edits` is empty"),
+        ({"tensors": None}, "lacks a part of a patch"),
+        ({"fingerprint": 3}, "lacks a part of a patch"),
+    ],
+)
+def test_descriptions_that_do_not_fit(path, changes, message):
+    rewritten(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        patch.load(path)
