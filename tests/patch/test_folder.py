@@ -372,8 +372,9 @@ def child(folder, number):
             step()
             return function(*args, **kwargs)
         return wrapped
-    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (os, "fsync")):
+    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink")):
         setattr(owner, name, stepping(getattr(owner, name)))
+    os.fsync = lambda handle: step()  # the machine goes on, so nothing need reach the disk
     put = torch.Tensor.index_copy_
     def half(self, dim, index, source):
         middle = len(index) // 2

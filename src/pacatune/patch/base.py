@@ -15,7 +15,7 @@ from torch import Tensor
 from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.names import nearest
-from pacatune.patch.edit import ColumnEdit, Patch, bits
+from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits
 
 __all__ = ["check_base", "check_tensors", "find_folder", "fingerprint", "holds"]
 
@@ -48,7 +48,7 @@ def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[st
 
 
 def _hashes(tensor: Tensor, dim: int, columns: Tensor) -> dict[int, str]:
-    values = bits(tensor.index_select(dim, columns)).movedim(dim, 0).contiguous()
+    values = column_bits(tensor, dim, columns).movedim(dim, 0).contiguous()
     return {
         column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
         for column, value in zip(columns.tolist(), values, strict=True)
@@ -82,8 +82,8 @@ def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
     """Return the tensors whose columns are not those that the patch starts from, `original`."""
     differing = []
     for name, edit in patch.edits.items():
-        columns = checkpoint.tensor(name).index_select(edit.dim, edit.indices)
-        if not torch.equal(bits(columns), bits(edit.original)):
+        found = column_bits(checkpoint.tensor(name), edit.dim, edit.indices)
+        if not torch.equal(found, bits(edit.original)):
             differing.append(name)
     return differing
 

@@ -18,7 +18,9 @@ __all__ = [
     "Overlap",
     "Patch",
     "bits",
+    "column_bits",
     "edit_of",
+    "put_bits_",
     "shared_columns",
     "stack",
 ]
@@ -32,6 +34,22 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(tensor: Tensor) -> Tensor:
     """Return a tensor's bits as whole numbers, in the same memory."""
     return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+def column_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Return the bits of some columns; see `bits`."""
+    if dim < tensor.dim() - 1:
+        return bits(tensor).index_select(dim, indices)
+    # Row by row: index_select goes column by column and misses the cache each time.
+    return bits(tensor).gather(dim, indices.expand(*tensor.shape[:-1], -1))
+
+
+def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor) -> None:
+    """Write the bits of some columns, in place."""
+    if dim < tensor.dim() - 1:
+        bits(tensor).index_copy_(dim, indices, bits(columns))
+    else:
+        bits(tensor).scatter_(dim, indices.expand(columns.shape), bits(columns))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

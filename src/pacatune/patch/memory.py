@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
-from pacatune.patch.edit import ColumnEdit, Patch, bits
+from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits, put_bits_
 
 __all__ = ["apply", "find_name", "revert"]
 
@@ -126,8 +126,8 @@ def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
     """Compare all tensors before any answer is waited for: a GPU is asked once per device."""
     verdicts: dict[torch.device, list[tuple[ColumnEdit, Tensor]]] = {}
     for weight, edit in pairs:
-        columns = weight.detach().index_select(edit.dim, edit.indices)
-        is_equal = (bits(columns) == bits(edit.original)).all()
+        found = column_bits(weight.detach(), edit.dim, edit.indices)
+        is_equal = (found == bits(edit.original)).all()
         verdicts.setdefault(weight.device, []).append((edit, is_equal))
     for answers in verdicts.values():
         is_equal = torch.stack([one for _, one in answers]).cpu()
@@ -143,7 +143,7 @@ def _put(weight: Tensor, edit: ColumnEdit, columns: Tensor) -> None:
     # The parameter itself: its version is counted, so a backward pass through what was computed
     # with the old columns raises instead of being wrong.
     with _mode_of(weight)():
-        weight.index_copy_(edit.dim, edit.indices, columns)
+        put_bits_(weight, edit.dim, edit.indices, columns)
 
 
 def _mode_of(weight: Tensor) -> Callable[[], AbstractContextManager[None]]:
