@@ -25,6 +25,7 @@ from benchmarks.record import RESULTS, at_least_1, prepare, provenance, write
 from pacatune import PacaConfig, patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.reports.provenance import num_cores
 
 NUM_ROUNDS = 5
 
@@ -42,7 +43,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     add("--num-layers", type=at_least_1, default=4)
     add("--vocab-size", type=at_least_1, default=32000)
     add("--rank", type=at_least_1, default=16)
-    add("--threads", type=at_least_1, default=1, help="torch's threads")
+    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
     add("--seed", type=int, default=0)
     return parser.parse_args(options)
 

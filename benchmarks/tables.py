@@ -147,19 +147,19 @@ def patch_table(result: dict[str, Any]) -> str:
     def megabytes(name: str) -> str:
         return f"{row[name] / 1e6:,.3g} MB" if row[name] < 1e9 else f"{row[name] / 1e9:.3g} GB"
 
-    def milliseconds(name: str) -> str:
-        return f"{1e3 * row[name]:,.3g} ms"
+    def duration(name: str) -> str:
+        return f"{1e3 * row[name]:.3g} ms" if row[name] < 1 else f"{row[name]:.3g} s"
 
     lines = [
         ["checkpoint", megabytes("checkpoint_bytes"), ""],
         ["changed columns, once", megabytes("columns_bytes"), ""],
-        ["patch file", megabytes("file_bytes"), f"made in {milliseconds('make_s')}"],
+        ["patch file", megabytes("file_bytes"), f"made in {duration('make_s')}"],
         ["patch file, `--no-adapter`", megabytes("file_without_adapter_bytes"), ""],
-        ["apply in memory", megabytes("columns_bytes"), milliseconds("apply_s")],
-        ["revert in memory", megabytes("columns_bytes"), milliseconds("revert_s")],
-        ["apply in place", megabytes("page_bytes"), milliseconds("apply_in_place_s")],
-        ["apply to a new folder", megabytes("checkpoint_bytes"), milliseconds("apply_to_folder_s")],
-        ["`pacatune merge --no-verify`", megabytes("checkpoint_bytes"), milliseconds("merge_s")],
+        ["apply in memory", megabytes("columns_bytes"), duration("apply_s")],
+        ["revert in memory", megabytes("columns_bytes"), duration("revert_s")],
+        ["apply in place", megabytes("page_bytes"), duration("apply_in_place_s")],
+        ["apply to a new folder", megabytes("checkpoint_bytes"), duration("apply_to_folder_s")],
+        ["`pacatune merge --no-verify`", megabytes("checkpoint_bytes"), duration("merge_s")],
     ]
     counted = (
         f"All of LLaMA3-8B, counted: {megabytes('llama3_8b_columns_bytes')} of columns in "
