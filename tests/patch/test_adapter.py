@@ -138,6 +138,13 @@ def test_experts_are_edited_as_the_checkpoint_has_them(tmp_path):
         patch.apply(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), made)
 
 
+def test_a_base_in_several_files(bf16_adapter, bf16_patch, tmp_path):
+    build_model(300).bfloat16().save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    made, _ = patch.make(tmp_path / "base", bf16_adapter)
+    assert patch.compare_patches(made, bf16_patch).differing == []
+    assert made.fingerprint == bf16_patch.fingerprint
+
+
 def test_a_checkpoint_of_the_bare_model(tmp_path):
     """transformers loads it under a head, whose names have a prefix."""
     model = build_model(64)

@@ -332,6 +332,32 @@ def test_an_error_while_writing_is_rolled_back_at_once(base, bf16_patch, monkeyp
     assert contents(base) == before
 
 
+def test_a_rollback_that_fails_says_what_to_do(base, bf16_patch, monkeypatch):
+    before, write = contents(base), folder_module._write
+
+    def failing(path, checkpoint, edits):
+        write(path, checkpoint, edits[:1])
+        raise OSError("input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder_module, "_write", failing)
+        with pytest.raises(ValueError, match=r"output error.*Its journal is kept.*recover --model"):
+            patch.apply_in_place(base, bf16_patch)
+    assert patch.recover(base)
+    assert contents(base) == before
+
+
+def test_what_cannot_be_written_is_left_alone(base, bf16_patch, monkeypatch):
+    def refused(path):
+        raise PermissionError(f"{path} is read-only")
+
+    monkeypatch.setattr(folder_module, "writable", refused)
+    before = contents(base)
+    with pytest.raises(PermissionError, match="is read-only"):
+        patch.apply_in_place(base, bf16_patch)
+    assert contents(base) == before
+
+
 def test_one_process_at_a_time(base, bf16_patch):
     from pacatune.files.result_folder import alone_in
 

@@ -30,7 +30,9 @@ def run(argv: list[str]) -> int:
     add("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(argv)
 
-    if Path(options.adapter).is_file():
+    from pacatune.patch.file import is_patch
+
+    if is_patch(options.adapter):
         return _show_patch(options)
 
     from pacatune.adapters.inspect import compare, inspect_adapter

@@ -93,7 +93,9 @@ class ColumnEdit:
                 f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
                 "both must have the base's dtype."
             )
-        if not self.indices.is_meta and not _is_increasing(self.indices, self.shape[self.dim]):
+        # Those on a GPU came from a CPU (`to`), and to look at them would wait for it.
+        is_here = self.indices.device.type == "cpu"
+        if is_here and not _is_increasing(self.indices, self.shape[self.dim]):
             raise ValueError(
                 f"{where}: `indices` must increase from 0 on and stay below {self.shape[self.dim]}."
             )
@@ -114,12 +116,11 @@ class ColumnEdit:
 
     def to(self, device: torch.device | str) -> "ColumnEdit":
         """Return the same on a device."""
-        return replace(
-            self,
-            indices=self.indices.to(device),
-            original=self.original.to(device),
-            new=self.new.to(device),
-        )
+        parts = (self.indices, self.original, self.new)
+        indices, original, new = (part.to(device) for part in parts)
+        if new is self.new and indices is self.indices and original is self.original:
+            return self
+        return replace(self, indices=indices, original=original, new=new)
 
 
 def _is_increasing(indices: Tensor, size: int) -> bool:

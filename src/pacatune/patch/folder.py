@@ -133,12 +133,15 @@ def apply_in_place(
         files = _by_file(checkpoint, wanted)
         _refuse_links(folder, files)
         _check_room(folder, wanted, _page_bytes(checkpoint, wanted))
+        for name in files:
+            with writable(folder / name):  # or rolling back would fail as well
+                pass
         save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
         _sync(folder)
         try:
             _edit(folder, checkpoint, files)
-        except BaseException:  # a full disk, an interrupt: back to what it was, at once
-            _roll(folder, finish=False)
+        except BaseException as error:  # a full disk, an interrupt: back to what it was, at once
+            _roll_after(error, folder)
             raise
     return _result(folder, checkpoint, wanted, notes)
 
@@ -202,6 +205,17 @@ def _edit(folder: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit
     _sync(folder)
     (folder / JOURNAL_NAME).unlink()
     _sync(folder)
+
+
+def _roll_after(error: BaseException, folder: Path) -> None:
+    try:
+        _roll(folder, finish=False)
+    except Exception as second:
+        raise ValueError(
+            f"patching {folder} failed ({error!r}), and so did rolling it back ({second}). Its "
+            "journal is kept: mend the cause, such as a full or damaged disk, then run `pacatune "
+            f"patch recover --model {folder}`."
+        ) from error
 
 
 def _roll(folder: Path, *, finish: bool) -> list[str]:
