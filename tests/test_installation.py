@@ -60,7 +60,7 @@ def test_a_command_without_its_packages_says_one_line(name, monkeypatch, capsys)
 
 
 def test_commands_of_the_core_need_no_extra() -> None:
-    assert set(COMMANDS) - set(EXTRAS) == {"generate", "merge", "export", "inspect"}
+    assert set(COMMANDS) - set(EXTRAS) == {"generate", "merge", "export", "inspect", "patch"}
 
 
 def test_only_the_packages_that_are_asked_for_count(monkeypatch) -> None:
