@@ -80,7 +80,7 @@ def provenance(module: str, args: argparse.Namespace, options: list[str] | None)
     return {
         "command": " ".join(["python", "-m", module, *map(shlex.quote, words)]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{cpu_name()}, {args.threads} threads",
+        "device": f"{cpu_name()}, {args.threads} thread{'s' * (args.threads > 1)}",
         "cpu": cpu(),
         "num_threads": args.threads,
         "versions": versions(),
