@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pacatune import patch
+from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
 from pacatune.patch.difference import changed_columns
 from tests.adapters.fixtures import save_adapter
 from tests.conftest import build_model
+from tests.releases import needs
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
@@ -62,6 +64,20 @@ def test_tokens_and_biases_of_an_adapter_by_way_of_the_merge(bf16_dir, tmp_path)
     merge(str(bf16_dir), tmp_path / "a", tmp_path / "merged", verify=False)
     made = patch.diff(bf16_dir, tmp_path / "merged").patch
     assert made.edits["model.embed_tokens.weight"].indices.tolist() == [3, 5]
+
+
+@needs("bitsandbytes")
+def test_columns_that_were_trained_on_few_bits_by_way_of_the_merge(tiny_model_dir, tmp_path):
+    few_bits = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
+    save_adapter(tiny_model_dir, tmp_path / "a", quantization=few_bits)
+    with pytest.raises(ValueError, match="--base original"):
+        patch.make(tiny_model_dir, tmp_path / "a")
+    merge(str(tiny_model_dir), tmp_path / "a", tmp_path / "m", verify=False, onto="original")
+    made = patch.diff(tiny_model_dir, tmp_path / "m").patch
+    columns = read_adapter(tmp_path / "a").modules
+    assert made.edits.keys() == {f"{module}.weight" for module in columns}
+    for name, edit in made.edits.items():
+        assert torch.equal(edit.indices, columns[name.removesuffix(".weight")].indices)
 
 
 @pytest.mark.parametrize(

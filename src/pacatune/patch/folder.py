@@ -136,9 +136,9 @@ def apply_in_place(
         for name in files:
             with writable(folder / name):  # or rolling back would fail as well
                 pass
-        save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
-        _sync(folder)
         try:
+            save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
+            _sync(folder)
             _edit(folder, checkpoint, files)
         except BaseException as error:  # a full disk, an interrupt: back to what it was, at once
             _roll_after(error, folder)
