@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import pretrained
 from pacatune.training import ModelConfig, PacaSection, train
-from pacatune.training import sft as models
+from pacatune.training import language as models
 from tests.conftest import build_model
 
 QUIET = Console(quiet=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
-from pacatune.training import sft as models
+from pacatune.training import language as models
 from pacatune.training.selecting import share_of_batches
 from pacatune.training.task import make_adapter_config
 

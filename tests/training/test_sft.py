@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pacatune.training import LoraSection, PacaSection
-from pacatune.training import sft as models
+from pacatune.training import language as models
 from pacatune.training.sft import check_attention
 from pacatune.training.task import Plan, count_trainable, make_adapter_config
 

@@ -94,7 +94,7 @@ class ClassifierConfig(BaseRunConfig[Any]):
 
     command: ClassVar[str] = "classify"
     methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
-    task: ClassVar[str] = "pacatune.training.classifier:ClassifierTask"
+    task_class: ClassVar[str] = "pacatune.training.classifier:ClassifierTask"
 
     model: ModelConfig
     """An encoder, or any model that transformers can put a classifier on."""

@@ -237,7 +237,7 @@ class BaseRunConfig(Generic[R]):
     """Name of the command that does such runs."""
     methods: ClassVar[tuple[str, ...]]
     """Names of the methods that are offered: of language models, or of classifiers."""
-    task: ClassVar[str]
+    task_class: ClassVar[str]
     """`module:class` of its `Task`; imported when it runs, since it needs the trainer."""
 
     method: str = "paca"
@@ -422,7 +422,7 @@ class RunConfig(BaseRunConfig["Report"]):
 
     command: ClassVar[str] = "train"
     methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
-    task: ClassVar[str] = "pacatune.training.sft:SftTask"
+    task_class: ClassVar[str] = "pacatune.training.sft:SftTask"
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`

@@ -1,92 +1,36 @@
 """Supervised fine-tuning of a language model, by TRL's SFTTrainer."""
 
-import hashlib
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import nn
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pacatune import pretrained
-from pacatune.data import PreparedData, prepare_data, row_digests, show_preview
-from pacatune.installation import repository_command
-from pacatune.methods import METHODS
-from pacatune.precision import choose_dtype, dtype_name
-from pacatune.training.config import BaseRunConfig, RunConfig
-from pacatune.training.progress import main_console, show_warnings
-from pacatune.training.report import Report, RunReport, curve_of
-from pacatune.training.task import (
-    Plan,
-    Prepared,
-    ReportedTask,
-    make_adapter_config,
-    make_plan,
-    put_adapter,
+from pacatune.data import PreparedData, prepare_data, show_preview
+from pacatune.training.config import RunConfig
+from pacatune.training.language import (
+    LanguageTask,
+    LanguageTrainer,
+    find_stop_ids,
+    load_tokenizer,
 )
-from pacatune.training.trainer import RunTrainer
+from pacatune.training.progress import main_console, show_warnings
+from pacatune.training.report import Report
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
 
-class SftTask(ReportedTask[RunConfig]):
+class SftTask(LanguageTask[RunConfig]):
     """A run of supervised fine-tuning."""
 
-    unit = "tokens"
-    less_memory = "`training.max_length`, or set `training.gradient_checkpointing` to true"
-    pipeline_tag = "text-generation"
     tags = ("sft", "trl")
 
-    tokenizer: "PreTrainedTokenizerBase"
-
-    def plan(self) -> Plan:
-        """Say what would be trained; only the model's configuration is read."""
-        return plan_training(self.config)[0]
-
-    def prepare(self) -> Prepared:
-        """Load the tokenizer, encode the data, plan what is trained."""
-        config = self.config
-        check_attention(config)
-        self.tokenizer = load_tokenizer(config)
-        data = read_data(config, self.tokenizer)
-        plan, adapter_config, max_positions = plan_training(config)
-        if max_positions is not None and data.longest > max_positions:
-            data.warnings.append(
-                f"the longest training example has {data.longest} tokens, but the model was made "
-                f"for {max_positions}; lower `training.max_length`."
-            )
-        held_out = 0 if data.evaluation is None else len(data.evaluation)
-        return Prepared(
-            train=data.train,
-            evaluation=data.evaluation,
-            fingerprint=fingerprint(data.train),
-            about_data=f"{len(data.train):,} examples, {held_out:,} held out",
-            adapter_config=adapter_config,
-            plan=plan,
-            model=model_path(config),
-            dtype=dtype_name(weights_dtype(config)),
-            warnings=data.warnings,
-        )
-
-    def load_model(self) -> nn.Module:
-        """Load the weights in the type that the run asks for."""
-        return load_model(self.config)
-
-    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
-        """Return some rows as one padded batch, as the trainer makes it."""
-        padding = self.tokenizer.pad_token_id
-        collator = DataCollatorForLanguageModeling(
-            pad_token_id=self.tokenizer.eos_token_id if padding is None else padding
-        )
-        rows = [examples[place] for place in places]
-        return dict(collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
+    def read_data(self) -> PreparedData:
+        """Encode the data."""
+        check_attention(self.config)
+        return read_data(self.config, self.tokenizer)
 
     def make_trainer(
         self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
@@ -100,65 +44,13 @@ class SftTask(ReportedTask[RunConfig]):
             model=model, processing_class=self.tokenizer, peft_config=adapter_config, **options
         )
 
-    def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Return the last loss that the trainer has logged, if it is that of what is saved."""
-        curve = curve_of(trainer.state.log_history, "eval_loss")
-        last_step, after = curve[-1]
-        # The best checkpoint may have replaced the last weights since they were evaluated.
-        if last_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-            after = float(trainer.evaluate()["eval_loss"])
-        if last_step != trainer.state.global_step:
-            curve.append((trainer.state.global_step, after))
-        return {"eval_loss_after": after, "eval_losses": curve}
-
     def make_report(self, known: dict[str, Any], trainer: Any, items_per_second: float) -> Report:
         """Return the report, with tokens per second."""
         return Report(**known, tokens_per_second=items_per_second)
 
-    def how_to_load(self, report: RunReport) -> str:
-        """Return code that loads the model, or the adapter on its base."""
-        method, model = METHODS[self.config.method], report.model
-        if not method.has_adapter:
-            return (
-                "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
-            )
-        kind = "PaCA" if method.is_paca else method.title
-        ours = f"import pacatune  # makes {kind} known to PEFT\n" if method.needs_pacatune else ""
-        code = (
-            f"```python\n{ours}from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
-            'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
-        )
-        if not method.needs_pacatune:
-            return code
-        both = f"--model {model} --adapter FOLDER"
-        return (
-            f"Install pacatune ({repository_command()}), then:\n\n{code}```bash\n"
-            f'pacatune generate {both} --prompt "..."\n'
-            f"pacatune merge {both} --output MERGED      # a plain model\n"
-            f"pacatune export {both} --to lora --output LORA  "
-            "# an exact LoRA adapter, for any server\n```\n\n"
-        )
 
-
-class SftRunTrainer(RunTrainer, SFTTrainer):
-    """SFTTrainer with what the recipe needs, which counts tokens that are not padding."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if getattr(self.model, "is_quantized", False):
-            # TRL holds adapters on quantised models in bfloat16, which loses small updates.
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-
-    def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
-        """Return how many tokens of a micro-batch are not padding."""
-        mask: Tensor | None = inputs.get("attention_mask")
-        return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
+class SftRunTrainer(LanguageTrainer, SFTTrainer):
+    """SFTTrainer with what the recipe needs."""
 
 
 def check_attention(config: RunConfig) -> None:
@@ -185,160 +77,6 @@ def read_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepar
         stop_ids=find_stop_ids(config, tokenizer),
         num_processes=training.dataset_num_proc,
     )
-
-
-def fingerprint(data: "Dataset") -> str:
-    """Return a digest of every token id and label, in order."""
-    return hashlib.blake2b(b"".join(row_digests(data)), digest_size=16).hexdigest()
-
-
-def model_path(config: BaseRunConfig[Any]) -> str:
-    """Return the hub id, or the absolute path of a local folder."""
-    return pretrained.find_model(config.model.path, config.model.revision)
-
-
-def load_tokenizer(config: BaseRunConfig[Any]) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer with the chat template and stop token of the run."""
-    tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
-    if config.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.data.chat_template)
-    if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = tokenizer.chat_template["default"]
-    stop = getattr(config.training, "eos_token", None)
-    if stop is not None:
-        if stop not in tokenizer.get_vocab():
-            raise ValueError(
-                f"`training.eos_token` ({stop!r}) is not in the vocabulary of the tokenizer; "
-                f"use one of its tokens (its own is {tokenizer.eos_token!r})."
-            )
-        tokenizer.eos_token = stop
-    return tokenizer
-
-
-def find_stop_ids(config: BaseRunConfig[Any], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the tokens at which a generation of this model ends."""
-    ids = {tokenizer.eos_token_id}
-    try:
-        generation = GenerationConfig.from_pretrained(
-            model_path(config), revision=config.model.revision
-        )
-    except OSError:  # Older models have no generation_config.json.
-        return ids - {None}
-    stops = generation.eos_token_id
-    return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
-
-
-def plan_training(config: BaseRunConfig[Any]) -> "tuple[Plan, PeftConfig | None, int | None]":
-    """Plan what is trained of a model without weights.
-
-    Returns the adapter's configuration with its targets too, and the longest sequence that the
-    model has positions for.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model_config = _load_model_config(config)
-    check_quantization(config, model_config)
-    attention = config.model.attn_implementation
-    try:
-        model = pretrained.empty_model(
-            AutoModelForCausalLM, model_config, attn_implementation=attention
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"`model.attn_implementation` ({attention!r}) cannot be used: {error}. Install it or "
-            "choose another."
-        ) from error
-    adapter = make_adapter_config(config, model, task_type="CAUSAL_LM")
-    plan = make_plan(model, lambda base: put_adapter(base, adapter), config)
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        # TRL multiplies by the weight of the head itself, past any adapter on it.
-        section = METHODS[config.method].sections[0]
-        raise ValueError(
-            f"`{section}.target_modules` names the output head, which the loss reads "
-            "directly, so an adapter there would not be trained; drop it."
-        )
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return plan, adapter, positions
-
-
-def load_model(config: BaseRunConfig[Any]) -> nn.Module:
-    """Load the weights, in the type that `model.dtype` asks for."""
-    dtype = weights_dtype(config)
-    options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
-    options |= quantization_options(config, dtype)
-    model: nn.Module = pretrained.load_weights(
-        AutoModelForCausalLM,
-        model_path(config),
-        dtype=dtype,
-        revision=config.model.revision,
-        attn_implementation=config.model.attn_implementation,
-        use_safetensors=True,
-        **options,
-    )
-    return model
-
-
-def check_quantization(config: BaseRunConfig[Any], model_config: Any) -> None:
-    """Refuse a quantisation that the method, the model or the installation cannot have."""
-    quantization = config.model.quantization
-    if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
-        raise ValueError(
-            f"`model.double_quantization` (False) is for 4 bits, and `model.quantization` is "
-            f"{quantization!r}; set that to nf4 or fp4, or drop the option."
-        )
-    if quantization is None:
-        return
-    if config.method == "full":
-        raise ValueError(
-            f"`model.quantization` ({quantization!r}) with `method` ('full'): quantised weights "
-            "cannot be trained; choose another method or drop the option."
-        )
-    pretrained.check_quantizable(
-        quantization, model_config, config.model.path, option="model.quantization"
-    )
-
-
-def quantization_options(config: BaseRunConfig[Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
-    quantization = config.model.quantization
-    if quantization is None:
-        return {}
-    # FSDP shards weights of one dtype together, and floating ones only.
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    made = pretrained.bitsandbytes_config(
-        quantization,
-        dtype,
-        double=config.model.double_quantization,
-        storage=dtype if is_sharded else None,
-    )
-    return {"quantization_config": made}
-
-
-def weights_dtype(config: BaseRunConfig[Any]) -> torch.dtype:
-    """Return the type in which the weights of the run's model are held."""
-    checkpoint = getattr(_load_model_config(config), "dtype", None)
-    return choose_dtype(
-        config.model.dtype,
-        checkpoint if isinstance(checkpoint, torch.dtype) else None,
-        full=config.method == "full",
-        use_cpu=config.training.use_cpu,
-    )
-
-
-def _load_model_config(config: BaseRunConfig[Any]) -> Any:
-    return pretrained.load_config(model_path(config), revision=config.model.revision)
-
-
-def _read_template(template: str) -> str:
-    if "{" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
-            "give a .jinja file, or the text with its {{ }} and {% %}."
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:

@@ -149,7 +149,7 @@ class ReportedTask(Task[C]):
 
 def task_of(config: BaseRunConfig[Any]) -> Task[Any]:
     """Return the task of a run."""
-    module, _, name = config.task.partition(":")
+    module, _, name = config.task_class.partition(":")
     made: Task[Any] = getattr(importlib.import_module(module), name)(config)
     return made
 

@@ -165,7 +165,7 @@ class TextTask(StudyTask):
             dataclasses.replace(config.data, **self.test_options),
             tokenizer,
             max_length=config.training.max_length,
-            stop_ids=sft.find_stop_ids(config, tokenizer),
+            stop_ids=language.find_stop_ids(config, tokenizer),
         ).train
 
     def digest(self, config: Any) -> str:
@@ -176,8 +176,8 @@ class TextTask(StudyTask):
         parts = (run.train, run.evaluation, self.test_data(task))
         whole = concatenate_datasets([run.train, run.evaluation])
         self._warn(*run.warnings, *find_overlap(whole, parts[2], "test"))
-        weights = _weights_digest(sft.model_path(config), config.model.revision)
-        return " ".join([*map(sft.fingerprint, parts), weights, str(self.forgetting_tokens)])
+        weights = _weights_digest(language.model_path(config), config.model.revision)
+        return " ".join([*map(language.fingerprint, parts), weights, str(self.forgetting_tokens)])
 
     def _general_loss(self, task: Any, model: Any) -> float | None:
         """Return the loss on general text; the base's is measured once for each way to hold it."""
@@ -190,9 +190,9 @@ class TextTask(StudyTask):
             self._rows[path] = general_rows(task.tokenizer, self.forgetting_tokens)
         if model is not None:
             return text_loss(model, self._rows[path], bf16=bf16)
-        key = (path, sft.weights_dtype(config), quantization, bf16)
+        key = (path, language.weights_dtype(config), quantization, bf16)
         if key not in self._before:
-            base = sft.load_model(config)
+            base = language.load_model(config)
             if quantization is None:
                 base.to(config.training.device)
             self._before[key] = text_loss(base, self._rows[path], bf16=bf16)

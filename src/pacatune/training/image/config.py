@@ -91,7 +91,7 @@ class ImageRunConfig(BaseRunConfig["ImageReport"]):
 
     command: ClassVar[str] = "train-image"
     methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
-    task: ClassVar[str] = "pacatune.training.image.task:ImageTask"
+    task_class: ClassVar[str] = "pacatune.training.image.task:ImageTask"
 
     method: str = "paca"
     """How to fine-tune: `paca`, `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained
