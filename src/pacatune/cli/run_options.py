@@ -89,6 +89,7 @@ class RunOptions:
         values = options.as_dict()
         help_of = {action.dest: _plain_help(action.help) for action in self.parser._actions}
         names = [name for name in values if name not in (*self.flags, *self.sections)]
+        names.sort(key=lambda name: name != "task")  # first, since it says what the others are
         head = f"# Options of `{self.parser.prog}`. Those left out have these values.\n"
         parts = [head, *(_entry(name, values[name], help_of[name], "") for name in names)]
         for section in self.sections:

@@ -1,20 +1,30 @@
-"""`pacatune train`: fine-tune a model on your data."""
+"""`pacatune train`: fine-tune a model on your data, by any of several tasks."""
 
-from pacatune.cli.run_options import RunOptions, check_early
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pacatune.cli.run_options import RunOptions, check_early, values_of
+from pacatune.names import choose
+from pacatune.training.config_file import load_yaml, read_values
+from pacatune.training.tasks import DEFAULT_TASK, TASKS, run_class_of
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
-    check_early(argv, "pacatune.training.config.RunConfig", ("preview",))
+    task = find_task(argv)
+    check_early(argv, TASKS[task], ("preview",))
 
     from pacatune.training import preview, train
 
-    known = all_options()
-    options = known.parse(argv)
+    known = all_options(task)
+    words, rewards = take_rewards(argv)
+    options = known.parse(words)
     if options.print_config:
         print(known.template(options), end="")
         return 0
     config = known.to_config(options)
+    refuse_unnamed_code(config, rewards)
     if options.preview is not None and options.preview < 1:
         raise ValueError(f"`--preview` ({options.preview}) must be at least 1.")
     if options.preview is not None:
@@ -24,13 +34,70 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def all_options() -> RunOptions:
-    """Return the options of the command."""
-    from pacatune.training import RunConfig
-
+def all_options(task: str = DEFAULT_TASK) -> RunOptions:
+    """Return the options of the command for a task."""
     preview = {
         "type": int | None,
         "metavar": "N",
-        "help": "Show N examples with the tokens that are learned, and stop.",
+        "help": "Show N examples with what is learned of them, and stop.",
     }
-    return RunOptions(RunConfig, "Fine-tune a causal language model.", {"preview": preview})
+    others = ", ".join(name for name in TASKS if name != task)
+    return RunOptions(
+        run_class_of(task),
+        f"Fine-tune a language model. These are the options of the task {task}; those of others "
+        f"({others}) are shown with --task NAME --help.",
+        {"preview": preview},
+    )
+
+
+def find_task(argv: list[str]) -> str:
+    """Return the task that the command line or a config file names, which says what options are."""
+    named = list(values_of(argv, "task"))
+    task = choose(named[-1], TASKS, option="--task") if named else None
+    for path in values_of(argv, "config"):
+        value = read_values(Path(path)).get("task")
+        if value is None:
+            continue
+        found = choose(str(value), TASKS, option=f"task of {path}")
+        if task is not None and found != task:
+            raise ValueError(
+                f"`--task` ({task!r}): {path} has the options of the task {found!r}; give that, or "
+                "another file."
+            )
+        task = found
+    return task or DEFAULT_TASK
+
+
+def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words with all of `--reward` as one list, and the rewards."""
+    words, rewards = [], []
+    for word, value in _pairs(argv):
+        if value is None:
+            words.append(word)
+        else:
+            found = load_yaml(value) if value.startswith("[") else value
+            rewards += [str(one) for one in found] if isinstance(found, list) else [str(found)]
+    if rewards:
+        words.append(f"--reward={[*rewards]}".replace("'", '"'))
+    return words, rewards
+
+
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield words, and with each `--reward` its value."""
+    words = iter(argv)
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if flag not in ("--reward", "--reward+"):
+            yield word, None
+        else:
+            yield flag, value if has_value else next(words, "")
+
+
+def refuse_unnamed_code(config: Any, rewards: list[str]) -> None:
+    """Refuse Python functions that a config file names and the command line does not."""
+    for name in getattr(config, "code", list)():
+        if name not in rewards:
+            raise ValueError(
+                f"`reward` ({name!r}) is a Python function, and a config file runs no code by "
+                f"itself; give it on the command line: --reward {name}"
+            )

@@ -17,10 +17,13 @@ def keep_learnable(
     max_length: int | None,
     tokenizer: "PreTrainedTokenizerBase",
     warnings: list[str],
+    *,
+    must_end: bool = True,
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    `what` is "training" or "evaluation"; of the statistics only the number of tokens is kept.
+    `what` is "training" or "evaluation"; of the statistics only the number of tokens is kept. With
+    `must_end`, training examples should end in a stop token.
     """
 
     def where(column: str, value: object) -> list[str]:
@@ -49,7 +52,7 @@ def keep_learnable(
             f"`training.max_length` ({max_length}) and are left out: {some(lost)}."
         )
     data = data.select(kept, keep_in_memory=True)
-    _warn(data, what, max_length, tokenizer, warnings)
+    _warn(data, what, max_length, tokenizer, warnings, must_end=must_end and what == "training")
     return data.remove_columns(_STATISTICS)
 
 
@@ -81,11 +84,14 @@ def overlap_warning(
     ]
 
 
-def row_digests(data: "Dataset") -> Iterator[bytes]:
-    """Yield a short digest of the token ids and labels of each example."""
-    for row in data.with_format("numpy", columns=["input_ids", "labels"]):
-        digest = hashlib.blake2b(row["input_ids"].tobytes(), digest_size=16)
-        digest.update(row["labels"].tobytes())
+def row_digests(
+    data: "Dataset", columns: Sequence[str] = ("input_ids", "labels")
+) -> Iterator[bytes]:
+    """Yield a short digest of each example: of its token ids and labels, or of other columns."""
+    for row in data.with_format("numpy", columns=list(columns)):
+        digest = hashlib.blake2b(digest_size=16)
+        for column in columns:
+            digest.update(row[column].tobytes())
         yield digest.digest()
 
 
@@ -95,6 +101,8 @@ def _warn(
     max_length: int | None,
     tokenizer: "PreTrainedTokenizerBase",
     warnings: list[str],
+    *,
+    must_end: bool,
 ) -> None:
     num_tokens = data["num_tokens"][:]
     cut = [max_length is not None and num > max_length for num in num_tokens]
@@ -106,7 +114,7 @@ def _warn(
             f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop: "
             f"{some(places)}."
         )
-    if what == "training" and whole and not any(whole):
+    if must_end and whole and not any(whole):
         warnings.append(
             f"no training example ends in a stop token (the tokenizer's is "
             f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "

@@ -1,14 +1,16 @@
-"""What to train on: the `data` section of a run on texts or on images."""
+"""What to train on: the `data` section of a run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TORCHVISION_PREFIX = "torchvision:"
+REASONING_GYM = "reasoning-gym:"
+"""Before the name of a task of the package reasoning-gym: its data, or its verifier."""
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Training and evaluation data.
+class TextDataConfig:
+    """Training and evaluation texts, whatever is learned of them.
 
     Raises:
         ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
@@ -23,12 +25,6 @@ class DataConfig:
 
     split: str = "train"
     """Split of a hub data set to train on."""
-
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "text", "mmlu"] = "auto"
-    """`messages` (chats), `prompt-completion` (columns prompt and completion, texts or chats),
-    `instruction` (columns instruction, input if any, and output), `text`, `mmlu` (columns question,
-    choices and answer, or MMLU's .csv files; in the words of `pacatune evaluate mmlu`), or `auto`:
-    found from the columns of the first row."""
 
     eval_path: str | None = None
     """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
@@ -45,6 +41,29 @@ class DataConfig:
     chat_template: str | None = None
     """Chat template: a file or the Jinja text itself. The model's own where null."""
 
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(
+                f"`data.path` is {self.path!r}; give a .jsonl, .json, .csv or .parquet file, "
+                "a folder of them, or a hub data set id."
+            )
+        check_fraction(self.eval_fraction)
+
+
+@dataclass(kw_only=True)
+class DataConfig(TextDataConfig):
+    """Training and evaluation data of supervised fine-tuning.
+
+    Raises:
+        ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
+    """
+
+    format: Literal["auto", "messages", "prompt-completion", "instruction", "text", "mmlu"] = "auto"
+    """`messages` (chats), `prompt-completion` (columns prompt and completion, texts or chats),
+    `instruction` (columns instruction, input if any, and output), `text`, `mmlu` (columns question,
+    choices and answer, or MMLU's .csv files; in the words of `pacatune evaluate mmlu`), or `auto`:
+    found from the columns of the first row."""
+
     special_tokens: bool = True
     """Whether the tokenizer puts its own tokens (BOS) before plain texts and an EOS ends them;
     false: neither, as in the experiments of PaCA's authors. Chats have those of their template."""
@@ -53,13 +72,62 @@ class DataConfig:
     """Tokens that are learned: `completion` (the completion, or every assistant turn of a chat)
     or `all`."""
 
+
+@dataclass(kw_only=True)
+class PreferenceDataConfig(TextDataConfig):
+    """Answers that are preferred or not, in TRL's formats.
+
+    dpo and reward: columns `chosen` and `rejected`, and `prompt` unless both begin with it. kto:
+    columns `prompt`, `completion` and `label`, or those of dpo. Texts or chats.
+    """
+
+
+@dataclass(kw_only=True)
+class PromptDataConfig(TextDataConfig):
+    """Prompts that the model answers while it trains; reward functions get the other columns.
+
+    Raises:
+        ValueError: If the options of reasoning-gym contradict `path`.
+    """
+
+    path: str = ""
+    """Training data with a column `prompt` (texts or chats): a .jsonl, .json, .csv or .parquet
+    file, a folder of them, a hub data set id; or reasoning-gym:TASK, such as
+    reasoning-gym:chain_sum, which is generated. Required."""
+
+    seed: int = 0
+    """Seed for choosing the held-out rows, and for what reasoning-gym generates."""
+
+    size: int | None = None
+    """Number of examples that reasoning-gym generates; 1000 where null."""
+
+    options: dict[str, Any] | None = None
+    """Options of the task of reasoning-gym, such as {max_terms: 3}."""
+
+    system_prompt: str | None = None
+    """System turn that is put before every prompt without one; it makes chats of texts."""
+
     def __post_init__(self) -> None:
-        if not self.path:
+        super().__post_init__()
+        check_counts(self, "size")
+        if not self.is_generated:
+            for name in ("size", "options"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`data.{name}` ({getattr(self, name)!r}) is for what reasoning-gym "
+                        f"generates, and `data.path` is {self.path!r}; drop it, or set the path "
+                        f"to {REASONING_GYM}TASK."
+                    )
+        elif self.eval_path or self.eval_split:
             raise ValueError(
-                f"`data.path` is {self.path!r}; give a .jsonl, .json, .csv or .parquet file, "
-                "a folder of them, or a hub data set id."
+                "`data.eval_path` and `data.eval_split` are not for data that reasoning-gym "
+                "generates; set `data.eval_fraction`."
             )
-        check_fraction(self.eval_fraction)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether reasoning-gym makes the data."""
+        return self.path.startswith(REASONING_GYM)
 
 
 @dataclass(kw_only=True)

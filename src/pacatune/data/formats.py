@@ -66,7 +66,7 @@ class Example:
 
 def detect_format(row: Row) -> str:
     """Return the format that the columns of a row fit."""
-    present = _present(row)
+    present = present_columns(row)
     if found := _formats_of(present):
         return found[0]
     hint = "Rename the columns."
@@ -93,7 +93,7 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
             format = detect_format(row)
         if format != "mmlu":  # whose check knows its three layouts
             _check_columns(row, format)
-            _check_unused(row, format)
+            check_unused(row, format)
         yield _to_example(row, format, has_template)
 
 
@@ -108,17 +108,43 @@ def _to_example(row: Row, format: str, has_template: bool) -> Example:
     if format == "messages":
         fix = "add the answer or remove the row."
         return _chat(row, "messages", [], _messages(row, "messages"), fix)
-    prompt, completion = row.values["prompt"], row.values["completion"]
+    return to_answer(row, "completion")
+
+
+def to_answer(row: Row, column: str) -> Example:
+    """Return the example of a row's prompt and what `column` answers to it.
+
+    Without a prompt it is the whole text or chat that `column` holds.
+    """
+    prompt, completion = row.values.get("prompt"), row.values[column]
+    if prompt is None:
+        if isinstance(completion, list):
+            fix = "end the chat with an answer of the role 'assistant'."
+            return _chat(row, column, [], _messages(row, column), fix)
+        return Example(row.place, "", _text(row, column))
     if isinstance(prompt, list) != isinstance(completion, list):
         raise ValueError(
-            f"{row.place}: 'prompt' is a {type(prompt).__name__} and 'completion' a "
+            f"{row.place}: 'prompt' is a {type(prompt).__name__} and {column!r} a "
             f"{type(completion).__name__}; both must be strings or both lists of messages."
         )
     if not isinstance(prompt, list):
-        return Example(row.place, _text(row, "prompt"), _text(row, "completion"))
+        return Example(row.place, _text(row, "prompt"), _text(row, column))
     context = _messages(row, "prompt", is_context=True)
     fix = "give the answer the role 'assistant'."
-    return _chat(row, "completion", context, _messages(row, "completion"), fix)
+    return _chat(row, column, context, _messages(row, column), fix)
+
+
+def to_prompt(row: Row) -> str | list[Message]:
+    """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
+    if not isinstance(row.values["prompt"], list):
+        return _text(row, "prompt")
+    messages = _messages(row, "prompt", is_context=True)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{row.place}: 'prompt' ends with an assistant turn, and the model is to write that; "
+            "take the turn out."
+        )
+    return messages
 
 
 def _from_instruction(row: Row, has_template: bool) -> Example:
@@ -157,8 +183,8 @@ def _chat(
     return example
 
 
-def _present(row: Row) -> set[str]:
-    """Columns that hold something; tables fill what a row lacks with nulls."""
+def present_columns(row: Row) -> set[str]:
+    """Return the columns that hold something; tables fill what a row lacks with nulls."""
     return {column for column, value in row.values.items() if value is not None}
 
 
@@ -167,7 +193,7 @@ def _formats_of(present: set[str]) -> list[str]:
 
 
 def _check_columns(row: Row, format: str) -> None:
-    present = _present(row)
+    present = present_columns(row)
     missing = [column for column in COLUMNS[format] if column not in present]
     if not missing:
         return
@@ -182,11 +208,12 @@ def _check_columns(row: Row, format: str) -> None:
     )
 
 
-def _check_unused(row: Row, format: str) -> None:
+def check_unused(row: Row, format: str) -> None:
     """Refuse what would be left out of the text without a word."""
     if format == "text":  # Where such columns describe the text.
         return
-    is_chat = format == "messages" or isinstance(row.values.get("prompt"), list)
+    chats = (row.values.get(column) for column in ("prompt", "chosen"))
+    is_chat = format == "messages" or any(isinstance(value, list) for value in chats)
     for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
         if row.values.get(column):
             raise ValueError(

@@ -79,7 +79,10 @@ def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenized data: columns input_ids, labels (-100 where nothing is learned) and place."""
+    """Data as a trainer takes it, and what was found in it.
+
+    In supervised fine-tuning: columns input_ids, labels (-100 where nothing is learned) and place.
+    """
 
     train: "Dataset"
     evaluation: "Dataset | None"
@@ -113,7 +116,7 @@ def prepare_data(
         has_template = bool(tokenizer.chat_template)
         examples = list(to_examples(rows, config.format, has_template=has_template))
         _check_chats(examples[0], config, has_template)
-        return _encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
+        return encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
 
     train = load(config.path, config.split, "training")
     if config.eval_path or config.eval_split:
@@ -138,20 +141,26 @@ def _check_chats(first: Example, config: DataConfig, has_template: bool) -> None
             f"`data.special_tokens` (False) is for plain texts, and {first.place} is a chat, whose "
             "tokens are those of its template; drop the option."
         )
+    check_template(first.place, has_template)
+
+
+def check_template(place: str, has_template: bool) -> None:
+    """Refuse a chat where the model's tokenizer cannot write one."""
     if not has_template:
         raise ValueError(
-            f"{first.place} is a chat, but the model's tokenizer has no chat template; "
+            f"{place} is a chat, but the model's tokenizer has no chat template; "
             "give `data.chat_template`, or use an instruction-tuned model."
         )
 
 
-def _encode(
+def encode(
     examples: list[Example],
     encoder: Encoder,
     max_length: int | None,
     num_processes: int | None,
     title: str,
 ) -> "Dataset":
+    """Return examples as rows of tokens and labels, with what `keep_learnable` looks at."""
     from datasets import Dataset, Features, List, Value
 
     # As JSON, since messages may have any keys and Arrow columns may not.
@@ -204,20 +213,26 @@ def _encode_one(
 
 
 def _split(data: "Dataset", fraction: float, seed: int) -> "tuple[Dataset, Dataset | None]":
-    """Hold out a fraction of the rows, at least one, both parts in their first order."""
+    rest, held_out = split_places(len(data), fraction, seed)
+    if not held_out:
+        return data, None
+    return data.select(rest, keep_in_memory=True), data.select(held_out, keep_in_memory=True)
+
+
+def split_places(number: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out a fraction of the rows, at least one; return both parts, in their first order."""
     import torch
 
     if not fraction:
-        return data, None
-    num_held_out = max(1, round(len(data) * fraction))
-    if num_held_out >= len(data):
+        return list(range(number)), []
+    num_held_out = max(1, round(number * fraction))
+    if num_held_out >= number:
         raise ValueError(
-            f"`data.eval_fraction` ({fraction}) of {len(data)} rows leaves none to train on; give "
+            f"`data.eval_fraction` ({fraction}) of {number} rows leaves none to train on; give "
             "more data, or set `data.eval_fraction` to 0, or give `data.eval_path`."
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out, rest = sorted(order[:num_held_out]), sorted(order[num_held_out:])
-    return data.select(rest, keep_in_memory=True), data.select(held_out, keep_in_memory=True)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
 @contextlib.contextmanager

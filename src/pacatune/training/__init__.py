@@ -13,9 +13,9 @@ if TYPE_CHECKING:
         RunConfig,
         TrainingConfig,
     )
+    from pacatune.training.language import preview
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
-    from pacatune.training.sft import preview
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
 __all__ = [
@@ -38,7 +38,7 @@ _OUTSIDE_CONFIG = {
     "Report": "pacatune.training.report",
     "TrainingDiverged": "pacatune.training.trainer",
     "TrainingInterrupted": "pacatune.training.trainer",
-    "preview": "pacatune.training.sft",
+    "preview": "pacatune.training.language",
     "train": "pacatune.training.recipe",
 }
 

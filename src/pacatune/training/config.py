@@ -239,6 +239,10 @@ class BaseRunConfig(Generic[R]):
     """Names of the methods that are offered: of language models, or of classifiers."""
     task_class: ClassVar[str]
     """`module:class` of its `Task`; imported when it runs, since it needs the trainer."""
+    rate_share: ClassVar[float] = 1.0
+    """Learning rates where a run says none, as a share of those of `METHODS`."""
+    best_metric: ClassVar[str] = "eval_loss"
+    """What the best checkpoint is best in."""
 
     method: str = "paca"
     """How to fine-tune; a name of `METHODS`."""
@@ -270,7 +274,8 @@ class BaseRunConfig(Generic[R]):
     input; 3 query, key and value, too. Gradients stay the same."""
 
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
+    """Stop after this many evaluations without a better result (a lower eval_loss; with grpo and
+    rloo a higher eval_reward), and keep the best one."""
 
     @classmethod
     def sections(cls) -> dict[str, type[Any]]:
@@ -284,7 +289,11 @@ class BaseRunConfig(Generic[R]):
         found = METHODS[method]
         rate = found.text_rate if cls.methods is TEXT_METHODS else found.head_rate
         assert rate is not None, "the method is offered"
-        return rate
+        return rate * cls.rate_share
+
+    def repeat_command(self, config_file: object) -> str:
+        """Return the command that does this run, as a saved configuration says it."""
+        return f"pacatune {self.command} --config {config_file}"
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options of the adapter, as PEFT's class of the method takes them."""
@@ -316,7 +325,7 @@ class BaseRunConfig(Generic[R]):
             rate = self.default_rate(self.method)
             training.learning_rate = training.given["learning_rate"] = rate
         if self.early_stopping_patience is not None:
-            _set_early_stopping(training, self.early_stopping_patience)
+            _set_early_stopping(training, self.early_stopping_patience, self.best_metric)
         chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
         if chooses and not (self.data.eval_path or self.data.eval_split or self.data.eval_fraction):
             raise ValueError(
@@ -342,7 +351,7 @@ class BaseRunConfig(Generic[R]):
                     )
 
 
-def _set_early_stopping(training: Any, patience: int) -> None:
+def _set_early_stopping(training: Any, patience: int, metric: str) -> None:
     if patience < 1:
         raise ValueError(f"`early_stopping_patience` ({patience}) must be at least 1, or null.")
     same = training.save_strategy == training.eval_strategy and (
@@ -357,8 +366,8 @@ def _set_early_stopping(training: Any, patience: int) -> None:
             f"`training.eval_steps` ({training.eval_steps}), and not be 'no'."
         )
     training.load_best_model_at_end = True
-    training.metric_for_best_model = "eval_loss"
-    training.greater_is_better = False
+    training.metric_for_best_model = metric
+    training.greater_is_better = not metric.endswith("loss")
 
 
 def _name(choice: Any) -> str:
@@ -366,22 +375,12 @@ def _name(choice: Any) -> str:
 
 
 @dataclass
-class TrainingConfig(SharedDefaults, SFTConfig):
-    """Every option of TRL's SFTConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+class TrlDefaults(SharedDefaults):
+    """Put before one of TRL's classes of arguments; refuses what no run of ours offers."""
 
     elsewhere: ClassVar[dict[str, str]] = {
         **SharedDefaults.elsewhere,
-        "chat_template_path": "set `data.chat_template`",
-        "dataset_text_field": "name the column 'text'",
-        "dataset_kwargs": "data is always prepared before the model is loaded",
-        "completion_only_loss": "set `data.loss` to completion or all",
-        "assistant_only_loss": "set `data.loss` to completion or all",
         "trust_remote_code": "code of a model is never executed; use a converted model",
-        "truncation_mode": "examples are cut at their end; shorten them yourself",
         "remove_unused_columns": "the data has the columns that training needs",
     }
 
@@ -390,20 +389,43 @@ class TrainingConfig(SharedDefaults, SFTConfig):
     2e-4 the others."""
 
     def check_options(self) -> None:
-        """Refuse also model arguments of other sections, and what this device or task cannot do."""
+        """Refuse also model arguments of other sections, and what this device cannot do."""
         super().check_options()
-        for name in self.model_init_kwargs or {}:
+        for name in getattr(self, "model_init_kwargs", None) or {}:
             if name in _MODEL_ARGUMENTS:
                 raise ValueError(
                     f"`training.model_init_kwargs` has {name!r}, which is not offered: "
                     f"{_MODEL_ARGUMENTS[name]}."
                 )
         on_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
-        if self.activation_offloading and on_cpu:
+        if getattr(self, "activation_offloading", False) and on_cpu:
             raise ValueError(
                 "`training.activation_offloading` (True) moves activations off an accelerator, and "
                 "this run is on the CPU; drop it."
             )
+
+
+@dataclass
+class TrainingConfig(TrlDefaults, SFTConfig):
+    """Every option of TRL's SFTConfig, with these defaults.
+
+    Raises:
+        ValueError: If an option is set that this task decides elsewhere or does not offer.
+    """
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        **TrlDefaults.elsewhere,
+        "chat_template_path": "set `data.chat_template`",
+        "dataset_text_field": "name the column 'text'",
+        "dataset_kwargs": "data is always prepared before the model is loaded",
+        "completion_only_loss": "set `data.loss` to completion or all",
+        "assistant_only_loss": "set `data.loss` to completion or all",
+        "truncation_mode": "examples are cut at their end; shorten them yourself",
+    }
+
+    def check_options(self) -> None:
+        """Refuse also packing that lets examples see each other."""
+        super().check_options()
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError(
                 "`training.packing_strategy` ('wrapped') lets examples attend to each other; "
@@ -412,17 +434,16 @@ class TrainingConfig(SharedDefaults, SFTConfig):
 
 
 @dataclass(kw_only=True)
-class RunConfig(BaseRunConfig["Report"]):
-    """One run of supervised fine-tuning.
+class LanguageRunConfig(BaseRunConfig[R]):
+    """One run of a language model, whatever is learned.
 
     Raises:
         ValueError: If the sections contradict each other.
-        TypeError: If `training` is not a TrainingConfig.
+        TypeError: If `training` is of another task.
     """
 
     command: ClassVar[str] = "train"
     methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
-    task_class: ClassVar[str] = "pacatune.training.sft:SftTask"
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
@@ -431,6 +452,17 @@ class RunConfig(BaseRunConfig["Report"]):
 
     model: ModelConfig
     """The pretrained model."""
+
+
+@dataclass(kw_only=True)
+class RunConfig(LanguageRunConfig["Report"]):
+    """One run of supervised fine-tuning."""
+
+    task_class: ClassVar[str] = "pacatune.training.sft:SftTask"
+
+    task: Literal["sft"] = "sft"
+    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo` or `rloo`. Each
+    has options of its own: `--task dpo --help`."""
 
     data: DataConfig
     """Training and evaluation data."""

@@ -91,6 +91,7 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
         and (f.name in ours or config.training.given[f.name] != _default_of(f))
     }
     names = [f.name for f in fields(config) if f.name != "training"]
+    names.sort(key=lambda name: name != "task")  # first, since it says what the others may be
     values = {name: getattr(config, name) for name in names}
     plain = {
         name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
@@ -107,7 +108,7 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
 def save_config(config: "BaseRunConfig[Any]", path: Path) -> None:
     """Write the configuration so that the command with `--config PATH` repeats the run."""
     text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
-    head = f"# Repeat with: pacatune {config.command} --config {path.name}\n"
+    head = f"# Repeat with: {config.repeat_command(path.name)}\n"
     path.write_text(head + text, encoding="utf-8")
 
 

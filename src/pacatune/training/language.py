@@ -3,10 +3,12 @@
 import hashlib
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -17,6 +19,8 @@ from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import BaseRunConfig
+from pacatune.training.metrics import MetricReport, metrics_of
+from pacatune.training.progress import main_console, show_warnings
 from pacatune.training.report import RunReport, curve_of
 from pacatune.training.task import (
     Plan,
@@ -25,6 +29,7 @@ from pacatune.training.task import (
     make_adapter_config,
     make_plan,
     put_adapter,
+    task_of,
 )
 from pacatune.training.trainer import RunTrainer
 
@@ -49,6 +54,8 @@ class LanguageTask(ReportedTask[C]):
     """PEFT's name of what the adapted model does."""
     length_option: ClassVar[str] = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    """Columns of the data by which a resumed run knows it again."""
     model_options: ClassVar[dict[str, Any]] = {}
     """Changes to the configuration of the model."""
 
@@ -86,7 +93,7 @@ class LanguageTask(ReportedTask[C]):
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
-            fingerprint=fingerprint(data.train),
+            fingerprint=fingerprint(data.train, self.columns),
             about_data=f"{len(data.train):,} examples, {held_out:,} held out",
             adapter_config=adapter_config,
             plan=plan,
@@ -121,6 +128,10 @@ class LanguageTask(ReportedTask[C]):
         if last_step != trainer.state.global_step:
             curve.append((trainer.state.global_step, after))
         return {"eval_loss_after": after, "eval_losses": curve}
+
+    @abstractmethod
+    def show(self, data: Any, num_examples: int, console: Console) -> None:
+        """Print the first examples of prepared data, and what is learned of them."""
 
     def how_to_load(self, report: RunReport) -> str:
         """Return code that loads the model, or the adapter on its base."""
@@ -159,6 +170,31 @@ class LanguageTask(ReportedTask[C]):
         )
 
 
+class MetricTask(LanguageTask[C]):
+    """A task whose trainer logs more than a loss."""
+
+    report_class: ClassVar[type[MetricReport]]
+    """Class of its reports."""
+
+    def evaluate(self, trainer: Any) -> dict[str, Any]:
+        """Return loss and metrics of what is saved, and their curves."""
+        known = super().evaluate(trainer)
+        # `super` may have evaluated once more, which is logged too.
+        metrics = metrics_of(trainer.state.log_history, "eval_")
+        return {
+            **known,
+            "eval_metrics": metrics,
+            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics.items()},
+        }
+
+    def make_report(
+        self, known: dict[str, Any], trainer: Any, items_per_second: float
+    ) -> MetricReport:
+        """Return the report, with the metrics of training."""
+        train = metrics_of(trainer.state.log_history)
+        return self.report_class(**known, tokens_per_second=items_per_second, train_metrics=train)
+
+
 class LanguageTrainer(RunTrainer):
     """Put before a trainer of TRL: what the recipe needs, and tokens are counted."""
 
@@ -176,9 +212,9 @@ class LanguageTrainer(RunTrainer):
         return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
 
 
-def fingerprint(data: "Dataset") -> str:
+def fingerprint(data: "Dataset", columns: Sequence[str] = ("input_ids", "labels")) -> str:
     """Return a digest of every row, in order."""
-    return hashlib.blake2b(b"".join(row_digests(data)), digest_size=16).hexdigest()
+    return hashlib.blake2b(b"".join(row_digests(data, columns)), digest_size=16).hexdigest()
 
 
 def model_path(config: BaseRunConfig[Any]) -> str:
@@ -335,3 +371,16 @@ def _read_template(template: str) -> str:
             "give a .jinja file, or the text with its {{ }} and {% %}."
         )
     return path.read_text(encoding="utf-8")
+
+
+def preview(
+    config: BaseRunConfig[Any], num_examples: int, *, console: Console | None = None
+) -> None:
+    """Show the first training examples and what is learned of them, without loading weights."""
+    console = main_console(config, console)
+    task = task_of(config)
+    assert isinstance(task, LanguageTask), "the command is `train`"
+    task.tokenizer = load_tokenizer(config)
+    data = task.read_data()
+    task.show(data.train, num_examples, console)
+    show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -31,7 +31,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RESULT = re.compile(
     r"checkpoint-\d+|adapter_model\.safetensors|adapter_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|report\.(json|md)"
-    r"|(loss|confusion|mistakes)\.png"
+    r"|(loss|reward|confusion|mistakes)\.png"
 )
 # What else a run writes.
 _ACCESSORY = re.compile(

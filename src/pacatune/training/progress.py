@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from pacatune.training.report import RunReport
 
 _NUM_LINES = 20
+# Held-out metrics by TRL's names -> what is said of them.
+_SAID = {
+    "eval_accuracy": "accuracy {:.3f}",
+    "eval_rewards/accuracies": "accuracy {:.3f}",
+    "eval_rewards/margins": "reward margin {:.4f}",
+    "eval_margin": "margin {:.4f}",
+    "eval_reward": "reward {:.4f}",
+}
 
 
 class Meter(TrainerCallback):
@@ -133,12 +141,12 @@ class ProgressReporter(TrainerCallback):
     ) -> None:
         """Take over the newest losses; without a bar, print about 20 lines per run."""
         logs = logs or {}
-        self._numbers |= {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        self._numbers |= {key: logs[key] for key in ("loss", "reward") if logs.get(key) is not None}
         every = max(1, state.max_steps // _NUM_LINES)
         if "eval_loss" in logs:
-            said = f"evaluation loss {logs['eval_loss']:.4f}"
-            if "eval_accuracy" in logs:
-                said += f", accuracy {logs['eval_accuracy']:.3f}"
+            known = {key: text for key, text in _SAID.items() if logs.get(key) is not None}
+            found = [text.format(logs[key]) for key, text in known.items()]
+            said = ", ".join([f"evaluation loss {logs['eval_loss']:.4f}", *found])
         elif (
             "loss" in logs
             and self._progress is None
@@ -164,7 +172,7 @@ class ProgressReporter(TrainerCallback):
         memory = format_bytes(peak_memory_bytes()[0])
         meter = self._meter
         speed = f"{meter.current_rate:,.0f} {meter.unit}/s  peak {memory}"
-        return f"loss {self._numbers['loss']:.4f}  {speed}" if "loss" in self._numbers else speed
+        return "  ".join([*(f"{key} {value:.4f}" for key, value in self._numbers.items()), speed])
 
 
 def peak_memory_bytes() -> tuple[int, str]:

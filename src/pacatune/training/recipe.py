@@ -275,7 +275,7 @@ def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console:
         path = Path(str(config.training.output_dir)) / CONFIG_NAME
         raise TrainingInterrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; continue "
-            f"with `pacatune {config.command} --config {path} --resume`"
+            f"with `{config.repeat_command(path)} --resume`"
         )
 
 

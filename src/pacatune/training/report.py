@@ -25,6 +25,8 @@ class RunReport:
 
     loss_per: ClassVar[str]
     """What losses are means over."""
+    figure: ClassVar[str] = "loss.png"
+    """File with the curves."""
 
     eval_loss_before: float | None = None
     """Held-out loss before the first step; None without evaluation data."""
@@ -102,6 +104,10 @@ class RunReport:
     def speed(self) -> tuple[str, str]:
         """Return the row of the table that says how fast it went."""
 
+    def plotted(self) -> tuple[str, Curve, Curve]:
+        """Return what the figure shows: its name, its curve in training and the held-out one."""
+        return f"loss per {self.loss_per}", self.train_losses, self.eval_losses
+
     def details(self) -> str:
         """Return what report.md shows below the table, as Markdown."""
         return ""
@@ -122,11 +128,11 @@ class Report(RunReport):
 
 
 def write_report(report: RunReport, folder: Path) -> None:
-    """Write report.json, report.md and loss.png into `folder`."""
+    """Write report.json, report.md and the figure into `folder`."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
-    _plot(report, folder / "loss.png")
+    _plot(report, folder / report.figure)
 
 
 def write_card(
@@ -157,9 +163,9 @@ def write_card(
         f"## Training\n\n"
         f"Data: `{config.data.path}` ({report.num_train_examples:,} examples, "
         f"{report.num_eval_examples:,} held out). "
-        f"Settings: [config.yaml](config.yaml), which `pacatune {config.command} --config "
-        f"config.yaml` repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n"
+        f"Settings: [config.yaml](config.yaml), which `{config.repeat_command('config.yaml')}` "
+        f"repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n![Curves]({report.figure})\n"
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -179,7 +185,8 @@ def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
 
 def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     """Return what the trainer's log says of a metric, one value per step."""
-    return sorted({int(e["step"]): float(e[name]) for e in log if name in e}.items())
+    found = {int(e["step"]): float(e[name]) for e in log if e.get(name) is not None}
+    return sorted(found.items())
 
 
 def _lean(report: dict[str, Any] | None) -> str:
@@ -205,21 +212,22 @@ def _markdown(report: RunReport) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"Trained: {targets}.\n\n{report.details()}![Loss](loss.png)\n\n"
+        f"Trained: {targets}.\n\n{report.details()}![Curves]({report.figure})\n\n"
         + (f"Warnings:\n\n{warnings}\n" if warnings else "")
         + f"Versions: {packages}.\n"
     )
 
 
 def _plot(report: RunReport, path: Path) -> None:
+    name, train, held_out = report.plotted()
     figure = new_figure(7, 4)
     axes = figure.add_subplot()
-    if report.train_losses:
-        axes.plot(*zip(*report.train_losses, strict=True), label="training", linewidth=1)
-    if report.eval_losses:
-        axes.plot(*zip(*report.eval_losses, strict=True), "o-", label="held out")
-    axes.set(xlabel="step", ylabel=f"loss per {report.loss_per}", title=report.method)
-    if report.train_losses or report.eval_losses:
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
+    axes.set(xlabel="step", ylabel=name, title=report.method)
+    if train or held_out:
         axes.legend()
     axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -8,16 +8,11 @@ from trl import SFTTrainer
 
 from pacatune.data import PreparedData, prepare_data, show_preview
 from pacatune.training.config import RunConfig
-from pacatune.training.language import (
-    LanguageTask,
-    LanguageTrainer,
-    find_stop_ids,
-    load_tokenizer,
-)
-from pacatune.training.progress import main_console, show_warnings
+from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids
 from pacatune.training.report import Report
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +38,10 @@ class SftTask(LanguageTask[RunConfig]):
         return SftRunTrainer(
             model=model, processing_class=self.tokenizer, peft_config=adapter_config, **options
         )
+
+    def show(self, data: "Dataset", num_examples: int, console: Console) -> None:
+        """Print the first examples with the tokens that are learned."""
+        show_preview(data, self.tokenizer, num_examples, console)
 
     def make_report(self, known: dict[str, Any], trainer: Any, items_per_second: float) -> Report:
         """Return the report, with tokens per second."""
@@ -77,12 +76,3 @@ def read_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepar
         stop_ids=find_stop_ids(config, tokenizer),
         num_processes=training.dataset_num_proc,
     )
-
-
-def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
-    """Show the first training examples and what is learned of them, without loading weights."""
-    console = main_console(config, console)
-    tokenizer = load_tokenizer(config)
-    data = read_data(config, tokenizer)
-    show_preview(data.train, tokenizer, num_examples, console)
-    show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -71,20 +71,23 @@ class RunTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Take one micro-batch forward and backward; count it, and add up the loss of the step."""
-        self.meter.add(self.num_items(inputs))
+        """Take one micro-batch forward and backward, and add up the loss of the step."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first time in training, count what is kept for backward."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compute the loss; count the micro-batch, and what the first one keeps for backward."""
+        if torch.is_grad_enabled():
+            self.meter.add(self.num_items(inputs))
         first = self.saved_activation_bytes is None and torch.is_grad_enabled()
         if not first or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Gathered weights lie in storages of their own and would count as activations.
-            return super().compute_loss(model, *args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
         with SavedBytes(model) as saved:
-            result = super().compute_loss(model, *args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
         self.saved_activation_bytes = saved.num_bytes
         return result
 

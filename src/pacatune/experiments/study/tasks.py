@@ -24,7 +24,7 @@ from pacatune.data.packaged.packages import sha256_of
 from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
-from pacatune.training import RunConfig, sft
+from pacatune.training import RunConfig, language
 from pacatune.training.classifier import ClassifierConfig, read_texts, split_texts
 from pacatune.training.config import ADAPTER_SECTIONS, BaseRunConfig
 from pacatune.training.config_file import check_keys, option_parser

@@ -1,0 +1,213 @@
+"""Rewards of answers: Python functions and reasoning-gym's verifiers, and checks of what they say.
+
+A reward function is TRL's: called with `prompts`, `completions`, `completion_ids` and every column
+of the data, all of them lists with one entry per answer, it returns as many numbers, None where it
+says nothing.
+"""
+
+import importlib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pacatune.data import REASONING_GYM
+from pacatune.data.prompts import INDEX, reasoning_gym_data
+
+if TYPE_CHECKING:
+    from pacatune.data import PromptDataConfig
+
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+class RewardError(ValueError):
+    """A reward function failed, or returned what are no rewards."""
+
+
+class CheckedReward:
+    """A reward function whose errors and results are checked, under a name of its own."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        # As metrics are called; two functions of different modules may have one name.
+        self.__name__ = name.replace(":", ".")
+        self._function = function
+
+    def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:
+        """Return one reward per answer; `place` says where each prompt is from."""
+        try:
+            rewards = self._function(**columns)
+        except Exception as error:
+            raise self._failed(error, place, columns) from error
+        return check_rewards(self.name, rewards, place)
+
+    def _failed(
+        self, error: Exception, place: Sequence[str], columns: dict[str, Any]
+    ) -> RewardError:
+        where = self._find(place, columns)
+        return RewardError(f"reward {self.name!r} raised {_said(error)} on {where}.")
+
+    def _find(self, place: Sequence[str], columns: dict[str, Any]) -> str:
+        """Say for which answer the function fails, by asking for each alone."""
+        for number, where in enumerate(place):
+            one = {
+                key: value[number : number + 1] if isinstance(value, list) else value
+                for key, value in columns.items()
+            }
+            try:
+                self._function(**one)
+            except Exception:
+                return f"{where}, answer {one['completions'][0]!r:.200}"
+        return f"{len(place)} answers together ({place[0]} is the first)"
+
+
+class AsyncCheckedReward(CheckedReward):
+    """The same for a coroutine function, which TRL awaits."""
+
+    async def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:  # type: ignore[override]
+        """Return one reward per answer; `place` says where each prompt is from."""
+        try:
+            rewards = await self._function(**columns)
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name!r} raised {_said(error)} on {len(place)} answers "
+                f"({place[0]} is the first)."
+            ) from error
+        return check_rewards(self.name, rewards, place)
+
+
+def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float | None]:
+    """Return what a function has returned as a list of numbers or None; refuse anything else."""
+    if hasattr(rewards, "tolist"):
+        rewards = rewards.tolist()
+    if not isinstance(rewards, list | tuple):
+        raise RewardError(
+            f"reward {name!r} returned a {type(rewards).__name__}; it must return a list of "
+            f"{len(place)} numbers, one per answer."
+        )
+    if len(rewards) != len(place):
+        raise RewardError(
+            f"reward {name!r} returned {len(rewards)} rewards for {len(place)} answers; it must "
+            "return one for each."
+        )
+    return [
+        _check_reward(name, reward, where) for reward, where in zip(rewards, place, strict=True)
+    ]
+
+
+def _check_reward(name: str, reward: Any, where: str) -> float | None:
+    if reward is None:
+        return None
+    if hasattr(reward, "item"):
+        reward = reward.item()
+    if not isinstance(reward, Real):
+        raise RewardError(
+            f"reward {name!r} returned a {type(reward).__name__} ({reward!r:.80}) for {where}; it "
+            "must be a number, or None where the function says nothing."
+        )
+    if not math.isfinite(reward):
+        raise RewardError(
+            f"reward {name!r} returned {reward} for {where}; it must be finite. Return None where "
+            "the function says nothing."
+        )
+    return float(reward)
+
+
+def load_rewards(
+    names: Sequence[str], data: "PromptDataConfig", columns: Sequence[str]
+) -> list[CheckedReward]:
+    """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`.
+
+    `columns` are those of the data beside `prompt`, which every function gets. Importing a module
+    runs its code; modules are looked for in the current folder too.
+    """
+    rewards = []
+    for name in names:
+        is_verifier = name.startswith(REASONING_GYM)
+        function = make_verifier(data) if is_verifier else _import(name)
+        _check_signature(name, function, columns)
+        call = getattr(function, "__call__", None)  # noqa: B004 (of an object's class)
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+        rewards.append((AsyncCheckedReward if is_async else CheckedReward)(name, function))
+    return rewards
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _broken(name, error) from error
+        raise ValueError(
+            f"`reward` ({name!r}): there is no module {error.name!r}, neither in {folder} nor "
+            "installed; start in its folder, or install it."
+        ) from error
+    except Exception as error:
+        raise _broken(name, error) from error
+    finally:
+        sys.path.remove(folder)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        what = "has no" if function is None else "has no function"
+        raise ValueError(
+            f"`reward` ({name!r}): {module.__name__} ({getattr(module, '__file__', '-')}) {what} "
+            f"{attribute!r}."
+        )
+    return function
+
+
+def _broken(name: str, error: Exception) -> ValueError:
+    module = name.partition(":")[0]
+    return ValueError(f"`reward` ({name!r}): importing {module} raised {_said(error)}; mend it.")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__} ({error})"
+
+
+def _check_signature(name: str, function: Callable[..., Any], columns: Sequence[str]) -> None:
+    """Refuse a function that cannot take what every reward function is given."""
+    given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(given))
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} cannot be called with {', '.join(given)} ({error}); take what it "
+            "needs of them by name and the others as **kwargs."
+        ) from error
+    except ValueError:  # Built-in functions do not say what they take.
+        return
+
+
+def make_verifier(data: "PromptDataConfig") -> Callable[..., list[float]]:
+    """Return reasoning-gym's verifier of the data that it has generated for a run.
+
+    It looks at what stands between the last <answer> and </answer>, or at the whole text where
+    there is none. What it cannot read scores 0.
+    """
+    made = reasoning_gym_data(data)
+    entry_of = lru_cache(maxsize=1024)(made.__getitem__)
+
+    def score(completion: Any, index: int) -> float:
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        found = _ANSWER.findall(text)
+        answer = (found[-1] if found else text).strip()
+        try:
+            return float(made.score_answer(answer, entry_of(index)))
+        except Exception:
+            # Verifiers parse what a model wrote, and some raise what they please.
+            return 0.0
+
+    def verify(completions: list[Any], **columns: Any) -> list[float]:
+        return [score(*pair) for pair in zip(completions, columns[INDEX], strict=True)]
+
+    return verify

@@ -1,0 +1,345 @@
+"""Reinforcement learning by TRL: GRPO and RLOO. The model that is trained writes the answers.
+
+It writes them with its columns in the weights (`pacatune.resident`), so that what is sampled is
+what is trained; `sampling/sampling_logp_difference` in the log says how far the two are apart.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import LogitsProcessor, StoppingCriteria
+from trl import GRPOTrainer, RLOOTrainer
+
+from pacatune import resident
+from pacatune.data import PreparedData
+from pacatune.data.prompts import prepare_prompts, prompt_ids
+from pacatune.files.tensor_file import read_tensors, write_tensors
+from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.language import LanguageTrainer, MetricTask
+from pacatune.training.metrics import MetricReport, RlReport
+from pacatune.training.output import last_checkpoint
+from pacatune.training.rewards import CheckedReward, RewardError, load_rewards
+from pacatune.training.rl_config import SamplingRunConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+
+_DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+class SampledLogProbs:
+    """Keeps the log-probability of each token that a model samples, as it was when sampled."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._newest: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def listening(self, model: Any) -> Iterator[None]:
+        """Keep what `model.generate` samples inside this block."""
+        plain = model.generate
+        model.generate = partial(
+            plain, logits_processor=[_Scores(self)], stopping_criteria=[_Tokens(self)]
+        )
+        try:
+            yield
+        finally:
+            del model.generate  # the instance's; the class has its own
+
+    def see_scores(self, scores: Tensor) -> None:
+        """Take the logits (B, V) of the next tokens."""
+        self._newest = (scores.float() / self._temperature).log_softmax(-1)
+
+    def see_tokens(self, tokens: Tensor) -> None:
+        """Take the tokens (B,) that were sampled from the last logits."""
+        assert self._newest is not None, "logits come first"
+        self._kept.append(self._newest.gather(1, tokens[:, None]))
+        self._newest = None
+
+    def matrix(self, length: int) -> Tensor:
+        """Return the log-probabilities (B, `length`); 0 behind the last token."""
+        kept = torch.cat(self._kept, dim=1)[:, :length]
+        return nn.functional.pad(kept, (0, length - kept.shape[1]))
+
+
+class _Scores(LogitsProcessor):
+    def __init__(self, kept: SampledLogProbs) -> None:
+        self._kept = kept
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._kept.see_scores(scores)
+        return scores
+
+
+class _Tokens(StoppingCriteria):
+    def __init__(self, kept: SampledLogProbs) -> None:
+        self._kept = kept
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._kept.see_tokens(input_ids[:, -1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class EpochSampler(Sampler[int]):
+    """TRL's order of prompts, drawn anew in each epoch from the seed and the epoch's number.
+
+    TRL's own generator goes on from epoch to epoch, and a resumed run would begin with that of the
+    first again.
+    """
+
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator.manual_seed(self._seed + self._epoch())
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class SamplingTrainer(LanguageTrainer):
+    """Put before a trainer of TRL that samples answers: GRPOTrainer or RLOOTrainer.
+
+    Answers are sampled from the very weights that are trained. Where a reward fails, the steps that
+    were done are kept in a checkpoint. A checkpoint has the answers that are still to be trained
+    on, so that a resumed run goes on with them.
+    """
+
+    def __init__(self, *, resume_command: str, **kwargs: Any) -> None:
+        self._resume_command = resume_command
+        self._sampled = SampledLogProbs(1.0)
+        self._sampled_at = -1
+        self._logps: Tensor | None = None
+        self._begun: tuple[int, dict[str, Any]] | None = None
+        self._unlogged: list[float] = []
+        super().__init__(**kwargs)
+
+    def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
+        """Return how many tokens of a micro-batch are not padding."""
+        return inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if not self.shuffle_dataset:
+            return sampler
+        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Take one micro-batch, and remember how its step began."""
+        step = self.state.global_step
+        if self._begun is None or self._begun[0] != step:
+            self._begun = step, self._now()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compute the loss; compare the log-probabilities with those that were sampled."""
+        self._logps = None
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # Only until the weights change do both belong to the same ones.
+        if self._sampled_at == self.state.global_step and self._logps is not None:
+            mask = inputs["completion_mask"].bool()
+            gap = (self._logps - inputs["sampled_logps"]).abs()[mask]
+            mode = "train" if self.model.training else "eval"
+            for name, value in (("mean", gap.mean()), ("max", gap.max())):
+                found = self.accelerator.gather(value)
+                found = found.mean() if name == "mean" else found.max()
+                self._metrics[mode][f"{_DIFFERENCE}/{name}"].append(found.item())
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._logps = result[0].detach()
+        return result
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        self._sampled = SampledLogProbs(self.temperature)
+        with resident(model), self._sampled.listening(model), self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        output["sampled_logps"] = self._sampled.matrix(output["completion_ids"].shape[1])
+        self._sampled_at = self.state.global_step
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super()._calculate_rewards(*args, **kwargs)
+        except RewardError as error:
+            raise RewardError(f"{error} {self._keep()}") from error
+
+    def _keep(self) -> str:
+        """Save the steps that were done, where no checkpoint has them; say what there is."""
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        # Alone: the other processes do not know that one of them has failed.
+        if step and self.accelerator.num_processes == 1:
+            if self._begun is not None and self._begun[0] == step:
+                self._restore(self._begun[1])
+            if self._unlogged:
+                # What is not logged is lost with the process. TRL looks at the model's mode.
+                self.model.train()
+                self.log({"loss": sum(self._unlogged) / len(self._unlogged)})
+            if not (folder / f"checkpoint-{step}").exists():
+                self._save_checkpoint(self.model, None)
+        kept = last_checkpoint(folder)
+        if kept is None:
+            return "No step was saved yet; mend the function, then start again."
+        return f"{kept} is kept: mend the function, then continue with `{self._resume_command}`."
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._unlogged.append(float(self._step_loss))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and note that the loss of the steps so far is logged."""
+        if "loss" in logs:
+            self._unlogged.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _now(self) -> dict[str, Any]:
+        """Return what the next step depends on beside weights and data."""
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002 (what libraries draw from)
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "step": self._step,
+            "buffered": self._buffered_inputs,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "num_tokens": self.state.num_input_tokens_seen,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self._step, self._buffered_inputs = state["step"], state["buffered"]
+        self._metrics["train"].clear()
+        self._metrics["train"].update(state["metrics"])
+        self.state.num_input_tokens_seen = state["num_tokens"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save also the answers that are still to be trained on."""
+        super()._save_rng_state(output_dir)
+        tensors = {"step": torch.tensor(self._step)}
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            for number, batch in enumerate(self._buffered_inputs):
+                # Copies, since they may be parts of one tensor.
+                tensors |= {f"{number}.{name}": value.clone() for name, value in batch.items()}
+        write_tensors(tensors, self._answers_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._answers_file(checkpoint).exists():
+            return
+        tensors = read_tensors(self._answers_file(checkpoint))
+        self._step = int(tensors.pop("step"))
+        batches: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            batches.setdefault(int(number), {})[name] = value.to(self.args.device)
+        self._buffered_inputs = [batches[number] for number in sorted(batches)] or None
+
+    def _answers_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"answers_{self.args.process_index}.safetensors"
+
+
+class GrpoRunTrainer(SamplingTrainer, GRPOTrainer):
+    """GRPOTrainer with what the recipe needs."""
+
+
+class RlooRunTrainer(SamplingTrainer, RLOOTrainer):
+    """RLOOTrainer with what the recipe needs."""
+
+
+class SamplingTask(MetricTask[SamplingRunConfig[Any]]):
+    """A run in which the model answers prompts, and rewards say which answers are good."""
+
+    less_memory = (
+        "`training.max_completion_length`, or set `training.gradient_checkpointing` to true"
+    )
+    length_option = "`training.max_completion_length`, or shorten the prompts"
+    columns = ("row",)
+    report_class: ClassVar[type[MetricReport]] = RlReport
+    trainer_class: ClassVar[Any]
+
+    rewards: list[CheckedReward]
+
+    def read_data(self) -> PreparedData:
+        """Read the prompts, and find the rewards."""
+        config = self.config
+        if (system := config.training.chat_template_kwargs) and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"`training.chat_template_kwargs` ({system}) needs a chat template; give "
+                "`data.chat_template`, or drop the option."
+            )
+        length = config.training.max_completion_length or 0
+        data = prepare_prompts(config.data, self.tokenizer, num_new_tokens=length)
+        self.rewards = load_rewards(config.reward, config.data, list(data.train[0]))
+        return data
+
+    def make_trainer(
+        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+    ) -> Any:
+        """Return TRL's trainer, which puts the adapter on the model."""
+        config = self.config
+        path = Path(str(config.training.output_dir)) / CONFIG_NAME
+        return self.trainer_class(
+            model=model,
+            processing_class=self.tokenizer,
+            peft_config=adapter_config,
+            reward_funcs=list(self.rewards),
+            resume_command=f"{config.repeat_command(path)} --resume",
+            **options,
+        )
+
+    def learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """Return the prompt, the only text there is before training."""
+        ids = prompt_ids(row["prompt"], self.tokenizer)
+        return {"input_ids": ids, "labels": ids}
+
+    def show(self, data: "Dataset", num_examples: int, console: Console) -> None:
+        """Print prompts as the model sees them, and what rewards get beside the answers."""
+        for row in data.select(range(min(num_examples, len(data)))):
+            console.rule()
+            ids = prompt_ids(row["prompt"], self.tokenizer)
+            title = f"{row['place']}: {len(ids)} tokens"
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(self.tokenizer.decode(ids), style="dim"))
+            for name in row.keys() - {"prompt", "place"}:
+                console.print(Text(f"{name}: {row[name]}"), soft_wrap=True)
+        console.rule()
+
+
+class GrpoTask(SamplingTask):
+    """A run of Group Relative Policy Optimization."""
+
+    tags = ("grpo", "trl")
+    trainer_class = GrpoRunTrainer
+
+
+class RlooTask(SamplingTask):
+    """A run of REINFORCE Leave-One-Out."""
+
+    tags = ("rloo", "trl")
+    trainer_class = RlooRunTrainer
