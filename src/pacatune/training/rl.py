@@ -4,6 +4,7 @@ It writes them with its columns in the weights (`pacatune.resident`), so that wh
 what is trained; `sampling/sampling_logp_difference` in the log says how far the two are apart.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,7 +122,6 @@ class SamplingTrainer(LanguageTrainer):
     def __init__(self, *, resume_command: str, **kwargs: Any) -> None:
         self._resume_command = resume_command
         self._sampled = SampledLogProbs(1.0)
-        self._sampled_at = -1
         self._logps: Tensor | None = None
         self._begun: tuple[int, dict[str, Any]] | None = None
         self._unlogged: list[float] = []
@@ -153,7 +153,8 @@ class SamplingTrainer(LanguageTrainer):
         self._logps = None
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         # Only until the weights change do both belong to the same ones.
-        if self._sampled_at == self.state.global_step and self._logps is not None:
+        is_new = bool((inputs["sampled_at"] == self.state.global_step).all())
+        if is_new and self._logps is not None:
             mask = inputs["completion_mask"].bool()
             gap = (self._logps - inputs["sampled_logps"]).abs()[mask]
             mode = "train" if self.model.training else "eval"
@@ -177,7 +178,7 @@ class SamplingTrainer(LanguageTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         output["sampled_logps"] = self._sampled.matrix(output["completion_ids"].shape[1])
-        self._sampled_at = self.state.global_step
+        output["sampled_at"] = torch.full_like(output["advantages"], self.state.global_step)
         return output
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -213,6 +214,8 @@ class SamplingTrainer(LanguageTrainer):
         if "loss" in logs:
             self._unlogged.clear()
         super().log(logs, *args, **kwargs)
+        if logs.get("eval_reward", 0) is None:  # No answer was scored; no result is worse.
+            logs["eval_reward"] = math.nan
 
     def _now(self) -> dict[str, Any]:
         """Return what the next step depends on beside weights and data."""

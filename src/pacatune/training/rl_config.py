@@ -28,8 +28,12 @@ class SamplingDefaults(ReferenceDefaults):
         "log_completions_hub_repo": "set `training.log_completions` and upload them yourself",
     }
 
-    metric_for_best_model: str | None = "eval_reward"
-    """What the best checkpoint is best in."""
+    def __post_init__(self) -> None:
+        # The loss says nothing about how good the answers are.
+        chooses = self.load_best_model_at_end or self.save_strategy == "best"  # type: ignore[attr-defined]
+        if chooses and self.metric_for_best_model is None:  # type: ignore[has-type]
+            self.metric_for_best_model = "eval_reward"
+        super().__post_init__()
 
 
 @dataclass
