@@ -7,20 +7,22 @@ import pytest
 
 from pacatune.cli import train, train_image
 from pacatune.cli.option_names import option_names
+from pacatune.training.tasks import TASKS
 
 NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview", "preset"}
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "command"),
+    ("run_class", "options"),
     [
-        ("pacatune.training.config", "RunConfig", train),
-        ("pacatune.training.image.config", "ImageRunConfig", train_image),
+        *((path, lambda task=task: train.all_options(task)) for task, path in TASKS.items()),
+        ("pacatune.training.image.config.ImageRunConfig", train_image.all_options),
     ],
 )
-def test_names_in_the_source_are_those_of_the_parser(module, name, command):
-    known = {action.dest for action in command.all_options().parser._actions} - NO_OPTIONS
-    assert option_names(module, name) == {n for n in known if not n.endswith(".help")}
+def test_names_in_the_source_are_those_of_the_parser(run_class, options):
+    known = {action.dest for action in options().parser._actions} - NO_OPTIONS
+    names = option_names(*run_class.rsplit(".", 1))
+    assert names == {n for n in known if not n.endswith(".help")}
 
 
 def test_class_that_does_not_exist():
@@ -40,13 +42,13 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("command", ["train", "train-image"])
+@pytest.mark.parametrize("command", ["train", "train --task grpo", "train-image"])
 @pytest.mark.parametrize("place", ["word", "file"])
 def test_nothing_heavy_is_imported_for_a_typo(command, place, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {learning_rte: 1}")
     words = ["--config", str(path)] if place == "file" else ["--training.learning_rte", "1"]
-    argv = [sys.executable, "-c", SCRIPT, command, *words]
+    argv = [sys.executable, "-c", SCRIPT, *command.split(), *words]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "did you mean 'training.learning_rate'?" in done.stderr

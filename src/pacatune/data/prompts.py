@@ -193,19 +193,22 @@ def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         found = [json.loads(text) for text in batch["row"]]
-        return {column: [row[column] for row in found] for column in found[0]}
+        columns = {column: [row[column] for row in found] for column in found[0]}
+        return {**columns, "place": batch["place"]}
 
-    table = Dataset.from_dict({"row": [_to_json(row) for row in rows]})
-    return table.with_transform(decode)
+    # Apart, since the same rows may lie elsewhere when a run is resumed.
+    places = [row.pop("place") for row in rows]
+    texts = [_to_json(row, place) for row, place in zip(rows, places, strict=True)]
+    return Dataset.from_dict({"row": texts, "place": places}).with_transform(decode)
 
 
-def _to_json(row: dict[str, Any]) -> str:
+def _to_json(row: dict[str, Any], place: str) -> str:
     try:
         return json.dumps(row)
     except TypeError as error:
         bad = [name for name, value in row.items() if not _is_json(value)]
         raise ValueError(
-            f"{row['place']}: {some([f'column {name!r}' for name in bad])} holds what is no JSON "
+            f"{place}: {some([f'column {name!r}' for name in bad])} holds what is no JSON "
             f"({error}); remove it, or write it as text."
         ) from error
 
