@@ -42,6 +42,7 @@ NOT_RUN = {
     "docs/reproduce.md": 1,
     "docs/selection_study.md": 1,
     "docs/serving.md": 2,
+    "docs/tasks.md": 1,
 }
 # Languages that are shown only.
 SHOWN = ("text", "math")

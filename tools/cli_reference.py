@@ -25,18 +25,22 @@ class _Parsed(Exception):
 
 
 def options_table(name):
-    """Return the options of a command (`merge`), or of a section of one (`train-data`)."""
+    """Return the options of a command (`merge`), or of a section of one (`train-data`).
+
+    With a task too: `train-data-of-grpo`.
+    """
+    name, _, task = name.partition("-of-")
     for command in _WITH_SECTIONS:
         if name == command or name.startswith(f"{command}-"):
-            return _section_table(command, name.removeprefix(command).removeprefix("-"))
+            return _section_table(command, name.removeprefix(command).removeprefix("-"), task)
     return _table(find_parser(name)._actions)
 
 
-def find_parser(command):
-    """Return the argument parser of a command."""
+def find_parser(command, task=""):
+    """Return the argument parser of a command, for one of its tasks where it has several."""
     module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
     if command in _WITH_SECTIONS:
-        return module.all_options().parser
+        return module.all_options(*([task] if task else [])).parser
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(parser, *args, **kwargs):
@@ -52,7 +56,7 @@ def find_parser(command):
     raise AssertionError(f"{command} parsed no options")
 
 
-def _section_table(command, section):
+def _section_table(command, section, task):
     """Return the options of one section; those of training that are not transformers' own."""
     from pacatune.training import TrainingConfig
     from pacatune.training.arguments import own_options
@@ -62,7 +66,7 @@ def _section_table(command, section):
     ours = {f"training.{name}" for name in own_options(training)}
     actions = [
         action
-        for action in find_parser(command)._actions
+        for action in find_parser(command, task)._actions
         if action.option_strings
         and action.dest != section
         and action.dest.rpartition(".")[0] == section

@@ -274,8 +274,7 @@ class BaseRunConfig(Generic[R]):
     input; 3 query, key and value, too. Gradients stay the same."""
 
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a better result (a lower eval_loss; with grpo and
-    rloo a higher eval_reward), and keep the best one."""
+    """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
 
     @classmethod
     def sections(cls) -> dict[str, type[Any]]:

@@ -70,6 +70,9 @@ class SamplingRunConfig(ReferenceRunConfig[R]):
     (`--reward my_rewards:is_short`, several times for several), or `reasoning-gym:TASK`, the
     verifier of the data that reasoning-gym makes, which is the reward where none is given."""
 
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a higher eval_reward, and keep the best result."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_rewards()
