@@ -1,10 +1,10 @@
-"""Fine-tuning: `train(RunConfig(...))`. Parts are imported when used."""
+"""Fine-tuning: `train(RunConfig(...))`, or the configuration of another task. Parts are lazy."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pacatune.data import DataConfig
+    from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
     from pacatune.training.config import (
         LoraSection,
         ModelConfig,
@@ -14,17 +14,45 @@ if TYPE_CHECKING:
         TrainingConfig,
     )
     from pacatune.training.language import preview
+    from pacatune.training.preference_config import (
+        DpoRunConfig,
+        DpoTrainingConfig,
+        KtoRunConfig,
+        KtoTrainingConfig,
+        RewardRunConfig,
+        RewardTrainingConfig,
+    )
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
+    from pacatune.training.rewards import RewardError
+    from pacatune.training.rl_config import (
+        GrpoRunConfig,
+        GrpoTrainingConfig,
+        RlooRunConfig,
+        RlooTrainingConfig,
+    )
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
 __all__ = [
     "DataConfig",
+    "DpoRunConfig",
+    "DpoTrainingConfig",
+    "GrpoRunConfig",
+    "GrpoTrainingConfig",
+    "KtoRunConfig",
+    "KtoTrainingConfig",
     "LoraSection",
     "ModelConfig",
     "MosLoraSection",
     "PacaSection",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
     "Report",
+    "RewardError",
+    "RewardRunConfig",
+    "RewardTrainingConfig",
+    "RlooRunConfig",
+    "RlooTrainingConfig",
     "RunConfig",
     "TrainingConfig",
     "TrainingDiverged",
@@ -33,20 +61,36 @@ __all__ = [
     "train",
 ]
 
-_OUTSIDE_CONFIG = {
-    "DataConfig": "pacatune.data",
-    "Report": "pacatune.training.report",
-    "TrainingDiverged": "pacatune.training.trainer",
-    "TrainingInterrupted": "pacatune.training.trainer",
-    "preview": "pacatune.training.language",
-    "train": "pacatune.training.recipe",
+_HOMES = {
+    "data": ("DataConfig", "PreferenceDataConfig", "PromptDataConfig"),
+    "training.language": ("preview",),
+    "training.preference_config": (
+        "DpoRunConfig",
+        "DpoTrainingConfig",
+        "KtoRunConfig",
+        "KtoTrainingConfig",
+        "RewardRunConfig",
+        "RewardTrainingConfig",
+    ),
+    "training.recipe": ("train",),
+    "training.report": ("Report",),
+    "training.rewards": ("RewardError",),
+    "training.rl_config": (
+        "GrpoRunConfig",
+        "GrpoTrainingConfig",
+        "RlooRunConfig",
+        "RlooTrainingConfig",
+    ),
+    "training.trainer": ("TrainingDiverged", "TrainingInterrupted"),
 }
+_OUTSIDE_CONFIG = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_OUTSIDE_CONFIG.get(name, "pacatune.training.config")), name)
+    home = _OUTSIDE_CONFIG.get(name, "training.config")
+    return getattr(import_module(f"pacatune.{home}"), name)
 
 
 def __dir__() -> list[str]:
