@@ -332,7 +332,7 @@ class TestBeforeWeights:
 
     @pytest.fixture(autouse=True)
     def no_weights(self, monkeypatch, tmp_path):
-        def refuse(config):
+        def refuse(*args, **kwargs):
             raise AssertionError("weights were loaded")
 
         monkeypatch.setattr(models, "load_model", refuse)

@@ -161,7 +161,7 @@ def test_overwrite_deletes_nothing_before_training_can_start(make_config, tmp_pa
     train(make_config(training={"max_steps": 2}), console=Console(quiet=True))
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
 
-    def fail(config):
+    def fail(*args, **kwargs):
         raise ValueError("no memory for the weights")
 
     monkeypatch.setattr("pacatune.training.language.load_model", fail)

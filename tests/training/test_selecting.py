@@ -15,6 +15,7 @@ from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
 from pacatune.training import language as models
 from pacatune.training.selecting import share_of_batches
+from pacatune.training.sft import SftTask
 from pacatune.training.task import make_adapter_config
 
 
@@ -44,7 +45,7 @@ def test_processes_share_the_batches_of_one():
 def test_a_batch_is_what_the_trainer_makes_of_it(tiny_tokenizer):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
     rows += [{"input_ids": [8], "labels": [8], "place": 2}]
-    task = models.SftTask(None)
+    task = SftTask(None)
     task.tokenizer = tiny_tokenizer
     batch = task.collate(rows, [1, 0])
     padding = tiny_tokenizer.pad_token_id
@@ -80,7 +81,7 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
     assert saved["columns"] == load_columns(folder)
 
     # By hand, on the same batches.
-    task = models.SftTask(config)
+    task = SftTask(config)
     data = task.prepare().train
     batches = share_of_batches(len(data), config, lambda places: task.collate(data, places))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

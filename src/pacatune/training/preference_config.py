@@ -95,6 +95,8 @@ class ReferenceRunConfig(LanguageRunConfig[R]):
     """A run that compares the model with a reference: itself, with the adapter off."""
 
     rate_share: ClassVar[float] = 0.1
+    without_reference: ClassVar[str]
+    """What to set so that no reference is asked while the model trains."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,9 +115,6 @@ class ReferenceRunConfig(LanguageRunConfig[R]):
                 "where the adapter is off, so the reference would not be the pretrained model; set "
                 "it to none."
             )
-
-    without_reference: ClassVar[str] = ""
-    """What to set so that no reference is needed while training."""
 
     def has_reference(self) -> bool:
         """Whether the reference is asked while the model trains."""
