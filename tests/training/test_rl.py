@@ -274,6 +274,17 @@ def test_the_best_checkpoint_is_that_of_the_highest_reward(make_task_config):
     assert report.num_steps <= 4
 
 
+def test_answers_that_are_logged_are_those_of_this_run(make_task_config, tmp_path):
+    training = {"log_completions": True, "max_steps": 2}
+    folder = tmp_path / "out" / "completions"
+    train(make_task_config("grpo", training=training), console=QUIET)
+    (folder / "completions_00009.parquet").touch()  # of a longer run
+    train(make_task_config("grpo", training=training), console=QUIET, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {
+        f"completions_0000{step}.parquet" for step in (0, 1, 2)
+    }
+
+
 def test_reasoning_gym(make_task_config, tmp_path):
     pytest.importorskip("reasoning_gym")
     data = {"path": "reasoning-gym:chain_sum", "size": 20, "eval_fraction": 0.2}

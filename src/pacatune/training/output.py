@@ -35,7 +35,7 @@ _RESULT = re.compile(
 )
 # What else a run writes.
 _ACCESSORY = re.compile(
-    rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|config\.json"
+    rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|completions|config\.json"
     r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
     r"|added_tokens\.json|preprocessor_config\.json|vocab\..*|merges\.txt|pacatune\.json"
 )

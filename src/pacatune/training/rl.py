@@ -213,6 +213,9 @@ class SamplingTrainer(LanguageTrainer):
         """Log, and note that the loss of the steps so far is logged."""
         if "loss" in logs:
             self._unlogged.clear()
+        if self.log_completions and self.args.should_save:
+            # TRL makes it before the folder of an older run is cleared.
+            (Path(self.args.output_dir) / "completions").mkdir(parents=True, exist_ok=True)
         super().log(logs, *args, **kwargs)
         if logs.get("eval_reward", 0) is None:  # No answer was scored; no result is worse.
             logs["eval_reward"] = math.nan
