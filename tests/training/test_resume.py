@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pacatune.cli import main
-from pacatune.training import TrainingInterrupted, train
+from pacatune.training import PacaSection, TrainingInterrupted, train
 from pacatune.training.config_file import save_config
 from pacatune.training.sft import SftRunTrainer
 
@@ -238,8 +238,6 @@ def interrupted(make_config, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_other_options(interrupted, make_config):
-    from pacatune.training import PacaSection
-
     config = make_config(paca=PacaSection(r=8), training={"learning_rate": 1e-3})
     with pytest.raises(
         ValueError,
@@ -247,6 +245,23 @@ def test_resume_refuses_other_options(interrupted, make_config):
         r"resume with `--config .*config.yaml`",
     ):
         train(config, resume=True)
+
+
+def test_resume_takes_what_an_older_run_did_not_name_for_its_default(
+    interrupted, make_config, tmp_path
+):
+    from pacatune.training.output import check_same_options
+
+    path = tmp_path / "out" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("task:", "preview:"))]
+    assert len(older) < len(lines)
+    path.write_text("".join(older))
+    check_same_options(make_config(), tmp_path / "out")
+    old_and_other = "".join(line for line in older if "share_columns" not in line)
+    path.write_text(old_and_other)
+    with pytest.raises(ValueError, match=r"paca.share_columns: False -> True"):
+        check_same_options(make_config(paca=PacaSection(share_columns=True)), tmp_path / "out")
 
 
 def test_resume_allows_what_changes_no_number(interrupted, make_config, tmp_path):

@@ -4,8 +4,8 @@ This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import MISSING, Field, asdict, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,17 +160,35 @@ def option_parser(**options: Any) -> "ArgumentParser":
     return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2", **options)
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return a line per option that differs, without those that a resumed run may change."""
+def changed_keys(
+    old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return a line per option that differs, without those that a resumed run may change.
+
+    An option that the old run does not name, being older than it, had its default.
+    """
     flat_old, flat_new = (
         _dotted(values, {key for key, value in values.items() if isinstance(value, dict)})
         for values in (old, new)
     )
+    flat_old = {key: flat_old.get(key, (defaults or {}).get(key)) for key in {*flat_old, *flat_new}}
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
-        for key in sorted({*flat_old, *flat_new})
+        for key in sorted(flat_old)
         if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def defaults_of(config: "BaseRunConfig[Any]") -> dict[str, Any]:
+    """Return the defaults of our options that have one, by their dotted names."""
+    sections = {"": config, **{f"{f.name}.": getattr(config, f.name) for f in fields(config)}}
+    return {
+        f"{prefix}{option.name}": _plain(_default_of(option))
+        for prefix, section in sections.items()
+        if prefix != "training." and is_dataclass(section)
+        for option in fields(section)
+        if not (option.default is MISSING and option.default_factory is MISSING)
+    }
 
 
 def _default_of(option: Field[Any]) -> Any:

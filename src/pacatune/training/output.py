@@ -17,6 +17,7 @@ from pacatune.training.config import BaseRunConfig
 from pacatune.training.config_file import (
     CONFIG_NAME,
     changed_keys,
+    defaults_of,
     read_values,
     save_config,
     to_values,
@@ -72,7 +73,8 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
     """Refuse to resume a run with other options than it was started with."""
-    changes = changed_keys(read_values(folder / CONFIG_NAME), to_values(config))
+    old, new = read_values(folder / CONFIG_NAME), to_values(config)
+    changes = changed_keys(old, new, defaults_of(config))
     if changes:
         raise ValueError(
             f"the run in {folder} was started with other options, so resuming would mix two "
