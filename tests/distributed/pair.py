@@ -8,6 +8,17 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 
 
+# What the tests import anyway: once, in the server that every process is forked from.
+IMPORTS = [
+    "tests.distributed.net",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "peft",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+]
+
+
 class Pair:
     """Runs a function on all processes at once and returns what each returned.
 
@@ -17,7 +28,8 @@ class Pair:
     """
 
     def __init__(self, rendezvous, world_size=2):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
