@@ -1,27 +1,104 @@
-"""Cases in processes of their own, all after the same first imports, which are paid for once.
+"""Processes that begin where torch, transformers and PEFT are imported, and nothing of ours.
 
-Run as a script it imports what comes first and forks for each case.
+Their imports take seconds. One server for each process of pytest pays for them, once; what it forks
+is as fresh as a new program, which imports, patches and dies alone. `pacatune` measures in children
+of the same server (measure/step.py), once it runs.
 """
 
 import contextlib
 import io
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+IMPORTS = (
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "peft",
+    "trl.trainer.sft_trainer",
+)
 
-def run_cases(first: str, cases: dict[str, str]) -> dict[str, str]:
-    """Return what the code of each case prints after `first`, or its traceback."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, json.dumps([first, cases])],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+def server():
+    """Start the server where none runs, and return multiprocessing's context of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTS))
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class Program:
+    """Code that runs as a program of its own, in a process that the server forks.
+
+    Args:
+        code: Its text.
+        *arguments: What follows in `sys.argv`.
+        env: Changes of the environment.
+    """
+
+    def __init__(self, code, *arguments, env=None):
+        self._output = tempfile.TemporaryDirectory()
+        words = [str(word) for word in arguments]
+        self.process = server().Process(
+            target=_execute, args=(code, words, env or {}, self._output.name), daemon=True
+        )
+        self.process.start()
+
+    def is_alive(self):
+        return self.process.is_alive()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=300):
+        """Return its exit status and what it wrote."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        written = [Path(self._output.name, name).read_text() for name in ("stdout", "stderr")]
+        self._output.cleanup()
+        return subprocess.CompletedProcess("forked", self.process.exitcode, *written)
+
+
+def run_python(code, *arguments, env=None):
+    """Run code as a program of its own; return its exit status and what it wrote."""
+    return Program(code, *arguments, env=env).wait()
+
+
+def _execute(code, arguments, env, output):
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(output, name), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.update(env)
+    sys.argv = ["-c", *arguments]
+    warnings.simplefilter("ignore")
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def run_cases(first: str, cases: dict[str, str], *, new: bool = False) -> dict[str, str]:
+    """Return what the code of each case prints after `first`, or its traceback.
+
+    `first` runs once; each case in a process of its own. Where it is `new`, nothing was imported
+    before.
+    """
+    job = json.dumps([first, cases])
+    if new:
+        command = [sys.executable, "-W", "ignore", __file__, job]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    else:
+        result = run_python("from tests import forks; forks._main()", job)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -50,11 +127,11 @@ def _run_apart(code: str) -> str:
 
 def _main() -> None:
     warnings.simplefilter("ignore")
-    sys.path[0] = str(Path(__file__).parents[1])
     first, cases = json.loads(sys.argv[1])
     exec(first, {})
     print(json.dumps({name: _run_apart(code) for name, code in cases.items()}))
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
     _main()

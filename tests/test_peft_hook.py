@@ -158,7 +158,8 @@ OTHERS_FIRST = {
 
 def run_before_peft(first: str, cases: dict[str, str]) -> dict[str, str]:
     first += "\nimport sys; assert 'peft' not in sys.modules"
-    return run_cases(first, {name: code + "\n" + PRINT for name, code in cases.items()})
+    printing = {name: code + "\n" + PRINT for name, code in cases.items()}
+    return run_cases(first, printing, new=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,12 @@
 """Processes in one gloo group, kept over many tests: starting them costs more than any test."""
 
-import multiprocessing
 import os
 import pickle
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
-
-# What the tests import anyway: once, in the server that every process is forked from.
-IMPORTS = [
-    "tests.distributed.net",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "peft",
-    "transformers.trainer",
-    "transformers.models.llama.modeling_llama",
-]
+from tests.forks import server
 
 
 class Pair:
@@ -28,8 +18,7 @@ class Pair:
     """
 
     def __init__(self, rendezvous, world_size=2):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTS)
+        context = server()
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

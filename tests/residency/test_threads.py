@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig, resident
 from pacatune.residency.watching import LOCK
+from tests import forks
 from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
 
 NUM_ROUNDS = 30
@@ -226,10 +227,11 @@ def _child(model: nn.Module, x: Tensor, results: Any, done: Any) -> None:
     done.wait()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_processes_that_share_the_memory(method: str, base: Net, x: Tensor) -> None:
     import torch.multiprocessing as multiprocessing
 
+    forks.server()
     model = adapt(base)
     want = expected(base, model, x)[0]
     model.share_memory()

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -17,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pacatune import MosLoraConfig
 from pacatune.tuner.moslora import MosLoraLayer
 from tests.conftest import build_model
+from tests.forks import run_python
 from tests.releases import needs
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
@@ -172,13 +171,8 @@ def test_plain_peft_refuses_it(tmp_path):
         except KeyError as error:
             print("refused", error)
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "refused 'MOSLORA'"
+    done = run_python(textwrap.dedent(code), tmp_path)
+    assert done.stdout.strip() == "refused 'MOSLORA'", done.stderr
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])

@@ -1,8 +1,6 @@
 """Registration with PEFT, each case in a process of its own: the registry is global."""
 
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -10,15 +8,11 @@ from peft.utils import PeftType
 
 from pacatune import PacaConfig
 from pacatune.tuner.registration import ensure_peft_type
+from tests.forks import run_python
 
 
 def run(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python(textwrap.dedent(code))
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
