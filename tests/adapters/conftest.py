@@ -7,9 +7,15 @@ from peft import PeftModel
 
 from pacatune.adapters import export
 from pacatune.adapters.probe import run_probe
-from tests.adapters.fixtures import adapter_copy, adapter_dir, lora_dir, model_copy
+from tests.adapters.fixtures import (
+    adapter_copy,
+    adapter_dir,
+    forked_plain_peft,
+    lora_dir,
+    model_copy,
+)
 
-__all__ = ["adapter_copy", "adapter_dir", "lora_dir", "model_copy"]
+__all__ = ["adapter_copy", "adapter_dir", "forked_plain_peft", "lora_dir", "model_copy"]
 
 
 @pytest.fixture

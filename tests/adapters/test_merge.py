@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -17,6 +15,7 @@ from pacatune.adapters.loading import answered_warnings
 from pacatune.adapters.merge import check_outputs, merge
 from pacatune.adapters.probe import OutputError
 from tests.adapters.fixtures import save_adapter
+from tests.forks import run_python
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -47,6 +46,7 @@ def test_the_merged_folder_needs_nothing_of_ours(tiny_model_dir, tmp_path):
         torch.save(adapted(TOKENS).logits, tmp_path / "expected.pt")
     script = f"""
 import sys, torch
+sys.modules.update(pacatune=None, peft=None)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}).eval()
 AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
@@ -54,9 +54,9 @@ expected = torch.load({str(tmp_path / "expected.pt")!r})
 with torch.no_grad():
     logits = model(torch.arange(24).view(2, 12)).logits
 assert torch.allclose(logits, expected, atol=1e-6)
-assert "pacatune" not in sys.modules and "peft" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 

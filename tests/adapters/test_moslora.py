@@ -75,6 +75,7 @@ def test_the_lora_computes_the_same(tiny_model_dir, tmp_path, options):
     torch.testing.assert_close(logits_of(lora), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("forked_plain_peft")
 def test_verified_by_plain_peft(saved, tmp_path):
     result = export_lora(None, tmp_path / "moslora", tmp_path / "lora", verify=True)
     assert result.error.max_relative < 1e-5

@@ -1,6 +1,8 @@
 import json
 import re
 
+import pytest
+
 from pacatune.cli import main
 from tests.adapters.fixtures import save_adapter
 
@@ -17,6 +19,7 @@ def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_pa
     assert config["peft_type"] == "LORA"
 
 
+@pytest.mark.usefixtures("forked_plain_peft")
 def test_options_reach_the_export(adapter_dir, tmp_path, capsys):
     words = ["--adapter", str(adapter_dir), "--to", "lora", "--output", str(tmp_path / "lora")]
     assert main(["export", *words, "--dtype", "bfloat16", "--verify"]) == 0
