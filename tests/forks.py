@@ -6,6 +6,7 @@ of the same server (measure/step.py), once it runs.
 """
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ IMPORTS = (
     "torch.distributed.fsdp",
     "peft",
     "trl.trainer.sft_trainer",
+    "matplotlib.figure",
 )
 
 
@@ -83,6 +85,7 @@ def _execute(code, arguments, env, output):
         os.close(file)
     os.environ.update(env)
     sys.argv = ["-c", *arguments]
+    gc.freeze()  # what the server made is never garbage
     warnings.simplefilter("ignore")
     exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 

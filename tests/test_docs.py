@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import tables
 from pacatune.cli import main
+from tests.forks import server
 from tests.image_models import save_vit, write_images
 from tools import cli_reference, doc_block
 
@@ -84,6 +85,7 @@ def is_make(block):
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir):
     """Folder of a reader: my-model, my-data.jsonl, my-image-model and my-images."""
+    server()
     shutil.copytree(tiny_model_dir, tmp_path / "my-model")
     save_vit(tmp_path / "my-image-model")
     write_images(tmp_path / "my-images", 12)
@@ -113,15 +115,18 @@ def is_plain_command(line):
 def run_commands(block, folder, monkeypatch):
     """Run each line in this process where that is the same, which spares loading torch anew."""
     lines = [line.partition("  #")[0] for line in block.code.splitlines()]
-    if not all(is_plain_command(line) for line in lines):
+    if not any(is_plain_command(line) for line in lines) or "<<" in block.code:
         return run(["bash", "-euo", "pipefail", "-c", block.code], folder)
-    with monkeypatch.context() as patch:
-        patch.chdir(folder)
-        for line in lines:
-            words = shlex.split(line)[1:]
-            if (status := main(words)) != 0:
-                return subprocess.CompletedProcess(words, status, stdout="", stderr="")
-    return subprocess.CompletedProcess(block.code, 0)
+    for line in lines:
+        if not is_plain_command(line):
+            done = run(["bash", "-euo", "pipefail", "-c", line], folder)
+        else:
+            with monkeypatch.context() as patch:
+                patch.chdir(folder)
+                done = subprocess.CompletedProcess(line, main(shlex.split(line)[1:]), "", "")
+        if done.returncode != 0:
+            break
+    return done
 
 
 def run_python(block, folder, monkeypatch):

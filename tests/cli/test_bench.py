@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pacatune.cli import main
+from tests.forks import server
 
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
 TINY = ["--shape", "32x2", "--vocab-size", "64", "--device", "cpu", *QUICK]
@@ -12,6 +13,7 @@ TINY = ["--shape", "32x2", "--vocab-size", "64", "--device", "cpu", *QUICK]
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
+    server()
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -54,6 +56,7 @@ def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
     assert "wrote bench.json, bench.md, operations.png, times.png, memory.png in" in out
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_all_methods_are_as_lean(tmp_path):
     results = []
     for level in ("0", "2", "3"):
@@ -122,6 +125,7 @@ def test_sizes_of_a_given_model_are_its_own(tmp_path, tiny_model_dir, capsys):
     assert "`num_heads` is for --shape" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_model_folder_gives_its_sizes(tmp_path, tiny_model_dir):
     words = ["--model", str(tiny_model_dir), "--methods", "paca", "--tokens", "4", *QUICK]
     assert main(["bench", *words, "--device", "cpu", "--output", str(tmp_path)]) == 0

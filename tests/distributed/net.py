@@ -1,4 +1,4 @@
-"""A tiny Llama through PEFT, and ten steps that one process takes or two share."""
+"""A tiny Llama through PEFT, and five steps that one process takes or two share."""
 
 import functools
 import warnings
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests.conftest import build_model
 
-NUM_STEPS = 10
+NUM_STEPS = 5
 VOCAB_SIZE = 64
 # Half a batch has more tokens than those for which the columns are not written.
 BATCH_SHAPE = (8, 40)
@@ -115,7 +115,7 @@ def loss_of(model, ids):
 
 
 def train(model, optimizer=None, *, accumulation=1, part=whole, no_sync=nullcontext):
-    """Ten steps of AdamW; `no_sync` surrounds all but the last micro-batch of each."""
+    """Five steps of AdamW; `no_sync` surrounds all but the last micro-batch of each."""
     optimizer = optimizer or torch.optim.AdamW(trained(model), lr=1e-2)
     losses = []
     for batch in batches():

@@ -1,5 +1,6 @@
 """Processes in one gloo group, kept over many tests: starting them costs more than any test."""
 
+import gc
 import os
 import pickle
 import traceback
@@ -76,6 +77,7 @@ def serve(connection: Connection, rank: int, world_size: int, rendezvous: str) -
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",

@@ -55,7 +55,7 @@ def test_losses_adapter_and_shards(pair, reshard):
 
 
 def train_on_smaller_shards(dtype):
-    """Ten steps where four processes hold halves between forward and backward."""
+    """Five steps where four processes hold halves between forward and backward."""
     model = shard(net.adapt(dtype), 2)
     before = net.frozen(model)
     losses = net.train(model, part=net.half)

@@ -136,7 +136,7 @@ def train(folder, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
-def test_ten_steps(pair, save_base, reentrant):
+def test_five_steps(pair, save_base, reentrant):
     results = pair.run(train, save_base(), reentrant)
     net.assert_equal_to_one(results, atol=1e-12)
     assert all(same for *_, same in results)

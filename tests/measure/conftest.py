@@ -5,8 +5,15 @@ import torch
 
 from pacatune.measure.models import llama_values
 from pacatune.measure.setting import BenchConfig
+from tests.forks import server
 
 HIDDEN, MLP, NUM_LAYERS, VOCAB, RANK = 32, 48, 2, 64, 4
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _measured_in_forks():
+    """What is measured in a child finds more imported than the server of `bench` alone has."""
+    server()
 
 
 @pytest.fixture

@@ -77,10 +77,15 @@ def prepared(base: Net, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_changed"),
-    [(KeyboardInterrupt, True), (KeyboardInterrupt, False), (torch.OutOfMemoryError, True)],
+    ("operation", "is_changed", "error"),
+    [
+        *((operation, True, KeyboardInterrupt) for operation in (train, look, step, switch, merge)),
+        # An `Exception`; switching looks at weights, restores and writes.
+        *((operation, True, torch.OutOfMemoryError) for operation in (train, switch)),
+        # Other lines than where deltas have changed, which those of the others are not.
+        (train, False, KeyboardInterrupt),
+    ],
 )
-@pytest.mark.parametrize("operation", [train, look, step, switch, merge])
 def test_an_exception_at_every_line(
     operation, is_changed: bool, error: type, base: Net, x: Tensor
 ) -> None:

@@ -8,10 +8,10 @@ from tests.residency.walk import Walk
 
 
 class TestWalk(Walk.TestCase):
-    """About a minute."""
+    """About ten seconds."""
 
     settings = settings(
-        max_examples=450,
+        max_examples=200,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,

@@ -7,6 +7,11 @@ from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from pacatune.training.tasks import run_class_of
 
 
+@pytest.fixture(autouse=True)
+def _blank_pictures(blank_pictures):
+    """Those of a run are drawn in test_report.py and image/test_recipe.py, once each."""
+
+
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory):
     """Sixty small chats whose answers can be learned."""

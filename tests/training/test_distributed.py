@@ -17,15 +17,23 @@ import pacatune.training
 from pacatune.cli import main
 from pacatune.training import PacaSection, train
 from pacatune.training.config_file import save_config
+from tests.training.launching import launch
 
 LAUNCH = Path(pacatune.training.__file__).parent / "launch"
 BIN = Path(sys.executable).parent
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
-LAUNCHERS = {
-    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "-m", "pacatune.cli"],
-    "ddp": [BIN / "accelerate", "launch", "--config_file", LAUNCH / "ddp.yaml", "-m", "pacatune"],
-    "fsdp2": [BIN / "accelerate", "launch", "--config_file", LAUNCH / "fsdp2.yaml", FSDP_ON_CPU],
-}
+ON_CPU = f"import runpy; runpy.run_path({FSDP_ON_CPU!r}, run_name='__main__')"
+
+
+def launcher_options(name):
+    """The environment that `accelerate launch` makes of a file of ours, and what runs in it."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = ["--config_file", str(LAUNCH / f"{name}.yaml"), "-m", "pacatune"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    code = {"code": ON_CPU} if name == "fsdp2" else {}
+    return {"env": prepare_multi_gpu_env(args), **code}
 
 
 def config_of(make_config, data_path, tmp_path, name, batch_size, quantization=None):
@@ -45,18 +53,6 @@ def config_of(make_config, data_path, tmp_path, name, batch_size, quantization=N
     )
 
 
-def launch(launcher, *words, timeout=120):
-    command = [*map(str, LAUNCHERS[launcher]), "train", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    if "exitcode: -11" in done.stderr and "--overwrite" not in command:
-        # gloo was seen to crash in native code while it gathered tensors, once in a dozen runs.
-        print(f"a process crashed; again: {done.stderr}", file=sys.stderr)
-        command.append("--overwrite")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def assert_close(first, second):
     reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
     for one, two in zip(reports[0]["train_losses"], reports[1]["train_losses"], strict=True):
@@ -72,7 +68,6 @@ def assert_close(first, second):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    # torchrun starts its processes as the launch of DDP does, and runs in docs/distributed.md.
     ("launcher", "quantization"),
     [("ddp", None), ("fsdp2", None), ("fsdp2", "nf4")],
 )
@@ -81,7 +76,8 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     train(config, console=Console(file=io.StringIO()))
     config = config_of(make_config, data_path, tmp_path, "two", 4, quantization)
     save_config(config, tmp_path / "run.yaml")
-    done = launch(launcher, "--config", tmp_path / "run.yaml")
+    options = launcher_options(launcher)
+    done = launch("train", "--config", tmp_path / "run.yaml", **options)
     assert done.stdout.count("data: 40 examples, 16 held out") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
     if quantization is not None:
@@ -93,7 +89,7 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     for step in (6, 8, 10):
         shutil.rmtree(tmp_path / f"cut/checkpoint-{step}")
     output = ["--training.output_dir", tmp_path / "cut"]
-    launch(launcher, "--config", tmp_path / "run.yaml", "--resume", *output)
+    launch("train", "--config", tmp_path / "run.yaml", "--resume", *output, **options)
     whole, cut = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "cut")
     )
@@ -113,7 +109,7 @@ def test_two_processes_choose_the_columns_of_one(make_config, data_path, tmp_pat
             words = ["--config", str(tmp_path / "one.yaml")]
             assert main(["train", *words]) == 0
         else:
-            done = launch("torchrun", "--config", tmp_path / "two.yaml")
+            done = launch("train", "--config", tmp_path / "two.yaml")
             assert done.stdout.count("columns chosen by gradient from 5 batches") == 1
         results[name] = json.loads((tmp_path / name / "adapter_config.json").read_text())
     assert results["one"]["columns"] == results["two"]["columns"]
@@ -125,7 +121,8 @@ def test_fsdp_that_accelerate_ignores_is_said(make_config, data_path, tmp_path):
     config = config_of(make_config, data_path, tmp_path, "two", 4)
     config.training.given["max_steps"] = 1
     save_config(config, tmp_path / "run.yaml")
-    words = [*LAUNCHERS["fsdp2"][:-1], "-m", "pacatune", "train", "--config", tmp_path / "run.yaml"]
+    words = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "fsdp2.yaml"]
+    words += ["-m", "pacatune", "train", "--config", tmp_path / "run.yaml"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: accelerate shards nothing on CPUs") == 1

@@ -14,6 +14,8 @@ from pacatune.training.report import (
 )
 from pacatune.training.sft import SftTask
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def make_report(**changes):
     values = {

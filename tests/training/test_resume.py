@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +15,8 @@ from pacatune.cli import main
 from pacatune.training import PacaSection, TrainingInterrupted, train
 from pacatune.training.config_file import save_config
 from pacatune.training.sft import SftRunTrainer
+from tests.forks import Program, run_python
+from tests.training.launching import COMMAND
 
 SIXTEEN_STEPS = {"num_train_epochs": 2, "save_total_limit": 20}
 
@@ -51,16 +51,14 @@ def kill_at_random_step(config, tmp_path):
     """Run in a process of its own and kill it somewhere between two checkpoints."""
     path = tmp_path / "run.yaml"
     save_config(config, path)
-    command = [sys.executable, "-m", "pacatune", "train", "--config", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        folder = tmp_path / "killed"
-        while not (folder / "checkpoint-4").exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.01)
-        time.sleep(int.from_bytes(os.urandom(1)) / 255 * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+    program = Program(COMMAND, "train", "--config", path)
+    folder = tmp_path / "killed"
+    while not (folder / "checkpoint-4").exists():
+        assert program.is_alive(), program.wait().stderr
+        time.sleep(0.01)
+    time.sleep(int.from_bytes(os.urandom(1)) / 255 * 0.3)
+    program.send_signal(signal.SIGKILL)
+    assert program.wait().returncode == -signal.SIGKILL
     assert not (folder / "report.json").exists()
 
 
@@ -212,8 +210,7 @@ for limit in (20_000, 60_000):  # the adapter has 33 kB, the state of the optimi
 def test_save_failure_keeps_the_previous_checkpoint(make_config, tmp_path):
     """A disk that is full at the second checkpoint, by a real limit of file sizes."""
     save_config(make_config(), tmp_path / "run.yaml")
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run.yaml"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(FULL_DISK, tmp_path / "run.yaml", tmp_path)
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("pacatune: error:")]
     assert len(errors) == 2

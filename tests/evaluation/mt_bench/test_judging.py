@@ -13,6 +13,7 @@ from pacatune.evaluation.mt_bench.judging import Judge, parse_rating
 from pacatune.evaluation.mt_bench.questions import render
 from tests.evaluation.mt_bench.conftest import prompt_rows, write_lines
 from tests.evaluation.mt_bench.judge_server import rating_of
+from tests.forks import Program, run_python
 
 
 @pytest.fixture
@@ -254,20 +255,20 @@ def command(judge, files, tmp_path):
         words += [f"--{name}", str(path)]
     words += ["--judge-parallel", "2"]
     code = "import sys; from pacatune.cli import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-c", code, "evaluate", "mt-bench", *words]
+    return [code, "evaluate", "mt-bench", *words]
 
 
 def end_after(num_rows, command, path, number):
     """Send a signal once so many judgments are there; return what was said and the status."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.read_bytes().count(b"\n") >= num_rows):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, said = process.communicate()
-    return said, process.returncode
+    program = Program(*command)
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= num_rows):
+        assert program.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    program.send_signal(number)
+    done = program.wait()
+    return done.stderr, done.returncode
 
 
 def test_a_terminated_run_keeps_what_was_under_way(judge, command, tmp_path):
@@ -291,7 +292,7 @@ def test_a_killed_run_loses_only_what_was_under_way(judge, command, tmp_path):
     num_asked = len(judge.requests)
     assert num_asked <= num_kept + 2
     judge.delay_s = 0
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_python(*command)
     assert result.returncode == 0, result.stderr
     assert "was cut off; it is removed" in result.stderr
     assert len(judge.requests) - num_asked == 16 - num_kept

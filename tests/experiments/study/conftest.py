@@ -11,6 +11,11 @@ from pacatune.experiments.study.tasks import StudyTask
 from pacatune.training import RunConfig
 
 
+@pytest.fixture(autouse=True)
+def _blank_pictures(blank_pictures):
+    """Those of a study are drawn in test_runner.py, once each."""
+
+
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Training and test chats whose answers can be learned."""

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,6 +14,7 @@ from pacatune.experiments.study.config import read_study
 from pacatune.experiments.study.tasks import ClassifyTask
 from pacatune.files.result_folder import alone_in
 from pacatune.training.classifier import ClassifierTrainer
+from tests.forks import Program
 
 # Runs a study whose third run never ends.
 SCRIPT = """
@@ -71,15 +70,14 @@ def started(monkeypatch):
 @pytest.mark.slow
 def test_killed(study, started, tmp_path):
     mark, out = tmp_path / "mark", tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(study), str(out), str(mark)]
-    env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
-        limit = time.monotonic() + 300
-        while not mark.exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < limit
-            time.sleep(0.05)
-        process.kill()
+    program = Program(SCRIPT, study, out, mark)
+    limit = time.monotonic() + 300
+    while not mark.exists():
+        assert program.is_alive(), program.wait().stderr
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
     assert len(list((out / "runs").glob("[!.]*"))) == 2
     assert json.loads((out / "study.json").read_text()) == {"finished": False}
     result = run_study(read_study(study), out, console=Console(quiet=True))

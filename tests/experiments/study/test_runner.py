@@ -90,11 +90,12 @@ def test_grids_are_extended_where_the_best_rate_is_at_the_edge(scripted, tmp_pat
     assert result.arms["down"].at_edge
 
 
-def test_files(scripted, tmp_path):
+def test_files(scripted, tmp_path, drawn):
     _, options = scripted
     result, _ = run(config_of(options), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {".lock", "study.json", "report.md", "metric.png", "rates.png", "runs"}
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if ".png" in name)
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 9
     saved = json.loads((tmp_path / "out" / "study.json").read_text())
     assert saved["finished"] is True

@@ -1,9 +1,6 @@
 """Two processes on CPUs (gloo) give the losses, the accuracy and the adapter of one."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from safetensors.torch import load_file
 from pacatune.training.config_file import save_config
 from pacatune.training.image import train
 from tests.image_models import save_vit
+from tests.training.launching import launch
 
 
 @pytest.mark.slow
@@ -26,10 +24,7 @@ def test_two_processes_equal_one(make_config, tmp_path):
 
     train(config("one", 6), console=Console(quiet=True))
     save_config(config("two", 3), tmp_path / "run.yaml")
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "pacatune.cli", "train-image", "--config", "run.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    launch("train-image", "--config", tmp_path / "run.yaml")
     one, two = (
         json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")
     )

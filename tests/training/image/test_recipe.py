@@ -222,7 +222,7 @@ def test_early_stopping_keeps_the_best(make_config, images_dir, tmp_path, consol
     assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
 
 
-def test_pictures(make_config, images_dir, tmp_path, console):
+def test_pictures(make_config, images_dir, tmp_path, console, drawn):
     """Mistakes are drawn where there are any: here a model that was hardly trained."""
     report = train(make_config("head", training={"max_steps": 1}), console=console)
     assert report.mistakes
