@@ -35,7 +35,7 @@ def test_demo_lowers_the_loss_of_the_real_model(model, tmp_path, capsys):
     output, data = tmp_path / "out", tmp_path / "chats.jsonl"
     # Evaluating on all the demo's data would take a minute.
     lines = prepare_questions(default_cache())[0].read_text().splitlines(keepends=True)
-    data.write_text("".join(lines[:40]))
+    data.write_text("".join(lines[:20]))
     words = ["--data", str(data), "--steps", "2", "--prompt", "Hi", "--output", str(output)]
     assert main(["demo", *words]) == 0
     printed = capsys.readouterr().out
@@ -76,10 +76,10 @@ def test_images_are_the_real_ones(cifar10):
         assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
-def check_image_report(report):
+def check_image_report(report, num_eval_examples=300):
     assert report["eval_loss_after"] < report["eval_loss_before"]
-    assert report["num_eval_examples"] == 300
-    # Ten classes: chance is 0.1, with a standard deviation of 0.017 on 300 images.
+    assert report["num_eval_examples"] == num_eval_examples
+    # Ten classes: chance is 0.1, with a standard deviation of 0.03 on 100 images.
     assert report["accuracy_after"] > 0.25
 
 
@@ -105,6 +105,7 @@ def test_the_other_image_model_is_trained_by_paca(cifar10, tmp_path):
 
     model, console = IMAGE_MODELS["dinov2-small"], Console(file=io.StringIO())
     path = str(prepared(model.prepare))
-    data = dataclasses.replace(_prepare_data(_parse([]), console), image_size=model.image_size)
+    options = {"image_size": model.image_size, "eval_per_class": 10}
+    data = dataclasses.replace(_prepare_data(_parse([]), console), **options)
     runs = image_runs(path, data, tmp_path, model.learning_rates, num_steps=10, seed=0)
-    check_image_report(dataclasses.asdict(train(runs["paca"], console=console)))
+    check_image_report(dataclasses.asdict(train(runs["paca"], console=console)), 100)
