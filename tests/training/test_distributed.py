@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from pacatune.training.config_file import save_config
 from tests.training.launching import launch
 
 LAUNCH = Path(pacatune.training.__file__).parent / "launch"
-BIN = Path(sys.executable).parent
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ON_CPU = f"import runpy; runpy.run_path({FSDP_ON_CPU!r}, run_name='__main__')"
 
@@ -121,10 +118,8 @@ def test_fsdp_that_accelerate_ignores_is_said(make_config, data_path, tmp_path):
     config = config_of(make_config, data_path, tmp_path, "two", 4)
     config.training.given["max_steps"] = 1
     save_config(config, tmp_path / "run.yaml")
-    words = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "fsdp2.yaml"]
-    words += ["-m", "pacatune", "train", "--config", tmp_path / "run.yaml"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    environment = launcher_options("fsdp2")["env"]
+    done = launch("train", "--config", tmp_path / "run.yaml", env=environment)
     assert done.stdout.count("warning: accelerate shards nothing on CPUs") == 1
 
 
