@@ -1,13 +1,13 @@
 """Tests of `pacatune._moved`: imports by old names."""
 
 import importlib
-import subprocess
 import sys
 import warnings
 
 import pytest
 
 from pacatune._moved import MOVED
+from tests.forks import run_python
 
 
 @pytest.mark.parametrize("old", [old for old, new in MOVED.items() if isinstance(new, str)])
@@ -39,7 +39,8 @@ def test_modules_below_are_found_by_old_names_too():
         "assert MosLoraConfig is pacatune.MosLoraConfig\n"
         "assert sys.modules['pacatune.functional.linear'] is sys.modules['pacatune.ops.linear']\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_modules_that_were_taken_apart_are_found_in_their_parts():
@@ -64,7 +65,8 @@ def test_names_of_modules_that_were_taken_apart_are_found_in_their_parts():
         "assert SavedBytes is counters.SavedBytes is pacatune.bench.saved.SavedByLayer\n"
         "assert gpus is device and plot.save_plot\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_name_that_never_was_is_not_found_in_the_parts(monkeypatch):
