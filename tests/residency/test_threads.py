@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -343,3 +344,53 @@ class TestMeanwhile:
     def test_the_adapter_is_merged(self) -> None:
         compute = self.compute(self.model.merge_adapter)
         assert self.layer.residency.read(compute, *self.update, writes=False) is None
+
+
+@pytest.mark.parametrize("change", ["write", "rewrite", "restore"])
+def test_who_starts_to_read_within_a_change(change: str, base: Net, pool) -> None:
+    """Before whichever line announces the change: nobody takes one state for the other."""
+    model = adapt(base)
+    layer, delta = layers(model)[0], deltas(model)[0].detach().clone()
+    residency, indices = layer.residency, layer.paca_indices["default"]
+    mine, others = ((deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
+    pretrained = base.first.weight.detach()[:, indices]
+
+    def change_while_reading(number: int) -> int:
+        """Start to read before the number-th line; return how many there were."""
+        is_over, has_started, readers, lines = threading.Event(), threading.Event(), [], [0]
+
+        def compute(weight: Tensor, is_resident: bool) -> tuple[Tensor, bool]:
+            has_started.set()
+            assert is_over.wait(10)
+            return weight.detach()[:, indices], is_resident
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            if event == "line" and frame.f_code.co_name in ("_begin", "restore_all"):
+                lines[0] += 1
+                if lines[0] == number:
+                    readers.append(pool.submit(residency.read, compute, *mine, writes=False))
+                    has_started.wait(0.05)  # unless it waits for the lock
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            if change == "restore":
+                residency.restore()
+            else:
+                assert residency.write(*(mine if change == "write" else others))
+        finally:
+            sys.settrace(before)
+            is_over.set()
+        for reader in readers:
+            columns, is_resident = reader.result()
+            torch.testing.assert_close(columns, pretrained + 2.0 * delta * is_resident)
+        return lines[0]
+
+    number = num_lines = 1
+    while number <= num_lines:
+        residency.restore()
+        if change != "write":
+            assert residency.write(*mine)
+        num_lines = change_while_reading(number)
+        number += 1

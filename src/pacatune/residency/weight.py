@@ -280,14 +280,16 @@ class Residency:
     def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
         self.added = None
-        self.epoch += 1
-        epoch = self.epoch  # a look between the next two lines changes it
+        epoch = self.epoch + 1  # a look between the next lines makes it more
+        # The epoch last: who reads the new one sees the rest, too.
         self.is_stale = self.was_written = True
         self.present = kept
+        self.epoch += 1
         return epoch
 
     def _end(self, kept: Kept, update: Update, epoch: int) -> None:
-        if self.epoch != epoch:  # a signal handler has looked, and knows of no columns any more
+        # A signal handler has looked, and knows of no columns any more.
+        if self.epoch != epoch or self.present is None:
             self.present = kept
             self.restore()
             return
@@ -572,10 +574,10 @@ class Residency:
         """Make way for a merge: from here on, W belongs to it."""
         with LOCK:
             self.look()
-            self.epoch += 1
             if not self.is_merged:
                 self.version_before_merge = self._version()
             self.is_merged = True
+            self.epoch += 1  # last, as in `_begin`
 
     def unmerged(self) -> None:
         """Note that the pretrained columns are back."""
@@ -628,8 +630,8 @@ def restore_all(residencies: "Iterable[Residency]") -> None:
     """
     found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
     for residency, _ in found:
-        residency.epoch += 1
         residency.is_stale = True
+        residency.epoch += 1  # last, as in `_begin`
     with torch.inference_mode(False):
         put([Put(kept, None) for _, kept in found])
     for residency, _ in found:
