@@ -236,7 +236,7 @@ class _PacaLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R if x_R.dim() == 2 else x_R.view(len(gy_NO), x_R.shape[-1])
+            x_NR = x_R if x_R.dim() == 2 else x_R.view(gy_NO.shape[0], x_R.shape[-1])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x:
             if source is None:
@@ -252,7 +252,7 @@ class _PacaLinear(torch.autograd.Function):
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
     """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says."""
     y_NO = y.view(-1, y.shape[-1])
-    x_NR = _cast(x_R, y.dtype).view(len(y_NO), x_R.shape[-1])
+    x_NR = _cast(x_R, y.dtype).view(y_NO.shape[0], x_R.shape[-1])
     if update.shape[1] > x_NR.shape[1]:
         x_NR = torch.cat((x_NR, x_NR), 1)
     y_NO.addmm_(x_NR, update.t())
@@ -271,26 +271,40 @@ def grad_x(
     gx_NI = gy_NO.mm(_cast(weight_OI, gy_NO.dtype))  # autocast's differs from the weight's
     if not is_resident:
         update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
-        columns_NR = gy_NO.mm(update[:, : len(indices_R)])
-        if update.shape == delta_OR.shape:
-            gx_NI.index_add_(1, indices_R, columns_NR)
-        else:  # those of W' as they are
-            gx_NI.index_copy_(1, indices_R, columns_NR)
+        add_grad_columns_(gx_NI, gy_NO, update, indices_R)
     return gx_NI
+
+
+def add_grad_columns_(gx_NI: Tensor, gy_NO: Tensor, update: Tensor, indices_R: Tensor) -> None:
+    """Make dy W, in place, dy W' by what `column_update` says."""
+    rank = indices_R.shape[0]
+    if update.shape[1] == rank:
+        gx_NI.index_add_(1, indices_R, _thin_product(gy_NO, update))
+    else:  # those of W' as they are
+        gx_NI.index_copy_(1, indices_R, _thin_product(gy_NO, update[:, :rank]))
+
+
+def _thin_product(gy_NO: Tensor, update_OR: Tensor) -> Tensor:
+    """Return dy update as (N, R), by the faster order."""
+    if torch.compiler.is_compiling() or not _is_on_cpu(gy_NO):
+        return gy_NO.mm(update_OR)
+    if _is_faster_transposed(gy_NO, update_OR.shape[1]):
+        return update_OR.t().mm(gy_NO.t()).t()
+    return gy_NO.mm(update_OR)
 
 
 def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
 
     On GPUs one GEMM, which scales, and which stores the dtype of delta where torch has such a one.
-    On CPUs with many tokens computed as (x^T dy)^T: R being much smaller than O, that is faster
-    there. Compilers fuse what follows a product.
+    On CPUs with many tokens for the rank computed as (x^T dy)^T, which is faster there. Compilers
+    fuse what follows a product.
     """
     is_compiled, is_on_cpu = torch.compiler.is_compiling(), _is_on_cpu(gy_NO)
     if not (is_on_cpu or is_compiled):
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
     # A compiler would make a graph for few tokens, and one for many.
-    if is_on_cpu and (is_compiled or len(gy_NO) >= _FEW_TOKENS):
+    if is_on_cpu and (is_compiled or _is_faster_transposed(gy_NO, x_NR.shape[1])):
         gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
     else:
         gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
@@ -334,7 +348,12 @@ def _is_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"  # torch 2.6 compiles no `is_cpu` in a backward pass
 
 
-_FEW_TOKENS = 128
+def _is_faster_transposed(gy_NO: Tensor, rank: int) -> bool:
+    """Whether a CPU multiplies (N, O) with R columns faster as (B^T A^T)^T than as A B.
+
+    It does if all of dy is read once for R rows instead of R columns, and these rows are long.
+    """
+    return gy_NO.shape[0] >= rank * (2 if gy_NO.itemsize > 2 else 8)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,10 @@ __all__ = ["is_exported", "is_recorded", "is_traced"]
 def is_traced() -> bool:
     """Whether torch.compile, a torch.func transform or a tracer is at work."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # which cannot ask the following
         or torch._C._are_functorch_transforms_active()
-        or is_recorded()
+        or torch._C._is_tracing()
+        or _is_in_make_fx()
     )
 
 

@@ -109,13 +109,13 @@ def _put_columns_(
     memory: Tensor, columns: Tensor, values: Tensor, positions: Tensor | None
 ) -> None:
     """Write memory[:, columns] = values by the fastest kernel for the device."""
-    if _is_flat(memory):
-        # Row by row; index_copy_ goes column by column and misses the cache each time.
-        if positions is None:
-            positions = _flat_positions(memory, columns)
-        memory.view(-1).put_(positions, values)
-    else:
+    if positions is None and _is_flat(memory):
+        positions = _flat_positions(memory, columns)
+    if positions is None:
         memory.index_copy_(1, columns, values)
+    else:
+        # Row by row; index_copy_ goes column by column and misses the cache each time.
+        memory.view(-1).put_(positions, values)
 
 
 def _is_flat(memory: Tensor) -> bool:

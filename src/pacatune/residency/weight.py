@@ -398,7 +398,7 @@ class Residency:
             return "an adapter is merged into its weight"
         if delta.device != weight.device:
             return f"its weight is on {weight.device}, its update on {delta.device}"
-        if weight.is_cpu and weight.is_shared():
+        if weight.is_cpu and weight.untyped_storage().is_shared():
             return "its weight is in memory that processes share"
         if self.kept is not None and not self._is_unchanged(weight):
             self._refuse_changed()
@@ -594,8 +594,10 @@ class Residency:
         """Tell one pretrained weight from another: what is there, and where."""
         if self.is_sharded:  # and gathered anew, from shards that nobody here can watch
             return 0, 1
-        address = 0 if self.weight is None else self._address_of(self.weight)
-        return self._version() - self.num_own_versions, address
+        weight = self.weight
+        if weight is None:
+            return -self.num_own_versions, 0
+        return weight._version - self.num_own_versions, self._address_of(weight)
 
     def close(self) -> None:
         """Leave the pretrained weight to the module, for good."""

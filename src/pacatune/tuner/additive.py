@@ -38,10 +38,7 @@ class AdditiveLayer(PacaLayer):
                 return result
         return self._general_forward(x, *args, **kwargs)
 
-    @staticmethod
-    def _is_traced() -> bool:
-        """Whether hand-written gradients are out of the question now."""
-        return is_traced()
+    _is_traced = staticmethod(is_traced)  # hand-written gradients are then out of the question
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         """Apply one adapter by hand-written gradients; None where the base layer must run."""
