@@ -14,7 +14,8 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
 (selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
 `make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
-`patch` of what benchmarks/patch.py has measured.
+`patch` of what benchmarks/patch.py has measured, `distance` of what `step.json` says of PaCA's
+distance to the frozen model.
 """
 
 import json
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimate_tables, lean_tables, reproduce_tables, selection_tables
+from benchmarks import distance, estimate_tables, lean_tables, reproduce_tables, selection_tables
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
@@ -45,6 +46,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return selection_tables.table(name.removeprefix("selection-"), results)
     if name in lean_tables.NAMES:
         return lean_tables.table(name, results)
+    if name == "distance":
+        return distance_table(results)
     result = _read(name.removesuffix("-more"), results)
     if result is None:
         return _missing(name)
@@ -172,6 +175,17 @@ def patch_table(result: dict[str, Any]) -> str:
     )
     table = table_lines(["", "bytes", "time"], lines)
     return "\n".join([*table, "", counted, "", source])
+
+
+def distance_table(results: Path = RESULTS) -> str:
+    """Return the Markdown table of where PaCA's distance to the frozen model goes."""
+    result = _read("step", results)
+    if result is None or "distance" not in result:
+        return _missing("step")
+    lines = [[row["setting"], *distance.cells(row)] for row in result["distance"]]
+    titles = ["PaCA beyond frozen, % of the frozen step", *distance.TITLES]
+    meanings = "; ".join(f"{name}: {text}" for name, text in distance.meanings().items())
+    return "\n".join([*table_lines(titles, lines), "", meanings + ".", "", _source("step", result)])
 
 
 def byte_table(name: str, results: Path = RESULTS) -> str:

@@ -1,12 +1,13 @@
 """The benchmarks: small runs give complete results, and what they count and compare is right."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer, step, tables
+from benchmarks import distance, layer, step, tables
 from benchmarks.counts import check_bytes
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, adapt, all_methods
@@ -99,6 +100,52 @@ def test_step_compares_with_every_other_method(step_result):
         assert ratio["ratio"] == pytest.approx(expected)
         assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
         assert ratio["target"] is None  # there are targets for the standard settings only
+
+
+def test_step_says_where_the_distance_to_frozen_goes(step_result):
+    folder, result = step_result
+    assert [row["setting"] for row in result["distance"]] == [
+        f"{times}6 tokens, {dtype}" for times in ("", "3 x ") for dtype in ("float32", "bfloat16")
+    ]
+    for row in result["distance"]:
+        steps = by_method(result, setting=row["setting"])
+        assert "timed" not in steps
+        assert row["frozen_ms"] == steps["frozen"]["step_ms"]
+        assert row["distance_ms"] == steps["paca"]["step_ms"] - row["frozen_ms"]
+        parts = [row[f"{part}_ms"] for part in distance.PARTS]
+        assert sum(parts) + row["rest_ms"] == pytest.approx(row["distance_ms"])
+        # Few tokens in float32 are not worth a write.
+        idle = "write" if row["dtype"] == "float32" else "added_products"
+        assert {part for part in distance.PARTS if row[f"{part}_ms"] == 0} == {idle}
+    lines = tables.table("distance", folder).splitlines()
+    assert lines[0].endswith(
+        "| in all | gather | thin product | write | added products | optimizer | rest |"
+    )
+    assert lines[2].startswith("| 6 tokens, float32 | ")
+
+
+def test_clocks_count_every_part_once():
+    ticks = itertools.count()
+    batch = make_batch(7, SHAPE.vocab_size, seed=1)
+    model = make_model(SHAPE, torch.float32, seed=3)
+    ours = adapt(model, "paca", targets="all-linear", seed=0)
+    timed = distance.TimedStep(ours, batch, 2, clock=lambda: float(next(ticks)))
+    timed()
+    passes = len(KINDS) * NUM_LAYERS * 2
+    assert timed.rounds == [
+        {
+            "gather": passes,
+            "thin_product": passes,
+            "write": 0,
+            "added_products": 2 * passes,
+            "optimizer": 2,
+        }
+    ]
+
+
+def test_distance_of_an_older_result_is_missing(tmp_path):
+    (tmp_path / "step.json").write_text("{}")
+    assert tables.table("distance", tmp_path).startswith("Not measured yet")
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])

@@ -111,6 +111,19 @@ def test_equal_to_reference(
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_tokens", [5, 6, 23, 24, 200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_both_orders_of_thin_products(form: str, num_tokens: int, dtype: torch.dtype) -> None:
+    """With twice or eight times as many tokens as columns, they are transposed."""
+    tensors, trained = make((num_tokens,), dtype), {"x", "delta"}
+    expected = gradients("reference", tensors, 0.5, trained)
+    actual = gradients(form, tensors, 0.5, trained)
+    tolerance = {} if dtype == torch.float64 else {"rtol": 5e-2, "atol": 3e-1}
+    for name in trained:
+        torch.testing.assert_close(actual[name], expected[name], **tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("leading", SHAPES)
 def test_without_columns(form: str, leading: tuple[int, ...]) -> None:
     """A process of a tensor parallel model may hold none of them."""
