@@ -70,7 +70,7 @@ def by_method(result, **wanted):
 def test_step_says_where_it_comes_from(step_result):
     _, result = step_result
     assert result["command"].startswith("python -m benchmarks.step --output ")
-    assert result["device"].endswith("1 threads")
+    assert result["device"].endswith("1 thread")
     assert result["seed"] == 0
     assert result["shape"]["hidden_size"] == HIDDEN
     assert {"python", "pacatune", "torch", "transformers", "peft"} == set(result["versions"])

@@ -26,7 +26,7 @@ def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
     assert result["finished"]
     assert result["command"].startswith("pacatune bench --shape 32x2 ")
     assert {"commit", "is_modified", "date", "cpu", "versions"} <= set(result)
-    assert result["device"].endswith("1 threads")
+    assert result["device"].endswith("1 thread")
     assert result["config"]["values"]["hidden_size"] == 32
     assert [(row["setting"], row["method"]) for row in result["rows"]] == [
         ("2 x 8 tokens", method) for method in methods
