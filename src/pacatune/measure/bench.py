@@ -82,7 +82,8 @@ def _with_limit(config: BenchConfig) -> BenchConfig:
 
 def _provenance(config: BenchConfig, command: str) -> dict[str, Any]:
     device = config.torch_device
-    threads = f", {config.threads} threads" if device.type == "cpu" else ""
+    plural = "s" * (config.threads != 1)
+    threads = f", {config.threads} thread{plural}" if device.type == "cpu" else ""
     return {
         "finished": False,
         "command": command,
