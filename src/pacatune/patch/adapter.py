@@ -29,7 +29,7 @@ from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
 from pacatune.patch.memory import find_name
-from pacatune.tuner.compat import tied_weights
+from pacatune.tuner.compat import as_saved, tied_weights
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, ExpertsLayout
 
 __all__ = ["make", "to_adapter"]
@@ -250,7 +250,7 @@ def _converted_edits(
     patched = weight.clone()
     new = _new_columns(weight, found, adapter, module)
     found.layout.put_columns_(patched, adapter.modules[module].indices, new)
-    before, after = (_as_saved(base, {parameter: one}) for one in (weight, patched))
+    before, after = (as_saved(base, {parameter: one}) for one in (weight, patched))
     edits = {}
     for name, tensor in before.items():
         if not _is_stored(checkpoint, name, tensor):
@@ -271,15 +271,6 @@ def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
         return False
     stored = checkpoint.tensor(name)
     return stored.dtype == tensor.dtype and torch.equal(bits(stored), bits(tensor.contiguous()))
-
-
-def _as_saved(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of a model as its checkpoint has them; transformers 4 converts nothing."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return tensors
-    return dict(revert_weight_conversion(base, tensors))
 
 
 def _adapter_part(adapter: Adapter) -> AdapterPart:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pacatune.names import nearest
 from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits, put_bits_
 
-__all__ = ["apply", "find_name", "revert"]
+__all__ = ["apply", "find_name", "mode_of", "revert", "tensors_of"]
 
 
 def apply(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
@@ -55,7 +55,7 @@ def find_name(name: str, known: Mapping[str, object], prefix: str = "") -> str |
 
 @torch.no_grad()
 def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str) -> None:
-    tensors, prefix = _tensors_of(model)
+    tensors, prefix = tensors_of(model)
     pairs = []
     for edit in patch.edits.values():
         weight = _find(tensors, edit, prefix)
@@ -73,7 +73,8 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
         raise
 
 
-def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+    """Return a model's tensors by their names, and the prefix of those that a head came before."""
     if not isinstance(model, nn.Module):
         return model, ""
     unwrap = getattr(model, "get_base_model", None)
@@ -142,9 +143,10 @@ def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
 def _put(weight: Tensor, edit: ColumnEdit, columns: Tensor) -> None:
     # The parameter itself: its version is counted, so a backward pass through what was computed
     # with the old columns raises instead of being wrong.
-    with _mode_of(weight)():
+    with mode_of(weight)():
         put_bits_(weight, edit.dim, edit.indices, columns)
 
 
-def _mode_of(weight: Tensor) -> Callable[[], AbstractContextManager[None]]:
+def mode_of(weight: Tensor) -> Callable[[], AbstractContextManager[None]]:
+    """Return the mode in which a weight may be written in place."""
     return torch.inference_mode if weight.is_inference() else torch.no_grad

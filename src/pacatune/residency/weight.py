@@ -28,7 +28,8 @@ Who may see W, and how each is served:
     it, that write is saved. If another thread got hold of it, it is not written until he lets go.
   * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
     a graph holds the weight (a traced one, or plain autograd's), or another process shares its
-    memory, nothing is written, and the layer adds the product of its columns.
+    memory, nothing is written, and the layer adds the product of its columns. Processes that wait
+    at a gate (`pacatune.sync.shared`) may share it.
   * FSDP2 shows a temporary that it gathers for a pass: that is what is written, and what is thrown
     away with the columns. Its shards are never written.
 
@@ -45,7 +46,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,13 @@ from pacatune.residency.watching import (
 __all__ = ["Residency", "put_all", "restore_all"]
 
 Result = TypeVar("Result")
+
+
+class Gate(Protocol):
+    """What stands between the memory of weights and other processes that read it."""
+
+    def closed(self) -> AbstractContextManager[None]:
+        """Wait until nobody reads, and let nobody read meanwhile, nor after: W is another one."""
 
 
 class _Added(NamedTuple):
@@ -93,6 +102,8 @@ class Residency:
         self.mesh: Any = None
         # FSDP2 cuts smaller parts from the temporary after a forward pass.
         self.is_resharded = False
+        # Keeps other processes from reading the memory that they share while columns change there.
+        self.gate: Gate | None = None
         # A CUDA graph, or an exported one, reads the memory whenever it runs.
         self.is_captured = False
         self.is_merged = False
@@ -253,6 +264,20 @@ class Residency:
             put_all([move for move in moves if move is not None])
             return self.holds(delta, indices, scaling)
 
+    def originals(self, indices: Tensor) -> Tensor | None:
+        """Return the pretrained columns, (O, R), which the caller must not change.
+
+        Nothing that is up to date is written back for it; None where there is no plain weight.
+        """
+        with LOCK:
+            weight, kept = self.find_weight(), self.kept
+            if weight is None:
+                return None
+            if kept is not None and kept.indices is indices and self._is_unchanged(weight):
+                return kept.originals
+            self.restore()
+            return weight.detach().index_select(1, indices)
+
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
         return (
@@ -398,7 +423,7 @@ class Residency:
             return "an adapter is merged into its weight"
         if delta.device != weight.device:
             return f"its weight is on {weight.device}, its update on {delta.device}"
-        if weight.is_cpu and weight.untyped_storage().is_shared():
+        if weight.is_cpu and weight.untyped_storage().is_shared() and self.gate is None:
             return "its weight is in memory that processes share"
         if self.kept is not None and not self._is_unchanged(weight):
             self._refuse_changed()
@@ -618,9 +643,10 @@ class Residency:
 
 def put_all(moves: "Sequence[tuple[Residency, Put]]") -> None:
     """Write columns into all weights, which are known to allow it; the caller holds the lock."""
-    keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
-    epochs = [residency._begin(kept) for residency, (kept, _) in moves]
-    put([move for _, move in moves])
+    with _closed([residency for residency, _ in moves]):
+        keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
+        epochs = [residency._begin(kept) for residency, (kept, _) in moves]
+        put([move for _, move in moves])
     for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
         residency._end(kept, cast(Update, update), epoch)
 
@@ -631,13 +657,25 @@ def restore_all(residencies: "Iterable[Residency]") -> None:
     The caller holds the lock.
     """
     found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
-    for residency, _ in found:
-        residency.is_stale = True
-        residency.epoch += 1  # last, as in `_begin`
-    with torch.inference_mode(False):
-        put([Put(kept, None) for _, kept in found])
+    with _closed([residency for residency, _ in found]):
+        for residency, _ in found:
+            residency.is_stale = True
+            residency.epoch += 1  # last, as in `_begin`
+        with torch.inference_mode(False):
+            put([Put(kept, None) for _, kept in found])
     for residency, _ in found:
         residency.present, residency.is_stale = None, False
+
+
+def _closed(residencies: "list[Residency]") -> AbstractContextManager[None]:
+    """Keep other processes out of the memory that they share, if there are any."""
+    gates = {id(one.gate): one.gate for one in residencies if one.gate is not None}
+    if not gates:
+        return nullcontext()
+    stack = ExitStack()
+    for gate in gates.values():
+        stack.enter_context(gate.closed())
+    return cast("AbstractContextManager[None]", stack)
 
 
 _PLAIN = (nn.Parameter, WeightParameter)

@@ -33,6 +33,7 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "Tuner",
     "TunerLayer",
+    "as_saved",
     "find_weight_renaming",
     "get_quantization_kwargs",
     "lora_variants",
@@ -429,6 +430,14 @@ def find_weight_renaming() -> Any:
         if hasattr(module, "build_peft_weight_mapping"):
             return module
     return None
+
+
+def as_saved(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a model as its checkpoint has them; transformers 4 converts nothing."""
+    loading = _module("transformers.core_model_loading")
+    if loading is None:
+        return tensors
+    return dict(loading.revert_weight_conversion(base, tensors))
 
 
 def tied_weights(model: Any) -> dict[str, str]:

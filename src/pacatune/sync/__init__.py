@@ -1,0 +1,43 @@
+"""Columns from a trainer to whoever serves the model: r/I of the weights after each step.
+
+    message       where the columns are, and what is in them
+    source        the trainer's side, sharded or not
+    placement     where a server that joins and splits tensors has them
+    receiver      the server's side
+    transport     in process, torch.distributed, files
+    shared        two processes over one copy of the weights
+
+docs/sync.md says how to use them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pacatune.sync.message import Columns, ColumnSet, Positions
+from pacatune.sync.receiver import ColumnReceiver
+from pacatune.sync.shared import SharedWeights
+from pacatune.sync.transport import Distributed, File, InProcess, Transport
+
+if TYPE_CHECKING:
+    from pacatune.sync.source import ColumnSource
+
+__all__ = [
+    "ColumnReceiver",
+    "ColumnSet",
+    "ColumnSource",
+    "Columns",
+    "Distributed",
+    "File",
+    "InProcess",
+    "Positions",
+    "SharedWeights",
+    "Transport",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # It needs PEFT; a server does not wait for that.
+    if name == "ColumnSource":
+        from pacatune.sync.source import ColumnSource
+
+        return ColumnSource
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

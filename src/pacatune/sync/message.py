@@ -1,0 +1,229 @@
+"""What a trainer sends: where the columns are, once, then what is in them, after each step.
+
+Both are a few words (JSON) and one flat buffer of bytes, which is all that a transport carries.
+Columns are in the buffer one tensor after the other, those of the widest dtype first, so that each
+begins where its dtype can be read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ColumnSet", "Columns", "Positions", "from_wire", "to_wire"]
+
+_DIGEST_DIGITS = 16
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnSet:
+    """The trained columns of one tensor: where they are, not what is in them."""
+
+    name: str
+    """Of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
+    parameter: str
+    """Of the trainer's parameter; most have the same name."""
+    dim: int
+    """Dimension of the tensor along which the columns are."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dtype: torch.dtype
+    """In which the columns are sent, and served."""
+    indices: Tensor
+    """(R,) int64 on the CPU, in increasing order."""
+
+    @property
+    def columns_shape(self) -> tuple[int, ...]:
+        """`shape` with R in place of `shape[dim]`."""
+        return (*self.shape[: self.dim], len(self.indices), *self.shape[self.dim + 1 :])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the columns."""
+        return torch.Size(self.columns_shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Positions:
+    """Where all columns of an adapter are; sent before its first columns."""
+
+    sets: tuple[ColumnSet, ...] = field(repr=False)
+    """In the order in which their columns are sent, without columns that were not changed."""
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Of the parameters beside the trained ones: a server may have joined them in one tensor."""
+    run: str
+    """Tells one source from another, whose counting begins again."""
+    version: str = field(init=False)
+    """Differs where anything of this does."""
+
+    def __post_init__(self) -> None:
+        """Refuse sets that do not fit; compute the version."""
+        names = [one.name for one in self.sets]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
+        for one in self.sets:
+            _check(one)
+        digest = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
+        for one in self.sets:
+            digest.update(one.indices.numpy().data)
+        object.__setattr__(self, "version", digest.hexdigest()[:_DIGEST_DIGITS])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all columns: what a complete sync sends."""
+        return sum(one.num_bytes for one in self.sets)
+
+    def layout(self, ordinals: Iterable[int]) -> list[tuple[int, ColumnSet, int]]:
+        """Return each of some sets with its number and where its columns begin in the buffer."""
+        start, result = 0, []
+        widest_first = sorted(ordinals, key=lambda number: -self.sets[number].dtype.itemsize)
+        for number in widest_first:
+            result.append((number, self.sets[number], start))
+            start += self.sets[number].num_bytes
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """What is in the columns after a step: all of them, or those that were changed."""
+
+    version: str
+    """Of the positions."""
+    number: int
+    """Counts the source's syncs from 1 on."""
+    since: int
+    """0: all columns are here. Otherwise those that are not are as in the sync of that number."""
+    ordinals: tuple[int, ...] = field(repr=False)
+    """Which of the positions' sets are here."""
+    buffer: Tensor = field(repr=False)
+    """(num_bytes,) uint8."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the columns that are here."""
+        return self.buffer.nbytes
+
+    def by_name(self, positions: Positions) -> dict[str, Tensor]:
+        """Return the columns by their tensors' names, as views of the buffer.
+
+        Raises:
+            ValueError: If they belong to other positions, or the buffer has another size.
+        """
+        if self.version != positions.version:
+            raise ValueError(
+                f"the columns belong to positions {self.version}, not to {positions.version}; send "
+                "`source.positions()` whenever they change, as `source.send` does."
+            )
+        if not all(0 <= number < len(positions.sets) for number in self.ordinals):
+            raise ValueError(f"the columns name tensors beyond the {len(positions.sets)} known.")
+        places = positions.layout(self.ordinals)
+        expected = sum(one.num_bytes for _, one, _ in places)
+        if self.buffer.dtype != torch.uint8 or self.buffer.shape != (expected,):
+            raise ValueError(
+                f"the columns must be {expected} bytes, got {tuple(self.buffer.shape)} of "
+                f"{self.buffer.dtype}; the message is damaged, send it again."
+            )
+        return {one.name: view_of(self.buffer, one, start) for _, one, start in places}
+
+
+def view_of(buffer: Tensor, one: ColumnSet, start: int) -> Tensor:
+    """Return the columns of one tensor as a view of the buffer."""
+    return buffer[start : start + one.num_bytes].view(one.dtype).view(one.columns_shape)
+
+
+def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
+    """Return a message as words that JSON can hold and (B,) uint8."""
+    if isinstance(message, Columns):
+        words = {
+            "kind": "columns",
+            "version": message.version,
+            "number": message.number,
+            "since": message.since,
+            "ordinals": list(message.ordinals),
+        }
+        return words, message.buffer
+    indices = [one.indices for one in message.sets]
+    buffer = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
+    return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
+
+
+def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
+    """Return the message of `to_wire`; whoever reads it checks that it fits the positions.
+
+    Raises:
+        ValueError: If a part is missing or has another type.
+    """
+    try:
+        if words["kind"] == "columns":
+            return Columns(
+                version=str(words["version"]),
+                number=int(words["number"]),
+                since=int(words["since"]),
+                ordinals=tuple(int(number) for number in words["ordinals"]),
+                buffer=buffer,
+            )
+        sets, start = [], 0
+        indices = buffer.cpu().view(torch.int64)
+        for entry in words["sets"]:
+            end = start + int(entry["num_columns"])
+            sets.append(
+                ColumnSet(
+                    name=str(entry["name"]),
+                    parameter=str(entry["parameter"]),
+                    dim=int(entry["dim"]),
+                    shape=tuple(int(size) for size in entry["shape"]),
+                    dtype=_DTYPES[entry["dtype"]],
+                    indices=indices[start:end],
+                )
+            )
+            start = end
+        shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
+        return Positions(sets=tuple(sets), shapes=shapes, run=str(words["run"]))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"this is no message of a ColumnSource ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _describe(positions: Positions) -> dict[str, Any]:
+    return {
+        "run": positions.run,
+        "shapes": {name: list(shape) for name, shape in positions.shapes.items()},
+        "sets": [
+            {
+                "name": one.name,
+                "parameter": one.parameter,
+                "dim": one.dim,
+                "shape": list(one.shape),
+                "dtype": str(one.dtype).removeprefix("torch."),
+                "num_columns": len(one.indices),
+            }
+            for one in positions.sets
+        ],
+    }
+
+
+def _check(one: ColumnSet) -> None:
+    indices = one.indices
+    if not 0 <= one.dim < len(one.shape):
+        raise ValueError(f"{one.name!r}: `dim` ({one.dim}) must be one of those of {one.shape}.")
+    if one.dtype not in _DTYPES.values():
+        raise ValueError(
+            f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
+        )
+    is_list = indices.dtype == torch.int64 and indices.dim() == 1 and len(indices) > 0
+    if not is_list or int(indices[0]) < 0 or int(indices[-1]) >= one.shape[one.dim]:
+        raise ValueError(
+            f"{one.name!r}: `indices` must be int64 numbers of the {one.shape[one.dim]} columns."
+        )
+    if not bool((indices.diff() > 0).all()):
+        raise ValueError(f"{one.name!r}: `indices` must increase.")

@@ -1,0 +1,520 @@
+"""The trainer's side: the columns of W' after a step, of whatever holds the weights.
+
+    plain            originals that the residency keeps, or the pretrained weight: nothing is
+                     written, nobody looks
+    FSDP2, TP        deltas are gathered, (O, R) of each layer; the originals once
+    ZeRO-3           each layer is gathered as DeepSpeed does it, its weight the first time only
+
+The bits are those of `ops.linear.adapted_columns`, which training, merging and patches have. They
+are rounded to the dtype that is served once, after that.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pacatune.ops.linear import adapted_columns
+from pacatune.residency.put import Update
+from pacatune.residency.watching import is_tracked
+from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
+from pacatune.sync.transport import Transport
+from pacatune.tuner.compat import as_saved
+from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.layout import ConvolutionLayout, ExpertsLayout
+from pacatune.tuner.model import is_foreign
+
+__all__ = ["ColumnSource"]
+
+
+class ColumnSource:
+    """Gives the columns of an adapted model to those who serve it.
+
+    With FSDP2, tensor parallelism or ZeRO-3 all processes of the trainer make a source, and call
+    its methods together; each gets the same columns, and one of them sends.
+
+    Args:
+        model: A PEFT model with a PaCA adapter, perhaps compiled, sharded or wrapped for DDP.
+        dtype: In which the model is served; None: that of each weight.
+        adapter: Name of the adapter; None: the one that is active when columns are asked for.
+
+    Raises:
+        ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
+            no columns that a server could exchange: quantised, tied, flattened by FSDP1.
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, *, adapter: str | None = None
+    ) -> None:
+        self.model, self.dtype, self.adapter = model, dtype, adapter
+        self.number = 0  # of the last sync
+        self._run = secrets.token_hex(8)
+        self._weights: list[_Weight] = []
+        self._positions: Positions | None = None
+        self._sent_version = ""
+        self._refresh()
+
+    def positions(self) -> Positions:
+        """Return where the columns are now; another version after another adapter or selection."""
+        return self._refresh()
+
+    def columns(self, *, everything: bool = False) -> Columns:
+        """Return the columns that were changed since the last sync, of which this is the next.
+
+        They are those that the model computes with: while its adapters are disabled, the base's.
+
+        Args:
+            everything: Return all columns, changed or not.
+
+        Raises:
+            ValueError: If a column is not finite, or an adapter is merged into the weights.
+        """
+        return self._collect(everything=everything, is_base=False)
+
+    def base_columns(self) -> Columns:
+        """Return the base's columns, all of them; they count as a sync."""
+        return self._collect(everything=True, is_base=True)
+
+    def send(self, transport: "Transport | None", *, timeout: float | None = None) -> Columns:
+        """Send the columns, and before them the positions if the receiver does not know these.
+
+        Args:
+            transport: Of the process that sends; None on the trainer's other processes.
+            timeout: Seconds; None: the transport's own.
+
+        Returns:
+            What was sent.
+
+        Raises:
+            TimeoutError, ConnectionError: If the receiver is gone. Nothing is lost: the next send,
+                over this transport or another one, sends the positions and all columns.
+        """
+        columns = self.columns()
+        positions = cast(Positions, self._positions)
+        if transport is not None:
+            try:
+                if self._sent_version != columns.version:
+                    transport.send(positions, timeout)
+                transport.send(columns, timeout)
+            except BaseException:
+                self.forget()
+                raise
+        self._sent_version = columns.version
+        return columns
+
+    def forget(self) -> None:
+        """Have the next sync send everything: a receiver was lost, or a new one has come."""
+        self._sent_version = ""
+        for weight in self._weights:
+            weight.sent = None
+
+    def _refresh(self) -> Positions:
+        """Find the adapted weights anew if adapter or columns are others now."""
+        found = list(_layers_of(self.model, self.adapter))
+        known = [(weight.layer, weight.adapter, weight.indices) for weight in self._weights]
+        is_known = len(found) == len(known) and all(
+            layer is other and name == other_name and layer.paca_indices[name] is indices
+            for (_, layer, name), (other, other_name, indices) in zip(found, known, strict=True)
+        )
+        if is_known and self._positions is not None:
+            return self._positions
+        _refuse_more(self.model)
+        base = _base_of(self.model)
+        self._weights = [
+            _Weight(base, parameter, layer, name, self.dtype) for parameter, layer, name in found
+        ]
+        self._positions = Positions(
+            sets=tuple(weight.columns for weight in self._weights),
+            shapes=_shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
+            run=self._run,
+        )
+        return self._positions
+
+    @torch.no_grad()
+    def _collect(self, *, everything: bool, is_base: bool) -> Columns:
+        _reshard(self.model)
+        positions = self._refresh()
+        states = [weight.state(is_base) for weight in self._weights]
+        changed = [
+            number
+            for number, (weight, state) in enumerate(zip(self._weights, states, strict=True))
+            if everything or state is None or not state.is_same(weight.sent)
+        ]
+        size = sum(positions.sets[number].num_bytes for number in changed)
+        device = self._weights[0].device
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        for number, one, start in positions.layout(changed):
+            view_of(buffer, one, start).copy_(self._weights[number].values(is_base))
+        self._refuse_infinite(positions, changed, buffer)
+        for weight, state in zip(self._weights, states, strict=True):
+            weight.sent = state
+        self.number += 1
+        return Columns(
+            version=positions.version,
+            number=self.number,
+            since=0 if len(changed) == len(states) else self.number - 1,
+            ordinals=tuple(changed),
+            buffer=buffer,
+        )
+
+    def _refuse_infinite(self, positions: Positions, changed: list[int], buffer: Tensor) -> None:
+        places = positions.layout(changed)
+        if not places:
+            return
+        finite = [view_of(buffer, one, start).isfinite().all() for _, one, start in places]
+        is_finite = torch.stack(finite).tolist()  # waits for a GPU once
+        wrong = [one.name for (_, one, _), ok in zip(places, is_finite, strict=True) if not ok]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(places)} tensors, first {wrong[0]!r}, have columns that are "
+                f"not finite in {positions.sets[changed[0]].dtype}; nothing was sent. Training has "
+                "diverged (go back to a checkpoint), or the dtype is too narrow: serve bfloat16 or "
+                "float32."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What columns are of: equal ones mean the same bits."""
+
+    update: Update | None
+    """None: of the base."""
+    base: tuple[Any, ...]
+
+    def is_same(self, other: "_State | None") -> bool:
+        if other is None or self.base != other.base:
+            return False
+        if self.update is None or other.update is None:
+            return self.update is other.update
+        return other.update.is_of(*self.update.parts)
+
+
+class _Weight:
+    """One adapted weight of the trainer."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        parameter: str,
+        layer: PacaLayer,
+        adapter: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.layer, self.adapter = layer, adapter
+        self.indices = layer.paca_indices[adapter]
+        self.sent: _State | None = None
+        self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
+        weight = self._weight()
+        _refuse_weight(layer, parameter, weight)
+        self.device = weight.device
+        layout, indices = layer.layout, self.indices.detach().cpu()
+        dim = layout.weight_dim
+        self.grouped: ConvolutionLayout | None = None
+        if isinstance(layout, ExpertsLayout):
+            dim = 1 if layout.is_transposed else 2
+        elif isinstance(layout, ConvolutionLayout) and layout.groups > 1:
+            # A channel is a column of its group's rows alone; the others keep what they have there.
+            per_group = layout.in_features // layout.groups
+            channels = (indices % per_group).unique()
+            self.grouped = replace(layout, in_features=len(channels) * layout.groups)
+            at = torch.searchsorted(channels, indices % per_group)
+            self.at = (indices // per_group * len(channels) + at).to(weight.device)
+            indices = channels
+        self.wire_indices = indices.to(weight.device)
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        self.columns = ColumnSet(
+            name=_checkpoint_name(base, parameter, shape),
+            parameter=parameter,
+            dim=dim,
+            shape=shape,
+            dtype=dtype or weight.dtype,
+            indices=indices.clone(),
+        )
+
+    def _weight(self) -> Any:
+        # Past the guard: to look would put the pretrained columns back, and nothing is looked at.
+        base = self.layer.get_base_layer()
+        return dict.get(base.__dict__["_parameters"], self.layer.parameter_name)
+
+    def is_off(self, is_base: bool) -> bool:
+        """Whether the base's columns are asked for."""
+        return is_base or self.layer._disable_adapters
+
+    def state(self, is_base: bool) -> _State | None:
+        """Return what the columns are of now; None where not every change would be noticed."""
+        layer: Any = self.layer
+        if layer.merged_adapters:
+            raise ValueError(
+                f"adapters {layer.merged_adapters} are merged into {self.columns.name!r}; columns "
+                "are sent unmerged: call `model.unmerge_adapter()` first."
+            )
+        base = self._base_state()
+        if base is None:
+            return None
+        if self.is_off(is_base):
+            return _State(None, base)
+        delta = layer.delta_of(self.adapter)
+        if not is_tracked(delta):
+            return None
+        return _State(Update.now(delta, self.indices, layer.scaling[self.adapter]), base)
+
+    def _base_state(self) -> tuple[Any, ...] | None:
+        weight, residency = self._weight(), self.layer.residency
+        if _is_spread(weight):
+            return None
+        if residency is not None and residency.find_weight() is not None:
+            return residency.base()
+        return weight._version, weight.data_ptr()
+
+    def values(self, is_base: bool) -> Tensor:
+        """Return the columns as they are sent, but for the last rounding."""
+        layer: Any = self.layer
+        with _gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
+            originals = self._originals()
+            if self.is_off(is_base):
+                return originals
+            delta = _whole(layer.delta_of(self.adapter).detach(), self.columns.name)
+        update = layer.layout.oriented(delta.to(originals.device))
+        scaling = layer.scaling[self.adapter]
+        if self.grouped is None:
+            return adapted_columns(originals, update, scaling)
+        kernel = originals.clone()
+        new = adapted_columns(self.grouped.read_columns(kernel, self.at), update, scaling)
+        self.grouped.put_columns_(kernel, self.at, new)
+        return kernel
+
+    def _originals(self) -> Tensor:
+        weight, residency, dim = self._weight(), self.layer.residency, self.columns.dim
+        if self.kept is not None or _is_spread(weight):
+            token = _token(weight)
+            if self.kept is None or self.kept[0] != token:
+                self.kept = token, _gather_columns(weight, dim, self.wire_indices, self.columns)
+            return self.kept[1]
+        if residency is not None and self.grouped is None:
+            found = residency.originals(self.indices)
+            if found is not None:
+                return found
+        return cast(Tensor, weight.detach().index_select(dim, self.wire_indices))
+
+
+# What is adapted, and how it is called.
+
+
+def _base_of(model: Any) -> nn.Module:
+    """Return the base model inside wrappers (DDP, torch.compile, PEFT)."""
+    while not callable(getattr(model, "get_base_model", None)):
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None:
+            return cast(nn.Module, model)
+        model = inner
+    return cast(nn.Module, model.get_base_model())
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in (
+        "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module",
+        "_orig_mod",
+        "base_layer",
+    ):
+        name = name.replace(f"{wrapper}.", "")
+    return name
+
+
+def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
+    """Yield each layer that has the adapter, its parameter's name, and that of the adapter."""
+    num_layers = num_found = 0
+    for name, module in _base_of(model).named_modules():
+        if is_foreign(module):
+            raise ValueError(
+                f"{name!r} is a layer of PEFT's own PaCA; make the adapter with "
+                "`pacatune.PacaConfig`, which loads its adapters too."
+            )
+        if not isinstance(module, PacaLayer):
+            continue
+        num_layers += 1
+        names = [adapter] if adapter else [one for one in module.active_adapters]
+        names = [one for one in names if one in module.paca_delta]
+        if len(names) > 1:
+            raise ValueError(
+                f"{len(names)} adapters are active ({', '.join(names)}), whose columns may overlap; "
+                "name one by `adapter`, or add them up by `model.add_weighted_adapter`."
+            )
+        if names:
+            num_found += 1
+            is_own = name.rpartition(".")[2] == module.parameter_name
+            full = name if is_own else f"{name}.{module.parameter_name}"
+            yield _plain_name(full), module, names[0]
+    if not num_layers:
+        raise ValueError(
+            "the model has no PaCA layers; adapt it first: `get_peft_model(model, "
+            "PacaConfig(...))`. LoRA and full fine-tuning change every column."
+        )
+    if not num_found:
+        which = f"adapter {adapter!r}" if adapter else "active adapter"
+        raise ValueError(f"no layer has an {which} of PaCA; check its name, or `set_adapter` it.")
+
+
+def _refuse_more(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "paca_delta" not in name:
+            raise ValueError(
+                f"the model also trains {name!r}, which is no column, so a server would lack it; "
+                "train columns alone (no `bias`, no `modules_to_save`), or send whole tensors."
+            )
+
+
+def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
+    if layer.quantization_backend is not None:
+        raise ValueError(
+            f"{parameter!r} is quantised: its numbers are packed, and no columns of them can be "
+            "exchanged. Train on the base in 16 bits, or serve the adapter (`pacatune export --to "
+            "lora`)."
+        )
+    if layer.shares_weight:
+        raise ValueError(
+            f"{parameter!r} is tied to another module (lm_head and embedding), and a server has "
+            "one tensor for both; leave it out of the targets."
+        )
+    if weight is None or weight.is_meta:
+        raise ValueError(
+            f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
+            "trained model on its devices."
+        )
+    num_dims = len(getattr(weight, "ds_shape", weight.shape))
+    if weight.numel() and num_dims != len(layer.layout.dense_shape):
+        raise ValueError(
+            f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
+            "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
+        )
+    if not weight.numel() and not hasattr(weight, "ds_shape"):
+        _refuse_empty(parameter)
+
+
+def _refuse_empty(name: str) -> None:
+    raise ValueError(
+        f"{name!r} is empty here, its values are spread over the processes; call this inside "
+        "deepspeed.zero.GatheredParameters(list(model.parameters()))."
+    )
+
+
+def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
+    """Return what the checkpoint calls a parameter that it holds as it is, else its own name."""
+    if not hasattr(base, "config"):
+        return parameter
+    tensor = torch.empty(shape, device="meta")
+    try:
+        saved = as_saved(base, {parameter: tensor})
+    except Exception:  # of a conversion that wants the parameters beside this one
+        return parameter
+    ((name, other),) = saved.items() if len(saved) == 1 else ((parameter, tensor),)
+    return name if other.shape == tensor.shape else parameter
+
+
+def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of all matrices whose modules are beside adapted ones."""
+
+    def owner(name: str) -> str:
+        return name.rpartition(".")[0].rpartition(".")[0]
+
+    owners = {owner(name) for name in parameters}
+    found = {}
+    for name, parameter in base.named_parameters():
+        plain, shape = _plain_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
+            found[plain] = shape
+    return found
+
+
+# Values that are spread over processes.
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 show its shards: what it gathered is not what the optimiser has changed."""
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _is_spread(tensor: Any) -> bool:
+    return hasattr(tensor, "placements") or hasattr(tensor, "ds_id")
+
+
+def _token(weight: Any) -> tuple[Any, ...]:
+    """Tell one pretrained weight from another."""
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    if hasattr(weight, "ds_id"):  # DeepSpeed's own; its memory comes and goes
+        return ("ds", weight.ds_id)
+    return local._version, local.data_ptr()
+
+
+def _gathered(*parameters: Any) -> AbstractContextManager[Any]:
+    """Let DeepSpeed gather what it has partitioned."""
+    found = [one for one in parameters if hasattr(one, "ds_id")]
+    if not found:
+        return nullcontext()
+    import deepspeed
+
+    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(found))
+
+
+def _whole(delta: Any, name: str) -> Tensor:
+    if hasattr(delta, "full_tensor"):
+        return cast(Tensor, delta.full_tensor())
+    if not delta.numel():
+        _refuse_empty(name)
+    return cast(Tensor, delta)
+
+
+def _gather_columns(weight: Any, dim: int, indices: Tensor, one: ColumnSet) -> Tensor:
+    """Return columns of a weight of which each process has a part; only they are sent."""
+    if not hasattr(weight, "placements"):
+        return cast(Tensor, weight.detach().index_select(dim, indices))
+    from torch.distributed.tensor import Partial
+
+    mesh, placements = weight.device_mesh, list(weight.placements)
+    local = weight.detach().to_local()
+    splitting = [number for number, p in enumerate(placements) if p.is_shard() and p.dim == dim]
+    if not splitting:
+        columns = local.index_select(dim, indices)
+        return _full(columns, mesh, placements, one.columns_shape)
+    if len(splitting) > 1:
+        raise ValueError(
+            f"{one.name!r} is split along its columns over {len(splitting)} dimensions of the mesh "
+            f"({placements}), which is not supported; split them over one."
+        )
+    (number,) = splitting
+    width = -(-weight.shape[dim] // mesh.size(number))
+    own = indices - mesh.get_local_rank(number) * width
+    places = ((own >= 0) & (own < width)).nonzero().flatten()
+    shape = list(local.shape)
+    shape[dim] = len(indices)
+    columns = local.new_zeros(shape)
+    columns.index_copy_(dim, places, local.index_select(dim, own[places]))
+    # Each column is on one process. Bytes, since a sum of numbers would lose the sign of -0.0.
+    placements[number] = Partial("sum")
+    size = one.columns_shape
+    wide = (*size[:-1], size[-1] * columns.itemsize)
+    return _full(columns.view(torch.uint8), mesh, placements, wide).view(weight.dtype)
+
+
+def _full(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    whole = DTensor.from_local(
+        local.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return cast(Tensor, whole.full_tensor())

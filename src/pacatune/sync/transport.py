@@ -1,0 +1,312 @@
+"""How messages get from a trainer to those who serve: in one process, by torch.distributed, by file.
+
+InProcess      a queue; tensors are handed over as they are
+Distributed    three broadcasts in a group: sizes, words, one buffer; gloo or nccl
+File           a folder with one safetensors file per message, complete when it has its name
+"""
+
+import json
+import os
+import queue
+import re
+import secrets
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pacatune.files.json_file import parse_json_object
+from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
+from pacatune.sync.message import Columns, Positions, from_wire, to_wire
+
+__all__ = ["Distributed", "File", "InProcess", "Transport"]
+
+Message = Positions | Columns
+
+
+class Transport(Protocol):
+    """Brings messages, in order."""
+
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """Send one; TimeoutError or ConnectionError if nobody takes it."""
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Wait for the next one; EOFError after the sender has closed."""
+
+    def close(self) -> None:
+        """Tell receivers that nothing more will come."""
+
+
+class InProcess:
+    """Between threads, or steps, of one process.
+
+    Args:
+        capacity: Messages that may wait; a sender then waits for the receiver.
+        timeout: Seconds to wait, where a call gives none.
+    """
+
+    def __init__(self, *, capacity: int = 8, timeout: float = 60.0) -> None:
+        self.timeout = timeout
+        self._queue: queue.Queue[Message | None] = queue.Queue(capacity)
+        self._is_closed = False
+
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """Put a message into the queue."""
+        self._put(message, timeout)
+
+    def _put(self, message: Message | None, timeout: float | None) -> None:
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            self._queue.put(message, timeout=seconds)
+        except queue.Full:
+            raise TimeoutError(
+                f"{self._queue.maxsize} messages wait, and the receiver has taken none for "
+                f"{seconds:g} s; is it still there?"
+            ) from None
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Take the next message."""
+        if self._is_closed:
+            raise EOFError("the sender has closed; no more columns will come.")
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            message = self._queue.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"nothing was sent for {seconds:g} s.") from None
+        if message is None:
+            self._is_closed = True
+            raise EOFError("the sender has closed; no more columns will come.")
+        return message
+
+    def close(self) -> None:
+        """Tell the receiver that nothing more will come."""
+        self._put(None, None)
+
+
+class Distributed:
+    """From one process of a group to all others, by broadcasts that all of them take part in.
+
+    Args:
+        group: Of the sender and the receivers; None: all processes.
+        src: Rank of the sender among all processes.
+        device: Where buffers are sent from and received; None: the current GPU for nccl, else CPU.
+        timeout: Seconds; None: the group's own. With nccl a watchdog ends the process instead.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        src: int = 0,
+        device: torch.device | str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            raise ValueError(
+                "there is no process group; call `torch.distributed.init_process_group` first."
+            )
+        if device is None:
+            is_nccl = distributed.get_backend(group) == "nccl"
+            device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
+        self.group, self.src, self.device = group, src, torch.device(device)
+        self.timeout = timeout
+        self.is_sender = distributed.get_rank() == src
+        self._broken: str | None = None
+
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """Broadcast a message."""
+        self._refuse(is_sender=True)
+        words, buffer = to_wire(message)
+        encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
+        sizes = torch.tensor([len(encoded), len(buffer)])
+        for part in (sizes, encoded, buffer):
+            if part.numel():
+                self._broadcast(part.to(self.device), timeout)
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Take part in the broadcasts of the next message."""
+        self._refuse(is_sender=False)
+        sizes = torch.empty(2, dtype=torch.int64, device=self.device)
+        self._broadcast(sizes, timeout)
+        num_words, num_bytes = sizes.tolist()
+        if num_words < 0:
+            self._broken = "its sender has closed it"
+            raise EOFError("the sender has closed; no more columns will come.")
+        words, buffer = (
+            torch.empty(size, dtype=torch.uint8, device=self.device)
+            for size in (num_words, num_bytes)
+        )
+        for part in (words, buffer):
+            if part.numel():
+                self._broadcast(part, timeout)
+        return from_wire(json.loads(bytes(words.cpu().numpy())), buffer)
+
+    def close(self) -> None:
+        """Tell the receivers that nothing more will come."""
+        self._refuse(is_sender=True)
+        self._broadcast(torch.full((2,), -1, device=self.device), None)
+        self._broken = "it was closed"
+
+    def _refuse(self, *, is_sender: bool) -> None:
+        if self._broken is not None:
+            raise ConnectionError(
+                f"this transport cannot be used any more: {self._broken}. Make another one over a "
+                "new group (`torch.distributed.new_group`)."
+            )
+        if is_sender != self.is_sender:
+            verb = "sends" if self.is_sender else "receives"
+            raise ValueError(f"rank {torch.distributed.get_rank()} {verb} (`src` is {self.src}).")
+
+    def _broadcast(self, part: Tensor, timeout: float | None) -> None:
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            work = torch.distributed.broadcast(part, self.src, group=self.group, async_op=True)
+            if seconds is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:  # gloo's, and DistBackendError
+            # The others may be in the middle of a message: nothing that follows would be understood.
+            other = "the receivers are" if self.is_sender else "the sender is"
+            self._broken = f"a broadcast failed ({error})"
+            is_late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            kind = TimeoutError if is_late else ConnectionError
+            raise kind(
+                f"{other} gone, or too slow ({error}). Make another transport over a new group; "
+                "the next `source.send` sends everything."
+            ) from error
+
+
+class File:
+    """A folder that trainer and servers see, on one disk or a shared one.
+
+    Each message is a file, `000001.safetensors` and so on; it gets its name when it is complete.
+    A reader that comes late, or is slow, begins with the last complete sync.
+
+    Args:
+        folder: Made if it is missing. A trainer that was restarted goes on in it.
+        keep: Syncs that stay in the folder at least; older ones are removed where a later one is
+            complete.
+        timeout: Seconds that a reader waits, where a call gives none.
+        poll_interval: Seconds between two looks at the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        timeout: float = 60.0,
+        poll_interval: float = 0.05,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"`keep` ({keep}) must be at least 1.")
+        self.folder, self.keep = Path(folder), keep
+        self.timeout, self.poll_interval = timeout, poll_interval
+        self._last_read = 0
+        self._last_written: int | None = None
+
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """Write a message; a file needs nobody to take it, so nothing is waited for."""
+        self._write(*to_wire(message))
+        if isinstance(message, Columns) and message.since == 0:
+            self._remove_old()
+
+    def close(self) -> None:
+        """Tell readers that nothing more will come."""
+        self._write({"kind": "end"}, torch.empty(0, dtype=torch.uint8))
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Return the next message, or the last complete one if that is later."""
+        seconds = self.timeout if timeout is None else timeout
+        end = time.monotonic() + seconds
+        while True:
+            if (number := self._next()) is not None:
+                with suppress(FileNotFoundError):  # removed since, as a later one is complete
+                    words, buffer = self._read(number)
+                    self._last_read = number
+                    if words.get("kind") == "end":
+                        raise EOFError("the sender has closed; no more columns will come.")
+                    return from_wire(words, buffer)
+                continue
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"nothing new was written to {str(self.folder)!r} for {seconds:g} s; is the "
+                    "trainer still there?"
+                )
+            time.sleep(self.poll_interval)
+
+    def _numbers(self) -> list[int]:
+        names = (re.fullmatch(r"(\d{6,18})\.safetensors", name) for name in os.listdir(self.folder))
+        return sorted(int(name[1]) for name in names if name)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.safetensors"
+
+    def _next(self) -> int | None:
+        """Return the message to read: positions in order, then the last complete columns."""
+        if not self.folder.is_dir():
+            return None
+        waiting = [number for number in self._numbers() if number > self._last_read]
+        kinds = {}
+        for number in waiting:
+            with suppress(FileNotFoundError):
+                kinds[number] = self._words(number)
+        positions = [number for number, words in kinds.items() if words.get("kind") == "positions"]
+        if positions and self._last_read < positions[-1]:
+            return positions[-1]  # columns before it are of other positions
+        complete = [number for number, words in kinds.items() if words.get("since") == 0]
+        return complete[-1] if complete else next(iter(kinds), None)
+
+    def _words(self, number: int) -> dict[str, Any]:
+        path = self._path(number)
+        text = read_layout(path).metadata.get("pacatune_sync")
+        if not isinstance(text, str):
+            raise ValueError(f"{path} is no message of a trainer; use a folder for syncs alone.")
+        return parse_json_object(text.encode(), source=f"the metadata of {path}")
+
+    def _read(self, number: int) -> tuple[dict[str, Any], Tensor]:
+        words = self._words(number)
+        return words, read_tensors(self._path(number))["buffer"]
+
+    def _write(self, words: dict[str, Any], buffer: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = self._numbers()
+        last = known[-1] if known else 0
+        message = f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
+        if self._last_written is not None and last > self._last_written:
+            raise FileExistsError(message)
+        number = last + 1
+        partial = self.folder / f".{number:06}.{secrets.token_hex(4)}"
+        try:
+            write_tensors(
+                {"buffer": buffer}, partial, metadata={"pacatune_sync": json.dumps(words)}
+            )
+            _name_new(partial, self._path(number))
+        except FileExistsError:
+            raise FileExistsError(message) from None
+        finally:
+            partial.unlink(missing_ok=True)
+        self._last_written = number
+
+    def _remove_old(self) -> None:
+        """Remove columns that nobody needs: before the last complete ones, but for a few."""
+        columns = [n for n in self._numbers() if self._words(n).get("kind") == "columns"]
+        for number in columns[: -self.keep]:
+            self._path(number).unlink(missing_ok=True)
+
+
+def _name_new(partial: Path, path: Path) -> None:
+    """Give a file its name, which must not be taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        partial.rename(path)
