@@ -273,7 +273,9 @@ class Residency:
             weight, kept = self.find_weight(), self.kept
             if weight is None:
                 return None
-            if kept is not None and kept.indices is indices and self._is_unchanged(weight):
+            known = self.columns
+            is_same = known is not None and known[0] is indices and known[1] == indices._version
+            if is_same and kept is not None and self._is_unchanged(weight):
                 return kept.originals
             self.restore()
             return weight.detach().index_select(1, indices)

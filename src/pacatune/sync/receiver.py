@@ -165,11 +165,9 @@ class ColumnReceiver:
             found = [write.read(tensors[write.target]) for write in plan.writes]
         wrong = [
             write.name
-            for write, original in zip(plan.writes, found, strict=True)
-            if write.name in values
-            and not torch.equal(
-                bits(write.part_of(values[write.name]).to(original)), bits(original)
-            )
+            for write, own in zip(plan.writes, found, strict=True)
+            if (theirs := values.get(write.name)) is not None
+            and not torch.equal(bits(write.part_of(theirs).to(own.device)), bits(own))
         ]
         if wrong:
             raise ValueError(

@@ -10,9 +10,9 @@ compute at once. The one time that columns change, the trainer waits until nobod
 
 A small file carries it: its lock (flock), which the system takes from a process that dies, and its
 words: whether columns are published, how many times, whether the trainer waits, who it is. A reader
-holds the lock shared for a pass; whoever changes weights holds it alone. What training itself writes
-(`state_dict` puts the pretrained columns back, say) goes through the same gate: from then on nothing
-is published until the trainer does it again.
+holds the lock shared for a pass; whoever changes weights holds it alone. What training itself
+writes (`state_dict` puts the pretrained columns back, say) goes through the same gate: from then on
+nothing is published until the trainer does it again.
 """
 
 import mmap
@@ -60,8 +60,7 @@ class SharedWeights:
         self.path, self.timeout = Path(path), timeout
         self._threads = threading.RLock()
         self._num_readers = self._depth = 0
-        self._layers: list[Any] = []
-        self._model: nn.Module | None = None
+        self._layers: dict[str, Any] = {}
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         self._process = os.getpid()
         fcntl.flock(self._handle, fcntl.LOCK_EX)
@@ -82,10 +81,10 @@ class SharedWeights:
 
     def close(self) -> None:
         """Let go of the file, and of the model."""
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.residency.restore()
             layer.residency.gate = None
-        self._layers, self._model = [], None
+        self._layers = {}
         self._memory.close()
         os.close(self._handle)
 
@@ -113,9 +112,9 @@ class SharedWeights:
             ValueError: If columns of a layer cannot be in its weight; layer and reason are named.
         """
         layers = _residents(model)
-        for layer in layers:
+        for layer in layers.values():
             layer.residency.gate = self
-        self._layers, self._model = layers, model
+        self._layers = layers
         self._set(4, os.getpid())
 
     def publish(self, *, timeout: float | None = None) -> int:
@@ -224,11 +223,13 @@ class SharedWeights:
                 time.sleep(_POLL_SECONDS)
 
 
-def _residents(model: nn.Module) -> list[Any]:
-    layers: list[Any] = [one for one in model.modules() if hasattr(one, "paca_delta")]
+def _residents(model: nn.Module) -> dict[str, Any]:
+    layers: dict[str, Any] = {
+        name: one for name, one in model.named_modules() if hasattr(one, "paca_delta")
+    }
     if not layers:
         raise ValueError("the model has no PaCA layers; adapt it first.")
-    for name, layer in _named(layers):
+    for name, layer in layers.items():
         if not isinstance(layer.residency, Residency):
             _refuse(name, layer.why_additive())
         weight: Any = layer.residency.find_weight()
@@ -237,14 +238,8 @@ def _residents(model: nn.Module) -> list[Any]:
     return layers
 
 
-def _named(layers: list[Any]) -> Iterator[tuple[str, Any]]:
-    return (
-        (f"layer {number} ({layer.layout.title})", layer) for number, layer in enumerate(layers)
-    )
-
-
-def _updates(layers: list[Any]) -> Iterator[tuple[str, Any, tuple[Any, Any, float]]]:
-    for name, layer in _named(layers):
+def _updates(layers: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, Any, float]]]:
+    for name, layer in layers.items():
         names = [one for one in layer.active_adapters if one in layer.paca_delta]
         if layer._disable_adapters or layer.merged_adapters or len(names) != 1:
             _refuse(name, layer.why_additive())
@@ -254,7 +249,7 @@ def _updates(layers: list[Any]) -> Iterator[tuple[str, Any, tuple[Any, Any, floa
 
 def _refuse(name: str, reason: str) -> None:
     raise ValueError(
-        f"columns cannot be in the shared weight of {name}: {reason}. Send them to a copy of the "
+        f"columns cannot be in the shared weight of {name!r}: {reason}. Send them to a copy of the "
         "model instead (`ColumnSource`, `ColumnReceiver`)."
     )
 

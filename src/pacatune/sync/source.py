@@ -9,6 +9,7 @@ The bits are those of `ops.linear.adapted_columns`, which training, merging and 
 are rounded to the dtype that is served once, after that.
 """
 
+import importlib
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -115,10 +116,9 @@ class ColumnSource:
     def _refresh(self) -> Positions:
         """Find the adapted weights anew if adapter or columns are others now."""
         found = list(_layers_of(self.model, self.adapter))
-        known = [(weight.layer, weight.adapter, weight.indices) for weight in self._weights]
-        is_known = len(found) == len(known) and all(
-            layer is other and name == other_name and layer.paca_indices[name] is indices
-            for (_, layer, name), (other, other_name, indices) in zip(found, known, strict=True)
+        is_known = len(found) == len(self._weights) and all(
+            weight.is_of(layer, name)
+            for (_, layer, name), weight in zip(found, self._weights, strict=True)
         )
         if is_known and self._positions is not None:
             return self._positions
@@ -206,6 +206,7 @@ class _Weight:
     ) -> None:
         self.layer, self.adapter = layer, adapter
         self.indices = layer.paca_indices[adapter]
+        self.indices_version = self.indices._version
         self.sent: _State | None = None
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
@@ -239,6 +240,15 @@ class _Weight:
         # Past the guard: to look would put the pretrained columns back, and nothing is looked at.
         base = self.layer.get_base_layer()
         return dict.get(base.__dict__["_parameters"], self.layer.parameter_name)
+
+    def is_of(self, layer: PacaLayer, adapter: str) -> bool:
+        """Whether this is that layer's, and its columns are the same ones."""
+        return (
+            layer is self.layer
+            and adapter == self.adapter
+            and layer.paca_indices[adapter] is self.indices
+            and self.indices._version == self.indices_version
+        )
 
     def is_off(self, is_base: bool) -> bool:
         """Whether the base's columns are asked for."""
@@ -294,6 +304,8 @@ class _Weight:
             if self.kept is None or self.kept[0] != token:
                 self.kept = token, _gather_columns(weight, dim, self.wire_indices, self.columns)
             return self.kept[1]
+        if not weight.numel():
+            _refuse_empty(self.columns.name)
         if residency is not None and self.grouped is None:
             found = residency.originals(self.indices)
             if found is not None:
@@ -315,13 +327,8 @@ def _base_of(model: Any) -> nn.Module:
 
 
 def _plain_name(name: str) -> str:
-    for wrapper in (
-        "_checkpoint_wrapped_module",
-        "_fsdp_wrapped_module",
-        "_orig_mod",
-        "base_layer",
-    ):
-        name = name.replace(f"{wrapper}.", "")
+    for inside in ("_checkpoint_wrapped_module", "_orig_mod", "base_layer"):
+        name = name.replace(f"{inside}.", "")
     return name
 
 
@@ -337,12 +344,12 @@ def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Pac
         if not isinstance(module, PacaLayer):
             continue
         num_layers += 1
-        names = [adapter] if adapter else [one for one in module.active_adapters]
+        names = [adapter] if adapter else list(module.active_adapters)
         names = [one for one in names if one in module.paca_delta]
         if len(names) > 1:
             raise ValueError(
-                f"{len(names)} adapters are active ({', '.join(names)}), whose columns may overlap; "
-                "name one by `adapter`, or add them up by `model.add_weighted_adapter`."
+                f"{len(names)} adapters are active ({', '.join(names)}), whose columns may "
+                "overlap; name one by `adapter`, or add them up by `model.add_weighted_adapter`."
             )
         if names:
             num_found += 1
@@ -461,7 +468,7 @@ def _gathered(*parameters: Any) -> AbstractContextManager[Any]:
     found = [one for one in parameters if hasattr(one, "ds_id")]
     if not found:
         return nullcontext()
-    import deepspeed
+    deepspeed = importlib.import_module("deepspeed")
 
     return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(found))
 
@@ -517,4 +524,4 @@ def _full(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
-    return cast(Tensor, whole.full_tensor())
+    return whole.full_tensor()

@@ -1,4 +1,4 @@
-"""How messages get from a trainer to those who serve: in one process, by torch.distributed, by file.
+"""How messages get from a trainer to those who serve the model.
 
 InProcess      a queue; tensors are handed over as they are
 Distributed    three broadcasts in a group: sizes, words, one buffer; gloo or nccl
@@ -26,6 +26,7 @@ from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 __all__ = ["Distributed", "File", "InProcess", "Transport"]
 
 Message = Positions | Columns
+_NAME = re.compile(r"(\d{6,18})\.safetensors")
 
 
 class Transport(Protocol):
@@ -172,7 +173,7 @@ class Distributed:
             else:
                 work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:  # gloo's, and DistBackendError
-            # The others may be in the middle of a message: nothing that follows would be understood.
+            # The others may be in the middle of a message; what follows would not be understood.
             other = "the receivers are" if self.is_sender else "the sender is"
             self._broken = f"a broadcast failed ({error})"
             is_late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
@@ -243,7 +244,7 @@ class File:
             time.sleep(self.poll_interval)
 
     def _numbers(self) -> list[int]:
-        names = (re.fullmatch(r"(\d{6,18})\.safetensors", name) for name in os.listdir(self.folder))
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def _path(self, number: int) -> Path:

@@ -1,0 +1,60 @@
+"""A tiny adapted Llama, and what a server of its base holds."""
+
+import pytest
+import torch
+
+from tests.conftest import build_model
+from tests.distributed import net
+from tests.distributed.conftest import pair, pair_of_this_folder
+
+__all__ = ["pair", "pair_of_this_folder"]
+
+VOCABULARY = 64
+
+
+def adapt(dtype=torch.float32, **options):
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+
+    config = PacaConfig(**{"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options})
+    return get_peft_model(build_model(VOCABULARY).to(dtype), config)
+
+
+def served(dtype=torch.float32):
+    """The plain base in the dtype that is served."""
+    return build_model(VOCABULARY).to(dtype)
+
+
+def step(model, optimizer=None, seed=0):
+    optimizer = optimizer or torch.optim.AdamW(net.trained(model), lr=1e-2)
+    ids = torch.randint(3, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(seed))
+    net.loss_of(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model
+
+
+def merged(model, dtype=None):
+    """Tensors of the model that a merge writes, in the dtype that is served."""
+    import copy
+
+    base = copy.deepcopy(model).merge_and_unload()
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in base.state_dict().items()}
+
+
+def assert_bits(model, expected):
+    found = model if isinstance(model, dict) else model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def clone(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def model():
+    return adapt()
