@@ -119,7 +119,9 @@ def test_a_changed_base_is_sent(model):
     server = served()
     source, receiver = connect(model, server)
     receiver.apply(source.columns())
-    state = {name: tensor * 2 for name, tensor in model.state_dict().items() if "base_layer" in name}
+    state = {
+        name: tensor * 2 for name, tensor in model.state_dict().items() if "base_layer" in name
+    }
     model.load_state_dict(state, strict=False)
     receiver.apply(source.columns())
     expected = merged(model)

@@ -1,0 +1,259 @@
+"""Two processes over one copy of the weights: whole updates, no copy, nobody waits for the dead."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pacatune.sync import SharedWeights
+from tests.conftest import build_model
+from tests.distributed import net
+from tests.sync.conftest import clone, merged, step
+
+IDS = torch.arange(3, 35).view(1, -1)
+
+
+def sample(connection, model, path):
+    """Answer what the test asks of the other process."""
+    torch.set_num_threads(1)
+    shared = SharedWeights(path, timeout=20)
+    while True:
+        command, timeout = connection.recv()
+        try:
+            with shared.reading(timeout=timeout) as version, torch.no_grad():
+                if command == "logits":
+                    connection.send((version, model(input_ids=IDS).logits.numpy()))
+                elif command == "hold":
+                    connection.send((version, None))
+                    connection.recv()
+        except TimeoutError as error:
+            connection.send(("TimeoutError", str(error)))
+        if command == "hold":
+            connection.send(("let go", None))
+        if command == "watch":
+            connection.send(watch(shared, model, timeout))
+
+
+def watch(shared, model, last_version):
+    """Look at all columns, over and over; return the versions seen, and whether all were whole."""
+    weights = [p for name, p in model.named_parameters() if "_proj" in name]
+    seen, is_whole = [], True
+    while not seen or seen[-1] < last_version:
+        with shared.reading() as version:
+            values = {float(weight[:, 0].min()) for weight in weights}
+            time.sleep(0.001)
+            values |= {float(weight[:, 0].max()) for weight in weights}
+        is_whole &= values == {float(version)}
+        if version not in seen[-1:]:
+            seen.append(version)
+    return seen, is_whole
+
+
+class Sampler:
+    def __init__(self, model, path):
+        import torch.multiprocessing  # its pickles pass memory, not values
+
+        context = torch.multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=sample, args=(other, model, path), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, command, timeout=20.0):
+        self.connection.send((command, timeout))
+
+    def answer(self, timeout=60):
+        assert self.connection.poll(timeout), "no answer"
+        return self.connection.recv()
+
+    def logits(self, timeout=20.0):
+        self.ask("logits", timeout)
+        version, logits = self.answer()
+        return version, torch.from_numpy(logits) if version != "TimeoutError" else logits
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A trainer here, a sampler there, and one copy of the weights."""
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+
+    base = build_model(64)
+    base.share_memory()
+    path = tmp_path_factory.mktemp("shared") / "gate"
+    sampler = Sampler(base, path)
+    config = PacaConfig(r=4, paca_alpha=4, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    shared = SharedWeights(path, timeout=20)
+    yield model, sampler, shared
+    shared.close()
+    sampler.process.kill()
+    sampler.process.join()
+
+
+def logits_of_merged(model):
+    plain = build_model(64)
+    plain.load_state_dict(merged(model))
+    with torch.no_grad():
+        return plain(input_ids=IDS).logits
+
+
+def test_what_is_trained_is_what_is_sampled(world):
+    model, sampler, shared = world
+    before = clone(model)
+    assert sampler.logits(0.1)[1] == (
+        "no columns were published for 0.1 s; no trainer has attached a model."
+    )
+    with pytest.raises(ValueError, match="no model is attached"):
+        shared.publish()
+    shared.attach(model)
+    assert "has not called `publish`" in sampler.logits(0.1)[1]
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    for number in range(1, 4):
+        step(model, optimizer, number)
+        assert shared.publish() == number == shared.version
+        # In the same memory, and training needs no write more, so nobody waits.
+        sampler.ask("hold")
+        assert sampler.answer() == (number, None)
+        with net.counted_writes() as writes:
+            net.loss_of(model, net.batches()[0]).backward()
+        assert writes == []
+        optimizer.zero_grad()
+        sampler.connection.send("go on")
+        assert sampler.answer() == ("let go", None)
+        version, logits = sampler.logits()
+        assert version == number
+        expected = logits_of_merged(model)  # it looks: the pretrained columns are back
+        assert torch.equal(logits, expected)
+        assert "has not called `publish`" in sampler.logits(0.05)[1]
+    shared.publish()
+    assert torch.equal(sampler.logits()[1], expected)
+    after = clone(model)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) or "paca_delta" in name
+
+
+def test_a_reader_is_waited_for_and_a_dead_one_is_not(world, tmp_path):
+    model, sampler, shared = world
+    shared.attach(model)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    step(model, optimizer)
+    number = shared.publish()
+    sampler.ask("hold")
+    sampler.answer()
+    step(model, optimizer, 1)
+    with pytest.raises(TimeoutError, match=r"a reader has not ended its pass for 0.1 s"):
+        shared.publish(timeout=0.1)
+    sampler.connection.send("go on")
+    sampler.answer()
+    assert sampler.logits()[0] == number  # whole, as before
+    assert shared.publish() == number + 1
+    code = (
+        "import sys, time; from pacatune.sync import SharedWeights\n"
+        "with SharedWeights(sys.argv[1]).reading() as version: print(version, flush=True); "
+        "time.sleep(100)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, shared.path], stdout=subprocess.PIPE)
+    assert int(other.stdout.readline()) == number + 1
+    with pytest.raises(TimeoutError, match="a reader has not ended"):
+        shared.publish(timeout=0.05)
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert shared.publish(timeout=20) == number + 2
+
+
+def test_readers_see_whole_updates(world):
+    """Each version has its number in all trained columns, of which column 0 is one."""
+    model, sampler, shared = world
+    for layer in net.layers_of(model):
+        layer.replace_update(
+            "default", torch.zeros(layer.out_features, 1), torch.tensor([0]), paca_alpha=1.0
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "base_layer" in name:
+                parameter[:, 0] = 0
+        del parameter
+    shared.attach(model)
+    last = shared.version + 40
+    fill(model, shared.version + 1)
+    shared.publish()
+    sampler.ask("watch", last)
+    while shared.version < last:
+        fill(model, shared.version + 1)
+        shared.publish()
+        if shared.version % 5 == 0:
+            model.state_dict()  # pretrained columns, which nobody must see
+    seen, is_whole = sampler.answer()
+    assert is_whole
+    assert seen == sorted(seen)
+    assert len(seen) > 5
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for layer in net.layers_of(model):
+            layer.delta_of("default").fill_(value)
+
+
+def test_models_that_cannot_share_are_refused(tmp_path):
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+
+    shared = SharedWeights(tmp_path / "gate")
+    with pytest.raises(ValueError, match="has no PaCA layers"):
+        shared.attach(build_model(64))
+    model = get_peft_model(build_model(64), PacaConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"q_proj': its weight is not shared: call"):
+        shared.attach(model)
+    embedding = get_peft_model(
+        nn.Sequential(nn.Embedding(8, 8)).share_memory(), PacaConfig(r=4, target_modules=["0"])
+    )
+    with pytest.raises(
+        ValueError, match=r"columns are written into the weights of torch.nn.Linear"
+    ):
+        shared.attach(embedding)
+    model.get_base_model().share_memory()
+    shared.attach(model)
+    held = [parameter.detach() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"q_proj.*: somebody holds a tensor in the memory"):
+        shared.publish()
+    del held
+    with model.disable_adapter(), pytest.raises(ValueError, match="its adapters are disabled"):
+        shared.publish()
+    assert shared.publish() == 1
+    shared.close()
+    assert not any(layer.residency.is_written for layer in net.layers_of(model))
+    (tmp_path / "other").write_text("something else")
+    with pytest.raises(ValueError, match="is another file; choose a path"):
+        SharedWeights(tmp_path / "other")
+    assert (tmp_path / "other").read_text() == "something else"
+
+
+def test_a_forked_object_is_refused(tmp_path):
+    shared = SharedWeights(tmp_path / "gate")
+    shared._process = os.getpid() + 1
+    with pytest.raises(ValueError, match="belongs to another process"), shared.closed():
+        pass
+
+
+def test_threads_read_together(tmp_path):
+    shared, other = SharedWeights(tmp_path / "gate"), SharedWeights(tmp_path / "gate")
+    with shared.closed():
+        shared._set(1, 1)
+    with shared.reading(), shared.reading():
+        pass
+    with shared.reading():
+        with shared.reading():
+            pass
+        with pytest.raises(TimeoutError, match="a reader has not"), other.closed(timeout=0.02):
+            pass
+    with other.closed(timeout=5):
+        pass
