@@ -14,8 +14,8 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
 (selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
 `make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
-`patch` of what benchmarks/patch.py has measured, `distance` of what `step.json` says of PaCA's
-distance to the frozen model.
+`patch` and `sync` of what benchmarks/patch.py and sync.py have measured, `distance` of what
+`step.json` says of PaCA's distance to the frozen model.
 """
 
 import json
@@ -57,6 +57,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return kernel_table(result, is_short=name == "kernels")
     if name == "patch":
         return patch_table(result)
+    if name == "sync":
+        return sync_table(result)
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
@@ -143,15 +145,56 @@ def kernel_table(result: dict[str, Any], *, is_short: bool) -> str:
     return "\n".join([*table, "", meanings + ".", "", source])
 
 
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.3g} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.3g} GB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def sync_table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of what each method sends, with sizes of larger models."""
+    models = list(dict.fromkeys(row["model"] for row in result["computed"]))
+    sizes = {(row["model"], row["method"]): row["bytes"] for row in result["computed"]}
+    lines = [
+        [
+            result["methods"][row["method"]],
+            _megabytes(row["bytes"]),
+            _duration(row["seconds"]) if "seconds" in row else "",
+            *(_megabytes(sizes[model, row["method"]]) for model in models),
+        ]
+        for row in result["rows"]
+    ]
+    rows = {row["method"]: row for row in result["rows"]}
+    drift = {row["method"]: row for row in result["drift"]}
+    share = 100 * drift["lora"]["changed_elements"] / drift["lora"]["num_elements"]
+    remark = (
+        f"A step of full training changed {100 * result['changed_share']:.2g} % of the elements; "
+        "the sizes of larger models are counted from their shapes, with that share. PaCA's "
+        f"positions, once: {_megabytes(rows['paca']['positions_bytes'])}. After "
+        f"{drift['lora']['cycles']:,} merges and unmerges of one layer, LoRA's base differs in "
+        f"{share:.0f} % of its elements, by {drift['lora']['drift_of_mean']:.2g} of their mean "
+        f"size; PaCA's in {drift['paca']['changed_elements']}."
+    )
+    source = (
+        f"{result['model']}; medians beside any transport on {result['device']} "
+        f"({versions_text(result['versions'])}). `{result['command']}`{commit_text(result)} wrote "
+        "`benchmarks/results/sync.json`."
+    )
+    titles = ["sent per sync", "bytes", "make and write", *models]
+    return "\n".join([*table_lines(titles, lines), "", remark, "", source])
+
+
 def patch_table(result: dict[str, Any]) -> str:
     """Return the Markdown table of a patch's size and times."""
     (row,) = result["rows"]
 
     def megabytes(name: str) -> str:
-        return f"{row[name] / 1e6:,.3g} MB" if row[name] < 1e9 else f"{row[name] / 1e9:.3g} GB"
+        return _megabytes(row[name])
 
     def duration(name: str) -> str:
-        return f"{1e3 * row[name]:.3g} ms" if row[name] < 1 else f"{row[name]:.3g} s"
+        return _duration(row[name])
 
     lines = [
         ["checkpoint", megabytes("checkpoint_bytes"), ""],

@@ -37,6 +37,7 @@ CORE_TESTS = (
         "selection",
         "adapters",
         "patch",
+        "sync",
         "files",
         "format",
         "core",

@@ -174,6 +174,33 @@ def test_weights_partitioned_before_they_are_adapted(pair, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in results[0][1].items())
 
 
+def sync_columns(stage):
+    from peft import set_peft_model_state_dict
+
+    from pacatune.sync import ColumnReceiver, ColumnSource
+
+    model = net.adapt("float32")
+    source, server = ColumnSource(model), net.build_base("float32")
+    receiver = ColumnReceiver(server)
+    train_engine(model, configure(stage))
+    if stage == 3:
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        source = ColumnSource(model)
+    for _ in range(2):
+        receiver.expect(source.positions())
+        receiver.apply(source.columns())
+    one = net.adapt("float32")
+    set_peft_model_state_dict(one, whole_adapter_and_base(model)[0])
+    expected = one.merge_and_unload().state_dict()
+    return all(torch.equal(tensor, expected[k]) for k, tensor in server.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_columns_for_a_server(pair, stage):
+    assert pair.run(sync_columns, stage) == [True, True]
+
+
 def train_partitioned(*, reentrant=None, after_use=False):
     model = net.adapt()
     before = net.frozen(model)

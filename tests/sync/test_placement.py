@@ -6,6 +6,7 @@ from torch import nn
 
 from pacatune.sync import ColumnReceiver, ColumnSource
 from tests.conftest import build_model
+from tests.releases import needs
 from tests.sync.conftest import assert_bits, step
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 64}
@@ -115,6 +116,7 @@ def experts_of_rank(tensors, rank, size):
     return held
 
 
+@needs("transformers", "5")
 @pytest.mark.parametrize("size", [1, 2])
 def test_experts_of_vllm(size):
     from peft import get_peft_model

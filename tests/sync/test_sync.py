@@ -10,6 +10,7 @@ from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import from_wire, to_wire
 from tests.distributed import net
 from tests.distributed.partition import gather, partition, release
+from tests.releases import needs
 from tests.sync.conftest import adapt, assert_bits, clone, merged, served, step
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -438,7 +439,13 @@ def other_kinds(kind):
     return get_peft_model(build(), config), build()
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "convolutions", "attention", "embedding", "experts"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("conv1d", "convolutions", "attention", "embedding"),
+        pytest.param("experts", marks=needs("transformers", "5")),
+    ],
+)
 def test_every_kind_of_layer(kind):
     model, server = other_kinds(kind)
     before = clone(server)

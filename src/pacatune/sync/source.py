@@ -287,7 +287,7 @@ class _Weight:
             originals = self._originals()
             if self.is_off(is_base):
                 return originals
-            delta = _whole(layer.delta_of(self.adapter).detach(), self.columns.name)
+            delta = _whole(layer.delta_of(self.adapter), self.columns.name)
         update = layer.layout.oriented(delta.to(originals.device))
         scaling = layer.scaling[self.adapter]
         if self.grouped is None:
@@ -473,12 +473,14 @@ def _gathered(*parameters: Any) -> AbstractContextManager[Any]:
     return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(found))
 
 
-def _whole(delta: Any, name: str) -> Tensor:
+def _whole(parameter: Any, name: str) -> Tensor:
+    delta = parameter.detach()
     if hasattr(delta, "full_tensor"):
         return cast(Tensor, delta.full_tensor())
     if not delta.numel():
         _refuse_empty(name)
-    return cast(Tensor, delta)
+    # What DeepSpeed has gathered is gone afterwards.
+    return cast(Tensor, delta.clone() if hasattr(parameter, "ds_id") else delta)
 
 
 def _gather_columns(weight: Any, dim: int, indices: Tensor, one: ColumnSet) -> Tensor:

@@ -1,0 +1,288 @@
+"""Measure what a sync of a trained model sends and how long it takes, by four methods.
+
+    python -m benchmarks.sync                   writes benchmarks/results/sync.json
+
+The trainer and the server are two models in one process, so that a time is what a sync costs beside
+its transport: making what is sent, and writing it. The model has SmolLM2-135M's sizes and random
+weights, in bfloat16; every linear layer is adapted.
+
+    full       every tensor
+    lora       PEFT's LoRA, merged, every tensor sent, unmerged
+    elements   elements that differ from a snapshot after a step of full training in float32, with
+               their positions
+    paca       the changed columns
+
+Sizes for larger models are counted from their shapes, the changed elements with the measured share.
+Then LoRA and PaCA are merged and unmerged over and over, and what became of the base is compared.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.record import RESULTS, Row, at_least_1, prepare, provenance, write
+from pacatune import PacaConfig
+from pacatune.measure.presets import PRESETS
+from pacatune.reports.provenance import num_cores
+from pacatune.sync import ColumnReceiver, ColumnSource
+
+COMPUTED = ("llama3-8b", "llama3.1-70b")
+METHODS = {
+    "full": "every tensor",
+    "lora": "LoRA, merged, every tensor, unmerged",
+    "lora-adapter": "LoRA's matrices, which the server then adds to each token",
+    "elements": "changed elements with their positions, found by a snapshot",
+    "paca": "PaCA's columns",
+}
+_ELEMENT_BYTES = 4 + 2  # a position and a value
+
+
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    add("--hidden-size", type=at_least_1, default=576)
+    add("--intermediate-size", type=at_least_1, default=1536)
+    add("--num-layers", type=at_least_1, default=30)
+    add("--num-heads", type=at_least_1, default=9)
+    add("--num-groups", type=at_least_1, default=3)
+    add("--vocab-size", type=at_least_1, default=49152)
+    add("--rank", type=at_least_1, default=16)
+    add("--learning-rate", type=float, default=1e-6, help="of full training")
+    add("--rounds", type=at_least_1, default=5, help="syncs that are measured")
+    add("--cycles", type=at_least_1, default=1000, help="of merging and unmerging")
+    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(options)
+
+
+def build(args: argparse.Namespace, num_layers: int | None = None) -> LlamaForCausalLM:
+    """Return the model in bfloat16; the same one each time."""
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=num_layers or args.num_layers,
+        num_attention_heads=args.num_heads,
+        num_key_value_heads=args.num_groups,
+        vocab_size=args.vocab_size if num_layers is None else 64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).bfloat16()
+
+
+def adapt(model: nn.Module, args: argparse.Namespace, *, lora: bool) -> Any:
+    """Return the model with an adapter of random values in every linear layer."""
+    rank = args.rank
+    config: Any = (
+        LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+        if lora
+        else PacaConfig(r=rank, paca_alpha=rank, target_modules="all-linear")
+    )
+    adapted = get_peft_model(model, config)
+    change(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def change(adapted: nn.Module) -> None:
+    """Take a step of some kind."""
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "paca_" in name:
+            parameter.normal_(std=0.01)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Return the time of one run."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def copy_all(model: nn.Module, server: nn.Module, infix: str = "") -> int:
+    """Copy every tensor; return their bytes."""
+    own, num_bytes = dict(model.named_parameters()), 0
+    for name, tensor in server.named_parameters():
+        owner, _, last = name.rpartition(".")
+        source = own.get(name)
+        source = own[f"{owner}{infix}.{last}"] if source is None else source
+        tensor.copy_(source)
+        num_bytes += tensor.nbytes
+    return num_bytes
+
+
+def measure_full(args: argparse.Namespace) -> Row:
+    model, server = build(args), build(args)
+    times = [seconds_of(lambda: copy_all(model, server)) for _ in range(args.rounds + 1)]
+    return {
+        "bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "seconds": statistics.median(times[1:]),
+    }
+
+
+def measure_lora(args: argparse.Namespace) -> tuple[Row, Row]:
+    server, adapted = build(args), adapt(build(args), args, lora=True)
+
+    def sync() -> None:
+        adapted.merge_adapter()
+        copy_all(adapted.get_base_model(), server, ".base_layer")
+        adapted.unmerge_adapter()
+
+    times = [seconds_of(sync) for _ in range(args.rounds + 1)]
+    merged = {
+        "bytes": sum(parameter.nbytes for parameter in server.parameters()),
+        "seconds": statistics.median(times[1:]),
+    }
+    matrices = [p for name, p in adapted.named_parameters() if "lora_" in name]
+    return merged, {"bytes": 2 * sum(matrix.numel() for matrix in matrices)}
+
+
+def measure_elements(args: argparse.Namespace) -> tuple[Row, float]:
+    """Return a row, and the share of the elements that a step changes."""
+    model, server = build(args).float(), build(args)
+    snapshot = [parameter.detach().bfloat16() for parameter in model.parameters()]
+    targets = [parameter.detach().view(-1) for parameter in server.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    counts: list[int] = []
+
+    @torch.no_grad()
+    def sync() -> None:
+        count = 0
+        for number, parameter in enumerate(model.parameters()):
+            new = parameter.bfloat16()
+            places = (new != snapshot[number]).view(-1).nonzero()[:, 0]
+            targets[number].index_copy_(0, places, new.view(-1)[places])
+            snapshot[number] = new
+            count += len(places)
+        counts.append(count)
+
+    times = []
+    for number in range(args.rounds + 1):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(args.vocab_size, (1, 64), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(seconds_of(sync))
+    # The first step of Adam moves all elements by as much; later ones are the usual case.
+    num_elements = statistics.median(counts[1:])
+    total = sum(target.numel() for target in targets)
+    row = {"bytes": int(_ELEMENT_BYTES * num_elements), "seconds": statistics.median(times[1:])}
+    return row, num_elements / total
+
+
+def measure_paca(args: argparse.Namespace) -> Row:
+    server, adapted = build(args), adapt(build(args), args, lora=False)
+    source, receiver = ColumnSource(adapted), ColumnReceiver(server)
+    receiver.expect(source.positions())
+    receiver.apply(source.columns())  # from now on the base's columns are kept
+    source_times, times = [], []
+    for _ in range(args.rounds + 1):
+        change(adapted)
+        start = time.perf_counter()
+        columns = source.columns()
+        source_times.append(time.perf_counter() - start)
+        receiver.apply(columns)
+        times.append(time.perf_counter() - start)
+    positions = source.positions()
+    merged = adapted.merge_and_unload().state_dict()
+    if not all(torch.equal(tensor, merged[name]) for name, tensor in server.state_dict().items()):
+        raise RuntimeError("the served model is not the merged one.")
+    return {
+        "bytes": columns.num_bytes,
+        "seconds": statistics.median(times[1:]),
+        "source_seconds": statistics.median(source_times[1:]),
+        "positions_bytes": sum(one.indices.nbytes for one in positions.sets),
+        "kept_bytes": receiver.num_bytes,
+    }
+
+
+def count(name: str, rank: int, share: float) -> list[Row]:
+    """Return the bytes of a large model's syncs."""
+    values = {key: value for key, value in PRESETS[name].values.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**values))
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    layers = [one for one in model.model.modules() if isinstance(one, nn.Linear)]
+    outputs = sum(layer.out_features for layer in layers)
+    inputs = sum(layer.in_features for layer in layers)
+    found = {
+        "full": 2 * num_elements,
+        "lora": 2 * num_elements,
+        "lora-adapter": 2 * rank * (inputs + outputs),
+        "elements": int(_ELEMENT_BYTES * share * num_elements),
+        "paca": 2 * rank * outputs,
+    }
+    return [{"model": name, "method": method, "bytes": size} for method, size in found.items()]
+
+
+def measure_drift(args: argparse.Namespace) -> list[Row]:
+    """Return how far the base of one layer is from what it was after many merges and unmerges."""
+    rows = []
+    for method in ("lora", "paca"):
+        adapted = adapt(build(args, 1), args, lora=method == "lora")
+        layers = [one for one in adapted.modules() if hasattr(one, "merged_adapters")]
+        before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        for _ in range(args.cycles):
+            for layer in layers:
+                layer.merge()
+                layer.unmerge()
+        after = [layer.get_base_layer().weight.detach() for layer in layers]
+        pairs = list(zip(before, after, strict=True))
+        num_elements = sum(weight.numel() for weight in before)
+        drift = sum(float((a.double() - b.double()).abs().sum()) for a, b in pairs)
+        rows.append(
+            {
+                "method": method,
+                "cycles": args.cycles,
+                "changed_elements": sum(int((a != b).sum()) for a, b in pairs),
+                "num_elements": num_elements,
+                "drift_of_mean": drift / sum(float(a.double().abs().sum()) for a in before),
+            }
+        )
+    return rows
+
+
+def main(options: list[str] | None = None) -> None:
+    """Measure, write the result, print it."""
+    args = parse(options)
+    prepare(args)
+    console = Console(highlight=False)
+    result = provenance("benchmarks.sync", args, options)
+    found = {"full": measure_full(args)}
+    found["lora"], found["lora-adapter"] = measure_lora(args)
+    found["elements"], share = measure_elements(args)
+    found["paca"] = measure_paca(args)
+    result |= {
+        "model": f"Llama of SmolLM2-135M's sizes, bfloat16, r = {args.rank}"
+        if args.num_layers == 30
+        else f"Llama, hidden {args.hidden_size}, {args.num_layers} layers, r = {args.rank}",
+        "methods": METHODS,
+        "changed_share": share,
+        "rows": [{"method": method, **row} for method, row in found.items()],
+        "computed": [row for name in COMPUTED for row in count(name, args.rank, share)],
+        "drift": measure_drift(args),
+    }
+    path = write(result, args.output, "sync")
+    for row in [*result["rows"], *result["computed"], *result["drift"]]:
+        console.print(row)
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
