@@ -94,16 +94,19 @@ def adapt(model: nn.Module, args: argparse.Namespace, *, lora: bool) -> Any:
         else PacaConfig(r=rank, paca_alpha=rank, target_modules="all-linear")
     )
     adapted = get_peft_model(model, config)
-    change(adapted)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "paca_" in name:
+                parameter.normal_(std=0.01)
     return adapted
 
 
-@torch.no_grad()
-def change(adapted: nn.Module) -> None:
-    """Take a step of some kind."""
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "paca_" in name:
-            parameter.normal_(std=0.01)
+def train(model: Any, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
+    """Take a step on some tokens."""
+    ids = torch.randint(args.vocab_size, (1, 64))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -172,12 +175,8 @@ def measure_elements(args: argparse.Namespace) -> tuple[Row, float]:
         counts.append(count)
 
     times = []
-    for number in range(args.rounds + 1):
-        generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(args.vocab_size, (1, 64), generator=generator)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for _ in range(args.rounds + 1):
+        train(model, optimizer, args)
         times.append(seconds_of(sync))
     # The first step of Adam moves all elements by as much; later ones are the usual case.
     num_elements = statistics.median(counts[1:])
@@ -191,9 +190,11 @@ def measure_paca(args: argparse.Namespace) -> Row:
     source, receiver = ColumnSource(adapted), ColumnReceiver(server)
     receiver.expect(source.positions())
     receiver.apply(source.columns())  # from now on the base's columns are kept
+    deltas = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(deltas, lr=1e-4)
     source_times, times = [], []
     for _ in range(args.rounds + 1):
-        change(adapted)
+        train(adapted, optimizer, args)
         start = time.perf_counter()
         columns = source.columns()
         source_times.append(time.perf_counter() - start)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ class ColumnSet:
     indices: Tensor
     """(R,) int64 on the CPU, in increasing order."""
 
-    @property
+    @cached_property
     def columns_shape(self) -> tuple[int, ...]:
         """`shape` with R in place of `shape[dim]`."""
         return (*self.shape[: self.dim], len(self.indices), *self.shape[self.dim + 1 :])
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Size of the columns."""
         return torch.Size(self.columns_shape).numel() * self.dtype.itemsize

@@ -163,10 +163,10 @@ class ColumnSource:
 
     def _refuse_infinite(self, positions: Positions, changed: list[int], buffer: Tensor) -> None:
         places = positions.layout(changed)
-        if not places:
+        if not places or _is_finite(buffer, {one.dtype for _, one, _ in places}):
             return
         finite = [view_of(buffer, one, start).isfinite().all() for _, one, start in places]
-        is_finite = torch.stack(finite).tolist()  # waits for a GPU once
+        is_finite = torch.stack(finite).tolist()
         wrong = [one.name for (_, one, _), ok in zip(places, is_finite, strict=True) if not ok]
         if wrong:
             raise ValueError(
@@ -175,6 +175,15 @@ class ColumnSource:
                 "diverged (go back to a checkpoint), or the dtype is too narrow: serve bfloat16 or "
                 "float32."
             )
+
+
+def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether all columns are finite, by one look at the buffer; False if that cannot say."""
+    if len(dtypes) > 1:
+        return False
+    # Both are NaN if one value is.
+    ends = torch.stack(torch.aminmax(buffer.view(next(iter(dtypes)))))
+    return bool(ends.isfinite().all())
 
 
 @dataclass(frozen=True, eq=False)
