@@ -13,7 +13,8 @@ weights, in bfloat16; every linear layer is adapted.
     paca       the changed columns
 
 Sizes for larger models are counted from their shapes, the changed elements with the measured share.
-Then LoRA and PaCA are merged and unmerged over and over, and what became of the base is compared.
+Then LoRA and PaCA are merged and unmerged over and over, with a small random step between, and what
+became of the base is compared.
 """
 
 import argparse
@@ -239,7 +240,11 @@ def measure_drift(args: argparse.Namespace) -> list[Row]:
         adapted = adapt(build(args, 1), args, lora=method == "lora")
         layers = [one for one in adapted.modules() if hasattr(one, "merged_adapters")]
         before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         for _ in range(args.cycles):
+            with torch.no_grad():
+                for parameter in trained:  # a step of training between two syncs
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-4)
             for layer in layers:
                 layer.merge()
                 layer.unmerge()

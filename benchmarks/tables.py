@@ -173,7 +173,7 @@ def sync_table(result: dict[str, Any]) -> str:
         f"A step of full training changed {100 * result['changed_share']:.2g} % of the elements; "
         "the sizes of larger models are counted from their shapes, with that share. PaCA's "
         f"positions, once: {_megabytes(rows['paca']['positions_bytes'])}. After "
-        f"{drift['lora']['cycles']:,} merges and unmerges of one layer, LoRA's base differs in "
+        f"{drift['lora']['cycles']:,} merges and unmerges of one layer, with steps between, LoRA's base differs in "
         f"{share:.0f} % of its elements, by {drift['lora']['drift_of_mean']:.2g} of their mean "
         f"size; PaCA's in {drift['paca']['changed_elements']}."
     )
