@@ -169,13 +169,14 @@ def sync_table(result: dict[str, Any]) -> str:
     rows = {row["method"]: row for row in result["rows"]}
     drift = {row["method"]: row for row in result["drift"]}
     share = 100 * drift["lora"]["changed_elements"] / drift["lora"]["num_elements"]
+    rate = result["settings"]["learning_rate"]
     remark = (
-        f"A step of full training changed {100 * result['changed_share']:.2g} % of the elements; "
-        "the sizes of larger models are counted from their shapes, with that share. PaCA's "
-        f"positions, once: {_megabytes(rows['paca']['positions_bytes'])}. After "
-        f"{drift['lora']['cycles']:,} merges and unmerges of one layer, with steps between, LoRA's base differs in "
-        f"{share:.0f} % of its elements, by {drift['lora']['drift_of_mean']:.2g} of their mean "
-        f"size; PaCA's in {drift['paca']['changed_elements']}."
+        f"A step of full training (AdamW, {rate:g}) changed {100 * result['changed_share']:.2g} % "
+        "of the elements; the sizes of larger models are counted from their shapes, with that "
+        f"share. PaCA's positions, once: {rows['paca']['positions_bytes'] / 1e3:.3g} kB. After "
+        f"{drift['lora']['cycles']:,} merges and unmerges of one layer, with steps between, LoRA's "
+        f"base differs in {share:.0f} % of its elements, by {drift['lora']['drift_of_mean']:.2g} "
+        f"of their mean size; PaCA's in {drift['paca']['changed_elements']}."
     )
     source = (
         f"{result['model']}; medians beside any transport on {result['device']} "

@@ -1,6 +1,9 @@
 """Source and receiver in one process: what is served is what a merge writes, to the last bit."""
 
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -287,6 +290,15 @@ def test_messages_over_the_wire(model):
     words, buffer = to_wire(positions)
     with pytest.raises(ValueError, match="`indices` must increase"):
         from_wire(words, buffer.view(torch.int64).flip(0).view(torch.uint8))
+
+
+def test_a_server_needs_no_peft():
+    code = """
+        import sys
+        from pacatune.sync import ColumnReceiver, Distributed, File, InProcess, SharedWeights
+        assert not {"peft", "transformers", "accelerate"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_an_unadapted_or_otherwise_trained_model_is_refused(model):

@@ -6,7 +6,7 @@ for LLaMA3-8B with 16 columns, and nothing is sent for that.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from pacatune.patch.edit import bits, column_bits, put_bits_
 from pacatune.patch.memory import mode_of, tensors_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.placement import FUSIONS, Piece, place
-from pacatune.sync.transport import Transport
+
+if TYPE_CHECKING:
+    from pacatune.sync.transport import Transport
 
 __all__ = ["ColumnReceiver"]
 
@@ -117,7 +119,7 @@ class ColumnReceiver:
         self._written, self.number = plan, columns.number
         return True
 
-    def receive(self, transport: Transport, *, timeout: float | None = None) -> Columns:
+    def receive(self, transport: "Transport", *, timeout: float | None = None) -> Columns:
         """Wait for the next sync and apply it.
 
         Returns:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ from pacatune.ops.linear import adapted_columns
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
-from pacatune.sync.transport import Transport
 from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import ConvolutionLayout, ExpertsLayout
 from pacatune.tuner.model import is_foreign
+
+if TYPE_CHECKING:
+    from pacatune.sync.transport import Transport
 
 __all__ = ["ColumnSource"]
 
