@@ -105,6 +105,22 @@ def test_a_wrong_rank_or_another_model_is_refused():
         ColumnReceiver(kept_by_rank(base, 0, 1), fusions=fusions).expect(positions)
 
 
+def test_rows_that_another_server_joins():
+    model = adapt(target_modules=["up_proj", "down_proj"], init_weights=False)
+    source = ColumnSource(model)
+    name = "model.layers.1.mlp.{}_proj.weight"
+    base = build_model(VOCABULARY, **SIZES).state_dict()
+    tensors = {name.format("w"): torch.cat([base[name.format(one)] for one in ("up", "gate")])}
+    receiver = ColumnReceiver(
+        tensors, fusions={"w_proj": ("up_proj", "gate_proj")}, is_partial=True
+    )
+    receiver.expect(source.positions())
+    receiver.apply(source.columns())
+    merged = model.merge_and_unload().state_dict()
+    expected = torch.cat([merged[name.format(one)] for one in ("up", "gate")])
+    assert_bits(tensors, {name.format("w"): expected})
+
+
 def experts_of_rank(tensors, rank, size):
     held = {}
     for name, tensor in tensors.items():

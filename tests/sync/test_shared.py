@@ -1,9 +1,11 @@
 """Two processes over one copy of the weights: whole updates, no copy, nobody waits for the dead."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -194,6 +196,36 @@ def test_readers_see_whole_updates(world):
     assert is_whole
     assert seen == sorted(seen)
     assert len(seen) > 5
+
+
+def test_a_thread_that_looks_meanwhile(world):
+    """It comes to the gate with the residencies' lock, and so must publishing."""
+    model, _, shared = world
+    shared.attach(model)
+    stop, looks = threading.Event(), []
+
+    def look():
+        nonlocal looks
+        weights = net.layers_of(model)
+        while not stop.is_set():
+            looks += [len(layer.get_base_layer().weight) for layer in weights]
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    start = time.monotonic()
+    for value in range(200):
+        fill(model, value)
+        with contextlib.suppress(ValueError):  # the thread holds what it saw
+            shared.publish(timeout=10)
+    assert time.monotonic() - start < 10  # nobody has waited in vain
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert looks
+    shared.publish()
+    with pytest.raises(ValueError, match="is the trainer's; make another one"), shared.reading():
+        pass
 
 
 def fill(model, value):

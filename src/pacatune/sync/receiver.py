@@ -5,7 +5,7 @@ for LLaMA3-8B with 16 columns, and nothing is sent for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ class ColumnReceiver:
                 "no positions are known; give `source.positions()` to `expect` first, as "
                 "`source.send` and `receive` do."
             )
-        values = columns.by_name(plan.positions)
+        values = self._values(columns, plan)
         is_new = self._written is not plan
         number = 0 if is_new else self.number
         if columns.number <= number:
@@ -157,7 +157,7 @@ class ColumnReceiver:
         plan = self._expected
         if plan is None:
             raise ValueError("no positions are known; give `source.positions()` to `expect` first.")
-        values = columns.by_name(plan.positions)
+        values = self._values(columns, plan)
         if self._written is plan:
             found = plan.originals
         elif self._written is not None:
@@ -176,6 +176,11 @@ class ColumnReceiver:
                 f"{len(wrong)} of {len(plan.writes)} tensors, first {wrong[0]!r}, are not the "
                 "trainer's base in the trained columns; serve the base that is trained."
             )
+
+    def _values(self, columns: Columns, plan: "_Plan") -> dict[str, Tensor]:
+        """Return the columns by name, where most of them are written."""
+        device = plan.writes[0].indices.device if plan.writes else columns.buffer.device
+        return replace(columns, buffer=columns.buffer.to(device)).by_name(plan.positions)
 
     def _old_columns(self) -> "Iterator[tuple[_Write, Tensor]]":
         if self._written is not None:
@@ -201,7 +206,7 @@ class ColumnReceiver:
             )
             if not pieces and not self.is_partial:
                 self._refuse_missing(one, names, tensors)
-            writes += (_Write.of(one, piece, shapes[piece.target]) for piece in pieces)
+            writes += (_Write.of(one, piece, tensors[piece.target]) for piece in pieces)
         plan = _Plan(positions, [write for write in writes if write.num_values])
         if not writes:
             raise ValueError(
@@ -264,19 +269,19 @@ class _Write(NamedTuple):
     """and where, along `dim` of the target."""
 
     @classmethod
-    def of(cls, one: ColumnSet, piece: Piece, shape: tuple[int, ...]) -> "_Write":
+    def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
         first, last = piece.first_column, piece.first_column + piece.num_columns
         places = ((one.indices >= first) & (one.indices < last)).nonzero().flatten()
         return cls(
             name=one.name,
             target=piece.target,
-            shape=shape,
+            shape=tuple(tensor.shape),
             dtype=one.dtype,
             dim=one.dim,
             target_row=None if piece.source_rows is None else piece.target_row,
             source_rows=piece.source_rows or (0, 1),
-            places=places,
-            indices=one.indices[places] - first,
+            places=places.to(tensor.device),
+            indices=(one.indices[places] - first).to(tensor.device),
         )
 
     @property

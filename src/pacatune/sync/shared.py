@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from pacatune.residency import Residency
+from pacatune.residency.watching import LOCK
 
 try:
     import fcntl
@@ -38,7 +39,7 @@ except ImportError:  # Windows
 __all__ = ["SharedWeights"]
 
 _MAGIC = 0x70616361_73796E63
-_WORDS = struct.Struct("<5q")  # magic, is published, version, is the trainer waiting, its process
+_WORDS = struct.Struct("<5q")  # magic, is published, version, process that waits, the trainer's
 _POLL_SECONDS = 0.0005
 
 
@@ -132,7 +133,8 @@ class SharedWeights:
         """
         if not self._layers:
             raise ValueError("no model is attached; call `attach(model)` in the trainer.")
-        with self.closed(timeout):
+        # The lock first, as whoever looks at a weight has it when he comes to the gate.
+        with LOCK, self.closed(timeout):
             for name, layer, update in _updates(self._layers):
                 if not layer.residency.write(*update):
                     _refuse(name, layer.residency.obstacle(update[0]) or "its weight is in use")
@@ -149,7 +151,7 @@ class SharedWeights:
         """Keep readers out while columns change; nothing is published after it."""
         with self._threads:
             if self._depth == 0:
-                self._set(3, 1)
+                self._set(3, os.getpid())
                 try:
                     self._lock(fcntl.LOCK_EX, timeout, "a reader has not ended its pass")
                 finally:
@@ -179,6 +181,8 @@ class SharedWeights:
         Raises:
             TimeoutError: If nothing is published in time; it says whether the trainer is there.
         """
+        if self._layers:
+            raise ValueError("this object is the trainer's; make another one to read.")
         with self._threads:
             if self._num_readers == 0:
                 self._enter(self.timeout if timeout is None else timeout)
@@ -195,7 +199,8 @@ class SharedWeights:
     def _enter(self, timeout: float) -> None:
         end = time.monotonic() + timeout
         while True:
-            if self._get(1) and not self._get(3):  # the trainer comes first, or it might never
+            waiting = self._get(3)  # it comes first, or it might never; unless it has died
+            if self._get(1) and not (waiting and _is_alive(waiting)):
                 left = max(0.0, end - time.monotonic())
                 self._lock(fcntl.LOCK_SH, left, "the trainer has not ended writing")
                 if self._get(1):
@@ -257,13 +262,19 @@ def _refuse(name: str, reason: str) -> None:
 def _describe(process: int) -> str:
     if not process:
         return "no trainer has attached a model"
+    if not _is_alive(process):
+        return f"the trainer (process {process}) has ended"
+    return f"the trainer (process {process}) is there, but has not called `publish` since it wrote"
+
+
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return f"the trainer (process {process}) has ended"
-    except PermissionError:
+        return False
+    except PermissionError:  # another user's
         pass
-    return f"the trainer (process {process}) is there, but has not called `publish` since it wrote"
+    return True
 
 
 def _synchronize() -> None:
