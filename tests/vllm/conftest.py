@@ -66,8 +66,8 @@ def digest(tensor):
     return hashlib.sha256(data).hexdigest()
 
 
-def trained_digests(model):
-    """The same of a trainer's W', joined as vLLM joins them; the model is merged for it."""
+def trained_state(model):
+    """A trainer's W' under the checkpoint's names; the model is merged for it."""
     model.merge_adapter()
     state = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
@@ -75,7 +75,12 @@ def trained_digests(model):
         if "paca_" not in name
     }
     model.unmerge_adapter()
-    return joined_digests(state)
+    return state
+
+
+def trained_digests(model):
+    """What `served_digests` should be: W', joined as vLLM joins it."""
+    return joined_digests(trained_state(model))
 
 
 def joined_digests(state):

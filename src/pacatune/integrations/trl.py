@@ -47,7 +47,7 @@ def column_sync() -> Iterator[None]:
             vars(module)["VLLMGeneration"] = plain
 
 
-class ColumnClient(vllm_client.VLLMClient):  # type: ignore[misc]
+class ColumnClient(vllm_client.VLLMClient):
     """TRL's client of a vLLM server that runs with our engine."""
 
     columns: VllmTransport
@@ -63,7 +63,7 @@ class ColumnClient(vllm_client.VLLMClient):  # type: ignore[misc]
         self.columns = VllmTransport(self.base_url)
 
 
-class ColumnGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc]
+class ColumnGeneration(vllm_generation.VLLMGeneration):
     """TRL's vLLM of a trainer, which gets a PaCA model's columns."""
 
     _source: ColumnSource | None = None

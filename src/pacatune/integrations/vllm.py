@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -56,8 +57,8 @@ class Client(Protocol):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Give the engine one message."""
 
-    def finish_weight_update(self) -> None:
-        """End an update."""
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End an update; the version is what the server says that it serves."""
 
 
 class VllmTransport:
@@ -95,8 +96,9 @@ class VllmTransport:
         self.client, self.timeout = _client_of(vllm, timeout), timeout
         self._files = None if folder is None else File(folder)
         self._group: Broadcast | None = None
+        self._is_broken = False
         if broadcast is None:
-            info = {} if folder is None else {"folder": str(self._files.folder.absolute())}
+            info = {} if folder is None else {"folder": str(Path(folder).absolute())}
             self.client.init_weight_transfer_engine(info)
             return
         if num_workers is None:
@@ -133,7 +135,7 @@ class VllmTransport:
 
         The source does not notice: call its `forget` before the next `send`.
         """
-        self._request({"kind": "revert"})
+        self._request({"kind": "revert"}, "base")
 
     def receive(self, timeout: float | None = None) -> Positions | Columns:
         """Refuse: this end sends."""
@@ -141,29 +143,43 @@ class VllmTransport:
 
     def close(self) -> None:
         """Leave the group, if there is one; the server goes on with what it has."""
+        self._is_broken = self._group is not None
         self._group = None
 
     def _update(self, message: Positions | Columns, kind: str) -> None:
+        if self._is_broken:
+            raise ConnectionError("this transport was closed, or a broadcast failed; make another.")
         words, buffer = to_wire(message)
+        version = None
+        if isinstance(message, Columns) and kind == "columns":
+            version = f"{message.version}-{message.number}"
         if self._files is not None and kind != "base":
             self._files.send(message)
-            self._request({"kind": kind, "is_filed": True})
-        elif self._group is not None:
+            self._request({"kind": kind, "is_filed": True}, version)
+        elif self._group is not None and buffer.nbytes:
             update = {"kind": kind, "words": words, "num_bytes": buffer.nbytes}
-            request = _in_background(self._request, update)
-            if not (request.done() and request.exception()) and buffer.nbytes:
-                self._group.broadcast(buffer)
-            request.result()
+            self._broadcast(self._group, buffer, _in_background(self._request, update, version))
         else:
-            self._request({"kind": kind, "words": words, "buffer": self._packed(buffer)})
+            packed = getattr(self.client, "packed", _base64)
+            self._request({"kind": kind, "words": words, "buffer": packed(buffer)}, version)
 
-    def _packed(self, buffer: Tensor) -> Any:
-        return self.client.packed(buffer) if hasattr(self.client, "packed") else _base64(buffer)
+    def _broadcast(self, group: "Broadcast", buffer: Tensor, request: "Future[None]") -> None:
+        try:
+            group.broadcast(buffer)
+        except RuntimeError as error:
+            self._is_broken = True
+            if request.done():
+                request.result()  # what the workers said is worth more
+            raise ConnectionError(
+                f"the workers did not take the columns ({error}). Make another transport; the next "
+                "`source.send` sends everything."
+            ) from error
+        request.result()
 
-    def _request(self, update: dict[str, Any]) -> None:
+    def _request(self, update: dict[str, Any], version: str | None = None) -> None:
         self.client.start_weight_update()
         self.client.update_weights(update)
-        self.client.finish_weight_update()
+        self.client.finish_weight_update(version)
         if update["kind"] in ("columns", "revert"):
             getattr(self.client, "reset_prefix_cache", lambda: None)()
 
@@ -215,8 +231,8 @@ class _Offline:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.llm.update_weights({"update_info": update_info})
 
-    def finish_weight_update(self) -> None:
-        self.llm.finish_weight_update()
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.llm.finish_weight_update(weight_version)
 
     def reset_prefix_cache(self) -> None:
         self.llm.reset_prefix_cache()
@@ -240,8 +256,8 @@ class _Server:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._ask("update_weights", {"update_info": update_info})
 
-    def finish_weight_update(self) -> None:
-        self._ask("finish_weight_update", {})
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask("finish_weight_update", {"weight_version": weight_version})
 
     def reset_prefix_cache(self) -> None:
         self._ask("reset_prefix_cache", {})
@@ -279,16 +295,18 @@ class Broadcast:
     def __init__(
         self, host: str, port: int, rank: int, size: int, device: torch.device, timeout: float
     ) -> None:
-        from torch import distributed
+        from torch.distributed import distributed_c10d as c10d
 
         self.device = device
         wait = timedelta(seconds=timeout)
-        store = distributed.TCPStore(host, port, size, is_master=rank == 0, timeout=wait)
+        store = c10d.TCPStore(host, port, size, is_master=rank == 0, timeout=wait)
         self._group: Any
         if device.type == "cpu":
-            self._group = distributed.ProcessGroupGloo(store, rank, size, wait)
+            self._group = c10d.ProcessGroupGloo(store, rank, size, wait)
         else:
-            self._group = distributed.ProcessGroupNCCL(store, rank, size, wait)
+            options = c10d.ProcessGroupNCCL.Options()
+            options._timeout = wait
+            self._group = c10d.ProcessGroupNCCL(store, rank, size, options)
 
     def broadcast(self, buffer: Tensor) -> Tensor:
         """Send a buffer (rank 0), or receive into it."""

@@ -25,7 +25,7 @@ from pacatune.sync.placement import FUSIONS
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File
 
-__all__ = ["ColumnEngine", "keep_plain_weights"]
+__all__ = ["ColumnEngine", "keep_plain_weights", "refuse_unreachable"]
 
 
 @dataclass(kw_only=True)
@@ -61,24 +61,21 @@ class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
         super().__init__(config, vllm_config, device, model)
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                "`enable_lora` wraps the weights that columns are written into; serve without it."
+            )
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self._refuse_unsupported(size)
         self.receiver = ColumnReceiver(
             model,
             tp_rank=rank,
             tp_size=size,
-            fusions=FUSIONS | _fusions(model),
+            fusions={**FUSIONS, **_fusions(model)},
             rename=_rename(model),
             is_partial=self.parallel_config.pipeline_parallel_size > 1,
         )
         self._files: File | None = None
         self._group: Broadcast | None = None
-
-    def _refuse_unsupported(self, size: int) -> None:
-        if self.vllm_config.lora_config is not None:
-            raise ValueError(
-                "`enable_lora` wraps the weights that columns are written into; serve without it."
-            )
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Take the way that columns will come; one more time for another trainer."""
@@ -103,7 +100,7 @@ class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         message = self._message(update_info)
         if isinstance(message, Positions):
-            self._refuse_derived(message)
+            refuse_unreachable(self.model, message, self.receiver.tp_size)
             self.receiver.expect(message)
         elif update_info.kind == "base":
             self.receiver.check_base(message)
@@ -119,25 +116,43 @@ class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return from_wire(info.words, self._group.broadcast(empty))
         return from_wire(info.words, _unpacked(info.buffer))
 
-    def _refuse_derived(self, positions: Positions) -> None:
-        """Refuse weights of which vLLM keeps something derived, which would go stale."""
-        joined = {name for name, parts in _packed(self.model).items() if list(parts) == [name]}
-        for one in positions.sets:
-            module = one.name.rpartition(".")[0].rpartition(".")[2]
-            if module == "kv_b_proj":
-                raise ValueError(
-                    f"{one.name!r}: vLLM's latent attention keeps products of this weight, which "
-                    "columns would not reach; leave it out of the targets."
-                )
-            if module in joined and self.receiver.tp_size > 1:
-                raise ValueError(
-                    f"{one.name!r} is joined in the checkpoint, and tensor parallelism splits each "
-                    "of its parts, which is not supported; serve with tensor_parallel_size=1."
-                )
-
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = self._files = None
+
+
+def refuse_unreachable(model: torch.nn.Module, positions: Positions, tp_size: int) -> None:
+    """Refuse weights that vLLM uses in another way than the trainer, or keeps copies of."""
+    rename = _rename(model) or (lambda name: name)
+    joined = {name for name, parts in _packed(model).items() if list(parts) == [name]}
+    tied = _tied(model)
+    for one in positions.sets:
+        name = rename(one.name)
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        if module == "kv_b_proj":
+            raise ValueError(
+                f"{one.name!r}: vLLM's latent attention keeps products of this weight, which "
+                "columns would not reach; leave it out of the targets."
+            )
+        if module in joined and tp_size > 1:
+            raise ValueError(
+                f"{one.name!r} is joined in the checkpoint, and tensor parallelism splits each of "
+                "its parts, which is not supported; serve with tensor_parallel_size=1."
+            )
+        if name in tied:
+            raise ValueError(
+                f"{one.name!r}: vLLM has one tensor for {' and '.join(tied[name])}, since they "
+                "were equal when it loaded them, and the trainer changes one of them; leave it out "
+                "of the targets."
+            )
+
+
+def _tied(model: torch.nn.Module) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            names.setdefault(parameter.data_ptr(), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
 def _packed(model: Any) -> Mapping[str, list[str]]:
@@ -176,7 +191,7 @@ def keep_plain_weights() -> None:
     pack = utils.dispatch_cpu_unquantized_gemm
 
     @functools.wraps(pack)
-    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch(layer: Any, remove_weight: bool) -> None:
         config = get_current_vllm_config_or_none()
         transfer = None if config is None else config.weight_transfer_config
         if transfer is not None and transfer.backend == BACKEND:
