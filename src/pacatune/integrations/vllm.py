@@ -16,7 +16,7 @@ import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class VllmTransport:
         broadcast: (address, port) of this process: send the columns by a process group that this
             process makes together with all workers.
         num_workers: Of the vLLM, for `broadcast`; None: it is asked.
-        device: Where columns are broadcast from; None: CPU. On a GPU NCCL is used.
+        device: Where columns are broadcast from: a GPU for NCCL; None: the CPU, by gloo.
         timeout: Seconds that a request or a broadcast may take.
 
     Raises:
@@ -108,6 +108,7 @@ class VllmTransport:
     def _join(self, address: tuple[str, int], size: int, device: torch.device) -> None:
         host, port = address
         info = {"host": host, "port": port, "size": size, "timeout": self.timeout}
+        info["device"] = device.type
         # The workers wait for this process, and this process for them.
         request = _in_background(self.client.init_weight_transfer_engine, info)
         self._group = Broadcast(host, port, 0, size, device, self.timeout)
@@ -295,11 +296,14 @@ class Broadcast:
     def __init__(
         self, host: str, port: int, rank: int, size: int, device: torch.device, timeout: float
     ) -> None:
+        from torch import distributed
         from torch.distributed import distributed_c10d as c10d
 
         self.device = device
         wait = timedelta(seconds=timeout)
-        store = c10d.TCPStore(host, port, size, is_master=rank == 0, timeout=wait)
+        # Public, though not in the types of torch.
+        store_class = cast(Any, distributed).TCPStore
+        store = store_class(host, port, size, is_master=rank == 0, timeout=wait)
         self._group: Any
         if device.type == "cpu":
             self._group = c10d.ProcessGroupGloo(store, rank, size, wait)

@@ -36,6 +36,7 @@ class InitInfo(WeightTransferInitInfo):
     host: str | None = None
     port: int = 0
     size: int = 0
+    device: str = "cpu"
     timeout: float = 300.0
 
 
@@ -84,8 +85,12 @@ class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.host is not None:
             parallel = self.parallel_config
             rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-            host, port, size = init_info.host, init_info.port, init_info.size
-            self._group = Broadcast(host, port, rank, size, self.device, init_info.timeout)
+            # The trainer chooses gloo or NCCL, and the buffers are where it wants them.
+            is_own = self.device.type == init_info.device
+            device = self.device if is_own else torch.device(init_info.device)
+            self._group = Broadcast(
+                init_info.host, init_info.port, rank, init_info.size, device, init_info.timeout
+            )
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: the weights stay where they are."""
@@ -112,7 +117,8 @@ class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             assert self._files is not None, "init_transfer_engine was given the folder"
             return self._files.receive()
         if info.buffer is None and info.num_bytes and self._group is not None:
-            empty = torch.empty(info.num_bytes, dtype=torch.uint8, device=self.device)
+            device = self._group.device
+            empty = torch.empty(info.num_bytes, dtype=torch.uint8, device=device)
             return from_wire(info.words, self._group.broadcast(empty))
         return from_wire(info.words, _unpacked(info.buffer))
 
