@@ -43,11 +43,8 @@ NOT_RUN = {
     "docs/reproduce.md": 1,
     "docs/selection_study.md": 1,
     "docs/serving.md": 2,
-<<<<<<< HEAD
     "docs/tasks.md": 1,
-=======
     "docs/vllm.md": 5,
->>>>>>> ed42e81 (Docs of vLLM, TRL and SGLang)
 }
 # Languages that are shown only.
 SHOWN = ("text", "math")

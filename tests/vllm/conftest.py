@@ -107,6 +107,24 @@ def adapted(path, **options):
     return get_peft_model(base, PacaConfig(r=16, paca_alpha=16, **options))
 
 
+def save_small_model(tokenizer_path, folder):
+    """Two layers at random, whose heads two ranks can share; SmolLM2 has nine."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+
+
 class Trainer:
     """Plain training steps on random tokens, far enough that answers change."""
 

@@ -5,28 +5,23 @@ import torch
 
 from pacatune.integrations.vllm import VllmTransport
 from pacatune.sync import ColumnSource
-from tests.vllm.conftest import Trainer, adapted, answers, digest, start, stop, trained_state
+from tests.vllm.conftest import (
+    Trainer,
+    adapted,
+    answers,
+    digest,
+    save_small_model,
+    start,
+    stop,
+    trained_state,
+)
 
 
 @pytest.fixture(scope="module")
 def small_model(model_path, tmp_path_factory):
-    """A model whose heads two ranks can share; SmolLM2 has nine."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = str(tmp_path_factory.mktemp("small"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("small")
+    save_small_model(model_path, folder)
+    return str(folder)
 
 
 def test_each_rank_has_its_part(small_model, monkeypatch, free_port):
