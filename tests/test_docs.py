@@ -44,6 +44,7 @@ NOT_RUN = {
     "docs/selection_study.md": 1,
     "docs/serving.md": 2,
     "docs/tasks.md": 1,
+    "docs/vllm.md": 5,
 }
 # Languages that are shown only.
 SHOWN = ("text", "math")

@@ -311,7 +311,7 @@ def test_reasoning_gym(make_task_config, tmp_path):
             {"method": "full", "training": {"beta": 0.1}},
             "or set `training.be",
         ),
-        ({"training": {"use_vllm": True}}, "the model that is trained answers the prompts itself"),
+        ({"training": {"use_transformers_paged": True}}, "TRL casts the trained weights for it"),
         ({"training": {"num_generations": 3}}, r"must be divisible by"),
     ],
 )

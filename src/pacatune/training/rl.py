@@ -1,13 +1,14 @@
 """Reinforcement learning by TRL: GRPO and RLOO. The model that is trained writes the answers.
 
 It writes them with its columns in the weights (`pacatune.resident`), so that what is sampled is
-what is trained; `sampling/sampling_logp_difference` in the log says how far the two are apart.
+what is trained; `sampling/sampling_logp_difference` in the log says how far the two are apart. With
+`use_vllm`, vLLM writes them, and gets the columns after each step.
 """
 
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +26,7 @@ from pacatune import resident
 from pacatune.data import PreparedData
 from pacatune.data.prompts import prepare_prompts, prompt_ids
 from pacatune.files.tensor_file import read_tensors, write_tensors
+from pacatune.integrations.trl import column_sync
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.language import LanguageTrainer, MetricTask
 from pacatune.training.metrics import MetricReport, RlReport
@@ -152,6 +154,8 @@ class SamplingTrainer(LanguageTrainer):
         """Compute the loss; compare the log-probabilities with those that were sampled."""
         self._logps = None
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.use_vllm:  # TRL compares by itself
+            return loss
         # Only until the weights change do both belong to the same ones.
         is_new = bool((inputs["sampled_at"] == self.state.global_step).all())
         if is_new and self._logps is not None:
@@ -170,6 +174,8 @@ class SamplingTrainer(LanguageTrainer):
         return result
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         self._sampled = SampledLogProbs(self.temperature)
         with resident(model), self._sampled.listening(model), self.accelerator.autocast():
@@ -177,6 +183,8 @@ class SamplingTrainer(LanguageTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if self.use_vllm:
+            return output
         output["sampled_logps"] = self._sampled.matrix(output["completion_ids"].shape[1])
         output["sampled_at"] = torch.full_like(output["advantages"], self.state.global_step)
         return output
@@ -310,14 +318,15 @@ class SamplingTask(MetricTask[SamplingRunConfig[Any]]):
         """Return TRL's trainer, which puts the adapter on the model."""
         config = self.config
         path = Path(str(config.training.output_dir)) / CONFIG_NAME
-        return self.trainer_class(
-            model=model,
-            processing_class=self.tokenizer,
-            peft_config=adapter_config,
-            reward_funcs=list(self.rewards),
-            resume_command=f"{config.repeat_command(path)} --resume",
-            **options,
-        )
+        with column_sync() if config.training.use_vllm else nullcontext():
+            return self.trainer_class(
+                model=model,
+                processing_class=self.tokenizer,
+                peft_config=adapter_config,
+                reward_funcs=list(self.rewards),
+                resume_command=f"{config.repeat_command(path)} --resume",
+                **options,
+            )
 
     def learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
         """Return the prompt, the only text there is before training."""

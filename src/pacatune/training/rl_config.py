@@ -22,7 +22,6 @@ class SamplingDefaults(ReferenceDefaults):
 
     elsewhere: ClassVar[dict[str, str]] = {
         **ReferenceDefaults.elsewhere,
-        "use_vllm": "the model that is trained answers the prompts itself",
         "use_transformers_continuous_batching": "TRL casts the trained weights for it",
         "use_transformers_paged": "TRL casts the trained weights for it",
         "log_completions_hub_repo": "set `training.log_completions` and upload them yourself",

@@ -1,0 +1,1 @@
+"""Plug-ins for other libraries. Each is imported by that library, or by whoever uses it."""

@@ -1,0 +1,151 @@
+"""Tests with a real vLLM on the CPU, in an environment of their own: `make test-vllm`."""
+
+import hashlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]  # `make test` has no vLLM
+
+# Before vLLM is imported anywhere.
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+
+SMALL = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 256}
+OURS = {"weight_transfer_config": {"backend": "pacatune"}}
+PROMPTS = ["The capital of France is", "Two and two make", "Once upon a time"]
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    from pacatune.data.packaged import default_cache, prepare_model
+
+    return str(prepare_model(default_cache()))
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return PROMPTS
+
+
+def start(path, **options):
+    from vllm import LLM
+
+    return LLM(path, dtype="bfloat16", max_num_seqs=8, **SMALL, **OURS, **options)
+
+
+def stop(llm):
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def llm(model_path):
+    """A vLLM whose engine and worker are processes of their own."""
+    engine = start(model_path)
+    yield engine
+    stop(engine)
+
+
+def answers(llm):
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=24)
+    return [one.outputs[0].text for one in llm.generate(PROMPTS, greedy, use_tqdm=False)]
+
+
+def served_digests(llm):
+    """SHA-256 of each of vLLM's own tensors, computed in its worker."""
+    (found,) = llm.collective_rpc("compute_weight_checksums")
+    return {name.rpartition(":")[2]: digest for name, digest in found.items()}
+
+
+def digest(tensor):
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
+
+
+def trained_state(model):
+    """A trainer's W' under the checkpoint's names; the model is merged for it."""
+    model.merge_adapter()
+    state = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "paca_" not in name
+    }
+    model.unmerge_adapter()
+    return state
+
+
+def trained_digests(model):
+    """What `served_digests` should be: W', joined as vLLM joins it."""
+    return joined_digests(trained_state(model))
+
+
+def joined_digests(state):
+    found = {}
+    for name, tensor in state.items():
+        if ".q_proj" in name:
+            parts = [state[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
+            found[name.replace("q_proj", "qkv_proj")] = digest(torch.cat(parts))
+        elif ".gate_proj" in name:
+            parts = [tensor, state[name.replace("gate_proj", "up_proj")]]
+            found[name.replace("gate_proj", "gate_up_proj")] = digest(torch.cat(parts))
+        elif not any(part in name for part in (".k_proj", ".v_proj", ".up_proj", "lm_head")):
+            found[name] = digest(tensor)
+    return found
+
+
+def adapted(path, **options):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from pacatune import PacaConfig
+
+    base = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return get_peft_model(base, PacaConfig(r=16, paca_alpha=16, **options))
+
+
+def save_small_model(tokenizer_path, folder):
+    """Two layers at random, whose heads two ranks can share; SmolLM2 has nine."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+
+
+class Trainer:
+    """Plain training steps on random tokens, far enough that answers change."""
+
+    def __init__(self, model):
+        self.model = model
+        trained = [one for one in model.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=5e-3)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self):
+        ids = torch.randint(0, 40_000, (1, 16), generator=self.generator)
+        self.model.train()
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

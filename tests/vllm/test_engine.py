@@ -1,0 +1,159 @@
+import pytest
+import torch
+
+from pacatune.integrations.vllm import VllmTransport
+from pacatune.sync import ColumnSource
+from tests.vllm.conftest import (
+    Trainer,
+    adapted,
+    answers,
+    served_digests,
+    start,
+    stop,
+    trained_digests,
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(model_path):
+    return Trainer(adapted(model_path))
+
+
+@pytest.fixture(scope="module")
+def source(trainer):
+    return ColumnSource(trainer.model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(llm):
+    """What is served before any sync."""
+    return served_digests(llm), answers(llm)
+
+
+def test_ten_syncs_then_the_merged_folder_and_back(
+    llm, base, trainer, source, model_path, tmp_path
+):
+    transport = VllmTransport(llm)
+    transport.check_base(source)
+    assert served_digests(llm) == base[0]  # a check writes nothing
+    before = base[0]
+    for _ in range(10):
+        trainer.step()
+        columns = source.send(transport)
+        assert columns.num_bytes == source.positions().num_bytes
+        served = served_digests(llm)
+        assert served == trained_digests(trainer.model)
+        assert served != before
+        before = served
+    own = answers(llm)
+    assert own != base[1]
+
+    transport.revert()
+    assert served_digests(llm) == base[0]
+    assert answers(llm) == base[1]
+
+    with trainer.model.disable_adapter():
+        source.forget()
+        source.send(transport)
+        assert served_digests(llm) == base[0]
+    source.send(transport)
+    assert served_digests(llm) == trained_digests(trainer.model)
+    assert answers(llm) == own
+
+    trainer.model.eval().save_pretrained(tmp_path / "adapter")
+    from pacatune.cli import main
+
+    merged = str(tmp_path / "merged")
+    words = ["--model", model_path, "--adapter", str(tmp_path / "adapter"), "--output", merged]
+    assert main(["merge", *words]) == 0
+    other = start(merged)
+    try:
+        assert served_digests(other) == served_digests(llm)
+        assert answers(other) == own
+    finally:
+        stop(other)
+
+
+def test_prefixes_that_were_cached_are_forgotten(llm, trainer, source):
+    from vllm import SamplingParams
+
+    # Longer than a block of the cache, which has 128 tokens on a CPU.
+    prompt = " ".join(f"item {number}" for number in range(45))
+    sampling = SamplingParams(temperature=0, max_tokens=2, logprobs=1)
+
+    def ask():
+        (answer,) = llm.generate([prompt], sampling, use_tqdm=False)
+        assert 128 < len(answer.prompt_token_ids) < 250
+        return [one.logprob for step in answer.outputs[0].logprobs for one in step.values()]
+
+    transport = VllmTransport(llm)
+    transport.revert()
+    source.forget()
+    trainer.step()
+    old = ask()  # fills the cache
+    source.send(transport)
+    new = ask()
+    assert new != old
+    llm.reset_prefix_cache()
+    assert ask() == new
+
+
+def test_columns_by_file(llm, trainer, source, tmp_path):
+    transport = VllmTransport(llm, folder=str(tmp_path / "columns"))
+    source.forget()
+    for _ in range(2):
+        trainer.step()
+        source.send(transport)
+        assert served_digests(llm) == trained_digests(trainer.model)
+    assert len(list((tmp_path / "columns").glob("*.safetensors"))) == 3
+
+
+def test_columns_by_a_process_group(llm, trainer, source, free_port):
+    transport = VllmTransport(llm, broadcast=("127.0.0.1", free_port), timeout=60)
+    source.forget()
+    for _ in range(2):
+        trainer.step()
+        source.send(transport)
+        assert served_digests(llm) == trained_digests(trainer.model)
+    transport.close()
+
+
+def test_other_columns_replace_the_first(llm, base, model_path):
+    """A second adapter with other columns: the first one's are taken back."""
+    other = Trainer(adapted(model_path, random_seed=1, target_modules=["q_proj", "down_proj"]))
+    other.step()
+    transport = VllmTransport(llm)
+    ColumnSource(other.model).send(transport)
+    assert served_digests(llm) == trained_digests(other.model)
+    transport.revert()
+    assert served_digests(llm) == base[0]
+
+
+def test_another_base_is_refused(llm, base, model_path):
+    transport = VllmTransport(llm)
+    transport.revert()
+    model = adapted(model_path)
+    layer = model.base_model.model.model.layers[3].mlp.down_proj
+    with torch.no_grad():
+        layer.get_base_layer().weight[0, layer.paca_indices["default"][0]] += 1
+    with pytest.raises(Exception, match="not the trainer's base"):
+        transport.check_base(ColumnSource(model))
+    assert served_digests(llm) == base[0]
+
+
+def test_another_dtype_is_refused(llm, base, model_path):
+    transport = VllmTransport(llm)
+    with pytest.raises(Exception, match=r"columns are torch\.float16"):
+        ColumnSource(adapted(model_path), torch.float16).send(transport)
+    assert served_digests(llm) == base[0]
+
+
+def test_after_an_error_the_next_send_is_complete(llm, trainer, source):
+    transport = VllmTransport(llm)
+    transport.revert()
+    source.forget()
+    source.send(transport)
+    transport.revert()  # behind the source's back
+    trainer.step()
+    source.send(transport)  # all columns were changed, so all of them came
+    assert served_digests(llm) == trained_digests(trainer.model)
