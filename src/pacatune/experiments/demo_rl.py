@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 TASK = "reasoning-gym:chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 # The expression alone: a chat's turns, and the words before it, would be most of the tokens.
-TEMPLATE = (
-    "{% for message in messages %}{{ message['content'].split(': ')[-1] + '\\n' }}{% endfor %}"
-)
+TEMPLATE = "{% for message in messages %}{{ message['content'].split(': ')[-1] }}{% endfor %}"
 NUM_SOLVED, NUM_PROMPTS, NUM_HELD_OUT = 200, 2000, 200
 NUM_ANSWERS, NUM_GENERATIONS = 32, 8
 MAX_ANSWER_TOKENS = 6
@@ -66,7 +64,7 @@ class Problems:
 
 def prompt_of(question: str) -> str:
     """Return what the model sees of a question, as `TEMPLATE` writes it."""
-    return question.split(": ")[-1] + "\n"
+    return question.split(": ")[-1]
 
 
 def training_prompts(seed: int) -> "PromptDataConfig":
@@ -91,7 +89,7 @@ def write_solved(data: "PromptDataConfig", path: Path) -> None:
     rows = {made[i]["question"]: made[i]["answer"] for i in range(len(made))}
     with path.open("w", encoding="utf-8") as file:
         for question in list(rows)[:NUM_SOLVED]:
-            row = {"prompt": prompt_of(question), "completion": rows[question]}
+            row = {"prompt": prompt_of(question), "completion": f" {rows[question]}"}
             file.write(json.dumps(row) + "\n")
 
 
@@ -123,7 +121,7 @@ def sft_run(model: str, solved: Path, folder: Path, *, seed: int, dtype: str) ->
 
     training = TrainingConfig(
         output_dir=str(folder),
-        num_train_epochs=2,
+        num_train_epochs=1,
         per_device_train_batch_size=SFT_BATCH_SIZE,
         learning_rate=SFT_LEARNING_RATE,
         **_common(seed, dtype),
