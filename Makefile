@@ -5,13 +5,12 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision demo-rl test lint conformance compat soak bench docs report
-.PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
+.PHONY: help demo demo-vision test lint conformance compat soak bench docs report
+.PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
 	@echo 'make demo         fine-tune a real language model and show what changed'
 	@echo 'make demo-vision  the same with real image models'
-	@echo 'make demo-rl      teach it arithmetic by rewards, on reasoning-gym'
 	@echo 'make test         lint, types, spelling and every test'
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat       the core beside old and pinned releases of PEFT, transformers and torch'
@@ -25,9 +24,6 @@ demo: setup-demo
 
 demo-vision: setup-demo-vision
 	@$(RUN) -m pacatune demo-vision $(ARGS)
-
-demo-rl: setup-demo-rl
-	@$(RUN) -m pacatune demo-rl $(ARGS)
 
 test: lint
 	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
@@ -67,5 +63,5 @@ docs: setup-dev
 report: setup-dev
 	$(RUN) -m benchmarks.pages $(ARGS)
 
-setup-demo setup-demo-vision setup-demo-rl setup-dev:
+setup-demo setup-demo-vision setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)
