@@ -71,6 +71,14 @@ def test_held_out_problems_are_new_and_scored():
     assert max(problems.scores(["none"] * 20)) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(0.075, "no more than two standard errors"), (0.5, "rose: 0.025"), (0.0, "did not rise")],
+)
+def test_only_a_rise_beyond_chance_is_called_one(after, said):
+    assert said in demo_rl._change(0.025, after, 40)
+
+
 def test_folder_of_something_else_stays(tmp_path, words, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main([*words, "--output", str(tmp_path)]) == 2

@@ -5,6 +5,7 @@ problems; GRPO then learns from rewards alone. Rewards are measured on problems 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -351,6 +352,7 @@ class Result:
     sync_bytes: dict[str, int]
     gaps: dict[str, Gap]
     """Method -> gap between trainer and sampler."""
+    num_held_out: int
     train_rewards: list[tuple[int, float]]
     """Step of GRPO -> mean reward of its answers."""
     log_gap: float
@@ -359,13 +361,22 @@ class Result:
     def notes(self) -> list[str]:
         """Say what became of the reward."""
         before, after = (self.rewards[name] for name in ("after SFT", "after GRPO"))
-        rose = after.sampled > before.sampled
-        verb = "rose" if rose else "did not rise"
         return [
-            f"By GRPO the reward of sampled answers {verb} from {before.sampled:.3f} to "
-            f"{after.sampled:.3f}, that of greedy ones went from {before.greedy:.3f} to "
-            f"{after.greedy:.3f}. docs/decisions.md says what else was tried."
-        ]
+            f"By GRPO the reward of {kind} answers {_change(*pair, self.num_held_out)}."
+            for kind, pair in (
+                ("sampled", (before.sampled, after.sampled)),
+                ("greedy", (before.greedy, after.greedy)),
+            )
+        ] + ["docs/decisions.md says what else was tried."]
+
+
+def _change(before: float, after: float, number: int) -> str:
+    """Say whether a mean of rewards in [0, 1] rose by more than chance explains."""
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / number)
+    verb = "rose" if after > before else "did not rise"
+    if verb == "rose" and after - before <= 2 * error:
+        verb = "rose by no more than two standard errors"
+    return f"{verb}: {before:.3f}, then {after:.3f} on {number} problems"
 
 
 def run_demo(
@@ -416,6 +427,7 @@ def run_demo(
         rewards=rewards,
         sync_bytes=sync_bytes(str(start), folder / "paca"),
         gaps={name: measure_gap(str(start), folder / name, some, seed=seed) for name in runs},
+        num_held_out=len(problems.prompts),
         train_rewards=metrics["reward"],
         log_gap=sum(logged) / len(logged),
     )
