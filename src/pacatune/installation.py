@@ -11,6 +11,7 @@ _PACKAGES = {
     "demo": _TRAIN,
     "vision": _VISION,
     "demo-vision": _VISION,
+    "demo-rl": (*_TRAIN, "reasoning_gym"),
     # lm-eval is asked for by the evaluations that are its own.
     "eval": _TRAIN,
 }

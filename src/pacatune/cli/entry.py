@@ -17,6 +17,7 @@ from pacatune.names import did_you_mean
 COMMANDS = {
     "demo": "fine-tune a real model on real data and show what changed",
     "demo-vision": "the same with image models",
+    "demo-rl": "teach a real model arithmetic by rewards, and show what sampling costs",
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
@@ -35,6 +36,7 @@ COMMANDS = {
 EXTRAS = {
     "demo": "demo",
     "demo-vision": "demo-vision",
+    "demo-rl": "demo-rl",
     "train": "train",
     "train-image": "vision",
     "evaluate": "eval",
