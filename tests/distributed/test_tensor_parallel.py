@@ -322,17 +322,23 @@ def test_columns_are_rounded_as_a_merge_rounds_them(assert_equal):
     assert_equal(add_tiny_updates, atol=1e-2)
 
 
+def dense_updates(make):
+    layers = net.layers_of(step(adapt(make())))
+    return [layer.get_delta_weight("default") for layer in layers]
+
+
+def test_dense_updates(assert_equal):
+    assert_equal(dense_updates)
+
+
 def export(make):
     from peft import convert_to_lora
 
-    model = step(adapt(make()))
-    layers = net.layers_of(model)
-    dense = [layer.get_delta_weight("default") for layer in layers]
-    return [*dense, *dict(sorted(convert_to_lora(model, 4)[1].items())).values()]
+    return list(dict(sorted(convert_to_lora(step(adapt(make())), 4)[1].items())).values())
 
 
-def test_dense_updates_and_lora(assert_equal):
-    assert_equal(export)
+def test_lora(assert_equal):
+    assert_equal(export, atol=1e-7)  # PEFT rounds the factors to float32
 
 
 def train_and_save(folder, output, part):
