@@ -113,7 +113,7 @@ def cells(row: Row) -> list[str]:
 
 
 TITLES = ("in all", *(part.replace("_", " ") for part in PARTS), "rest")
-"""Of what `cells` returns."""
+"""Titles of what `cells` returns."""
 
 
 def meanings() -> dict[str, str]:

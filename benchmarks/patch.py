@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import RESULTS, at_least_1, prepare, provenance, write
+from benchmarks.sync import count
 from pacatune import PacaConfig, patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
@@ -74,22 +75,8 @@ def build(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
 
 def count_llama3_8b(rank: int) -> dict[str, int]:
     """Return the bytes of LLaMA3-8B in bfloat16, and of `rank` columns of each linear layer."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
-    layers = [one for one in model.model.modules() if isinstance(one, torch.nn.Linear)]
-    return {
-        "llama3_8b_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        "llama3_8b_columns_bytes": sum(2 * rank * layer.out_features for layer in layers),
-    }
+    sizes = {row["method"]: row["bytes"] for row in count("llama3-8b", rank, share=0.0)}
+    return {"llama3_8b_bytes": sizes["full"], "llama3_8b_columns_bytes": sizes["paca"]}
 
 
 def seconds_of(function: Callable[[], object], num_rounds: int = NUM_ROUNDS) -> float:

@@ -44,7 +44,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Of the tensors that are plain numbers: others are quantised, or no weights."""
+"""Dtypes of tensors that are plain numbers: others are quantised, or no weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Entry:
     shape: tuple[int, ...]
     """Its sizes."""
     start: int
-    """Of its first byte in the file."""
+    """Place of its first byte in the file."""
 
     @property
     def num_bytes(self) -> int:

@@ -57,11 +57,11 @@ class ColumnEdit:
     """Some columns of one tensor, before and after."""
 
     name: str
-    """Of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
+    """Name of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
     dim: int
     """Dimension of the tensor along which the columns are."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     indices: Tensor
     """(R,) int64, the columns in increasing order."""
     original: Tensor

@@ -1,8 +1,8 @@
 """Keeps adapted columns inside a frozen weight; whoever looks sees the pretrained ones.
 
 PaCA is fast because the adapted columns sit in W itself: one GEMM, nothing beside it. The price is
-that W is not the pretrained weight while they do. This module pays it, and no other module writes
-to a base weight during training.
+that W is not the pretrained weight while they do. This module pays it, and decides alone whether
+the columns may be there (`put` writes them).
 
     write     W[:, indices] <- originals + scaling * delta    in a training pass, if delta changed
     restore   W[:, indices] <- originals                      before anybody else reads W

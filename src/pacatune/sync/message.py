@@ -29,13 +29,13 @@ class ColumnSet:
     """The trained columns of one tensor: where they are, not what is in them."""
 
     name: str
-    """Of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
+    """Name of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
     parameter: str
-    """Of the trainer's parameter; most have the same name."""
+    """Name of the trainer's parameter; mostly the same."""
     dim: int
     """Dimension of the tensor along which the columns are."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     dtype: torch.dtype
     """In which the columns are sent, and served."""
     indices: Tensor
@@ -59,7 +59,7 @@ class Positions:
     sets: tuple[ColumnSet, ...] = field(repr=False)
     """In the order in which their columns are sent, without columns that were not changed."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    """Of the parameters beside the trained ones: a server may have joined them in one tensor."""
+    """Shapes of the parameters beside the trained ones, which a server may have joined to them."""
     run: str
     """Tells one source from another, whose counting begins again."""
     version: str = field(init=False)
@@ -98,7 +98,7 @@ class Columns:
     """What is in the columns after a step: all of them, or those that were changed."""
 
     version: str
-    """Of the positions."""
+    """Version of the positions that the columns are at."""
     number: int
     """Counts the source's syncs from 1 on."""
     since: int

@@ -58,7 +58,7 @@ class ColumnReceiver:
         self.fusions = FUSIONS if fusions is None else fusions
         self.rename, self.is_partial = rename, is_partial
         self.number = 0
-        """Of the sync that the weights hold; 0: the base's."""
+        """Number of the sync that the weights hold; 0: the base."""
         self._expected: _Plan | None = None  # what columns will come for
         self._written: _Plan | None = None  # whose columns are in the weights
 
@@ -254,10 +254,10 @@ class _Write(NamedTuple):
     """Columns of one tensor that one place of the model holds."""
 
     name: str
-    """Of the columns."""
+    """Name of the columns' tensor in the checkpoint."""
     target: str
     shape: tuple[int, ...]
-    """Of the target."""
+    """Shape of the target."""
     dtype: torch.dtype
     dim: int
     target_row: int | None
