@@ -45,6 +45,27 @@ def test_lean_levels():
         run_config(lean="off", lean_level=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reselect_every": 5}, r"`paca.active_columns` \(None\) need each other"),
+        ({"active_columns": 4}, r"`paca.reselect_every` \(None\) and `paca.active_columns` \(4\)"),
+        ({"reselect_every": 0, "active_columns": 4}, r"`paca.reselect_every` \(0\) must be at"),
+        (
+            {"reselect_every": 5, "active_columns": 16},
+            r"\(16\) must be at least 1 and below `paca.r`",
+        ),
+        (
+            {"reselect_every": 5, "active_columns": 0},
+            r"\(0\) must be at least 1 and below `paca.r`",
+        ),
+    ],
+)
+def test_turns_of_columns(options, message):
+    with pytest.raises(ValueError, match=message):
+        PacaSection(r=16, **options)
+
+
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, qpaca, lora, "):
         run_config(method="vera")

@@ -11,6 +11,7 @@ from pacatune.strategies import (
 
 __all__ = [
     "ColumnStatistics",
+    "ReselectColumns",
     "allocate_ranks",
     "choose_columns",
     "collect_statistics",
@@ -26,6 +27,7 @@ __all__ = [
 # The tuner needs the strategies, and these need the tuner, to know what is adapted.
 _LATER = {
     "ColumnStatistics": "pacatune.selection.statistics",
+    "ReselectColumns": "pacatune.selection.reselect",
     "allocate_ranks": "pacatune.selection.budget",
     "choose_columns": "pacatune.tuner.columns",
     "collect_statistics": "pacatune.selection.collect",

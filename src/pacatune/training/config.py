@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
 
+# Options of `paca` that say how to train an adapter, not what it is.
+_OF_THE_RUN = ("selection_batches", "share_columns", "budget", "reselect_every", "active_columns")
+
 _MODEL_ARGUMENTS = {
     "trust_remote_code": "code of a model is never executed",
     "dtype": "set `model.dtype`",
@@ -104,6 +107,13 @@ class PacaSection:
     """Ranks of the layers: all `r`, or by each layer's gradient over `selection_batches` batches,
     with as many parameters in all."""
 
+    reselect_every: int | None = None
+    """Optimizer steps after which `active_columns` other columns of each layer are trained; what
+    the others have learned stays. Null: all `r` are trained in every step."""
+
+    active_columns: int | None = None
+    """Columns trained at a time, below `r`; with `reselect_every`."""
+
     random_seed: int = 42
     """Seed for choosing the columns."""
 
@@ -141,6 +151,18 @@ class PacaSection:
             )
         if self.budget not in ("equal", "gradient"):
             raise ValueError(f"`paca.budget` ({self.budget!r}) must be 'equal' or 'gradient'.")
+        if (self.reselect_every is None) != (self.active_columns is None):
+            raise ValueError(
+                f"`paca.reselect_every` ({self.reselect_every}) and `paca.active_columns` "
+                f"({self.active_columns}) need each other; set both, or none."
+            )
+        if self.reselect_every is not None and self.reselect_every < 1:
+            raise ValueError(f"`paca.reselect_every` ({self.reselect_every}) must be at least 1.")
+        if self.active_columns is not None and not 0 < self.active_columns < self.r:
+            raise ValueError(
+                f"`paca.active_columns` ({self.active_columns}) must be at least 1 and below "
+                f"`paca.r` ({self.r}), the columns that take turns."
+            )
         if self._names_a_file():
             # Absolute, so that the run can be repeated from elsewhere.
             self.selection = str(Path(str(self.selection)).expanduser().resolve())
@@ -154,7 +176,7 @@ class PacaSection:
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("selection_batches", "share_columns", "budget"):
+        for name in _OF_THE_RUN:
             del values[name]
         if self._names_a_file():
             from pacatune.selection import load_columns

@@ -16,6 +16,7 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
+from pacatune.selection.reselect import ReselectColumns
 from pacatune.training.config import BaseRunConfig, R
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
@@ -236,6 +237,10 @@ def _add_callbacks(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressReporter(console, trainer.meter))
+    paca = config.paca
+    if METHODS[config.method].is_paca and paca.active_columns and paca.reselect_every:
+        reselect = ReselectColumns(paca.active_columns, paca.reselect_every, paca.random_seed)
+        trainer.add_callback(reselect)
     if config.early_stopping_patience is None:
         return
     callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
