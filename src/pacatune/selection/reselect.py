@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.strategies import seed_for
@@ -15,7 +15,7 @@ from pacatune.tuner.layer import PacaLayer
 __all__ = ["ReselectColumns"]
 
 
-class ReselectColumns(TrainerCallback):  # type: ignore[misc]
+class ReselectColumns(TrainerCallback):
     """Let only `num_columns` of each layer's r columns move, chosen anew every `every` steps.
 
     All r columns belong to the adapter: those whose turn is over keep what they have learned, in
