@@ -34,10 +34,14 @@ METHODS = {
     "full": "every weight trained",
 }
 # Measured only where asked for.
-_OPTIONAL = {"additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8"}
+_OPTIONAL = {
+    "paca_g8": "ours, r = 8 in each of 8 row groups",
+    "additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8",
+}
 RANK, DROPOUT = 8, 0.1
 # Those that are another method with something changed.
-_PLAIN = {SWAP: OURS, "additive": OURS, "lora_r4": "lora"}
+_PLAIN = {SWAP: OURS, "additive": OURS, "paca_g8": OURS, "lora_r4": "lora"}
+_GROUPS = {"paca_g8": 8}
 _RANKS = {"lora_r4": 4}
 
 
@@ -63,7 +67,14 @@ def adapt(
         raise ValueError(f"`method` ({method!r}) must be one of {sorted(known)}.")
     plain, rank = _PLAIN.get(method, method), _RANKS.get(method, RANK)
     contender = make_contender(
-        model, plain, rank=rank, dropout=DROPOUT, seed=seed, targets=targets, heads=heads
+        model,
+        plain,
+        rank=rank,
+        dropout=DROPOUT,
+        seed=seed,
+        targets=targets,
+        heads=heads,
+        groups=_GROUPS.get(method, 1),
     )
     if method == SWAP:
         swap_layers(contender.model)
@@ -77,7 +88,7 @@ def adapter_config(method: str, targets: str | list[str], seed: int) -> PacaConf
     row, rank = TABLE[_PLAIN.get(method, method)], _RANKS.get(method, RANK)
     options = size_options(row, rank, rank, DROPOUT if row.dropout else 0.0)
     if row.is_paca:
-        options["random_seed"] = seed
+        options |= {"random_seed": seed, "groups": _GROUPS.get(method, 1)}
     return make_config(row, **options, target_modules=targets)  # type: ignore[return-value]
 
 

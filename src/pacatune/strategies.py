@@ -24,6 +24,7 @@ __all__ = [
     "KINDS",
     "Strategy",
     "needs_of",
+    "random_columns",
     "register_strategy",
     "seed_for",
     "select_columns",
@@ -105,8 +106,10 @@ def statistics_of(strategy: str) -> tuple[str, ...]:
     return tuple(kind for kind in needs_of(strategy) if kind != "weight")
 
 
-def seed_for(random_seed: int | None, name: str) -> int:
+def seed_for(random_seed: int | None, name: str, group: int = 0) -> int:
     """Return a layer's own seed: (random_seed + crc32(name)) mod 2^63.
+
+    Row groups after the first have seeds of their own, those of the name `name[group]`.
 
     The same on every rank, in every process and for every adapter name, and the rule of
     PEFT 0.22, so that the same seed chooses the same columns there.
@@ -115,9 +118,32 @@ def seed_for(random_seed: int | None, name: str) -> int:
         random_seed: `PacaConfig.random_seed`, any integer; % is Python's, so never negative. None
             has been replaced by one that was drawn, see `tuner.config.seeded`.
         name: The module's name inside the base model, such as `model.layers.0.mlp.up_proj`.
+        group: Which of the row groups, from 0 on.
     """
     assert random_seed is not None, "whoever makes an adapter draws its seed first"
+    name = f"{name}[{group}]" if group else name
     return (random_seed + zlib.crc32(name.encode())) % 2**63
+
+
+def random_columns(
+    num_columns: int, rank: int, random_seed: int | None, name: str, groups: int = 1
+) -> Tensor:
+    """Choose a layer's columns at random.
+
+    Args:
+        num_columns: I, to choose from.
+        rank: Number of columns of each row.
+        random_seed: `PacaConfig.random_seed`, drawn where it was None.
+        name: The module's name, as for `seed_for`.
+        groups: Number of row groups, which choose independently.
+
+    Returns:
+        (rank,) int64 on the CPU, or (groups, rank); sorted, distinct in each group.
+    """
+    weight = torch.empty(1, num_columns, device="meta")
+    seeds = [seed_for(random_seed, name, group) for group in range(groups)]
+    chosen = [select_columns("random", weight, rank, seed=seed) for seed in seeds]
+    return chosen[0] if groups == 1 else torch.stack(chosen)
 
 
 def select_columns(

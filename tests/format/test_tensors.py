@@ -90,3 +90,16 @@ def test_values_that_are_not_finite_are_counted():
 def test_indices_must_be_int64_sorted_and_unique(indices, message):
     with pytest.raises(ValueError, match=rf"here: module 'layers.0.q_proj': .*{message}"):
         check_tensors(tensors(indices=indices), source="here")
+
+
+def test_row_groups_have_a_line_each():
+    delta, indices = torch.zeros(6, 3), torch.tensor([[0, 2, 4], [1, 2, 3]])
+    check_tensors(tensors(delta, indices), source="here")
+    with pytest.raises(ValueError, match=r"has 4 lines, one for each of `groups`, which do not"):
+        check_tensors(tensors(delta, indices.repeat(2, 1)), source="here")
+    with pytest.raises(ValueError, match=r"shape \(2, 2\); it must be \(3,\)"):
+        check_tensors(tensors(delta, indices[:, :2]), source="here")
+    with pytest.raises(ValueError, match="holds column 1 more than once"):
+        check_tensors(tensors(delta, torch.tensor([[0, 2, 4], [1, 1, 3]])), source="here")
+    experts = torch.zeros(5, 6, 3)  # (E, O, R)
+    check_tensors(tensors(experts, indices), source="here")

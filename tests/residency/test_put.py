@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 
+from pacatune.ops.columns import read_columns, with_columns
 from pacatune.ops.linear import adapted_columns
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 
-SHAPES = [(37, 50, 4), (64, 33, 8), (700, 64, 3)]
+# O, I, R and row groups.
+SHAPES = [(37, 50, 4, 1), (64, 33, 8, 1), (700, 64, 3, 1), (60, 33, 8, 4), (700, 64, 3, 7)]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -22,15 +24,16 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
     pytest.importorskip("triton")
     device = "cpu" if IS_INTERPRETED else "cuda"
     puts, expected, pretrained = [], [], []
-    for out_features, in_features, rank in SHAPES:
+    for out_features, in_features, rank, groups in SHAPES:
         weight = torch.randn(out_features, in_features).to(device, dtype)
-        columns = torch.randperm(in_features)[:rank].sort().values.to(device)
+        chosen = [torch.randperm(in_features)[:rank].sort().values for _ in range(groups)]
+        columns = (chosen[0] if groups == 1 else torch.stack(chosen)).to(device)
         kept = room_for(weight, columns, columns)
-        originals = weight.index_select(1, columns)
+        originals = read_columns(weight, columns)
         delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
         pretrained.append(weight.clone())
         adapted = adapted_columns(originals, delta, 1.7)
-        expected.append(weight.index_copy(1, columns, adapted))
+        expected.append(with_columns(weight, columns, adapted))
         puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0)))
     exchange(puts, takes=True)
     exchange(puts)

@@ -51,6 +51,8 @@ class Kind:
     """Of the layer: what is adapted."""
     amplification: float = 1
     """Of rounding, by what the layer does beside its product."""
+    groups: tuple[int, ...] = (1, 2, 4)
+    """Numbers of row groups that its adapters may have."""
     target: str = "layer"
     """What `target_modules` says, or `target_parameters` if it has a dot."""
 
@@ -85,10 +87,16 @@ KINDS = {
     "Conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, 2), adapted_kernel, _images(IN, 1)),
     "Conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3), adapted_kernel, _images(IN, 2)),
     "Conv2d, groups": Kind(
-        lambda: nn.Conv2d(IN, OUT, 3, groups=2), partial(adapted_kernel, groups=2), _images(IN, 2)
+        lambda: nn.Conv2d(IN, OUT, 3, groups=2),
+        partial(adapted_kernel, groups=2),
+        _images(IN, 2),
+        groups=(1,),
     ),
     "Conv2d, depthwise": Kind(
-        lambda: nn.Conv2d(IN, IN, 3, groups=IN), partial(adapted_kernel, groups=IN), _images(IN, 2)
+        lambda: nn.Conv2d(IN, IN, 3, groups=IN),
+        partial(adapted_kernel, groups=IN),
+        _images(IN, 2),
+        groups=(1,),
     ),
     "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), adapted_kernel, _images(IN, 3)),
     "Embedding": Kind(
@@ -221,8 +229,9 @@ class Twin:
         assert torch.equal(weight, self.weight_of(self.plain))
 
 
-def adapted(plain: nn.Module, kind: Kind, rank: int = 3) -> Any:
-    options: Any = {"r": rank, "paca_alpha": 4, "init_weights": False, **targets_of(kind)}
+def adapted(plain: nn.Module, kind: Kind, rank: int = 3, groups: int = 1) -> Any:
+    options: Any = {"r": rank, "paca_alpha": 4, "groups": groups, "init_weights": False}
+    options |= targets_of(kind)
     return get_peft_model(Net(copy.deepcopy(plain), kind.call), PacaConfig(**options))
 
 

@@ -83,8 +83,8 @@ class Walk(RuleBasedStateMachine):
         for parameter in plain.parameters():
             if parameter.is_floating_point():
                 parameter.normal_(std=0.3)
-        model = adapted(plain, KINDS[kind])
         self.rng = random.Random(seed)
+        model = adapted(plain, KINDS[kind], groups=self.rng.choice(KINDS[kind].groups))
         self.twin = Twin(model, plain, KINDS[kind], self.rng)
 
     @invariant()
@@ -252,6 +252,7 @@ class Walk(RuleBasedStateMachine):
             r=rng.randint(1, 5),
             paca_alpha=rng.choice([1, 4, 6.5]),
             random_seed=rng.randrange(100),
+            groups=rng.choice(twin.kind.groups),
             init_weights=False,
             **targets_of(twin.kind),
         )
@@ -336,7 +337,8 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def hotswap(self) -> None:
         twin = self.twin
-        name, saved = self.rng.choice(twin.adapters), _saved(twin, self.rng.choice([2, 3]))
+        name, groups = self.rng.choice(twin.adapters), self.rng.choice(twin.kind.groups)
+        saved = _saved(twin, self.rng.choice([2, 3]), groups)
         if name in twin.merged:
             with contextlib.suppress(ValueError):
                 hotswap_adapter(twin.model, saved, name)
@@ -445,11 +447,11 @@ class CompiledWalk(Walk):
         self.twin.check(torch.compile(self.twin.model, backend="aot_eager"))
 
 
-def _saved(twin: Twin, rank: int) -> Path:
+def _saved(twin: Twin, rank: int, groups: int) -> Path:
     """Return an adapter's folder; that of a kind of layer is made once."""
-    folder = Path(_FOLDER.name, f"{list(KINDS.values()).index(twin.kind)}-{rank}")
+    folder = Path(_FOLDER.name, f"{list(KINDS.values()).index(twin.kind)}-{rank}-{groups}")
     if not folder.exists():
-        adapted(twin.plain, twin.kind, rank).save_pretrained(folder)
+        adapted(twin.plain, twin.kind, rank, groups).save_pretrained(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
 from pacatune.format.options import format_quantization
+from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
 from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized
@@ -58,7 +59,7 @@ def replace_quantised(model: PreTrainedModel, original: nn.Module | None) -> Non
             weight = _weight_of(original, name).to(weight).clone()
             if (layer := layers.get(id(module))) is not None:
                 for indices in layer.paca_indices.values():
-                    weight.index_copy_(1, indices, columns.index_select(1, indices))
+                    put_columns_(weight, indices, read_columns(columns, indices))
         plain = _linear(weight, cast(Any, module).bias)
         if (layer := layers.get(id(module))) is not None:
             layer.base_layer, layer.quantization_backend = plain, None

@@ -58,7 +58,8 @@ from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
-from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
+from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME, ColumnUpdate
+from pacatune.ops.row_groups import distinct_columns, rank_of
 from pacatune.precision import torch_dtype
 from pacatune.tuner.quantized import Quantization
 
@@ -373,12 +374,16 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    Alpha is that of the module with the largest rank; if that is no whole number above 0, which
+    A module's rank is its number of distinct columns, more than its own with row groups. Alpha
+    gives the scaling of the module with the largest rank; if that is no whole number above 0, which
     some servers need, it is the rank.
     """
-    ranks = _linear_ranks(adapter) or {n: len(u.indices) for n, u in adapter.modules.items()}
+    ranks = _linear_ranks(adapter) or {n: _rank(u) for n, u in adapter.modules.items()}
     largest = max(ranks, key=lambda name: ranks[name])
+    own = rank_of(adapter.modules[largest].indices)
     alpha = module_alpha(adapter.config, largest)
+    if own != ranks[largest]:
+        alpha *= ranks[largest] / own
     return ranks[largest], int(alpha) if alpha.is_integer() and alpha > 0 else ranks[largest]
 
 
@@ -411,6 +416,13 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
 def _pattern_notes(adapter: Adapter) -> list[str]:
     rank, alpha = rank_and_alpha(adapter)
     notes = []
+    if adapter.config.groups > 1:
+        own = max(rank_of(update.indices) for update in adapter.modules.values())
+        notes.append(
+            f"{adapter.config.groups} row groups of {own} columns: as LoRA the rank is {rank}, the "
+            f"number of distinct columns, and B holds {rank / own:.1f} times the numbers, most of "
+            "them zeros; a server must allow that rank."
+        )
     if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
         notes.append(f"{num_padded} modules of lower rank are filled up with zeros to {rank}.")
     if num_scaled := sum(adapter.scaling(name) != alpha / rank for name in adapter.modules):
@@ -423,10 +435,14 @@ def _pattern_notes(adapter: Adapter) -> list[str]:
 
 def _linear_ranks(adapter: Adapter) -> dict[str, int]:
     return {
-        name: len(indices)
-        for name, (delta, indices) in adapter.modules.items()
-        if delta.ndim == 2 or is_parameter(adapter.config, name)
+        name: _rank(update)
+        for name, update in adapter.modules.items()
+        if update.delta.ndim == 2 or is_parameter(adapter.config, name)
     }
+
+
+def _rank(update: ColumnUpdate) -> int:
+    return len(distinct_columns(update.indices))
 
 
 def _quantization_notes(adapter: Adapter) -> list[str]:

@@ -23,6 +23,7 @@ from pacatune.adapters.folder import Adapter, LoraAdapter
 from pacatune.adapters.target import find_target
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.ops.row_groups import joined_groups
 from pacatune.tuner.compat import require
 from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.layout import (
@@ -98,10 +99,15 @@ def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tens
 def lora_factors(
     adapter: Adapter, base: nn.Module, name: str, update: Tensor, rank: int
 ) -> dict[str, Tensor]:
-    """Return the factors of one layer by their names in PEFT's file, without its prefix."""
+    """Return the factors of one layer by their names in PEFT's file, without its prefix.
+
+    Row groups have one row of A for each of their distinct columns, and zeros in B where a group
+    does not train it.
+    """
     found = find_target(base, name)
     assert found is not None, "check_base has seen it"
-    layout, indices = found.layout, adapter.modules[name].indices
+    layout = found.layout
+    update, indices = joined_groups(update, adapter.modules[name].indices)
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")
         factors = convolution_factors(update, indices, layout.in_features, layout.groups)

@@ -28,6 +28,7 @@ from pacatune.format.tensors import (
     split_tensor_name,
 )
 from pacatune.names import nearest
+from pacatune.ops.row_groups import num_groups_of, rank_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -200,7 +201,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """Return alpha / rank of one adapted module."""
-        return module_alpha(self.config, module) / len(self.modules[module].indices)
+        return module_alpha(self.config, module) / rank_of(self.modules[module].indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +351,7 @@ def module_alpha(config: PacaOptions, module: str) -> float:
 
 
 def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
-    """Refuse tensors whose rank is not the configuration's: their scaling would be wrong.
+    """Refuse tensors of other ranks or row groups than the configuration's.
 
     Args:
         config: The adapter's configuration.
@@ -358,15 +359,21 @@ def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, sou
         source: Where the tensors come from, for the error.
 
     Raises:
-        ValueError: At the first module whose rank differs.
+        ValueError: At the first module that differs: its scaling would be wrong.
     """
     for module, update in modules.items():
-        rank, expected = len(update.indices), module_rank(config, module)
+        rank, expected = rank_of(update.indices), module_rank(config, module)
         if rank != expected:
             raise ValueError(
                 f"{source}: module {module!r} has rank {rank} but the configuration says "
                 f"{expected} (`r` = {config.r}, `rank_pattern` = {config.rank_pattern}); "
                 "configuration and tensors are of different runs, or one was edited."
+            )
+        if (groups := num_groups_of(update.indices)) != config.groups:
+            raise ValueError(
+                f"{source}: module {module!r} has {groups} row groups but the configuration says "
+                f"`groups` = {config.groups}; configuration and tensors are of different runs, or "
+                "one was edited."
             )
 
 
@@ -384,10 +391,10 @@ def _columns_second(update: ColumnUpdate, config: PacaOptions, name: str) -> Col
     delta, indices = update
     if delta.ndim == 3 and is_parameter(config, name):
         delta = delta.permute(1, 2, 0)
-    if delta.shape[1] != len(indices):
+    if delta.shape[1] != rank_of(indices):
         raise ValueError(
             f"module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which fits its "
-            f"{len(indices)} `paca_indices` only as one of `target_parameters` "
+            f"{rank_of(indices)} `paca_indices` only as one of `target_parameters` "
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
     return ColumnUpdate(delta, indices)

@@ -24,6 +24,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.ops.row_groups import distinct_columns, joined_groups, rank_of
 
 __all__ = [
     "AdapterReport",
@@ -42,7 +43,7 @@ class ModuleReport:
     name: str
     """In the base model, such as `model.layers.0.self_attn.q_proj`."""
     rank: int
-    """Trained columns, or the rank of a LoRA update."""
+    """Trained columns of each row, or the rank of a LoRA update."""
     scaling: float
     """Factor of the update, alpha / rank."""
     out_features: int
@@ -52,7 +53,9 @@ class ModuleReport:
     update_norm: float
     """Frobenius norm of W' - W."""
     columns: list[int] | None
-    """The trained columns; None for other methods than PaCA."""
+    """The trained columns, of all row groups; None for other methods than PaCA."""
+    columns_of_groups: list[list[int]] | None = None
+    """Those of each row group; None without groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +125,13 @@ def _describe_paca(adapter: Adapter) -> AdapterReport:
     modules = [
         ModuleReport(
             name=name,
-            rank=len(indices),
+            rank=rank_of(indices),
             scaling=adapter.scaling(name),
             out_features=delta.shape[0],
             num_parameters=delta.numel(),
             update_norm=float(delta.double().norm()) * adapter.scaling(name),
-            columns=indices.tolist(),
+            columns=distinct_columns(indices).tolist(),
+            columns_of_groups=indices.tolist() if config.groups > 1 else None,
         )
         for name, (delta, indices) in adapter.modules.items()
     ]
@@ -226,6 +230,12 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         notes.append(f"trained on a base quantised as {how}; columns started from {start} weights.")
     if idle := idle_layers(config):
         notes.append(f"{idle} has no effect: `target_modules` is a regular expression.")
+    if config.groups > 1:
+        distinct = [len(distinct_columns(one.indices)) for one in adapter.modules.values()]
+        notes.append(
+            f"{config.groups} row groups: each update has rank up to {max(distinct)}, its number "
+            "of distinct columns, with the parameters of the rank above."
+        )
     has_convolutions = any(
         update.delta.ndim > 2 and not is_parameter(config, name)
         for name, update in adapter.modules.items()
@@ -377,7 +387,8 @@ def _compare_module(
     name: str, a: Adapter, b: Adapter, update_a: Tensor, update_b: Tensor
 ) -> tuple[ModuleComparison, float]:
     # Only shared columns meet in the dot product; elsewhere one of the two updates is zero.
-    indices_a, indices_b = a.modules[name].indices, b.modules[name].indices
+    update_a, indices_a = joined_groups(update_a, a.modules[name].indices)
+    update_b, indices_b = joined_groups(update_b, b.modules[name].indices)
     in_b = torch.isin(indices_a, indices_b)
     in_a = torch.isin(indices_b, indices_a)
     # Both index lists are sorted, so the shared columns come in the same order.

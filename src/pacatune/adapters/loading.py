@@ -29,9 +29,11 @@ from pacatune.adapters.folder import (
 from pacatune.adapters.target import find_target
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
 from pacatune.names import nearest
+from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
+from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import ExpertsLayout
 
 __all__ = [
@@ -107,9 +109,10 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
                 f"{source}: module {name!r} has out_features = {delta.shape[0]} in the adapter but "
                 f"{out_features} in the base; the adapter belongs to another base."
             )
-        if int(indices[-1]) >= in_features:
+        check_groups(num_groups_of(indices), target.layout, name)
+        if (last := int(indices.max())) >= in_features:
             raise ValueError(
-                f"{source}: module {name!r} adapts column {int(indices[-1])} but the base has "
+                f"{source}: module {name!r} adapts column {last} but the base has "
                 f"in_features = {in_features}; indices must be below it. The adapter is damaged or "
                 "belongs to another base."
             )
@@ -398,12 +401,11 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     for name, layer in layers.items():
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
-        layer.replace_update(
-            adapter_name, delta, update.indices, adapter.scaling(name) * len(update.indices)
-        )
+        alpha = adapter.scaling(name) * rank_of(update.indices)
+        layer.replace_update(adapter_name, delta, update.indices, alpha)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
-        config.selection = adapter.config.selection
+        config.groups, config.selection = adapter.config.groups, adapter.config.selection
         config.selection_options = adapter.config.selection_options
         keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 
@@ -430,7 +432,8 @@ def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) ->
     for name, layer in layers.items():
         delta, indices = adapter.modules[name]
         delta = layer.layout.from_file(delta)
-        shape = layer.layout.delta_shape(len(indices))
+        check_groups(num_groups_of(indices), layer.layout, name)
+        shape = layer.layout.delta_shape(rank_of(indices))
         if delta.shape != shape or int(indices.max()) >= layer.in_features:
             raise ValueError(
                 f"{adapter.folder}: {name!r} has a delta of {tuple(delta.shape)} and columns up to "

@@ -17,6 +17,7 @@ from pacatune.cli.options import (
 )
 from pacatune.measure.presets import PRESETS
 from pacatune.measure.setting import Setting
+from pacatune.methods import TEXT_METHODS, method_of
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Estimate, Quantity
@@ -95,7 +96,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _setting(options: argparse.Namespace, method: str, num_methods: int) -> Setting:
-    setting = Setting(**field_values(options, Setting) | {"method": method, "dropout": 0.0})
+    given = {"method": method, "dropout": 0.0}
+    if (
+        num_methods > 1 and not method_of(method, TEXT_METHODS).is_paca
+    ):  # beside methods that have groups
+        given["groups"] = 1
+    setting = Setting(**field_values(options, Setting) | given)
     if num_methods > 1 and not setting.row.has_dropout:
         return setting  # beside methods that have dropout
     return setting.but(dropout=options.dropout or setting.dropout)

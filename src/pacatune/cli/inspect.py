@@ -73,7 +73,7 @@ def _show_patch(options: argparse.Namespace) -> int:
                 "dim": edit.dim,
                 "shape": edit.shape,
                 "dtype": str(edit.dtype).removeprefix("torch."),
-                "columns": edit.indices.tolist(),
+                "columns": edit.indices.tolist(),  # with row groups a list for each
             }
             for name, edit in patch.edits.items()
         }
@@ -99,10 +99,10 @@ def _print_patch(options: argparse.Namespace, patch: "Patch") -> None:
     cells = [
         [
             name,
-            str(len(edit.indices)),
+            str(edit.rank),
             " x ".join(map(str, edit.shape)),
             str(edit.dtype).removeprefix("torch."),
-            " ".join(map(str, edit.indices.tolist())),
+            _listed(edit.indices.tolist()),
         ]
         for name, edit in patch.edits.items()
     ]
@@ -181,11 +181,24 @@ def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None
             f"{module.scaling:g}",
             str(module.out_features),
             f"{module.update_norm:.4g}",
-            "-" if module.columns is None else " ".join(map(str, module.columns)),
+            _columns(module),
         ][: len(head)]
         for module in report.modules
     ]
     _print_table("largest updates first", head, rows, most)
+
+
+def _columns(module: Any) -> str:
+    """List the columns of a module, those of its row groups apart."""
+    if module.columns is None:
+        return "-"
+    return _listed(module.columns_of_groups or module.columns)
+
+
+def _listed(columns: list[Any]) -> str:
+    if isinstance(columns[0], list):
+        return " | ".join(map(_listed, columns))
+    return " ".join(map(str, columns))
 
 
 def _print_comparison(comparison: Any, most: int | None) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from pacatune.strategies import FIXED, needs_of
@@ -20,6 +21,9 @@ only ours does. There PEFT without pacatune stops, where it would give wrong out
 IN_PROJ = "in_proj_weight"
 # Options that PEFT's own PaCA does not have, and that change what an adapter computes.
 _OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+RANDOM = "random"
+Columns = dict[str, list[int]] | dict[str, list[list[int]]]
+"""Module name -> its columns, or those of each of its row groups."""
 _MAX_DEPTH = 8
 # PEFT compiles these, names of modules included, and only when it looks for modules.
 PATTERN_OPTIONS = (
@@ -75,7 +79,7 @@ class PacaOptions:
     """True starts at the pretrained weights. False starts at random deltas, for tests."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter, such as a new head."""
-    selection: str | dict[str, list[int]] = "random"
+    selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
     activation, weight_activation, or a registered one. Or the columns themselves, by the module's
     name or pattern; they are kept in `columns`, and this is then "fixed"."""
@@ -94,10 +98,14 @@ class PacaOptions:
     """How the base was quantised; filled in when the adapter is made."""
     target_parameters: list[str] | None = None
     """Names of fused expert parameters (E, O, I) to adapt, such as "experts.down_proj"."""
-    columns: dict[str, list[int]] | None = None
-    """Module name or regular expression -> its columns; filled in when they are not random."""
+    columns: Columns | None = None
+    """Module name or regular expression -> its columns, with `groups` a list for each group; filled
+    in when they are not random."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
+    groups: int = 1
+    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
+    the same number of parameters, an update of rank up to `groups` times `r`."""
     needs_pacatune_for: list[str] | None = None
     """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
     adapter is saved."""
@@ -107,6 +115,7 @@ class PacaOptions:
         self._check_kinds()
         _check_rank("r", self.r)
         _check_alpha("paca_alpha", self.paca_alpha)
+        _check_rank("groups", self.groups)
         check_patterns(vars(self))
         for name, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{name!r}]", rank)
@@ -142,6 +151,7 @@ class PacaOptions:
         """
         options = [f"`{key}`" for key in _OWN_OPTIONS if getattr(self, key)]
         options += ["`bias`"] if self.bias != "none" else []
+        options += ["`groups`"] if self.groups != 1 else []
         options += ["`columns_from`"] if self.columns_from != "dequantized" else []
         return options + (self.needs_pacatune_for or [])
 
@@ -186,7 +196,7 @@ class PacaOptions:
             self.columns = self.selection
             self.selection = FIXED
         if self.columns is not None:
-            self.columns = _sorted_columns(self.columns)
+            self.columns = _sorted_columns(self.columns, self.groups)
         elif self.selection == FIXED:
             raise ValueError(
                 f"`selection` ({FIXED!r}) needs columns; give them as `selection` themselves, a "
@@ -194,6 +204,12 @@ class PacaOptions:
             )
         else:
             needs_of(self.selection)  # columns that are there may be of a strategy that is not
+        if self.groups > 1 and self.selection not in (RANDOM, FIXED):
+            raise ValueError(
+                f"`groups` ({self.groups}) needs `selection` 'random', or columns that are given: "
+                f"by {self.selection!r} all groups would choose the same columns, which is "
+                "`groups` 1."
+            )
 
 
 def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
@@ -269,8 +285,8 @@ def _check_depth(name: str, value: Any) -> None:
         )
 
 
-def _sorted_columns(columns: Any) -> dict[str, list[int]]:
-    """Return columns by module, each in increasing order.
+def _sorted_columns(columns: Any, groups: int) -> Any:
+    """Return columns by module, in increasing order, those of each row group by themselves.
 
     Raises:
         ValueError: If they are anything but distinct column numbers.
@@ -279,19 +295,34 @@ def _sorted_columns(columns: Any) -> dict[str, list[int]]:
         raise ValueError(
             f"`columns` ({str(columns)[:80]}) must be a dictionary of module names and columns."
         )
-    result = {}
+    result: dict[str, Any] = {}
     for name, given in columns.items():
         values = given.tolist() if hasattr(given, "tolist") else given
-        is_list = isinstance(values, list | tuple) and len(values) > 0
-        if not is_list or any(type(value) is not int or value < 0 for value in values):
-            raise ValueError(
-                f"`columns[{name!r}]` ({str(given)[:80]}) must be a list of column numbers from 0 "
-                "on."
-            )
-        if len(set(values)) < len(values):
-            raise ValueError(f"`columns[{name!r}]` ({str(given)[:80]}) repeats a column.")
-        result[str(name)] = sorted(values)
+        sort = _sorted_list if groups == 1 else partial(_sorted_groups, groups=groups)
+        result[str(name)] = sort(str(name), values)
     return result
+
+
+def _sorted_groups(name: str, values: Any, groups: int) -> list[list[int]]:
+    is_list = isinstance(values, list | tuple) and len(values) == groups
+    lists = [_sorted_list(name, own) for own in values] if is_list else []
+    if len({len(own) for own in lists}) != 1:
+        raise ValueError(
+            f"`columns[{name!r}]` ({str(values)[:80]}) must be {groups} lists of column numbers of "
+            f"the same length, one for each of `groups` ({groups})."
+        )
+    return lists
+
+
+def _sorted_list(name: str, values: Any) -> list[int]:
+    is_list = isinstance(values, list | tuple) and len(values) > 0
+    if not is_list or any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(
+            f"`columns[{name!r}]` ({str(values)[:80]}) must be a list of column numbers from 0 on."
+        )
+    if len(set(values)) < len(values):
+        raise ValueError(f"`columns[{name!r}]` ({str(values)[:80]}) repeats a column.")
+    return sorted(values)
 
 
 def _check_rank(name: str, value: Any) -> None:

@@ -1,8 +1,9 @@
 """What every PaCA tensor must fulfil, wherever it comes from; torch only.
 
 An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
-`<module>.paca_indices` (R,), sorted and unique (docs/method.md). The deltas of convolutions have
-the kernel's dimensions after these, those of expert parameters the number of experts before.
+`<module>.paca_indices` (R,), sorted and unique, or (G, R) with a line for each of G row groups
+(docs/method.md). The deltas of convolutions have the kernel's dimensions after these, those of
+expert parameters the number of experts before.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class ColumnUpdate(NamedTuple):
     delta: Tensor
     """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling."""
     indices: Tensor
-    """(R,) int64, the trained columns in increasing order."""
+    """(R,) int64, the trained columns in increasing order; (G, R) those of each row group."""
 
 
 def split_tensor_name(name: str) -> tuple[str, str] | None:
@@ -91,11 +92,19 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         )
     # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
     ranks = {delta.shape[1], delta.shape[2] if delta.ndim == 3 else delta.shape[1]}
-    if indices.ndim != 1 or len(indices) not in ranks:
+    is_grouped = indices.ndim == 2 and len(indices) > 1
+    if not (indices.ndim == 1 or is_grouped) or indices.shape[-1] not in ranks:
         listed = " or ".join(f"({rank},)" for rank in sorted(ranks))
         raise ValueError(
             f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be {listed}, one "
-            f"entry for each column of `{DELTA}`, which has shape {tuple(delta.shape)}."
+            f"entry for each column of `{DELTA}`, which has shape {tuple(delta.shape)}, or such a "
+            "line for each of `groups`."
+        )
+    rows = {delta.shape[0], delta.shape[1] if delta.ndim == 3 else delta.shape[0]}
+    if is_grouped and all(number % len(indices) for number in rows):
+        raise ValueError(
+            f"{where}: `{INDICES}` has {len(indices)} lines, one for each of `groups`, which do "
+            f"not divide the rows of `{DELTA}`, which has shape {tuple(delta.shape)}."
         )
 
 
@@ -112,6 +121,11 @@ def _check_finite(delta: Tensor, where: str) -> None:
 
 
 def _check_order(indices: Tensor, where: str) -> None:
+    for own in indices if indices.ndim == 2 else [indices]:
+        _check_order_of_one(own, where)
+
+
+def _check_order_of_one(indices: Tensor, where: str) -> None:
     if (smallest := int(indices.min())) < 0:
         raise ValueError(
             f"{where}: `{INDICES}` holds {smallest}; column numbers must be at least 0."

@@ -41,18 +41,21 @@ def add_adapter(
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
     seed: int | None = None,
+    groups: int = 1,
     is_meta: bool = False,
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full; `is_meta` tells that the model has no weights.
+    trained in full; `groups` are PaCA's row groups; `is_meta` tells that the model has no weights.
     """
     from peft import get_peft_model
 
     from pacatune.tuner.defaults import default_targets
 
     options = size_options(row, rank, alpha or rank, dropout)
+    if row.is_paca:
+        options["groups"] = groups
     if seed is not None:
         torch.manual_seed(seed)
         if row.is_paca:
@@ -77,6 +80,7 @@ def adapt(
     adapter_dtype: torch.dtype | None = None,
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
+    groups: int = 1,
 ) -> Contender:
     """Make a model on its device a contender, in place and in training mode.
 
@@ -96,6 +100,7 @@ def adapt(
             targets=targets,
             heads=heads,
             seed=seed,
+            groups=groups,
         )
         for parameter in model.parameters() if adapter_dtype is not None else ():
             if parameter.requires_grad:

@@ -261,6 +261,9 @@ class Setting:
     dropout."""
     rank: int = 8
     """Columns or rank of the adapter."""
+    groups: int = 1
+    """Row groups of paca, with columns of their own; the expected number of distinct ones is kept
+    for backward."""
     dropout: float = 0.0
     """Dropout on the input of lora, dora and moslora."""
     batch_size: int = 1
@@ -302,7 +305,8 @@ class Setting:
         object.__setattr__(self, "method", given.variant_of or given.name)
         object.__setattr__(self, "quantization", self.quantization or given.quantization)
         object.__setattr__(self, "dropout", self.dropout or given.dropout or 0.0)
-        _check_fields(self, "rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
+        sizes = ("rank", "groups", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
+        _check_fields(self, *sizes)
         if self.seq_len < 2:
             raise ValueError(
                 f"`seq_len` ({self.seq_len}) must be at least 2: each token learns the next one."
@@ -315,6 +319,11 @@ class Setting:
             raise ValueError(
                 f"`dropout` ({self.dropout}) with `method` ({self.method!r}): it has none; drop "
                 f"the option, or choose one of {', '.join(_WITH_DROPOUT)}."
+            )
+        if self.groups > 1 and not self.row.is_paca:
+            raise ValueError(
+                f"`groups` ({self.groups}) with `method` ({self.method!r}): only paca has row "
+                "groups; drop the option."
             )
         reasons = {
             "full": "quantised weights cannot be trained",

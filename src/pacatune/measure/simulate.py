@@ -36,6 +36,7 @@ from pacatune.measure.models import (
 )
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker
+from pacatune.ops.row_groups import expected_distinct, note_distinct
 from pacatune.residency import Residency
 from pacatune.tuner.layer import PacaLayer
 
@@ -85,6 +86,7 @@ class FakeTraining:
                 rank=setting.rank,
                 dropout=setting.dropout,
                 targets=setting.target_modules,
+                groups=setting.groups,
                 is_meta=True,
             )
         self.base: Any = model
@@ -336,7 +338,18 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
             # the two gathered blocks alone: R / I of these, not counted.
             is_read_only = layer.shares_weight or setting.shares_weights
             layer.residency.forbidden = "its weight is shared" if is_read_only else None
+        if isinstance(layer, PacaLayer):
+            _expect_distinct(layer)
     return weights, adapter
+
+
+def _expect_distinct(layer: PacaLayer) -> None:
+    """Say how many columns row groups train, which only values would tell."""
+    for indices in layer.paca_indices.values():
+        if indices.dim() == 2:
+            number = expected_distinct(layer.in_features, *indices.shape)
+            distinct = torch.empty(number, dtype=torch.int64)
+            note_distinct(indices, distinct, torch.empty_like(indices))
 
 
 def _fake(value: Tensor, setting: Setting) -> Tensor:

@@ -23,6 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.linear import autocast, grad_delta
+from pacatune.ops.row_groups import (
+    check_indices,
+    group_inputs,
+    group_rows,
+    per_group,
+    rank_of,
+    select,
+)
 
 __all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
 
@@ -46,7 +54,7 @@ def paca_experts_linear(
         x: (S, I) activations of the routed tokens, sorted by expert.
         weight: (E, O, I) frozen pretrained weights.
         delta: (E, O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns.
+        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
         scaling: alpha / R.
         offsets: (E,) int32, where each expert's tokens end.
         is_transposed: The weights are (E, I, O).
@@ -65,7 +73,7 @@ def paca_experts_linear(
     num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
     if delta.shape[:2] != (num_experts, out_features):
         raise ValueError(
-            f"`delta` must be (E={num_experts}, O={out_features}, R={len(indices)}) to fit "
+            f"`delta` must be (E={num_experts}, O={out_features}, R={rank_of(indices)}) to fit "
             f"`weight` and `indices`, got shape {tuple(delta.shape)}."
         )
     x = x.to(weight.dtype) if is_grouped else autocast(x)
@@ -145,15 +153,13 @@ def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: boo
 
 
 def _check_delta(x: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor) -> None:
-    if indices.dim() != 1 or indices.dtype != torch.int64:
+    check_indices(indices)
+    if delta.dim() != 3 or len(delta) != len(offsets) or delta.shape[2] != rank_of(indices):
         raise ValueError(
-            f"`indices` must be (R,) int64, got shape {tuple(indices.shape)} of {indices.dtype}."
-        )
-    if delta.dim() != 3 or len(delta) != len(offsets) or delta.shape[2] != len(indices):
-        raise ValueError(
-            f"`delta` must be (E={len(offsets)}, O, R={len(indices)}) to fit `offsets` and "
+            f"`delta` must be (E={len(offsets)}, O, R={rank_of(indices)}) to fit `offsets` and "
             f"`indices`, got shape {tuple(delta.shape)}."
         )
+    check_indices(indices, delta.shape[1])
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -173,7 +179,7 @@ class _ExpertsLinear(torch.autograd.Function):
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         ctx.call = x.shape, scaling, is_transposed, is_grouped
-        x_R = None if delta is None or indices is None else x.index_select(1, indices)
+        x_R = None if delta is None or indices is None else select(x, indices)
         # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
         # after the forward pass and put it back before the backward pass.
         ctx.save_for_backward(
@@ -182,11 +188,12 @@ class _ExpertsLinear(torch.autograd.Function):
         if weight is None:
             assert x_R is not None
             assert delta is not None
-            return _products(x_R, delta, offsets, is_grouped).mul_(scaling)
+            assert indices is not None
+            return _column_products(x_R, delta, indices, offsets, is_grouped).mul_(scaling)
         weight_EOI = weight.transpose(1, 2) if is_transposed else weight
         y = _products(x, weight_EOI, offsets, is_grouped)
-        if x_R is not None and delta is not None:
-            y.add_(_products(x_R, delta, offsets, is_grouped), alpha=scaling)
+        if x_R is not None and delta is not None and indices is not None:
+            y.add_(_column_products(x_R, delta, indices, offsets, is_grouped), alpha=scaling)
         return y
 
     @staticmethod
@@ -202,7 +209,9 @@ class _ExpertsLinear(torch.autograd.Function):
         gx = gdelta = None
         gy = gy.contiguous()
         if needs_delta:
-            gdelta = _grad_delta(gy, x_R, offsets, scaling, delta_EOR.dtype, is_grouped)
+            pairs = zip(group_rows(gy, indices_R, 1), group_inputs(x_R, indices_R), strict=True)
+            options = offsets, scaling, delta_EOR.dtype, is_grouped
+            gdelta = _joined([_grad_delta(rows, x_SR, *options) for rows, x_SR in pairs])
         if needs_x:
             if weight is None:
                 gx = gy.new_zeros(x_shape)
@@ -210,9 +219,24 @@ class _ExpertsLinear(torch.autograd.Function):
                 weight_EIO = weight if is_transposed else weight.transpose(1, 2)
                 gx = _products(gy, weight_EIO, offsets, is_grouped)
             if delta_EOR is not None:
-                columns_SR = _products(gy, delta_EOR.transpose(1, 2), offsets, is_grouped)
-                gx.index_add_(1, indices_R, columns_SR, alpha=scaling)
+                rows = (group_rows(one, indices_R, 1) for one in (gy, delta_EOR))
+                for indices, gy_So, delta_EoR in zip(per_group(indices_R), *rows, strict=True):
+                    columns_SR = _products(gy_So, delta_EoR.transpose(1, 2), offsets, is_grouped)
+                    gx.index_add_(1, indices, columns_SR, alpha=scaling)
         return gx, None, gdelta, None, None, None, None, None
+
+
+def _column_products(
+    x_SU: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor, is_grouped: bool
+) -> Tensor:
+    """Return x_e[:, indices] delta_e^T of all experts, row group by row group: (S, O)."""
+    pairs = zip(group_inputs(x_SU, indices), group_rows(delta, indices, 1), strict=True)
+    return _joined([_products(x_SR, rows, offsets, is_grouped) for x_SR, rows in pairs])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return what the row groups' outputs are together, along dimension 1."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:

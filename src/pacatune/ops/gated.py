@@ -21,6 +21,7 @@ from pacatune.ops.linear import (
     grad_x,
     owned,
 )
+from pacatune.ops.row_groups import distinct_columns, select
 
 __all__ = ["Elementwise", "apply_paca_gated"]
 
@@ -66,7 +67,7 @@ class _PacaGated(torch.autograd.Function):
         y = owned(F.linear(h, weight, bias))
         if not is_resident:
             update = column_update(weight, delta, indices, scaling, y.dtype)
-            add_columns_(y, h.index_select(-1, indices), update)
+            add_columns_(y, select(h, indices), update, indices)
         return y
 
     @staticmethod
@@ -82,8 +83,9 @@ class _PacaGated(torch.autograd.Function):
         gy_NO = gy.reshape(-1, gy.shape[-1])
         ggate = gup = gdelta = None
         if needs_delta:
-            h_NR = activation.product_columns(gate, up, indices_R).view(-1, len(indices_R))
-            gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype)
+            columns = distinct_columns(indices_R)
+            h_NR = activation.product_columns(gate, up, columns).view(-1, len(columns))
+            gdelta = grad_delta(gy_NO, h_NR, scaling, delta_OR.dtype, indices_R)
         if needs_gate or needs_up:
             if source is None:
                 gh_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
@@ -117,7 +119,7 @@ def apply_paca_gated(
         up: (..., I) in the same dtype.
         weight: (O, I) frozen; holds the adapted columns where `is_resident`.
         delta: (O, R) trained.
-        indices: (R,) int64.
+        indices: (R,) int64, or (G, R) of row groups.
         scaling: alpha / R.
         bias: (O,) or None.
         is_resident: Whether `weight` holds the adapted columns now.

@@ -6,6 +6,7 @@ they keep:
     nn.Linear, all columns trained    keeps x              N * I elements
     LoRA of rank R                    keeps x and x A^T    N * (I + R) elements
     PaCA, R columns trained           keeps x[:, indices]  N * R elements
+    PaCA, R columns in G row groups   keeps the U distinct ones, N * U elements, U <= G R
 
 and all three run the same two large GEMMs (y = x W^T, dx = dy W). PaCA adds one gather in the
 forward pass and one thin GEMM in the backward pass; nothing runs in sequence with the large GEMMs.
@@ -20,6 +21,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pacatune.ops.columns import read_columns
+from pacatune.ops.row_groups import (
+    by_group,
+    by_rows,
+    check_indices,
+    distinct_and_places,
+    is_spread_out,
+    rank_of,
+    row_index,
+    select,
+)
 
 __all__ = ["Source", "adapted_columns", "column_update", "paca_linear", "paca_linear_additive"]
 
@@ -50,6 +63,8 @@ def paca_linear(
     Forward   y = x W'^T + b            W' already holds the adapted columns
     Backward  dx = dy W'                d(delta) = scaling * dy^T x[..., indices]
     Saves x[..., indices]: R/I of what nn.Linear keeps, and references to W', delta and indices.
+    With row groups, group g of the outputs trains columns indices[g], and their distinct ones are
+    saved; see `row_groups`.
 
     The columns of `weight` must be W[:, indices] + scaling * delta when this is called and when the
     backward pass runs; both read them there.
@@ -58,7 +73,7 @@ def paca_linear(
         x: (..., I) activations, any number of leading dimensions, zero tokens included.
         weight: (O, I) frozen weight with the adapted columns written in.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns.
+        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
         scaling: alpha / R, the factor between `delta` and the columns.
         bias: (O,) bias, frozen or trained.
 
@@ -93,7 +108,7 @@ def paca_linear_additive(
         x: (..., I) activations.
         weight: (O, I) frozen pretrained weight.
         delta: (O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns.
+        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
         scaling: alpha / R.
         bias: (O,) bias, frozen or trained.
 
@@ -134,13 +149,10 @@ def _check_shapes(
             f"`x` must be (..., I={in_features}) to fit `weight` {tuple(weight.shape)}, "
             f"got shape {tuple(x.shape)}."
         )
-    if indices.dim() != 1 or indices.dtype != torch.int64:
+    check_indices(indices, out_features)
+    if delta.shape != (out_features, rank_of(indices)):
         raise ValueError(
-            f"`indices` must be (R,) int64, got shape {tuple(indices.shape)} of {indices.dtype}."
-        )
-    if delta.shape != (out_features, indices.shape[0]):
-        raise ValueError(
-            f"`delta` must be (O={out_features}, R={indices.shape[0]}) to fit `weight` and "
+            f"`delta` must be (O={out_features}, R={rank_of(indices)}) to fit `weight` and "
             f"`indices`, got shape {tuple(delta.shape)}."
         )
     if bias is not None and bias.shape != (out_features,):
@@ -159,7 +171,7 @@ def column_update(
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) trained update.
-        indices: (R,) int64, the trained columns.
+        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
         scaling: alpha / R.
         dtype: What the product is computed in.
 
@@ -169,7 +181,7 @@ def column_update(
     if dtype.itemsize > 2:
         wide = _cast(delta, dtype)
         return wide if scaling == 1.0 else wide * scaling
-    columns = weight.index_select(1, indices)
+    columns = read_columns(weight, indices)
     adapted = adapted_columns(columns, delta, scaling)
     return torch.cat((_cast(adapted, dtype), _cast(columns, dtype).neg()), 1)
 
@@ -209,7 +221,7 @@ class _PacaLinear(torch.autograd.Function):
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         ctx.call = x.shape, scaling, is_resident, source
-        x_R = x.index_select(-1, indices) if needs_delta or not is_resident else None
+        x_R = select(x, indices) if needs_delta or not is_resident else None
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
         ctx.save_for_backward(
@@ -220,7 +232,7 @@ class _PacaLinear(torch.autograd.Function):
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype))
+            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype), indices)
         return y
 
     @staticmethod
@@ -236,8 +248,9 @@ class _PacaLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R if x_R.dim() == 2 else x_R.view(gy_NO.shape[0], x_R.shape[-1])
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
+            is_flat = len(x_shape) == 2
+            x_NR = x_R if is_flat else x_R.view(len(gy_NO), *x_R.shape[len(x_shape) - 1 :])
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype, indices_R)
         if needs_x:
             if source is None:
                 gx_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
@@ -249,14 +262,32 @@ class _PacaLinear(torch.autograd.Function):
         return gx, None, gdelta, None, None, gbias, None, None
 
 
-def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
-    """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says."""
+def add_columns_(y: Tensor, x_R: Tensor, update: Tensor, indices: Tensor) -> Tensor:
+    """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says.
+
+    `x_R` is what `select` returns for `indices`.
+    """
     y_NO = y.view(-1, y.shape[-1])
-    x_NR = _cast(x_R, y.dtype).view(y_NO.shape[0], x_R.shape[-1])
+    x_NR = _cast(x_R, y.dtype).view(len(y_NO), *x_R.shape[y.dim() - 1 :])
+    if indices.dim() == 2:
+        _add_group_columns_(y_NO, by_group(x_NR, indices), update)
+        return y
     if update.shape[1] > x_NR.shape[1]:
         x_NR = torch.cat((x_NR, x_NR), 1)
     y_NO.addmm_(x_NR, update.t())
     return y
+
+
+def _add_group_columns_(y_NO: Tensor, x_GNR: Tensor, update: Tensor) -> None:
+    """Add the products of all row groups by one batched GEMM, in place."""
+    groups = len(x_GNR)
+    if update.shape[1] > x_GNR.shape[2]:
+        x_GNR = torch.cat((x_GNR, x_GNR), 2)
+    update_GRo = update.unflatten(0, (groups, -1)).transpose(1, 2)
+    if torch.compiler.is_compiling():  # which cannot change such a view
+        y_NO.add_(x_GNR.bmm(update_GRo).transpose(0, 1).flatten(1))
+    else:
+        by_rows(y_NO, groups).baddbmm_(x_GNR, update_GRo)
 
 
 def grad_x(
@@ -271,8 +302,33 @@ def grad_x(
     gx_NI = gy_NO.mm(_cast(weight_OI, gy_NO.dtype))  # autocast's differs from the weight's
     if not is_resident:
         update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
-        add_grad_columns_(gx_NI, gy_NO, update, indices_R)
+        if indices_R.dim() == 2:
+            _add_grad_groups_(gx_NI, gy_NO, weight_OI, update, indices_R)
+        else:
+            add_grad_columns_(gx_NI, gy_NO, update, indices_R)
     return gx_NI
+
+
+def _add_grad_groups_(
+    gx_NI: Tensor, gy_NO: Tensor, weight: Tensor, update: Tensor, indices: Tensor
+) -> None:
+    """Do the same for row groups, by an update of their U distinct columns.
+
+    So a column of dx that several groups reach is summed in one product and rounded once. It costs
+    U/I of the large product, only where columns are not resident.
+    """
+    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
+        distinct, places = torch.arange(weight.shape[1], device=weight.device), indices
+    else:
+        distinct, places = distinct_and_places(indices)
+    places = row_index(places, (len(weight), len(distinct)))
+    if update.shape[1] == rank_of(indices):
+        joined = update.new_zeros(len(weight), len(distinct)).scatter_(1, places, update)
+        gx_NI.index_add_(1, distinct, _thin_product(gy_NO, joined))
+    else:  # those of W' as they are
+        columns = _cast(weight.index_select(1, distinct), update.dtype)
+        columns.scatter_(1, places, update[:, : rank_of(indices)])
+        gx_NI.index_copy_(1, distinct, _thin_product(gy_NO, columns))
 
 
 def add_grad_columns_(gx_NI: Tensor, gy_NO: Tensor, update: Tensor, indices_R: Tensor) -> None:
@@ -293,13 +349,24 @@ def _thin_product(gy_NO: Tensor, update_OR: Tensor) -> Tensor:
     return gy_NO.mm(update_OR)
 
 
-def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def grad_delta(
+    gy_NO: Tensor,
+    x_NR: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    indices: Tensor | None = None,
+) -> Tensor:
     """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
+
+    `x_NR` is what `select` returned for `indices`, which matter where they are of row groups: each
+    group's outputs then meet its own inputs, in one batched GEMM.
 
     On GPUs one GEMM, which scales, and which stores the dtype of delta where torch has such a one.
     On CPUs with many tokens for the rank computed as (x^T dy)^T, which is faster there. Compilers
     fuse what follows a product.
     """
+    if indices is not None and indices.dim() == 2:
+        return _grad_delta_of_groups(gy_NO, by_group(x_NR, indices), scaling, dtype)
     is_compiled, is_on_cpu = torch.compiler.is_compiling(), _is_on_cpu(gy_NO)
     if not (is_on_cpu or is_compiled):
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
@@ -311,23 +378,37 @@ def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) 
     return gdelta_OR if scaling == 1.0 else gdelta_OR.mul_(scaling)
 
 
+def _grad_delta_of_groups(
+    gy_NO: Tensor, x_GNR: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    gy_GNo = by_rows(gy_NO, len(x_GNR))
+    if _is_on_cpu(gy_NO) or torch.compiler.is_compiling():
+        gdelta = x_GNR.transpose(1, 2).bmm(gy_GNo).transpose(1, 2)
+        gdelta = gdelta.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        return gdelta if scaling == 1.0 else gdelta.mul_(scaling)
+    return _scaled_product(gy_GNo.transpose(1, 2), x_GNR, scaling, dtype).flatten(0, 1)
+
+
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in `dtype` by one GEMM, and a cast where no GEMM ends in that dtype."""
     if dtype.itemsize > a.itemsize and _can_widen(a.device, a.dtype, dtype):
         return _wide_product(a, b, scaling, dtype)
-    return _cast(a.mm(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype)
+    return _cast(
+        (a.mm if a.dim() == 2 else a.bmm)(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype
+    )
 
 
 def _addmm(a: Tensor, b: Tensor, scaling: float, **options: Any) -> Tensor:
     """Return scaling * a b; the tensor that addmm adds to is not read, and has one element."""
-    nothing = a.new_empty(()).expand(a.shape[0], b.shape[1])
-    return torch.addmm(nothing, a, b, beta=0, alpha=scaling, **options)
+    nothing = a.new_empty(()).expand(*a.shape[:-1], b.shape[-1])
+    add = torch.addmm if a.dim() == 2 else torch.baddbmm
+    return add(nothing, a, b, beta=0, alpha=scaling, **options)
 
 
 def _wide_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in a wider `dtype`, without rounding to that of a and b in between."""
     if scaling == 1.0:
-        return torch.mm(a, b, out_dtype=dtype)
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
     return _addmm(a, b, scaling, out_dtype=dtype)
 
 
@@ -337,9 +418,13 @@ def _can_widen(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> b
 
     Found out by trying it once, on tensors large enough for any alignment that a GEMM may ask for.
     """
-    ones = torch.ones(16, 16, device=device, dtype=dtype)
+    one = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        return all(_wide_product(ones, ones, scaling, wide).dtype == wide for scaling in (1.0, 2.0))
+        return all(
+            _wide_product(ones, ones, scaling, wide).dtype == wide
+            for ones in (one, one.unsqueeze(0))  # batched, too
+            for scaling in (1.0, 2.0)
+        )
     except (TypeError, RuntimeError):  # no such option; no such kernel
         return False
 

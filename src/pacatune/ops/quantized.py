@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.ops.linear import autocast, grad_delta, owned
+from pacatune.ops.row_groups import linear_of_groups, num_groups_of, select, spread
 
 __all__ = ["paca_quantized_linear"]
 
@@ -37,7 +39,7 @@ def paca_quantized_linear(
     Args:
         x: (..., I) activations, in the dtype to compute in where autocast is off.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns.
+        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
         scaling: alpha / R, the factor between `delta` and the columns.
         dequantize: Returns the frozen (O, I) weight in a dtype, as a tensor that is ours to change.
             Called once in the forward and once in the backward pass.
@@ -70,14 +72,15 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         multiply: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         _, needs_delta, *_ = ctx.needs_input_grad
-        x_R = x.index_select(-1, indices) if needs_delta or multiply is not None else None
+        x_R = select(x, indices) if needs_delta or multiply is not None else None
         ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
             return owned(F.linear(x, _adapted(dequantize(x.dtype), delta, indices, scaling), bias))
         assert x_R is not None
         y = owned(multiply(x))
-        return y.add_(F.linear(x_R.to(y.dtype), delta.to(y.dtype)), alpha=scaling)
+        x_GR, groups = spread(x_R.to(y.dtype), indices), num_groups_of(indices)
+        return y.add_(linear_of_groups(x_GR, delta.to(y.dtype), groups), alpha=scaling)
 
     @staticmethod
     @once_differentiable
@@ -89,7 +92,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         gx = gdelta = gbias = None
         if needs_delta:
             x_NR = x_R.view(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, indices)
         if needs_x:
             gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
         if needs_bias:
@@ -99,5 +102,6 @@ class _PacaQuantizedLinear(torch.autograd.Function):
 
 def _adapted(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
     """Add scaling * delta to the columns of a dequantised weight, in place, rounding once."""
-    columns = torch.add(weight.index_select(1, indices), delta, alpha=scaling)
-    return weight.index_copy_(1, indices, columns.to(weight.dtype))
+    columns = torch.add(read_columns(weight, indices), delta, alpha=scaling)
+    put_columns_(weight, indices, columns.to(weight.dtype))
+    return weight

@@ -4,7 +4,7 @@ Nothing here is fast or lean: the adapted weight is built as a new tensor in eve
 sees an ordinary linear layer whose weight depends on `delta`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,25 @@ def adapted_weight(weight: Tensor, delta: Tensor, indices: Tensor, scaling: floa
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) update of the columns; differentiable.
-        indices: (R,) int64 columns.
+        indices: (R,) int64 columns; (G, R) those of each of G equal parts of the rows.
         scaling: alpha / R.
 
     Returns:
         (O, I) in the dtype of `weight`. The sum is formed in the wider of the two dtypes and
         rounded once.
     """
+    if indices.dim() == 2:
+        return _by_group(adapted_weight, weight, delta, indices, scaling)
     columns = weight[:, indices] + scaling * delta
     return weight.index_copy(1, indices, columns.to(weight.dtype))
+
+
+def _by_group(
+    adapt: Callable[..., Tensor], weight: Tensor, delta: Tensor, indices: Tensor, scaling: float
+) -> Tensor:
+    """Adapt each part of the rows with columns of its own, and put them together."""
+    parts = zip(weight.chunk(len(indices)), delta.chunk(len(indices)), indices, strict=True)
+    return torch.cat([adapt(w, d, own, scaling) for w, d, own in parts])
 
 
 def paca_linear(
@@ -73,13 +83,15 @@ def adapted_kernel(
     Args:
         weight: (O, I/G, *k) pretrained kernel.
         delta: (O/G, R, *k) update of the input channels; differentiable.
-        indices: (R,) int64 of the I input channels.
+        indices: (R,) int64 of the I input channels; (G', R) those of G' row groups, where G = 1.
         scaling: alpha / R.
         groups: G; input channel i leads to the outputs of its own group only.
 
     Returns:
         (O, I/G, *k) in the dtype of `weight`.
     """
+    if indices.dim() == 2:
+        return _by_group(adapted_kernel, weight, delta, indices, scaling)
     in_per_group, out_per_group = weight.shape[1], len(weight) // groups
     adapted = weight.clone()
     for j, i in enumerate(indices.tolist()):

@@ -30,7 +30,7 @@ from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
 from pacatune.patch.memory import find_name
 from pacatune.tuner.compat import as_saved, tied_weights
-from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, ExpertsLayout
+from pacatune.tuner.layout import ConvolutionLayout
 
 __all__ = ["make", "to_adapter"]
 
@@ -214,12 +214,7 @@ def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> Column
         kernel = weight.clone()
         layout.put_columns_(kernel, indices, new)
         return edit_of(name, 1, weight, columns, kernel.index_select(1, columns))
-    dim = 1
-    if isinstance(layout, ExpertsLayout):
-        dim = 1 if layout.is_transposed else 2
-    elif isinstance(layout, Conv1DLayout):
-        dim = 0
-    return edit_of(name, dim, weight, indices, new)
+    return edit_of(name, layout.weight_dim, weight, indices, new, layout.row_dim)
 
 
 def _new_columns(weight: Tensor, found: BaseWeight, adapter: Adapter, module: str) -> Tensor:

@@ -159,7 +159,7 @@ def compare_patches(a: Patch, b: Patch) -> PatchDifference:
 def _is_same(a: Patch, b: Patch, name: str) -> bool:
     one, other = a.edits[name], b.edits[name]
     return (
-        one.dim == other.dim
+        (one.dim, one.row_dim) == (other.dim, other.row_dim)
         and one.dtype == other.dtype
         and torch.equal(one.indices, other.indices)
         and torch.equal(bits(one.new), bits(other.new))

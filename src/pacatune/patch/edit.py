@@ -2,7 +2,8 @@
 
 Nothing here knows files, models or PEFT. A column is one index along one dimension of a tensor:
 dimension 1 of a linear layer's (O, I) weight, 0 of a Conv1D's (I, O), the last one of (E, O, I)
-experts. Bits are compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
+experts. Row groups are equal parts of another dimension that have columns of their own. Bits are
+compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pacatune.ops.row_groups import per_group, row_index
 
 __all__ = [
     "AdapterPart",
@@ -36,17 +39,22 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def column_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Return the bits of some columns; see `bits`."""
+def column_bits(tensor: Tensor, dim: int, indices: Tensor, row_dim: int = 0) -> Tensor:
+    """Return the bits of some columns, (R,) or (G, R) of row groups; see `bits`."""
+    if indices.dim() == 2:
+        return bits(tensor).gather(dim, row_index(indices, tensor.shape, dim, row_dim))
     if dim < tensor.dim() - 1:
         return bits(tensor).index_select(dim, indices)
     # Row by row: index_select goes column by column and misses the cache each time.
     return bits(tensor).gather(dim, indices.expand(*tensor.shape[:-1], -1))
 
 
-def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor) -> None:
+def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor, row_dim: int = 0) -> None:
     """Write the bits of some columns, in place."""
-    if dim < tensor.dim() - 1:
+    if indices.dim() == 2:
+        index = row_index(indices, tensor.shape, dim, row_dim)
+        bits(tensor).scatter_(dim, index, bits(columns))
+    elif dim < tensor.dim() - 1:
         bits(tensor).index_copy_(dim, indices, bits(columns))
     else:
         bits(tensor).scatter_(dim, indices.expand(columns.shape), bits(columns))
@@ -63,11 +71,13 @@ class ColumnEdit:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     indices: Tensor
-    """(R,) int64, the columns in increasing order."""
+    """(R,) int64, the columns in increasing order; (G, R) those of each row group."""
     original: Tensor
     """The columns of the base: `shape` with R in place of `shape[dim]`, in the base's dtype."""
     new: Tensor
     """The columns of the patched tensor, in the same shape and dtype."""
+    row_dim: int = 0
+    """Dimension of the tensor that row groups divide; read with those alone."""
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -76,16 +86,18 @@ class ColumnEdit:
             raise ValueError(
                 f"{where}: `dim` ({self.dim}) must be one of the dimensions of {self.shape}."
             )
-        if self.indices.dtype != torch.int64 or self.indices.dim() != 1:
+        if self.indices.dtype != torch.int64 or self.indices.dim() not in (1, 2):
             raise ValueError(
-                f"{where}: `indices` must be (R,) int64, got {tuple(self.indices.shape)} of "
-                f"{self.indices.dtype}."
+                f"{where}: `indices` must be (R,) int64, or (G, R) of row groups, got "
+                f"{tuple(self.indices.shape)} of {self.indices.dtype}."
             )
-        expected = (*self.shape[: self.dim], len(self.indices), *self.shape[self.dim + 1 :])
+        if self.is_grouped:
+            self._check_groups(where)
+        expected = (*self.shape[: self.dim], self.rank, *self.shape[self.dim + 1 :])
         for part in ("original", "new"):
             if (given := tuple(getattr(self, part).shape)) != expected:
                 raise ValueError(
-                    f"{where}: `{part}` must be {expected} to fit {len(self.indices)} columns "
+                    f"{where}: `{part}` must be {expected} to fit {self.rank} columns "
                     f"along dimension {self.dim} of {self.shape}, got {given}."
                 )
         if self.original.dtype != self.new.dtype:
@@ -95,10 +107,30 @@ class ColumnEdit:
             )
         # Those on a GPU came from a CPU (`to`), and to look at them would wait for it.
         is_here = self.indices.device.type == "cpu"
-        if is_here and not _is_increasing(self.indices, self.shape[self.dim]):
+        size = self.shape[self.dim]
+        if is_here and not all(_is_increasing(own, size) for own in per_group(self.indices)):
             raise ValueError(
                 f"{where}: `indices` must increase from 0 on and stay below {self.shape[self.dim]}."
             )
+
+    def _check_groups(self, where: str) -> None:
+        is_other = 0 <= self.row_dim < len(self.shape) and self.row_dim != self.dim
+        groups = len(self.indices)
+        if not is_other or groups == 0 or self.shape[self.row_dim] % groups:
+            raise ValueError(
+                f"{where}: its {groups} row groups must divide a dimension of {self.shape} other "
+                f"than that of the columns ({self.dim}), got `row_dim` = {self.row_dim}."
+            )
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether row groups have columns of their own."""
+        return self.indices.dim() == 2
+
+    @property
+    def rank(self) -> int:
+        """Number of columns, those of each row."""
+        return self.indices.shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,23 +162,27 @@ def _is_increasing(indices: Tensor, size: int) -> bool:
     return is_within and bool((indices.diff() > 0).all())
 
 
-def edit_of(name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor) -> ColumnEdit:
+def edit_of(
+    name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor, row_dim: int = 0
+) -> ColumnEdit:
     """Return the edit that writes `new` over some columns of a tensor.
 
     Args:
         name: The tensor's name in the checkpoint.
         dim: Dimension of the columns.
         weight: The tensor of the base.
-        indices: (R,) int64 columns, in increasing order.
+        indices: (R,) int64 columns, in increasing order, or (G, R) of row groups.
         new: `weight`'s shape with R in place of that dimension.
+        row_dim: Dimension that row groups divide.
     """
     return ColumnEdit(
         name=name,
         dim=dim,
         shape=tuple(weight.shape),
         indices=indices,
-        original=weight.index_select(dim, indices).contiguous(),
+        original=column_bits(weight, dim, indices, row_dim).view(weight.dtype).contiguous(),
         new=new.contiguous(),
+        row_dim=row_dim,
     )
 
 
@@ -190,8 +226,8 @@ class Patch:
 
     @property
     def num_columns(self) -> int:
-        """Columns of all tensors."""
-        return sum(len(edit.indices) for edit in self.edits.values())
+        """Columns of all tensors, of those with row groups of each row."""
+        return sum(edit.rank for edit in self.edits.values())
 
     @property
     def num_bytes(self) -> int:
@@ -237,6 +273,8 @@ def stack(patches: Sequence[Patch], *, overlap: Overlap | None = None) -> Patch:
 
 def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit:
     first = edits[0]
+    if len(edits) == 1:
+        return first
     _refuse_other_forms(edits)
     indices = torch.cat([edit.indices for edit in edits]).unique()
     places = [torch.searchsorted(indices, edit.indices) for edit in edits]
@@ -274,6 +312,12 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
                 f"the patches are of different bases: {first.name!r} is {first.shape} in "
                 f"{first.dtype} for one and {other.shape} in {other.dtype} for another."
             )
+        if other.is_grouped or first.is_grouped:
+            raise ValueError(
+                f"{first.name!r} is changed by several patches, one of them in row groups; such "
+                "patches cannot be joined: apply them one after the other if no columns overlap, "
+                "or `add_weighted_adapter` their adapters."
+            )
         if other.dim != first.dim:
             raise ValueError(
                 f"{first.name!r} is changed along dimension {first.dim} by one patch and along "
@@ -307,7 +351,7 @@ def _joint_fingerprint(
     result: dict[str, dict[int, str]] = {}
     for patch in patches:
         for name, hashes in patch.fingerprint.items():
-            touched = set(edits[name].indices.tolist()) if name in edits else set()
+            touched = set(edits[name].indices.flatten().tolist()) if name in edits else set()
             known = result.setdefault(name, {})
             for column, value in hashes.items():
                 if column in touched:
@@ -321,11 +365,14 @@ def _joint_fingerprint(
 
 
 def shared_columns(a: Mapping[str, ColumnEdit], b: Mapping[str, ColumnEdit]) -> dict[str, int]:
-    """Return how many columns both change, by tensor; along different dimensions counts all."""
+    """Return how many columns both change, by tensor; along different dimensions counts all.
+
+    A column counts that both change in some row, be it in other row groups.
+    """
     result = {}
     for name in a.keys() & b.keys():
         if a[name].dim != b[name].dim:
-            result[name] = max(len(a[name].indices), len(b[name].indices))
-        elif shared := int(torch.isin(a[name].indices, b[name].indices).sum()):
+            result[name] = max(a[name].rank, b[name].rank)
+        elif shared := int(torch.isin(*(x[name].indices.unique() for x in (a, b))).sum()):
             result[name] = shared
     return dict(sorted(result.items()))

@@ -2,7 +2,7 @@
 
 A file holds, for each tensor NAME of the checkpoint,
 
-    NAME.indices    (R,) int64
+    NAME.indices    (R,) int64, or (G, R) of row groups
     NAME.original   the base's columns, in its dtype
     NAME.new        the patched ones
 
@@ -28,7 +28,7 @@ from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
 __all__ = ["is_patch", "load", "read", "refuse_existing", "save"]
 
 _KEY = "pacatune_patch"
-_VERSION = 1
+_VERSION, _GROUPED_VERSION = 1, 2
 _PARTS = ("indices", "original", "new")
 _ADAPTER = "pacatune_adapter."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,10 +93,10 @@ def read(path: Path) -> tuple[Patch, dict[str, Any]]:
     if not isinstance(text, str):
         raise ValueError(f"{path} is no patch; `pacatune patch make` writes one.")
     metadata = parse_json_object(text.encode(), source=f"the metadata of {path}")
-    if metadata.get("version") != _VERSION:
+    if metadata.get("version") not in (_VERSION, _GROUPED_VERSION):
         raise ValueError(
             f"{path} is a patch of version {metadata.get('version')!r}, and this pacatune reads "
-            f"{_VERSION}; upgrade pacatune."
+            f"{_VERSION} and {_GROUPED_VERSION}; upgrade pacatune."
         )
     tensors = read_tensors(path)
     found = metadata.pop("digest", None)
@@ -114,11 +114,14 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, edit in patch.edits.items():
         tensors |= {f"{name}.{part}": getattr(edit, part).cpu() for part in _PARTS}
+    is_grouped = any(edit.is_grouped for edit in patch.edits.values())
     metadata: dict[str, Any] = {
-        "version": _VERSION,
+        "version": _GROUPED_VERSION if is_grouped else _VERSION,
         "base": patch.base,
         "tensors": {
-            name: {"dim": edit.dim, "shape": list(edit.shape)} for name, edit in patch.edits.items()
+            name: {"dim": edit.dim, "shape": list(edit.shape)}
+            | ({"row_dim": edit.row_dim} if edit.is_grouped else {})
+            for name, edit in patch.edits.items()
         },
         "fingerprint": {
             name: {str(column): value for column, value in hashes.items()}
@@ -145,6 +148,7 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             indices=indices,
             original=original,
             new=new,
+            row_dim=int(entry.get("row_dim", 0)),
         )
     adapter = None
     if (entry := metadata.get("adapter")) is not None:

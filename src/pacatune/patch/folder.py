@@ -25,8 +25,9 @@ from pacatune.files.checkpoint import Checkpoint, window, writable
 from pacatune.files.folder import check_output, format_bytes, staged_folder
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
 from pacatune.files.result_folder import alone_in
+from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
-from pacatune.patch.edit import ColumnEdit, Patch, bits
+from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_
 from pacatune.patch.file import read, save
 
 __all__ = ["FolderResult", "apply_in_place", "apply_to_folder", "recover"]
@@ -188,8 +189,9 @@ def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> N
             entry = checkpoint.entries[edit.name]
             place = window(memory, entry)
             new = bits(edit.new.contiguous()).view(place.dtype)
-            shape = (*entry.shape[: edit.dim], len(edit.indices), *entry.shape[edit.dim + 1 :])
-            place.index_copy_(edit.dim, edit.indices, new.view(*shape, place.shape[-1]))
+            shape = (*entry.shape[: edit.dim], edit.rank, *entry.shape[edit.dim + 1 :])
+            new = new.view(*shape, place.shape[-1])
+            put_bits_(place, edit.dim, edit.indices, new, edit.row_dim)
             del place
 
 
@@ -311,10 +313,14 @@ def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
         done = torch.tensor([-1])  # the last page that was counted
         for edit in sorted(edits, key=lambda edit: checkpoint.entries[edit.name].start):
             start, item = checkpoint.entries[edit.name].start, edit.dtype.itemsize
-            outer = torch.Size(edit.shape[: edit.dim]).numel()
-            length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
-            rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
-            starts = (start + (rows + edit.indices.cpu()) * length).flatten()
+            if edit.is_grouped:  # each number by itself
+                cells = flat_positions(edit.indices.cpu(), edit.shape, edit.dim, edit.row_dim)
+                starts, length = start + cells.flatten().sort().values * item, item
+            else:
+                outer = torch.Size(edit.shape[: edit.dim]).numel()
+                length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
+                rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
+                starts = (start + (rows + edit.indices.cpu()) * length).flatten()
             first, last = starts // _PAGE_BYTES, (starts + length - 1) // _PAGE_BYTES
             before = torch.cat((done, last[:-1]))
             num_pages += int((last - torch.maximum(first, before + 1) + 1).clamp(min=0).sum())

@@ -127,7 +127,7 @@ def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
     """Compare all tensors before any answer is waited for: a GPU is asked once per device."""
     verdicts: dict[torch.device, list[tuple[ColumnEdit, Tensor]]] = {}
     for weight, edit in pairs:
-        found = column_bits(weight.detach(), edit.dim, edit.indices)
+        found = column_bits(weight.detach(), edit.dim, edit.indices, edit.row_dim)
         is_equal = (found == bits(edit.original)).all()
         verdicts.setdefault(weight.device, []).append((edit, is_equal))
     for answers in verdicts.values():
@@ -144,7 +144,7 @@ def _put(weight: Tensor, edit: ColumnEdit, columns: Tensor) -> None:
     # The parameter itself: its version is counted, so a backward pass through what was computed
     # with the old columns raises instead of being wrong.
     with mode_of(weight)():
-        put_bits_(weight, edit.dim, edit.indices, columns)
+        put_bits_(weight, edit.dim, edit.indices, columns, edit.row_dim)
 
 
 def mode_of(weight: Tensor) -> Callable[[], AbstractContextManager[None]]:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.ops.linear import adapted_columns
+from pacatune.ops.row_groups import num_groups_of, rank_of
 
 __all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
 
@@ -30,7 +32,7 @@ class Kept(NamedTuple):
     indices: Tensor
     """The adapter's own, known by identity."""
     columns: Tensor
-    """(R,) int64 copy of them, since the adapter's own may be reloaded."""
+    """(R,) int64 copy of them, or (G, R) of row groups: the adapter's own may be reloaded."""
     originals: Tensor
     """(O, R) in the weight's dtype."""
     positions: Tensor | None
@@ -77,7 +79,7 @@ class Put(NamedTuple):
 
 def room_for(memory: Tensor, indices: Tensor, columns: Tensor) -> Kept:
     """Return where to `keep` what a write to memory[:, columns] will overwrite."""
-    originals = memory.new_empty(len(memory), len(columns))
+    originals = memory.new_empty(len(memory), rank_of(columns))
     positions = None
     if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
         positions = _flat_positions(memory, columns)
@@ -90,7 +92,10 @@ def keep(rooms: Sequence[Kept]) -> None:
         exchange([Put(kept, None) for kept in rooms], takes=True)
         return
     for kept in rooms:
-        torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
+        if kept.columns.dim() == 1:
+            torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
+        else:
+            kept.originals.copy_(read_columns(kept.memory, kept.columns))
 
 
 def put(puts: Sequence[Put]) -> None:
@@ -112,7 +117,7 @@ def _put_columns_(
     if positions is None and _is_flat(memory):
         positions = _flat_positions(memory, columns)
     if positions is None:
-        memory.index_copy_(1, columns, values)
+        put_columns_(memory, columns, values)
     else:
         # Row by row; index_copy_ goes column by column and misses the cache each time.
         memory.view(-1).put_(positions, values)
@@ -124,7 +129,10 @@ def _is_flat(memory: Tensor) -> bool:
 
 def _flat_positions(memory: Tensor, columns: Tensor) -> Tensor:
     """Return the (O, R) positions of the columns in the flat memory of a contiguous (O, I)."""
-    return _row_starts(*memory.shape) + columns
+    starts = _row_starts(*memory.shape)
+    if columns.dim() == 1:
+        return starts + columns
+    return (starts.unflatten(0, (len(columns), -1)) + columns.unsqueeze(1)).flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,14 +185,15 @@ def _row(put: Put) -> tuple[int | float, ...]:
     rows, rank = originals.shape
     source, scaling = (originals, 0.0) if put.update is None else put.update[:2]
     pointers = (tensor.data_ptr() for tensor in (memory, columns, originals, source))
-    return (*pointers, rows * rank, rank, memory.shape[1], scaling)
+    sizes = rows * rank, rank, rows // num_groups_of(columns), memory.shape[1]
+    return (*pointers, *sizes, scaling)
 
 
 @functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule
 def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
-    """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
-    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64)
-    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32)
+    """Return the (L, 8) addresses and sizes, and the (L,) scalings, on the device."""
+    addresses = torch.tensor([row[:8] for row in rows], dtype=torch.int64)
+    scalings = torch.tensor([row[8] for row in rows], dtype=torch.float32)
     if device.type != "cuda":  # Triton's interpreter
         return addresses, scalings
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (addresses, scalings))  # type: ignore[return-value]
@@ -216,16 +225,18 @@ def _kernel() -> Any:
         block: tl.constexpr,
     ) -> None:
         weight = tl.program_id(0)
-        row = table + weight * 7
+        row = table + weight * 8
         memory = tl.load(row).to(tl.pointer_type(dtype))
         columns = tl.load(row + 1).to(tl.pointer_type(tl.int64))
         originals = tl.load(row + 2).to(tl.pointer_type(dtype))
         delta = tl.load(row + 3).to(tl.pointer_type(delta_dtype))
-        size, rank, width = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+        size, rank = tl.load(row + 4), tl.load(row + 5)
+        rows_per_group, width = tl.load(row + 6), tl.load(row + 7)
         at = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
         there = at < size
-        column = tl.load(columns + at % rank, mask=there)
-        place = memory + (at // rank) * width + column
+        own = at // rank
+        column = tl.load(columns + own // rows_per_group * rank + at % rank, mask=there)
+        place = memory + own * width + column
         if takes:
             tl.store(originals + at, tl.load(place, mask=there), mask=there)
             return

@@ -52,6 +52,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.ops.columns import read_columns, with_columns
 from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
 from pacatune.residency.together import GATHERED, Group
 from pacatune.residency.watching import (
@@ -171,7 +172,8 @@ class Residency:
             compute: Takes the (O, I) weight, and whether it holds the adapted columns; if not, it
                 holds the pretrained ones.
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, fixed from here on: in-place edits are not noticed.
+            indices: (R,) int64, or (G, R) of row groups, fixed from here on: in-place edits are not
+                noticed.
             scaling: Factor between `delta` and the columns.
             writes: Whether the columns may be written into the weight.
 
@@ -243,7 +245,8 @@ class Residency:
 
         Args:
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, fixed from here on: in-place edits are not noticed.
+            indices: (R,) int64, or (G, R) of row groups, fixed from here on: in-place edits are not
+                noticed.
             scaling: Factor between `delta` and the columns.
 
         Returns:
@@ -278,7 +281,7 @@ class Residency:
             if is_same and kept is not None and self._is_unchanged(weight):
                 return kept.originals
             self.restore()
-            return weight.detach().index_select(1, indices)
+            return read_columns(weight.detach(), indices)
 
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
@@ -569,7 +572,7 @@ class Residency:
         """Return the (O, I) pretrained weight as a copy, for traced graphs: they must not write."""
         assert self.weight is not None
         assert self.kept is not None
-        return self.weight.index_copy(1, self.kept.columns, self.kept.originals)
+        return with_columns(self.weight, self.kept.columns, self.kept.originals)
 
     def look(self) -> None:
         """Restore for somebody who may change what he sees."""

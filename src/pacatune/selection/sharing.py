@@ -42,11 +42,17 @@ def share_columns(
         A copy of `config` with the groups' columns in `columns`; `choose_columns` chooses the rest.
 
     Raises:
-        ValueError: If columns are given, statistics are missing, or no layers share an input.
+        ValueError: If columns are given, statistics are missing, the rows have groups, or no
+            layers share an input.
     """
     if config.columns is not None or config.selection == FIXED:
         raise ValueError(
             "`columns` are given, so none can be shared; drop them or `share_columns`."
+        )
+    if config.groups > 1:
+        raise ValueError(
+            f"`groups` ({config.groups}) have columns of their own in each layer; drop "
+            "`share_columns`, or set `groups` to 1."
         )
     targets = find_targets(model, config)
     groups = _groups(targets)

@@ -39,12 +39,20 @@ class ColumnSet:
     dtype: torch.dtype
     """In which the columns are sent, and served."""
     indices: Tensor
-    """(R,) int64 on the CPU, in increasing order."""
+    """(R,) int64 on the CPU, in increasing order; (G, R) those of each row group."""
+    row_dim: int = 0
+    """Dimension of the tensor that row groups divide; read with those alone."""
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether row groups have columns of their own."""
+        return self.indices.dim() == 2
 
     @cached_property
     def columns_shape(self) -> tuple[int, ...]:
         """`shape` with R in place of `shape[dim]`."""
-        return (*self.shape[: self.dim], len(self.indices), *self.shape[self.dim + 1 :])
+        rank = self.indices.shape[-1]
+        return (*self.shape[: self.dim], rank, *self.shape[self.dim + 1 :])
 
     @cached_property
     def num_bytes(self) -> int:
@@ -152,7 +160,7 @@ def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
             "ordinals": list(message.ordinals),
         }
         return words, message.buffer
-    indices = [one.indices for one in message.sets]
+    indices = [one.indices.flatten() for one in message.sets]
     buffer = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
     return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
 
@@ -175,7 +183,9 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
         sets, start = [], 0
         indices = buffer.cpu().view(torch.int64)
         for entry in words["sets"]:
-            end = start + int(entry["num_columns"])
+            groups, rank = entry.get("num_groups"), int(entry["num_columns"])
+            end = start + rank * int(groups or 1)
+            own = indices[start:end]
             sets.append(
                 ColumnSet(
                     name=str(entry["name"]),
@@ -183,7 +193,8 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                     dim=int(entry["dim"]),
                     shape=tuple(int(size) for size in entry["shape"]),
                     dtype=_DTYPES[entry["dtype"]],
-                    indices=indices[start:end],
+                    indices=own if groups is None else own.view(int(groups), rank),
+                    row_dim=int(entry.get("row_dim", 0)),
                 )
             )
             start = end
@@ -206,8 +217,9 @@ def _describe(positions: Positions) -> dict[str, Any]:
                 "dim": one.dim,
                 "shape": list(one.shape),
                 "dtype": str(one.dtype).removeprefix("torch."),
-                "num_columns": len(one.indices),
+                "num_columns": one.indices.shape[-1],
             }
+            | ({"num_groups": len(one.indices), "row_dim": one.row_dim} if one.is_grouped else {})
             for one in positions.sets
         ],
     }
@@ -221,10 +233,18 @@ def _check(one: ColumnSet) -> None:
         raise ValueError(
             f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
         )
-    is_list = indices.dtype == torch.int64 and indices.dim() == 1 and len(indices) > 0
-    if not is_list or int(indices[0]) < 0 or int(indices[-1]) >= one.shape[one.dim]:
+    is_list = indices.dtype == torch.int64 and indices.dim() in (1, 2) and indices.numel() > 0
+    if not is_list or int(indices.min()) < 0 or int(indices.max()) >= one.shape[one.dim]:
         raise ValueError(
             f"{one.name!r}: `indices` must be int64 numbers of the {one.shape[one.dim]} columns."
         )
     if not bool((indices.diff() > 0).all()):
         raise ValueError(f"{one.name!r}: `indices` must increase.")
+    if one.is_grouped:
+        is_other = 0 <= one.row_dim < len(one.shape) and one.row_dim != one.dim
+        if not is_other or one.shape[one.row_dim] % len(indices):
+            raise ValueError(
+                f"{one.name!r}: its {len(indices)} row groups must divide a dimension of "
+                f"{one.shape} other than that of the columns ({one.dim}), got `row_dim` = "
+                f"{one.row_dim}."
+            )

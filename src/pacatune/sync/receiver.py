@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
+from pacatune.ops.row_groups import of_rows
 from pacatune.patch.edit import bits, column_bits, put_bits_
 from pacatune.patch.memory import mode_of, tensors_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
@@ -266,12 +267,16 @@ class _Write(NamedTuple):
     places: Tensor
     """Which of the columns are here,"""
     indices: Tensor
-    """and where, along `dim` of the target."""
+    """and where, along `dim` of the target; (G, R) of row groups."""
+    row_dim: int
+    """Dimension of the target that row groups divide."""
+    rows: Tensor | None
+    """Of row groups that have different numbers of columns here: the row of each number in
+    `places` and `indices`."""
 
     @classmethod
     def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
-        first, last = piece.first_column, piece.first_column + piece.num_columns
-        places = ((one.indices >= first) & (one.indices < last)).nonzero().flatten()
+        places, indices, row_dim, rows = _own_columns(one, piece)
         return cls(
             name=one.name,
             target=piece.target,
@@ -281,13 +286,16 @@ class _Write(NamedTuple):
             target_row=None if piece.source_rows is None else piece.target_row,
             source_rows=piece.source_rows or (0, 1),
             places=places.to(tensor.device),
-            indices=(one.indices[places] - first).to(tensor.device),
+            indices=indices.to(tensor.device),
+            row_dim=row_dim,
+            rows=None if rows is None else rows.to(tensor.device),
         )
 
     @property
     def num_values(self) -> int:
         """0 where this rank has none of the columns, or none of the rows."""
-        return len(self.places) * (self.source_rows[1] - self.source_rows[0])
+        num_rows = self.source_rows[1] - self.source_rows[0] if self.rows is None else 1
+        return len(self.places) * num_rows
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the rows of the target."""
@@ -300,6 +308,8 @@ class _Write(NamedTuple):
         if self.target_row is not None:
             start, end = self.source_rows
             columns = columns.narrow(-2, start, end - start)
+        if self.rows is not None:
+            return columns[..., self.rows.to(columns.device), self.places.to(columns.device)]
         if len(self.places) < columns.shape[self.dim]:
             columns = columns.index_select(self.dim, self.places.to(columns.device))
         return columns
@@ -307,8 +317,37 @@ class _Write(NamedTuple):
     def read(self, tensor: Tensor) -> Tensor:
         """Return what the target holds there."""
         view = self.view(tensor.detach())
-        found = column_bits(view, self.dim, self.indices.to(view.device))
-        return found.view(view.dtype)
+        indices = self.indices.to(view.device)
+        if self.rows is not None:
+            return view[..., self.rows.to(view.device), indices]
+        return column_bits(view, self.dim, indices, self.row_dim).view(view.dtype)
+
+    def put_(self, tensor: Tensor, columns: Tensor) -> None:
+        """Write what `read` reads."""
+        view, indices = self.view(tensor), self.indices.to(tensor.device)
+        if self.rows is not None:
+            bits(view)[..., self.rows.to(tensor.device), indices] = bits(columns)
+        else:
+            put_bits_(view, self.dim, indices, columns, self.row_dim)
+
+
+def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Return the `places`, `indices`, `row_dim` and `rows` of a write."""
+    first, last = piece.first_column, piece.first_column + piece.num_columns
+    is_own = (one.indices >= first) & (one.indices < last)
+    if not one.is_grouped:
+        places = is_own.nonzero().flatten()
+        return places, one.indices[places] - first, one.row_dim, None
+    if piece.source_rows is None:
+        return torch.arange(one.indices.shape[1]), one.indices, one.row_dim, None
+    num_rows = one.shape[one.row_dim]
+    start, end = piece.source_rows
+    if bool(is_own.all()):
+        indices = of_rows(one.indices, num_rows, start, end) - first
+        return torch.arange(one.indices.shape[1]), indices, one.row_dim, None
+    per_row = one.indices.repeat_interleave(num_rows // len(one.indices), 0)[start:end]
+    rows, places = ((per_row >= first) & (per_row < last)).nonzero(as_tuple=True)
+    return places, per_row[rows, places] - first, one.row_dim, rows
 
 
 @dataclass(eq=False)
@@ -347,8 +386,7 @@ def _put(write: _Write, tensor: Tensor, columns: Tensor) -> None:
     # The parameter itself: its version is counted, so a backward pass through what was computed
     # with the old columns raises instead of being wrong.
     with mode_of(tensor)():
-        columns = columns.to(tensor.device)
-        put_bits_(write.view(tensor), write.dim, write.indices.to(tensor.device), columns)
+        write.put_(tensor, columns.to(tensor.device))
 
 
 def _check(write: _Write, tensor: Tensor | None) -> None:

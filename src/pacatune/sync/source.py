@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.ops.columns import read_columns
 from pacatune.ops.linear import adapted_columns
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
 from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.layout import ConvolutionLayout, ExpertsLayout
+from pacatune.tuner.layout import ConvolutionLayout
 from pacatune.tuner.model import is_foreign
 
 if TYPE_CHECKING:
@@ -225,10 +226,9 @@ class _Weight:
         self.device = weight.device
         layout, indices = layer.layout, self.indices.detach().cpu()
         dim = layout.weight_dim
+        # A convolution's own groups.
         self.grouped: ConvolutionLayout | None = None
-        if isinstance(layout, ExpertsLayout):
-            dim = 1 if layout.is_transposed else 2
-        elif isinstance(layout, ConvolutionLayout) and layout.groups > 1:
+        if isinstance(layout, ConvolutionLayout) and layout.groups > 1:
             # A channel is a column of its group's rows alone; the others keep what they have there.
             per_group = layout.in_features // layout.groups
             channels = (indices % per_group).unique()
@@ -245,6 +245,7 @@ class _Weight:
             shape=shape,
             dtype=dtype or weight.dtype,
             indices=indices.clone(),
+            row_dim=layout.row_dim,
         )
 
     def _weight(self) -> Any:
@@ -309,11 +310,11 @@ class _Weight:
         return kernel
 
     def _originals(self) -> Tensor:
-        weight, residency, dim = self._weight(), self.layer.residency, self.columns.dim
+        weight, residency = self._weight(), self.layer.residency
         if self.kept is not None or _is_spread(weight):
             token = _token(weight)
             if self.kept is None or self.kept[0] != token:
-                self.kept = token, _gather_columns(weight, dim, self.wire_indices, self.columns)
+                self.kept = token, _gather_columns(weight, self.wire_indices, self.columns)
             return self.kept[1]
         if not weight.numel():
             _refuse_empty(self.columns.name)
@@ -321,7 +322,7 @@ class _Weight:
             found = residency.originals(self.indices)
             if found is not None:
                 return found
-        return cast(Tensor, weight.detach().index_select(dim, self.wire_indices))
+        return _read(weight, self.wire_indices, self.columns)
 
 
 # What is adapted, and how it is called.
@@ -494,13 +495,18 @@ def _whole(parameter: Any, name: str) -> Tensor:
     return cast(Tensor, delta.clone() if hasattr(parameter, "ds_id") else delta)
 
 
-def _gather_columns(weight: Any, dim: int, indices: Tensor, one: ColumnSet) -> Tensor:
-    """Return columns of a weight of which each process has a part; only they are sent."""
+def _gather_columns(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
+    """Return columns of a weight of which each process has a part; only they are sent.
+
+    Of row groups, whose parts are of many forms, the whole weight is gathered for a moment.
+    """
     if not hasattr(weight, "placements"):
-        return cast(Tensor, weight.detach().index_select(dim, indices))
+        return _read(weight, indices, one)
+    if one.is_grouped:
+        return _read(weight.detach().full_tensor(), indices, one)
     from torch.distributed.tensor import Partial
 
-    mesh, placements = weight.device_mesh, list(weight.placements)
+    mesh, placements, dim = weight.device_mesh, list(weight.placements), one.dim
     local = weight.detach().to_local()
     splitting = [number for number, p in enumerate(placements) if p.is_shard() and p.dim == dim]
     if not splitting:
@@ -524,6 +530,10 @@ def _gather_columns(weight: Any, dim: int, indices: Tensor, one: ColumnSet) -> T
     size = one.columns_shape
     wide = (*size[:-1], size[-1] * columns.itemsize)
     return _full(columns.view(torch.uint8), mesh, placements, wide).view(weight.dtype)
+
+
+def _read(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
+    return read_columns(weight.detach(), indices, dim=one.dim, row_dim=one.row_dim)
 
 
 def _full(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.format.options import IN_PROJ
+from pacatune.ops.row_groups import linear_of_groups, num_groups_of, of_rows
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import (
@@ -189,8 +190,9 @@ class MultiheadAttention(ParameterOwner):
         y = F.linear(x, base.in_proj_weight[rows], bias)
         layer: Any = self._modules.get(IN_PROJ)
         for name in names_to_apply(layer):
-            columns = x.index_select(-1, layer.paca_indices[name]).to(y.dtype)
-            apply = partial(_linear_of_rows, rows=rows)
+            indices = of_rows(layer.paca_indices[name], 3 * self.embed_dim, rows.start, rows.stop)
+            columns = x.index_select(-1, indices.flatten()).to(y.dtype)
+            apply = partial(_linear_of_rows, rows=rows, num_groups=num_groups_of(indices))
             y = y + layer.paca_delta[name](columns, layer.scaling[name], apply)
         return y
 
@@ -207,8 +209,8 @@ class MultiheadAttention(ParameterOwner):
         return base
 
 
-def _linear_of_rows(columns: Tensor, update: Tensor, rows: slice) -> Tensor:
-    return F.linear(columns, update[rows])
+def _linear_of_rows(columns: Tensor, update: Tensor, rows: slice, num_groups: int) -> Tensor:
+    return linear_of_groups(columns, update[rows], num_groups)
 
 
 def _merged_mask(

@@ -17,6 +17,7 @@ from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.strategies import (
     FIXED,
     needs_of,
+    random_columns,
     seed_for,
     select_columns,
     statistics_of,
@@ -91,8 +92,8 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
 
 
 def _matched(
-    columns: Mapping[str, list[int]], targets: Mapping[str, Target], config: PacaConfig
-) -> dict[str, list[int]]:
+    columns: Mapping[str, Any], targets: Mapping[str, Target], config: PacaConfig
+) -> dict[str, Any]:
     keys = {name: key_of_columns(columns, name) for name in targets} if columns else {}
     unused = sorted(set(columns) - set(keys.values()))
     if unused:
@@ -103,16 +104,17 @@ def _matched(
     given = {name: columns[key] for name, key in keys.items() if key is not None}
     for name, indices in given.items():
         rank, num_columns = targets[name].rank, targets[name].num_columns
-        if len(indices) != rank:
-            raise ValueError(
-                f"`columns` gives {len(indices)} columns for {name!r}, whose rank is {rank}; set "
-                "`r` or `rank_pattern` to the number of columns."
-            )
-        if indices[-1] >= num_columns:
-            raise ValueError(
-                f"`columns` gives column {indices[-1]} for {name!r}, which has {num_columns}; "
-                "the first one is 0."
-            )
+        for own in indices if config.groups > 1 else [indices]:
+            if len(own) != rank:
+                raise ValueError(
+                    f"`columns` gives {len(own)} columns for {name!r}, whose rank is {rank}; set "
+                    "`r` or `rank_pattern` to the number of columns."
+                )
+            if own[-1] >= num_columns:
+                raise ValueError(
+                    f"`columns` gives column {own[-1]} for {name!r}, which has {num_columns}; "
+                    "the first one is 0."
+                )
     return given
 
 
@@ -122,7 +124,10 @@ def _choose(
     config: PacaConfig,
     statistics: "ColumnStatistics | None",
     model: nn.Module,
-) -> list[int]:
+) -> Any:
+    if config.groups > 1:
+        options = config.random_seed, name, config.groups
+        return random_columns(target.num_columns, target.rank, *options).tolist()
     needs, kinds = needs_of(str(config.selection)), statistics_of(str(config.selection))
     values: Mapping[str, Tensor] = statistics.of(name) if statistics is not None and kinds else {}
     weight = next(iter(target.module.parameters())).new_empty(1, target.num_columns, device="meta")
@@ -160,8 +165,8 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     It is changed in place; its seed, which has not chosen these, is taken out.
     """
     if columns:
-        listed = {name: [int(index) for index in indices] for name, indices in columns.items()}
-        config.columns = {**(config.columns or {}), **listed}
+        listed = {name: indices.tolist() for name, indices in columns.items()}
+        config.columns = {**(config.columns or {}), **listed}  # type: ignore[assignment]
         config.random_seed = None
 
 

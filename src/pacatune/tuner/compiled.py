@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
+from pacatune.ops.row_groups import select, select_each
 from pacatune.residency import Pass, Residency
 
 __all__ = ["compiled_linear", "handle_of", "is_small"]
@@ -111,7 +112,7 @@ def _linear(
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if delta is not None and indices is not None and not is_resident:
             update = column_update(weight, delta, indices, scaling, y.dtype)
-            add_columns_(y, x.index_select(-1, indices), update)
+            add_columns_(y, select(x, indices), update, indices)
         return y
 
     opened = _open(handle, delta, x, trains)
@@ -160,7 +161,7 @@ def _linear_grad(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, delta, indices, scaling, _, handle, *_ = inputs
-    x_R = None if delta is None else x.index_select(-1, indices)
+    x_R = None if delta is None else select_each(x, indices)
     ctx.call = scaling, x.shape[-1]
     ctx.save_for_backward(x_R, delta, indices, handle, output[1])
 
@@ -174,7 +175,8 @@ def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         gx = torch.ops.pacatune.linear_grad(gy, delta, indices, scaling, handle, base, in_features)
     if needs_delta:
-        gdelta = grad_delta(gy_NO, x_R.reshape(-1, x_R.shape[-1]), scaling, delta.dtype)
+        x_NR = x_R.reshape(len(gy_NO), *indices.shape)
+        gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, indices)
     if needs_bias:
         gbias = gy_NO.sum(0)
     return gx, gdelta, None, None, gbias, None, None, None

@@ -96,7 +96,7 @@ class Conv(AdditiveLayer):
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         indices = self.paca_indices[name]
-        columns = select_channels(x, indices, len(self.kernel_size)).to(dtype)
+        columns = select_channels(x, indices.flatten(), len(self.kernel_size)).to(dtype)
         apply = partial(self._convolve_columns, indices)
         return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
 

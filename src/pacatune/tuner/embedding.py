@@ -70,7 +70,11 @@ class Embedding(AdditiveLayer):
         if scale is not None:
             rows = rows * scale
         update = rows.new_zeros(*x.shape, self.in_features, dtype=dtype)
-        update[..., self.paca_indices[name]] = rows.to(dtype)  # index_copy would keep the rows
+        indices = self.paca_indices[name]
+        if indices.dim() == 2:  # those of each token's group
+            own = indices[x // (self.out_features // len(indices))]
+            return update.scatter_(-1, own, rows.to(dtype))
+        update[..., indices] = rows.to(dtype)  # index_copy would keep the rows
         return update
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.linear import adapted_columns
+from pacatune.ops.row_groups import rank_of
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
-from pacatune.strategies import seed_for, select_columns
+from pacatune.strategies import random_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
@@ -212,7 +213,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
 
     Attributes:
         paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R).
-        paca_indices: Adapter name -> (R,) int64 sorted columns.
+        paca_indices: Adapter name -> (R,) int64 sorted columns, or (G, R) of row groups.
         r, paca_alpha, scaling: Adapter name -> its number; scaling = paca_alpha / r.
     """
 
@@ -235,7 +236,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         *,
         r: int,
         paca_alpha: float,
-        columns: list[int] | None = None,
+        columns: list[int] | list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -287,7 +288,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         *,
         r: int,
         paca_alpha: float,
-        columns: list[int] | None = None,
+        columns: list[int] | list[list[int]] | None = None,
     ) -> None:
         """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
@@ -295,6 +296,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         """
         num_columns = self.layout.in_features
         check_rank(r, num_columns, name)
+        check_groups(config.groups, self.layout, name)
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         delta = self.delta_class(*self.layout.delta_shape(r))
@@ -302,9 +304,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
         if columns is None:
-            weight = torch.empty(self.out_features, num_columns, device="meta")
-            seed = seed_for(config.random_seed, name)
-            indices = select_columns("random", weight, r, seed=seed)
+            indices = random_columns(num_columns, r, config.random_seed, name, config.groups)
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices
@@ -325,9 +325,9 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        They are an (O, R) delta, (R,) sorted indices, and the factor paca_alpha / R.
+        They are an (O, R) delta, (R,) or (G, R) sorted indices, and the factor paca_alpha / R.
         """
-        holder, rank = cast(Delta, self.paca_delta[adapter_name]), len(indices)
+        holder, rank = cast(Delta, self.paca_delta[adapter_name]), rank_of(indices)
         old = holder.weight
         if old.shape == delta.shape:
             old.copy_(delta)
@@ -399,6 +399,22 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
         self._attach()
+
+
+def check_groups(groups: int, layout: Layout, name: str) -> None:
+    """Refuse row groups that a weight cannot be divided into."""
+    own = getattr(layout, "groups", 1)
+    if groups > 1 and own > 1:
+        raise ValueError(
+            f"`groups` ({groups}) cannot be had by {name!r}, a convolution with groups={own} of "
+            f"its own, whose channels lead to few outputs already; put {name!r} into "
+            "`exclude_modules`, or set `groups` to 1."
+        )
+    if layout.out_features % groups:
+        raise ValueError(
+            f"`groups` ({groups}) must divide out_features={layout.out_features} of {name!r}; "
+            f"choose another number, or put {name!r} into `exclude_modules`."
+        )
 
 
 def check_rank(r: int, in_features: int, name: str) -> None:

@@ -56,8 +56,6 @@ class Layout:
     """In one word, or two."""
     has_inputs: ClassVar[bool] = True
     """Whether the module's input has the columns, so that they can be looked at."""
-    weight_dim: ClassVar[int] = 1
-    """Dimension of the columns in the weight."""
     delta_dim: ClassVar[int] = 1
     """Dimension of the columns in a layer's update."""
 
@@ -68,6 +66,16 @@ class Layout:
             return cls(module.out_features, module.in_features)
         in_features, out_features = cast("tuple[int, int]", _get_in_out_features(module))
         return cls(out_features, in_features)
+
+    @property
+    def weight_dim(self) -> int:
+        """Dimension of the columns in the weight."""
+        return 1
+
+    @property
+    def row_dim(self) -> int:
+        """Dimension of the output features in the weight, which row groups divide."""
+        return 0
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -113,13 +121,13 @@ class Layout:
 
         Args:
             weight: In the module's own layout.
-            indices: (R,) columns, on the weight's device.
+            indices: (R,) columns, or (G, R) of row groups, on the weight's device.
         """
-        return weight.index_select(self.weight_dim, indices)
+        return read_columns(weight, indices, dim=self.weight_dim, row_dim=self.row_dim)
 
     def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
         """Write what `read_columns` reads, into `weight` itself."""
-        weight.index_copy_(self.weight_dim, indices, columns)
+        put_columns_(weight, indices, columns, dim=self.weight_dim, row_dim=self.row_dim)
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the inputs that the weight is applied to, of the arguments of a call."""
@@ -142,7 +150,16 @@ class Conv1DLayout(Layout):
     """The weight of transformers' Conv1D, (I, O)."""
 
     title: ClassVar[str] = "transformers' Conv1D"
-    weight_dim: ClassVar[int] = 0
+
+    @property
+    def weight_dim(self) -> int:
+        """That of I."""
+        return 0
+
+    @property
+    def row_dim(self) -> int:
+        """That of O."""
+        return 1
 
     def oriented(self, delta: Tensor) -> Tensor:
         """Transpose."""
@@ -248,6 +265,16 @@ class ExpertsLayout(Layout):
         return cls(second, third, first, False)
 
     @property
+    def weight_dim(self) -> int:
+        """That of I."""
+        return 1 if self.is_transposed else 2
+
+    @property
+    def row_dim(self) -> int:
+        """That of O."""
+        return 2 if self.is_transposed else 1
+
+    @property
     def file_shape(self) -> tuple[int, ...]:
         """(O, I, E)."""
         return self.out_features, self.in_features, self.num_experts
@@ -275,14 +302,6 @@ class ExpertsLayout(Layout):
     def first_matrix(self, weight: Tensor) -> Tensor:
         """Return (O, I)."""
         return self.oriented(weight[:1])[0]
-
-    def read_columns(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """Return (E, O, R), or (E, R, O)."""
-        return weight.index_select(1 if self.is_transposed else 2, indices)
-
-    def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
-        """Write (E, O, R), or (E, R, O)."""
-        weight.index_copy_(1 if self.is_transposed else 2, indices, columns)
 
 
 # Kinds of modules that `target_modules` can name.

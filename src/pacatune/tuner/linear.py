@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pacatune.ops.gated import Elementwise, apply_paca_gated
 from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, column_update
+from pacatune.ops.row_groups import linear_of_groups, num_groups_of, select
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter
@@ -144,15 +145,17 @@ class Linear(AdditiveLayer):
         return None if weight is None else apply(weight, False)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
-        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
+        indices = self.paca_indices[name]
+        columns = x.index_select(-1, indices.flatten()).to(dtype)
+        apply = partial(linear_of_groups, num_groups=num_groups_of(indices))
+        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         weight = self._weight_in_16_bits(result.dtype)
         if weight is None:
             return super()._with_update(result, x, name)
         indices = self.paca_indices[name]
-        columns = x.index_select(-1, indices).to(result.dtype)
+        columns = x.index_select(-1, indices.flatten()).to(result.dtype)
         apply = partial(_add_columns, result, weight, indices, self.scaling[name])
         return cast(Tensor, self.paca_delta[name](columns, None, apply))
 
@@ -190,6 +193,9 @@ def _add_columns(
 ) -> Tensor:
     """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
     added = column_update(weight, delta, indices, scaling, y.dtype)
+    if (groups := num_groups_of(indices)) > 1:
+        x_GR = x_R.unflatten(-1, (groups, -1))
+        return y + linear_of_groups(torch.cat((x_GR, x_GR), -1).flatten(-2), added, groups)
     x_NR = torch.cat((x_R, x_R), -1).reshape(-1, added.shape[1])
     return torch.addmm(y.reshape(-1, y.shape[-1]), x_NR, added.t()).view(y.shape)
 
@@ -208,4 +214,4 @@ def _evaluate(
         return y
     compute = partial(column_update, weight, *update, y.dtype)
     added = residency.addition(compute, y.dtype, *update)
-    return add_columns_(y, x.index_select(-1, update[1]), added)
+    return add_columns_(y, select(x, update[1]), added, update[1])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, idle_layers
 from pacatune.format.tensors import check_tensors
+from pacatune.ops.row_groups import num_groups_of
 from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
@@ -419,12 +420,15 @@ def _warn_of_idle_layers(config: PacaConfig) -> None:
 
 def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     in_features: dict[str, int] = {}
+    groups: dict[str, int] = {}
     for name, module in model.named_modules():
         layer: Any = module if isinstance(module, PacaLayer) or is_foreign(module) else None
         if layer is not None and adapter_name in layer.r:
             prefix = f"{name}." if name else ""
             delta = f"{prefix}paca_delta.{adapter_name}"
             in_features[f"{prefix}paca_indices.{adapter_name}"] = layer.in_features
+            own = layer.paca_indices[adapter_name]
+            groups[f"{prefix}paca_indices.{adapter_name}"] = num_groups_of(own)
             in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
     for key, tensor in state_dict.items():
         if not re.search(r"(^|\.)paca_(delta|indices)(\.|$)", key):
@@ -433,6 +437,12 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
             raise ValueError(
                 f"Adapter {adapter_name!r} has {key!r}, but this model has no such adapted module: "
                 "it was made for another base model, or its configuration was changed."
+            )
+        if key in groups and num_groups_of(tensor) != groups[key]:
+            raise ValueError(
+                f"Adapter {adapter_name!r}: {key!r} has {num_groups_of(tensor)} row groups, and "
+                f"`groups` of its configuration is {groups[key]}: they are of different runs, or "
+                "one was edited."
             )
         if "paca_indices" in key and len(tensor) and int(tensor.max()) >= in_features[key]:
             raise ValueError(

@@ -24,7 +24,7 @@ from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.given import given_columns
 from pacatune.tuner.ignored import refuse_unused_patterns
-from pacatune.tuner.layer import PacaLayer, check_rank
+from pacatune.tuner.layer import PacaLayer, check_groups, check_rank
 from pacatune.tuner.layout import (
     AttentionLayout,
     Conv1DLayout,
@@ -108,6 +108,7 @@ def check_targets(
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, parameter_name)
             check_rank(rank, layout.in_features, name)
+            check_groups(config.groups, layout, name)
             targets[key] = Target(base, parameter_name, rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
@@ -266,8 +267,9 @@ def _check_parameter(
             f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
             "which PEFT would train but not save."
         )
-    num_columns = _experts_layout(module, parameter_name).in_features
-    check_rank(for_module(config.rank_pattern, name, config.r), num_columns, name)
+    layout = _experts_layout(module, parameter_name)
+    check_rank(for_module(config.rank_pattern, name, config.r), layout.in_features, name)
+    check_groups(config.groups, layout, name)
 
 
 def _available_parameters(parameters: dict[str, nn.Module]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.linear import apply_paca_linear, autocast
+from pacatune.ops.row_groups import linear_of_groups, num_groups_of, of_rows, row_index
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.compat import require
 from pacatune.tuner.linear import Linear
@@ -149,6 +150,24 @@ class _Own(NamedTuple):
     """Where they are in this process's part of the weight."""
 
 
+def _own_of_groups(indices: Tensor, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Return the places and columns of row groups, (G, R') each, that a process holds.
+
+    Where a group has fewer than another it is filled up, with a place beyond the R, where the
+    update is zero, and a column that it does not train.
+    """
+    columns = indices - first
+    is_own = (columns >= 0) & (columns < num_columns)
+    order = is_own.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    order = order[:, : int(is_own.sum(1).max())]
+    is_filled = ~is_own.gather(1, order)
+    places = order.masked_fill(is_filled, indices.shape[1])
+    taken = torch.zeros(len(indices), num_columns + 1, dtype=torch.uint8, device=indices.device)
+    taken.scatter_(1, columns.where(is_own, num_columns), 1)
+    free = taken[:, :num_columns].argmin(1, keepdim=True) if num_columns else columns[:, :1]
+    return places, columns.gather(1, order).where(~is_filled, free)
+
+
 class TensorParallelLinear(Linear):
     """An adapted nn.Linear of a model under one of transformers' tensor parallel plans."""
 
@@ -209,7 +228,8 @@ class TensorParallelLinear(Linear):
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         def apply(x: Tensor, update: Any) -> Tensor:
             update, indices = self._part(self.split.part(update), name)
-            return F.linear(x.index_select(-1, indices).to(dtype), update.to(dtype))
+            columns = x.index_select(-1, indices.flatten()).to(dtype)
+            return linear_of_groups(columns, update.to(dtype), num_groups_of(indices))
 
         x = self.split.enter(x)
         y = self.paca_delta[name](x, self.scaling[name], apply)
@@ -217,19 +237,33 @@ class TensorParallelLinear(Linear):
 
     def _part(self, delta: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Return what a process applies of an update, and the columns of its weight for that."""
-        indices = self.paca_indices[name]
-        if self.split.style.dim != 1:
+        indices, is_grouped = self.paca_indices[name], self.paca_indices[name].dim() == 2
+        if self.split.style.dim is None or (self.split.style.dim == 0 and not is_grouped):
             return delta, indices
         own = self._own.get(name)
         if own is None or own.indices is not indices or own.version != indices._version:
             own = self._own[name] = self._find_own(indices)
+        if self.split.style.dim == 0:
+            return delta, own.columns
+        if is_grouped:
+            places = row_index(own.places, delta.shape)
+            return F.pad(delta, (0, 1)).gather(1, places), own.columns
         return delta.index_select(1, own.places), own.columns
 
     def _find_own(self, indices: Tensor) -> _Own:
-        mesh = self.split.mesh
-        width = -(-self.in_features // mesh.size())  # the last parts may be narrower, or empty
+        mesh, dim = self.split.mesh, self.split.style.dim
+        size = self.out_features if dim == 0 else self.in_features
+        width = -(-size // mesh.size())  # the last parts may be narrower, or empty
+        first = min(mesh.get_local_rank() * width, size)
+        last = min(first + width, size)
         with torch.inference_mode(False):  # a training pass may use them after an evaluation
-            columns = indices - mesh.get_local_rank() * width
+            if dim == 0:
+                own = of_rows(indices, size, first, last)
+                return _Own(indices, indices._version, indices, own)
+            if indices.dim() == 2:
+                found = _own_of_groups(indices, first, last - first)
+                return _Own(indices, indices._version, *found)
+            columns = indices - first
             places = ((columns >= 0) & (columns < width)).nonzero().flatten()
             return _Own(indices, indices._version, places, columns[places])
 

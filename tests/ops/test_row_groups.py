@@ -1,0 +1,412 @@
+"""Row groups with columns of their own, in every operation, against plain autograd."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from pacatune.lean import ACTIVATIONS
+from pacatune.ops import (
+    linear,
+    paca_conv,
+    paca_experts_linear,
+    paca_linear,
+    paca_linear_additive,
+    paca_quantized_linear,
+    reference,
+)
+from pacatune.ops.columns import put_columns_, read_columns, with_columns
+from pacatune.ops.gated import apply_paca_gated
+from pacatune.ops.row_groups import (
+    distinct_and_places,
+    flat_positions,
+    joined_groups,
+    of_rows,
+    row_index,
+)
+
+OUT, IN, RANK, GROUPS = 12, 11, 4, 3
+SCALING = 0.75
+SHAPES = [(), (5,), (2, 5), (0,), (2, 0)]
+FORMS = ["resident", "additive"]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def choose(groups: int = GROUPS, columns: int = IN, rank: int = RANK) -> Tensor:
+    """Columns of which some belong to several groups."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [torch.randperm(columns, generator=generator)[:rank] for _ in range(groups)]
+    return torch.stack(chosen).sort(1).values
+
+
+def make(leading, dtype=torch.float64, out=OUT, columns=IN, groups=GROUPS, rank=RANK):
+    return {
+        "x": normal(*leading, columns, dtype=dtype),
+        "weight": normal(out, columns, dtype=dtype, seed=1),
+        "delta": normal(out, rank, dtype=dtype, seed=2),
+        "indices": choose(groups, columns, rank),
+        "bias": normal(out, dtype=dtype, seed=3),
+    }
+
+
+def run(form: str, tensors: dict[str, Tensor]) -> Tensor:
+    if form == "reference":
+        return reference.paca_linear(**tensors, scaling=SCALING)
+    if form == "additive":
+        return paca_linear_additive(**tensors, scaling=SCALING)
+    update = tensors["delta"].detach(), tensors["indices"], SCALING
+    weight = reference.adapted_weight(tensors["weight"], *update)
+    return paca_linear(**{**tensors, "weight": weight}, scaling=SCALING)
+
+
+def gradients(function, tensors: dict[str, Tensor], trained: set[str]) -> dict[str, Tensor | None]:
+    leaves = {
+        name: x.clone().requires_grad_(name in trained) if x.is_floating_point() else x
+        for name, x in tensors.items()
+    }
+    y = function(leaves)
+    if y.requires_grad:
+        y.backward(normal(*y.shape, dtype=y.dtype, seed=4))
+    found = {name: leaves[name].grad for name in trained}
+    return {"y": y.detach(), **found}
+
+
+def linear_gradients(form: str, tensors, trained):
+    return gradients(lambda leaves: run(form, leaves), tensors, trained)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("leading", SHAPES)
+def test_gradcheck(form, leading) -> None:
+    tensors = make(leading)
+    leaves = [tensors[name].requires_grad_() for name in ("x", "delta", "bias")]
+
+    def function(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
+        # The resident form reads its columns from the weight, so delta moves the outputs there.
+        return run(form, {**tensors, "x": x, "delta": delta, "bias": bias})
+
+    if form == "resident":
+        tensors["delta"].requires_grad_(False)
+        leaves = leaves[::2]
+        assert torch.autograd.gradcheck(lambda x, b: function(x, tensors["delta"], b), leaves)
+    else:
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("leading", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+def test_equal_to_reference(form, leading, dtype, tolerance) -> None:
+    tensors = make(leading, dtype)
+    for flags in itertools.product([True, False], repeat=3):
+        trained = {n for n, flag in zip(("x", "delta", "bias"), flags, strict=True) if flag}
+        ours = linear_gradients(form, tensors, trained)
+        theirs = linear_gradients("reference", tensors, trained)
+        for name, expected in theirs.items():
+            torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_reference_is_a_mask_on_the_full_gradient() -> None:
+    tensors = make((9,))
+    weight = tensors["weight"].clone().requires_grad_()
+    gy = normal(9, OUT, seed=4)
+    F.linear(tensors["x"], weight).backward(gy)
+    tensors["delta"].zero_()
+    found = linear_gradients("reference", tensors, {"delta"})["delta"]
+    for row in range(OUT):
+        columns = tensors["indices"][row // (OUT // GROUPS)]
+        torch.testing.assert_close(found[row], SCALING * weight.grad[row, columns])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
+def test_low_precision_error_is_within_plain_autograds(form, dtype, delta_dtype) -> None:
+    tensors = make((64,), dtype, out=48, columns=96, groups=6, rank=8)
+    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
+    trained = {"x", "delta", "bias"}
+    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
+    truth, plain = (linear_gradients("reference", x, trained) for x in (exact, tensors))
+    ours = linear_gradients(form, tensors, trained)
+    for name, expected in truth.items():
+        assert ours[name].dtype == plain[name].dtype
+        budget = (plain[name].double() - expected).abs().max()
+        error = (ours[name].double() - expected).abs().max()
+        # Additive, what the columns add is rounded after the product of the weight has been.
+        factor = 1.5 if form == "resident" else 2.0
+        assert error <= factor * budget + 1e-6, f"{name}: {error} > {budget}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_of_several_groups_is_kept_once(form) -> None:
+    tensors = make((2, 5))
+    distinct = tensors["indices"].unique()
+    assert len(distinct) < tensors["indices"].numel()
+    given = {x.untyped_storage().data_ptr() for x in tensors.values()}
+    given |= {x.untyped_storage().data_ptr() for x in distinct_and_places(tensors["indices"])}
+    for name in ("x", "delta"):
+        tensors[name].requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    function = paca_linear if form == "resident" else paca_linear_additive
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function(**tensors, scaling=SCALING)
+    own = sum(size for pointer, size in kept.items() if pointer not in given)
+    assert own == 2 * 5 * len(distinct) * 8
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_whole_and_once(form) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = paca_linear if form == "resident" else paca_linear_additive
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for step in range(3):
+        found = []
+        for one in (compiled, function):
+            tensors = make((4, 5), torch.float32)
+            tensors["weight"].mul_(1.0 + step)
+            trained = {"x", "delta", "bias"}
+            call = lambda leaves, one=one: one(**leaves, scaling=SCALING)  # noqa: E731
+            found.append(gradients(call, tensors, trained))
+        for name, expected in found[1].items():
+            torch.testing.assert_close(found[0][name], expected)
+    assert counter.frame_count == 1
+
+
+@pytest.fixture(params=[True, False], ids=["widens", "casts"])
+def gpu_branch(request, monkeypatch):
+    """Run what GPUs run, with the GEMM that widens and without (torch before 2.8)."""
+
+    def widened(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+        return scaling * a.to(dtype).bmm(b.to(dtype))
+
+    monkeypatch.setattr(linear, "_is_on_cpu", lambda x: False)
+    monkeypatch.setattr(linear, "_can_widen", lambda device, dtype, wide: request.param)
+    monkeypatch.setattr(linear, "_wide_product", widened)
+
+
+@pytest.mark.parametrize("leading", [(5,), (0,), (2, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_delta_by_the_branch_of_gpus(gpu_branch, leading, dtype) -> None:
+    tensors = make(leading, dtype)
+    tensors["delta"] = tensors["delta"].float()
+    ours = linear_gradients("resident", tensors, {"x", "delta"})["delta"]
+    assert ours.is_contiguous()
+    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
+    truth = linear_gradients("reference", exact, {"x", "delta"})["delta"]
+    size = float(truth.abs().max())
+    limit = 1e-5 if dtype is torch.float32 else 2**-8
+    assert (ours.double() - truth).abs().max() <= limit * size
+
+
+def test_new_indices_in_the_same_memory_are_seen() -> None:
+    tensors = make((5,))
+    linear_gradients("additive", tensors, {"delta"})
+    tensors["indices"].copy_((tensors["indices"] + 1).sort(1).values % IN)
+    tensors["indices"].copy_(tensors["indices"].sort(1).values)
+    ours = linear_gradients("additive", tensors, {"x", "delta"})
+    theirs = linear_gradients("reference", tensors, {"x", "delta"})
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("is_channels_last", [False, True])
+def test_convolutions(dims, is_channels_last) -> None:
+    kernel = [3] * dims
+    tensors = {
+        "x": normal(2, IN, *[6] * dims),
+        "weight": normal(OUT, IN, *kernel, seed=1),
+        "delta": normal(OUT, RANK, *kernel, seed=2),
+        "indices": choose(),
+        "bias": normal(OUT, seed=3),
+    }
+    if is_channels_last and dims == 2:
+        tensors["x"] = tensors["x"].to(memory_format=torch.channels_last)
+    trained = {"x", "delta", "bias"}
+    ours, theirs = (
+        gradients(lambda t, f=f: f(**t, scaling=SCALING, stride=2, padding=1), tensors, trained)
+        for f in (paca_conv, reference.paca_conv)
+    )
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_convolutions_compile() -> None:
+    tensors = {
+        "x": normal(2, IN, 6),
+        "weight": normal(OUT, IN, 3, seed=1),
+        "delta": normal(OUT, RANK, 3, seed=2),
+        "indices": choose(),
+    }
+    compiled = torch.compile(paca_conv, fullgraph=True, backend="aot_eager")
+    ours, theirs = (
+        gradients(lambda t, f=f: f(**t, scaling=SCALING), tensors, {"x", "delta"})
+        for f in (compiled, reference.paca_conv)
+    )
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_experts(is_transposed, is_grouped, is_compiled) -> None:
+    weight = normal(4, OUT, IN, seed=1)
+    tensors = {
+        "x": normal(9, IN),
+        "weight": weight.transpose(1, 2).contiguous() if is_transposed else weight,
+        "delta": normal(4, OUT, RANK, seed=2),
+        "indices": choose(),
+        "offsets": torch.tensor([3, 3, 7, 9], dtype=torch.int32),
+    }
+    function = paca_experts_linear
+    if is_compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    ours = gradients(
+        lambda t: function(
+            **t, scaling=SCALING, is_transposed=is_transposed, is_grouped=is_grouped
+        ),
+        tensors,
+        {"x", "delta"},
+    )
+    theirs = gradients(
+        lambda t: reference.paca_experts_linear(**t, scaling=SCALING, is_transposed=is_transposed),
+        tensors,
+        {"x", "delta"},
+    )
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_quantised(has_kernel) -> None:
+    weight = normal(OUT, IN, seed=1)
+    tensors = {k: v for k, v in make((2, 5)).items() if k in ("x", "delta", "bias")}
+    indices, trained = choose(), {"x", "delta", "bias"}
+    multiply = (lambda x: F.linear(x, weight)) if has_kernel else None
+    if has_kernel:  # which adds the bias itself
+        del tensors["bias"]
+        trained.discard("bias")
+    ours = gradients(
+        lambda t: paca_quantized_linear(
+            t["x"], t["delta"], indices, SCALING, lambda _: weight.clone(), t.get("bias"), multiply
+        ),
+        tensors,
+        trained,
+    )
+    theirs = gradients(
+        lambda t: reference.paca_linear(
+            t["x"], weight, t["delta"], indices, SCALING, t.get("bias")
+        ),
+        tensors,
+        trained,
+    )
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_gated(is_resident) -> None:
+    tensors = {"gate": normal(2, 5, IN), "up": normal(2, 5, IN, seed=5)}
+    tensors |= {"delta": normal(OUT, RANK, seed=2), "bias": normal(OUT, seed=3)}
+    weight, indices, act = normal(OUT, IN, seed=1), choose(), ACTIVATIONS["silu"]
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        used = weight
+        if is_resident:
+            used = reference.adapted_weight(weight, t["delta"].detach(), indices, SCALING)
+        update = t["delta"], indices, SCALING
+        return apply_paca_gated(
+            t["gate"], t["up"], used, *update, t["bias"], is_resident, None, act
+        )
+
+    def theirs(t: dict[str, Tensor]) -> Tensor:
+        h = act.value(t["gate"]) * t["up"]
+        return reference.paca_linear(h, weight, t["delta"], indices, SCALING, t["bias"])
+
+    found, expected = (gradients(f, tensors, set(tensors)) for f in (ours, theirs))
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "row_dim"),
+    [((12, 11), 1, 0), ((11, 12), 0, 1), ((2, 12, 11), 2, 1), ((2, 11, 12), 1, 2)],
+)
+def test_where_columns_are(shape, dim, row_dim) -> None:
+    weight, indices = normal(*shape), choose()
+    columns = read_columns(weight, indices, dim=dim, row_dim=row_dim)
+    turned = weight.movedim((row_dim, dim), (0, 1))
+    found = columns.movedim((row_dim, dim), (0, 1))
+    for row in range(12):
+        assert found[row].equal(turned[row, indices[row // 4]])
+    assert columns.flatten().equal(
+        weight.flatten()[flat_positions(indices, shape, dim, row_dim).flatten()]
+    )
+    changed = weight.clone()
+    put_columns_(changed, indices, columns + 1, dim=dim, row_dim=row_dim)
+    assert read_columns(changed, indices, dim=dim, row_dim=row_dim).equal(columns + 1)
+    assert int((changed != weight).sum()) == columns.numel()
+    if (dim, row_dim) == (1, 0) and len(shape) == 2:
+        assert with_columns(weight, indices, columns + 1).equal(changed)
+
+
+def test_joined_groups_are_the_same_update() -> None:
+    indices, update = choose(), normal(OUT, RANK, 3)
+    joined, distinct = joined_groups(update, indices)
+    for row in range(OUT):
+        dense = torch.zeros(IN, 3, dtype=torch.float64)
+        dense[indices[row // 4]] = update[row]
+        assert joined[row].equal(dense[distinct])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 12), (0, 4), (4, 12), (0, 6), (2, 3), (5, 5)])
+def test_columns_of_some_rows(first, last) -> None:
+    indices, weight = choose(), normal(OUT, IN)
+    own = of_rows(indices, OUT, first, last)
+    expected = read_columns(weight, indices)[first:last]
+    assert read_columns(weight[first:last], own).equal(expected)
+    alone = indices[0]
+    assert of_rows(alone, OUT, first, last) is alone
+
+
+def test_an_index_is_no_copy_where_dimensions_repeat() -> None:
+    index = row_index(choose(), (5, OUT, IN), 2, 1)
+    assert index.shape == (5, OUT, RANK)
+    assert index.untyped_storage().nbytes() == OUT * RANK * 8
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.zeros(5, 2, dtype=torch.int64), "has 5 row groups, which must divide O=12"),
+        (torch.zeros(1, 1, 2, dtype=torch.int64), r"those of row groups are \(G, R\)"),
+    ],
+)
+@pytest.mark.parametrize("function", [paca_linear, paca_linear_additive])
+def test_wrong_indices(function, indices, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(**{**make((5,)), "indices": indices}, scaling=1.0)
+
+
+def test_a_convolution_with_groups_of_its_own_is_refused() -> None:
+    x, weight, delta = normal(2, 12, 6), normal(OUT, 6, 3), normal(6, RANK, 3)
+    with pytest.raises(ValueError, match="which a convolution with groups=2 of its own cannot"):
+        paca_conv(x, weight, delta, choose(3, 12), 1.0, groups=2)
