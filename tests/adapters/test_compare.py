@@ -16,7 +16,10 @@ def dense(folder):
     result = {}
     for name, (delta, indices) in adapter.modules.items():
         result[name] = torch.zeros(delta.shape[0], 64, dtype=torch.float64)
-        result[name][:, indices] = delta.double() * adapter.scaling(name)
+        groups = len(indices) if indices.dim() == 2 else 1
+        parts = result[name].chunk(groups), delta.chunk(groups), indices.view(groups, -1)
+        for rows, own, columns in zip(*parts, strict=True):
+            rows[:, columns] = own.double() * adapter.scaling(name)
     return result
 
 
@@ -28,8 +31,10 @@ def test_an_adapter_equals_itself(adapter_dir):
     assert (result.only_a, result.only_b) == ([], [])
 
 
-def test_numbers_are_those_of_the_dense_updates(adapter_dir, tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_numbers_are_those_of_the_dense_updates(adapter_dir, tiny_model_dir, tmp_path, groups):
     options = {"seed": 1, "random_seed": 7, "r": 20, "target_modules": ["q_proj", "k_proj"]}
+    options["groups"] = groups
     save_adapter(tiny_model_dir, tmp_path / "other", **options)
     result = compare(adapter_dir, tmp_path / "other")
     a, b = dense(adapter_dir), dense(tmp_path / "other")
@@ -43,7 +48,8 @@ def test_numbers_are_those_of_the_dense_updates(adapter_dir, tiny_model_dir, tmp
     for module in result.modules:
         flat = (updates[module.name].flatten() for updates in (a, b))
         assert module.cosine == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))
-        assert (module.rank_a, module.rank_b) == (4, 20)
+        distinct = len(read_adapter(tmp_path / "other").modules[module.name].indices.unique())
+        assert (module.rank_a, module.rank_b) == (4, distinct)
 
 
 def test_a_zero_update_is_like_nothing(adapter_dir, adapter_copy):

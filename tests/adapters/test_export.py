@@ -39,6 +39,30 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def test_row_groups_have_a_rank_of_their_distinct_columns(tiny_model_dir, tmp_path):
+    options = {"groups": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 2}}
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **options)
+    result = export_lora(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "lora", verify=True)
+    modules = read_adapter(tmp_path / "adapter").modules
+    rank = max(len(one.indices.unique()) for one in modules.values())
+    assert 4 < rank <= 16
+    assert result.rounding < 1e-6
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    # The same factor, 8 / 4 for 4 columns of each row.
+    assert (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
+    assert f"4 row groups of 4 columns: as LoRA the rank is {rank}" in result.notes[0]
+    logits = lora_logits(tiny_model_dir, tmp_path / "lora")
+    assert torch.allclose(logits, paca_logits(adapted), atol=1e-5)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, (delta, indices) in modules.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "AB")
+        rows = (b @ a).chunk(4)
+        scaling = 1 if "v_proj" in name else 2
+        for part, own, columns in zip(rows, delta.chunk(4), indices, strict=True):
+            assert int((part != 0).any(0).sum()) == len(columns)
+            torch.testing.assert_close(2 * part[:, columns], scaling * own)
+
+
 def test_a_selector_selects():
     x = torch.randn(5, 7)
     indices = torch.tensor([1, 4, 6])

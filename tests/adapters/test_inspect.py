@@ -50,6 +50,22 @@ def test_what_only_we_can_read_is_said(tmp_path, tiny_model_dir):
     assert report.num_trainable_parameters == 300 * 32 + 2 * (2 * 32 + 4 * 16 + 4 * 32)
 
 
+def test_row_groups_are_described(tiny_model_dir, tmp_path):
+    save_adapter(tiny_model_dir, tmp_path / "ours", groups=4)
+    report = inspect_adapter(tmp_path / "ours")
+    assert report.num_trainable_parameters == 2 * 4 * (32 + 16 + 32)
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    for module in report.modules:
+        indices = tensors[f"base_model.model.{module.name}.paca_indices"]
+        assert module.rank == 4
+        assert module.columns == indices.unique().tolist()
+        assert module.columns_of_groups == indices.tolist()
+    notes = " ".join(report.notes)
+    largest = max(len(module.columns) for module in report.modules)
+    assert f"4 row groups: each update has rank up to {largest}" in notes
+    assert "does not know `groups`" in notes
+
+
 def test_an_untrained_adapter_is_said(adapter_copy):
     path = adapter_copy / "adapter_model.safetensors"
     save_file({n: t * 0 if "delta" in n else t for n, t in load_file(path).items()}, path)

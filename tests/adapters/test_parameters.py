@@ -70,8 +70,9 @@ def pooled(model):
         return model(pixel_values=pixels).pooler_output
 
 
-def test_merges_and_verifies(base_dir, tmp_path):
-    model = make(base_dir, tmp_path / "adapter")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_merges_and_verifies(base_dir, tmp_path, groups):
+    model = make(base_dir, tmp_path / "adapter", groups=groups)
     result = merge(str(base_dir), tmp_path / "adapter", tmp_path / "merged")
     assert result.error.max_relative < 1e-5
     if base_dir.name in WITH_ATTENTION:
@@ -83,8 +84,9 @@ def test_merges_and_verifies(base_dir, tmp_path):
 
 
 @pytest.mark.usefixtures("verified_here")
-def test_exports_to_lora_that_plain_peft_runs_alike(base_dir, tmp_path):
-    model = make(base_dir, tmp_path / "adapter")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_exports_to_lora_that_plain_peft_runs_alike(base_dir, tmp_path, groups):
+    model = make(base_dir, tmp_path / "adapter", groups=groups)
     if base_dir.name == "projection":
         with pytest.raises(
             ValueError, match=r"is the out_proj of .* adds twice; merge the adapter"

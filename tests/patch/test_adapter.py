@@ -74,12 +74,15 @@ def assert_same_tensors(one, other):
         assert torch.equal(patch.edit.bits(tensor), patch.edit.bits(other[name])), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_patched_checkpoint_is_the_merged_one(tiny_model_dir, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "groups"), [("float32", 1), ("bfloat16", 1), ("float16", 1), ("bfloat16", 4)]
+)
+def test_a_patched_checkpoint_is_the_merged_one(tiny_model_dir, tmp_path, dtype, groups):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     torch_dtype = getattr(torch, dtype)
     AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch_dtype).save_pretrained(base)
-    adapted = save_adapter(base, adapter, dtype=dtype, rank_pattern={"q_proj": 2})
+    options = {"rank_pattern": {"q_proj": 2}, "groups": groups}
+    adapted = save_adapter(base, adapter, dtype=dtype, **options)
     made, notes = patch.make(base, adapter)
     assert notes == []
     assert made.base == "base"
@@ -101,12 +104,16 @@ def test_a_patched_checkpoint_is_the_merged_one(tiny_model_dir, tmp_path, dtype)
     assert filecmp.cmpfiles(base, tmp_path / "back", files, shallow=False)[1:] == ([], [])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_weight(kind, tmp_path):
+def test_every_kind_of_weight(kind, groups, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     build(kind).save_pretrained(base)
     dtype = "bfloat16" if kind in ("mixtral", "gpt_oss", "llama4") else "float32"
-    save_adapter(base, adapter, dtype=dtype, **KINDS[kind])
+    options = dict(KINDS[kind])
+    if groups > 1 and kind == "convolution":  # depthwise ones have groups of their own
+        options["target_modules"] = ["patch_embeddings", "pwconv1"]
+    save_adapter(base, adapter, dtype=dtype, groups=groups, **options)
     made, _ = patch.make(base, adapter)
     merge(str(base), adapter, tmp_path / "merged", verify=False)
     patch.apply_to_folder(base, made, tmp_path / "patched")
@@ -114,6 +121,32 @@ def test_every_kind_of_weight(kind, tmp_path):
     patch.apply_to_folder(tmp_path / "patched", made, tmp_path / "back", revert=True)
     assert filecmp.cmp(base / "model.safetensors", tmp_path / "back/model.safetensors", False)
     assert made.num_bytes < Checkpoint.open(base).num_bytes / 2
+
+
+def test_row_groups_in_a_file_and_in_place(bf16_dir, tmp_path):
+    """Only what the groups train is in the patch, and written."""
+    base = shutil.copytree(bf16_dir, tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", dtype="bfloat16", groups=4)
+    made, notes = patch.make(base, tmp_path / "adapter")
+    assert notes == []
+    assert made.num_bytes == 2 * 2 * 4 * (32 + 16 + 32)
+    patch.save(made, tmp_path / "p.safetensors")
+    found = patch.load(tmp_path / "p.safetensors")
+    assert patch.compare_patches(found, made).differing == []
+    assert all(edit.is_grouped for edit in found.edits.values())
+    result = patch.apply_in_place(base, found)
+    assert result.column_bytes == made.num_bytes
+    merge(str(bf16_dir), tmp_path / "adapter", tmp_path / "merged", verify=False)
+    assert_same_tensors(base, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    patch.revert(model, found)
+    for name, tensor in tensors_of(bf16_dir).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    patch.apply_in_place(base, found, revert=True)
+    assert_same_tensors(base, bf16_dir)
+    patch.to_adapter(found, tmp_path / "again")
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert filecmp.cmpfiles(tmp_path / "adapter", tmp_path / "again", files, False)[0] == files
 
 
 def test_grouped_convolutions_change_their_own_rows_alone(tmp_path):

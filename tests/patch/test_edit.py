@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pacatune.patch import ColumnEdit, Patch, edit_of, stack
-from pacatune.patch.edit import bits, shared_columns
+from pacatune.patch.edit import bits, column_bits, put_bits_, shared_columns
 
 
 def make_edit(columns, *, weight=None, name="a.weight", dim=1, seed=0, dtype=torch.bfloat16):
@@ -137,3 +139,45 @@ def test_shared_columns_are_counted():
     assert shared_columns(a, b) == {"a.weight": 1}
     assert shared_columns(a, make_patch(0).edits) == {}
     assert shared_columns(a, make_patch(0, dim=0).edits) == {"a.weight": 2}
+
+
+def grouped_edit(seed=0, **options):
+    """Two row groups of a (4, 6) tensor."""
+    weight = torch.arange(24.0).view(4, 6)
+    indices = torch.tensor([[0, 2], [2, 5]])
+    new = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
+    return weight, edit_of("a.weight", 1, weight, indices, new, **options)
+
+
+def test_row_groups_have_columns_of_their_own():
+    weight, edit = grouped_edit()
+    assert edit.original.tolist() == [[0, 2], [6, 8], [14, 17], [20, 23]]
+    changed = weight.clone()
+    put_bits_(changed, 1, edit.indices, edit.new, edit.row_dim)
+    assert int((changed != weight).sum()) == 8
+    found = column_bits(changed, 1, edit.indices, edit.row_dim)
+    assert torch.equal(found.view(torch.float32), edit.new)
+    put_bits_(changed, 1, edit.indices, edit.original, edit.row_dim)
+    assert torch.equal(changed, weight)
+    assert stack([Patch(edits={"a.weight": edit})]).edits["a.weight"] is edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_dim": 1}, "its 2 row groups must divide a dimension of .* got `row_dim` = 1"),
+        ({"indices": torch.tensor([[0, 2], [5, 2]])}, "must increase from 0 on"),
+        ({"indices": torch.tensor([[0, 2], [2, 6]])}, "stay below 6"),
+        ({"indices": torch.tensor([[0, 2], [1, 2], [2, 5]])}, "its 3 row groups must divide"),
+    ],
+)
+def test_row_groups_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(grouped_edit()[1], **change)
+
+
+def test_patches_of_row_groups_of_one_tensor_are_not_joined():
+    patches = [Patch(edits={"a.weight": grouped_edit(seed)[1]}) for seed in range(2)]
+    with pytest.raises(ValueError, match="one of them in row groups; such patches cannot be"):
+        stack(patches, overlap="sum")
+    assert shared_columns(*(one.edits for one in patches)) == {"a.weight": 3}

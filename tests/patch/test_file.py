@@ -88,7 +88,7 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is a patch of version 2, and this pacatune reads 1; upgrade"),
+        ({"version": 3}, "is a patch of version 3, and this pacatune reads 1 and 2; upgrade"),
         ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch .*a.indices"),
         ({"tensors": {}}, "`edits` is empty"),
         ({"tensors": None}, "lacks a part of a patch"),

@@ -59,10 +59,11 @@ def kept_by_rank(tensors, rank, size):
     ["all-linear", ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj", "lm_head"]],
     ids=str,
 )
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_of_vllm(size, targets):
+def test_ranks_of_vllm(size, targets, groups):
     """With 4 and 8 ranks several hold the same heads of keys and values."""
-    model = adapt(target_modules=targets)
+    model = adapt(target_modules=targets, groups=groups)
     source = ColumnSource(model)
     base = build_model(VOCABULARY, **SIZES).state_dict()
     ranks = [kept_by_rank(base, rank, size) for rank in range(size)]

@@ -25,12 +25,13 @@ def connect(model, server, **options):
     return source, receiver
 
 
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(
     ("trained", "dtype"),
     [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, None)],
 )
-def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype):
-    model = adapt(trained)
+def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype, groups):
+    model = adapt(trained, groups=groups)
     server = served(dtype or trained)
     before, kept = clone(server), dict(server.named_parameters())
     source, receiver = connect(model, server, dtype=dtype)
@@ -270,7 +271,9 @@ def test_an_interrupted_sync_is_taken_back(model, monkeypatch):
     assert_bits(server, merged(model))
 
 
-def test_messages_over_the_wire(model):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_messages_over_the_wire(groups):
+    model = adapt(groups=groups)
     source = ColumnSource(model)
     step(model)
     positions = from_wire(*to_wire(source.positions()))
@@ -407,7 +410,7 @@ def test_a_server_in_inference_mode(model):
     assert_bits(server, merged(model))
 
 
-def other_kinds(kind):
+def other_kinds(kind, groups=1):
     """An adapted model of another kind of layer, and its plain base."""
     from peft import get_peft_model
 
@@ -447,10 +450,13 @@ def other_kinds(kind):
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     }[kind]
-    config = PacaConfig(r=3, init_weights=False, **options)
+    if groups > 1 and kind == "convolutions":  # one has groups of its own
+        options["target_modules"] = ["0", "2"]
+    config = PacaConfig(r=3, groups=groups, init_weights=False, **options)
     return get_peft_model(build(), config), build()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -458,8 +464,8 @@ def other_kinds(kind):
         pytest.param("experts", marks=needs("transformers", "5")),
     ],
 )
-def test_every_kind_of_layer(kind):
-    model, server = other_kinds(kind)
+def test_every_kind_of_layer(kind, groups):
+    model, server = other_kinds(kind, groups)
     before = clone(server)
     source, receiver = connect(model, server)
     receiver.apply(source.columns())

@@ -79,6 +79,24 @@ def test_columns_are_those_of_the_matrix(kind):
     assert changed.equal(weight)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("grouped", "depthwise")])
+def test_columns_of_row_groups(kind):
+    weight, layout = weight_and_layout(kind)
+    groups = 3
+    indices = torch.tensor([[1, 3], [0, 1], [2, 3]])
+    columns = layout.read_columns(weight, indices)
+    assert layout.oriented(columns).shape == layout.delta_shape(2)
+    changed = weight.clone()
+    layout.put_columns_(changed, indices, columns + 1)
+    matrix, expected = layout.matrix(changed), layout.matrix(weight).clone()
+    by_expert = expected.unflatten(0, (getattr(layout, "num_experts", 1), -1))
+    for rows, own in zip(by_expert.chunk(groups, 1), indices, strict=True):
+        rows[:, :, own] += 1
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
+    layout.put_columns_(changed, indices, columns)
+    assert changed.equal(weight)
+
+
 @kinds
 def test_the_dense_shape_turned_is_that_of_the_weight(kind):
     weight, layout = weight_and_layout(kind)

@@ -316,9 +316,9 @@ class ModuleComparison:
     name: str
     """In the base model."""
     rank_a: int
-    """Columns of the first adapter."""
+    """Distinct columns of the first adapter."""
     rank_b: int
-    """Columns of the second adapter."""
+    """Distinct columns of the second adapter."""
     num_shared_columns: int
     """Columns that both train."""
     cosine: float

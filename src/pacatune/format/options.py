@@ -305,6 +305,7 @@ def _sorted_columns(columns: Any, groups: int) -> Any:
 
 def _sorted_groups(name: str, values: Any, groups: int) -> list[list[int]]:
     is_list = isinstance(values, list | tuple) and len(values) == groups
+    is_list = is_list and all(isinstance(own, list | tuple) for own in values)
     lists = [_sorted_list(name, own) for own in values] if is_list else []
     if len({len(own) for own in lists}) != 1:
         raise ValueError(

@@ -88,8 +88,8 @@ class ColumnEdit:
             )
         if self.indices.dtype != torch.int64 or self.indices.dim() not in (1, 2):
             raise ValueError(
-                f"{where}: `indices` must be (R,) int64, or (G, R) of row groups, got "
-                f"{tuple(self.indices.shape)} of {self.indices.dtype}."
+                f"{where}: `indices` must be (R,) int64, got {tuple(self.indices.shape)} of "
+                f"{self.indices.dtype}; those of row groups are (G, R)."
             )
         if self.is_grouped:
             self._check_groups(where)

@@ -234,12 +234,12 @@ def _check(one: ColumnSet) -> None:
             f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
         )
     is_list = indices.dtype == torch.int64 and indices.dim() in (1, 2) and indices.numel() > 0
+    if is_list and not bool((indices.diff() > 0).all()):
+        raise ValueError(f"{one.name!r}: `indices` must increase.")
     if not is_list or int(indices.min()) < 0 or int(indices.max()) >= one.shape[one.dim]:
         raise ValueError(
             f"{one.name!r}: `indices` must be int64 numbers of the {one.shape[one.dim]} columns."
         )
-    if not bool((indices.diff() > 0).all()):
-        raise ValueError(f"{one.name!r}: `indices` must increase.")
     if one.is_grouped:
         is_other = 0 <= one.row_dim < len(one.shape) and one.row_dim != one.dim
         if not is_other or one.shape[one.row_dim] % len(indices):
