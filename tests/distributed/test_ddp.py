@@ -20,8 +20,8 @@ def wrap(model, **options):
     return torch.nn.parallel.DistributedDataParallel(model, **options)
 
 
-def train_copies(dtype, options, accumulation=1, reentrant=None):
-    model = net.adapt(dtype)
+def train_copies(dtype, options, accumulation=1, reentrant=None, groups=1):
+    model = net.adapt(dtype, groups=groups)
     if reentrant is not None:
         net.checkpoint(model, use_reentrant=reentrant)
     before = net.frozen(model)
@@ -35,6 +35,12 @@ def train_copies(dtype, options, accumulation=1, reentrant=None):
 def test_losses_adapter_and_base(pair, options):
     results = pair.run(train_copies, "float64", options)
     net.assert_equal_to_one(results)
+    assert all(is_base_untouched for *_, is_base_untouched in results)
+
+
+def test_row_groups(pair):
+    results = pair.run(train_copies, "float64", {}, 2, None, 4)
+    net.assert_equal_to_one(results, net.one_process(groups=4))
     assert all(is_base_untouched for *_, is_base_untouched in results)
 
 

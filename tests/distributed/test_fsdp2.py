@@ -34,8 +34,8 @@ def logits_of(model):
         return model(input_ids=net.batches()[0]).logits
 
 
-def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentrant=None):
-    model = net.adapt(dtype, sizes, rounded)
+def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentrant=None, groups=1):
+    model = net.adapt(dtype, sizes, rounded, groups=groups)
     if reentrant is not None:
         net.checkpoint(model, use_reentrant=reentrant)
     shard(model, reshard)
@@ -51,6 +51,13 @@ def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentra
 def test_losses_adapter_and_shards(pair, reshard):
     results = pair.run(train_shards, "float64", (), False, reshard)
     net.assert_equal_to_one(results)
+    assert all(same_shards for *_, same_shards in results)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_row_groups(pair, reshard):
+    results = pair.run(train_shards, "float64", (), False, reshard, None, 4)
+    net.assert_equal_to_one(results, net.one_process(groups=4))
     assert all(same_shards for *_, same_shards in results)
 
 
@@ -98,8 +105,8 @@ def test_mixed_precision_policy(pair, reshard):
     assert adapter <= 1.5 * adapter_of_one
 
 
-def train_compiled_shards():
-    model = shard(net.adapt())
+def train_compiled_shards(groups):
+    model = shard(net.adapt(groups=groups))
     before = net.frozen(model)
     for block in model.get_base_model().model.layers:
         block.compile(backend="aot_eager")
@@ -110,9 +117,10 @@ def train_compiled_shards():
 
 
 @compiles_whole
-def test_compiled_blocks(pair):
-    results = pair.run(train_compiled_shards)
-    net.assert_equal_to_one(results)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_compiled_blocks(pair, groups):
+    results = pair.run(train_compiled_shards, groups)
+    net.assert_equal_to_one(results, net.one_process(groups=groups))
     assert all(same for *_, same in results)
 
 

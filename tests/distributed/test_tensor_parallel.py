@@ -142,8 +142,8 @@ def test_five_steps(pair, save_base, reentrant):
     assert all(same for *_, same in results)
 
 
-def train_otherwise(make, bias):
-    model = adapt(make(), bias=bias)
+def train_otherwise(make, bias, groups=1):
+    model = adapt(make(), bias=bias, groups=groups)
     return [*gradients(model), logits_of(step(model))]
 
 
@@ -157,15 +157,35 @@ def test_sizes_that_cannot_be_halved(assert_equal):
     assert_equal(train_otherwise, "none", sizes=UNEVEN)
 
 
-def train_given_columns(make):
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("plan", ["auto", OTHER_STYLES, WHOLE], ids=["auto", "others", "whole"])
+def test_row_groups(assert_equal, plan, groups):
+    assert_equal(train_otherwise, "none", groups, sizes=WITH_BIAS, plan=plan)
+
+
+def test_row_groups_that_are_cut(assert_equal):
+    """Both processes have a part of the second of three."""
+    assert_equal(train_otherwise, "none", 3, sizes=UNEVEN)
+
+
+def train_given_columns(make, columns, groups):
     """All of them in the first process's part of a row-wise layer."""
-    columns = {"o_proj": [0, 1, 3, 5], "down_proj": [2, 3, 4, 9]}
-    model = adapt(make(), selection=columns, target_modules=list(columns))
+    model = adapt(make(), selection=columns, target_modules=list(columns), groups=groups)
     return [*gradients(model), logits_of(step(model))]
 
 
 def test_process_without_columns(assert_equal):
-    assert_equal(train_given_columns)
+    columns = {"o_proj": [0, 1, 3, 5], "down_proj": [2, 3, 4, 9]}
+    assert_equal(train_given_columns, columns, 1)
+
+
+def test_process_without_columns_of_a_row_group(assert_equal):
+    columns = {
+        "o_proj": [[0, 1, 3, 5], [0, 1, 18, 30]],
+        "down_proj": [[2, 3, 4, 9], [40, 41, 50, 63]],
+    }
+    assert_equal(train_given_columns, columns, 2)
+    assert_equal(train_given_columns, {k: [v[0], v[0]] for k, v in columns.items()}, 2)
 
 
 def train_after_inference(make):
@@ -248,10 +268,10 @@ def test_all_layers_run_by_hand_written_gradients(pair, save_base):
     assert pair.run(count_fast, save_base()) == [(14, 14)] * 2
 
 
-def use_several(make):
+def use_several(make, groups):
     from pacatune import PacaConfig
 
-    model = step(adapt(make()))
+    model = step(adapt(make(), groups=groups))
     config = PacaConfig(r=3, random_seed=5, target_modules="all-linear")
     model.add_adapter("other", config)
     model.set_adapter("other")
@@ -269,12 +289,13 @@ def use_several(make):
     return found
 
 
-def test_several_adapters(assert_equal):
-    assert_equal(use_several)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_several_adapters(assert_equal, groups):
+    assert_equal(use_several, groups)
 
 
-def merge(make):
-    model = step(adapt(make()))
+def merge(make, groups):
+    model = step(adapt(make(), groups=groups))
     adapted, before = logits_of(model), net.frozen(model)
     model.merge_adapter()
     merged, adapter = logits_of(model), list(net.adapter_of(model).values())
@@ -287,9 +308,11 @@ def merge(make):
     return [adapted, merged, logits_of(base), *adapter, *weights]
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("sizes", [WITH_BIAS, UNEVEN], ids=["even", "uneven"])
-def test_merging(assert_equal, sizes):
-    assert_equal(merge, sizes=sizes)
+def test_merging(assert_equal, sizes, groups):
+    groups = 2 if groups > 1 and sizes is WITH_BIAS else groups
+    assert_equal(merge, groups, sizes=sizes)
 
 
 def merge_tied(folder):
