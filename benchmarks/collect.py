@@ -2,10 +2,10 @@
 
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
     python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
-    python -m benchmarks.collect study FOLDER...          # -> results/selection.json and .csv
+    python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
 
-FOLDER is what `pacatune bench`, `pacatune reproduce all` or `pacatune compare` wrote. `make report`
-makes the pages and pictures again.
+FOLDER is what `pacatune bench`, `pacatune reproduce all` or `pacatune compare` wrote. STUDY is what
+its name begins with: selection or quality. `make report` makes the pages and pictures again.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = "selection"
-"""Name of the two files of the studies: .json, what each found, and .csv, a line for each run."""
+"""Name of the two files of a study: .json, what each of its parts found, and .csv, a line for each
+run. The folders of the parts begin with it."""
+QUALITY = "quality"
+"""The same of another study."""
 _MARK = "reproduce.json"
 COLUMNS = (
     "study",
@@ -28,13 +31,17 @@ COLUMNS = (
     "seed",
     "validation_accuracy",
     "validation_loss",
+    "validation_exact_match",
     "test_accuracy",
     "test_loss",
+    "test_exact_match",
     "forgetting_before",
     "forgetting_after",
     "num_trainable_parameters",
     "train_loss",
     "num_steps",
+    "step_ms",
+    "saved_activation_bytes",
     "seconds",
     "error",
     "key",
@@ -64,11 +71,23 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
     return path
 
 
-def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> tuple[Path, Path]:
+def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:
     """Take studies among those that are there, in the place of earlier ones of the same name."""
-    found, table = results / f"{STUDIES}.json", results / f"{STUDIES}.csv"
+    written = []
+    for name in (STUDIES, QUALITY):
+        some = [folder for folder in folders if _study_of(folder) == name]
+        written += _collect(some, name, results) if some else []
+    return written
+
+
+def _study_of(folder: Path) -> str:
+    return QUALITY if folder.name.startswith(f"{QUALITY}-") else STUDIES
+
+
+def _collect(folders: Sequence[Path], name: str, results: Path) -> list[Path]:
+    found, table = results / f"{name}.json", results / f"{name}.csv"
     studies = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
-    rows = list(read_runs(results)) if table.is_file() else []
+    rows = list(read_runs(results, name)) if table.is_file() else []
     for folder in folders:
         study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         if not study["finished"]:
@@ -81,12 +100,12 @@ def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> tuple[P
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return found, table
+    return [found, table]
 
 
-def read_runs(results: Path = RESULTS) -> Iterable[dict[str, str]]:
+def read_runs(results: Path = RESULTS, name: str = STUDIES) -> Iterable[dict[str, str]]:
     """Yield the lines of the table of runs."""
-    with (results / f"{STUDIES}.csv").open(newline="", encoding="utf-8") as file:
+    with (results / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         yield from csv.DictReader(file)
 
 
@@ -133,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         paths = collect_studies(options.folders)
     else:
         collect = collect_bench if options.kind == "bench" else collect_reproduction
-        paths = (collect(options.folder, options.name),)
+        paths = [collect(options.folder, options.name)]
     for path in paths:
         print(f"wrote {path}")
 

@@ -53,6 +53,15 @@ def test_study(study, tmp_path, capsys):
     assert "(0 of them to do)" in capsys.readouterr().out
 
 
+def test_part_of_a_study(study, tmp_path, capsys):
+    assert main([*study(), "--arms", "columns"]) == 3
+    shown = capsys.readouterr().out
+    assert "paused with 2 of 5 runs done" in shown
+    assert "the same command continues" in shown
+    assert main([*study(), "--max-hours", "-1"]) == 2
+    assert "`max_hours` (-1.0) must be above 0" in capsys.readouterr().err
+
+
 def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
     from pacatune.experiments.study.tasks import ClassifyTask
 

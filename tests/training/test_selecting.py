@@ -221,8 +221,27 @@ def test_budget_and_shared_columns_in_a_run(make_config, tmp_path):
     assert report.num_trainable_parameters <= equal.num_trainable_parameters
 
 
+def test_budget_of_a_part(make_config, tmp_path):
+    """The plan counts what is trained; a resumed run has the same targets."""
+    from pacatune.training.sft import SftTask
+
+    section = PacaSection(r=4, paca_alpha=8, budget="output")
+    config = make_config(paca=section, training={"max_steps": 2})
+    plan = SftTask(config).plan()
+    report = train(config)
+    assert report.num_trainable_parameters == plan.num_trainable_parameters
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert set(saved["target_modules"]) == {"o_proj", "down_proj"}
+    assert saved["peft_type"] == "PACA"
+    assert saved["paca_alpha"] == 2 * saved["r"] > 8
+    equal = SftTask(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
+    assert abs(report.num_trainable_parameters - equal) < 0.02 * equal
+    again = train(make_config(paca=section, training={"max_steps": 4}), overwrite=True)
+    assert again.num_steps == 4
+
+
 def test_unknown_budget():
     from pacatune.training import PacaSection
 
-    with pytest.raises(ValueError, match=r"`paca.budget` \('most'\) must be 'equal' or"):
+    with pytest.raises(ValueError, match=r"`paca.budget` \('most'\) must be one of equal, grad"):
         PacaSection(budget="most")

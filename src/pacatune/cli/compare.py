@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pacatune.experiments.study import StudyConfig, StudyResult
 
 EXIT_FAILED_RUNS = 1
+EXIT_PAUSED = 3
 
 
 def run(argv: list[str]) -> int:
@@ -21,7 +22,7 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.experiments.study import run_study
+    from pacatune.experiments.study import StudyPaused, run_study
     from pacatune.experiments.study.config import read_study
 
     config = read_study(Path(options.config))
@@ -29,7 +30,17 @@ def run(argv: list[str]) -> int:
     if options.dry_run:
         _show_plan(config, Path(options.output), console)
         return 0
-    result = run_study(config, Path(options.output), console=console)
+    try:
+        result = run_study(
+            config,
+            Path(options.output),
+            console=console,
+            max_hours=options.max_hours,
+            arms=options.arms.split(",") if options.arms else None,
+        )
+    except StudyPaused as paused:
+        console.print(str(paused), soft_wrap=True, markup=False)
+        return EXIT_PAUSED
     _show_result(result, Path(options.output), console)
     return EXIT_FAILED_RUNS if any(arm.failures for arm in result.arms.values()) else 0
 
@@ -39,11 +50,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "compare",
         "Compare methods on one task: each arm's learning rate is chosen on held-out training "
         "data, then all seeds are reported on test data. A folder that holds runs of the study is "
-        "continued; failed runs are done again.",
+        "continued; failed runs are done again. Exit status: 0 finished, 1 runs failed, 3 runs are "
+        "left because of --max-hours or --arms.",
     )
     add = parser.add_argument
     add("--config", required=True, metavar="STUDY.yaml", help="the study")
     add("--output", required=True, metavar="DIR", help="output folder of runs and results")
+    add("--max-hours", type=float, metavar="H", help="start no run after so many hours")
+    add("--arms", metavar="A,B", help="do the runs of these arms alone")
     add("--dry-run", action="store_true", help="show what would run, and stop")
     return parser.parse_args(argv)
 

@@ -14,6 +14,7 @@ from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
 from pacatune.selection import strategies
+from pacatune.selection.budget import PARTS
 from pacatune.training.arguments import SharedDefaults
 
 if TYPE_CHECKING:
@@ -103,9 +104,10 @@ class PacaSection:
     share_columns: bool = False
     """Choose the same columns for layers with the same input: query, key and value; gate and up."""
 
-    budget: Literal["equal", "gradient"] = "equal"
-    """Ranks of the layers: all `r`, or by each layer's gradient over `selection_batches` batches,
-    with as many parameters in all."""
+    budget: Literal["equal", "gradient", "attention", "mlp", "output"] = "equal"
+    """Where the columns are, with as many parameters in all: `r` in each layer; ranks by each
+    layer's gradient over `selection_batches` batches; or in the layers of attention, of MLPs, or
+    in the output projections of both alone."""
 
     reselect_every: int | None = None
     """Optimizer steps after which `active_columns` other columns of each layer are trained; what
@@ -149,8 +151,10 @@ class PacaSection:
                 f"`paca.paca_alpha` ({self.paca_alpha}) and `paca.alpha_pattern` "
                 f"({self.alpha_pattern}) must not be 0: nothing would be trained."
             )
-        if self.budget not in ("equal", "gradient"):
-            raise ValueError(f"`paca.budget` ({self.budget!r}) must be 'equal' or 'gradient'.")
+        if self.budget not in (budgets := ("equal", "gradient", *PARTS)):
+            raise ValueError(
+                f"`paca.budget` ({self.budget!r}) must be one of {', '.join(budgets)}."
+            )
         if (self.reselect_every is None) != (self.active_columns is None):
             raise ValueError(
                 f"`paca.reselect_every` ({self.reselect_every}) and `paca.active_columns` "

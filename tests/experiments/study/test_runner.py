@@ -1,12 +1,13 @@
 """What is run when, what is kept, and what comes out of it; results are scripted."""
 
+import dataclasses
 import io
 import json
 
 import pytest
 from rich.console import Console
 
-from pacatune.experiments.study import Arm, StudyConfig, run_study
+from pacatune.experiments.study import Arm, StudyConfig, StudyPaused, run_study, runner
 from pacatune.experiments.study.plan import make_plan
 from pacatune.experiments.study.report import notes
 from pacatune.experiments.study.result import StudyResult
@@ -152,6 +153,94 @@ def test_stopping_keeps_what_has_ended(scripted, tmp_path):
     assert result.arms["paca"].mean == pytest.approx(1.013)
 
 
+def test_arms_one_after_the_other(scripted, tmp_path):
+    """What is left is said; the last call knows the runs of all."""
+    task, options = scripted
+    out = tmp_path / "out"
+    console = Console(record=True, width=200, file=io.StringIO())
+    with pytest.raises(StudyPaused, match=r"paused with 4 of 9 runs done, which .*/report.md"):
+        run_study(config_of(options), out, console=console, arms=["lora"])
+    assert {method for method, _, _ in task.runs} == {"lora"}
+    saved = json.loads((out / "study.json").read_text())
+    assert saved["finished"] is False
+    assert saved["warnings"][0] == "unfinished: 4 of 9 runs."
+    assert saved["arms"]["lora"]["mean"] == pytest.approx(1.513)
+    assert (saved["arms"]["paca"]["mean"], saved["arms"]["lora"]["comparison"]) == (None, None)
+    assert "unfinished: 4 of 9 runs." in (out / "report.md").read_text()
+    result = run_study(config_of(options), out, console=console, arms=["paca", "lora"])
+    assert len(task.runs) == len(set(task.runs)) == 9
+    assert result.arms["lora"].comparison.num_seeds == 3
+    with pytest.raises(ValueError, match=r"`arms` \('lore'\) must be one of paca, lora; did you"):
+        run_study(config_of(options), out, console=console, arms=["lore"])
+
+
+def test_hours(scripted, tmp_path, monkeypatch):
+    """No run starts when the time is over; rates are chosen only where tuning has ended."""
+    task, options = scripted
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+
+    def take_an_hour(config):
+        now[0] += 3600
+
+    task.fail = take_an_hour
+    config, out = config_of(options), tmp_path / "out"
+    counts = []
+    while True:
+        try:
+            result = run_study(config, out, console=Console(quiet=True), max_hours=3.5)
+        except StudyPaused:
+            counts.append(len(task.runs))
+            continue
+        break
+    assert counts == [4, 8]
+    assert len(task.runs) == len(set(task.runs)) == 9
+    assert result.arms["paca"].mean == pytest.approx(1.013)
+    assert task.runs[:5] == [
+        ("paca", 5e-4, 0),
+        ("lora", 1e-3, 0),
+        ("paca", 1e-3, 0),
+        ("lora", 4e-3, 0),
+        ("paca", 4e-3, 0),
+    ]
+    with pytest.raises(ValueError, match=r"`max_hours` \(0\) must be above 0"):
+        run_study(config, out, max_hours=0)
+
+
+def test_time_and_bytes(scripted, tmp_path):
+    task, options = scripted
+    measure = task.run
+
+    def timed(self, config, console):
+        found = measure(self, config, console)
+        return dataclasses.replace(
+            found, step_ms=10.0 + config.training.seed, saved_activation_bytes=2_500_000
+        )
+
+    task.run = timed
+    try:
+        result, _ = run(config_of(options), tmp_path / "out")
+    finally:
+        task.run = measure
+    assert (result.arms["paca"].step_ms, result.arms["paca"].saved_activation_bytes) == (11, 2.5e6)
+    assert "| 11 | 2.5 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_records_of_an_earlier_version(scripted, tmp_path):
+    """They lack what was not measured then, and runs without the metric are done again."""
+    task, options = scripted
+    run(config_of(options), tmp_path / "out")
+    for path in (tmp_path / "out" / "runs").glob("*.json"):
+        values = json.loads(path.read_text())
+        del values["step_ms"], values["saved_activation_bytes"]
+        if values["seed"] == 2:
+            values["test"] = {"accuracy": 0.5}
+        path.write_text(json.dumps(values))
+    task.runs.clear()
+    run(config_of(options), tmp_path / "out")
+    assert task.runs == [("paca", 1e-3, 2), ("lora", 1e-3, 2)]
+
+
 def test_failed_runs_are_shown_and_done_again(scripted, tmp_path):
     task, options = scripted
 
@@ -237,6 +326,7 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
     ("config", "metric", "words"),
     [
         ({"task": "smollm2-chat"}, "loss", "its loss on all test data: the mean over the learned"),
+        ({"task": "smollm2-chat"}, "exact_match", "the share of all test examples whose answer it"),
         ({"task": "dinov2-cifar10"}, "accuracy", "the share of all test images whose class it"),
         ({"task": "", "command": "classify"}, "accuracy", "the share of all test texts whose"),
         ({"task": "", "command": "train-image"}, "loss", "its mean loss over all test images"),
@@ -246,7 +336,7 @@ def test_the_report_says_what_a_mean_is_a_mean_of(config, metric, words):
     values = {"command": "train", "tuning_seeds": 1, "seeds": [3, 5], "validation_fraction": 0.1}
     result = StudyResult(
         metric=metric,
-        higher_is_better=metric == "accuracy",
+        higher_is_better=metric != "loss",
         reference="paca",
         arms={},
         warnings=[],

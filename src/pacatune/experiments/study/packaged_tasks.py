@@ -6,6 +6,7 @@ short trials; docs/selection_study.md says more.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pacatune.data.packaged import (
     prepare_model,
     prepare_question_types,
     prepare_questions,
+    prepare_reasoning,
 )
 from pacatune.methods import METHODS
 from pacatune.names import guess
@@ -33,6 +35,8 @@ class PackagedTask:
     """(cache, say) -> options of the base run."""
     learning_rates: dict[str, list[float]]
     """Method -> grid."""
+    metric: str | None = None
+    """What `metric: auto` compares; None: the command's first."""
 
 
 def find_packaged_task(name: str) -> PackagedTask:
@@ -56,6 +60,22 @@ def _smollm2_chat(cache: Path, say: Say) -> dict[str, Any]:
             "max_steps": 24,
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 16,
+        },
+    }
+
+
+def _smollm2_problems(cache: Path, say: Say, *, name: str, num_steps: int) -> dict[str, Any]:
+    model = prepare_model(cache, say)
+    train, test = prepare_reasoning(cache, name)
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"path": str(train), "eval_path": str(test)},
+        "training": {
+            "max_steps": num_steps,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 40,
+            "warmup_steps": num_steps // 10,
+            "bf16": True,
         },
     }
 
@@ -105,6 +125,12 @@ PACKAGED_TASKS = {
         command="train",
         prepare=_smollm2_chat,
         learning_rates=_grids([2e-3, 6e-3, 1.8e-2], full=[3e-5, 1e-4, 3e-4]),
+    ),
+    "smollm2-reverse-words": PackagedTask(
+        command="train",
+        prepare=partial(_smollm2_problems, name="reverse-words", num_steps=40),
+        learning_rates=_grids([2e-3, 6e-3, 1.8e-2], full=[3e-5, 1e-4, 3e-4]),
+        metric="exact_match",
     ),
     "minilm-questions": PackagedTask(
         command="classify",

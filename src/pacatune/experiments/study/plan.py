@@ -12,7 +12,7 @@ from typing import Any
 
 from pacatune.data.packaged.packages import default_cache
 from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.experiments.study.packaged_tasks import find_packaged_task
+from pacatune.experiments.study.packaged_tasks import PackagedTask, find_packaged_task
 from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
 from pacatune.training.config import ADAPTER_SECTIONS
@@ -52,7 +52,7 @@ class Plan:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric == "accuracy"
+        return self.metric != "loss"
 
     @property
     def num_runs(self) -> int:
@@ -86,14 +86,17 @@ class Plan:
 
 def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
     """Find the task and settle every arm, before anything runs; say what is fetched."""
-    task, grids = _open_task(config, say)
+    task, packaged = _open_task(config, say)
+    grids = {} if packaged is None else packaged.learning_rates
     command = task.run_class.command
-    metric = task.metrics[0] if config.metric == "auto" else config.metric
+    usual = task.metrics[0] if packaged is None or packaged.metric is None else packaged.metric
+    metric = usual if config.metric == "auto" else config.metric
     if metric not in task.metrics:
         raise ValueError(
             f"`metric` ({metric!r}) is not measured by {command}; use one of "
             f"{', '.join(task.metrics)}."
         )
+    task.metric = metric
     for name, arm in config.arms.items():
         if arm.method not in task.run_class.methods:
             raise ValueError(
@@ -123,19 +126,19 @@ def _refuse_unused(config: StudyConfig) -> None:
 
 def _open_task(
     config: StudyConfig, say: Callable[[str], None]
-) -> tuple[StudyTask, dict[str, list[float]]]:
-    """Return the task, and grids by method where a packaged task brings some."""
+) -> tuple[StudyTask, PackagedTask | None]:
+    """Return the task, and the packaged task where it is one."""
     command: str = config.command
     values: Values = {}
-    grids: dict[str, list[float]] = {}
+    packaged = None
     if config.task and Path(config.task).expanduser().is_file():
         values = read_values(Path(config.task).expanduser())
     elif config.task:
         packaged = find_packaged_task(config.task)
-        command, grids = packaged.command, packaged.learning_rates
+        command = packaged.command
         values = packaged.prepare(default_cache(), say)
     values = merged(values, config.options)
-    return TASKS[command](values, config.validation_fraction, config.forgetting_tokens), grids
+    return TASKS[command](values, config.validation_fraction, config.forgetting_tokens), packaged
 
 
 def _plan_arm(

@@ -29,6 +29,12 @@ def table(result: StudyResult) -> ReportTable:
         header.append("forgetting")
         for row, arm in zip(rows, arms, strict=True):
             row.append("-" if arm.forgetting is None else f"{arm.forgetting:+.4f}")
+    if any(arm.step_ms is not None for arm in arms):
+        header += ["ms a step", "MB kept"]
+        for row, arm in zip(rows, arms, strict=True):
+            kept = arm.saved_activation_bytes
+            row.append("-" if arm.step_ms is None else f"{arm.step_ms:.0f}")
+            row.append("-" if kept is None else f"{kept / 1e6:.1f}")
     title = f"{result.config['task'] or 'study'}: {', '.join(result.arms)}"
     return ReportTable(title=title, header=header, rows=rows, note=notes(result))
 
@@ -76,6 +82,12 @@ def notes(result: StudyResult) -> str:
             " Forgetting is the mean over n of the rise of the loss per token on general text that "
             "was not trained on."
         )
+    if any(arm.step_ms is not None for arm in result.arms.values()):
+        text += (
+            " Time of a step and megabytes kept for the backward pass (of the first batch) are "
+            "medians over runs; the runs do not alternate and other programs may have run beside "
+            "them, so `pacatune bench` is what measures time."
+        )
     return text
 
 
@@ -86,6 +98,11 @@ def _meaning(result: StudyResult) -> str:
     examples = "images" if command == "train-image" else "texts"
     if result.metric == "accuracy":
         return f"the share of all test {examples} whose class it names, in per cent"
+    if result.metric == "exact_match":
+        return (
+            "the share of all test examples whose answer it gives token by token when it decodes "
+            "greedily, in per cent"
+        )
     if command == "train":
         return (
             "its loss on all test data: the mean over the learned tokens of each evaluation batch, "
@@ -95,8 +112,8 @@ def _meaning(result: StudyResult) -> str:
 
 
 def _row(arm: ArmResult, metric: str) -> list[str]:
-    # Accuracies are shown in per cent.
-    factor, digits = (100, 2) if metric == "accuracy" else (1, 4)
+    # Shares are shown in per cent.
+    factor, digits = (1, 4) if metric == "loss" else (100, 2)
 
     def show(mean: float | None, std: float | None, sign: str = "") -> str:
         if mean is None:

@@ -25,6 +25,10 @@ class Measured:
     num_trainable_parameters: int = 0
     train_loss: float | None = None
     num_steps: int = 0
+    step_ms: float | None = field(default=None, compare=False)
+    """Median time of a step; other programs may have been running."""
+    saved_activation_bytes: int | None = None
+    """What the first batch kept for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,8 @@ class Records:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return RunRecord(**{f.name: values[f.name] for f in fields(RunRecord)})
+            known = {f.name for f in fields(RunRecord)} & values.keys()  # fewer in an older version
+            return RunRecord(**{name: values[name] for name in known})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no record of a run ({type(error).__name__}: {error}); delete it, and "
@@ -102,6 +107,10 @@ class ArmResult:
     comparison: Comparison | None
     """None for the reference."""
     failures: list[str]
+    step_ms: float | None = None
+    """Median over runs of the median time of a step; other programs may have been running."""
+    saved_activation_bytes: float | None = None
+    """Median over runs of what the first batch kept for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,24 +5,26 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from pacatune.experiments.study.config import StudyConfig
 from pacatune.experiments.study.plan import Plan, make_plan
-from pacatune.experiments.study.report import OUTPUTS, write_report
+from pacatune.experiments.study.report import OUTPUTS, REPORT_NAME, write_report
 from pacatune.experiments.study.result import ArmResult, Measured, Records, RunRecord, StudyResult
 from pacatune.experiments.study.statistics import (
     best_of,
     compare,
     is_at_edge,
     mean_of,
+    median_of,
     rate_beyond,
     std_of,
 )
 from pacatune.files.result_folder import ResultFolder
+from pacatune.names import choose
 from pacatune.reports.provenance import versions
 from pacatune.training.progress import show_warnings
 
@@ -39,7 +41,18 @@ Ended = Mapping[Place, RunRecord]
 """What has run, failed or not."""
 
 
-def run_study(config: StudyConfig, folder: Path, *, console: Console | None = None) -> StudyResult:
+class StudyPaused(Exception):
+    """Runs of a study are left, as was asked; what there is has been reported."""
+
+
+def run_study(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    console: Console | None = None,
+    max_hours: float | None = None,
+    arms: Collection[str] | None = None,
+) -> StudyResult:
     """Run what the folder does not hold yet, and report on everything.
 
     Args:
@@ -48,6 +61,8 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
             holds runs of this or an earlier study is continued: equal runs are not done again,
             failed ones are.
         console: Where to show progress; standard output when None.
+        max_hours: Start no run after so many hours.
+        arms: Names of the arms to run; all when None.
 
     Returns:
         What study.json holds.
@@ -56,12 +71,17 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
         ValueError: If the configuration cannot be used, or another process is in the folder.
         FileExistsError: If the folder holds something else.
         KeyboardInterrupt: If a signal stopped it; finished runs are kept.
+        StudyPaused: If runs are left because of `max_hours` or `arms`.
     """
+    if max_hours is not None and not max_hours > 0:
+        raise ValueError(f"`max_hours` ({max_hours}) must be above 0.")
+    chosen = {choose(name, config.arms, option="arms") for name in arms or config.arms}
+    end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     console = console or Console(highlight=False)
     output = ResultFolder(path=folder, mark=RESULT_NAME, kind="a study", others=OUTPUTS)
     plan = make_plan(config, console.print)
     with output.opened():
-        runner = _Runner(plan, folder, console)
+        runner = _Runner(plan, folder, console, arms=chosen, end=end)
         # What is there by now stays: each run collects garbage twice, and need not look at it.
         gc.freeze()
         try:
@@ -73,9 +93,17 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
             ) from None
         finally:
             gc.unfreeze()
+        is_finished = not runner.has_skipped
         result = _summarise(plan, ended)
+        if not is_finished:
+            result.warnings.insert(0, f"unfinished: {runner.num_done} of {plan.num_runs} runs.")
         write_report(result, folder)
-        output.write({"finished": True, **result.to_dict()})
+        output.write({"finished": is_finished, **result.to_dict()})
+    if not is_finished:
+        raise StudyPaused(
+            f"paused with {runner.num_done} of {plan.num_runs} runs done, which "
+            f"{folder / REPORT_NAME} shows; the same command continues"
+        )
     return result
 
 
@@ -88,8 +116,19 @@ def pending_runs(plan: Plan, folder: Path) -> int:
 class _Runner:
     """Does the runs of a plan that are not recorded."""
 
-    def __init__(self, plan: Plan, folder: Path, console: Console) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        console: Console,
+        *,
+        arms: Collection[str] | None = None,
+        end: float = math.inf,
+    ) -> None:
         self._plan, self._records, self._console = plan, Records(folder / RUNS_NAME), console
+        self._arms, self._end = set(plan.arms if arms is None else arms), end
+        self.has_skipped = False
+        """Whether runs were left because of their arm or the time."""
         self._ended: dict[Place, RunRecord] = {}
         self._keys: dict[Place, str] = {}
         seeds, number = plan.config.seeds, plan.config.tuning_seeds
@@ -109,12 +148,17 @@ class _Runner:
             self._do(place)
         for _ in range(self._plan.config.extend_grids):
             self._extend_grids()
-        chosen = {name: _best_rate(self._plan, self._ended, name) for name in self._plan.arms}
+        chosen = {name: rate for name in self._plan.arms if (rate := self._tuned_rate(name))}
         for seed in self._other_seeds:
             for name, rate in chosen.items():
-                if rate is not None:
-                    self._do((name, rate, seed))
+                self._do((name, rate, seed))
         return self._ended
+
+    def _tuned_rate(self, name: str) -> float | None:
+        """Return the best rate of an arm whose tuning is over; None if no rate worked."""
+        places = [place for place in self.tuning_runs() if place[0] == name]
+        is_tuned = all(place in self._ended for place in places)
+        return _best_rate(self._plan, self._ended, name) if is_tuned else None
 
     def tuning_runs(self) -> list[Place]:
         """Return the runs that choose rates; the arms take turns."""
@@ -132,7 +176,7 @@ class _Runner:
         beyond = {
             name: rate
             for name, arm in self._plan.arms.items()
-            if (rate := rate_beyond(_best_rate(self._plan, self._ended, name), arm.learning_rates))
+            if (rate := rate_beyond(self._tuned_rate(name), arm.learning_rates))
         }
         for name, rate in beyond.items():
             self._plan.add_rate(name, rate)
@@ -141,9 +185,11 @@ class _Runner:
                 self._do((name, rate, seed))
 
     def find(self, place: Place) -> RunRecord | None:
-        """Return the record of a run that has ended well."""
+        """Return the record of a run that has ended well and has the metric."""
         record = self._records.find(self._key(place))
-        return None if record is None or record.error is not None else record
+        if record is None or record.error is not None or self._plan.metric not in record.test:
+            return None
+        return record
 
     def _key(self, place: Place) -> str:
         if place not in self._keys:
@@ -155,6 +201,9 @@ class _Runner:
         record = self.find(place)
         note = "from an earlier call"
         if record is None:
+            if name not in self._arms or time.monotonic() >= self._end:
+                self.has_skipped = True
+                return
             record = self._run(place)
             self._records.write(record)
             note = f"{record.seconds:.0f} s"
@@ -212,8 +261,8 @@ def _rate_curve(plan: Plan, ended: Ended, name: str) -> dict[float, float | None
     seeds = plan.config.seeds[: plan.config.tuning_seeds]
     curve: dict[float, float | None] = {}
     for rate in plan.arms[name].learning_rates:
-        records = [ended[name, rate, seed] for seed in seeds]
-        is_whole = all(record.error is None for record in records)
+        records = [record for seed in seeds if (record := ended.get((name, rate, seed)))]
+        is_whole = len(records) == len(seeds) and all(r.error is None for r in records)
         curve[rate] = mean_of([r.validation[plan.metric] for r in records]) if is_whole else None
     return curve
 
@@ -269,6 +318,8 @@ def _arm_result(plan: Plan, ended: Ended, name: str, reference: dict[int, float]
         forgetting=mean_of(rises),
         rates=_rate_curve(plan, ended, name),
         at_edge=is_at_edge(rate, planned.learning_rates),
+        step_ms=median_of([run.step_ms for run in runs.values()]),
+        saved_activation_bytes=median_of([run.saved_activation_bytes for run in runs.values()]),
         comparison=None if name == plan.config.reference else compare(values, reference),
         failures=[
             f"rate {at:g}, seed {seed}: {record.error}"
@@ -288,7 +339,7 @@ def _warnings(plan: Plan, ended: Ended, arms: dict[str, ArmResult]) -> list[str]
     for name, arm in arms.items():
         if arm.failures:
             found.append(f"{name}: {len(arm.failures)} runs failed; the next call tries again.")
-        if arm.learning_rate is None:
+        if arm.learning_rate is None and arm.failures:
             found.append(f"{name}: no rate of the grid worked, so there is no result.")
     if plan.config.match == "parameters":
         wanted = arms[str(plan.config.reference)].num_trainable_parameters

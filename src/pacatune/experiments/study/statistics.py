@@ -17,6 +17,12 @@ def mean_of(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of those that are known; None of none."""
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
 def std_of(values: list[float]) -> float | None:
     """Return the standard deviation (n - 1); None of fewer than two."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from datasets import concatenate_datasets
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap, overlap_warning
+from pacatune.data.encode import IGNORED
 from pacatune.data.images import ImageDataset, prepare_images
 from pacatune.data.images.prepare import check_images, run_digest
 from pacatune.data.images.sources import find_split
@@ -53,6 +55,8 @@ class StudyTask(ABC):
     def __init__(self, values: Values, validation_fraction: float, forgetting_tokens: int) -> None:
         self.values = copy.deepcopy(values)
         self.forgetting_tokens = forgetting_tokens
+        self.metric = self.metrics[0]
+        """What is compared."""
         self.warnings: list[str] = []
         """What looks wrong with the data, as far as `digest` has seen it."""
         self._parsed: dict[str, Values] = {}
@@ -102,17 +106,24 @@ class StudyTask(ABC):
             trainer.args.eval_on_start = False
             run_trainer(trainer, task, None, console)
             found = {
-                name: trainer.evaluate(data)
+                name: self.measure(task, trainer, data)
                 for name, data in (("validation", prepared.evaluation), ("test", test))
             }
             general = {"before": before, "after": self._general_loss(task, trainer.model)}
             return Measured(
-                **{k: {m: float(v[f"eval_{m}"]) for m in self.metrics} for k, v in found.items()},
+                **found,
                 num_trainable_parameters=count_trainable(trainer.model),
                 train_loss=train_curve(trainer.state.log_history)[1],
                 num_steps=trainer.state.global_step,
+                step_ms=trainer.meter.step_ms,
+                saved_activation_bytes=trainer.saved_activation_bytes,
                 forgetting={name: value for name, value in general.items() if value is not None},
             )
+
+    def measure(self, task: Task[Any], trainer: Any, data: Any) -> dict[str, float]:
+        """Return metric -> value of the trained model on some data."""
+        values = trainer.evaluate(data)
+        return {metric: float(values[f"eval_{metric}"]) for metric in self.metrics}
 
     def _general_loss(self, task: Task[Any], model: Any) -> float | None:
         """Return the loss on general text of the trained model, or of the base where None."""
@@ -148,10 +159,10 @@ class StudyTask(ABC):
 
 
 class TextTask(StudyTask):
-    """Runs of `pacatune train`: the loss per learned token, and what the model forgets."""
+    """Runs of `pacatune train`: loss per learned token, exact answers, what the model forgets."""
 
     run_class = RunConfig
-    metrics = ("loss",)
+    metrics = ("loss", "exact_match")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -167,6 +178,16 @@ class TextTask(StudyTask):
             max_length=config.training.max_length,
             stop_ids=language.find_stop_ids(config, tokenizer),
         ).train
+
+    def measure(self, task: Any, trainer: Any, data: Any) -> dict[str, float]:
+        """Return the loss; with exact answers as the metric, those too, in one pass for both."""
+        if self.metric != "exact_match":
+            return {"loss": float(trainer.evaluate(data)["eval_loss"])}
+        training = task.config.training
+        places = torch.arange(len(data)).split(training.per_device_eval_batch_size)
+        batches = (task.collate(data, part.tolist()) for part in places)
+        loss, matches = loss_and_matches(trainer.model, batches, bf16=training.bf16)
+        return {"loss": loss, "exact_match": sum(matches) / len(matches)}
 
     def digest(self, config: Any) -> str:
         """Return hashes of all tokens and of the weights; warn of the data."""
@@ -322,6 +343,36 @@ def _parser(task_class: type[StudyTask]) -> tuple[Any, frozenset[str]]:
         parser.add_class_arguments(section, name)
     known = {action.dest for action in parser._actions} - {"help", *sections}
     return parser, frozenset(known)
+
+
+@torch.no_grad()
+def loss_and_matches(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, bf16: bool
+) -> tuple[float, list[bool]]:
+    """Return the loss, and for each example whether greedy decoding would give what is learned.
+
+    The loss is that of the trainer: the mean over the learned tokens of each batch, averaged over
+    the batches by their size. One pass is enough for both: greedy decoding gives just the learned
+    tokens where each is the likeliest after those before it. That holds where they are one stretch
+    at the end, as in answers.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses: list[float] = []
+    matches: list[bool] = []
+    for batch in batches:
+        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+        labels = batch["labels"][:, 1:].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(**inputs).logits[:, :-1]
+        found = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+        matches += found.tolist()
+        losses += [float(F.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED))] * len(
+            labels
+        )
+    model.train(was_training)
+    return sum(losses) / len(losses), matches
 
 
 # What a language model forgets: its loss on general text, which no run trains on. The text is that

@@ -12,7 +12,6 @@ from pacatune.methods import METHODS, Method
 from pacatune.training.image.config import ImageRunConfig
 from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads
 from pacatune.training.task import Plan, make_adapter_config, make_plan, put_adapter
-from pacatune.tuner.config import refuse_idle_layers
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import ConvolutionLayout, adaptable_kind
 from pacatune.tuner.targets import available_targets
@@ -39,10 +38,8 @@ def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig 
         saved += _batch_norms_or_refuse(model)
     values["modules_to_save"] = sorted(set(saved))
     values["revision"] = config.model.revision
-    made: Any = make_adapter_config(config, **values)
-    if method.is_paca:
-        refuse_idle_layers(made)
-    else:
+    made: Any = make_adapter_config(config, model, **values)
+    if not method.is_paca:
         check_lora_targets(model, made)
     return made, notes
 

@@ -1,0 +1,38 @@
+"""The configurations of the studies can be read, and name options that there are."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pacatune.experiments.study.config import read_study
+from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
+from pacatune.experiments.study.tasks import TASKS
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study(path):
+    study = read_study(path)
+    command = PACKAGED_TASKS[study.task].command
+    sections = TASKS[command].run_class.sections()
+    for name, arm in study.arms.items():
+        for section, options in arm.options.items():
+            unknown = options.keys() - {field.name for field in fields(sections[section])}
+            assert not unknown - {"groups", "normalize"}, name
+    # How the file says that it is run.
+    assert f"pacatune compare --config {path.name} --output DIR" in path.read_text()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_arms_of_a_comparison_train_as_many_parameters(path):
+    if not path.stem.startswith("quality"):
+        pytest.skip("it compares strategies, at equal ranks")
+    study = read_study(path)
+    if path.stem != "quality-transfer":
+        assert study.match == "parameters"
+        assert len(study.seeds) == 5
+        assert study.tuning_seeds == 2
+        ranks = [name for name, arm in study.arms.items() if arm.rank is not None]
+        assert ranks == [study.reference]
