@@ -38,7 +38,13 @@ def options_table(name):
 
 def find_parser(command, task=""):
     """Return the argument parser of a command, for one of its tasks where it has several."""
-    module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
+    first, _, second = command.partition("-")
+    if first in ("evaluate", "patch"):
+        module = importlib.import_module(f"pacatune.cli.{first}")
+        run = module.SUBCOMMANDS[second][0]
+    else:
+        module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
+        run = module.run
     if command in _WITH_SECTIONS:
         return module.all_options(*([task] if task else [])).parser
     parse_args = argparse.ArgumentParser.parse_args
@@ -48,7 +54,7 @@ def find_parser(command, task=""):
 
     argparse.ArgumentParser.parse_args = stop
     try:
-        module.run([])
+        run([])
     except _Parsed as parsed:
         return parsed.parser
     finally:

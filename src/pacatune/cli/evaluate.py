@@ -1,20 +1,24 @@
 """`pacatune evaluate WHAT`: the table of evaluations, and what those that load a model share."""
 
 import argparse
+import importlib
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.cli.options import (
     add_base_options,
+    add_fields,
+    field_values,
     new_parser,
     positive,
     print_notes,
     quiet_libraries,
 )
-from pacatune.cli.subcommands import run_subcommand
+from pacatune.cli.subcommands import Subcommands, run_subcommand
 from pacatune.precision import DTYPES
 from pacatune.pretrained import QUANTIZATIONS
 
@@ -26,16 +30,6 @@ if TYPE_CHECKING:
 # part that is known.
 Score = Callable[..., "Iterable[Report]"]
 
-# Each is the module `pacatune.cli.evaluate_NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
-SUBCOMMANDS = {
-    "mmlu": "MMLU with five examples in the prompt, by category as in the paper",
-    "mmlu-data": "write MMLU's questions as a local folder of tasks, for use offline",
-    "lm-eval": "any other task of lm-eval",
-    "mt-bench": "80 questions of two turns, answers graded by another model",
-    "choice": "multiple choice: social_iqa, goal_inference, fever, or your own questions",
-    "perplexity": "perplexity and bits per byte of text",
-}
-
 
 def run(argv: list[str]) -> int:
     """Run the evaluation that the first word names with the words after it; return its status."""
@@ -44,26 +38,21 @@ def run(argv: list[str]) -> int:
         SUBCOMMANDS,
         argv,
         description="Score a model, with or without an adapter.",
-        word="what",
         kind="evaluation",
     )
 
 
-def evaluate(
-    name: str,
-    description: str,
-    argv: list[str],
-    add_options: Callable[[Callable[..., Any]], None],
-    prepare: Callable[[argparse.Namespace], tuple[dict[str, Any], Score]],
-) -> int:
+def evaluate(name: str, argv: list[str]) -> int:
     """Score the model that the words name, write and print the report; return the exit status.
 
-    `add_options` adds the evaluation's own options. `prepare` reads what it needs before a model is
-    loaded; it returns the settings that decide the numbers, and what scores.
+    The module `pacatune.cli.evaluate_NAME` (`-` as `_`) has the DESCRIPTION of the command and
+    `add_options`. Its `prepare` reads what it needs before a model is loaded; it returns the
+    settings that decide the numbers, and what scores.
     """
-    parser = new_parser(f"evaluate {name}", description)
+    module = importlib.import_module(f"pacatune.cli.evaluate_{name.replace('-', '_')}")
+    parser = new_parser(f"evaluate {name}", module.DESCRIPTION)
     _add_model_options(parser)
-    add_options(parser.add_argument)
+    module.add_options(parser.add_argument)
     options = parser.parse_args(argv)
     quiet_libraries()
 
@@ -73,7 +62,7 @@ def evaluate(
 
     output = Path(options.output)
     open_output(output)
-    settings, score = prepare(options)
+    settings, score = module.prepare(options)
     settings = settings | values_of(options, "quantization", "batch_size")
     command = " ".join(["pacatune evaluate", name, *map(shlex.quote, argv)])
     with _loaded_model(options) as loaded:
@@ -124,3 +113,73 @@ def _loaded_model(options: argparse.Namespace) -> Iterator["LoadedModel"]:
 def values_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return some of the options by name."""
     return {name: getattr(options, name) for name in names}
+
+
+def write_mmlu_data(argv: list[str]) -> int:
+    """Run `pacatune evaluate mmlu-data`."""
+    parser = new_parser(
+        "evaluate mmlu-data",
+        "Write a folder of MMLU's tasks with their data, which `pacatune evaluate mmlu` uses "
+        "without a network.",
+    )
+    files = (
+        "with MMLU's files: dev/*_dev.csv and test/*_test.csv, or Parquet or JSON Lines of "
+        "cais/mmlu (default: the 280 questions that come with lm-eval)"
+    )
+    parser.add_argument("--from", metavar="FOLDER", dest="source", type=Path, help=files)
+    parser.add_argument("--output", metavar="DIR", required=True, help="new folder to write")
+    options = parser.parse_args(argv)
+
+    from pacatune.evaluation.mmlu_data import bundled_mmlu, read_mmlu, write_tasks
+    from pacatune.files.folder import check_output
+
+    output = Path(options.output)
+    check_output(output, num_bytes=0)
+    source = options.source
+    data = bundled_mmlu() if source is None else read_mmlu(source.expanduser())
+    write_tasks(data, output)
+    asked = data.shown if data.asked is None else data.asked
+    num = sum(map(len, asked.values()))
+    print(f"wrote {num:,} questions on {len(asked)} subjects to {output}")
+    print(f"next: pacatune evaluate mmlu --model MODEL --tasks-dir {output} --output DIR")
+    print_notes(data.notes)
+    return 0
+
+
+def run_mt_bench(argv: list[str]) -> int:
+    """Run `pacatune evaluate mt-bench`; 1 if no answer was judged."""
+    from rich.console import Console
+
+    from pacatune.evaluation import mt_bench
+
+    parser = new_parser(
+        "evaluate mt-bench",
+        "Let a model answer MT-Bench's 80 questions of two turns and a judge grade the answers. "
+        "A run that was stopped goes on when the same command is given again.",
+    )
+    kind = mt_bench.MtBenchConfig
+    add_fields(parser, kind)
+    config = kind(**field_values(parser.parse_args(argv), kind))
+    quiet_libraries()
+    consoles = Console(highlight=False), Console(stderr=True, highlight=False)
+    result = mt_bench.run_mt_bench(config, *consoles)
+    return 0 if config.no_judge or result["table"][-1]["num_judged"] else 1
+
+
+SUBCOMMANDS: Subcommands = {
+    "mmlu": (
+        partial(evaluate, "mmlu"),
+        "MMLU with five examples in the prompt, by category as in the paper",
+    ),
+    "mmlu-data": (
+        write_mmlu_data,
+        "write MMLU's questions as a local folder of tasks, for use offline",
+    ),
+    "lm-eval": (partial(evaluate, "lm-eval"), "any other task of lm-eval"),
+    "mt-bench": (run_mt_bench, "80 questions of two turns, answers graded by another model"),
+    "choice": (
+        partial(evaluate, "choice"),
+        "multiple choice: social_iqa, goal_inference, fever, or your own questions",
+    ),
+    "perplexity": (partial(evaluate, "perplexity"), "perplexity and bits per byte of text"),
+}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.evaluate import Score, values_of
 from pacatune.cli.options import positive
 from pacatune.names import did_you_mean
 
@@ -13,14 +13,11 @@ if TYPE_CHECKING:
     from pacatune.evaluation import ChoiceQuestion, ChoiceResult
     from pacatune.evaluation.output import Report
 
-
-def run(argv: list[str]) -> int:
-    """Run `pacatune evaluate choice` with the words after it; return the exit status."""
-    description = "Score a model on multiple-choice questions by the likelihood of each choice."
-    return evaluate("choice", description, argv, _add_options, _prepare)
+DESCRIPTION = "Score a model on multiple-choice questions by the likelihood of each choice."
 
 
-def _add_options(add: Callable[..., Any]) -> None:
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of this evaluation alone."""
     data = (
         "social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
         "question, choices, answer"
@@ -37,7 +34,8 @@ def _add_options(add: Callable[..., Any]) -> None:
     add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
 
 
-def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+    """Return the settings, and what scores; see `evaluate`."""
     from pacatune.evaluation.choice import evaluate_choice
     from pacatune.evaluation.harness import require_lm_eval
 

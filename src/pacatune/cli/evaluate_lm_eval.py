@@ -4,21 +4,18 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.evaluate import Score, values_of
 from pacatune.cli.options import names, positive
 
 if TYPE_CHECKING:
     from pacatune.evaluation.harness import TaskScores
     from pacatune.evaluation.output import Report
 
-
-def run(argv: list[str]) -> int:
-    """Run `pacatune evaluate lm-eval` with the words after it; return the exit status."""
-    description = "Score a model on any tasks of lm-eval."
-    return evaluate("lm-eval", description, argv, _add_options, _prepare)
+DESCRIPTION = "Score a model on any tasks of lm-eval."
 
 
-def _add_options(add: Callable[..., Any]) -> None:
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of this evaluation alone."""
     add("--tasks", type=names, required=True, metavar="A,B,...", help="such as arc_easy")
     add("--tasks-dir", metavar="DIR", help="folder with task files of your own, taken instead")
     examples = "examples in each prompt (default: what the tasks say)"
@@ -28,7 +25,8 @@ def _add_options(add: Callable[..., Any]) -> None:
     add("--seed", type=int, default=0, help="seed for drawing the examples (default: %(default)s)")
 
 
-def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+    """Return the settings, and what scores; see `evaluate`."""
     from pacatune.evaluation.harness import run_tasks
     from pacatune.evaluation.tasks import prepare_tasks
 

@@ -4,21 +4,18 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.evaluate import Score, values_of
 from pacatune.cli.options import names, positive
 
 if TYPE_CHECKING:
     from pacatune.evaluation.mmlu import MmluResult
     from pacatune.evaluation.output import Report
 
-
-def run(argv: list[str]) -> int:
-    """Run `pacatune evaluate mmlu` with the words after it; return the exit status."""
-    description = "Score a model on MMLU by lm-eval: four categories and their average."
-    return evaluate("mmlu", description, argv, _add_options, _prepare)
+DESCRIPTION = "Score a model on MMLU by lm-eval: four categories and their average."
 
 
-def _add_options(add: Callable[..., Any]) -> None:
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of this evaluation alone."""
     folder = "folder that `pacatune evaluate mmlu-data` wrote (default: the data is the hub's)"
     add("--tasks-dir", metavar="DIR", help=folder)
     add("--subjects", type=names, metavar="A,B,...", help="only these")
@@ -28,7 +25,8 @@ def _add_options(add: Callable[..., Any]) -> None:
     add("--chat", action="store_true", help="write prompts by the model's chat template")
 
 
-def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+    """Return the settings, and what scores; see `evaluate`."""
     from pacatune.evaluation.harness import run_tasks
     from pacatune.evaluation.mmlu import mmlu_result, prepare_mmlu
 

@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.evaluate import Score, evaluate, values_of
+from pacatune.cli.evaluate import Score, values_of
 from pacatune.cli.options import positive
 
 if TYPE_CHECKING:
     from pacatune.evaluation import TextScore
     from pacatune.evaluation.output import Report
 
-
-def run(argv: list[str]) -> int:
-    """Run `pacatune evaluate perplexity` with the words after it; return the exit status."""
-    description = "Score a model on text: perplexity of its tokens, and bits per byte."
-    return evaluate("perplexity", description, argv, _add_options, _prepare)
+DESCRIPTION = "Score a model on text: perplexity of its tokens, and bits per byte."
 
 
-def _add_options(add: Callable[..., Any]) -> None:
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of this evaluation alone."""
     text = "UTF-8 (default: the manual that comes with Python, pydoc_data.topics)"
     add("--text", nargs="+", metavar="FILE", help=text)
     for name, text in (
@@ -31,7 +28,8 @@ def _add_options(add: Callable[..., Any]) -> None:
         add(f"--{name}", type=positive, metavar="N", help=text)
 
 
-def _prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
+    """Return the settings, and what scores; see `evaluate`."""
     from pacatune.evaluation.perplexity import default_text, evaluate_perplexity
 
     texts = _read(options.text) if options.text else default_text()

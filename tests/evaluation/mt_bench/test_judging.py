@@ -240,7 +240,7 @@ def test_tokens_and_models_are_added_up(make, questions, answers):
 
 def test_judging_loads_no_model_code():
     code = (
-        "import sys, pacatune.cli.evaluate_mt_bench, pacatune.evaluation.mt_bench; "
+        "import sys, pacatune.cli.evaluate, pacatune.evaluation.mt_bench; "
         "sys.exit(bool({'peft', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
