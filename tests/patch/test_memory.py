@@ -89,16 +89,16 @@ def test_what_is_there_is_compared_before_anything_is_written(model, bf16_patch)
 
 
 def test_an_interrupted_write_is_taken_back(model, bf16_patch, monkeypatch):
-    before, put, calls = bits_of(model), memory._put, []
+    before, write, calls = bits_of(model), memory.Place.write, []
 
-    def interrupted(weight, edit, columns):
-        calls.append(edit.name)
+    def interrupted(place, columns):
+        calls.append(place)
         if len(calls) == 4:
-            put(weight, edit, columns.roll(1, 0))  # half of it, say
+            write(place, columns.roll(1, 0))  # half of it, say
             raise KeyboardInterrupt
-        put(weight, edit, columns)
+        write(place, columns)
 
-    monkeypatch.setattr(memory, "_put", interrupted)
+    monkeypatch.setattr(memory.Place, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patch.apply(model, bf16_patch)
     assert_bits(model, before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from pacatune.patch.memory import Place
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import from_wire, to_wire
 from tests.distributed import net
@@ -245,23 +246,21 @@ def test_the_base_is_compared(model):
 
 
 def test_an_interrupted_sync_is_taken_back(model, monkeypatch):
-    from pacatune.sync import receiver as module
-
     server = served()
     source, receiver = connect(model, server)
     step(model)
     receiver.apply(source.columns())
     before = clone(server)
     step(model, seed=1)
-    columns, put, calls = source.columns(), module._put, itertools.count()
+    columns, write, calls = source.columns(), Place.write, itertools.count()
 
-    def interrupted(write, tensor, values):
+    def interrupted(place, values):
         if next(calls) == 5:
-            put(write, tensor, values.roll(1, 0))
+            write(place, values.roll(1, 0))
             raise KeyboardInterrupt
-        put(write, tensor, values)
+        write(place, values)
 
-    monkeypatch.setattr(module, "_put", interrupted)
+    monkeypatch.setattr(Place, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         receiver.apply(columns)
     monkeypatch.undo()

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 from pacatune.sync.receiver import ColumnReceiver
 
-__all__ = ["LOADER", "load", "named_tensors"]
-
 LOADER = "pacatune.integrations.sglang.load"
 """For SGLang's `custom_weight_loader` and `load_format`."""
 

@@ -23,8 +23,6 @@ from pacatune.integrations.vllm import BACKEND, VllmTransport
 from pacatune.sync.source import ColumnSource
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["ColumnClient", "ColumnGeneration", "column_sync"]
-
 logger = logging.getLogger(__name__)
 
 

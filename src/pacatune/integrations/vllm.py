@@ -16,15 +16,13 @@ import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pacatune.sync.message import Columns, Positions, to_wire
 from pacatune.sync.transport import File
-
-__all__ = ["BACKEND", "Broadcast", "VllmTransport", "register"]
 
 BACKEND = "pacatune"
 """Name of the engine in vLLM's `weight_transfer_config`."""
@@ -43,22 +41,6 @@ def register() -> None:
         from pacatune.integrations.vllm_engine import keep_plain_weights
 
         keep_plain_weights()
-
-
-class Client(Protocol):
-    """What is asked of a vLLM; its own clients for servers and Ray have it."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Prepare the engine."""
-
-    def start_weight_update(self) -> None:
-        """Begin an update."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Give the engine one message."""
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End an update; the version is what the server says that it serves."""
 
 
 class VllmTransport:

@@ -25,8 +25,6 @@ from pacatune.sync.placement import FUSIONS
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File
 
-__all__ = ["ColumnEngine", "keep_plain_weights", "refuse_unreachable"]
-
 
 @dataclass(kw_only=True)
 class InitInfo(WeightTransferInitInfo):

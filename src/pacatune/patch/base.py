@@ -17,8 +17,6 @@ from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.names import nearest
 from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits
 
-__all__ = ["check_base", "check_tensors", "find_folder", "fingerprint", "holds"]
-
 _NUM_COLUMNS = 8
 _HASH_DIGITS = 12
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]

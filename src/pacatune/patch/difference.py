@@ -10,8 +10,6 @@ from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.patch.base import fingerprint
 from pacatune.patch.edit import ColumnEdit, Patch, bits, edit_of, shared_columns
 
-__all__ = ["Difference", "PatchDifference", "changed_columns", "compare_patches", "diff"]
-
 _CHUNK_ELEMENTS = 2**25
 _MAX_SHARE = 0.5
 """A patch has changed columns twice, before and after: from half of a tensor on, that is larger."""

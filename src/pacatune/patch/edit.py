@@ -13,20 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pacatune.ops.row_groups import per_group, row_index
-
-__all__ = [
-    "AdapterPart",
-    "ColumnEdit",
-    "Overlap",
-    "Patch",
-    "bits",
-    "column_bits",
-    "edit_of",
-    "put_bits_",
-    "shared_columns",
-    "stack",
-]
+from pacatune.ops.row_groups import row_index
 
 Overlap = Literal["first", "last", "sum"]
 """Whose column is taken where several patches have it; `sum` adds up their differences."""
@@ -60,6 +47,32 @@ def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor, row_di
         bits(tensor).scatter_(dim, indices.expand(columns.shape), bits(columns))
 
 
+def check_columns(
+    where: str, dim: int, shape: tuple[int, ...], indices: Tensor, row_dim: int = 0
+) -> None:
+    """Refuse columns that a tensor of this shape cannot have; `where` begins the message."""
+    if not 0 <= dim < len(shape):
+        raise ValueError(f"{where}: `dim` ({dim}) must be one of the dimensions of {shape}.")
+    if indices.dtype != torch.int64 or indices.dim() not in (1, 2):
+        raise ValueError(
+            f"{where}: `indices` must be (R,) int64, got {tuple(indices.shape)} of "
+            f"{indices.dtype}; those of row groups are (G, R)."
+        )
+    if indices.dim() == 2:
+        is_other = 0 <= row_dim < len(shape) and row_dim != dim
+        groups = len(indices)
+        if not is_other or groups == 0 or shape[row_dim] % groups:
+            raise ValueError(
+                f"{where}: its {groups} row groups must divide a dimension of {shape} other than "
+                f"that of the columns ({dim}), got `row_dim` = {row_dim}."
+            )
+    if indices.device.type != "cpu":
+        return  # they came from a CPU (`to`), and to look at them would wait for the GPU
+    is_within = indices.numel() > 0 and int(indices.min()) >= 0 and int(indices.max()) < shape[dim]
+    if not is_within or not bool((indices.diff() > 0).all()):
+        raise ValueError(f"{where}: `indices` must increase from 0 on and stay below {shape[dim]}.")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ColumnEdit:
     """Some columns of one tensor, before and after."""
@@ -82,17 +95,7 @@ class ColumnEdit:
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
         where = f"the edit of {self.name!r}"
-        if not 0 <= self.dim < len(self.shape):
-            raise ValueError(
-                f"{where}: `dim` ({self.dim}) must be one of the dimensions of {self.shape}."
-            )
-        if self.indices.dtype != torch.int64 or self.indices.dim() not in (1, 2):
-            raise ValueError(
-                f"{where}: `indices` must be (R,) int64, got {tuple(self.indices.shape)} of "
-                f"{self.indices.dtype}; those of row groups are (G, R)."
-            )
-        if self.is_grouped:
-            self._check_groups(where)
+        check_columns(where, self.dim, self.shape, self.indices, self.row_dim)
         expected = (*self.shape[: self.dim], self.rank, *self.shape[self.dim + 1 :])
         for part in ("original", "new"):
             if (given := tuple(getattr(self, part).shape)) != expected:
@@ -104,22 +107,6 @@ class ColumnEdit:
             raise ValueError(
                 f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
                 "both must have the base's dtype."
-            )
-        # Those on a GPU came from a CPU (`to`), and to look at them would wait for it.
-        is_here = self.indices.device.type == "cpu"
-        size = self.shape[self.dim]
-        if is_here and not all(_is_increasing(own, size) for own in per_group(self.indices)):
-            raise ValueError(
-                f"{where}: `indices` must increase from 0 on and stay below {self.shape[self.dim]}."
-            )
-
-    def _check_groups(self, where: str) -> None:
-        is_other = 0 <= self.row_dim < len(self.shape) and self.row_dim != self.dim
-        groups = len(self.indices)
-        if not is_other or groups == 0 or self.shape[self.row_dim] % groups:
-            raise ValueError(
-                f"{where}: its {groups} row groups must divide a dimension of {self.shape} other "
-                f"than that of the columns ({self.dim}), got `row_dim` = {self.row_dim}."
             )
 
     @property
@@ -153,13 +140,6 @@ class ColumnEdit:
         if new is self.new and indices is self.indices and original is self.original:
             return self
         return replace(self, indices=indices, original=original, new=new)
-
-
-def _is_increasing(indices: Tensor, size: int) -> bool:
-    if len(indices) == 0:
-        return False
-    is_within = int(indices[0]) >= 0 and int(indices[-1]) < size
-    return is_within and bool((indices.diff() > 0).all())
 
 
 def edit_of(

@@ -25,8 +25,6 @@ from pacatune.files.json_file import parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
 
-__all__ = ["is_patch", "load", "read", "refuse_existing", "save"]
-
 _KEY = "pacatune_patch"
 _VERSION, _GROUPED_VERSION = 1, 2
 _PARTS = ("indices", "original", "new")

@@ -30,8 +30,6 @@ from pacatune.patch.base import check_base, check_tensors, holds
 from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_
 from pacatune.patch.file import read, save
 
-__all__ = ["FolderResult", "apply_in_place", "apply_to_folder", "recover"]
-
 _PAGE_BYTES = 4096
 _SPARE_BYTES = 2**20
 # Weights in other formats, which a patch does not change: a copy of them would be the base's.

@@ -1,15 +1,13 @@
 """Apply a patch to a model in memory, and take it back, bit for bit."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
 from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits, put_bits_
-
-__all__ = ["apply", "find_name", "mode_of", "revert", "tensors_of"]
 
 
 def apply(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
@@ -60,17 +58,83 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
     for edit in patch.edits.values():
         weight = _find(tensors, edit, prefix)
         pairs.append((weight, edit.to(weight.device)))
-    _refuse_aliases(pairs)
+    refuse_aliases(((edit.name, weight) for weight, edit in pairs), "the patch")
     _check_bits(pairs, expected)
-    done = 0
-    try:
+    with Transaction() as writer:
         for weight, edit in pairs:
-            done += 1
-            _put(weight, edit, edit.new)
-    except BaseException:  # an interrupt, an error of the device
-        for weight, edit in pairs[:done]:
-            _put(weight, edit, edit.original)
-        raise
+            writer.put(
+                Place(weight, edit.dim, edit.indices, edit.row_dim), edit.new, before=edit.original
+            )
+
+
+class Place(NamedTuple):
+    """Columns of one of a model's tensors, or of some rows of it."""
+
+    tensor: Tensor
+    dim: int
+    indices: Tensor
+    """(R,), or (G, R) of row groups."""
+    row_dim: int = 0
+    """Dimension that row groups divide."""
+    span: tuple[int, int] | None = None
+    """Where the rows begin, along the last dimension but one, and how many there are."""
+    rows: Tensor | None = None
+    """The row of each of `indices` by itself, where rows have different numbers of columns."""
+
+    def view(self) -> Tensor:
+        """Return the rows."""
+        return self.tensor if self.span is None else self.tensor.narrow(-2, *self.span)
+
+    def read(self) -> Tensor:
+        """Return what is there."""
+        view = self.view().detach()
+        indices = self.indices.to(view.device)
+        if self.rows is not None:
+            return view[..., self.rows.to(view.device), indices]
+        return column_bits(view, self.dim, indices, self.row_dim).view(view.dtype)
+
+    def write(self, columns: Tensor) -> None:
+        """Write columns, whose bits are kept."""
+        device = self.tensor.device
+        indices, columns = self.indices.to(device), columns.to(device)
+        # The parameter itself: its version is counted, so a backward pass through what was computed
+        # with the old columns raises instead of being wrong.
+        with torch.inference_mode() if self.tensor.is_inference() else torch.no_grad():
+            if self.rows is None:
+                put_bits_(self.view(), self.dim, indices, columns, self.row_dim)
+            else:
+                bits(self.view())[..., self.rows.to(device), indices] = bits(columns)
+
+
+class Transaction:
+    """Writes columns into a model; a block that fails takes back what it has written."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Place, Tensor]] = []
+
+    def __enter__(self) -> "Transaction":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # an interrupt, an error of the device
+            for place, columns in reversed(self._before):
+                place.write(columns)
+
+    def put(self, place: Place, columns: Tensor, *, before: Tensor | None = None) -> None:
+        """Write columns; `before` is what is there, where that is known."""
+        self._before.append((place, place.read() if before is None else before))
+        place.write(columns)
+
+
+def refuse_aliases(named: Iterable[tuple[str, Tensor]], who: str) -> None:
+    """Refuse names of which two are one tensor; `who` changes them."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in named:
+        if (other := seen.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
+            raise ValueError(
+                f"{other!r} and {name!r} are one tensor in this model (tied), and {who} changes "
+                "each for itself; untie them first."
+            )
 
 
 def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
@@ -112,17 +176,6 @@ def _find(tensors: Mapping[str, Tensor], edit: ColumnEdit, prefix: str) -> Tenso
     return weight
 
 
-def _refuse_aliases(pairs: list[tuple[Tensor, ColumnEdit]]) -> None:
-    seen: dict[tuple[torch.device, int], str] = {}
-    for weight, edit in pairs:
-        place = (weight.device, weight.data_ptr())
-        if (other := seen.setdefault(place, edit.name)) != edit.name:
-            raise ValueError(
-                f"{other!r} and {edit.name!r} are one tensor in this model (tied), and the patch "
-                "changes each for itself; untie them first."
-            )
-
-
 def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
     """Compare all tensors before any answer is waited for: a GPU is asked once per device."""
     verdicts: dict[torch.device, list[tuple[ColumnEdit, Tensor]]] = {}
@@ -138,15 +191,3 @@ def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
                 f"{len(wrong)} of {len(pairs)} tensors, first {wrong[0]!r}, do not hold {expected}."
                 " The model is of another base, or was changed; nothing was written."
             )
-
-
-def _put(weight: Tensor, edit: ColumnEdit, columns: Tensor) -> None:
-    # The parameter itself: its version is counted, so a backward pass through what was computed
-    # with the old columns raises instead of being wrong.
-    with mode_of(weight)():
-        put_bits_(weight, edit.dim, edit.indices, columns, edit.row_dim)
-
-
-def mode_of(weight: Tensor) -> Callable[[], AbstractContextManager[None]]:
-    """Return the mode in which a weight may be written in place."""
-    return torch.inference_mode if weight.is_inference() else torch.no_grad

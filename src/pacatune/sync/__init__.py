@@ -1,7 +1,8 @@
 """Columns from a trainer to whoever serves the model: r/I of the weights after each step.
 
     message       where the columns are, and what is in them
-    source        the trainer's side, sharded or not
+    source        the trainer's side
+    spread        the same where each of its processes has a part of the weights
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
     transport     in process, torch.distributed, files

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnSet", "Columns", "Positions", "from_wire", "to_wire"]
+from pacatune.patch.edit import check_columns
 
 _DIGEST_DIGITS = 16
 _DTYPES = {
@@ -80,7 +80,11 @@ class Positions:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for one in self.sets:
-            _check(one)
+            check_columns(repr(one.name), one.dim, one.shape, one.indices, one.row_dim)
+            if one.dtype not in _DTYPES.values():
+                raise ValueError(
+                    f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
+                )
         digest = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
         for one in self.sets:
             digest.update(one.indices.numpy().data)
@@ -223,28 +227,3 @@ def _describe(positions: Positions) -> dict[str, Any]:
             for one in positions.sets
         ],
     }
-
-
-def _check(one: ColumnSet) -> None:
-    indices = one.indices
-    if not 0 <= one.dim < len(one.shape):
-        raise ValueError(f"{one.name!r}: `dim` ({one.dim}) must be one of those of {one.shape}.")
-    if one.dtype not in _DTYPES.values():
-        raise ValueError(
-            f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
-        )
-    is_list = indices.dtype == torch.int64 and indices.dim() in (1, 2) and indices.numel() > 0
-    if is_list and not bool((indices.diff() > 0).all()):
-        raise ValueError(f"{one.name!r}: `indices` must increase.")
-    if not is_list or int(indices.min()) < 0 or int(indices.max()) >= one.shape[one.dim]:
-        raise ValueError(
-            f"{one.name!r}: `indices` must be int64 numbers of the {one.shape[one.dim]} columns."
-        )
-    if one.is_grouped:
-        is_other = 0 <= one.row_dim < len(one.shape) and one.row_dim != one.dim
-        if not is_other or one.shape[one.row_dim] % len(indices):
-            raise ValueError(
-                f"{one.name!r}: its {len(indices)} row groups must divide a dimension of "
-                f"{one.shape} other than that of the columns ({one.dim}), got `row_dim` = "
-                f"{one.row_dim}."
-            )

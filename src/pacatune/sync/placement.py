@@ -19,8 +19,6 @@ from typing import NamedTuple
 from pacatune.names import nearest
 from pacatune.sync.message import ColumnSet
 
-__all__ = ["FUSIONS", "Piece", "place"]
-
 FUSIONS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),

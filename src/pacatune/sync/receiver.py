@@ -4,7 +4,7 @@ It keeps what its own base holds there, so it can take everything back: R/I of t
 for LLaMA3-8B with 16 columns, and nothing is sent for that.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from pacatune.names import nearest
 from pacatune.ops.row_groups import of_rows
-from pacatune.patch.edit import bits, column_bits, put_bits_
-from pacatune.patch.memory import mode_of, tensors_of
+from pacatune.patch.edit import bits
+from pacatune.patch.memory import Place, Transaction, refuse_aliases, tensors_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.placement import FUSIONS, Piece, place
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
-
-__all__ = ["ColumnReceiver"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,14 +107,13 @@ class ColumnReceiver:
                 "call `source.forget()` before the next `send`."
             )
         tensors = self._checked(plan)
-        with _Transaction(tensors) as writer:
+        with Transaction() as writer:
             if is_new:
-                for old, original in self._old_columns():
-                    writer.put(old, original)
-                plan.originals = [writer.read(write) for write in plan.writes]
+                self._put_back(writer, tensors)
+                plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
                 if (new := values.get(write.name)) is not None:
-                    writer.put(write, write.part_of(new))
+                    writer.put(write.place(tensors), write.part_of(new))
         self._written, self.number = plan, columns.number
         return True
 
@@ -141,9 +138,9 @@ class ColumnReceiver:
         """Write the base's columns back, bit for bit; the next sync must be a complete one."""
         if self._written is None:
             return
-        with _Transaction(self._checked(self._written)) as writer:
-            for write, original in self._old_columns():
-                writer.put(write, original)
+        tensors = self._checked(self._written)
+        with Transaction() as writer:
+            self._put_back(writer, tensors)
         self._written, self.number = None, 0
 
     def check_base(self, columns: Columns) -> None:
@@ -165,7 +162,7 @@ class ColumnReceiver:
             raise ValueError("the weights hold columns of another adapter; call `revert` first.")
         else:
             tensors = self._checked(plan)
-            found = [write.read(tensors[write.target]) for write in plan.writes]
+            found = [write.place(tensors).read() for write in plan.writes]
         wrong = [
             write.name
             for write, own in zip(plan.writes, found, strict=True)
@@ -183,12 +180,11 @@ class ColumnReceiver:
         device = plan.writes[0].indices.device if plan.writes else columns.buffer.device
         return replace(columns, buffer=columns.buffer.to(device)).by_name(plan.positions)
 
-    def _old_columns(self) -> "Iterator[tuple[_Write, Tensor]]":
+    def _put_back(self, writer: Transaction, tensors: Mapping[str, Tensor]) -> None:
+        """Write the base's columns where those of a sync are."""
         if self._written is not None:
-            yield from zip(self._written.writes, self._written.originals, strict=True)
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return tensors_of(self.model)[0]
+            for write, old in zip(self._written.writes, self._written.originals, strict=True):
+                writer.put(write.place(tensors), old)
 
     def _plan(self, positions: Positions) -> "_Plan":
         tensors, prefix = tensors_of(self.model)
@@ -215,7 +211,8 @@ class ColumnReceiver:
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
         self._checked(plan)
-        _refuse_aliases(plan, tensors)
+        views = ((write.name, write.place(tensors).view().detach()) for write in plan.writes)
+        refuse_aliases(views, "the trainer")
         return plan
 
     def _names(self, one: ColumnSet, prefix: str) -> list[str]:
@@ -245,7 +242,7 @@ class ColumnReceiver:
 
     def _checked(self, plan: "_Plan") -> Mapping[str, Tensor]:
         """Return the model's tensors, seen to be what the plan is for."""
-        tensors = self._tensors()
+        tensors = tensors_of(self.model)[0]
         for write in plan.writes:
             _check(write, tensors.get(write.target))
         return tensors
@@ -297,11 +294,12 @@ class _Write(NamedTuple):
         num_rows = self.source_rows[1] - self.source_rows[0] if self.rows is None else 1
         return len(self.places) * num_rows
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """Return the rows of the target."""
-        if self.target_row is None:
-            return tensor
-        return tensor.narrow(-2, self.target_row, self.source_rows[1] - self.source_rows[0])
+    def place(self, tensors: Mapping[str, Tensor]) -> Place:
+        """Return where that is in the model."""
+        span = None
+        if self.target_row is not None:
+            span = self.target_row, self.source_rows[1] - self.source_rows[0]
+        return Place(tensors[self.target], self.dim, self.indices, self.row_dim, span, self.rows)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
@@ -313,22 +311,6 @@ class _Write(NamedTuple):
         if len(self.places) < columns.shape[self.dim]:
             columns = columns.index_select(self.dim, self.places.to(columns.device))
         return columns
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """Return what the target holds there."""
-        view = self.view(tensor.detach())
-        indices = self.indices.to(view.device)
-        if self.rows is not None:
-            return view[..., self.rows.to(view.device), indices]
-        return column_bits(view, self.dim, indices, self.row_dim).view(view.dtype)
-
-    def put_(self, tensor: Tensor, columns: Tensor) -> None:
-        """Write what `read` reads."""
-        view, indices = self.view(tensor), self.indices.to(tensor.device)
-        if self.rows is not None:
-            bits(view)[..., self.rows.to(tensor.device), indices] = bits(columns)
-        else:
-            put_bits_(view, self.dim, indices, columns, self.row_dim)
 
 
 def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, int, Tensor | None]:
@@ -357,38 +339,6 @@ class _Plan:
     originals: list[Tensor] = field(default_factory=list)
 
 
-class _Transaction:
-    """Takes back what was written if not all of it can be."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.before: list[tuple[_Write, Tensor]] = []
-
-    def __enter__(self) -> "_Transaction":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            for write, columns in reversed(self.before):
-                _put(write, self.tensors[write.target], columns)
-
-    def read(self, write: _Write) -> Tensor:
-        """Return what is there."""
-        return write.read(self.tensors[write.target])
-
-    def put(self, write: _Write, columns: Tensor) -> None:
-        """Write columns."""
-        self.before.append((write, self.read(write)))
-        _put(write, self.tensors[write.target], columns)
-
-
-def _put(write: _Write, tensor: Tensor, columns: Tensor) -> None:
-    # The parameter itself: its version is counted, so a backward pass through what was computed
-    # with the old columns raises instead of being wrong.
-    with mode_of(tensor)():
-        write.put_(tensor, columns.to(tensor.device))
-
-
 def _check(write: _Write, tensor: Tensor | None) -> None:
     name = write.target
     if tensor is None:
@@ -414,15 +364,3 @@ def _check(write: _Write, tensor: Tensor | None) -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")
-
-
-def _refuse_aliases(plan: _Plan, tensors: Mapping[str, Tensor]) -> None:
-    seen: dict[tuple[torch.device, int], str] = {}
-    for write in plan.writes:
-        view = write.view(tensors[write.target].detach())
-        other = seen.setdefault((view.device, view.data_ptr()), write.name)
-        if other != write.name:
-            raise ValueError(
-                f"{other!r} and {write.name!r} are one tensor in this model (tied), and the "
-                "trainer changes each for itself; untie them first."
-            )

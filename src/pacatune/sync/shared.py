@@ -36,8 +36,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["SharedWeights"]
-
 _MAGIC = 0x70616361_73796E63
 _WORDS = struct.Struct("<5q")  # magic, is published, version, process that waits, the trainer's
 _POLL_SECONDS = 0.0005

@@ -9,21 +9,28 @@ The bits are those of `ops.linear.adapted_columns`, which training, merging and 
 are rounded to the dtype that is served once, after that.
 """
 
-import importlib
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.columns import read_columns
 from pacatune.ops.linear import adapted_columns
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
+from pacatune.sync.spread import (
+    columns_of,
+    gather_columns,
+    gathered,
+    identity_of,
+    is_spread,
+    refuse_empty,
+    reshard,
+    whole,
+)
 from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import ConvolutionLayout
@@ -31,8 +38,6 @@ from pacatune.tuner.model import is_foreign
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
-
-__all__ = ["ColumnSource"]
 
 
 class ColumnSource:
@@ -139,7 +144,7 @@ class ColumnSource:
 
     @torch.no_grad()
     def _collect(self, *, everything: bool, is_base: bool) -> Columns:
-        _reshard(self.model)
+        reshard(self.model)
         positions = self._refresh()
         states = [weight.state(is_base) for weight in self._weights]
         changed = [
@@ -286,7 +291,7 @@ class _Weight:
 
     def _base_state(self) -> tuple[Any, ...] | None:
         weight, residency = self._weight(), self.layer.residency
-        if _is_spread(weight):
+        if is_spread(weight):
             return None
         if residency is not None and residency.find_weight() is not None:
             return residency.base()
@@ -295,11 +300,11 @@ class _Weight:
     def values(self, is_base: bool) -> Tensor:
         """Return the columns as they are sent, but for the last rounding."""
         layer: Any = self.layer
-        with _gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
+        with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
             originals = self._originals()
             if self.is_off(is_base):
                 return originals
-            delta = _whole(layer.delta_of(self.adapter), self.columns.name)
+            delta = whole(layer.delta_of(self.adapter), self.columns.name)
         update = layer.layout.oriented(delta.to(originals.device))
         scaling = layer.scaling[self.adapter]
         if self.grouped is None:
@@ -311,18 +316,18 @@ class _Weight:
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
-        if self.kept is not None or _is_spread(weight):
-            token = _token(weight)
+        if self.kept is not None or is_spread(weight):
+            token = identity_of(weight)
             if self.kept is None or self.kept[0] != token:
-                self.kept = token, _gather_columns(weight, self.wire_indices, self.columns)
+                self.kept = token, gather_columns(weight, self.wire_indices, self.columns)
             return self.kept[1]
         if not weight.numel():
-            _refuse_empty(self.columns.name)
+            refuse_empty(self.columns.name)
         if residency is not None and self.grouped is None:
             found = residency.originals(self.indices)
             if found is not None:
                 return found
-        return _read(weight, self.wire_indices, self.columns)
+        return columns_of(weight, self.wire_indices, self.columns)
 
 
 # What is adapted, and how it is called.
@@ -411,14 +416,7 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
             "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
         )
     if not weight.numel() and not hasattr(weight, "ds_shape"):
-        _refuse_empty(parameter)
-
-
-def _refuse_empty(name: str) -> None:
-    raise ValueError(
-        f"{name!r} is empty here, its values are spread over the processes; call this inside "
-        "deepspeed.zero.GatheredParameters(list(model.parameters()))."
-    )
+        refuse_empty(parameter)
 
 
 def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
@@ -447,104 +445,3 @@ def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple
         if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
             found[plain] = shape
     return found
-
-
-# Values that are spread over processes.
-
-
-def _reshard(model: nn.Module) -> None:
-    """Have FSDP2 show its shards: what it gathered is not what the optimiser has changed."""
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        return
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _is_spread(tensor: Any) -> bool:
-    return hasattr(tensor, "placements") or hasattr(tensor, "ds_id")
-
-
-def _token(weight: Any) -> tuple[Any, ...]:
-    """Tell one pretrained weight from another."""
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
-    if hasattr(weight, "ds_id"):  # DeepSpeed's own; its memory comes and goes
-        return ("ds", weight.ds_id)
-    return local._version, local.data_ptr()
-
-
-def _gathered(*parameters: Any) -> AbstractContextManager[Any]:
-    """Let DeepSpeed gather what it has partitioned."""
-    found = [one for one in parameters if hasattr(one, "ds_id")]
-    if not found:
-        return nullcontext()
-    deepspeed = importlib.import_module("deepspeed")
-
-    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(found))
-
-
-def _whole(parameter: Any, name: str) -> Tensor:
-    delta = parameter.detach()
-    if hasattr(delta, "full_tensor"):
-        return cast(Tensor, delta.full_tensor())
-    if not delta.numel():
-        _refuse_empty(name)
-    # What DeepSpeed has gathered is gone afterwards.
-    return cast(Tensor, delta.clone() if hasattr(parameter, "ds_id") else delta)
-
-
-def _gather_columns(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
-    """Return columns of a weight of which each process has a part; only they are sent.
-
-    Of row groups, whose parts are of many forms, the whole weight is gathered for a moment.
-    """
-    if not hasattr(weight, "placements"):
-        return _read(weight, indices, one)
-    if one.is_grouped:
-        return _read(weight.detach().full_tensor(), indices, one)
-    from torch.distributed.tensor import Partial
-
-    mesh, placements, dim = weight.device_mesh, list(weight.placements), one.dim
-    local = weight.detach().to_local()
-    splitting = [number for number, p in enumerate(placements) if p.is_shard() and p.dim == dim]
-    if not splitting:
-        columns = local.index_select(dim, indices)
-        return _full(columns, mesh, placements, one.columns_shape)
-    if len(splitting) > 1:
-        raise ValueError(
-            f"{one.name!r} is split along its columns over {len(splitting)} dimensions of the mesh "
-            f"({placements}), which is not supported; split them over one."
-        )
-    (number,) = splitting
-    width = -(-weight.shape[dim] // mesh.size(number))
-    own = indices - mesh.get_local_rank(number) * width
-    places = ((own >= 0) & (own < width)).nonzero().flatten()
-    shape = list(local.shape)
-    shape[dim] = len(indices)
-    columns = local.new_zeros(shape)
-    columns.index_copy_(dim, places, local.index_select(dim, own[places]))
-    # Each column is on one process. Bytes, since a sum of numbers would lose the sign of -0.0.
-    placements[number] = Partial("sum")
-    size = one.columns_shape
-    wide = (*size[:-1], size[-1] * columns.itemsize)
-    return _full(columns.view(torch.uint8), mesh, placements, wide).view(weight.dtype)
-
-
-def _read(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
-    return read_columns(weight.detach(), indices, dim=one.dim, row_dim=one.row_dim)
-
-
-def _full(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    whole = DTensor.from_local(
-        local.contiguous(),
-        mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=torch.empty(shape, device="meta").stride(),
-    )
-    return whole.full_tensor()

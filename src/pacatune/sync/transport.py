@@ -23,8 +23,6 @@ from pacatune.files.json_file import parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 
-__all__ = ["Distributed", "File", "InProcess", "Transport"]
-
 Message = Positions | Columns
 _NAME = re.compile(r"(\d{6,18})\.safetensors")
 
