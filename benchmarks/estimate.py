@@ -6,25 +6,20 @@ Nothing is measured and no GPU is needed: every number follows from the code and
 its packages, on any machine. Takes seven minutes.
 """
 
-import argparse
 import sys
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import CODE, RESULTS, ROOT, write
+from benchmarks.record import compute
 from pacatune.experiments.reproduce.simulation import setting_of, tokens_for
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import Estimate, estimate_memory, find_max
 from pacatune.measure.setting import Setting
 from pacatune.paper import TABLES
 from pacatune.paper.tables import GPU, Row
-from pacatune.reports.provenance import commit
 
 __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
 
-_PACKAGES = ("pacatune", "torch", "transformers", "peft", "trl", "bitsandbytes")
 _GB = 10**9
 
 
@@ -104,22 +99,16 @@ def _compare(estimate: Estimate, reported: float) -> dict[str, Any]:
 
 def main(options: list[str] | None = None) -> Path:
     """Compare, write the result, and return its path."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    args = parser.parse_args(options)
-    # PEFT asks transformers in an old way.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    result = {
-        "command": "python -m benchmarks.estimate",
-        "versions": {name: version(name) for name in _PACKAGES},
-        **commit(ROOT, *CODE),
-        "table_1": rows_of_table_1(),
-        "table_3": rows_of_table_3(),
-        "table_4": rows_of_table_4(),
-    }
-    path = write(result, args.output, "estimate")
-    print(f"wrote {path}")
-    return path
+    return compute(
+        "estimate",
+        __doc__,
+        options,
+        lambda _: {
+            "table_1": rows_of_table_1(),
+            "table_3": rows_of_table_3(),
+            "table_4": rows_of_table_4(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ LLaMA3-8B, rank 8, one sequence per step, as `pacatune estimate --max seq-len`. 
 needs no GPU: a few minutes of one core.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, ROOT, write
+from benchmarks.record import compute
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import find_max
 from pacatune.measure.setting import Setting
-from pacatune.reports.provenance import commit, versions
 
 GPU, RANK = "a100-80g", 8
 MODEL = "llama3-8b"
@@ -57,21 +55,8 @@ def rows(cases: tuple[dict[str, Any], ...] = CASES, model: str = MODEL) -> list[
 
 def main(options: list[str] | None = None) -> Path:
     """Simulate, write the result, and return its path."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    args = parser.parse_args(options)
-    result = {
-        "command": "python -m benchmarks.lengths",
-        "versions": versions(),
-        **commit(ROOT, "src", "benchmarks/*.py"),
-        "model": MODEL,
-        "gpu": GPU,
-        "rank": RANK,
-        "rows": rows(),
-    }
-    path = write(result, args.output, "lengths")
-    print(f"wrote {path}")
-    return path
+    result = {"model": MODEL, "gpu": GPU, "rank": RANK}
+    return compute("lengths", __doc__, options, lambda _: {**result, "rows": rows()})
 
 
 if __name__ == "__main__":

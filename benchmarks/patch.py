@@ -21,31 +21,20 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import RESULTS, at_least_1, prepare, provenance, write
+from benchmarks.record import add_run, new_parser, prepare, provenance, write
 from benchmarks.sync import count
 from pacatune import PacaConfig, patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
-from pacatune.reports.provenance import num_cores
 
 NUM_ROUNDS = 5
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    add("--hidden-size", type=at_least_1, default=2048)
-    add("--intermediate-size", type=at_least_1, default=8192)
-    add("--num-layers", type=at_least_1, default=4)
-    add("--vocab-size", type=at_least_1, default=32000)
-    add("--rank", type=at_least_1, default=16)
-    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
-    add("--seed", type=int, default=0)
+    parser = new_parser(__doc__)
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 4, "vocab_size": 32000}
+    add_run(parser, **sizes, rank=16)
     return parser.parse_args(options)
 
 

@@ -31,12 +31,8 @@ def arguments(
     description: str | None, *, seconds: float, methods: Iterable[str] | None = None
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have; `methods` are by default all."""
-    parser = argparse.ArgumentParser(
-        description=(description or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser(description)
     add, names = parser.add_argument, list(methods or all_methods())
-    add("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     usual = "None: all but the optional ones"
     add("--methods", nargs="+", choices=names, metavar="NAME", help=usual)
     fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
@@ -45,9 +41,27 @@ def arguments(
     add("--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded")
     add("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
     add("--warmup", type=int, default=2, help="rounds before, not counted")
-    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
-    add("--seed", type=int, default=0)
+    add_run(parser)
     return parser
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option that all commands have: where the result goes."""
+    parser = argparse.ArgumentParser(
+        description=(description or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser
+
+
+def add_run(parser: argparse.ArgumentParser, **sizes: int) -> None:
+    """Add what `prepare` reads, after options that are numbers of at least 1, with defaults."""
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least_1, default=default)
+    threads = num_cores()
+    parser.add_argument("--threads", type=at_least_1, default=threads, help="torch's threads")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def add_tokens(parser: argparse.ArgumentParser) -> None:
@@ -67,11 +81,42 @@ def at_least_1(text: str) -> int:
 
 def prepare(args: argparse.Namespace) -> None:
     """Set threads and seed; choose how float32 is multiplied."""
-    # PEFT asks transformers in an old way.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    quiet_peft()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("highest")
+
+
+def quiet_peft() -> None:
+    """Ignore that PEFT asks transformers in an old way."""
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+
+
+def compute(
+    name: str,
+    description: str | None,
+    options: list[str] | None,
+    make: Callable[[argparse.Namespace], Row],
+    **defaults: str,
+) -> Path:
+    """Write what nothing is measured for as NAME.json, and return its path.
+
+    `defaults` are those of more options, which `make` reads.
+    """
+    parser = new_parser(description)
+    for option, default in defaults.items():
+        parser.add_argument(f"--{option}", default=default)
+    args = parser.parse_args(options)
+    quiet_peft()
+    result = {
+        "command": f"python -m benchmarks.{name}",
+        "versions": versions("trl", "bitsandbytes"),
+        **commit(ROOT, *CODE),
+        **make(args),
+    }
+    path = write(result, args.output, name)
+    print(f"wrote {path}")
+    return path
 
 
 def provenance(module: str, args: argparse.Namespace, options: list[str] | None) -> dict[str, Any]:

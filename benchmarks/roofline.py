@@ -5,25 +5,20 @@
 Nothing is measured: `pacatune estimate --time` says what its model is. Takes seven minutes.
 """
 
-import argparse
 import sys
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import METHODS
-from benchmarks.record import CODE, RESULTS, ROOT, write
+from benchmarks.record import compute
 from pacatune.measure.roofline import MODEL, estimate_time
 from pacatune.measure.setting import Dtype, MicroBatch, Setting
-from pacatune.reports.provenance import commit
 
 __all__ = ["estimate_all", "main"]
 
 COMPARED = ("paca", "lora", "lora_dropout", "dora")
 SIZES = ((2, 512), (8, 512), (1, 8192))
 ADAPTERS: tuple[Dtype, ...] = ("bfloat16", "float32")
-_PACKAGES = ("pacatune", "torch", "transformers", "peft")
 
 
 def estimate_all(model: str, gpu: str) -> list[dict[str, Any]]:
@@ -57,27 +52,21 @@ def _estimate(
 
 def main(options: list[str] | None = None) -> Path:
     """Estimate, write the result, and return its path."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--model", default="llama3-8b", help="as `pacatune estimate` takes it")
-    parser.add_argument("--gpu", default="h100", help="one whose rates are known")
-    args = parser.parse_args(options)
-    # PEFT asks transformers in an old way.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    result = {
-        "command": "python -m benchmarks.roofline",
-        "origin": "roofline",
-        "note": MODEL,
-        "model": args.model,
-        "gpu": args.gpu,
-        "versions": {name: version(name) for name in _PACKAGES},
-        **commit(ROOT, *CODE),
-        "methods": {name: METHODS[name] for name in COMPARED},
-        "rows": estimate_all(args.model, args.gpu),
-    }
-    path = write(result, args.output, "roofline")
-    print(f"wrote {path}")
-    return path
+    return compute(
+        "roofline",
+        __doc__,
+        options,
+        lambda args: {
+            "origin": "roofline",
+            "note": MODEL,
+            "model": args.model,
+            "gpu": args.gpu,
+            "methods": {name: METHODS[name] for name in COMPARED},
+            "rows": estimate_all(args.model, args.gpu),
+        },
+        model="llama3-8b",
+        gpu="h100",
+    )
 
 
 if __name__ == "__main__":

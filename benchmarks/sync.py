@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +30,9 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import RESULTS, Row, at_least_1, prepare, provenance, write
+from benchmarks.record import Row, add_run, at_least_1, new_parser, prepare, provenance, write
 from pacatune import PacaConfig
 from pacatune.measure.presets import PRESETS
-from pacatune.reports.provenance import num_cores
 from pacatune.sync import ColumnReceiver, ColumnSource
 
 COMPUTED = ("llama3-8b", "llama3.1-70b")
@@ -50,24 +48,21 @@ _ELEMENT_BYTES = 4 + 2  # a position and a value
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    add("--hidden-size", type=at_least_1, default=576)
-    add("--intermediate-size", type=at_least_1, default=1536)
-    add("--num-layers", type=at_least_1, default=30)
-    add("--num-heads", type=at_least_1, default=9)
-    add("--num-groups", type=at_least_1, default=3)
-    add("--vocab-size", type=at_least_1, default=49152)
-    add("--rank", type=at_least_1, default=16)
     add("--learning-rate", type=float, default=1e-6, help="of full training")
     add("--rounds", type=at_least_1, default=5, help="syncs that are measured")
     add("--cycles", type=at_least_1, default=1000, help="of merging and unmerging")
-    add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
-    add("--seed", type=int, default=0)
+    add_run(
+        parser,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_groups=3,
+        vocab_size=49152,
+        rank=16,
+    )
     return parser.parse_args(options)
 
 

@@ -33,8 +33,6 @@ from pacatune.lean import fused
 from pacatune.measure.counters import formulas_beside_torchs
 from pacatune.measure.gpu_kernels import allocations_of_gpu, replace_until
 
-__all__ = ["Kernel", "KernelCounter", "Operand", "branches_of_gpu", "num_of_multi_tensor"]
-
 Kind = Literal["gemm", "attention", "elementwise"]
 
 _NO_KERNEL = frozenset(

@@ -20,8 +20,6 @@ from pacatune.measure.setting import Setting
 from pacatune.measure.simulate import FakeTraining
 from pacatune.names import guess
 
-__all__ = ["GPU_RATES", "MODEL", "Rates", "StepTime", "estimate_time", "rates_of", "time_of"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
