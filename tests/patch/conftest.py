@@ -1,5 +1,8 @@
 """Models of each kind with an adapter, saved once."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests.adapters.fixtures import adapter_dir, save_adapter
@@ -30,3 +33,19 @@ def bf16_patch(bf16_dir, bf16_adapter):
     from pacatune import patch
 
     return patch.make(bf16_dir, bf16_adapter)[0]
+
+
+@pytest.fixture(scope="session")
+def sharded_dir(tmp_path_factory):
+    """The model of `bf16_dir` in several files."""
+    folder = tmp_path_factory.mktemp("sharded") / "base"
+    build_model(300).bfloat16().save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(params=["single", "sharded"])
+def base(request, bf16_dir, sharded_dir, tmp_path):
+    """A base of our own, in one file or several."""
+    source = bf16_dir if request.param == "single" else sharded_dir
+    return Path(shutil.copytree(source, tmp_path / "base"))
