@@ -25,8 +25,9 @@ def verified_here(monkeypatch):
     PEFT's LoRA is PEFT's own here as well.
     """
 
-    def run(base, model_class, lora_folder, inputs, quantization=None):
+    def run(base, model_class, lora_folder, inputs, quantization=None, num_labels=None):
         assert quantization is None
+        assert num_labels is None
         model = getattr(transformers, model_class).from_pretrained(base, dtype=torch.float32)
         return run_probe(PeftModel.from_pretrained(model, lora_folder).eval(), inputs)
 

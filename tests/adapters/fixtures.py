@@ -16,6 +16,7 @@ def save_adapter(
     seed=0,
     with_fingerprint=True,
     quantization=None,
+    num_labels=None,
     **config,
 ):
     """Save a PaCA adapter with random deltas for the model in a folder; return the PEFT model."""
@@ -35,7 +36,11 @@ def save_adapter(
         **config,
     }
     base = load_base(
-        str(model_dir), task_type=settings["task_type"], dtype=dtype, quantization=quantization
+        str(model_dir),
+        task_type=settings["task_type"],
+        dtype=dtype,
+        quantization=quantization,
+        num_labels=num_labels,
     )
     generator = torch.Generator().manual_seed(seed)
     with answered_warnings():

@@ -252,7 +252,7 @@ def test_verifying_runs_plain_peft_in_a_new_process(tiny_model_dir, adapter_dir,
 
 
 def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path, monkeypatch):
-    def outputs(base, model_class, folder, inputs, quantization):
+    def outputs(base, model_class, folder, inputs, quantization, num_labels):
         return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
 
     monkeypatch.setattr(export_module, "_run_plain_peft", outputs)

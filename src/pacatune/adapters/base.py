@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
+from pacatune.adapters.folder import Adapter, LoraAdapter, find_tensors
+from pacatune.files.tensor_file import read_header
 from pacatune.format.options import format_quantization
+from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
@@ -18,9 +21,6 @@ from pacatune.tuner.quantized import Quantization, QuantizedLinear, dequantized
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-# Bases of few bits: quantise one as an adapter's was, and turn one into plain layers again.
-
 
 MergeBase = Literal["original", "dequantized", "nf4"]
 
@@ -108,6 +108,8 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks whose head has an output for each class."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -140,14 +142,16 @@ def load_base(
     dtype: DTypeName = "auto",
     device: str = "cpu",
     quantization: dict[str, Any] | None = None,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
     """Load a base model for inference.
 
-    `task_type` decides the head; None takes the class that the base was saved from. A base that
-    is saved quantised stays so, whatever `quantization` says.
+    `task_type` decides the head, `num_labels` its size; None takes the class that the base was
+    saved from, and its own size. A base that is saved quantised stays so, whatever `quantization`
+    says.
     """
     target = choose_device(device)
-    config = load_base_config(name)
+    config = _with_labels(load_base_config(name), num_labels)
     model_class = _model_class(config, task_type, name)
     wanted = dtype if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {}
@@ -163,11 +167,38 @@ def load_base(
     return cast(PreTrainedModel, model.eval())
 
 
-def empty_base(name: str, *, task_type: str | None) -> PreTrainedModel:
+def empty_base(
+    name: str, *, task_type: str | None, num_labels: int | None = None
+) -> PreTrainedModel:
     """Build a base model without weights, on the meta device: only its modules and shapes."""
-    config = load_base_config(name)
+    config = _with_labels(load_base_config(name), num_labels)
     model_class = _model_class(config, task_type, name)
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
+
+
+def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
+    """Return how many classes the head has that an adapter brings; None: as many as the base's.
+
+    Classifiers and reward models are trained with a new head, which is saved with the adapter.
+    """
+    task_type = adapter.config.task_type
+    if task_type not in CLASSIFIERS:
+        return None
+    base = empty_base(name, task_type=task_type)
+    own, parameters = base.config.num_labels, dict(base.named_parameters())
+    for key, entry in read_header(find_tensors(adapter.folder)).items():
+        parameter = parameters.get(key.removeprefix(PEFT_PREFIX))
+        if parameter is None or parameter.shape[0] != own:
+            continue
+        if entry["shape"][0] != own and entry["shape"][1:] == list(parameter.shape[1:]):
+            return int(entry["shape"][0])
+    return None
+
+
+def _with_labels(config: Any, num_labels: int | None) -> Any:
+    if num_labels is not None:
+        config.num_labels = num_labels
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

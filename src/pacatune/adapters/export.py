@@ -31,6 +31,7 @@ from pacatune.adapters.base import (
     innermost,
     load_base,
     load_tokenizer,
+    num_labels_of,
     quantization_config,
 )
 from pacatune.adapters.export_factors import (
@@ -38,6 +39,7 @@ from pacatune.adapters.export_factors import (
     convolution_notes,
     convolution_patterns,
     lora_factors,
+    plain_lora_config,
     refuse_extra,
     rounded_factor,
 )
@@ -63,15 +65,6 @@ from pacatune.ops.row_groups import distinct_columns, rank_of
 from pacatune.precision import torch_dtype
 from pacatune.tuner.quantized import Quantization
 
-__all__ = []
-
-
-# What an export will write, whatever it is made from.
-
-
-# Load an exported LoRA adapter as a stranger would: in a new process, with PEFT alone.
-
-
 # Two processes, perhaps on two devices, sum in another order.
 _ARITHMETIC = 1e-4
 _FACTOR = 4
@@ -89,30 +82,18 @@ def compare_with_plain_peft(
     """Compare the outputs of a LoRA adapter in plain PEFT with those of its original.
 
     Both run in float32, on the inputs of `probe_inputs` and on the base that the adapter was
-    trained on: quantised, where that can be repeated.
-
-    Args:
-        base: Folder or hub id of the base.
-        adapter: The PaCA or MosLoRA adapter.
-        lora_folder: The LoRA adapter's folder.
-        dtype: Type of the exported tensors; it decides how much rounding is expected.
-        device: Where that one runs; the new process uses the CPU.
-        allow_other_base: As for `check_base`.
-
-    Returns:
-        The difference, and the largest absolute one that was allowed: float32's own of the outputs,
-        and the rounding of the factors of what the adapter changes, but no more than half of that.
-
-    Raises:
-        ValueError: If plain PEFT cannot load the folder, or its outputs differ by more.
+    trained on: quantised, where that can be repeated. Returns the difference, and the largest
+    absolute one that is allowed: float32's own of the outputs, and the rounding of the factors to
+    `dtype` of what the adapter changes, but no more than half of that.
     """
-    quantization = _repeatable(adapter)
+    quantization, num_labels = _repeatable(adapter), num_labels_of(base, adapter)
     model = load_base(
         base,
         task_type=adapter.config.task_type,
         dtype="float32",
         device=device,
         quantization=quantization,
+        num_labels=num_labels,
     )
     model_class = type(model).__name__
     inputs = probe_inputs(model, load_tokenizer(base))
@@ -120,7 +101,7 @@ def compare_with_plain_peft(
     peft_model, _ = attach(model, adapter, allow_other_base=allow_other_base)
     reference = run_probe(peft_model, inputs)
     del model, peft_model  # the other process needs the memory for its own copy
-    outputs = _run_plain_peft(base, model_class, lora_folder, inputs, quantization)
+    outputs = _run_plain_peft(base, model_class, lora_folder, inputs, quantization, num_labels)
     error = output_error(reference, outputs)
     limit = export_limit(reference, output_error(plain, reference).max_absolute, dtype)
     # Written so that NaN fails.
@@ -139,12 +120,9 @@ def compare_with_plain_peft(
 
 
 def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
-    """Return the largest absolute difference that rounding explains.
+    """Return the largest absolute difference that rounding the factors to `dtype` explains.
 
-    Args:
-        reference: Outputs of the adapter.
-        effect: Largest absolute change of the outputs by the adapter.
-        dtype: The exported tensors' dtype.
+    `effect` is the adapter's largest absolute change of the outputs, `reference`.
     """
     size = max(float(outputs.abs().max()) for outputs in reference)
     limit = _ARITHMETIC * size + _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
@@ -171,6 +149,7 @@ def _run_plain_peft(
     lora_folder: Path,
     inputs: list[dict[str, Tensor]],
     quantization: Quantization | None = None,
+    num_labels: int | None = None,
 ) -> list[Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         for number, batch in enumerate(inputs):
@@ -181,6 +160,7 @@ def _run_plain_peft(
             "adapter": str(lora_folder.absolute()),
             "scratch": scratch,
             "num_batches": len(inputs),
+            "options": {} if num_labels is None else {"num_labels": num_labels},
             "quantization": quantization
             and quantization_config(quantization, torch.float32).to_dict(),
         }
@@ -303,7 +283,8 @@ def _plan_paca(
         what = f"(`modules_to_save` = {checked.config.modules_to_save}, `bias` = "
         what += f"{checked.config.bias!r})"
         refuse_extra(checked.folder, list(checked.extra), "PaCA", what)
-    base = empty_base(name, task_type=checked.config.task_type)
+    num_labels = num_labels_of(name, checked)
+    base = empty_base(name, task_type=checked.config.task_type, num_labels=num_labels)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(checked, base, dtype)
     if not keep_extra:
@@ -329,35 +310,15 @@ def _plan_paca(
 def lora_config(
     adapter: Adapter, base: nn.Module, name: str, *, keep_extra: bool = False
 ) -> dict[str, Any]:
-    """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows.
-
-    Args:
-        adapter: The PaCA adapter.
-        base: Its base, weights not needed.
-        name: The base's folder or hub id, if the adapter does not name one.
-        keep_extra: Whether its other tensors are carried over.
-    """
+    """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows."""
     config = adapter.config
     parameters = sorted(name for name in adapter.modules if is_parameter(config, name))
     targets = {target_of(name) for name in adapter.modules.keys() - set(parameters)}
     modules = [innermost(base.get_submodule(name)) for name in targets]
     rank, alpha = rank_and_alpha(adapter)
-    result: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path or name,
-        "revision": config.revision,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+    result = plain_lora_config(config, name, rank, alpha) | {
         "target_modules": _exact_targets(sorted(targets), base),
         "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in modules),
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
         "bias": "none",
         "modules_to_save": None,
     }

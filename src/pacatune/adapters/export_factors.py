@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.folder import Adapter, LoraAdapter
-from pacatune.adapters.target import find_target
+from pacatune.adapters.target import target_of_module
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.ops.row_groups import joined_groups
@@ -34,18 +34,6 @@ from pacatune.tuner.layout import (
     is_transposed,
     takes_all_tokens,
 )
-
-__all__ = [
-    "ExportPlan",
-    "column_selector",
-    "convolution_factors",
-    "convolution_notes",
-    "convolution_patterns",
-    "lora_factors",
-    "refuse_extra",
-    "refuse_inexpressible",
-    "rounded_factor",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +54,25 @@ class ExportPlan:
     """Largest relative error of a factor, in the Frobenius norm."""
     notes: list[str]
     """What the user should know."""
+
+
+def plain_lora_config(config: Any, name: str, rank: int, alpha: int) -> dict[str, Any]:
+    """Return what every LoRA adapter's adapter_config.json says, by an adapter's own of `name`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path or name,
+        "revision": config.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
 
 
 def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = "") -> None:
@@ -104,8 +111,7 @@ def lora_factors(
     Row groups have one row of A for each of their distinct columns, and zeros in B where a group
     does not train it.
     """
-    found = find_target(base, name)
-    assert found is not None, "check_base has seen it"
+    found = target_of_module(base, name)
     layout = found.layout
     update, indices = joined_groups(update, adapter.modules[name].indices)
     if isinstance(layout, ConvolutionLayout):

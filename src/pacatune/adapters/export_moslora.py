@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import base_name, empty_base, innermost
-from pacatune.adapters.export_factors import ExportPlan, refuse_extra, rounded_factor
+from pacatune.adapters.export_factors import (
+    ExportPlan,
+    plain_lora_config,
+    refuse_extra,
+    rounded_factor,
+)
 from pacatune.adapters.folder import LoraAdapter, find_tensors, open_adapter
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.tuner.moslora import MosLoraConfig
-
-__all__ = ["plan_moslora"]
 
 _A, _B, _MIXER, _BIAS = (
     ".lora_A.weight",
@@ -114,25 +117,12 @@ def _folded_config(
     rank, alpha = _rank_and_alpha(config, tensors)
     names = [key.removeprefix(PEFT_PREFIX) for key in _modules_of(tensors)]
     targets = config.target_modules
-    return {
-        "peft_type": "LORA",
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path or name,
-        "revision": config.revision,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+    return plain_lora_config(config, name, rank, alpha) | {
         "target_modules": targets if isinstance(targets, str) else sorted(targets or []),
         "exclude_modules": _plain(config.exclude_modules),
         "layers_to_transform": config.layers_to_transform,
         "layers_pattern": config.layers_pattern,
         "fan_in_fan_out": any(_is_conv1d(adapter, tensors, base, one) for one in names),
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
         "lora_bias": config.lora_bias,
         "bias": config.bias,
         "modules_to_save": config.modules_to_save,

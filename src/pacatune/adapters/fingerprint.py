@@ -55,16 +55,7 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
 
 
 def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
-    """Store the fingerprint of the base in an adapter's folder, in `pacatune.json`.
-
-    Args:
-        folder: A saved PaCA adapter.
-        model: The base it was trained on, or the PEFT model around it.
-
-    Raises:
-        FileNotFoundError: If the folder holds no adapter.
-        ValueError: If the adapter is damaged.
-    """
+    """Store the fingerprint of a base, or of the one in a PEFT model, in an adapter's folder."""
     folder = Path(folder)
     columns = {name: update.indices for name, update in read_adapter(folder).modules.items()}
     path = folder / SIDECAR_NAME

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-# Read and check adapter_config.json before anything acts on it.
-
-
 CONFIG_NAME = "adapter_config.json"
 
 # PEFT's TaskType, checked here so that a file can be read without PEFT.
@@ -51,18 +48,7 @@ _TASK_TYPES = (
 
 
 def read_config(path: Path) -> PacaOptions:
-    """Read the configuration of a PaCA adapter.
-
-    Args:
-        path: An adapter_config.json.
-
-    Returns:
-        The configuration; its own checks have passed too.
-
-    Raises:
-        ValueError: If the file is no bounded JSON object, is not PaCA's, holds a key that
-            PacaOptions does not have, or a value of another type or out of range.
-    """
+    """Read and check a PaCA adapter's adapter_config.json; refuse whatever is not PaCA's."""
     config = read_json_object(path)
     method = config.get("peft_type")
     if method not in FILE_TYPES:
@@ -96,13 +82,6 @@ def read_lora_config(path: Path) -> "LoraConfig":
     """Read the configuration of a LoRA or MosLoRA adapter, as far as PEFT does not check it itself.
 
     Keys of another version of PEFT are passed over while they are empty, so off.
-
-    Args:
-        path: An adapter_config.json.
-
-    Raises:
-        ValueError: If the file is no bounded JSON object, is not LoRA's, sets a key that PEFT does
-            not know, names code to import, or is not accepted by LoraConfig.
     """
     config = read_json_object(path)
     method = config.get("peft_type")
@@ -269,15 +248,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def locate_folder(folder: str | Path) -> Path:
-    """Return a local folder, fetching configuration and tensors first if it is a hub id.
-
-    Args:
-        folder: A local folder or an id such as `name/adapter`.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, and no such id that can be reached.
-        ValueError: If the path is a file.
-    """
+    """Return a local folder; for a hub id, the one that its files are fetched into."""
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
@@ -298,16 +269,7 @@ def locate_folder(folder: str | Path) -> Path:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file that lies inside the folder.
-
-    Args:
-        folder: The adapter's folder.
-        name: A file name.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is a link to outside of the folder, or no regular file.
-    """
+    """Return the path of a regular file in the folder; refuse a link to outside of it."""
     path = folder / name
     if not path.exists():
         raise FileNotFoundError(f"{str(folder)!r} has no {name}; it is not an adapter folder.")
@@ -322,15 +284,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def find_tensors(folder: Path) -> Path:
-    """Return the path of the adapter's tensors, safetensors only.
-
-    Args:
-        folder: The adapter's folder.
-
-    Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If there are only pickled ones, or as in `find_file`.
-    """
+    """Return the path of the adapter's tensors; pickled ones are refused."""
     pickled = [name for name in _PICKLE_NAMES if (folder / name).exists()]
     if pickled and not (folder / TENSORS_NAME).exists():
         raise ValueError(
@@ -351,16 +305,7 @@ def module_alpha(config: PacaOptions, module: str) -> float:
 
 
 def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
-    """Refuse tensors of other ranks or row groups than the configuration's.
-
-    Args:
-        config: The adapter's configuration.
-        modules: Its tensors by module.
-        source: Where the tensors come from, for the error.
-
-    Raises:
-        ValueError: At the first module that differs: its scaling would be wrong.
-    """
+    """Refuse tensors of other ranks or row groups than the configuration's."""
     for module, update in modules.items():
         rank, expected = rank_of(update.indices), module_rank(config, module)
         if rank != expected:

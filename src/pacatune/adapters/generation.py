@@ -15,12 +15,6 @@ from pacatune.adapters.base import DTypeName
 from pacatune.adapters.loading import load_language_model
 from pacatune.residency import resident
 
-__all__ = [
-    "Generated",
-    "generate_batch",
-]
-
-
 # Answer several prompts at once, each with its own temperature and its own seed.
 #
 # A row's choice depends on its own logits and its own generator only, so the other rows of a batch

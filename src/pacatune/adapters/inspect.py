@@ -26,15 +26,6 @@ from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.ops.row_groups import distinct_columns, joined_groups, rank_of
 
-__all__ = [
-    "AdapterReport",
-    "Comparison",
-    "ModuleComparison",
-    "ModuleReport",
-    "compare",
-    "inspect_adapter",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:

@@ -12,7 +12,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pacatune.adapters.base import DTypeName, base_name, find_tokenizer, load_base, load_base_config
+from pacatune.adapters.base import (
+    CLASSIFIERS,
+    DTypeName,
+    base_name,
+    find_tokenizer,
+    load_base,
+    load_base_config,
+)
 from pacatune.adapters.fingerprint import (
     differing_modules,
     fingerprint,
@@ -35,14 +42,6 @@ from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import ExpertsLayout
-
-__all__ = [
-    "hotswap_adapter",
-]
-
-
-# Decide whether an adapter belongs to a base model, before it changes a single number.
-
 
 _OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
 
@@ -78,16 +77,7 @@ def check_base(
 
 
 def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, source: str) -> None:
-    """Refuse a base model without the adapted modules, or with other sizes of them.
-
-    Args:
-        modules: The adapter's tensors by module.
-        model: The base, weights not needed.
-        source: Where the adapter comes from, for the error.
-
-    Raises:
-        ValueError: At the first module that does not fit.
-    """
+    """Refuse a base without the modules of the adapter `source`, or with other sizes of them."""
     for name, (delta, indices) in modules.items():
         target = find_target(model, name)
         if target is None:
@@ -323,6 +313,13 @@ def load_language_model(
     if adapter is None and model is None:
         raise ValueError("`model` and `adapter` are both missing; give at least one of them.")
     checked = None if adapter is None else open_adapter(adapter)
+    if checked is not None and checked.config.task_type in CLASSIFIERS:
+        raise ValueError(
+            f"{checked.folder} is of a classifier or reward model (`task_type` = "
+            f"{checked.config.task_type!r}), which writes no text. Load it with transformers' "
+            "AutoModelForSequenceClassification or AutoModelForTokenClassification and "
+            "PeftModel.from_pretrained, or merge it (`pacatune merge`)."
+        )
     name = str(model) if checked is None else base_name(model, checked.config)
     tokenizer = find_tokenizer(name, None if checked is None else checked.folder)
     if tokenizer is None:

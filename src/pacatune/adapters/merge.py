@@ -18,6 +18,7 @@ from pacatune.adapters.base import (
     find_tokenizer,
     load_base,
     load_base_config,
+    num_labels_of,
     replace_quantised,
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
@@ -30,23 +31,11 @@ from pacatune.precision import dtype_name
 from pacatune.tuner.compat import tied_weights
 from pacatune.tuner.quantized import Quantization
 
-# What a merged model must have: the right columns, and outputs that differ by rounding alone.
-
-
 _FACTOR = 4  # docs/decisions.md has what was measured.
 
 
 def check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:
-    """Hold every merged column against round(W + scaling * delta).
-
-    Args:
-        model: The merged model.
-        adapter: What was merged.
-        pretrained: Module name -> its trained columns before, (out, r).
-
-    Raises:
-        ValueError: If one differs by more than rounding.
-    """
+    """Hold every merged column against round(W + scaling * delta); W is in `pretrained`."""
     for name, (delta, indices) in adapter.modules.items():
         merged = read_target_columns(model, name, indices)
         update = delta.to(merged.device, torch.float64) * adapter.scaling(name)
@@ -69,11 +58,7 @@ def rounding_limit(
 
     Every weight is moved at random within its rounding, as one more merge would, and the change of
     the outputs is taken four times: kernels that round elsewhere are as far apart as that once.
-
-    Args:
-        model: A merged model, in the dtype that it was written in; spoiled afterwards.
-        inputs: What `probe_inputs` returns.
-        outputs: What `run_probe` gave for them.
+    The model, merged and in the dtype that it was written in, is spoiled afterwards.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -87,20 +72,10 @@ def rounding_limit(
 def check_outputs(
     error: OutputError, limit: float, effect: float, dtype: str, onto: MergeBase
 ) -> float:
-    """Refuse a merged model whose outputs are not those of the adapter.
+    """Refuse a merged model whose outputs are not those of the adapter; return the limit kept.
 
-    Args:
-        error: The error of the written model's outputs.
-        limit: What `rounding_limit` returns; infinite where weights are rounded to few bits.
-        effect: Largest absolute change of the outputs by the adapter.
-        dtype: That the weights were rounded to, for messages.
-        onto: Base that was merged onto.
-
-    Returns:
-        The limit that was kept: what rounding explains, and no more than half of `effect`.
-
-    Raises:
-        ValueError: If they differ by more.
+    `limit` is that of `rounding_limit`, infinite where weights are rounded to few bits; `effect` is
+    the largest absolute change of the outputs by the adapter, of which half is allowed at most.
     """
     found = f"the merged model's outputs differ from the unmerged ones by {error.max_absolute:.1e}"
     # Both written so that NaN fails.
@@ -123,10 +98,7 @@ def check_outputs(
 def notes_on_change(change: float, effect: float, onto: MergeBase) -> list[str]:
     """Return what the user should know if the chosen base itself changes the outputs.
 
-    Args:
-        change: Largest absolute change by the base, with the same adapter.
-        effect: The same by the adapter.
-        onto: Base that was merged onto.
+    `change` is its largest absolute one with the same adapter, `effect` that of the adapter.
     """
     if effect == 0:
         return ["the adapter changes no output of the probe: it may be untrained."]
@@ -216,7 +188,14 @@ def merge(
     onto = _choose_base(onto, quantization)
     if onto == "original":
         _refuse_quantised(name)
-    load = partial(load_base, name, task_type=checked.config.task_type, dtype=dtype, device=device)
+    load = partial(
+        load_base,
+        name,
+        task_type=checked.config.task_type,
+        dtype=dtype,
+        device=device,
+        num_labels=num_labels_of(name, checked),
+    )
     base = load(quantization=quantization)
     tokenizer = find_tokenizer(name, checked.folder)
     inputs = probe_inputs(base, tokenizer) if verify else []

@@ -19,10 +19,10 @@ def main() -> None:
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
-    options = {}
+    options = job["options"]
     if job["quantization"]:
         config = transformers.BitsAndBytesConfig.from_dict(job["quantization"])
-        options = {"quantization_config": config, "device_map": {"": "cpu"}}
+        options |= {"quantization_config": config, "device_map": {"": "cpu"}}
     model = getattr(transformers, job["model_class"]).from_pretrained(
         job["base"], dtype=torch.float32, trust_remote_code=False, **options
     )

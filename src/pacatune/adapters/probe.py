@@ -39,10 +39,13 @@ def probe_inputs(
         batches = [{"input_features": features, "decoder_input_ids": _tokens(config, generator)}]
     elif main_input == "input_ids":
         vocab_size = config.get_text_config().vocab_size
-        batches = [{"input_ids": _tokens(config, generator)}]
+        tokens = _tokens(config, generator)
+        # A classifier without a padding token takes one sequence at a time.
+        alone = type(model).__name__.endswith("ForSequenceClassification")
+        batches = [{"input_ids": part} for part in tokens.split(1 if alone else len(tokens))]
         if tokenizer is not None:
-            tokens = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
-            batches.append({"input_ids": tokens.clamp(max=vocab_size - 1)})
+            text = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
+            batches.append({"input_ids": text.clamp(max=vocab_size - 1)})
     else:
         raise ValueError(
             f"{type(model).__name__} takes {main_input!r}; only models for tokens, pixels or "

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from pacatune.adapters.base import innermost
 from pacatune.tuner.layout import Layout, layout_of
 
-__all__ = ["BaseWeight", "find_target", "read_target_columns"]
-
 
 class BaseWeight(NamedTuple):
     """A weight of the base that an adapter changes."""
@@ -40,10 +38,16 @@ def find_target(model: nn.Module, name: str) -> BaseWeight | None:
     return None if layout is None else BaseWeight(module, parameter_name, layout)
 
 
+def target_of_module(model: nn.Module, name: str) -> BaseWeight:
+    """Return the same of a name that `check_shapes` has seen."""
+    found = find_target(model, name)
+    assert found is not None, "check_shapes has seen it"
+    return found
+
+
 def read_target_columns(model: nn.Module, name: str, indices: Tensor) -> Tensor:
     """Return what a weight of the base holds in some columns, in the shape of a file's update."""
-    target = find_target(model, name)
-    assert target is not None, "check_shapes has seen it"
+    target = target_of_module(model, name)
     weight: Tensor = getattr(target.module, target.parameter_name).detach()
     columns = target.layout.read_columns(weight, indices.to(weight.device))
     return target.layout.to_file(target.layout.oriented(columns))

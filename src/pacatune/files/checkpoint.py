@@ -20,14 +20,6 @@ from pacatune.files.journal import file_path, refuse_half_edited
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.tensor_file import read_layout
 
-__all__ = [
-    "DTYPES",
-    "Checkpoint",
-    "Entry",
-    "window",
-    "writable",
-]
-
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 

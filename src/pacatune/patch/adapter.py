@@ -18,7 +18,7 @@ from pacatune.adapters.folder import (
     read_adapter,
 )
 from pacatune.adapters.loading import check_base, check_shapes
-from pacatune.adapters.target import BaseWeight, find_target
+from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.tensor_file import read_tensors, write_tensors
@@ -31,8 +31,6 @@ from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
 from pacatune.patch.memory import find_name
 from pacatune.tuner.compat import as_saved, tied_weights
 from pacatune.tuner.layout import ConvolutionLayout
-
-__all__ = ["make", "to_adapter"]
 
 _BY_MERGE = (
     "Make the patch of the merged model instead: `pacatune merge --model BASE --adapter ADAPTER "
@@ -89,8 +87,7 @@ def make(
         base = load_base(name, task_type=checked.config.task_type)
     edits: dict[str, ColumnEdit] = {}
     for module, tensor_name in names.items():
-        found = find_target(base, module)
-        assert found is not None, "check_shapes has seen it"
+        found = target_of_module(base, module)
         if is_plain:
             assert tensor_name is not None
             _refuse_dtype(checkpoint, tensor_name)
@@ -176,15 +173,13 @@ def _refuse_tied(base: Any, parameters: set[str]) -> None:
 
 
 def _parameter_name(base: nn.Module, module: str) -> str:
-    found = find_target(base, module)
-    assert found is not None, "check_shapes has seen it"
+    found = target_of_module(base, module)
     owner = next(name for name, one in base.named_modules() if one is found.module)
     return f"{owner}.{found.parameter_name}" if owner else found.parameter_name
 
 
 def _has_shape(base: nn.Module, module: str, checkpoint: Checkpoint, name: str) -> bool:
-    found = find_target(base, module)
-    assert found is not None, "check_shapes has seen it"
+    found = target_of_module(base, module)
     shape = tuple(getattr(found.module, found.parameter_name).shape)
     return checkpoint.entries[name].shape == shape
 

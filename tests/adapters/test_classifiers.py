@@ -1,0 +1,81 @@
+"""Adapters of classifiers and reward models, whose new head is saved with them."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from pacatune.adapters.base import load_base, num_labels_of
+from pacatune.adapters.export import export_lora
+from pacatune.adapters.folder import open_adapter
+from pacatune.adapters.loading import answered_warnings, load_language_model
+from pacatune.adapters.merge import merge
+from tests.adapters.fixtures import save_adapter
+
+TOKENS = torch.arange(20)[None]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def num_labels(request):
+    return request.param
+
+
+@pytest.fixture
+def classifier(tiny_model_dir, tmp_path, num_labels):
+    """The folder of a PaCA adapter with a head of so many classes."""
+    folder = tmp_path / "classifier"
+    save_adapter(tiny_model_dir, folder, task_type="SEQ_CLS", num_labels=num_labels)
+    return folder
+
+
+def scores(model_dir, folder, num_labels):
+    """Return what an adapter on its base says of some tokens."""
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=num_labels)
+    with answered_warnings(), torch.no_grad():
+        return PeftModel.from_pretrained(base, folder).eval()(TOKENS).logits
+
+
+def test_the_head_says_how_many_classes_there_are(classifier, tiny_model_dir, num_labels):
+    found = num_labels_of(str(tiny_model_dir), open_adapter(classifier))
+    assert found == (None if num_labels == 2 else num_labels)  # as many as transformers' default
+
+
+def test_merging_keeps_the_head(classifier, tiny_model_dir, tmp_path, num_labels):
+    result = merge(str(tiny_model_dir), classifier, tmp_path / "merged")
+    assert result.error is not None
+    assert result.effect > 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    expected = scores(tiny_model_dir, classifier, num_labels)
+    with torch.no_grad():
+        found = model.eval()(TOKENS).logits
+    assert found.shape == (1, num_labels)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_merged_lora_reward_model(tiny_model_dir, tmp_path):
+    base = load_base(str(tiny_model_dir), task_type="SEQ_CLS", num_labels=1)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    merge(str(tiny_model_dir), tmp_path / "lora", tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.num_labels == 1
+
+
+@pytest.mark.parametrize("num_labels", [1])
+def test_exporting_needs_to_be_told_that_the_head_goes_along(
+    classifier, tiny_model_dir, tmp_path, forked_plain_peft
+):
+    with pytest.raises(ValueError, match=r"not PaCA's, first .*score.* Pass `keep_extra`"):
+        export_lora(str(tiny_model_dir), classifier, tmp_path / "lora")
+    result = export_lora(
+        str(tiny_model_dir), classifier, tmp_path / "lora", keep_extra=True, verify=True
+    )
+    assert result.error.max_absolute <= result.limit
+    found = scores(tiny_model_dir, tmp_path / "lora", 1)
+    assert torch.allclose(found, scores(tiny_model_dir, classifier, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_labels", [1])
+def test_a_classifier_writes_no_text(classifier, tiny_model_dir):
+    with pytest.raises(ValueError, match=r"reward model \(`task_type` = 'SEQ_CLS'\), which writes"):
+        load_language_model(str(tiny_model_dir), classifier)
