@@ -61,36 +61,23 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "data": ("DataConfig", "PreferenceDataConfig", "PromptDataConfig"),
-    "training.language": ("preview",),
-    "training.preference_config": (
-        "DpoRunConfig",
-        "DpoTrainingConfig",
-        "KtoRunConfig",
-        "KtoTrainingConfig",
-        "RewardRunConfig",
-        "RewardTrainingConfig",
-    ),
-    "training.recipe": ("train",),
-    "training.report": ("Report",),
-    "training.rewards": ("RewardError",),
-    "training.rl_config": (
-        "GrpoRunConfig",
-        "GrpoTrainingConfig",
-        "RlooRunConfig",
-        "RlooTrainingConfig",
-    ),
-    "training.trainer": ("TrainingDiverged", "TrainingInterrupted"),
-}
-_OUTSIDE_CONFIG = {name: home for home, names in _HOMES.items() for name in names}
+# Each has some of these names; a module is only imported where none before it has the name.
+_HOMES = (
+    "config",
+    "preference_config",
+    "rl_config",
+    "rewards",
+    "trainer",
+    "language",
+    "recipe",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _OUTSIDE_CONFIG.get(name, "training.config")
-    return getattr(import_module(f"pacatune.{home}"), name)
+    if name in __all__:
+        modules = (import_module(f"pacatune.training.{home}") for home in _HOMES)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

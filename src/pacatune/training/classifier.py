@@ -2,14 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
@@ -30,11 +33,6 @@ from pacatune.training.task import (
     put_adapter,
 )
 from pacatune.training.trainer import RunTrainer, accuracy
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -120,14 +118,14 @@ class ClassifierTask(Task[ClassifierConfig]):
     unit = "texts"
     less_memory = "`data.max_length`"
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     classes: list[str]
 
     def plan(self) -> Plan:
         """Say what would be trained; of the data, only the labels are used."""
         return self._plan(split_texts(self.config.data)[0].classes())[0]
 
-    def _plan(self, classes: list[str]) -> "tuple[Plan, PeftConfig | None]":
+    def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None]:
         config = self.config
         model_config = pretrained.load_config(config.model.path, revision=config.model.revision)
         model_config.num_labels = len(classes)
@@ -158,7 +156,7 @@ class ClassifierTask(Task[ClassifierConfig]):
             warnings=overlap_warning(train.texts, held_out.texts, "validation texts"),
         )
 
-    def encode(self, texts: "LabelledTexts") -> "Dataset":
+    def encode(self, texts: "LabelledTexts") -> Dataset:
         """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
         from datasets import Dataset
 
@@ -194,7 +192,7 @@ class ClassifierTask(Task[ClassifierConfig]):
         return dict(collate([examples[place] for place in places]))
 
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> "ClassifierTrainer":
         """Return the trainer, which measures accuracy."""
         return ClassifierTrainer(
@@ -204,7 +202,7 @@ class ClassifierTask(Task[ClassifierConfig]):
             **options,
         )
 
-    def _make_trainable(self, model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
+    def _make_trainable(self, model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
         """Put the adapter on a model, or set which of its weights are trained."""
         if self.config.method == "head":
             cast(PreTrainedModel, model).base_model.requires_grad_(False)

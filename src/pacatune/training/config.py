@@ -3,7 +3,7 @@
 import copy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
 import torch
 from trl import SFTConfig
@@ -16,9 +16,7 @@ from pacatune.precision import Dtype
 from pacatune.selection import strategies
 from pacatune.selection.budget import PARTS
 from pacatune.training.arguments import SharedDefaults
-
-if TYPE_CHECKING:
-    from pacatune.training.report import Report, RunReport  # noqa: F401 (of type variables)
+from pacatune.training.report import Report, RunReport
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
@@ -401,7 +399,11 @@ def _name(choice: Any) -> str:
 
 @dataclass
 class TrlDefaults(SharedDefaults):
-    """Put before one of TRL's classes of arguments; refuses what no run of ours offers."""
+    """Put before one of TRL's classes of arguments.
+
+    Raises:
+        ValueError: If an option is set that the task decides elsewhere or does not offer.
+    """
 
     elsewhere: ClassVar[dict[str, str]] = {
         **SharedDefaults.elsewhere,
@@ -432,11 +434,7 @@ class TrlDefaults(SharedDefaults):
 
 @dataclass
 class TrainingConfig(TrlDefaults, SFTConfig):
-    """Every option of TRL's SFTConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's SFTConfig, with these defaults."""
 
     elsewhere: ClassVar[dict[str, str]] = {
         **TrlDefaults.elsewhere,
@@ -480,7 +478,7 @@ class LanguageRunConfig(BaseRunConfig[R]):
 
 
 @dataclass(kw_only=True)
-class RunConfig(LanguageRunConfig["Report"]):
+class RunConfig(LanguageRunConfig[Report]):
     """One run of supervised fine-tuning."""
 
     task_class: ClassVar[str] = "pacatune.training.sft:SftTask"

@@ -5,12 +5,14 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from datasets import Dataset
+from peft import PeftConfig
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import pretrained
@@ -33,11 +35,6 @@ from pacatune.training.task import (
 )
 from pacatune.training.trainer import RunTrainer
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-    from transformers import PreTrainedTokenizerBase
-
 C = TypeVar("C", bound=BaseRunConfig[Any])
 
 
@@ -59,13 +56,13 @@ class LanguageTask(ReportedTask[C]):
     model_options: ClassVar[dict[str, Any]] = {}
     """Changes to the configuration of the model."""
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
 
     def plan(self) -> Plan:
         """Say what would be trained; only the model's configuration is read."""
         return self.plan_training()[0]
 
-    def plan_training(self) -> "tuple[Plan, PeftConfig | None, int | None]":
+    def plan_training(self) -> tuple[Plan, PeftConfig | None, int | None]:
         """Plan what is trained; see `plan_training`."""
         return plan_training(
             self.config,
@@ -212,7 +209,7 @@ class LanguageTrainer(RunTrainer):
         return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
 
 
-def fingerprint(data: "Dataset", columns: Sequence[str] = ("input_ids", "labels")) -> str:
+def fingerprint(data: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> str:
     """Return a digest of every row, in order."""
     return hashlib.blake2b(b"".join(row_digests(data, columns)), digest_size=16).hexdigest()
 
@@ -222,7 +219,7 @@ def model_path(config: BaseRunConfig[Any]) -> str:
     return pretrained.find_model(config.model.path, config.model.revision)
 
 
-def load_tokenizer(config: BaseRunConfig[Any]) -> "PreTrainedTokenizerBase":
+def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the chat template and stop token of the run."""
     tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
     if config.data.chat_template is not None:
@@ -240,7 +237,7 @@ def load_tokenizer(config: BaseRunConfig[Any]) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def find_stop_ids(config: BaseRunConfig[Any], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def find_stop_ids(config: BaseRunConfig[Any], tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens at which a generation of this model ends."""
     ids = {tokenizer.eos_token_id}
     try:
@@ -259,7 +256,7 @@ def plan_training(
     auto_class: Any = AutoModelForCausalLM,
     task_type: str = "CAUSAL_LM",
     **changes: Any,
-) -> "tuple[Plan, PeftConfig | None, int | None]":
+) -> tuple[Plan, PeftConfig | None, int | None]:
     """Plan what is trained of a model without weights.
 
     Returns the adapter's configuration with its targets too, and the longest sequence that the

@@ -3,8 +3,10 @@
 The reference of DPO and KTO is the model itself with the adapter off; no second one is loaded.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from datasets import Dataset
+from peft import PeftConfig
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
@@ -30,15 +32,11 @@ from pacatune.training.metrics import (
 )
 from pacatune.training.preference_config import DpoRunConfig, KtoRunConfig, RewardRunConfig
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-
 
 class PreparedTrainer(LanguageTrainer):
     """Put before a trainer of TRL that would encode its data: ours is already encoded."""
 
-    def _prepare_dataset(self, dataset: "Dataset", *_: Any, **__: Any) -> "Dataset":
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
 
 
@@ -67,7 +65,7 @@ class PreferenceTask(MetricTask[C]):
         return prepare_pairs(self.config.data, self.tokenizer, **read_options(self))
 
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> Any:
         """Return TRL's trainer, which puts the adapter on the model."""
         return self.trainer_class(
@@ -81,7 +79,7 @@ class PreferenceTask(MetricTask[C]):
         limit = self.config.training.max_length
         return {"input_ids": ids[:limit], "labels": labels[:limit]}
 
-    def show(self, data: "Dataset", num_examples: int, console: Console) -> None:
+    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
         """Print prompts and answers."""
         for row in data.select(range(min(num_examples, len(data)))):
             console.rule()
@@ -171,8 +169,8 @@ class RewardTask(PreferenceTask[RewardRunConfig]):
         return -logsigmoid(chosen - rejected).mean()
 
     def _commands(self, model: str) -> str:
-        """Return nothing: pacatune's commands are for models that write."""
-        return ""
+        """Return the command that makes a plain model; others are for models that write."""
+        return f"```bash\npacatune merge --model {model} --adapter FOLDER --output MERGED\n```\n\n"
 
 
 def read_options(task: PreferenceTask[Any]) -> dict[str, Any]:
@@ -185,7 +183,7 @@ def read_options(task: PreferenceTask[Any]) -> dict[str, Any]:
     }
 
 
-def with_neighbours(data: "Dataset", batch_size: int) -> "Dataset":
+def with_neighbours(data: Dataset, batch_size: int) -> Dataset:
     """Give each row the answer of the one before it in its batch, the first that of the last."""
     answers = data["completion_ids"][:]
     starts = range(0, len(answers), batch_size)

@@ -1,20 +1,19 @@
 """Runs on preferences: DPO, KTO and reward models, with every option of TRL's."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from trl import DPOConfig, KTOConfig, RewardConfig
 
 from pacatune.data import PreferenceDataConfig
 from pacatune.methods import METHODS
 from pacatune.training.config import LanguageRunConfig, R, TrlDefaults
-
-if TYPE_CHECKING:
-    from pacatune.training.metrics import (  # noqa: F401 (of type variables)
-        JudgedReport,
-        PreferenceReport,
-        RewardModelReport,
-    )
+from pacatune.training.metrics import (
+    JudgedReport,
+    PreferenceReport,
+    RewardModelReport,
+)
 
 _PADDING = "examples are padded with the tokenizer's own token"
 
@@ -35,11 +34,7 @@ class ReferenceDefaults(TrlDefaults):
 
 @dataclass
 class DpoTrainingConfig(ReferenceDefaults, DPOConfig):
-    """Every option of TRL's DPOConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's DPOConfig, with these defaults."""
 
     elsewhere: ClassVar[dict[str, str]] = {
         **ReferenceDefaults.elsewhere,
@@ -51,11 +46,7 @@ class DpoTrainingConfig(ReferenceDefaults, DPOConfig):
 
 @dataclass
 class KtoTrainingConfig(ReferenceDefaults, KTOConfig):
-    """Every option of TRL's KTOConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's KTOConfig, with these defaults."""
 
     def check_options(self) -> None:
         """Refuse also what leaves nothing to estimate the KL divergence by."""
@@ -77,11 +68,7 @@ class KtoTrainingConfig(ReferenceDefaults, KTOConfig):
 
 @dataclass
 class RewardTrainingConfig(TrlDefaults, RewardConfig):
-    """Every option of TRL's RewardConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's RewardConfig, with these defaults."""
 
     elsewhere: ClassVar[dict[str, str]] = {
         **TrlDefaults.elsewhere,
@@ -116,9 +103,9 @@ class ReferenceRunConfig(LanguageRunConfig[R]):
                 "it to none."
             )
 
+    @abstractmethod
     def has_reference(self) -> bool:
         """Whether the reference is asked while the model trains."""
-        return True
 
 
 def check_dropout(config: LanguageRunConfig[Any]) -> None:
@@ -132,49 +119,47 @@ def check_dropout(config: LanguageRunConfig[Any]) -> None:
 
 
 @dataclass(kw_only=True)
-class DpoRunConfig(ReferenceRunConfig["PreferenceReport"]):
+class PreferenceRunConfig(ReferenceRunConfig[R]):
+    """A run on answers that are preferred or not; the reference may have judged them before."""
+
+    without_reference: ClassVar[str] = "set `training.precompute_ref_log_probs` to true"
+
+    data: PreferenceDataConfig
+    """Pairs of answers; for KTO, answers with labels too."""
+
+    def has_reference(self) -> bool:
+        """Whether the reference is asked while the model trains."""
+        return not self.training.precompute_ref_log_probs
+
+
+@dataclass(kw_only=True)
+class DpoRunConfig(PreferenceRunConfig[PreferenceReport]):
     """One run of Direct Preference Optimization: preferred answers become likelier than others."""
 
     task_class: ClassVar[str] = "pacatune.training.preference:DpoTask"
-    without_reference: ClassVar[str] = "set `training.precompute_ref_log_probs` to true"
 
     task: Literal["dpo"] = "dpo"
     """What to do: Direct Preference Optimization."""
 
-    data: PreferenceDataConfig
-    """Pairs of answers."""
-
     training: DpoTrainingConfig = field(default_factory=DpoTrainingConfig)
     """Every option of TRL's DPOConfig."""
 
-    def has_reference(self) -> bool:
-        """Whether the reference is asked while the model trains."""
-        return not self.training.precompute_ref_log_probs
-
 
 @dataclass(kw_only=True)
-class KtoRunConfig(ReferenceRunConfig["JudgedReport"]):
+class KtoRunConfig(PreferenceRunConfig[JudgedReport]):
     """One run of Kahneman-Tversky Optimization: each answer is desirable or not."""
 
     task_class: ClassVar[str] = "pacatune.training.preference:KtoTask"
-    without_reference: ClassVar[str] = "set `training.precompute_ref_log_probs` to true"
 
     task: Literal["kto"] = "kto"
     """What to do: Kahneman-Tversky Optimization."""
 
-    data: PreferenceDataConfig
-    """Answers with labels, or pairs."""
-
     training: KtoTrainingConfig = field(default_factory=KtoTrainingConfig)
     """Every option of TRL's KTOConfig."""
 
-    def has_reference(self) -> bool:
-        """Whether the reference is asked while the model trains."""
-        return not self.training.precompute_ref_log_probs
-
 
 @dataclass(kw_only=True)
-class RewardRunConfig(LanguageRunConfig["RewardModelReport"]):
+class RewardRunConfig(LanguageRunConfig[RewardModelReport]):
     """One run of a reward model: a new head scores answers, preferred ones higher."""
 
     task_class: ClassVar[str] = "pacatune.training.preference:RewardTask"

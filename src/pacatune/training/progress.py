@@ -3,7 +3,7 @@
 import statistics
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,10 +14,8 @@ from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
 from pacatune.measure.device import Stopwatch, peak_process_bytes
-
-if TYPE_CHECKING:
-    from pacatune.training.config import BaseRunConfig
-    from pacatune.training.report import RunReport
+from pacatune.training.config import BaseRunConfig
+from pacatune.training.report import RunReport
 
 _NUM_LINES = 20
 # Held-out metrics by TRL's names -> what is said of them.
@@ -182,7 +180,7 @@ def peak_memory_bytes() -> tuple[int, str]:
     return peak_process_bytes(), "process_peak_resident"
 
 
-def main_console(config: "BaseRunConfig[Any]", console: Console | None) -> Console:
+def main_console(config: BaseRunConfig[Any], console: Console | None) -> Console:
     """Return the console of the main process; the others get one that prints nothing."""
     if config.training.process_index != 0:
         return Console(quiet=True)
@@ -200,7 +198,7 @@ def show_warnings(warnings: list[str], console: Console) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
 
 
-def show_result(report: "RunReport", what: str, folder: Path, console: Console) -> None:
+def show_result(report: RunReport, what: str, folder: Path, console: Console) -> None:
     """Print the results and where they are."""
     table = Table(show_header=False, box=None)
     for name, value in report.table():

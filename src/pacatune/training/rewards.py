@@ -14,13 +14,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pacatune.data import REASONING_GYM
+from pacatune.data import REASONING_GYM, PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
-
-if TYPE_CHECKING:
-    from pacatune.data import PromptDataConfig
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -120,7 +117,7 @@ def _check_reward(name: str, reward: Any, where: str) -> float | None:
 
 
 def load_rewards(
-    names: Sequence[str], data: "PromptDataConfig", columns: Sequence[str]
+    names: Sequence[str], data: PromptDataConfig, columns: Sequence[str]
 ) -> list[CheckedReward]:
     """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`.
 
@@ -188,7 +185,7 @@ def _check_signature(name: str, function: Callable[..., Any], columns: Sequence[
         return
 
 
-def make_verifier(data: "PromptDataConfig") -> Callable[..., list[float]]:
+def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
     """Return reasoning-gym's verifier of the data that it has generated for a run.
 
     It looks at what stands between the last <answer> and </answer>, or at the whole text where

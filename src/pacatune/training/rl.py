@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
+from peft import PeftConfig
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
@@ -33,10 +35,6 @@ from pacatune.training.metrics import MetricReport, RlReport
 from pacatune.training.output import last_checkpoint
 from pacatune.training.rewards import CheckedReward, RewardError, load_rewards
 from pacatune.training.rl_config import SamplingRunConfig
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
 
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
@@ -286,7 +284,7 @@ class RlooRunTrainer(SamplingTrainer, RLOOTrainer):
     """RLOOTrainer with what the recipe needs."""
 
 
-class SamplingTask(MetricTask[SamplingRunConfig[Any]]):
+class SamplingTask(MetricTask[SamplingRunConfig]):
     """A run in which the model answers prompts, and rewards say which answers are good."""
 
     less_memory = (
@@ -313,7 +311,7 @@ class SamplingTask(MetricTask[SamplingRunConfig[Any]]):
         return data
 
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> Any:
         """Return TRL's trainer, which puts the adapter on the model."""
         config = self.config
@@ -333,7 +331,7 @@ class SamplingTask(MetricTask[SamplingRunConfig[Any]]):
         ids = prompt_ids(row["prompt"], self.tokenizer)
         return {"input_ids": ids, "labels": ids}
 
-    def show(self, data: "Dataset", num_examples: int, console: Console) -> None:
+    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
         """Print prompts as the model sees them, and what rewards get beside the answers."""
         for row in data.select(range(min(num_examples, len(data)))):
             console.rule()

@@ -2,16 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from trl import GRPOConfig, RLOOConfig
 
 from pacatune.data import REASONING_GYM, PromptDataConfig
-from pacatune.training.config import R
+from pacatune.training.metrics import RlReport
 from pacatune.training.preference_config import ReferenceDefaults, ReferenceRunConfig
-
-if TYPE_CHECKING:
-    from pacatune.training.metrics import RlReport  # noqa: F401
 
 _CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -37,24 +34,16 @@ class SamplingDefaults(ReferenceDefaults):
 
 @dataclass
 class GrpoTrainingConfig(SamplingDefaults, GRPOConfig):
-    """Every option of TRL's GRPOConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's GRPOConfig, with these defaults."""
 
 
 @dataclass
 class RlooTrainingConfig(SamplingDefaults, RLOOConfig):
-    """Every option of TRL's RLOOConfig, with these defaults.
-
-    Raises:
-        ValueError: If an option is set that this task decides elsewhere or does not offer.
-    """
+    """Every option of TRL's RLOOConfig, with these defaults."""
 
 
 @dataclass(kw_only=True)
-class SamplingRunConfig(ReferenceRunConfig[R]):
+class SamplingRunConfig(ReferenceRunConfig[RlReport]):
     """A run in which the model answers prompts, and rewards say which answers are good.
 
     Raises:
@@ -63,6 +52,9 @@ class SamplingRunConfig(ReferenceRunConfig[R]):
 
     best_metric: ClassVar[str] = "eval_reward"
     without_reference: ClassVar[str] = "set `training.beta` to 0"
+
+    data: PromptDataConfig
+    """Prompts."""
 
     reward: list[str] = field(default_factory=list)
     """Rewards: Python functions as module:name, which only the command line may give
@@ -124,7 +116,7 @@ class SamplingRunConfig(ReferenceRunConfig[R]):
 
 
 @dataclass(kw_only=True)
-class GrpoRunConfig(SamplingRunConfig["RlReport"]):
+class GrpoRunConfig(SamplingRunConfig):
     """One run of Group Relative Policy Optimization."""
 
     task_class: ClassVar[str] = "pacatune.training.rl:GrpoTask"
@@ -132,24 +124,18 @@ class GrpoRunConfig(SamplingRunConfig["RlReport"]):
     task: Literal["grpo"] = "grpo"
     """What to do: Group Relative Policy Optimization."""
 
-    data: PromptDataConfig
-    """Prompts."""
-
     training: GrpoTrainingConfig = field(default_factory=GrpoTrainingConfig)
     """Every option of TRL's GRPOConfig."""
 
 
 @dataclass(kw_only=True)
-class RlooRunConfig(SamplingRunConfig["RlReport"]):
+class RlooRunConfig(SamplingRunConfig):
     """One run of REINFORCE Leave-One-Out."""
 
     task_class: ClassVar[str] = "pacatune.training.rl:RlooTask"
 
     task: Literal["rloo"] = "rloo"
     """What to do: REINFORCE Leave-One-Out."""
-
-    data: PromptDataConfig
-    """Prompts."""
 
     training: RlooTrainingConfig = field(default_factory=RlooTrainingConfig)
     """Every option of TRL's RLOOConfig."""

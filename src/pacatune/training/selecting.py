@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
@@ -20,12 +21,10 @@ from pacatune.training.config import BaseRunConfig
 from pacatune.training.progress import say
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-
     from pacatune.selection import ColumnStatistics
 
 
-def check_selection(config: BaseRunConfig[Any], adapter_config: "PeftConfig | None") -> None:
+def check_selection(config: BaseRunConfig[Any], adapter_config: PeftConfig | None) -> None:
     """Refuse a choice from data where no process has the whole model."""
     if _kinds(config, adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
@@ -37,14 +36,14 @@ def check_selection(config: BaseRunConfig[Any], adapter_config: "PeftConfig | No
 
 def choose_from_data(
     config: Any,
-    adapter_config: "PeftConfig | None",
+    adapter_config: PeftConfig | None,
     model: nn.Module,
     batches: Iterable[Any],
     checkpoint: Path | None,
     console: Console,
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-) -> "PeftConfig | None":
+) -> PeftConfig | None:
     """Return a copy of the adapter's configuration, with columns where data decides about them.
 
     The batches, this process's share, are made only if they are needed; so is the model moved to
@@ -134,7 +133,7 @@ def describe_columns(model: Any) -> str | None:
     return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
-def _kinds(config: Any, adapter_config: "PeftConfig | None") -> tuple[str, ...]:
+def _kinds(config: Any, adapter_config: PeftConfig | None) -> tuple[str, ...]:
     """Return the statistics that columns and ranks are chosen by."""
     if getattr(adapter_config, "peft_type", None) != "PACA":
         return ()
@@ -146,7 +145,7 @@ def _kinds(config: Any, adapter_config: "PeftConfig | None") -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in kinds)
 
 
-def _as_in(checkpoint: Path, adapter_config: Any) -> "PeftConfig":
+def _as_in(checkpoint: Path, adapter_config: Any) -> PeftConfig:
     from pacatune.adapters.folder import CONFIG_NAME, read_config
 
     saved = read_config(checkpoint / CONFIG_NAME)

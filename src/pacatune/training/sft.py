@@ -1,20 +1,18 @@
 """Supervised fine-tuning of a language model, by TRL's SFTTrainer."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+from peft import PeftConfig
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from pacatune.data import PreparedData, prepare_data, show_preview
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids
 from pacatune.training.report import Report
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-    from transformers import PreTrainedTokenizerBase
 
 
 class SftTask(LanguageTask[RunConfig]):
@@ -28,7 +26,7 @@ class SftTask(LanguageTask[RunConfig]):
         return read_data(self.config, self.tokenizer)
 
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> "SftRunTrainer":
         """Return TRL's trainer, which puts the adapter on the model."""
         arguments = options["args"]
@@ -39,7 +37,7 @@ class SftTask(LanguageTask[RunConfig]):
             model=model, processing_class=self.tokenizer, peft_config=adapter_config, **options
         )
 
-    def show(self, data: "Dataset", num_examples: int, console: Console) -> None:
+    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
         """Print the first examples with the tokens that are learned."""
         show_preview(data, self.tokenizer, num_examples, console)
 
@@ -65,7 +63,7 @@ def check_attention(config: RunConfig) -> None:
         )
 
 
-def read_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
+def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Read, encode and check the data of a run."""
     training = config.training
     splits = training.packing and training.packing_strategy == "bfd_split"

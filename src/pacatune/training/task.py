@@ -10,18 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import BaseRunConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from pacatune.training.report import RunReport
+from pacatune.training.report import RunReport
 
 C = TypeVar("C", bound=BaseRunConfig[Any])
 """Configuration of a task's runs."""
@@ -62,7 +59,7 @@ class Prepared:
     """Digest of the training data, by which a resumed run knows that it is the same."""
     about_data: str
     """One line for the user."""
-    adapter_config: "PeftConfig | None"
+    adapter_config: PeftConfig | None
     plan: Plan
     model: str
     """Hub id, or absolute path of the model's folder."""
@@ -107,7 +104,7 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> Any:
         """Put the adapter on the model, and return its trainer, a RunTrainer.
 
@@ -136,14 +133,14 @@ class ReportedTask(Task[C]):
     @abstractmethod
     def make_report(
         self, known: dict[str, Any], trainer: Any, items_per_second: float
-    ) -> "RunReport":
+    ) -> RunReport:
         """Return the report: entries that every report has, those of `evaluate`, and the speed."""
 
-    def write(self, report: "RunReport", folder: Path) -> None:
+    def write(self, report: RunReport, folder: Path) -> None:
         """Write what goes with the weights, beside report and card."""
 
     @abstractmethod
-    def how_to_load(self, report: "RunReport") -> str:
+    def how_to_load(self, report: RunReport) -> str:
         """Return what the model card says about loading the result, as Markdown."""
 
 
@@ -156,7 +153,7 @@ def task_of(config: BaseRunConfig[Any]) -> Task[Any]:
 
 def make_adapter_config(
     config: BaseRunConfig[Any], model: nn.Module | None = None, **options: Any
-) -> "PeftConfig | None":
+) -> PeftConfig | None:
     """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
 
     Targets that are not set become the model's default, the same for every method. A budget of one
@@ -180,7 +177,7 @@ def make_adapter_config(
     return adapter
 
 
-def put_adapter(model: nn.Module, adapter: "PeftConfig | None") -> nn.Module:
+def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
     """Put an adapter, if there is one, on a model, in place; the model may have no weights."""
     from pacatune.tuner.ignored import get_strict_peft_model
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -27,9 +28,6 @@ from pacatune.training.output import (
     staged,
 )
 from pacatune.training.progress import Meter
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -276,7 +274,7 @@ class StopOnSignal(TrainerCallback):
     The accelerator lets the processes agree; `notify` is called once when the signal arrives.
     """
 
-    def __init__(self, accelerator: "Accelerator", notify: Callable[[], None]) -> None:
+    def __init__(self, accelerator: Accelerator, notify: Callable[[], None]) -> None:
         self._accelerator = accelerator
         self._notify = notify
         self._received = False

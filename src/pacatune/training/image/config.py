@@ -1,7 +1,7 @@
 """One run on images, declared once for the command line, YAML files and Python."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -9,9 +9,7 @@ from pacatune.data.images import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
-
-if TYPE_CHECKING:
-    from pacatune.training.image.report import ImageReport  # noqa: F401 (of the run's type)
+from pacatune.training.image.report import ImageReport
 
 
 @dataclass(kw_only=True)
@@ -86,7 +84,7 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):
 
 
 @dataclass(kw_only=True)
-class ImageRunConfig(BaseRunConfig["ImageReport"]):
+class ImageRunConfig(BaseRunConfig[ImageReport]):
     """One fine-tuning run on images."""
 
     command: ClassVar[str] = "train-image"

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, default_data_collator
@@ -35,9 +36,6 @@ from pacatune.training.image.targets import choose_adapter, make_trainable, plan
 from pacatune.training.report import curve_of
 from pacatune.training.task import Plan, Prepared, ReportedTask
 from pacatune.training.trainer import RunTrainer, accuracy
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class ImageTask(ReportedTask[ImageRunConfig]):
@@ -106,7 +104,7 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         return F.cross_entropy(logits, labels)
 
     def make_trainer(
-        self, model: nn.Module, adapter_config: "PeftConfig | None", **options: Any
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> "ImageTrainer":
         """Return the trainer, which tells the training images the number of the pass."""
         options["args"].label_names = ["labels"]
