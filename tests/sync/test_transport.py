@@ -280,9 +280,9 @@ def test_fsdp2_whose_shards_cut_the_columns(pair):
 
 
 def split_by_plan(folder):
-    from tests.distributed.test_tensor_parallel import adapt as adapt_parts
-    from tests.distributed.test_tensor_parallel import load
-    from tests.distributed.test_tensor_parallel import step as step_parts
+    from tests.distributed.tensor_parallel import adapt as adapt_parts
+    from tests.distributed.tensor_parallel import load
+    from tests.distributed.tensor_parallel import step as step_parts
 
     model = adapt_parts(load(folder, "float32"))
     source = ColumnSource(model)
