@@ -59,7 +59,7 @@ def allocate_ranks(
 
     Layer l, whose columns have O_l values, gets about c ||G_l|| values, with G_l all of its
     gradient and the largest c for which the sum of O_l r_l is not above that of equal ranks; at
-    least one column and at most all. Updates keep their scale, paca_alpha / r.
+    least one column and at most all. Updates keep their scale, that of `r`.
 
     Args:
         model: The base; not changed.
@@ -95,7 +95,8 @@ def allocate_ranks(
         low, high = (middle, high) if spent <= budget else (low, middle)
     chosen = ranks(low)
     config = copy.deepcopy(config)
-    scaling = config.paca_alpha / config.r
+    scaling = config.paca_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    config.use_rslora = False
     config.rank_pattern = chosen
     config.alpha_pattern = {name: scaling * rank for name, rank in chosen.items()}
     return config
