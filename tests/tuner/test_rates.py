@@ -44,13 +44,14 @@ def layers_of(model):
 
 def rates_of(model, name="default"):
     """Each layer's rates, in the shape that its update has them in."""
-    rates = model.peft_config[name].column_rates
-    return {
-        layer: torch.tensor(rates[layer], dtype=torch.float64).view(
-            -1, *[1] * (module.delta_of(name).dim() - module.layout.delta_dim - 1)
-        )
-        for layer, module in layers_of(model).items()
-    }
+    found = {}
+    for layer, module in layers_of(model).items():
+        rates = torch.tensor(model.peft_config[name].column_rates[layer], dtype=torch.float64)
+        delta, dim = module.delta_of(name), module.layout.delta_dim
+        if rates.dim() == 2:
+            rates = torch.cat([row.expand(len(delta) // len(rates), -1) for row in rates])
+        found[layer] = rates.view(*rates.shape, *[1] * (delta.dim() - dim - 1))
+    return found
 
 
 def train(model, optimizer, batches=None, **options):
@@ -90,12 +91,14 @@ class Twin:
 ADAM = {"lr": 1e-2, "eps": 1e-30, "weight_decay": 0.0}
 
 
-def test_equals_training_p_where_delta_is_c_times_p():
-    """Embedding, convolution with groups, linear layer, Conv1D and attention."""
-    model = adapt(build(), normalize="weight", init_weights=False)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equals_training_p_where_delta_is_c_times_p(groups):
+    """Embedding, convolution with groups, linear layer, Conv1D, attention; row groups of some."""
+    options = {"target_modules": TARGETS if groups == 1 else TARGETS[2:], "groups": groups}
+    model = adapt(build(), normalize="weight", init_weights=False, **options)
     rates = rates_of(model)
     assert all(len(one.unique()) > 1 for one in rates.values())
-    plain = adapt(build(), selection=model.peft_config["default"].columns)
+    plain = adapt(build(), selection=model.peft_config["default"].columns, **options)
     plain.load_state_dict(model.state_dict())
     twin = Twin(plain, rates, torch.optim.AdamW, **ADAM)
     train(model, torch.optim.AdamW(deltas_of(model).values(), **ADAM))
@@ -232,9 +235,12 @@ def test_columns_are_in_the_weight_and_merge_exactly():
 
 
 class TestSavedAndContinued:
-    @pytest.fixture
-    def model(self):
-        model = adapt(build(), normalize="weight")
+    @pytest.fixture(params=[1, 2], ids=["plain", "groups"])
+    def model(self, request):
+        groups = request.param
+        targets = TARGETS if groups == 1 else TARGETS[2:]
+        self.options = {"groups": groups, "target_modules": targets}
+        model = adapt(build(), normalize="weight", **self.options)
         self.optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
         train(model, self.optimizer)
         return model
@@ -304,7 +310,8 @@ class TestSavedAndContinued:
 
         model.save_pretrained(tmp_path)
         for normalize in ("weight", "none"):
-            other = adapt(build(), normalize=normalize, r=2, random_seed=7)
+            options = {**self.options, "groups": 1, "r": 2, "random_seed": 7}
+            other = adapt(build(), normalize=normalize, **options)
             hotswap_adapter(other, tmp_path)
             assert other.peft_config["default"].normalize == "weight"
             for name, layer in layers_of(other).items():
@@ -314,7 +321,7 @@ class TestSavedAndContinued:
     def test_other_columns_are_refused(self, model):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        other = adapt(build(), random_seed=7)
+        other = adapt(build(), random_seed=7, **self.options)
         with pytest.raises(ValueError, match="has `column_rates`, which are of other columns"):
             set_peft_model_state_dict(model, get_peft_model_state_dict(other))
 
@@ -471,3 +478,11 @@ class TestRankStabilised:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["paca_alpha"], config["r"]) == ("PACA", 12.0, 4)
         assert config["alpha_pattern"] == {}
+
+    def test_a_budget_keeps_the_scale_of_the_rank_before(self):
+        from pacatune.selection.budget import concentrate_ranks
+
+        base = nn.ModuleDict({"q_proj": nn.Linear(16, 8), "up_proj": nn.Linear(16, 8)})
+        options = {"r": 4, "paca_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
+        config = concentrate_ranks(base, PacaConfig(use_rslora=True, **options), "mlp")
+        assert (config.r, config.paca_alpha / config.r, config.use_rslora) == (8, 3.0, False)
