@@ -15,7 +15,7 @@ from tests.selection.test_collect import collect, config_of
 
 
 def test_one_kind_at_least():
-    with pytest.raises(ValueError, match=r"`kinds` \(\[\]\) must name some of .*'random'\) needs"):
+    with pytest.raises(ValueError, match=r"`kinds` \(\[\]\) must name some of .*'random'\) and"):
         collect(build(), selection="random")
     with pytest.raises(ValueError, match=r"`kinds` \(\['norm'\]\) must name some of"):
         collect(build(), kinds=["norm"])

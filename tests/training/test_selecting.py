@@ -158,15 +158,17 @@ def test_files_that_are_not_there(make_config, tmp_path):
         PacaSection(alpha_pattern={"up": 0})
 
 
-def test_sharded_models_are_refused(make_config, monkeypatch):
+@pytest.mark.parametrize("options", [{"selection": "gradient"}, {"normalize": "input"}])
+def test_sharded_models_are_refused(make_config, monkeypatch, options):
     for name, value in (
         ("ACCELERATE_USE_FSDP", "true"),
         ("FSDP_VERSION", "2"),
         ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
     ):
         monkeypatch.setenv(name, value)
-    config = make_config(paca=PacaSection(selection="gradient"))
-    with pytest.raises(ValueError, match=r"`paca.selection` \('gradient'\) looks at gradients or"):
+    config = make_config(paca=PacaSection(**options))
+    message = r"`paca.selection` \(.*\) or `paca.normalize` \(.*\) looks at gradients"
+    with pytest.raises(ValueError, match=message):
         train(config, console=quiet())
     assert not Path(config.training.output_dir).exists()
 
@@ -245,3 +247,73 @@ def test_unknown_budget():
 
     with pytest.raises(ValueError, match=r"`paca.budget` \('most'\) must be one of equal, grad"):
         PacaSection(budget="most")
+
+
+class TestNormalised:
+    """Rates of columns: found before training, saved, kept by a resumed run, taken from another."""
+
+    def options(self, normalize, selection="random", **more):
+        return PacaSection(
+            r=4, selection=selection, selection_batches=2, normalize=normalize, **more
+        )
+
+    def test_a_run_normalises_by_input(self, make_config, tiny_model_dir):
+        from transformers import AutoModelForCausalLM
+
+        from pacatune import PacaConfig
+        from pacatune.selection import choose_columns, collect_statistics
+
+        config = make_config(paca=self.options("input"), training={"max_steps": 2})
+        console = quiet()
+        report = train(config, console=console)
+        said = "columns chosen by random and normalised by input from 2 batches ("
+        assert said in console.file.getvalue()
+        assert report.columns == "random, num_batches 2, normalize input"
+        saved = json.loads((Path(config.training.output_dir) / "adapter_config.json").read_text())
+        assert saved["normalize"] == "input"
+
+        # By hand, on the same batches.
+        task = SftTask(config)
+        data = task.prepare().train
+        batches = share_of_batches(len(data), config, lambda places: task.collate(data, places))
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        options = PacaConfig(r=4, normalize="input")
+        expected = choose_columns(base, options, collect_statistics(base, batches, options))
+        assert expected.column_rates == saved["column_rates"]
+        assert expected.columns == load_columns(config.training.output_dir) == saved["columns"]
+
+    @pytest.mark.parametrize(("normalize", "use_rslora"), [("input", False), ("weight", True)])
+    def test_a_resumed_run_ends_with_the_same_bits(
+        self, make_config, tmp_path, normalize, use_rslora
+    ):
+        section = self.options(normalize, use_rslora=use_rslora, rank_pattern={"q_proj": 2})
+        training = {"max_steps": 4, "save_total_limit": 9}
+        train(make_config(paca=section, training=training), console=quiet())
+        whole, cut = tmp_path / "out", tmp_path / "cut"
+        shutil.copytree(whole, cut)
+        shutil.rmtree(cut / "checkpoint-4")
+        for name in ("report.json", "adapter_config.json", "adapter_model.safetensors"):
+            (cut / name).unlink()
+        training["output_dir"] = str(cut)
+        console = quiet()
+        train(make_config(paca=section, training=training), resume=True, console=console)
+        assert "normalised by" not in console.file.getvalue()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+    @pytest.mark.parametrize("normalize", ["input", "weight"])
+    def test_rates_come_with_the_columns_of_another_run(self, make_config, tmp_path, normalize):
+        training = {"max_steps": 3, "lr_scheduler_type": "constant"}
+        first = make_config(paca=self.options(normalize), training=training)
+        report = train(first, console=quiet())
+        section = self.options(normalize, str(tmp_path / "out"))
+        training["output_dir"] = str(tmp_path / "given")
+        console = quiet()
+        second = train(make_config(paca=section, training=training), console=console)
+        assert "normalised by" not in console.file.getvalue()
+        assert second.train_losses == report.train_losses
+        saved = [
+            json.loads((tmp_path / one / "adapter_config.json").read_text())["column_rates"]
+            for one in ("out", "given")
+        ]
+        assert saved[0] == saved[1]

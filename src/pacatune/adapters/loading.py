@@ -40,6 +40,7 @@ from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
+from pacatune.tuner.given import given_to
 from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import ExpertsLayout
 
@@ -399,11 +400,14 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
         alpha = adapter.scaling(name) * rank_of(update.indices)
-        layer.replace_update(adapter_name, delta, update.indices, alpha)
+        rates = given_to(adapter.config.column_rates, name)
+        layer.replace_update(adapter_name, delta, update.indices, alpha, rates)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
         config.groups, config.selection = adapter.config.groups, adapter.config.selection
         config.selection_options = adapter.config.selection_options
+        config.normalize = adapter.config.normalize
+        config.column_rates = adapter.config.column_rates
         keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 
 

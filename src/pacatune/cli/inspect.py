@@ -141,9 +141,11 @@ def _print_report(report: Any, most: int | None, *, with_columns: bool) -> None:
 def _selection(report: Any) -> str | None:
     if report.selection is None:
         return None
-    if report.selection == "random":
-        return "random" if report.random_seed is None else f"random, seed {report.random_seed}"
-    options = report.selection_options or {}
+    options = dict(report.selection_options or {})
+    if report.selection == "random" and report.random_seed is not None:
+        options["seed"] = report.random_seed
+    if report.normalize not in (None, "none"):
+        options["normalised by"] = report.normalize
     return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from pacatune.strategies import FIXED, needs_of
+from pacatune.strategies import FIXED, KINDS, needs_of, statistics_of
 
 NEEDS_US = "PACATUNE"
 FILE_TYPES = ("PACA", NEEDS_US)
@@ -106,6 +106,16 @@ class PacaOptions:
     groups: int = 1
     """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
     the same number of parameters, an update of rank up to `groups` times `r`."""
+    use_rslora: bool = False
+    """Scale the update by paca_alpha / sqrt(r) instead. Once the adapter is made, `paca_alpha` and
+    `alpha_pattern` hold what gives this scale as alpha / r, so that every reader is right."""
+    normalize: Literal["none", "input", "weight"] = "none"
+    """Optimizer steps of single columns: all alike, or times a rate for each column, fixed before
+    training. `input`: smaller where the column's inputs are large, so that each column's step
+    changes the output by as much; it needs statistics of data. `weight`: in proportion to the
+    column's norm, without data."""
+    column_rates: dict[str, list[Any]] | None = None
+    """Module name -> factors of its columns' steps; filled in with `normalize`."""
     needs_pacatune_for: list[str] | None = None
     """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
     adapter is saved."""
@@ -133,6 +143,7 @@ class PacaOptions:
             raise ValueError(
                 f"`columns_from` ({self.columns_from!r}) must be 'dequantized' or 'original'."
             )
+        self._check_rates()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
@@ -154,6 +165,39 @@ class PacaOptions:
         options += ["`groups`"] if self.groups != 1 else []
         options += ["`columns_from`"] if self.columns_from != "dequantized" else []
         return options + (self.needs_pacatune_for or [])
+
+    def statistics(self) -> tuple[str, ...]:
+        """Return the kinds of statistics from data by which columns or rates are to be decided."""
+        kinds = set() if self.columns is not None else set(statistics_of(str(self.selection)))
+        if self.normalize == "input" and self.column_rates is None:
+            kinds.add("activation")
+        return tuple(kind for kind in KINDS if kind in kinds)
+
+    def _check_rates(self) -> None:
+        if self.normalize not in ("none", "input", "weight"):
+            raise ValueError(
+                f"`normalize` ({self.normalize!r}) must be 'none', 'input' or 'weight'."
+            )
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"`use_rslora` ({self.use_rslora!r}) must be true or false.")
+        if self.column_rates is None:
+            return
+        if self.normalize == "none":
+            raise ValueError(
+                "`column_rates` are of steps that are normalised, and `normalize` is 'none'; drop "
+                "them, or say what they are normalised by."
+            )
+        if not isinstance(self.column_rates, dict):
+            raise ValueError(
+                f"`column_rates` ({_short(self.column_rates)}) must be a dictionary of module "
+                "names and rates."
+            )
+        for name, rates in self.column_rates.items():
+            if not _are_rates(rates):
+                raise ValueError(
+                    f"`column_rates[{name!r}]` ({_short(rates)}) must be a list of finite numbers "
+                    "above 0, one for each column."
+                )
 
     def _check_kinds(self) -> None:
         for name, value in vars(self).items():
@@ -324,6 +368,19 @@ def _sorted_list(name: str, values: Any) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError(f"`columns[{name!r}]` ({str(values)[:80]}) repeats a column.")
     return sorted(values)
+
+
+def _are_rates(values: Any) -> bool:
+    """Whether these are numbers above 0, or equally many in each of several lists."""
+    if not isinstance(values, list | tuple):
+        return False
+    rows = values if any(isinstance(row, list | tuple) for row in values) else [values]
+    return all(
+        isinstance(row, list | tuple)
+        and 0 < len(row) == len(rows[0])
+        and all(type(rate) in (int, float) and 0 < rate <= sys.float_info.max for rate in row)
+        for row in rows
+    )
 
 
 def _check_rank(name: str, value: Any) -> None:

@@ -59,7 +59,7 @@ def allocate_ranks(
 
     Layer l, whose columns have O_l values, gets about c ||G_l|| values, with G_l all of its
     gradient and the largest c for which the sum of O_l r_l is not above that of equal ranks; at
-    least one column and at most all. Updates keep their scale, paca_alpha / r.
+    least one column and at most all. Updates keep their scale, that of `r`.
 
     Args:
         model: The base; not changed.
@@ -95,7 +95,8 @@ def allocate_ranks(
         low, high = (middle, high) if spent <= budget else (low, middle)
     chosen = ranks(low)
     config = copy.deepcopy(config)
-    scaling = config.paca_alpha / config.r
+    scaling = config.paca_alpha / _divisor(config)
+    config.use_rslora = False
     config.rank_pattern = chosen
     config.alpha_pattern = {name: scaling * rank for name, rank in chosen.items()}
     return config
@@ -106,7 +107,7 @@ def concentrate_ranks(model: nn.Module, config: PacaConfig, part: str) -> PacaCo
 
     With O_l values in a column of layer l, the rank is that nearest to r times the sum of O_l over
     all targets and divided by that over those of the part. Updates keep their scale,
-    paca_alpha / r.
+    that of the rank `r`.
 
     Args:
         model: The base, with or without weights; not changed.
@@ -149,9 +150,15 @@ def concentrate_ranks(model: nn.Module, config: PacaConfig, part: str) -> PacaCo
     changed.target_modules = _names_of(model, kept)  # type: ignore[assignment]
     named = config.target_parameters or []
     changed.target_parameters = [one for one in named if any(_ends(name, one) for name in kept)]
-    alpha = config.paca_alpha * rank / config.r
+    alpha = config.paca_alpha * rank / _divisor(config)
+    changed.use_rslora = False
     changed.r, changed.paca_alpha = rank, int(alpha) if alpha == int(alpha) else alpha
     return changed
+
+
+def _divisor(config: PacaConfig) -> float:
+    """Return what `paca_alpha` is divided by."""
+    return math.sqrt(config.r) if config.use_rslora else config.r
 
 
 def _mass(statistics: ColumnStatistics, name: str) -> float:

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pacatune.selection.statistics import ColumnStatistics
-from pacatune.strategies import KINDS, SKETCH_ROWS, seed_for, statistics_of
+from pacatune.strategies import KINDS, SKETCH_ROWS, seed_for
 from pacatune.tuner.attention import without_fast_path
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
@@ -210,7 +210,7 @@ def _observe_inputs(
             )
             raise ValueError(
                 f"target {name!r} is {what}; activations cannot be collected for it. Choose by "
-                "gradient or weight, or leave it out."
+                "gradient or weight, normalise by weight, or leave it out."
             )
     handles = [
         target.module.register_forward_pre_hook(
@@ -271,7 +271,7 @@ def collect_statistics(
         model: The base, whole on its device and not adapted. It runs in the mode it is in, with
             BatchNorm evaluating; a gradient checkpoint works as in training.
         batches: What is in one iteration each; the paper takes 100.
-        config: Says which weights, and by its `selection` what is collected.
+        config: Says which weights, and by its `selection` and `normalize` what is collected.
         kinds: What to collect instead: "gradient", "activation", "activation_sketch".
         loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, or for activations
             just `model(**batch)`, with the batch on the model's device.
@@ -302,12 +302,13 @@ def collect_statistics(
 
 
 def _kinds(config: PacaConfig, kinds: Iterable[str] | None) -> list[str]:
-    wanted = list(kinds) if kinds is not None else list(statistics_of(str(config.selection)))
+    needed = list(config.statistics())
+    wanted = list(kinds) if kinds is not None else needed
     unknown = sorted(set(wanted) - set(KINDS))
     if unknown or not wanted:
         raise ValueError(
-            f"`kinds` ({wanted}) must name some of {KINDS}; `selection` ({config.selection!r}) "
-            f"needs {list(statistics_of(str(config.selection)))}."
+            f"`kinds` ({wanted}) must name some of {KINDS}; `selection` ({config.selection!r}) and "
+            f"`normalize` ({config.normalize!r}) need {needed}."
         )
     return wanted
 

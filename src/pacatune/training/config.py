@@ -78,6 +78,9 @@ class PacaSection:
     paca_alpha: float = 16
     """Scale of the update: it is multiplied by paca_alpha / r."""
 
+    use_rslora: bool = False
+    """Scale by paca_alpha / sqrt(r) instead."""
+
     target_modules: list[str] | str | None = None
     """Names of modules, a regular expression, or `all-linear` (every linear layer but the output
     head). Where null, the linear layers of the repeated blocks."""
@@ -96,8 +99,13 @@ class PacaSection:
     PaCA adapter, whose columns are taken."""
 
     selection_batches: int = 100
-    """How many batches of the training data strategies with gradients or activations look at, over
-    all processes."""
+    """How many batches of the training data are looked at where columns are chosen by gradients or
+    activations, or normalised by their inputs; over all processes."""
+
+    normalize: Literal["none", "input", "weight"] = "none"
+    """Normalise the optimizer's steps by column, with rates that are fixed before training.
+    `input`: smaller steps where a column's inputs are large, so that each changes the output by as
+    much. `weight`: steps in proportion to the column's norm."""
 
     share_columns: bool = False
     """Choose the same columns for layers with the same input: query, key and value; gate and up."""
@@ -184,7 +192,19 @@ class PacaSection:
             from pacatune.selection import load_columns
 
             values["selection"] = load_columns(str(self.selection))
+            if self.normalize != "none":
+                values["column_rates"] = _rates_in(Path(str(self.selection)), self.normalize)
         return copy.deepcopy(values)
+
+
+def _rates_in(path: Path, normalize: str) -> dict[str, list[Any]] | None:
+    """Return the rates of an adapter whose steps were normalised in the same way, or None."""
+    from pacatune.adapters.folder import CONFIG_NAME, read_config
+
+    if not (path / CONFIG_NAME).is_file():
+        return None
+    saved = read_config(path / CONFIG_NAME)
+    return saved.column_rates if saved.normalize == normalize else None
 
 
 @dataclass(kw_only=True)

@@ -24,13 +24,21 @@ if TYPE_CHECKING:
     from pacatune.selection import ColumnStatistics
 
 
+# What is decided when an adapter is made, and stays.
+_SETTLED = (
+    *("columns", "rank_pattern", "alpha_pattern", "selection_options"),
+    *("column_rates", "paca_alpha", "use_rslora"),
+)
+
+
 def check_selection(config: BaseRunConfig[Any], adapter_config: PeftConfig | None) -> None:
     """Refuse a choice from data where no process has the whole model."""
+    options = cast(Any, adapter_config)
     if _kinds(config, adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
-            f"`paca.selection` ({getattr(adapter_config, 'selection', None)!r}) looks at gradients "
-            "or activations of the whole model, which FSDP shards; run it without FSDP for one "
-            "step, and give that run's folder as `paca.selection`."
+            f"`paca.selection` ({options.selection!r}) or `paca.normalize` ({options.normalize!r}) "
+            "looks at gradients or activations of the whole model, which FSDP shards; run it "
+            "without FSDP for one step, and give that run's folder as `paca.selection`."
         )
 
 
@@ -105,8 +113,10 @@ def _collect(
         )
     model.train(was_training)
     seconds = time.perf_counter() - start
-    chosen = f"columns chosen by {adapter_config.selection} from {statistics.num_batches} batches"
-    say(console, f"{chosen} ({seconds:.1f} s)")
+    chosen = f"columns chosen by {adapter_config.selection}"
+    if adapter_config.normalize == "input":
+        chosen += " and normalised by input"
+    say(console, f"{chosen} from {statistics.num_batches} batches ({seconds:.1f} s)")
     return statistics
 
 
@@ -129,19 +139,21 @@ def describe_columns(model: Any) -> str | None:
     config: Any = getattr(model, "peft_config", {}).get("default")
     if config is None or config.peft_type != "PACA":
         return None
-    options = config.selection_options or {}
+    options = dict(config.selection_options or {})
+    if config.normalize != "none":
+        options["normalize"] = config.normalize
     return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
 def _kinds(config: Any, adapter_config: PeftConfig | None) -> tuple[str, ...]:
-    """Return the statistics that columns and ranks are chosen by."""
+    """Return the statistics that columns, ranks and rates are chosen by."""
     if getattr(adapter_config, "peft_type", None) != "PACA":
         return ()
-    from pacatune.strategies import KINDS, statistics_of
+    from pacatune.strategies import KINDS
 
-    kinds = {"gradient"} if config.paca.budget == "gradient" else set()
-    if getattr(adapter_config, "columns", None) is None:
-        kinds |= set(statistics_of(str(getattr(adapter_config, "selection", "random"))))
+    kinds = set(cast(Any, adapter_config).statistics())
+    if config.paca.budget == "gradient":
+        kinds.add("gradient")
     return tuple(kind for kind in KINDS if kind in kinds)
 
 
@@ -149,10 +161,8 @@ def _as_in(checkpoint: Path, adapter_config: Any) -> PeftConfig:
     from pacatune.adapters.folder import CONFIG_NAME, read_config
 
     saved = read_config(checkpoint / CONFIG_NAME)
-    adapter_config.columns = saved.columns
-    adapter_config.rank_pattern = saved.rank_pattern
-    adapter_config.alpha_pattern = saved.alpha_pattern
-    adapter_config.selection_options = saved.selection_options
+    for name in _SETTLED:
+        setattr(adapter_config, name, getattr(saved, name))
     return adapter_config
 
 

@@ -189,6 +189,7 @@ def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
         options.columns_from = "dequantized"
         if options.columns is None:
             options.selection = "random"
+        options.normalize, options.column_rates = "none", None
     adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
     return adapted
 

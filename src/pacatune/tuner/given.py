@@ -5,18 +5,26 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 
-from pacatune.format.options import Columns, target_of
+from pacatune.format.options import PacaOptions, target_of
 
-__all__ = ["given_columns", "key_of_columns"]
-
-
-def given_columns(columns: Columns | None, name: str) -> list[int] | list[list[int]] | None:
-    """Return the columns that a configuration gives a module, None if it gives none."""
-    key = key_of_columns(columns, name) if columns else None
-    return None if columns is None or key is None else columns[key]
+__all__ = ["given_for", "given_to", "key_of_columns"]
 
 
-def key_of_columns(columns: Mapping[str, Any], name: str) -> str | None:
+def given_for(config: PacaOptions, name: str) -> dict[str, list[Any] | None]:
+    """Return the columns and the rates that a configuration gives a module, None if none."""
+    return {
+        "columns": given_to(config.columns, name),
+        "rates": given_to(config.column_rates, name),
+    }
+
+
+def given_to(given: Mapping[str, list[Any]] | None, name: str) -> list[Any] | None:
+    """Return what one of them gives a module, None if nothing."""
+    key = key_of_columns(given, name) if given else None
+    return None if key is None else (given or {})[key]
+
+
+def key_of_columns(columns: Mapping[str, list[Any]], name: str) -> str | None:
     """Return the key under which a configuration gives a module's columns, None if it does not."""
     # Full names first: patterns of many modules would be compiled for each of them.
     for one in (name, target_of(name)):

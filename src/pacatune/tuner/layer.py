@@ -19,6 +19,7 @@ from pacatune.strategies import random_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
+from pacatune.tuner.rates import Rates, watch
 
 __all__ = [
     "Delta",
@@ -194,6 +195,18 @@ class Delta(nn.Module):
         super().__init__()
         # Watched from the start: a compiled graph would be made anew for another class.
         self.weight = DeltaParameter(torch.zeros(shape))
+        self.rates: Rates | None = None
+        """Of the optimiser's steps, where they are normalised per column."""
+
+    def normalize_steps(self, rates: Rates | None) -> None:
+        """Let optimisers step by column from now on, or as they do."""
+        self.rates = rates
+        if rates is not None:
+            watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.normalize_steps(self.rates)
 
     def forward(
         self, columns: Tensor, scaling: float | None, apply: Callable[..., Tensor] = F.linear
@@ -237,6 +250,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         r: int,
         paca_alpha: float,
         columns: list[int] | list[list[int]] | None = None,
+        rates: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -256,7 +270,8 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         self.residency: Residency | None = None
         self._attach()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha, columns=columns)
+        given: Any = {"columns": columns, "rates": rates}
+        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha, **given)
 
     def _attach(self) -> None:
         base_layer = self.base_layer
@@ -289,6 +304,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         r: int,
         paca_alpha: float,
         columns: list[int] | list[list[int]] | None = None,
+        rates: list[Any] | None = None,
     ) -> None:
         """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
@@ -302,6 +318,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         delta = self.delta_class(*self.layout.delta_shape(r))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
+        delta.normalize_steps(self._rates(rates, r))
         self.paca_delta[adapter_name] = delta
         if columns is None:
             indices = random_columns(num_columns, r, config.random_seed, name, config.groups)
@@ -310,6 +327,11 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         self.paca_indices[adapter_name] = indices
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _rates(self, values: list[Any] | None, r: int) -> Rates | None:
+        if values is None:
+            return None
+        return Rates(values, self.layout.delta_shape(r), self.layout.delta_dim)
 
     def delta_of(self, adapter_name: str) -> nn.Parameter:
         """Return one adapter's (O, R) update, before scaling."""
@@ -321,11 +343,17 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
 
     @torch.no_grad()
     def replace_update(
-        self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
+        self,
+        adapter_name: str,
+        delta: Tensor,
+        indices: Tensor,
+        paca_alpha: float,
+        rates: list[Any] | None = None,
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        They are an (O, R) delta, (R,) or (G, R) sorted indices, and the factor paca_alpha / R.
+        They are an (O, R) delta, (R,) or (G, R) sorted indices, the factor paca_alpha / R, and the
+        rates of the new columns.
         """
         holder, rank = cast(Delta, self.paca_delta[adapter_name]), rank_of(indices)
         old = holder.weight
@@ -333,6 +361,7 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
             old.copy_(delta)
         else:
             holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
+        holder.normalize_steps(self._rates(rates, rank))
         self.paca_indices[adapter_name] = indices.to(old.device)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank

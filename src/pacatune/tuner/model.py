@@ -19,7 +19,12 @@ from pacatune.ops.row_groups import num_groups_of
 from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
-from pacatune.tuner.columns import choose_columns, keep_columns, other_columns
+from pacatune.tuner.columns import (
+    choose_columns,
+    keep_columns,
+    other_columns,
+    settle_scaling,
+)
 from pacatune.tuner.compat import (
     NoMatchingPeftModuleError,
     Tuner,
@@ -30,7 +35,7 @@ from pacatune.tuner.compat import (
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
-from pacatune.tuner.given import given_columns
+from pacatune.tuner.given import given_for
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import adaptable_kind
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
@@ -148,8 +153,10 @@ class PacaModel(Tuner):
         """Put the adapter's layers into `model`, then see which weights are shared."""
         config = _adopt(self.peft_config[adapter_name])
         _warn_of_idle_layers(config)
-        has_columns = config.columns is not None or config.selection != "random"
-        config = choose_columns(model, config) if has_columns else seeded(config)
+        config = settle_scaling(model, config)
+        is_random = config.columns is None and config.selection == "random"
+        is_plain = is_random and config.normalize == "none"
+        config = seeded(config) if is_plain else choose_columns(model, config)
         self.peft_config[adapter_name] = config
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
@@ -200,7 +207,7 @@ class PacaModel(Tuner):
             return  # no module of the base: `target_modules` does not mean it
         if isinstance(target, nn.MultiheadAttention | MultiheadAttention):
             name = f"{current_key}.{IN_PROJ}"
-            ranks["columns"] = given_columns(peft_config.columns, name)
+            ranks |= given_for(peft_config, name)
             self._adapt_parameter(MultiheadAttention, name, adapter_name, peft_config, ranks)
             return
         if isinstance(parent, nn.MultiheadAttention):  # it would never call its out_proj
@@ -357,7 +364,14 @@ class PacaModel(Tuner):
             state_dict=state_dict,
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
-        keep_columns(config, other_columns(_PlainNames(model), adapter_name, remapped))
+        columns = other_columns(_PlainNames(model), adapter_name, remapped)
+        if columns and isinstance(config, PacaConfig) and config.column_rates is not None:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has `column_rates`, which are of other columns than "
+                f"those of the file (first {min(columns)!r}). Load it with its own configuration "
+                "(`load_adapter`, `from_pretrained`), or as an adapter without `normalize`."
+            )
+        keep_columns(config, columns)
         return remapped
 
     @contextmanager

@@ -192,16 +192,18 @@ def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) ->
     backend = resolve_quantization_backend(module, **kwargs)
     if backend is not None and not backend.supports_merge:
         raise ValueError(
-            f"`selection` looks at the weights, and those of a {type(module).__name__} "
-            f"({backend.backend_name}) cannot be dequantised; choose another strategy."
+            f"`selection` or `normalize` looks at the weights, and those of a "
+            f"{type(module).__name__} ({backend.backend_name}) cannot be dequantised; choose by "
+            "something else."
         )
     if backend is not None:
         return dequantized(backend, module, torch.float32)
     weight: Tensor = getattr(module, parameter_name)
     if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
         raise ValueError(
-            f"`selection` looks at the weights, and those of a {type(module).__name__} are "
-            "sharded; choose the columns before the model is sharded."
+            f"`selection` or `normalize` looks at the weights, and those of a "
+            f"{type(module).__name__} are sharded; choose columns and rates before the model is "
+            "sharded."
         )
     layout = layout_of(module, parameter_name)
     assert layout is not None, "check_targets refuses what has none"

@@ -22,7 +22,7 @@ from pacatune.tuner.attention import AttentionInput
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
-from pacatune.tuner.given import given_columns
+from pacatune.tuner.given import given_for
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer, check_groups, check_rank
 from pacatune.tuner.layout import (
@@ -293,11 +293,11 @@ def parameters_count(config: PacaConfig) -> Iterator[None]:
 
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
-    """Return rank, alpha and given columns of a target, patterns resolved."""
+    """Return rank, alpha, given columns and their rates of a target, patterns resolved."""
     return {
         "r": for_module(config.rank_pattern, name, config.r),
         "paca_alpha": for_module(config.alpha_pattern, name, config.paca_alpha),
-        "columns": given_columns(config.columns, name),
+        **given_for(config, name),
     }
 
 

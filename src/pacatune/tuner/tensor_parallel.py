@@ -199,12 +199,17 @@ class TensorParallelLinear(Linear):
         return cast(Tensor, delta.full_tensor())
 
     def replace_update(
-        self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
+        self,
+        adapter_name: str,
+        delta: Tensor,
+        indices: Tensor,
+        paca_alpha: float,
+        rates: list[Any] | None = None,
     ) -> None:
         """Give an adapter other values, the same whole (O, R) of them on each process."""
         old = self.delta_of(adapter_name)
         shared = self.split.distribute(delta.to(device=old.device, dtype=old.dtype))
-        super().replace_update(adapter_name, shared, indices, paca_alpha)
+        super().replace_update(adapter_name, shared, indices, paca_alpha, rates)
 
     def _is_bare(self, base: dict[str, Any]) -> bool:
         others = {key: value for key, value in base.items() if key != "forward"}

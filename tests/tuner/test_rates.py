@@ -1,0 +1,488 @@
+"""Steps normalised per column: which rates, and that optimisers step by them and nothing else."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from pacatune import PacaConfig
+from pacatune.ops import reference
+from pacatune.selection import choose_columns, collect_statistics
+from pacatune.tuner.layer import PacaLayer
+from pacatune.tuner.rates import rates_by_input, rates_by_weight
+from tests.selection.nets import TARGETS, build, loss_of, make_batches
+
+NUM_STEPS = 5
+
+
+def adapt(model, **options):
+    options = {"r": 3, "paca_alpha": 6, "target_modules": TARGETS, **options}
+    return get_peft_model(model, PacaConfig(**options))
+
+
+def deltas_of(model):
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if "paca_delta" in name and parameter.requires_grad
+    }
+
+
+def layers_of(model):
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, PacaLayer)
+    }
+
+
+def rates_of(model, name="default"):
+    """Each layer's rates, in the shape that its update has them in."""
+    found = {}
+    for layer, module in layers_of(model).items():
+        rates = torch.tensor(model.peft_config[name].column_rates[layer], dtype=torch.float64)
+        delta, dim = module.delta_of(name), module.layout.delta_dim
+        if rates.dim() == 2:
+            rates = torch.cat([row.expand(len(delta) // len(rates), -1) for row in rates])
+        found[layer] = rates.view(*rates.shape, *[1] * (delta.dim() - dim - 1))
+    return found
+
+
+def train(model, optimizer, batches=None, **options):
+    for batch in batches or make_batches(NUM_STEPS):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step(**options)
+
+
+class Twin:
+    """p is trained by torch's optimiser, and delta = c * p is put into a model without rates."""
+
+    def __init__(self, model, rates, optimizer_class, **options):
+        self.model, self.rates = model, rates
+        self.layers = layers_of(model)
+        self.p = {
+            name: nn.Parameter(layer.delta_of("default").detach() / rates[name])
+            for name, layer in self.layers.items()
+        }
+        self.optimizer = optimizer_class(list(self.p.values()), **options)
+
+    def train(self, batches):
+        for batch in batches:
+            with torch.no_grad():
+                for name, layer in self.layers.items():
+                    layer.delta_of("default").copy_(self.rates[name] * self.p[name])
+            self.model.zero_grad()
+            loss_of(self.model, batch).backward()
+            for name, layer in self.layers.items():
+                self.p[name].grad = self.rates[name] * layer.delta_of("default").grad
+            self.optimizer.step()
+
+    def deltas(self):
+        return {name: self.rates[name] * p.detach() for name, p in self.p.items()}
+
+
+ADAM = {"lr": 1e-2, "eps": 1e-30, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equals_training_p_where_delta_is_c_times_p(groups):
+    """Embedding, convolution with groups, linear layer, Conv1D, attention; row groups of some."""
+    options = {"target_modules": TARGETS if groups == 1 else TARGETS[2:], "groups": groups}
+    model = adapt(build(), normalize="weight", init_weights=False, **options)
+    rates = rates_of(model)
+    assert all(len(one.unique()) > 1 for one in rates.values())
+    plain = adapt(build(), selection=model.peft_config["default"].columns, **options)
+    plain.load_state_dict(model.state_dict())
+    twin = Twin(plain, rates, torch.optim.AdamW, **ADAM)
+    train(model, torch.optim.AdamW(deltas_of(model).values(), **ADAM))
+    twin.train(make_batches(NUM_STEPS))
+    for name, delta in twin.deltas().items():
+        found = layers_of(model)[name].delta_of("default").detach()
+        torch.testing.assert_close(found, delta, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_a_learning_rate_for_each_column(weight_decay):
+    """The reference in plain autograd, with a parameter and a rate for each column."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 7)).double()
+    weight, bias = base[0].weight.detach().clone(), base[0].bias.detach().clone()
+    model = adapt(base, normalize="weight", target_modules=["0"], r=4)
+    layer = layers_of(model)["0"]
+    rates = model.peft_config["default"].column_rates["0"]
+    columns = [nn.Parameter(torch.zeros(7, dtype=torch.float64)) for _ in rates]
+    groups = [{"params": [c], "lr": 1e-2 * rate} for c, rate in zip(columns, rates, strict=True)]
+    options = {"weight_decay": weight_decay}
+    plain = torch.optim.AdamW(groups, **options)
+    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2, **options)
+    indices, scaling = layer.paca_indices["default"], layer.scaling["default"]
+    for seed in range(NUM_STEPS):
+        torch.manual_seed(seed)
+        x, target = torch.randn(70, 12).double(), torch.randn(70, 7).double()
+        loss = (model(x) - target).square().mean()
+        delta = torch.stack(columns, 1)
+        y = reference.paca_linear(x, weight, delta, indices, scaling, bias)
+        expected = (y - target).square().mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for one, by in ((loss, optimizer), (expected, plain)):
+            by.zero_grad()
+            one.backward()
+            by.step()
+    torch.testing.assert_close(
+        layer.delta_of("default").detach(), torch.stack(columns, 1).detach(), rtol=1e-9, atol=1e-13
+    )
+
+
+def collected(model, **options):
+    config = PacaConfig(
+        r=3, paca_alpha=6, target_modules=["conv", "up", "down", "attention"], **options
+    )
+    statistics = collect_statistics(
+        model, make_batches(), config, loss_fn=lambda model, batch: loss_of(model, batch)
+    )
+    return choose_columns(model, config, statistics), statistics
+
+
+def test_by_input_the_first_step_changes_the_output_by_as_much_in_each_column():
+    model = build()
+    config, statistics = collected(model, normalize="input")
+    assert config.selection == "random"
+    assert config.selection_options == {"num_batches": 4}
+    model = get_peft_model(model, config)
+    train(model, torch.optim.Adam(deltas_of(model).values(), lr=1e-3, eps=1e-30), make_batches(1))
+    for name, layer in layers_of(model).items():
+        moved = layer.delta_of("default").detach().abs().movedim(layer.layout.delta_dim, -1)
+        moved = moved.flatten(0, -2).amax(0)
+        inputs = statistics.of(name)["activation"].sqrt()
+        rates = torch.tensor(config.column_rates[name])
+        changes = (moved * inputs[layer.paca_indices["default"]])[(moved > 0) & (rates < 16)]
+        assert len(changes) >= 1
+        torch.testing.assert_close(changes, changes[:1].expand_as(changes), rtol=1e-3, atol=0)
+        typical = inputs.log().mean().exp()
+        torch.testing.assert_close(changes[0], 1e-3 * typical, rtol=1e-3, atol=0)
+
+
+def test_rates_do_not_depend_on_what_is_chosen():
+    """A typical column of the layer keeps its rate, so rates suit any strategy and rank."""
+    squares = torch.tensor([1.0, 4.0, 16.0, 0.25, 1.0]).double()
+    expected = torch.tensor([1.0, 0.5, 0.25, 2.0, 1.0]).double() * 16 ** (1 / 10)
+    torch.testing.assert_close(rates_by_input(squares), expected)
+    torch.testing.assert_close(rates_by_input(squares * 1e-6), expected)
+    rare = rates_by_input(torch.tensor([1.0, 1e-30, 1e30, 0.0]).double())
+    torch.testing.assert_close(rare, torch.tensor([1.0, 16.0, 2.0**-10, 16.0]).double())
+    assert rates_by_weight(torch.zeros(3, 2)).tolist() == [1.0, 1.0]
+
+
+def test_both_agree_about_a_channel_that_is_scaled():
+    """x_j times a and W[:, j] over a is the same layer; a step must then be over a, too."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 6).double(), torch.randn(4, 6).double()
+    scale = torch.ones(6).double()
+    scale[2] = 4.0
+    for before, after in (
+        (rates_by_input(x.square().sum(0)), rates_by_input((x * scale).square().sum(0))),
+        (rates_by_weight(weight), rates_by_weight(weight / scale)),
+    ):
+        ratio = (after / before) / (after / before)[0]
+        torch.testing.assert_close(ratio, scale.reciprocal())
+
+
+def test_a_rate_of_one_and_no_rates_step_to_the_same_bits():
+    results = []
+    for options in ({}, {"normalize": "weight"}):
+        model = build().float()
+        if options:
+            columns = adapt(build().float(), selection="weight_norm").peft_config["default"].columns
+            options["column_rates"] = {name: [1.0] * 3 for name in columns}
+        model = adapt(model, selection="weight_norm", **options)
+        has_rates = [layer.paca_delta["default"].rates for layer in layers_of(model).values()]
+        assert (None in has_rates) is not bool(options)
+        train(model, torch.optim.AdamW(deltas_of(model).values(), lr=1e-2))
+        results.append(deltas_of(model))
+    for name, delta in results[0].items():
+        assert torch.equal(delta, results[1][name])
+
+
+def test_columns_are_in_the_weight_and_merge_exactly():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 8)).to(torch.bfloat16)
+    pretrained = copy.deepcopy(base.state_dict())
+    model = adapt(base, normalize="weight", target_modules=["0", "1"], r=6)
+    layers = layers_of(model)
+    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+    x = torch.randn(80, 32).bfloat16()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+    y = model(x)
+    assert all(layer.residency.is_written for layer in layers.values())
+    for name, layer in layers.items():
+        weight = pretrained[f"{name}.weight"]
+        assert torch.equal(layer.base_layer.weight, weight)
+        delta, indices = layer.delta_of("default").detach(), layer.paca_indices["default"]
+        adapted = reference.adapted_weight(weight, delta, indices, layer.scaling["default"])
+        merged = copy.deepcopy(model).merge_and_unload().get_submodule(name).weight
+        assert torch.equal(merged, adapted)
+    assert torch.equal(model.merge_and_unload()(x), y)
+
+
+class TestSavedAndContinued:
+    @pytest.fixture(params=[1, 2], ids=["plain", "groups"])
+    def model(self, request):
+        groups = request.param
+        targets = TARGETS if groups == 1 else TARGETS[2:]
+        self.options = {"groups": groups, "target_modules": targets}
+        model = adapt(build(), normalize="weight", **self.options)
+        self.optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+        train(model, self.optimizer)
+        return model
+
+    def test_files_hold_the_plain_delta(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert config["normalize"] == "weight"
+        assert config["column_rates"].keys() == layers_of(model).keys()
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        kinds = {name.rpartition(".")[2] for name in tensors}
+        assert kinds == {"paca_delta", "paca_indices"}
+        for name, layer in layers_of(model).items():
+            delta = tensors[f"base_model.model.{name}.paca_delta"]
+            assert torch.equal(delta, layer.layout.to_file(layer.delta_of("default")))
+
+    def test_peft_reads_the_adapter_as_its_own(self, tmp_path):
+        model = adapt(nn.Sequential(nn.Linear(8, 4)), normalize="weight", target_modules=["0"])
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert config["peft_type"] == "PACA"
+
+    def test_training_goes_on_to_the_same_bits(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        state = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), state)
+        state.seek(0)
+        loaded = PeftModel.from_pretrained(build(), tmp_path, is_trainable=True)
+        loaded.eval()
+        assert (
+            loaded.peft_config["default"].column_rates == model.peft_config["default"].column_rates
+        )
+        optimizer = torch.optim.AdamW(deltas_of(loaded).values(), lr=1e-2)
+        optimizer.load_state_dict(torch.load(state))
+        model.eval()
+        for one, by in ((model, self.optimizer), (loaded, optimizer)):
+            train(one, by)
+        for name, delta in deltas_of(model).items():
+            assert torch.equal(delta, deltas_of(loaded)[name])
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_step_by_the_same_rates(self, model, copied):
+        other = copied(model)
+        optimizer = torch.optim.AdamW(deltas_of(other).values(), lr=1e-2)
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        for one, by in ((model, self.optimizer), (other, optimizer)):
+            train(one, by)
+        for name, delta in deltas_of(model).items():
+            assert torch.equal(delta, deltas_of(other)[name])
+
+    def test_a_sum_of_adapters_has_no_rates(self, model):
+        model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "sum")
+        config = model.peft_config["sum"]
+        assert (config.normalize, config.column_rates) == ("none", None)
+        assert all(layer.paca_delta["sum"].rates is None for layer in layers_of(model).values())
+
+    def test_a_second_adapter_of_the_configuration_has_the_same_rates(self, model):
+        """As TRL makes its reference."""
+        model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+        assert all(
+            torch.equal(*(layer.paca_delta[one].rates.factors for one in ("default", "ref")))
+            for layer in layers_of(model).values()
+        )
+
+    def test_hotswap_brings_the_rates(self, model, tmp_path):
+        from pacatune.adapters.loading import hotswap_adapter
+
+        model.save_pretrained(tmp_path)
+        for normalize in ("weight", "none"):
+            options = {**self.options, "groups": 1, "r": 2, "random_seed": 7}
+            other = adapt(build(), normalize=normalize, **options)
+            hotswap_adapter(other, tmp_path)
+            assert other.peft_config["default"].normalize == "weight"
+            for name, layer in layers_of(other).items():
+                ours = layers_of(model)[name].paca_delta["default"].rates.factors
+                assert torch.equal(layer.paca_delta["default"].rates.factors, ours)
+
+    def test_other_columns_are_refused(self, model):
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        other = adapt(build(), random_seed=7, **self.options)
+        with pytest.raises(ValueError, match="has `column_rates`, which are of other columns"):
+            set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+
+
+class Around(torch.optim.Optimizer):
+    """An optimiser around another one, whose parameters it has, too."""
+
+    def __init__(self, inner):
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step()
+
+
+def one_step(wrap=lambda optimizer: optimizer, **options):
+    model = adapt(build(), normalize="weight")
+    train(model, wrap(torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)), **options)
+    return {name: delta.detach().clone() for name, delta in deltas_of(model).items()}
+
+
+def test_an_optimiser_around_another_one_steps_once():
+    expected = one_step()
+    for name, delta in one_step(Around).items():
+        assert torch.equal(delta, expected[name])
+
+
+def test_closures():
+    expected = one_step()
+    model = adapt(build(), normalize="weight")
+    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+    for batch in make_batches(NUM_STEPS):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta, expected[name])
+
+
+def test_a_step_that_fails_leaves_no_trace():
+    expected = one_step()
+    model = adapt(build(), normalize="weight")
+    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+    before = {name: delta.detach().clone() for name, delta in deltas_of(model).items()}
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta, before[name])
+    train(model, optimizer)
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta, expected[name])
+
+
+def test_optimisers_that_keep_what_they_stepped_to_are_refused():
+    model = adapt(build(), normalize="weight")
+    optimizer = torch.optim.LBFGS(deltas_of(model).values())
+    with pytest.raises(ValueError, match="LBFGS keeps the values that it has stepped to"):
+        optimizer.step(lambda: loss_of(model, make_batches(1)[0]))
+
+
+def test_flat_parameters_are_refused():
+    model = adapt(build(), normalize="weight")
+    delta = next(iter(deltas_of(model).values()))
+    with torch.no_grad():
+        delta.data = delta.data.flatten()
+    optimizer = torch.optim.AdamW([delta], lr=1e-2)
+    delta.grad = torch.ones_like(delta)
+    with pytest.raises(
+        ValueError, match=r"has an update of shape \(33,\).* shard the model by FSDP2"
+    ):
+        optimizer.step()
+    assert not delta.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "output"}, "`normalize` .'output'. must be 'none', 'input' or 'weight'"),
+        ({"column_rates": {"up": [1.0]}}, "`column_rates` are of steps that are normalised"),
+        ({"normalize": "weight", "column_rates": [1.0]}, r"must be a dictionary of module"),
+        ({"normalize": "weight", "column_rates": {"up": []}}, "list of finite numbers above 0"),
+        ({"normalize": "weight", "column_rates": {"up": [1.0, 0.0]}}, "finite numbers above 0"),
+        ({"normalize": "weight", "column_rates": {"up": [float("nan")]}}, "numbers above 0"),
+        ({"normalize": "weight", "column_rates": {"up": [[1.0], 2.0]}}, "numbers above 0"),
+        ({"normalize": "weight", "column_rates": {"up": [True]}}, "numbers above 0"),
+        ({"use_rslora": 1}, "`use_rslora` .1. must be true or false"),
+    ],
+)
+def test_configurations_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PacaConfig(**options)
+
+
+def test_what_is_missing():
+    with pytest.raises(ValueError, match=r"none of 'conv': collect them with .*collect_statistics"):
+        adapt(build(), normalize="input", target_modules=["up", "conv"])
+    with pytest.raises(ValueError, match=r"'up' is on the meta device: load it first"):
+        adapt(build().to("meta"), normalize="weight", target_modules=["up"])
+    options = {"normalize": "weight", "selection": {"up": [0, 1, 2]}, "target_modules": ["up"]}
+    with pytest.raises(ValueError, match="`column_rates` has none of 'up', which is adapted"):
+        adapt(build(), column_rates={"down": [1.0] * 3}, **options)
+    with pytest.raises(ValueError, match="has 2 rates for 'up', whose rank is 3"):
+        adapt(build(), column_rates={"up": [1.0] * 2}, **options)
+    config = PacaConfig(r=3, normalize="input", target_modules=["embed"])
+    with pytest.raises(ValueError, match="normalise by weight, or leave it out"):
+        collect_statistics(build(), make_batches(), config, loss_fn=loss_of)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_step():
+    expected = one_step()
+    model = adapt(build(), normalize="weight")
+    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+    step = torch.compile(optimizer.step, backend="eager")
+    for batch in make_batches(NUM_STEPS):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        step()
+    for name, delta in deltas_of(model).items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-3, atol=1e-5)
+
+
+class TestRankStabilised:
+    @pytest.mark.parametrize("ranks", [{}, {"up": 4, "conv": 2}])
+    def test_scaling(self, ranks, tmp_path):
+        from pacatune.adapters.folder import read_adapter
+
+        alphas = {"down": 5.0, "conv": 3.0}
+        model = adapt(build(), use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+        model.save_pretrained(tmp_path)
+        adapter = read_adapter(tmp_path)
+        assert adapter.config.use_rslora is False
+        for name, layer in layers_of(model).items():
+            alpha, rank = alphas.get(name, 6), ranks.get(name, 3)
+            assert layer.scaling["default"] == pytest.approx(alpha / rank**0.5)
+            assert adapter.scaling(name) == layer.scaling["default"]
+            layer.set_scale("default", 2.0)
+            layer.unscale_layer()
+            assert layer.scaling["default"] == pytest.approx(alpha / rank**0.5)
+
+    def test_any_reader_knows_the_scale(self, tmp_path):
+        base = nn.Sequential(nn.Linear(8, 4))
+        model = adapt(base, use_rslora=True, target_modules=["0"], r=4, paca_alpha=6)
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["paca_alpha"], config["r"]) == ("PACA", 12.0, 4)
+        assert config["alpha_pattern"] == {}
+
+    def test_a_budget_keeps_the_scale_of_the_rank_before(self):
+        from pacatune.selection.budget import concentrate_ranks
+
+        base = nn.ModuleDict({"q_proj": nn.Linear(16, 8), "up_proj": nn.Linear(16, 8)})
+        options = {"r": 4, "paca_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
+        config = concentrate_ranks(base, PacaConfig(use_rslora=True, **options), "mlp")
+        assert (config.r, config.paca_alpha / config.r, config.use_rslora) == (8, 3.0, False)
