@@ -317,3 +317,22 @@ class TestNormalised:
             for one in ("out", "given")
         ]
         assert saved[0] == saved[1]
+
+
+def test_row_groups_in_a_run(make_config, tmp_path):
+    """Trained, saved, resumed, and taken over by another run."""
+    section = PacaSection(r=4, paca_alpha=4, groups=8)
+    config = make_config(paca=section, training={"max_steps": 2}, data={"eval_fraction": 0.1})
+    report = train(config, console=quiet())
+    equal = SftTask(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
+    assert report.num_trainable_parameters == equal
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["groups"], saved["peft_type"]) == (8, "PACATUNE")
+    columns = load_columns(tmp_path / "out")
+    assert all(len(groups) == 8 and len(groups[0]) == 4 for groups in columns.values())
+    section = PacaSection(r=4, groups=8, selection=str(tmp_path / "out"))
+    assert make_adapter_config(make_config(paca=section)).columns == columns
+    with pytest.raises(ValueError, match=r"must be a list of column numbers"):
+        make_adapter_config(make_config(paca=PacaSection(r=4, selection=str(tmp_path / "out"))))
+    with pytest.raises(ValueError, match=r"`paca.groups` \(8\) have columns of their own in each"):
+        PacaSection(groups=8, share_columns=True)

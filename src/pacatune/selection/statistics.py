@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pacatune.files.tensor_file import read_tensors, write_tensors
+from pacatune.format.options import Columns
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
 from pacatune.strategies import KINDS, SKETCH_ROWS
 
@@ -124,7 +125,7 @@ def _check(values: Tensor, kind: str, where: str) -> None:
 # Columns from files: those of a PaCA adapter, or a list that somebody has written.
 
 
-def load_columns(path: str | Path) -> dict[str, list[int]]:
+def load_columns(path: str | Path) -> Columns:
     """Read which columns an adapter trains, for `PacaConfig(selection=...)`.
 
     Args:
@@ -149,15 +150,15 @@ def load_columns(path: str | Path) -> dict[str, list[int]]:
             f"{path} holds no `{INDICES}`; give a PaCA adapter, or a file of save_columns."
         )
     for module, tensor in columns.items():
-        if tensor.dim() != 1 or tensor.dtype != torch.int64:
+        if tensor.dim() not in (1, 2) or tensor.dtype != torch.int64:
             raise ValueError(
                 f"{path}: the columns of {module!r} are {tuple(tensor.shape)} of {tensor.dtype}; "
-                "they must be a list of torch.int64."
+                "they must be a list of torch.int64, or one for each of `groups`."
             )
     return {module: tensor.tolist() for module, tensor in columns.items()}
 
 
-def save_columns(columns: dict[str, list[int]], path: str | Path) -> None:
+def save_columns(columns: Columns, path: str | Path) -> None:
     """Write columns by module's name, in the format of an adapter's file without its deltas."""
     tensors = {f"{module}.{INDICES}": torch.tensor(values) for module, values in columns.items()}
     write_tensors(tensors, Path(path))

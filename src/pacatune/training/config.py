@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
-from pacatune.format.options import check_patterns
+from pacatune.format.options import Columns, check_patterns
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
@@ -92,7 +92,11 @@ class PacaSection:
     exclude_modules: list[str] | str | None = None
     """Names or a regular expression of modules to leave out."""
 
-    selection: str | dict[str, list[int]] = "random"
+    groups: int = 1
+    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
+    the same number of parameters, an update of rank up to `groups` times `r`."""
+
+    selection: str | Columns = "random"
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
     activation, weight_activation, gradient_activation, activation_qr, activation_leverage. Or the
     columns themselves, by the module's name or pattern; or the folder or .safetensors file of a
@@ -160,6 +164,11 @@ class PacaSection:
         if self.budget not in (budgets := ("equal", "gradient", *PARTS)):
             raise ValueError(
                 f"`paca.budget` ({self.budget!r}) must be one of {', '.join(budgets)}."
+            )
+        if self.groups > 1 and self.share_columns:
+            raise ValueError(
+                f"`paca.groups` ({self.groups}) have columns of their own in each layer, and "
+                "`paca.share_columns` would give layers the same; set one of them."
             )
         if (self.reselect_every is None) != (self.active_columns is None):
             raise ValueError(
