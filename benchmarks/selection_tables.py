@@ -58,11 +58,12 @@ def read_studies(results: Path) -> dict[str, dict[str, Any]]:
 def verdict(study: dict[str, Any], arm: str, reference: str = REFERENCE) -> str:
     """Return `better`, `worse` or `-`, by the rule of the plan.
 
-    Better: the mean difference is better than 0 by more than the standard deviation of `random`
-    over seeds, and it is better for every seed. Worse: the mean is worse by more than that.
+    Better: the mean difference is better than 0 by more than the standard deviation of the study's
+    reference over seeds, and it is better for every seed. Worse: the mean is worse by more than
+    that.
     """
     sign = 1 if study["higher_is_better"] else -1
-    spread = study["arms"][REFERENCE]["std"]
+    spread = study["arms"][study.get("reference", REFERENCE)]["std"]
     differences = [sign * value for value in _paired(study, arm, reference)]
     mean = mean_of(differences)
     if mean is None or spread is None:

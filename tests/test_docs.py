@@ -39,6 +39,7 @@ NOT_RUN = {
     "docs/images.md": 2,
     "docs/memory.md": 1,
     "docs/mt_bench.md": 2,
+    "docs/quality_study.md": 1,
     "docs/quickstart.md": 1,
     "docs/reproduce.md": 1,
     "docs/selection_study.md": 1,

@@ -34,5 +34,5 @@ def test_arms_of_a_comparison_train_as_many_parameters(path):
         assert study.match == "parameters"
         assert len(study.seeds) == 5
         assert study.tuning_seeds == 2
-        ranks = [name for name, arm in study.arms.items() if arm.rank is not None]
-        assert ranks == [study.reference]
+        ranks = {name: arm.rank for name, arm in study.arms.items() if arm.rank is not None}
+        assert ranks == {study.reference: 8, "turns": 8}

@@ -1,13 +1,12 @@
 """Packaged problems: each has one answer that reasoning-gym accepts; none is in both files."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from pacatune.data import PromptDataConfig
 from pacatune.data.packaged import prepare_reasoning
-from pacatune.data.packaged.reasoning import PROBLEMS
+from pacatune.data.packaged.reasoning import PROBLEMS, Problems
 from pacatune.data.prompts import reasoning_gym_data
 
 
@@ -40,20 +39,25 @@ def test_answers_are_those_that_reasoning_gym_accepts(name):
 
 
 def test_the_second_call_reads_and_other_problems_are_elsewhere(tmp_path):
-    first = prepare_reasoning(tmp_path, "chain-sum", num_train=30, num_test=10)
+    first = prepare_reasoning(tmp_path, "reverse-words", num_train=30, num_test=10)
     before = [path.stat().st_mtime_ns for path in first]
-    assert prepare_reasoning(tmp_path, "chain_sum", num_train=30, num_test=10) == first
+    assert prepare_reasoning(tmp_path, "reverse_words", num_train=30, num_test=10) == first
     assert [path.stat().st_mtime_ns for path in first] == before
-    other = prepare_reasoning(tmp_path, "chain-sum", num_train=30, num_test=10, seed=1)
+    other = prepare_reasoning(tmp_path, "reverse-words", num_train=30, num_test=10, seed=1)
     assert other[0].parent != first[0].parent
     assert other[1].read_bytes() != first[1].read_bytes()
 
 
 def test_refuses(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"`name` \('chain-sums'\) must be one of .*did you mean"):
-        prepare_reasoning(tmp_path, "chain-sums")
-    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    few = replace(PROBLEMS["chain-sum"], options=options)
+    with pytest.raises(
+        ValueError, match=r"`name` \('reverse-word'\) must be one of .*did you"
+    ):
+        prepare_reasoning(tmp_path, "reverse-word")
+    few = Problems(
+        generator="chain_sum",
+        options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        prompt="{expression} =",
+    )
     monkeypatch.setitem(PROBLEMS, "few", few)
     with pytest.raises(ValueError, match=r"'few' has \d+ different problems, fewer than `num_tr"):
         prepare_reasoning(tmp_path, "few", num_train=1000, num_test=1)

@@ -50,26 +50,6 @@ PROBLEMS = {
         options={"min_words": 3, "max_words": 6},
         prompt="Reverse: {words}\nReversed:",
     ),
-    "spell-backward": Problems(
-        generator="spell_backward",
-        options={"min_word_len": 3, "max_word_len": 6},
-        prompt="Spell backward: {word}\nBackward:",
-    ),
-    "chain-sum": Problems(
-        generator="chain_sum",
-        options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-        prompt="{expression} =",
-    ),
-    "sort-words": Problems(
-        generator="word_sorting",
-        options={"min_words": 3, "max_words": 5},
-        prompt="Sort {direction}: {transformed_words}\nSorted:",
-    ),
-    "count-letters": Problems(
-        generator="letter_counting",
-        options={"min_words": 3, "max_words": 8},
-        prompt="Letter {target_letter}: {span}\nCount:",
-    ),
 }
 """Name -> problems."""
 
