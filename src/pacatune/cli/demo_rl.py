@@ -1,4 +1,4 @@
-"""`pacatune demo-rl`: teach a real model arithmetic by rewards, and show what sampling costs."""
+"""`pacatune demo-rl`: teach a real model a task by rewards, and show what its sampler costs."""
 
 import argparse
 import time
@@ -12,7 +12,7 @@ from pacatune.cli.options import new_parser, positive, quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.experiments.demo_rl import Gap, Rewards
+    from pacatune.experiments.demo_rl import Result
 
 NUM_STEPS = 40
 _SYNCS = {
@@ -52,14 +52,16 @@ def run(argv: list[str]) -> int:
         console=console,
     )
     console.rule("[bold]result", align="left")
-    _print_rewards(result.rewards, options.held_out, console)
-    _print_syncs(result.sync_bytes, console)
-    _print_gaps(result.gaps, console)
+    _print_result(result, console)
     minutes = (time.perf_counter() - start) / 60
+    output = Path(options.output)
+    positions = result.sync_bytes["paca_positions"] / 1e3
     notes = [
-        "Prompts of the SFT and of GRPO are not among the held-out problems. One seed.",
-        f"{minutes:.1f} minutes. The adapter of GRPO is in {Path(options.output) / 'paca'}, on "
-        f"the model in {Path(options.output) / 'start'}.",
+        f"The positions of PaCA's columns are sent once: {positions:.1f} kB.",
+        f"LoRA was trained for {demo_rl.LORA_STEPS} steps, for the gap alone.",
+        "The SFT and GRPO saw none of the held-out problems. One seed.",
+        f"{minutes:.1f} minutes. The adapter of GRPO is in {output / 'paca'}, with its rewards "
+        f"over the steps in reward.png, on the model in {output / 'start'}.",
     ]
     print_dim([*result.notes(), *notes], console)
     folder.write({"finished": True, "seed": options.seed, "minutes": minutes, **asdict(result)})
@@ -69,9 +71,9 @@ def run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
         "demo-rl",
-        "Teach SmolLM2-135M-Instruct sums: SFT on 200 solved ones, then GRPO from rewards alone. "
-        "Show held-out rewards, bytes per sync of a sampler, and how far its log-probabilities "
-        "are from the trainer's.",
+        "Teach SmolLM2-135M-Instruct to reverse lists of words: SFT on a few solved ones, then "
+        "GRPO from rewards alone. Show held-out rewards, bytes per sync of a sampler, and how far "
+        "its log-probabilities are from the trainer's.",
     )
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--output", metavar="DIR", default="demo-rl-output", help=f"output folder {default}")
@@ -83,39 +85,42 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _print_rewards(rewards: "dict[str, Rewards]", number: int, console: "Console") -> None:
+def _print_result(result: "Result", console: "Console") -> None:
+    from rich.text import Text
+
+    for one in result.examples:
+        question, *answers = one.items()
+        console.print(Text(question[1].strip().splitlines()[-1], style="bold"))
+        for stage, answer in answers:
+            console.print(Text(f"  {stage:<11}{' '.join(answer.split())}"))
+    kinds = list(next(iter(result.rewards.values())))
+    _print_table(
+        [f"\nmean reward on {result.num_held_out} held-out problems", *kinds],
+        [[name, *(f"{one[kind]:.3f}" for kind in kinds)] for name, one in result.rewards.items()],
+        console,
+    )
+    sizes = result.sync_bytes
+    _print_table(
+        ["\nsent to a bfloat16 sampler after each step", "MB", "share"],
+        [
+            [title, f"{sizes[name] / 1e6:.2f}", f"{100 * sizes[name] / sizes['full']:.1f}%"]
+            for name, title in _SYNCS.items()
+        ],
+        console,
+    )
+    _print_table(
+        ["\ntrainer and sampler in bfloat16", "mean |log p_train - log p_sample| per token"],
+        [[_SAMPLERS[name], f"{gap:.1e}" if gap else "0"] for name, gap in result.gaps.items()],
+        console,
+    )
+
+
+def _print_table(titles: list[str], rows: list[list[str]], console: "Console") -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"mean reward on {number} held-out problems")
-    for name in ("greedy", "sampled"):
-        table.add_column(name, justify="right")
-    for name, one in rewards.items():
-        table.add_row(name, f"{one.greedy:.3f}", f"{one.sampled:.3f}")
-    console.print(table)
-
-
-def _print_syncs(sizes: dict[str, int], console: "Console") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("\nsent to a bfloat16 sampler after each step")
-    table.add_column("MB", justify="right")
-    table.add_column("share", justify="right")
-    for name, title in _SYNCS.items():
-        share = f"{100 * sizes[name] / sizes['full']:.1f}%"
-        table.add_row(title, f"{sizes[name] / 1e6:.2f}", share)
-    console.print(table)
-
-
-def _print_gaps(gaps: "dict[str, Gap]", console: "Console") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("\nmean |log p_train - log p_sample| per token, bfloat16")
-    for title in ("weights bit-equal", "one pass each", "as generated"):
-        table.add_column(title, justify="right")
-    for name, gap in gaps.items():
-        equal = "yes" if gap.weights_equal else "no"
-        table.add_row(_SAMPLERS[name], equal, f"{gap.by_weights:.2e}", f"{gap.as_sampled:.2e}")
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", vertical="bottom")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)

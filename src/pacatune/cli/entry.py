@@ -17,7 +17,7 @@ from pacatune.names import did_you_mean
 COMMANDS = {
     "demo": "fine-tune a real model on real data and show what changed",
     "demo-vision": "the same with image models",
-    "demo-rl": "teach a real model arithmetic by rewards, and show what sampling costs",
+    "demo-rl": "teach a real model a task by rewards, and show what its sampler costs",
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",

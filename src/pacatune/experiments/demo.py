@@ -15,7 +15,7 @@ from pacatune.files.result_folder import ResultFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.training import DataConfig, RunConfig
+    from pacatune.training import DataConfig, ModelConfig, RunConfig
     from pacatune.training.image import ImageDataConfig, ImageRunConfig
     from pacatune.training.report import RunReport
 
@@ -64,29 +64,39 @@ def _matmul_seconds(*dtypes: torch.dtype, num_repeats: int = 30) -> dict[torch.d
     return least
 
 
+def model_and_options(model: str, dtype: str, seed: int) -> "tuple[ModelConfig, dict[str, Any]]":
+    """Return what all runs on a language model have in common, with `dtype` of `faster_dtype`."""
+    from pacatune.training import ModelConfig
+
+    options = {
+        "bf16": None if dtype == "auto" else dtype == "bfloat16",
+        "use_cpu": dtype != "auto",
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
+    return ModelConfig(path=model, dtype=dtype), options  # type: ignore[arg-type]
+
+
 def text_runs(
     model: str, data: "DataConfig", folder: Path, *, num_steps: int, seed: int, dtype: str
 ) -> "dict[str, RunConfig]":
     """Return the runs by method, in the order in which they are done, each in a folder."""
-    from pacatune.training import ModelConfig, RunConfig, TrainingConfig
+    from pacatune.training import RunConfig, TrainingConfig
 
     runs = {}
     for method in ("paca", "lora"):
+        base, options = model_and_options(model, dtype, seed)
         training = TrainingConfig(
             output_dir=str(folder / method),
             max_steps=num_steps,
             per_device_train_batch_size=TEXT_BATCH_SIZE,
             per_device_eval_batch_size=2 * TEXT_BATCH_SIZE,
             learning_rate=TEXT_LEARNING_RATE,
-            bf16=None if dtype == "auto" else dtype == "bfloat16",
-            use_cpu=dtype != "auto",
             eval_steps=num_steps,
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
+            **options,
         )
-        held = ModelConfig(path=model, dtype=dtype)  # type: ignore[arg-type]
-        runs[method] = RunConfig(method=method, model=held, data=data, training=training)
+        runs[method] = RunConfig(method=method, model=base, data=data, training=training)
     runs["paca"].paca.random_seed = seed
     _equal_rank(runs)
     return runs
