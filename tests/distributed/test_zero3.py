@@ -123,6 +123,21 @@ def test_losses_and_adapter(pair, stage, accumulation):
     assert all(same_base for *_, same_base in results)
 
 
+def step_by_column(stage):
+    try:
+        train_engine(net.adapt("float32", normalize="weight"), configure(stage))
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_steps_that_are_normalised_by_column_are_refused(pair, stage):
+    for message in pair.run(step_by_column, stage):
+        assert "flat buffers in which there are none (FSDP1, DeepSpeed)" in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(pair, reentrant):

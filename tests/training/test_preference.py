@@ -211,12 +211,12 @@ def test_resumed_run_ends_with_the_same_tensors(make_task_config, tmp_path, monk
 
 def test_columns_chosen_by_data(make_task_config):
     for task in ("dpo", "kto", "reward"):
-        section = PacaSection(selection="gradient", selection_batches=2)
+        section = PacaSection(selection="gradient", selection_batches=2, normalize="input")
         config = make_task_config(
             task, paca=section, training={"max_steps": 1, "eval_strategy": "no"}
         )
         report = train(config, console=QUIET, overwrite=True)
-        assert "gradient" in report.columns
+        assert report.columns == "gradient, num_batches 2, normalize input"
 
 
 @pytest.mark.parametrize(

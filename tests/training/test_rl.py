@@ -259,10 +259,10 @@ def test_methods(make_task_config, method, training):
 
 
 def test_columns_chosen_by_data(make_task_config):
-    section = PacaSection(selection="activation", selection_batches=2)
+    section = PacaSection(selection="activation", selection_batches=2, normalize="input")
     more = {"max_steps": 1, "eval_strategy": "no"}
     report = train(make_task_config("grpo", paca=section, training=more), console=QUIET)
-    assert "activation" in report.columns
+    assert report.columns == "activation, num_batches 2, normalize input"
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_reward(make_task_config):

@@ -26,6 +26,8 @@ READ_BY_PEFT = {
     "no seed": {"random_seed": None},
     "alpha": {"paca_alpha": -2.5},
     "columns": {"selection": "weight_norm"},
+    "rates": {"normalize": "weight"},
+    "alpha over sqrt(r)": {"use_rslora": True, "paca_alpha": 5},
     "head": {"modules_to_save": ["head"]},
 }
 # What needs ours, and how PEFT's takes it where the file does not say so.

@@ -234,6 +234,40 @@ def test_columns_are_in_the_weight_and_merge_exactly():
     assert torch.equal(model.merge_and_unload()(x), y)
 
 
+def assert_first_step_is_by_rates(model, loss):
+    """Adam moves each value by the learning rate, and so times its column's rate."""
+    optimizer = torch.optim.Adam(deltas_of(model).values(), lr=1e-3, eps=1e-30)
+    loss.backward()
+    optimizer.step()
+    for name, layer in layers_of(model).items():
+        moved = layer.delta_of("default").detach().abs().flatten(0, -2).amax(0).double()
+        rates = torch.tensor(model.peft_config["default"].column_rates[name]).double()
+        assert (moved > 0).any()
+        torch.testing.assert_close(moved[moved > 0], 1e-3 * rates[moved > 0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts(kind):
+    from tests.tuner import moe
+
+    model = moe.adapt(moe.build(kind), random=False, normalize="weight")
+    assert_first_step_is_by_rates(model, moe.loss_of(model, moe.ids()))
+
+
+@pytest.mark.parametrize("normalize", ["weight", "input"])
+def test_quantised_weights(normalize):
+    pytest.importorskip("bitsandbytes")
+    from tests.tuner import test_quantized as quantized
+
+    base = quantized.Net("bitsandbytes-nf4")
+    config = PacaConfig(r=4, target_modules=["first", "second"], normalize=normalize)
+    if normalize == "input":
+        batches = [{"x": quantized.batch(step)} for step in range(2)]
+        config = choose_columns(base, config, collect_statistics(base, batches, config))
+    model = get_peft_model(base, config)
+    assert_first_step_is_by_rates(model, model(quantized.batch()).square().sum())
+
+
 class TestSavedAndContinued:
     @pytest.fixture(params=[1, 2], ids=["plain", "groups"])
     def model(self, request):

@@ -191,12 +191,13 @@ class Delta(nn.Module):
     `.default.`, FSDP1 wraps modules, and ZeRO-3 gathers when a module is called.
     """
 
+    rates: Rates | None = None
+    """Of the optimiser's steps, where they are normalised per column."""
+
     def __init__(self, *shape: int) -> None:
         super().__init__()
         # Watched from the start: a compiled graph would be made anew for another class.
         self.weight = DeltaParameter(torch.zeros(shape))
-        self.rates: Rates | None = None
-        """Of the optimiser's steps, where they are normalised per column."""
 
     def normalize_steps(self, rates: Rates | None) -> None:
         """Let optimisers step by column from now on, or as they do."""

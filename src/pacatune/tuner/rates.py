@@ -162,9 +162,10 @@ def _local(parameter: Any) -> Tensor:
 
 def _refuse_flat(parameters: list[Any], holders: list[Any]) -> None:
     weights = [holder._parameters.get("weight") for holder in holders]
-    is_flat = any(type(parameter).__name__ == "FlatParameter" for parameter in parameters)
-    is_deepspeeds = any(hasattr(w, "ds_id") or hasattr(w, "_hp_mapping") for w in weights)
-    if is_deepspeeds or (is_flat and None in weights):
+    # FSDP1 takes parameters out of their modules; DeepSpeed leaves marks on them.
+    is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in parameters)
+    is_flat &= any(weight is None for weight in weights)
+    if is_flat or any(hasattr(w, "ds_id") or hasattr(w, "_hp_mapping") for w in weights):
         raise ValueError(
             "`normalize` multiplies the steps of single columns, and this optimizer's parameters "
             "are flat buffers in which there are none (FSDP1, DeepSpeed); drop `normalize`, or "

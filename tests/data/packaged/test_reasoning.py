@@ -49,9 +49,7 @@ def test_the_second_call_reads_and_other_problems_are_elsewhere(tmp_path):
 
 
 def test_refuses(tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"`name` \('reverse-word'\) must be one of .*did you"
-    ):
+    with pytest.raises(ValueError, match=r"`name` \('reverse-word'\) must be one of .*did you"):
         prepare_reasoning(tmp_path, "reverse-word")
     few = Problems(
         generator="chain_sum",

@@ -141,6 +141,11 @@ def test_options_of_other_methods(text_options):
     plan = plan_of(options)
     assert plan.make_run("paca", 1e-3, 0, Path("x")).lora.use_rslora is False
     assert plan.make_run("lora", 1e-3, 0, Path("x")).lora.use_rslora is True
+    arms = {"by-input": Arm(method="paca", rank=4, options={"paca": {"normalize": "input"}})}
+    run = plan_of(text_options, {**arms, "paca": Arm(rank=4)}).make_run(
+        "by-input", 1e-3, 0, Path("x")
+    )
+    assert run.paca.normalize == run.adapter_options()["normalize"] == "input"
     arms = {"paca": Arm(rank=4, options={"lora": {"use_rslora": True}})}
     with pytest.raises(ValueError, match=r"arm 'paca': `lora.use_rslora` \(True\) is an option of"):
         plan_of(text_options, arms)

@@ -247,13 +247,14 @@ def test_pictures(make_config, images_dir, tmp_path, console, drawn):
 def test_columns_are_chosen_from_the_images(make_config, console):
     from pacatune.selection import load_columns
 
-    section = PacaSection(r=4, selection="gradient", selection_batches=2)
+    section = PacaSection(r=4, selection="gradient", selection_batches=2, normalize="input")
     config = make_config(paca=section, training={"max_steps": 2})
     report = train(config, console=console)
-    assert report.columns == "gradient, num_batches 2"
+    assert report.columns == "gradient, num_batches 2, normalize input"
     folder = Path(config.training.output_dir)
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert saved["columns"] == load_columns(folder)
+    assert saved["column_rates"].keys() == saved["columns"].keys()
 
 
 def test_lean_batch_norm_keeps_less_and_changes_no_loss(make_config, cnn, tmp_path):
