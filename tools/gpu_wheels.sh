@@ -40,7 +40,7 @@ download() {
 }
 
 mkdir -p "$folder"
-download 'peft>=0.21,<1' 'accelerate>=1.10,<2' 'trl>=1.10,<2' 'datasets>=4,<6' \
+download 'peft>=0.21,<1' 'accelerate>=1.10,<2' 'trl>=1.16,<2' 'datasets>=4,<6' \
     'jsonargparse>=4.40,<5' docstring_parser typeshed_client multiprocess dill xxhash \
     'rich>=13,<16' markdown-it-py mdurl pygments 'pytest>=8.3,<10' pluggy iniconfig
 download 'bitsandbytes>=0.50,<1'

@@ -16,6 +16,7 @@ from pacatune.training import (
 )
 from pacatune.training.classifier import ClassifierTrainingConfig
 from pacatune.training.image import ImageTrainingConfig
+from pacatune.tuner import compat
 
 
 def run_config(training=None, **options):
@@ -25,6 +26,12 @@ def run_config(training=None, **options):
         training=TrainingConfig(**{"use_cpu": True, **(training or {})}),
         **options,
     )
+
+
+def test_an_old_trl_is_refused(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: "1.15.0")
+    with pytest.raises(ValueError, match=r"`pacatune train` needs TRL 1.16 or newer, and this is"):
+        run_config()
 
 
 def test_model_path_is_required():

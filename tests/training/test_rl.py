@@ -1,6 +1,8 @@
 """GRPO and RLOO on tiny models."""
 
+import inspect
 import json
+import re
 import signal
 import sys
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
 from pacatune.training import PacaSection, TrainingInterrupted, preview, train
 from pacatune.training import recipe as recipe_module
 from pacatune.training.rewards import RewardError
+from pacatune.training.rl import SamplingTrainer
 from pacatune.training.task import task_of
 from pacatune.training.trainer import RunTrainer
 from pacatune.tuner.layer import PacaLayer
@@ -20,6 +24,15 @@ from tests.conftest import build_model
 QUIET = Console(quiet=True)
 
 pytestmark = pytest.mark.usefixtures("rewards_module")
+
+
+def test_trl_still_has_what_is_overridden():
+    names = re.findall(r"super\(\)\.(\w+)\(", inspect.getsource(SamplingTrainer))
+    assert "_generate_single_turn" in names
+    for trainer in (GRPOTrainer, RLOOTrainer):
+        assert [name for name in names if not hasattr(trainer, name)] == []
+    for trainer in (DPOTrainer, KTOTrainer, RewardTrainer):
+        assert "_prepare_dataset" in vars(trainer)
 
 
 def make_trainer(config):

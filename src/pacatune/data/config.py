@@ -49,6 +49,13 @@ class TextDataConfig:
             )
         check_fraction(self.eval_fraction)
 
+    def evaluation_source(self) -> tuple[str, str, str] | None:
+        """Return path and split of evaluation data, and the option that names the path."""
+        if not (self.eval_path or self.eval_split):
+            return None
+        option = "data.eval_path" if self.eval_path else "data.path"
+        return self.eval_path or self.path, self.eval_split or self.split, option
+
 
 @dataclass(kw_only=True)
 class DataConfig(TextDataConfig):

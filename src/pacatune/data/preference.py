@@ -199,10 +199,8 @@ def _prepare(
         return found
 
     train = load(config.path, config.split, "data.path")
-    if config.eval_path or config.eval_split:
-        path, split = config.eval_path or config.path, config.eval_split or config.split
-        option = "data.eval_path" if config.eval_path else "data.path"
-        held_out = load(path, split, option)
+    if source := config.evaluation_source():
+        held_out = load(*source)
     else:
         train, held_out = _hold_out(train, config)
     data, longest = make(train, "training")

@@ -109,19 +109,17 @@ def prepare_data(
         tokenizer, stop_ids, config.loss == "all", special_tokens=config.special_tokens
     )
 
-    def load(path: str, split: str, what: str) -> "Dataset":
+    def load(path: str, split: str, option: str, what: str) -> "Dataset":
         columns = CSV_COLUMNS if config.format == "mmlu" else None
-        option = "data.eval_path" if what == "evaluation" and config.eval_path else "data.path"
         rows = read_rows(path, name=config.name, split=split, csv_columns=columns, option=option)
         has_template = bool(tokenizer.chat_template)
         examples = list(to_examples(rows, config.format, has_template=has_template))
         _check_chats(examples[0], config, has_template)
         return encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
 
-    train = load(config.path, config.split, "training")
-    if config.eval_path or config.eval_split:
-        path, split = config.eval_path or config.path, config.eval_split or config.split
-        evaluation: Dataset | None = load(path, split, "evaluation")
+    train = load(config.path, config.split, "data.path", "training")
+    if source := config.evaluation_source():
+        evaluation: Dataset | None = load(*source, "evaluation")
     else:
         train, evaluation = _split(train, config.eval_fraction, config.seed)
     warnings: list[str] = []

@@ -43,10 +43,8 @@ def prepare_prompts(
     `longest` counts the tokens of the longest prompt and `num_new_tokens` behind it.
     """
     train = _load(config, tokenizer, config.path, config.split, "data.path")
-    if config.eval_path or config.eval_split:
-        path, split = config.eval_path or config.path, config.eval_split or config.split
-        option = "data.eval_path" if config.eval_path else "data.path"
-        held_out = _load(config, tokenizer, path, split, option)
+    if source := config.evaluation_source():
+        held_out = _load(config, tokenizer, *source)
     else:
         train, held_out = _hold_out(train, config)
     lengths = [_num_tokens(row, tokenizer) for row in train]

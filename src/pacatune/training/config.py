@@ -17,6 +17,7 @@ from pacatune.selection import strategies
 from pacatune.selection.budget import PARTS
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.report import Report, RunReport
+from pacatune.tuner.compat import require
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
@@ -504,6 +505,12 @@ class LanguageRunConfig(BaseRunConfig[R]):
 
     model: ModelConfig
     """The pretrained model."""
+
+    def __post_init__(self) -> None:
+        """Refuse a TRL whose trainers ours cannot be put before, and options that do not fit."""
+        # 1.13 does not await a reward that is an object; without Triton, 1.15 computes no loss.
+        require("TRL", "1.16", f"`pacatune {self.command}`")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
