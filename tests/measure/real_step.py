@@ -59,8 +59,8 @@ def real_model(setting):
 def with_adapter(model, setting):
     """The model with the setting's adapter, in training mode."""
     if setting.method == "paca":
-        config = PacaConfig(r=setting.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
+        options = {"r": setting.rank, "groups": setting.groups, "target_modules": TARGETS}
+        model = get_peft_model(model, PacaConfig(**options, task_type="CAUSAL_LM"))
     elif setting.method != "full":
         config = LoraConfig(
             r=setting.rank,

@@ -70,6 +70,20 @@ def test_peak_and_its_moment_are_those_of_a_real_step(name, tmp_path):
     assert measured.saved_by_module == pytest.approx(kept, rel=0.01)
 
 
+def test_row_groups_keep_the_expected_number_of_columns(tmp_path):
+    setting = tiny(tmp_path, groups=8, rank=4)
+    measured, model = simulate(setting), real_model(setting)
+    with gpu_kernels.allocations_of_gpu():
+        real, kept = real_peak(model, setting)
+    assert measured.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    # What is drawn is more or less than that.
+    assert measured.saved_by_module == pytest.approx(kept, rel=0.05)
+    alone = simulate(setting.but(groups=1)).saved_by_module["linear layers"]
+    assert 5 * alone < measured.saved_by_module["linear layers"] < 8 * alone
+    with pytest.raises(ValueError, match=r"`groups` \(8\) with `method` \('lora'\): only paca"):
+        setting.but(method="lora")
+
+
 @pytest.mark.parametrize("values", [QWEN, GEMMA], ids=["qwen3", "gemma3"])
 def test_other_families(values, tmp_path):
     setting = tiny(tmp_path, values)

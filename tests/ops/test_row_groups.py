@@ -410,3 +410,15 @@ def test_a_convolution_with_groups_of_its_own_is_refused() -> None:
     x, weight, delta = normal(2, 12, 6), normal(OUT, 6, 3), normal(6, RANK, 3)
     with pytest.raises(ValueError, match="which a convolution with groups=2 of its own cannot"):
         paca_conv(x, weight, delta, choose(3, 12), 1.0, groups=2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_distinct_columns_are_found_once(form, monkeypatch) -> None:
+    """Though hooks, as of offloading, give copies of what is saved back."""
+    found, unique = [], torch.unique
+    monkeypatch.setattr(torch, "unique", lambda *a, **k: found.append(a) or unique(*a, **k))
+    tensors = make((5,))
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+            linear_gradients(form, tensors, {"x", "delta"})
+    assert len(found) == 1

@@ -106,9 +106,9 @@ def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 def wide_product(
     a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, launch: Launch = _unnoticed
 ) -> Tensor:
-    """Return a (M, N) tensor in `dtype` for scaling * a b, with no values."""
-    product = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    launch("mm", 2 * a.numel() * b.shape[1], (a, b), (product,))
+    """Return (M, N) or (B, M, N) in `dtype` for scaling * a b, with no values."""
+    product = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
+    launch("mm" if a.dim() == 2 else "bmm", 2 * a.numel() * b.shape[-1], (a, b), (product,))
     return product
 
 

@@ -30,6 +30,8 @@ from pacatune.ops.row_groups import (
     check_indices,
     distinct_and_places,
     distinct_columns,
+    held_indices,
+    hold_indices,
     is_spread_out,
     num_groups_of,
     rank_of,
@@ -116,6 +118,7 @@ class _PacaConv(torch.autograd.Function):
         ctx.call = x.shape, scaling, geometry, memory_format
         x_R = _select(x, indices, num_dims) if needs_delta else None
         # As in `paca_linear`, `delta` is saved where only its version is read, too.
+        hold_indices(ctx, indices)
         ctx.save_for_backward(x_R, weight if needs_x else None, delta, indices)
         groups = geometry[-1]
         kernel = adapted_kernel(weight, delta, indices, scaling, groups, dtype, memory_format)
@@ -131,6 +134,7 @@ class _PacaConv(torch.autograd.Function):
             )
         needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad
         x_R, weight, delta, indices = ctx.saved_tensors
+        indices = held_indices(ctx, indices)
         x_shape, scaling, geometry, memory_format = ctx.call
         gx = gdelta = gbias = None
         if needs_delta:

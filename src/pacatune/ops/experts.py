@@ -27,6 +27,8 @@ from pacatune.ops.row_groups import (
     check_indices,
     group_inputs,
     group_rows,
+    held_indices,
+    hold_indices,
     per_group,
     rank_of,
     select,
@@ -180,6 +182,7 @@ class _ExpertsLinear(torch.autograd.Function):
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         ctx.call = x.shape, scaling, is_transposed, is_grouped
         x_R = None if delta is None or indices is None else select(x, indices)
+        hold_indices(ctx, indices)
         # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
         # after the forward pass and put it back before the backward pass.
         ctx.save_for_backward(
@@ -205,6 +208,7 @@ class _ExpertsLinear(torch.autograd.Function):
             )
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors
+        indices_R = held_indices(ctx, indices_R)
         x_shape, scaling, is_transposed, is_grouped = ctx.call
         gx = gdelta = None
         gy = gy.contiguous()

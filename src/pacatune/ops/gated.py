@@ -21,7 +21,7 @@ from pacatune.ops.linear import (
     grad_x,
     owned,
 )
-from pacatune.ops.row_groups import distinct_columns, select
+from pacatune.ops.row_groups import distinct_columns, held_indices, hold_indices, select
 
 __all__ = ["Elementwise", "apply_paca_gated"]
 
@@ -62,6 +62,7 @@ class _PacaGated(torch.autograd.Function):
         activation: Elementwise,
     ) -> Tensor:
         ctx.call = scaling, is_resident, source, activation
+        hold_indices(ctx, indices)
         ctx.save_for_backward(gate, up, weight if source is None else None, delta, indices)
         h = activation.product(gate, up)
         y = owned(F.linear(h, weight, bias))
@@ -79,6 +80,7 @@ class _PacaGated(torch.autograd.Function):
             )
         needs_gate, needs_up, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
         gate, up, weight_OI, delta_OR, indices_R = ctx.saved_tensors
+        indices_R = held_indices(ctx, indices_R)
         scaling, is_resident, source, activation = ctx.call
         gy_NO = gy.reshape(-1, gy.shape[-1])
         ggate = gup = gdelta = None

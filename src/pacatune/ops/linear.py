@@ -28,6 +28,8 @@ from pacatune.ops.row_groups import (
     by_rows,
     check_indices,
     distinct_and_places,
+    held_indices,
+    hold_indices,
     is_spread_out,
     rank_of,
     row_index,
@@ -224,6 +226,7 @@ class _PacaLinear(torch.autograd.Function):
         x_R = select(x, indices) if needs_delta or not is_resident else None
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
+        hold_indices(ctx, indices)
         ctx.save_for_backward(
             x_R if needs_delta else None,
             weight if needs_x and source is None else None,
@@ -244,6 +247,7 @@ class _PacaLinear(torch.autograd.Function):
             )
         needs_x, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
         x_R, weight_OI, delta_OR, indices_R = ctx.saved_tensors
+        indices_R = held_indices(ctx, indices_R)
         x_shape, scaling, is_resident, source = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None

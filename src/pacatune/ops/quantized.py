@@ -20,7 +20,14 @@ from torch.nn import functional as F
 
 from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.ops.linear import autocast, grad_delta, owned
-from pacatune.ops.row_groups import linear_of_groups, num_groups_of, select, spread
+from pacatune.ops.row_groups import (
+    held_indices,
+    hold_indices,
+    linear_of_groups,
+    num_groups_of,
+    select,
+    spread,
+)
 
 __all__ = ["paca_quantized_linear"]
 
@@ -73,6 +80,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         _, needs_delta, *_ = ctx.needs_input_grad
         x_R = select(x, indices) if needs_delta or multiply is not None else None
+        hold_indices(ctx, indices)
         ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
@@ -92,7 +100,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         gx = gdelta = gbias = None
         if needs_delta:
             x_NR = x_R.view(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, indices)
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, held_indices(ctx, indices))
         if needs_x:
             gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
         if needs_bias:

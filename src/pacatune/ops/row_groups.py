@@ -13,6 +13,7 @@ A convolution's own groups are something else (`columns.py`); one that has some 
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ __all__ = [
     "flat_positions",
     "group_inputs",
     "group_rows",
+    "held_indices",
+    "hold_indices",
     "is_spread_out",
     "joined_groups",
     "linear_of_groups",
@@ -157,6 +160,21 @@ def expected_distinct(in_features: int, groups: int, rank: int) -> int:
 def note_distinct(indices: Tensor, distinct: Tensor, places: Tensor) -> None:
     """Say what is distinct in indices without values, as of a simulated step."""
     _KNOWN[indices] = indices._version, distinct, places
+
+
+def hold_indices(ctx: Any, indices: Tensor | None) -> None:
+    """Keep row groups' indices for a backward pass beside what autograd saves.
+
+    What a hook on saved tensors (offloading) gives back is a copy, whose distinct columns would
+    have to be found again.
+    """
+    is_held = indices is not None and indices.dim() == 2 and not torch.compiler.is_compiling()
+    ctx.indices = indices if is_held else None
+
+
+def held_indices(ctx: Any, saved: Tensor) -> Tensor:
+    """Return the indices themselves, of which autograd has saved `saved`."""
+    return saved if ctx.indices is None else cast(Tensor, ctx.indices)
 
 
 def distinct_columns(indices: Tensor) -> Tensor:
