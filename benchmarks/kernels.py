@@ -93,13 +93,25 @@ Make = Callable[..., Contender]
 
 
 def make(
-    method: str, shape: Shape, *, quantization: str | None = None, device: torch.device = CPU
+    method: str,
+    shape: Shape,
+    *,
+    quantization: str | None = None,
+    groups: int = 1,
+    device: torch.device = CPU,
 ) -> Contender:
     """Return a model of a size, adapted by a method of `pacatune bench`."""
     model = make_model(shape, torch.bfloat16, SEED, quantization, device)
     alpha = SCALING * RANK
     return adapt(
-        model, method, rank=RANK, alpha=alpha, dropout=DROPOUT, seed=SEED, targets="all-linear"
+        model,
+        method,
+        rank=RANK,
+        alpha=alpha,
+        dropout=DROPOUT,
+        seed=SEED,
+        targets="all-linear",
+        groups=groups,
     )
 
 
@@ -113,6 +125,7 @@ def _make_swap(shape: Shape, *, device: torch.device = CPU) -> Contender:
 MODELS: dict[str, Make] = {
     "frozen": partial(make, "frozen"),
     OURS: partial(make, OURS),
+    "paca_g8": partial(make, OURS, groups=8),
     SWAP: _make_swap,
     "lora": partial(make, "lora"),
     "lora_dropout": partial(make, "lora_dropout"),
@@ -123,6 +136,7 @@ MODELS: dict[str, Make] = {
 MEANINGS = {
     "frozen": "forward and input gradients of the frozen model",
     OURS: "ours, columns in the weights",
+    "paca_g8": "with 8 row groups",
     SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
     "lora": "PEFT's LoRA",
     "lora_dropout": "with dropout",

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import put_columns_, read_columns
+from pacatune.ops.columns import put_columns_
 from pacatune.ops.linear import adapted_columns
-from pacatune.ops.row_groups import num_groups_of, rank_of
+from pacatune.ops.row_groups import num_groups_of, rank_of, row_index
 
 __all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
 
@@ -95,7 +95,8 @@ def keep(rooms: Sequence[Kept]) -> None:
         if kept.columns.dim() == 1:
             torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
         else:
-            kept.originals.copy_(read_columns(kept.memory, kept.columns))
+            places = row_index(kept.columns, kept.memory.shape)
+            torch.gather(kept.memory, 1, places, out=kept.originals)
 
 
 def put(puts: Sequence[Put]) -> None:
