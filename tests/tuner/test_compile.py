@@ -33,10 +33,11 @@ def _fresh_dynamo():
 
 
 @pytest.fixture
-def models():
+def models(request):
     torch.manual_seed(0)
     base = Net().double()
-    config = PacaConfig(r=3, target_modules=["first", "second"])
+    groups = getattr(request, "param", 1)
+    config = PacaConfig(r=3, groups=groups, target_modules=["first", "second"])
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -149,6 +150,7 @@ def test_nothing_that_happens_between_passes_changes_the_graph(models, situation
 
 
 @compiles_whole
+@pytest.mark.parametrize("models", [1, 3], indirect=True, ids=["plain", "groups"])
 def test_other_numbers_of_tokens_share_a_graph(models):
     model, twin = models
     counter = CompileCounterWithBackend("aot_eager")

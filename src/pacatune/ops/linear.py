@@ -253,7 +253,7 @@ class _PacaLinear(torch.autograd.Function):
         gx = gdelta = gbias = None
         if needs_delta:
             is_flat = len(x_shape) == 2
-            x_NR = x_R if is_flat else x_R.view(len(gy_NO), *x_R.shape[len(x_shape) - 1 :])
+            x_NR = x_R if is_flat else x_R.view(gy_NO.shape[0], *x_R.shape[len(x_shape) - 1 :])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype, indices_R)
         if needs_x:
             if source is None:
@@ -272,7 +272,7 @@ def add_columns_(y: Tensor, x_R: Tensor, update: Tensor, indices: Tensor) -> Ten
     `x_R` is what `select` returns for `indices`.
     """
     y_NO = y.view(-1, y.shape[-1])
-    x_NR = _cast(x_R, y.dtype).view(len(y_NO), *x_R.shape[y.dim() - 1 :])
+    x_NR = _cast(x_R, y.dtype).view(y_NO.shape[0], *x_R.shape[y.dim() - 1 :])
     if indices.dim() == 2:
         _add_group_columns_(y_NO, by_group(x_NR, indices), update)
         return y

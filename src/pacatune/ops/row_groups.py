@@ -228,7 +228,7 @@ def spread(x_U: Tensor, indices: Tensor) -> Tensor:
 def by_group(x_NU: Tensor, indices: Tensor) -> Tensor:
     """Return (N, U) of `select`, or (N, G, R), as the (G, N, R) inputs of each group."""
     if x_NU.dim() == 2:
-        x_NU = spread(x_NU, indices).view(len(x_NU), *indices.shape)
+        x_NU = spread(x_NU, indices).view(x_NU.shape[0], *indices.shape)
     return x_NU.transpose(0, 1)
 
 

@@ -175,7 +175,7 @@ def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         gx = torch.ops.pacatune.linear_grad(gy, delta, indices, scaling, handle, base, in_features)
     if needs_delta:
-        x_NR = x_R.reshape(len(gy_NO), *indices.shape)
+        x_NR = x_R.reshape(gy_NO.shape[0], *indices.shape)
         gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, indices)
     if needs_bias:
         gbias = gy_NO.sum(0)
