@@ -244,3 +244,19 @@ def test_every_linear_layer_of_gpt2():
     indices = model.get_base_model().transformer.h[0].attn.c_attn.paca_indices["default"]
     assert indices.shape == (4, 2)
     assert int(indices.max()) < 16
+
+
+def test_steps_normalised_by_column():
+    """Each group's columns have rates of their own."""
+    model = adapt(4, build_model(300).double(), normalize="weight", random_seed=1).double()
+    rates = torch.tensor(model.peft_config["default"].column_rates[NAME], dtype=torch.float64)
+    assert rates.shape == (4, 4)
+    delta = layer_of(model).delta_of("default")
+    before = delta.detach().clone()
+    ids = torch.arange(24).view(2, 12)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    step = -delta.grad
+    optimizer.step()
+    expected = before + rates.repeat_interleave(8, 0) * step
+    torch.testing.assert_close(delta.detach(), expected)
