@@ -48,6 +48,8 @@ TEST_PACKAGES = (
     # Quantised bases: the one optional package that old releases of PEFT are tested with.
     "bitsandbytes>=0.50,<1",
     # Imported by PEFT's own tests, and what reads the version of their source distribution.
+    # Imported by benchmarks, whose counts tests check.
+    "rich>=13,<16",
     *("datasets>=4,<6", "diffusers>=0.35,<1", "parameterized>=0.9,<1", "Pillow", "setuptools>=77"),
 )
 COMMANDS = {

@@ -10,8 +10,11 @@ import torch
 from pacatune.sync import ColumnReceiver, ColumnSource, Distributed, File, InProcess
 from tests.distributed import net
 from tests.distributed.pair import Pair
-from tests.releases import has
+from tests.releases import has, needs
 from tests.sync.conftest import adapt, assert_bits, merged, served, step
+
+# torch 2.6 has no FSDP2 on CPUs.
+on_cpu = needs("torch", "2.7")
 
 
 def change(model, number=0):
@@ -231,6 +234,7 @@ def train_shards(how):
     return len(source.positions().sets)
 
 
+@on_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "uneven", "gathered", "bfloat16", "mixed precision"])
 def test_fsdp2(pair, how):
@@ -274,6 +278,7 @@ def shard_conv1d():
     return True
 
 
+@on_cpu
 @pytest.mark.slow
 def test_fsdp2_whose_shards_cut_the_columns(pair):
     assert pair.run(shard_conv1d) == [True, True]

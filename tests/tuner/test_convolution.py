@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pacatune import PacaConfig
 from pacatune.ops import reference
-from tests.releases import has
+from tests.releases import compiles_whole
 from tests.tuner.conv_nets import ALL, LAYERS, adapt, layers, randomise
 
 pytestmark = [
@@ -92,6 +92,7 @@ class TestEveryWayToRun:
             model.set_adapter("b")
             torch.testing.assert_close(mixed[0], model(x)[0])
 
+    @compiles_whole
     def test_compiled(self, name):
         _, layer, x = one_layer(name)
         counter = CompileCounterWithBackend("aot_eager")
@@ -141,19 +142,30 @@ def numel_kept(layer, x, run):
     return sum(kept.values())
 
 
+def num_positions(layer, x):
+    """Number of positions of one padded channel of one input."""
+    if layer.base_layer.padding == "same" and layer.base_layer.padding_mode == "zeros":
+        return (x.shape[2] + 1) * x.shape[3]  # an odd row of zeros below
+    padded, _ = layer._padded(x)
+    return padded[0, 0].numel()
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_keeps_the_trained_channels_only(name):
     _, layer, x = one_layer(name)
     x.requires_grad_()
-    padded, _ = layer._padded(x)
-    positions = padded[0, 0].numel()
-    if layer.base_layer.padding == "same" and layer.base_layer.padding_mode == "zeros":
-        positions = (x.shape[2] + 1) * x.shape[3]  # an odd row of zeros below
+    positions = num_positions(layer, x)
     assert numel_kept(layer, x, layer) == len(x) * 2 * positions
+
+
+@compiles_whole
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_graph_keeps_the_kernel_besides(name):
+    _, layer, x = one_layer(name)
+    x.requires_grad_()
+    positions = num_positions(layer, x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     kernel = layer.base_layer.weight.numel() + 2 * layer.r["default"]  # and indices, twice
-    if not has("torch", "2.7"):
-        kernel += layer.delta_of("default").numel()  # scaled
     assert numel_kept(layer, x, compiled) <= len(x) * 2 * positions + kernel
 
 
@@ -168,13 +180,14 @@ def test_a_frozen_convolution_keeps_all_channels(name):
     assert max(tensor.shape.numel() for tensor in kept) >= x.numel()
 
 
-def test_per_sample_gradients_by_torch_func():
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=compiles_whole)])
+def test_per_sample_gradients_by_torch_func(is_compiled):
     _, layer, x = one_layer("2d")
     per_sample = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))
+    if is_compiled:
+        per_sample = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
     want = expected(layer, x.clone().requires_grad_())[1]
     torch.testing.assert_close(per_sample(x), want)
-    compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), want)
 
 
 @pytest.mark.parametrize("name", ["1d", "2d depthwise", "3d"])

@@ -33,10 +33,10 @@ def is_exported() -> bool:
     """Whether torch.export or make_fx is at work, whose graphs go on reading the weights."""
     if not torch.compiler.is_compiling():
         return _is_in_make_fx()
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # torch 2.6: outside of dynamo, only torch.export compiles.
-    return _dynamo_exports() if torch.compiler.is_dynamo_compiling() else True
+    if torch.compiler.is_dynamo_compiling():  # up to torch 2.9 it takes `is_exporting()` for True
+        return _dynamo_exports()
+    # Without that function (torch 2.6), nothing else compiles outside of dynamo.
+    return not hasattr(torch.compiler, "is_exporting") or torch.compiler.is_exporting()
 
 
 def _dynamo_exports() -> bool:

@@ -83,4 +83,4 @@ def _scale_of(base_layer: Any) -> Any:
     scale = getattr(base_layer, "embed_scale", None)
     if isinstance(scale, Tensor) and scale.numel() == 1:
         return scale.to(base_layer.weight.dtype)  # as Gemma does
-    return scale if isinstance(scale, float | int) else None
+    return scale if isinstance(scale, (float, int)) else None  # dynamo knows tuples
