@@ -5,9 +5,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import net
+from tests.distributed.tensor_parallel import adapt, load
 from tests.distributed.test_fsdp1 import wrap
 from tests.distributed.test_fsdp2 import full_adapter_of, shard
-from tests.distributed.test_tensor_parallel import adapt, load, save_base  # noqa: F401
 from tests.releases import has
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def train_parts(folder, options):
 
 @pytest.mark.skipif(not has("transformers", "5.17"), reason="needs transformers >= 5.17")
 @pytest.mark.parametrize("groups", [1, 2])
-def test_tensor_parallel_parts(pair, save_base, groups):  # noqa: F811
+def test_tensor_parallel_parts(pair, save_base, groups):
     """Rates are found on a whole model, as columns are by strategies."""
     one = net.adapt(**WEIGHT, groups=groups).peft_config["default"]
     options = {**WEIGHT, "groups": groups, "selection": one.columns}

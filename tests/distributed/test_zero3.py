@@ -124,10 +124,16 @@ def test_losses_and_adapter(pair, stage, accumulation):
 
 
 def step_by_column(stage):
+    model = net.adapt("float32", normalize="weight")
     try:
-        train_engine(net.adapt("float32", normalize="weight"), configure(stage))
+        train_engine(model, configure(stage))
     except ValueError as error:
         return str(error)
+    finally:
+        # DeepSpeed holds the model until the process ends, and its deltas cannot be told from those
+        # of the next one.
+        for layer in net.layers_of(model):
+            layer.paca_delta["default"].rates = None
     return "trained"
 
 

@@ -27,7 +27,9 @@ def launcher_options(name):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    words = ["--config_file", str(LAUNCH / f"{name}.yaml"), "-m", "pacatune"]
+    # Any free port: the usual one may be another test's.
+    words = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--main_process_port", "0"]
+    words += ["-m", "pacatune"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     code = {"code": ON_CPU} if name == "fsdp2" else {}
     return {"env": prepare_multi_gpu_env(args), **code}

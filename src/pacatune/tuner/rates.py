@@ -13,6 +13,7 @@ than the deltas themselves (FSDP1's and DeepSpeed's flat parameters), or keeps w
 to (schedule-free averages, LBFGS), is refused at its first step.
 """
 
+import gc
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -133,11 +134,18 @@ _KEEP_VALUES = ("LBFGS", "ScheduleFree", "Lomo")
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _STEP.kept = None
-    holders = [holder for holder in _HOLDERS if holder.rates is not None]
+    holders = _holders()
     if not holders or any(isinstance(inner, Optimizer) for inner in vars(optimizer).values()):
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _refuse_flat(parameters, holders)
+    if _are_flat(parameters, holders):
+        gc.collect()  # perhaps they are of a model that nobody has any more
+        if _are_flat(parameters, holders := _holders()):
+            raise ValueError(
+                "`normalize` multiplies the steps of single columns, and this optimizer's "
+                "parameters are flat buffers in which there are none (FSDP1, DeepSpeed); drop "
+                "`normalize`, or shard the model by FSDP2."
+            )
     rates = {id(holder._parameters.get("weight")): holder.rates for holder in holders}
     found = [(p, rates[id(p)]) for p in parameters if id(p) in rates]
     for parameter, one in found:
@@ -160,17 +168,17 @@ def _local(parameter: Any) -> Tensor:
     return local
 
 
-def _refuse_flat(parameters: list[Any], holders: list[Any]) -> None:
+def _holders() -> list[Any]:
+    return [holder for holder in _HOLDERS if holder.rates is not None]
+
+
+def _are_flat(parameters: list[Any], holders: list[Any]) -> bool:
+    """Whether an optimizer has, in place of deltas, buffers that many parameters share."""
     weights = [holder._parameters.get("weight") for holder in holders]
     # FSDP1 takes parameters out of their modules; DeepSpeed leaves marks on them.
     is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in parameters)
     is_flat &= any(weight is None for weight in weights)
-    if is_flat or any(hasattr(w, "ds_id") or hasattr(w, "_hp_mapping") for w in weights):
-        raise ValueError(
-            "`normalize` multiplies the steps of single columns, and this optimizer's parameters "
-            "are flat buffers in which there are none (FSDP1, DeepSpeed); drop `normalize`, or "
-            "shard the model by FSDP2."
-        )
+    return is_flat or any(hasattr(w, "ds_id") or hasattr(w, "_hp_mapping") for w in weights)
 
 
 def _check(optimizer: Optimizer, parameter: Tensor, rates: Rates) -> None:
