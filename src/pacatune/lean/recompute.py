@@ -219,10 +219,12 @@ class _Recomputed(torch.autograd.Function):
             ]
             with saved_tensors_hooks(kept.pack, kept.unpack):
                 y = call.body(*sources, cut=kept)
+            # A view's node owns what leads to it; in torch 2.6 the edge of a Function does not.
+            end = y.view_as(y)
         ctx.call, ctx.kept, ctx.autocast = call, kept, _autocast_of(inputs[0])
         origins = [x for x in (*sources, *trained) if x.requires_grad]
         ctx.edges = [get_gradient_edge(x) for x in origins]
-        ctx.edge = get_gradient_edge(y) if y.requires_grad else None
+        ctx.edge = get_gradient_edge(end) if end.requires_grad else None
         found = [source_of(x) for x in inputs]
         ctx.norms = [None if source is None else source.norm for source in found]
         saved: list[Tensor | None] = []
