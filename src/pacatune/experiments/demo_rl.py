@@ -285,13 +285,13 @@ class Rise:
 
     mean: float
     standard_error: float
-    """Of the mean, from the differences problem by problem."""
+    """Standard error of the mean, from the differences problem by problem."""
 
     @classmethod
     def between(cls, before: Sequence[float], after: Sequence[float]) -> "Rise":
         """Compare rewards of the same problems."""
         rises = [new - old for old, new in zip(before, after, strict=True)]
-        # Of one problem nothing is known but that rewards are in [0, 1].
+        # One problem says nothing of the spread, but rewards are in [0, 1].
         spread = statistics.stdev(rises) if len(rises) > 1 else 1.0
         error = spread / math.sqrt(len(rises))
         return cls(mean=statistics.fmean(rises), standard_error=error)
@@ -315,7 +315,7 @@ class Result:
     rises: dict[Kind, Rise]
     """By GRPO."""
     examples: list[dict[str, str]]
-    """Of a few held-out problems the question, and the likeliest answer in each stage."""
+    """Questions of a few held-out problems, and the likeliest answer in each stage."""
     sync_bytes: dict[str, int]
     gaps: dict[str, float]
     """Method -> mean |log p_train - log p_sample| per token, in bfloat16."""

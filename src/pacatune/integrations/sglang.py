@@ -30,7 +30,7 @@ def load(model: nn.Module, named_tensors: list[tuple[str, Tensor]]) -> None:
 
     Args:
         model: A rank's part of the model.
-        named_tensors: Of the function of that name.
+        named_tensors: What `named_tensors` returns.
 
     Raises:
         ValueError: If they do not fit; nothing was written then.

@@ -55,7 +55,7 @@ class VllmTransport:
         folder: Send the columns as files in a folder that the workers see under the same path.
         broadcast: (address, port) of this process: send the columns by a process group that this
             process makes together with all workers.
-        num_workers: Of the vLLM, for `broadcast`; None: it is asked.
+        num_workers: Number of vLLM's workers, for `broadcast`; None: vLLM is asked.
         device: Where columns are broadcast from: a GPU for NCCL; None: the CPU, by gloo.
         timeout: Seconds that a request or a broadcast may take.
 

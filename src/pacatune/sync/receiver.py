@@ -268,8 +268,8 @@ class _Write(NamedTuple):
     row_dim: int
     """Dimension of the target that row groups divide."""
     rows: Tensor | None
-    """Of row groups that have different numbers of columns here: the row of each number in
-    `places` and `indices`."""
+    """Row of each number in `places` and `indices`, where row groups have different numbers of
+    columns here."""
 
     @classmethod
     def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":

@@ -92,7 +92,7 @@ class ColumnSource:
         """Send the columns, and before them the positions if the receiver does not know these.
 
         Args:
-            transport: Of the process that sends; None on the trainer's other processes.
+            transport: Transport of the process that sends; None on the trainer's other processes.
             timeout: Seconds; None: the transport's own.
 
         Returns:

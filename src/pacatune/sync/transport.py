@@ -90,7 +90,7 @@ class Distributed:
     """From one process of a group to all others, by broadcasts that all of them take part in.
 
     Args:
-        group: Of the sender and the receivers; None: all processes.
+        group: Process group of the sender and the receivers; None: all processes.
         src: Rank of the sender among all processes.
         device: Where buffers are sent from and received; None: the current GPU for nccl, else CPU.
         timeout: Seconds; None: the group's own. With nccl a watchdog ends the process instead.

@@ -192,7 +192,7 @@ class Delta(nn.Module):
     """
 
     rates: Rates | None = None
-    """Of the optimiser's steps, where they are normalised per column."""
+    """What the optimiser's steps are multiplied by, where they are normalised per column."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
