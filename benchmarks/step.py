@@ -3,6 +3,7 @@
     python -m benchmarks.step                  writes benchmarks/results/step.json
     python -m benchmarks.step --compiled       writes benchmarks/results/step-compiled.json
     python -m benchmarks.step --quantization nf4   QPaCA and QLoRA, into step-nf4.json
+    python -m benchmarks.step --name groups --methods frozen paca paca_g8   into step-groups.json
 
 A step is forward, backward and optimizer: with `--accumulation 4`, four micro-batches and one
 optimizer step. All methods alternate in one process, one step each per round, and ratios are those
@@ -97,6 +98,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     add("--compiled", action="store_true", help=compiled)
     frozen = "format of the frozen weights, by bitsandbytes"
     add("--quantization", choices=("nf4", "fp4"), help=frozen)
+    add("--name", help="writes step-NAME.json; None: the kind of model")
     for field in dataclasses.fields(Shape):
         option = "--" + field.name.replace("_", "-")
         add(option, type=at_least_1, default=field.default, help="size of the Llama")
@@ -226,7 +228,7 @@ def main(options: list[str] | None = None) -> None:
         "ratios": ratios,
         **({"distance": distances} if distances else {}),
     }
-    kind = "compiled" if args.compiled else args.quantization
+    kind = args.name or ("compiled" if args.compiled else args.quantization)
     path = write(result, args.output, f"step-{kind}" if kind else "step")
     console.print(ratio_table(result))
     if distances:
