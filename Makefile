@@ -5,7 +5,7 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test test-vllm lint conformance compat soak bench docs report
+.PHONY: help demo demo-vision test test-launch test-vllm lint conformance compat soak bench docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo 'make test         lint, types, spelling and every test'
 	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat       the core beside old and pinned releases of PEFT, transformers and torch'
+	@echo 'make test-launch  launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm   columns into a real vLLM on the CPU, in .venv-vllm'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
@@ -42,6 +43,14 @@ conformance: setup-dev
 
 compat: setup-dev
 	$(RUN) tools/compat.py $(ARGS)
+
+test-launch: setup-dev .venv-launch/installed
+	$(RUN) -m pytest tests/cli/test_launch.py $(ARGS)
+
+.venv-launch/installed: tools/launch.txt
+	$(RUN) -m venv --clear .venv-launch
+	.venv-launch/bin/python -m pip install -q --disable-pip-version-check -r tools/launch.txt
+	@touch $@
 
 test-vllm:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh $(ARGS)

@@ -98,7 +98,7 @@ def _table(actions):
 def _default(action):
     if action.required:
         return "required"
-    if action.default is None or action.default is False or action.default == "":
+    if action.default is None or action.default is False or action.default in ("", []):
         return ""
     value = getattr(action.default, "value", action.default)
     return f"`{value}`"

@@ -2,27 +2,26 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pacatune.cli.run_options import RunOptions, check_early, values_of
 from pacatune.names import choose
 from pacatune.training.config_file import load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, run_class_of
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
-    task = find_task(argv)
-    check_early(argv, TASKS[task], ("preview",))
-
-    from pacatune.training import preview, train
-
-    known = all_options(task)
-    words, rewards = take_rewards(argv)
-    options = known.parse(words)
+    known, options, rewards = _parse(argv)
     if options.print_config:
         print(known.template(options), end="")
         return 0
+
+    from pacatune.training import preview, train
+
     config = known.to_config(options)
     refuse_unnamed_code(config, rewards)
     if options.preview is not None and options.preview < 1:
@@ -32,6 +31,23 @@ def run(argv: list[str]) -> int:
         return 0
     train(config, resume=options.resume, overwrite=options.overwrite)
     return 0
+
+
+def read_run(argv: list[str]) -> Any:
+    """Return the run that the words describe, refused as the command would refuse it."""
+    known, options, rewards = _parse(argv)
+    config = known.to_config(options)
+    refuse_unnamed_code(config, rewards)
+    return config
+
+
+def _parse(argv: list[str]) -> "tuple[RunOptions, Namespace, list[str]]":
+    """Return all options, what the words give them, and the rewards among the words."""
+    task = find_task(argv)
+    check_early(argv, TASKS[task], ("preview",))
+    known = all_options(task)
+    words, rewards = take_rewards(argv)
+    return known, known.parse(words), rewards
 
 
 def all_options(task: str = DEFAULT_TASK) -> RunOptions:

@@ -206,11 +206,21 @@ def _plain(value: Any) -> Any:
 
 
 def _absolute(value: str | None) -> str | None:
+    return str(Path(value).expanduser().resolve()) if value and _exists(value) else value
+
+
+def _exists(path: str) -> bool:
     try:
-        exists = value is not None and Path(value).expanduser().exists()
+        return Path(path).expanduser().exists()
     except OSError:  # A chat template given as text may be too long for a file name.
-        exists = False
-    return str(Path(value).expanduser().resolve()) if exists and value else value
+        return False
+
+
+def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
+    """Return the options that name a local file or folder that exists."""
+    values = to_values(config)
+    given = {name: values[name.partition(".")[0]].get(name.partition(".")[2]) for name in _PATHS}
+    return {name: path for name, path in given.items() if path and _exists(path)}
 
 
 def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
