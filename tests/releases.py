@@ -24,5 +24,9 @@ def needs(package, least="0"):
 # Dynamo knows subclasses of parameters from 2.8 on; before, a graph ends at each adapted layer.
 compiles_whole = needs("torch", "2.8")
 
+# Before 2.10, reading a saved parameter in a Python autograd function, under saved-tensor hooks,
+# takes away the hooks on its gradient.
+parameters_keep_hooks = needs("torch", "2.10")
+
 # Whether transformers finds in this PEFT what its own `load_adapter` uses.
 LOADS_ADAPTERS = has("peft", "0.19") or not has("transformers", "5")

@@ -25,6 +25,7 @@ from pacatune import PacaConfig
 from pacatune.selection import concentrate_ranks
 from pacatune.selection.budget import PARTS
 from tests.conftest import build_model
+from tests.releases import needs
 from tests.selection.nets import build
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -112,6 +113,7 @@ def test_one_name_in_two_parts():
     assert len(names) == 4
 
 
+@needs("transformers", "5")  # as all adapted experts
 def test_experts():
     config = MixtralConfig(
         **SIZES, intermediate_size=64, num_key_value_heads=2, vocab_size=40, num_local_experts=2

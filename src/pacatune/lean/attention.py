@@ -166,11 +166,16 @@ class _Dispatch:
         return attend(query, key, value, apply), None
 
 
+# Before, torch falls back to products of its own, which keep the scores of all pairs of tokens.
+_CPU_SHARES_HEADS = torch.__version__ >= "2.9"  # github.com/pytorch/pytorch/pull/157893
+
+
 def _shares_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether nothing is repeated: torch's own kernels take fewer heads, if there is no mask."""
     if query.shape[1] == key.shape[1] or query.shape[2] == 1:
         return True
-    return mask is None and key.shape[-1] == value.shape[-1] <= 256
+    is_shared = mask is None and key.shape[-1] == value.shape[-1] <= 256
+    return is_shared and (query.device.type != "cpu" or _CPU_SHARES_HEADS)
 
 
 def _is_trained(*values: Any) -> bool:
