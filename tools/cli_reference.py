@@ -8,6 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from pacatune.cli import options
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
 
@@ -15,13 +16,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
 # Commands whose options form sections, the longer name first.
 _WITH_SECTIONS = ("train-image", "train")
 _SECTIONS = ("model", "data", "paca", "moslora", "lora", "training")
-
-
-class _Parsed(Exception):
-    """Carries the parser out of a command that is about to use it."""
-
-    def __init__(self, parser):
-        self.parser = parser
 
 
 def options_table(name):
@@ -47,19 +41,7 @@ def find_parser(command, task=""):
         run = module.run
     if command in _WITH_SECTIONS:
         return module.all_options(*([task] if task else [])).parser
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def stop(parser, *args, **kwargs):
-        raise _Parsed(parser)
-
-    argparse.ArgumentParser.parse_args = stop
-    try:
-        run([])
-    except _Parsed as parsed:
-        return parsed.parser
-    finally:
-        argparse.ArgumentParser.parse_args = parse_args
-    raise AssertionError(f"{command} parsed no options")
+    return options.find_parser(run)
 
 
 def _section_table(command, section, task):

@@ -27,7 +27,7 @@ def refused(capsys, *words):
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
 def test_an_option_that_there_is_not_comes_before_those_that_are_missing(command, capsys):
     error = refused(capsys, *command, "--outptu", "x")
-    without = ("generate", "inspect", "bench", "estimate", "recover")
+    without = ("generate", "inspect", "bench", "estimate", "recover", "completion")
     near = "" if command[-1] in without else "--output"
     assert error.startswith("unknown option --outptu; ")
     assert f"did you mean '{near}'? See" in error or not near

@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
     "reproduce": "put the paper's tables and figures beside what is found here",
+    "completion": "print a script by which bash, zsh or fish completes commands and options",
 }
 
 # The extra of each command that needs more than the core (pyproject.toml).

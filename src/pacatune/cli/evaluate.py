@@ -148,21 +148,23 @@ def write_mmlu_data(argv: list[str]) -> int:
 
 def run_mt_bench(argv: list[str]) -> int:
     """Run `pacatune evaluate mt-bench`; 1 if no answer was judged."""
-    from rich.console import Console
-
-    from pacatune.evaluation import mt_bench
+    from pacatune.evaluation.mt_bench import MtBenchConfig
 
     parser = new_parser(
         "evaluate mt-bench",
         "Let a model answer MT-Bench's 80 questions of two turns and a judge grade the answers. "
         "A run that was stopped goes on when the same command is given again.",
     )
-    kind = mt_bench.MtBenchConfig
-    add_fields(parser, kind)
-    config = kind(**field_values(parser.parse_args(argv), kind))
+    add_fields(parser, MtBenchConfig)
+    config = MtBenchConfig(**field_values(parser.parse_args(argv), MtBenchConfig))
     quiet_libraries()
+
+    from rich.console import Console
+
+    from pacatune.evaluation.mt_bench import run_mt_bench as run
+
     consoles = Console(highlight=False), Console(stderr=True, highlight=False)
-    result = mt_bench.run_mt_bench(config, *consoles)
+    result = run(config, *consoles)
     return 0 if config.no_judge or result["table"][-1]["num_judged"] else 1
 
 

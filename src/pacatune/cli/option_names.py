@@ -15,13 +15,19 @@ def option_names(module: str, name: str) -> frozenset[str]:
 
     A field of the class whose annotation is another class of ours is a section.
     """
-    found: set[str] = set()
+    return frozenset(option_annotations(module, name))
+
+
+def option_annotations(module: str, name: str) -> dict[str, str]:
+    """Return the same names, each with its annotation as the source has it."""
+    found: dict[str, str] = {}
     for option, (owner, annotation) in _fields(module, name).items():
-        found.add(option)
+        found[option] = annotation
         section = _find_class(owner, annotation)
         if section is not None:
-            found |= {f"{option}.{one}" for one in _fields(*section)}
-    return frozenset(found)
+            inner = _fields(*section).items()
+            found |= {f"{option}.{one}": annotation for one, (_, annotation) in inner}
+    return found
 
 
 def _fields(module: str, name: str) -> dict[str, tuple[str, str]]:

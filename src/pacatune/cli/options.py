@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -28,6 +28,8 @@ class CommandParser(argparse.ArgumentParser):
 
         Without it another one, which was meant, may be missing.
         """
+        if list(args) == [_WHICH_PARSER]:
+            raise _ParserFound(self)
         known = self._option_string_actions
         for word in takewhile(lambda word: word != "--", args):
             name = word.partition("=")[0]
@@ -46,6 +48,23 @@ class CommandParser(argparse.ArgumentParser):
             message += "" if near is None else f"; did you mean {near!r}?"
         see = " See" if message.endswith("?") else "; see"
         raise ValueError(f"{message}{see} `{self.prog} --help`.")
+
+
+class _ParserFound(Exception):
+    def __init__(self, parser: CommandParser) -> None:
+        self.parser = parser
+
+
+_WHICH_PARSER = "\0parser"
+
+
+def find_parser(run: Callable[[list[str]], int]) -> CommandParser:
+    """Return the parser of a command, which goes no further than to make it."""
+    try:
+        run([_WHICH_PARSER])
+    except _ParserFound as found:
+        return found.parser
+    raise AssertionError(f"{run} parsed no options")
 
 
 def new_parser(command: str, description: str) -> CommandParser:

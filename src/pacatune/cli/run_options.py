@@ -15,14 +15,28 @@ from pacatune.names import choose, suggest
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-_FLAGS = ("help", "config", "resume", "overwrite", "print_config")
+FLAGS: Mapping[str, Mapping[str, Any]] = {
+    "config": {"action": "config", "help": "YAML file with options."},
+    "resume": {
+        "action": "store_true",
+        "help": "Continue the run in training.output_dir from its last checkpoint.",
+    },
+    "overwrite": {
+        "action": "store_true",
+        "help": "Delete the files of another run in training.output_dir first.",
+    },
+    "print_config": {
+        "action": "store_true",
+        "help": "Print all options as a commented config file, and stop.",
+    },
+}
+"""What is no option of a run: by name, arguments of `add_argument`."""
 
 
 class RunOptions:
     """The command line of a command that trains: one option per field of the run and its sections.
 
-    The class of the run names the command; `flags` are, by name, arguments of `add_argument` of
-    what is no option of the run.
+    The class of the run names the command; `flags` are those that only this command has.
     """
 
     def __init__(
@@ -34,23 +48,15 @@ class RunOptions:
 
         self.run_class = run_class
         self.sections = run_class.sections()
-        self.flags = (*_FLAGS, *flags)
+        self.flags = ("help", *FLAGS, *flags)
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.parser = option_parser(
             prog=f"pacatune {run_class.command}",
             description=f"{description} Options of a config file come first, options here override "
             "them.",
         )
-        add = self.parser.add_argument
-        add("--config", action="config", help="YAML file with options.")
-        resume = "Continue the run in training.output_dir from its last checkpoint."
-        add("--resume", action="store_true", help=resume)
-        overwrite = "Delete the files of another run in training.output_dir first."
-        add("--overwrite", action="store_true", help=overwrite)
-        for name, arguments in flags.items():
-            add(f"--{name}", **arguments)
-        show = "Print all options as a commented config file, and stop."
-        add("--print_config", action="store_true", help=show)
+        for name, arguments in {**FLAGS, **flags}.items():
+            self.parser.add_argument(f"--{name}", **arguments)
         self.parser.add_class_arguments(run_class, skip=set(self.sections))
         for name, section in self.sections.items():
             self.parser.add_class_arguments(section, name)
@@ -101,7 +107,7 @@ class RunOptions:
         return "".join(parts)
 
 
-def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None:
+def check_early(argv: list[str], run_class: str, flags: Collection[str]) -> None:
     """Refuse unknown options and unknown keys of config files before anything is imported.
 
     `run_class` is `module.Class`; `flags` are those that only this command has.
@@ -110,7 +116,7 @@ def check_early(argv: list[str], run_class: str, flags: tuple[str, ...]) -> None
         names = option_names(*run_class.rsplit(".", 1))
     except (LookupError, OSError):  # no sources here: `RunOptions.parse` finds it, later
         return
-    _check_names(argv, names, (*_FLAGS, *flags))
+    _check_names(argv, names, ("help", *FLAGS, *flags))
 
 
 def _check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:

@@ -12,6 +12,15 @@ from pacatune.training.tasks import DEFAULT_TASK, TASKS, run_class_of
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+FLAGS = {
+    "preview": {
+        "type": int | None,
+        "metavar": "N",
+        "help": "Show N examples with what is learned of them, and stop.",
+    }
+}
+"""What only this command has beside the options of a run."""
+
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
@@ -44,7 +53,7 @@ def read_run(argv: list[str]) -> Any:
 def _parse(argv: list[str]) -> "tuple[RunOptions, Namespace, list[str]]":
     """Return all options, what the words give them, and the rewards among the words."""
     task = find_task(argv)
-    check_early(argv, TASKS[task], ("preview",))
+    check_early(argv, TASKS[task], FLAGS)
     known = all_options(task)
     words, rewards = take_rewards(argv)
     return known, known.parse(words), rewards
@@ -52,17 +61,12 @@ def _parse(argv: list[str]) -> "tuple[RunOptions, Namespace, list[str]]":
 
 def all_options(task: str = DEFAULT_TASK) -> RunOptions:
     """Return the options of the command for a task."""
-    preview = {
-        "type": int | None,
-        "metavar": "N",
-        "help": "Show N examples with what is learned of them, and stop.",
-    }
     others = ", ".join(name for name in TASKS if name != task)
     return RunOptions(
         run_class_of(task),
         f"Fine-tune a language model. These are the options of the task {task}; those of others "
         f"({others}) are shown with --task NAME --help.",
-        {"preview": preview},
+        FLAGS,
     )
 
 

@@ -3,10 +3,20 @@
 from pacatune.cli.options import quiet_libraries
 from pacatune.cli.run_options import RunOptions, check_early, values_of
 
+RUN_CLASS = "pacatune.training.image.config.ImageRunConfig"
+FLAGS = {
+    "preset": {
+        "metavar": "NAME",
+        "help": "Start from a run of the paper's Tables 6 and 7 (model and data set; the other "
+        "settings are ours): {}. Options override it.",
+    }
+}
+"""What only this command has beside the options of a run."""
+
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
-    check_early(argv, "pacatune.training.image.config.ImageRunConfig", ("preset",))
+    check_early(argv, RUN_CLASS, FLAGS)
     quiet_libraries()
 
     from pacatune.training.image import train
@@ -29,9 +39,5 @@ def all_options() -> RunOptions:
     from pacatune.training.image import ImageRunConfig
     from pacatune.training.image.config import PRESETS
 
-    preset = {
-        "metavar": "NAME",
-        "help": "Start from a run of the paper's Tables 6 and 7 (model and data set; the other "
-        f"settings are ours): {', '.join(PRESETS)}. Options override it.",
-    }
+    preset = FLAGS["preset"] | {"help": FLAGS["preset"]["help"].format(", ".join(PRESETS))}
     return RunOptions(ImageRunConfig, "Fine-tune an image classifier.", {"preset": preset})
