@@ -5,7 +5,8 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test test-launch test-vllm lint conformance compat soak bench docs report
+.PHONY: help demo demo-vision test test-integrations test-launch test-vllm lint conformance compat soak bench
+.PHONY: docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo 'make compat       the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-launch  launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm   columns into a real vLLM on the CPU, in .venv-vllm'
+	@echo 'make test-integrations  PaCA in the real Axolotl, in an environment of its own'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
 	@echo 'make docs         the tables of README and docs, and the site with the Python API'
@@ -54,6 +56,9 @@ test-launch: setup-dev .venv-launch/installed
 
 test-vllm:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh $(ARGS)
+
+test-integrations:
+	@PYTHON='$(PYTHON)' sh tools/test_integrations.sh $(ARGS)
 
 soak: setup-dev
 	$(RUN) -m tests.residency.soak --workers $(WORKERS) $(ARGS)

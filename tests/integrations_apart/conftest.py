@@ -1,0 +1,35 @@
+"""Tests with real training tools, each in an environment of its own: `make test-integrations`."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+
+TOOLS = {"axolotl": "axolotl", "ms_swift": "swift"}
+"""Test file -> the package that it needs; `make test` has none of them."""
+
+missing = [name for name, package in TOOLS.items() if importlib.util.find_spec(package) is None]
+collect_ignore = [f"test_{name}.py" for name in missing]
+if len(missing) < len(TOOLS):
+    # None of them may report what it does, or ask a hub.
+    os.environ.update(AXOLOTL_DO_NOT_TRACK="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1")
+
+ROWS = [
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Where is Paris?", "Paris is the capital of France, as it says in the question."),
+    ("Please write a short answer.", "A short answer."),
+    ("Where is the answer from?", "The answer is from the question."),
+]
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Four chats, one per line."""
+    path = tmp_path / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in ROWS:
+            turns = [("user", question), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path

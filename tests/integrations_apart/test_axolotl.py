@@ -1,0 +1,199 @@
+"""Axolotl 0.19 trains PaCA: as transformers' Trainer does, bit for bit; in 4 bits; with DPO."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.cli.merge_lora import do_cli as merge_lora
+from axolotl.cli.train import do_cli as train
+from axolotl.common.datasets import load_datasets
+from axolotl.loaders import ModelLoader, load_tokenizer
+from pydantic import ValidationError
+from transformers import BitsAndBytesConfig
+
+from pacatune.adapters.merge import merge
+from pacatune.tuner import PacaLayer
+from tests.integrations_apart.direct import (
+    EPOCHS,
+    RATE,
+    SEED,
+    adapted,
+    assert_same,
+    assert_trained,
+    deltas,
+    train_directly,
+)
+
+PLUGIN = "pacatune.integrations.axolotl.PacaPlugin"
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.float32,
+    "bnb_4bit_quant_storage": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def write_config(tiny_model_dir, chats, tmp_path):
+    """Write a configuration of Axolotl, with some changes, and return its path."""
+
+    def write(**changes):
+        options = {
+            "plugins": [PLUGIN],
+            "base_model": str(tiny_model_dir),
+            "adapter": "paca",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "datasets": [{"path": str(chats), "ds_type": "json", "type": "chat_template"}],
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "output_dir": str(tmp_path / "run"),
+            "sequence_len": 256,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": EPOCHS,
+            "optimizer": "adamw_torch",
+            "lr_scheduler": "constant",
+            "learning_rate": RATE,
+            "bf16": False,
+            "seed": SEED,
+            "curriculum_sampling": True,  # in the order of the file
+            "dataset_num_proc": 1,
+            "save_strategy": "no",
+        }
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump({**options, **changes}))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_trains_as_transformers_does(write_config, tiny_model_dir, tmp_path, quantization):
+    checkpointing = {
+        # Axolotl's default is the other kind, which sums gradients in another order.
+        "gradient_checkpointing": quantization is not None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    own = {"target_modules": ["q_proj", "down_proj"], "selection": "weight_norm"}
+    config = write_config(load_in_4bit=quantization is not None, paca=own, **checkpointing)
+    rows = load_datasets(cfg=load_cfg(config)).train_dataset
+    assert len(rows) == 4
+    model = adapted(
+        tiny_model_dir,
+        options={"r": 4, "paca_alpha": 8, **own},
+        quantization=None if quantization is None else BitsAndBytesConfig(**NF4),
+    )
+    direct = {"pad_to_multiple_of": 64, **checkpointing}
+    train_directly(model, tiny_model_dir, rows, tmp_path / "direct", **direct)
+    train(config)
+    run = tmp_path / "run"
+    assert_trained(run)
+    assert_same(run, tmp_path / "direct")
+    saved = json.loads((run / "adapter_config.json").read_text())
+    assert saved["columns"]
+    assert (saved["base_quantization"] or {}).get("type") == quantization
+    assert merge(str(tiny_model_dir), run, tmp_path / "merged").num_modules == 4
+
+
+def test_training_goes_on(write_config, tiny_model_dir, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    train(write_config())
+    config = write_config(lora_model_dir=str(run), output_dir=str(again))
+    rows = load_datasets(cfg=load_cfg(config)).train_dataset
+    model = adapted(tiny_model_dir, adapter=run)
+    train_directly(model, tiny_model_dir, rows, tmp_path / "direct", pad_to_multiple_of=64)
+    train(config)
+    assert_same(again, tmp_path / "direct")
+
+
+def test_default_targets_and_all_linear(write_config, tiny_model_dir):
+    for options in ({}, {"lora_target_linear": True}):
+        cfg = load_cfg(write_config(**options))
+        model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
+        layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
+        assert len(layers) == 2 * 7
+        assert (config.r, config.paca_alpha, config.task_type) == (4, 8, "CAUSAL_LM")
+
+
+def test_preferences(write_config, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"{n} and {n}?", "chosen": f"{2 * n}.", "rejected": "No."}) + "\n"
+            for n in range(4)
+        )
+    )
+    config = write_config(
+        rl="dpo",
+        load_in_4bit=True,
+        datasets=[
+            {
+                "path": str(rows),
+                "ds_type": "json",
+                "split": "train",
+                "type": {
+                    "field_prompt": "prompt",
+                    "field_chosen": "chosen",
+                    "field_rejected": "rejected",
+                    "prompt_format": "{prompt}",
+                    "chosen_format": "{chosen}",
+                    "rejected_format": "{rejected}",
+                },
+            }
+        ],
+    )
+    train(config)
+    assert len(deltas(tmp_path / "run")) == 2 * 7
+    # An update in bfloat16 would have rounded to it.
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in deltas(tmp_path / "run"))
+
+    again = write_config(rl="dpo", lora_model_dir=str(tmp_path / "run"))
+    cfg = load_cfg(again)
+    with pytest.raises(ValueError, match=r"`lora_model_dir` .* is not read with `rl: dpo`"):
+        ModelLoader(cfg, load_tokenizer(cfg)).load()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, "`lora_dropout` .0.1. is not for `adapter: paca`: .* dropped"),
+        ({"peft_use_dora": True}, "`peft_use_dora`"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "LoftQ"),
+        ({"lora_mlp_kernel": True}, "`lora_mlp_kernel` .* kernel for LoRA"),
+        ({"expert_parallel_size": 2}, "`expert_parallel_size`"),
+        ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),
+        ({"paca": {"ranks": 16}}, "`paca.ranks` does not exist"),
+        ({"paca": {"groups": 0}}, "`groups` .0. must be an integer of at least 1"),
+        (
+            {"lora_target_linear": True, "lora_target_modules": ["q_proj"]},
+            "both say what is adapted",
+        ),
+        ({"adapter": "lora", "paca": {"groups": 2}}, "would be ignored by `adapter: lora`"),
+    ],
+)
+def test_refusals(write_config, options, message):
+    with pytest.raises(ValidationError, match=message):
+        load_cfg(write_config(**options))
+
+
+def test_values_said_twice_alike(write_config):
+    cfg = load_cfg(write_config(paca={"r": 4, "groups": 2}))
+    assert cfg.paca.to_dict() == {"r": 4, "groups": 2, "paca_alpha": 8}
+
+
+def test_merge_lora_is_refused(write_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValidationError, match="Merge with `pacatune merge --model"):
+        merge_lora(write_config())
+    assert not (tmp_path / "run" / "merged").exists()
+
+
+def test_lora_is_as_before(write_config):
+    changes = {"adapter": "lora", "lora_target_linear": True, "lora_mlp_kernel": False}
+    cfg = load_cfg(write_config(**changes, lora_qkv_kernel=False, lora_o_kernel=False))
+    model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
+    assert config.peft_type == "LORA"
+    assert not any(isinstance(module, PacaLayer) for module in model.modules())
