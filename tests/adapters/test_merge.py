@@ -12,10 +12,11 @@ from pacatune import PacaConfig
 from pacatune.adapters import merge as merge_module
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.loading import answered_warnings
-from pacatune.adapters.merge import check_outputs, merge
-from pacatune.adapters.probe import OutputError
+from pacatune.adapters.merge import check_outputs, merge, rounding_limit
+from pacatune.adapters.probe import OutputError, probe_inputs, run_probe
 from tests.adapters.fixtures import save_adapter
 from tests.forks import run_python
+from tools.families import FAMILIES
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -215,6 +216,17 @@ def test_differences_beyond_the_limit_are_refused(error, effect, onto, message):
 def test_the_limit_is_rounding_and_half_of_the_effect(error, effect, kept):
     found = OutputError(max_absolute=error, max_relative=error)
     assert check_outputs(found, 4.0, effect, "bfloat16", "original") == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_that_rounding_leaves_alone_have_a_limit_too(dtype):
+    """Of few outputs (one score a probe) all may stay by chance; here the bias alone says them."""
+    model = FAMILIES["BERT"].build().to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.fill_(0.0 if parameter.ndim > 1 else 0.5)
+    inputs = probe_inputs(model)
+    limit = rounding_limit(model, inputs, run_probe(model, inputs))
+    assert limit == 4 * torch.finfo(dtype).eps * 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -55,7 +55,13 @@ from pacatune.adapters.folder import (
     read_adapter,
 )
 from pacatune.adapters.loading import attach, check_base
-from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run_probe
+from pacatune.adapters.probe import (
+    OutputError,
+    output_error,
+    output_size,
+    probe_inputs,
+    run_probe,
+)
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.json_file import read_json_object
 from pacatune.files.tensor_file import write_tensors
@@ -124,8 +130,8 @@ def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
 
     `effect` is the adapter's largest absolute change of the outputs, `reference`.
     """
-    size = max(float(outputs.abs().max()) for outputs in reference)
-    limit = _ARITHMETIC * size + _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
+    rounding = _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
+    limit = _ARITHMETIC * output_size(reference) + rounding
     return min(limit, effect / 2) if effect else limit
 
 

@@ -23,7 +23,13 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach, check_shapes
-from pacatune.adapters.probe import OutputError, output_error, probe_inputs, run_probe
+from pacatune.adapters.probe import (
+    OutputError,
+    output_error,
+    output_size,
+    probe_inputs,
+    run_probe,
+)
 from pacatune.adapters.target import read_target_columns
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
@@ -58,7 +64,8 @@ def rounding_limit(
 
     Every weight is moved at random within its rounding, as one more merge would, and the change of
     the outputs is taken four times: kernels that round elsewhere are as far apart as that once.
-    The model, merged and in the dtype that it was written in, is spoiled afterwards.
+    The change is taken for a unit in the last place of the outputs at least. The model, merged and
+    in the dtype that it was written in, is spoiled afterwards.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -66,7 +73,10 @@ def rounding_limit(
             part = torch.rand(parameter.shape, generator=generator).to(parameter.device) - 0.5
             weight = parameter.double()
             parameter.copy_(weight + weight.abs() * torch.finfo(parameter.dtype).eps * part)
-    return _FACTOR * output_error(outputs, run_probe(model, inputs)).max_absolute
+    change = output_error(outputs, run_probe(model, inputs)).max_absolute
+    # Of few outputs (one score a probe) all may stay as they are by chance.
+    unit = torch.finfo(next(model.parameters()).dtype).eps * output_size(outputs)
+    return _FACTOR * max(change, unit)
 
 
 def check_outputs(

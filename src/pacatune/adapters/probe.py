@@ -94,5 +94,11 @@ def output_error(reference: list[Tensor], candidate: list[Tensor]) -> OutputErro
     """Measure the largest difference over all probes."""
     pairs = list(zip(reference, candidate, strict=True))
     absolute = max(float((a - b).abs().max()) for a, b in pairs)
-    scale = max(float(a.abs().max()) for a in reference)
-    return OutputError(max_absolute=absolute, max_relative=absolute / max(scale, 1e-30))
+    return OutputError(
+        max_absolute=absolute, max_relative=absolute / max(output_size(reference), 1e-30)
+    )
+
+
+def output_size(outputs: list[Tensor]) -> float:
+    """Return the largest absolute output of all probes."""
+    return max(float(output.abs().max()) for output in outputs)
