@@ -127,7 +127,8 @@ def test_every_command_and_option_of_the_parsers_is_known():
     commands = inner(completion.make_parser())
     assert set(COMMANDS) == set(commands)
     assert "--against" in commands["inspect"]._option_string_actions
-    assert {"--patch", "--overlap"} <= inner(commands["patch"])["stack"]._option_string_actions.keys()
+    stack = inner(commands["patch"])["stack"]
+    assert {"--patch", "--overlap"} <= set(stack._option_string_actions)
     known = {name: set(commands[name]._option_string_actions) for name in ("train", "train-image")}
     # test_option_names.py compares these names with the parsers.
     for path in TASKS.values():

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pacatune.cli.options import find_parser, new_parser, positive
-from pacatune.installation import require_extra
 
 _SHELLS = ("bash", "zsh", "fish")
 
@@ -32,7 +31,6 @@ def run(argv: list[str]) -> int:
 
 def script(shell: str) -> str:
     """Return the completion script of a shell."""
-    require_extra("pacatune completion", "train")
     import shtab
 
     parser = make_parser()

@@ -47,6 +47,7 @@ EXTRAS = {
     "compare": "train",
     "bench": "train",
     "reproduce": "train",
+    "completion": "train",
 }
 
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
