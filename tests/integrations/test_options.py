@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 
 import pytest
 
@@ -46,9 +46,12 @@ def test_options_that_paca_would_not_keep():
         refuse_options({"lora_dropout": 0.1}, reasons, "adapter: paca")
 
 
-@pytest.mark.parametrize(("plugin", "package"), [("axolotl", "axolotl")])
-def test_a_missing_tool_is_named(plugin, package):
-    if importlib.util.find_spec(package) is not None:
+@pytest.mark.parametrize(
+    ("plugin", "module", "package"),
+    [("axolotl", "axolotl", "axolotl"), ("ms_swift", "swift", "ms-swift")],
+)
+def test_a_missing_tool_is_named(plugin, module, package):
+    if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{package} is installed")
     with pytest.raises(ImportError, match=f"needs .* pip install {package}"):
         importlib.import_module(f"pacatune.integrations.{plugin}")

@@ -1,0 +1,171 @@
+"""ms-swift 4.6 trains PaCA, as transformers' Trainer does, bit for bit, and merges it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from swift import export_main, rlhf_main, sft_main
+from swift.pipelines import SwiftSft
+from swift.tuner_plugin import tuners_map
+from transformers import BitsAndBytesConfig, TrainingArguments
+
+from pacatune.adapters.merge import merge
+from pacatune.integrations.ms_swift import PacaTuner, register
+from tests.integrations_apart.direct import (
+    EPOCHS,
+    RATE,
+    SEED,
+    adapted,
+    assert_same,
+    assert_trained,
+    train_directly,
+)
+
+
+@pytest.fixture
+def arguments(tiny_model_dir, tmp_path, chats):
+    """Words of `swift sft`, with some changes."""
+    plugin = tmp_path / "paca_plugin.py"
+    plugin.write_text(
+        "from pacatune.integrations.ms_swift import register\n\nregister(selection='weight_norm')\n"
+    )
+
+    def words(**changes):
+        options = {
+            "model": tiny_model_dir,
+            "model_type": "llama",
+            "template": "chatml",
+            "use_hf": True,
+            "dataset": chats,
+            "external_plugins": plugin,
+            "tuner_type": "paca",
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "output_dir": tmp_path / "run",
+            "add_version": False,
+            "num_train_epochs": EPOCHS,
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "optim": "adamw_torch",
+            "weight_decay": 0,
+            "adam_beta2": 0.999,
+            "torch_dtype": "float32",
+            "gradient_checkpointing": False,
+            "split_dataset_ratio": 0,
+            "dataset_shuffle": False,
+            "train_dataloader_shuffle": False,
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            "report_to": "none",
+            "seed": SEED,
+        }
+        return [
+            word
+            for name, value in {**options, **changes}.items()
+            for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
+        ]
+
+    return words
+
+
+@pytest.fixture(autouse=True)
+def _trainer(monkeypatch):
+    # ms-swift puts a callback of its own, which reads it, into every Trainer.
+    monkeypatch.setattr(TrainingArguments, "max_epochs", None, raising=False)
+
+
+def test_trains_as_transformers_does(arguments, tiny_model_dir, tmp_path):
+    encoded = SwiftSft(arguments())._prepare_dataset()[0]
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in encoded]
+    assert len(rows) == 4
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    options = {
+        "r": 4,
+        "paca_alpha": 8,
+        "selection": "weight_norm",
+        "target_modules": targets,
+    }
+    model = adapted(tiny_model_dir, options=options)
+    train_directly(model, tiny_model_dir, rows, tmp_path / "direct")
+    run = tmp_path / "run" / f"checkpoint-{4 * EPOCHS}"
+    sft_main(arguments())
+    assert_trained(run)
+    assert_same(run, tmp_path / "direct")
+    assert json.loads((run / "adapter_config.json").read_text())["columns"]
+
+    # Its own merge, and ours.
+    merged = tmp_path / "swift-merged"
+    export_main(
+        [
+            *("--adapters", str(run), "--merge_lora", "true", "--output_dir", str(merged)),
+            *("--use_hf", "true", "--torch_dtype", "float32", "--device_map", "cpu"),
+        ]
+    )
+    merge(str(tiny_model_dir), run, tmp_path / "merged")
+    one = load_file(merged / "model.safetensors")
+    two = load_file(tmp_path / "merged" / "model.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+    # And on from there.
+    train_directly(adapted(tiny_model_dir, adapter=run), tiny_model_dir, rows, tmp_path / "direct2")
+    sft_main(arguments(adapters=run, load_args=False, output_dir=tmp_path / "again"))
+    assert_same(tmp_path / "again" / run.name, tmp_path / "direct2")
+
+
+def test_quantised_base(arguments, tiny_model_dir, tmp_path):
+    rows = [
+        {name: row[name] for name in ("input_ids", "labels")}
+        for row in SwiftSft(arguments())._prepare_dataset()[0]
+    ]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    options = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
+    model = adapted(tiny_model_dir, options=options, quantization=quantization)
+    train_directly(model, tiny_model_dir, rows, tmp_path / "direct")
+    sft_main(arguments(quant_method="bnb", quant_bits=4, bnb_4bit_compute_dtype="float32"))
+    run = tmp_path / "run" / f"checkpoint-{4 * EPOCHS}"
+    assert_trained(run)
+    assert_same(run, tmp_path / "direct")
+    with pytest.raises(ValueError, match=r"trained on a quantised base.* use `pacatune merge`"):
+        export_main(["--adapters", str(run), "--merge_lora", "true", "--use_hf", "true"])
+
+
+def test_preferences(arguments, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    user = {"role": "user", "content": "Two and two?"}
+    messages = [user, {"role": "assistant", "content": "Four."}]
+    rows.write_text(json.dumps({"messages": messages, "rejected_response": "No."}) + "\n")
+    rlhf_main([*arguments(dataset=rows), "--rlhf_type", "dpo", "--max_length", "256"])
+    assert_trained(tmp_path / "run" / f"checkpoint-{EPOCHS}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, "`lora_dropout` .0.1. is not for `--tuner_type paca`: .* dropped"),
+        ({"use_dora": True}, "`use_dora`"),
+        ({"init_weights": "pissa"}, "`init_weights` .'pissa'."),
+        ({"lora_rank": 0}, "`r` .0. must be an integer of at least 1"),
+    ],
+)
+def test_refusals(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        sft_main(arguments(**options))
+
+
+def test_options_of_register():
+    with pytest.raises(ValueError, match=r"`register.nd` does not exist"):
+        register(nd=2)
+    register(groups=2)
+    assert tuners_map["paca"] is PacaTuner
+    assert PacaTuner.options == {"groups": 2}
+    register()
+    assert PacaTuner.options == {}
