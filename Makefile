@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .PHONY: help demo demo-vision test test-integrations test-launch test-vllm lint conformance compat soak bench
-.PHONY: docs report
+.PHONY: bench-check docs report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-integrations  PaCA in the real Axolotl and ms-swift, in environments of their own'
 	@echo 'make soak         half an hour of random walks over adapted layers'
 	@echo 'make bench        measure step time and memory against the other methods'
+	@echo 'make bench-check  kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
 	@echo 'make docs         the tables of README and docs, and the site with the Python API'
 	@echo 'make report       pages and pictures of the committed results, in report/'
 
@@ -70,6 +71,9 @@ bench: setup-dev
 	$(RUN) -m benchmarks.vision $(ARGS)
 	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.tables
+
+bench-check: setup-dev
+	$(RUN) -m benchmarks.check $(ARGS)
 
 docs: setup-dev
 	$(RUN) -m tools.cli_reference

@@ -7,6 +7,7 @@ its packages, on any machine. Takes seven minutes.
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ __all__ = ["main", "rows_of_table_1", "rows_of_table_3", "rows_of_table_4"]
 _GB = 10**9
 
 
-def rows_of_table_1() -> list[dict[str, Any]]:
-    """Compare every cell of Table 1's memory column."""
+def rows_of_table_1(models: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Compare every cell of Table 1's memory column, or those of some models."""
     rows = []
     for row in _rows("table1"):
+        if models and row.model not in models:
+            continue
         estimate = estimate_memory(setting_of("table1", row))
         names = {"model": row.model, "method": row.method, "rank": row.rank}
         rows.append({**names, **_compare(estimate, row.values["memory"])})

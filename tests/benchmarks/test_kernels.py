@@ -1,15 +1,13 @@
 """What PaCA launches on a GPU is promised: counted here, in each change, without one."""
 
 import json
-from importlib.metadata import version
 
 import pytest
 
-from benchmarks import kernels, tables
+from benchmarks import check, kernels, tables
 from benchmarks.methods import OURS, SWAP
 
-COMMITTED = json.loads((kernels.RESULTS / "kernels.json").read_text())
-IS_COMMITTED = all(COMMITTED["versions"][name] == version(name) for name in kernels.PACKAGES)
+COMMITTED = check.committed("kernels")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
@@ -40,11 +38,9 @@ def test_a_linear_layer_costs_one_kernel_each_way(rows):
 
 
 def test_counts_are_those_that_are_published(rows):
-    if not IS_COMMITTED:
-        pytest.skip(f"other versions than {COMMITTED['versions']}")
-    committed = {(row["method"], row["is_lean"]): row for row in COMMITTED["rows"]}
-    for row in rows:
-        assert row == committed[row["method"], row["is_lean"]]
+    if other := check.other_versions(COMMITTED):
+        pytest.skip(other)
+    assert list(check.differences({"rows": rows}, COMMITTED)) == []
 
 
 @pytest.mark.parametrize("method", ["qpaca", "qlora"])
@@ -52,7 +48,7 @@ def test_a_quantised_base_is_counted(method):
     pytest.importorskip("bitsandbytes")
     counted = kernels.count_layer(kernels.MODELS[method], is_lean=False)
     committed = next(row for row in COMMITTED["rows"] if row["method"] == method)
-    if IS_COMMITTED:
+    if not check.other_versions(COMMITTED):
         assert counted == {name: committed[name] for name in counted}
     assert counted["column_write"] == 0
 
@@ -84,7 +80,7 @@ def test_sharded_layers_keep_their_promises():
     rows = COMMITTED["sharded"]
     assert kernels.exceeded_beside("sharded", rows) == []
     counted = kernels.count_sharded(kernels.MODELS[OURS])
-    if IS_COMMITTED:
+    if not check.other_versions(COMMITTED):
         assert {"method": OURS, **counted} == rows[1]
 
 
