@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .PHONY: help demo demo-vision test test-integrations test-launch test-vllm lint conformance compat soak bench
-.PHONY: bench-check docs report
+.PHONY: bench-check docs dist report
 .PHONY: setup-demo setup-demo-vision setup-dev
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench        measure step time and memory against the other methods'
 	@echo 'make bench-check  kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
 	@echo 'make docs         the tables of README and docs, and the site with the Python API'
+	@echo 'make dist         the source distribution and the wheel of a release, in dist/'
 	@echo 'make report       pages and pictures of the committed results, in report/'
 
 demo: setup-demo
@@ -81,6 +82,13 @@ docs: setup-dev
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m mkdocs build --strict --quiet
 	@echo 'The site is in site/: open site/index.html.'
+
+dist:
+	$(or $(PYTHON),python3) -m venv --clear .cache/build
+	.cache/build/bin/python -m pip install -q --disable-pip-version-check build twine
+	rm -rf dist
+	.cache/build/bin/python -m build --outdir dist .
+	.cache/build/bin/python -m twine check --strict dist/*
 
 report: setup-dev
 	$(RUN) -m benchmarks.pages $(ARGS)
