@@ -78,6 +78,7 @@ bench-check: setup-dev
 
 docs: setup-dev
 	$(RUN) -m tools.cli_reference
+	$(RUN) -m tools.llms_txt
 	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m mkdocs build --strict --quiet

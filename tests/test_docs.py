@@ -23,7 +23,7 @@ from benchmarks import tables
 from pacatune.cli import main
 from tests.forks import server
 from tests.image_models import save_vit, write_images
-from tools import cli_reference, doc_block
+from tools import cli_reference, doc_block, llms_txt
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -197,6 +197,18 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "api" / "peft.html").read_text(encoding="utf-8")
     assert "Number of trained input columns per weight." in text
+    listed = re.findall(
+        r"\]\(([\w/]+\.html)\)", (tmp_path / "llms.txt").read_text(encoding="utf-8")
+    )
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")}
+    assert sorted(listed) == sorted(built - {"index.html", "404.html", "search.html"})
+
+
+def test_the_list_for_language_models_is_that_of_the_pages():
+    text = llms_txt.DOCUMENT.read_text(encoding="utf-8")
+    assert text == llms_txt.render(), "run `make docs`"
+    *_, about = zip(*re.findall(r"^- \[(.+?)\]\((.+?)\): (.*)$", text, re.MULTILINE), strict=True)
+    assert all(len(line) > 10 and not line.endswith(":") for line in about)
 
 
 def test_readme_shows_the_two_commands_on_the_first_screen():
