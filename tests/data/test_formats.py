@@ -5,6 +5,7 @@ from pacatune.data.read import Row
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
+TEXT = {"type": "text", "text": "q"}
 
 
 def convert(*rows, format="auto", has_template=True):
@@ -54,6 +55,13 @@ def test_most_specific_format_wins_and_can_be_overridden():
     assert convert(row, format="text")[0].completion == "t"
 
 
+def test_content_parts_are_lines():
+    # A table of such rows fills in the fields of other parts.
+    asked = {"role": "user", "content": [{**TEXT, "image_url": None}, {**TEXT, "text": "r"}]}
+    (example,) = convert({"messages": [asked, ASSISTANT]})
+    assert example.completion == [{"role": "user", "content": "q\nr"}, ASSISTANT]
+
+
 def test_tools_and_other_message_fields_are_kept():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     (example,) = convert({"messages": [{**USER, "name": None}, call], "tools": [{"name": "f"}]})
@@ -79,22 +87,15 @@ def test_unknown_columns_list_what_was_found_and_what_is_accepted():
     with pytest.raises(
         ValueError,
         match=r"row 1: columns \['answer', 'question'\] fit no format; accepted are messages \| "
-        r"prompt, completion \| instruction, \(input,\) output \| text \| "
+        r"conversations \| prompt, completion \| instruction, \(input,\) output \| text \| "
         r"question, choices, answer. Rename the columns",
     ):
         convert({"question": "q", "answer": "a"})
 
 
-@pytest.mark.parametrize(
-    ("values", "hint"),
-    [
-        ({"conversations": [{"from": "human", "value": "q"}]}, "rename 'conversations' to 'messag"),
-        ({"choices": ["a", "b"], "answer": 0}, "A row with choices needs a 'question' and an"),
-    ],
-)
-def test_hints_for_other_formats(values, hint):
-    with pytest.raises(ValueError, match=hint):
-        convert(values)
+def test_hint_for_rows_with_choices():
+    with pytest.raises(ValueError, match="A row with choices needs a 'question' and an"):
+        convert({"choices": ["a", "b"], "answer": 0})
 
 
 def test_mixed_formats():
@@ -131,7 +132,12 @@ def test_bad_prompt_completion_rows(values, message):
         (["hi"], r"messages\[0\] is 'hi'; a message must be an object"),
         ([USER, {"content": "a"}], r"messages\[1\] is .*strings 'role' and 'content'"),
         ([USER, {"role": "assistant"}], r"content of messages\[1\] is missing"),
-        ([USER, {**ASSISTANT, "content": ["a"]}], r"content of messages\[1\] is a list; it must"),
+        ([USER, {**ASSISTANT, "content": ["a"]}], r"content of messages\[1\]: part 0 is 'a'; a p"),
+        ([USER, {**ASSISTANT, "content": []}], r"content of messages\[1\] is empty; fill it"),
+        (
+            [{"role": "user", "content": [TEXT, {"type": "image_url"}]}, ASSISTANT],
+            r"messages\[0\]: part 1 is 'image_url'; a part must be .*trained on text alone",
+        ),
         ([USER, {**ASSISTANT, "content": "\n"}], r"content of messages\[1\] is empty; fill it"),
     ],
 )

@@ -65,11 +65,13 @@ class DataConfig(TextDataConfig):
         ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
     """
 
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "text", "mmlu"] = "auto"
-    """`messages` (chats), `prompt-completion` (columns prompt and completion, texts or chats),
-    `instruction` (columns instruction, input if any, and output), `text`, `mmlu` (columns question,
-    choices and answer, or MMLU's .csv files; in the words of `pacatune evaluate mmlu`), or `auto`:
-    found from the columns of the first row."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt-completion", "instruction", "text", "mmlu"
+    ] = "auto"
+    """`messages` (chats), `sharegpt` (column conversations), `prompt-completion` (columns prompt
+    and completion, texts or chats), `instruction` (columns instruction, input if any, and output),
+    `text`, `mmlu` (columns question, choices and answer, or MMLU's .csv files; in the words of
+    `pacatune evaluate mmlu`), or `auto`: found from the columns of the first row."""
 
     special_tokens: bool = True
     """Whether the tokenizer puts its own tokens (BOS) before plain texts and an EOS ends them;

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pacatune.data import sharegpt
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row
 
@@ -12,13 +13,14 @@ Message = dict[str, Any]
 # Required columns, most specific first: a row that fits several is the first of them.
 COLUMNS = {
     "messages": ("messages",),
+    "sharegpt": (sharegpt.COLUMN,),
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
     "mmlu": ("question", "choices", "answer"),
 }
 _ACCEPTED = (
-    "messages | prompt, completion | instruction, (input,) output | text | "
+    "messages | conversations | prompt, completion | instruction, (input,) output | text | "
     "question, choices, answer"
 )
 
@@ -70,12 +72,7 @@ def detect_format(row: Row) -> str:
     if found := _formats_of(present):
         return found[0]
     hint = "Rename the columns."
-    if "conversations" in row.values:
-        hint = (
-            "These look like ShareGPT's: rename 'conversations' to 'messages', and in each turn "
-            "'from' to 'role' (human: user, gpt: assistant) and 'value' to 'content'."
-        )
-    elif "choices" in present:
+    if "choices" in present:
         hint = "A row with choices needs a 'question' and an 'answer' too."
     raise ValueError(
         f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. {hint}"
@@ -93,6 +90,8 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
             format = detect_format(row)
         if format != "mmlu":  # whose check knows its three layouts
             _check_columns(row, format)
+            if format == "sharegpt":
+                row = sharegpt.with_messages(row)
             check_unused(row, format)
         yield _to_example(row, format, has_template)
 
@@ -105,9 +104,9 @@ def _to_example(row: Row, format: str, has_template: bool) -> Example:
         return Example(row.place, "", _text(row, "text"))
     if format == "instruction":
         return _from_instruction(row, has_template)
-    if format == "messages":
-        fix = "add the answer or remove the row."
-        return _chat(row, "messages", [], _messages(row, "messages"), fix)
+    if format in ("messages", "sharegpt"):
+        (column,), fix = COLUMNS[format], "add the answer or remove the row."
+        return _chat(row, column, [], _messages(row, column), fix)
     return to_answer(row, "completion")
 
 
@@ -213,7 +212,7 @@ def check_unused(row: Row, format: str) -> None:
     if format == "text":  # Where such columns describe the text.
         return
     chats = (row.values.get(column) for column in ("prompt", "chosen"))
-    is_chat = format == "messages" or any(isinstance(value, list) for value in chats)
+    is_chat = format in ("messages", "sharegpt") or any(isinstance(value, list) for value in chats)
     for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
         if row.values.get(column):
             raise ValueError(
@@ -257,8 +256,10 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
             f"{place}: {where} is {message!r:.80}; a message must be an object with the "
             "strings 'role' and 'content'."
         )
-    content = message.get("content")
     kept = {key: value for key, value in message.items() if value is not None}
+    content = kept.get("content")
+    if isinstance(content, list):
+        content = kept["content"] = _joined(content, f"{place}: content of {where}")
     _check_weight(f"{place}: weight of {where}", kept, is_context)
     calls = _functions(place, f"tool_calls of {where}", "call", kept.get("tool_calls"))
     if content in (None, "") and (calls or kept.get("function_call")):
@@ -267,6 +268,18 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
     _check_type(content, str, "a string", what)
     _check_filled(str(content), what)
     return kept
+
+
+def _joined(parts: list[Any], what: str) -> str:
+    """Return the texts of OpenAI's content parts in lines of their own, as vLLM serves them."""
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(
+                f"{what}: part {number} is {kind!r:.40}; a part must be "
+                '{"type": "text", "text": "..."}, as models are trained on text alone.'
+            )
+    return "\n".join(part["text"] for part in parts)
 
 
 def _check_weight(what: str, message: Message, is_context: bool) -> None:
