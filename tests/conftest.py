@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,20 +12,35 @@ import pytest
 
 
 def pytest_configure(config):
+    gc.unfreeze = _unfreeze  # as studies and benchmarks call it
     # PEFT 0.21 asks transformers >= 5.24 by the old name, in every get_peft_model.
     config.addinivalue_line(
         "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
+class _Frozen:
+    """How many modules there were when all objects were last frozen; 0 once somebody thaws them."""
+
+    num_modules = 0
+    thaw = staticmethod(gc.unfreeze)
+
+
+def _unfreeze():
+    _Frozen.thaw()
+    _Frozen.num_modules = 0
+
+
+@pytest.fixture(autouse=True)
 def _forget_old_objects():
     """Keep what imports have made out of garbage collections: each would walk millions of objects.
 
     Every run of a trainer ends with one, which took a second.
     """
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > _Frozen.num_modules:
+        gc.collect(2 if _Frozen.num_modules else 1)
+        gc.freeze()
+        _Frozen.num_modules = len(sys.modules) + 10  # a few more do not matter
 
 
 CHAT_TEMPLATE = (
@@ -129,4 +145,15 @@ def blank_pictures(request, monkeypatch):
 
     monkeypatch.setattr(
         Figure, "savefig", lambda self, path, **options: Image.new("L", (1, 1)).save(path)
+    )
+
+
+@pytest.fixture
+def measured_here(monkeypatch):
+    """`bench` measures in this process; cli/test_bench.py has the new ones, which take a second."""
+    from pacatune.measure import bench
+    from pacatune.measure.step import Outcome
+
+    monkeypatch.setattr(
+        bench, "run_in_child", lambda measure, config, *args: Outcome(measure(config, *args))
     )

@@ -1,6 +1,6 @@
 """Two processes on CPUs, as torchrun and `accelerate launch` start them, but from the fork server.
 
-The launchers themselves run in docs/distributed.md.
+`accelerate launch` itself, and torchrun in it, runs in docs/distributed.md.
 """
 
 import socket

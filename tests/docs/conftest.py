@@ -1,0 +1,32 @@
+import json
+import shutil
+
+import pytest
+
+from tests.docs import blocks
+from tests.forks import server
+from tests.image_models import save_vit, write_images
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_model_dir):
+    """Folder of a reader: my-model, my-data.jsonl, my-image-model and my-images."""
+    server()
+    shutil.copytree(tiny_model_dir, tmp_path / "my-model")
+    save_vit(tmp_path / "my-image-model")
+    write_images(tmp_path / "my-images", 12)
+    config = tmp_path / "my-model" / "config.json"
+    longer = json.loads(config.read_text()) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(longer))
+    with (tmp_path / "my-data.jsonl").open("w") as file:
+        for i in range(20):
+            user = {"role": "user", "content": f"What is {i} and {i}?"}
+            assistant = {"role": "assistant", "content": f"It is {2 * i}."}
+            file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def run_blocks(workplace, monkeypatch, measured_here):
+    """Runs the blocks of a document in the reader's folder."""
+    return lambda document: blocks.run_blocks(document, workplace, monkeypatch)

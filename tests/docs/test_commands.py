@@ -1,0 +1,11 @@
+"""The first pages, and that of all commands: their blocks run."""
+
+import pytest
+
+from tests.docs.blocks import documents_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", documents_of("commands"))
+def test_blocks_run(document, run_blocks):
+    run_blocks(document)
