@@ -56,8 +56,11 @@ def train_otherwise(make, bias, groups=1):
     return [*gradients(model), logits_of(step(model))]
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("plan", ["auto", OTHER_STYLES, WHOLE], ids=["auto", "others", "whole"])
+@pytest.mark.parametrize(
+    ("plan", "bias"),
+    [("auto", "none"), ("auto", "all"), (OTHER_STYLES, "all"), (WHOLE, "all")],
+    ids=["auto-none", "auto-all", "others-all", "whole-all"],
+)
 def test_styles_and_biases(assert_equal, plan, bias):
     assert_equal(train_otherwise, bias, sizes=WITH_BIAS, plan=plan)
 
@@ -66,8 +69,11 @@ def test_sizes_that_cannot_be_halved(assert_equal):
     assert_equal(train_otherwise, "none", sizes=UNEVEN)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("plan", ["auto", OTHER_STYLES, WHOLE], ids=["auto", "others", "whole"])
+@pytest.mark.parametrize(
+    ("plan", "groups"),
+    [("auto", 4), ("auto", 2), (OTHER_STYLES, 4), (WHOLE, 2)],
+    ids=["auto-4", "auto-2", "others-4", "whole-2"],
+)
 def test_row_groups(assert_equal, plan, groups):
     assert_equal(train_otherwise, "none", groups, sizes=WITH_BIAS, plan=plan)
 

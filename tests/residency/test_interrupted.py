@@ -65,15 +65,22 @@ def merge(model: nn.Module, x: Tensor) -> None:
     model.merge_adapter()
 
 
-def prepared(base: Net, x: Tensor) -> nn.Module:
-    """A model in whose weights the columns of one of two adapters are."""
+def two_adapters(base: Net) -> nn.Module:
+    """A model that is used again after each interruption, since making it takes most of a test."""
     model = adapt(base)
     model.add_adapter("other", PacaConfig(r=4, target_modules=["first", "second"], random_seed=7))
+    return model
+
+
+def prepare(model: nn.Module, x: Tensor) -> None:
+    """Put the columns of the first adapter into the weights, with the same values each time."""
     model.set_adapter("default")
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.normal_(generator=torch.Generator().manual_seed(delta.numel()))
     train(model, x)
     torch.optim.SGD(deltas(model), lr=0.0).step()  # from now on all weights are written together
     train(model, x)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -92,10 +99,10 @@ def test_an_exception_at_every_line(
     def fail() -> None:
         raise error
 
-    number, has_ended = 0, False
+    model, number, has_ended = two_adapters(base), 0, False
     while not has_ended:
         number += 1
-        model = prepared(base, x)
+        prepare(model, x)
         if is_changed:
             with torch.no_grad():
                 for delta in deltas(model):
@@ -117,16 +124,16 @@ def test_an_exception_at_every_line(
 
 def test_a_look_at_every_line(base: Net, x: Tensor) -> None:
     """As a signal handler that saves the model does, in the middle of a write."""
-    number, seen = 0, [[base.first.weight]]
+    model, number, seen = two_adapters(base), 0, [[base.first.weight]]
     while seen:
         number += 1
-        model = prepared(base, x)
+        prepare(model, x)
         with torch.no_grad():
             for delta in deltas(model):
                 delta.add_(0.1)
         seen.clear()
 
-        def handler(model: nn.Module = model) -> None:
+        def handler() -> None:
             seen.append([layer.base_layer.weight.detach().clone() for layer in layers(model)])
 
         with at_line(number, handler):
@@ -143,7 +150,8 @@ def test_out_of_memory_in_every_operation(
     operation: str, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `auto_find_batch_size` catches it, while another adapter's columns are copied aside."""
-    model = prepared(base, x)
+    model = two_adapters(base)
+    prepare(model, x)
     model.set_adapter("other")
     owner = torch if operation == "add" else torch.Tensor
     original = getattr(owner, operation)
@@ -174,10 +182,10 @@ def test_a_write_of_another_scaling_that_fails_at_any_line(base: Net, x: Tensor)
     def fail() -> None:
         raise KeyboardInterrupt
 
-    number, has_ended = 0, False
+    model, number, has_ended = two_adapters(base), 0, False
     while not has_ended:
         number += 1
-        model = prepared(base, x)
+        prepare(model, x)
         scalings = [layer.scaling["default"] for layer in layers(model)]
         for layer in layers(model):
             layer.scaling["default"] *= 3

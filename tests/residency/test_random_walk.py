@@ -8,10 +8,10 @@ from tests.residency.walk import Walk
 
 
 class TestWalk(Walk.TestCase):
-    """About ten seconds."""
+    """A few seconds."""
 
     settings = settings(
-        max_examples=200,
+        max_examples=80,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,
