@@ -37,7 +37,7 @@ PARTS = {
         "docs/mt_bench.md",
         "docs/reproduce.md",
     ),
-    "processes": ("docs/distributed.md", "docs/sync.md", "docs/vllm.md"),
+    "processes": ("docs/distributed.md", "docs/vllm.md"),
 }
 NOT_RUN_MARK = "*Not run in the tests:"
 # Languages that are shown only.
