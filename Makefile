@@ -5,31 +5,35 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision test test-integrations test-launch test-vllm lint conformance compat soak bench
-.PHONY: bench-check docs dist report
-.PHONY: setup-demo setup-demo-vision setup-dev
+.PHONY: help demo demo-vision demo-rl test test-integrations test-launch test-vllm lint conformance
+.PHONY: compat soak bench bench-check docs dist report
+.PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
 help:
-	@echo 'make demo         fine-tune a real language model and show what changed'
-	@echo 'make demo-vision  the same with real image models'
-	@echo 'make test         lint, types, spelling and every test'
-	@echo 'make conformance  the test-suite of the installed PEFT release, on our method'
-	@echo 'make compat       the core beside old and pinned releases of PEFT, transformers and torch'
-	@echo 'make test-launch  launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
-	@echo 'make test-vllm   columns into a real vLLM on the CPU, in .venv-vllm'
-	@echo 'make test-integrations  PaCA in the real Axolotl and ms-swift, in environments of their own'
-	@echo 'make soak         half an hour of random walks over adapted layers'
-	@echo 'make bench        measure step time and memory against the other methods'
-	@echo 'make bench-check  kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
-	@echo 'make docs         the tables of README and docs, and the site with the Python API'
-	@echo 'make dist         the source distribution and the wheel of a release, in dist/'
-	@echo 'make report       pages and pictures of the committed results, in report/'
+	@echo 'make demo              fine-tune a real language model and show what changed'
+	@echo 'make demo-vision       the same with real image models'
+	@echo 'make demo-rl           reinforcement learning on a small task: GRPO, in about ten minutes'
+	@echo 'make test              lint, types, spelling and every test'
+	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
+	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
+	@echo 'make test-launch       launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
+	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
+	@echo 'make test-integrations PaCA in the real Axolotl and ms-swift, in environments of their own'
+	@echo 'make soak              half an hour of random walks over adapted layers'
+	@echo 'make bench             measure step time and memory against the other methods'
+	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
+	@echo 'make docs              the tables of README and docs, and the site with the Python API'
+	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
+	@echo 'make report            pages and pictures of the committed results, in report/'
 
 demo: setup-demo
 	@$(RUN) -m pacatune demo $(ARGS)
 
 demo-vision: setup-demo-vision
 	@$(RUN) -m pacatune demo-vision $(ARGS)
+
+demo-rl: setup-demo-rl
+	@$(RUN) -m pacatune demo-rl $(ARGS)
 
 test: lint
 	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
@@ -94,5 +98,5 @@ dist:
 report: setup-dev
 	$(RUN) -m benchmarks.pages $(ARGS)
 
-setup-demo setup-demo-vision setup-dev:
+setup-demo setup-demo-vision setup-demo-rl setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

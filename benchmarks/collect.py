@@ -3,9 +3,10 @@
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
     python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
+    python -m benchmarks.collect demo-rl FOLDER...        # -> results/demo-rl.json
 
-FOLDER is what `pacatune bench`, `pacatune reproduce all` or `pacatune compare` wrote. STUDY is what
-its name begins with: selection or quality. `make report` makes the pages and pictures again.
+FOLDER is what `pacatune bench`, `reproduce all`, `compare` or `demo-rl` wrote. STUDY is what its
+name begins with: selection or quality. `make report` makes the pages and pictures again.
 """
 
 import argparse
@@ -24,6 +25,7 @@ run. The folders of the parts begin with it."""
 QUALITY = "quality"
 """The same of another study."""
 _MARK = "reproduce.json"
+_DEMO = "demo-rl.json"
 COLUMNS = (
     "study",
     "arm",
@@ -68,6 +70,18 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
     }
     path = results / f"reproduce-{name}.json"
     _write_json(path, values)
+    return path
+
+
+def collect_demos(folders: Sequence[Path], results: Path = RESULTS) -> Path:
+    """Keep what `pacatune demo-rl` has found with some seeds, without texts and single steps."""
+    runs = [json.loads((folder / _DEMO).read_text(encoding="utf-8")) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        if not run.pop("finished"):
+            raise ValueError(f"{folder / _DEMO} is not finished; run `pacatune demo-rl` again.")
+        del run["examples"], run["train_rewards"]
+    path = results / _DEMO
+    _write_json(path, sorted(runs, key=lambda run: run["seed"]))
     return path
 
 
@@ -146,10 +160,13 @@ def main(argv: list[str] | None = None) -> None:
         one = kinds.add_parser(kind)
         one.add_argument("folder", type=Path)
         one.add_argument("name", help="such as the device, or the scale")
-    kinds.add_parser("study").add_argument("folders", type=Path, nargs="+")
+    for kind in ("study", "demo-rl"):
+        kinds.add_parser(kind).add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.kind == "study":
         paths = collect_studies(options.folders)
+    elif options.kind == "demo-rl":
+        paths = [collect_demos(options.folders)]
     else:
         collect = collect_bench if options.kind == "bench" else collect_reproduction
         paths = [collect(options.folder, options.name)]

@@ -14,13 +14,14 @@ and, per method, the time of its step; then what PaCA's takes as a share of it. 
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
 (selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
 `make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
-`patch` and `sync` of what benchmarks/patch.py and sync.py have measured, `distance` of what
-`step.json` says of PaCA's distance to the frozen model.
+`patch` and `sync` of what benchmarks/patch.py and sync.py have measured, `demo-rl` of what
+`pacatune demo-rl` has, `distance` of what `step.json` says of PaCA's distance to the frozen model.
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     result = _read(name.removesuffix("-more"), results)
     if result is None:
         return _missing(name)
-    if name == "compat":
-        return compat_table(result)
-    if name in ("kernels", "kernels-more"):
-        return kernel_table(result, is_short=name == "kernels")
-    if name == "patch":
-        return patch_table(result)
-    if name == "sync":
-        return sync_table(result)
+    if name in _OF_THEIR_OWN:
+        return _OF_THEIR_OWN[name](result)
     times = _by_setting((row["setting"], row["method"], row["step_ms"]) for row in result["rows"])
     methods = list(next(iter(times.values())))
     meanings = [f"`{method}`: {result['methods'][method]}" for method in methods]
@@ -221,6 +216,34 @@ def patch_table(result: dict[str, Any]) -> str:
     return "\n".join([*table, "", counted, "", source])
 
 
+def demo_table(runs: list[dict[str, Any]]) -> str:
+    """Return the Markdown table of what rewards became of, seed by seed."""
+    stages, kinds = ("after SFT", "after GRPO"), ("sampled", "greedy")
+    lines = []
+    for run in runs:
+        line = [str(run["seed"])]
+        for kind in kinds:
+            line += [f"{run['rewards'][stage][kind]:.3f}" for stage in stages]
+            line.append("{mean:+.3f} ({standard_error:.3f})".format(**run["rises"][kind]))
+        lines.append(line)
+    titles = [part for kind in kinds for part in (f"{kind}: after SFT", "after GRPO", "difference")]
+    first = runs[0]
+    numbers = {name: {run[name] for run in runs} for name in ("num_steps", "num_held_out")}
+    (steps,), (problems,) = numbers.values()
+    gaps = ", ".join(f"{run['gaps']['lora']:.2g}" for run in runs)
+    remark = (
+        f"Mean rewards of {problems} held-out problems, and the difference problem by problem with "
+        f"its standard error. Gap between trainer and sampler in bfloat16: "
+        f"{max(run['gaps']['paca'] for run in runs):.2g} for PaCA, {gaps} for LoRA merged."
+    )
+    source = (
+        f"`pacatune demo-rl --seed SEED`, {steps} steps of GRPO, on {first['cpu']} "
+        f"({versions_text(first['versions'])}); `python -m benchmarks.collect demo-rl` made "
+        "`benchmarks/results/demo-rl.json` of them."
+    )
+    return "\n".join([*table_lines(["seed", *titles], lines), "", remark, "", source])
+
+
 def distance_table(results: Path = RESULTS) -> str:
     """Return the Markdown table of where PaCA's distance to the frozen model goes."""
     result = _read("step", results)
@@ -306,6 +329,14 @@ def _source_of_estimates(name: str, result: dict[str, Any]) -> str:
     )
 
 
+_OF_THEIR_OWN: dict[str, Callable[[Any], str]] = {
+    "compat": compat_table,
+    "demo-rl": demo_table,
+    "kernels": partial(kernel_table, is_short=True),
+    "kernels-more": partial(kernel_table, is_short=False),
+    "patch": patch_table,
+    "sync": sync_table,
+}
 BLOCKS = {"table": table, "bytes": byte_table}
 
 

@@ -22,7 +22,7 @@ def committed():
 def test_results_are_numbers_in_few_files():
     files = committed()
     assert {path.suffix for path in files} <= {".json", ".csv"}
-    assert len(files) <= 20
+    assert len(files) <= 24
     assert sum(path.stat().st_size for path in files) < 10**6
 
 
@@ -97,6 +97,24 @@ def test_what_is_not_collected(tmp_path):
     (half / "reproduce.json").write_text('{"finished": false}')
     with pytest.raises(ValueError, match="is not finished; go on with `--resume` first"):
         collect.collect_reproduction(half, "small", tmp_path)
+
+
+def test_demos_of_several_seeds_are_one_file(tmp_path):
+    for seed in (1, 0):
+        run = {
+            "finished": True,
+            "seed": seed,
+            "rises": {},
+            "examples": ["text"],
+            "train_rewards": [],
+        }
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}" / "demo-rl.json").write_text(json.dumps(run))
+    path = collect.collect_demos([tmp_path / "1", tmp_path / "0"], tmp_path)
+    assert json.loads(path.read_text()) == [{"seed": 0, "rises": {}}, {"seed": 1, "rises": {}}]
+    (tmp_path / "0" / "demo-rl.json").write_text('{"finished": false}')
+    with pytest.raises(ValueError, match="is not finished; run `pacatune demo-rl` again"):
+        collect.collect_demos([tmp_path / "0"], tmp_path)
 
 
 def test_a_reproduction_is_its_cells(tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pacatune.experiments.demo_rl import Result
 
-NUM_STEPS = 40
+NUM_STEPS = 60
 _SYNCS = {
     "full": "every weight",
     "lora_merged": "LoRA, merged: every adapted weight",
@@ -32,6 +32,7 @@ def run(argv: list[str]) -> int:
     from pacatune.data.packaged import prepare_model
     from pacatune.experiments import demo_rl
     from pacatune.experiments.demo import faster_dtype
+    from pacatune.reports.provenance import cpu_name, versions
 
     console = Console(highlight=False)
     folder = demo_rl.result_folder(Path(options.output))
@@ -64,7 +65,8 @@ def run(argv: list[str]) -> int:
         f"over the steps in reward.png, on the model in {output / 'start'}.",
     ]
     print_dim([*result.notes(), *notes], console)
-    folder.write({"finished": True, "seed": options.seed, "minutes": minutes, **asdict(result)})
+    found = {"seed": options.seed, "num_steps": options.steps, "minutes": minutes, **asdict(result)}
+    folder.write({"finished": True, "cpu": cpu_name(), "versions": versions("trl"), **found})
     return 0
 
 

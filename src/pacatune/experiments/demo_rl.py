@@ -161,7 +161,7 @@ def grpo_runs(
             beta=0.0,
             logging_steps=1,
             warmup_steps=0,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear",
             eval_strategy="no",
             **options,
         )
