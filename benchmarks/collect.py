@@ -3,10 +3,14 @@
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
     python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
+    python -m benchmarks.collect runs FOLDER...           # -> results/runs.json
+    python -m benchmarks.collect restore FOLDER...        # <- results/runs.json
     python -m benchmarks.collect demo-rl FOLDER...        # -> results/demo-rl.json
 
 FOLDER is what `pacatune bench`, `reproduce all`, `compare` or `demo-rl` wrote. STUDY is what its
-name begins with: selection or quality. `make report` makes the pages and pictures again.
+name begins with: selection or quality. `make report` makes the pages and pictures again. `runs`
+takes those of a study that is not finished, and `restore` gives them back, on another machine too:
+`pacatune compare` goes on from there.
 """
 
 import argparse
@@ -26,6 +30,7 @@ QUALITY = "quality"
 """The same of another study."""
 _MARK = "reproduce.json"
 _DEMO = "demo-rl.json"
+_RUNS = "runs.json"
 COLUMNS = (
     "study",
     "arm",
@@ -71,6 +76,27 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
     path = results / f"reproduce-{name}.json"
     _write_json(path, values)
     return path
+
+
+def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
+    """Keep the runs of studies that are not finished, by the name of their folder and file."""
+    path = results / _RUNS
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for folder in folders:
+        files = sorted((folder / "runs").glob("*.json"))
+        kept[folder.name] = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
+    _write_json(path, kept)
+    return path
+
+
+def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
+    """Make a folder in which `pacatune compare` goes on with the runs that were kept."""
+    runs = json.loads((results / _RUNS).read_text(encoding="utf-8"))[folder.name]
+    folder.mkdir(parents=True)
+    _write_json(folder / "study.json", {"finished": False})
+    for name, record in runs.items():
+        _write_json(folder / "runs" / f"{name}.json", record)
+    return folder
 
 
 def collect_demos(folders: Sequence[Path], results: Path = RESULTS) -> Path:
@@ -160,11 +186,15 @@ def main(argv: list[str] | None = None) -> None:
         one = kinds.add_parser(kind)
         one.add_argument("folder", type=Path)
         one.add_argument("name", help="such as the device, or the scale")
-    for kind in ("study", "demo-rl"):
+    for kind in ("study", "runs", "restore", "demo-rl"):
         kinds.add_parser(kind).add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.kind == "study":
         paths = collect_studies(options.folders)
+    elif options.kind == "runs":
+        paths = [keep_runs(options.folders)]
+    elif options.kind == "restore":
+        paths = [restore_runs(folder) for folder in options.folders]
     elif options.kind == "demo-rl":
         paths = [collect_demos(options.folders)]
     else:

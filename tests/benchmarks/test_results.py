@@ -87,6 +87,16 @@ def test_studies_are_collected_and_collected_again(tmp_path):
     }
 
 
+def test_runs_of_an_unfinished_study_are_kept_and_restored(tmp_path):
+    half = write_study(tmp_path / "half", finished=False)
+    collect.keep_runs([half], tmp_path)
+    again = collect.restore_runs(tmp_path / "elsewhere" / "half", tmp_path)
+    name = "runs/paca-0.001-seed0-key.json"
+    assert json.loads((again / name).read_text()) == json.loads((half / name).read_text())
+    with pytest.raises(FileExistsError):
+        collect.restore_runs(again, tmp_path)
+
+
 def test_what_is_not_collected(tmp_path):
     unlike = write_study(tmp_path / "unlike", versions=VERSIONS | {"torch": "1"})
     with pytest.raises(ValueError, match=r"unlike: paca, rate 0.001, seed 0 ran with other vers"):
