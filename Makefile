@@ -18,7 +18,7 @@ help:
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-launch       launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
-	@echo 'make test-integrations PaCA in the real Axolotl and ms-swift, in environments of their own'
+	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
 	@echo 'make soak              half an hour of random walks over adapted layers'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--times: times too'

@@ -28,6 +28,7 @@ def test_values_that_agree_are_no_conflict():
     [
         ({"lora_r": 4}, {"r": 8}, r"`lora_r` \(4\) and `paca.r` \(8\) differ; give one"),
         ({}, {"nd": 2}, "`paca.nd` does not exist"),
+        ({}, "r=8", r"`paca` \('r=8'\) must be a table of PacaConfig's options"),
         ({}, {"peft_type": "LORA"}, "`paca.peft_type` does not exist"),
         ({}, {"bias": "some"}, "`bias` .'some'. must be"),
     ],
@@ -48,10 +49,15 @@ def test_options_that_paca_would_not_keep():
 
 @pytest.mark.parametrize(
     ("plugin", "module", "package"),
-    [("axolotl", "axolotl", "axolotl"), ("ms_swift", "swift", "ms-swift")],
+    [
+        ("axolotl", "axolotl", "axolotl"),
+        ("llamafactory", "llamafactory", "llamafactory"),
+        ("ms_swift", "swift", "ms-swift"),
+    ],
 )
 def test_a_missing_tool_is_named(plugin, module, package):
     if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{package} is installed")
     with pytest.raises(ImportError, match=f"needs .* pip install {package}"):
-        importlib.import_module(f"pacatune.integrations.{plugin}")
+        # LLaMA-Factory's is the command that is run in its place, and needs it then.
+        importlib.import_module(f"pacatune.integrations.{plugin}").register()

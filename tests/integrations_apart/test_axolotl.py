@@ -163,6 +163,7 @@ def test_preferences(write_config, tmp_path):
         ({"peft_use_dora": True}, "`peft_use_dora`"),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "LoftQ"),
         ({"lora_mlp_kernel": True}, "`lora_mlp_kernel` .* kernel for LoRA"),
+        ({"strict": True}, "`strict` .* would write the base unmerged"),
         ({"expert_parallel_size": 2}, "`expert_parallel_size`"),
         ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),
         ({"paca": {"ranks": 16}}, "`paca.ranks` does not exist"),

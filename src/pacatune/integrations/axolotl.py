@@ -62,6 +62,7 @@ _REFUSED = {
     "peft_ensure_weight_tying": "PaCA unties what it adapts, and says so when it merges",
     "quantize_moe_experts": "it holds experts as no quantised layer that PEFT knows",
     "nvfp4_merge_aware": NOT_FOR_PACA,
+    "strict": "it hides `axolotl merge-lora` from plug-ins, which would write the base unmerged",
 }
 
 

@@ -29,6 +29,8 @@ def join_options(
     Raises:
         ValueError: If an option does not exist, has two values, or `PacaConfig` refuses it.
     """
+    if not isinstance(ours, Mapping):
+        raise ValueError(f"`{section}` ({ours!r}) must be a table of PacaConfig's options.")
     known = sorted({f.name for f in fields(PacaConfig)} - {f.name for f in fields(PeftConfig)})
     for name in ours:
         if name not in known:
