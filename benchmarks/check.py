@@ -36,8 +36,6 @@ _NAMES = ("setting", "method", "reference", "is_lean", "model", "rank", "adapter
 _NAMES += ("checkpointing", "offloading", "dropout", "lean")
 _MEASURED = re.compile(r".*_(ms|us|s)(_\w+)?|num_rounds|load_average|num_cores_of_others")
 _QUICK = ["--seconds", "0", "--min-rounds", "1", "--warmup", "0", "--threads", "1"]
-# PEFT drops a graph in DoRA's forward; tensors of it that were counted lend their memory to others.
-_INEXACT = ("dora",)
 _BOTH = ("--dtypes", "float32", "bfloat16")
 
 Sections = dict[str, list[Row]]
@@ -56,8 +54,7 @@ def measured(name: str, options: Iterable[str]) -> Sections:
 
 def exact_rows(name: str, *options: str) -> Sections:
     """Return the rows of a benchmark that is run for its counts alone."""
-    rows = measured(name, [*_QUICK, *options])["rows"]
-    return {"rows": [row for row in rows if row["method"] not in _INEXACT]}
+    return {"rows": measured(name, [*_QUICK, *options])["rows"]}
 
 
 def kernel_rows() -> Sections:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import check
 from benchmarks.record import RESULTS
 
-ONE_STEP = ("--tokens", "16", "--methods", "frozen", "paca", "lora", "--dtypes", "float32")
+ONE_STEP = ("--tokens", "16", "--methods", "frozen", "paca", "dora", "--dtypes", "float32")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 

@@ -86,8 +86,9 @@ def test_input_of_two_layers_counts_once():
     model = nn.ModuleList([nn.Linear(64, 32), nn.Linear(64, 32)])
     x = torch.randn(4, 64)
     with SavedBytes(model) as saved:
-        model[0](x).sum() + model[1](x[:2]).sum()
+        y = model[0](x).sum() + model[1](x[:2]).sum()
     assert saved.num_bytes == x.nbytes
+    del y
 
 
 def test_whole_storage_of_a_view_counts():
@@ -128,6 +129,28 @@ def test_outputs_that_are_kept_count_and_are_freed():
     assert alive() is not None
     del y
     assert alive() is None
+
+
+def test_a_graph_that_is_dropped_keeps_nothing():
+    """Its memory is free again at once, and others may take it."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 32)
+
+        def forward(self, x):
+            scale = (self.linear.weight * 2).square().exp().mean().detach()
+            return self.linear(x) * scale
+
+    model, x = Normed(), torch.randn(4, 64)
+    with SavedBytes(model, {model.linear: "linear"}) as saved:
+        y = model(x).sum()
+        # the factor is on a storage of its own, the one number that the product keeps
+        assert saved.num_bytes == x.nbytes + 4
+    y.backward()
+    assert saved.num_bytes == x.nbytes + 4
+    assert saved.num_bytes_by_kind == {"linear": x.nbytes}
 
 
 def test_gradients_are_the_same_under_the_hooks():

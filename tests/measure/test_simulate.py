@@ -42,12 +42,9 @@ def simulate(setting):
     return FakeTraining(setting).step(setting.batch_size, setting.seq_len)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "dora"])
+@pytest.mark.parametrize("name", ALL)
 def test_saved_bytes_are_those_of_a_real_step(name, tmp_path):
-    """Real attention of the CPU, counted by hooks: nothing of the simulation is involved.
-
-    The hooks count what DoRA's own graphs keep for a moment, too, so it is in the next test only.
-    """
+    """Real attention of the CPU, counted by hooks: nothing of the simulation is involved."""
     setting = tiny(tmp_path, **ALL[name])
     measured, model = simulate(setting), real_model(setting)
     with patch.object(F, "dropout", gpu_kernels.dropout):

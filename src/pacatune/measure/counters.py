@@ -1,8 +1,10 @@
 """Counters of a training step: bytes that autograd keeps for backward, and operations."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ class SavedBytes:
 
     Counts each storage once, however many views of it are saved, and leaves out the storages of
     the model's parameters and buffers, which exist anyway. What a checkpointed block recomputes
-    is not kept, so only its inputs count.
+    is not kept, so only its inputs count; nor is what belongs to a graph that is dropped before the
+    context ends, as PEFT's DoRA drops that of its norms.
 
         with SavedBytes(model) as saved:
             loss = model(**batch).loss
@@ -35,33 +38,47 @@ class SavedBytes:
         self._held = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._layers = dict(layers or {})
         self._entered: list[str] = []
-        self._saved: dict[int, tuple[int, str | None]] = {}
+        self._saved: dict[int, _Storage] = {}
+        self._is_counting = True
         self._stack = ExitStack()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the distinct storages saved so far."""
-        return sum(num_bytes for num_bytes, _ in self._saved.values())
+        return sum(storage.num_bytes for storage in self._saved.values())
 
     @property
     def num_bytes_by_kind(self) -> dict[str, int]:
         """Kind of layer -> bytes that nothing else keeps, of all layers of that kind."""
         totals = dict.fromkeys(self._layers.values(), 0)
-        for num_bytes, kind in self._saved.values():
-            if kind is not None:
-                totals[kind] += num_bytes
+        for storage in self._saved.values():
+            if storage.kind is not None:
+                totals[storage.kind] += storage.num_bytes
         return totals
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        address = _address(tensor)
-        if address not in self._held:
-            kind = self._entered[-1] if self._entered else None
-            if address in self._saved and kind is not None:
-                kind = self._saved[address][1]
-            self._saved[address] = tensor.untyped_storage().nbytes(), kind
+    def _pack(self, tensor: Tensor) -> "_Kept":
         # Holds the memory, so that no address comes twice. Detached: a node that kept its own
         # output would keep itself alive.
-        return tensor.detach()
+        kept, address = _Kept(tensor.detach()), _address(tensor)
+        if address not in self._held:
+            kind = self._entered[-1] if self._entered else None
+            storage = self._saved.get(address)
+            if storage is None:
+                storage = _Storage(tensor.untyped_storage().nbytes(), kind)
+                self._saved[address] = storage
+            elif kind is None:
+                storage.kind = None
+            storage.num_kept += 1
+            weakref.finalize(kept, self._drop, address)
+        return kept
+
+    def _drop(self, address: int) -> None:
+        """Forget what a dropped graph kept alone; after the context, backward drops everything."""
+        if self._is_counting:
+            storage = self._saved[address]
+            storage.num_kept -= 1
+            if storage.num_kept == 0:
+                del self._saved[address]
 
     def _enter(self, module: nn.Module, *args: Any) -> None:
         if module in self._layers:
@@ -78,12 +95,28 @@ class SavedBytes:
             leave = hooks.register_module_forward_hook(self._leave, always_call=True)
             self._stack.callback(leave.remove)
         self._stack.enter_context(
-            torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
+            torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
         )
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._is_counting = False
         self._stack.close()
+
+
+@dataclass
+class _Storage:
+    num_bytes: int
+    kind: str | None
+    num_kept: int = 0
+    """Tensors on it that nodes of graphs hold."""
+
+
+class _Kept:
+    """What a node holds, so that its end is seen."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 SavedByLayer = SavedBytes
