@@ -1,5 +1,8 @@
 """The same training without the tool: transformers' Trainer, or a plain loop, and PEFT."""
 
+import re
+from pathlib import Path
+
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -13,7 +16,14 @@ from transformers import (
 
 from pacatune import PacaConfig
 
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SEED, RATE, EPOCHS = 7, 1e-2, 2
+
+
+def documented(beginning):
+    """Return the block of the page that begins so."""
+    text = PAGE.read_text(encoding="utf-8")
+    return re.search(rf"```\w+\n({re.escape(beginning)}.*?)```", text, re.DOTALL)[1]
 
 
 def adapted(path, *, options=None, adapter=None, quantization=None):

@@ -23,6 +23,7 @@ from tests.integrations_apart.direct import (
     assert_same,
     assert_trained,
     deltas,
+    documented,
     train_directly,
 )
 
@@ -178,6 +179,16 @@ def test_preferences(write_config, tmp_path):
 def test_refusals(write_config, options, message):
     with pytest.raises(ValidationError, match=message):
         load_cfg(write_config(**options))
+
+
+def test_the_page(write_config, tiny_model_dir, chats):
+    shown = yaml.safe_load(documented("plugins:"))
+    shown |= {"base_model": str(tiny_model_dir)}
+    shown["datasets"][0]["path"] = str(chats)
+    cfg = load_cfg(write_config(**shown))
+    model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
+    assert (config.r, config.paca_alpha, config.groups, config.normalize) == (16, 16, 2, "weight")
+    assert sum(isinstance(module, PacaLayer) for module in model.modules()) == 2 * 7
 
 
 def test_values_said_twice_alike(write_config):

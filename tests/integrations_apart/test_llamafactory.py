@@ -26,6 +26,7 @@ from tests.integrations_apart.direct import (
     adapted,
     assert_same,
     assert_trained,
+    documented,
 )
 
 PACA = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
@@ -148,6 +149,13 @@ def test_quantised_base(run, options, tiny_model_dir, tmp_path):
     model = adapted(tiny_model_dir, options=PACA, quantization=quantization)
     train_directly(model, options, tmp_path / "direct")
     assert_same(tmp_path / "run", tmp_path / "direct")
+
+
+def test_the_page(tiny_model_dir):
+    shown = yaml.safe_load(documented("# lf.yaml"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    config = adapt(base, shown["peft_config"], is_train=True).peft_config["default"]
+    assert (config.r, config.paca_alpha, len(config.target_modules)) == (16, 16, 2 * 7)
 
 
 def test_version_0():

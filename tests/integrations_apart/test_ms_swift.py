@@ -19,6 +19,7 @@ from tests.integrations_apart.direct import (
     adapted,
     assert_same,
     assert_trained,
+    documented,
     train_directly,
 )
 
@@ -159,6 +160,12 @@ def test_preferences(arguments, tmp_path):
 def test_refusals(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         sft_main(arguments(**options))
+
+
+def test_the_page():
+    exec(documented("# paca_plugin.py"), {})
+    assert PacaTuner.options == {"groups": 2, "normalize": "weight"}
+    register()
 
 
 def test_options_of_register():

@@ -2,7 +2,7 @@
 
     from pacatune.integrations.ms_swift import register
 
-    register(selection="weight_norm")
+    register(groups=2)
 
 docs/integrations.md says what of ms-swift's options is kept.
 """
