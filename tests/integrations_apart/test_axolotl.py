@@ -181,9 +181,9 @@ def test_refusals(write_config, options, message):
         load_cfg(write_config(**options))
 
 
-def test_the_page(write_config, tiny_model_dir, chats):
+def test_the_page(write_config, tiny_model_dir, chats, tmp_path):
     shown = yaml.safe_load(documented("plugins:"))
-    shown |= {"base_model": str(tiny_model_dir)}
+    shown |= {"base_model": str(tiny_model_dir), "output_dir": str(tmp_path / "run")}
     shown["datasets"][0]["path"] = str(chats)
     cfg = load_cfg(write_config(**shown))
     model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
