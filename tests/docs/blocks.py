@@ -99,16 +99,16 @@ def run(command, folder):
 
 
 def commands_of(code):
-    """Lines without their remarks; a here-document is one command."""
+    """Lines without their remarks; a here-document is one command, as are lines that go on."""
     command, end = [], None
     for line in code.splitlines():
         command.append(line if end else line.partition("  #")[0])
         if end is None and (opened := re.search(r"<<'(\w+)'$", line)):
             end = opened[1]
-        if end is None or line == end:
+        if line == end or (end is None and not line.endswith("\\")):
             yield "\n".join(command)
             command, end = [], None
-    assert not command, f"the here-document is not closed: {command}"
+    assert not command, f"the command does not end: {command}"
 
 
 def is_plain(words):
