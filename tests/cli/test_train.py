@@ -159,7 +159,7 @@ def test_flag_in_a_config_file(words, capsys, tmp_path):
         (["--paca.r", "3.5"], "paca.r"),
         (["--paca.selection", "best"], "`selection` ('best') must be one of"),
         (["--data.loss", "answers"], "data.loss"),
-        (["--data.format", "sharegpt"], "data.format"),
+        (["--data.format", "alpaca"], "data.format"),
         (["--data.path", "missing.jsonl"], "missing.jsonl does not exist; check `data.path`"),
         (["--data.path", ""], "`data.path` is ''; give"),
         (["--model.path", ""], "`model.path` is ''; give a hub id"),

@@ -12,6 +12,7 @@ from tests.lean.models import adapted, build, gradients
 
 @pytest.fixture
 def _no_other_models():
+    gc.unfreeze()  # a model of an earlier test may be among what conftest.py has frozen
     gc.collect()
     assert find_registry()["sdpa"].__name__ == "sdpa_attention_forward"
 
