@@ -16,6 +16,12 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from pacatune.installation import require_extra
+from pacatune.integrations.options import (
+    NO_DROPOUT,
+    NOT_FOR_PACA,
+    join_options,
+    refuse_options,
+)
 from pacatune.names import choose
 
 if TYPE_CHECKING:
@@ -38,8 +44,8 @@ _IN_BFLOAT16 = (
     "train --method qpaca` does not"
 )
 _REFUSED = {
-    "lora_dropout": "PaCA has no low-rank branch whose input could be dropped",
-    "use_dora": "PaCA has no low-rank factors",
+    "lora_dropout": NO_DROPOUT,
+    "use_dora": NOT_FOR_PACA,
     "load_in_4bit": _IN_BFLOAT16,
     "load_in_8bit": _IN_BFLOAT16,
 }
@@ -95,7 +101,6 @@ def _model_config() -> type[Any]:
 def _peft_config(arguments: Any) -> "PacaConfig":
     """Return PaCA's configuration, in the place of TRL's `get_peft_config`."""
     from pacatune import PacaConfig
-    from pacatune.integrations.options import join_options, refuse_options
 
     if not arguments.use_peft:
         raise ValueError("`use_peft` is false; to train every weight, use `trl` itself.")

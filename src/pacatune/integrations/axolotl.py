@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
 
-from pacatune.integrations.options import NOT_FOR_PACA, join_options, refuse_options
+from pacatune.integrations.options import NO_DROPOUT, NOT_FOR_PACA, join_options, refuse_options
 from pacatune.tuner import PacaConfig
 
 try:
@@ -46,7 +46,7 @@ _NAMES = {
 }
 _LORA_KERNEL = "it is a kernel for LoRA's factors"
 _REFUSED = {
-    "lora_dropout": "PaCA has no low-rank branch whose input could be dropped",
+    "lora_dropout": NO_DROPOUT,
     "lora_fan_in_fan_out": "PaCA sees by itself how a layer holds its weight",
     "lora_on_cpu": "PaCA adapts the model where it is",
     "lora_mlp_kernel": _LORA_KERNEL,

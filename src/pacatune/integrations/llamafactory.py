@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from pacatune.integrations.options import NOT_FOR_PACA, join_options, refuse_options
+from pacatune.integrations.options import NO_DROPOUT, NOT_FOR_PACA, join_options, refuse_options
 from pacatune.tuner import PacaConfig
 
 METHOD = "paca"
@@ -21,7 +21,7 @@ METHOD = "paca"
 # LLaMA-Factory's names of options that PaCA has under another one.
 _NAMES = {"lora_alpha": "paca_alpha"}
 _REFUSED = {
-    "lora_dropout": "PaCA has no low-rank branch whose input could be dropped",
+    "lora_dropout": NO_DROPOUT,
     "use_dora": NOT_FOR_PACA,
     "init_lora_weights": NOT_FOR_PACA,
     "export_dir": "`pacatune merge` writes merged models",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from pacatune.integrations.options import NOT_FOR_PACA, join_options, refuse_options
+from pacatune.integrations.options import NO_DROPOUT, NOT_FOR_PACA, join_options, refuse_options
 from pacatune.tuner import PacaConfig
 
 try:
@@ -37,7 +37,7 @@ _NAMES = {
     "target_parameters": "target_parameters",
 }
 _REFUSED = {
-    "lora_dropout": "PaCA has no low-rank branch whose input could be dropped",
+    "lora_dropout": NO_DROPOUT,
     "lora_dtype": "PaCA trains in float32",
     "lorap_lr_ratio": NOT_FOR_PACA,
     "use_dora": NOT_FOR_PACA,

@@ -14,6 +14,9 @@ __all__ = ["join_options", "refuse_options"]
 NOT_FOR_PACA = "PaCA has no low-rank factors"
 """Why most options of LoRA cannot be kept."""
 
+NO_DROPOUT = "PaCA has no low-rank branch whose input could be dropped"
+"""Why `lora_dropout` cannot be kept."""
+
 
 def join_options(
     theirs: Mapping[str, Any], names: Mapping[str, str], ours: Mapping[str, Any], section: str
