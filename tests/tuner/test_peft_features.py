@@ -18,6 +18,12 @@ from tests.releases import LOADS_ADAPTERS, needs
 from tests.tuner.small_llama import TARGETS, adapt, logits, paca_layers, randomise
 
 
+@pytest.fixture(autouse=True)
+def _peft_is_new_enough(monkeypatch):
+    """Let transformers 5.24 add adapters with this PEFT: it asks for 0.22, and for nothing else."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
+
+
 class TestFiles:
     def test_names_shapes_and_dtypes_are_those_of_peft_0_22(self, base, tmp_path):
         model = adapt(base, random_seed=5)
@@ -66,14 +72,41 @@ class TestFiles:
         two.set_adapter("loaded")
         assert torch.equal(logits(two, ids), want)
 
-    def test_add_adapter_of_transformers(self, base, ids, monkeypatch):
-        # transformers 5.24 asks for a newer PEFT than there is; nothing else stands in the way.
-        monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
-        base.add_adapter(PacaConfig(r=4, target_modules=TARGETS))
+    @pytest.mark.skipif(not LOADS_ADAPTERS, reason="transformers 5 needs PEFT >= 0.19 to load them")
+    @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+    @pytest.mark.parametrize("groups", [1, 2])  # in files: type PACA, and PACATUNE
+    def test_adapters_of_transformers(self, base, ids, tmp_path, tiny_model_dir, groups):
+        plain = logits(base, ids)
+        base.add_adapter(PacaConfig(r=4, target_modules=TARGETS, groups=groups))
         randomise(base)
-        with_adapter = logits(base, ids)
+        first = logits(base, ids)
+        base.add_adapter(PacaConfig(r=2, target_modules=["up_proj"], groups=groups), "other")
+        randomise(base, 1, "other")
+        assert base.active_adapters() == ["other"]
+        assert len(base.get_adapter_state_dict()) == 2 * 2
+        assert not torch.equal(logits(base, ids), first)
+        base.set_adapter("default")
+        assert torch.equal(logits(base, ids), first)
+        base.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(logits(loaded, ids), first)
         base.disable_adapters()
-        assert not torch.equal(logits(base, ids), with_adapter)
+        assert torch.equal(logits(base, ids), plain)
+        base.enable_adapters()
+        base.delete_adapter("other")
+        assert torch.equal(logits(base, ids), first)
+        base.delete_adapter("default")
+        assert torch.equal(logits(base, ids), plain)
+
+    def test_hotswap_of_peft_is_for_lora_and_says_so(self, base, ids, tmp_path):
+        from peft.utils.hotswap import hotswap_adapter
+
+        adapt(base, seed=1).save_pretrained(tmp_path)
+        model = adapt(base)
+        before = logits(model, ids)
+        with pytest.raises(ValueError, match="only supports LORA but PACA"):
+            hotswap_adapter(model, str(tmp_path), "default")
+        assert torch.equal(logits(model, ids), before)
 
     def test_reference_adapter_of_trl_is_a_copy(self, base, ids):
         """TRL copies the parameters whose names contain `.default.`, nothing else."""

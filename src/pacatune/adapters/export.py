@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pacatune.adapters.base import (
-    base_name,
-    empty_base,
     innermost,
     load_base,
     load_tokenizer,
+    named_base,
     num_labels_of,
     quantization_config,
 )
@@ -209,7 +208,7 @@ class ExportResult:
 
 
 def export_lora(
-    model: str | None,
+    model: str | nn.Module | None,
     adapter: str | Path,
     output: str | Path,
     *,
@@ -224,13 +223,16 @@ def export_lora(
     Only the base's config.json is read, for the number of in_features, unless `verify` is set.
 
     Args:
-        model: Folder or hub id of the base; None takes the one that the adapter names.
+        model: Folder or hub id of the base; None takes the one that the adapter names. A base that
+            transformers does not load (diffusers, timm, your own) is given itself, plain or
+            adapted.
         adapter: Folder or hub id of the adapter.
         output: Folder to write, missing or empty.
         dtype: Of A and B; A is exact in each, B in float32.
         keep_extra: Carry `modules_to_save`, biases and token embeddings over. PEFT loads them,
             vLLM and most other servers do not.
-        verify: Load the result with PEFT alone in a new process and compare outputs.
+        verify: Load the result with PEFT alone in a new process and compare outputs; for a base
+            with a name.
         device: Where to compute the outputs of the PaCA model for that.
         allow_other_base: As for `check_base`.
 
@@ -242,6 +244,11 @@ def export_lora(
     """
     output = Path(output)
     check_output(output, num_bytes=0)
+    if verify and isinstance(model, nn.Module):
+        raise ValueError(
+            "`verify` loads the base in a new process, which has no model that is given itself; "
+            "give its folder or hub id, or go without `verify`."
+        )
     folder = locate_folder(adapter)
     if read_json_object(find_file(folder, CONFIG_NAME)).get("peft_type") == "MOSLORA":
         plan = plan_moslora(folder, model, torch_dtype(dtype), keep_extra=keep_extra)
@@ -277,20 +284,18 @@ def export_lora(
 
 def _plan_paca(
     folder: Path,
-    model: str | None,
+    model: str | nn.Module | None,
     dtype: torch.dtype,
     *,
     keep_extra: bool,
     allow_other_base: bool,
 ) -> ExportPlan:
     checked = read_adapter(folder)
-    name = base_name(model, checked.config)
     if not keep_extra:
         what = f"(`modules_to_save` = {checked.config.modules_to_save}, `bias` = "
         what += f"{checked.config.bias!r})"
         refuse_extra(checked.folder, list(checked.extra), "PaCA", what)
-    num_labels = num_labels_of(name, checked)
-    base = empty_base(name, task_type=checked.config.task_type, num_labels=num_labels)
+    name, base = named_base(model, checked)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(checked, base, dtype)
     if not keep_extra:

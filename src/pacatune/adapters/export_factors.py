@@ -61,7 +61,7 @@ def plain_lora_config(config: Any, name: str, rank: int, alpha: int) -> dict[str
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path or name,
+        "base_model_name_or_path": config.base_model_name_or_path or name or None,
         "revision": config.revision,
         "inference_mode": True,
         "r": rank,

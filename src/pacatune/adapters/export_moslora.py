@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.adapters.base import base_name, empty_base, innermost
+from pacatune.adapters.base import innermost, named_base
 from pacatune.adapters.export_factors import (
     ExportPlan,
     plain_lora_config,
@@ -35,15 +35,14 @@ _A, _B, _MIXER, _BIAS = (
 
 
 def plan_moslora(
-    folder: Path, model: str | None, dtype: torch.dtype, *, keep_extra: bool
+    folder: Path, model: str | nn.Module | None, dtype: torch.dtype, *, keep_extra: bool
 ) -> ExportPlan:
     """Read a MosLoRA adapter and fold its mixers."""
     adapter, tensors = _read(folder)
-    name = base_name(model, adapter.config)
     extra = sorted(key for key in tensors if not re.search(r"\.lora_(A|B|mixer)\.", key))
     if not keep_extra:
         refuse_extra(folder, extra, "MosLoRA")
-    base = empty_base(name, task_type=adapter.config.task_type)
+    name, base = named_base(model, adapter)
     config = _folded_config(adapter, tensors, base, name)
     folded, rounding = _folded_tensors(adapter, tensors, dtype)
     return ExportPlan(
