@@ -79,6 +79,22 @@ def test_weights_are_turns_not_to_learn():
     assert (example.prompt, example.skipped) == ([USER], [1, 2])
 
 
+@pytest.mark.parametrize("flag", ["train", "training", "loss"])
+def test_flags_of_other_programs_are_weights(flag):
+    turns = [USER, {**ASSISTANT, flag: False}, {**USER, flag: False}, {**ASSISTANT, flag: True}]
+    (example,) = convert({"messages": turns})
+    assert example.completion == [USER, ASSISTANT, USER, ASSISTANT]
+    assert example.skipped == [1, 2]
+    (example,) = convert({"messages": [USER, {**ASSISTANT, flag: None, "weight": 1}]})
+    assert example.skipped == []
+
+
+def test_tools_may_be_json():
+    row = {"messages": [USER, ASSISTANT]}
+    examples = convert(*({**row, "tools": text} for text in ('[{"name": "f"}]', " ")))
+    assert [example.tools for example in examples] == [[{"name": "f"}], None]
+
+
 def test_empty_columns_that_a_format_does_not_use():
     assert convert({"instruction": "q", "output": "a", "system": "", "history": []})
 
@@ -152,7 +168,7 @@ def test_bad_messages(messages, message):
         ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a int; it must be a string"),
         ({"instruction": "", "output": "a"}, "'instruction' is empty"),
         ({"instruction": "q", "output": ""}, "'output' is empty"),
-        ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is a str; it must be a list"),
+        ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is 'f'; it must be JSON"),
         ({"text": ""}, "row 1: 'text' is empty"),
         (
             {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
@@ -173,6 +189,22 @@ def test_bad_messages(messages, message):
         (
             {"messages": [USER, {**ASSISTANT, "weight": 0}]},
             "'messages' has no assistant turn of weight 1, so nothing to learn",
+        ),
+        (
+            {"messages": [{**USER, "train": True}, ASSISTANT]},
+            r"weight of messages\[0\] is 1, but only assistant turns outside a prompt are",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "train": "no"}]},
+            r"messages\[1\] has 'train' \('no'\); it must be true or false",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "train": True, "weight": 0}]},
+            r"messages\[1\] is learned and is not, by its flags .*; keep one of them",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "loss_scale": 0.3}]},
+            r"messages\[1\] has 'loss_scale', and a turn is learned as a whole or not at all",
         ),
         (
             {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},

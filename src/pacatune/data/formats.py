@@ -27,6 +27,11 @@ _ACCEPTED = (
 # Columns of other programs that say something to the model.
 _NOT_USED = ("system", "history", "functions", "images", "documents", "chat_template_kwargs")
 
+# What other programs call the weight of a message: Axolotl, TRL and ms-swift.
+_FLAGS = ("train", "training", "loss")
+# What they say besides of parts of a message, or of degrees.
+_FINER = ("train_detail", "training_detail", "loss_scale")
+
 # For models without a chat template; the wording of Stanford Alpaca without its preamble.
 _INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 _INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -171,7 +176,10 @@ def _chat(
         [{key: value for key, value in m.items() if key != "weight"} for m in messages]
         for messages in (prompt, completion)
     )
-    tools = _functions(row.place, "'tools'", "tool", row.values.get("tools"))
+    tools = row.values.get("tools")
+    if isinstance(tools, str):  # as tables keep them
+        tools = sharegpt.parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
+    tools = _functions(row.place, "'tools'", "tool", tools)
     example = Example(row.place, prompt, completion, tools, skipped)
     if not example.learned_turns:
         speaks = any(message["role"] == "assistant" for message in completion)
@@ -257,6 +265,7 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
             "strings 'role' and 'content'."
         )
     kept = {key: value for key, value in message.items() if value is not None}
+    kept = _with_weight(kept, f"{place}: {where}")
     content = kept.get("content")
     if isinstance(content, list):
         content = kept["content"] = _joined(content, f"{place}: content of {where}")
@@ -280,6 +289,24 @@ def _joined(parts: list[Any], what: str) -> str:
                 '{"type": "text", "text": "..."}, as models are trained on text alone.'
             )
     return "\n".join(part["text"] for part in parts)
+
+
+def _with_weight(message: Message, what: str) -> Message:
+    """Return a message whose flags of other programs are a weight, as OpenAI's data has it."""
+    if finer := [name for name in _FINER if message.get(name)]:
+        raise ValueError(
+            f"{what} has {finer[0]!r}, and a turn is learned as a whole or not at all; remove it, "
+            "or give the turn a 'weight' of 0 or 1."
+        )
+    found = {name: message[name] for name in ("weight", *_FLAGS) if name in message}
+    flags = {name: value for name, value in found.items() if name != "weight"}
+    for name, value in flags.items():
+        if value not in (0, 1):
+            raise ValueError(f"{what} has {name!r} ({value!r}); it must be true or false.")
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{what} is learned and is not, by its flags {found}; keep one of them.")
+    rest = {key: value for key, value in message.items() if key not in _FLAGS}
+    return {**rest, "weight": int(next(iter(flags.values())))} if flags else rest
 
 
 def _check_weight(what: str, message: Message, is_context: bool) -> None:

@@ -35,8 +35,6 @@ def with_messages(row: Row) -> Row:
                 f"{row.place}: column 'system' ({system!r:.40}) and a turn of the system; keep one."
             )
         messages.insert(0, {"role": "system", "content": system})
-    if isinstance(tools := values.get("tools"), str):
-        values["tools"] = _json(tools, f"{row.place}: 'tools'") if tools.strip() else None
     return replace(row, values={**values, COLUMN: messages})
 
 
@@ -49,7 +47,7 @@ def _message(place: str, where: str, turn: Any) -> Any:
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
     message |= {"role": _ROLES[speaker], "content": turn.get("value")}
     if speaker == "function_call":
-        calls = _json(message["content"], f"{place}: the call of {where}")
+        calls = parse_json(message["content"], f"{place}: the call of {where}")
         calls = calls if isinstance(calls, list) else [calls]
         message |= {"content": "", "tool_calls": [_call(call) for call in calls]}
     return message
@@ -59,7 +57,8 @@ def _call(call: Any) -> Any:
     return {"type": "function", "function": call} if isinstance(call, dict) else call
 
 
-def _json(text: Any, what: str) -> Any:
+def parse_json(text: Any, what: str) -> Any:
+    """Return what a JSON text of a row says."""
     try:
         return json.loads(text)
     except (TypeError, ValueError):
