@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import pretrained
+from pacatune.adapters.folder import read_adapter
 from pacatune.training import ModelConfig, PacaSection, train
 from pacatune.training import language as models
 from tests.conftest import build_model
@@ -52,6 +53,22 @@ def test_runs(make_config, tiny_model_dir, tmp_path, method, quantization):
     trained = [p for name, p in loaded.named_parameters() if "paca_" in name or "lora_" in name]
     assert trained
     assert all(p.dtype == torch.float32 for p in trained)
+    if (method, quantization) == ("paca", "nf4"):
+        goes_on(make_config, tmp_path)
+
+
+def goes_on(make_config, tmp_path):
+    """A run that starts from the adapter needs the same base, and records it."""
+    start = {"adapter": str(tmp_path / "out"), "training": {"output_dir": str(tmp_path / "on")}}
+    start["training"] |= {"max_steps": 1, "eval_strategy": "no", "learning_rate": 1e-9}
+    for other in (None, "fp4"):
+        with pytest.raises(ValueError, match=r"'bitsandbytes nf4.*here it is .*set `model.quant"):
+            train(make_config(model={"quantization": other}, **start), console=QUIET)
+    train(make_config("qpaca", **start), console=QUIET)
+    one, two = (read_adapter(tmp_path / name) for name in ("out", "on"))
+    assert one.config.base_quantization == two.config.base_quantization
+    for name, update in one.modules.items():
+        torch.testing.assert_close(update.delta, two.modules[name].delta, atol=1e-6, rtol=0)
 
 
 def test_columns_from_the_checkpoint(make_config, tiny_tokenizer, tmp_path):

@@ -222,22 +222,48 @@ def attach(
         ValueError: If the adapter does not belong to the base, or if what PEFT loaded is not
             what the file holds.
     """
-    notes = [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
+    notes = compare_base(adapter, model, allow_other_base=allow_other_base)
+    with _loading(adapter, model):
+        peft_model = PeftModel.from_pretrained(cast(Any, model), str(adapter.folder))
     if isinstance(adapter, Adapter):
-        notes = check_base(adapter, model, allow_other_base=allow_other_base)
+        _check_loaded(peft_model, adapter)
+    return peft_model.eval(), notes
+
+
+def compare_base(
+    adapter: Adapter | LoraAdapter, model: nn.Module, *, allow_other_base: bool = False
+) -> list[str]:
+    """Check the base of a PaCA adapter as `check_base` does; return notes for the user."""
+    if isinstance(adapter, Adapter):
+        return check_base(adapter, model, allow_other_base=allow_other_base)
+    return [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
+
+
+def load_values(peft_model: PeftModel, adapter: Adapter | LoraAdapter) -> None:
+    """Give the fresh adapter of a model the columns and values of a saved one, to train on.
+
+    Raises:
+        ValueError: If what PEFT loaded is not what the file holds.
+    """
+    with _loading(adapter, peft_model.get_base_model()):
+        peft_model.load_adapter(str(adapter.folder), _ADAPTER_NAME, is_trainable=True)
+    if isinstance(adapter, Adapter):
+        _check_loaded(peft_model, adapter)
+
+
+@contextmanager
+def _loading(adapter: Adapter | LoraAdapter, model: nn.Module) -> Iterator[None]:
+    """Say whose adapter it is that PEFT cannot load in this block, or loads in part."""
     try:
         with answered_warnings():
             if isinstance(adapter, LoraAdapter):
                 warnings.filterwarnings("error", message="Found missing adapter keys")
-            peft_model = PeftModel.from_pretrained(cast(Any, model), str(adapter.folder))
+            yield
     except (RuntimeError, UserWarning) as error:
         raise ValueError(
             f"{adapter.folder}: PEFT cannot load the adapter onto {type(model).__name__} "
             f"({error}); it belongs to another base."
         ) from error
-    if isinstance(adapter, Adapter):
-        _check_loaded(peft_model, adapter)
-    return peft_model.eval(), notes
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class RunOptions:
         from argparse import ArgumentError
 
         _check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
+        self._words = argv
         try:
             return self.parser.parse_args(argv)
         except ArgumentError as error:
@@ -88,7 +89,20 @@ class RunOptions:
         choose(values["method"], self.run_class.methods, option="method")
         sections = {name: kind(**values[name]) for name, kind in self.sections.items()}
         names = [f.name for f in fields(self.run_class) if f.name not in self.sections]
-        return self.run_class(**{name: values[name] for name in names}, **sections)
+        run = self.run_class(**{name: values[name] for name in names}, **sections)
+        if run.start is not None:
+            self._refuse_replaced(run)
+        return run
+
+    def _refuse_replaced(self, run: Any) -> None:
+        """Refuse options that were given, if only their defaults, where an adapter has others."""
+        from pacatune.training.sections import ADAPTER_SECTIONS
+        from pacatune.training.start import check_given
+
+        given = self.parser.parse_args(self._words, defaults=False).as_dict()
+        for name in ADAPTER_SECTIONS:
+            for option, value in given.get(name, {}).items():
+                check_given(run, f"{name}.{option}", value, getattr(getattr(run, name), option))
 
     def template(self, options: "Namespace") -> str:
         """Return the options as YAML, each under a comment that explains it."""

@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
-    from pacatune.training.config import (
-        LoraSection,
-        ModelConfig,
-        MosLoraSection,
-        PacaSection,
-        RunConfig,
-        TrainingConfig,
-    )
+    from pacatune.training.config import ModelConfig, RunConfig, TrainingConfig
     from pacatune.training.language import preview
     from pacatune.training.preference_config import (
         DpoRunConfig,
@@ -31,6 +24,7 @@ if TYPE_CHECKING:
         RlooRunConfig,
         RlooTrainingConfig,
     )
+    from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
 __all__ = [
@@ -64,6 +58,7 @@ __all__ = [
 # Each has some of these names; a module is only imported where none before it has the name.
 _HOMES = (
     "config",
+    "sections",
     "preference_config",
     "rl_config",
     "rewards",

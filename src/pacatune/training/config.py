@@ -1,29 +1,25 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
-import copy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
 import torch
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
-from pacatune.format.options import Columns, check_patterns
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.precision import Dtype
-from pacatune.selection import strategies
-from pacatune.selection.budget import PARTS
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.report import Report, RunReport
+from pacatune.training.sections import (
+    ADAPTER_SECTIONS,
+    LoraSection,
+    MosLoraSection,
+    PacaSection,
+)
+from pacatune.training.start import find_start, settle_start
 from pacatune.tuner.compat import require
-
-# Sections that only some methods read.
-ADAPTER_SECTIONS = ("paca", "lora", "moslora")
-
-# Options of `paca` that say how to train an adapter, not what it is.
-_OF_THE_RUN = ("selection_batches", "share_columns", "budget", "reselect_every", "active_columns")
 
 _MODEL_ARGUMENTS = {
     "trust_remote_code": "code of a model is never executed",
@@ -67,213 +63,6 @@ class ModelConfig:
             raise ValueError(
                 f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
             )
-
-
-@dataclass(kw_only=True)
-class PacaSection:
-    """Options of the methods `paca` and `qpaca`; see `pacatune.PacaConfig`, which checks them."""
-
-    r: int = 16
-    """Number of trained input columns of each weight."""
-
-    paca_alpha: float = 16
-    """Scale of the update: it is multiplied by paca_alpha / r."""
-
-    use_rslora: bool = False
-    """Scale by paca_alpha / sqrt(r) instead."""
-
-    target_modules: list[str] | str | None = None
-    """Names of modules, a regular expression, or `all-linear` (every linear layer but the output
-    head). Where null, the linear layers of the repeated blocks."""
-
-    target_parameters: list[str] | None = None
-    """Names of parameters without a layer of their own, such as the fused weights of experts:
-    `[experts.gate_up_proj, experts.down_proj]`. Adapted beside `target_modules`."""
-
-    exclude_modules: list[str] | str | None = None
-    """Names or a regular expression of modules to leave out."""
-
-    groups: int = 1
-    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
-    the same number of parameters, an update of rank up to `groups` times `r`."""
-
-    selection: str | Columns = "random"
-    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
-    activation, weight_activation, gradient_activation, activation_qr, activation_leverage. Or the
-    columns themselves, by the module's name or pattern; or the folder or .safetensors file of a
-    PaCA adapter, whose columns are taken."""
-
-    selection_batches: int = 100
-    """How many batches of the training data are looked at where columns are chosen by gradients or
-    activations, or normalised by their inputs; over all processes."""
-
-    normalize: Literal["none", "input", "weight"] = "none"
-    """Normalise the optimizer's steps by column, with rates that are fixed before training.
-    `input`: smaller steps where a column's inputs are large, so that each changes the output by as
-    much. `weight`: steps in proportion to the column's norm."""
-
-    share_columns: bool = False
-    """Choose the same columns for layers with the same input: query, key and value; gate and up."""
-
-    budget: Literal["equal", "gradient", "attention", "mlp", "output"] = "equal"
-    """Where the columns are, with as many parameters in all: `r` in each layer; ranks by each
-    layer's gradient over `selection_batches` batches; or in the layers of attention, of MLPs, or
-    in the output projections of both alone."""
-
-    reselect_every: int | None = None
-    """Optimizer steps after which `active_columns` other columns of each layer are trained; what
-    the others have learned stays. Null: all `r` are trained in every step."""
-
-    active_columns: int | None = None
-    """Columns trained at a time, below `r`; with `reselect_every`."""
-
-    random_seed: int = 42
-    """Seed for choosing the columns."""
-
-    layers_to_transform: list[int] | int | None = None
-    """Numbers of the layers to adapt; all where null."""
-
-    layers_pattern: list[str] | str | None = None
-    """Name of the list of layers, where it is not a usual one."""
-
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of modules that differ from `r`: name or regular expression to rank."""
-
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of modules that differ from `paca_alpha`: name or regular expression to alpha."""
-
-    modules_to_save: list[str] | None = None
-    """Modules trained in full and saved with the adapter."""
-
-    bias: Literal["none", "all", "paca_only"] = "none"
-    """Biases that are trained."""
-
-    columns_from: Literal["dequantized", "original"] = "dequantized"
-    """On a quantised base: whether columns start from its rounded weights or the checkpoint's."""
-
-    def __post_init__(self) -> None:
-        check_patterns(vars(self), "paca.")
-        if self.selection_batches < 1:
-            raise ValueError(
-                f"`paca.selection_batches` ({self.selection_batches}) must be at least 1."
-            )
-        if 0 in (self.paca_alpha, *self.alpha_pattern.values()):
-            raise ValueError(
-                f"`paca.paca_alpha` ({self.paca_alpha}) and `paca.alpha_pattern` "
-                f"({self.alpha_pattern}) must not be 0: nothing would be trained."
-            )
-        if self.budget not in (budgets := ("equal", "gradient", *PARTS)):
-            raise ValueError(
-                f"`paca.budget` ({self.budget!r}) must be one of {', '.join(budgets)}."
-            )
-        if self.groups > 1 and self.share_columns:
-            raise ValueError(
-                f"`paca.groups` ({self.groups}) have columns of their own in each layer, and "
-                "`paca.share_columns` would give layers the same; set one of them."
-            )
-        if (self.reselect_every is None) != (self.active_columns is None):
-            raise ValueError(
-                f"`paca.reselect_every` ({self.reselect_every}) and `paca.active_columns` "
-                f"({self.active_columns}) need each other; set both, or none."
-            )
-        if self.reselect_every is not None and self.reselect_every < 1:
-            raise ValueError(f"`paca.reselect_every` ({self.reselect_every}) must be at least 1.")
-        if self.active_columns is not None and not 0 < self.active_columns < self.r:
-            raise ValueError(
-                f"`paca.active_columns` ({self.active_columns}) must be at least 1 and below "
-                f"`paca.r` ({self.r}), the columns that take turns."
-            )
-        if self._names_a_file():
-            # Absolute, so that the run can be repeated from elsewhere.
-            self.selection = str(Path(str(self.selection)).expanduser().resolve())
-
-    def _names_a_file(self) -> bool:
-        name = self.selection
-        if not isinstance(name, str) or name in strategies():
-            return False
-        return name.endswith(".safetensors") or "/" in name or Path(name).is_dir()
-
-    def adapter_options(self) -> dict[str, Any]:
-        """Return the options as PacaConfig takes them, with columns that a file gives."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in _OF_THE_RUN:
-            del values[name]
-        if self._names_a_file():
-            from pacatune.selection import load_columns
-
-            values["selection"] = load_columns(str(self.selection))
-            if self.normalize != "none":
-                values["column_rates"] = _rates_in(Path(str(self.selection)), self.normalize)
-        return copy.deepcopy(values)
-
-
-def _rates_in(path: Path, normalize: str) -> dict[str, list[Any]] | None:
-    """Return the rates of an adapter whose steps were normalised in the same way, or None."""
-    from pacatune.adapters.folder import CONFIG_NAME, read_config
-
-    if not (path / CONFIG_NAME).is_file():
-        return None
-    saved = read_config(path / CONFIG_NAME)
-    return saved.column_rates if saved.normalize == normalize else None
-
-
-@dataclass(kw_only=True)
-class LoraSection:
-    """Options of the methods that begin with LoRA; `peft.LoraConfig` checks them."""
-
-    r: int = 8
-    """Rank."""
-
-    lora_alpha: int = 16
-    """Scale of the update: it is multiplied by lora_alpha / r."""
-
-    lora_dropout: float = 0.0
-    """Dropout on the input of A."""
-
-    target_modules: list[str] | str | None = None
-    """As `paca.target_modules`."""
-
-    target_parameters: list[str] | None = None
-    """As `paca.target_parameters`."""
-
-    exclude_modules: list[str] | str | None = None
-    """As `paca.exclude_modules`."""
-
-    layers_to_transform: list[int] | int | None = None
-    """As `paca.layers_to_transform`."""
-
-    layers_pattern: list[str] | str | None = None
-    """As `paca.layers_pattern`."""
-
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """As `paca.rank_pattern`."""
-
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """As `paca.alpha_pattern`."""
-
-    modules_to_save: list[str] | None = None
-    """As `paca.modules_to_save`."""
-
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead."""
-
-    def __post_init__(self) -> None:
-        check_patterns(vars(self), "lora.")
-        for name in ("r", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"`lora.{name}` ({getattr(self, name)}) must be above 0; raise it."
-                )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora.lora_dropout` ({self.lora_dropout}) must be in [0, 1).")
-
-
-@dataclass(kw_only=True)
-class MosLoraSection:
-    """Options of the method `moslora` beside those of `lora`; `pacatune.MosLoraConfig` checks."""
-
-    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
-    """How the r x r mixer between A and B starts."""
 
 
 R = TypeVar("R", bound="RunReport")
@@ -329,6 +118,11 @@ class BaseRunConfig(Generic[R]):
 
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that is trained on, where the task can do that and the run asks for it."""
+        return None
 
     @classmethod
     def sections(cls) -> dict[str, type[Any]]:
@@ -506,11 +300,22 @@ class LanguageRunConfig(BaseRunConfig[R]):
     model: ModelConfig
     """The pretrained model."""
 
+    adapter: str | None = None
+    """Folder or hub id of a finished adapter of the same method, which is trained on: its columns
+    and options stay, its values go on. Null: a new adapter."""
+
     def __post_init__(self) -> None:
         """Refuse a TRL whose trainers ours cannot be put before, and options that do not fit."""
         # 1.13 does not await a reward that is an object; without Triton, 1.15 computes no loss.
         require("TRL", "1.16", f"`pacatune {self.command}`")
         super().__post_init__()
+        find_start(self)
+        settle_start(self)
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that is trained on."""
+        return self.adapter
 
 
 @dataclass(kw_only=True)

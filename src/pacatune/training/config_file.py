@@ -27,7 +27,12 @@ _MAX_DEPTH = 20
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
-_PATHS = ("model.path", "data.path", "data.eval_path", "data.chat_template", "data.root")
+_PATHS = (
+    *("model.path", "adapter"),
+    *("data.path", "data.eval_path", "data.chat_template", "data.root"),
+)
+# Left out while they have these defaults: a study knows its earlier runs by what is written.
+_LATER = {"adapter": None}
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.logging_nan_inf_filter",
@@ -99,9 +104,15 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
     }
     plain["training"] = training
     for path in _PATHS:
-        section, key = path.split(".")
-        if key in plain[section]:
-            plain[section][key] = _absolute(plain[section][key])
+        section, _, key = path.rpartition(".")
+        holder: dict[str, Any] = plain[section] if section else plain
+        if key in holder:
+            holder[key] = _absolute(holder[key])
+    for option, default in _LATER.items():
+        section, _, key = option.rpartition(".")
+        holder = plain[section] if section else plain
+        if key in holder and holder[key] == default:
+            del holder[key]
     return plain
 
 
@@ -219,8 +230,8 @@ def _exists(path: str) -> bool:
 def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
     """Return the options that name a local file or folder that exists."""
     values = to_values(config)
-    given = {name: values[name.partition(".")[0]].get(name.partition(".")[2]) for name in _PATHS}
-    return {name: path for name, path in given.items() if path and _exists(path)}
+    given = _dotted(values, {name for name, value in values.items() if isinstance(value, dict)})
+    return {name: path for name in _PATHS if (path := given.get(name)) and _exists(path)}
 
 
 def _walk(value: Any, depth: int = 0) -> Iterator[Any]:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import pretrained
+from pacatune.adapters import base
+from pacatune.adapters.folder import locate_folder
 from pacatune.data import PreparedData, row_digests
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
@@ -220,8 +222,15 @@ def model_path(config: BaseRunConfig[Any]) -> str:
 
 
 def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with the chat template and stop token of the run."""
-    tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
+    """Load the tokenizer with the chat template and stop token of the run.
+
+    An adapter that is trained on may have brought its own, with the template it was trained with.
+    """
+    tokenizer = (
+        None if config.start is None else base.load_tokenizer(str(locate_folder(config.start)))
+    )
+    if tokenizer is None:
+        tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
     if config.data.chat_template is not None:
         tokenizer.chat_template = _read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):

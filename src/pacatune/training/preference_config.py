@@ -88,6 +88,13 @@ class ReferenceRunConfig(LanguageRunConfig[R]):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dropout(self)
+        if self.adapter is not None and self.asks_reference():
+            raise ValueError(
+                f"`adapter` ({self.adapter!r}) with `task` ({self.task!r}): the reference is the "  # type: ignore[attr-defined]
+                "model with the adapter off, and should be the one that training starts from; "
+                "merge the adapter (`pacatune merge`), which is exact, and give the result as "
+                "`model.path`."
+            )
         if not self.has_reference():
             return
         if not METHODS[self.method].has_adapter:
@@ -106,6 +113,10 @@ class ReferenceRunConfig(LanguageRunConfig[R]):
     @abstractmethod
     def has_reference(self) -> bool:
         """Whether the reference is asked while the model trains."""
+
+    def asks_reference(self) -> bool:
+        """Whether the reference is asked at all."""
+        return self.has_reference()
 
 
 def check_dropout(config: LanguageRunConfig[Any]) -> None:
@@ -130,6 +141,10 @@ class PreferenceRunConfig(ReferenceRunConfig[R]):
     def has_reference(self) -> bool:
         """Whether the reference is asked while the model trains."""
         return not self.training.precompute_ref_log_probs
+
+    def asks_reference(self) -> bool:
+        """Whether the reference is asked at all: while the model trains, or before."""
+        return True
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
+from pacatune.adapters.folder import open_adapter
+from pacatune.adapters.loading import compare_base, load_values
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
@@ -45,6 +47,7 @@ from pacatune.training.selecting import (
     describe_columns,
     share_of_batches,
 )
+from pacatune.training.start import check_quantization
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
 from pacatune.tuner.residency_report import residency_report
@@ -188,7 +191,10 @@ def make_trainer(
         config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
     )
     set_seed(arguments.seed)
+    start = None if config.start is None else open_adapter(config.start)
     model = task.load_model()
+    if start is not None:
+        show_warnings(compare_base(start, model), console)
     batches = share_of_batches(len(prepared.train), config, partial(task.collate, prepared.train))
     adapter_config = choose_from_data(
         config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
@@ -203,6 +209,9 @@ def make_trainer(
         eval_dataset=prepared.evaluation,
         callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
     )
+    if start is not None and checkpoint is None:
+        check_quantization(start, trainer.model.peft_config["default"])
+        load_values(trainer.model, start)
     if config.lean != "off":
         trainer.lean_report = lean.enable(trainer.model, config.lean, level=config.lean_level)
         say(console, str(trainer.lean_report))
@@ -306,6 +315,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "method": config.method,
         "model": prepared.model,
+        "adapter": config.start,
         "targets": list(prepared.plan.targets),
         "columns": describe_columns(trainer.model),
         "dtype": prepared.dtype,

@@ -48,6 +48,8 @@ class RunReport:
     """Names of the adapted modules; empty where every weight is trained."""
     method: str
     model: str
+    adapter: str | None = None
+    """Adapter that training started from."""
     num_parameters: int
     num_steps: int
     num_train_examples: int
@@ -87,6 +89,7 @@ class RunReport:
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("lean activations", _lean(self.lean)),
             *([("columns", self.columns)] if self.columns else []),
+            *([("started from", self.adapter)] if self.adapter else []),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
             ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),

@@ -62,7 +62,7 @@ def choose_from_data(
     shares = (
         adapter_config is not None and METHODS[config.method].is_paca and config.paca.share_columns
     )
-    if adapter_config is None or not (kinds or shares):
+    if adapter_config is None or config.start is not None or not (kinds or shares):
         return adapter_config
     if checkpoint is not None:
         return _as_in(checkpoint, adapter_config)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import BaseRunConfig
 from pacatune.training.report import RunReport
+from pacatune.training.start import read_start
 
 C = TypeVar("C", bound=BaseRunConfig[Any])
 """Configuration of a task's runs."""
@@ -166,11 +167,15 @@ def make_adapter_config(
     method = METHODS[config.method]
     if not method.has_adapter:
         return None
-    adapter = adapter_config(method, **{**config.adapter_options(), **options})
+    if config.start is not None:
+        adapter = read_start(cast(Any, config), options.get("task_type"))
+    else:
+        adapter = adapter_config(method, **{**config.adapter_options(), **options})
     if model is not None:
         if adapter.target_modules is None:
             adapter.target_modules = default_targets(model)
-        refuse_idle_layers(adapter)
+        if config.start is None:
+            refuse_idle_layers(adapter)
     if method.is_paca and config.paca.budget in PARTS:
         assert model is not None, "only the model says what is in a part of it"
         return concentrate_ranks(model, adapter, config.paca.budget)

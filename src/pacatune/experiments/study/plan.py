@@ -15,8 +15,8 @@ from pacatune.experiments.study.config import Arm, StudyConfig
 from pacatune.experiments.study.packaged_tasks import PackagedTask, find_packaged_task
 from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
-from pacatune.training.config import ADAPTER_SECTIONS
 from pacatune.training.config_file import read_values, to_values
+from pacatune.training.sections import ADAPTER_SECTIONS
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
 _FREE = {

@@ -28,11 +28,12 @@ from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
 from pacatune.training import RunConfig, language
 from pacatune.training.classifier import ClassifierConfig, read_texts, split_texts
-from pacatune.training.config import ADAPTER_SECTIONS, BaseRunConfig
+from pacatune.training.config import BaseRunConfig
 from pacatune.training.config_file import check_keys, option_parser
 from pacatune.training.image import ImageRunConfig
 from pacatune.training.recipe import make_trainer, prepare, run_trainer
 from pacatune.training.report import train_curve
+from pacatune.training.sections import ADAPTER_SECTIONS
 from pacatune.training.task import Task, count_trainable, task_of
 
 Values = dict[str, Any]

@@ -1,11 +1,11 @@
 """Fine-tuning of image classifiers: `train(ImageRunConfig(...))`, and loading its results."""
 
 from pacatune.data.images import ImageDataConfig
-from pacatune.training.config import LoraSection, MosLoraSection, PacaSection
 from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
 from pacatune.training.image.model import ImageClassifier, load_result
 from pacatune.training.image.report import ImageReport
 from pacatune.training.recipe import train
+from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
 
 __all__ = [
     "ImageClassifier",
