@@ -22,8 +22,9 @@ def keep_learnable(
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    `what` is "training" or "evaluation"; of the statistics only the number of tokens is kept. With
-    `must_end`, training examples should end in a stop token.
+    `what` is "training", after the name of one of several data sets, or "evaluation"; of the
+    statistics only the number of tokens is kept. With `must_end`, training examples should end in a
+    stop token.
     """
 
     def where(column: str, value: object) -> list[str]:
@@ -52,7 +53,8 @@ def keep_learnable(
             f"`training.max_length` ({max_length}) and are left out: {some(lost)}."
         )
     data = data.select(kept, keep_in_memory=True)
-    _warn(data, what, max_length, tokenizer, warnings, must_end=must_end and what == "training")
+    must_end = must_end and what.endswith("training")
+    _warn(data, what, max_length, tokenizer, warnings, must_end=must_end)
     return data.remove_columns(_STATISTICS)
 
 
@@ -116,7 +118,7 @@ def _warn(
         )
     if must_end and whole and not any(whole):
         warnings.append(
-            f"no training example ends in a stop token (the tokenizer's is "
+            f"no {what} example ends in a stop token (the tokenizer's is "
             f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "
             "`data.chat_template` that ends each assistant turn with it."
         )

@@ -1,7 +1,9 @@
 """What to train on: the `data` section of a run."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from pacatune.names import choose, suggest
 
 TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
@@ -49,12 +51,80 @@ class TextDataConfig:
             )
         check_fraction(self.eval_fraction)
 
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return f"`{self.path}`"
+
     def evaluation_source(self) -> tuple[str, str, str] | None:
         """Return path and split of evaluation data, and the option that names the path."""
         if not (self.eval_path or self.eval_split):
             return None
         option = "data.eval_path" if self.eval_path else "data.path"
         return self.eval_path or self.path, self.eval_split or self.split, option
+
+
+TextFormat = Literal[
+    "auto", "messages", "sharegpt", "prompt-completion", "instruction", "text", "mmlu"
+]
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One of several data sets that are mixed.
+
+    Raises:
+        ValueError: If `path` is missing or `weight` is not above 0.
+    """
+
+    path: str = ""
+    """As `data.path`."""
+
+    name: str | None = None
+    """As `data.name`."""
+
+    split: str = "train"
+    """As `data.split`."""
+
+    format: TextFormat = "auto"
+    """As `data.format`."""
+
+    weight: float | None = None
+    """Share of the examples that come from here, relative to the weights of the others."""
+
+    @classmethod
+    def of(cls, values: Any) -> "SourceConfig":
+        """Make one of what YAML says, and name what is wrong."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"`data.datasets` has {values!r:.80}; each must be a mapping, as {{path: a.jsonl}}."
+            )
+        known = [option.name for option in fields(cls)]
+        for key, value in values.items():
+            where = f"`{key}` ({value!r}) of {values.get('path')} in `data.datasets`"
+            if key not in known:
+                raise ValueError(f"{where} is no option of a data set; {suggest(str(key), known)}")
+            if key == "weight" and type(value) not in (int, float, type(None)):
+                raise ValueError(f"{where} must be a number.")
+            if key == "format":
+                choose(
+                    str(value),
+                    get_args(TextFormat),
+                    option=f"format of {values.get('path')} in data.datasets",
+                )
+            elif key != "weight" and not (isinstance(value, str) or (key, value) == ("name", None)):
+                raise ValueError(f"{where} must be text.")
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"`path` of one of `data.datasets` is {self.path!r}; give its data.")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(
+                f"`weight` ({self.weight}) of {self.path} in `data.datasets` must be above 0; "
+                "raise it, or leave the data set out."
+            )
 
 
 @dataclass(kw_only=True)
@@ -65,9 +135,23 @@ class DataConfig(TextDataConfig):
         ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
     """
 
-    format: Literal[
-        "auto", "messages", "sharegpt", "prompt-completion", "instruction", "text", "mmlu"
-    ] = "auto"
+    path: str = ""
+    """Training data: a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub data set
+    id. Required, unless there are `datasets`."""
+
+    datasets: list[Any] | None = None
+    """Several data sets instead of `path`: each with `path` and, if need be, `name`, `split`,
+    `format` and `weight`. Without weights they are put together whole; with weights, examples are
+    drawn from them at random, in these proportions."""
+
+    mix_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """With weights, when to stop drawing: once one of `datasets` has run out, or once all have been
+    seen, which repeats examples of the others."""
+
+    seed: int = 0
+    """Seed for choosing the held-out rows, and for drawing from `datasets`."""
+
+    format: TextFormat = "auto"
     """`messages` (chats), `sharegpt` (column conversations), `prompt-completion` (columns prompt
     and completion, texts or chats), `instruction` (columns instruction, input if any, and output),
     `text`, `mmlu` (columns question, choices and answer, or MMLU's .csv files; in the words of
@@ -80,6 +164,47 @@ class DataConfig(TextDataConfig):
     loss: Literal["completion", "all"] = "completion"
     """Tokens that are learned: `completion` (the completion, or every assistant turn of a chat)
     or `all`."""
+
+    def __post_init__(self) -> None:
+        if self.mix_strategy != "first_exhausted" and not self._has_weights():
+            raise ValueError(
+                f"`data.mix_strategy` ({self.mix_strategy!r}) is for `data.datasets` with weights; "
+                "give them, or drop the option."
+            )
+        if self.datasets is None:
+            super().__post_init__()
+            return
+        check_fraction(self.eval_fraction)
+        self.datasets = [SourceConfig.of(one) for one in self.datasets]
+        if not self.datasets:
+            raise ValueError("`data.datasets` is empty; list data sets, or give `data.path`.")
+        unused = {"path": "", "name": None, "split": "train", "eval_split": None}
+        unused |= {} if self.eval_path else {"format": "auto"}
+        for name, default in unused.items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"`data.{name}` ({value!r}) is for a single data set, and there are "
+                    "`data.datasets`; drop it, or set it for one of those."
+                )
+        weightless = [one.path for one in self.datasets if one.weight is None]
+        if weightless and len(weightless) < len(self.datasets):
+            raise ValueError(
+                f"`data.datasets`: {weightless[0]} has no `weight` and others have; give all a "
+                "weight, or none."
+            )
+
+    def _has_weights(self) -> bool:
+        return any(SourceConfig.of(one).weight is not None for one in self.datasets or ())
+
+    def sources(self) -> list[SourceConfig]:
+        """Return the data sets of training, a single one too."""
+        if self.datasets is not None:
+            return list(self.datasets)
+        return [SourceConfig(path=self.path, name=self.name, split=self.split, format=self.format)]
+
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return ", ".join(f"`{source.path}`" for source in self.sources())
 
 
 @dataclass(kw_only=True)
@@ -206,6 +331,10 @@ class ImageDataConfig:
             raise ValueError(
                 f"`data.augmentation` ({self.augmentation!r}) must be 'none', 'flip' or 'crop'."
             )
+
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return f"`{self.path}`"
 
 
 def check_fraction(fraction: float) -> None:

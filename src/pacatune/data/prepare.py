@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
 from pacatune.data.choices import CSV_COLUMNS
-from pacatune.data.config import DataConfig
+from pacatune.data.config import DataConfig, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import Example, to_examples
 from pacatune.data.read import read_rows
@@ -109,26 +109,62 @@ def prepare_data(
         tokenizer, stop_ids, config.loss == "all", special_tokens=config.special_tokens
     )
 
-    def load(path: str, split: str, option: str, what: str) -> "Dataset":
-        columns = CSV_COLUMNS if config.format == "mmlu" else None
-        rows = read_rows(path, name=config.name, split=split, csv_columns=columns, option=option)
+    def load(source: SourceConfig, option: str, what: str) -> "Dataset":
+        columns = CSV_COLUMNS if source.format == "mmlu" else None
+        rows = read_rows(
+            source.path, name=source.name, split=source.split, csv_columns=columns, option=option
+        )
         has_template = bool(tokenizer.chat_template)
-        examples = list(to_examples(rows, config.format, has_template=has_template))
+        examples = list(to_examples(rows, source.format, has_template=has_template))
         _check_chats(examples[0], config, has_template)
         return encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
 
-    train = load(config.path, config.split, "data.path", "training")
-    if source := config.evaluation_source():
-        evaluation: Dataset | None = load(*source, "evaluation")
+    sources = config.sources()
+    option = "data.path" if config.datasets is None else "data.datasets"
+    parts = [load(source, option, "training") for source in sources]
+    if held_out := config.evaluation_source():
+        path, split, option = held_out
+        source = SourceConfig(path=path, name=config.name, split=split, format=config.format)
+        evaluation: Dataset | None = load(source, option, "evaluation")
     else:
-        train, evaluation = _split(train, config.eval_fraction, config.seed)
+        pairs = [_split(part, config.eval_fraction, config.seed) for part in parts]
+        parts = [part for part, _ in pairs]
+        evaluation = _joined([part for _, part in pairs if part is not None])
     warnings: list[str] = []
-    longest = max(train["num_tokens"][:])
-    train = keep_learnable(train, "training", max_length, tokenizer, warnings)
+    longest = max(max(part["num_tokens"][:]) for part in parts)
+    names = ["training"] if config.datasets is None else [f"{s.path} training" for s in sources]
+    parts = [
+        keep_learnable(part, what, max_length, tokenizer, warnings)
+        for part, what in zip(parts, names, strict=True)
+    ]
     if evaluation is not None:
         evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
-        warnings += find_overlap(train, evaluation)
+        for part in parts:
+            warnings += find_overlap(part, evaluation)
+    train = _mixed(parts, config)
     return PreparedData(train, evaluation, min(longest, max_length or longest), warnings)
+
+
+def _mixed(parts: "list[Dataset]", config: DataConfig) -> "Dataset":
+    """Put data sets together whole, or draw from them by their weights."""
+    from datasets import interleave_datasets
+
+    weights = [source.weight for source in config.sources() if source.weight is not None]
+    if len(parts) == 1 or not weights:
+        return _joined(parts)
+    total = sum(weights)
+    return interleave_datasets(
+        parts,
+        probabilities=[weight / total for weight in weights],
+        seed=config.seed,
+        stopping_strategy=config.mix_strategy,
+    )
+
+
+def _joined(parts: "list[Dataset]") -> Any:
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _check_chats(first: Example, config: DataConfig, has_template: bool) -> None:

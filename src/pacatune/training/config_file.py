@@ -32,7 +32,7 @@ _PATHS = (
     *("data.path", "data.eval_path", "data.chat_template", "data.root"),
 )
 # Left out while they have these defaults: a study knows its earlier runs by what is written.
-_LATER = {"adapter": None}
+_LATER = {"adapter": None, "data.datasets": None, "data.mix_strategy": "first_exhausted"}
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.logging_nan_inf_filter",
@@ -108,6 +108,8 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
         holder: dict[str, Any] = plain[section] if section else plain
         if key in holder:
             holder[key] = _absolute(holder[key])
+    for source in plain["data"].get("datasets") or ():
+        source["path"] = _absolute(source["path"])
     for option, default in _LATER.items():
         section, _, key = option.rpartition(".")
         holder = plain[section] if section else plain
@@ -231,7 +233,15 @@ def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
     """Return the options that name a local file or folder that exists."""
     values = to_values(config)
     given = _dotted(values, {name for name, value in values.items() if isinstance(value, dict)})
-    return {name: path for name in _PATHS if (path := given.get(name)) and _exists(path)}
+    given |= {
+        f"data.datasets[{number}].path": source["path"]
+        for number, source in enumerate(given.get("data.datasets") or ())
+    }
+    return {
+        name: path
+        for name, path in given.items()
+        if (name in _PATHS or name.startswith("data.datasets[")) and path and _exists(path)
+    }
 
 
 def _walk(value: Any, depth: int = 0) -> Iterator[Any]:

@@ -164,7 +164,7 @@ def write_card(
         f"# {name} fine-tuning of {Path(report.model).name}\n\n"
         f"{how_to_load}\n"
         f"## Training\n\n"
-        f"Data: `{config.data.path}` ({report.num_train_examples:,} examples, "
+        f"Data: {config.data.about()} ({report.num_train_examples:,} examples, "
         f"{report.num_eval_examples:,} held out). "
         f"Settings: [config.yaml](config.yaml), which `{config.repeat_command('config.yaml')}` "
         f"repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
