@@ -89,7 +89,7 @@ EXACT: dict[str, Callable[[], Sections]] = {
 SLOW: dict[str, Callable[[], Sections]] = {
     "kernels": lambda: {"compiled": kernels.count_each(kernels.count_compiled)},
     "estimate": all_estimates,
-    "lengths": lambda: {"rows": lengths.rows()},
+    "lengths": lengths.found,
 }
 
 

@@ -1,4 +1,4 @@
-"""The tables of lean levels in docs/lean.md and docs/memory.md."""
+"""The tables of lean levels, and of the longest sequences, simulated."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,12 @@ from pacatune.reports.tables import table_lines
 
 __all__ = ["NAMES", "table"]
 
-_FILES = {"lean-units": "lean", "lean-times": "lean", "lengths": "lengths"}
+_FILES = {
+    "lean-units": "lean",
+    "lean-times": "lean",
+    "lengths": "lengths",
+    "small-lengths": "lengths",
+}
 NAMES = tuple(_FILES)
 
 
@@ -22,7 +27,12 @@ def table(name: str, results: Path) -> str:
     if not path.is_file():
         return f"Not measured yet: `python -m benchmarks.{file}` writes it."
     result = json.loads(path.read_text(encoding="utf-8"))
-    lines = {"lean-units": _units, "lean-times": _times, "lengths": _lengths}[name](result)
+    lines = {
+        "lean-units": _units,
+        "lean-times": _times,
+        "lengths": _lengths,
+        "small-lengths": _small_lengths,
+    }[name](result)
     clock = "processor time " if result.get("settings", {}).get("processor_time") else ""
     device = f"{clock}on {result['device']}, " if name == "lean-times" else ""
     source = (
@@ -82,3 +92,14 @@ def _lengths(result: dict[str, Any]) -> list[str]:
         cells = [METHODS[row["method"]].title, row["adapters"], str(row["level"]), *(more or [""])]
         rows.append([*cells, f"{row['max_seq_len']:,}", kept])
     return table_lines(titles, rows, "llll")
+
+
+def _small_lengths(result: dict[str, Any]) -> list[str]:
+    """A line per model: the longest sequence without and with checkpointing."""
+    longest: dict[tuple[str, str], dict[bool, str]] = {}
+    for row in result["small_rows"]:
+        base = "bfloat16" if row["quantization"] is None else f"{row['quantization']} (QPaCA)"
+        by_way = longest.setdefault((row["model"], base), {})
+        by_way[row["checkpointing"]] = f"{row['max_seq_len']:,}"
+    titles = ["model", "base", "tokens, `lean_level: 2`", "tokens, checkpointing too"]
+    return table_lines(titles, [[*what, by[False], by[True]] for what, by in longest.items()], "ll")

@@ -139,3 +139,17 @@ def test_table_of_lengths(tmp_path):
     (tmp_path / "lengths.json").write_text(json.dumps(RESULT | {"rows": [row]}))
     lines = tables.table("lengths", tmp_path).splitlines()
     assert lines[2] == "| PaCA | float32 | 2 | offloading | 50,258 | 1190 |"
+
+
+def test_table_of_lengths_on_a_small_gpu(tmp_path):
+    rows = [
+        {"model": "one", "quantization": quantization, "checkpointing": way, "max_seq_len": number}
+        for quantization, numbers in ((None, (1000, 2000)), ("nf4", (3000, 4000)))
+        for way, number in zip((False, True), numbers, strict=True)
+    ]
+    (tmp_path / "lengths.json").write_text(json.dumps(RESULT | {"small_rows": rows}))
+    lines = tables.table("small-lengths", tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| one | bfloat16 | 1,000 | 2,000 |",
+        "| one | nf4 (QPaCA) | 3,000 | 4,000 |",
+    ]
