@@ -66,7 +66,7 @@ def test_hub_data_set(tmp_path, monkeypatch):
 
     calls = []
 
-    def load_dataset(path, name, split):
+    def load_dataset(path, name, split, streaming):
         calls.append((path, name, split))
         return datasets.Dataset.from_list([{"text": "a"}])
 

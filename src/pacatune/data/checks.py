@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,28 +26,14 @@ def keep_learnable(
     statistics only the number of tokens is kept. With `must_end`, training examples should end in a
     stop token.
     """
-
-    def where(column: str, value: object) -> list[str]:
-        pairs = zip(data["place"], data[column], strict=True)
-        return [place for place, found in pairs if found == value]
-
-    if doubled := where("doubled_bos", True):
-        raise ValueError(
-            f"{some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
-            "chat template and once from the tokenizer; remove it from the data or template."
-        )
-    if empty := where("num_learned", 0):
-        raise ValueError(
-            f"{some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
-            "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
-        )
+    refuse_unlearnable(data, tokenizer)
     kept = [index for index, num in enumerate(data["num_kept"]) if num > 0]
     if not kept:
         raise ValueError(
             f"all {len(data)} {what} examples are longer than `training.max_length` "
             f"({max_length}) before their completion begins; raise it or shorten the prompts."
         )
-    if lost := where("num_kept", 0):
+    if lost := _places(data, "num_kept", 0):
         warnings.append(
             f"{len(lost)} of {len(data)} {what} examples lose their whole completion at "
             f"`training.max_length` ({max_length}) and are left out: {some(lost)}."
@@ -56,6 +42,25 @@ def keep_learnable(
     must_end = must_end and what.endswith("training")
     _warn(data, what, max_length, tokenizer, warnings, must_end=must_end)
     return data.remove_columns(_STATISTICS)
+
+
+def refuse_unlearnable(data: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse examples that begin twice, or of which nothing is learned, however long."""
+    if doubled := _places(data, "doubled_bos", True):
+        raise ValueError(
+            f"{some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
+            "chat template and once from the tokenizer; remove it from the data or template."
+        )
+    if empty := _places(data, "num_learned", 0):
+        raise ValueError(
+            f"{some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
+            "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
+        )
+
+
+def _places(data: Any, column: str, value: object) -> list[str]:
+    pairs = zip(data["place"], data[column], strict=True)
+    return [place for place, found in pairs if found == value]
 
 
 def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:

@@ -149,13 +149,21 @@ class DataConfig(TextDataConfig):
     seen, which repeats examples of the others."""
 
     seed: int = 0
-    """Seed for choosing the held-out rows, and for drawing from `datasets`."""
+    """Seed for choosing the held-out rows, drawing from `datasets` and shuffling a stream."""
 
     format: TextFormat = "auto"
     """`messages` (chats), `sharegpt` (column conversations), `prompt-completion` (columns prompt
     and completion, texts or chats), `instruction` (columns instruction, input if any, and output),
     `text`, `mmlu` (columns question, choices and answer, or MMLU's .csv files; in the words of
     `pacatune evaluate mmlu`), or `auto`: found from the columns of the first row."""
+
+    streaming: bool = False
+    """Read and encode training examples while they are trained on, again from the first after the
+    last; needs `training.max_steps`. The first 1000 are checked before."""
+
+    shuffle_buffer: int = 1000
+    """With `streaming`, number of examples from which the next is drawn at random; 0 keeps the
+    order of the data."""
 
     special_tokens: bool = True
     """Whether the tokenizer puts its own tokens (BOS) before plain texts and an EOS ends them;
@@ -171,6 +179,7 @@ class DataConfig(TextDataConfig):
                 f"`data.mix_strategy` ({self.mix_strategy!r}) is for `data.datasets` with weights; "
                 "give them, or drop the option."
             )
+        self._check_stream()
         if self.datasets is None:
             super().__post_init__()
             return
@@ -191,6 +200,33 @@ class DataConfig(TextDataConfig):
             raise ValueError(
                 f"`data.datasets`: {weightless[0]} has no `weight` and others have; give all a "
                 "weight, or none."
+            )
+
+    def _check_stream(self) -> None:
+        if not self.streaming:
+            if self.shuffle_buffer != 1000:
+                raise ValueError(
+                    f"`data.shuffle_buffer` ({self.shuffle_buffer}) is for `data.streaming`; other "
+                    "data is shuffled as a whole. Drop it, or set `data.streaming` to true."
+                )
+            return
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"`data.shuffle_buffer` ({self.shuffle_buffer}) must be at least 0.")
+        if self.eval_fraction and not (self.eval_path or self.eval_split):
+            raise ValueError(
+                f"`data.eval_fraction` ({self.eval_fraction}) with `data.streaming`: a part of "
+                "data that is not read as a whole cannot be held out; give `data.eval_path`, or "
+                "set `data.eval_fraction` to 0."
+            )
+        if self.datasets is not None and len(self.datasets) > 1 and not self._has_weights():
+            raise ValueError(
+                "`data.datasets` with `data.streaming` would come one after the other; give each a "
+                "`weight`."
+            )
+        if self.mix_strategy != "first_exhausted":
+            raise ValueError(
+                f"`data.mix_strategy` ({self.mix_strategy!r}) with `data.streaming`: streams begin "
+                "again and never run out; drop it."
             )
 
     def _has_weights(self) -> bool:

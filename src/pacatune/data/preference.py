@@ -12,8 +12,9 @@ from pacatune.data.checks import keep_learnable, overlap_warning, row_digests, s
 from pacatune.data.config import TextDataConfig
 from pacatune.data.encode import IGNORED, Encoder, common_prefix
 from pacatune.data.formats import Example, check_unused, present_columns, to_answer
-from pacatune.data.prepare import PreparedData, check_template, encode, split_places
+from pacatune.data.prepare import PreparedData, check_template, split_places
 from pacatune.data.read import Row, read_rows
+from pacatune.data.rows import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,10 +1,9 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
-import contextlib
-import json
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
@@ -13,11 +12,13 @@ from pacatune.data.config import DataConfig, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import Example, to_examples
 from pacatune.data.read import read_rows
+from pacatune.data.rows import encode, stream
 
-_NUM_ROWS_FOR_BAR = 10_000
+NUM_SAMPLED = 1000
+"""Rows at the beginning of a stream that are checked before training."""
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
@@ -84,12 +85,14 @@ class PreparedData:
     In supervised fine-tuning: columns input_ids, labels (-100 where nothing is learned) and place.
     """
 
-    train: "Dataset"
+    train: "Dataset | IterableDataset"
     evaluation: "Dataset | None"
     longest: int
     """Tokens of the longest training example, after cutting."""
     warnings: list[str]
     """What is probably not meant, one sentence each."""
+    sample: "Dataset | None" = None
+    """The first training examples, where `train` is a stream of them without end."""
 
 
 def prepare_data(
@@ -109,28 +112,25 @@ def prepare_data(
         tokenizer, stop_ids, config.loss == "all", special_tokens=config.special_tokens
     )
 
-    def load(source: SourceConfig, option: str, what: str) -> "Dataset":
-        columns = CSV_COLUMNS if source.format == "mmlu" else None
-        rows = read_rows(
-            source.path, name=source.name, split=source.split, csv_columns=columns, option=option
-        )
-        has_template = bool(tokenizer.chat_template)
-        examples = list(to_examples(rows, source.format, has_template=has_template))
-        _check_chats(examples[0], config, has_template)
-        return encode(examples, encoder, max_length, num_processes, f"Tokenizing {what} data")
-
-    sources = config.sources()
+    sources, warnings = config.sources(), list[str]()
     option = "data.path" if config.datasets is None else "data.datasets"
+
+    def load(source: SourceConfig, option: str, what: str) -> "Dataset":
+        examples = _read(source, option, config, tokenizer)
+        if config.streaming and what == "training":
+            examples = islice(examples, NUM_SAMPLED)
+        title = f"Tokenizing {what} data"
+        return encode(list(examples), encoder, max_length, num_processes, title)
+
     parts = [load(source, option, "training") for source in sources]
     if held_out := config.evaluation_source():
-        path, split, option = held_out
+        path, split, eval_option = held_out
         source = SourceConfig(path=path, name=config.name, split=split, format=config.format)
-        evaluation: Dataset | None = load(source, option, "evaluation")
+        evaluation: Dataset | None = load(source, eval_option, "evaluation")
     else:
         pairs = [_split(part, config.eval_fraction, config.seed) for part in parts]
         parts = [part for part, _ in pairs]
         evaluation = _joined([part for _, part in pairs if part is not None])
-    warnings: list[str] = []
     longest = max(max(part["num_tokens"][:]) for part in parts)
     names = ["training"] if config.datasets is None else [f"{s.path} training" for s in sources]
     parts = [
@@ -141,11 +141,42 @@ def prepare_data(
         evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
         for part in parts:
             warnings += find_overlap(part, evaluation)
-    train = _mixed(parts, config)
-    return PreparedData(train, evaluation, min(longest, max_length or longest), warnings)
+    longest = min(longest, max_length or longest)
+    if not config.streaming:
+        return PreparedData(_mixed(parts, config), evaluation, longest, warnings)
+    streams = [
+        stream(partial(_read, source, option, config, tokenizer), encoder, max_length)
+        for source in sources
+    ]
+    train = _mixed(streams, config)
+    if config.shuffle_buffer:
+        train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
+    return PreparedData(train, evaluation, longest, warnings, sample=_joined(parts))
 
 
-def _mixed(parts: "list[Dataset]", config: DataConfig) -> "Dataset":
+def _read(
+    source: SourceConfig,
+    option: str,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Iterator[Example]:
+    """Yield the examples of one data set."""
+    rows = read_rows(
+        source.path,
+        name=source.name,
+        split=source.split,
+        csv_columns=CSV_COLUMNS if source.format == "mmlu" else None,
+        option=option,
+        streaming=config.streaming,
+    )
+    has_template = bool(tokenizer.chat_template)
+    for number, example in enumerate(to_examples(rows, source.format, has_template=has_template)):
+        if number == 0:
+            _check_chats(example, config, has_template)
+        yield example
+
+
+def _mixed(parts: list[Any], config: DataConfig) -> Any:
     """Put data sets together whole, or draw from them by their weights."""
     from datasets import interleave_datasets
 
@@ -161,7 +192,7 @@ def _mixed(parts: "list[Dataset]", config: DataConfig) -> "Dataset":
     )
 
 
-def _joined(parts: "list[Dataset]") -> Any:
+def _joined(parts: list[Any]) -> Any:
     from datasets import concatenate_datasets
 
     return concatenate_datasets(parts) if len(parts) > 1 else next(iter(parts), None)
@@ -187,65 +218,6 @@ def check_template(place: str, has_template: bool) -> None:
         )
 
 
-def encode(
-    examples: list[Example],
-    encoder: Encoder,
-    max_length: int | None,
-    num_processes: int | None,
-    title: str,
-) -> "Dataset":
-    """Return examples as rows of tokens and labels, with what `keep_learnable` looks at."""
-    from datasets import Dataset, Features, List, Value
-
-    # As JSON, since messages may have any keys and Arrow columns may not.
-    table = Dataset.from_dict({"example": [json.dumps(asdict(e)) for e in examples]})
-    tokens, number, flag = List(Value("int32")), Value("int64"), Value("bool")
-    features = {
-        "place": Value("string"),
-        **dict.fromkeys(("input_ids", "labels"), tokens),
-        **dict.fromkeys(("num_tokens", "num_learned", "num_kept"), number),
-        **dict.fromkeys(("doubled_bos", "ends", "boundary_moved"), flag),
-        "hidden": List(Value("string")),
-    }
-    with _progress_bars(len(examples) >= _NUM_ROWS_FOR_BAR):
-        return table.map(
-            _encode_one(encoder, max_length),
-            remove_columns=["example"],
-            features=Features(features),
-            keep_in_memory=True,
-            num_proc=num_processes if len(examples) > (num_processes or 1) else None,
-            # Nothing is cached, so the costly hash of the tokenizer is not needed.
-            new_fingerprint=title.replace(" ", "-"),
-            desc=title,
-        )
-
-
-def _encode_one(
-    encoder: Encoder, max_length: int | None
-) -> Callable[[dict[str, str]], dict[str, Any]]:
-    bos = encoder.tokenizer.bos_token_id
-
-    def encode(row: dict[str, str]) -> dict[str, Any]:
-        example = Example(**json.loads(row["example"]))
-        encoded = encoder(example)
-        last = max((i for i, learned in enumerate(encoded.learned) if learned), default=-1)
-        return {
-            "place": example.place,
-            "input_ids": encoded.input_ids[:max_length],
-            "labels": encoded.labels(max_length),
-            "num_tokens": len(encoded.input_ids),
-            # The first token is never predicted, so labelling it teaches nothing.
-            "num_learned": sum(encoded.learned[1:]),
-            "num_kept": sum(encoded.learned[1:max_length]),
-            "doubled_bos": bos is not None and encoded.input_ids[:2] == [bos, bos],
-            "ends": last >= 0 and encoded.input_ids[last] in encoder.stop_ids,
-            "boundary_moved": encoded.boundary_moved,
-            "hidden": encoded.hidden,
-        }
-
-    return encode
-
-
 def _split(data: "Dataset", fraction: float, seed: int) -> "tuple[Dataset, Dataset | None]":
     rest, held_out = split_places(len(data), fraction, seed)
     if not held_out:
@@ -267,17 +239,3 @@ def split_places(number: int, fraction: float, seed: int) -> tuple[list[int], li
         )
     order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
-
-
-@contextlib.contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    import datasets
-
-    was_shown = datasets.are_progress_bars_disabled() is False
-    if not show:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_shown:
-            datasets.enable_progress_bars()

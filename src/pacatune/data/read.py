@@ -31,19 +31,21 @@ def read_rows(
     split: str = "train",
     csv_columns: Sequence[str] | None = None,
     option: str = "data.path",
+    streaming: bool = False,
 ) -> Iterator[Row]:
     """Yield every row of a file, a folder of files, or a hub data set.
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
     Columns of .csv files without a header are given as `csv_columns`; a first row that names the
-    last of them is a header all the same. `option` is where `path` is from, for messages.
+    last of them is a header all the same. `option` is where `path` is from, for messages. With
+    `streaming`, rows of the hub come while they are asked for.
     """
     local = Path(path).expanduser()
     if not local.exists():
         if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
-        rows = _read_hub(path, name, split, option)
+        rows = _read_hub(path, name, split, option, streaming=streaming)
     elif local.is_dir():
         rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))
     else:
@@ -159,19 +161,24 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{file} is not a readable Parquet file ({error}).") from error
 
 
-def _read_hub(path: str, name: str | None, split: str, option: str) -> Iterator[Row]:
-    for number, values in enumerate(load_hub(path, name, split, option), start=1):
+def _read_hub(
+    path: str, name: str | None, split: str, option: str, *, streaming: bool
+) -> Iterator[Row]:
+    table = load_hub(path, name, split, option, streaming=streaming)
+    for number, values in enumerate(table, start=1):
         yield Row(f"{path} ({split}), row {number}", _without_nulls(dict(values)))
 
 
-def load_hub(path: str, name: str | None, split: str, option: str) -> Any:
+def load_hub(
+    path: str, name: str | None, split: str, option: str, *, streaming: bool = False
+) -> Any:
     """Load a split of a data set of the hub, or of a configuration of it."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     check_on_hub(path, option, kind="dataset")
     try:
-        return load_dataset(path, name, split=split)
+        return load_dataset(path, name, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{path!r} is neither here nor a hub data set that can be reached "

@@ -333,3 +333,27 @@ class RunConfig(LanguageRunConfig[Report]):
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Every option of TRL's SFTConfig."""
+
+    def __post_init__(self) -> None:
+        """Refuse also what cannot be done with a stream."""
+        super().__post_init__()
+        if not self.data.streaming:
+            return
+        training = self.training
+        if training.max_steps < 1:
+            raise ValueError(
+                f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a "
+                "stream has no end; set it to at least 1."
+            )
+        defaults = {
+            "packing": False,
+            "padding_free": False,
+            "shuffle_dataset": False,
+            "train_sampling_strategy": "random",
+        }
+        for name, default in defaults.items():
+            if (value := getattr(training, name)) != default:
+                raise ValueError(
+                    f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` "
+                    "reads it piece by piece; drop one of them."
+                )

@@ -32,7 +32,13 @@ _PATHS = (
     *("data.path", "data.eval_path", "data.chat_template", "data.root"),
 )
 # Left out while they have these defaults: a study knows its earlier runs by what is written.
-_LATER = {"adapter": None, "data.datasets": None, "data.mix_strategy": "first_exhausted"}
+_LATER = {
+    "adapter": None,
+    "data.datasets": None,
+    "data.mix_strategy": "first_exhausted",
+    "data.streaming": False,
+    "data.shuffle_buffer": 1000,
+}
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.logging_nan_inf_filter",

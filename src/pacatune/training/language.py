@@ -89,11 +89,13 @@ class LanguageTask(ReportedTask[C]):
                 f"for {max_positions}; lower {self.length_option}."
             )
         held_out = 0 if data.evaluation is None else len(data.evaluation)
+        rows = data.train if data.sample is None else data.sample
+        how_many = f"{len(rows):,}" if data.sample is None else "streamed"
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
-            fingerprint=fingerprint(data.train, self.columns),
-            about_data=f"{len(data.train):,} examples, {held_out:,} held out",
+            fingerprint=fingerprint(rows, self.columns),
+            about_data=f"{how_many} examples, {held_out:,} held out",
             adapter_config=adapter_config,
             plan=plan,
             model=model_path(config),
@@ -388,5 +390,5 @@ def preview(
     assert isinstance(task, LanguageTask), "the command is `train`"
     task.tokenizer = load_tokenizer(config)
     data = task.read_data()
-    task.show(data.train, num_examples, console)
+    task.show(data.train if data.sample is None else data.sample, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

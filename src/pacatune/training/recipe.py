@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import has_length
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
@@ -138,7 +139,7 @@ def prepare(task: Task[Any], console: Console) -> Prepared:
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
     prepared = task.prepare()
-    check_selection(config, prepared.adapter_config)
+    check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
     for line in (
@@ -195,7 +196,8 @@ def make_trainer(
     model = task.load_model()
     if start is not None:
         show_warnings(compare_base(start, model), console)
-    batches = share_of_batches(len(prepared.train), config, partial(task.collate, prepared.train))
+    number = len(prepared.train) if has_length(prepared.train) else 0
+    batches = share_of_batches(number, config, partial(task.collate, prepared.train))
     adapter_config = choose_from_data(
         config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
     )
@@ -305,7 +307,9 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
         "num_parameters": prepared.plan.num_parameters,
-        "num_train_examples": len(prepared.train),
+        "num_train_examples": len(prepared.train)
+        if has_length(prepared.train)
+        else trainer.state.global_step * _examples_per_step(trainer.args),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
         "num_steps": trainer.state.global_step,
         "step_ms": trainer.meter.step_ms,
@@ -332,6 +336,11 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
     return task.make_report(known, trainer, float(speed))
+
+
+def _examples_per_step(arguments: Any) -> int:
+    batches = arguments.gradient_accumulation_steps * arguments.world_size
+    return int(arguments.train_batch_size * batches)
 
 
 def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:

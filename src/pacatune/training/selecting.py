@@ -31,10 +31,21 @@ _SETTLED = (
 )
 
 
-def check_selection(config: BaseRunConfig[Any], adapter_config: PeftConfig | None) -> None:
-    """Refuse a choice from data where no process has the whole model."""
+def check_selection(
+    config: BaseRunConfig[Any], adapter_config: PeftConfig | None, *, streamed: bool
+) -> None:
+    """Refuse a choice from data where no process has the whole model, or the data."""
     options = cast(Any, adapter_config)
-    if _kinds(config, adapter_config) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if config.start is not None or not _kinds(config, adapter_config):
+        return
+    if streamed:
+        raise ValueError(
+            f"`paca.selection` ({options.selection!r}), `paca.normalize` ({options.normalize!r}) "
+            f"or `paca.budget` ({config.paca.budget!r}) looks at examples from all of the data, "
+            "which `data.streaming` does not have; choose without data (random, weight_norm), or "
+            "give the folder of a run on a part of it as `paca.selection`."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             f"`paca.selection` ({options.selection!r}) or `paca.normalize` ({options.normalize!r}) "
             "looks at gradients or activations of the whole model, which FSDP shards; run it "
