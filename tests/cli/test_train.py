@@ -164,7 +164,6 @@ def test_flag_in_a_config_file(words, capsys, tmp_path):
         (["--data.path", ""], "`data.path` is ''; give"),
         (["--model.path", ""], "`model.path` is ''; give a hub id"),
         (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
-        (["--training.packing", "true"], "flash attention alone keeps packed examples apart"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),

@@ -183,9 +183,7 @@ def test_run_without_evaluation(make_config, console):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-def test_packed_examples_are_trained_as_alone(make_config, console, monkeypatch, strategy):
-    """Only with flash attention in use, but sdpa masks this model right too, at a cost."""
-    monkeypatch.setattr("pacatune.training.sft.check_attention", lambda config: None)
+def test_packed_examples_are_trained_as_alone(make_config, console, strategy):
     options = {"per_device_train_batch_size": 57, "per_device_eval_batch_size": 60, "max_steps": 2}
     alone = train(make_config(training=options), console=console)
     options |= {"packing": True, "packing_strategy": strategy, "max_length": 64}
@@ -358,14 +356,6 @@ class TestBeforeWeights:
 
         with pytest.raises(ValueError, match=r"33.*32"):
             train(make_config(paca=PacaSection(r=33)))
-
-    def test_packing_without_flash_attention(self, make_config):
-        with pytest.raises(
-            ValueError,
-            match=r"`model.attn_implementation` \(None\): flash attention alone keeps packed "
-            "examples apart in every model; set it to flash_attention_2",
-        ):
-            train(make_config(training={"packing": True}))
 
     def test_flash_attention_that_is_not_installed(self, make_config):
         with pytest.raises(ValueError, match=r"\('flash_attention_2'\) cannot be used"):

@@ -3,11 +3,25 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from pacatune import PacaConfig
 from pacatune.training import LoraSection, PacaSection
 from pacatune.training import language as models
-from pacatune.training.sft import check_attention
+from pacatune.training.sft import check_packing, packs, refuse_packing_of_shards
 from pacatune.training.task import Plan, count_trainable, make_adapter_config
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture
@@ -89,21 +103,67 @@ def test_pickled_weights_are_not_loaded(make_config, model_copy):
         models.load_model(make_config(model={"path": str(model_copy)}))
 
 
+def packed_and_apart(model, level=None):
+    """Loss and gradients of three examples, padded and packed."""
+    from pacatune import lean
+
+    adapted = get_peft_model(model, PacaConfig(r=4, target_modules="all-linear"))
+    if level is not None:
+        lean.enable(adapted, "require", level=level)
+    rows = [{"input_ids": [3 + i * n % 90 for i in range(n)]} for n in (5, 11, 7)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    results = []
+    for padding_free in (False, True):
+        adapted.zero_grad()
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)(rows)
+        loss = adapted(**batch, use_cache=False).loss
+        loss.backward()
+        trained = (p for p in adapted.parameters() if p.requires_grad)
+        results.append((loss.detach(), *(p.grad.clone() for p in trained)))
+    return results
+
+
 @pytest.mark.parametrize(
-    "training", [{"packing": True}, {"padding_free": True}, {"eval_packing": True}]
+    ("attention", "kind", "level"),
+    [("sdpa", "llama", 1), ("sdpa", "llama", 3), ("eager", "llama", None), ("sdpa", "gpt2", None)],
 )
-def test_packing_needs_flash_attention(make_config, training):
-    for attention in (None, "sdpa", "eager"):
-        config = make_config(model={"attn_implementation": attention}, training=training)
-        with pytest.raises(ValueError, match="flash attention alone keeps packed examples apart"):
-            check_attention(config)
-    for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
-        config = make_config(model={"attn_implementation": attention}, training=training)
-        check_attention(config)
+def test_packed_examples_give_the_gradients_of_padded_ones(make_config, attention, kind, level):
+    sizes = {**SIZES, "n_layer": 2, "n_head": 4, "n_embd": 32} if kind == "gpt2" else SIZES
+    config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    check_packing(model, make_config(training={"packing": True}))
+    apart, packed = packed_and_apart(model, level)
+    for one, two in zip(apart, packed, strict=True):
+        # The loss is computed in float32.
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
 
 
-def test_no_packing_needs_nothing(make_config):
-    check_attention(make_config())
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
+def test_models_in_which_packed_examples_see_each_other(make_config, kind):
+    """Through states, and through attention that looks at no position."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+    config = make_config(training={"packing": True})
+    with pytest.raises(
+        ValueError, match=rf"packed examples see each other in {type(model).__name__}"
+    ):
+        check_packing(model, config)
+    assert model.training
+
+
+def test_flash_attention_and_plain_rows_are_not_tried(make_config):
+    for training in ({"packing": True}, {"padding_free": True}, {"eval_packing": True}):
+        assert packs(make_config(training=training))
+        for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
+            assert not packs(
+                make_config(model={"attn_implementation": attention}, training=training)
+            )
+    assert not packs(make_config())
+
+
+def test_packing_of_sharded_weights(make_config, monkeypatch):
+    monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="sharded weights cannot be tried, and flash attention"):
+        refuse_packing_of_shards(make_config(training={"packing": True}))
 
 
 def plan(config):

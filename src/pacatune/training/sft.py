@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.data import PreparedData, prepare_data, show_preview
 from pacatune.training.config import RunConfig
@@ -22,7 +25,7 @@ class SftTask(LanguageTask[RunConfig]):
 
     def read_data(self) -> PreparedData:
         """Encode the data."""
-        check_attention(self.config)
+        refuse_packing_of_shards(self.config)
         return read_data(self.config, self.tokenizer)
 
     def make_trainer(
@@ -30,6 +33,8 @@ class SftTask(LanguageTask[RunConfig]):
     ) -> "SftRunTrainer":
         """Return TRL's trainer, which puts the adapter on the model."""
         arguments = options["args"]
+        if packs(self.config):
+            check_packing(model, self.config)
         if not (arguments.packing or arguments.eval_packing or arguments.shuffle_dataset):
             arguments.dataset_kwargs = {"skip_prepare_dataset": True}
             arguments.max_length = None
@@ -50,16 +55,56 @@ class SftRunTrainer(LanguageTrainer, SFTTrainer):
     """SFTTrainer with what the recipe needs."""
 
 
-def check_attention(config: RunConfig) -> None:
-    """Refuse to pack examples with attention that would let them see each other."""
+def packs(config: RunConfig) -> bool:
+    """Whether several examples lie in one row, with attention that is not made for it."""
     training = config.training
     packed = training.packing or training.eval_packing or training.padding_free
-    attention = config.model.attn_implementation
-    if packed and "flash" not in (attention or ""):
+    return bool(packed) and "flash" not in (config.model.attn_implementation or "")
+
+
+def refuse_packing_of_shards(config: RunConfig) -> None:
+    """Refuse to pack where no process has the whole model to look at."""
+    if packs(config) and is_deepspeed_zero3_enabled():
         raise ValueError(
             f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({attention!r}): flash attention alone keeps packed examples apart in every model; "
-            "set it to flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
+            f"({config.model.attn_implementation!r}) and ZeRO-3: sharded weights cannot be tried, "
+            "and flash attention alone keeps packed examples apart in every model; set it to "
+            "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
+        )
+
+
+def check_packing(model: Any, config: RunConfig) -> None:
+    """Refuse a model in which packed examples see each other.
+
+    transformers masks the attention of packed examples by their positions, which not every model
+    has and other layers than attention do not obey. So two examples are packed, as TRL does it: the
+    gradients of the second's outputs by the first's inputs must be exactly 0.
+    """
+    rows = [{"input_ids": list(range(1, 6))}, {"input_ids": list(range(6, 13))}]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    del batch["labels"]
+    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    inputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        inputs.append(output if output.requires_grad else output.requires_grad_())
+        return output
+
+    was_training = model.training
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = model.eval()(**batch, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[:, 5:].float().square().sum(), inputs[0])
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if gradient[:, :5].any():
+        raise ValueError(
+            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
+            f"({config.model.attn_implementation!r}): packed examples see each other in "
+            f"{type(model).__name__}; set it to flash_attention_2, flash_attention_3 or a "
+            "flash-attn kernel if all of its layers use attention, or do not pack."
         )
 
 
