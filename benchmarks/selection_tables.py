@@ -33,8 +33,8 @@ def table(kind: str, results: Path) -> str:
     tables = {
         "differences": _differences,
         "verdicts": _verdicts,
-        "rates": _rates,
-        "forgetting": _forgetting,
+        "rates": rates_lines,
+        "forgetting": forgetting_lines,
     }
     if kind not in tables:
         raise ValueError(
@@ -87,9 +87,9 @@ def winners(studies: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def _arms(studies: dict[str, dict[str, Any]]) -> list[str]:
+def _arms(studies: dict[str, dict[str, Any]], reference: str = REFERENCE) -> list[str]:
     names = dict.fromkeys(name for study in studies.values() for name in study["arms"])
-    return [name for name in names if name != REFERENCE]
+    return [name for name in names if name != reference]
 
 
 def _paired(study: dict[str, Any], arm: str, reference: str) -> list[float]:
@@ -146,9 +146,10 @@ def _verdicts(studies: dict[str, dict[str, Any]]) -> list[str]:
     return [*_lines(studies, "", rows), "", remark]
 
 
-def _rates(studies: dict[str, dict[str, Any]]) -> list[str]:
+def rates_lines(studies: dict[str, dict[str, Any]], reference: str = REFERENCE) -> list[str]:
+    """Return the table of the rates that were chosen."""
     rows = []
-    for arm in (REFERENCE, *_arms(studies)):
+    for arm in (reference, *_arms(studies, reference)):
         cells = []
         for study in studies.values():
             one = study["arms"].get(arm)
@@ -158,14 +159,17 @@ def _rates(studies: dict[str, dict[str, Any]]) -> list[str]:
     return _lines(studies, "chosen rate", rows)
 
 
-def _forgetting(studies: dict[str, dict[str, Any]]) -> list[str]:
+def forgetting_lines(studies: dict[str, dict[str, Any]], reference: str = REFERENCE) -> list[str]:
+    """Return the table of what was forgotten, where it was measured."""
     measured = {
         name: study
         for name, study in studies.items()
         if any(arm["forgetting"] is not None for arm in study["arms"].values())
     }
+    if not measured:
+        return ["None yet."]
     rows = [
         [f"`{arm}`", *(f"{study['arms'][arm]['forgetting']:+.4f}" for study in measured.values())]
-        for arm in (REFERENCE, *_arms(measured))
+        for arm in (reference, *_arms(measured, reference))
     ]
     return _lines(measured, "rise of the loss on general text", rows)

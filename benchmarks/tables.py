@@ -12,7 +12,7 @@ with one row per setting and method, `step_ms` being the median. The table has a
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
-(selection_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
+(selection_tables.py), `quality-...` of `quality.json` (quality_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
 `make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
 `patch` and `sync` of what benchmarks/patch.py and sync.py have measured, `demo-rl` of what
 `pacatune demo-rl` has, `distance` of what `step.json` says of PaCA's distance to the frozen model.
@@ -25,7 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import distance, estimate_tables, lean_tables, reproduce_tables, selection_tables
+from benchmarks import (
+    distance,
+    estimate_tables,
+    lean_tables,
+    quality_tables,
+    reproduce_tables,
+    selection_tables,
+)
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
@@ -45,6 +52,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return reproduce_tables.table(name.removeprefix("reproduce-"), results)
     if name.startswith("selection-"):
         return selection_tables.table(name.removeprefix("selection-"), results)
+    if name.startswith("quality-"):
+        return quality_tables.table(name.removeprefix("quality-"), results)
     if name in lean_tables.NAMES:
         return lean_tables.table(name, results)
     if name == "distance":
