@@ -12,10 +12,11 @@ with one row per setting and method, `step_ms` being the median. The table has a
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
 `estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
 and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
-(selection_tables.py), `quality-...` of `quality.json` (quality_tables.py), `lean-...` and `lengths` of theirs (lean_tables.py), `compat` of what
-`make compat` has counted, `kernels` and `kernels-more` of what benchmarks/kernels.py has,
-`patch` and `sync` of what benchmarks/patch.py and sync.py have measured, `demo-rl` of what
-`pacatune demo-rl` has, `distance` of what `step.json` says of PaCA's distance to the frozen model.
+(selection_tables.py), `quality-...` of `quality.json` (quality_tables.py), `lean-...` and `lengths`
+of theirs (lean_tables.py), `compat` of what `make compat` has counted, `kernels` and `kernels-more`
+of what benchmarks/kernels.py has, `patch` and `sync` of what benchmarks/patch.py and sync.py have
+measured, `demo-rl` of what `pacatune demo-rl` has, `distance` of what `step.json` says of PaCA's
+distance to the frozen model.
 """
 
 import json
