@@ -74,6 +74,7 @@ def answers(tmp_path_factory):
     writes = f"interchange.write({str(folder / 'theirs')!r})"
     ours_later = OURS_LATER.format(folder=str(folder))
     cases |= {"write": writes, "ours later": ours_later, "their class": THEIR_CLASS}
+    cases["transformers"] = OF_TRANSFORMERS.format(folder=str(folder))
     cases = {name: f"from tests.tuner import interchange\n{code}" for name, code in cases.items()}
     return folder, run_cases(NEWER_PEFT, cases)
 
@@ -120,6 +121,32 @@ config = PacaConfig(r=3, target_modules=["layers.0"])  # no seed, PEFT's default
 torch.manual_seed(5)
 model = get_peft_model(interchange.build(), config)
 print(type(model.base_model).__module__, type(model.peft_config["default"].random_seed).__name__)
+"""
+
+OF_TRANSFORMERS = """
+import importlib.metadata as metadata
+found = metadata.version
+metadata.version = lambda name: "0.22.0" if name == "peft" else found(name)
+import pacatune, peft, torch
+from transformers import AutoModel, BertConfig, BertModel
+folder = {folder!r} + "/transformers"
+sizes = dict(vocab_size=16, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+BertModel(BertConfig(num_hidden_layers=1, **sizes)).save_pretrained(folder)
+
+def answer(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(8).view(1, 8)).last_hidden_state
+
+model = AutoModel.from_pretrained(folder)
+before = answer(model)
+model.add_adapter(peft.PacaConfig(r=3, target_modules=["query"], random_seed=1))
+interchange.randomise(model)
+after = answer(model)
+model.save_pretrained(folder + "/adapter")
+loaded = AutoModel.from_pretrained(folder + "/adapter")
+model.disable_adapters()
+right = torch.equal(answer(loaded), after), torch.equal(answer(model), before)
+print(type(loaded.encoder.layer[0].attention.self.query).__module__, *right)
 """
 
 
@@ -209,6 +236,10 @@ def test_a_model_of_pefts_own_takes_and_saves_plain_adapters_and_refuses_others(
 
 def test_a_configuration_of_pefts_class_is_taken_without_a_seed(answers):
     assert answers[1]["their class"] == "pacatune.tuner.model int"
+
+
+def test_transformers_adds_and_loads_ours_beside_pefts_own(answers):
+    assert answers[1]["transformers"] == "pacatune.tuner.linear True True"
 
 
 def test_a_drawn_seed_is_recorded_and_follows_torchs_generator():
