@@ -20,6 +20,7 @@ NOT_RUN = {
     "docs/mt_bench.md": 2,
     "docs/quality_study.md": 1,
     "docs/quickstart.md": 1,
+    "docs/recipes.md": 2,
     "docs/reproduce.md": 1,
     "docs/selection_study.md": 1,
     "docs/serving.md": 2,
