@@ -9,7 +9,10 @@ from pacatune.cli import train, train_image
 from pacatune.cli.option_names import option_names
 from pacatune.training.tasks import TASKS
 
-NO_OPTIONS = {"help", "config", "resume", "overwrite", "print_config", "preview", "preset"}
+NO_OPTIONS = {
+    *("help", "config", "resume", "overwrite", "push_to_hub", "print_config"),
+    *("preview", "preset"),
+}
 
 
 @pytest.mark.parametrize(

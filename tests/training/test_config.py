@@ -102,7 +102,7 @@ def test_has_every_option_of_trl():
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "not offered: data is always"),
         ({"resume_from_checkpoint": "x"}, "not offered: use --resume"),
         ({"trust_remote_code": True}, "not offered: code of a model is never executed"),
-        ({"push_to_hub": True}, "not offered: upload the finished folder with `hf upload"),
+        ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
         ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
         ({"remove_unused_columns": False}, "not offered: the data has the columns"),
         ({"model_init_kwargs": {"trust_remote_code": True}}, "has 'trust_remote_code', which is"),

@@ -25,6 +25,12 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         "action": "store_true",
         "help": "Delete the files of another run in training.output_dir first.",
     },
+    "push_to_hub": {
+        "type": str | None,
+        "metavar": "ORGANISATION/NAME",
+        "help": "Upload the finished result to this repository of the hub, which is created before "
+        "training; private with training.hub_private_repo.",
+    },
     "print_config": {
         "action": "store_true",
         "help": "Print all options as a commented config file, and stop.",

@@ -38,7 +38,12 @@ def run(argv: list[str]) -> int:
     if options.preview is not None:
         preview(config, options.preview)
         return 0
-    train(config, resume=options.resume, overwrite=options.overwrite)
+    train(
+        config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        push_to_hub=options.push_to_hub,
+    )
     return 0
 
 

@@ -30,7 +30,12 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         print(known.template(options), end="")
         return 0
-    train(known.to_config(options), resume=options.resume, overwrite=options.overwrite)
+    train(
+        known.to_config(options),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        push_to_hub=options.push_to_hub,
+    )
     return 0
 
 

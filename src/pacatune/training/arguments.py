@@ -41,7 +41,10 @@ class SharedDefaults:
 
     elsewhere: ClassVar[dict[str, str]] = {
         "resume_from_checkpoint": "use --resume",
-        "push_to_hub": "upload the finished folder with `hf upload REPOSITORY FOLDER`",
+        "push_to_hub": "give --push_to_hub ORGANISATION/NAME on the command line",
+        "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
+        "hub_strategy": "only the finished result is uploaded",
+        "hub_always_push": "only the finished result is uploaded",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""

@@ -41,6 +41,7 @@ from pacatune.training.progress import (
     show_result,
     show_warnings,
 )
+from pacatune.training.push import open_repository, push_result
 from pacatune.training.report import curve_of, train_curve, write_card, write_report
 from pacatune.training.selecting import (
     check_selection,
@@ -81,6 +82,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
     console: Console | None = None,
 ) -> R:
     """Fine-tune a model as `config` says and write the result into its output folder.
@@ -93,6 +95,8 @@ def train(
         config: The run, of any task: a `RunConfig`, an `ImageRunConfig`, ...
         resume: Continue the run in the output folder from its last checkpoint.
         overwrite: Delete another run's files in the output folder first.
+        push_to_hub: Repository of the hub to upload the result to, private if
+            `training.hub_private_repo` says so; it is created before training.
         console: Where to show progress; standard output when None.
 
     Returns:
@@ -104,6 +108,7 @@ def train(
         FileExistsError: If the output folder holds another run.
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
         TypeError: If runs of this kind are not saved.
+        ConnectionError: If the hub cannot be written to.
     """
     task = task_of(config)
     if not isinstance(task, ReportedTask):
@@ -116,6 +121,9 @@ def train(
     check_folder(folder, resume=resume, overwrite=overwrite)
     if resume:
         check_same_options(config, folder)
+    repository = None
+    if push_to_hub is not None and config.training.process_index == 0:
+        repository = open_repository(push_to_hub, config.training)
     prepared = prepare(task, console)
     checkpoint = None
     if resume:
@@ -128,6 +136,8 @@ def train(
     save_result(task, trainer, report, folder)
     what = "model" if prepared.adapter_config is None else "adapter"
     show_result(report, what, folder, console)
+    if repository is not None:
+        say(console, f"uploaded to {push_result(folder, repository, config.training)}")
     return report
 
 

@@ -52,7 +52,7 @@ def test_training_of_another_type():
     [
         ({"remove_unused_columns": True}, "not offered: the data has the columns"),
         ({"resume_from_checkpoint": "x"}, "not offered: use --resume"),
-        ({"push_to_hub": True}, "not offered: upload the finished folder with `hf upload"),
+        ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
         ({"label_names": ["x"]}, "not offered: the class of an image is its only label"),
         ({"prediction_loss_only": True}, "not offered: the accuracy is always measured"),
         ({"batch_eval_metrics": True}, "not offered: the accuracy is measured over all images"),
