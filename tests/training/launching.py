@@ -1,4 +1,4 @@
-"""Two processes on CPUs, as torchrun and `accelerate launch` start them, but from the fork server.
+"""Processes on CPUs, as torchrun and `accelerate launch` start them, but from the fork server.
 
 `accelerate launch` itself, and torchrun in it, runs in docs/distributed.md.
 """
@@ -11,32 +11,35 @@ from tests.forks import Program
 COMMAND = "import runpy; runpy.run_module('pacatune', run_name='__main__')"
 
 
-def launch(*words, code=COMMAND, env=None, timeout=120):
-    """Run `pacatune` with these words on both ranks; return what they wrote, one after the other.
+def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):
+    """Run `pacatune` with these words on all ranks; return what they wrote, one after the other.
 
     Args:
         *words: The command line.
         code: Another program.
         env: What a launcher adds to the environment.
-        timeout: Seconds for both.
+        timeout: Seconds for each.
+        num_processes: Number of ranks.
     """
-    done = _run(words, code, env, timeout)
+    done = _run(words, code, env, timeout, num_processes)
     if done.returncode == -11 and "--overwrite" not in words:
         # gloo was seen to crash in native code while it gathered tensors, once in a dozen runs.
-        done = _run([*words, "--overwrite"], code, env, timeout)
+        again = words if "--resume" in words else [*words, "--overwrite"]
+        done = _run(again, code, env, timeout, num_processes)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def _run(words, code, env, timeout):
+def _run(words, code, env, timeout, num_processes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = {**(env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    number = str(num_processes)
+    all_ranks = {**(env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    all_ranks |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GLOO_SOCKET_IFNAME": "lo"}
     programs = [
-        Program(code, *words, env={**both, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        Program(code, *words, env={**all_ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_processes)
     ]
     done = [program.wait(timeout) for program in programs]
     status = next((one.returncode for one in done if one.returncode), 0)

@@ -139,11 +139,6 @@ def test_launch_files_are_what_accelerate_takes(name):
     [
         ("FSDP_VERSION", "1", r"`fsdp_version` \(1\) .* must be 2: PEFT loads no adapter"),
         (
-            "FSDP_STATE_DICT_TYPE",
-            "SHARDED_STATE_DICT",
-            r"`fsdp_state_dict_type` \(SHARDED_STATE_DICT\) .* must be FULL_STATE_DICT: otherwise",
-        ),
-        (
             "FSDP_CPU_RAM_EFFICIENT_LOADING",
             "true",
             r"`fsdp_cpu_ram_efficient_loading` \(true\) .* must be false: accelerate cannot send",
@@ -156,7 +151,6 @@ def test_fsdp_that_would_lose_the_adapter_is_refused(
     config = make_config()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=message):
         train(config, console=Console(file=io.StringIO()))

@@ -163,7 +163,6 @@ def test_sharded_models_are_refused(make_config, monkeypatch, options):
     for name, value in (
         ("ACCELERATE_USE_FSDP", "true"),
         ("FSDP_VERSION", "2"),
-        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
     ):
         monkeypatch.setenv(name, value)
     config = make_config(paca=PacaSection(**options))

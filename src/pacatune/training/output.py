@@ -223,8 +223,7 @@ def refuse_empty_tensors(folder: Path) -> None:
                 raise ValueError(
                     f"{path.name} holds no tensor: none of the trained weights reached the process "
                     "that saves. Let DeepSpeed gather them "
-                    "(stage3_gather_16bit_weights_on_model_save: true), or with FSDP2 set "
-                    "fsdp_state_dict_type to FULL_STATE_DICT."
+                    "(stage3_gather_16bit_weights_on_model_save: true)."
                 )
             for name in names:
                 shape = tensors.get_slice(name).get_shape()
@@ -234,6 +233,22 @@ def refuse_empty_tensors(folder: Path) -> None:
                         "while its values lay on other processes. Let DeepSpeed gather them "
                         "(stage3_gather_16bit_weights_on_model_save: true)."
                     )
+
+
+def refuse_missing_shards(folder: Path) -> None:
+    """Refuse a sharded checkpoint (torch.distributed.checkpoint) that lacks files it names."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    for metadata in sorted(folder.glob("*/.metadata")):
+        entries = FileSystemReader(metadata.parent).read_metadata().storage_data or {}
+        names = {entry.relative_path for entry in entries.values()}
+        missing = sorted(name for name in names if not (metadata.parent / name).is_file())
+        if missing:
+            raise ValueError(
+                f"{missing[0]} of {metadata.parent.name} was written by a process that does not "
+                "share this disk. Put `training.output_dir` on a disk that all nodes share, or set "
+                "fsdp_state_dict_type to FULL_STATE_DICT."
+            )
 
 
 def _check_place(folder: Path) -> None:

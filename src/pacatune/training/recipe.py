@@ -63,12 +63,6 @@ _FSDP_RULES = (
         "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
     ),
     (
-        "FSDP_STATE_DICT_TYPE",
-        "SHARDED_STATE_DICT",
-        "FULL_STATE_DICT",
-        "otherwise no process has the result to save it",
-    ),
-    (
         "FSDP_CPU_RAM_EFFICIENT_LOADING",
         "false",
         "false",

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -25,6 +27,7 @@ from pacatune.training.output import (
     last_checkpoint,
     publish,
     refuse_empty_tensors,
+    refuse_missing_shards,
     staged,
 )
 from pacatune.training.progress import Meter
@@ -201,6 +204,22 @@ class RunTrainer(Trainer):
         model.load_state_dict(saved.state_dict())
         return True
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole adapter or model; every process must call it.
+
+        Under FSDP2, Trainer saves none beside sharded checkpoints, and for the others it gathers
+        the frozen base, too.
+        """
+        if not self.accelerator.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        options = StateDictOptions(
+            full_state_dict=True,
+            cpu_offload=True,
+            ignore_frozen_params=isinstance(self.model, PeftModel),
+        )
+        self._save(output_dir, state_dict=get_model_state_dict(self.model, options=options))
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
 
@@ -213,9 +232,10 @@ class RunTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                self._name_best_checkpoint(folder, staging / name)
                 if self.args.should_save:
                     refuse_empty_tensors(staging / name)
-                    self._name_best_checkpoint(folder, staging / name)
+                    refuse_missing_shards(staging / name)
                     publish(staging / name, folder / name)
             finally:
                 self._staging = None
@@ -230,7 +250,8 @@ class RunTrainer(Trainer):
         target = folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (target.name == checkpoint.name or target.is_dir()):
             self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(checkpoint / STATE_NAME))
+            if self.args.should_save:
+                self.state.save_to_json(str(checkpoint / STATE_NAME))
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
