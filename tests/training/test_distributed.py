@@ -52,6 +52,17 @@ def config_of(make_config, data_path, tmp_path, name, batch_size, quantization=N
     )
 
 
+def cut(folder, step, name):
+    """Return a copy of a run as it was when it had saved a step."""
+    copy = folder.with_name(name)
+    shutil.copytree(folder, copy)
+    (copy / "report.json").unlink()
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
 def assert_close(first, second):
     reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
     for one, two in zip(reports[0]["train_losses"], reports[1]["train_losses"], strict=True):
@@ -83,16 +94,25 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
         return
 
     # Resumed from the middle, the very same.
-    shutil.copytree(tmp_path / "two", tmp_path / "cut")
-    (tmp_path / "cut/report.json").unlink()
-    for step in (6, 8, 10):
-        shutil.rmtree(tmp_path / f"cut/checkpoint-{step}")
-    output = ["--training.output_dir", tmp_path / "cut"]
-    launch("train", "--config", tmp_path / "run.yaml", "--resume", *output, **options)
-    whole, cut = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "cut")
+    folder = cut(tmp_path / "two", 4, "cut")
+    words = ["train", "--config", tmp_path / "run.yaml", "--resume", "--training.output_dir"]
+    launch(*words, folder, **options)
+    whole, again = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "two", folder)
     )
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    if launcher != "ddp":
+        return
+
+    # By one process or two instead, each step has the same examples.
+    cut(tmp_path / "two", 4, "one-goes-on")
+    output = io.StringIO()
+    config = config_of(make_config, data_path, tmp_path, "one-goes-on", 8)
+    train(config, resume=True, console=Console(file=output, width=1000))
+    assert "(2 processes x 4 examples x 1 accumulated before, 1 process x 8 " in output.getvalue()
+    assert_close(tmp_path / "one-goes-on", tmp_path / "two")
+    launch(*words, cut(tmp_path / "one", 4, "two-go-on"))
+    assert_close(tmp_path / "two-go-on", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -300,12 +300,16 @@ def test_resume_refuses_changed_data(interrupted, make_config, data_path, tmp_pa
         data_path.write_text("\n".join(lines) + "\n")
 
 
-def test_resume_refuses_another_number_of_processes(interrupted, tmp_path):
+def test_resume_refuses_another_number_of_examples_per_step(interrupted, tmp_path):
     state = tmp_path / "out/checkpoint-5/trainer_state.json"
     text = state.read_text()
     assert text.count('"num_processes": 1') == 1
     state.write_text(text.replace('"num_processes": 1', '"num_processes": 2'))
-    with pytest.raises(ValueError, match=r"checkpoint-5 was trained by 2 processes and cannot be "):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-5 was trained by 2 processes x 8 examples x 1 accumulated = 16 examples "
+        r"per step, and 1 process x 8 .* = 8: .* so that a step has 16, or start again",
+    ):
         train(interrupted, resume=True)
 
 

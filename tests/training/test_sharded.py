@@ -1,18 +1,42 @@
 """Sharded checkpoints of FSDP2: what they hold, and runs that go on from them."""
 
-import shutil
+import io
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
+from pacatune.training import train
 from pacatune.training.config_file import save_config
 from pacatune.training.output import refuse_missing_shards
 from tests.training.launching import launch
-from tests.training.test_distributed import config_of, launcher_options
+from tests.training.test_distributed import (
+    ON_CPU,
+    assert_close,
+    config_of,
+    cut,
+    launcher_options,
+)
+
+# Saves what a resumed run has loaded, before it trains.
+SAVE_AGAIN = f"""
+import os
+from pacatune.training.trainer import RunTrainer
+
+plain = RunTrainer._load_optimizer_and_scheduler
+
+def load_and_save(self, checkpoint):
+    plain(self, checkpoint)
+    self._save_optimizer_and_scheduler(os.environ["LOADED"])
+
+RunTrainer._load_optimizer_and_scheduler = load_and_save
+{ON_CPU}
+"""
 
 
 def sharded_options():
@@ -21,27 +45,34 @@ def sharded_options():
     return options
 
 
-def cut(folder, step, name):
-    """Return a copy of a run as it was when it had saved a step."""
-    copy = folder.with_name(name)
-    shutil.copytree(folder, copy)
-    (copy / "report.json").unlink()
-    for checkpoint in copy.glob("checkpoint-*"):
-        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(checkpoint)
-    return copy
-
-
 def saved_names(checkpoint, what):
     return set(FileSystemReader(checkpoint / what).read_metadata().state_dict_metadata)
 
 
+def read_shards(folder):
+    path = folder.with_suffix(".pt")
+    dcp_to_torch_save(folder, path)
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(first, second):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    else:
+        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 @pytest.mark.slow
 def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
-    config = config_of(make_config, data_path, tmp_path, "two", 4)
-    config.training.given.update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
-    config.paca.modules_to_save = ["lm_head"]
-    save_config(config, tmp_path / "run.yaml")
+    def configure(name, batch_size):
+        config = config_of(make_config, data_path, tmp_path, name, batch_size)
+        config.training.given.update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
+        config.paca.modules_to_save = ["lm_head"]
+        return config
+
+    save_config(configure("two", 4), tmp_path / "run.yaml")
     launch("train", "--config", tmp_path / "run.yaml", **sharded_options())
 
     # A checkpoint has the whole adapter, and shards of nothing but what is trained and chosen.
@@ -60,10 +91,34 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
 
     # A run that goes on from one ends with the very same.
     folder = cut(tmp_path / "two", 2, "cut")
-    words = ["--config", tmp_path / "run.yaml", "--training.output_dir", folder]
-    launch("train", *words, "--resume", **sharded_options())
+    words = ["train", "--config", tmp_path / "run.yaml", "--resume", "--training.output_dir"]
+    launch(*words, folder, **sharded_options())
     again = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+    # One process goes on from two, and four from one, with the very state that was saved.
+    before = tmp_path / "two"
+    for num_processes, step in ((1, 2), (4, 4)):
+        options = sharded_options()
+        options["env"]["LOADED"] = str(tmp_path / f"loaded by {num_processes}")
+        options["code"] = SAVE_AGAIN
+        folder = cut(before, step, f"by {num_processes}")
+        size = ["--training.per_device_train_batch_size", 8 // num_processes]
+        launch(*words, folder, *size, num_processes=num_processes, **options)
+        for what in ("pytorch_model_fsdp_0", "optimizer_0"):
+            saved = read_shards(folder / f"checkpoint-{step}" / what)
+            assert_same(saved, read_shards(tmp_path / f"loaded by {num_processes}" / what))
+        assert_close(folder, tmp_path / "two")
+        before = folder
+
+    # A process that shards nothing cannot read the shards.
+    config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-4 was saved by FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and "
+        r"cannot be continued by a run without FSDP2. Launch the run as before",
+    ):
+        train(config, resume=True, console=Console(file=io.StringIO()))
 
     refuse_missing_shards(checkpoint)
     (checkpoint / "optimizer_0/__1_0.distcp").unlink()

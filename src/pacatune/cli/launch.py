@@ -146,14 +146,10 @@ def _size(options: argparse.Namespace) -> str:
 
 def _notes(options: argparse.Namespace, config: Any) -> Iterator[str]:
     from pacatune.training.config_file import local_paths
+    from pacatune.training.split import Split
 
-    training, num_processes = config.training, options.nodes * options.gpus
-    batch = training.per_device_train_batch_size
-    accumulation = training.gradient_accumulation_steps
-    yield (
-        f"{num_processes} processes x {batch} examples x {accumulation} accumulated = "
-        f"{num_processes * batch * accumulation} examples per optimizer step"
-    )
+    split = Split.of(config.training, options.nodes * options.gpus)
+    yield f"{split} = {split.num_examples} examples per optimizer step"
     paths = local_paths(config)
     if paths and (options.nodes > 1 or options.format in ("skypilot", "kubeflow")):
         named = ", ".join(f"{name} ({value})" for name, value in paths.items())

@@ -47,6 +47,9 @@ _FREE_ON_RESUME = (
     "training.run_name",
     "training.disable_tqdm",
     "training.save_total_limit",
+    # Of these, what a step sees is compared with the checkpoint's.
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
 )
 
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -206,6 +207,27 @@ class LanguageTrainer(RunTrainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        if self.is_fsdp_enabled:
+            self._gather_trained_head()
+
+    def _gather_trained_head(self) -> None:
+        """Gather a trained head by FSDP2 itself before each pass.
+
+        accelerate makes it a group of its own under PEFT, and TRL multiplies by its weight without
+        calling it. So TRL would find a shard and gather it by a call that does not add up the
+        gradients of the processes.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = base.get_output_embeddings()
+        if head is None or not any(parameter.requires_grad for parameter in head.parameters()):
+            return
+
+        def gather(*_: Any) -> None:
+            if isinstance(head, FSDPModule):
+                head.unshard()
+
+        base.base_model.register_forward_pre_hook(gather)
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how many tokens of a micro-batch are not padding."""

@@ -23,6 +23,7 @@ from pacatune.training.config_file import (
     to_values,
 )
 from pacatune.training.progress import say
+from pacatune.training.split import Split
 
 STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
@@ -82,30 +83,52 @@ def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
         )
 
 
-def find_checkpoint(digest: str, folder: Path, num_processes: int) -> Path:
+def find_checkpoint(digest: str, folder: Path, split: Split, *, fixed: str | None = None) -> Path:
     """Return the checkpoint to continue, once sure that it saw the same data in the same order.
 
-    `digest` is that of the training data.
+    `digest` is that of the training data; `fixed` says why the split may not change.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
             f"the run in {folder} has no complete checkpoint; start it again without --resume."
         )
-    state = read_state(checkpoint) or {}
-    before = state.get("stateful_callbacks", {}).get("TrainedOn", {}).get("args", {})
-    if before.get("fingerprint") != digest:
+    if _trained_on(checkpoint).get("fingerprint") != digest:
         raise ValueError(
             f"the training data has changed since {checkpoint} was saved, so it cannot be "
             "continued; restore the data, or start again with --overwrite."
         )
-    if before.get("num_processes") != num_processes:
+    before = _trained_split(checkpoint)
+    if before.num_examples != split.num_examples:
         raise ValueError(
-            f"{checkpoint} was trained by {before.get('num_processes')} processes and cannot be "
-            f"continued by {num_processes}: each would see other examples. Start as many as "
-            "before, or start again with --overwrite."
+            f"{checkpoint} was trained by {before} = {before.num_examples} examples per step, and "
+            f"{split} = {split.num_examples}: the steps to come would see other examples. Choose "
+            "`training.per_device_train_batch_size` and `training.gradient_accumulation_steps` so "
+            f"that a step has {before.num_examples}, or start again with --overwrite."
+        )
+    if before != split and fixed is not None:
+        raise ValueError(
+            f"{checkpoint} was trained by {before} and cannot be continued by {split}: {fixed}. "
+            "Split the steps as before, or start again with --overwrite."
         )
     return checkpoint
+
+
+def _trained_on(checkpoint: Path) -> dict[str, Any]:
+    """Return what `TrainedOn` has kept in a checkpoint."""
+    state = read_state(checkpoint) or {}
+    kept: dict[str, Any] = state.get("stateful_callbacks", {}).get("TrainedOn", {}).get("args", {})
+    return kept
+
+
+def _trained_split(checkpoint: Path) -> Split:
+    kept = {name: value for name, value in _trained_on(checkpoint).items() if name != "fingerprint"}
+    if "batch_size" not in kept:
+        # Older runs kept the number of processes, and went on with the options they began with.
+        training = read_values(checkpoint.parent / CONFIG_NAME)["training"]
+        kept["batch_size"] = training["per_device_train_batch_size"]
+        kept["accumulation"] = training["gradient_accumulation_steps"]
+    return Split(**kept)
 
 
 def open_folder(
@@ -120,6 +143,12 @@ def open_folder(
             clear_staging(folder)
             step = (read_state(checkpoint) or {}).get("global_step")
             said = f"resuming after step {step}: {checkpoint}"
+            before, now = _trained_split(checkpoint), Split.of(config.training)
+            if before != now:
+                said += (
+                    f" ({before} before, {now} now: steps see the same examples, but random "
+                    "numbers and rounding differ)"
+                )
         else:
             deleted = clear_folder(folder)
             said = f"deleted from {folder}: {', '.join(deleted)}" if deleted else ""

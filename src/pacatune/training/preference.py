@@ -110,6 +110,7 @@ class KtoTask(PreferenceTask[KtoRunConfig]):
     """A run of Kahneman-Tversky Optimization."""
 
     tags = ("kto", "trl")
+    fixed_split = "KTO compares an answer with its neighbour in the batch of a process"
     columns = JUDGED_COLUMNS
     trainer_class = KtoRunTrainer
     report_class = JudgedReport

@@ -49,6 +49,7 @@ from pacatune.training.selecting import (
     describe_columns,
     share_of_batches,
 )
+from pacatune.training.split import Split, why_fixed
 from pacatune.training.start import check_quantization
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
@@ -121,7 +122,10 @@ def train(
     prepared = prepare(task, console)
     checkpoint = None
     if resume:
-        checkpoint = find_checkpoint(prepared.fingerprint, folder, config.training.world_size)
+        fixed = task.fixed_split or why_fixed(config.training, prepared.train)
+        checkpoint = find_checkpoint(
+            prepared.fingerprint, folder, Split.of(config.training), fixed=fixed
+        )
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, folder, checkpoint, console)
@@ -213,7 +217,7 @@ def make_trainer(
         args=arguments,
         train_dataset=prepared.train,
         eval_dataset=prepared.evaluation,
-        callbacks=[meter, TrainedOn(prepared.fingerprint, arguments.world_size)],
+        callbacks=[meter, TrainedOn(prepared.fingerprint, Split.of(arguments))],
     )
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
@@ -313,7 +317,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "num_parameters": prepared.plan.num_parameters,
         "num_train_examples": len(prepared.train)
         if has_length(prepared.train)
-        else trainer.state.global_step * _examples_per_step(trainer.args),
+        else trainer.state.global_step * Split.of(trainer.args).num_examples,
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
         "num_steps": trainer.state.global_step,
         "step_ms": trainer.meter.step_ms,
@@ -340,11 +344,6 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
     return task.make_report(known, trainer, float(speed))
-
-
-def _examples_per_step(arguments: Any) -> int:
-    batches = arguments.gradient_accumulation_steps * arguments.world_size
-    return int(arguments.train_batch_size * batches)
 
 
 def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:

@@ -291,6 +291,7 @@ class SamplingTask(MetricTask[SamplingRunConfig]):
         "`training.max_completion_length`, or set `training.gradient_checkpointing` to true"
     )
     length_option = "`training.max_completion_length`, or shorten the prompts"
+    fixed_split = "each process goes on with answers that it has sampled"
     columns = ("row",)
     report_class: ClassVar[type[MetricReport]] = RlReport
     trainer_class: ClassVar[Any]

@@ -80,6 +80,8 @@ class Task(ABC, Generic[C]):
     """What is trained on and counted, such as `tokens`."""
     less_memory: ClassVar[str]
     """Options that save memory, for the message when there is too little."""
+    fixed_split: ClassVar[str | None] = None
+    """Why a run must go on with the processes and batches that it began with; None: it need not."""
     loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""

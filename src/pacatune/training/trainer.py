@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -31,6 +33,7 @@ from pacatune.training.output import (
     staged,
 )
 from pacatune.training.progress import Meter
+from pacatune.training.split import Split
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -182,9 +185,29 @@ class RunTrainer(Trainer):
         """Do nothing: a run tells nobody about itself."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._refuse_other_states(Path(resume_from_checkpoint))
         with readable_weights(resume_from_checkpoint):
             if not self._load_plain_model(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _refuse_other_states(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint whose states FSDP2 has saved in another form, or has not saved."""
+        before = None
+        if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
+            before = "SHARDED_STATE_DICT"
+        elif (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
+            before = "FULL_STATE_DICT"
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        now = plugin and plugin.state_dict_type.name
+        if before != now:
+            saved, needed = (
+                f"FSDP2 with fsdp_state_dict_type {kind}" if kind else "a run without FSDP2"
+                for kind in (before, now)
+            )
+            raise ValueError(
+                f"{checkpoint} was saved by {saved} and cannot be continued by {needed}. Launch "
+                "the run as before, or start again with --overwrite."
+            )
 
     def _load_best_model(self) -> None:
         if not self._load_plain_model(self.state.best_model_checkpoint):
@@ -279,10 +302,10 @@ class LogBeforeSave(TrainerCallback):
 
 
 class TrainedOn(TrainerCallback, ExportableState):
-    """Keeps in each checkpoint what it takes to continue it: digest of the data, and processes."""
+    """Keeps in each checkpoint what it takes to continue it: digest of the data, and the split."""
 
-    def __init__(self, fingerprint: str, num_processes: int) -> None:
-        self._kept = {"fingerprint": fingerprint, "num_processes": num_processes}
+    def __init__(self, fingerprint: str, split: Split) -> None:
+        self._kept = {"fingerprint": fingerprint, **asdict(split)}
 
     def state(self) -> dict[str, Any]:
         """Return what the trainer writes into trainer_state.json."""

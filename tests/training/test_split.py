@@ -1,0 +1,88 @@
+"""A run goes on with another split of its steps only where they see the same examples."""
+
+import json
+
+import pytest
+import yaml
+
+from pacatune.training.output import find_checkpoint
+from pacatune.training.split import Split, why_fixed
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("train_sampling_strategy", "group_by_length"),
+        ("dataloader_drop_last", True),
+        ("average_tokens_across_devices", False),
+        ("accelerator_config", {"split_batches": True}),
+    ],
+)
+def test_options_that_fix_the_split(make_config, option, value):
+    assert why_fixed(make_config().training, []) is None
+    reason = why_fixed(make_config(training={option: value}).training, [])
+    assert reason.startswith(f"with `training.{option}` (")
+    assert reason.endswith(") the split decides what a step learns")
+
+
+def test_a_stream_fixes_the_split(make_config):
+    assert why_fixed(make_config().training, iter([])) == (
+        "a stream is dealt to the processes as it comes"
+    )
+
+
+@pytest.mark.parametrize("task", ["grpo", "rloo", "kto"])
+def test_tasks_that_fix_the_split(task):
+    from pacatune.training.task import Task
+    from pacatune.training.tasks import run_class_of
+
+    module, _, name = run_class_of(task).task_class.partition(":")
+    kind = getattr(__import__(module, fromlist=[name]), name)
+    assert kind.fixed_split
+    assert Task.fixed_split is None
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """One that two processes have written, of four examples each, twice accumulated."""
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    kept = {"fingerprint": "data", "num_processes": 2, "batch_size": 4, "accumulation": 2}
+    write_kept(folder, kept)
+    return folder
+
+
+def write_kept(folder, kept):
+    state = {"global_step": 4, "stateful_callbacks": {"TrainedOn": {"args": kept}}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_steps_of_as_many_examples_go_on(checkpoint):
+    for split in (Split(2, 4, 2), Split(1, 4, 4), Split(4, 4, 1), Split(1, 16, 1)):
+        assert find_checkpoint("data", checkpoint.parent, split) == checkpoint
+
+
+def test_steps_of_more_examples_are_refused(checkpoint):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-4 was trained by 2 processes x 4 examples x 2 accumulated = 16 examples "
+        r"per step, and 1 process x 4 examples x 2 accumulated = 8: .* so that a step has 16",
+    ):
+        find_checkpoint("data", checkpoint.parent, Split(1, 4, 2))
+
+
+def test_a_fixed_split_must_be_the_same(checkpoint):
+    find_checkpoint("data", checkpoint.parent, Split(2, 4, 2), fixed="the dice are fixed")
+    with pytest.raises(
+        ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Split the"
+    ):
+        find_checkpoint("data", checkpoint.parent, Split(1, 8, 2), fixed="the dice are fixed")
+
+
+def test_an_older_checkpoint_has_the_batches_of_its_configuration(checkpoint):
+    write_kept(checkpoint, {"fingerprint": "data", "num_processes": 2})
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    (checkpoint.parent / "config.yaml").write_text(yaml.safe_dump({"training": training}))
+    assert find_checkpoint("data", checkpoint.parent, Split(1, 16, 1)) == checkpoint
+    with pytest.raises(ValueError, match="2 processes x 4 examples x 2 accumulated = 16"):
+        find_checkpoint("data", checkpoint.parent, Split(2, 4, 1))
