@@ -95,6 +95,20 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_processor(path: str, *, revision: str | None = None) -> Any:
+    """Load the processor of a model that takes images."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    with no_remote_code(path):
+        found = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
+        raise ValueError(
+            f"the data has images, and the model {path} takes texts alone; use a vision-language "
+            "model, or take the images out."
+        )
+    return found
+
+
 def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
     """Build a model on the meta device: modules and shapes, no weights."""
     import torch

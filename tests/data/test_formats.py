@@ -151,8 +151,8 @@ def test_bad_prompt_completion_rows(values, message):
         ([USER, {**ASSISTANT, "content": ["a"]}], r"content of messages\[1\]: part 0 is 'a'; a p"),
         ([USER, {**ASSISTANT, "content": []}], r"content of messages\[1\] is empty; fill it"),
         (
-            [{"role": "user", "content": [TEXT, {"type": "image_url"}]}, ASSISTANT],
-            r"messages\[0\]: part 1 is 'image_url'; a part must be .*trained on text alone",
+            [{"role": "user", "content": [TEXT, {"type": "audio"}]}, ASSISTANT],
+            r"messages\[0\]: part 1 is 'audio'; a part must be .*images are for supervised fine-",
         ),
         ([USER, {**ASSISTANT, "content": "\n"}], r"content of messages\[1\] is empty; fill it"),
     ],

@@ -76,7 +76,7 @@ def test_weights_of_turns_are_kept():
             {"conversations": [{"from": "system", "value": "t"}, ANSWERED], "system": "s"},
             r"column 'system' \('s'\) and a turn of the system; keep one",
         ),
-        ({"conversations": [ASKED, ANSWERED], "images": ["a.png"]}, "column 'images' is not used"),
+        ({"conversations": [ASKED, ANSWERED], "images": ["no.png"]}, "image 'no.png', which does"),
         ({"conversations": [ASKED]}, "'conversations' has no assistant turn"),
     ],
 )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pacatune.data import chat_images
+from pacatune.data.chat_images import ImageTokenizer
 from pacatune.data.formats import Example, Message
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _NEEDED = ("content", "tool_calls")
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
 _WRITTEN = ("function_call", "reasoning_content", "reasoning", "thinking")
 _BOOKKEEPING = ("role", "tool_call_id", "id")
-_UNREAD = re.compile(r'[\s\\"]+')
+_UNREAD = re.compile(rf'[\s\\"]+|{chat_images.IMAGE.pattern}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class Encoded:
     """The prompt alone is tokenized otherwise than in front of its completion."""
     hidden: list[str] = field(default_factory=list)
     """Fields of messages that the chat template does not show."""
+    text: str = ""
+    """A chat with images as its template writes it, each as one mark."""
 
     def labels(self, max_length: int | None) -> list[int]:
         """Return the ids to learn, -100 elsewhere, cut to `max_length`."""
@@ -204,11 +208,24 @@ class Encoder:
             encoded = self._encode_text(example.prompt, example.completion)
         else:
             example, hidden = self._check(example)
+            text = self._text(example) if isinstance(self.tokenizer, ImageTokenizer) else ""
             encoded = self._encode_chat(example)
-            encoded.hidden = hidden
+            encoded.hidden, encoded.text = hidden, text
         if self.learn_all:
             encoded.learned = [True] * len(encoded.input_ids)
         return encoded
+
+    def _text(self, example: Example) -> str:
+        """Return the rendered chat, if it shows each of its images."""
+        text = str(self._render(example.place, example.messages, example.tools, tokenize=False))
+        mark = self.tokenizer.image_token
+        if text.count(mark) != len(example.images):
+            raise ValueError(
+                f"{example.place}: the chat template shows {text.count(mark)} of "
+                f"{len(example.images)} images ({mark}); give a `data.chat_template` that shows "
+                "each of them, and texts without that mark."
+            )
+        return text
 
     def _check(self, example: Example) -> tuple[Example, list[str]]:
         """Return the chat as its template takes it, and the fields that are not shown."""

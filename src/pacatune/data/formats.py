@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pacatune.data import sharegpt
+from pacatune.data import chat_images, sharegpt
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row
 
@@ -60,6 +60,12 @@ class Example:
         return self.prompt + self.completion
 
     @property
+    def images(self) -> list[str]:
+        """The images of a chat, as their references."""
+        is_chat = isinstance(self.completion, list)
+        return chat_images.references(self.messages) if is_chat else []
+
+    @property
     def learned_turns(self) -> list[int]:
         """Numbers, from 0, of the turns that are learned."""
         return [
@@ -97,6 +103,7 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
             _check_columns(row, format)
             if format == "sharegpt":
                 row = sharegpt.with_messages(row)
+            row = chat_images.with_images(row)
             check_unused(row, format)
         yield _to_example(row, format, has_template)
 
@@ -286,7 +293,7 @@ def _joined(parts: list[Any], what: str) -> str:
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(
                 f"{what}: part {number} is {kind!r:.40}; a part must be "
-                '{"type": "text", "text": "..."}, as models are trained on text alone.'
+                '{"type": "text", "text": "..."}; images are for supervised fine-tuning alone.'
             )
     return "\n".join(part["text"] for part in parts)
 

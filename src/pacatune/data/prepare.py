@@ -1,11 +1,12 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+from pacatune.data.chat_images import ImageTokenizer
 from pacatune.data.checks import find_overlap, keep_learnable
 from pacatune.data.choices import CSV_COLUMNS
 from pacatune.data.config import DataConfig, SourceConfig
@@ -93,6 +94,8 @@ class PreparedData:
     """What is probably not meant, one sentence each."""
     sample: "Dataset | None" = None
     """The first training examples, where `train` is a stream of them without end."""
+    processor: Any = None
+    """What makes images into tensors, where chats have some: rows then have text and images too."""
 
 
 def prepare_data(
@@ -102,31 +105,37 @@ def prepare_data(
     max_length: int | None,
     stop_ids: Collection[int],
     num_processes: int | None = None,
+    load_processor: Callable[[], Any] | None = None,
 ) -> PreparedData:
     """Read, encode, split and check the data of a run.
 
     Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
-    generation.
+    generation. `load_processor` is asked for the model's processor where chats have images.
     """
-    encoder = Encoder(
-        tokenizer, stop_ids, config.loss == "all", special_tokens=config.special_tokens
-    )
-
     sources, warnings = config.sources(), list[str]()
     option = "data.path" if config.datasets is None else "data.datasets"
 
-    def load(source: SourceConfig, option: str, what: str) -> "Dataset":
-        examples = _read(source, option, config, tokenizer)
-        if config.streaming and what == "training":
-            examples = islice(examples, NUM_SAMPLED)
+    def load(examples: list[Example], what: str) -> "Dataset":
         title = f"Tokenizing {what} data"
-        return encode(list(examples), encoder, max_length, num_processes, title)
+        return encode(examples, encoder, max_length, num_processes, title)
 
-    parts = [load(source, option, "training") for source in sources]
+    number = NUM_SAMPLED if config.streaming else None
+    read = [list(islice(_read(one, option, config, tokenizer), number)) for one in sources]
+    processor = None
+    if any(example.images for examples in read for example in examples):
+        processor = _find_processor(config, load_processor)
+    encoder = Encoder(
+        tokenizer if processor is None else ImageTokenizer(processor),
+        stop_ids,
+        config.loss == "all",
+        special_tokens=config.special_tokens,
+    )
+    parts = [load(examples, "training") for examples in read]
     if held_out := config.evaluation_source():
         path, split, eval_option = held_out
         source = SourceConfig(path=path, name=config.name, split=split, format=config.format)
-        evaluation: Dataset | None = load(source, eval_option, "evaluation")
+        held = list(_read(source, eval_option, config, tokenizer))
+        evaluation: Dataset | None = load(held, "evaluation")
     else:
         pairs = [_split(part, config.eval_fraction, config.seed) for part in parts]
         parts = [part for part, _ in pairs]
@@ -139,11 +148,12 @@ def prepare_data(
     ]
     if evaluation is not None:
         evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
-        for part in parts:
+        for part in parts if processor is None else ():  # other images may have the same tokens
             warnings += find_overlap(part, evaluation)
     longest = min(longest, max_length or longest)
     if not config.streaming:
-        return PreparedData(_mixed(parts, config), evaluation, longest, warnings)
+        train = _mixed(parts, config)
+        return PreparedData(train, evaluation, longest, warnings, processor=processor)
     streams = [
         stream(partial(_read, source, option, config, tokenizer), encoder, max_length)
         for source in sources
@@ -152,6 +162,19 @@ def prepare_data(
     if config.shuffle_buffer:
         train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
     return PreparedData(train, evaluation, longest, warnings, sample=_joined(parts))
+
+
+def _find_processor(config: DataConfig, load: Callable[[], Any] | None) -> Any:
+    if config.streaming:
+        raise ValueError("`data.streaming` is for texts, and the data has images; set it to false.")
+    if config.loss == "all":
+        raise ValueError(
+            "`data.loss` ('all') is for texts, and the data has images, which cannot be learned; "
+            "set it to completion."
+        )
+    if load is None:
+        raise ValueError("the data has images, and here only texts can be read; take them out.")
+    return load()
 
 
 def _read(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pacatune.data.chat_images import ImageTokenizer
 from pacatune.data.checks import refuse_unlearnable
 from pacatune.data.encode import Encoder
 from pacatune.data.formats import Example
@@ -33,7 +34,7 @@ def encode(
         return table.map(
             lambda row: _encode_one(Example(**json.loads(row["example"])), encoder, max_length),
             remove_columns=["example"],
-            features=Features(_features()),
+            features=Features(_features(with_images=isinstance(encoder.tokenizer, ImageTokenizer))),
             keep_in_memory=True,
             num_proc=num_processes if len(examples) > (num_processes or 1) else None,
             # Nothing is cached, so the costly hash of the tokenizer is not needed.
@@ -59,11 +60,12 @@ def stream(
             if row["num_kept"]:
                 yield {name: row[name] for name in _OF_TRAINING}
 
-    features = Features({name: _features()[name] for name in _OF_TRAINING})
+    known = _features(with_images=False)
+    features = Features({name: known[name] for name in _OF_TRAINING})
     return IterableDataset.from_generator(rows, features=features).repeat(None)
 
 
-def _features() -> dict[str, Any]:
+def _features(*, with_images: bool) -> dict[str, Any]:
     from datasets import List, Value
 
     tokens, number, flag = List(Value("int32")), Value("int64"), Value("bool")
@@ -73,12 +75,30 @@ def _features() -> dict[str, Any]:
         **dict.fromkeys(("num_tokens", "num_learned", "num_kept"), number),
         **dict.fromkeys(("doubled_bos", "ends", "boundary_moved"), flag),
         "hidden": List(Value("string")),
+        **({"text": Value("string"), "images": List(Value("string"))} if with_images else {}),
     }
 
 
 def _encode_one(example: Example, encoder: Encoder, max_length: int | None) -> dict[str, Any]:
     bos = encoder.tokenizer.bos_token_id
+    takes_images, images = isinstance(encoder.tokenizer, ImageTokenizer), example.images
+    if images and not takes_images:
+        raise ValueError(
+            f"{example.place} has images, and the data that was looked at before has none; put "
+            "such rows first, or take the images out."
+        )
+    if takes_images and isinstance(example.completion, str):
+        raise ValueError(
+            f"{example.place} is a plain text, and other rows have images; make it a chat, or "
+            "train on the two one after the other."
+        )
     encoded = encoder(example)
+    if images and max_length is not None and len(encoded.input_ids) > max_length:
+        raise ValueError(
+            f"{example.place} has images and {len(encoded.input_ids)} tokens, more than "
+            f"`training.max_length` ({max_length}); images cannot be cut: raise it, or use smaller "
+            "images."
+        )
     last = max((i for i, learned in enumerate(encoded.learned) if learned), default=-1)
     return {
         "place": example.place,
@@ -92,6 +112,7 @@ def _encode_one(example: Example, encoder: Encoder, max_length: int | None) -> d
         "ends": last >= 0 and encoded.input_ids[last] in encoder.stop_ids,
         "boundary_moved": encoded.boundary_moved,
         "hidden": encoded.hidden,
+        **({"text": encoded.text, "images": images} if takes_images else {}),
     }
 
 

@@ -48,9 +48,9 @@ class LanguageTask(ReportedTask[C]):
     less_memory = "`training.max_length`, or set `training.gradient_checkpointing` to true"
     pipeline_tag = "text-generation"
 
-    auto_class: ClassVar[Any] = AutoModelForCausalLM
+    auto_class: Any = AutoModelForCausalLM
     """Class of transformers that makes the model."""
-    task_type: ClassVar[str] = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
     """PEFT's name of what the adapted model does."""
     length_option: ClassVar[str] = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
@@ -163,9 +163,10 @@ class LanguageTask(ReportedTask[C]):
     def _commands(self, model: str) -> str:
         """Return what pacatune's own commands do with the adapter."""
         both = f"--model {model} --adapter FOLDER"
+        writes_text = self.auto_class is AutoModelForCausalLM
+        generate = f'pacatune generate {both} --prompt "..."\n' if writes_text else ""
         return (
-            "```bash\n"
-            f'pacatune generate {both} --prompt "..."\n'
+            f"```bash\n{generate}"
             f"pacatune merge {both} --output MERGED      # a plain model\n"
             f"pacatune export {both} --to lora --output LORA  "
             "# an exact LoRA adapter, for any server\n```\n\n"
@@ -287,7 +288,7 @@ def plan_training(
     config: BaseRunConfig[Any],
     *,
     auto_class: Any = AutoModelForCausalLM,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     **changes: Any,
 ) -> tuple[Plan, PeftConfig | None, int | None]:
     """Plan what is trained of a model without weights.

@@ -39,7 +39,8 @@ _RESULT = re.compile(
 _ACCESSORY = re.compile(
     rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|completions|config\.json"
     r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
-    r"|added_tokens\.json|preprocessor_config\.json|vocab\..*|merges\.txt|pacatune\.json"
+    r"|added_tokens\.json|(video_)?preprocessor_config\.json|processor_config\.json|vocab\..*"
+    r"|merges\.txt|pacatune\.json"
 )
 
 

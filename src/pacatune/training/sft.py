@@ -1,5 +1,6 @@
 """Supervised fine-tuning of a language model, by TRL's SFTTrainer."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,14 +8,16 @@ from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.data import PreparedData, prepare_data, show_preview
+from pacatune.data.chat_images import ImageCollator
+from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
-from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids
+from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
 from pacatune.training.report import Report
 
 
@@ -23,10 +26,30 @@ class SftTask(LanguageTask[RunConfig]):
 
     tags = ("sft", "trl")
 
+    processor: Any = None
+    """What makes images into tensors, where the data has some."""
+
     def read_data(self) -> PreparedData:
         """Encode the data."""
-        refuse_packing_of_shards(self.config)
-        return read_data(self.config, self.tokenizer)
+        config = self.config
+        refuse_packing_of_shards(config)
+        data = read_data(config, self.tokenizer)
+        self.processor = data.processor
+        if self.processor is not None:
+            if config.training.packing or config.training.padding_free:
+                raise ValueError(
+                    "`training.packing` and `training.padding_free` are for texts, and the data "
+                    "has images; drop them."
+                )
+            self.auto_class, self.task_type = AutoModelForImageTextToText, None
+            self.pipeline_tag = "image-text-to-text"
+        return data
+
+    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
+        """Return some rows as one padded batch with labels, and images if they have some."""
+        if self.processor is None:
+            return super().collate(examples, places)
+        return ImageCollator(self.processor)([examples[place] for place in places])
 
     def make_trainer(
         self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
@@ -35,11 +58,17 @@ class SftTask(LanguageTask[RunConfig]):
         arguments = options["args"]
         if packs(self.config):
             check_packing(model, self.config)
+        if self.processor is not None:
+            arguments.remove_unused_columns = False
+            options["data_collator"] = ImageCollator(self.processor)
         if not (arguments.packing or arguments.eval_packing or arguments.shuffle_dataset):
             arguments.dataset_kwargs = {"skip_prepare_dataset": True}
             arguments.max_length = None
         return SftRunTrainer(
-            model=model, processing_class=self.tokenizer, peft_config=adapter_config, **options
+            model=model,
+            processing_class=self.processor or self.tokenizer,
+            peft_config=adapter_config,
+            **options,
         )
 
     def show(self, data: Dataset, num_examples: int, console: Console) -> None:
@@ -118,4 +147,12 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared
         max_length=None if splits else training.max_length,
         stop_ids=find_stop_ids(config, tokenizer),
         num_processes=training.dataset_num_proc,
+        load_processor=partial(_load_processor, config, tokenizer),
     )
+
+
+def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    processor = load_processor(model_path(config), revision=config.model.revision)
+    if config.data.chat_template is not None:
+        processor.chat_template = tokenizer.chat_template
+    return processor

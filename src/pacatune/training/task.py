@@ -121,7 +121,7 @@ class ReportedTask(Task[C]):
     After training it calls `evaluate`, `make_report`, `write` and `how_to_load`, in this order.
     """
 
-    pipeline_tag: ClassVar[str]
+    pipeline_tag: str
     """The hub's name of the task."""
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of the model card, beside the method's."""
