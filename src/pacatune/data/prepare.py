@@ -1,7 +1,7 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
@@ -112,17 +112,12 @@ def prepare_data(
     Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
     generation. `load_processor` is asked for the model's processor where chats have images.
     """
-    sources, warnings = config.sources(), list[str]()
-    option = "data.path" if config.datasets is None else "data.datasets"
-
-    def load(examples: list[Example], what: str) -> "Dataset":
-        title = f"Tokenizing {what} data"
-        return encode(examples, encoder, max_length, num_processes, title)
-
+    sources = config.sources()
+    read = partial(_read, config=config, tokenizer=tokenizer)
     number = NUM_SAMPLED if config.streaming else None
-    read = [list(islice(_read(one, option, config, tokenizer), number)) for one in sources]
+    examples = [list(islice(read(source), number)) for source in sources]
     processor = None
-    if any(example.images for examples in read for example in examples):
+    if any(example.images for part in examples for example in part):
         processor = _find_processor(config, load_processor)
     encoder = Encoder(
         tokenizer if processor is None else ImageTokenizer(processor),
@@ -130,38 +125,62 @@ def prepare_data(
         config.loss == "all",
         special_tokens=config.special_tokens,
     )
-    parts = [load(examples, "training") for examples in read]
+
+    def to_rows(examples: list[Example], what: str) -> "Dataset":
+        title = f"Tokenizing {what} data"
+        return encode(examples, encoder, max_length, num_processes, title)
+
+    parts = [to_rows(part, "training") for part in examples]
     if held_out := config.evaluation_source():
-        path, split, eval_option = held_out
+        path, split, option = held_out
         source = SourceConfig(path=path, name=config.name, split=split, format=config.format)
-        held = list(_read(source, eval_option, config, tokenizer))
-        evaluation: Dataset | None = load(held, "evaluation")
+        evaluation: Dataset | None = to_rows(list(read(source, option)), "evaluation")
     else:
         pairs = [_split(part, config.eval_fraction, config.seed) for part in parts]
         parts = [part for part, _ in pairs]
         evaluation = _joined([part for _, part in pairs if part is not None])
     longest = max(max(part["num_tokens"][:]) for part in parts)
-    names = ["training"] if config.datasets is None else [f"{s.path} training" for s in sources]
-    parts = [
-        keep_learnable(part, what, max_length, tokenizer, warnings)
-        for part, what in zip(parts, names, strict=True)
-    ]
-    if evaluation is not None:
-        evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
-        for part in parts if processor is None else ():  # other images may have the same tokens
-            warnings += find_overlap(part, evaluation)
-    longest = min(longest, max_length or longest)
+    parts, evaluation, warnings = _checked(
+        parts, evaluation, config, max_length, tokenizer, has_images=processor is not None
+    )
+    found = PreparedData(
+        _mixed(parts, config),
+        evaluation,
+        min(longest, max_length or longest),
+        warnings,
+        processor=processor,
+    )
     if not config.streaming:
-        train = _mixed(parts, config)
-        return PreparedData(train, evaluation, longest, warnings, processor=processor)
-    streams = [
-        stream(partial(_read, source, option, config, tokenizer), encoder, max_length)
-        for source in sources
-    ]
+        return found
+    streams = [stream(partial(read, source), encoder, max_length) for source in sources]
     train = _mixed(streams, config)
     if config.shuffle_buffer:
         train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-    return PreparedData(train, evaluation, longest, warnings, sample=_joined(parts))
+    return replace(found, train=train, sample=_joined(parts))
+
+
+def _checked(
+    parts: "list[Dataset]",
+    evaluation: "Dataset | None",
+    config: DataConfig,
+    max_length: int | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    has_images: bool,
+) -> "tuple[list[Dataset], Dataset | None, list[str]]":
+    """Return the rows of each data set and of evaluation that teach something, and warnings."""
+    warnings: list[str] = []
+    names = [""] if config.datasets is None else [f"{one.path} " for one in config.sources()]
+    parts = [
+        keep_learnable(part, f"{name}training", max_length, tokenizer, warnings)
+        for part, name in zip(parts, names, strict=True)
+    ]
+    if evaluation is None:
+        return parts, None, warnings
+    evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
+    for part in parts if not has_images else ():  # other images may have the same tokens
+        warnings += find_overlap(part, evaluation)
+    return parts, evaluation, warnings
 
 
 def _find_processor(config: DataConfig, load: Callable[[], Any] | None) -> Any:
@@ -179,11 +198,14 @@ def _find_processor(config: DataConfig, load: Callable[[], Any] | None) -> Any:
 
 def _read(
     source: SourceConfig,
-    option: str,
+    option: str | None = None,
+    *,
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Iterator[Example]:
-    """Yield the examples of one data set."""
+    """Yield the examples of one data set; `option` is where its path is from, for messages."""
+    if option is None:
+        option = "data.path" if config.datasets is None else "data.datasets"
     rows = read_rows(
         source.path,
         name=source.name,
