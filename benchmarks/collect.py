@@ -30,7 +30,8 @@ QUALITY = "quality"
 """The same of another study."""
 _MARK = "reproduce.json"
 _DEMO = "demo-rl.json"
-_RUNS = "runs.json"
+RUNS = "runs.json"
+"""Runs of studies that are not finished; it goes with the last of them."""
 COLUMNS = (
     "study",
     "arm",
@@ -80,7 +81,7 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
 
 def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
     """Keep the runs of studies that are not finished, by the name of their folder and file."""
-    path = results / _RUNS
+    path = results / RUNS
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for folder in folders:
         files = sorted((folder / "runs").glob("*.json"))
@@ -91,7 +92,7 @@ def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
 
 def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
     """Make a folder in which `pacatune compare` goes on with the runs that were kept."""
-    runs = json.loads((results / _RUNS).read_text(encoding="utf-8"))[folder.name]
+    runs = json.loads((results / RUNS).read_text(encoding="utf-8"))[folder.name]
     folder.mkdir(parents=True)
     _write_json(folder / "study.json", {"finished": False})
     for name, record in runs.items():
