@@ -102,4 +102,5 @@ def _small_lengths(result: dict[str, Any]) -> list[str]:
         by_way = longest.setdefault((row["model"], base), {})
         by_way[row["checkpointing"]] = f"{row['max_seq_len']:,}"
     titles = ["model", "base", "tokens, `lean_level: 2`", "tokens, checkpointing too"]
-    return table_lines(titles, [[*what, by[False], by[True]] for what, by in longest.items()], "llr")
+    rows = [[*what, by[False], by[True]] for what, by in longest.items()]
+    return table_lines(titles, rows, "llr")
