@@ -40,7 +40,7 @@ CASES = {
     "estimate --lean-l": "estimate --lean-level",
     "completion zs": "completion zsh",
 }
-OTHERS = ("help", "config", "resume", "overwrite", "push_to_hub", "print_config")
+OTHERS = ("help", "config", "resume", "auto_resume", "overwrite", "push_to_hub", "print_config")
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ def test_torchrun_gets_the_run_and_the_size_of_the_job(place, nodes, config_path
     from torch.distributed.run import get_args_parser
 
     words = ["--print", place, "--config", config_path, "--nodes", nodes, "--gpus", 4]
+    words += ["--max-restarts", 3] if nodes == 2 else []
     text = text_of(*words, "--", "--training.run_name", "a  name")
     name, *given = started(place, text, tmp_path, "first")
     assert name == "torchrun"
@@ -104,7 +105,9 @@ def test_torchrun_gets_the_run_and_the_size_of_the_job(place, nodes, config_path
     assert (options.module, options.training_script) == (True, "pacatune")
     path = "run.yaml" if place == "kubeflow" else str(config_path)
     run_name = ["--training.run_name", "a  name"]
-    assert options.training_script_args == ["train", "--config", path, *run_name]
+    again = ["--auto_resume"] if nodes == 2 else []
+    assert options.training_script_args == ["train", "--config", path, *run_name, *again]
+    assert options.max_restarts == (3 if nodes == 2 else 0)
     if nodes == 1:
         assert options.standalone
     else:
@@ -124,6 +127,7 @@ def test_accelerate_gets_its_file_and_the_rank_of_the_node(place, config_path, t
 
     shown = {"torchrun": "accelerate-fsdp2"}.get(place, place)
     words = ["--print", shown, "--config", config_path, "--nodes", 2, "--gpus", 4]
+    words += ["--max-restarts", 3]
     text = text_of(*words, *([] if place == "torchrun" else ["--fsdp2"]))
     name, launch_word, *given = started(place, text, tmp_path, "first", "1")
     assert (name, launch_word) == ("accelerate", "launch")
@@ -132,11 +136,12 @@ def test_accelerate_gets_its_file_and_the_rank_of_the_node(place, config_path, t
     _, head, port = PLACES[place]
     assert (options.nnodes, options.nproc_per_node, options.node_rank) == ("2", "4", 1)
     assert options.rdzv_endpoint == f"{head}:{port}"
+    assert (options.max_restarts, options.rdzv_backend) == (3, "c10d")
     assert (env["ACCELERATE_USE_FSDP"], env["FSDP_VERSION"]) == ("true", "2")
     path = "run.yaml" if place == "kubeflow" else str(config_path)
     assert [options.training_script, *options.training_script_args] == [
         "pacatune",
-        *("train", "--config", path),
+        *("train", "--config", path, "--auto_resume"),
     ]
 
 
@@ -154,10 +159,20 @@ def test_the_command_prints_what_sbatch_reads(config_path, tmp_path, capsys):
     assert out.startswith("#!/usr/bin/env bash\n")
     assert out.endswith("\n")
     assert "16 processes x 3 examples x 2 accumulated = 96 examples per optimizer step" in err
+    assert "restarts" not in err
     assert f"every node needs: data.path ({tmp_path / 'data.jsonl'})" in err
     # sbatch runs nothing before it has read its directives.
     first_command = out.index("set -euo")
     assert all(out.index(line) < first_command for line in directives)
+
+
+def test_what_restarts_need_is_said(config_path, capsys):
+    words = ["launch", "--print", "slurm", "--config", str(config_path), "--nodes", "2"]
+    words += ["--max-restarts", "2", "--", "--training.save_strategy", "no"]
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert "for restarts, all nodes must share the disk of out\n" in err
+    assert "`training.save_strategy` is no: after a restart, the run begins anew" in err
 
 
 @pytest.mark.parametrize("place", ["skypilot", "kubeflow"])
@@ -200,6 +215,10 @@ def test_a_file_is_written_once(config_path, tmp_path, capsys):
         (["--image", "i"], "`--image` is for --print skypilot and kubeflow."),
         (["--accelerator", "A100"], "`--accelerator` is for --print skypilot."),
         (["--name", "My_run"], "`--name` ('My_run') must be at most 50 small letters"),
+        (
+            ["--max-restarts", "2", "--", "--overwrite"],
+            "`--max-restarts` (2) lets the run go on by itself, and each restart would repeat --ov",
+        ),
         (["--config", "no.yaml"], "config file no.yaml does not exist"),
         (["--", "--training.learning_rte", "1"], "did you mean 'training.learning_rate'?"),
         (["--", "--training.max_steps", "many"], "`training.max_steps` (many) must be an integer"),

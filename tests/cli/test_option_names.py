@@ -10,7 +10,7 @@ from pacatune.cli.option_names import option_names
 from pacatune.training.tasks import TASKS
 
 NO_OPTIONS = {
-    *("help", "config", "resume", "overwrite", "push_to_hub", "print_config"),
+    *("help", "config", "resume", "auto_resume", "overwrite", "push_to_hub", "print_config"),
     *("preview", "preset"),
 }
 

@@ -8,7 +8,29 @@ import subprocess
 
 from tests.forks import Program
 
+AGENT = """
+import multiprocessing, sys
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
+from pacatune.cli import main
+from tests.training.launching import run_rank
+
+multiprocessing.current_process()._config["daemon"] = False  # it has children
+options = get_args_parser().parse_args(sys.argv[1:])
+config = config_from_args(options)[0]
+config.start_method = "fork"
+elastic_launch(config, run_rank)(*options.training_script_args)
+"""
+"""What torchrun does; but its workers are forks that run `pacatune`."""
+
 COMMAND = "import runpy; runpy.run_module('pacatune', run_name='__main__')"
+
+
+def run_rank(*words):
+    """Be a worker of torchrun."""
+    from pacatune.cli import main
+
+    assert main(list(words)) == 0
 
 
 def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):

@@ -65,6 +65,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--nodes", type=positive, default=1, metavar="N", help=f"machines {default}")
     add("--gpus", type=positive, default=1, metavar="G", help=f"GPUs of each {default}")
     add("--fsdp2", action="store_true", help="shard the weights over all GPUs, by accelerate")
+    restarts = (
+        "start the processes again, up to N times, when one has died; the run goes on from its "
+        f"last checkpoint {default}"
+    )
+    add("--max-restarts", type=positive, default=0, metavar="N", help=restarts)
     add("--name", help="name of the job (default: from the file's name)")
     add("--image", help="container image that has pacatune; without one, it is installed first")
     accelerator = f"SkyPilot's name of the GPU (default: {_OPTIONS['accelerator'][0]})"
@@ -78,6 +83,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             setattr(options, name, usual)
         elif options.format not in formats_with_it:
             raise ValueError(f"`--{name}` is for --print {' and '.join(formats_with_it)}.")
+    if options.max_restarts:
+        for word in {"--resume", "--overwrite"} & set(options.words):
+            raise ValueError(
+                f"`--max-restarts` ({options.max_restarts}) lets the run go on by itself, and each "
+                f"restart would repeat {word}; drop one of them."
+            )
+        options.words.append("--auto_resume")
     options.fsdp2 |= options.format == "accelerate-fsdp2"
     options.name = _name(options)
     return options
@@ -131,6 +143,7 @@ def render(options: argparse.Namespace) -> str:
         gpus=options.gpus,
         cpus_per_gpu=_CPUS_PER_GPU,
         fsdp2=options.fsdp2,
+        max_restarts=options.max_restarts,
         image=options.image,
         accelerator=f"{options.accelerator}:{options.gpus}",
         install=install_command("train"),
@@ -150,6 +163,10 @@ def _notes(options: argparse.Namespace, config: Any) -> Iterator[str]:
 
     split = Split.of(config.training, options.nodes * options.gpus)
     yield f"{split} = {split.num_examples} examples per optimizer step"
+    if options.max_restarts and options.nodes > 1:
+        yield f"for restarts, all nodes must share the disk of {config.training.output_dir}"
+    if options.max_restarts and config.training.save_strategy == "no":
+        yield "`training.save_strategy` is no: after a restart, the run begins anew"
     paths = local_paths(config)
     if paths and (options.nodes > 1 or options.format in ("skypilot", "kubeflow")):
         named = ", ".join(f"{name} ({value})" for name, value in paths.items())

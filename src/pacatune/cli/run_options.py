@@ -21,6 +21,11 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         "action": "store_true",
         "help": "Continue the run in training.output_dir from its last checkpoint.",
     },
+    "auto_resume": {
+        "action": "store_true",
+        "help": "Continue the run in training.output_dir if it has a checkpoint, else start it; a "
+        "finished one stays as it is. For launchers that repeat a command.",
+    },
     "overwrite": {
         "action": "store_true",
         "help": "Delete the files of another run in training.output_dir first.",
@@ -125,6 +130,23 @@ class RunOptions:
                 for name, value in values[section].items()
             ]
         return "".join(parts)
+
+
+def carry_out(config: Any, options: "Namespace") -> None:
+    """Train as the options say: anew, or going on."""
+    from pacatune.training.recipe import start_or_resume, train
+
+    if not options.auto_resume:
+        train(
+            config,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            push_to_hub=options.push_to_hub,
+        )
+        return
+    if options.resume or options.overwrite:
+        raise ValueError("--auto_resume decides what --resume and --overwrite say; give it alone.")
+    start_or_resume(config, push_to_hub=options.push_to_hub)
 
 
 def check_early(argv: list[str], run_class: str, flags: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.run_options import RunOptions, check_early, values_of
+from pacatune.cli.run_options import RunOptions, carry_out, check_early, values_of
 from pacatune.names import choose
 from pacatune.training.config_file import load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, run_class_of
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         print(known.template(options), end="")
         return 0
 
-    from pacatune.training import preview, train
+    from pacatune.training import preview
 
     config = known.to_config(options)
     refuse_unnamed_code(config, rewards)
@@ -38,12 +38,7 @@ def run(argv: list[str]) -> int:
     if options.preview is not None:
         preview(config, options.preview)
         return 0
-    train(
-        config,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        push_to_hub=options.push_to_hub,
-    )
+    carry_out(config, options)
     return 0
 
 

@@ -1,7 +1,7 @@
 """`pacatune train-image`: fine-tune an image classifier on your images."""
 
 from pacatune.cli.options import quiet_libraries
-from pacatune.cli.run_options import RunOptions, check_early, values_of
+from pacatune.cli.run_options import RunOptions, carry_out, check_early, values_of
 
 RUN_CLASS = "pacatune.training.image.config.ImageRunConfig"
 FLAGS = {
@@ -19,8 +19,6 @@ def run(argv: list[str]) -> int:
     check_early(argv, RUN_CLASS, FLAGS)
     quiet_libraries()
 
-    from pacatune.training.image import train
-
     known = all_options()
     for name in values_of(argv, "preset"):
         from pacatune.training.image.config import find_preset
@@ -30,12 +28,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         print(known.template(options), end="")
         return 0
-    train(
-        known.to_config(options),
-        resume=options.resume,
-        overwrite=options.overwrite,
-        push_to_hub=options.push_to_hub,
-    )
+    carry_out(known.to_config(options), options)
     return 0
 
 

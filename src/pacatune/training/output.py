@@ -27,6 +27,8 @@ from pacatune.training.split import Split
 
 STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
+# Written last: a run that has it is finished.
+REPORT_NAME = "report.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run leaves; with one of these, starting another run would lose something.
@@ -50,16 +52,16 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")
     _check_place(folder)
     if resume:
-        if not (folder / CONFIG_NAME).is_file():
+        if not is_begun(folder):
             raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
-        if (folder / "report.json").exists():
+        if is_finished(folder):
             raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
         return
     names = _names(folder)
     results = [name for name in names if _RESULT.fullmatch(name)]
     if CONFIG_NAME in names:
         if results and not overwrite:
-            going_on = "" if "report.json" in names else "continue with --resume, "
+            going_on = "" if is_finished(folder) else "continue with --resume, "
             raise FileExistsError(
                 f"output folder {folder} holds another run ({', '.join(results[:3])}); choose "
                 f"another `training.output_dir`, {going_on}or delete it with --overwrite."
@@ -71,6 +73,16 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"output folder {folder} holds {', '.join(foreign[:3])}, which no run of pacatune "
             "wrote; choose another `training.output_dir`."
         )
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run, of whatever options."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has its result."""
+    return (folder / REPORT_NAME).exists()
 
 
 def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
@@ -141,15 +153,17 @@ def open_folder(
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
     if config.training.process_index == 0:
         if checkpoint is not None:
-            clear_staging(folder)
             step = (read_state(checkpoint) or {}).get("global_step")
             said = f"resuming after step {step}: {checkpoint}"
             before, now = _trained_split(checkpoint), Split.of(config.training)
+            if cut_off := _cut_off(folder):
+                say(console, f"skipped, since it was not saved to its end: {', '.join(cut_off)}")
             if before != now:
                 said += (
                     f" ({before} before, {now} now: steps see the same examples, but random "
                     "numbers and rounding differ)"
                 )
+            clear_staging(folder)
         else:
             deleted = clear_folder(folder)
             said = f"deleted from {folder}: {', '.join(deleted)}" if deleted else ""
@@ -178,6 +192,13 @@ def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
     steps = {path: int(match[1]) for path, match in matches if match and int(match[1]) <= up_to}
     newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
     return next((path for path in newest_first if read_state(path) is not None), None)
+
+
+def _cut_off(folder: Path) -> list[str]:
+    """Return the names of checkpoints that a process that was killed has left unfinished."""
+    staged = {path.name for path in (folder / STAGING_NAME).glob("checkpoint-*")}
+    in_place = {path.name for path in folder.glob("checkpoint-*") if read_state(path) is None}
+    return sorted(staged | in_place)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:

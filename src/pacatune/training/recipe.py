@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,9 +24,13 @@ from pacatune.selection.reselect import ReselectColumns
 from pacatune.training.config import BaseRunConfig, R
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
+    REPORT_NAME,
     check_folder,
     check_same_options,
     find_checkpoint,
+    is_begun,
+    is_finished,
+    last_checkpoint,
     open_folder,
     publish,
     read_state,
@@ -137,6 +142,45 @@ def train(
     if repository is not None:
         say(console, f"uploaded to {push_result(folder, repository, config.training)}")
     return report
+
+
+def start_or_resume(
+    config: BaseRunConfig[R], *, push_to_hub: str | None = None, console: Console | None = None
+) -> R | None:
+    """Go on with the run in the output folder, or start it where none has a checkpoint.
+
+    For launchers that repeat a command when a process has died.
+
+    Returns:
+        What report.json holds, or None if the run was finished before.
+
+    Raises:
+        ValueError: If the processes see different folders, and as for `train`.
+    """
+    console = main_console(config, console)
+    folder = Path(str(config.training.output_dir))
+    begun, checkpoint = is_begun(folder), last_checkpoint(folder)
+    found = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
+    others = set(gather_object([found]))
+    if len(others) > 1:
+        raise ValueError(
+            f"the processes see different things in {folder} ({', '.join(sorted(others))}); put "
+            "`training.output_dir` on a disk that all nodes share."
+        )
+    if begun:
+        check_same_options(config, folder)
+    if begun and is_finished(folder):
+        say(console, f"the run in {folder} is finished")
+        return None
+    resume = begun and checkpoint is not None
+    # Without a checkpoint, what was begun is lost anyway.
+    return train(
+        config,
+        resume=resume,
+        overwrite=begun and not resume,
+        push_to_hub=push_to_hub,
+        console=console,
+    )
 
 
 def prepare(task: Task[Any], console: Console) -> Prepared:
@@ -357,8 +401,8 @@ def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path
             refuse_empty_tensors(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
             _write(task, trainer, report, staging)
-            # report.json last: it says that the run is finished.
-            for path in sorted(staging.iterdir(), key=lambda p: p.name == "report.json"):
+            # The report last: it says that the run is finished.
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == REPORT_NAME):
                 publish(path, folder / path.name)
         trainer.accelerator.wait_for_everyone()
     trainer.rotate_checkpoints()

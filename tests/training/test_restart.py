@@ -1,0 +1,120 @@
+"""Runs that a launcher starts again by the same command, after a process was killed."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from pacatune.cli import main
+from pacatune.training import train
+from pacatune.training.config_file import save_config
+from pacatune.training.recipe import start_or_resume
+from tests.cli.test_launch import started, text_of
+from tests.forks import Program
+from tests.training.launching import AGENT, COMMAND, launch
+from tests.training.test_distributed import config_of, cut
+
+
+def assert_same_adapter(first, second):
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def workers_of(agent):
+    pid = agent.process.pid
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again(make_config, data_path, tmp_path):
+    """Two agents of torchrun with two processes each find each other on the loopback interface."""
+    config = config_of(make_config, data_path, tmp_path, "killed", 2)
+    config.data.eval_path = None
+    save_config(config, tmp_path / "run.yaml")
+    whole = ["--training.output_dir", tmp_path / "whole"]
+    launch("train", "--config", tmp_path / "run.yaml", *whole, num_processes=4)
+
+    words = ["--print", "torchrun", "--config", tmp_path / "run.yaml", "--nodes", 2, "--gpus", 2]
+    text = text_of(*words, "--max-restarts", 3)
+    _, *given = started("torchrun", text, tmp_path, "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given[given.index("--rdzv-endpoint") + 1] = f"127.0.0.1:{port}"
+    env = {"GLOO_SOCKET_IFNAME": "lo"}
+    env |= dict(re.findall(r"^export (\w+)=(\w+)$", text, re.MULTILINE))
+    agents = [Program(AGENT, *given, env=env) for _ in range(2)]
+    folder = tmp_path / "killed"
+    while not (folder / "checkpoint-2").exists():
+        assert all(agent.is_alive() for agent in agents), [agent.wait().stderr for agent in agents]
+        time.sleep(0.01)
+    os.kill(workers_of(agents[0])[0], signal.SIGKILL)
+    done = [agent.wait() for agent in agents]
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert "".join(one.stdout for one in done).count("resuming after step") == 1
+    assert_same_adapter(tmp_path / "whole", folder)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(make_config, tmp_path, console):
+    """Killed before its first checkpoint, while it saved it."""
+    whole = make_config(training={"output_dir": str(tmp_path / "whole"), "max_steps": 2})
+    start_or_resume(whole, console=console)
+    assert "resuming" not in console.file.getvalue()
+    folder = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", folder)
+    for name in ("report.json", "checkpoint-2/trainer_state.json"):
+        (folder / name).unlink()
+    config = make_config(training={"output_dir": str(folder), "max_steps": 2})
+    start_or_resume(config, console=console)
+    assert f"deleted from {folder}: README.md, adapter_config.json" in console.file.getvalue()
+    assert_same_adapter(tmp_path / "whole", folder)
+
+    # One that is finished stays as it is, whatever is started again.
+    before = (folder / "report.json").stat().st_mtime_ns
+    assert start_or_resume(config, console=console) is None
+    assert f"the run in {folder} is finished" in console.file.getvalue()
+    assert (folder / "report.json").stat().st_mtime_ns == before
+    other = make_config(training={"output_dir": str(folder), "max_steps": 3})
+    with pytest.raises(ValueError, match=r"other options.*training.max_steps: 2 -> 3"):
+        start_or_resume(other, console=console)
+
+
+def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_path, console):
+    training = {"max_steps": 6, "save_total_limit": 5}
+    train(make_config(training=training), console=Console(quiet=True))
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    folder = cut(tmp_path / "out", 4, "again")
+    (folder / ".incomplete").mkdir()
+    (folder / "checkpoint-4").replace(folder / ".incomplete/checkpoint-4")
+    config = make_config(training={**training, "output_dir": str(folder)})
+    start_or_resume(config, console=console)
+    text = console.file.getvalue()
+    assert "skipped, since it was not saved to its end: checkpoint-4" in text
+    assert f"resuming after step 2: {folder / 'checkpoint-2'}" in text
+    assert_same_adapter(tmp_path / "whole", folder)
+
+
+def test_processes_that_see_different_folders_are_refused(make_config, tmp_path):
+    train(make_config(training={"max_steps": 2}), console=Console(quiet=True))
+    (tmp_path / "out/report.json").unlink()
+    save_config(make_config(training={"max_steps": 2}), tmp_path / "run.yaml")
+    elsewhere = f"sys.argv += ['--training.output_dir', f'{tmp_path}/out' + '-2' * rank]"
+    code = f"import os, sys; rank = int(os.environ['RANK']); {elsewhere}; {COMMAND}"
+    with pytest.raises(AssertionError, match=r"see different things in .*checkpoint-2, no checkpo"):
+        launch("train", "--config", tmp_path / "run.yaml", "--auto_resume", code=code)
+
+
+def test_resuming_by_itself_excludes_the_others(make_config, tmp_path, capsys):
+    save_config(make_config(), tmp_path / "run.yaml")
+    words = ["train", "--config", str(tmp_path / "run.yaml"), "--auto_resume", "--overwrite"]
+    assert main(words) == 2
+    assert "--auto_resume decides what --resume and --overwrite say" in capsys.readouterr().err
