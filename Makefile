@@ -5,7 +5,8 @@ ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
 
-.PHONY: help demo demo-vision demo-rl test test-integrations test-launch test-vllm lint conformance
+.PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-launch test-vllm
+.PHONY: lint conformance
 .PHONY: compat soak bench bench-check docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
@@ -16,6 +17,7 @@ help:
 	@echo 'make test              lint, types, spelling and every test'
 	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
+	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
 	@echo 'make test-launch       launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
 	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
@@ -51,6 +53,11 @@ conformance: setup-dev
 
 compat: setup-dev
 	$(RUN) tools/compat.py $(ARGS)
+
+test-distributed: setup-dev
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile \
+		tests/distributed tests/training/test_distributed.py tests/training/test_sharded.py $(ARGS)
+	PYTHONPATH="$(CURDIR)/.cache/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py $(ARGS)
 
 test-launch: setup-dev .venv-launch/installed
 	$(RUN) -m pytest tests/cli/test_launch.py $(ARGS)

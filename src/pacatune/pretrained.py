@@ -112,13 +112,16 @@ def load_processor(path: str, *, revision: str | None = None) -> Any:
 def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
     """Build a model on the meta device: modules and shapes, no weights."""
     import torch
+    from transformers.modeling_utils import set_zero3_state
 
     build = getattr(model_class, "from_config", None)
     if build is None:
         build = model_class._from_config
     else:
         options["trust_remote_code"] = False
-    with no_remote_code(str(getattr(config, "name_or_path", ""))), torch.device("meta"):
+    path = str(getattr(config, "name_or_path", ""))
+    # Under ZeRO-3 transformers would partition the weights among the processes, and fill them.
+    with no_remote_code(path), torch.device("meta"), set_zero3_state():
         return build(config, **options)
 
 

@@ -120,29 +120,48 @@ def test_torchrun_gets_the_run_and_the_size_of_the_job(place, nodes, config_path
         )
 
 
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("place", PLACES)
-def test_accelerate_gets_its_file_and_the_rank_of_the_node(place, config_path, tmp_path):
+def test_accelerate_gets_its_file_and_the_rank_of_the_node(place, sharding, config_path, tmp_path):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
 
-    shown = {"torchrun": "accelerate-fsdp2"}.get(place, place)
+    shown = {"torchrun": f"accelerate-{sharding}"}.get(place, place)
     words = ["--print", shown, "--config", config_path, "--nodes", 2, "--gpus", 4]
     words += ["--max-restarts", 3]
-    text = text_of(*words, *([] if place == "torchrun" else ["--fsdp2"]))
+    text = text_of(*words, *([] if place == "torchrun" else [f"--{sharding}"]))
     name, launch_word, *given = started(place, text, tmp_path, "first", "1")
     assert (name, launch_word) == ("accelerate", "launch")
     options, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
-    env = prepare_multi_gpu_env(options)
+    env = environment_of(options)
     _, head, port = PLACES[place]
     assert (options.nnodes, options.nproc_per_node, options.node_rank) == ("2", "4", 1)
     assert options.rdzv_endpoint == f"{head}:{port}"
     assert (options.max_restarts, options.rdzv_backend) == (3, "c10d")
-    assert (env["ACCELERATE_USE_FSDP"], env["FSDP_VERSION"]) == ("true", "2")
+    if sharding == "fsdp2":
+        assert (env["ACCELERATE_USE_FSDP"], env["FSDP_VERSION"]) == ("true", "2")
+    else:
+        assert env["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+        assert env["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+    installs = "pip install 'pacatune[train]'" + (" deepspeed\n" if sharding == "zero3" else "\n")
+    assert (installs in text) == (place in ("skypilot", "kubeflow"))
     path = "run.yaml" if place == "kubeflow" else str(config_path)
     assert [options.training_script, *options.training_script_args] == [
         "pacatune",
         *("train", "--config", path, "--auto_resume"),
     ]
+
+
+def environment_of(options):
+    """What the processes of `accelerate launch` get."""
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    if not options.use_deepspeed:
+        return prepare_multi_gpu_env(options)
+    options.deepspeed_fields_from_accelerate_config = ""
+    command, env = prepare_deepspeed_cmd_env(options)
+    assert command is None  # accelerate starts torchrun, and not DeepSpeed's own launcher by ssh
+    return env
 
 
 def test_the_command_prints_what_sbatch_reads(config_path, tmp_path, capsys):
@@ -211,7 +230,12 @@ def test_a_file_is_written_once(config_path, tmp_path, capsys):
     [
         (["--nodes", "0"], "argument --nodes: '0' is not a number of at least 1"),
         (["--gpus", "two"], "argument --gpus: 'two' is not a number of at least 1"),
-        (["--print", "slrum"], "must be one of torchrun, accelerate-fsdp2, slurm, skypilot, kube"),
+        (["--print", "slrum"], "must be one of torchrun, accelerate-fsdp2, accelerate-zero3, sl"),
+        (["--fsdp2", "--zero3"], "argument --zero3: not allowed with argument --fsdp2"),
+        (
+            ["--print", "accelerate-fsdp2", "--zero3"],
+            "`--zero3` contradicts --print accelerate-fsdp2; drop one.",
+        ),
         (["--image", "i"], "`--image` is for --print skypilot and kubeflow."),
         (["--accelerator", "A100"], "`--accelerator` is for --print skypilot."),
         (["--name", "My_run"], "`--name` ('My_run') must be at most 50 small letters"),

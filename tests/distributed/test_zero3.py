@@ -1,46 +1,20 @@
-"""DeepSpeed ZeRO where it can be built, and ZeRO-3 imitated everywhere.
-
-accelerate imports DeepSpeed in every Trainer that finds it, so it is kept out of the environment of
-the other tests: `make test` puts it into a folder beside it, and only two processes of ours see it.
-"""
+"""DeepSpeed ZeRO where it can be built, and ZeRO-3 imitated everywhere."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed import net
+from tests.distributed import net, zero
 from tests.distributed.pair import Pair
 from tests.distributed.partition import gather, partition, release
-
-CACHE = Path(__file__).parents[2] / ".cache"
-FOLDER, LOG, OPS = CACHE / "deepspeed", CACHE / "deepspeed.log", CACHE / "deepspeed-ops"
-BUILD = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 
 
 @pytest.fixture(scope="module")
 def deepspeed_pairs(tmp_path_factory):
-    """Build DeepSpeed's shared-memory operation, and give pairs of processes that import it."""
-    if not (FOLDER / "deepspeed").is_dir():
-        why = LOG.read_text().strip().splitlines()[-1:] if LOG.exists() else []
-        pytest.skip(f"DeepSpeed is not installed: {(why or ['`make test` installs it'])[0]}")
-    OPS.mkdir(exist_ok=True)
-    for lock in OPS.rglob("lock"):  # of a build that was killed: the next would wait for ever
-        lock.unlink()
-    path = f"{FOLDER / 'bin'}:{os.environ['PATH']}"
-    environment = {"PYTHONPATH": str(FOLDER), "TORCH_EXTENSIONS_DIR": str(OPS), "PATH": path}
-    build = subprocess.run(
-        [sys.executable, "-c", BUILD],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if build.returncode:
-        pytest.skip(f"DeepSpeed cannot be built: {build.stderr.strip().splitlines()[-1]}")
+    """Pairs of processes that import DeepSpeed."""
+    environment = zero.build()
     pairs = []
 
     def get():
@@ -56,7 +30,7 @@ def deepspeed_pairs(tmp_path_factory):
 
 def see_deepspeed(environment):
     os.environ.update(environment)
-    sys.path.append(str(FOLDER))
+    sys.path.append(str(zero.FOLDER))
 
 
 @pytest.fixture
@@ -129,12 +103,13 @@ def step_by_column(stage):
         train_engine(model, configure(stage))
     except ValueError as error:
         return str(error)
-    finally:
-        # DeepSpeed holds the model until the process ends, and its deltas cannot be told from those
-        # of the next one.
-        for layer in net.layers_of(model):
-            layer.paca_delta["default"].rates = None
     return "trained"
+
+
+def train_normalised():
+    """Without DeepSpeed."""
+    model = net.adapt(normalize="weight")
+    return net.train(model), net.adapter_of(model)
 
 
 @pytest.mark.slow
@@ -142,6 +117,9 @@ def step_by_column(stage):
 def test_steps_that_are_normalised_by_column_are_refused(pair, stage):
     for message in pair.run(step_by_column, stage):
         assert "flat buffers in which there are none (FSDP1, DeepSpeed)" in message
+    # DeepSpeed holds that model until the process ends; the next one is not taken for it.
+    net.assert_equal_to_one(pair.run(train_zero, stage), net.one_process("float32"), atol=1e-5)
+    net.assert_equal_to_one(pair.run(train_normalised), net.one_process(normalize="weight"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -174,3 +175,9 @@ def test_updates_without_columns():
     holder.weight = nn.Parameter(holder.weight.detach().flatten())
     with pytest.raises(ValueError, match=r"'base_model.model.up' is held in parts"):
         next(run_steps(model, ReselectColumns(1, 1), 1))
+
+
+def test_optimizers_that_step_elsewhere():
+    optimizer = object.__new__(DeepSpeedOptimizerWrapper)
+    with pytest.raises(ValueError, match=r"DeepSpeed steps in its backward pass"):
+        ReselectColumns(1, 1).on_train_begin(None, None, None, model=adapted(), optimizer=optimizer)

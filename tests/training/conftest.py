@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import sys
 
@@ -5,6 +6,9 @@ import pytest
 
 from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from pacatune.training.tasks import run_class_of
+
+# `make test-distributed` lets it be found.
+collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["test_deepspeed.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ def test_fsdp_that_accelerate_ignores_is_said(make_config, data_path, tmp_path):
     assert done.stdout.count("warning: accelerate shards nothing on CPUs") == 1
 
 
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
 def test_launch_files_are_what_accelerate_takes(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -175,3 +175,43 @@ def test_fsdp_that_would_lose_the_adapter_is_refused(
     with pytest.raises(ValueError, match=message):
         train(config, console=Console(file=io.StringIO()))
     assert not Path(config.training.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"paca": PacaSection(normalize="weight")},
+            r"`paca.normalize` \('weight'\) multiplies the steps of single columns, and DeepSpeed",
+        ),
+        (
+            {"paca": PacaSection(active_columns=2, reselect_every=2)},
+            r"`paca.active_columns` \(2\) puts back the columns that wait .* DeepSpeed",
+        ),
+        (
+            {"paca": PacaSection(selection="gradient")},
+            r"`paca.selection` \('gradient'\) .* of the whole model, which DeepSpeed shards",
+        ),
+        (
+            {"method": "full"},
+            r"`zero3_save_16bit_model` \(false\) .* must be true for `method` \('full'\)",
+        ),
+    ],
+)
+def test_deepspeed_that_would_go_wrong_is_refused(make_config, options, message):
+    from accelerate.utils import DeepSpeedPlugin
+
+    config = make_config(**options)
+    config.training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    with pytest.raises(ValueError, match=message):
+        train(config, console=Console(file=io.StringIO()))
+    assert not Path(config.training.output_dir).exists()
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_layers_and_texts_that_are_not_split_are_said(make_config, monkeypatch, name):
+    config = make_config()
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    with pytest.raises(ValueError, match=rf"`parallelism_config_{name}` \(2\) .* must be 1"):
+        train(config, console=Console(file=io.StringIO()))

@@ -355,3 +355,12 @@ def test_resume_deletes_what_a_killed_save_left(interrupted, tmp_path):
     train(interrupted, resume=True, console=Console(quiet=True))
     assert not (tmp_path / "out/.incomplete").exists()
     assert not list((tmp_path / "out").rglob("garbage"))
+
+
+def test_deepspeed_checkpoints_need_deepspeed(make_config, tmp_path, console):
+    config = make_config(training={"max_steps": 2})
+    train(config, console=console)
+    (tmp_path / "out/report.json").unlink()
+    (tmp_path / "out/checkpoint-2/latest").write_text("global_step2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was saved by DeepSpeed and cannot be"):
+        train(config, resume=True, console=console)

@@ -116,7 +116,7 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"checkpoint-4 was saved by FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and "
-        r"cannot be continued by a run without FSDP2. Launch the run as before",
+        r"cannot be continued by a run without FSDP2 or DeepSpeed. Launch the run as before",
     ):
         train(config, resume=True, console=Console(file=io.StringIO()))
 

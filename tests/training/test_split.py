@@ -31,6 +31,15 @@ def test_a_stream_fixes_the_split(make_config):
     )
 
 
+def test_deepspeed_fixes_the_split(make_config):
+    from accelerate.utils import DeepSpeedPlugin
+
+    training = make_config().training
+    training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
+    reason = "DeepSpeed reads the states of as many processes as saved them"
+    assert why_fixed(training, []) == reason
+
+
 @pytest.mark.parametrize("task", ["grpo", "rloo", "kto"])
 def test_tasks_that_fix_the_split(task):
     from pacatune.training.task import Task

@@ -19,6 +19,7 @@ _OPTIONS = {
 FORMATS = {
     "torchrun": "hosts",
     "accelerate-fsdp2": "hosts",
+    "accelerate-zero3": "hosts",
     "slurm": "slurm",
     "skypilot": "skypilot",
     "kubeflow": "kubeflow",
@@ -57,14 +58,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add, default = parser.add_argument, "(default: %(default)s)"
     formats = (
-        "torchrun and accelerate-fsdp2: a script for each host; slurm: for sbatch; skypilot: a "
-        "task; kubeflow: a TrainJob"
+        "torchrun, accelerate-fsdp2 and accelerate-zero3: a script for each host; slurm: for "
+        "sbatch; skypilot: a task; kubeflow: a TrainJob"
     )
     add("--print", dest="format", required=True, choices=FORMATS, help=formats)
     add("--config", metavar="PATH", required=True, help="the run, as of `pacatune train`")
     add("--nodes", type=positive, default=1, metavar="N", help=f"machines {default}")
     add("--gpus", type=positive, default=1, metavar="G", help=f"GPUs of each {default}")
-    add("--fsdp2", action="store_true", help="shard the weights over all GPUs, by accelerate")
+    sharding = parser.add_mutually_exclusive_group()
+    for name, by in (("fsdp2", "PyTorch's FSDP2"), ("zero3", "DeepSpeed's ZeRO-3")):
+        what = f"shard the weights over all GPUs, by {by}"
+        sharding.add_argument(
+            f"--{name}", dest="sharding", action="store_const", const=name, help=what
+        )
     restarts = (
         "start the processes again, up to N times, when one has died; the run goes on from its "
         f"last checkpoint {default}"
@@ -90,9 +96,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 f"restart would repeat {word}; drop one of them."
             )
         options.words.append("--auto_resume")
-    options.fsdp2 |= options.format == "accelerate-fsdp2"
+    if options.format.startswith("accelerate-"):
+        options.sharding = _of_format(options)
     options.name = _name(options)
     return options
+
+
+def _of_format(options: argparse.Namespace) -> str:
+    """Return the sharding that a format names; another one beside it is refused."""
+    named = options.format.removeprefix("accelerate-")
+    if options.sharding not in (None, named):
+        raise ValueError(f"`--{options.sharding}` contradicts --print {options.format}; drop one.")
+    return str(named)
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -142,11 +157,11 @@ def render(options: argparse.Namespace) -> str:
         nodes=options.nodes,
         gpus=options.gpus,
         cpus_per_gpu=_CPUS_PER_GPU,
-        fsdp2=options.fsdp2,
+        sharding=options.sharding,
         max_restarts=options.max_restarts,
         image=options.image,
         accelerator=f"{options.accelerator}:{options.gpus}",
-        install=install_command("train"),
+        install=install_command("train") + (" deepspeed" if options.sharding == "zero3" else ""),
         config_text=config_text,
         words=shlex.join(["--config", path, *options.words]),
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerCallback
@@ -35,7 +36,7 @@ class ReselectColumns(TrainerCallback):
 
     Raises:
         ValueError: If a number is not positive. When training begins: if no layer has more than
-            `num_columns` columns, or updates are not whole (FSDP1, ZeRO-3).
+            `num_columns` columns, if updates are not whole (FSDP1), or under DeepSpeed.
     """
 
     def __init__(self, num_columns: int, every: int, seed: int = 42) -> None:
@@ -47,6 +48,11 @@ class ReselectColumns(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what has no turns to take."""
+        if isinstance(kwargs.get("optimizer"), DeepSpeedOptimizerWrapper):
+            raise ValueError(
+                "columns that wait are put back after the optimizer's step, and DeepSpeed steps in "
+                "its backward pass, on copies of its own; choose columns anew under DDP or FSDP2."
+            )
         found = list(_trained_deltas(kwargs["model"]))
         if all(delta.shape[dim] <= self.num_columns for _, delta, dim in found):
             raise ValueError(
@@ -100,10 +106,10 @@ def _trained_deltas(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
             delta = holder.weight
             if not delta.requires_grad:
                 continue
-            if delta.dim() < 2 or getattr(delta, "ds_shape", None) is not None:
+            if delta.dim() < 2:
                 raise ValueError(
-                    f"the update of {name!r} is held in parts of one dimension (FSDP1 or ZeRO-3), "
-                    "which have no columns; choose columns anew under DDP, FSDP2 or ZeRO-2."
+                    f"the update of {name!r} is held in parts of one dimension (FSDP1), which have "
+                    "no columns; choose columns anew under DDP or FSDP2."
                 )
             yield name.removeprefix(PEFT_PREFIX), delta, module.layout.delta_dim
 

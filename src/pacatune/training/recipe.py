@@ -215,6 +215,9 @@ def check_environment(config: BaseRunConfig[Any]) -> None:
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _check_fsdp(config.method)
+    if config.training.deepspeed_plugin is not None:
+        _check_deepspeed(config)
+    _check_parallelism()
     available = get_available_reporting_integrations()
     for name in config.training.report_to or ():
         if name not in available:
@@ -232,6 +235,42 @@ def _check_fsdp(method: str) -> None:
             raise ValueError(
                 f"`{variable.lower()}` ({value}) in the configuration of accelerate must be "
                 f"{needed}: {reason}."
+            )
+
+
+def _check_deepspeed(config: BaseRunConfig[Any]) -> None:
+    plugin, method = config.training.deepspeed_plugin, METHODS[config.method]
+    paca = config.paca if method.is_paca else None
+    if paca and paca.normalize != "none":
+        raise ValueError(
+            f"`paca.normalize` ({paca.normalize!r}) multiplies the steps of single columns, and "
+            "DeepSpeed steps on flat buffers, which have none; drop it, or shard the model by "
+            "FSDP2 (fsdp2.yaml)."
+        )
+    if paca and paca.active_columns:
+        raise ValueError(
+            f"`paca.active_columns` ({paca.active_columns}) puts back the columns that wait after "
+            "each step, and DeepSpeed steps on copies of its own; drop it, or shard the model by "
+            "FSDP2 (fsdp2.yaml)."
+        )
+    if not method.has_adapter and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise ValueError(
+            "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true for "
+            f"`method` ({config.method!r}): otherwise no process has the result to save it."
+        )
+
+
+def _check_parallelism() -> None:
+    """Refuse what splits single layers or sequences; accelerate would not, and copy the work."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return
+    for name in ("tp_size", "cp_size", "sp_size"):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        if size != "1":
+            raise ValueError(
+                f"`parallelism_config_{name}` ({size}) in the configuration of accelerate must be "
+                "1: `pacatune train` loads whole layers and whole texts. Shard the model "
+                "(fsdp2.yaml, zero3.yaml), or split its layers in a training loop of your own."
             )
 
 

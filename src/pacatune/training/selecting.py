@@ -45,11 +45,15 @@ def check_selection(
             "which `data.streaming` does not have; choose without data (random, weight_norm), or "
             "give the folder of a run on a part of it as `paca.selection`."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    plugin = config.training.deepspeed_plugin
+    by = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
+    if plugin is not None and plugin.zero_stage == 3:
+        by = "DeepSpeed"
+    if by is not None:
         raise ValueError(
             f"`paca.selection` ({options.selection!r}) or `paca.normalize` ({options.normalize!r}) "
-            "looks at gradients or activations of the whole model, which FSDP shards; run it "
-            "without FSDP for one step, and give that run's folder as `paca.selection`."
+            f"looks at gradients or activations of the whole model, which {by} shards; run it "
+            f"without {by} for one step, and give that run's folder as `paca.selection`."
         )
 
 

@@ -50,6 +50,8 @@ def why_fixed(training: Any, examples: Any) -> str | None:
     """Return why a run must go on with the same split, None if it need not."""
     if not has_length(examples):
         return "a stream is dealt to the processes as it comes"
+    if training.deepspeed_plugin is not None:
+        return "DeepSpeed reads the states of as many processes as saved them"
     for option, usual in _USUAL.items():
         value = getattr(training, option)
         if value not in usual:

@@ -227,4 +227,4 @@ def make_plan(
 
 def count_trainable(model: nn.Module) -> int:
     """Return the number of trained values, counting sharded ones in full."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

@@ -191,22 +191,24 @@ class RunTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _refuse_other_states(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint whose states FSDP2 has saved in another form, or has not saved."""
-        before = None
+        """Refuse a checkpoint whose states FSDP2 or DeepSpeed has saved in another form, or not.
+
+        DeepSpeed loads its own elsewhere, and raises an error if there are none.
+        """
+        by_fsdp = "FSDP2 with fsdp_state_dict_type "
+        before = now = "a run without FSDP2 or DeepSpeed"
         if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            before = "SHARDED_STATE_DICT"
+            before = f"{by_fsdp}SHARDED_STATE_DICT"
         elif (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-            before = "FULL_STATE_DICT"
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        now = plugin and plugin.state_dict_type.name
+            before = f"{by_fsdp}FULL_STATE_DICT"
+        elif (checkpoint / "latest").is_file():
+            before = "DeepSpeed"
+        if self.is_fsdp_enabled:
+            now = by_fsdp + self.accelerator.state.fsdp_plugin.state_dict_type.name
         if before != now:
-            saved, needed = (
-                f"FSDP2 with fsdp_state_dict_type {kind}" if kind else "a run without FSDP2"
-                for kind in (before, now)
-            )
             raise ValueError(
-                f"{checkpoint} was saved by {saved} and cannot be continued by {needed}. Launch "
-                "the run as before, or start again with --overwrite."
+                f"{checkpoint} was saved by {before} and cannot be continued by {now}. Launch the "
+                "run as before, or start again with --overwrite."
             )
 
     def _load_best_model(self) -> None:

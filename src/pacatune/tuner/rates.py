@@ -138,9 +138,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not holders or any(isinstance(inner, Optimizer) for inner in vars(optimizer).values()):
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if _are_flat(parameters, holders):
+    if _are_flat(optimizer, parameters, holders):
         gc.collect()  # perhaps they are of a model that nobody has any more
-        if _are_flat(parameters, holders := _holders()):
+        if _are_flat(optimizer, parameters, holders := _holders()):
             raise ValueError(
                 "`normalize` multiplies the steps of single columns, and this optimizer's "
                 "parameters are flat buffers in which there are none (FSDP1, DeepSpeed); drop "
@@ -172,13 +172,29 @@ def _holders() -> list[Any]:
     return [holder for holder in _HOLDERS if holder.rates is not None]
 
 
-def _are_flat(parameters: list[Any], holders: list[Any]) -> bool:
+def _are_flat(optimizer: Optimizer, parameters: list[Any], holders: list[Any]) -> bool:
     """Whether an optimizer has, in place of deltas, buffers that many parameters share."""
     weights = [holder._parameters.get("weight") for holder in holders]
     # FSDP1 takes parameters out of their modules; DeepSpeed leaves marks on them.
-    is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in parameters)
-    is_flat &= any(weight is None for weight in weights)
-    return is_flat or any(hasattr(w, "ds_id") or hasattr(w, "_hp_mapping") for w in weights)
+    if any(hasattr(parameter, "_is_flat_param") for parameter in parameters):
+        return any(weight is None for weight in weights)
+    marked = [w for w in weights if hasattr(w, "ds_id") or hasattr(w, "_hp_mapping")]
+    # DeepSpeed keeps models that nobody else has any more, and whose optimizer is another one.
+    # Where none is named, all of their buffers are with other processes.
+    named = [is_its for w in marked if (is_its := _is_stepped_by(optimizer, w)) is not None]
+    return any(named) or bool(marked and not named)
+
+
+def _is_stepped_by(optimizer: Optimizer, weight: Any) -> bool | None:
+    """Whether it is the optimizer that DeepSpeed has for a parameter; None where it names none."""
+    if hasattr(weight, "_z3_optimizer"):
+        return weight._z3_optimizer.optimizer is optimizer
+    fragment = getattr(getattr(weight, "_hp_mapping", None), "hp_fragment", None)
+    if fragment is None:
+        return None
+    buffers = [p for group in optimizer.param_groups for p in group["params"]]
+    place = fragment.untyped_storage().data_ptr()
+    return any(p.untyped_storage().data_ptr() == place for p in buffers)
 
 
 def _check(optimizer: Optimizer, parameter: Tensor, rates: Rates) -> None:

@@ -1,0 +1,182 @@
+"""DeepSpeed under `pacatune train`: two processes on CPUs (gloo) give the adapter of one.
+
+`make test-distributed` runs this file; no other test of a Trainer may find DeepSpeed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pacatune.cli import main
+from pacatune.training.config_file import save_config
+from tests.distributed import zero
+from tests.docs.blocks import read_blocks
+from tests.training.launching import launch
+from tests.training.test_distributed import LAUNCH, config_of
+
+TIMEOUT = 600
+# DeepSpeed keeps smaller weights whole, which are all of the tiny model's.
+SHARD_ALL = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return zero.build()
+
+
+@pytest.fixture
+def environment(built, tmp_path):
+    """The environment that `accelerate launch` makes of our file, by stage."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    def make(stage):
+        words = ["--config_file", str(LAUNCH / "zero3.yaml"), "--main_process_port", "0"]
+        words += ["--zero_stage", str(stage)]
+        if stage == 3:
+            path = tmp_path / "deepspeed.json"
+            path.write_text(json.dumps(SHARD_ALL))
+            words += ["--deepspeed_config_file", str(path)]
+        words += ["-m", "pacatune"]
+        args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        args.deepspeed_fields_from_accelerate_config = ""
+        _, env = prepare_deepspeed_cmd_env(args)
+        return env | built
+
+    return make
+
+
+@pytest.fixture
+def train_both(make_config, data_path, tmp_path, environment):
+    """Train in one process, and in two with DeepSpeed; return both folders."""
+
+    def run(stage, *, steps, method="paca", quantization=None, **training):
+        folders = tmp_path / "one", tmp_path / "two"
+        for folder, batch_size in zip(folders, (8, 4), strict=True):
+            config = config_of(
+                make_config, data_path, tmp_path, folder.name, batch_size, quantization
+            )
+            config.method = method
+            config.training.given.update(max_steps=steps, save_steps=4, **training)
+            save_config(config, folder.with_suffix(".yaml"))
+        assert main(["train", "--config", str(folders[0].with_suffix(".yaml"))]) == 0
+        words = ["train", "--config", folders[1].with_suffix(".yaml")]
+        launch(*words, env=environment(stage), timeout=TIMEOUT)
+        one, two = (json.loads((folder / "report.json").read_text()) for folder in folders)
+        assert two["num_trainable_parameters"] == one["num_trainable_parameters"]
+        assert two["num_steps"] == steps
+        for first, second in zip(one["train_losses"], two["train_losses"], strict=True):
+            assert first == pytest.approx(second, rel=1e-4)
+        return folders
+
+    return run
+
+
+def assert_close(one, two, name="adapter_model.safetensors"):
+    """Sums of gradients in another order: 1e-8 was seen, and a step moves a value by 5e-3."""
+    one, two = load_file(one / name), load_file(two / name)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_equal_one(train_both, environment, tmp_path, stage):
+    one, two = train_both(stage, steps=10)
+    assert_close(one, two)
+    parts = list((two / "checkpoint-8").glob("global_step8/*_optim_states.pt"))
+    assert len(parts) == 2
+
+    # Resumed from the middle, the very same.
+    cut = shutil.copytree(two, tmp_path / "cut")
+    (cut / "report.json").unlink()
+    for step in (8, 10):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    words = ["train", "--config", two.with_suffix(".yaml"), "--resume"]
+    words += ["--training.output_dir", cut]
+    launch(*words, env=environment(stage), timeout=TIMEOUT)
+    whole, again = (load_file(folder / "adapter_model.safetensors") for folder in (two, cut))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    if stage == 3:
+        check_files(two, tmp_path)
+
+
+def check_files(folder, tmp_path):
+    """Merged and exported to LoRA, it computes the same."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    merged, lora = str(tmp_path / "merged"), str(tmp_path / "lora")
+    assert main(["merge", "--adapter", str(folder), "--output", merged]) == 0
+    assert main(["export", "--adapter", str(folder), "--to", "lora", "--output", lora]) == 0
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    ids = torch.arange(3, 43).view(2, 20)
+
+    def logits(adapter=None, path=base):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    expected = logits(folder)
+    assert (expected - logits()).abs().max() > 0.01
+    torch.testing.assert_close(logits(path=merged), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(lora), expected, rtol=0, atol=1e-5)
+
+
+def test_all_weights_are_sharded_and_saved_whole(train_both):
+    one, two = train_both(3, steps=3, method="full", learning_rate=1e-3)
+    assert_close(one, two, "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_in_four_bits(train_both, stage):
+    pytest.importorskip("bitsandbytes")
+    assert_close(*train_both(stage, steps=3, quantization="nf4"))
+
+
+def test_bfloat16_is_that_of_deepspeed(train_both, tmp_path):
+    """It holds all weights in it; those that its optimizer steps on have 32 bits."""
+    _, two = train_both(3, steps=3, bf16=True)
+    saved = load_file(two / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in saved.items() if "delta" in name} == {torch.bfloat16}
+    assert main(["merge", "--adapter", str(two), "--output", str(tmp_path / "merged")]) == 0
+
+
+def test_the_command_of_the_page(built, make_config, data_path, tmp_path):
+    """`accelerate launch` itself, with our file as it is."""
+    blocks = read_blocks("docs/distributed.md")
+    (code,) = [block.code for block in blocks if "--config_file zero3.yaml" in block.code]
+    shutil.copy(LAUNCH / "zero3.yaml", tmp_path)
+    config = config_of(make_config, data_path, tmp_path, "my-run", 4)
+    config.training.given["max_steps"] = 2
+    save_config(config, tmp_path / "run.yaml")
+    env = os.environ | built | {"PYTHONPATH": os.environ["PYTHONPATH"]}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("my-run/checkpoint-2/global_step2/zero_pp_rank_1_*"))
+    assert main(["inspect", str(tmp_path / "my-run")]) == 0
