@@ -11,6 +11,7 @@ from pacatune.measure.counters import SavedBytes
 from pacatune.measure.models import checkpoint_blocks
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import StorageTracker
+from pacatune.ops.row_groups import distinct_and_places
 from pacatune.tuner.layer import PacaLayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -110,6 +111,7 @@ def real_peak(model, setting):
         state = (value for values in optimizer.state.values() for value in values.values())
         tracker.hold(state, "optimizer")
         tracker.hold(_originals(model), "weights")
+        tracker.hold(_distinct(model), "weights")
         tracker.watch_gradients(trained)
         tracker.reset_peak()
         for _ in range(setting.gradient_accumulation):
@@ -127,6 +129,12 @@ def real_peak(model, setting):
 def _originals(model):
     layers = [m for m in model.modules() if isinstance(m, PacaLayer) and m.residency is not None]
     return [x for m in layers for x in (m.residency.kept.originals, m.residency.kept.columns)]
+
+
+def _distinct(model):
+    layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
+    found = [indices for layer in layers for indices in layer.paca_indices.values()]
+    return [x for one in found if one.dim() == 2 for x in distinct_and_places(one)]
 
 
 def tiny(folder, values=LLAMA, **options):

@@ -339,17 +339,18 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
             is_read_only = layer.shares_weight or setting.shares_weights
             layer.residency.forbidden = "its weight is shared" if is_read_only else None
         if isinstance(layer, PacaLayer):
-            _expect_distinct(layer)
+            adapter += _expect_distinct(layer)
     return weights, adapter
 
 
-def _expect_distinct(layer: PacaLayer) -> None:
-    """Say how many columns row groups train, which only values would tell."""
+def _expect_distinct(layer: PacaLayer) -> Iterator[Tensor]:
+    """Say how many columns row groups train, which only values would tell; yield what says it."""
     for indices in layer.paca_indices.values():
         if indices.dim() == 2:
             number = expected_distinct(layer.in_features, *indices.shape)
-            distinct = torch.empty(number, dtype=torch.int64)
-            note_distinct(indices, distinct, torch.empty_like(indices))
+            distinct, places = torch.empty(number, dtype=torch.int64), torch.empty_like(indices)
+            note_distinct(indices, distinct, places)
+            yield from (distinct, places)
 
 
 def _fake(value: Tensor, setting: Setting) -> Tensor:
