@@ -8,6 +8,8 @@ from pacatune.names import choose, suggest
 TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
 """Before the name of a task of the package reasoning-gym: its data, or its verifier."""
+SHUFFLE_BUFFER = 1000
+"""Examples of a stream from which the next is drawn, unless a run says otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -161,7 +163,7 @@ class DataConfig(TextDataConfig):
     """Read and encode training examples while they are trained on, again from the first after the
     last; needs `training.max_steps`. The first 1000 are checked before."""
 
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = SHUFFLE_BUFFER
     """With `streaming`, number of examples from which the next is drawn at random; 0 keeps the
     order of the data."""
 
@@ -204,7 +206,7 @@ class DataConfig(TextDataConfig):
 
     def _check_stream(self) -> None:
         if not self.streaming:
-            if self.shuffle_buffer != 1000:
+            if self.shuffle_buffer != SHUFFLE_BUFFER:
                 raise ValueError(
                     f"`data.shuffle_buffer` ({self.shuffle_buffer}) is for `data.streaming`; other "
                     "data is shuffled as a whole. Drop it, or set `data.streaming` to true."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pacatune.data.config import SHUFFLE_BUFFER
 from pacatune.names import suggest
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _LATER = {
     "data.datasets": None,
     "data.mix_strategy": "first_exhausted",
     "data.streaming": False,
-    "data.shuffle_buffer": 1000,
+    "data.shuffle_buffer": SHUFFLE_BUFFER,
 }
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
