@@ -149,6 +149,15 @@ def blank_pictures(request, monkeypatch):
 
 
 @pytest.fixture
+def own_strategies(monkeypatch):
+    """What a test registers as a strategy is gone after it."""
+    import pacatune.selection  # noqa: F401  (`pacatune.strategies` itself is a function)
+
+    module = sys.modules["pacatune.strategies"]
+    monkeypatch.setattr(module, "_STRATEGIES", dict(module._STRATEGIES))
+
+
+@pytest.fixture
 def measured_here(monkeypatch):
     """`bench` measures in this process; cli/test_bench.py has the new ones, which take a second."""
     from pacatune.measure import bench

@@ -27,6 +27,6 @@ def workplace(tmp_path, tiny_model_dir):
 
 
 @pytest.fixture
-def run_blocks(workplace, monkeypatch, measured_here):
+def run_blocks(workplace, monkeypatch, measured_here, own_strategies):
     """Runs the blocks of a document in the reader's folder."""
     return lambda document: blocks.run_blocks(document, workplace, monkeypatch)

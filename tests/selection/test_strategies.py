@@ -1,6 +1,5 @@
 """The choice of columns: the rule, its interface, its errors."""
 
-import sys
 import zlib
 
 import pytest
@@ -26,12 +25,6 @@ def weight():
     return torch.empty(5, 40, device="meta")
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    module = sys.modules["pacatune.strategies"]
-    monkeypatch.setattr(module, "_STRATEGIES", dict(module._STRATEGIES))
-
-
 def test_random_follows_the_rule_of_peft_0_22(weight):
     """(random_seed + crc32(name)) mod 2^63 seeds randperm; the first r, sorted."""
     name = "model.layers.0.mlp.up_proj"
@@ -53,7 +46,7 @@ def test_neither_the_global_seed_nor_the_default_device_matters(weight):
     assert torch.equal(*chosen)
 
 
-def test_a_strategy_can_be_added(weight, registry):
+def test_a_strategy_can_be_added(weight, own_strategies):
     @register_strategy("first")
     def first(weight, statistics, rank, generator):
         return torch.arange(rank).flip(0)
@@ -65,7 +58,7 @@ def test_a_strategy_can_be_added(weight, registry):
 
 
 @pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])
-def test_what_a_strategy_returns_is_checked(weight, registry, columns):
+def test_what_a_strategy_returns_is_checked(weight, own_strategies, columns):
     register_strategy("broken")(lambda *args: torch.tensor(columns))
     with pytest.raises(ValueError, match=r"'broken'\) must return 3 distinct columns"):
         select_columns("broken", weight, 3, seed=0)
@@ -109,14 +102,14 @@ def test_what_a_strategy_needs_must_be_there(weight):
         select_columns("weight_norm", weight, 3, seed=0)
 
 
-def test_what_a_strategy_says_it_needs(registry):
+def test_what_a_strategy_says_it_needs(own_strategies):
     with pytest.raises(ValueError, match=r"`needs` \(\['weights'\]\) must be among \('weight', "):
         register_strategy("broken", needs=("weights",))
     with pytest.raises(ValueError, match=r"'fixed'\) is already a selection strategy"):
         register_strategy("fixed")(lambda *args: args)
 
 
-def test_a_plug_in_gets_what_it_needs(registry):
+def test_a_plug_in_gets_what_it_needs(own_strategies):
     """Gradient times activation, and the layer's own random numbers."""
     seen = []
 
