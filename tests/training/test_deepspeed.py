@@ -66,17 +66,19 @@ def environment(built, tmp_path):
 def train_both(make_config, data_path, tmp_path, environment):
     """Train in one process, and in two with DeepSpeed; return both folders."""
 
-    def run(stage, *, steps, method="paca", quantization=None, **training):
+    def run(stage, *, steps, method="paca", quantization=None, adapter=None, **training):
         folders = tmp_path / "one", tmp_path / "two"
+        start = [] if adapter is None else ["--adapter", str(adapter)]
         for folder, batch_size in zip(folders, (8, 4), strict=True):
             config = config_of(
                 make_config, data_path, tmp_path, folder.name, batch_size, quantization
             )
             config.method = method
+            config.paca.modules_to_save = ["lm_head"] if adapter else None
             config.training.given.update(max_steps=steps, save_steps=4, **training)
             save_config(config, folder.with_suffix(".yaml"))
-        assert main(["train", "--config", str(folders[0].with_suffix(".yaml"))]) == 0
-        words = ["train", "--config", folders[1].with_suffix(".yaml")]
+        assert main(["train", "--config", str(folders[0].with_suffix(".yaml")), *start]) == 0
+        words = ["train", "--config", folders[1].with_suffix(".yaml"), *start]
         launch(*words, env=environment(stage), timeout=TIMEOUT)
         one, two = (json.loads((folder / "report.json").read_text()) for folder in folders)
         assert two["num_trainable_parameters"] == one["num_trainable_parameters"]
@@ -143,6 +145,17 @@ def check_files(folder, tmp_path):
 def test_all_weights_are_sharded_and_saved_whole(train_both):
     one, two = train_both(3, steps=3, method="full", learning_rate=1e-3)
     assert_close(one, two, "model.safetensors")
+
+
+def test_starting_from_an_adapter_with_a_head(train_both, make_config, data_path, tmp_path):
+    first = config_of(make_config, data_path, tmp_path, "first", 8)
+    first.paca.modules_to_save = ["lm_head"]
+    first.training.given.update(max_steps=2)
+    save_config(first, tmp_path / "first.yaml")
+    assert main(["train", "--config", str(tmp_path / "first.yaml")]) == 0
+    one, two = train_both(3, steps=4, adapter=tmp_path / "first")
+    assert_close(one, two)
+    assert "base_model.model.lm_head.weight" in load_file(two / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("stage", [2, 3])

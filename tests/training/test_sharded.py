@@ -1,6 +1,7 @@
 """Sharded checkpoints of FSDP2: what they hold, and runs that go on from them."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pacatune.training import train
 from pacatune.training.config_file import save_config
 from pacatune.training.output import refuse_missing_shards
+from pacatune.training.start import settle_start
 from tests.training.launching import launch
 from tests.training.test_distributed import (
     ON_CPU,
@@ -72,8 +74,15 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
         config.paca.modules_to_save = ["lm_head"]
         return config
 
+    # It starts from an adapter of one process.
+    first = configure("first", 8)
+    first.training.given.update(max_steps=2)
+    train(first, console=Console(file=io.StringIO()))
     save_config(configure("two", 4), tmp_path / "run.yaml")
-    launch("train", "--config", tmp_path / "run.yaml", **sharded_options())
+    start = ["--adapter", tmp_path / "first"]
+    launch("train", "--config", tmp_path / "run.yaml", *start, **sharded_options())
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("first", "two")]
+    assert reports[1]["eval_loss_before"] == pytest.approx(reports[0]["eval_loss_after"], rel=1e-5)
 
     # A checkpoint has the whole adapter, and shards of nothing but what is trained and chosen.
     checkpoint = tmp_path / "two/checkpoint-6"
@@ -91,7 +100,8 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
 
     # A run that goes on from one ends with the very same.
     folder = cut(tmp_path / "two", 2, "cut")
-    words = ["train", "--config", tmp_path / "run.yaml", "--resume", "--training.output_dir"]
+    words = ["train", "--config", tmp_path / "run.yaml", *start, "--resume"]
+    words += ["--training.output_dir"]
     launch(*words, folder, **sharded_options())
     again = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -113,6 +123,8 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
 
     # A process that shards nothing cannot read the shards.
     config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
+    config.adapter = str(tmp_path / "first")
+    settle_start(config)
     with pytest.raises(
         ValueError,
         match=r"checkpoint-4 was saved by FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and "

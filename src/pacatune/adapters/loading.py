@@ -121,11 +121,11 @@ def _check_extra(adapter: Adapter, model: nn.Module) -> None:
                 f"{adapter.folder}: the base ({type(model).__name__}) has no parameter {name!r} "
                 "that the adapter brings; the adapter belongs to another base or head."
             )
-        if parameters[name].shape != tensor.shape and not _is_packed(parameters[name]):
+        shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))  # of ZeRO-3
+        if shape != tensor.shape and not _is_packed(parameters[name]):
             raise ValueError(
-                f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but "
-                f"{tuple(parameters[name].shape)} in the base; the adapter belongs to another base "
-                "or the vocabulary was changed."
+                f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but {shape} "
+                "in the base; the adapter belongs to another base or the vocabulary was changed."
             )
 
 

@@ -76,7 +76,9 @@ def settle_start(config: "LanguageRunConfig[Any]") -> None:
 
 
 def check_given(config: "LanguageRunConfig[Any]", option: str, given: object, kept: object) -> None:
-    """Refuse the value of an option that is not the adapter's."""
+    """Refuse the value of an option that is not the adapter's; no target modules choose none."""
+    if given is None and option.endswith(".target_modules"):
+        return
     if isinstance(given, list) and isinstance(kept, list):
         same = sorted(map(str, given)) == sorted(map(str, kept))
     else:
