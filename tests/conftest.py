@@ -10,8 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests import forks
+
 
 def pytest_configure(config):
+    forks.spare_the_disk()
     gc.unfreeze = _unfreeze  # as studies and benchmarks call it
     # PEFT 0.21 asks transformers >= 5.24 by the old name, in every get_peft_model.
     config.addinivalue_line(

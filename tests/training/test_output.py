@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -193,6 +194,19 @@ def test_publish_replaces_files_and_folders(tmp_path):
     publish(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "a"
     assert (tmp_path / "b").stat().st_mode & 0o666 == tmp_path.stat().st_mode & 0o666
+
+
+def test_all_is_on_disk_before_it_is_seen(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, (tmp_path / "b").exists()))
+    )
+    new = tmp_path / "a"
+    new.mkdir()
+    (new / "file").write_text("new")
+    before = [(path.stat().st_ino, False) for path in (new, new / "file")]
+    publish(new, tmp_path / "b")
+    assert synced == [*before, (tmp_path.stat().st_ino, True)]
 
 
 def test_empty_tensors_are_refused(tmp_path):
