@@ -4,6 +4,8 @@ RUN := .venv/bin/python
 ARGS ?=
 # Processes of the tests; each computes on one thread.
 WORKERS ?= 2
+# Hundreds of processes import the package: let the first one keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-launch test-vllm
 .PHONY: lint conformance
