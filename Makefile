@@ -57,8 +57,8 @@ compat: setup-dev
 	$(RUN) tools/compat.py $(ARGS)
 
 test-distributed: setup-dev
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile \
-		tests/distributed tests/training/test_distributed.py tests/training/test_sharded.py $(ARGS)
+	$(RUN) -m pytest tests/distributed tests/training/test_distributed.py tests/training/test_sharded.py \
+		tests/training/test_restart.py $(ARGS)
 	PYTHONPATH="$(CURDIR)/.cache/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py $(ARGS)
 
 test-launch: setup-dev .venv-launch/installed

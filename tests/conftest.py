@@ -22,6 +22,31 @@ def pytest_configure(config):
     )
 
 
+# They compute in step, so that of two tests at a time each would wait for the other's processes.
+SEVERAL_PROCESSES = (
+    "tests/distributed/",
+    "tests/docs/test_processes.py",
+    "tests/training/image/test_distributed.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_restart.py",
+    "tests/training/test_sharded.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give files to workers as `--dist loadfile` does, but those of several processes to one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            if nodeid.startswith(SEVERAL_PROCESSES):
+                return "several processes"
+            return super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 class _Frozen:
     """How many modules there were when all objects were last frozen; 0 once somebody thaws them."""
 
