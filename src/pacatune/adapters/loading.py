@@ -154,7 +154,8 @@ def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
     if num_compared < len(columns) and is_loaded:
         notes.append(
             f"{len(columns) - num_compared} of {len(columns)} adapted modules could not be "
-            "compared by weight (quantised, sharded, or in another 16-bit dtype)."
+            "compared by weight (quantised, sharded, in another 16-bit dtype, or with every column "
+            "adapted)."
         )
     return "", notes
 
