@@ -57,8 +57,7 @@ compat: setup-dev
 	$(RUN) tools/compat.py $(ARGS)
 
 test-distributed: setup-dev
-	$(RUN) -m pytest tests/distributed tests/training/test_distributed.py tests/training/test_sharded.py \
-		tests/training/test_restart.py $(ARGS)
+	$(RUN) -m pytest -m processes tests/distributed tests/docs tests/training $(ARGS)
 	PYTHONPATH="$(CURDIR)/.cache/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py $(ARGS)
 
 test-launch: setup-dev .venv-launch/installed

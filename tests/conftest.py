@@ -33,6 +33,12 @@ SEVERAL_PROCESSES = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(SEVERAL_PROCESSES):
+            item.add_marker("processes")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Give files to workers as `--dist loadfile` does, but those of several processes to one."""

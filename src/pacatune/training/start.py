@@ -76,7 +76,10 @@ def settle_start(config: "LanguageRunConfig[Any]") -> None:
 
 
 def check_given(config: "LanguageRunConfig[Any]", option: str, given: object, kept: object) -> None:
-    """Refuse the value of an option that is not the adapter's; no target modules choose none."""
+    """Refuse the value of an option that is not the adapter's.
+
+    Target modules that are left open contradict nothing: the adapter has what was found for them.
+    """
     if given is None and option.endswith(".target_modules"):
         return
     if isinstance(given, list) and isinstance(kept, list):
