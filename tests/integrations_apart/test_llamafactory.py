@@ -12,13 +12,11 @@ from llamafactory.v1.core.data_engine import DataEngine
 from llamafactory.v1.core.model_engine import ModelEngine
 from llamafactory.v1.core.utils.batching import BatchGenerator
 from llamafactory.v1.utils.helper import compute_valid_tokens
-from peft import TaskType
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pacatune import PacaConfig
 from pacatune.adapters.merge import merge
-from pacatune.integrations.llamafactory import adapt, lora_config, main
+from pacatune.integrations.llamafactory import adapt, main
 from tests.integrations_apart.direct import (
     EPOCHS,
     RATE,
@@ -156,26 +154,6 @@ def test_the_page(tiny_model_dir):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     config = adapt(base, shown["peft_config"], is_train=True).peft_config["default"]
     assert (config.r, config.paca_alpha, len(config.target_modules)) == (16, 16, 2 * 7)
-
-
-def test_version_0():
-    config = lora_config(
-        task_type=TaskType.CAUSAL_LM,
-        inference_mode=False,
-        r=4,
-        lora_alpha=8,
-        lora_dropout=0.0,
-        use_rslora=False,
-        use_dora=False,
-        target_modules=["q_proj"],
-        modules_to_save=None,
-    )
-    assert isinstance(config, PacaConfig)
-    assert (config.r, config.paca_alpha, config.target_modules) == (4, 8, {"q_proj"})
-    with pytest.raises(
-        ValueError, match=r"`init_lora_weights` .'pissa'. is not for `LLaMA-Factory"
-    ):
-        lora_config(task_type=None, inference_mode=False, init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize(
