@@ -8,6 +8,7 @@ from typing import Any
 
 from pacatune._moved import find_moved_modules
 from pacatune._peft_hook import register_with_peft
+from pacatune.lazy import import_later
 
 __version__ = "0.1.0"
 
@@ -24,28 +25,13 @@ register_with_peft()
 find_moved_modules()
 
 
+_find, __dir__ = import_later(
+    __name__, __all__, (".residency", ".tuner", ".tuner.residency_report", ".tuner.moslora")
+)
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         # PEFT first, as in every other thread: two that begin at both ends wait for each other.
         import peft  # noqa: F401
-    if name in ("PacaConfig", "PacaModel"):
-        from pacatune import tuner
-
-        return getattr(tuner, name)
-    if name == "resident":
-        from pacatune.residency import resident
-
-        return resident
-    if name == "residency_report":
-        from pacatune.tuner.residency_report import residency_report
-
-        return residency_report
-    if name == "MosLoraConfig":
-        from pacatune.tuner.moslora import MosLoraConfig
-
-        return MosLoraConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _find(name)

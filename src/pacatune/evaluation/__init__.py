@@ -3,8 +3,9 @@
 Parts are lazy: the command line reads their options without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data.choices import ChoiceQuestion
@@ -34,16 +35,6 @@ __all__ = [
     "write_tasks",
 ]
 
-# Each has some of these names; a module is only imported where none before it has the name.
-_HOMES = ("mmlu_data", "harness", "choice", "mmlu", "perplexity", "tasks")
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        modules = (import_module(f"pacatune.evaluation.{home}") for home in _HOMES)
-        return next(getattr(module, name) for module in modules if hasattr(module, name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = import_later(
+    __name__, __all__, (".mmlu_data", ".harness", ".choice", ".mmlu", ".perplexity", ".tasks")
+)

@@ -12,8 +12,9 @@ docs/patch.md says how to use them. A patch holds the bits that `ops.linear.adap
 which are those of training, merging and serving.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pacatune.lazy import import_later
 from pacatune.patch.difference import Difference, PatchDifference, compare_patches, diff
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Overlap, Patch, edit_of, stack
 from pacatune.patch.file import is_patch, load, save
@@ -47,11 +48,5 @@ __all__ = [
     "to_adapter",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # These two need PEFT; a patch in memory or on a server does not wait for it.
-    if name in ("make", "to_adapter"):
-        from pacatune.patch import adapter
-
-        return getattr(adapter, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# These two need PEFT; a patch in memory or on a server does not wait for it.
+__getattr__, __dir__ = import_later(__name__, ("make", "to_adapter"), (".adapter",))

@@ -1,7 +1,6 @@
 """Which columns of a weight are trained: strategies, what they must know, fixed choices."""
 
-from typing import Any
-
+from pacatune.lazy import import_later
 from pacatune.strategies import (
     register_strategy,
     seed_for,
@@ -26,26 +25,18 @@ __all__ = [
 ]
 
 # The tuner needs the strategies, and these need the tuner, to know what is adapted.
-_LATER = {
-    "ColumnStatistics": "pacatune.selection.statistics",
-    "ReselectColumns": "pacatune.selection.reselect",
-    "allocate_ranks": "pacatune.selection.budget",
-    "choose_columns": "pacatune.tuner.columns",
-    "collect_statistics": "pacatune.selection.collect",
-    "concentrate_ranks": "pacatune.selection.budget",
-    "load_columns": "pacatune.selection.statistics",
-    "save_columns": "pacatune.selection.statistics",
-    "share_columns": "pacatune.selection.sharing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        from importlib import import_module
-
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = import_later(
+    __name__,
+    (
+        "ColumnStatistics",
+        "ReselectColumns",
+        "allocate_ranks",
+        "choose_columns",
+        "collect_statistics",
+        "concentrate_ranks",
+        "load_columns",
+        "save_columns",
+        "share_columns",
+    ),
+    (".statistics", ".budget", ".collect", ".reselect", ".sharing", "..tuner.columns"),
+)

@@ -11,8 +11,9 @@
 docs/sync.md says how to use them.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pacatune.lazy import import_later
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.shared import SharedWeights
@@ -34,11 +35,5 @@ __all__ = [
     "Transport",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # It needs PEFT; a server does not wait for that.
-    if name == "ColumnSource":
-        from pacatune.sync.source import ColumnSource
-
-        return ColumnSource
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# It needs PEFT; a server does not wait for that.
+__getattr__, __dir__ = import_later(__name__, ("ColumnSource",), (".source",))

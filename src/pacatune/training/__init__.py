@@ -1,7 +1,8 @@
 """Fine-tuning: `train(RunConfig(...))`, or the configuration of another task. Parts are lazy."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
@@ -55,25 +56,17 @@ __all__ = [
     "train",
 ]
 
-# Each has some of these names; a module is only imported where none before it has the name.
-_HOMES = (
-    "config",
-    "sections",
-    "preference_config",
-    "rl_config",
-    "rewards",
-    "trainer",
-    "language",
-    "recipe",
+__getattr__, __dir__ = import_later(
+    __name__,
+    __all__,
+    (
+        ".config",
+        ".sections",
+        ".preference_config",
+        ".rl_config",
+        ".rewards",
+        ".trainer",
+        ".language",
+        ".recipe",
+    ),
 )
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        modules = (import_module(f"pacatune.training.{home}") for home in _HOMES)
-        return next(getattr(module, name) for module in modules if hasattr(module, name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
