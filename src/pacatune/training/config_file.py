@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pacatune.data.config import SHUFFLE_BUFFER
 from pacatune.names import suggest
 
 if TYPE_CHECKING:
@@ -32,14 +31,10 @@ _PATHS = (
     *("model.path", "adapter"),
     *("data.path", "data.eval_path", "data.chat_template", "data.root"),
 )
-# Left out while they have these defaults: a study knows its earlier runs by what is written.
-_LATER = {
-    "adapter": None,
-    "data.datasets": None,
-    "data.mix_strategy": "first_exhausted",
-    "data.streaming": False,
-    "data.shuffle_buffer": SHUFFLE_BUFFER,
-}
+# Left out while they have their defaults: a study knows its earlier runs by what is written.
+_LATER = (
+    *("adapter", "data.datasets", "data.mix_strategy", "data.streaming", "data.shuffle_buffer"),
+)
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.logging_nan_inf_filter",
@@ -120,10 +115,11 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
             holder[key] = _absolute(holder[key])
     for source in plain["data"].get("datasets") or ():
         source["path"] = _absolute(source["path"])
-    for option, default in _LATER.items():
+    for option in _LATER:
         section, _, key = option.rpartition(".")
-        holder = plain[section] if section else plain
-        if key in holder and holder[key] == default:
+        owner, holder = (values[section], plain[section]) if section else (config, plain)
+        known = {f.name: f for f in fields(owner)}
+        if key in known and holder[key] == _default_of(known[key]):
             del holder[key]
     return plain
 
