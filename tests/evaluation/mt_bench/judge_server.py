@@ -116,10 +116,6 @@ def make_handler(state):
             pass
 
         def do_POST(self):
-            with state.counted():
-                self._answer()
-
-        def _answer(self):
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             body = json.loads(raw)
             with state.lock:
@@ -128,7 +124,8 @@ def make_handler(state):
                 if state.log is not None:
                     state.log.write(json.dumps(body) + "\n")
                     state.log.flush()
-            time.sleep(state.delay_s)
+            with state.counted():  # before the reply, after which the next request comes
+                time.sleep(state.delay_s)
             if state.reasons and (refusal := reasoner_refuses(body)):
                 return self._send(400, {"error": refusal})
             wrong = complaints_about(body, state)
