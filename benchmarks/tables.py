@@ -76,13 +76,15 @@ def table(name: str, results: Path = RESULTS) -> str:
 def compat_table(result: dict[str, dict[str, Any]]) -> str:
     """Return the Markdown table of what passed beside which releases."""
     shown = ("torch", "transformers", "peft", "accelerate")
+    titles_of = _COMBINATIONS | {name: name for name in result if name not in _COMBINATIONS}
     rows = [
         [
-            _COMBINATIONS.get(name, name),
-            *(row["versions"][package].partition("+")[0] for package in shown),
-            *(_passed(row.get(half)) for half in ("core", "conformance")),
+            title,
+            *(result[name]["versions"][package].partition("+")[0] for package in shown),
+            *(_passed(result[name].get(half)) for half in ("core", "conformance")),
         ]
-        for name, row in result.items()
+        for name, title in titles_of.items()
+        if name in result
     ]
     titles = ["", "torch", "transformers", "PEFT", "accelerate", "core's tests", "PEFT's own tests"]
     remark = "`python tools/compat.py --json benchmarks/results/compat.json` counted them."
