@@ -37,15 +37,17 @@ from llamafactory.model import adapter as adapter_module
 from llamafactory.model import load_tokenizer, loader
 from llamafactory.train import tuner
 
+TAGS = {
+    **{"role_tag": "role", "content_tag": "content"},
+    **{"user_tag": "user", "assistant_tag": "assistant"},
+}
 OPTIONS = {"r": 4, "paca_alpha": 8, "selection": "weight_norm", "target_modules": "all-linear"}
 
 
 @pytest.fixture
 def options(tiny_model_dir, chats, tmp_path):
     """A configuration with the data of `chats`."""
-    tags = {"role_tag": "role", "content_tag": "content"}
-    tags |= {"user_tag": "user", "assistant_tag": "assistant"}
-    rows = {"file_name": chats.name, "formatting": "sharegpt", "tags": tags}
+    rows = {"file_name": chats.name, "formatting": "sharegpt", "tags": TAGS}
     rows["columns"] = {"messages": "messages"}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"chats": rows}))
     return {
@@ -153,21 +155,27 @@ def test_quantised_base(run, rows, tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"stage": "dpo"}, {"stage": "dpo", "pref_loss": "orpo"}, {"stage": "rm"}],
+    [{"stage": "dpo"}, {"stage": "dpo", "pref_loss": "orpo"}, {"stage": "rm"}, {"stage": "kto"}],
     ids=lambda changes: "-".join(changes.values()),
 )
 def test_preferences(run, changes, tmp_path):
-    tags = {"role_tag": "role", "content_tag": "content"}
-    tags |= {"user_tag": "user", "assistant_tag": "assistant"}
     columns = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
-    table = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "ranking": True}
-    table |= {"columns": columns, "tags": tags}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": table}))
+    table = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "tags": TAGS, "ranking": True}
+    if is_kto := changes["stage"] == "kto":
+        columns = {"messages": "messages", "kto_tag": "label"}
+        del table["ranking"]
+    info = {"pairs": table | {"columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for number in range(4):
-            row = {"messages": [{"role": "user", "content": f"{number} and {number}?"}]}
-            for name, answer in (("chosen", 2 * number), ("rejected", 2 * number + 1)):
-                row[name] = {"role": "assistant", "content": str(answer)}
+            question = {"role": "user", "content": f"{number} and {number}?"}
+            right, wrong = (
+                {"role": "assistant", "content": str(answer)}
+                for answer in (2 * number, 2 * number + 1)
+            )
+            row = {"messages": [question], "chosen": right, "rejected": wrong}
+            if is_kto:
+                row = {"messages": [question, right], "label": bool(number % 2)}
             file.write(json.dumps(row) + "\n")
     run(dataset="pairs", **changes)
     assert_trained(tmp_path / "run")
