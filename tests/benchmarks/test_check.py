@@ -56,6 +56,8 @@ def test_times_may_be_fifteen_per_cent_slower():
     rows = [{**first, "ratio": factor * first["ratio"]} for factor in (0.5, 1.149, 1.151)]
     (line,) = check.slower(rows, result)
     assert f"the ratio of times is {rows[2]['ratio']:.3f}, committed {first['ratio']:.3f}" in line
+    (line,) = check.slower([{**first, "setting": "another"}], result)
+    assert line.endswith("the ratio of times is not in the committed result")
 
 
 def test_every_committed_row_has_a_name_of_its_own():
@@ -94,6 +96,16 @@ def test_times_are_run_with_the_options_of_the_committed_result(monkeypatch, cap
 
     monkeypatch.setattr(check, "EXACT", {"switch": lambda: {"rows": []}})
     monkeypatch.setattr(check, "measured", measured)
+    monkeypatch.setattr(check, "cpu_name", lambda: check.committed("switch")["cpu"]["name"])
     assert check.main(["switch", "--times"]) == 1
-    assert given == [("switch", "--seconds", "6")]
-    assert "the ratio of times is" in capsys.readouterr().out
+    assert given == [("switch", "--seconds", "6", "--dtypes", "float32")]
+    said = capsys.readouterr().out
+    assert "switch: 0 of 1 ratios of times as committed" in said
+    assert "the ratio of times is" in said
+
+    # On another processor it is said, and does not count.
+    monkeypatch.setattr(check, "cpu_name", lambda: "another")
+    assert check.main(["switch", "--times"]) == 0
+    said = capsys.readouterr().out
+    assert ", here another; these do not count:\nswitch: setting" in said
+    assert "the ratio of times is" in said
