@@ -69,10 +69,7 @@ def register() -> None:
     try:
         from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"pacatune.integrations.llamafactory needs LLaMA-Factory >= 0.9.5 ({error}): pip "
-            "install llamafactory"
-        ) from error
+        raise _missing(error) from error
     PeftPlugin(METHOD).register()(adapt)
 
 
@@ -172,10 +169,7 @@ def _run_version_0(command: str) -> None:
         from llamafactory.hparams import read_args
         from llamafactory.train import tuner
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"pacatune.integrations.llamafactory needs LLaMA-Factory ({error}): pip install "
-            "llamafactory"
-        ) from error
+        raise _missing(error) from error
     sys.argv.pop(1)
     arguments = read_args()
     paca = arguments.pop("paca", None) if isinstance(arguments, dict) else None
@@ -216,6 +210,15 @@ def _paca_in_version_0(paca: dict[str, Any] | None) -> Iterator[None]:
         adapter.LoraConfig, tuner.get_train_args = plain
 
 
+def _missing(error: ModuleNotFoundError) -> ImportError:
+    """Say what to install."""
+    name = (error.name or "llamafactory").partition(".")[0]
+    return ImportError(
+        f"pacatune.integrations.llamafactory needs LLaMA-Factory >= 0.9.5 and what it imports "
+        f"({error}): pip install {name}"
+    )
+
+
 def _is_set(name: str) -> bool:
     """Return whether an environment variable is on, as LLaMA-Factory reads it."""
     return os.environ.get(name, "").lower() in ("true", "y", "1")
@@ -244,5 +247,7 @@ def _check_version_0(
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        sys.exit(str(error))
+    except ValueError as error:
         sys.exit(f"pacatune.integrations.llamafactory: {error}")
