@@ -178,7 +178,6 @@ def check(
             ratios = measured(name, [*shlex.split(result["command"])[3:], *dtypes])["ratios"]
             above = list(slower(ratios, result))
             say(f"{name}: {len(ratios) - len(above)} of {len(ratios)} ratios of times as committed")
-            other = other_processor(result)
             if above and (other := other_processor(result)):
                 say(f"{name}: the committed times are of {other}; these do not count:")
                 for one in above:

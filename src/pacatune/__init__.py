@@ -24,7 +24,6 @@ __all__ = [
 register_with_peft()
 find_moved_modules()
 
-
 _find, __dir__ = import_later(
     __name__, __all__, (".residency", ".tuner", ".tuner.residency_report", ".tuner.moslora")
 )

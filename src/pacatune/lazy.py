@@ -15,7 +15,7 @@ def import_later(
 
     Args:
         package: Its `__name__`.
-        names: What is imported late.
+        names: Its `__all__`; what is not there when the package is imported is imported late.
         homes: Modules that have these names, relative to the package (`.part`), those that are
             fast to import first: a module is imported where none before it has the name.
     """

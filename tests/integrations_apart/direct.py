@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
@@ -34,6 +35,17 @@ def adapted(path, *, options=None, adapter=None, quantization=None):
     if adapter is not None:
         return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     return get_peft_model(base, PacaConfig(task_type="CAUSAL_LM", **options))
+
+
+def four_bits(**options):
+    """Return bitsandbytes' configuration of QLoRA, which computes in float32."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        **options,
+    )
 
 
 def train_directly(model, path, rows, output, **arguments):

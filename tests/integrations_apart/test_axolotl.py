@@ -11,7 +11,6 @@ from axolotl.cli.train import do_cli as train
 from axolotl.common.datasets import load_datasets
 from axolotl.loaders import ModelLoader, load_tokenizer
 from pydantic import ValidationError
-from transformers import BitsAndBytesConfig
 
 from pacatune.adapters.merge import merge
 from pacatune.tuner import PacaLayer
@@ -24,17 +23,11 @@ from tests.integrations_apart.direct import (
     assert_trained,
     deltas,
     documented,
+    four_bits,
     train_directly,
 )
 
 PLUGIN = "pacatune.integrations.axolotl.PacaPlugin"
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": torch.float32,
-    "bnb_4bit_quant_storage": torch.bfloat16,
-}
 
 
 @pytest.fixture
@@ -85,7 +78,9 @@ def test_trains_as_transformers_does(write_config, tiny_model_dir, tmp_path, qua
     model = adapted(
         tiny_model_dir,
         options={"r": 4, "paca_alpha": 8, **own},
-        quantization=None if quantization is None else BitsAndBytesConfig(**NF4),
+        quantization=None
+        if quantization is None
+        else four_bits(bnb_4bit_quant_storage=torch.bfloat16),
     )
     direct = {"pad_to_multiple_of": 64, **checkpointing}
     train_directly(model, tiny_model_dir, rows, tmp_path / "direct", **direct)

@@ -13,7 +13,7 @@ from llamafactory.v1.core.model_engine import ModelEngine
 from llamafactory.v1.core.utils.batching import BatchGenerator
 from llamafactory.v1.utils.helper import compute_valid_tokens
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.merge import merge
 from pacatune.integrations.llamafactory import adapt, main
@@ -25,6 +25,7 @@ from tests.integrations_apart.direct import (
     assert_same,
     assert_trained,
     documented,
+    four_bits,
 )
 
 PACA = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
@@ -137,13 +138,7 @@ def test_quantised_base(run, options, tiny_model_dir, tmp_path):
     quant_config = {"name": "bnb", "quantization_bit": 4, "compute_dtype": "float32"}
     run("sft", {"name": "paca", **PACA}, quant_config=quant_config)
     assert_trained(tmp_path / "run")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
-    )
+    quantization = four_bits(bnb_4bit_quant_storage=torch.float32)
     model = adapted(tiny_model_dir, options=PACA, quantization=quantization)
     train_directly(model, options, tmp_path / "direct")
     assert_same(tmp_path / "run", tmp_path / "direct")

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.merge import merge
 from pacatune.integrations.llamafactory import lora_config, main
@@ -22,6 +22,7 @@ from tests.integrations_apart.direct import (
     assert_same,
     assert_trained,
     documented,
+    four_bits,
     train_directly,
 )
 
@@ -141,13 +142,7 @@ def test_trains_as_transformers_does(run, rows, tiny_model_dir, tmp_path):
 def test_quantised_base(run, rows, tiny_model_dir, tmp_path):
     run(quantization_bit=4, bf16=False)
     assert_trained(tmp_path / "run")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
-    )
+    quantization = four_bits(bnb_4bit_quant_storage=torch.float32)
     model = adapted(tiny_model_dir, options=OPTIONS, quantization=quantization)
     train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
     assert_same(tmp_path / "run", tmp_path / "direct")
@@ -257,7 +252,7 @@ def test_processes_of_its_own_are_refused(run, monkeypatch, name):
         run()
 
 
-def test_commands(run, monkeypatch):
+def test_commands(run):
     with pytest.raises(ValueError, match=r"`command` \('trian'\) .* did you mean 'train'"):
         run("trian")
     with pytest.raises(ValueError, match="`paca` has options of training"):

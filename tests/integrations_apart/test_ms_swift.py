@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from swift import export_main, rlhf_main, sft_main
 from swift.pipelines import SwiftSft
 from swift.tuner_plugin import tuners_map
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from pacatune.adapters.merge import merge
 from pacatune.integrations.ms_swift import PacaTuner, register
@@ -20,6 +20,7 @@ from tests.integrations_apart.direct import (
     assert_same,
     assert_trained,
     documented,
+    four_bits,
     train_directly,
 )
 
@@ -122,12 +123,7 @@ def test_quantised_base(arguments, tiny_model_dir, tmp_path):
         {name: row[name] for name in ("input_ids", "labels")}
         for row in SwiftSft(arguments())._prepare_dataset()[0]
     ]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    quantization = four_bits()
     options = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
     model = adapted(tiny_model_dir, options=options, quantization=quantization)
     train_directly(model, tiny_model_dir, rows, tmp_path / "direct")

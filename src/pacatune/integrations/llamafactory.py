@@ -178,14 +178,13 @@ def _run_version_0(command: str) -> None:
             raise ValueError("`paca` has options of training; `export` takes the adapter as it is.")
         tuner.export_model(arguments)
         return
-    launched = "LOCAL_RANK" in os.environ
-    for name in ("USE_RAY",) if launched else ("USE_RAY", "FORCE_TORCHRUN"):
-        if _is_set(name):
-            raise ValueError(
-                f"{name} is set: LLaMA-Factory would start processes in which PaCA is unknown. "
-                "Start them by `torchrun --nproc-per-node N -m pacatune.integrations.llamafactory "
-                "train CONFIG`."
-            )
+    starters = ("USE_RAY",) if "LOCAL_RANK" in os.environ else ("USE_RAY", "FORCE_TORCHRUN")
+    for name in filter(_is_set, starters):
+        raise ValueError(
+            f"{name} is set: LLaMA-Factory would start processes in which PaCA is unknown. Start "
+            "them by `torchrun --nproc-per-node N -m pacatune.integrations.llamafactory train "
+            "CONFIG`."
+        )
     with _paca_in_version_0(paca):
         tuner.run_exp(arguments)
 

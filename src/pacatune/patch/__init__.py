@@ -48,5 +48,5 @@ __all__ = [
     "to_adapter",
 ]
 
-# These two need PEFT; a patch in memory or on a server does not wait for it.
-__getattr__, __dir__ = import_later(__name__, ("make", "to_adapter"), (".adapter",))
+# It needs PEFT; a patch in memory or on a server does not wait for it.
+__getattr__, __dir__ = import_later(__name__, __all__, (".adapter",))

@@ -27,16 +27,6 @@ __all__ = [
 # The tuner needs the strategies, and these need the tuner, to know what is adapted.
 __getattr__, __dir__ = import_later(
     __name__,
-    (
-        "ColumnStatistics",
-        "ReselectColumns",
-        "allocate_ranks",
-        "choose_columns",
-        "collect_statistics",
-        "concentrate_ranks",
-        "load_columns",
-        "save_columns",
-        "share_columns",
-    ),
+    __all__,
     (".statistics", ".budget", ".collect", ".reselect", ".sharing", "..tuner.columns"),
 )

@@ -36,4 +36,4 @@ __all__ = [
 ]
 
 # It needs PEFT; a server does not wait for that.
-__getattr__, __dir__ = import_later(__name__, ("ColumnSource",), (".source",))
+__getattr__, __dir__ = import_later(__name__, __all__, (".source",))

@@ -11,4 +11,4 @@ if TYPE_CHECKING:
 __all__ = ["MtBenchConfig", "run_mt_bench"]
 
 # It needs torch, which its options do not.
-__getattr__, __dir__ = import_later(__name__, ("run_mt_bench",), (".run",))
+__getattr__, __dir__ = import_later(__name__, __all__, (".run",))
