@@ -23,7 +23,7 @@ help:
 	@echo 'make test-launch       launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
 	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
-	@echo 'make soak              half an hour of random walks over adapted layers'
+	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
 	@echo 'make docs              the tables of README and docs, and the site with the Python API'
@@ -75,6 +75,7 @@ test-integrations:
 	@PYTHON='$(PYTHON)' sh tools/test_integrations.sh $(ARGS)
 
 soak: setup-dev
+	$(RUN) -W ignore -m tests.files.foreign --folders 2000
 	$(RUN) -m tests.residency.soak --workers $(WORKERS) $(ARGS)
 
 bench: setup-dev

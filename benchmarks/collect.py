@@ -92,11 +92,15 @@ def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
 
 def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
     """Make a folder in which `pacatune compare` goes on with the runs that were kept."""
+    from pacatune.experiments.study.result import study_folder
+
     runs = json.loads((results / RUNS).read_text(encoding="utf-8"))[folder.name]
-    folder.mkdir(parents=True)
-    _write_json(folder / "study.json", {"finished": False})
+    output = study_folder(folder)
+    output.check()
+    output.begin()
+    output.write_json("study.json", {"finished": False})
     for name, record in runs.items():
-        _write_json(folder / "runs" / f"{name}.json", record)
+        output.write_json(f"runs/{name}.json", record)
     return folder
 
 

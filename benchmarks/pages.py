@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.collect import RESULTS, STUDIES
+from pacatune.files.owned_folder import OwnedFolder
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "report"
@@ -47,8 +48,8 @@ def read_sections(mode: str, results: Path = RESULTS) -> list[Any]:
 def _reproduction(mode: str, folder: Path, results: Path) -> Path:
     from pacatune.experiments.reproduce.running import write_report
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(read_sections(mode, results), "all", "The paper and here", folder)
+    output = _ready(folder)
+    write_report(read_sections(mode, results), "all", "The paper and here", output)
     return folder / "all.html"
 
 
@@ -56,19 +57,25 @@ def _bench(result: dict[str, Any], folder: Path) -> Path:
     from pacatune.measure.pictures import save_pictures
     from pacatune.measure.report import make_report
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "bench.md"
-    path.write_text(make_report(result, save_pictures(result, folder)), encoding="utf-8")
-    return path
+    output = _ready(folder)
+    with output.staged() as staging:
+        pictures = save_pictures(result, staging)
+    output.write("bench.md", make_report(result, pictures))
+    return folder / "bench.md"
 
 
 def _study(values: dict[str, Any], folder: Path) -> Path:
     from pacatune.experiments.study.report import REPORT_NAME, write_report
     from pacatune.experiments.study.result import StudyResult
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(StudyResult.from_dict(values), folder)
+    write_report(StudyResult.from_dict(values), _ready(folder))
     return folder / REPORT_NAME
+
+
+def _ready(folder: Path) -> OwnedFolder:
+    output = OwnedFolder(path=folder, kind="pages of results")
+    output.start_anew()
+    return output
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 
 from pacatune.cli import main
 from pacatune.experiments.reproduce import EXPERIMENTS
-from pacatune.files.result_folder import alone_in
+from pacatune.files.owned_folder import alone_in
 
 
 def error_of(capsys, *words):

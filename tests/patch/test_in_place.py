@@ -118,7 +118,7 @@ def test_what_cannot_be_written_is_left_alone(base, bf16_patch, monkeypatch):
 
 
 def test_one_process_at_a_time(base, bf16_patch):
-    from pacatune.files.result_folder import alone_in
+    from pacatune.files.owned_folder import alone_in
 
     with alone_in(base):
         for action in (lambda: patch.apply_in_place(base, bf16_patch), lambda: patch.recover(base)):

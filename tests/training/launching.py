@@ -6,6 +6,7 @@
 import socket
 import subprocess
 
+from pacatune.training.config_file import config_text
 from tests.forks import Program
 
 AGENT = """
@@ -70,3 +71,8 @@ def _run(words, code, env, timeout, num_processes):
         status,
         *("".join(getattr(one, name) for one in done) for name in ("stdout", "stderr")),
     )
+
+
+def save_config(config, path):
+    """Write a run's configuration as a user's file."""
+    path.write_text(config_text(config, path.name))

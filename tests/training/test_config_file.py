@@ -7,10 +7,10 @@ from pacatune.training.config_file import (
     check_keys,
     load_yaml,
     read_values,
-    save_config,
     suggest,
     to_values,
 )
+from tests.training.launching import save_config
 
 KNOWN = {"method", "model.path", "data.path", "data.split", "paca.r", "paca.rank_pattern"}
 

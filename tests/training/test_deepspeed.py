@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pacatune.cli import main
-from pacatune.training.config_file import save_config
 from tests.distributed import zero
 from tests.docs.blocks import read_blocks
-from tests.training.launching import launch
+from tests.training.launching import launch, save_config
 from tests.training.test_distributed import LAUNCH, config_of
 
 TIMEOUT = 600

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 import pacatune.training
 from pacatune.cli import main
 from pacatune.training import PacaSection, train
-from pacatune.training.config_file import save_config
-from tests.training.launching import launch
+from tests.training.launching import launch, save_config
 
 LAUNCH = Path(pacatune.training.__file__).parent / "launch"
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))

@@ -1,120 +1,149 @@
 import errno
 import json
-import os
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pacatune.training import PacaSection
 from pacatune.training.output import (
     check_folder,
-    clear_folder,
     is_write_failure,
     last_checkpoint,
-    publish,
     refuse_empty_tensors,
+    run_folder,
     staged,
 )
 
+STATE = '{"global_step": 1}'
+
 
 def make_run(folder, *names):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").touch()
-    for name in names:
-        if name.startswith("checkpoint") or name == "runs":
-            (folder / name).mkdir()
-            (folder / name / "trainer_state.json").write_text('{"global_step": 1}')
-        else:
-            (folder / name).touch()
+    """Make a folder that a run has filled."""
+    run = run_folder(folder)
+    run.begin()
+    for name in ("config.yaml", *names):
+        is_folder = name.startswith("checkpoint")
+        run.write(f"{name}/trainer_state.json" if is_folder else name, STATE)
 
 
-def check(folder, resume=False, overwrite=False):
-    check_folder(folder, resume=resume, overwrite=overwrite)
+@pytest.fixture
+def check(make_config):
+    def check_output(folder, resume=False, overwrite=False, **options):
+        config = make_config(training={"output_dir": str(folder)}, **options)
+        check_folder(config, resume=resume, overwrite=overwrite)
+
+    return check_output
 
 
-def test_new_empty_and_unrelated_folders_are_fine(tmp_path):
+def test_new_and_empty_folders_are_fine(check, tmp_path):
     check(tmp_path / "new")
-    check(tmp_path)
-    (tmp_path / "job.log").touch()
-    check(tmp_path)
+    (tmp_path / "empty/inner").mkdir(parents=True)
+    check(tmp_path / "empty")
 
 
-def test_run_that_came_to_nothing_is_fine(tmp_path):
-    make_run(tmp_path, "runs")
-    check(tmp_path)
+def test_run_that_came_to_nothing_is_fine(check, tmp_path):
+    make_run(tmp_path / "out", "runs/log")
+    check(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "name", ["checkpoint-3", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
 )
-def test_other_run_is_refused(tmp_path, name):
-    make_run(tmp_path, name)
+def test_other_run_is_refused(check, tmp_path, name):
+    folder = tmp_path / "out"
+    make_run(folder, name)
     with pytest.raises(
         FileExistsError,
         match=rf"holds another run \({name}\); choose another `training.output_dir`, continue "
         "with --resume, or delete it with --overwrite",
     ):
-        check(tmp_path)
-    check(tmp_path, overwrite=True)
-    check(tmp_path, resume=True)
+        check(folder)
+    check(folder, overwrite=True)
+    check(folder, resume=True)
 
 
-def test_finished_run_is_not_offered_to_be_resumed(tmp_path):
-    make_run(tmp_path, "report.json")
+def test_finished_run_is_not_offered_to_be_resumed(check, tmp_path):
+    make_run(tmp_path / "out", "report.json")
     with pytest.raises(FileExistsError, match=r"`training.output_dir`, or delete it with --over"):
-        check(tmp_path)
+        check(tmp_path / "out")
     with pytest.raises(ValueError, match="is finished; there is nothing to resume"):
-        check(tmp_path, resume=True)
+        check(tmp_path / "out", resume=True)
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "runs", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "tokenizers/mine.py", "runs/mine/e"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_that_no_run_wrote_are_never_touched(tmp_path, name, overwrite):
-    (tmp_path / name).touch()
-    with pytest.raises(FileExistsError, match=f"holds {name}, which no run of pacatune wrote"):
-        check(tmp_path, overwrite=overwrite)
+@pytest.mark.parametrize("is_run", [False, True])
+def test_files_that_no_run_wrote_stop_it(check, tmp_path, name, overwrite, is_run):
+    folder = tmp_path / "out"
+    if is_run:
+        make_run(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"a training run did not write, .*\({name}\); they"):
+        check(folder, overwrite=overwrite)
 
 
-def test_file_instead_of_folder(tmp_path):
+def test_resuming_minds_only_what_a_run_writes(check, tmp_path):
+    folder = tmp_path / "out"
+    make_run(folder, "checkpoint-2")
+    (folder / "config.yaml").write_text("# why I chose this\n")
+    (folder / "job.log").touch()
+    check(folder, resume=True)
+    (folder / "checkpoint-2" / "mine").touch()
+    (folder / "README.md").touch()
+    with pytest.raises(FileExistsError, match=r"\(README.md, checkpoint-2/mine\)"):
+        check(folder, resume=True)
+
+
+@pytest.mark.parametrize("where", ["model", "data", "adapter", "selection"])
+def test_what_a_run_reads_is_not_in_its_output_folder(
+    make_config, tiny_model_dir, data_path, tmp_path, where
+):
+    """Not even where the files are those of an earlier run."""
+    folder = tmp_path / "out"
+    make_run(folder, "report.json", "model/config.json", "columns.safetensors")
+    options = {
+        "model": {"model": {"path": str(folder / "model")}},
+        "data": {"data": {"path": str(folder / "report.json")}},
+        "adapter": {"adapter": str(folder)},
+        "selection": {"paca": PacaSection(selection=str(folder / "columns.safetensors"))},
+    }[where]
+    if where == "adapter":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pacatune.training.config.settle_start", lambda config: None)
+            config = make_config(**options)
+    else:
+        config = make_config(**options)
+    with pytest.raises(ValueError, match=rf"{where}.* lies in the output folder .*out, which this"):
+        check_folder(config, resume=False, overwrite=True)
+    config.training.output_dir = str(folder / "below")
+    check_folder(config, resume=False, overwrite=False)
+
+
+def test_file_instead_of_folder(check, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(FileExistsError, match=r"out is a file; choose another `training.output"):
         check(tmp_path / "out")
 
 
-def test_place_that_cannot_be_written(tmp_path, monkeypatch):
+def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError, match=f"nothing can be written in {tmp_path}; choose"):
         check(tmp_path / "new" / "deep")
 
 
-def test_resume_and_overwrite_exclude_each_other(tmp_path):
+def test_resume_and_overwrite_exclude_each_other(check, tmp_path):
     with pytest.raises(ValueError, match="--resume and --overwrite exclude each other"):
         check(tmp_path, resume=True, overwrite=True)
 
 
-def test_resume_of_nothing(tmp_path):
+@pytest.mark.parametrize("names", [(), ("config.yaml", "checkpoint-2")])
+def test_resume_of_nothing(check, tmp_path, names):
+    for name in names:
+        (tmp_path / "new" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no run to resume; start it without --resume"):
         check(tmp_path / "new", resume=True)
-
-
-def test_clear_deletes_only_what_a_run_writes(tmp_path):
-    ours = ["checkpoint-1", "runs", "adapter_config.json", "tokenizer.json", "loss.png"]
-    make_run(tmp_path, *ours)
-    foreign = ["notes.txt", "checkpoint-best", "my_report.json"]
-    for name in foreign:
-        (tmp_path / name).touch()
-    assert clear_folder(tmp_path) == sorted([*ours, "config.yaml"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(foreign)
-
-
-def test_clear_follows_no_link(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "file").touch()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "runs").symlink_to(tmp_path / "elsewhere")
-    clear_folder(tmp_path / "out")
-    assert (tmp_path / "elsewhere" / "file").exists()
-    assert not (tmp_path / "out" / "runs").is_symlink()
 
 
 @pytest.mark.parametrize("state", [None, "", '{"global_step": 9', "[]", "{}"])
@@ -134,10 +163,27 @@ def test_no_checkpoint(tmp_path):
 def test_staging_goes_away(tmp_path):
     with staged(tmp_path, "x") as staging:
         (staging / "file").touch()
-    assert list(tmp_path.iterdir()) == []
+    assert not staging.exists()
     with pytest.raises(KeyError), staged(tmp_path, "x"):
         raise KeyError
-    assert list(tmp_path.iterdir()) == []
+    assert not staging.exists()
+
+
+def test_what_cannot_take_its_place_is_kept(tmp_path):
+    """A user's file appeared while the run went on."""
+    make_run(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    staging = tmp_path / ".pacatune" / "incomplete"
+
+    def save():
+        with staged(tmp_path, "the result"):
+            (staging / "README.md").write_text("ours")
+            run_folder(tmp_path).publish(staging / "README.md", "README.md")
+
+    with pytest.raises(FileExistsError, match=r"is not of a training run, .*the result is in"):
+        save()
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (staging / "README.md").read_text() == "ours"
 
 
 def test_process_that_does_not_own_the_staging_leaves_it(tmp_path):
@@ -181,32 +227,6 @@ def test_failed_safetensors_write(tmp_path):
 
     assert is_write_failure(SafetensorError("Error: I/O error: No space left (os error 28)"))
     assert not is_write_failure(SafetensorError("Error: invalid header"))
-
-
-def test_publish_replaces_files_and_folders(tmp_path):
-    for name in ("new", "old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.txt").write_text(name)
-    publish(tmp_path / "new", tmp_path / "old")
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["new.txt"]
-    (tmp_path / "a").write_text("a")
-    (tmp_path / "a").chmod(0o600)
-    publish(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "a"
-    assert (tmp_path / "b").stat().st_mode & 0o666 == tmp_path.stat().st_mode & 0o666
-
-
-def test_all_is_on_disk_before_it_is_seen(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(
-        os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, (tmp_path / "b").exists()))
-    )
-    new = tmp_path / "a"
-    new.mkdir()
-    (new / "file").write_text("new")
-    before = [(path.stat().st_ino, False) for path in (new, new / "file")]
-    publish(new, tmp_path / "b")
-    assert synced == [*before, (tmp_path.stat().st_ino, True)]
 
 
 def test_empty_tensors_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from pacatune.cli import main
 from pacatune.training import train
-from pacatune.training.config_file import save_config
+from tests.training.launching import save_config
 
 
 class Hub(ThreadingHTTPServer):

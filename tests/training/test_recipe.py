@@ -58,7 +58,7 @@ def test_adapter_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, con
     folder = Path(config.training.output_dir)
     names = {path.name for path in folder.iterdir()}
     assert names >= RESULT_NAMES | {"adapter_config.json", "adapter_model.safetensors"}
-    assert not any("training_args" in name or ".incomplete" in name for name in names)
+    assert not any("training_args" in name or ".pacatune/incomplete" in name for name in names)
     saved = json.loads((folder / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
     assert saved.keys() >= REPORT_KEYS

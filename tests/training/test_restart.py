@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import train
-from pacatune.training.config_file import save_config
 from pacatune.training.recipe import start_or_resume
 from tests.cli.test_launch import started, text_of
 from tests.forks import Program
-from tests.training.launching import AGENT, COMMAND, launch
+from tests.training.launching import AGENT, COMMAND, launch, save_config
 from tests.training.test_distributed import config_of, cut
 
 
@@ -75,7 +74,7 @@ def test_a_run_without_a_checkpoint_begins_anew(make_config, tmp_path, console):
         (folder / name).unlink()
     config = make_config(training={"output_dir": str(folder), "max_steps": 2})
     start_or_resume(config, console=console)
-    assert f"deleted from {folder}: README.md, adapter_config.json" in console.file.getvalue()
+    assert f"deleting from {folder}: README.md, adapter_config.json" in console.file.getvalue()
     assert_same_adapter(tmp_path / "whole", folder)
 
     # One that is finished stays as it is, whatever is started again.
@@ -93,8 +92,8 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_p
     train(make_config(training=training), console=Console(quiet=True))
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
     folder = cut(tmp_path / "out", 4, "again")
-    (folder / ".incomplete").mkdir()
-    (folder / "checkpoint-4").replace(folder / ".incomplete/checkpoint-4")
+    (folder / ".pacatune/incomplete").mkdir()
+    (folder / "checkpoint-4").replace(folder / ".pacatune/incomplete/checkpoint-4")
     config = make_config(training={**training, "output_dir": str(folder)})
     start_or_resume(config, console=console)
     text = console.file.getvalue()

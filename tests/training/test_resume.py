@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import PacaSection, TrainingInterrupted, train
-from pacatune.training.config_file import save_config
+from pacatune.training.output import run_folder
 from pacatune.training.sft import SftRunTrainer
 from tests.forks import Program, run_python
-from tests.training.launching import COMMAND
+from tests.training.launching import COMMAND, save_config
 
 SIXTEEN_STEPS = {"num_train_epochs": 2, "save_total_limit": 20}
 
@@ -189,26 +190,28 @@ def test_overwrite_deletes_nothing_before_training_can_start(make_config, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
-def test_overwrite_says_what_it_deletes_and_spares_the_rest(make_config, tmp_path, console):
-    config = make_config(training={"max_steps": 2})
+def test_overwrite_says_what_it_deletes_first(make_config, tmp_path, console):
+    config = make_config(training={"max_steps": 2, "report_to": "tensorboard"})
     train(config, console=Console(quiet=True))
-    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(
         FileExistsError,
-        match=r"out holds another run \(adapter_config.json, .*or delete it with --overwrite",
+        match=r"out holds another run \(README.md, .*or delete it with --overwrite",
     ):
         train(config)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"did not write, .*\(notes.txt\)"):
+        train(config, overwrite=True)
+    (tmp_path / "out" / "notes.txt").unlink()
     train(config, overwrite=True, console=console)
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    out = console.file.getvalue()
-    assert "adapter_model.safetensors" in out
-    assert "checkpoint-2" in out
-    assert "notes.txt" not in out
+    said = " ".join(console.file.getvalue().split())
+    names = "README.md, .*adapter_model.safetensors, .*checkpoint-2, config.yaml, .*runs, tokenizer"
+    assert re.search(f"deleting from .*/out: {names}.* loss", said)
 
 
 FULL_DISK = """
 import resource, sys
 from pacatune.cli import main
+from pacatune.training.output import run_folder
 from pacatune.training.sft import SftRunTrainer
 
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -239,7 +242,8 @@ def test_save_failure_keeps_the_previous_checkpoint(make_config, tmp_path):
         assert "could not save checkpoint-4 in" in error
         assert "checkpoint-2 is intact: make room, then continue with --resume." in error
         folder = tmp_path / limit
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "config.yaml"]
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == [".pacatune", "checkpoint-2", "config.yaml"]
         config = make_config(training={"output_dir": str(folder)})
         assert train(config, resume=True, console=Console(quiet=True)).num_steps == 8
 
@@ -349,11 +353,11 @@ def test_resume_of_a_run_that_only_lacks_its_result(make_config, tmp_path):
 
 
 def test_resume_deletes_what_a_killed_save_left(interrupted, tmp_path):
-    left = tmp_path / "out/.incomplete/checkpoint-6"
+    left = tmp_path / "out/.pacatune/incomplete/checkpoint-6"
     left.mkdir(parents=True)
     (left / "garbage").touch()
     train(interrupted, resume=True, console=Console(quiet=True))
-    assert not (tmp_path / "out/.incomplete").exists()
+    assert not (tmp_path / "out/.pacatune/incomplete").exists()
     assert not list((tmp_path / "out").rglob("garbage"))
 
 
@@ -362,5 +366,6 @@ def test_deepspeed_checkpoints_need_deepspeed(make_config, tmp_path, console):
     train(config, console=console)
     (tmp_path / "out/report.json").unlink()
     (tmp_path / "out/checkpoint-2/latest").write_text("global_step2")
+    run_folder(tmp_path / "out").claim("checkpoint-2/latest")
     with pytest.raises(ValueError, match=r"checkpoint-2 was saved by DeepSpeed and cannot be"):
         train(config, resume=True, console=console)

@@ -13,10 +13,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from pacatune.training import train
-from pacatune.training.config_file import save_config
 from pacatune.training.output import refuse_missing_shards
 from pacatune.training.start import settle_start
-from tests.training.launching import launch
+from tests.training.launching import launch, save_config
 from tests.training.test_distributed import (
     ON_CPU,
     assert_close,

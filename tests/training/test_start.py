@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.training import LoraSection, PacaSection, train
-from pacatune.training.config_file import save_config
 from pacatune.training.language import load_tokenizer
+from tests.training.launching import save_config
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
 PACA = {"r": 3, "paca_alpha": 6, "selection": "weight_norm", "rank_pattern": {"q_proj": 2}}
@@ -75,7 +75,7 @@ def test_loss_begins_where_it_ended_and_resumed_runs_are_the_same(
     assert whole.eval_loss_before == pytest.approx(first.eval_loss_after, rel=1e-6)
     train(run("cut", adapter=start), console=console)
     for path in (tmp_path / "cut").iterdir():  # as if it had been killed after its checkpoint
-        if path.name not in ("checkpoint-2", "config.yaml"):
+        if path.name not in (".pacatune", "checkpoint-2", "config.yaml"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["train", "--config", str(tmp_path / "cut/config.yaml"), "--resume"]) == 0
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
@@ -119,7 +119,6 @@ def test_contradictions(make_config, paca, tmp_path, capsys):
         r"is of the kind 'paca', and `method` \('lora'\) trains LoRA; set `method`", method="lora"
     )
     refused(r"and `method` \('full'\) trains Full; set `method` to paca", method="full")
-    refused("lies in the output folder", training={"output_dir": str(paca)})
     with pytest.raises(FileNotFoundError, match=r"adapter folder 'no/such/folder'"):
         make_config(adapter="no/such/folder")
     path = tmp_path / "run.yaml"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import TrainingDiverged, train
-from pacatune.training.config_file import save_config
 from pacatune.training.sft import SftRunTrainer
+from tests.training.launching import save_config
 
 EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
 

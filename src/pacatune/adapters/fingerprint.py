@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
 from pacatune.adapters.target import find_target
 from pacatune.files.json_file import read_json_object
-from pacatune.files.result_folder import write_whole
+from pacatune.files.owned_folder import write_whole
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")

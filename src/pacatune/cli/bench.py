@@ -28,12 +28,14 @@ def run(argv: list[str]) -> int:
 
     console = Console(highlight=False)
     folder = result_folder(output)
-    folder.open()
+    folder.start_anew()
+    folder.write_json(RESULT_NAME, {"finished": False})
     command = " ".join(["pacatune bench", *map(shlex.quote, argv)])
     result = measure(config, folder, command, lambda line: console.print(line, markup=False))
-    pictures = save_pictures(result, output)
+    with folder.staged() as staging:
+        pictures = save_pictures(result, staging)
     report = make_report(result, pictures)
-    (output / REPORT_NAME).write_text(report, encoding="utf-8")
+    folder.write(REPORT_NAME, report)
     console.print(Markdown(report.partition("\n![")[0]))
     written = ", ".join([RESULT_NAME, REPORT_NAME, *pictures])
     console.print(f"wrote {written} in {output}", markup=False, soft_wrap=True)

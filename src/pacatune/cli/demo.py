@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
 
     console = Console(highlight=False)
     folder = demo.result_folder(output)
-    folder.open()
+    folder.start_anew()
     quiet_libraries()
     model, data = _prepare(options, console)
     runs = demo.text_runs(
@@ -78,13 +78,14 @@ def run(argv: list[str]) -> int:
         notes.append("The model's weights are the originals rounded to 4 bits (GGUF Q4_1).")
     print_dim([*notes, *demo.unequal_cores(outcomes)], console)
     _print_next(output, model, console)
-    folder.write(
+    folder.write_json(
+        "demo.json",
         {
             "finished": True,
             "ranks": {"paca": runs["paca"].paca.r, "lora": runs["lora"].lora.r},
             "reports": {method: one.report.to_dict() for method, one in outcomes.items()},
             "answers": answers,
-        }
+        },
     )
     return 0
 
@@ -168,11 +169,11 @@ def print_dim(notes: Iterable[str], console: "Console") -> None:
 
 
 def _print_next(output: Path, model: str, console: "Console") -> None:
-    """Print commands that work when they are pasted."""
+    """Print commands that work when they are pasted; what they write is not the demo's."""
     program = program_name()
     adapter = shlex.quote(str(output / "paca"))
     base = f"--model {shlex.quote(model)} --adapter {adapter}"
-    target = {name: shlex.quote(str(output / name)) for name in ("merged", "exported-lora")}
+    target = {name: shlex.quote(f"{output}-{name}") for name in ("merged", "exported-lora")}
     commands = [
         f'{program} generate {base} --prompt "Are you happy?"',
         f"{program} merge {base} --output {target['merged']}",

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
 
     console = Console(highlight=False)
     folder = demo_rl.result_folder(Path(options.output))
-    folder.open()
+    folder.start_anew()
     quiet_libraries()
     start = time.perf_counter()
     model = options.model or str(
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     console.print(f"model: {model}", soft_wrap=True, markup=False)
     result = demo_rl.run_demo(
         model,
-        Path(options.output),
+        folder,
         num_steps=options.steps,
         num_held_out=options.held_out,
         seed=options.seed,
@@ -66,7 +66,8 @@ def run(argv: list[str]) -> int:
     ]
     print_dim([*result.notes(), *notes], console)
     found = {"seed": options.seed, "num_steps": options.steps, "minutes": minutes, **asdict(result)}
-    folder.write({"finished": True, "cpu": cpu_name(), "versions": versions("trl"), **found})
+    made_on = {"cpu": cpu_name(), "versions": versions("trl")}
+    folder.write_json("demo-rl.json", {"finished": True, **made_on, **found})
     return 0
 
 

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
 
     console = Console(highlight=False)
     folder = demo.result_folder(output)
-    folder.open()
+    folder.start_anew()
     quiet_libraries()
     data = _prepare_data(options, console)
     tables, reports, unequal = [], {}, list[str]()
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
         )
     print_dim([*notes, *unequal], console)
     _print_next(output, runs["paca"], console)
-    folder.write({"finished": True, "models": reports})
+    folder.write_json("demo.json", {"finished": True, "models": reports})
     return 0
 
 

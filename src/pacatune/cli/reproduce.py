@@ -86,7 +86,7 @@ def _run(
     options: argparse.Namespace, experiments: "list[Experiment]", command: str, console: "Console"
 ) -> "list[Section]":
     from pacatune.experiments.reproduce import open_folder, run_experiments
-    from pacatune.experiments.reproduce.running import write_report
+    from pacatune.experiments.reproduce.running import result_folder, write_report
 
     mode: Mode = "simulate" if options.simulate else options.scale
     if len(experiments) == 1 and mode in experiments[0].cannot:
@@ -95,5 +95,5 @@ def _run(
     with open_folder(folder, resume=options.resume):
         sections = run_experiments(experiments, mode, folder, command, console.print, options.only)
         if options.name == "all":
-            write_report(sections, "all", "The paper and here", folder)
+            write_report(sections, "all", "The paper and here", result_folder(folder))
     return sections

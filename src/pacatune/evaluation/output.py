@@ -14,7 +14,7 @@ from pacatune.adapters.loading import LoadedModel
 from pacatune.data.packaged.packages import sha256_of
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
-from pacatune.files.result_folder import to_json, write_whole
+from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
 from pacatune.reports.provenance import versions, versions_text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pacatune.data.packaged import prepare_dino, prepare_efficientnet
-from pacatune.files.result_folder import ResultFolder
+from pacatune.files.owned_folder import OwnedFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +29,9 @@ _FASTER = 1.2
 _EQUAL = 0.9
 
 
-def result_folder(path: Path) -> ResultFolder:
+def result_folder(path: Path) -> OwnedFolder:
     """Return the folder of a demo's results; its runs replace their own folders in it."""
-    return ResultFolder(path=path, mark="demo.json", kind="a demo")
+    return OwnedFolder(path=path, kind="a demo")
 
 
 def faster_dtype() -> str:

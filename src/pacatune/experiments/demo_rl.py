@@ -7,7 +7,6 @@ on problems that neither saw.
 
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pacatune.files.result_folder import ResultFolder
+from pacatune.files.owned_folder import OwnedFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,9 +51,9 @@ TEMPERATURES: dict[Kind, float] = {"greedy": 0.0, "sampled": 1.0}
 """How answers are chosen when rewards are measured; GRPO samples."""
 
 
-def result_folder(path: Path) -> ResultFolder:
+def result_folder(path: Path) -> OwnedFolder:
     """Return the folder of the demo's results; its runs replace their own folders in it."""
-    return ResultFolder(path=path, mark="demo-rl.json", kind="a demo of reinforcement learning")
+    return OwnedFolder(path=path, kind="a demo of reinforcement learning")
 
 
 def training_prompts(seed: int) -> "PromptDataConfig":
@@ -71,16 +70,17 @@ def training_prompts(seed: int) -> "PromptDataConfig":
     )
 
 
-def write_solved(data: "PromptDataConfig", path: Path) -> None:
-    """Write solved problems as the data of the SFT."""
+def solved_problems(data: "PromptDataConfig") -> str:
+    """Return solved problems, the data of the SFT, as JSON lines."""
     from pacatune.data.prompts import reasoning_gym_data
 
     made = reasoning_gym_data(data)
-    with path.open("w", encoding="utf-8") as file:
-        for one in map(made.__getitem__, range(NUM_SOLVED)):
-            question = {"role": "user", "content": one["question"]}
-            answer = {"role": "assistant", "content": one["answer"]}
-            file.write(json.dumps({"messages": [question, answer]}) + "\n")
+    lines = []
+    for one in map(made.__getitem__, range(NUM_SOLVED)):
+        question = {"role": "user", "content": one["question"]}
+        answer = {"role": "assistant", "content": one["answer"]}
+        lines.append(json.dumps({"messages": [question, answer]}) + "\n")
+    return "".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +336,7 @@ class Result:
 
 def run_demo(
     model: str,
-    folder: Path,
+    output: OwnedFolder,
     *,
     num_steps: int,
     num_held_out: int,
@@ -344,11 +344,11 @@ def run_demo(
     dtype: str,
     console: "Console",
 ) -> Result:
-    """Do all of it in a folder that `result_folder` has opened."""
+    """Do all of it in a folder of `result_folder` that is ready."""
     from pacatune.adapters.merge import merge
     from pacatune.training import train
 
-    data = training_prompts(seed)
+    folder, data = output.path, training_prompts(seed)
     problems = held_out_problems(data, num_held_out)
     texts: dict[str, list[str]] = {}
     scores: dict[str, dict[Kind, list[float]]] = {}
@@ -362,12 +362,12 @@ def run_demo(
 
     measure("before", model)
     console.rule("[bold]SFT", align="left")
-    write_solved(data, folder / "solved.jsonl")
+    output.write("solved.jsonl", solved_problems(data))
     sft = sft_run(model, folder / "solved.jsonl", folder / "sft", seed=seed, dtype=dtype)
     train(sft, overwrite=True, console=console)
     start = folder / "start"
-    shutil.rmtree(start, ignore_errors=True)  # what an earlier demo merged
-    merge(model, folder / "sft", start, verify=False)
+    with output.staged() as staging:
+        merge(model, folder / "sft", staging / start.name, verify=False)
     measure("after SFT", str(start))
     runs = grpo_runs(str(start), data, folder, num_steps=num_steps, seed=seed, dtype=dtype)
     reports: dict[str, Any] = {}

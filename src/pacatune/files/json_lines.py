@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pacatune.files.result_folder import write_whole
+from pacatune.files.owned_folder import write_whole
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pacatune.files.result_folder import ResultFolder
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.measure.device import available_bytes, device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import PHASES, count, run_in_child, run_point, time_together
@@ -31,15 +31,13 @@ Row = dict[str, Any]
 Rounds = list[tuple[float, float, float]]
 
 
-def result_folder(path: Path) -> ResultFolder:
+def result_folder(path: Path) -> OwnedFolder:
     """Return the folder of a benchmark's results."""
-    return ResultFolder(
-        path=path, mark=RESULT_NAME, kind="a benchmark", others=(REPORT_NAME, *PICTURES)
-    )
+    return OwnedFolder(path=path, kind="a benchmark")
 
 
 def run(
-    config: BenchConfig, folder: ResultFolder, command: str, tell: Callable[[str], None]
+    config: BenchConfig, folder: OwnedFolder, command: str, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure everything and return the result, written to an open folder after each measurement.
 
@@ -53,16 +51,16 @@ def run(
             rows, ratios = compare_methods(config, setting, tell)
             result["rows"] += rows
             result["ratios"] += ratios
-            folder.write(result)
+            folder.write_json(RESULT_NAME, result)
     else:
         result |= {"limits": [], "points": []}
         for method in config.methods:
             limit, points = sweep_method(config, method, tell)
             result["limits"].append(limit)
             result["points"] += points
-            folder.write(result)
+            folder.write_json(RESULT_NAME, result)
     result["finished"] = True
-    folder.write(result)
+    folder.write_json(RESULT_NAME, result)
     return result
 
 

@@ -24,7 +24,7 @@ import torch
 from pacatune.files.checkpoint import Checkpoint, window, writable
 from pacatune.files.folder import check_output, format_bytes, staged_folder
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
-from pacatune.files.result_folder import alone_in
+from pacatune.files.owned_folder import alone_in
 from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
 from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_

@@ -42,9 +42,11 @@ def svg_text(figure: Any) -> str:
 
 
 def check_picture_path(path: Path) -> None:
-    """Refuse a file that is no picture by its name, before anything is computed."""
+    """Refuse a file that is no picture by its name, or is there, before anything is computed."""
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; remove it, or name another file.")
 
 
 def plain_text(text: str) -> str:

@@ -124,11 +124,10 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
     return plain
 
 
-def save_config(config: "BaseRunConfig[Any]", path: Path) -> None:
-    """Write the configuration so that the command with `--config PATH` repeats the run."""
+def config_text(config: "BaseRunConfig[Any]", name: str) -> str:
+    """Return the configuration as YAML with which the command `--config NAME` repeats the run."""
     text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
-    head = f"# Repeat with: {config.repeat_command(path.name)}\n"
-    path.write_text(head + text, encoding="utf-8")
+    return f"# Repeat with: {config.repeat_command(name)}\n{text}"
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -246,7 +245,8 @@ def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
     return {
         name: path
         for name, path in given.items()
-        if (name in _PATHS or name.startswith("data.datasets[")) and path and _exists(path)
+        if ((name in _PATHS or name.startswith("data.datasets[")) and path and _exists(path))
+        or (name == "paca.selection" and Path(path).is_absolute())  # a strategy's name is not
     }
 
 

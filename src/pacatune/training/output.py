@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,71 +14,80 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 
+from pacatune.files.owned_folder import OURS, OwnedFolder
 from pacatune.training.config import BaseRunConfig
 from pacatune.training.config_file import (
     CONFIG_NAME,
     changed_keys,
+    config_text,
     defaults_of,
+    local_paths,
     read_values,
-    save_config,
     to_values,
 )
 from pacatune.training.progress import say
 from pacatune.training.split import Split
 
-STAGING_NAME = ".incomplete"
 STATE_NAME = "trainer_state.json"
 # Written last: a run that has it is finished.
 REPORT_NAME = "report.json"
 
+_STAGING_NAME = f"{OURS}/incomplete"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a run leaves; with one of these, starting another run would lose something.
-_RESULT = re.compile(
-    r"checkpoint-\d+|adapter_model\.safetensors|adapter_config\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|report\.(json|md)"
-    r"|(loss|reward|confusion|mistakes)\.png"
+# What others write there for a run: TensorBoard's callback and TRL's table of completions.
+_LOGS = (
+    f"runs/*_{socket.gethostname()}/events.out.tfevents.*",
+    "completions/completions_*.parquet",
 )
-# What else a run writes.
-_ACCESSORY = re.compile(
-    rf"{re.escape(CONFIG_NAME)}|{re.escape(STAGING_NAME)}|README\.md|runs|completions|config\.json"
-    r"|generation_config\.json|chat_template\.jinja|tokenizer.*|special_tokens_map\.json"
-    r"|added_tokens\.json|(video_)?preprocessor_config\.json|processor_config\.json|vocab\..*"
-    r"|merges\.txt|pacatune\.json"
+# The names that a resumed run may write; its configuration it only reads.
+_RESUMED_OUTPUTS = (
+    *("checkpoint-*", "*.safetensors*", "*.json", "*.md", "*.png", "*.jinja", "*.tiktoken"),
+    *("tokenizer.*", "vocab.*", "merges.txt", "completions", "runs"),
 )
 
 
-def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def run_folder(folder: str | Path) -> OwnedFolder:
+    """Return the output folder of a run, which owns what runs wrote there."""
+    return OwnedFolder(
+        path=Path(folder).expanduser(), kind="a training run", option="`training.output_dir`"
+    )
+
+
+def check_folder(config: BaseRunConfig[Any], *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder in which this run would lose or mix something."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")
+    output = run_folder(str(config.training.output_dir))
+    folder = output.path
     _check_place(folder)
-    if resume:
-        if not is_begun(folder):
-            raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
-        if is_finished(folder):
-            raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
-        return
-    names = _names(folder)
-    results = [name for name in names if _RESULT.fullmatch(name)]
-    if CONFIG_NAME in names:
-        if results and not overwrite:
-            going_on = "" if is_finished(folder) else "continue with --resume, "
-            raise FileExistsError(
-                f"output folder {folder} holds another run ({', '.join(results[:3])}); choose "
-                f"another `training.output_dir`, {going_on}or delete it with --overwrite."
-            )
-        return
-    foreign = [name for name in names if _RESULT.fullmatch(name) or _ACCESSORY.fullmatch(name)]
-    if foreign:
+    _refuse_inputs(config, folder)
+    if resume and not is_begun(folder):
+        raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
+    if resume and is_finished(folder):
+        raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
+    output.check(goes_on=resume, outputs=_RESUMED_OUTPUTS)
+    results = {name.partition("/")[0] for name in output.owned()} - {CONFIG_NAME, "runs"}
+    if results and not resume and not overwrite:
+        going_on = "" if is_finished(folder) else "continue with --resume, "
         raise FileExistsError(
-            f"output folder {folder} holds {', '.join(foreign[:3])}, which no run of pacatune "
-            "wrote; choose another `training.output_dir`."
+            f"output folder {folder} holds another run ({', '.join(sorted(results)[:3])}); choose "
+            f"another `training.output_dir`, {going_on}or delete it with --overwrite."
         )
+
+
+def _refuse_inputs(config: BaseRunConfig[Any], folder: Path) -> None:
+    """Refuse an output folder that is, or holds, what the run reads."""
+    for option, path in local_paths(config).items():
+        if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`{option}` ({path}) lies in the output folder {folder}, which this run writes; "
+                "choose another `training.output_dir`."
+            )
 
 
 def is_begun(folder: Path) -> bool:
     """Whether a folder holds a run, of whatever options."""
-    return (folder / CONFIG_NAME).is_file()
+    return run_folder(folder).is_ours and (folder / CONFIG_NAME).is_file()
 
 
 def is_finished(folder: Path) -> bool:
@@ -152,6 +162,7 @@ def open_folder(
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
     if config.training.process_index == 0:
+        output = run_folder(folder)
         if checkpoint is not None:
             step = (read_state(checkpoint) or {}).get("global_step")
             said = f"resuming after step {step}: {checkpoint}"
@@ -163,27 +174,19 @@ def open_folder(
                     f" ({before} before, {now} now: steps see the same examples, but random "
                     "numbers and rounding differ)"
                 )
+            say(console, said)
             clear_staging(folder)
         else:
-            deleted = clear_folder(folder)
-            said = f"deleted from {folder}: {', '.join(deleted)}" if deleted else ""
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder / CONFIG_NAME)
-        if said:
-            say(console, said)
+            output.check()
+            old = sorted({name.partition("/")[0] for name in output.owned()})
+            if old:
+                say(console, f"deleting from {folder}: {', '.join(old)}")
+            output.clear()
+            output.begin()
+            output.write(CONFIG_NAME, config_text(config, CONFIG_NAME))
+        for pattern in _LOGS:
+            output.claim(pattern)
     PartialState().wait_for_everyone()
-
-
-def clear_folder(folder: Path) -> list[str]:
-    """Delete what a run wrote and nothing else; return the names deleted."""
-    names = [n for n in _names(folder) if _RESULT.fullmatch(n) or _ACCESSORY.fullmatch(n)]
-    for name in names:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return names
 
 
 def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
@@ -196,7 +199,7 @@ def last_checkpoint(folder: Path, *, up_to: float = math.inf) -> Path | None:
 
 def _cut_off(folder: Path) -> list[str]:
     """Return the names of checkpoints that a process that was killed has left unfinished."""
-    staged = {path.name for path in (folder / STAGING_NAME).glob("checkpoint-*")}
+    staged = {path.name for path in (folder / _STAGING_NAME).glob("checkpoint-*")}
     in_place = {path.name for path in folder.glob("checkpoint-*") if read_state(path) is None}
     return sorted(staged | in_place)
 
@@ -216,10 +219,14 @@ def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
 
     If writing fails, the error says what is still intact.
     """
-    staging = folder / STAGING_NAME
+    staging = folder / _STAGING_NAME
     staging.mkdir(parents=True, exist_ok=True)
+    is_in_the_way = False
     try:
         yield staging
+    except FileExistsError as error:
+        is_in_the_way = True
+        raise FileExistsError(f"{error} Until the next run, {what} is in {staging}.") from error
     except Exception as error:
         if not is_write_failure(error):
             raise
@@ -232,13 +239,13 @@ def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
         )
         raise OSError(f"could not save {what} in {folder} ({error}). {fix}") from error
     finally:
-        if owner:
+        if owner and not is_in_the_way:
             clear_staging(folder)
 
 
 def clear_staging(folder: Path) -> None:
     """Delete what a process that was killed while saving has left."""
-    shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)
+    shutil.rmtree(folder / _STAGING_NAME, ignore_errors=True)
 
 
 def is_write_failure(error: Exception) -> bool:
@@ -249,20 +256,6 @@ def is_write_failure(error: Exception) -> bool:
     # tokenizers any failed write as an Exception with the last.
     marks = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
     return any(mark in str(error) for mark in marks)
-
-
-def publish(source: Path, target: Path) -> None:
-    """Move a complete file or folder to its place, on disk before it is seen there."""
-    # safetensors makes its files private; results should be as readable as their folder.
-    mode = target.parent.stat().st_mode & 0o666
-    for path in [source, *source.rglob("*")]:
-        if path.is_file():
-            path.chmod(mode)
-        _sync(path)
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
-    _sync(target.parent)
 
 
 def refuse_empty_tensors(folder: Path) -> None:
@@ -311,16 +304,3 @@ def _check_place(folder: Path) -> None:
         raise PermissionError(
             f"nothing can be written in {nearest}; choose another `training.output_dir`."
         )
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _sync(path: Path) -> None:
-    # Without this a power cut may leave the new name on old or empty contents.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,10 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 
+from pacatune.files.owned_folder import OURS
+
 # What a run keeps in its folder to go on, and its log.
-_KEPT_HERE = ["checkpoint-*", "runs/*", ".incomplete/*"]
+_KEPT_HERE = ["checkpoint-*", "runs/*", f"{OURS}/*"]
 
 
 def open_repository(repository: str, arguments: Any) -> str:
@@ -55,6 +57,6 @@ def push_result(folder: Path, repository: str, arguments: Any) -> str:
         raise ConnectionError(
             f"the result is in {folder}, but uploading it failed ({type(error).__name__}: "
             f"{error}); try again with `hf upload {repository} {folder} --exclude 'checkpoint-*' "
-            "'runs/*'`."
+            f"'runs/*' '{OURS}/*'`."
         ) from error
     return commit.repo_url.url

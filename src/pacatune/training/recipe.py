@@ -32,9 +32,9 @@ from pacatune.training.output import (
     is_finished,
     last_checkpoint,
     open_folder,
-    publish,
     read_state,
     refuse_empty_tensors,
+    run_folder,
     staged,
 )
 from pacatune.training.progress import (
@@ -118,7 +118,7 @@ def train(
         )
     console = main_console(config, console)
     folder = Path(str(config.training.output_dir))
-    check_folder(folder, resume=resume, overwrite=overwrite)
+    check_folder(config, resume=resume, overwrite=overwrite)
     if resume:
         check_same_options(config, folder)
     repository = None
@@ -432,7 +432,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
 def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
     """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
-    main = trainer.args.process_index == 0
+    main, output = trainer.args.process_index == 0, run_folder(folder)
     with staged(folder, "the result", owner=main) as staging:
         trainer.save_model(str(staging), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
@@ -442,7 +442,7 @@ def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path
             _write(task, trainer, report, staging)
             # The report last: it says that the run is finished.
             for path in sorted(staging.iterdir(), key=lambda p: p.name == REPORT_NAME):
-                publish(path, folder / path.name)
+                output.publish(path, path.name)
         trainer.accelerator.wait_for_everyone()
     trainer.rotate_checkpoints()
 

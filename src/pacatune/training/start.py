@@ -50,12 +50,6 @@ def settle_start(config: "LanguageRunConfig[Any]") -> None:
     """Fill the sections with the options of the adapter, and refuse those that contradict it."""
     if config.adapter is None:
         return
-    output = Path(str(config.training.output_dir)).expanduser().resolve()
-    if Path(config.adapter).expanduser().resolve().is_relative_to(output):
-        raise ValueError(
-            f"`adapter` ({config.adapter!r}) lies in the output folder {output}, which this run "
-            "writes; choose another `training.output_dir`."
-        )
     saved = read_start(config)
     for name in METHODS[config.method].sections:
         section = getattr(config, name)

@@ -17,7 +17,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -27,9 +27,9 @@ from pacatune.pretrained import load_weights, readable_weights
 from pacatune.training.output import (
     STATE_NAME,
     last_checkpoint,
-    publish,
     refuse_empty_tensors,
     refuse_missing_shards,
+    run_folder,
     staged,
 )
 from pacatune.training.progress import Meter
@@ -178,6 +178,18 @@ class RunTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train no further where the checkpoint that is resumed was the last of the run."""
+        stopped = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the run writes its own card when it knows the results."""
 
@@ -261,7 +273,7 @@ class RunTrainer(Trainer):
                 if self.args.should_save:
                     refuse_empty_tensors(staging / name)
                     refuse_missing_shards(staging / name)
-                    publish(staging / name, folder / name)
+                    run_folder(folder).publish(staging / name, name, edited=False)
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()

@@ -226,7 +226,7 @@ def test_one_run_at_a_time(evaluate, files, tmp_path):
     evaluate(**options)
     report = (tmp_path / "out" / "mt_bench.md").read_text()
     with (
-        FileLock(tmp_path / "out" / ".lock"),
+        FileLock(tmp_path / "out" / ".pacatune" / "lock"),
         pytest.raises(ValueError, match=r"another run is at work in .*--output DIR"),
     ):
         evaluate(**options)

@@ -12,7 +12,7 @@ from rich.console import Console
 from pacatune.experiments.study import run_study
 from pacatune.experiments.study.config import read_study
 from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.files.result_folder import alone_in
+from pacatune.files.owned_folder import alone_in
 from pacatune.training.classifier import ClassifierTrainer
 from tests.forks import Program
 

@@ -95,7 +95,7 @@ def test_files(scripted, tmp_path, drawn):
     _, options = scripted
     result, _ = run(config_of(options), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".lock", "study.json", "report.md", "metric.png", "rates.png", "runs"}
+    assert names == {".pacatune", "study.json", "report.md", "metric.png", "rates.png", "runs"}
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if ".png" in name)
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 9
     saved = json.loads((tmp_path / "out" / "study.json").read_text())

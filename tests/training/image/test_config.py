@@ -4,7 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
-from pacatune.training.config_file import read_values, save_config, to_values
+from pacatune.training.config_file import read_values, to_values
 from pacatune.training.image import (
     ImageDataConfig,
     ImageModelConfig,
@@ -12,6 +12,7 @@ from pacatune.training.image import (
     ImageTrainingConfig,
 )
 from pacatune.training.image.config import PRESETS, find_preset
+from tests.training.launching import save_config
 
 
 def test_has_every_option_of_transformers_and_two_more():

@@ -7,10 +7,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pacatune.training.config_file import save_config
 from pacatune.training.image import train
 from tests.image_models import save_vit
-from tests.training.launching import launch
+from tests.training.launching import launch, save_config
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_run(make_config, images_dir, tmp_path, console, method):
     is_adapter = METHODS[method].has_adapter
     assert names >= RESULT_NAMES | (weights if is_adapter else {"config.json", "model.safetensors"})
     assert is_adapter == ("adapter_config.json" in names)
-    assert not any("training_args" in name or ".incomplete" in name for name in names)
+    assert not any("training_args" in name or ".pacatune/incomplete" in name for name in names)
 
     saved = json.loads((folder / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class PackagedFiles:
         if _is_whole(folder):
             return folder
         if folder.exists():
+            _refuse_foreign(folder)
             say(f"{folder} is damaged: making it again")
             shutil.rmtree(folder)
         if self.reader is not None and importlib.util.find_spec(self.reader[0]) is None:
@@ -160,7 +162,6 @@ def prepare_rows(
     """Return two files of JSON Lines in a folder, of rows that are made the first time."""
     paths = (folder / names[0], folder / names[1])
     if not all(path.is_file() for path in paths):
-        shutil.rmtree(folder, ignore_errors=True)
         parts = make()
         with staged_folder(folder, num_bytes) as staging:
             for name, rows in zip(names, parts, strict=True):
@@ -172,6 +173,19 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON Lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse to make a folder again that has files which its source.json does not name."""
+    ours = {_SOURCE_FILE}
+    with suppress(OSError, ValueError, AttributeError):
+        ours |= json.loads((folder / _SOURCE_FILE).read_text()).get("written", {}).keys()
+    for path in sorted(folder.rglob("*")):
+        if path.name not in ours or path.parent != folder:
+            raise FileExistsError(
+                f"{path} is not of what is kept in {folder}, and stays as it is; move it, or "
+                "choose another folder: --cache DIR."
+            )
 
 
 def _is_whole(folder: Path) -> bool:

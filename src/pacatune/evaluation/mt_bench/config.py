@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pacatune.files.result_folder import to_json, write_whole
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.names import check_choices
 from pacatune.precision import Dtype
 from pacatune.reports.provenance import versions
@@ -173,10 +173,10 @@ def answer_settings(
     }
 
 
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+def write_settings(folder: OwnedFolder, settings: dict[str, Any]) -> None:
     """Note what makes a folder's answers, unless that is noted already."""
-    if not (folder / SETTINGS_NAME).is_file():
-        write_whole(folder / SETTINGS_NAME, to_json(settings))
+    if not (folder.path / SETTINGS_NAME).is_file():
+        folder.write_json(SETTINGS_NAME, settings)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

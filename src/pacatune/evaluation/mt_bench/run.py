@@ -16,6 +16,7 @@ from rich.console import Console
 from pacatune.evaluation.mt_bench.answering import AnswerFile, answer_questions, read_answers
 from pacatune.evaluation.mt_bench.client import JudgeClient
 from pacatune.evaluation.mt_bench.config import (
+    SETTINGS_NAME,
     MtBenchConfig,
     answer_settings,
     check_settings,
@@ -30,7 +31,7 @@ from pacatune.evaluation.mt_bench.report import (
     print_result,
     to_markdown,
 )
-from pacatune.files.result_folder import ResultFolder
+from pacatune.files.owned_folder import OwnedFolder
 
 RESULT_NAME, REPORT_NAME, RADAR_NAME = "mt_bench.json", "mt_bench.md", "radar.png"
 _NUM_PROGRESS_LINES = 20
@@ -79,17 +80,16 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
         if client.shows_key:
             say(f"note: the judge's key goes to {client.url} unencrypted; use https if it can.")
         client.check_reachable()
-    folder = ResultFolder(
-        path=config.output,
-        mark=RESULT_NAME,
-        kind="an MT-Bench evaluation",
-        others=(REPORT_NAME, RADAR_NAME),
-    )
-    with folder.opened(), termination_interrupts():
+    folder = OwnedFolder(path=config.output, kind="an MT-Bench evaluation")
+    outputs = (RESULT_NAME, REPORT_NAME, RADAR_NAME, SETTINGS_NAME)
+    with folder.going_on(*outputs), termination_interrupts():
+        folder.write_json(RESULT_NAME, {"finished": False})
+        for grows in ("model_answer/*.jsonl", "model_judgment/*.jsonl"):
+            folder.claim(grows)
         answers = subject.answers
         cut_off: dict[str, int] = {}
         if answers is None:
-            write_settings(folder.path, subject.made_by)
+            write_settings(folder, subject.made_by)
             answers, cut_off = _answer(config, data.questions, subject, say)
         result = {
             "finished": True,
@@ -103,9 +103,9 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
             say(f"the answers are in {_answer_path(config, subject)}; they are not judged.")
         else:
             result |= _judge(config, data, client, subject.model_id, answers, say)
-            _write_report(folder.path, result)
+            _write_report(folder, result)
             print_result(result, console)
-        folder.write(result)
+        folder.write_json(RESULT_NAME, result)
     return result
 
 
@@ -223,11 +223,11 @@ def _judge(
     }
 
 
-def _write_report(folder: Path, result: dict[str, Any]) -> None:
+def _write_report(folder: OwnedFolder, result: dict[str, Any]) -> None:
     title = f"MT-Bench: {result['model_id']}\njudged by {result['judge']['model']}"
-    is_drawn = draw_radar(result["table"], title, folder / RADAR_NAME)
-    page = to_markdown(result, RADAR_NAME if is_drawn else None)
-    (folder / REPORT_NAME).write_text(page, encoding="utf-8")
+    with folder.staged() as staging:
+        is_drawn = draw_radar(result["table"], title, staging / RADAR_NAME)
+    folder.write(REPORT_NAME, to_markdown(result, RADAR_NAME if is_drawn else None))
 
 
 def _progress(verb: str, unit: str, say: Say) -> Callable[[int, int], None]:

@@ -8,15 +8,15 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Result, Section
 from pacatune.experiments.reproduce.page import make_html, make_markdown
-from pacatune.files.result_folder import ResultFolder, to_json, write_whole
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.names import guess
 from pacatune.reports.provenance import commit, cpu_name, num_cores, versions, versions_text
 
@@ -42,21 +42,31 @@ def check_method(method: str, experiments: Sequence[Experiment]) -> None:
         raise ValueError(f"unknown method {method!r}; {hint}Choose from {', '.join(methods)}.")
 
 
-def open_folder(folder: Path, *, resume: bool) -> AbstractContextManager[None]:
+def result_folder(folder: Path) -> OwnedFolder:
+    """Return the folder of reproductions."""
+    return OwnedFolder(path=folder, kind="reproductions")
+
+
+@contextmanager
+def open_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     """Make the output folder ready, for this process alone until the end of the block."""
-    if (folder / MARK).is_file() and not resume:
+    output = result_folder(folder)
+    if output.is_ours and not resume:
         raise FileExistsError(
             f"output folder {folder} holds results of an earlier run; go on with them: --resume, "
             "or choose another: --output DIR."
         )
-    return ResultFolder(path=folder, mark=MARK, kind="reproduce").opened()
+    with output.going_on("*.json", "*.md", "*.html", "*.svg"):
+        output.write_json(MARK, {"finished": False})
+        yield
 
 
 class CellStore:
     """The results of an experiment's cells, in `cells/EXPERIMENT` of an output folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, output: OwnedFolder, experiment: str) -> None:
+        self._output, self._name = output, f"cells/{experiment}"
+        self.folder = output.path / self._name
 
     def find(self, cell: Cell) -> Result | None:
         """Return what the file of a cell holds, None if there is none of the same inputs."""
@@ -84,8 +94,7 @@ class CellStore:
             "versions": versions("trl", "bitsandbytes", "timm"),
             **commit(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path(cell), to_json(kept))
+        self._output.write_json(f"{self._name}/{cell.key}.json", kept)
         return kept
 
     def write_failure(self, cell: Cell, text: str) -> Path:
@@ -120,11 +129,12 @@ def run_experiments(
 ) -> list[Section]:
     """Compute what is missing in an opened folder, of one method or all; report on each."""
     sections: list[Section] = []
+    output = result_folder(folder)
     for experiment in experiments:
         if mode in experiment.cannot:
             tell(f"{experiment.name}: {experiment.cannot[mode]}")
             continue
-        store = CellStore(folder / "cells" / experiment.name)
+        store = CellStore(output, experiment.name)
         cells = experiment.cells(mode)
         wanted = [cell for cell in cells if only is None or only in cell.methods]
         failures: dict[str, str] = {}
@@ -136,13 +146,13 @@ def run_experiments(
                 failures[cell.key] = failure
         found = {cell.key: kept for cell in cells if (kept := store.find(cell)) is not None}
         sections.append(make_section(experiment, mode, found, command, failures))
-        write_report(sections[-1:], experiment.name, experiment.title, folder)
+        write_report(sections[-1:], experiment.name, experiment.title, output)
     summary = {
         "finished": not any(section.missing for section in sections),
         "command": command,
         "outcomes": {section.name: section.outcomes() for section in sections},
     }
-    write_whole(folder / MARK, to_json(summary))
+    output.write_json(MARK, summary)
     return sections
 
 
@@ -204,16 +214,15 @@ def _provenance(kept: list[Result], command: str) -> str:
     )
 
 
-def write_report(sections: Sequence[Section], name: str, heading: str, folder: Path) -> None:
+def write_report(sections: Sequence[Section], name: str, heading: str, output: OwnedFolder) -> None:
     """Write NAME.md, NAME.html, NAME.json and the pictures of sections."""
     for section in sections:
         for number, chart in enumerate(section.charts, 1):
-            path = folder / f"{section.name}-{number}.svg"
-            path.write_text(chart.svg, encoding="utf-8")
-    (folder / f"{name}.md").write_text(make_markdown(sections, heading), encoding="utf-8")
-    (folder / f"{name}.html").write_text(make_html(sections, heading), encoding="utf-8")
+            output.write(f"{section.name}-{number}.svg", chart.svg)
+    output.write(f"{name}.md", make_markdown(sections, heading))
+    output.write(f"{name}.html", make_html(sections, heading))
     values = {section.name: section_values(section) for section in sections}
-    write_whole(folder / f"{name}.json", to_json(values))
+    output.write_json(f"{name}.json", values)
 
 
 def section_values(section: Section) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pacatune.experiments.reproduce.experiment import Cell, Measured, Result, Re
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column
 from pacatune.experiments.study.statistics import is_at_edge, pooled_std, tune
-from pacatune.files.result_folder import to_json, write_whole
+from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.paper.settings import Settings, of_line

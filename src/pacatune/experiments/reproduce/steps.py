@@ -58,7 +58,7 @@ def bench_cell(config: BenchConfig) -> Cell:
         from pacatune.measure.bench import result_folder, run
 
         output = result_folder(folder)
-        output.open()
+        output.start_anew()
         result = run(config, output, "pacatune reproduce", tell)
         del result["config"]
         return result

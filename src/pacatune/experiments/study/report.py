@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
 from pacatune.experiments.study.result import ArmResult, StudyResult
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import new_figure, save_figure
 from pacatune.reports.provenance import versions_text
 from pacatune.reports.tables import ReportTable
@@ -12,11 +13,12 @@ REPORT_NAME, METRIC_PLOT, RATES_PLOT = "report.md", "metric.png", "rates.png"
 OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)
 
 
-def write_report(result: StudyResult, folder: Path) -> None:
+def write_report(result: StudyResult, folder: OwnedFolder) -> None:
     """Write report.md, metric.png and rates.png."""
-    _draw_metric(result, folder / METRIC_PLOT)
-    _draw_rates(result, folder / RATES_PLOT)
-    (folder / REPORT_NAME).write_text(_to_markdown(result), encoding="utf-8")
+    with folder.staged() as staging:
+        _draw_metric(result, staging / METRIC_PLOT)
+        _draw_rates(result, staging / RATES_PLOT)
+    folder.write(REPORT_NAME, _to_markdown(result))
 
 
 def table(result: StudyResult) -> ReportTable:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.experiments.study.statistics import Comparison
-from pacatune.files.result_folder import to_json, write_whole
+from pacatune.files.owned_folder import OwnedFolder
 
+RUNS_NAME = "runs"
 _KEY_IN_NAME = re.compile(r"-([0-9a-f]{24})\.json$")
+
+
+def study_folder(folder: Path) -> OwnedFolder:
+    """Return the folder of a study's results."""
+    return OwnedFolder(path=folder, kind="a study")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +54,11 @@ class RunRecord(Measured):
 
 
 class Records:
-    """The records in a folder, by key, each written whole or not at all."""
+    """The records in a study's folder, by key, each written whole or not at all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: OwnedFolder) -> None:
         self._folder = folder
-        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        files = sorted((folder.path / RUNS_NAME).glob("*.json"))
         self._files = {match[1]: f for f in files if (match := _KEY_IN_NAME.search(f.name))}
 
     def find(self, key: str) -> RunRecord | None:
@@ -72,13 +78,12 @@ class Records:
 
     def write(self, record: RunRecord) -> None:
         """Write a record, in the place of an earlier one of the same run."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{record.arm}-{record.learning_rate:g}-seed{record.seed}-{record.key}.json"
-        path = self._folder / name
-        write_whole(path, to_json(asdict(record)))
+        path = self._folder.path / RUNS_NAME / name
+        self._folder.write_json(f"{RUNS_NAME}/{name}", asdict(record))
         older = self._files.get(record.key)
         if older is not None and older != path:
-            older.unlink(missing_ok=True)
+            self._folder.remove(f"{RUNS_NAME}/{older.name}")
         self._files[record.key] = path
 
 

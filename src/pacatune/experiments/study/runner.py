@@ -13,7 +13,14 @@ from rich.console import Console
 from pacatune.experiments.study.config import StudyConfig
 from pacatune.experiments.study.plan import Plan, make_plan
 from pacatune.experiments.study.report import OUTPUTS, REPORT_NAME, write_report
-from pacatune.experiments.study.result import ArmResult, Measured, Records, RunRecord, StudyResult
+from pacatune.experiments.study.result import (
+    ArmResult,
+    Measured,
+    Records,
+    RunRecord,
+    StudyResult,
+    study_folder,
+)
 from pacatune.experiments.study.statistics import (
     best_of,
     compare,
@@ -23,13 +30,12 @@ from pacatune.experiments.study.statistics import (
     rate_beyond,
     std_of,
 )
-from pacatune.files.result_folder import ResultFolder
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.names import choose
 from pacatune.reports.provenance import versions
 from pacatune.training.progress import show_warnings
 
 RESULT_NAME = "study.json"
-RUNS_NAME = "runs"
 # Whose versions are recorded beside those of every report.
 _PACKAGES = ("trl", "accelerate", "datasets")
 # Numbers of trained parameters that differ by more are not called equal.
@@ -78,10 +84,11 @@ def run_study(
     chosen = {choose(name, config.arms, option="arms") for name in arms or config.arms}
     end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     console = console or Console(highlight=False)
-    output = ResultFolder(path=folder, mark=RESULT_NAME, kind="a study", others=OUTPUTS)
+    output = study_folder(folder)
     plan = make_plan(config, console.print)
-    with output.opened():
-        runner = _Runner(plan, folder, console, arms=chosen, end=end)
+    with output.going_on(RESULT_NAME, *OUTPUTS):
+        output.write_json(RESULT_NAME, {"finished": False})
+        runner = _Runner(plan, output, console, arms=chosen, end=end)
         # What is there by now stays: each run collects garbage twice, and need not look at it.
         gc.freeze()
         try:
@@ -97,8 +104,8 @@ def run_study(
         result = _summarise(plan, ended)
         if not is_finished:
             result.warnings.insert(0, f"unfinished: {runner.num_done} of {plan.num_runs} runs.")
-        write_report(result, folder)
-        output.write({"finished": is_finished, **result.to_dict()})
+        write_report(result, output)
+        output.write_json(RESULT_NAME, {"finished": is_finished, **result.to_dict()})
     if not is_finished:
         raise StudyPaused(
             f"paused with {runner.num_done} of {plan.num_runs} runs done, which "
@@ -109,7 +116,7 @@ def run_study(
 
 def pending_runs(plan: Plan, folder: Path) -> int:
     """Return how many of the runs that choose the rates have no result in a folder yet."""
-    runner = _Runner(plan, folder, Console(quiet=True))
+    runner = _Runner(plan, study_folder(folder), Console(quiet=True))
     return sum(runner.find(place) is None for place in runner.tuning_runs())
 
 
@@ -119,13 +126,13 @@ class _Runner:
     def __init__(
         self,
         plan: Plan,
-        folder: Path,
+        folder: OwnedFolder,
         console: Console,
         *,
         arms: Collection[str] | None = None,
         end: float = math.inf,
     ) -> None:
-        self._plan, self._records, self._console = plan, Records(folder / RUNS_NAME), console
+        self._plan, self._records, self._console = plan, Records(folder), console
         self._arms, self._end = set(plan.arms if arms is None else arms), end
         self.has_skipped = False
         """Whether runs were left because of their arm or the time."""

@@ -1,0 +1,117 @@
+"""Nothing of a user's is lost, whatever lies where a command writes, and whenever it is killed."""
+
+import json
+
+import pytest
+
+from pacatune.cli import main
+from tests.forks import run_python
+
+FOLDERS = """
+import sys
+from tests.files.foreign import try_folders
+sys.exit(bool(try_folders(50)))
+"""
+
+
+@pytest.mark.slow
+def test_fifty_random_folders():
+    done = run_python(FOLDERS)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def project(tmp_path, tiny_model_dir, monkeypatch):
+    """The current folder of a user with data."""
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"prompt": "What is 1?", "completion": "It is 7."}) + "\n"
+    (tmp_path / "data.jsonl").write_text(row)
+    return tmp_path
+
+
+def write(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x: 1\n")
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(capsys, folder, model, *words):
+    """Run `train`, which is refused and leaves all files as they are; return what it says."""
+    before = contents(folder)
+    command = ["train", "--model.path", str(model), "--data.path", "data.jsonl"]
+    assert main([*command, "--training.max_steps", "3", *words]) == 2
+    assert contents(folder) == before
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
+def test_a_folder_with_files_of_the_names_of_ours(project, tiny_model_dir, capsys, flag):
+    names = ("config.yaml", "README.md", "vocab.txt", "runs/mine/e")
+    write(project / "own", *names)
+    words = ("--training.output_dir", "own", *flag)
+    said = refused(capsys, project, tiny_model_dir, *words)
+    assert f"did not write, or that were changed since ({', '.join(sorted(names))})" in said
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
+def test_the_current_folder(project, tiny_model_dir, capsys, flag):
+    write(project, "config.yaml", "tokenizer_train.py", "tokenizers/mine.py", "completions/d.txt")
+    words = ("--training.output_dir", ".", *flag)
+    said = refused(capsys, project, tiny_model_dir, *words)
+    assert "`data.path`" in said
+    assert "lies in the output folder ., which this run writes; choose another" in said
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
+def test_the_folder_of_the_model(project, tiny_model_dir, capsys, flag):
+    import shutil
+
+    shutil.copytree(tiny_model_dir, project / "t5")
+    write(project / "t5", "config.yaml")
+    words = ("--training.output_dir", "t5", *flag)
+    said = refused(capsys, project, "t5", *words)
+    assert "`model.path`" in said
+    assert "lies in the output folder t5" in said
+    assert "--overwrite" not in said
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+def test_the_configuration_of_the_user(project, tiny_model_dir, capsys, flag):
+    (project / "run").mkdir()
+    (project / "run/config.yaml").write_text("# why I chose this\ntraining: {output_dir: run}\n")
+    said = refused(capsys, project, tiny_model_dir, "--config", "run/config.yaml", *flag)
+    assert "(config.yaml); they stay as they are: move them" in said
+
+
+def test_packaged_files_are_made_again_without_loss(tmp_path):
+    from pacatune.data.packaged.packages import PackagedFiles, prepare_rows
+
+    folder = tmp_path / "cache" / "thing"
+    write(folder, "mine.txt")
+    files = PackagedFiles(
+        package="p",
+        version="1",
+        archive_sha256="",
+        num_megabytes=1,
+        what="w",
+        otherwise="",
+        files={},
+    )
+    with pytest.raises(FileExistsError, match=r"mine.txt is not of what is kept in .*--cache DIR"):
+        files.prepare(folder, 1, lambda paths, staging: None, print, note="")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        prepare_rows(folder, ("a", "b"), 1, lambda: [[], []])
+    assert (folder / "mine.txt").exists()
+
+
+def test_pictures_are_new_files(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("mine")
+    for words in (["estimate", "llama3-8b"], ["estimate", "llama3-8b", "--time", "--gpu", "h100"]):
+        assert main([*words, "--plot", str(tmp_path / "a.png")]) == 2
+        assert "a.png exists; remove it, or name another file" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_text() == "mine"
