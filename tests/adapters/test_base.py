@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -90,3 +91,76 @@ def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):
     (adapter_copy / "chat_template.jinja").write_text("ours")
     assert find_tokenizer(str(model_copy), adapter_copy).chat_template == "ours"
     assert find_tokenizer(str(model_copy), None).chat_template != "ours"
+
+
+@pytest.fixture
+def with_tokenizer(model_copy, adapter_copy):
+    """An adapter with a tokenizer of its own."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_copy / name, adapter_copy / name)
+    (adapter_copy / "additional_chat_templates").mkdir()
+    return adapter_copy
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "additional_chat_templates/other.jinja",
+    ],
+)
+def test_no_file_of_a_tokenizer_is_outside_of_the_adapter(with_tokenizer, tmp_path, name):
+    path, secret = with_tokenizer / name, tmp_path / "secret"
+    secret.write_text(path.read_text() if path.exists() else "{}")
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*secret, outside of the folder"):
+        load_tokenizer(str(with_tokenizer))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"{name} is not a regular file"):
+        load_tokenizer(str(with_tokenizer))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"merges_file": "/etc/passwd"}, {"vocab_file": "x"}, {"init_inputs": ["/etc/x"]}],
+)
+def test_no_tokenizer_names_a_file_of_its_own(with_tokenizer, values):
+    path = with_tokenizer / "tokenizer_config.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"vocab_file": None, "special_tokens_map_file": "/a"}))
+    (with_tokenizer / "notes").symlink_to("nowhere")  # nobody reads that
+    load_tokenizer(str(with_tokenizer))
+    path.write_text(json.dumps(good | values))
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json gives `{next(iter(values))}`"):
+        load_tokenizer(str(with_tokenizer))
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoint-10"])
+def test_the_hubs_cache_is_read_through_its_links(with_tokenizer, tmp_path, monkeypatch, inner):
+    from huggingface_hub import constants
+
+    from pacatune.adapters.folder import read_adapter
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, revision = tmp_path / "hub" / "models--someone--adapter", "0" * 40
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / revision
+    (snapshot / inner).mkdir(parents=True)
+    shutil.copytree(with_tokenizer, blobs)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    for path in blobs.iterdir():
+        if path.is_file():
+            (snapshot / inner / path.name).symlink_to(os.path.relpath(path, snapshot / inner))
+    for folder in (snapshot / inner, *([] if inner else ["someone/adapter"])):
+        adapter = read_adapter(folder)
+        assert adapter.folder == snapshot / inner
+        assert load_tokenizer(str(adapter.folder)).chat_template is not None
+    (blobs / "secret").symlink_to(tmp_path)
+    (snapshot / inner / "tokenizer.model").symlink_to(blobs / "secret" / "adapter" / "README.md")
+    with pytest.raises(ValueError, match="outside of the folder"):
+        load_tokenizer(str(snapshot / inner))

@@ -7,13 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pacatune.adapters.folder import (
-    LoraAdapter,
-    find_file,
-    locate_folder,
-    open_adapter,
-    read_adapter,
-)
+from pacatune.adapters.folder import LoraAdapter, locate_folder, open_adapter, read_adapter
+from pacatune.files.plain import find_file
 
 
 def rewrite(folder, change):
@@ -67,10 +62,10 @@ def test_a_missing_folder_or_file_is_named(adapter_copy, tmp_path):
     with pytest.raises(ValueError, match=r"is a file; give the folder that holds it"):
         read_adapter(adapter_copy / "adapter_config.json")
     (adapter_copy / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; it is not an"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; is it the"):
         read_adapter(adapter_copy)
     (adapter_copy / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; it is not an"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; is it the"):
         read_adapter(adapter_copy)
 
 

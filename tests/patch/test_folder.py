@@ -1,6 +1,7 @@
 """Model folders: patched copies, and what a patch does not fit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -190,6 +191,11 @@ def test_folders_that_are_no_models_in_safetensors(bf16_patch, tmp_path, sharded
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             patch.apply_in_place(base, bf16_patch)
+    index.unlink()
+    os.mkfifo(index)
+    with pytest.raises(FileNotFoundError, match="has neither model"):
+        patch.apply_in_place(base, bf16_patch)
+    index.unlink()
     index.write_text(json.dumps(good))
     (first, *_) = sorted(base.glob("*.safetensors"))
     shutil.copy(first, base / "twice.safetensors")

@@ -1,5 +1,6 @@
 """Transports: in order, late, interrupted, over processes; nothing is lost."""
 
+import os
 import threading
 import time
 from datetime import timedelta
@@ -114,6 +115,15 @@ def test_other_files_are_refused(tmp_path):
         File(tmp_path, timeout=0.1).receive()
     (tmp_path / "000001.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        File(tmp_path, timeout=0.1).receive()
+    path = tmp_path / "000001.safetensors"
+    path.rename(tmp_path.parent / "elsewhere")
+    path.symlink_to(tmp_path.parent / "elsewhere")
+    with pytest.raises(ValueError, match=r"is a link to .*elsewhere, outside of the folder"):
+        File(tmp_path, timeout=0.1).receive()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
         File(tmp_path, timeout=0.1).receive()
     with pytest.raises(ValueError, match=r"`keep` \(0\) must be at least 1"):
         File(tmp_path, keep=0)

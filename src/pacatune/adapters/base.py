@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
-from pacatune.adapters.folder import Adapter, LoraAdapter, find_tensors
+from pacatune.adapters.folder import CONFIG_NAME, Adapter, LoraAdapter, find_tensors
+from pacatune.files.json_file import parse_json_object
+from pacatune.files.plain import check_files
 from pacatune.files.tensor_file import read_header
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX
@@ -220,6 +222,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
+    if (folder / CONFIG_NAME).exists():
+        _check_tokenizer(folder)
     try:
         return pretrained.load_tokenizer(name, option="model")
     except FileNotFoundError:
@@ -231,6 +235,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
             f"the tokenizer of {name!r} cannot be read ({error}); repair its files, or remove them "
             "to go without."
         ) from error
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse the tokenizer of an adapter that would have transformers open files elsewhere."""
+    check_files(folder)
+    if not (path := folder / "tokenizer_config.json").exists():
+        return
+    for key, value in parse_json_object(path.read_bytes(), source=str(path)).items():
+        names_file = key.endswith("_file") and key != "special_tokens_map_file"  # which none opens
+        if value and (names_file or key == "init_inputs"):
+            raise ValueError(
+                f"{path} gives `{key}` = {str(value)[:80]!r}, but the files of a tokenizer are "
+                "found by their names; set it to null."
+            )
 
 
 def find_tokenizer(base: str, adapter_folder: Path | None) -> PreTrainedTokenizerBase | None:

@@ -47,7 +47,6 @@ from pacatune.adapters.folder import (
     CONFIG_NAME,
     Adapter,
     LoraAdapter,
-    find_file,
     is_parameter,
     locate_folder,
     module_alpha,
@@ -63,6 +62,7 @@ from pacatune.adapters.probe import (
 )
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.json_file import read_json_object
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME, ColumnUpdate

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, find_file, read_adapter
+from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, read_adapter
 from pacatune.adapters.target import find_target
 from pacatune.files.json_file import read_json_object
 from pacatune.files.owned_folder import write_whole
+from pacatune.files.plain import find_file
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")

@@ -1,7 +1,6 @@
 """Open an adapter folder that a stranger made, without its base model."""
 
 import re
-import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from torch import Tensor
 
 from pacatune.files.json_file import read_json_object
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import (
     FILE_TYPES,
@@ -268,21 +268,6 @@ def locate_folder(folder: str | Path) -> Path:
         ) from error
 
 
-def find_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file in the folder; refuse a link to outside of it."""
-    path = folder / name
-    if not path.exists():
-        raise FileNotFoundError(f"{str(folder)!r} has no {name}; it is not an adapter folder.")
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
-        raise ValueError(
-            f"{path} is a link to {target}, outside of the folder; copy the file into the folder."
-        )
-    if not stat.S_ISREG(target.stat().st_mode):
-        raise ValueError(f"{path} is not a regular file; an adapter folder holds plain files only.")
-    return path
-
-
 def find_tensors(folder: Path) -> Path:
     """Return the path of the adapter's tensors; pickled ones are refused."""
     pickled = [name for name in _PICKLE_NAMES if (folder / name).exists()]
@@ -343,10 +328,3 @@ def _columns_second(update: ColumnUpdate, config: PacaOptions, name: str) -> Col
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
     return ColumnUpdate(delta, indices)
-
-
-def _roots(folder: Path) -> list[Path]:
-    # The hub's cache links `snapshots/REVISION/FILE` to `blobs/HASH` of the same repository.
-    if folder.parent.name == "snapshots":
-        return [folder, folder.parents[1] / "blobs"]
-    return [folder]

@@ -14,13 +14,13 @@ from pacatune.adapters.folder import (
     FINGERPRINT_KEY,
     SIDECAR_NAME,
     Adapter,
-    find_file,
     find_tensors,
     is_parameter,
     locate_folder,
     read_adapter,
 )
 from pacatune.files.json_file import read_json_object
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 from pacatune.format.tensors import PEFT_PREFIX

@@ -120,8 +120,8 @@ class Checkpoint:
 def _file_names(folder: Path) -> tuple[str, ...]:
     index = folder / INDEX_NAME
     # transformers takes the one file where both lie.
-    is_single = file_path(folder, SINGLE_NAME).exists()
-    if is_single or not index.exists():
+    is_single = file_path(folder, SINGLE_NAME).is_file()
+    if is_single or not index.is_file():
         if not is_single:
             raise FileNotFoundError(
                 f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}; only models that are saved "

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_DEPTH = 16
-_MAX_DIGITS = 30
+_MAX_DIGITS = 40  # transformers writes 10**30 as no limit of a tokenizer
 
 # A whole string, closed or not, so that brackets inside strings do not count; or one bracket.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)

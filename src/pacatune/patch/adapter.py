@@ -12,7 +12,6 @@ from pacatune.adapters.folder import (
     SIDECAR_NAME,
     Adapter,
     LoraAdapter,
-    find_file,
     find_tensors,
     open_adapter,
     read_adapter,
@@ -21,6 +20,7 @@ from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
@@ -264,9 +264,11 @@ def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
 
 
 def _adapter_part(adapter: Adapter) -> AdapterPart:
-    sidecar = adapter.folder / SIDECAR_NAME
+    folder, sidecar = adapter.folder, None
+    if (folder / SIDECAR_NAME).exists():
+        sidecar = find_file(folder, SIDECAR_NAME).read_text(encoding="utf-8")
     return AdapterPart(
-        config=find_file(adapter.folder, CONFIG_NAME).read_text(encoding="utf-8"),
-        sidecar=sidecar.read_text(encoding="utf-8") if sidecar.exists() else None,
-        tensors=read_tensors(find_tensors(adapter.folder)),
+        config=find_file(folder, CONFIG_NAME).read_text(encoding="utf-8"),
+        sidecar=sidecar,
+        tensors=read_tensors(find_tensors(folder)),
     )

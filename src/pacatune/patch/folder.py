@@ -25,6 +25,7 @@ from pacatune.files.checkpoint import Checkpoint, window, writable
 from pacatune.files.folder import check_output, format_bytes, staged_folder
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
 from pacatune.files.owned_folder import alone_in
+from pacatune.files.plain import find_file
 from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
 from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_
@@ -269,24 +270,17 @@ def _sync(folder: Path) -> None:
 def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
     """Copy a model folder; return a note on what was left out."""
     root, left_out = checkpoint.folder.resolve(), []
-    allowed = [root]
-    if root.parent.name == "snapshots":  # the hub's cache: links to the blobs of the same model
-        allowed.append(root.parents[1] / "blobs")
     for path in sorted(root.rglob("*")):
         inner = path.relative_to(root)
         if any(part.startswith(".") for part in inner.parts) or not path.is_file():
             continue
-        target = path.resolve()
-        if not any(target.is_relative_to(one) for one in allowed):
-            raise ValueError(
-                f"{path} is a link to {target}, outside of the folder; put a copy in its place."
-            )
+        found = find_file(root, str(inner))
         is_models = str(inner) in checkpoint.files
         if not is_models and inner.suffix in (".safetensors", *_OTHER_WEIGHTS):
             left_out.append(str(inner))
         else:
             (staging / inner).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(target, staging / inner)
+            shutil.copyfile(found, staging / inner)
     if not left_out:
         return []
     return [f"left out, as they hold the base's weights unpatched: {', '.join(left_out)}."]

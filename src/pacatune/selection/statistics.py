@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
@@ -136,7 +137,7 @@ def load_columns(path: str | Path) -> Columns:
         ValueError: If it is damaged, or holds no columns.
     """
     path = Path(path).expanduser()
-    path = path / TENSORS_NAME if path.is_dir() else path
+    path = find_file(path, TENSORS_NAME) if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"columns file {path} does not exist; check the path.")
     suffix = f".{INDICES}"

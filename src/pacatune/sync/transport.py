@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pacatune.files.json_file import parse_json_object
+from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 
@@ -264,7 +265,7 @@ class File:
         return complete[-1] if complete else next(iter(kinds), None)
 
     def _words(self, number: int) -> dict[str, Any]:
-        path = self._path(number)
+        path = find_file(self.folder, self._path(number).name)
         text = read_layout(path).metadata.get("pacatune_sync")
         if not isinstance(text, str):
             raise ValueError(f"{path} is no message of a trainer; use a folder for syncs alone.")

@@ -157,10 +157,11 @@ class PacaSection:
 def _rates_in(path: Path, normalize: str) -> dict[str, list[Any]] | None:
     """Return the rates of an adapter whose steps were normalised in the same way, or None."""
     from pacatune.adapters.folder import CONFIG_NAME, read_config
+    from pacatune.files.plain import find_file
 
     if not (path / CONFIG_NAME).is_file():
         return None
-    saved = read_config(path / CONFIG_NAME)
+    saved = read_config(find_file(path, CONFIG_NAME))
     return saved.column_rates if saved.normalize == normalize else None
 
 

@@ -10,12 +10,12 @@ from pacatune.adapters.folder import (
     CONFIG_NAME,
     Adapter,
     LoraAdapter,
-    find_file,
     locate_folder,
     read_config,
     read_lora_config,
 )
 from pacatune.files.json_file import read_json_object
+from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.sections import OF_THE_RUN

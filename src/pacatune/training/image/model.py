@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from pacatune.adapters.loading import attach
 from pacatune.data.images import Preprocessing
 from pacatune.data.images.dataset import PREPROCESSOR_NAME
 from pacatune.data.images.sources import to_rgb
+from pacatune.files.json_file import read_json_object
+from pacatune.files.plain import find_file
 from pacatune.pretrained import empty_model, find_model, load_config, load_weights
 
 CLASSES_KEY = "classes"
@@ -293,13 +294,13 @@ def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
             f"{folder} holds no {PREPROCESSOR_NAME}, so it is no finished run of "
             "`pacatune train-image`; check the path."
         )
-    values = json.loads((folder / PREPROCESSOR_NAME).read_text(encoding="utf-8"))
+    values = read_json_object(find_file(folder, PREPROCESSOR_NAME))
     preprocessing = Preprocessing.from_transformers(values)
     adapter, path, revision, classes = None, str(folder), None, None
     if (folder / "adapter_config.json").is_file():
         adapter = open_adapter(folder)
         path, revision = base_name(base, adapter.config), adapter.config.revision
-        classes = json.loads((folder / SIDECAR_NAME).read_text(encoding="utf-8"))[CLASSES_KEY]
+        classes = read_json_object(find_file(folder, SIDECAR_NAME))[CLASSES_KEY]
     described = describe_base(path, revision, classes, preprocessing.size)
     model = load_model(described, torch.float32)
     if adapter is not None:
