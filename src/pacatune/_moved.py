@@ -36,7 +36,6 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "pacatune.evaluation.logits": "pacatune.evaluation.scoring",
     "pacatune.evaluation.mt_bench.answers": "pacatune.evaluation.mt_bench.answering",
     "pacatune.evaluation.mt_bench.json_lines": "pacatune.files.json_lines",
-    "pacatune.format.patterns": "pacatune.format.options",
     "pacatune.functional": "pacatune.ops",
     "pacatune.memory": (f"{_MEASURE}.counters", f"{_MEASURE}.device"),
     "pacatune.memory.estimate": f"{_MEASURE}.estimate",

@@ -5,6 +5,8 @@ from peft import TaskType
 
 from pacatune.adapters.folder import _TASK_TYPES, read_config, read_lora_config
 
+HANGS = "(([a-z_.0-9]+)+)+!"
+
 
 @pytest.fixture
 def edited(adapter_copy):
@@ -67,6 +69,17 @@ def test_the_keys_of_another_reader_are_enough(tmp_path):
         ({"exclude_modules": ["*"]}, r"`\w+` \('\*'\) is no regular expression"),
         ({"rank_pattern": {"[": 4}}, r"`\w+` \('\['\) is no regular expression"),
         ({"alpha_pattern": {"[": 4}}, r"`\w+` \('\['\) is no regular expression"),
+        ({"selection": {"[": [4]}}, r"`columns` \('\['\) is no regular expression"),
+        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* too many ways"),
+        ({"alpha_pattern": {HANGS: 4}}, "`alpha_pattern` .* too many ways"),
+        ({"target_modules": HANGS}, "`target_modules` .* too many ways"),
+        ({"exclude_modules": HANGS}, "`exclude_modules` .* too many ways"),
+        ({"selection": {HANGS: [4]}}, "`columns` .* too many ways"),
+        ({"columns": {HANGS: [4]}}, "`columns` .* too many ways"),
+        (
+            {"normalize": "weight", "column_rates": {HANGS: [4.0]}},
+            "`column_rates` .* too many ways",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused(edited, changes, message):
@@ -94,6 +107,8 @@ def test_keys_of_another_peft_do_not_matter_while_they_are_off(tmp_path):
         ({"target_modules": "("}, r"`\w+` \('\('\) is no regular expression"),
         ({"target_modules": [1]}, r"`\w+` \('1'\) is no regular expression"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
+        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* too many ways"),
+        ({"target_modules": HANGS}, "`target_modules` .* too many ways"),
         ({"use_dora": True, "target_modules": 3}, r"`\w+` \('3'\) is no regular expression"),
     ],
 )

@@ -124,6 +124,17 @@ def test_tensors_of_another_rank_than_configured_are_refused(adapter_copy):
         read_adapter(adapter_copy)
 
 
+def test_patterns_are_refused_that_would_be_tried_for_ever_on_names_of_the_file(adapter_copy):
+    path = adapter_copy / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {".*a.*a.*b": 8}}))
+    read_adapter(adapter_copy)
+    long = {f"{'a.' * 200}{n}.paca_delta": torch.ones(4, 4) for n in range(200)}
+    indices = {name.replace("delta", "indices"): torch.arange(4) for name in long}
+    rewrite(adapter_copy, lambda tensors: tensors.update(long | indices))
+    with pytest.raises(ValueError, match=r"adapter_config.json: `alpha_pattern` .* too many ways"):
+        read_adapter(adapter_copy)
+
+
 def test_a_file_without_tensors_of_paca_is_refused(adapter_copy):
     rewrite(adapter_copy, lambda tensors: tensors.clear())
     with pytest.raises(

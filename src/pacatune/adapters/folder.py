@@ -13,13 +13,8 @@ from torch import Tensor
 from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
-from pacatune.format.options import (
-    FILE_TYPES,
-    PacaOptions,
-    check_patterns,
-    matching_key,
-    target_of,
-)
+from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
+from pacatune.format.patterns import check_effort, check_patterns, matching_key
 from pacatune.format.tensors import (
     TENSORS_NAME,
     ColumnUpdate,
@@ -72,10 +67,11 @@ def read_config(path: Path) -> PacaOptions:
             f"{path}: Invalid task type: {task[:80]!r}; it must be one of {', '.join(_TASK_TYPES)}."
         )
     try:
-        check_patterns(config)
-        return PacaOptions(**config)
+        options = PacaOptions(**config)
+        check_effort(vars(options))  # `columns` may have come as `selection`
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    return options
 
 
 def read_lora_config(path: Path) -> "LoraConfig":
@@ -106,6 +102,7 @@ def read_lora_config(path: Path) -> "LoraConfig":
         )
     try:
         check_patterns(config)
+        check_effort(config)
         return config_class(**{key: value for key, value in config.items() if key in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -209,7 +206,9 @@ def open_adapter(folder: str | Path) -> Adapter | LoraAdapter:
         return read_adapter(folder)
     config = read_lora_config(path)
     tensors_path = find_tensors(folder)
-    for name, tensor in read_tensors(tensors_path).items():
+    tensors = read_tensors(tensors_path)
+    check_effort(_own_patterns(config), tensors, source=f"{path}: ")
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{tensors_path}: tensor {name!r} holds values that are not finite. Training "
@@ -239,12 +238,18 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{path} holds no `paca_delta`; it is empty or belongs to another method. "
             "Save the adapter again."
         )
+    check_effort(_own_patterns(config), modules, source=f"{folder / CONFIG_NAME}: ")
     check_ranks(config, modules, source=str(path))
     modules = {name: _columns_second(update, config, name) for name, update in modules.items()}
     extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
     sidecar_path = folder / SIDECAR_NAME
     sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if sidecar_path.exists() else {}
     return Adapter(folder=folder, config=config, modules=modules, extra=extra, sidecar=sidecar)
+
+
+def _own_patterns(config: "PacaOptions | LoraConfig") -> dict[str, Any]:
+    """Return the patterns that are matched with the names in an adapter's file."""
+    return {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
 
 
 def locate_folder(folder: str | Path) -> Path:

@@ -4,13 +4,13 @@
 looking into an adapter does not wait for PEFT.
 """
 
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from pacatune.format.patterns import check_patterns
 from pacatune.strategies import FIXED, KINDS, needs_of, statistics_of
 
 NEEDS_US = "PACATUNE"
@@ -25,17 +25,6 @@ RANDOM = "random"
 Columns = dict[str, list[int]] | dict[str, list[list[int]]]
 """Module name -> its columns, or those of each of its row groups."""
 _MAX_DEPTH = 8
-# PEFT compiles these, names of modules included, and only when it looks for modules.
-PATTERN_OPTIONS = (
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "columns",
-    "modules_to_save",
-)
-_PLAIN_NAME = re.compile(r"[\w.]*")
 
 
 @dataclass
@@ -126,7 +115,6 @@ class PacaOptions:
         _check_rank("r", self.r)
         _check_alpha("paca_alpha", self.paca_alpha)
         _check_rank("groups", self.groups)
-        check_patterns(vars(self))
         for name, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{name!r}]", rank)
         for name, alpha in (self.alpha_pattern or {}).items():
@@ -154,6 +142,7 @@ class PacaOptions:
                 f"`target_parameters` ({self.target_parameters!r}) must be a list of names, such "
                 "as ['experts.down_proj']."
             )
+        check_patterns(vars(self))
 
     def needs_pacatune(self) -> list[str]:
         """Return what PEFT's own PaCA cannot read of this adapter, for messages; empty: nothing.
@@ -254,31 +243,6 @@ class PacaOptions:
                 f"by {self.selection!r} all groups would choose the same columns, which is "
                 "`groups` 1."
             )
-
-
-def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
-    """Refuse regular expressions in an adapter's options that do not compile.
-
-    Each of `PATTERN_OPTIONS` is one pattern, a list, or a dictionary by patterns; `section`, such
-    as "paca.", stands before the name of an option in the message.
-    """
-    for option in PATTERN_OPTIONS:
-        value = options.get(option)
-        patterns = value if isinstance(value, (list, tuple, set, dict)) else [value or ""]
-        for pattern in patterns:
-            try:
-                # Thousands of plain names need no compiling.
-                _PLAIN_NAME.fullmatch(pattern) or re.compile(pattern)
-            except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise ValueError(
-                    f"`{section}{option}` ({str(pattern)[:80]!r}) is no regular expression: "
-                    f"{error}; mend it, or put a backslash before a sign that stands for itself."
-                ) from error
-
-
-def matching_key(patterns: Iterable[str], name: str) -> str | None:
-    """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key."""
-    return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
 
 
 def target_of(name: str) -> str:

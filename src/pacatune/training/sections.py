@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pacatune.format.options import Columns, check_patterns
+from pacatune.format.options import Columns
+from pacatune.format.patterns import check_patterns
 from pacatune.selection import strategies
 from pacatune.selection.budget import PARTS
 
