@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pacatune.adapters.folder import LoraAdapter, locate_folder, open_adapter, read_adapter
+from pacatune.adapters.inspect import inspect_adapter
 from pacatune.files.plain import find_file
 
 
@@ -165,8 +166,27 @@ def test_adapters_that_can_be_run_are_opened(adapter_dir, lora_dir):
     assert (adapter.folder, adapter.config.r) == (lora_dir, 4)
 
 
-def test_a_lora_adapter_with_infinite_values_is_refused(lora_dir, tmp_path):
+@pytest.mark.parametrize("read", [open_adapter, inspect_adapter])
+def test_a_lora_adapter_with_infinite_values_is_refused(lora_dir, tmp_path, read):
     folder = shutil.copytree(lora_dir, tmp_path / "lora")
     rewrite(folder, lambda tensors: next(iter(tensors.values())).fill_(torch.inf))
     with pytest.raises(ValueError, match=r"tensor '.*lora_A.weight' holds values that are not"):
-        open_adapter(folder)
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.tensor([[1.0, torch.nan]]),
+        torch.tensor([torch.inf], dtype=torch.bfloat16),
+        torch.tensor([torch.nan]).to(torch.float8_e4m3fn),
+    ],
+)
+def test_tensors_beside_the_columns_are_finite_too(adapter_copy, wrong):
+    name = "base_model.model.lm_head.weight"
+    for tensor in (torch.ones(2).to(wrong.dtype), torch.arange(3)):
+        rewrite(adapter_copy, lambda tensors, tensor=tensor: tensors.update({name: tensor}))
+        read_adapter(adapter_copy)
+    rewrite(adapter_copy, lambda tensors: tensors.update({name: wrong}))
+    with pytest.raises(ValueError, match=rf"tensor '{name}' holds values that are not finite"):
+        read_adapter(adapter_copy)

@@ -18,6 +18,7 @@ from pacatune.format.patterns import check_effort, check_patterns, matching_key
 from pacatune.format.tensors import (
     TENSORS_NAME,
     ColumnUpdate,
+    check_finite,
     check_tensors,
     group_tensors,
     split_tensor_name,
@@ -208,12 +209,7 @@ def open_adapter(folder: str | Path) -> Adapter | LoraAdapter:
     tensors_path = find_tensors(folder)
     tensors = read_tensors(tensors_path)
     check_effort(_own_patterns(config), tensors, source=f"{path}: ")
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{tensors_path}: tensor {name!r} holds values that are not finite. Training "
-                "diverged or the file is damaged: use an earlier checkpoint."
-            )
+    check_finite(tensors, source=str(tensors_path))
     return LoraAdapter(folder=folder, config=config)
 
 
@@ -232,6 +228,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     path = find_tensors(folder)
     tensors = read_tensors(path)
     check_tensors(tensors, source=str(path))
+    check_finite(tensors, source=str(path))
     modules = group_tensors(tensors, source=str(path))
     if not modules:
         raise ValueError(

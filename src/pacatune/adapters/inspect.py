@@ -23,7 +23,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
-from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.format.tensors import PEFT_PREFIX, check_finite
 from pacatune.ops.row_groups import distinct_columns, joined_groups, rank_of
 
 
@@ -139,7 +139,9 @@ def _describe_paca(adapter: Adapter) -> AdapterReport:
 
 
 def _describe_other(folder: Path, config: dict[str, Any], method: str) -> AdapterReport:
-    tensors = read_tensors(find_tensors(folder))
+    path = find_tensors(folder)
+    tensors = read_tensors(path)
+    check_finite(tensors, source=str(path))
     modules, extra = [], dict(tensors)
     alpha = _typed(config, "lora_alpha", int, float)
     for key, factor_b in tensors.items():

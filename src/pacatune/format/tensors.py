@@ -73,6 +73,21 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
             _check_order(update.indices, where)
 
 
+def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse NaN and infinity in an adapter's tensors of any kind."""
+    for name, tensor in tensors.items():
+        is_small = tensor.is_floating_point() and tensor.itemsize == 1
+        try:
+            is_finite = bool((tensor.float() if is_small else tensor).isfinite().all())
+        except NotImplementedError:  # packed in 4 bits, as no training saves them
+            is_finite = False
+        if not is_finite:
+            raise ValueError(
+                f"{source}: tensor {name!r} holds values that are not finite. Training diverged or "
+                "the file is damaged: use an earlier checkpoint."
+            )
+
+
 def _check_layout(update: ColumnUpdate, where: str) -> None:
     delta, indices = update
     if delta.dtype not in _DELTA_DTYPES:
