@@ -1,6 +1,4 @@
-import resource
 import shutil
-import signal
 import stat
 
 import pytest
@@ -8,6 +6,7 @@ import torch
 
 from pacatune.files.folder import check_output, format_bytes, staged_folder
 from pacatune.files.tensor_file import write_tensors
+from tests.full_disk import limited_files
 
 
 def fill(folder, action):
@@ -88,21 +87,10 @@ def write_safetensors(staging):
     write_tensors({"a": torch.ones(1000)}, staging / "file.safetensors")
 
 
-@pytest.fixture
-def limited_files():
-    """Limit files to 1000 bytes: writing more fails in the same calls as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("write", [write_text, write_safetensors])
-@pytest.mark.usefixtures("limited_files")
 def test_a_disk_that_runs_full_leaves_nothing(tmp_path, write):
-    with pytest.raises(ValueError, match=r"could not write '.*out' .*nothing was left behind"):
+    full = pytest.raises(ValueError, match=r"could not write '.*out' .*nothing was left behind")
+    with limited_files(), full:
         fill(tmp_path / "out", write)
     assert not list(tmp_path.iterdir())
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from pacatune import patch
 from pacatune.patch.edit import bits
 from pacatune.patch.file import _KEY, is_patch
+from tests.full_disk import limited_files
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_nothing_is_overwritten(path, bf16_patch):
         patch.save(bf16_patch, path)
     assert path.read_bytes() == before
     assert [one.name for one in path.parent.iterdir()] == ["p.safetensors"]
+
+
+def test_a_disk_that_runs_full_leaves_nothing(bf16_patch, tmp_path):
+    full = pytest.raises(ValueError, match=r"could not write '.*new/p' .*nothing was left behind")
+    with limited_files(), full:
+        patch.save(bf16_patch, tmp_path / "new" / "p")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_every_flipped_bit_is_found(path):

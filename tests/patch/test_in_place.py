@@ -1,5 +1,6 @@
 """Patches in place, and kills at every moment of these."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pacatune.files.journal import JOURNAL_NAME
 from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
+from tests.full_disk import limited_files
 from tests.patch.folders import contents
 
 
@@ -75,8 +77,25 @@ def test_a_full_disk_is_known_before(base, bf16_patch, monkeypatch):
     assert contents(base) == before
 
 
-@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_an_error_while_writing_is_rolled_back_at_once(base, bf16_patch, monkeypatch, error):
+def test_a_disk_that_runs_full_at_the_journal_changes_nothing(base, bf16_patch):
+    before = contents(base)
+    full = pytest.raises(ValueError, match=r"could not write '.*journal' .*nothing was left")
+    with limited_files(), full:
+        patch.apply_in_place(base, bf16_patch)
+    assert contents(base) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("denied"), OSError),
+        (OSError(errno.ENOSPC, "no space left"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_an_error_while_writing_is_rolled_back_at_once(
+    base, bf16_patch, monkeypatch, error, expected
+):
     before, write, calls = contents(base), folder_module._write, []
 
     def failing(path, checkpoint, edits):
@@ -86,7 +105,7 @@ def test_an_error_while_writing_is_rolled_back_at_once(base, bf16_patch, monkeyp
             raise error
 
     monkeypatch.setattr(folder_module, "_write", failing)
-    with pytest.raises(type(error)):
+    with pytest.raises(expected, match=r"denied|could not write '.*base' .*no space left|^$"):
         patch.apply_in_place(base, bf16_patch)
     assert contents(base) == before
 

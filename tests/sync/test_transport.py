@@ -11,6 +11,7 @@ import torch
 from pacatune.sync import ColumnReceiver, ColumnSource, Distributed, File, InProcess
 from tests.distributed import net
 from tests.distributed.pair import Pair
+from tests.full_disk import limited_files
 from tests.releases import has, needs
 from tests.sync.conftest import adapt, assert_bits, merged, served, step
 
@@ -127,6 +128,22 @@ def test_other_files_are_refused(tmp_path):
         File(tmp_path, timeout=0.1).receive()
     with pytest.raises(ValueError, match=r"`keep` \(0\) must be at least 1"):
         File(tmp_path, keep=0)
+
+
+def test_a_disk_that_runs_full_keeps_what_was_sent(model, tmp_path):
+    source, sender = ColumnSource(model), File(tmp_path)
+    source.send(sender)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    step(model)
+    full = pytest.raises(ValueError, match=r"could not write '.*000003.safetensors' .*nothing was")
+    with limited_files(), full:
+        source.send(sender)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    last = source.send(sender).number
+    receiver, reader = ColumnReceiver(server := served()), File(tmp_path, timeout=0.05)
+    while receiver.receive(reader).number < last:
+        pass
+    assert_bits(server, merged(model))
 
 
 def train_and_serve():

@@ -45,20 +45,36 @@ def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     staging = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     staging.mkdir()
     try:
-        yield staging
-        # Again: someone may have filled the folder while we were writing.
-        check_output(folder, num_bytes=0)
-        _make_readable(staging)
-        staging.rename(folder)
-    except (SafetensorError, OSError) as error:
-        if not _is_write_failure(error):
-            raise
-        raise ValueError(
-            f"could not write {str(folder)!r} ({error}); nothing was left behind. "
-            "Make room or choose another disk."
-        ) from error
+        with explained_failure(folder):
+            yield staging
+            # Again: someone may have filled the folder while we were writing.
+            check_output(folder, num_bytes=0)
+            _make_readable(staging)
+            staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def explained_failure(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names `path` where the disk fails in a block that leaves nothing."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if not is_write_failure(error):
+            raise
+        raise ValueError(
+            f"could not write {str(path)!r} ({error}); nothing was left behind. "
+            "Make room or choose another disk."
+        ) from error
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether the disk is full, read-only or broken: no fault of what was being written."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    # safetensors wraps the system's error in its own type and keeps only the text; 0.5 Rust's.
+    return any(words in str(error) for words in ("os error", "IoError(Os"))
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -77,13 +93,6 @@ def _make_readable(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-
-
-def _is_write_failure(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    # safetensors wraps the system's error in its own type and keeps only the text; 0.5 Rust's.
-    return any(words in str(error) for words in ("os error", "IoError(Os"))
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pacatune.files.folder import explained_failure
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
@@ -42,6 +43,7 @@ def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None)
 
     Raises:
         FileExistsError: If there is something under that name.
+        ValueError: If the disk is full; nothing is left then.
     """
     path = refuse_existing(path)
     tensors, metadata = _pack(patch)
@@ -50,10 +52,11 @@ def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with explained_failure(path):
+            write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path.stat().st_size

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from pacatune.files.checkpoint import Checkpoint, window, writable
-from pacatune.files.folder import check_output, format_bytes, staged_folder
+from pacatune.files.folder import check_output, explained_failure, format_bytes, staged_folder
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
 from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
@@ -136,13 +136,14 @@ def apply_in_place(
         for name in files:
             with writable(folder / name):  # or rolling back would fail as well
                 pass
-        try:
-            save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
-            _sync(folder)
-            _edit(folder, checkpoint, files)
-        except BaseException as error:  # a full disk, an interrupt: back to what it was, at once
-            _roll_after(error, folder)
-            raise
+        with explained_failure(folder):
+            try:
+                save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
+                _sync(folder)
+                _edit(folder, checkpoint, files)
+            except BaseException as error:  # a full disk, an interrupt: back to what it was
+                _roll_after(error, folder)
+                raise
     return _result(folder, checkpoint, wanted, notes)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pacatune.files.folder import explained_failure
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
@@ -77,7 +78,8 @@ class ColumnStatistics:
             for module, kinds in self.values.items()
             for kind, values in kinds.items()
         }
-        write_tensors({**tensors, _COUNT: torch.tensor(self.num_batches)}, Path(path))
+        with explained_failure(Path(path)):
+            write_tensors({**tensors, _COUNT: torch.tensor(self.num_batches)}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnStatistics":
@@ -162,4 +164,5 @@ def load_columns(path: str | Path) -> Columns:
 def save_columns(columns: Columns, path: str | Path) -> None:
     """Write columns by module's name, in the format of an adapter's file without its deltas."""
     tensors = {f"{module}.{INDICES}": torch.tensor(values) for module, values in columns.items()}
-    write_tensors(tensors, Path(path))
+    with explained_failure(Path(path)):
+        write_tensors(tensors, Path(path))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pacatune.files.folder import explained_failure
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
@@ -284,10 +285,10 @@ class File:
             raise FileExistsError(message)
         number = last + 1
         partial = self.folder / f".{number:06}.{secrets.token_hex(4)}"
+        metadata = {"pacatune_sync": json.dumps(words)}
         try:
-            write_tensors(
-                {"buffer": buffer}, partial, metadata={"pacatune_sync": json.dumps(words)}
-            )
+            with explained_failure(self._path(number)):
+                write_tensors({"buffer": buffer}, partial, metadata=metadata)
             _name_new(partial, self._path(number))
         except FileExistsError:
             raise FileExistsError(message) from None
