@@ -76,6 +76,9 @@ def test_what_is_no_patch(path, tmp_path, bf16_adapter):
     assert not is_patch(bf16_adapter)
 
 
+TENSOR = "model.layers.0.self_attn.q_proj.weight"
+
+
 def rewritten(path, **changes):
     """Write a patch with a changed description and a checksum that fits."""
     from safetensors import safe_open
@@ -97,10 +100,19 @@ def rewritten(path, **changes):
     ("changes", "message"),
     [
         ({"version": 3}, "is a patch of version 3, and this pacatune reads 1 and 2; upgrade"),
-        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch .*a.indices"),
+        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
         ({"tensors": {}}, "`edits` is empty"),
         ({"tensors": None}, "lacks a part of a patch"),
         ({"fingerprint": 3}, "lacks a part of a patch"),
+        ({"fingerprint": {"other": {"0": "x"}}}, "`fingerprint` has columns of 'other' that no"),
+        ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),
+        ({"fingerprint": {TENSOR: {"-1": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),
+        ({"fingerprint": {TENSOR: {"x": "x"}}}, "lacks a part of a patch, or.*'x'"),
+        ({"tensors": {TENSOR: {"dim": 1e999, "shape": [32, 32]}}}, "is no finite number"),
+        ({"tensors": {TENSOR: {"dim": 9, "shape": [32, 32]}}}, r"`dim` \(9\) must be one of"),
+        ({"base": "a\x1b[2J"}, r"'a\\x1b\[2J'; control characters are not allowed"),
+        ({"adapter": {"config": 3, "sidecar": None}}, "lacks a part of a patch, or.*no texts"),
+        ({"adapter": {"config": "{}", "sidecar": 3}}, "lacks a part of a patch, or.*no texts"),
     ],
 )
 def test_descriptions_that_do_not_fit(path, changes, message):

@@ -171,6 +171,20 @@ def test_bases_that_a_patch_does_not_fit(bf16_patch, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_fingerprint_of_no_columns_fits_every_base(bf16_dir, tmp_path):
+    name, weight = next(iter(load_file(bf16_dir / "model.safetensors").items()))
+    edit = edit_of(name, 0, weight, torch.arange(1), weight[:1] + 1)
+    for number, found in enumerate(({}, {name: {}})):
+        one = Patch(edits={name: edit}, fingerprint=found)
+        patch.apply_to_folder(bf16_dir, one, tmp_path / str(number))
+
+
+def test_names_of_tensors_are_printable(bf16_dir, tmp_path):
+    save_file({"a\x1b[2J": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="control characters are not allowed"):
+        patch.diff(bf16_dir, tmp_path)
+
+
 def test_folders_that_are_no_models_in_safetensors(bf16_patch, tmp_path, sharded_dir):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         patch.apply_in_place(tmp_path / "nowhere", bf16_patch)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
-from pacatune.files.journal import JOURNAL_NAME
+from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX
 from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
@@ -301,6 +301,51 @@ def test_after_a_kill_asking_for_what_was_there_is_no_error(killed, bf16_patch, 
     (note,) = patch.apply_in_place(folder, bf16_patch, revert=action == "apply").notes
     assert note.endswith("it is rolled back.")
     assert contents(folder) == before
+
+
+def interrupt(base, made):
+    """Leave a folder as a kill does while its columns are written."""
+    patch.save(made, base / JOURNAL_NAME, extra={"action": "apply"})
+    files = {Checkpoint.open(base, half_edited=True).entries[name].file for name in made.edits}
+    for name in files:
+        (base / name).rename(base / f"{name}{PARKED_SUFFIX}")
+    return sorted(files)
+
+
+def refused(base, made, message):
+    """See that nobody writes to a folder that is out of order."""
+    before = contents(base)
+    for action in (patch.recover, lambda folder: patch.apply_in_place(folder, made)):
+        with pytest.raises(ValueError, match=message):
+            action(base)
+        with pytest.raises(ValueError, match=message):
+            patch.recover(base, finish=True)
+        assert contents(base) == before
+
+
+def test_what_was_saved_after_an_interruption_is_kept(base, bf16_patch):
+    before = contents(base)
+    name = interrupt(base, bf16_patch)[-1]
+    (base / name).write_bytes(b"theirs")
+    refused(base, bf16_patch, rf"has both {name} and {name}.patching: .* Move it away, or remove")
+    (base / name).unlink()
+    assert patch.recover(base)
+    assert contents(base) == before
+
+
+def test_a_model_saved_in_place_of_an_interrupted_one_is_kept(base, bf16_patch):
+    before = contents(base)
+    for name in interrupt(base, bf16_patch):
+        tensors = load_file(path := base / f"{name}{PARKED_SUFFIX}")
+        for key in bf16_patch.edits.keys() & tensors.keys():
+            tensors[key][0, 0] += 1
+        save_file(tensors, base / name, metadata={"format": "pt"})
+        path.unlink()
+    refused(base, bf16_patch, r"was replaced after .* interrupted: .* remove .*journal to keep it")
+    for name, whole in before.items():  # the base again
+        (base / name).write_bytes(whole)
+    assert patch.recover(base)
+    assert contents(base) == before
 
 
 def test_a_damaged_journal_is_said_to_be_so(base, bf16_patch):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pacatune.files.journal import file_path, refuse_half_edited
-from pacatune.files.json_file import parse_json_object
+from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout
 
 SINGLE_NAME = "model.safetensors"
@@ -147,6 +147,7 @@ def _file_names(folder: Path) -> tuple[str, ...]:
 
 def _read_entries(path: Path, name: str) -> dict[str, Entry]:
     layout = read_layout(path, max_bytes=None)
+    check_strings([*layout.tensors], f"the header of {path}")
     try:
         # Checks that dtypes, shapes and offsets fit each other, without gaps and overlaps.
         with safe_open(path, framework="pt"):

@@ -1,6 +1,7 @@
 """Read JSON that a stranger wrote: bounded in size and depth, strict in grammar."""
 
 import json
+import math
 import re
 import unicodedata
 from pathlib import Path
@@ -24,7 +25,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "It is not a file that training writes."
         )
     parsed = parse_json_object(raw, source=str(path))
-    _check_strings(parsed, str(path))
+    check_strings(parsed, str(path))
     return parsed
 
 
@@ -36,7 +37,10 @@ def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
     _check_depth(raw, source)
 
     def refuse(value: str) -> NoReturn:
-        raise ValueError(f"{source} holds {value}, which is not JSON; write a finite number.")
+        raise ValueError(f"{source} holds {value[:80]}, which is no finite number; write one.")
+
+    def parse_float(digits: str) -> float:
+        return number if math.isfinite(number := float(digits)) else refuse(digits)
 
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_DIGITS:
@@ -55,7 +59,11 @@ def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
 
     try:
         parsed = json.loads(
-            raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_int=parse_int
+            raw.decode(),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_float=parse_float,
+            parse_int=parse_int,
         )
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source} is not valid JSON: {error}. The file is damaged.") from error
@@ -82,7 +90,8 @@ def _check_depth(raw: bytes, source: str) -> None:
             )
 
 
-def _check_strings(value: Any, source: str) -> None:
+def check_strings(value: Any, source: str) -> None:
+    """Refuse control characters in every string of a value of JSON."""
     # These strings are printed: an escape sequence could rewrite the terminal around them.
     if isinstance(value, str):
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
@@ -91,4 +100,4 @@ def _check_strings(value: Any, source: str) -> None:
             )
     elif isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_strings(item, source)
+            check_strings(item, source)

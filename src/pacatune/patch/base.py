@@ -41,15 +41,16 @@ def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[st
         free = is_free.nonzero()[:, 0]
         chosen = free[:: max(1, -(-len(free) // _NUM_COLUMNS))]
         if len(edit.shape) > 1 and len(chosen):
-            result[name] = _hashes(checkpoint.tensor(name), edit.dim, chosen)
+            result[name] = _hashes(checkpoint.tensor(name), edit.dim, chosen.tolist())
     return result
 
 
-def _hashes(tensor: Tensor, dim: int, columns: Tensor) -> dict[int, str]:
-    values = column_bits(tensor, dim, columns).movedim(dim, 0).contiguous()
+def _hashes(tensor: Tensor, dim: int, columns: list[int]) -> dict[int, str]:
+    indices = torch.tensor(columns, dtype=torch.int64)
+    values = column_bits(tensor, dim, indices).movedim(dim, 0).contiguous()
     return {
         column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
-        for column, value in zip(columns.tolist(), values, strict=True)
+        for column, value in zip(columns, values, strict=True)
     }
 
 
@@ -107,7 +108,7 @@ def check_base(
     differing = holds(checkpoint, patch)
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
-        found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, torch.tensor([*hashes]))
+        found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, [*hashes])
         equal = [column for column, value in hashes.items() if found[column] == value]
         num_compared += len(hashes)
         num_equal += len(equal)

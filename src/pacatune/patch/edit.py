@@ -197,12 +197,20 @@ class Patch:
     """The adapter it was made of, if it is kept."""
 
     def __post_init__(self) -> None:
-        """Refuse a patch of nothing, and edits under other names."""
+        """Refuse a patch of nothing, edits under other names and hashes of no columns."""
         if not self.edits:
             raise ValueError("`edits` is empty; a patch changes at least one tensor.")
         for name, edit in self.edits.items():
             if name != edit.name:
                 raise ValueError(f"`edits` has the edit of {edit.name!r} under the name {name!r}.")
+        for name, hashes in self.fingerprint.items():
+            edit = self.edits.get(name)
+            size = 0 if edit is None else edit.shape[edit.dim]
+            if edit is None or not all(0 <= column < size for column in hashes):
+                raise ValueError(
+                    f"`fingerprint` has columns of {name[:80]!r} that no tensor of the patch has; "
+                    "make the patch again."
+                )
 
     @property
     def num_columns(self) -> int:

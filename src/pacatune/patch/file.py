@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pacatune.files.folder import explained_failure
-from pacatune.files.json_file import parse_json_object
+from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
 
@@ -99,15 +99,18 @@ def read(path: Path) -> tuple[Patch, dict[str, Any]]:
             f"{path} is a patch of version {metadata.get('version')!r}, and this pacatune reads "
             f"{_VERSION} and {_GROUPED_VERSION}; upgrade pacatune."
         )
+    # The adapter's own texts have lines; they are checked when it is written.
+    check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
     tensors = read_tensors(path)
     found = metadata.pop("digest", None)
     if found != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not fit. Copy it again.")
     try:
         return _unpack(tensors, metadata), metadata
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} lacks a part of a patch ({type(error).__name__}: {error}); make it again."
+            f"{path} lacks a part of a patch, or has a wrong one ({type(error).__name__}: {error});"
+            " make it again."
         ) from error
 
 
@@ -158,7 +161,10 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             for name, tensor in tensors.items()
             if name.startswith(_ADAPTER)
         }
-        adapter = AdapterPart(config=entry["config"], sidecar=entry["sidecar"], tensors=own)
+        config, sidecar = entry["config"], entry["sidecar"]
+        if not isinstance(config, str) or not isinstance(sidecar, str | None):
+            raise TypeError("the adapter's files are no texts")
+        adapter = AdapterPart(config=config, sidecar=sidecar, tensors=own)
     fingerprint = {
         name: {int(column): str(value) for column, value in hashes.items()}
         for name, hashes in metadata["fingerprint"].items()

@@ -233,9 +233,32 @@ def _roll(folder: Path, *, finish: bool) -> list[str]:
     check_tensors(checkpoint, patch)
     files = _by_file(checkpoint, patch)
     _refuse_links(folder, files)
+    _refuse_others(folder, checkpoint, patch)
     _edit(folder, checkpoint, files)
     done = "completed" if finish else "rolled back"
     return [f"{folder}: {metadata.get('action')} in place was interrupted earlier; it is {done}."]
+
+
+def _refuse_others(folder: Path, checkpoint: Checkpoint, patch: Patch) -> None:
+    """Refuse files that were put into the folder after the interruption: they are not ours.
+
+    A file under its own name was not begun or is finished, so its columns are all of one kind.
+    """
+    neither = {*holds(checkpoint, patch)} & {*holds(checkpoint, patch.inverse())}
+    for name, edits in _by_file(checkpoint, patch).items():
+        parked = folder / f"{name}{PARKED_SUFFIX}"
+        if parked.exists():
+            if os.path.lexists(folder / name):
+                raise ValueError(
+                    f"{folder} has both {name} and {parked.name}: one was put there after patching "
+                    f"in place was interrupted. Move it away, or remove {parked.name} to keep it."
+                )
+        elif not neither.isdisjoint(edit.name for edit in edits):
+            raise ValueError(
+                f"{folder / name} was replaced after patching in place was interrupted: it has the "
+                f"columns of neither model. Put the old one back, or remove {JOURNAL_NAME} to keep "
+                "it."
+            )
 
 
 def _refuse_links(folder: Path, files: Iterable[str]) -> None:
