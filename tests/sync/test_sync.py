@@ -289,9 +289,39 @@ def test_messages_over_the_wire(groups):
         from_wire({**words, "ordinals": [14]}, buffer).by_name(positions)
     with pytest.raises(ValueError, match=r"no message of a ColumnSource \(KeyError"):
         from_wire({"kind": "columns"}, buffer)
+    for ordinals in ([0, 0], [0]):  # the second has all columns, it says
+        part = from_wire({**words, "ordinals": ordinals, "since": 0}, buffer)
+        with pytest.raises(ValueError, match=r"or one twice|are of 1 tensors, not of all 14"):
+            part.by_name(positions)
     words, buffer = to_wire(positions)
     with pytest.raises(ValueError, match="`indices` must increase"):
         from_wire(words, buffer.view(torch.int64).flip(0).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sets": []}, "`sets` is empty"),
+        ({"sets": [{}]}, "no message of a ColumnSource"),
+        ({"sets": [{"shape": [float("inf"), 2]}]}, "no message of a ColumnSource .Overflow"),
+        ({"kind": "columns", "version": "a", "number": float("inf")}, "ColumnSource .Overflow"),
+        ({"shapes": {"a": [-1]}}, "`shapes` has a negative size"),
+        ({"sets": None}, "no message of a ColumnSource .TypeError"),
+    ],
+)
+def test_messages_of_strangers(model, changes, message):
+    words, buffer = to_wire(ColumnSource(model).positions())
+    if changes.get("sets"):
+        changes = {"sets": [words["sets"][0] | one if one else one for one in changes["sets"]]}
+    server = served()
+    before, receiver = clone(server), ColumnReceiver(server)
+    with pytest.raises(ValueError, match=message):
+        empty = changes.get("sets") == []
+        receiver.expect(from_wire(words | changes, buffer[:0] if empty else buffer))
+    for wrong in (buffer.view(torch.int64), buffer[:-8], torch.cat((buffer, buffer))):
+        with pytest.raises(ValueError, match=r"message|`indices`"):
+            from_wire(words, wrong)
+    assert_bits(server, before)
 
 
 def test_a_server_needs_no_peft():

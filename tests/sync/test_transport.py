@@ -1,5 +1,6 @@
 """Transports: in order, late, interrupted, over processes; nothing is lost."""
 
+import json
 import os
 import threading
 import time
@@ -114,10 +115,14 @@ def test_other_files_are_refused(tmp_path):
     save_file({"buffer": torch.zeros(3)}, tmp_path / "000001.safetensors")
     with pytest.raises(ValueError, match="is no message of a trainer"):
         File(tmp_path, timeout=0.1).receive()
+    words = json.dumps({"kind": "positions"})
+    path = tmp_path / "000001.safetensors"
+    save_file({"other": torch.zeros(3)}, path, metadata={"pacatune_sync": words})
+    with pytest.raises(ValueError, match="is no message of a trainer"):
+        File(tmp_path, timeout=0.1).receive()
     (tmp_path / "000001.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
         File(tmp_path, timeout=0.1).receive()
-    path = tmp_path / "000001.safetensors"
     path.rename(tmp_path.parent / "elsewhere")
     path.symlink_to(tmp_path.parent / "elsewhere")
     with pytest.raises(ValueError, match=r"is a link to .*elsewhere, outside of the folder"):

@@ -7,6 +7,7 @@ begins where its dtype can be read.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,7 +58,7 @@ class ColumnSet:
     @cached_property
     def num_bytes(self) -> int:
         """Size of the columns."""
-        return torch.Size(self.columns_shape).numel() * self.dtype.itemsize
+        return math.prod(self.columns_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +76,11 @@ class Positions:
 
     def __post_init__(self) -> None:
         """Refuse sets that do not fit; compute the version."""
+        if not self.sets:
+            raise ValueError("`sets` is empty; a trainer has columns of at least one tensor.")
+        for name, shape in (*self.shapes.items(), *((one.name, one.shape) for one in self.sets)):
+            if any(size < 0 for size in shape):
+                raise ValueError(f"`shapes` has a negative size of {name!r}: {shape}.")
         names = [one.name for one in self.sets]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -136,8 +142,11 @@ class Columns:
                 f"the columns belong to positions {self.version}, not to {positions.version}; send "
                 "`source.positions()` whenever they change, as `source.send` does."
             )
-        if not all(0 <= number < len(positions.sets) for number in self.ordinals):
-            raise ValueError(f"the columns name tensors beyond the {len(positions.sets)} known.")
+        known, given = len(positions.sets), {*self.ordinals}
+        if not given <= {*range(known)} or len(given) < len(self.ordinals):
+            raise ValueError(f"the columns name tensors beyond the {known} known, or one twice.")
+        if self.since == 0 and len(given) < known:
+            raise ValueError(f"the columns are of {len(given)} tensors, not of all {known}.")
         places = positions.layout(self.ordinals)
         expected = sum(one.num_bytes for _, one, _ in places)
         if self.buffer.dtype != torch.uint8 or self.buffer.shape != (expected,):
@@ -164,8 +173,7 @@ def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
             "ordinals": list(message.ordinals),
         }
         return words, message.buffer
-    indices = [one.indices.flatten() for one in message.sets]
-    buffer = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
+    buffer = torch.cat([one.indices.flatten() for one in message.sets])
     return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
 
 
@@ -184,6 +192,8 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                 ordinals=tuple(int(number) for number in words["ordinals"]),
                 buffer=buffer,
             )
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1:
+            raise TypeError(f"its buffer is {tuple(buffer.shape)} of {buffer.dtype}")
         sets, start = [], 0
         indices = buffer.cpu().view(torch.int64)
         for entry in words["sets"]:
@@ -202,9 +212,11 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                 )
             )
             start = end
+        if start != len(indices):
+            raise TypeError(f"it has {len(indices)} column numbers, and names {start}")
         shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
         return Positions(sets=tuple(sets), shapes=shapes, run=str(words["run"]))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"this is no message of a ColumnSource ({type(error).__name__}: {error})."
         ) from error

@@ -131,7 +131,7 @@ def _fused(
         for part in parts:
             sibling = ".".join(filter(None, (beside, part, last)))
             shape = one.shape if part == module else shapes.get(sibling)
-            if shape is None:
+            if not shape:
                 near = nearest(sibling, list(shapes), cutoff=0)
                 raise ValueError(
                     f"the server joins {', '.join(parts)} in {target!r}, but the trainer has no "
@@ -162,7 +162,7 @@ def _rows_of_rank(
     """
     if all(n % size == 0 for n in rows) and sum(rows) == total * size:
         return [(rank * n // size, n // size) for n in rows]
-    if len(rows) != 3 or rows[0] % size or rows[1] != rows[2]:
+    if len(rows) != 3 or rows[0] % size or not rows[1] or rows[1] != rows[2]:
         return None
     queries = rows[0] // size
     keys, rest = divmod(total - queries, 2)

@@ -146,7 +146,8 @@ class Distributed:
         for part in (words, buffer):
             if part.numel():
                 self._broadcast(part, timeout)
-        return from_wire(json.loads(bytes(words.cpu().numpy())), buffer)
+        raw = words.cpu().numpy().tobytes()
+        return from_wire(parse_json_object(raw, source="the message"), buffer)
 
     def close(self) -> None:
         """Tell the receivers that nothing more will come."""
@@ -273,8 +274,10 @@ class File:
         return parse_json_object(text.encode(), source=f"the metadata of {path}")
 
     def _read(self, number: int) -> tuple[dict[str, Any], Tensor]:
-        words = self._words(number)
-        return words, read_tensors(self._path(number))["buffer"]
+        words, tensors = self._words(number), read_tensors(self._path(number))
+        if "buffer" not in tensors:
+            raise ValueError(f"{self._path(number)} is no message of a trainer: it has no buffer.")
+        return words, tensors["buffer"]
 
     def _write(self, words: dict[str, Any], buffer: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
