@@ -315,9 +315,9 @@ def test_messages_of_strangers(model, changes, message):
         changes = {"sets": [words["sets"][0] | one if one else one for one in changes["sets"]]}
     server = served()
     before, receiver = clone(server), ColumnReceiver(server)
+    own = buffer[:0] if changes.get("sets") == [] else buffer
     with pytest.raises(ValueError, match=message):
-        empty = changes.get("sets") == []
-        receiver.expect(from_wire(words | changes, buffer[:0] if empty else buffer))
+        receiver.expect(from_wire(words | changes, own))
     for wrong in (buffer.view(torch.int64), buffer[:-8], torch.cat((buffer, buffer))):
         with pytest.raises(ValueError, match=r"message|`indices`"):
             from_wire(words, wrong)
