@@ -204,9 +204,9 @@ class Patch:
             if name != edit.name:
                 raise ValueError(f"`edits` has the edit of {edit.name!r} under the name {name!r}.")
         for name, hashes in self.fingerprint.items():
-            edit = self.edits.get(name)
-            size = 0 if edit is None else edit.shape[edit.dim]
-            if edit is None or not all(0 <= column < size for column in hashes):
+            own = self.edits.get(name)
+            size = 0 if own is None else own.shape[own.dim]
+            if own is None or not all(0 <= column < size for column in hashes):
                 raise ValueError(
                     f"`fingerprint` has columns of {name[:80]!r} that no tensor of the patch has; "
                     "make the patch again."
