@@ -138,5 +138,5 @@ def test_a_model_folder_gives_its_sizes(tmp_path, tiny_model_dir):
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").touch()
     assert main(["bench", *TINY, "--output", str(tmp_path)]) == 2
-    assert "holds files but no bench.json" in capsys.readouterr().err
+    assert "did not write, or that were changed since (thesis.txt)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

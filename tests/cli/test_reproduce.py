@@ -4,7 +4,7 @@ import pytest
 
 from pacatune.cli import main
 from pacatune.experiments.reproduce import EXPERIMENTS
-from pacatune.files.owned_folder import alone_in
+from pacatune.experiments.reproduce.running import result_folder
 
 
 def error_of(capsys, *words):
@@ -54,18 +54,18 @@ def test_words_that_are_missing_or_contradict(words, message, capsys):
 def test_a_folder_is_only_ever_our_own(tmp_path, capsys):
     words = ("table1", "--simulate", "--output")
     (tmp_path / "notes.txt").touch()
-    assert "holds files but no reproduce.json" in error_of(capsys, *words, str(tmp_path))
+    assert "did not write, or that were changed since (notes.txt)" in error_of(
+        capsys, *words, str(tmp_path)
+    )
     assert "is a file; choose another" in error_of(capsys, *words, str(tmp_path / "notes.txt"))
     ours = tmp_path / "ours"
-    ours.mkdir()
-    (ours / "reproduce.json").write_text("{}")
+    result_folder(ours).begin()
     assert "go on with them: --resume" in error_of(capsys, *words, str(ours))
 
 
 def test_one_run_at_a_time(tmp_path, capsys):
-    (tmp_path / "reproduce.json").write_text("{}")
     words = ("table1", "--simulate", "--resume", "--output", str(tmp_path))
-    with alone_in(tmp_path):
+    with result_folder(tmp_path).going_on():
         assert "another run is at work" in error_of(capsys, *words)
     assert not (tmp_path / "cells").exists()
 

@@ -69,16 +69,19 @@ def test_printed_commands_work(finished, monkeypatch, capsys):
     for program, *rest in commands:
         assert Path(shutil.which(program)).name == "pacatune"
         assert main(rest) == 0
-    assert (folder / "merged" / "model.safetensors").is_file()
-    assert (folder / "exported-lora" / "adapter_config.json").is_file()
+    assert Path(f"{folder}-merged", "model.safetensors").is_file()
+    assert Path(f"{folder}-exported-lora", "adapter_config.json").is_file()
 
 
-def test_second_demo_replaces_the_first_and_keeps_the_rest(finished, words):
+def test_second_demo_replaces_the_first_alone(finished, words, capsys):
     folder, _ = finished
-    (folder / "notes.txt").write_text("mine")
+    notes = folder / "paca" / "notes.txt"
+    notes.write_text("mine")
     before = (folder / "paca" / "adapter_model.safetensors").read_bytes()
+    assert main([*words, "--seed", "1", "--output", str(folder)]) == 2
+    assert "(paca/notes.txt); they stay as they are" in capsys.readouterr().err
+    notes.unlink()
     assert main([*words, "--seed", "1", "--output", str(folder)]) == 0
-    assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "paca" / "adapter_model.safetensors").read_bytes() != before
     assert json.loads((folder / "demo.json").read_text())["reports"]["lora"]["seed"] == 1
 
@@ -86,14 +89,17 @@ def test_second_demo_replaces_the_first_and_keeps_the_rest(finished, words):
 def test_folder_of_somebody_else_is_refused(tmp_path, words, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
     assert main([*words, "--output", str(tmp_path)]) == 2
-    assert "holds files but no demo.json" in capsys.readouterr().err
+    assert (
+        "that a demo did not write, or that were changed since (thesis.tex)"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_folder_of_an_interrupted_demo_is_taken(tmp_path):
-    demo.result_folder(tmp_path / "out").open()
-    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {"finished": False}
-    demo.result_folder(tmp_path / "out").open()
+    demo.result_folder(tmp_path / "out").start_anew()
+    demo.result_folder(tmp_path / "out").start_anew()
+    assert demo.result_folder(tmp_path / "out").is_ours
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many", "1.5"])

@@ -110,5 +110,5 @@ def test_answer_is_learned_with_its_end(tiny_tokenizer):
 def test_folder_of_something_else_stays(tmp_path, words, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main([*words, "--output", str(tmp_path)]) == 2
-    assert "no demo-rl.json" in capsys.readouterr().err
+    assert "did not write, or that were changed since (notes.txt)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -21,17 +21,14 @@ def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch
 
     monkeypatch.setattr(bench, "sweep_method", sweep)
     monkeypatch.setattr(bench, "available_bytes", lambda device: 1000)
-    result = bench.run(make_config(sweep="batch"), result_folder(tmp_path), "pacatune bench", print)
+    folder = result_folder(tmp_path)
+    folder.start_anew()
+    result = bench.run(make_config(sweep="batch"), folder, "pacatune bench", print)
     assert limits == [800, 800]
     assert result["config"]["memory_limit"] == 800
     assert [point["method"] for point in result["points"]] == ["paca", "lora"]
     assert json.loads((tmp_path / "bench.json").read_text())["finished"]
-    bench.run(
-        make_config(sweep="batch", memory_limit=70),
-        result_folder(tmp_path),
-        "pacatune bench",
-        print,
-    )
+    bench.run(make_config(sweep="batch", memory_limit=70), folder, "pacatune bench", print)
     assert limits[2:] == [70, 70]
 
 

@@ -1,7 +1,5 @@
 """The folder, the page and the pictures of a result."""
 
-import json
-
 import pytest
 
 from pacatune.measure import pictures
@@ -180,14 +178,11 @@ def test_sweeps_stand_beside_the_papers_with_their_values(sweep_result):
 
 def test_a_folder_is_only_ever_the_benchmarks_own(tmp_path):
     folder = tmp_path / "out"
-    result_folder(folder).open()
-    result_folder(folder).write({"finished": True})
+    result_folder(folder).start_anew()
+    result_folder(folder).write_json("bench.json", {"finished": True})
     (folder / "times.png").touch()
-    (folder / "notes.txt").touch()
-    result_folder(folder).open()
-    assert json.loads((folder / "bench.json").read_text()) == {"finished": False}
-    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "notes.txt"]
-    with pytest.raises(FileExistsError, match="is a file; choose another"):
-        result_folder(folder / "notes.txt").open()
-    with pytest.raises(FileExistsError, match=r"holds files but no bench.json, so they are not"):
-        result_folder(tmp_path).open()
+    with pytest.raises(FileExistsError, match=r"that a benchmark did not write, .*\(times.png\)"):
+        result_folder(folder).start_anew()
+    (folder / "times.png").unlink()
+    result_folder(folder).start_anew()
+    assert [path.name for path in folder.iterdir()] == [".pacatune"]

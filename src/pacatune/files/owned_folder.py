@@ -218,16 +218,16 @@ class OwnedFolder:
         if listed is None or pattern not in listed.patterns:
             self._append([{"pattern": pattern}])
 
-    def write(self, name: str, text: str) -> None:
-        """Write a file all at once, in the place of one of ours."""
+    def write(self, name: str, text: str, *, edited: bool = True) -> None:
+        """Write a file all at once, in the place of one of ours; see `publish`."""
         partial = self.path / OURS / "partial"
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
-        self.publish(partial, name)
+        self.publish(partial, name, edited=edited)
 
-    def write_json(self, name: str, values: Any) -> None:
+    def write_json(self, name: str, values: Any, *, edited: bool = True) -> None:
         """Write values as a JSON file that people read too; see `write`."""
-        self.write(name, to_json(values))
+        self.write(name, to_json(values), edited=edited)
 
     @contextmanager
     def staged(self) -> Iterator[Path]:

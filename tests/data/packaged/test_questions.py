@@ -45,11 +45,11 @@ def test_seed_decides_the_split_and_the_second_call_reads(tmp_path, corpus):
     assert again[1].read_bytes() == first[1].read_bytes() != other[1].read_bytes()
 
 
-def test_half_a_folder_is_made_again(tmp_path, corpus):
+def test_half_a_folder_is_nobodys_to_delete(tmp_path, corpus):
     train, heldout = questions.prepare_questions(tmp_path)
-    text = heldout.read_bytes()
     heldout.unlink()
-    assert questions.prepare_questions(tmp_path)[1].read_bytes() == text
+    with pytest.raises(FileExistsError, match="is not empty; choose another or empty it first"):
+        questions.prepare_questions(tmp_path)
     assert train.is_file()
 
 

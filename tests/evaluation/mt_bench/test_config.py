@@ -12,6 +12,7 @@ from pacatune.evaluation.mt_bench.config import (
     sampled_hash,
     write_settings,
 )
+from pacatune.files.owned_folder import OwnedFolder
 
 
 def config(tmp_path, **options):
@@ -65,8 +66,10 @@ def settings(model="m", template=None, **options):
 
 def test_the_same_settings_go_on(tmp_path):
     check_settings(tmp_path / "missing", settings())
-    write_settings(tmp_path, settings())
-    write_settings(tmp_path, settings(batch_size=2))
+    folder = OwnedFolder(path=tmp_path, kind="an evaluation")
+    folder.begin()
+    write_settings(folder, settings())
+    write_settings(folder, settings(batch_size=2))
     assert json.loads((tmp_path / SETTINGS_NAME).read_text()) == settings()
     check_settings(tmp_path, settings(batch_size=2, device="cpu", judge_model="other"))
 

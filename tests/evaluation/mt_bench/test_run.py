@@ -204,7 +204,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(evaluate, tmp_path, files, j
     assert judge.requests == []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds files but no mt_bench.json"):
+    with pytest.raises(FileExistsError, match=r"did not write, .*\(thesis.txt\)"):
         evaluate(categories=("stem",))
 
 

@@ -12,6 +12,7 @@ from pacatune.experiments.reproduce.experiment import Cell, Experiment, Section
 from pacatune.experiments.reproduce.running import (
     CellStore,
     open_folder,
+    result_folder,
     run_experiments,
     write_report,
 )
@@ -73,7 +74,7 @@ def test_each_experiment_has_its_report(experiments, calls, tmp_path):
     mark = json.loads((tmp_path / "out" / "reproduce.json").read_text())
     assert mark["finished"] is True
     assert mark["command"] == "a command"
-    write_report(sections, "all", "Everything", tmp_path / "out")
+    write_report(sections, "all", "Everything", result_folder(tmp_path / "out"))
     page = (tmp_path / "out" / "all.md").read_text()
     assert page.index("The first") < page.index("The second")
     assert "lora found 1" in page
@@ -180,7 +181,9 @@ def test_reproduction_knows_no_command_line():
 
 @pytest.fixture
 def store(tmp_path):
-    return CellStore(tmp_path / "cells" / "table9")
+    output = result_folder(tmp_path)
+    output.begin()
+    return CellStore(output, "table9")
 
 
 def make_cell(run=None, **inputs):

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from pacatune.experiments.study import run_study
 from pacatune.experiments.study.config import read_study
+from pacatune.experiments.study.result import study_folder
 from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.files.owned_folder import alone_in
 from pacatune.training.classifier import ClassifierTrainer
 from tests.forks import Program
 
@@ -106,7 +106,7 @@ def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
 
 
 def test_two_at_once(study, started, tmp_path):
-    (tmp_path / "out").mkdir()
-    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another run is at work"):
+    folder = study_folder(tmp_path / "out")
+    with folder.going_on(), pytest.raises(ValueError, match="another run is at work"):
         run_study(read_study(study), tmp_path / "out", console=Console(quiet=True))
     assert not started

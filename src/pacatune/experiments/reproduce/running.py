@@ -94,7 +94,7 @@ class CellStore:
             "versions": versions("trl", "bitsandbytes", "timm"),
             **commit(),
         }
-        self._output.write_json(f"{self._name}/{cell.key}.json", kept)
+        self._output.write_json(f"{self._name}/{cell.key}.json", kept, edited=False)
         return kept
 
     def write_failure(self, cell: Cell, text: str) -> Path:

@@ -80,7 +80,7 @@ class Records:
         """Write a record, in the place of an earlier one of the same run."""
         name = f"{record.arm}-{record.learning_rate:g}-seed{record.seed}-{record.key}.json"
         path = self._folder.path / RUNS_NAME / name
-        self._folder.write_json(f"{RUNS_NAME}/{name}", asdict(record))
+        self._folder.write_json(f"{RUNS_NAME}/{name}", asdict(record), edited=False)
         older = self._files.get(record.key)
         if older is not None and older != path:
             self._folder.remove(f"{RUNS_NAME}/{older.name}")
