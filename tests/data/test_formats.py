@@ -163,6 +163,41 @@ def test_bad_messages(messages, message):
 
 
 @pytest.mark.parametrize(
+    ("role", "meant"),
+    [
+        ("assitant", "'assistant'"),
+        ("Assistant", "'assistant'"),
+        ("usr", "'user'"),
+        ("human", "'user'"),
+        ("gpt", "'assistant'"),
+        ("bot", "'assistant'"),
+        ("function_call", "'assistant'"),
+        ("observation", "'tool'"),
+        ("xyzzy", None),
+    ],
+)
+def test_unknown_roles(role, meant):
+    known = "roles are system, developer, user, assistant, tool, function, ipython, environment"
+    rule = f"is {role!r}; {f'did you mean {meant}[?] ' if meant else ''}{known}"
+    turn = {"role": role, "content": "a"}
+    for values, column in (
+        ({"messages": [USER, ASSISTANT, turn]}, r"messages\[2\]"),
+        ({"conversations": [USER, ASSISTANT, turn]}, r"conversations\[2\]"),
+        ({"prompt": [turn], "completion": [ASSISTANT]}, r"prompt\[0\]"),
+        ({"prompt": [USER], "completion": [turn, ASSISTANT]}, r"completion\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=f"row 1: role of {column} {rule}"):
+            convert(values)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "function", "ipython"])
+def test_roles_of_chat_templates(role):
+    turn = {"role": role, "content": "c"}
+    (example,) = convert({"messages": [USER, turn, ASSISTANT]})
+    assert (example.completion[1], example.learned_turns) == (turn, [2])
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a int; it must be a string"),

@@ -67,7 +67,12 @@ def test_weights_of_turns_are_kept():
     ("values", "message"),
     [
         ({"conversations": "hi"}, "'conversations' is a str; it must be a list"),
-        ({"conversations": [ASKED, {"from": "Bot", "value": "a"}]}, r"\[1\] is from 'Bot'; known"),
+        ({"conversations": [ASKED, {"from": "humen", "value": "a"}]}, "did you mean 'human'"),
+        (
+            {"conversations": [ASKED, {"from": "bot", "value": "a"}]},
+            r"\[1\] is from 'bot'; known are human, user, gpt",
+        ),
+        ({"conversations": [ASKED, {"from": ["gpt"], "value": "a"}]}, r"\[1\] is from \['gpt'\];"),
         ({"conversations": [ASKED, {"from": "gpt"}]}, r"content of conversations\[1\] is missing"),
         ({"conversations": [ASKED, {"from": "function_call", "value": "add(1)"}]}, "must be JSON"),
         ({"conversations": [ASKED, {"from": "function_call", "value": "[3]"}]}, "a call must be"),

@@ -7,6 +7,7 @@ from typing import Any
 from pacatune.data import chat_images, sharegpt
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row
+from pacatune.names import nearest
 
 Message = dict[str, Any]
 
@@ -23,6 +24,13 @@ _ACCEPTED = (
     "messages | conversations | prompt, completion | instruction, (input,) output | text | "
     "question, choices, answer"
 )
+
+# What chat templates know; the assistant's turns alone are learned.
+_ROLES = (
+    *("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"),
+)
+# What other formats call them.
+_MEANT = {**sharegpt.ROLES, **dict.fromkeys(("bot", "model", "ai", "chatgpt"), "assistant")}
 
 # Columns of other programs that say something to the model.
 _NOT_USED = ("system", "history", "functions", "images", "documents", "chat_template_kwargs")
@@ -271,6 +279,7 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
             f"{place}: {where} is {message!r:.80}; a message must be an object with the "
             "strings 'role' and 'content'."
         )
+    _check_role(message["role"], f"{place}: role of {where}")
     kept = {key: value for key, value in message.items() if value is not None}
     kept = _with_weight(kept, f"{place}: {where}")
     content = kept.get("content")
@@ -284,6 +293,15 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
     _check_type(content, str, "a string", what)
     _check_filled(str(content), what)
     return kept
+
+
+def _check_role(role: str, what: str) -> None:
+    """Refuse a role that no template knows: an answer of another name would not be learned."""
+    if role in _ROLES:
+        return
+    meant = _MEANT.get(role.lower()) or nearest(role, _ROLES)
+    hint = f"did you mean {meant!r}? " if meant else ""
+    raise ValueError(f"{what} is {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
 
 
 def _joined(parts: list[Any], what: str) -> str:

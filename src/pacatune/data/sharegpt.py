@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from pacatune.data.read import Row
+from pacatune.names import guess
 
 COLUMN = "conversations"
-_ROLES = {
+ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "function_call"), "assistant"),
     "system": "system",
@@ -42,10 +43,13 @@ def _message(place: str, where: str, turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn  # a message already, or wrong
     speaker = turn["from"]
-    if speaker not in _ROLES:
-        raise ValueError(f"{place}: {where} is from {speaker!r}; known are {', '.join(_ROLES)}.")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        hint = guess(str(speaker), ROLES)
+        raise ValueError(
+            f"{place}: {where} is from {speaker!r:.80}; {hint}known are {', '.join(ROLES)}."
+        )
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message |= {"role": _ROLES[speaker], "content": turn.get("value")}
+    message |= {"role": ROLES[speaker], "content": turn.get("value")}
     if speaker == "function_call":
         calls = parse_json(message["content"], f"{place}: the call of {where}")
         calls = calls if isinstance(calls, list) else [calls]
