@@ -122,9 +122,13 @@ def test_folder_without_data(tmp_path):
         rows_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["test.jsonl", "eval_1.csv", "validation-0.parquet", "dev.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["test.jsonl", "eval_1.csv", "validation-0.parquet", "dev.json", "my_test.jsonl", "val/a.json"],
+)
 def test_folder_that_would_train_on_its_test_data(tmp_path, name):
     write_lines(tmp_path / "train.jsonl", {"text": "a"})
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"mixes training data with {name}.*`data.eval_path`"):
         rows_of(tmp_path)

@@ -1,6 +1,7 @@
 """What to train on: the `data` section of a run."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pacatune.names import choose, suggest
@@ -62,6 +63,8 @@ class TextDataConfig:
         if not (self.eval_path or self.eval_split):
             return None
         option = "data.eval_path" if self.eval_path else "data.path"
+        if self.eval_split:
+            refuse_split(self.eval_path or self.path, "data.eval_split", self.eval_split)
         return self.eval_path or self.path, self.eval_split or self.split, option
 
 
@@ -307,8 +310,8 @@ class ImageDataConfig:
     """Training and evaluation images, each of one class."""
 
     path: str = ""
-    """Training images: a folder with a folder of images per class (or with `train` and `test`
-    folders of such), a hub data set id, or torchvision:CIFAR10, torchvision:CIFAR100,
+    """Training images: a folder with a folder of images per class (or with the folders `train` and
+    `val` or `test` of such), a hub data set id, or torchvision:CIFAR10, torchvision:CIFAR100,
     torchvision:OxfordIIITPet or torchvision:Flowers102. Required."""
 
     name: str | None = None
@@ -373,6 +376,15 @@ class ImageDataConfig:
     def about(self) -> str:
         """Return where the training data is, for the model card."""
         return f"`{self.path}`"
+
+
+def refuse_split(path: str, option: str, split: str) -> None:
+    """Refuse a split of data that is local: it would be ignored, and all of the data taken."""
+    if Path(path).expanduser().exists():
+        raise ValueError(
+            f"`{option}` ({split!r}) is for data sets of the hub, and {path} is local; drop it, "
+            "or give `data.eval_path`."
+        )
 
 
 def check_fraction(fraction: float) -> None:

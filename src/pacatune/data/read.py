@@ -13,7 +13,7 @@ from pacatune.hub import check_on_hub
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-_EVALUATION_NAME = re.compile(r"(test|eval|valid|validation|dev)([-_.]|$)")
+_EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ def _files_of(folder: Path) -> list[Path]:
     )
     if not files:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
-    held_out = [file for file in files if _EVALUATION_NAME.match(file.name.lower())]
+    names = {file: file.relative_to(folder) for file in files}
+    held_out = [f for f in files if any(_EVALUATION_NAME.search(p.lower()) for p in names[f].parts)]
     if held_out and len(held_out) < len(files):
         raise ValueError(
-            f"{folder} mixes training data with {held_out[0].name}, which looks like evaluation "
+            f"{folder} mixes training data with {names[held_out[0]]}, which looks like evaluation "
             f"data; set `data.path` to the training files and `data.eval_path` to {held_out[0]}."
         )
     return files

@@ -48,14 +48,29 @@ def test_limits_per_class(folder):
         prepare(folder, eval_fraction=0.3, train_per_class=8)
 
 
-@pytest.mark.parametrize("name", ["test", "val", "validation"])
-def test_train_and_evaluation_folders(tmp_path, name):
-    write_images(tmp_path / "train", 3)
-    write_images(tmp_path / name, 2, seed=1)
+@pytest.mark.parametrize(
+    ("parts", "train", "evaluated"),
+    [
+        (["train", "test"], "train", "test"),
+        (["Training", "Testing"], "Training", "Testing"),
+        (["train", "validation"], "train", "validation"),
+        (["train", "val", "test"], "train", "val"),
+        (["training", "dev", "eval"], "training", "dev"),
+        (["train"], "train", None),
+    ],
+)
+def test_folders_of_parts(tmp_path, parts, train, evaluated):
+    for number, name in enumerate(parts):
+        write_images(tmp_path / name, 4, seed=number)
     data = prepare(tmp_path)
-    assert len(data.train.indices) == 9
-    assert len(data.evaluation.indices) == 6
-    assert data.evaluation.source.place(0).startswith(str(tmp_path / name))
+    assert data.classes == CLASSES
+    assert data.train.source.name == str(tmp_path / train)
+    assert data.evaluation.source.name == str(tmp_path / (evaluated or train))
+    unused = [name for name in parts if name not in (train, evaluated)]
+    said = [f"{tmp_path / name} is not used" in " ".join(data.warnings) for name in unused]
+    assert (said, len(data.warnings)) == ([True] * len(unused), len(unused))
+    other = prepare(tmp_path, eval_path=str(tmp_path / parts[-1]))
+    assert other.evaluation.source.name == str(tmp_path / parts[-1])
 
 
 def test_class_that_is_called_train(tmp_path):
@@ -63,6 +78,31 @@ def test_class_that_is_called_train(tmp_path):
         (write_images(tmp_path / "one", 2, ["red"]) / "red").rename(tmp_path / name)
         (tmp_path / "one").rmdir()
     assert read_sources(ImageDataConfig(path=str(tmp_path)))[0].classes == ["bus", "test", "train"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "has_classes", "message"),
+    [
+        (["train", "val"], False, "train, a part of a data set, holds no folder per class"),
+        (["val", "test"], True, "the folders test, val are parts .* none of them is train"),
+        (["train", "val", "more"], True, "it has the folder more beside the parts train, val"),
+        (["train", "val", "valid"], True, "val and valid are both validation"),
+    ],
+)
+def test_folders_that_may_be_parts_or_classes(tmp_path, parts, has_classes, message):
+    for name in parts:
+        folder = write_images(tmp_path / name, 2, ["red"])
+        if not has_classes:
+            for image in (folder / "red").iterdir():
+                image.rename(folder / image.name)
+            (folder / "red").rmdir()
+    with pytest.raises(ValueError, match=f"{message}; .* rename the folders"):
+        prepare(tmp_path)
+
+
+def test_a_split_of_a_folder(folder):
+    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) .* give `data.eval_path`"):
+        prepare(folder, eval_split="test")
 
 
 def test_evaluation_images_from_elsewhere(folder, tmp_path):

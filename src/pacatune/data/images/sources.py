@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig
+from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig, refuse_split
 from pacatune.data.read import load_hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -20,7 +20,12 @@ _SPLITS = {
     "OxfordIIITPet": ("trainval", "test"),
     "Flowers102": ("train", "val", "test"),
 }
-_EVALUATION_FOLDERS = ("test", "val", "valid", "validation")
+# The words by which `imagefolder` of the package datasets knows parts of a data set.
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -122,9 +127,15 @@ def read_sources(config: ImageDataConfig) -> tuple[ImageSource, ImageSource | No
     """Return the training images, and the evaluation images where they are given."""
     path, eval_path = config.path, config.eval_path
     folder = Path(path).expanduser()
-    if folder.is_dir() and (found := find_split(folder)):
-        path, eval_path = str(folder / "train"), eval_path or str(folder / found)
+    parts = find_parts(folder) if folder.is_dir() else {}
+    if config.eval_split is not None:
+        refuse_split(eval_path or path, "data.eval_split", config.eval_split)
+    if parts:
+        path = str(parts.pop("train"))
+        if eval_path is None and parts:
+            eval_path = str(parts.pop("validation" if "validation" in parts else "test"))
     train = read_source(config, path, config.split, "data.path")
+    train.warnings += [f"{part} is not used." for part in parts.values()]
     if eval_path is None and config.eval_split is None:
         return train, None
     split = config.eval_split or config.split
@@ -149,7 +160,7 @@ def read_source(config: ImageDataConfig, path: str, split: str | None, option: s
 
 def read_folder(folder: Path) -> FolderSource:
     """Return the images below each class's folder; the folders' names are the classes."""
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder))
+    folders = _folders(folder)
     if not folders:
         raise ValueError(
             f"{folder} holds no folders; put the images of each class into a folder of its name."
@@ -184,11 +195,37 @@ def read_folder(folder: Path) -> FolderSource:
     )
 
 
-def find_split(folder: Path) -> str | None:
-    """Return the evaluation folder's name, if a folder holds `train` and that one alone."""
-    names = {path.name for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder)}
-    found = [name for name in _EVALUATION_FOLDERS if names == {"train", name}]
-    return found[0] if found else None
+def find_parts(folder: Path) -> dict[str, Path]:
+    """Return the folders of train, validation and test, if there are those and not classes."""
+    parts: dict[str, Path] = {}
+    others, problem = [], ""
+    for path in _folders(folder):
+        part = _PARTS.get(path.name.lower())
+        if part is None:
+            others.append(path.name)
+        elif part in parts:
+            problem = f"{parts[part].name} and {path.name} are both {part}"
+        else:
+            parts[part] = path
+    if not parts or (others and not any(map(_folders, parts.values()))):
+        return {}
+    names = ", ".join(path.name for path in parts.values())
+    if others:
+        problem = f"it has the folder {others[0]} beside the parts {names}"
+    elif "train" not in parts:
+        problem = f"the folders {names} are parts of a data set, and none of them is train"
+    elif not _folders(parts["train"]):
+        problem = f"{parts['train'].name}, a part of a data set, holds no folder per class"
+    if problem:
+        raise ValueError(
+            f"{folder}: {problem}; give each part by itself (`data.path`, `data.eval_path`), or "
+            "rename the folders where they are classes."
+        )
+    return parts
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder))
 
 
 def _is_shown(path: Path, root: Path) -> bool:

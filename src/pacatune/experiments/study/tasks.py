@@ -21,7 +21,7 @@ from pacatune.data.checks import find_overlap, overlap_warning
 from pacatune.data.encode import IGNORED
 from pacatune.data.images import ImageDataset, prepare_images
 from pacatune.data.images.prepare import check_images, run_digest
-from pacatune.data.images.sources import find_split
+from pacatune.data.images.sources import find_parts
 from pacatune.data.packaged.packages import sha256_of
 from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
@@ -230,8 +230,10 @@ class ImageTask(StudyTask):
     def _take_test(self, data: Values) -> Values:
         path, split = data.pop("eval_path", None), data.pop("eval_split", None)
         folder = Path(data.get("path", "")).expanduser()
-        if path is None and split is None and folder.is_dir() and (found := find_split(folder)):
-            data["path"], path = str(folder / "train"), str(folder / found)
+        if path is None and split is None and folder.is_dir() and (parts := find_parts(folder)):
+            data["path"] = str(parts.pop("train"))
+            path = str(parts.pop("test" if "test" in parts else "validation")) if parts else None
+            self._warn(*(f"{part} is not used." for part in parts.values()))
         if path is None and split is None:
             raise ValueError(
                 "the task has no `data.eval_path` or `data.eval_split`, nor a folder `test` beside "
