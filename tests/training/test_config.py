@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -43,6 +44,25 @@ def test_model_path_is_required():
 def test_learning_rate_is_that_of_the_method(method):
     assert run_config(method=method).training.learning_rate == METHODS[method].text_rate
     assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
+
+
+def test_sections_may_be_used_again():
+    sections = {
+        "model": ModelConfig(path="m"),
+        "data": DataConfig(path="d"),
+        "training": TrainingConfig(use_cpu=True),
+        "lora": LoraSection(),
+    }
+    sections["training"].distributed_state = None  # no two of them are equal
+    before = copy.deepcopy({name: vars(section) for name, section in sections.items()})
+    for method in TEXT_METHODS:
+        run = RunConfig(method=method, **sections)
+        rate = METHODS[method].text_rate
+        assert run.training.learning_rate == run.training.given["learning_rate"] == rate
+        assert run.model.quantization == METHODS[method].quantization
+        assert run.lora.lora_dropout == (METHODS[method].dropout or 0)
+    assert RunConfig(**sections, early_stopping_patience=2).training.load_best_model_at_end
+    assert {name: vars(section) for name, section in sections.items()} == before
 
 
 def test_lean_levels():

@@ -1,5 +1,6 @@
 """Training that starts from a finished adapter."""
 
+import dataclasses
 import json
 import shutil
 
@@ -60,6 +61,14 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path, 
     assert two.config.base_model_name_or_path == one.config.base_model_name_or_path
     assert report.adapter == str(paca)
     assert f"| started from | {paca} |" in (out / "report.md").read_text()
+
+
+def test_sections_may_be_used_again(make_config, paca):
+    first = make_config()
+    model, section = dataclasses.replace(first.model, path=str(paca)), PacaSection()
+    run = dataclasses.replace(first, model=model, paca=section)
+    assert (run.adapter, run.paca.r) == (str(paca), 3)
+    assert (model.path, section, first.adapter) == (str(paca), PacaSection(), None)
 
 
 def test_loss_begins_where_it_ended_and_resumed_runs_are_the_same(

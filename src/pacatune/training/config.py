@@ -1,5 +1,6 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
+import copy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
@@ -151,14 +152,21 @@ class BaseRunConfig(Generic[R]):
         return {**asdict(self.lora), **more}
 
     def __post_init__(self) -> None:
-        """Check what concerns several sections, and fill in what one leaves to another."""
-        training_class = self.sections()["training"]
+        """Check what concerns several sections, and fill in what one leaves to another.
+
+        What is filled in is filled into copies: the caller's sections may serve other runs.
+        """
+        sections = self.sections()
+        for name in sections:
+            setattr(self, name, copy.copy(getattr(self, name)))
+        training_class = sections["training"]
         if not isinstance(self.training, training_class):
             package = training_class.__module__.rpartition(".")[0]
             raise TypeError(
                 f"`training` is a {type(self.training).__name__}; it must be a "
                 f"{package}.{training_class.__name__}."
             )
+        self.training.given = dict(self.training.given)
         check_lean_level(self.lean_level, lean=self.lean)
         method = method_of(self.method, self.methods)
         self.method = method.name
