@@ -118,10 +118,13 @@ def make_task_config(tiny_model_dir, pairs_path, prompts_path, tmp_path):
             else {"per_device_train_batch_size": 8}
         )
         path = prompts_path if samples else pairs_path
+        evaluates = (training or {}).get("eval_strategy") != "no"
         return run_class(
             method=method,
             model=ModelConfig(**{"path": str(tiny_model_dir), **(model or {})}),
-            data=sections["data"](**{"path": str(path), "eval_fraction": 0.2, **(data or {})}),
+            data=sections["data"](
+                **{"path": str(path), "eval_fraction": 0.2 * evaluates, **(data or {})}
+            ),
             training=sections["training"](
                 **{
                     "output_dir": str(tmp_path / "out"),

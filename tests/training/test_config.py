@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -162,8 +163,10 @@ def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
     assert TrainingConfig(bf16=bf16).use_cpu
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CPUs have no fp16")
 def test_mixed_precision_is_not_forced_onto_fp16():
-    assert TrainingConfig(fp16=True, use_cpu=True).bf16 is False
+    assert TrainingConfig(fp16=True).bf16 is False
 
 
 @pytest.mark.parametrize("patience", [0, -1])
@@ -194,6 +197,47 @@ def test_early_stopping(strategy):
     assert training.load_best_model_at_end
     assert training.metric_for_best_model == "eval_loss"
     assert training.greater_is_better is False
+
+
+def test_nothing_is_held_out_where_nothing_is_evaluated():
+    assert run_config({"eval_strategy": "no"}).data.eval_fraction == 0
+    kept = run_config().data.eval_fraction
+    assert kept == DataConfig(path="d").eval_fraction > 0
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "given"),
+    [
+        ({"eval_path": "e"}, {}, "data.eval_path"),
+        ({"eval_split": "test"}, {}, "data.eval_split"),
+        ({"eval_fraction": 0.2}, {}, "data.eval_fraction"),
+        ({}, {"do_eval": True}, "training.do_eval"),
+        ({}, {"eval_on_start": True}, "training.eval_on_start"),
+    ],
+)
+def test_evaluation_that_is_asked_for_and_switched_off(data, training, given):
+    rule = f"`training.eval_strategy` ('no') evaluates nothing, and `{given}`"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        RunConfig(
+            model=ModelConfig(path="m"),
+            data=DataConfig(**{"path": "d", **data}),
+            training=TrainingConfig(use_cpu=True, eval_strategy="no", **training),
+        )
+
+
+@pytest.mark.parametrize("kind", [TrainingConfig, ImageTrainingConfig, ClassifierTrainingConfig])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU.*; set `training.bf16`"),
+        ({"fp16_full_eval": True}, "not offered: it rounds the weights that are saved"),
+        ({"bf16_full_eval": True}, "not offered: it rounds the weights that are saved"),
+    ],
+)
+def test_precisions_that_are_not_had(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(use_cpu=True, **options)
+    assert kind(use_cpu=True, bf16=True).bf16
 
 
 @pytest.mark.parametrize(

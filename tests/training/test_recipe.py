@@ -174,12 +174,15 @@ def test_config_beside_the_adapter_repeats_the_run(make_config, tmp_path, consol
     assert old == new
 
 
-def test_run_without_evaluation(make_config, console):
-    config = make_config(data={"eval_fraction": 0}, training={"max_steps": 2})
+@pytest.mark.parametrize(
+    ("data", "training"), [({"eval_fraction": 0}, {}), ({}, {"eval_strategy": "no"})]
+)
+def test_run_without_evaluation(make_config, console, data, training):
+    config = make_config(data=data, training={"max_steps": 2, **training})
     report = train(config, console=console)
     assert report.eval_loss_before is None
     assert report.eval_loss_after is None
-    assert report.num_eval_examples == 0
+    assert (report.num_train_examples, report.num_eval_examples) == (60, 0)
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])

@@ -153,7 +153,7 @@ def image_runs(
             # Of so few: until the new head has learnt something, its gradients are noise.
             warmup_steps=num_steps // 5,
             learning_rate=learning_rates.get(method),
-            eval_strategy="no",  # before and after are evaluated all the same
+            eval_steps=num_steps + 1,  # before and after alone
             save_strategy="no",
             report_to="none",
             seed=seed,

@@ -45,6 +45,8 @@ class SharedDefaults:
         "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
         "hub_strategy": "only the finished result is uploaded",
         "hub_always_push": "only the finished result is uploaded",
+        "fp16_full_eval": "it rounds the weights that are saved",
+        "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""
@@ -86,7 +88,8 @@ class SharedDefaults:
     """Not offered: a run stops at the first loss that is not finite."""
 
     eval_strategy: IntervalStrategy | str = "steps"
-    """When to evaluate: steps, epoch or no."""
+    """When to evaluate: steps, epoch or no. With steps and epoch also before and after training; with
+    no, never, and no data is held out."""
 
     eval_steps: float | None = 0.2
     """Steps between evaluations; below 1, a share of all steps."""
@@ -108,6 +111,16 @@ class SharedDefaults:
                 instead = self.elsewhere[option.name]
                 raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
         _check_ranges(self)
+        if self.fp16 and self.on_cpu:  # type: ignore[attr-defined]
+            raise ValueError(
+                "`training.fp16` (True) needs a GPU, and a CPU would train without it; set "
+                "`training.bf16`, or drop it."
+            )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is on the CPU."""
+        return self.use_cpu or torch.accelerator.current_accelerator() is None
 
     def __post_init__(self) -> None:
         # As given, before TRL and transformers resolve them: what a saved config must say.

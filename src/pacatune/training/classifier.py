@@ -45,12 +45,6 @@ class TextClassConfig:
     split: str = "train"
     """Split of a hub data set to train on."""
 
-    eval_path: str | None = None
-    """Evaluation data, as `path`."""
-
-    eval_split: str | None = None
-    """Split of a hub data set to evaluate on."""
-
     eval_fraction: float = 0.1
     """Fraction of the training data held out for evaluation."""
 

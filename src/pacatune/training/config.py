@@ -22,6 +22,8 @@ from pacatune.training.sections import (
 from pacatune.training.start import find_start, settle_start
 from pacatune.tuner.compat import require
 
+# Options of `data` that say what to evaluate on.
+_EVALUATION = ("eval_path", "eval_split", "eval_fraction")
 _MODEL_ARGUMENTS = {
     "trust_remote_code": "code of a model is never executed",
     "dtype": "set `model.dtype`",
@@ -95,7 +97,7 @@ class BaseRunConfig(Generic[R]):
     """The pretrained model: `path` and `revision` at least."""
 
     data: Any
-    """The data, with the options `eval_path`, `eval_split` and `eval_fraction`."""
+    """The data, with the option `eval_fraction`."""
 
     paca: PacaSection = field(default_factory=PacaSection)
     """Options of the methods paca and qpaca."""
@@ -181,12 +183,30 @@ class BaseRunConfig(Generic[R]):
             training.learning_rate = training.given["learning_rate"] = rate
         if self.early_stopping_patience is not None:
             _set_early_stopping(training, self.early_stopping_patience, self.best_metric)
+        wanted = [n for n in _EVALUATION if getattr(self.data, n, None)]
+        if training.eval_strategy == "no":
+            self._evaluate_nothing(wanted)
+            wanted = []
         chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
-        if chooses and not (self.data.eval_path or self.data.eval_split or self.data.eval_fraction):
+        if chooses and not wanted:
             raise ValueError(
                 "the best checkpoint is to be kept (`early_stopping_patience`, "
                 "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
-                "evaluation data; set `data.eval_path` or `data.eval_fraction`."
+                "evaluation data; set `data.eval_path` or `data.eval_fraction`, and "
+                "`training.eval_strategy` to steps or epoch."
+            )
+
+    def _evaluate_nothing(self, wanted: list[str]) -> None:
+        """Hold nothing out; refuse what asks for an evaluation all the same."""
+        if self.data.eval_fraction == type(self.data).eval_fraction:
+            self.data.eval_fraction = 0.0
+        given = [f"data.{name}" for name in wanted if getattr(self.data, name)]
+        given += [f"training.{n}" for n in ("do_eval", "eval_on_start") if self.training.given[n]]
+        if given:
+            raise ValueError(
+                f"`training.eval_strategy` ('no') evaluates nothing, and `{given[0]}` asks for an "
+                "evaluation; drop one of them (steps with a large `training.eval_steps` evaluates "
+                "before and after training alone)."
             )
 
     def _refuse_other_methods(self) -> None:
@@ -256,8 +276,7 @@ class TrlDefaults(SharedDefaults):
                     f"`training.model_init_kwargs` has {name!r}, which is not offered: "
                     f"{_MODEL_ARGUMENTS[name]}."
                 )
-        on_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
-        if getattr(self, "activation_offloading", False) and on_cpu:
+        if getattr(self, "activation_offloading", False) and self.on_cpu:
             raise ValueError(
                 "`training.activation_offloading` (True) moves activations off an accelerator, and "
                 "this run is on the CPU; drop it."

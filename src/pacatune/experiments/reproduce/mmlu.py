@@ -174,7 +174,7 @@ def _run_small(row: Row, folder: Path, tell: Tell) -> Result:
             rate=rate,
             dtype=small_dtype(),
             seed=seed,
-            eval_strategy="no",
+            eval_steps=_STEPS + 1,  # before and after alone
             save_strategy="no",
         )
         return runs.train(run, f"rate{rate:g}-seed{seed}")

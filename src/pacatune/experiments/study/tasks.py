@@ -39,7 +39,7 @@ from pacatune.training.task import Task, count_trainable, task_of
 Values = dict[str, Any]
 
 # A run of a study is measured once, when it has ended, and leaves nothing but the numbers.
-_FIXED = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
+_FIXED = {"eval_strategy": "steps", "save_strategy": "no", "report_to": "none"}
 
 
 class StudyTask(ABC):
@@ -104,7 +104,7 @@ class StudyTask(ABC):
             test = self.test_data(task)
             before = self._general_loss(task, None)
             trainer = make_trainer(task, prepared, None, console)
-            trainer.args.eval_on_start = False
+            trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
             run_trainer(trainer, task, None, console)
             found = {
                 name: self.measure(task, trainer, data)
