@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from pacatune.data.images import Augmentation, ImageDataset, Preprocessing
 from pacatune.data.images.sources import read_folder
@@ -20,7 +21,7 @@ def source(tmp_path):
 def dataset(source, kind=None, epoch=0):
     augmentation = None if kind is None else Augmentation(kind, seed=3)
     found = ImageDataset(source, [1, 5, 9], PREPROCESSING, augmentation)
-    found.epoch = epoch
+    found.epoch.fill_(epoch)
     return found
 
 
@@ -36,6 +37,16 @@ def test_without_augmentation_nothing_changes(source):
     assert torch.equal(
         dataset(source, "none")[0]["pixel_values"], dataset(source)[0]["pixel_values"]
     )
+
+
+def test_workers_that_stay_see_the_new_epoch(source):
+    images = dataset(source, "crop")
+    loader = DataLoader(images, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        images.epoch.fill_(epoch)
+        seen = [batch["pixel_values"][0] for batch in loader]
+        expected = dataset(source, "crop", epoch)
+        assert all(torch.equal(one, expected[i]["pixel_values"]) for i, one in enumerate(seen))
 
 
 @pytest.mark.parametrize("kind", ["flip", "crop"])

@@ -192,7 +192,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.indices = indices
         self.preprocessing = preprocessing
         self.augmentation = augmentation
-        self.epoch = 0  # set at the start of each: images are augmented anew
+        # Set at the start of each: images are augmented anew. Shared with workers that stay.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -202,7 +203,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         label = self.label(position)
         if self.augmentation is not None and self.augmentation.kind != "none":
             size = self.preprocessing.size
-            image = self.augmentation(image, size, self.epoch, self.indices[position])
+            image = self.augmentation(image, size, int(self.epoch), self.indices[position])
             if self.augmentation.kind == "crop":
                 return {"pixel_values": self.preprocessing.normalise(image), "labels": label}
         return {"pixel_values": self.preprocessing(image), "labels": label}

@@ -229,7 +229,7 @@ class NewEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first batch is loaded; `state.epoch` also counts the steps of this one."""
-        self._dataset.epoch = int(state.epoch or 0)
+        self._dataset.epoch.fill_(int(state.epoch or 0))
 
 
 def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Tensor]:
