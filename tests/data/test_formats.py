@@ -1,3 +1,7 @@
+from datetime import date
+from decimal import Decimal
+
+import numpy as np
 import pytest
 
 from pacatune.data.formats import Example, to_examples
@@ -252,6 +256,22 @@ def test_roles_of_chat_templates(role):
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]},
             r"tool_calls of messages\[1\] is a str; it must be a list of calls",
+        ),
+        (
+            {"messages": [{**USER, "at": date(2026, 1, 2)}, ASSISTANT]},
+            r"row 1: 'at' of messages\[0\] is no JSON \(Object of type date .* write it as text",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "n": b"1"}]}]},
+            r"row 1: 'tool_calls' of messages\[1\] is no JSON \(Object of type bytes",
+        ),
+        (
+            {"prompt": [USER], "completion": [{**ASSISTANT, "cost": Decimal("0.1")}]},
+            r"row 1: 'cost' of completion\[0\] is no JSON \(Object of type Decimal",
+        ),
+        (
+            {"messages": [USER, ASSISTANT], "tools": [{"name": "f", "n": np.int64(1)}]},
+            r"row 1: 'tools' is no JSON \(Object of type int64",
         ),
         (
             {"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]},

@@ -1,5 +1,6 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,6 +195,7 @@ def _chat(
     tools = row.values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = sharegpt.parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
+    check_json(tools, f"{row.place}: 'tools'")
     tools = _functions(row.place, "'tools'", "tool", tools)
     example = Example(row.place, prompt, completion, tools, skipped)
     if not example.learned_turns:
@@ -255,6 +257,14 @@ def _check_filled(value: str | list[Any], what: str) -> None:
         raise ValueError(f"{what} is empty; fill it or remove the row.")
 
 
+def check_json(value: Any, what: str) -> None:
+    """Refuse what tables hold and JSON cannot: dates, bytes, decimals."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is no JSON ({error}); write it as text, or remove it.") from error
+
+
 def _text(row: Row, column: str) -> str:
     value, what = row.values[column], f"{row.place}: {column!r}"
     _check_type(value, str, "a string", what)
@@ -281,6 +291,8 @@ def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
         )
     _check_role(message["role"], f"{place}: role of {where}")
     kept = {key: value for key, value in message.items() if value is not None}
+    for key, value in kept.items():
+        check_json(value, f"{place}: {key!r} of {where}")
     kept = _with_weight(kept, f"{place}: {where}")
     content = kept.get("content")
     if isinstance(content, list):

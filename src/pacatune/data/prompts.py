@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import overlap_warning, some
+from pacatune.data.checks import overlap_warning
 from pacatune.data.config import REASONING_GYM, PromptDataConfig
-from pacatune.data.formats import check_unused, present_columns, to_prompt
+from pacatune.data.formats import check_json, check_unused, present_columns, to_prompt
 from pacatune.data.prepare import PreparedData, check_template, split_places
 from pacatune.data.read import Row, read_rows
 from pacatune.installation import require_extra
@@ -196,24 +196,8 @@ def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
 
     # Apart, since the same rows may lie elsewhere when a run is resumed.
     places = [row.pop("place") for row in rows]
-    texts = [_to_json(row, place) for row, place in zip(rows, places, strict=True)]
+    for place, row in zip(places, rows, strict=True):
+        for name, value in row.items():
+            check_json(value, f"{place}: column {name!r}")
+    texts = [json.dumps(row) for row in rows]
     return Dataset.from_dict({"row": texts, "place": places}).with_transform(decode)
-
-
-def _to_json(row: dict[str, Any], place: str) -> str:
-    try:
-        return json.dumps(row)
-    except TypeError as error:
-        bad = [name for name, value in row.items() if not _is_json(value)]
-        raise ValueError(
-            f"{place}: {some([f'column {name!r}' for name in bad])} holds what is no JSON "
-            f"({error}); remove it, or write it as text."
-        ) from error
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
