@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 _MAX_LISTED = 20
+_NUMBER_FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Less alike than this, a key is no guess at another one.
 _NEAR = 0.6
 
@@ -32,10 +33,15 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return guess(name, known).strip() or f"choose from {', '.join(known)}."
 
 
+def full_name(name: str) -> str:
+    """Return the number format that a short name means; other names as they are."""
+    return _NUMBER_FORMATS.get(name, name)
+
+
 def choose(name: str, known: Collection[str], *, option: str) -> str:
     """Return the one of several names that is meant (`-` and `_` are the same); refuse others."""
     names = {one.replace("-", "_"): one for one in known}
-    wanted = str(name).replace("-", "_")
+    wanted = full_name(str(name).replace("-", "_"))
     if wanted in names:
         return names[wanted]
     near = nearest(wanted, names)
@@ -49,12 +55,16 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
-def check_choices(config: Any) -> None:
-    """Refuse a field of a dataclass whose value its annotation does not name; None is fine."""
+def check_choices(config: Any, section: str = "") -> None:
+    """Refuse a field of a dataclass whose value its annotation does not name; None is fine.
+
+    What is meant replaces what is given: `bfloat16` for `bf16`, `seq-len` for `seq_len`.
+    """
     for field in fields(config):
         value, choices = getattr(config, field.name), choices_of(field.type)
         if choices and value is not None:
-            choose(value, choices, option=field.name)
+            meant = choose(value, choices, option=f"{section}{field.name}")
+            object.__setattr__(config, field.name, meant)
 
 
 def suggest(key: str, known: Collection[str]) -> str:

@@ -3,16 +3,17 @@
 This module imports torch only where a function needs it.
 """
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from pacatune.names import choose
 
 if TYPE_CHECKING:
     import torch
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 """What options of a number format take; `auto` is left to the checkpoint or the device."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Full names of `Dtype`."""
 
 _NAMES = ("float64", "float32", "bfloat16", "float16")
 

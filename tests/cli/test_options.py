@@ -7,8 +7,10 @@ from typing import Literal
 import pytest
 
 from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
+from pacatune.cli.train import read_run
 from pacatune.evaluation.mt_bench import MtBenchConfig
 from pacatune.measure.setting import BenchConfig, Setting
+from tools import cli_reference
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,20 @@ def parse(*words):
     parser = new_parser("sizes", "Choose sizes.")
     add_fields(parser, Sizes, skip=("path",), num_rows={"default": 5})
     return field_values(parser.parse_args(words), Sizes)
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "generate", "evaluate-mmlu"])
+def test_short_names_of_dtypes(command):
+    parser = cli_reference.find_parser(command)
+    needed = [action for action in parser._actions if action.required]
+    words = [w for a in needed for w in (a.option_strings[-1], next(iter(a.choices or "x")))]
+    assert parser.parse_args([*words, "--dtype", "fp16"]).dtype == "float16"
+
+
+def test_short_name_of_the_dtype_of_a_run(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {path: m, dtype: bf16}\ndata: {path: d}\n")
+    assert read_run(["--config", str(config)]).model.dtype == "bfloat16"
 
 
 def test_defaults_are_those_of_the_fields_unless_changed():

@@ -35,6 +35,13 @@ def test_unknown_choice_suggests_the_nearest(option, value, nearest):
         setting(**{option: value})
 
 
+def test_choices_are_held_by_their_full_names():
+    assert setting(dtype="fp16", adapter_dtype="bf16").dtype == "float16"
+    assert setting(dtype="fp16", adapter_dtype="bf16").adapter_dtype == "bfloat16"
+    bench = settings.BenchConfig(values={}, title="m", dtype="fp32", sweep="seq_len")
+    assert (bench.dtype, bench.sweep) == ("float32", "seq-len")
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 @pytest.mark.parametrize(
     "option", ["rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus"]

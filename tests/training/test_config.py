@@ -17,7 +17,7 @@ from pacatune.training import (
     TrainingConfig,
 )
 from pacatune.training.classifier import ClassifierTrainingConfig
-from pacatune.training.image import ImageTrainingConfig
+from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
 from pacatune.tuner import compat
 
 
@@ -39,6 +39,13 @@ def test_an_old_trl_is_refused(monkeypatch):
 def test_model_path_is_required():
     with pytest.raises(ValueError, match=r"`model.path` is ''; give a hub id or the folder"):
         ModelConfig()
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, ImageModelConfig])
+def test_dtypes(kind):
+    assert kind(path="m", dtype="bf16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"`model.dtype` \('bflaot16'\) .* mean 'bfloat16'\?"):
+        kind(path="m", dtype="bflaot16")
 
 
 @pytest.mark.parametrize("method", TEXT_METHODS)

@@ -19,6 +19,7 @@ from pacatune.cli.options import (
     quiet_libraries,
 )
 from pacatune.cli.subcommands import Subcommands, run_subcommand
+from pacatune.names import full_name
 from pacatune.precision import DTYPES
 from pacatune.pretrained import QUANTIZATIONS
 
@@ -84,7 +85,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", metavar="DIR", required=True, help="new folder of the result")
     dtype = "number type of the base (default: its own)"
-    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
     bits = (
         "hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained so "
         "does it by itself"

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.names import full_name
 from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--to", choices=("lora",), required=True, help="format to write")
     add("--output", metavar="DIR", required=True, help="folder to write")
     dtype = "number type of the tensors; float32 (the default) is exact"
-    add("--dtype", choices=DTYPES[1:], default="float32", help=dtype)
+    add("--dtype", type=full_name, choices=DTYPES[1:], default="float32", help=dtype)
     extra = (
         "carry modules_to_save, biases and token embeddings over; PEFT loads them, most servers "
         "do not"

@@ -6,6 +6,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.names import full_name
 from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help=top_p)
     add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
     dtype = "number type of the base (default: its own)"
-    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
     options = parser.parse_args(argv)
     if options.compare and options.adapter is None:
         parser.error("--compare needs --adapter")

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.names import full_name
 from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", metavar="DIR", required=True, help="folder to write")
     dtype = "number type of the result (default: the base's own)"
-    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
     add(
         "--base",
         choices=("original", "dequantized", "nf4"),

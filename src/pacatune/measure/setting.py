@@ -20,7 +20,7 @@ from pacatune.reports.provenance import num_cores
 if TYPE_CHECKING:
     import torch
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 _FORMS = {
     "paca-resident": "PaCA, columns always written into the weight",
@@ -144,7 +144,7 @@ class BenchConfig:
     """Longest row; more tokens are split into more rows."""
     dtype: precision.Dtype = "auto"
     """Number format of the weights; auto is bfloat16 where it is fast, else float32."""
-    adapter_dtype: Literal["same", "float32"] = "same"
+    adapter_dtype: Literal["same", "float32", "fp32"] = "same"
     """Number format of what adapters train: that of the weights (same) or float32, which runs under
     autocast beside 16-bit weights."""
     device: str = "auto"

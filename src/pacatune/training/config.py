@@ -4,12 +4,12 @@ import copy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
-import torch
 from trl import SFTConfig
 
 from pacatune.data import DataConfig
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
+from pacatune.names import check_choices
 from pacatune.precision import Dtype
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.report import Report, RunReport
@@ -66,6 +66,7 @@ class ModelConfig:
             raise ValueError(
                 f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
             )
+        check_choices(self, "model.")
 
 
 R = TypeVar("R", bound="RunReport")

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from pacatune.data.images import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
+from pacatune.names import check_choices
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
 from pacatune.training.image.report import ImageReport
@@ -23,7 +24,7 @@ class ImageModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "fp32", "bf16"] = "float32"
     """Type of the weights. bfloat16 halves their memory, and a head in it learns less exactly."""
 
     attn_implementation: str | None = None
@@ -35,6 +36,7 @@ class ImageModelConfig:
                 f"`model.path` is {self.path!r}; give a hub id, the name of a timm model, or the "
                 "folder of a model."
             )
+        check_choices(self, "model.")
 
 
 @dataclass
