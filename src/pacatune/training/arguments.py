@@ -88,8 +88,8 @@ class SharedDefaults:
     """Not offered: a run stops at the first loss that is not finite."""
 
     eval_strategy: IntervalStrategy | str = "steps"
-    """When to evaluate: steps or epoch, and then before and after training too; or no: never, and no
-    data is held out."""
+    """When to evaluate: steps or epoch, and then before and after training too; or no: never, and
+    no data is held out."""
 
     eval_steps: float | None = 0.2
     """Steps between evaluations; below 1, a share of all steps."""
