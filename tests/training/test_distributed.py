@@ -1,7 +1,9 @@
 """Two processes on CPUs (gloo) give the losses and the adapter of one."""
 
+import importlib.metadata
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 import pacatune.training
 from pacatune.cli import main
 from pacatune.training import PacaSection, train
+from pacatune.training.config_file import save_config
+from pacatune.tuner import compat
 from tests.training.launching import launch, save_config
 
 LAUNCH = Path(pacatune.training.__file__).parent / "launch"
@@ -75,6 +79,15 @@ def assert_close(first, second):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
+def assert_whole(checkpoint):
+    """What a run goes on from has every tensor in full."""
+    saved = torch.load(checkpoint / "pytorch_model_fsdp.bin", weights_only=True)
+    saved = {re.sub(r"\.default(\.weight)?$", "", name): saved[name] for name in saved}
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    assert saved.keys() == adapter.keys()
+    assert all(torch.equal(saved[name], adapter[name]) for name in adapter)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "quantization"),
@@ -89,6 +102,8 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     done = launch("train", "--config", tmp_path / "run.yaml", **options)
     assert done.stdout.count("data: 40 examples, 16 held out") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
+    if launcher == "fsdp2":
+        assert_whole(tmp_path / "two/checkpoint-4")
     if quantization is not None:
         return
 
@@ -174,6 +189,17 @@ def test_fsdp_that_would_lose_the_adapter_is_refused(
     with pytest.raises(ValueError, match=message):
         train(config, console=Console(file=io.StringIO()))
     assert not Path(config.training.output_dir).exists()
+
+
+def test_accelerate_that_saves_parts_of_tensors_is_refused(make_config, monkeypatch):
+    def version(name):
+        return "1.14.0" if name == "accelerate" else importlib.metadata.version(name)
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = make_config()
+    monkeypatch.setattr(compat, "version", version)
+    with pytest.raises(ValueError, match=r"FSDP2 needs accelerate 1.15 or newer, and this is 1"):
+        train(config, console=Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize(

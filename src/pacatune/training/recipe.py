@@ -58,6 +58,7 @@ from pacatune.training.split import Split, why_fixed
 from pacatune.training.start import check_quantization
 from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
+from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
 
 # What `accelerate launch` sets: variable, its default, what it must be, and why.
@@ -228,6 +229,8 @@ def check_environment(config: BaseRunConfig[Any]) -> None:
 
 
 def _check_fsdp(method: str) -> None:
+    # Before, its checkpoints have only one process's part of each tensor of an adapter.
+    require("accelerate", "1.15", "FSDP2")
     for variable, default, needed, reason in _FSDP_RULES:
         value = os.environ.get(variable, default)
         concerns = METHODS[method].is_paca or variable != "FSDP_CPU_RAM_EFFICIENT_LOADING"
