@@ -105,6 +105,16 @@ def test_lines_where_there_is_no_terminal():
     assert text.count("\n") == 22
 
 
+def test_rewards_are_shown_and_not_their_loss():
+    out = io.StringIO()
+    reporter = ProgressReporter(Console(file=out, width=200), Meter())
+    for logs in ({"eval_loss": 0.0, "eval_reward": 0.5}, {"loss": 0.0, "reward": 0.25}):
+        reporter.on_log(ARGUMENTS, state(1), None, logs=logs)
+    first, second = out.getvalue().splitlines()
+    assert first == "step 1/40: evaluation reward 0.5000"
+    assert second.startswith("step 1/40: reward 0.2500  0 tokens/s")
+
+
 def test_bar_on_a_terminal():
     text = lines(force_terminal=True)
     assert "step 40/40" in text

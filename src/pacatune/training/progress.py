@@ -139,12 +139,16 @@ class ProgressReporter(TrainerCallback):
     ) -> None:
         """Take over the newest losses; without a bar, print about 20 lines per run."""
         logs = logs or {}
-        self._numbers |= {key: logs[key] for key in ("loss", "reward") if logs.get(key) is not None}
+        # The loss of reinforcement learning says nothing of the rewards, and is about 0.
+        if shown := next((key for key in ("reward", "loss") if logs.get(key) is not None), None):
+            self._numbers = {shown: logs[shown]}
         every = max(1, state.max_steps // _NUM_LINES)
         if "eval_loss" in logs:
             known = {key: text for key, text in _SAID.items() if logs.get(key) is not None}
             found = [text.format(logs[key]) for key, text in known.items()]
-            said = ", ".join([f"evaluation loss {logs['eval_loss']:.4f}", *found])
+            if "eval_reward" not in known:
+                found.insert(0, f"loss {logs['eval_loss']:.4f}")
+            said = f"evaluation {', '.join(found)}"
         elif (
             "loss" in logs
             and self._progress is None

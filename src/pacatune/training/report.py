@@ -81,7 +81,6 @@ class RunReport:
         saved = self.saved_activation_bytes
         return [
             *self.outcome(),
-            ("training loss", four_digits(self.train_loss)),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
             self.speed(),
@@ -101,6 +100,7 @@ class RunReport:
         return [
             ("held-out loss before", four_digits(self.eval_loss_before)),
             ("held-out loss after", four_digits(self.eval_loss_after)),
+            ("training loss", four_digits(self.train_loss)),
         ]
 
     @abstractmethod
