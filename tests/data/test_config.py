@@ -12,3 +12,11 @@ def test_path_is_required():
 def test_fraction_range(fraction):
     with pytest.raises(ValueError, match=rf"`data.eval_fraction` \({fraction}\) must be in \[0, 1"):
         DataConfig(path="a.jsonl", eval_fraction=fraction)
+
+
+def test_a_split_of_local_data(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test")
+    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the hub"):
+        config.evaluation_source()
+    assert DataConfig(path="org/a", eval_split="test").evaluation_source()
