@@ -38,8 +38,8 @@ def test_an_option_that_there_is_not_comes_before_those_that_are_missing(command
     ("words", "message"),
     [
         (
-            ["merge", "--dtype=bf16", "--adapter", "a", "--output", "b"],
-            "`--dtype` ('bf16') must be",
+            ["merge", "--dtype=bf61", "--adapter", "a", "--output", "b"],
+            "`--dtype` ('bf61') must be",
         ),
         (
             ["merge", "--dtype", "bfloat", "--adapter", "a", "--output", "b"],

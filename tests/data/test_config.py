@@ -17,6 +17,6 @@ def test_fraction_range(fraction):
 def test_a_split_of_local_data(tmp_path):
     (tmp_path / "a.jsonl").touch()
     config = DataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test")
-    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the hub"):
+    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the"):
         config.evaluation_source()
     assert DataConfig(path="org/a", eval_split="test").evaluation_source()

@@ -1,7 +1,9 @@
 import copy
 import json
+from datetime import date
 
 import pytest
+from datasets import Dataset
 
 from pacatune.data import PromptDataConfig
 from pacatune.data.prompts import INDEX, prepare_prompts
@@ -69,6 +71,14 @@ def test_system_prompt(prepare, prompt):
 def test_bad_rows(prepare, rows, message):
     with pytest.raises(ValueError, match=message):
         prepare(rows)
+
+
+def test_columns_of_tables_that_json_cannot_hold(tokenizer, tmp_path):
+    path = str(tmp_path / "d.parquet")
+    Dataset.from_list([{"prompt": "a", "on": date(2026, 1, 2)}]).to_parquet(path)
+    config = PromptDataConfig(path=path, eval_fraction=0)
+    with pytest.raises(ValueError, match=r"row 1: column 'on' is no JSON .*date.*; write it as"):
+        prepare_prompts(config, tokenizer, num_new_tokens=1)
 
 
 def test_a_chat_needs_a_template(prepare, tokenizer):
