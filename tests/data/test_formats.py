@@ -169,7 +169,7 @@ def test_bad_messages(messages, message):
 @pytest.mark.parametrize(
     ("role", "meant"),
     [
-        ("assitant", "'assistant'"),
+        ("assistnt", "'assistant'"),
         ("Assistant", "'assistant'"),
         ("usr", "'user'"),
         ("human", "'user'"),
