@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 import pacatune.training
 from pacatune.cli import main
 from pacatune.training import PacaSection, train
-from pacatune.training.config_file import save_config
 from pacatune.tuner import compat
 from tests.training.launching import launch, save_config
 
