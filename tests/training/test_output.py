@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pacatune.files.folder import is_write_failure
 from pacatune.training import PacaSection
 from pacatune.training.output import (
     check_folder,
-    is_write_failure,
     last_checkpoint,
     refuse_empty_tensors,
     run_folder,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import train
+from pacatune.training.output import run_folder
 from pacatune.training.recipe import start_or_resume
 from tests.cli.test_launch import started, text_of
 from tests.forks import Program
@@ -85,6 +86,12 @@ def test_a_run_without_a_checkpoint_begins_anew(make_config, tmp_path, console):
     other = make_config(training={"output_dir": str(folder), "max_steps": 3})
     with pytest.raises(ValueError, match=r"other options.*training.max_steps: 2 -> 3"):
         start_or_resume(other, console=console)
+
+
+def test_killed_before_its_configuration_was_written(make_config, tmp_path, console):
+    run_folder(tmp_path / "out").begin()
+    (tmp_path / "out/.pacatune/partial").write_text("task")
+    assert start_or_resume(make_config(training={"max_steps": 1}), console=console).num_steps == 1
 
 
 def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_path, console):

@@ -73,8 +73,9 @@ def is_write_failure(error: Exception) -> bool:
     """Whether the disk is full, read-only or broken: no fault of what was being written."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    # safetensors wraps the system's error in its own type and keeps only the text; 0.5 Rust's.
-    return any(words in str(error) for words in ("os error", "IoError(Os"))
+    # Others keep only the text: safetensors (0.5 Rust's own), tokenizers, and torch's zip files.
+    marks = ("os error ", "IoError(Os", "PytorchStreamWriter", "inline_container", "iostream error")
+    return any(words in str(error) for words in marks)
 
 
 def format_bytes(num_bytes: int) -> str:

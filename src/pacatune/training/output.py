@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 
+from pacatune.files.folder import is_write_failure
 from pacatune.files.owned_folder import OURS, OwnedFolder
 from pacatune.training.config import BaseRunConfig
 from pacatune.training.config_file import (
@@ -246,16 +247,6 @@ def staged(folder: Path, what: str, *, owner: bool = True) -> Iterator[Path]:
 def clear_staging(folder: Path) -> None:
     """Delete what a process that was killed while saving has left."""
     shutil.rmtree(folder / _STAGING_NAME, ignore_errors=True)
-
-
-def is_write_failure(error: Exception) -> bool:
-    """Whether an error comes from a disk that does not take more."""
-    if isinstance(error, OSError):
-        return True
-    # torch.save reports a failed write of its zip file as a RuntimeError of one of the first three,
-    # tokenizers any failed write as an Exception with the last.
-    marks = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
-    return any(mark in str(error) for mark in marks)
 
 
 def refuse_empty_tensors(folder: Path) -> None:
