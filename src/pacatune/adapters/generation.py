@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, TextStreamer,
 
 from pacatune.adapters.base import DTypeName
 from pacatune.adapters.loading import load_language_model
+from pacatune.adapters.sampling import Sampling
 from pacatune.residency import resident
 
 # Answer several prompts at once, each with its own temperature and its own seed.
@@ -37,7 +38,7 @@ def generate_batch(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tensor],
-    samplings: Sequence["Sampling"],
+    samplings: Sequence[Sampling],
     *,
     eos_token_id: list[int] | None,
     pad_token_id: int,
@@ -82,7 +83,7 @@ def generate_batch(
 class _SeededChoice(LogitsProcessor):
     """Turns the largest score into a sample, in the rows that have a temperature."""
 
-    def __init__(self, samplings: Sequence["Sampling"]) -> None:
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
         self._rows = [
             # On the CPU, so that a seed means the same on every device.
             (row, sampling, torch.Generator().manual_seed(sampling.seed))
@@ -122,35 +123,6 @@ def _cut(tokenizer: PreTrainedTokenizerBase, answer: list[int], stops: list[int]
         num_tokens=len(kept),
         finish_reason="length" if end is None else "stop",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen and when to stop."""
-
-    max_new_tokens: int = 256
-    """Most tokens to generate."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; higher values sample, 1 from the model's own distribution."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens whose probabilities reach this sum."""
-    seed: int = 0
-    """Seed for sampling."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.max_new_tokens < 1:
-            raise ValueError(
-                f"`max_new_tokens` ({self.max_new_tokens}) must be at least 1; raise it."
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"`temperature` ({self.temperature}) must be 0 (greedy) or a positive number."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` ({self.top_p}) must be in (0, 1]; 1 keeps every token.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` ({self.seed}) must be at least 0.")
 
 
 class TextGenerator:

@@ -217,7 +217,8 @@ def unequal_cores(outcomes: Mapping[str, Outcome]) -> list[str]:
 
 def answers(model: str, adapter: Path, prompts: list[str]) -> Iterator[dict[str, str]]:
     """Yield each `prompt` with what the model says `before` and `after`, without sampling."""
-    from pacatune.adapters.generation import Sampling, TextGenerator
+    from pacatune.adapters.generation import TextGenerator
+    from pacatune.adapters.sampling import Sampling
 
     # A CPU multiplies one token at a time faster in float32, whatever suits whole batches.
     dtype: Literal["auto", "float32"] = "auto" if torch.accelerator.is_available() else "float32"

@@ -177,7 +177,8 @@ def answers(
     model: str, adapter: Path | None, questions: Sequence[str], *, seed: int
 ) -> dict[Kind, list[str]]:
     """Return an answer to each question, by each way of choosing."""
-    from pacatune.adapters.generation import Sampling, TextGenerator
+    from pacatune.adapters.generation import TextGenerator
+    from pacatune.adapters.sampling import Sampling
 
     generator = TextGenerator(model, adapter, device="auto", chat_template=TEMPLATE)
     prompts = [generator.encode(question) for question in questions]

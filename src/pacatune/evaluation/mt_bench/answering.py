@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from pacatune.adapters.sampling import Sampling
 from pacatune.data.read import read_rows
 from pacatune.evaluation.mt_bench.questions import (
     NUM_TURNS,
@@ -25,7 +26,7 @@ from pacatune.files.json_lines import JsonLines
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pacatune.adapters.generation import Sampling, TextGenerator
+    from pacatune.adapters.generation import TextGenerator
 
 
 class AnswerFile:
@@ -129,8 +130,6 @@ def answer_questions(
     An answer for which the model's context has too little room is cut off there; one whose
     question alone is too long is empty. `on_done` is told how many are answered, and of how many.
     """
-    from pacatune.adapters.generation import Sampling  # imports transformers
-
     check_template(generator)
     left = [question for question in questions if not file.is_complete(question)]
     on_done(len(questions) - len(left), len(questions))
@@ -172,7 +171,7 @@ def _answer_turn(
     generator: "TextGenerator",
     questions: Sequence[Question],
     file: AnswerFile,
-    sampling: "Sampling",
+    sampling: Sampling,
 ) -> None:
     whole: list[tuple[Question, Tensor, Sampling]] = []
     for question in questions:
@@ -222,7 +221,7 @@ def _answer_batch(
 
 
 def _details(
-    sampling: "Sampling", tokens: "Tensor", num_tokens: int, finish_reason: str
+    sampling: Sampling, tokens: "Tensor", num_tokens: int, finish_reason: str
 ) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,
