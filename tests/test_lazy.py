@@ -4,7 +4,10 @@ from types import ModuleType
 
 import pytest
 
-PACKAGES = ("", ".evaluation", ".evaluation.mt_bench", ".patch", ".selection", ".sync", ".training")
+PACKAGES = (
+    *("", ".data.images", ".evaluation", ".evaluation.mt_bench", ".patch", ".selection", ".sync"),
+    *(".experiments.study", ".training", ".training.image"),
+)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

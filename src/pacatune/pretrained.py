@@ -26,6 +26,21 @@ QUANTIZATIONS = ("nf4", "fp4", "int8")
 """Ways to hold weights in 4 or 8 bits, by bitsandbytes."""
 
 
+def refuse_no_path(path: str, command: str) -> None:
+    """Refuse a run of `train` or `train-image` that says no model."""
+    if not path:
+        other = ", the name of a timm model," if command == "train-image" else ""
+        raise ValueError(
+            f"`model.path` is {path!r}; give a hub id{other} or the folder of a model."
+        )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is the folder of an adapter, and of no model."""
+    local = Path(path).expanduser()
+    return (local / "adapter_config.json").is_file() and not (local / "config.json").is_file()
+
+
 def find_model(
     path: str, revision: str | None = None, *, option: str = "model.path", others: bool = False
 ) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from pacatune.cli import completion, main, train_image
 from pacatune.cli.entry import COMMANDS
-from pacatune.cli.option_names import option_names
+from pacatune.cli.option_names import option_annotations
 from pacatune.training.tasks import TASKS
 
 # What is typed before the tab, and the words of the line after it.
@@ -143,9 +143,9 @@ def inner(parser):
 
 
 def names_of(run_class):
-    names = option_names(*run_class.rsplit(".", 1))
+    names = option_annotations(*run_class.rsplit(".", 1))
     sections = {name.partition(".")[0] for name in names if "." in name}
-    return {f"--{name}" for name in names - sections}
+    return {f"--{name}" for name in names.keys() - sections}
 
 
 def test_the_script_starts_with_nothing_heavy():

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import is_dataclass
+from typing import Any
 
 import pytest
 
 from pacatune.cli import train, train_image
-from pacatune.cli.option_names import option_names
+from pacatune.cli.option_names import option_annotations
+from pacatune.cli.run_early import option_types
 from pacatune.training.tasks import TASKS
 
 NO_OPTIONS = {
@@ -22,17 +25,22 @@ NO_OPTIONS = {
         ("pacatune.training.image.config.ImageRunConfig", train_image.all_options),
     ],
 )
-def test_names_in_the_source_are_those_of_the_parser(run_class, options):
-    known = {action.dest for action in options().parser._actions} - NO_OPTIONS
-    names = option_names(*run_class.rsplit(".", 1))
-    assert names == {n for n in known if not n.endswith(".help")}
+def test_names_and_types_in_the_source_are_those_of_the_parser(run_class, options):
+    known = {action.dest: action for action in options().parser._actions}
+    annotations = option_annotations(*run_class.rsplit(".", 1))
+    assert annotations.keys() == {n for n in known.keys() - NO_OPTIONS if not n.endswith(".help")}
+    for name, kind in option_types(annotations).items():
+        if kind is Any:  # of transformers
+            assert name.partition(".")[0] in ("model", "training"), name
+        elif not is_dataclass(kind):
+            assert kind == getattr(known[name], "_typehint", known[name].type), name
 
 
 def test_class_that_does_not_exist():
     with pytest.raises(LookupError, match=r"no class Nosuch in pacatune.training.config"):
-        option_names("pacatune.training.config", "Nosuch")
+        option_annotations("pacatune.training.config", "Nosuch")
     with pytest.raises(LookupError, match=r"no source of nosuch.config"):
-        option_names("nosuch.config", "Nosuch")
+        option_annotations("nosuch.config", "Nosuch")
 
 
 SCRIPT = """

@@ -157,7 +157,7 @@ FINGERPRINT_KEY = "base_fingerprint"
 
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _HUB_FILES = [CONFIG_NAME, TENSORS_NAME, SIDECAR_NAME, "tokenizer*", "chat_template.jinja"]
-_HUB_ID = re.compile(r"[\w\-.]+/[\w\-.]+")
+_HUB_ID = re.compile(r"\w[\w\-.]*/[\w\-.]+")
 
 
 @dataclass(frozen=True, kw_only=True)

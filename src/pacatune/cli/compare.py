@@ -22,10 +22,12 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from pacatune.experiments.study import StudyPaused, run_study
     from pacatune.experiments.study.config import read_study
 
     config = read_study(Path(options.config))
+
+    from pacatune.experiments.study import StudyPaused, run_study
+
     console = Console(highlight=False)
     if options.dry_run:
         _show_plan(config, Path(options.output), console)

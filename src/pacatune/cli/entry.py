@@ -71,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for a user error, 130 when interrupted, 141 when the reader of the output
         has left, else what the command returns.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_run = not {"train", "train-image"}.isdisjoint(words[:2])
+    if argv is None and is_run and {"-h", "--help", "--print_config"} & {*words}:
+        _hide_torch()
     try:
         try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
+            return _main(words)
         finally:
             # What is still buffered would fail while Python ends, where nobody can catch it.
             sys.stdout.flush()
@@ -107,6 +111,15 @@ def _main(words: list[str]) -> int:
             traceback.print_exc()
         print(f"pacatune: error: {_describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _hide_torch() -> None:
+    """Have this process, which only shows options, read TRL's and transformers' in a second.
+
+    With torch and PEFT, they take many.
+    """
+    sys.modules |= {"torch": None, "peft": None}  # type: ignore[dict-item]
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.msg)
 
 
 def _with_numbers(words: list[str]) -> list[str]:

@@ -35,8 +35,7 @@ def run(argv: list[str]) -> int:
     options = _parse(argv)
     quiet_libraries()
 
-    from pacatune.measure.pictures import save_plot
-    from pacatune.measure.roofline import rates_of
+    from pacatune.measure.models import find_values
     from pacatune.reports.figures import check_picture_path
 
     methods = options.methods or [options.method]
@@ -44,6 +43,11 @@ def run(argv: list[str]) -> int:
     available = _available_bytes(options)
     if options.plot is not None:
         check_picture_path(options.plot)
+    find_values(options.model)  # refuses a wrong one before PEFT is imported, which takes seconds
+
+    from pacatune.measure.pictures import save_plot
+    from pacatune.measure.roofline import rates_of
+
     if options.time:
         rates_of(options.gpu)  # refuses those that it does not know
     quantity = _QUANTITIES.get(options.max)

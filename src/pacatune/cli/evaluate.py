@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pacatune.cli.options import (
     add_base_options,
     add_fields,
+    check_base,
     field_values,
     new_parser,
     positive,
@@ -55,7 +56,9 @@ def evaluate(name: str, argv: list[str]) -> int:
     _add_model_options(parser)
     module.add_options(parser.add_argument)
     options = parser.parse_args(argv)
+    check_base(options, options.output)
     quiet_libraries()
+    settings, score = module.prepare(options)
 
     from rich.console import Console
 
@@ -63,7 +66,6 @@ def evaluate(name: str, argv: list[str]) -> int:
 
     output = Path(options.output)
     open_output(output)
-    settings, score = module.prepare(options)
     settings = settings | values_of(options, "quantization", "batch_size")
     command = " ".join(["pacatune evaluate", name, *map(shlex.quote, argv)])
     with _loaded_model(options) as loaded:

@@ -5,28 +5,36 @@ import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.adapters.sampling import Sampling
+from pacatune.cli.options import (
+    add_base_options,
+    check_base,
+    new_parser,
+    print_notes,
+    quiet_libraries,
+)
 from pacatune.names import full_name
 from pacatune.precision import DTYPES
 
 if TYPE_CHECKING:
-    from pacatune.adapters.generation import Sampling, TextGenerator
+    from pacatune.adapters.generation import TextGenerator
 
 
 def run(argv: list[str]) -> int:
     """Run `pacatune generate` with the words after it; return the exit status."""
     options = _parse(argv)
-    prompt = _read_prompt(options.prompt)
-    quiet_libraries()
-
-    from pacatune.adapters.generation import Sampling, TextGenerator
-
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
+    check_base(options)
+    prompt = _read_prompt(options.prompt)
+    quiet_libraries()
+
+    from pacatune.adapters.generation import TextGenerator
+
     generator = TextGenerator(
         options.model,
         options.adapter,
@@ -66,6 +74,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.compare and options.adapter is None:
         parser.error("--compare needs --adapter")
+    if options.model is None and options.adapter is None:
+        parser.error("give --model, --adapter or both")
     return options
 
 
@@ -77,9 +87,7 @@ def _read_prompt(prompt: str | None) -> str | None:
     return prompt
 
 
-def _converse(
-    generator: "TextGenerator", sampling: "Sampling", options: argparse.Namespace
-) -> None:
+def _converse(generator: "TextGenerator", sampling: Sampling, options: argparse.Namespace) -> None:
     print("Each line is answered on its own. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -98,7 +106,7 @@ def _converse(
 
 
 def _answer(
-    generator: "TextGenerator", prompt: str, sampling: "Sampling", options: argparse.Namespace
+    generator: "TextGenerator", prompt: str, sampling: Sampling, options: argparse.Namespace
 ) -> None:
     tokens = generator.encode(prompt, system=options.system, chat=not options.no_chat)
     runs = [("", not options.without_adapter)]

@@ -3,7 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import add_base_options, new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import (
+    add_base_options,
+    check_base,
+    new_parser,
+    print_notes,
+    quiet_libraries,
+)
 from pacatune.names import full_name
 from pacatune.precision import DTYPES
 
@@ -14,6 +20,7 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Run `pacatune merge` with the words after it; return the exit status."""
     options = _parse(argv)
+    check_base(options, options.output)
     quiet_libraries()
 
     from pacatune.adapters.merge import merge

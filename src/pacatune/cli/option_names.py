@@ -10,16 +10,12 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 
-def option_names(module: str, name: str) -> frozenset[str]:
-    """Return the dotted names of a run's options, such as `data.path`, and of its sections.
-
-    A field of the class whose annotation is another class of ours is a section.
-    """
-    return frozenset(option_annotations(module, name))
-
-
 def option_annotations(module: str, name: str) -> dict[str, str]:
-    """Return the same names, each with its annotation as the source has it."""
+    """Return the names of a run's options, each with its annotation as the source has it.
+
+    They are dotted, as `data.path`. A field of the class whose annotation is another class of ours
+    is a section, whose own name is there too.
+    """
     found: dict[str, str] = {}
     for option, (owner, annotation) in _fields(module, name).items():
         found[option] = annotation
@@ -38,7 +34,7 @@ def _fields(module: str, name: str) -> dict[str, tuple[str, str]]:
     owner = _parse(place[0])
     kind = next(n for n in owner.body if isinstance(n, ast.ClassDef) and n.name == place[1])
     fields: dict[str, tuple[str, str]] = {}
-    for base in kind.bases:
+    for base in reversed(kind.bases):  # the first one's fields count
         plain = base.value if isinstance(base, ast.Subscript) else base
         if ast.unparse(plain) != "Generic":
             fields |= _fields(place[0], ast.unparse(plain))

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import new_parser, print_notes, quiet_libraries
+from pacatune.cli.options import check_base, new_parser, print_notes, quiet_libraries
 from pacatune.cli.subcommands import Subcommands, run_subcommand
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def run_make(argv: list[str]) -> int:
     other = "go on although the base is not the one the adapter was trained on"
     add("--allow-other-base", action="store_true", help=other)
     options = parser.parse_args(argv)
+    check_base(options)
     quiet_libraries()
 
     from pacatune.files.folder import format_bytes
@@ -258,9 +259,13 @@ def run_to_adapter(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     quiet_libraries()
 
-    from pacatune.patch import load, to_adapter
+    from pacatune.patch import load
 
-    print(f"written   {to_adapter(load(options.patch), options.output)}")
+    patch = load(options.patch)
+
+    from pacatune.patch import to_adapter
+
+    print(f"written   {to_adapter(patch, options.output)}")
     return 0
 
 

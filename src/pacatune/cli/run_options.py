@@ -1,6 +1,7 @@
 """Options of a run: one per field of its configuration and sections, from words and YAML files."""
 
 import re
+import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
@@ -9,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pacatune.cli.option_names import option_names
 from pacatune.names import choose, suggest
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
+    from jsonargparse import ArgumentParser, Namespace
 
 FLAGS: Mapping[str, Mapping[str, Any]] = {
     "config": {"action": "config", "help": "YAML file with options."},
@@ -72,6 +72,8 @@ class RunOptions:
         for name, section in self.sections.items():
             self.parser.add_class_arguments(section, name)
         self._add_help_of_arguments()
+        if sys.modules.get("torch", self) is None:  # where only options are shown
+            self.parser.set_defaults({"training.optim": "adamw_torch_fused"})
 
     def _add_help_of_arguments(self) -> None:
         """Take the help of training options from where TRL and transformers write it."""
@@ -85,14 +87,9 @@ class RunOptions:
 
     def parse(self, argv: list[str]) -> "Namespace":
         """Parse the words of the command line and its config files; wrong ones are a ValueError."""
-        from argparse import ArgumentError
-
-        _check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
+        check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
         self._words = argv
-        try:
-            return self.parser.parse_args(argv)
-        except ArgumentError as error:
-            raise ValueError(f"{readable(str(error))}; see `{self.parser.prog} --help`.") from error
+        return parse_words(self.parser, argv)
 
     def to_config(self, options: "Namespace") -> Any:
         """Build the run, which refuses options that contradict each other."""
@@ -149,19 +146,18 @@ def carry_out(config: Any, options: "Namespace") -> None:
     start_or_resume(config, push_to_hub=options.push_to_hub)
 
 
-def check_early(argv: list[str], run_class: str, flags: Collection[str]) -> None:
-    """Refuse unknown options and unknown keys of config files before anything is imported.
+def parse_words(parser: "ArgumentParser", argv: list[str], *, defaults: bool = True) -> "Namespace":
+    """Parse the words of a command line and its config files; wrong values are a ValueError."""
+    from argparse import ArgumentError
 
-    `run_class` is `module.Class`; `flags` are those that only this command has.
-    """
     try:
-        names = option_names(*run_class.rsplit(".", 1))
-    except (LookupError, OSError):  # no sources here: `RunOptions.parse` finds it, later
-        return
-    _check_names(argv, names, ("help", *FLAGS, *flags))
+        return parser.parse_args(argv, defaults=defaults)
+    except ArgumentError as error:
+        raise ValueError(f"{readable(str(error))}; see `{parser.prog} --help`.") from error
 
 
-def _check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:
+def check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:
+    """Refuse unknown options and unknown keys of config files."""
     from pacatune.training.config_file import check_keys, read_values
 
     others = {*flags, *(name.partition(".")[0] for name in names if "." in name)}

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.run_options import RunOptions, carry_out, check_early, values_of
+from pacatune.cli.run_early import check_files, check_options
+from pacatune.cli.run_options import RunOptions, carry_out, values_of
 from pacatune.names import choose
 from pacatune.training.config_file import load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, run_class_of
@@ -24,7 +25,7 @@ FLAGS = {
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train` with the words after it; return the exit status."""
-    known, options, rewards = _parse(argv)
+    known, options, rewards = _parse(argv, with_files=True)
     if options.print_config:
         print(known.template(options), end="")
         return 0
@@ -50,12 +51,20 @@ def read_run(argv: list[str]) -> Any:
     return config
 
 
-def _parse(argv: list[str]) -> "tuple[RunOptions, Namespace, list[str]]":
-    """Return all options, what the words give them, and the rewards among the words."""
+def _parse(
+    argv: list[str], *, with_files: bool = False
+) -> "tuple[RunOptions, Namespace, list[str]]":
+    """Return all options, what the words give them, and the rewards among the words.
+
+    With `with_files`, refuse models and data that are not there.
+    """
     task = find_task(argv)
-    check_early(argv, TASKS[task], FLAGS)
-    known = all_options(task)
     words, rewards = take_rewards(argv)
+    if not {"-h", "--help"} & {*words}:
+        given = check_options(words, "train", TASKS[task], FLAGS)
+        if with_files:
+            check_files(given, task)
+    known = all_options(task)
     return known, known.parse(words), rewards
 
 

@@ -1,7 +1,8 @@
 """`pacatune train-image`: fine-tune an image classifier on your images."""
 
 from pacatune.cli.options import quiet_libraries
-from pacatune.cli.run_options import RunOptions, carry_out, check_early, values_of
+from pacatune.cli.run_early import check_files, check_options
+from pacatune.cli.run_options import RunOptions, carry_out, values_of
 
 RUN_CLASS = "pacatune.training.image.config.ImageRunConfig"
 FLAGS = {
@@ -16,7 +17,8 @@ FLAGS = {
 
 def run(argv: list[str]) -> int:
     """Run `pacatune train-image` with the words after it; return the exit status."""
-    check_early(argv, RUN_CLASS, FLAGS)
+    if not {"-h", "--help"} & {*argv}:
+        check_files(check_options(argv, "train-image", RUN_CLASS, FLAGS), "image")
     quiet_libraries()
 
     known = all_options()

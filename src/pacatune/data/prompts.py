@@ -101,7 +101,7 @@ def _load(
         rows = _generate(config, is_chat=bool(tokenizer.chat_template))
     else:
         rows = read_rows(path, name=config.name, split=split, option=option)
-    found = [_to_row(row, config.system_prompt) for row in rows]
+    found = [to_row(row, config.system_prompt) for row in rows]
     has_template = bool(tokenizer.chat_template)
     for row in found:
         if isinstance(row["prompt"], list):
@@ -148,7 +148,8 @@ def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
         )
 
 
-def _to_row(row: Row, system_prompt: str | None) -> dict[str, Any]:
+def to_row(row: Row, system_prompt: str | None) -> dict[str, Any]:
+    """Return a checked row with its prompt, and place."""
     present = present_columns(row)
     if "prompt" not in present:
         raise ValueError(

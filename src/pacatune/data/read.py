@@ -42,9 +42,7 @@ def read_rows(
     `streaming`, rows of the hub come while they are asked for.
     """
     local = Path(path).expanduser()
-    if not local.exists():
-        if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
+    if not is_local(path, option):
         rows = _read_hub(path, name, split, option, streaming=streaming)
     elif local.is_dir():
         rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))
@@ -56,6 +54,29 @@ def read_rows(
         yield row
     if empty:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
+
+
+def is_local(path: str, option: str) -> bool:
+    """Whether a path is here; refuse one that is not and can be no data set of the hub."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return True
+    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
+    return False
+
+
+def is_image_folder(path: str, option: str) -> bool:
+    """Whether a path is a folder here; refuse one that is not and can be no data set of the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return True
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{path} {problem}; `{option}` must be a folder with a folder of images per class."
+        )
+    return False
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -75,6 +96,19 @@ def _files_of(folder: Path) -> list[Path]:
             f"data; set `data.path` to the training files and `data.eval_path` to {held_out[0]}."
         )
     return files
+
+
+def read_template(template: str) -> str:
+    """Return a chat template that is given as a file or as its text."""
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
+            "give a .jinja file, or the text with its {{ }} and {% %}."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _read_file(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:

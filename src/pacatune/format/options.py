@@ -112,13 +112,7 @@ class PacaOptions:
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
         self._check_kinds()
-        _check_rank("r", self.r)
-        _check_alpha("paca_alpha", self.paca_alpha)
-        _check_rank("groups", self.groups)
-        for name, rank in (self.rank_pattern or {}).items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
-        for name, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        check_sizes(self)
         if self.random_seed is not None and type(self.random_seed) is not int:
             raise ValueError(
                 f"`random_seed` ({self.random_seed!r}) must be an integer, so that every later run "
@@ -221,6 +215,7 @@ class PacaOptions:
             )
 
     def _settle_selection(self) -> None:
+
         if isinstance(self.selection, dict):
             if self.columns is not None:
                 raise ValueError(
@@ -243,6 +238,17 @@ class PacaOptions:
                 f"by {self.selection!r} all groups would choose the same columns, which is "
                 "`groups` 1."
             )
+
+
+def check_sizes(options: Any) -> None:
+    """Refuse ranks, row groups and alphas, those of single modules too, that nothing can have."""
+    _check_rank("r", options.r)
+    _check_alpha("paca_alpha", options.paca_alpha)
+    _check_rank("groups", options.groups)
+    for name, rank in (options.rank_pattern or {}).items():
+        _check_rank(f"rank_pattern[{name!r}]", rank)
+    for name, alpha in (options.alpha_pattern or {}).items():
+        _check_alpha(f"alpha_pattern[{name!r}]", alpha)
 
 
 def target_of(name: str) -> str:

@@ -101,19 +101,24 @@ def load_config(model: str) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
-    if model in PRESETS:
-        preset: PreTrainedConfig = AutoConfig.for_model(**PRESETS[model].values)
-        return preset
-    values = _read_values(model)
-    _check_origin(values, model)
-    _check_sizes(values, model)
-    _check_sizes(values.get("text_config") or {}, model)
+    values = find_values(model)
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:
         # Each class validates in its own way, and with its own kind of exception.
         raise ValueError(f"model {model}: transformers refuses its config.json: {error}") from error
     return config
+
+
+def find_values(model: str) -> dict[str, Any]:
+    """Return the values of a preset or of a model's checked config.json."""
+    if model in PRESETS:
+        return PRESETS[model].values
+    values = _read_values(model)
+    _check_origin(values, model)
+    _check_sizes(values, model)
+    _check_sizes(values.get("text_config") or {}, model)
+    return values
 
 
 def load_values(model: str) -> dict[str, Any]:

@@ -1,38 +1,12 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-
-_ABOVE_ZERO = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-    "max_length",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "adam_epsilon",
-    "dataset_num_proc",
-    "dataloader_prefetch_factor",
-)
-_FROM_ZERO = (
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "eval_delay",
-    "dataloader_num_workers",
-    "neftune_noise_alpha",
-)
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+from pacatune.training.ranges import check_ranges
 
 
 @dataclass
@@ -110,7 +84,7 @@ class SharedDefaults:
             if option.name in self.elsewhere and value != option.default:
                 instead = self.elsewhere[option.name]
                 raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
-        _check_ranges(self)
+        check_ranges(self)
         if self.fp16 and self.on_cpu:  # type: ignore[attr-defined]
             raise ValueError(
                 "`training.fp16` (True) needs a GPU, and a CPU would train without it; set "
@@ -120,9 +94,13 @@ class SharedDefaults:
     @property
     def on_cpu(self) -> bool:
         """Whether the run is on the CPU."""
+        import torch
+
         return self.use_cpu or torch.accelerator.current_accelerator() is None
 
     def __post_init__(self) -> None:
+        import torch
+
         # As given, before TRL and transformers resolve them: what a saved config must say.
         self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         self.check_options()
@@ -143,26 +121,3 @@ def own_options(training_class: type) -> set[str]:
     """Return the names of the options that a class of ours declares, with our defaults."""
     ours = (kind for kind in training_class.__mro__ if kind.__module__.startswith("pacatune."))
     return {name for kind in ours for name in vars(kind).get("__annotations__", {})}
-
-
-def _check_ranges(training: Any) -> None:
-    """Refuse numbers that PyTorch and transformers would refuse when weights are loaded, or never.
-
-    Not every task has all of these options.
-    """
-    if training.max_steps != -1 and training.max_steps < 1:
-        raise ValueError(
-            f"`training.max_steps` ({training.max_steps}) must be above 0, or -1: then "
-            "`training.num_train_epochs` decides."
-        )
-    epochs = () if training.max_steps > 0 else ("num_train_epochs",)
-    for names, fits, rule in (
-        ((*_ABOVE_ZERO, *epochs), lambda value: 0 < value < math.inf, "above 0; raise it"),
-        (_FROM_ZERO, lambda value: 0 <= value < math.inf, "at least 0; 0 is off"),
-        (_BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)"),
-        (("seed",), lambda value: 0 <= value < 2**32, "in [0, 2^32)"),
-    ):
-        for name in names:
-            value = getattr(training, name, None)
-            if value is not None and not fits(value):
-                raise ValueError(f"`training.{name}` ({value}) must be {rule}.")

@@ -11,6 +11,7 @@ from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.names import check_choices
 from pacatune.precision import Dtype
+from pacatune.pretrained import refuse_no_path
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.report import Report, RunReport
 from pacatune.training.sections import (
@@ -19,8 +20,6 @@ from pacatune.training.sections import (
     MosLoraSection,
     PacaSection,
 )
-from pacatune.training.start import find_start, settle_start
-from pacatune.tuner.compat import require
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
@@ -62,10 +61,7 @@ class ModelConfig:
     """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
-            )
+        refuse_no_path(self.path, "train")
         check_choices(self, "model.")
 
 
@@ -334,6 +330,9 @@ class LanguageRunConfig(BaseRunConfig[R]):
 
     def __post_init__(self) -> None:
         """Refuse a TRL whose trainers ours cannot be put before, and options that do not fit."""
+        from pacatune.training.start import find_start, settle_start
+        from pacatune.tuner.compat import require
+
         # 1.13 does not await a reward that is an object; without Triton, 1.15 computes no loss.
         require("TRL", "1.16", f"`pacatune {self.command}`")
         super().__post_init__()

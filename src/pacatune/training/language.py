@@ -4,7 +4,6 @@ import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
 from pacatune.data import PreparedData, row_digests
+from pacatune.data.read import read_template
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import choose_dtype, dtype_name
@@ -257,7 +257,7 @@ def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
     if config.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.data.chat_template)
+        tokenizer.chat_template = read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template["default"]
     stop = getattr(config.training, "eos_token", None)
@@ -390,18 +390,6 @@ def weights_dtype(config: BaseRunConfig[Any]) -> torch.dtype:
 
 def _load_model_config(config: BaseRunConfig[Any]) -> Any:
     return pretrained.load_config(model_path(config), revision=config.model.revision)
-
-
-def _read_template(template: str) -> str:
-    if "{" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
-            "give a .jinja file, or the text with its {{ }} and {% %}."
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def preview(

@@ -3,18 +3,20 @@
 import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pacatune.format.options import Columns
+from pacatune.format.options import Columns, check_patterns, check_sizes
 from pacatune.format.patterns import check_patterns
-from pacatune.selection import strategies
-from pacatune.selection.budget import PARTS
+from pacatune.names import choose
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
 
 # Options of `paca` that say how to train an adapter, not what it is.
 OF_THE_RUN = ("selection_batches", "share_columns", "budget", "reselect_every", "active_columns")
+
+
+Budget = Literal["equal", "gradient", "attention", "mlp", "output"]
 
 
 @dataclass(kw_only=True)
@@ -63,7 +65,7 @@ class PacaSection:
     share_columns: bool = False
     """Choose the same columns for layers with the same input: query, key and value; gate and up."""
 
-    budget: Literal["equal", "gradient", "attention", "mlp", "output"] = "equal"
+    budget: Budget = "equal"
     """Where the columns are, with as many parameters in all: `r` in each layer; ranks by each
     layer's gradient over `selection_batches` batches; or in the layers of attention, of MLPs, or
     in the output projections of both alone."""
@@ -100,6 +102,7 @@ class PacaSection:
     """On a quantised base: whether columns start from its rounded weights or the checkpoint's."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         check_patterns(vars(self), "paca.")
         if self.selection_batches < 1:
             raise ValueError(
@@ -110,10 +113,7 @@ class PacaSection:
                 f"`paca.paca_alpha` ({self.paca_alpha}) and `paca.alpha_pattern` "
                 f"({self.alpha_pattern}) must not be 0: nothing would be trained."
             )
-        if self.budget not in (budgets := ("equal", "gradient", *PARTS)):
-            raise ValueError(
-                f"`paca.budget` ({self.budget!r}) must be one of {', '.join(budgets)}."
-            )
+        choose(self.budget, get_args(Budget), option="paca.budget")
         if self.groups > 1 and self.share_columns:
             raise ValueError(
                 f"`paca.groups` ({self.groups}) have columns of their own in each layer, and "
@@ -137,9 +137,13 @@ class PacaSection:
 
     def _names_a_file(self) -> bool:
         name = self.selection
-        if not isinstance(name, str) or name in strategies():
+        if not isinstance(name, str):
             return False
-        return name.endswith(".safetensors") or "/" in name or Path(name).is_dir()
+        if not (name.endswith(".safetensors") or "/" in name or Path(name).is_dir()):
+            return False
+        from pacatune.strategies import strategies
+
+        return name not in strategies()
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""

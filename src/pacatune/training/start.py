@@ -18,6 +18,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
+from pacatune.pretrained import is_adapter
 from pacatune.training.sections import OF_THE_RUN
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ _CHOICES = ("selection_batches", "share_columns", "budget")
 
 def find_start(config: "LanguageRunConfig[Any]") -> None:
     """Take an adapter's folder that is given as the model for what it is: `adapter` on its base."""
-    local = Path(config.model.path).expanduser()
-    if not (local / CONFIG_NAME).is_file() or (local / "config.json").is_file():
+    if not is_adapter(config.model.path):
         return
     if config.adapter is not None:
         raise ValueError(
             f"`model.path` ({config.model.path!r}) and `adapter` ({config.adapter!r}) are both "
             "adapters; give the base as `model.path`, or leave `adapter` out."
         )
+    local = Path(config.model.path).expanduser()
     base = read_json_object(find_file(local, CONFIG_NAME)).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(

@@ -1,8 +1,13 @@
-"""Images for classification: find, check, and transform as the model was trained with."""
+"""Images for classification: find, check, transform as the model was trained with. Lazy parts."""
 
-from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.dataset import Augmentation, ImageDataset, Preprocessing
-from pacatune.data.images.prepare import ImagePart, PreparedImages, prepare_images
+from typing import TYPE_CHECKING
+
+from pacatune.lazy import import_later
+
+if TYPE_CHECKING:
+    from pacatune.data.config import ImageDataConfig
+    from pacatune.data.images.dataset import Augmentation, ImageDataset, Preprocessing
+    from pacatune.data.images.prepare import ImagePart, PreparedImages, prepare_images
 
 __all__ = [
     "Augmentation",
@@ -13,3 +18,5 @@ __all__ = [
     "Preprocessing",
     "prepare_images",
 ]
+
+__getattr__, __dir__ = import_later(__name__, __all__, ("..config", ".dataset", ".prepare"))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig, refuse_split
-from pacatune.data.read import load_hub
+from pacatune.data.read import is_image_folder, load_hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # torchvision's data sets of the paper's Tables 6 and 7, and their splits; one trains on the first.
@@ -146,15 +146,8 @@ def read_source(config: ImageDataConfig, path: str, split: str | None, option: s
     """Return the images of one folder or split; see `read_sources`."""
     if path.startswith(TORCHVISION_PREFIX):
         return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return read_folder(folder)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{path} {problem}; `{option}` must be a folder with a folder of images per class."
-        )
-
+    if is_image_folder(path, option):
+        return read_folder(Path(path).expanduser())
     return read_hub(config, path, split or "train")
 
 

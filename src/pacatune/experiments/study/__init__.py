@@ -1,9 +1,14 @@
-"""Compares methods on one task: `pacatune compare`."""
+"""Compares methods on one task: `pacatune compare`. Parts are lazy."""
 
-from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.experiments.study.result import ArmResult, RunRecord, StudyResult
-from pacatune.experiments.study.runner import StudyPaused, run_study
-from pacatune.experiments.study.statistics import Comparison
+from typing import TYPE_CHECKING
+
+from pacatune.lazy import import_later
+
+if TYPE_CHECKING:
+    from pacatune.experiments.study.config import Arm, StudyConfig
+    from pacatune.experiments.study.result import ArmResult, RunRecord, StudyResult
+    from pacatune.experiments.study.runner import StudyPaused, run_study
+    from pacatune.experiments.study.statistics import Comparison
 
 __all__ = [
     "Arm",
@@ -15,3 +20,7 @@ __all__ = [
     "StudyResult",
     "run_study",
 ]
+
+__getattr__, __dir__ = import_later(
+    __name__, __all__, (".config", ".result", ".statistics", ".runner")
+)

@@ -1,11 +1,19 @@
-"""Fine-tuning of image classifiers: `train(ImageRunConfig(...))`, and loading its results."""
+"""Fine-tuning of image classifiers: `train(ImageRunConfig(...))`, and loading its results.
 
-from pacatune.data.images import ImageDataConfig
-from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
-from pacatune.training.image.model import ImageClassifier, load_result
-from pacatune.training.image.report import ImageReport
-from pacatune.training.recipe import train
-from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
+Parts are lazy: the command line reads their options without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from pacatune.lazy import import_later
+
+if TYPE_CHECKING:
+    from pacatune.data.images import ImageDataConfig
+    from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
+    from pacatune.training.image.model import ImageClassifier, load_result
+    from pacatune.training.image.report import ImageReport
+    from pacatune.training.recipe import train
+    from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
 
 __all__ = [
     "ImageClassifier",
@@ -20,3 +28,7 @@ __all__ = [
     "load_result",
     "train",
 ]
+
+__getattr__, __dir__ = import_later(
+    __name__, __all__, (".config", "..sections", ".report", ".model", "..recipe")
+)

@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from pacatune.data.images import ImageDataConfig
+from pacatune.data.config import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.names import check_choices
+from pacatune.pretrained import refuse_no_path
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
 from pacatune.training.image.report import ImageReport
@@ -31,11 +32,7 @@ class ImageModelConfig:
     """Attention: eager, sdpa, ...; the model's own choice where null."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`model.path` is {self.path!r}; give a hub id, the name of a timm model, or the "
-                "folder of a model."
-            )
+        refuse_no_path(self.path, "train-image")
         check_choices(self, "model.")
 
 

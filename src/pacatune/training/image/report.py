@@ -3,14 +3,16 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pacatune.data.images import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
 from pacatune.training.report import Curve, RunReport, four_digits
+
+if TYPE_CHECKING:
+    from pacatune.data.images import ImageDataset
 
 NUM_MISTAKES = 25
 
@@ -117,7 +119,7 @@ def confusion_matrix(
 def surest_mistakes(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
-    dataset: ImageDataset,
+    dataset: "ImageDataset",
     number: int = NUM_MISTAKES,
 ) -> list[Mistake]:
     """Return misclassified images, those first whose wrong class got the most probability.
@@ -164,7 +166,7 @@ def draw_confusion(report: ImageReport, path: Path) -> None:
     save_figure(figure, path, dpi=100)
 
 
-def draw_mistakes(mistakes: list[Mistake], dataset: ImageDataset, path: Path) -> None:
+def draw_mistakes(mistakes: list[Mistake], dataset: "ImageDataset", path: Path) -> None:
     """Draw misclassified images as the model saw them, with class and prediction."""
     num_rows = math.ceil(len(mistakes) / _NUM_COLUMNS)
     figure = new_figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
