@@ -14,6 +14,7 @@ RUN = "train --model.path tiny --data.path d.jsonl"
 # Words of a run -> part of what is said.
 WRONG_RUNS = {
     "train": "`model.path` is ''; give",
+    "train --model tiny --data d.jsonl": ") is a section of options; did you mean --",
     "train --model.path ./nosuch --data.path d.jsonl": "./nosuch does not exist; check `model",
     "train --model.path empty --data.path d.jsonl": "empty holds no config.json",
     "train --model.path tiny": "`data.path` is ''; give",
@@ -63,7 +64,7 @@ WRONG_WORDS = {
     "generate --prompt a --model tiny --temperature -1": "`temperature` (-1.0) must be",
     "evaluate perplexity --model ./nosuch --output out": "./nosuch does not exist; check `model`",
     "evaluate perplexity --model tiny --output adapter": "output folder 'adapter' is not empty",
-    "evaluate perplexity --model tiny --output out --text no": "no",
+    "evaluate perplexity --model tiny --output out --text no": "'no' is not a file; check `--text`",
     "patch make --adapter ./nosuch --output p": "adapter folder './nosuch' does not exist",
     "patch apply --model tiny --patch no --output out": "patch 'no' does not exist, or is no file",
     "patch diff --model tiny --with ./nosuch": "./nosuch does not exist; check `with`",

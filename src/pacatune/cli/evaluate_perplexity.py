@@ -73,8 +73,11 @@ def _report(scores: "dict[str, TextScore]") -> "Report":
 def _read(files: list[str]) -> dict[str, str]:
     texts = {}
     for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{name!r} is not a file; check `--text`.")
         try:
-            texts[name] = Path(name).expanduser().read_text(encoding="utf-8")
+            texts[name] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{name} is not UTF-8 ({error.reason}); convert it.") from error
     return texts

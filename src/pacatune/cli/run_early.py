@@ -10,7 +10,7 @@ from typing import Any
 
 from pacatune import precision
 from pacatune.cli.option_names import option_annotations
-from pacatune.cli.run_options import FLAGS, check_names, parse_words
+from pacatune.cli.run_options import FLAGS, check_names, parse_words, sections_of
 from pacatune.names import choose
 
 Given = dict[str, Any]
@@ -31,6 +31,9 @@ def check_options(
         return {}
     flags = {**FLAGS, **flags}
     check_names(argv, annotations, ("help", *flags))
+    sections = sections_of(annotations)
+    if any(word.partition("=")[0][2:] in sections for word in argv):
+        return {}  # one that is given as a whole
 
     from pacatune.training.config_file import option_parser
 
@@ -38,7 +41,7 @@ def check_options(
     for name, arguments in flags.items():
         parser.add_argument(f"--{name}", **arguments)
     types = option_types(annotations)
-    for name in types.keys() - {name.partition(".")[0] for name in types if "." in name}:
+    for name in types.keys() - sections:
         parser.add_argument(f"--{name}", type=types[name])
     given: Given = parse_words(parser, argv, defaults=False).as_dict()
     if not (given.get("print_config") or given.get("preset")):

@@ -160,8 +160,14 @@ def check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...])
     """Refuse unknown options and unknown keys of config files."""
     from pacatune.training.config_file import check_keys, read_values
 
-    others = {*flags, *(name.partition(".")[0] for name in names if "." in name)}
+    sections = sections_of(names)
+    others = {*flags, *sections}
     known = set(names) - others
+    for section in sorted(sections, reverse=True):
+        for value in values_of(argv, section):
+            if not value.startswith("{"):
+                near = f"; did you mean --{section}.path?" if f"{section}.path" in known else "."
+                raise ValueError(f"`--{section}` ({value!r}) is a section of options{near}")
     for word in argv:
         name = word[2:].partition("=")[0].rstrip("+")
         if not word.startswith("--") or name in others:
@@ -174,6 +180,11 @@ def check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...])
         for flag in set(flags) & set(values):
             raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
         check_keys(values, known, path)
+
+
+def sections_of(names: Collection[str]) -> set[str]:
+    """Return the names of the sections in which options are."""
+    return {name.partition(".")[0] for name in names if "." in name}
 
 
 def readable(message: str) -> str:
