@@ -87,8 +87,9 @@ def add_base_options(
 
 def check_base(options: argparse.Namespace, output: str | None = None) -> None:
     """Refuse an output folder, adapter, base or device that cannot be; PEFT takes seconds more."""
-    from pacatune.adapters.folder import CONFIG_NAME, find_file, locate_folder
+    from pacatune.adapters.folder import CONFIG_NAME, locate_folder
     from pacatune.files.folder import check_output
+    from pacatune.files.plain import find_file
     from pacatune.precision import choose_device
     from pacatune.pretrained import find_model
 

@@ -104,7 +104,8 @@ def check_files(given: Given, task: str) -> None:
     if task == "image":
         return
     if given.get("adapter") is not None:
-        from pacatune.adapters.folder import CONFIG_NAME, find_file, locate_folder
+        from pacatune.adapters.folder import CONFIG_NAME, locate_folder
+        from pacatune.files.plain import find_file
 
         find_file(locate_folder(given["adapter"]), CONFIG_NAME)
     if data.chat_template is not None:

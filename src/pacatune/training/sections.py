@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pacatune.format.options import Columns, check_patterns, check_sizes
+from pacatune.format.options import Columns, check_sizes
 from pacatune.format.patterns import check_patterns
 from pacatune.names import choose
 
