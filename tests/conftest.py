@@ -1,6 +1,7 @@
 """Tiny models and tokenizers, built once per session: no test needs a network."""
 
 import gc
+import itertools
 import os
 import sys
 
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from tests import forks
+from tests.training import launching
 
 
 def pytest_configure(config):
@@ -22,20 +24,9 @@ def pytest_configure(config):
     )
 
 
-# They compute in step, so that of two tests at a time each would wait for the other's processes.
-SEVERAL_PROCESSES = (
-    "tests/distributed/",
-    "tests/docs/test_processes.py",
-    "tests/training/image/test_distributed.py",
-    "tests/training/test_distributed.py",
-    "tests/training/test_restart.py",
-    "tests/training/test_sharded.py",
-)
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.nodeid.startswith(SEVERAL_PROCESSES):
+        if item.nodeid.startswith(forks.SEVERAL_PROCESSES):
             item.add_marker("processes")
 
 
@@ -46,11 +37,27 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            if nodeid.startswith(SEVERAL_PROCESSES):
+            if nodeid.startswith(forks.SEVERAL_PROCESSES):
                 return "several processes"
             return super()._split_scope(nodeid)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item):
+    """Send what is to be told of a test to the terminal, from xdist's workers too."""
+    item.user_properties += [("repeated", command) for command in launching.repeated]
+    launching.repeated.clear()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which launches were repeated: a crash that is seen more often is no accident."""
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if getattr(report, "when", "") == "teardown":  # the last one of a test
+            told = [command for name, command in report.user_properties if name == "repeated"]
+            for command in told:
+                terminalreporter.write_line(f"REPEATED after SIGSEGV: {report.nodeid}: {command}")
 
 
 class _Frozen:

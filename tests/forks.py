@@ -30,6 +30,25 @@ IMPORTS = (
     "matplotlib.figure",
 )
 
+# Tests that start several processes, which compute in step: of two such programs at a time, each
+# would wait for the other's processes. One of pytest's processes runs these (tests/conftest.py).
+SEVERAL_PROCESSES = (
+    "tests/distributed/",
+    "tests/docs/test_processes.py",
+    "tests/sync/test_transport.py",
+    "tests/training/image/test_distributed.py",
+    "tests/training/test_deepspeed.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_restart.py",
+    "tests/training/test_sharded.py",
+)
+
+
+def check_several_processes():
+    """Whoever starts several processes is one of SEVERAL_PROCESSES."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    assert test.startswith(SEVERAL_PROCESSES), f"{test}: add its file to forks.SEVERAL_PROCESSES"
+
 
 def spare_the_disk():
     """Wait for no disk, which takes 4 ms for each file: no power fails in a test."""

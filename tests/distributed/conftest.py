@@ -8,41 +8,29 @@ from tests.distributed import net
 from tests.distributed.pair import Pair
 from tests.distributed.tensor_parallel import in_parts, load
 
-
-def processes(tmp_path_factory, world_size):
-    groups = []
-
-    def get():
-        if not groups or not groups[-1].is_alive:
-            rendezvous = tmp_path_factory.mktemp("processes") / "rendezvous"
-            groups.append(Pair(rendezvous, world_size))
-        return groups[-1]
-
-    yield get
-    for group in groups:
-        group.close()
+POOLS = pytest.StashKey()
 
 
-@pytest.fixture(scope="package")
-def pair_of_this_folder(tmp_path_factory):
-    yield from processes(tmp_path_factory, 2)
-
-
-@pytest.fixture(scope="package")
-def four_of_this_folder(tmp_path_factory):
-    yield from processes(tmp_path_factory, 4)
+def processes(request, tmp_path_factory, world_size):
+    """Return the folder's, which end with it; new ones where a test has ended them."""
+    folder = request.node.getparent(pytest.Dir)
+    pools = folder.stash.setdefault(POOLS, {})
+    if world_size not in pools or not pools[world_size].is_alive:
+        pools[world_size] = Pair(tmp_path_factory.mktemp("processes") / "rendezvous", world_size)
+        folder.addfinalizer(pools[world_size].close)
+    return pools[world_size]
 
 
 @pytest.fixture
-def pair(pair_of_this_folder):
-    """Two processes in one gloo group; new ones where a test has ended the last ones."""
-    return pair_of_this_folder()
+def pair(request, tmp_path_factory):
+    """Two processes in one gloo group."""
+    return processes(request, tmp_path_factory, 2)
 
 
 @pytest.fixture
-def four(four_of_this_folder):
+def four(request, tmp_path_factory):
     """Four processes in one gloo group."""
-    return four_of_this_folder()
+    return processes(request, tmp_path_factory, 4)
 
 
 @pytest.fixture(scope="module")

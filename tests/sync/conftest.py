@@ -5,9 +5,9 @@ import torch
 
 from tests.conftest import build_model
 from tests.distributed import net
-from tests.distributed.conftest import pair, pair_of_this_folder
+from tests.distributed.conftest import pair
 
-__all__ = ["pair", "pair_of_this_folder"]
+__all__ = ["pair"]
 
 VOCABULARY = 64
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 
 from pacatune.training.config_file import config_text
-from tests.forks import Program
+from tests.forks import Program, check_several_processes
 
 AGENT = """
 import multiprocessing, sys
@@ -25,6 +25,9 @@ elastic_launch(config, run_rank)(*options.training_script_args)
 """What torchrun does; but its workers are forks that run `pacatune`."""
 
 COMMAND = "import runpy; runpy.run_module('pacatune', run_name='__main__')"
+
+repeated = []
+"""Commands that were run again after a crash; tests/conftest.py tells them."""
 
 
 def run_rank(*words):
@@ -47,6 +50,7 @@ def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):
     done = _run(words, code, env, timeout, num_processes)
     if done.returncode == -11 and "--overwrite" not in words:
         # gloo was seen to crash in native code while it gathered tensors, once in a dozen runs.
+        repeated.append(" ".join(map(str, words)))
         again = words if "--resume" in words else [*words, "--overwrite"]
         done = _run(again, code, env, timeout, num_processes)
     assert done.returncode == 0, done.stderr
@@ -54,6 +58,7 @@ def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):
 
 
 def _run(words, code, env, timeout, num_processes):
+    check_several_processes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

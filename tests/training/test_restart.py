@@ -19,6 +19,7 @@ from pacatune.training.output import run_folder
 from pacatune.training.recipe import start_or_resume
 from tests.cli.test_launch import started, text_of
 from tests.forks import Program
+from tests.training import launching
 from tests.training.launching import AGENT, COMMAND, launch, save_config
 from tests.training.test_distributed import config_of, cut
 
@@ -107,6 +108,20 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_p
     assert "skipped, since it was not saved to its end: checkpoint-4" in text
     assert f"resuming after step 2: {folder / 'checkpoint-2'}" in text
     assert_same_adapter(tmp_path / "whole", folder)
+
+
+CRASH_ONCE = """
+import os, pathlib, sys
+mark = pathlib.Path(sys.argv[1] + os.environ["RANK"])
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getpid(), 11)
+"""
+
+
+def test_a_crash_in_native_code_is_told(tmp_path):
+    launch(tmp_path / "mark", code=CRASH_ONCE)
+    assert launching.repeated.pop() == str(tmp_path / "mark")
 
 
 def test_processes_that_see_different_folders_are_refused(make_config, tmp_path):
