@@ -84,6 +84,15 @@ def _forget_old_objects():
         _Frozen.num_modules = len(sys.modules) + 10  # a few more do not matter
 
 
+@pytest.fixture(autouse=True)
+def _compute_on_one_thread():
+    """Undo what a measurement sets: others compute beside this process."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -201,9 +210,10 @@ def own_strategies(monkeypatch):
 @pytest.fixture
 def measured_here(monkeypatch):
     """`bench` measures in this process; cli/test_bench.py has the new ones, which take a second."""
-    from pacatune.measure import bench
+    from pacatune.measure import bench, setting
     from pacatune.measure.step import Outcome
 
     monkeypatch.setattr(
         bench, "run_in_child", lambda measure, config, *args: Outcome(measure(config, *args))
     )
+    monkeypatch.setattr(setting, "num_cores", lambda: 1)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import check, count, formula_units, parse
@@ -18,14 +17,6 @@ SHAPE = Shape(
     num_key_value_heads=2,
     vocab_size=64,
 )
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads_and_precision():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture

@@ -35,14 +35,6 @@ SUMMARY = {"step_ms", "step_ms_quartile_1", "step_ms_quartile_3", "step_ms_min"}
 NOISE = {"load_average", "num_cores_of_others"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _keep_threads_and_precision():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-
-
 @pytest.fixture(scope="module")
 def step_result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")

@@ -13,14 +13,6 @@ QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1
 SETTING = Setting(out_features=8, in_features=16, num_tokens=3, dtype="float32", num_layers=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _keep_threads_and_precision():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-
-
 def test_small_run_measures_and_counts(tmp_path, capsys):
     options = ["--output", str(tmp_path), "--tokens", "6", "--shapes", "32x16", "--num-layers", "3"]
     switch.main([*options, *QUICK, "--dtypes", "float32", "bfloat16"])

@@ -47,14 +47,6 @@ def tiny_cnn():
     return AutoModelForImageClassification.from_config(config)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _keep_threads_and_precision():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Both results by the model's name, and their folder."""

@@ -1,7 +1,6 @@
 """A tiny setting, the same in all tests of the benchmark."""
 
 import pytest
-import torch
 
 from pacatune.measure.models import llama_values
 from pacatune.measure.setting import BenchConfig
@@ -40,11 +39,3 @@ def make_config(values):
         return BenchConfig(**{**settings, **options})
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads_and_precision():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
