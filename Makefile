@@ -57,7 +57,7 @@ compat: setup-dev
 	$(RUN) tools/compat.py $(ARGS)
 
 test-distributed: setup-dev
-	$(RUN) -m pytest -m processes tests/distributed tests/docs tests/training $(ARGS)
+	$(RUN) -m pytest -m processes tests/distributed tests/docs tests/sync tests/training $(ARGS)
 	PYTHONPATH="$(CURDIR)/.cache/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py $(ARGS)
 
 test-launch: setup-dev .venv-launch/installed
