@@ -58,7 +58,10 @@ def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
 
 def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert bfloat16_is_fast(use_cpu=True)
+    for used in ("AVX512", "AVX2"):  # of a processor that has both
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda used=used: used)
+        assert bfloat16_is_fast(use_cpu=True) == (used == "AVX512")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert not bfloat16_is_fast(use_cpu=True)

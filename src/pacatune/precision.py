@@ -63,6 +63,8 @@ def bfloat16_is_fast(*, use_cpu: bool = False) -> bool:
         if device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return device.type == "xpu"
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # as ATEN_CPU_CAPABILITY may limit it
+        return False
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     names = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
     return any(capabilities.get(name) for name in names) or bool(
