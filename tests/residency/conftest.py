@@ -1,11 +1,43 @@
 """Everything is float64 unless dtype is the point: float32 may take the additive form."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
-import pacatune.residency.put
+from pacatune.residency import put
+from tests.residency.devices import as_on_a_gpu
 from tests.residency.net import Net
+
+
+ON_CPUS_ALONE = {
+    "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
+    "test_processes_that_share_the_memory",
+    "test_what_a_large_pass_asks_for_ends_with_the_step",  # as a small one writes nothing
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test on the branches of a GPU as well."""
+    devices = ["cpu"] if "launches" not in metafunc.fixturenames else []
+    if metafunc.function.__name__ not in ON_CPUS_ALONE:
+        devices.append("gpu")
+    metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture(name="device", autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = getattr(request, "param", "cpu")
+    with as_on_a_gpu() if name == "gpu" else nullcontext() as request.node.launches:
+        yield name
+
+
+@pytest.fixture(name="launches")
+def _launches(device: str, request: pytest.FixtureRequest) -> list[int]:
+    """Grows by the number of weights of each launch."""
+    return request.node.launches
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +59,12 @@ def _x() -> Tensor:
 @pytest.fixture(name="writes")
 def _writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each write of columns."""
-    original = pacatune.residency.put._put_columns_
+    original = put._put_columns_
     done: list[int] = []
 
     def counting(memory: Tensor, *args: Tensor) -> None:
         done.append(memory.data_ptr())
         original(memory, *args)
 
-    monkeypatch.setattr(pacatune.residency.put, "_put_columns_", counting)
+    monkeypatch.setattr(put, "_put_columns_", counting)
     return done

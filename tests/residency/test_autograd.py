@@ -7,6 +7,7 @@ from torch import Tensor
 from pacatune import PacaConfig
 from tests.residency.looks import LOOKS, assert_sees_base
 from tests.residency.net import Net, adapt, assert_base, deltas, expected
+from tests.residency.twin import KINDS, twin_of
 
 
 class TestR3Autograd:
@@ -72,6 +73,26 @@ class TestR3Autograd:
         loss.backward()
         for delta, grad in zip(deltas(model), want[1:], strict=True):
             torch.testing.assert_close(delta.grad, grad)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_fused_step_between_forward_and_backward(self, kind: str) -> None:
+        """The gradients are those of the forward pass, or refused; it counts no version."""
+        twin = twin_of(kind)
+        (delta,) = (twin.layer.delta_of(name) for name in twin.active)
+        delta.grad = torch.ones_like(delta)
+        x = twin.inputs()
+        sources = [x.requires_grad_(), delta] if x.is_floating_point() else [delta]
+        y, values = twin.expected(x, twin.active)
+        want = torch.autograd.grad(y.sum(), [*sources[:-1], *values])
+        loss = twin.model(x).sum()
+        torch.optim.AdamW([delta], lr=1.0, fused=True).step()
+        try:
+            found = torch.autograd.grad(loss, sources)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+            return
+        for ours, theirs in zip(found, want, strict=True):
+            twin.close(ours, theirs)
 
     def test_backward_after_merging_is_refused(self, base: Net, x: Tensor) -> None:
         model = adapt(base)

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import operator
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +16,21 @@ from pacatune import PacaConfig
 from pacatune.residency.watching import DeltaParameter
 from tests.residency.looks import LOOKS, assert_sees_base
 from tests.residency.net import Net, adapt, assert_base, check, deltas, layers
+
+
+COPIES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "dict": dict,
+    "dict with more": lambda parameters: dict(parameters, other=None),
+    "**": lambda parameters: {**parameters},
+    "keywords": lambda parameters: (lambda **given: given)(**parameters),
+    "|": lambda parameters: parameters | {},
+    "{} |": lambda parameters: {} | parameters,
+    "|=": lambda parameters: operator.ior({}, parameters),
+    "dict.copy": dict.copy,
+    "copy": copy.copy,
+    "setdefault": lambda parameters: {"weight": parameters.setdefault("weight")},
+    "popitem": lambda parameters: dict(parameters.popitem() for _ in range(2)),
+}
 
 
 class TestR2TheBaseForWhoeverLooks:
@@ -37,6 +54,13 @@ class TestR2TheBaseForWhoeverLooks:
             model(torch.randn(64, 10, dtype=dtype)).square().mean().backward()
             optimizer.step()
             assert_base(base, model)
+
+    @pytest.mark.parametrize("copies", COPIES.values(), ids=COPIES)
+    def test_in_any_copy_of_the_parameters(self, copies, base: Net, x: Tensor) -> None:
+        model = adapt(base)
+        model(x).sum().backward()
+        parameters = layers(model)[0].base_layer._parameters
+        assert torch.equal(copies(parameters)["weight"], base.first.weight)
 
     def test_a_reference_held_over_an_optimiser_step(self, base: Net, x: Tensor) -> None:
         model = adapt(base)

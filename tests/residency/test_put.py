@@ -28,13 +28,13 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
         weight = torch.randn(out_features, in_features).to(device, dtype)
         chosen = [torch.randperm(in_features)[:rank].sort().values for _ in range(groups)]
         columns = (chosen[0] if groups == 1 else torch.stack(chosen)).to(device)
-        kept = room_for(weight, columns, columns)
+        kept = room_for(weight, columns)
         originals = read_columns(weight, columns)
         delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
         pretrained.append(weight.clone())
         adapted = adapted_columns(originals, delta, 1.7)
         expected.append(with_columns(weight, columns, adapted))
-        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0)))
+        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0)))
     exchange(puts, takes=True)
     exchange(puts)
     # The interpreter truncates where it makes bfloat16.

@@ -1,7 +1,6 @@
 """A traced model contains the adapter, or cannot be saved; whatever is done to the model after."""
 
 import io
-import random
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency.weight
 from tests.residency.net import ALPHA, Net, adapt, assert_base, check, deltas, expected, layers
-from tests.residency.twin import KINDS, Twin, adapted
+from tests.residency.twin import KINDS, twin_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
@@ -27,12 +26,7 @@ def trace(model: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
 @pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(kind: str, is_written: bool) -> None:
-    torch.manual_seed(0)
-    plain = KINDS[kind].build().requires_grad_(False)
-    for parameter in plain.parameters():
-        if parameter.is_floating_point():
-            parameter.normal_(std=0.3)
-    twin = Twin(adapted(plain, KINDS[kind]), plain, KINDS[kind], random.Random(0))
+    twin = twin_of(kind)
     x = twin.inputs()
     want = twin.expected(x, twin.active)[0]
     if is_written:

@@ -229,6 +229,16 @@ class Twin:
         assert torch.equal(weight, self.weight_of(self.plain))
 
 
+def twin_of(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Twin:
+    """Return an adapted layer of a kind, with random weights."""
+    torch.manual_seed(seed)
+    plain = KINDS[kind].build().to(dtype).requires_grad_(False)
+    for parameter in plain.parameters():
+        if parameter.is_floating_point():
+            parameter.normal_(std=0.3)
+    return Twin(adapted(plain, KINDS[kind]), plain, KINDS[kind], random.Random(seed))
+
+
 def adapted(plain: nn.Module, kind: Kind, rank: int = 3, groups: int = 1) -> Any:
     options: Any = {"r": rank, "paca_alpha": 4, "groups": groups, "init_weights": False}
     options |= targets_of(kind)

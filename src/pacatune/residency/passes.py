@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from pacatune.residency.together import Group
-from pacatune.residency.watching import LOCK, DeltaParameter
+from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
 from pacatune.residency.weight import Residency, Result, restore_all
 
 __all__ = ["Pass", "resident"]
@@ -136,28 +137,38 @@ def resident(model: nn.Module) -> Iterator[None]:
             residency.restore()
 
 
-def _deltas_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[DeltaParameter, Any]]:
-    """Yield each delta of an optimiser and what its columns were last written by."""
+def _watched_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Any]]:
+    """Yield each delta and weight of an optimiser, and the residency that it belongs to."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if type(parameter) is DeltaParameter:
+            if type(parameter) in (DeltaParameter, WeightParameter):
                 link = parameter.residency
                 yield parameter, None if link is None else link()
 
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for _, residency in _deltas_of(optimizer):
-        if residency is not None:
-            residency.before_step()
+    for parameter, residency in _watched_of(optimizer):
+        # It may change the weight as well: one that has a gradient.
+        if (
+            residency is not None
+            and type(parameter) is WeightParameter
+            and parameter.grad is not None
+        ):
+            residency.look()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     found = []
-    for delta, residency in _deltas_of(optimizer):
-        delta.num_steps += 1
-        delta.num_unversioned += 1  # fused optimisers count no versions
-        if residency is not None:
-            found.append(residency)
+    for parameter, residency in _watched_of(optimizer):
+        # Fused optimisers count no versions, by which autograd knows what a backward pass cannot
+        # use any more.
+        if parameter.grad is not None:
+            increment_version(parameter)
+        if type(parameter) is DeltaParameter:
+            parameter.num_steps += 1
+            parameter.num_unversioned += 1  # they may have taken the gradient away
+            if residency is not None:
+                found.append(residency)
     found = list(dict.fromkeys(found))  # two adapters may be trained by turns
     with LOCK:
         over = [residency for residency in found if residency.is_over()]

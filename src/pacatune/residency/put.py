@@ -29,10 +29,8 @@ class Kept(NamedTuple):
 
     memory: Tensor
     """(O, I) alias of the weight: writes through it pass autograd's version check."""
-    indices: Tensor
-    """The adapter's own, known by identity."""
     columns: Tensor
-    """(R,) int64 copy of them, or (G, R) of row groups: the adapter's own may be reloaded."""
+    """(R,) int64, or (G, R) of row groups; a copy, since the adapter's own may be reloaded."""
     originals: Tensor
     """(O, R) in the weight's dtype."""
     positions: Tensor | None
@@ -48,11 +46,13 @@ class Update(NamedTuple):
     indices: Tensor
     version: int
     num_unversioned: int
+    indices_version: int
 
     @classmethod
     def now(cls, delta: Any, indices: Tensor, scaling: float) -> "Update":
         """Return what the columns are of at this moment."""
-        return cls(delta, scaling, indices, delta._version, delta.num_unversioned)
+        versions = delta._version, delta.num_unversioned, indices._version
+        return cls(delta, scaling, indices, *versions)
 
     @property
     def parts(self) -> tuple[Any, Tensor, float]:
@@ -64,8 +64,10 @@ class Update(NamedTuple):
         return (
             delta is self.delta
             and delta._version == self.version
-            and delta.num_unversioned == self.num_unversioned
+            # Swapped with another (torch.__future__) it has no such number.
+            and getattr(delta, "num_unversioned", None) == self.num_unversioned
             and indices is self.indices
+            and indices._version == self.indices_version
             and scaling == self.scaling
         )
 
@@ -77,13 +79,13 @@ class Put(NamedTuple):
     update: Update | None
 
 
-def room_for(memory: Tensor, indices: Tensor, columns: Tensor) -> Kept:
+def room_for(memory: Tensor, columns: Tensor) -> Kept:
     """Return where to `keep` what a write to memory[:, columns] will overwrite."""
     originals = memory.new_empty(len(memory), rank_of(columns))
     positions = None
     if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
         positions = _flat_positions(memory, columns)
-    return Kept(memory, indices, columns, originals, positions)
+    return Kept(memory, columns, originals, positions)
 
 
 def keep(rooms: Sequence[Kept]) -> None:

@@ -3,6 +3,7 @@
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -44,9 +45,6 @@ class Watcher(Protocol):
     def is_written(self) -> bool:
         """Whether adapted columns may be in the weight."""
 
-    def before_step(self) -> None:
-        """An optimiser is about to change the delta, and perhaps the weight."""
-
     def look(self) -> None:
         """Somebody is about to see the weight, and may change it."""
 
@@ -87,7 +85,7 @@ class DeltaParameter(_Watched):
     num_steps = 0
     """How many optimiser steps have changed it."""
     num_unversioned = 0
-    """Grows with each of these, since fused ones count no versions, and each use of `.data`."""
+    """Grows with each of these and each use of `.data`, of which versions may not tell."""
     is_exposed = False
     """Whether somebody took `.data` and may still hold it."""
     is_gathered = False
@@ -111,6 +109,15 @@ class WeightParameter(_Watched):
 # Both go by exact types: optimisers on their fast (foreach and fused) paths, and make_fx.
 torch_optimizer._foreach_supported_types += [DeltaParameter, WeightParameter]
 proxy_tensor.HANDLED_TYPES += (DeltaParameter, WeightParameter)  # type: ignore[assignment]
+
+
+def _after_a_look(method: Callable[..., Any]) -> Any:
+    def call(self: "GuardedParameters", *args: Any) -> Any:
+        with LOCK:
+            self._look()
+            return method(self, *args)
+
+    return call
 
 
 class GuardedParameters(dict[str, Any]):
@@ -157,17 +164,16 @@ class GuardedParameters(dict[str, Any]):
         """As dict's."""
         return self.copy().values()
 
-    def pop(self, *args: Any) -> Any:
-        """As dict's."""
-        with LOCK:
-            self._look()
-            return super().pop(*args)
+    def __iter__(self) -> Any:
+        # Python copies a dict as memory (`dict(d)`, `{**d}`, `d | {}`) unless it iterates in its
+        # own way: then key by key, through `__getitem__`.
+        return super().__iter__()
 
     def copy(self) -> dict[str, Any]:
         """Return a plain dict."""
         with LOCK:
             self._look()
-            return dict(self)
+            return dict(super().items())
 
     def __setitem__(self, name: str, value: Any) -> None:
         with LOCK:
@@ -176,10 +182,11 @@ class GuardedParameters(dict[str, Any]):
                 residency.replace(value) if name == "weight" else residency.look()
             super().__setitem__(name, value)
 
-    def __delitem__(self, name: str) -> None:
-        with LOCK:
-            self._look()
-            super().__delitem__(name)
+    pop = _after_a_look(dict.pop)
+    popitem = _after_a_look(dict.popitem)
+    setdefault = _after_a_look(dict.setdefault)
+    __delitem__ = _after_a_look(dict.__delitem__)
+    __repr__ = _after_a_look(dict.__repr__)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (self.copy(),)

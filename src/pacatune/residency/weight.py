@@ -172,8 +172,7 @@ class Residency:
             compute: Takes the (O, I) weight, and whether it holds the adapted columns; if not, it
                 holds the pretrained ones.
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, or (G, R) of row groups, fixed from here on: in-place edits are not
-                noticed.
+            indices: (R,) int64, or (G, R) of row groups.
             scaling: Factor between `delta` and the columns.
             writes: Whether the columns may be written into the weight.
 
@@ -245,8 +244,7 @@ class Residency:
 
         Args:
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, or (G, R) of row groups, fixed from here on: in-place edits are not
-                noticed.
+            indices: (R,) int64, or (G, R) of row groups.
             scaling: Factor between `delta` and the columns.
 
         Returns:
@@ -276,9 +274,7 @@ class Residency:
             weight, kept = self.find_weight(), self.kept
             if weight is None:
                 return None
-            known = self.columns
-            is_same = known is not None and known[0] is indices and known[1] == indices._version
-            if is_same and kept is not None and self._is_unchanged(weight):
+            if kept is not None and self._knows(indices) and self._is_unchanged(weight):
                 return kept.originals
             self.restore()
             return read_columns(weight.detach(), indices)
@@ -301,7 +297,7 @@ class Residency:
             self.restore()
             return None
         kept = self.kept
-        if kept is None or indices is not kept.indices:
+        if kept is None or not self._knows(indices):
             self.restore()
             self.kept = None
             kept = self._make_room(indices)
@@ -338,17 +334,22 @@ class Residency:
         if self.claimed is None:
             return False
         claimed, num_steps = self.claimed
-        return claimed is delta and delta.num_steps == num_steps
+        # One that was swapped (torch.__future__) counts from now on.
+        return claimed is delta and getattr(delta, "num_steps", None) == num_steps
 
     def _make_room(self, indices: Tensor) -> Kept:
         assert self.weight is not None
-        columns = self.columns
-        if columns is None or columns[0] is not indices or columns[1] != indices._version:
-            columns = self.columns = indices, indices._version, indices.clone()
-        kept = room_for(alias_of(self.weight), indices, columns[2])
+        if self.columns is None or not self._knows(indices):
+            self.columns = indices, indices._version, indices.clone()
+        kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
         return kept
+
+    def _knows(self, indices: Tensor) -> bool:
+        """Whether `kept` is of these columns: they may have been reloaded in place."""
+        known = self.columns
+        return known is not None and known[0] is indices and known[1] == indices._version
 
     def _watch(self, weight: Tensor) -> None:
         """Notice the use of the weight's `.data` from now on."""
@@ -557,7 +558,7 @@ class Residency:
         ):
             return added.columns
         epoch, update = self.epoch, None
-        if not self.is_captured and self._tracks(delta):
+        if not (self.is_captured or indices.is_inference()) and self._tracks(delta):
             update = Update.now(delta, indices, scaling)
         with torch.inference_mode(False), torch.no_grad():
             columns = compute().to(dtype)
@@ -585,11 +586,6 @@ class Residency:
                 self.kept = None
             self.added, self.is_data_used = None, False
             self.looker = threading.get_ident()
-
-    def before_step(self) -> None:
-        """Restore if the optimiser may change the weight as well: one that has a gradient."""
-        if self.is_written and self.weight.grad is not None:  # type: ignore[union-attr]
-            self.look()
 
     def is_over(self) -> bool:
         """Whether columns have to go after an optimiser's step.

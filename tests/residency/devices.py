@@ -1,0 +1,43 @@
+"""The branches of a GPU, on a CPU."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from pacatune.residency import put, weight
+from pacatune.residency.put import Put
+from pacatune.tuner import compiled, linear
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[list[int]]:
+    """Behave as on a GPU with Triton; yields a list that gets the size of each launch.
+
+    Numpy changes no weight, so what was read of it is good until its version changes; the columns
+    of several weights go by one launch; and few tokens are written for as well.
+    """
+    sizes: list[int] = []
+
+    def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
+        sizes.append(len(puts))
+        for one in puts:
+            put.keep([one.kept]) if takes else put.put([one])
+
+    def can_exchange(memory: Tensor, values: Tensor) -> bool:
+        return memory.is_contiguous() and values.is_contiguous()
+
+    branches: list[tuple[Any, str, Any]] = [
+        (weight, "_is_numpys", lambda memory: False),
+        (put, "_is_flat", lambda memory: False),
+        (put, "can_exchange", can_exchange),
+        (put, "exchange", exchange),
+        (compiled, "is_small", lambda x: None),
+        (linear, "is_small", lambda x: None),
+    ]
+    with ExitStack() as stack:
+        for branch in branches:
+            stack.enter_context(patch.object(*branch))
+        yield sizes
