@@ -51,6 +51,11 @@ class TestHeldOverAnEvaluation:
         assert torch.equal(torch.load(buffer)["first.weight"], base.first.weight)
 
 
+def call_functionally(model: nn.Module, x: Tensor) -> None:
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, parameters, (x,))
+
+
 def expected_output(base: Net, model: nn.Module, x: Tensor) -> Tensor:
     with torch.enable_grad():
         return expected(base, model, x)[0]
@@ -191,15 +196,35 @@ class TestBetweenForwardAndBackward:
         ):
             loss.backward()
 
-    def test_merged_and_unmerged(self, base: Net, x: Tensor) -> None:
+    @pytest.mark.parametrize("call", ["never", "merged", "unmerged"])
+    def test_merged_and_unmerged(self, call: str, base: Net, x: Tensor) -> None:
+        """Also where `functional_call` puts other tensors in the weights' place meanwhile."""
         model = adapt(base)
+        layers(model)[0].base_layer.load_state_dict(base.first.state_dict())
+        model(x)
+        model.merge_adapter()
+        model.unmerge_adapter()
         want = expected(base, model, x)[1]
         loss = model(x).square().sum()
         model.merge_adapter()
+        if call == "merged":
+            call_functionally(model, x)
         model.unmerge_adapter()
+        if call == "unmerged":
+            call_functionally(model, x)
         loss.backward()
         for delta, grad in zip(deltas(model), want[1:], strict=True):
             torch.testing.assert_close(delta.grad, grad)
+
+    def test_changed_while_merged(self, base: Net, x: Tensor) -> None:
+        model = adapt(base)
+        loss = model(x.requires_grad_()).square().sum()
+        model.merge_adapter()
+        with torch.no_grad():
+            layers(model)[1].base_layer.weight.mul_(2)
+        model.unmerge_adapter()
+        with pytest.raises(RuntimeError, match="whose base weight was changed"):
+            loss.backward()
 
     def test_a_merged_forward_that_has_been_unmerged_is_refused(self, base: Net, x: Tensor) -> None:
         model = adapt(base)
@@ -257,9 +282,7 @@ def test_training_does_not_depend_on_who_looked(base: Net) -> None:
 
 def test_torch_func_leaves_residency_as_it_was(base: Net, x: Tensor) -> None:
     model = adapt(base)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    torch.func.functional_call(model, parameters, (x,))
-    del parameters
+    call_functionally(model, x)
     check(base, model, x)
     assert all(layer.residency.is_written for layer in layers(model))
 

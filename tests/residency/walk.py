@@ -123,6 +123,16 @@ class Walk(RuleBasedStateMachine):
         if not twin.merged:
             twin.check_base()
 
+    @precondition(lambda self: not self.twin.is_quantised)
+    @rule()
+    def call_functionally(self) -> None:
+        """With other tensors in the parameters' place."""
+        twin = self.twin
+        x = twin.inputs()
+        wanted = twin.expected(x, twin.merged or twin.active)[0]
+        parameters = {name: p.detach() for name, p in twin.model.named_parameters()}
+        twin.close(torch.func.functional_call(twin.model, parameters, (x,)), wanted)
+
     @rule()
     def evaluate_in_two_threads(self) -> None:
         """While this one looks."""

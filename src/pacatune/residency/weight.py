@@ -108,6 +108,9 @@ class Residency:
         # A CUDA graph, or an exported one, reads the memory whenever it runs.
         self.is_captured = False
         self.is_merged = False
+        # Changes by merging and unmerging, which are not the base's. Kept while another weight is
+        # there for a while (torch.func.functional_call).
+        self.num_own_versions = 0
         # How many tensors besides the weight itself are known to share its memory.
         self.num_sharing = 0
         # What a write has overwritten, from before it until after it is restored.
@@ -148,8 +151,6 @@ class Residency:
         self.weight: Tensor | None = None
         self.weight_version = -1
         self.address = 0
-        # Changes of the weight by merging, which unmerging has taken back.
-        self.version_before_merge = self.num_own_versions = 0
         self.kept: Kept | None = None
         self.written: Update | None = None
         if not self.is_sharded:
@@ -600,8 +601,6 @@ class Residency:
         """Make way for a merge: from here on, W belongs to it."""
         with LOCK:
             self.look()
-            if not self.is_merged:
-                self.version_before_merge = self._version()
             self.is_merged = True
             self.epoch += 1  # last, as in `_begin`
 
@@ -609,12 +608,8 @@ class Residency:
         """Note that the pretrained columns are back."""
         if self.is_merged:
             with LOCK:
-                self.num_own_versions += self._version() - self.version_before_merge
                 self.epoch += 1
                 self.is_merged = False
-
-    def _version(self) -> int:
-        return 0 if self.weight is None else self.weight._version
 
     def base(self) -> tuple[int, int]:
         """Tell one pretrained weight from another: what is there, and where."""

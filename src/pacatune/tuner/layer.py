@@ -93,7 +93,7 @@ class MergeMixin:
             weight = weight.clone()
         else:
             self._kept.append((indices, originals))
-        self.layout.put_columns_(weight, indices, merged)
+        self._put_columns_(weight, indices, merged)
         if layer.quantization_backend is not None:
             warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
             layer.set_base_weight(weight)
@@ -111,6 +111,11 @@ class MergeMixin:
         if layer.quantization_backend is not None:
             return cast(Tensor, layer.get_base_weight())
         return cast(Tensor, getattr(layer.get_base_layer(), self.parameter_name))
+
+    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        self.layout.put_columns_(weight, indices, columns)
+        if self.residency is not None and isinstance(weight, nn.Parameter):  # not a copy of it
+            self.residency.num_own_versions += 1
 
     def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the columns of that weight which an adapter changes, and its update of them."""
@@ -135,7 +140,7 @@ class MergeMixin:
                 indices, originals = kept
                 weight = self._weight_to_merge()
                 originals = originals.to(weight)
-                self.layout.put_columns_(weight, indices.to(weight.device), originals)
+                self._put_columns_(weight, indices.to(weight.device), originals)
             self._kept.pop()
             del layer.merged_adapters[len(self._kept) :]
         if self.residency is not None and not layer.merged_adapters:
