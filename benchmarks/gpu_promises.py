@@ -32,7 +32,7 @@ from pacatune.measure.methods import adapt as adapt_measured
 from pacatune.measure.models import load_config, loss_of, loss_of_graph, make_batch
 from pacatune.measure.models import make_model as make_measured
 from pacatune.measure.setting import Setting
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns
 from pacatune.residency import weight as residency
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer

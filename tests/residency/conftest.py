@@ -11,7 +11,6 @@ from pacatune.residency import put
 from tests.residency.devices import as_on_a_gpu
 from tests.residency.net import Net
 
-
 ON_CPUS_ALONE = {
     "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
     "test_processes_that_share_the_memory",

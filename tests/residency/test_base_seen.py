@@ -17,7 +17,6 @@ from pacatune.residency.watching import DeltaParameter
 from tests.residency.looks import LOOKS, assert_sees_base
 from tests.residency.net import Net, adapt, assert_base, check, deltas, layers
 
-
 COPIES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "dict": dict,
     "dict with more": lambda parameters: dict(parameters, other=None),

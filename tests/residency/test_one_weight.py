@@ -8,12 +8,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import pacatune
 from pacatune import PacaConfig
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops import experts_linear
+from pacatune.ops.columns import adapted_columns
+from pacatune.tuner.quantized import dequantized
 from tests.releases import compiles_whole
 from tests.residency.net import layers
+from tests.residency.twin import KINDS, Twin, twin_of
+from tests.tuner.quantizers import quantise
 
 IN, OUT, RANK = 24, 40, 8
 
@@ -116,6 +121,79 @@ def test_every_path_has_the_same_bits(path, dtype: torch.dtype) -> None:
     model = build(dtype)
     want = expected(model)
     assert torch.equal(path(model, dtype), want)
+
+
+def probed_layer(twin: Twin, adds: bool) -> Tensor:
+    """Return what a layer of any kind does with unit vectors, or else what it is of."""
+    layer, kind = twin.layer, twin.kind
+    base = layer.get_base_layer()
+    with torch.set_grad_enabled(not adds):
+        if kind.parameter == "in_proj_weight":
+            x = torch.eye(layer.in_features, dtype=twin.dtype).unsqueeze(0)
+            owner = twin.model.base_model.model.layer
+            return torch.cat(owner._in_projection(x, x, x), -1)[0]
+        if "proj" in kind.parameter:
+            weight = getattr(base, kind.parameter)
+            x = torch.eye(layer.in_features, dtype=twin.dtype).repeat(len(weight), 1)
+            ends = torch.arange(len(x) // len(weight), len(x) + 1, len(x) // len(weight))
+            options = {"is_transposed": layer.layout.is_transposed, "is_grouped": adds}
+            names = [] if twin.merged else twin.active
+            if names:
+                return layer.project(x, weight, ends.int(), names, **options)
+            return experts_linear(x, weight, ends.int(), **options)
+        if isinstance(base, nn.Embedding):
+            return twin.model(torch.arange(base.num_embeddings))
+        if isinstance(base, (nn.Linear, Conv1D)):
+            return twin.model(torch.eye(layer.in_features, dtype=twin.dtype))
+        return twin.model(kind.inputs(70).to(twin.dtype))
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["trained", "added"])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("quantised")])
+def test_every_kind_of_layer_is_merged_as_it_is_trained(
+    kind: str, groups: int, delta_dtype: torch.dtype, adds: bool
+) -> None:
+    """Where the base layer has a hook, what the adapter adds has the same bits."""
+    if groups not in KINDS[kind].groups:
+        pytest.skip("has no row groups")
+    twin = twin_of(kind, torch.bfloat16, groups=groups)
+    base = twin.layer.get_base_layer()
+    for name, parameter in base.named_parameters():
+        if "bias" in name:
+            parameter.zero_()
+    (name,) = twin.active
+    layout, delta = twin.layer.layout, twin.layer.delta_of(name)
+    twin.layer.scaling[name] = 0.7
+    # By less than half of each weight: what is added, in 16 bits, then has no more than these.
+    weight = twin.weight_of(twin.plain)
+    columns = layout.oriented(layout.read_columns(weight, twin.layer.paca_indices[name]))
+    delta.data = ((torch.rand(columns.shape) - 0.5) * columns).to(delta_dtype)
+    if adds:
+        base.register_forward_hook(lambda *call: None)
+    torch.manual_seed(0)
+    found = probed_layer(twin, adds)
+    twin.model.merge_adapter()
+    torch.manual_seed(0)
+    assert torch.equal(found, probed_layer(twin, adds))
+
+
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_layer_trains_what_is_written_in_16_bits(delta_dtype: torch.dtype) -> None:
+    plain = quantise(nn.Linear(64, OUT, bias=False).bfloat16(), "bitsandbytes-nf4")
+    model = get_peft_model(nn.Sequential(plain), PacaConfig(r=RANK, target_modules=["0"]))
+    layer = model.get_base_model()[0]
+    delta, indices = layer.delta_of("default"), layer.paca_indices["default"]
+    layer.scaling["default"] = 0.7
+    delta.data = 0.1 * torch.randn_like(delta, dtype=delta_dtype)
+    weight = dequantized(layer.quantization_backend, plain, torch.bfloat16)
+    weight[:, indices] = adapted_columns(weight[:, indices], delta.detach(), 0.7)
+    x = torch.eye(64, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y.detach().t(), weight)
+    (gx,) = torch.autograd.grad(y, x, torch.eye(64, OUT, dtype=torch.bfloat16))
+    assert torch.equal(gx[:OUT], weight)
 
 
 @pytest.mark.parametrize("is_held", [False, True])

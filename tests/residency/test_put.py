@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from pacatune.ops.columns import read_columns, with_columns
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns, read_columns, with_columns
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 
 # O, I, R and row groups.

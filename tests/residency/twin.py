@@ -229,14 +229,15 @@ class Twin:
         assert torch.equal(weight, self.weight_of(self.plain))
 
 
-def twin_of(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Twin:
+def twin_of(kind: str, dtype: torch.dtype = torch.float32, groups: int = 1) -> Twin:
     """Return an adapted layer of a kind, with random weights."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     plain = KINDS[kind].build().to(dtype).requires_grad_(False)
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.normal_(std=0.3)
-    return Twin(adapted(plain, KINDS[kind]), plain, KINDS[kind], random.Random(seed))
+    model = adapted(plain, KINDS[kind], groups=groups)
+    return Twin(model, plain, KINDS[kind], random.Random(0))
 
 
 def adapted(plain: nn.Module, kind: Kind, rank: int = 3, groups: int = 1) -> Any:

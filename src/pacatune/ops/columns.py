@@ -17,6 +17,7 @@ from pacatune.ops.row_groups import num_groups_of, row_index
 __all__ = [
     "CONVOLUTIONS",
     "Size",
+    "adapted_columns",
     "adapted_kernel",
     "columns_of_kernel",
     "conv_of_columns",
@@ -25,6 +26,7 @@ __all__ = [
     "put_columns_",
     "read_columns",
     "select_channels",
+    "widened",
     "with_columns",
 ]
 
@@ -101,6 +103,24 @@ def with_columns(weight: Tensor, indices: Tensor, columns: Tensor) -> Tensor:
     return weight.index_copy(1, indices, columns)
 
 
+def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
+    """Return W + scaling * delta in the dtype of W: the bits that every path has for W'.
+
+    Added in float32 at least, and rounded once: in 16 bits, devices round the factor differently.
+
+    Args:
+        columns: (O, R) of the pretrained weight, or other columns in its layout.
+        delta: Their trained update, any floating dtype.
+        scaling: alpha / R.
+    """
+    return torch.add(columns, widened(delta), alpha=scaling).to(columns.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return it in float32 at least, which sums and products of 16 bits are formed in."""
+    return x.float() if x.itemsize < 4 else x
+
+
 def adapted_kernel(
     weight: Tensor,
     delta: Tensor,
@@ -123,9 +143,9 @@ def adapted_kernel(
         memory_format: Memory format of the result.
     """
     dtype = dtype or weight.dtype
-    columns = torch.add(read_columns(weight, indices, groups), delta, alpha=scaling)
+    columns = adapted_columns(read_columns(weight, indices, groups), delta, scaling)
     kernel = weight.to(dtype, copy=True, memory_format=memory_format)
-    put_columns_(kernel, indices, columns.to(weight.dtype).to(dtype), groups)
+    put_columns_(kernel, indices, columns.to(dtype), groups)
     return kernel
 
 

@@ -3,7 +3,8 @@
 A router sends every token to a few of E experts. Sorted by expert, the S routed tokens (N tokens
 times the number of experts of each) are one matrix whose groups of rows belong to one expert each:
 
-    forward   y_e = x_e W'_e^T          W'_e = W_e, with W'_e[:, indices] += scaling * delta_e
+    forward   y_e = x_e W'_e^T          W'_e = W_e, with W'_e[:, indices] += scaling * delta_e,
+                                        rounded to the dtype of W where products are of 16 bits
     backward  dx_e = dy_e W'_e          d(delta_e) = scaling * dy_e^T x_e[:, indices]
     kept      x[:, indices], S * R elements
 
@@ -16,19 +17,23 @@ Two equal ways to form the products of all groups:
     grouped      torch's grouped GEMM, where it takes the dtype and the sizes
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
 from pacatune.ops.linear import autocast, grad_delta
 from pacatune.ops.row_groups import (
     check_indices,
+    distinct_and_places,
     group_inputs,
     group_rows,
     held_indices,
     hold_indices,
+    is_spread_out,
     per_group,
     rank_of,
     select,
@@ -196,6 +201,10 @@ class _ExpertsLinear(torch.autograd.Function):
         weight_EOI = weight.transpose(1, 2) if is_transposed else weight
         y = _products(x, weight_EOI, offsets, is_grouped)
         if x_R is not None and delta is not None and indices is not None:
+            if y.itemsize <= 2:
+                columns = read_columns(weight_EOI, indices, dim=2, row_dim=1)
+                adapted = adapted_columns(columns, delta, scaling)
+                delta, scaling = torch.cat((adapted, columns.neg()), 2), 1.0
             y.add_(_column_products(x_R, delta, indices, offsets, is_grouped), alpha=scaling)
         return y
 
@@ -210,22 +219,25 @@ class _ExpertsLinear(torch.autograd.Function):
         x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors
         indices_R = held_indices(ctx, indices_R)
         x_shape, scaling, is_transposed, is_grouped = ctx.call
-        gx = gdelta = None
+        gx, gdelta, how = None, None, (offsets, is_grouped)
         gy = gy.contiguous()
         if needs_delta:
             pairs = zip(group_rows(gy, indices_R, 1), group_inputs(x_R, indices_R), strict=True)
             options = offsets, scaling, delta_EOR.dtype, is_grouped
             gdelta = _joined([_grad_delta(rows, x_SR, *options) for rows, x_SR in pairs])
         if needs_x:
-            if weight is None:
+            weight_EOI = weight.transpose(1, 2) if is_transposed and weight is not None else weight
+            if weight_EOI is None:
                 gx = gy.new_zeros(x_shape)
             else:
-                weight_EIO = weight if is_transposed else weight.transpose(1, 2)
-                gx = _products(gy, weight_EIO, offsets, is_grouped)
-            if delta_EOR is not None:
+                gx = _products(gy, weight_EOI.transpose(1, 2), *how)
+            if delta_EOR is not None and weight_EOI is not None and gy.itemsize <= 2:
+                distinct, columns = _adapted(weight_EOI, delta_EOR, indices_R, scaling)
+                gx.index_copy_(1, distinct, _products(gy, columns.transpose(1, 2), *how))
+            elif delta_EOR is not None:
                 rows = (group_rows(one, indices_R, 1) for one in (gy, delta_EOR))
                 for indices, gy_So, delta_EoR in zip(per_group(indices_R), *rows, strict=True):
-                    columns_SR = _products(gy_So, delta_EoR.transpose(1, 2), offsets, is_grouped)
+                    columns_SR = _products(gy_So, delta_EoR.transpose(1, 2), *how)
                     gx.index_add_(1, indices, columns_SR, alpha=scaling)
         return gx, None, gdelta, None, None, None, None, None
 
@@ -233,9 +245,33 @@ class _ExpertsLinear(torch.autograd.Function):
 def _column_products(
     x_SU: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor, is_grouped: bool
 ) -> Tensor:
-    """Return x_e[:, indices] delta_e^T of all experts, row group by row group: (S, O)."""
-    pairs = zip(group_inputs(x_SU, indices), group_rows(delta, indices, 1), strict=True)
+    """Return x_e[:, indices] delta_e^T of all experts, row group by row group: (S, O).
+
+    An (E, O, 2R) `delta` is of the same inputs twice: the new columns and minus the old ones, as
+    `column_update` has them.
+    """
+    inputs = group_inputs(x_SU, indices)
+    if delta.shape[2] > rank_of(indices):
+        inputs = [torch.cat((x_SR, x_SR), 1) for x_SR in inputs]
+    pairs = zip(inputs, group_rows(delta, indices, 1), strict=True)
     return _joined([_products(x_SR, rows, offsets, is_grouped) for x_SR, rows in pairs])
+
+
+def _adapted(
+    weight_EOI: Tensor, delta: Tensor, indices: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return the (U,) columns that any row group trains, and W' there: (E, O, U)."""
+    read = partial(read_columns, weight_EOI, dim=2, row_dim=1)
+    adapted = adapted_columns(read(indices), delta, scaling)
+    if indices.dim() == 1:
+        return indices, adapted
+    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
+        distinct, places = torch.arange(weight_EOI.shape[2], device=delta.device), indices
+    else:
+        distinct, places = distinct_and_places(indices)
+    columns = read(distinct)
+    put_columns_(columns, places, adapted, dim=2, row_dim=1)
+    return distinct, columns
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

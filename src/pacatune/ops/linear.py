@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import read_columns
+from pacatune.ops.columns import adapted_columns, read_columns
 from pacatune.ops.row_groups import (
     by_group,
     by_rows,
@@ -31,12 +31,13 @@ from pacatune.ops.row_groups import (
     held_indices,
     hold_indices,
     is_spread_out,
+    num_groups_of,
     rank_of,
     row_index,
     select,
 )
 
-__all__ = ["Source", "adapted_columns", "column_update", "paca_linear", "paca_linear_additive"]
+__all__ = ["Source", "column_update", "paca_linear", "paca_linear_additive"]
 
 Result = TypeVar("Result")
 
@@ -188,20 +189,6 @@ def column_update(
     return torch.cat((_cast(adapted, dtype), _cast(columns, dtype).neg()), 1)
 
 
-def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
-    """Return W + scaling * delta in the dtype of W: the bits that every path has for W'.
-
-    Added in float32 at least, and rounded once: in 16 bits, devices round the factor differently.
-
-    Args:
-        columns: (O, R) of the pretrained weight.
-        delta: (O, R) trained update, any floating dtype.
-        scaling: alpha / R.
-    """
-    wide = delta.float() if delta.itemsize < 4 else delta
-    return torch.add(columns, wide, alpha=scaling).to(columns.dtype)
-
-
 class _PacaLinear(torch.autograd.Function):
     """Eqs. 7-9 in both forms; the first six arguments as in `paca_linear`.
 
@@ -280,6 +267,26 @@ def add_columns_(y: Tensor, x_R: Tensor, update: Tensor, indices: Tensor) -> Ten
         x_NR = torch.cat((x_NR, x_NR), 1)
     y_NO.addmm_(x_NR, update.t())
     return y
+
+
+def add_columns(
+    y: Tensor, x_GR: Tensor, weight: Tensor, delta: Tensor, indices: Tensor, scaling: float
+) -> Tensor:
+    """Return what `add_columns_` makes of (..., O), by operations that autograd knows.
+
+    `x_GR` is (..., G R), the inputs of one row group after the other.
+    """
+    update = column_update(weight, delta, indices, scaling, y.dtype)
+    groups = num_groups_of(indices)
+    x_NGR = x_GR.reshape(-1, groups, rank_of(indices))
+    if update.shape[1] > x_NGR.shape[2]:
+        x_NGR = torch.cat((x_NGR, x_NGR), 2)
+    y_NO = y.reshape(-1, y.shape[-1])
+    if groups == 1:
+        return torch.addmm(y_NO, x_NGR.flatten(1), update.t()).view(y.shape)
+    update_GRo = update.unflatten(0, (groups, -1)).transpose(1, 2)
+    added = torch.baddbmm(by_rows(y_NO, groups), x_NGR.transpose(0, 1), update_GRo)
+    return added.transpose(0, 1).reshape(y.shape)
 
 
 def _add_group_columns_(y_NO: Tensor, x_GNR: Tensor, update: Tensor) -> None:

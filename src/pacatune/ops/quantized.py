@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pacatune.ops.columns import put_columns_, read_columns
+from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
 from pacatune.ops.linear import autocast, grad_delta, owned
 from pacatune.ops.row_groups import (
     held_indices,
@@ -110,6 +110,5 @@ class _PacaQuantizedLinear(torch.autograd.Function):
 
 def _adapted(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
     """Add scaling * delta to the columns of a dequantised weight, in place, rounding once."""
-    columns = torch.add(read_columns(weight, indices), delta, alpha=scaling)
-    put_columns_(weight, indices, columns.to(weight.dtype))
+    put_columns_(weight, indices, adapted_columns(read_columns(weight, indices), delta, scaling))
     return weight

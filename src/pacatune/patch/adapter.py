@@ -24,7 +24,7 @@ from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of

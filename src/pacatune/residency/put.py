@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import put_columns_
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns, put_columns_
 from pacatune.ops.row_groups import num_groups_of, rank_of, row_index
 
 __all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]

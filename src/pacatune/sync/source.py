@@ -5,7 +5,7 @@
     FSDP2, TP        deltas are gathered, (O, R) of each layer; the originals once
     ZeRO-3           each layer is gathered as DeepSpeed does it, its weight the first time only
 
-The bits are those of `ops.linear.adapted_columns`, which training, merging and patches have. They
+The bits are those of `ops.columns.adapted_columns`, which training, merging and patches have. They
 are rounded to the dtype that is served once, after that.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.format.options import IN_PROJ
-from pacatune.ops.row_groups import linear_of_groups, num_groups_of, of_rows
+from pacatune.ops.linear import add_columns
+from pacatune.ops.row_groups import of_rows
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import (
@@ -187,13 +188,15 @@ class MultiheadAttention(ParameterOwner):
     def _project(self, x: Tensor, rows: slice) -> Tensor:
         base: Any = self.base_layer
         bias = None if base.in_proj_bias is None else base.in_proj_bias[rows]
-        y = F.linear(x, base.in_proj_weight[rows], bias)
+        weight = base.in_proj_weight[rows]
+        y = F.linear(x, weight, bias)
         layer: Any = self._modules.get(IN_PROJ)
         for name in names_to_apply(layer):
             indices = of_rows(layer.paca_indices[name], 3 * self.embed_dim, rows.start, rows.stop)
             columns = x.index_select(-1, indices.flatten()).to(y.dtype)
-            apply = partial(_linear_of_rows, rows=rows, num_groups=num_groups_of(indices))
-            y = y + layer.paca_delta[name](columns, layer.scaling[name], apply)
+            options = {"weight": weight, "indices": indices, "scaling": layer.scaling[name]}
+            apply = partial(_add_columns_of_rows, y, rows=rows, **options)
+            y = layer.paca_delta[name](columns, None, apply)
         return y
 
     def unload_and_optionally_merge_module(
@@ -209,8 +212,10 @@ class MultiheadAttention(ParameterOwner):
         return base
 
 
-def _linear_of_rows(columns: Tensor, update: Tensor, rows: slice, num_groups: int) -> Tensor:
-    return linear_of_groups(columns, update[rows], num_groups)
+def _add_columns_of_rows(
+    y: Tensor, columns: Tensor, delta: Tensor, *, rows: slice, **options: Any
+) -> Tensor:
+    return add_columns(y, columns, delta=delta[rows], **options)
 
 
 def _merged_mask(

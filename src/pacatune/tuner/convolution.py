@@ -7,8 +7,9 @@
 Transient is the rule, compiled or not, and keeps x[:, indices] for backward. Additive serves
 several active adapters, mixed batches, torch.func's transforms, hooks on the base layer, and
 sharded and offloaded weights. Whole serves subclasses with a forward of their own, which may
-standardise the kernel, say, and is right for any of them. In these two torch's own convolution
-runs, which keeps all of x even if its weight is frozen. None writes the weight.
+standardise the kernel, say, and is right for any of them; in 16 bits, where W' is rounded, it
+serves whatever else has a whole weight, too. In these two torch's own convolution runs, which keeps
+all of x even if its weight is frozen. None writes the weight.
 
 One such subclass is known: timm's Conv2dSame, which the strided layers of its TensorFlow-born
 EfficientNets are, pads by the size of the input and then does what torch does.
@@ -118,15 +119,19 @@ class Conv(AdditiveLayer):
         both_sides = self._base._reversed_padding_repeated_twice
         return F.pad(x, both_sides, mode=self.padding_mode), 0
 
+    def _is_additive(self) -> bool:
+        weight: Tensor = self._base.weight
+        return self.has_torchs_forward and not (weight.itemsize <= 2 and _is_whole(weight))
+
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if self.has_torchs_forward:
+        if self._is_additive():
             return super()._additive_forward(x, names, *args, **kwargs)
         weight = {"weight": self._kernel(names)}
         result = torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
         return cast(Tensor, result)
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
-        if self.has_torchs_forward:
+        if self._is_additive():
             return super()._with_update(result, x, name)
         return self._additive_forward(x, [name])
 

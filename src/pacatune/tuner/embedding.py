@@ -8,10 +8,10 @@ not occur; with `sparse=True` it is a sparse tensor of the others. The weight is
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacatune.ops.columns import adapted_columns, widened
 from pacatune.tuner.additive import AdditiveLayer
 from pacatune.tuner.layer import Delta
 
@@ -21,16 +21,15 @@ __all__ = ["Embedding"]
 class EmbeddingDelta(Delta):
     """Holds one adapter's (V, R) update of an embedding."""
 
-    def forward(self, ids: Tensor, scaling: float, base: Any) -> Tensor:  # type: ignore[override]
-        """Return scaling * delta[ids], (...) -> (..., R), with the options of the embedding."""
-        rows = F.embedding(
+    def forward(self, ids: Tensor, base: Any) -> Tensor:  # type: ignore[override]
+        """Return delta[ids], (...) -> (..., R), with the options of the embedding."""
+        return F.embedding(
             ids,
             self.weight,
             base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
-        return rows * scaling
 
 
 class Embedding(AdditiveLayer):
@@ -63,19 +62,25 @@ class Embedding(AdditiveLayer):
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         return None  # looking up is all there is
 
-    def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        base = self.get_base_layer()
-        rows: Tensor = self.paca_delta[name](x, self.scaling[name], base)
-        scale = _scale_of(base)
-        if scale is not None:
-            rows = rows * scale
-        update = rows.new_zeros(*x.shape, self.in_features, dtype=dtype)
-        indices = self.paca_indices[name]
+    def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        indices, scaling = self.paca_indices[name], self.scaling[name]
         if indices.dim() == 2:  # those of each token's group
-            own = indices[x // (self.out_features // len(indices))]
-            return update.scatter_(-1, own, rows.to(dtype))
-        update[..., indices] = rows.to(dtype)  # index_copy would keep the rows
-        return update
+            indices = indices[x // (self.out_features // len(indices))]
+        own = indices.expand(*x.shape, -1)
+        rows, old, scale = self.paca_delta[name](x, base), result.gather(-1, own), _scale_of(base)
+        if scale is None:
+            return result.scatter(-1, own, adapted_columns(old, rows, scaling))
+        if _is_whole(base.weight):
+            columns = base.weight[x.unsqueeze(-1), own]
+            rows = widened(adapted_columns(columns, rows, scaling)) - widened(columns)
+            scaling = 1.0
+        return result.scatter(-1, own, adapted_columns(old, rows * scale, scaling))
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """False for offloaded weights and for parts (ZeRO-3, FSDP)."""
+    return not weight.is_meta and weight.dim() == 2 and not hasattr(weight, "placements")
 
 
 def _scale_of(base_layer: Any) -> Any:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.ops.linear import adapted_columns
+from pacatune.ops.columns import adapted_columns, widened
 from pacatune.ops.row_groups import rank_of
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
@@ -224,7 +224,7 @@ class Delta(nn.Module):
         """
         if scaling is None:
             return apply(columns, self.weight)
-        return apply(columns, (self.weight * scaling).to(columns.dtype))
+        return apply(columns, (widened(self.weight) * scaling).to(columns.dtype))
 
 
 class PacaLayer(MergeMixin, TunerLayer, nn.Module):

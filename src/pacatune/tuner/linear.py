@@ -17,9 +17,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from pacatune.ops.gated import Elementwise, apply_paca_gated
-from pacatune.ops.linear import add_columns_, apply_paca_linear, autocast, column_update
+from pacatune.ops.linear import (
+    add_columns,
+    add_columns_,
+    apply_paca_linear,
+    autocast,
+    column_update,
+)
 from pacatune.ops.row_groups import linear_of_groups, num_groups_of, select
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
@@ -156,17 +163,21 @@ class Linear(AdditiveLayer):
             return super()._with_update(result, x, name)
         indices = self.paca_indices[name]
         columns = x.index_select(-1, indices.flatten()).to(result.dtype)
-        apply = partial(_add_columns, result, weight, indices, self.scaling[name])
+
+        def apply(columns: Tensor, delta: Tensor) -> Tensor:
+            return add_columns(result, columns, weight, delta, indices, self.scaling[name])
+
         return cast(Tensor, self.paca_delta[name](columns, None, apply))
 
     def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
         """Return the pretrained weight if it is there; None where W' is not rounded to 16 bits."""
         base = self.base_layer
-        if dtype.itemsize > 2 or self.residency is None or has_hooks(base.__dict__):
+        is_known = self.residency is not None or type(base) is Conv1D
+        if dtype.itemsize > 2 or not is_known:
             return None
         weight: Any = base.weight
         is_whole = type(weight) in (nn.Parameter, WeightParameter, Tensor) and weight.dim() == 2
-        return cast(Tensor, weight) if is_whole else None
+        return self.layout.matrix(weight) if is_whole and not weight.is_meta else None
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight: whoever reads it through its module does."""
@@ -186,18 +197,6 @@ class Linear(AdditiveLayer):
             weight = residency.pretrained_weight()
             return F.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
         return super()._base_forward(x, *args, **kwargs)
-
-
-def _add_columns(
-    y: Tensor, weight: Tensor, indices: Tensor, scaling: float, x_R: Tensor, delta: Tensor
-) -> Tensor:
-    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
-    added = column_update(weight, delta, indices, scaling, y.dtype)
-    if (groups := num_groups_of(indices)) > 1:
-        x_GR = x_R.unflatten(-1, (groups, -1))
-        return y + linear_of_groups(torch.cat((x_GR, x_GR), -1).flatten(-2), added, groups)
-    x_NR = torch.cat((x_R, x_R), -1).reshape(-1, added.shape[1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), x_NR, added.t()).view(y.shape)
 
 
 def _evaluate(
