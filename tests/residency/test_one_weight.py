@@ -14,6 +14,7 @@ import pacatune
 from pacatune import PacaConfig
 from pacatune.ops import experts_linear
 from pacatune.ops.columns import adapted_columns
+from pacatune.tuner.layout import ConvolutionLayout
 from pacatune.tuner.quantized import dequantized
 from tests.releases import compiles_whole
 from tests.residency.net import layers
@@ -155,7 +156,7 @@ def probed_layer(twin: Twin, adds: bool) -> Tensor:
 def test_every_kind_of_layer_is_merged_as_it_is_trained(
     kind: str, groups: int, delta_dtype: torch.dtype, adds: bool
 ) -> None:
-    """Where the base layer has a hook, what the adapter adds has the same bits."""
+    """With a hook on the base layer, or a second adapter, what is added has the same bits."""
     if groups not in KINDS[kind].groups:
         pytest.skip("has no row groups")
     twin = twin_of(kind, torch.bfloat16, groups=groups)
@@ -170,7 +171,11 @@ def test_every_kind_of_layer_is_merged_as_it_is_trained(
     weight = twin.weight_of(twin.plain)
     columns = layout.oriented(layout.read_columns(weight, twin.layer.paca_indices[name]))
     delta.data = ((torch.rand(columns.shape) - 0.5) * columns).to(delta_dtype)
-    if adds:
+    if adds and isinstance(layout, ConvolutionLayout):
+        config = PacaConfig(r=2, init_weights=True, target_modules=["layer"])
+        twin.model.add_adapter("zero", config)
+        twin.model.base_model.set_adapter([name, "zero"])
+    elif adds:
         base.register_forward_hook(lambda *call: None)
     torch.manual_seed(0)
     found = probed_layer(twin, adds)

@@ -1,5 +1,8 @@
 """Adapted convolutions: every way to run them, and what they keep for backward."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +56,24 @@ def check(layer, x, run=None, names=("default",)):
     found = torch.autograd.grad(out.square().sum(), [x, *(layer.delta_of(name) for name in names)])
     for ours, theirs in zip([out.detach(), *found], [y, gx, *gdeltas], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+class ReadsTwice(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight
+        time.sleep(0.02)
+        assert self.weight is weight
+        return super().forward(x)
+
+
+def test_threads_that_evaluate_a_subclass_take_turns():
+    """Its kernel is in the module while its own forward runs."""
+    model = adapt(nn.Sequential(ReadsTwice(5, 4, 3)))
+    x = torch.randn(2, 5, 6, 6)
+    want = model(x).detach()
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(model, [x] * 4):
+            assert torch.equal(found, want)
 
 
 @pytest.mark.parametrize("name", ALL)

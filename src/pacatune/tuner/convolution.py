@@ -7,15 +7,17 @@
 Transient is the rule, compiled or not, and keeps x[:, indices] for backward. Additive serves
 several active adapters, mixed batches, torch.func's transforms, hooks on the base layer, and
 sharded and offloaded weights. Whole serves subclasses with a forward of their own, which may
-standardise the kernel, say, and is right for any of them; in 16 bits, where W' is rounded, it
-serves whatever else has a whole weight, too. In these two torch's own convolution runs, which keeps
-all of x even if its weight is frozen. None writes the weight.
+standardise the kernel, say, and is right for any of them; in 16 bits, where W' is rounded, torch's
+own convolution takes the adapted kernel where there are no hooks, too. In these two torch's own
+convolution runs, which keeps all of x even if its weight is frozen. None writes the weight.
 
 One such subclass is known: timm's Conv2dSame, which the strided layers of its TensorFlow-born
 EfficientNets are, pads by the size of the input and then does what torch does.
 """
 
 import math
+import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -31,12 +33,14 @@ from pacatune.ops.columns import (
     select_channels,
 )
 from pacatune.ops.tracing import is_recorded
-from pacatune.tuner.additive import AdditiveLayer
+from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
 __all__ = ["Conv", "runs_torchs_forward"]
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {(kind.forward, kind._conv_forward) for kind in _KINDS}
+# functional_call puts its tensors into the module for that time.
+_ONE_AT_A_TIME = threading.RLock()
 _PADS_BY_SIZE = ("timm.layers.conv2d_same", "Conv2dSame")
 
 
@@ -105,10 +109,12 @@ class Conv(AdditiveLayer):
         sizes = self.in_channels, self.groups
         return conv_of_columns(columns, kernel, indices, *sizes, self._convolve)
 
-    def _convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    def _convolve(
+        self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None
+    ) -> Tensor:
         x, padding = self._padded(x)
         convolution = CONVOLUTIONS[len(self.kernel_size)]
-        return convolution(x, kernel, None, self.stride, padding, self.dilation, groups)
+        return convolution(x, kernel, bias, self.stride, padding, self.dilation, groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """Pad as the base layer does where torch's operation cannot; return what is left to pad."""
@@ -120,14 +126,20 @@ class Conv(AdditiveLayer):
         return F.pad(x, both_sides, mode=self.padding_mode), 0
 
     def _is_additive(self) -> bool:
-        weight: Tensor = self._base.weight
-        return self.has_torchs_forward and not (weight.itemsize <= 2 and _is_whole(weight))
+        """Whether the base layer runs as it is; in 16 bits W' is rounded as a whole."""
+        base = self.base_layer
+        is_bare = base is self._base and not has_hooks(base.__dict__)
+        is_rounded = is_bare and self._base.weight.itemsize <= 2 and _is_whole(self._base.weight)
+        return self.has_torchs_forward and not is_rounded
 
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self._is_additive():
             return super()._additive_forward(x, names, *args, **kwargs)
-        weight = {"weight": self._kernel(names)}
-        result = torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
+        if self.has_torchs_forward:
+            return self._convolve(x, self._kernel(names), self.groups, self._base.bias)
+        with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
+            weight = {"weight": self._kernel(names)}
+            result = torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
         return cast(Tensor, result)
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
