@@ -96,7 +96,7 @@ def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
 
     runs = json.loads((results / RUNS).read_text(encoding="utf-8"))[folder.name]
     output = study_folder(folder)
-    output.check()
+    folder.mkdir(parents=True)
     output.begin()
     output.write_json("study.json", {"finished": False})
     for name, record in runs.items():

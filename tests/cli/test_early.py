@@ -51,7 +51,7 @@ WRONG_RUNS = {
 # Words of commands that load adapters or models -> part of what is said.
 WRONG_WORDS = {
     "merge --adapter ./nosuch --output out": "adapter folder './nosuch' does not exist",
-    "merge --adapter tiny --output out": "'tiny' has no adapter_config.json; it is not an adapter",
+    "merge --adapter tiny --output out": "'tiny' has no adapter_config.json; is it the right",
     "merge --adapter adapter --output images": "output folder 'images' is not empty",
     "merge --adapter adapter --model ./nosuch --output out": "./nosuch does not exist; check `mod",
     "merge --adapter adapter --output out --device gpu": "`device` ('gpu') is unknown to torch",

@@ -67,7 +67,7 @@ def test_second_run_is_refused_and_overwritten_on_demand(words, capsys):
     assert main(words) == 0
     assert "holds another run" in error_of(capsys, words)
     assert main([*words, "--overwrite"]) == 0
-    assert "deleted from" in capsys.readouterr().out
+    assert "deleting from" in capsys.readouterr().out
 
 
 def test_preview_shows_the_mask_and_trains_nothing(words, tmp_path, capsys, monkeypatch):

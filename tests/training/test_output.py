@@ -111,7 +111,7 @@ def test_what_a_run_reads_is_not_in_its_output_folder(
     }[where]
     if where == "adapter":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pacatune.training.config.settle_start", lambda config: None)
+            patch.setattr("pacatune.training.start.settle_start", lambda config: None)
             config = make_config(**options)
     else:
         config = make_config(**options)
@@ -119,6 +119,10 @@ def test_what_a_run_reads_is_not_in_its_output_folder(
         check_folder(config, resume=False, overwrite=True)
     config.training.output_dir = str(folder / "below")
     check_folder(config, resume=False, overwrite=False)
+
+
+def test_columns_in_the_configuration_are_no_path(check, tmp_path):
+    check(tmp_path / "out", paca=PacaSection(r=2, selection={"layers.0.q_proj": [0, 1]}))
 
 
 def test_file_instead_of_folder(check, tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +53,10 @@ def saved_names(checkpoint, what):
 
 
 def read_shards(folder):
-    path = folder.with_suffix(".pt")
-    dcp_to_torch_save(folder, path)
-    return torch.load(path, weights_only=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "whole.pt")
+        dcp_to_torch_save(folder, path)
+        return torch.load(path, weights_only=True)
 
 
 def assert_same(first, second):

@@ -52,8 +52,7 @@ def assert_finite(folder):
 
 def test_command_says_where_it_diverged(make_config, tmp_path, capsys):
     training = {**EVERY_STEP, "save_steps": 4, "learning_rate": 1e38}
-    config = make_config(data={"eval_fraction": 0.2}, training=training)
-    save_config(config, tmp_path / "run.yaml")
+    save_config(make_config(training=training), tmp_path / "run.yaml")
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     out, err = capsys.readouterr()
     assert re.fullmatch(

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 from pacatune.format.patterns import check_patterns
-from pacatune.strategies import FIXED, KINDS, needs_of, statistics_of
 
 NEEDS_US = "PACATUNE"
 FILE_TYPES = ("PACA", NEEDS_US)
@@ -151,6 +150,8 @@ class PacaOptions:
 
     def statistics(self) -> tuple[str, ...]:
         """Return the kinds of statistics from data by which columns or rates are to be decided."""
+        from pacatune.strategies import KINDS, statistics_of
+
         kinds = set() if self.columns is not None else set(statistics_of(str(self.selection)))
         if self.normalize == "input" and self.column_rates is None:
             kinds.add("activation")
@@ -215,6 +216,7 @@ class PacaOptions:
             )
 
     def _settle_selection(self) -> None:
+        from pacatune.strategies import FIXED, needs_of
 
         if isinstance(self.selection, dict):
             if self.columns is not None:

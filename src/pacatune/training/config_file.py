@@ -246,7 +246,8 @@ def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
         name: path
         for name, path in given.items()
         if ((name in _PATHS or name.startswith("data.datasets[")) and path and _exists(path))
-        or (name == "paca.selection" and Path(path).is_absolute())  # a strategy's name is not
+        # The name of a strategy is not absolute.
+        or (name == "paca.selection" and isinstance(path, str) and Path(path).is_absolute())
     }
 
 
