@@ -122,7 +122,16 @@ def test_a_folder_in_it_with_a_list_of_its_own(ours):
     assert ours.foreign() == ["run/b.txt"]
 
 
-@pytest.mark.parametrize("lines", ["", "{}", "[]", "null\n", '{"name": "mine"}', "\xff{"])
+@pytest.mark.parametrize("is_list_there", [False, True])
+def test_killed_before_the_list_was_written(tmp_path, is_list_there):
+    (tmp_path / ".pacatune").mkdir()
+    if is_list_there:
+        (tmp_path / ".pacatune" / "files.jsonl").touch()
+    folder_at(tmp_path).start_anew()
+    assert folder_at(tmp_path).is_ours
+
+
+@pytest.mark.parametrize("lines", ["{}", "[]", "null\n", '{"name": "mine"}', "\xff{"])
 def test_a_list_that_is_not_ours(tmp_path, lines):
     (tmp_path / ".pacatune").mkdir()
     (tmp_path / ".pacatune" / "files.jsonl").write_text(lines)

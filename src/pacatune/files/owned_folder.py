@@ -199,7 +199,7 @@ class OwnedFolder:
         """Make the folder, and its list if it has none."""
         (self.path / OURS).mkdir(parents=True, exist_ok=True)
         if _read_list(self.path) is None:
-            write_whole(self.path / OURS / _LIST_NAME, json.dumps({_HEAD: self.kind}) + "\n")
+            self._append([{_HEAD: self.kind}])
 
     def foreign(self, below: str = "") -> list[str]:
         """Return the files that are not ours, of the whole folder or at one name and below it."""
@@ -306,12 +306,18 @@ def _files(folder: Path, below: str = "") -> Iterator[str]:
             return
     for parent, folders, names in os.walk(top):
         here = Path(parent)
-        if OURS in folders and _read_list(here) is not None:
+        if OURS in folders and (_read_list(here) is not None or _is_begun(here)):
             folders.remove(OURS)
         links = [name for name in folders if (here / name).is_symlink()]
         for name in sorted([*names, *links]):
             yield (here / name).relative_to(folder).as_posix()
         folders.sort()
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a command was killed before it had written its list."""
+    path = folder / OURS / _LIST_NAME
+    return [*path.parent.iterdir()] == [path] and path.is_file() and not path.stat().st_size
 
 
 def _foreign(folder: Path, below: str) -> Iterator[str]:
