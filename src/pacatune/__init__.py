@@ -6,7 +6,6 @@ before or will be after.
 
 from typing import Any
 
-from pacatune._moved import find_moved_modules
 from pacatune._peft_hook import register_with_peft
 from pacatune.lazy import import_later
 
@@ -22,7 +21,6 @@ __all__ = [
 ]
 
 register_with_peft()
-find_moved_modules()
 
 _find, __dir__ = import_later(
     __name__, __all__, (".residency", ".tuner", ".tuner.residency_report", ".tuner.moslora")
