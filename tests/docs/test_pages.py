@@ -24,7 +24,7 @@ NOT_RUN = {
     "docs/reproduce.md": 1,
     "docs/selection_study.md": 1,
     "docs/serving.md": 2,
-    "docs/vllm.md": 5,
+    "docs/vllm.md": 4,
 }
 
 
