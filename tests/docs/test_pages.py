@@ -15,7 +15,7 @@ NOT_RUN = {
     "docs/distributed.md": 3,
     "docs/evaluate.md": 4,
     "docs/images.md": 2,
-    "docs/integrations.md": 8,
+    "docs/integrations.md": 6,
     "docs/memory.md": 1,
     "docs/mt_bench.md": 2,
     "docs/quality_study.md": 1,

@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 
 import pytest
 
@@ -48,16 +49,16 @@ def test_options_that_paca_would_not_keep():
 
 
 @pytest.mark.parametrize(
-    ("plugin", "module", "package"),
+    ("plugin", "function", "module", "package"),
     [
-        ("axolotl", "axolotl", "axolotl"),
-        ("llamafactory", "llamafactory", "llamafactory"),
-        ("ms_swift", "swift", "ms-swift"),
+        ("axolotl", "register", "axolotl", "axolotl"),
+        ("llamafactory", "main", "llamafactory", "llamafactory"),
+        ("ms_swift", "register", "swift", "ms-swift"),
     ],
 )
-def test_a_missing_tool_is_named(plugin, module, package):
+def test_a_missing_tool_is_named(plugin, function, module, package, monkeypatch):
     if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{package} is installed")
+    monkeypatch.setattr(sys, "argv", ["llamafactory", "train", "config.yaml"])
     with pytest.raises(ImportError, match=f"needs .* pip install {package}"):
-        # LLaMA-Factory's is the command that is run in its place, and needs it then.
-        importlib.import_module(f"pacatune.integrations.{plugin}").register()
+        getattr(importlib.import_module(f"pacatune.integrations.{plugin}"), function)()

@@ -1,4 +1,4 @@
-"""The same training without the tool: transformers' Trainer, or a plain loop, and PEFT."""
+"""The same training without the tool: transformers' Trainer and PEFT."""
 
 import re
 from pathlib import Path

@@ -1,22 +1,19 @@
-"""LLaMA-Factory 0.9.5's version 1 trains PaCA, as a plain loop over its batches does."""
+"""LLaMA-Factory 0.9.5 trains PaCA, as transformers' Trainer does, bit for bit."""
 
+import importlib.machinery
+import importlib.util
+import inspect
 import json
 import sys
+import types
 
 import pytest
 import torch
 import yaml
-from llamafactory.v1.accelerator.interface import DistributedInterface
-from llamafactory.v1.config import get_args
-from llamafactory.v1.core.data_engine import DataEngine
-from llamafactory.v1.core.model_engine import ModelEngine
-from llamafactory.v1.core.utils.batching import BatchGenerator
-from llamafactory.v1.utils.helper import compute_valid_tokens
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.merge import merge
-from pacatune.integrations.llamafactory import adapt, main
+from pacatune.integrations.llamafactory import lora_config, main
 from tests.integrations_apart.direct import (
     EPOCHS,
     RATE,
@@ -26,149 +23,237 @@ from tests.integrations_apart.direct import (
     assert_trained,
     documented,
     four_bits,
+    train_directly,
 )
 
-PACA = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
+# It is imported for sounds alone, and the package index has it only for a torch with CUDA.
+if importlib.util.find_spec("torchaudio") is None:
+    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+
+from llamafactory import cli
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import adapter as adapter_module
+from llamafactory.model import load_tokenizer, loader
+from llamafactory.train import tuner
+
+TAGS = {
+    **{"role_tag": "role", "content_tag": "content"},
+    **{"user_tag": "user", "assistant_tag": "assistant"},
+}
+OPTIONS = {"r": 4, "paca_alpha": 8, "selection": "weight_norm", "target_modules": "all-linear"}
 
 
 @pytest.fixture
 def options(tiny_model_dir, chats, tmp_path):
-    """A configuration of version 1, and its data in its format."""
-    path = tmp_path / "messages.jsonl"
-    with path.open("w") as file:
-        for line in chats.read_text().splitlines():
-            messages = [
-                {
-                    "role": turn["role"],
-                    "content": [{"type": "text", "value": turn["content"]}],
-                    "loss_weight": float(turn["role"] == "assistant"),
-                }
-                for turn in json.loads(line)["messages"]
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    """A configuration with the data of `chats`."""
+    rows = {"file_name": chats.name, "formatting": "sharegpt", "tags": TAGS}
+    rows["columns"] = {"messages": "messages"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"chats": rows}))
     return {
-        "model": str(tiny_model_dir),
-        "train_dataset": str(path),
+        "model_name_or_path": str(tiny_model_dir),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "paca": {"selection": "weight_norm"},
+        "dataset": "chats",
+        "dataset_dir": str(tmp_path),
+        "template": "default",
         "output_dir": str(tmp_path / "run"),
-        "micro_batch_size": 1,
-        "global_batch_size": 1,
-        "cutoff_len": 256,
-        "learning_rate": RATE,
         "num_train_epochs": EPOCHS,
-        "bf16": False,
-        "batching_workers": 0,
-        "enable_activation_checkpointing": False,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 1,
+        "disable_gradient_checkpointing": True,
+        "disable_shuffling": True,
+        "optim": "adamw_torch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
         "seed": SEED,
     }
 
 
 @pytest.fixture
 def run(options, tmp_path, monkeypatch):
-    """Run a command with a configuration, as a shell would."""
+    """Run a command with a configuration, as a shell would; None drops an option."""
 
-    def start(command, peft_config, **changes):
+    def start(command="train", config=None, entry=main, **changes):
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({**options, **changes, "peft_config": peft_config}))
+        given = (options if config is None else config) | changes
+        given = {name: value for name, value in given.items() if value is not None}
+        path.write_text(yaml.safe_dump(given))
         monkeypatch.setattr(sys, "argv", ["llamafactory", command, str(path)])
-        main()
+        entry()
 
     return start
 
 
-def train_directly(model, options, output):
-    """Train by a loop of our own over the tool's batches, with its loss."""
-    model_arguments, data, training, _ = get_args(dict(options))
-    DistributedInterface(None)
-    renderer = ModelEngine(model_arguments, is_train=False).renderer
-    batches = BatchGenerator(
-        DataEngine(data.train_dataset),
-        renderer,
-        micro_batch_size=1,
-        global_batch_size=1,
-        cutoff_len=training.cutoff_len,
-        seed=SEED,
-    )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE)
-    model.train()
-    for epoch in range(EPOCHS):
-        batches.set_epoch(epoch)
-        for (batch,) in batches:
-            inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-            logits = model(**inputs).logits.float()[:, :-1].flatten(0, 1)
-            losses = functional.cross_entropy(
-                logits, batch["labels"][:, 1:].flatten(), reduction="none"
-            )
-            weights = batch["loss_weights"][..., 1:]
-            loss = (losses.view(weights.shape) * weights).sum() / (weights.sum() + 1e-6)
-            tokens = compute_valid_tokens([batch])
-            (loss * tokens / (tokens + 1e-6)).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    model.save_pretrained(output)
+@pytest.fixture
+def rows(options):
+    """What the tool makes of the data."""
+    plain = {name: value for name, value in options.items() if name != "paca"}
+    model, data, training, *_ = get_train_args(plain)
+    tokenizer = load_tokenizer(model)
+    template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data)
+    made = get_dataset(template, model, data, training, stage="sft", **tokenizer)["train_dataset"]
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in made]
+    assert len(rows) == 4
+    return rows
 
 
-def test_trains_as_a_plain_loop_does(run, options, tiny_model_dir, tmp_path):
-    own = {"lora_alpha": 8, "r": 4, "selection": "weight_norm", "target_modules": "all"}
-    run("sft", {"name": "paca", **own})
+def train_without_it(model, tiny_model_dir, rows, output):
+    train_directly(model, tiny_model_dir, rows, output, pad_to_multiple_of=8)
+
+
+def test_trains_as_transformers_does(run, rows, tiny_model_dir, tmp_path):
+    run()
     assert_trained(tmp_path / "run")
-    model = adapted(tiny_model_dir, options={**PACA, "target_modules": "all-linear"})
-    train_directly(model, options, tmp_path / "direct")
+    model = adapted(tiny_model_dir, options=OPTIONS)
+    train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
     assert_same(tmp_path / "run", tmp_path / "direct")
 
     # On from there.
-    adapter = str(tmp_path / "run")
-    again = {"output_dir": str(tmp_path / "again")}
-    run("sft", {"name": "paca", "adapter_name_or_path": adapter}, **again)
-    model = adapted(tiny_model_dir, adapter=adapter)
-    train_directly(model, options, tmp_path / "direct2")
+    first = tmp_path / "run"
+    run(adapter_name_or_path=str(first), paca=None, output_dir=str(tmp_path / "again"))
+    model = adapted(tiny_model_dir, adapter=first)
+    train_without_it(model, tiny_model_dir, rows, tmp_path / "direct2")
     assert_same(tmp_path / "again", tmp_path / "direct2")
 
-    # Answers come from merged weights, which are those of `pacatune merge`.
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    served = adapt(base, {"name": "paca", "adapter_name_or_path": adapter})
-    merge(str(tiny_model_dir), adapter, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    for name, tensor in merged.state_dict().items():
-        assert torch.equal(tensor, served.get_parameter(name)), name
+    # Its merged model is ours.
+    config = {
+        "model_name_or_path": str(tiny_model_dir),
+        "adapter_name_or_path": str(first),
+        "template": "default",
+        "export_dir": str(tmp_path / "exported"),
+        "infer_dtype": "float32",
+    }
+    run("export", config)
+    merge(str(tiny_model_dir), first, tmp_path / "merged")
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    two = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def test_quantised_base(run, options, tiny_model_dir, tmp_path):
-    quant_config = {"name": "bnb", "quantization_bit": 4, "compute_dtype": "float32"}
-    run("sft", {"name": "paca", **PACA}, quant_config=quant_config)
+def test_quantised_base(run, rows, tiny_model_dir, tmp_path):
+    run(quantization_bit=4, bf16=False)
     assert_trained(tmp_path / "run")
     quantization = four_bits(bnb_4bit_quant_storage=torch.float32)
-    model = adapted(tiny_model_dir, options=PACA, quantization=quantization)
-    train_directly(model, options, tmp_path / "direct")
+    model = adapted(tiny_model_dir, options=OPTIONS, quantization=quantization)
+    train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
     assert_same(tmp_path / "run", tmp_path / "direct")
 
 
-def test_the_page(tiny_model_dir):
+@pytest.mark.parametrize(
+    "changes",
+    [{"stage": "dpo"}, {"stage": "dpo", "pref_loss": "orpo"}, {"stage": "rm"}, {"stage": "kto"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_preferences(run, changes, tmp_path):
+    columns = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
+    table = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "tags": TAGS, "ranking": True}
+    if is_kto := changes["stage"] == "kto":
+        columns = {"messages": "messages", "kto_tag": "label"}
+        del table["ranking"]
+    info = {"pairs": table | {"columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for number in range(4):
+            question = {"role": "user", "content": f"{number} and {number}?"}
+            right, wrong = (
+                {"role": "assistant", "content": str(answer)}
+                for answer in (2 * number, 2 * number + 1)
+            )
+            row = {"messages": [question], "chosen": right, "rejected": wrong}
+            if is_kto:
+                row = {"messages": [question, right], "label": bool(number % 2)}
+            file.write(json.dumps(row) + "\n")
+    run(dataset="pairs", **changes)
+    assert_trained(tmp_path / "run")
+
+
+def test_the_page(run, options, monkeypatch):
     shown = yaml.safe_load(documented("# lf.yaml"))
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    config = adapt(base, shown["peft_config"], is_train=True).peft_config["default"]
-    assert (config.r, config.paca_alpha, len(config.target_modules)) == (16, 16, 2 * 7)
+    made = []
+
+    def make(model, config):
+        made.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(adapter_module, "get_peft_model", make)
+    places = ("model_name_or_path", "dataset", "dataset_dir", "output_dir", "use_cpu")
+    here = {name: options[name] for name in places}
+    with pytest.raises(InterruptedError):
+        run("train", shown, **here, bf16=False)
+    (config,) = made
+    assert (config.r, config.paca_alpha, config.groups) == (16, 16, 2)
+    assert len(config.target_modules) == 7
+
+
+def test_the_changed_import(run, rows, tiny_model_dir, tmp_path, monkeypatch):
+    """The page's change of `model/adapter.py`, applied to the real file."""
+    diff = documented("-from peft import")
+    lines = [line for line in diff.splitlines() if line]
+    source = inspect.getsource(adapter_module)
+    for line in lines:
+        if line.startswith("-"):
+            assert source.count(line[1:] + "\n") == 1, line
+            added = "\n".join(one[1:] for one in lines if one.startswith("+"))
+            source = source.replace(line[1:], added)
+    changed = types.ModuleType(adapter_module.__name__)
+    changed.__package__ = adapter_module.__package__
+    exec(compile(source, "adapter.py", "exec"), vars(changed))
+    monkeypatch.setattr(loader, "init_adapter", changed.init_adapter)
+    run(paca=None, entry=cli.main)
+    model = adapted(tiny_model_dir, options=OPTIONS | {"selection": "random"})
+    train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
+    assert_same(tmp_path / "run", tmp_path / "direct")
 
 
 @pytest.mark.parametrize(
-    ("peft_config", "message"),
+    ("changes", "message"),
     [
-        ({"lora_dropout": 0.1}, r"`lora_dropout` \(0.1\) is not for `name: paca`: .* dropped"),
+        ({"finetuning_type": "full"}, "`finetuning_type` is 'full'; PaCA takes the place of"),
+        ({"lora_dropout": 0.1}, r"`lora_dropout` \(0.1\) is not for `PaCA`: .* drop it"),
         ({"use_dora": True}, "`use_dora`"),
-        (
-            {"lora_alpha": 8, "paca_alpha": 4},
-            "`lora_alpha` .* and `peft_config.paca_alpha` .* diff",
-        ),
-        ({"nd": 2}, "`peft_config.nd` does not exist"),
-        ({"r": 4, "adapter_name_or_path": "there"}, r"drop .* \(\['r'\]\)"),
+        ({"pissa_init": True}, "`pissa_init`"),
+        ({"loraplus_lr_ratio": 16.0}, "`loraplus_lr_ratio`"),
+        ({"paca": {"nd": 2}}, "`paca.nd` does not exist"),
+        ({"paca": {"r": 2}}, r"`lora_rank` \(4\) and `paca.r` \(2\) differ"),
+        ({"paca": "groups"}, r"`paca` \('groups'\) must be a table"),
+        ({"adapter_name_or_path": "there"}, "`paca` .* has options of a new adapter"),
     ],
 )
-def test_refusals(peft_config, message):
+def test_refusals(run, changes, message, monkeypatch):
+    monkeypatch.setattr(tuner, "run_sft", None)  # nothing is loaded before
     with pytest.raises(ValueError, match=message):
-        adapt(torch.nn.Linear(2, 2), {"name": "paca", **peft_config}, is_train=True)
+        run(**changes)
 
 
-def test_its_merge_is_refused(run):
-    with pytest.raises(ValueError, match="merge with `pacatune merge`"):
-        run("merge", {"name": "paca", "adapter_name_or_path": "there"})
+def test_the_changed_import_refuses_too():
+    options = {"r": 4, "lora_alpha": 8, "use_dora": False, "target_modules": ["q_proj"]}
+    kinds = {"task_type": "CAUSAL_LM", "inference_mode": False}
+    config = lora_config(**options, **kinds, lora_dropout=0.0, modules_to_save=None)
+    assert (config.r, config.paca_alpha, config.target_modules) == (4, 8, {"q_proj"})
+    with pytest.raises(ValueError, match=r"`init_lora_weights` .'pissa'. is not for `LLaMA-Fact"):
+        lora_config(**options, **kinds, init_lora_weights="pissa")
+    with pytest.raises(TypeError, match="nd"):
+        lora_config(**options, **kinds, nd=2)
+
+
+@pytest.mark.parametrize("name", ["FORCE_TORCHRUN", "USE_RAY"])
+def test_processes_of_its_own_are_refused(run, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"{name} is set.* by `torchrun --nproc-per-node N -m pac"):
+        run()
+
+
+def test_commands(run):
+    with pytest.raises(ValueError, match=r"`command` \('trian'\) .* did you mean 'train'"):
+        run("trian")
+    with pytest.raises(ValueError, match="`paca` has options of training"):
+        run("export")
