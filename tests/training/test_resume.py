@@ -97,7 +97,7 @@ def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monk
         ):
             train(config, console=console)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert "stopping after this step" in console.file.getvalue()
+    assert "saving a checkpoint, then stopping" in console.file.getvalue()
     assert (tmp_path / "cut" / "checkpoint-5").is_dir()
     train(config, resume=True, console=console)
     assert f"resuming after step 5: {tmp_path / 'cut' / 'checkpoint-5'}" in (

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
 from pacatune.training import PacaSection, TrainingInterrupted, preview, train
 from pacatune.training import recipe as recipe_module
+from pacatune.training.output import last_checkpoint, read_state
 from pacatune.training.rewards import RewardError
 from pacatune.training.rl import SamplingTrainer
 from pacatune.training.task import task_of
@@ -160,16 +162,16 @@ def interrupt(monkeypatch, config, step):
 
 
 @pytest.mark.parametrize(
-    ("task", "step", "training"),
+    ("task", "step", "saved", "training"),
     [
         # in the second epoch, whose order TRL would forget
-        ("grpo", 5, {"num_train_epochs": 2, "max_steps": -1}),
+        ("grpo", 5, 5, {"num_train_epochs": 2, "max_steps": -1}),
         # in the middle of answers that are used for several steps
-        ("rloo", 3, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
+        ("rloo", 3, 4, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
     ],
 )
 def test_resumed_run_ends_with_the_same_tensors(
-    make_task_config, tmp_path, monkeypatch, task, step, training
+    make_task_config, tmp_path, monkeypatch, task, step, saved, training
 ):
     def config(name):
         more = {"output_dir": str(tmp_path / name), "eval_steps": 4, **training}
@@ -177,6 +179,7 @@ def test_resumed_run_ends_with_the_same_tensors(
 
     whole = train(config("whole"), console=QUIET)
     interrupt(monkeypatch, config("cut"), step)
+    assert last_checkpoint(tmp_path / "cut").name == f"checkpoint-{saved}"
     cut = train(config("cut"), console=QUIET, resume=True)
     assert_same(tmp_path, whole, cut)
 
@@ -193,57 +196,56 @@ def short(completions, **kwargs):
 """
 
 
-def test_a_reward_that_fails_loses_nothing(make_task_config, tmp_path, rewards_module):
-    """The steps before it are kept; mended and resumed, the run is one that never failed."""
+@pytest.mark.parametrize(
+    ("task", "training", "good_calls", "kept"),
+    [
+        ("grpo", {"save_steps": 2}, 3, 2),
+        # Answers serve four steps; the second ones are never scored.
+        ("rloo", {"save_steps": 1, "num_iterations": 4}, 1, 4),
+    ],
+)
+def test_a_reward_that_fails(
+    make_task_config, tmp_path, rewards_module, task, training, good_calls, kept
+):
+    """Mended and resumed, the run is one that never failed."""
 
     def config(name):
-        more = {"output_dir": str(tmp_path / name), "logging_steps": 3, "max_steps": 5}
-        return make_task_config("grpo", data={"eval_fraction": 0}, training=more)
+        more = {"output_dir": str(tmp_path / name), "max_steps": 5, **training}
+        return make_task_config(task, data={"eval_fraction": 0}, training=more)
 
     whole = train(config("whole"), console=QUIET)
     module = tmp_path / f"{rewards_module}.py"
     good = module.read_text()
-    text = FAILING.format(condition="len(calls) > 3", action="raise OSError('no judge')")
-    module.write_text(text)
+    condition = f"len(calls) > {good_calls}"
+    module.write_text(FAILING.format(condition=condition, action="raise OSError('no judge')"))
     sys.modules.pop(rewards_module)
     with pytest.raises(
         RewardError,
-        match=r"raised OSError \(no judge\) on .*prompts.jsonl, row \d+, answer .*checkpoint-3 is "
-        r"kept: mend the function, then continue with `pacatune train --config .*config.yaml "
-        r"--reward my_rewards:short --resume`",
+        match=r"reward 'my_rewards:short' raised OSError \(no judge\) on .*prompts.jsonl, row \d+, "
+        rf"answer .*checkpoint-{kept} is the last checkpoint: mend the function, then continue "
+        r"with `pacatune train --config .*config.yaml --reward my_rewards:short --resume`",
     ):
         train(config("cut"), console=QUIET)
     module.write_text(good)
     sys.modules.pop(rewards_module)
     cut = train(config("cut"), console=QUIET, resume=True)
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert cut.train_loss == pytest.approx(whole.train_loss, abs=1e-6)
+    assert_same(tmp_path, whole, cut)
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
     [
+        ("raise OSError('no')", r"raised OSError \(no\) on"),
         ("return [float('nan')] * len(completions)", r"returned nan for .*prompts.jsonl, row \d+"),
         ("return [0.0]", "returned 1 rewards for 4 answers"),
     ],
 )
-def test_what_are_no_rewards_keeps_the_steps_before(
-    make_task_config, tmp_path, rewards_module, action, message
-):
-    text = FAILING.format(condition="len(calls) > 1", action=action)
+def test_a_reward_that_fails_at_once(make_task_config, tmp_path, rewards_module, action, message):
+    text = FAILING.format(condition="True", action=action)
     (tmp_path / f"{rewards_module}.py").write_text(text)
-    config = make_task_config("grpo", data={"eval_fraction": 0}, training={"max_steps": 2})
-    with pytest.raises(RewardError, match=rf"{message}.*checkpoint-1 is kept: mend"):
+    config = make_task_config("grpo", data={"eval_fraction": 0})
+    with pytest.raises(RewardError, match=rf"{message}.*No checkpoint was saved yet; mend the fun"):
         train(config, console=QUIET)
-    assert (tmp_path / "out" / "checkpoint-1").is_dir()
-
-
-def test_a_reward_that_fails_at_once(make_task_config, tmp_path, rewards_module):
-    text = FAILING.format(condition="True", action="raise OSError('no')")
-    (tmp_path / f"{rewards_module}.py").write_text(text)
-    with pytest.raises(RewardError, match="No step was saved yet; mend the function, then start"):
-        train(make_task_config("grpo"), console=QUIET)
 
 
 def test_a_reward_may_say_nothing(make_task_config, tmp_path, rewards_module):
@@ -280,13 +282,21 @@ def test_columns_chosen_by_data(make_task_config):
     assert report.columns == "activation, num_batches 2, normalize input"
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_reward(make_task_config):
-    training = {"eval_steps": 2, "save_steps": 2, "max_steps": 4}
-    config = make_task_config("grpo", training=training, early_stopping_patience=1)
+@pytest.mark.parametrize(("num_iterations", "steps"), [(1, [0, 2, 4, 5]), (4, [0, 4, 5])])
+def test_the_best_checkpoint_is_that_of_the_highest_reward(
+    make_task_config, tmp_path, num_iterations, steps
+):
+    """An evaluation that chooses it waits with the checkpoint until no answers are left."""
+    training = {"eval_steps": 2, "save_steps": 2, "max_steps": 5, "num_iterations": num_iterations}
+    config = make_task_config("grpo", training=training, early_stopping_patience=9)
     assert config.training.metric_for_best_model == "eval_reward"
     assert config.training.greater_is_better
     report = train(config, console=QUIET)
-    assert report.num_steps <= 4
+    assert sorted(dict(report.eval_metrics["reward"])) == steps
+    folder = tmp_path / "out"
+    best = read_state(last_checkpoint(folder))["best_model_checkpoint"]
+    one, two = (load_file(Path(path) / "adapter_model.safetensors") for path in (folder, best))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_answers_that_are_logged_are_those_of_this_run(make_task_config, tmp_path):

@@ -361,7 +361,9 @@ def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console:
     config = task.config
     stop = StopOnSignal(
         trainer.accelerator,
-        lambda: console.print("stopping after this step; again to stop at once", style="yellow"),
+        lambda: console.print(
+            "saving a checkpoint, then stopping; again to stop at once", style="yellow"
+        ),
     )
     trainer.add_callback(stop)
     trainer.add_callback(LogBeforeSave())

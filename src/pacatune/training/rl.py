@@ -6,14 +6,12 @@ what is trained; `sampling/sampling_logp_difference` in the log says how far the
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
@@ -22,12 +20,12 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
 from pacatune.data import PreparedData
 from pacatune.data.prompts import prepare_prompts, prompt_ids
-from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.language import LanguageTrainer, MetricTask
@@ -114,17 +112,15 @@ class EpochSampler(Sampler[int]):
 class SamplingTrainer(LanguageTrainer):
     """Put before a trainer of TRL that samples answers: GRPOTrainer or RLOOTrainer.
 
-    Answers are sampled from the very weights that are trained. Where a reward fails, the steps that
-    were done are kept in a checkpoint. A checkpoint has the answers that are still to be trained
-    on, so that a resumed run goes on with them.
+    Answers are sampled from the very weights that are trained. Where they serve several steps, a
+    checkpoint waits for the last of these: from there a resumed run samples what this one does.
     """
 
     def __init__(self, *, resume_command: str, **kwargs: Any) -> None:
         self._resume_command = resume_command
         self._sampled = SampledLogProbs(1.0)
         self._logps: Tensor | None = None
-        self._begun: tuple[int, dict[str, Any]] | None = None
-        self._unlogged: list[float] = []
+        self._waiting: set[str] = set()
         super().__init__(**kwargs)
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
@@ -136,15 +132,6 @@ class SamplingTrainer(LanguageTrainer):
         if not self.shuffle_dataset:
             return sampler
         return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Take one micro-batch, and remember how its step began."""
-        step = self.state.global_step
-        if self._begun is None or self._begun[0] != step:
-            self._begun = step, self._now()
-        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -191,89 +178,44 @@ class SamplingTrainer(LanguageTrainer):
         try:
             return super()._calculate_rewards(*args, **kwargs)
         except RewardError as error:
-            raise RewardError(f"{error} {self._keep()}") from error
+            raise RewardError(f"{error} {self._how_to_go_on()}") from error
 
-    def _keep(self) -> str:
-        """Save the steps that were done, where no checkpoint has them; say what there is."""
-        folder, step = Path(self.args.output_dir), self.state.global_step
-        # Alone: the other processes do not know that one of them has failed.
-        if step and self.accelerator.num_processes == 1:
-            if self._begun is not None and self._begun[0] == step:
-                self._restore(self._begun[1])
-            if self._unlogged:
-                # What is not logged is lost with the process. TRL looks at the model's mode.
-                self.model.train()
-                self.log({"loss": sum(self._unlogged) / len(self._unlogged)})
-            if not (folder / f"checkpoint-{step}").exists():
-                self._save_checkpoint(self.model, None)
-        kept = last_checkpoint(folder)
+    def _how_to_go_on(self) -> str:
+        kept = last_checkpoint(Path(self.args.output_dir))
         if kept is None:
-            return "No step was saved yet; mend the function, then start again."
-        return f"{kept} is kept: mend the function, then continue with `{self._resume_command}`."
+            return "No checkpoint was saved yet; mend the function, then start again."
+        return (
+            f"{kept} is the last checkpoint: mend the function, then continue with "
+            f"`{self._resume_command}`."
+        )
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._unlogged.append(float(self._step_loss))
-        return super()._get_grad_norm(model, grad_norm)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Let checkpoints and a stop wait while answers are left to train on.
+
+        A resumed run could not sample these again: the weights have changed since. An evaluation
+        that chooses the best checkpoint waits with it.
+        """
+        names = {"should_save", "should_training_stop"}
+        if self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST:
+            names.add("should_evaluate")
+        asked = {name for name in names if getattr(self.control, name)} | self._waiting
+        is_left = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        self._waiting = (
+            asked if is_left and self.state.global_step < self.state.max_steps else set()
+        )
+        for name in names:
+            setattr(self.control, name, name in asked - self._waiting)
+        self.control.should_log |= self.control.should_save  # as `LogBeforeSave` does
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and note that the loss of the steps so far is logged."""
-        if "loss" in logs:
-            self._unlogged.clear()
+        """Log; no result is worse than that of an evaluation in which no answer was scored."""
         if self.log_completions and self.args.should_save:
             # TRL makes it before the folder of an older run is cleared.
             (Path(self.args.output_dir) / "completions").mkdir(parents=True, exist_ok=True)
         super().log(logs, *args, **kwargs)
-        if logs.get("eval_reward", 0) is None:  # No answer was scored; no result is worse.
+        if logs.get("eval_reward", 0) is None:
             logs["eval_reward"] = math.nan
-
-    def _now(self) -> dict[str, Any]:
-        """Return what the next step depends on beside weights and data."""
-        return {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 (what libraries draw from)
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "step": self._step,
-            "buffered": self._buffered_inputs,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "num_tokens": self.state.num_input_tokens_seen,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
-        self._step, self._buffered_inputs = state["step"], state["buffered"]
-        self._metrics["train"].clear()
-        self._metrics["train"].update(state["metrics"])
-        self.state.num_input_tokens_seen = state["num_tokens"]
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save also the answers that are still to be trained on."""
-        super()._save_rng_state(output_dir)
-        tensors = {"step": torch.tensor(self._step)}
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
-            for number, batch in enumerate(self._buffered_inputs):
-                # Copies, since they may be parts of one tensor.
-                tensors |= {f"{number}.{name}": value.clone() for name, value in batch.items()}
-        write_tensors(tensors, self._answers_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._answers_file(checkpoint).exists():
-            return
-        tensors = read_tensors(self._answers_file(checkpoint))
-        self._step = int(tensors.pop("step"))
-        batches: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            number, _, name = key.partition(".")
-            batches.setdefault(int(number), {})[name] = value.to(self.args.device)
-        self._buffered_inputs = [batches[number] for number in sorted(batches)] or None
-
-    def _answers_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"answers_{self.args.process_index}.safetensors"
 
 
 class GrpoRunTrainer(SamplingTrainer, GRPOTrainer):
@@ -291,7 +233,7 @@ class SamplingTask(MetricTask[SamplingRunConfig]):
         "`training.max_completion_length`, or set `training.gradient_checkpointing` to true"
     )
     length_option = "`training.max_completion_length`, or shorten the prompts"
-    fixed_split = "each process goes on with answers that it has sampled"
+    fixed_split = "each process samples answers of its own"
     columns = ("row",)
     report_class: ClassVar[type[MetricReport]] = RlReport
     trainer_class: ClassVar[Any]
