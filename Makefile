@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Hundreds of processes import the package: let the first one keep what it compiles.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-launch test-vllm
+.PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm
 .PHONY: lint conformance
 .PHONY: compat soak bench bench-check docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
@@ -20,7 +20,6 @@ help:
 	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
-	@echo 'make test-launch       launch files, read by SkyPilot and Kubeflow as well, in .venv-launch'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
 	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
@@ -59,14 +58,6 @@ compat: setup-dev
 test-distributed: setup-dev
 	$(RUN) -m pytest -m processes tests/distributed tests/docs tests/sync tests/training $(ARGS)
 	PYTHONPATH="$(CURDIR)/.cache/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py $(ARGS)
-
-test-launch: setup-dev .venv-launch/installed
-	$(RUN) -m pytest tests/cli/test_launch.py $(ARGS)
-
-.venv-launch/installed: tools/launch.txt
-	$(RUN) -m venv --clear .venv-launch
-	.venv-launch/bin/python -m pip install -q --disable-pip-version-check -r tools/launch.txt
-	@touch $@
 
 test-vllm:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh $(ARGS)

@@ -76,7 +76,6 @@ WRONG_WORDS = {
     "bench --output out --model ./nosuch": "./nosuch does not exist; give a config.json",
     "bench --output out --shape 3": "3",
     "compare --config wrong.yaml --output out": "wrong.yaml: unknown key 'training'",
-    "launch --print slurm --config wrong.yaml": "`training.max_steps` (many) must be an integer",
 }
 
 SCRIPT = """

@@ -10,8 +10,9 @@ from tests.image_models import save_vit, write_images
 
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir):
-    """Folder of a reader: my-model, my-data.jsonl, my-image-model and my-images."""
+    """Folder of a reader: my-model, my-data.jsonl, my-image-model, my-images and launch files."""
     server()
+    shutil.copytree(blocks.ROOT / "examples" / "launch", tmp_path, dirs_exist_ok=True)
     shutil.copytree(tiny_model_dir, tmp_path / "my-model")
     save_vit(tmp_path / "my-image-model")
     write_images(tmp_path / "my-images", 12)

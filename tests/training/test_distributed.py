@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-import pacatune.training
 from pacatune.cli import main
 from pacatune.training import PacaSection, train
 from pacatune.tuner import compat
+from tests.examples.test_launch import LAUNCH
 from tests.training.launching import launch, save_config
 
-LAUNCH = Path(pacatune.training.__file__).parent / "launch"
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ON_CPU = f"import runpy; runpy.run_path({FSDP_ON_CPU!r}, run_name='__main__')"
 
@@ -156,15 +154,6 @@ def test_fsdp_that_accelerate_ignores_is_said(make_config, data_path, tmp_path):
     environment = launcher_options("fsdp2")["env"]
     done = launch("train", "--config", tmp_path / "run.yaml", env=environment)
     assert done.stdout.count("warning: accelerate shards nothing on CPUs") == 1
-
-
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
-def test_launch_files_are_what_accelerate_takes(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(LAUNCH / name))
-    assert config.num_processes == 2
-    assert yaml.safe_load((LAUNCH / name).read_text())["mixed_precision"] == "no"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pacatune.cli import main
 from pacatune.training import train
 from pacatune.training.output import run_folder
 from pacatune.training.recipe import start_or_resume
-from tests.cli.test_launch import started, text_of
+from tests.examples.test_launch import edited, started
 from tests.forks import Program
 from tests.training import launching
 from tests.training.launching import AGENT, COMMAND, launch, save_config
@@ -44,9 +44,8 @@ def test_a_killed_process_is_started_again(make_config, data_path, tmp_path):
     whole = ["--training.output_dir", tmp_path / "whole"]
     launch("train", "--config", tmp_path / "run.yaml", *whole, num_processes=4)
 
-    words = ["--print", "torchrun", "--config", tmp_path / "run.yaml", "--nodes", 2, "--gpus", 2]
-    text = text_of(*words, "--max-restarts", 3)
-    _, *given = started("torchrun", text, tmp_path, "127.0.0.1")
+    text = edited("torchrun.sh", NODES=2, GPUS=2, CONFIG=tmp_path / "run.yaml")
+    given = started("torchrun.sh", text, tmp_path, "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -28,10 +28,10 @@ class Split:
     accumulation: int
 
     @classmethod
-    def of(cls, training: Any, num_processes: int | None = None) -> "Split":
-        """Return the split of a run, by as many processes as there are unless it is said."""
+    def of(cls, training: Any) -> "Split":
+        """Return the split of a run."""
         return cls(
-            training.world_size if num_processes is None else num_processes,
+            training.world_size,
             training.per_device_train_batch_size,
             training.gradient_accumulation_steps,
         )
