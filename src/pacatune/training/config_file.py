@@ -4,7 +4,7 @@ This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from pacatune.training.config import BaseRunConfig
 
 CONFIG_NAME = "config.yaml"
-MAX_CONFIG_BYTES = 2**20
-_MAX_NODES = 10_000
-_MAX_DEPTH = 20
 
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
@@ -134,25 +131,14 @@ def read_values(path: Path) -> dict[str, Any]:
     """Read a YAML file as plain values."""
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; check the path.")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"config file {path} has {path.stat().st_size} bytes; a configuration has at most "
-            f"{MAX_CONFIG_BYTES}. Is it the right file?"
-        )
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"config file {path} is nested too deeply; flatten it.") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"config file {path} holds a {type(values).__name__}; it must be a mapping with "
             "sections such as model and data."
-        )
-    if sum(1 for _ in zip(_walk(values), range(_MAX_NODES + 1), strict=False)) > _MAX_NODES:
-        raise ValueError(
-            f"config file {path} expands to more than {_MAX_NODES} values; remove YAML aliases."
         )
     return values
 
@@ -249,16 +235,6 @@ def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
         # The name of a strategy is not absolute.
         or (name == "paca.selection" and isinstance(path, str) and Path(path).is_absolute())
     }
-
-
-def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"the config file is nested deeper than {_MAX_DEPTH} levels; flatten it.")
-    yield value
-    children = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | list):
-        for child in children:
-            yield from _walk(child, depth + 1)
 
 
 def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> dict[str, Any]:
