@@ -104,15 +104,14 @@ def test_resume_gives_the_rewards_again(folder, capsys):
     words = ["--task", "grpo", "--config", "grpo.yaml", "--reward", "my_rewards:short"]
     (folder / "my_rewards.py").write_text(
         "calls = []\n\n\ndef short(completions, **kwargs):\n    calls.append(1)\n"
-        "    if len(calls) > 2:\n        raise OSError('gone')\n"
+        "    if len(calls) > 3:\n        raise OSError('gone')\n"
         "    return [0.5] * len(completions)\n"
     )
-    message = error_of(capsys, *words)
+    message = error_of(capsys, *words, "--training.save_steps", "1")
     assert "reward 'my_rewards:short' raised OSError (gone) on " in message
     command = "`pacatune train --config grpo-run/config.yaml --reward my_rewards:short --resume`"
-    assert f"grpo-run/checkpoint-1 is kept: mend the function, then continue with {command}" in (
-        message
-    )
+    kept = "grpo-run/checkpoint-1 is the last checkpoint"
+    assert f"{kept}: mend the function, then continue with {command}" in message
     (folder / "my_rewards.py").write_text(REWARD)
     del sys.modules["my_rewards"]
     assert main(command.strip("`").split()[1:]) == 0
