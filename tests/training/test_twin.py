@@ -19,28 +19,20 @@ def _in_folder(built, monkeypatch):
     monkeypatch.chdir(built)
 
 
-def differences(kept, found):
-    names = dict.fromkeys([*kept, *found])
-    return [
-        f"{name}: {kept.get(name)} -> {found.get(name)}"
-        for name in names
-        if kept.get(name) != found.get(name)
-    ]
-
-
-def test_cases_are_all_kept():
+def test_every_case_is_kept():
     assert DATA.keys() == twin.CASES.keys()
 
 
 @pytest.mark.parametrize("name", twin.CASES)
 def test_data(name):
-    assert differences(DATA[name], twin.record_data(name)) == []
+    kept, found = DATA[name], twin.record_data(name)
+    changed = [key for key in kept | found if kept.get(key) != found.get(key)]
+    assert not changed, "\n".join(f"{key}: {kept.get(key)} -> {found.get(key)}" for key in changed)
 
 
 @pytest.mark.parametrize("name", twin.RUNS)
 def test_run(name):
-    found = twin.record_run(name)
-    assert {"gone": sorted(RUNS[name] - found), "new": sorted(found - RUNS[name])} == {
-        "gone": [],
-        "new": [],
-    }
+    kept, found = RUNS[name], twin.record_run(name)
+    changed = [f"gone: {entry}" for entry in sorted(kept - found)]
+    changed += [f"new: {entry}" for entry in sorted(found - kept)]
+    assert not changed, "\n".join(changed)
