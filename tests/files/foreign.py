@@ -60,6 +60,7 @@ def commands(draw, place):
             ["patch", "apply", "--model", model, "--patch", f"{place}/p.safetensors", *output],
             ["bench", "--shape", "64x1", "--methods", "paca", *output],
             ["evaluate", "perplexity", *adapter, "--text", data, *output],
+            ["compare", "--config", "study.yaml", *output],
             ["inspect", "adapter", "--plot", f"{place}/columns.png"],
             ["demo", "--model", model, "--data", data, "--steps", "1", *output],
             ["reproduce", "fig2", "--simulate", *output, *draw.choice(([], ["--resume"]))],
@@ -76,6 +77,14 @@ def make_project(folder):
     tokenizer = build_tokenizer()
     build_model(len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    options = {
+        "model": {"path": "model"},
+        "data": {"path": "data.jsonl", "eval_path": "data.jsonl"},
+    }
+    training = {"max_steps": 1, "use_cpu": True, "bf16": False}
+    study = {"command": "train", "options": {**options, "training": training}, "seeds": [0]}
+    study |= {"arms": {"a": {"rank": 2}}, "learning_rates": {"paca": [1e-3]}}
+    (folder / "study.yaml").write_text(json.dumps(study))  # JSON is YAML
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i % 7}."} for i in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["train", "--model.path", "model", "--data.path", "data.jsonl", *_TRAIN]
