@@ -61,7 +61,7 @@ _FILES = {
     "reward": "pairs.jsonl whole_pairs.jsonl",
     "kto": "judged.jsonl judged.csv pairs.jsonl chat_pairs.jsonl",
     "grpo": "prompts.jsonl",
-    "classify": "classes.jsonl",
+    "classifier": "classes.jsonl",
     "image": "images/train",
 }
 _CHATS = {
@@ -198,13 +198,8 @@ def build(folder):
 
 def make_config(task, method, data, output, **options):
     """Return the configuration of a run on what `build` wrote, in the current folder."""
-    from pacatune.training.classifier import ClassifierConfig
-    from pacatune.training.image import ImageRunConfig
-    from pacatune.training.tasks import run_class_of
+    from pacatune.training import RunConfig
 
-    others = {"classify": ClassifierConfig, "image": ImageRunConfig}
-    run_class = others.get(task) or run_class_of(task)
-    sections = run_class.sections()
     data = {"eval_fraction": 0.3, **data}
     training = {"max_length": data.pop("max_length")} if "max_length" in data else {}
     training |= {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4}
@@ -215,11 +210,12 @@ def make_config(task, method, data, output, **options):
         training["per_device_eval_batch_size"] = 2
         options["reward"] = ["twin_rewards:length"]
     images = "vit" if task == "image" else "qwen"
-    return run_class(
+    return RunConfig(
+        task=task,
         method=method,
-        model=sections["model"](path=images if "images" in data.get("path", "") else "llama"),
-        data=sections["data"](**data),
-        training=sections["training"](**training),
+        model={"path": images if "images" in data.get("path", "") else "llama"},
+        data=data,
+        training=training,
         **options,
     )
 
@@ -237,10 +233,7 @@ def start(config):
 
     with mock.patch("transformers.Trainer.train", stop):
         try:
-            if config.command != "classify":
-                recipe.train(config, console=quiet())
-            task = recipe.task_of(config)  # as studies do
-            return recipe.make_trainer(task, recipe.prepare(task, quiet()), None, quiet())
+            recipe.train(config, console=quiet())
         except Started as started:
             return started.args[0]
 

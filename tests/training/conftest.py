@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from pacatune.training import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from pacatune.training.tasks import run_class_of
 
 # `make test-distributed` lets it be found.
 collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["test_deepspeed.py"]
@@ -107,8 +106,6 @@ def make_task_config(tiny_model_dir, pairs_path, prompts_path, tmp_path):
     """Build a run of any task of `train`, six steps long, with a checkpoint every second."""
 
     def make(task, method="paca", *, model=None, data=None, training=None, **options):
-        run_class = run_class_of(task)
-        sections = run_class.sections()
         samples = task in ("grpo", "rloo")
         if samples:
             options.setdefault("reward", ["my_rewards:short"])
@@ -119,28 +116,25 @@ def make_task_config(tiny_model_dir, pairs_path, prompts_path, tmp_path):
         )
         path = prompts_path if samples else pairs_path
         evaluates = (training or {}).get("eval_strategy") != "no"
-        return run_class(
+        return RunConfig(
+            task=task,
             method=method,
-            model=ModelConfig(**{"path": str(tiny_model_dir), **(model or {})}),
-            data=sections["data"](
-                **{"path": str(path), "eval_fraction": 0.2 * evaluates, **(data or {})}
-            ),
-            training=sections["training"](
-                **{
-                    "output_dir": str(tmp_path / "out"),
-                    "report_to": "none",
-                    "learning_rate": 5e-3,
-                    "warmup_steps": 0,
-                    "bf16": False,
-                    "max_steps": 6,
-                    "save_steps": 2,
-                    "eval_steps": 6,
-                    "logging_steps": 1,
-                    "use_cpu": True,
-                    **least,
-                    **(training or {}),
-                }
-            ),
+            model={"path": str(tiny_model_dir), **(model or {})},
+            data={"path": str(path), "eval_fraction": 0.2 * evaluates, **(data or {})},
+            training={
+                "output_dir": str(tmp_path / "out"),
+                "report_to": "none",
+                "learning_rate": 5e-3,
+                "warmup_steps": 0,
+                "bf16": False,
+                "max_steps": 6,
+                "save_steps": 2,
+                "eval_steps": 6,
+                "logging_steps": 1,
+                "use_cpu": True,
+                **least,
+                **(training or {}),
+            },
             **options,
         )
 

@@ -15,7 +15,7 @@ from pacatune.cli import main
 from pacatune.data.chat_images import ImageCollator, references, with_images
 from pacatune.data.read import Row
 from pacatune.training import preview, train
-from pacatune.training.sft import SftTask
+from pacatune.training.task import task_of
 from tests.vision_language import TEMPLATE, build_vision_language_model
 
 
@@ -72,7 +72,7 @@ def make_run(make_config, model_dir, images, tmp_path):
 def read(config):
     from pacatune.training.language import load_tokenizer
 
-    task = SftTask(config)
+    task = task_of(config)
     task.tokenizer = load_tokenizer(config)
     return task, task.read_data()
 

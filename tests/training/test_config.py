@@ -81,24 +81,18 @@ def test_lean_levels():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"reselect_every": 5}, r"`paca.active_columns` \(None\) need each other"),
-        ({"active_columns": 4}, r"`paca.reselect_every` \(None\) and `paca.active_columns` \(4\)"),
-        ({"reselect_every": 0, "active_columns": 4}, r"`paca.reselect_every` \(0\) must be at"),
-        (
-            {"reselect_every": 5, "active_columns": 16},
-            r"\(16\) must be at least 1 and below `paca.r`",
-        ),
-        (
-            {"reselect_every": 5, "active_columns": 0},
-            r"\(0\) must be at least 1 and below `paca.r`",
-        ),
+        {"reselect_every": 5},
+        {"active_columns": 4},
+        {"reselect_every": 0, "active_columns": 4},
+        {"reselect_every": 5, "active_columns": 16},
+        {"reselect_every": 5, "active_columns": 0},
     ],
 )
-def test_turns_of_columns(options, message):
-    with pytest.raises(ValueError, match=message):
-        PacaSection(r=16, **options)
+def test_turns_of_columns(options):
+    with pytest.raises(ValueError, match=r"`paca.active_columns` \(.* at least 1 and below `paca"):
+        PacaSection(**options)
 
 
 def test_unknown_method():
@@ -107,7 +101,7 @@ def test_unknown_method():
 
 
 def test_training_of_another_type():
-    with pytest.raises(TypeError, match=r"is a SFTConfig; it must be a pacatune.training.Trai"):
+    with pytest.raises(TypeError, match=r"is a SFTConfig; .* or a pacatune.training.TrainingConfig"):
         RunConfig(
             model=ModelConfig(path="m"),
             data=DataConfig(path="d"),
@@ -139,7 +133,6 @@ def test_has_every_option_of_trl():
             "moves activations off an accelerator, and this",
         ),
         ({"model_init_kwargs": {"dtype": "auto"}}, "has 'dtype', which is not offered: set `mod"),
-        ({"packing": True, "packing_strategy": "wrapped"}, r"\('wrapped'\) lets examples attend"),
     ],
 )
 def test_options_decided_elsewhere(options, message):

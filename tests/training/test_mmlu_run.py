@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pacatune.training import train
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 from tests.conftest import build_model
 
 
@@ -29,13 +29,13 @@ def questions(tmp_path):
 @pytest.fixture
 def batches(monkeypatch):
     """The micro-batches that training sees."""
-    seen, step = [], SftRunTrainer.training_step
+    seen, step = [], TextTrainer.training_step
 
     def watch(self, model, inputs, *args, **kwargs):
         seen.append({name: value.clone() for name, value in inputs.items()})
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(SftRunTrainer, "training_step", watch)
+    monkeypatch.setattr(TextTrainer, "training_step", watch)
     return seen
 
 

@@ -241,7 +241,7 @@ def test_columns_chosen_by_data(make_task_config):
             "kto",
             "paca",
             {"training": {"per_device_train_batch_size": 1}},
-            "must be at least 2 with",
+            r"size` \(1\) at least 2",
         ),
         (
             "kto",
@@ -257,7 +257,7 @@ def test_columns_chosen_by_data(make_task_config):
 )
 def test_what_is_refused(make_task_config, task, method, options, message):
     with pytest.raises(ValueError, match=message):
-        make_task_config(task, method, **options)
+        task_of(make_task_config(task, method, **options)).prepare()
 
 
 def test_dropout_and_full_where_they_can_be(make_task_config):

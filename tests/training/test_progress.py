@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pacatune.training import progress
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 
 ARGUMENTS = SimpleNamespace(disable_tqdm=False)
 
@@ -136,5 +136,5 @@ def test_peak_memory_of_the_process():
 def test_padding_is_not_counted():
     ids = torch.zeros(2, 5, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert SftRunTrainer.num_items(None, {"input_ids": ids, "attention_mask": mask}) == 8
-    assert SftRunTrainer.num_items(None, {"input_ids": ids}) == 10
+    assert TextTrainer.num_items(None, {"input_ids": ids, "attention_mask": mask}) == 8
+    assert TextTrainer.num_items(None, {"input_ids": ids}) == 10

@@ -13,7 +13,7 @@ from pacatune.training import LoraSection, PacaSection, preview, train
 from pacatune.training import language as models
 from pacatune.training import recipe as recipe_module
 from pacatune.training.config_file import read_values, to_values
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 
 REPORT_KEYS = {
     "eval_loss_before",
@@ -392,7 +392,7 @@ def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(SftRunTrainer, "training_step", out_of_memory)
+    monkeypatch.setattr(TextTrainer, "training_step", out_of_memory)
     with pytest.raises(ValueError, match=r"out of memory .*`training.per_device_train_batch_size`"):
         train(make_config(), console=console)
 
@@ -442,7 +442,7 @@ def test_tokenizer_on_a_full_disk(make_config, tmp_path, console, monkeypatch):
 
 @pytest.mark.parametrize(("method", "section"), [("paca", PacaSection), ("lora", LoraSection)])
 def test_expression_that_does_not_compile(make_config, method, section):
-    with pytest.raises(ValueError, match=rf"`{method}.target_modules` \('\(q'\) is no regular exp"):
+    with pytest.raises(ValueError, match=rf"{method}.*target_modules` \('\(q'\) is no regular exp"):
         make_config(method, **{method: section(target_modules="(q")})
 
 

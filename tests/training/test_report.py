@@ -12,13 +12,14 @@ from pacatune.training.report import (
     write_card,
     write_report,
 )
-from pacatune.training.sft import SftTask
+from pacatune.training.task import task_of
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def make_report(**changes):
     values = {
+        "task": "sft",
         "eval_loss_before": 2.5,
         "eval_loss_after": 1.25,
         "train_loss": 1.5,
@@ -117,13 +118,13 @@ def test_versions_name_what_decides_the_numbers():
     ],
 )
 def test_card(make_config, tmp_path, method, library, contains):
-    task, report = SftTask(make_config(method)), make_report(method=method)
+    task, report = task_of(make_config(method)), make_report(method=method)
     write_card(
         task.config,
         report,
         tmp_path,
         pipeline_tag=task.pipeline_tag,
-        tags=task.tags,
+        tags=task.spec.tags,
         how_to_load=task.how_to_load(report),
     )
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)

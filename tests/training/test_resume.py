@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pacatune.cli import main
 from pacatune.training import PacaSection, TrainingInterrupted, train
 from pacatune.training.output import run_folder
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 from tests.forks import Program, run_python
 from tests.training.launching import COMMAND, save_config
 
@@ -73,14 +73,14 @@ def test_sigkill(make_config, tmp_path, console):
 
 def stop_at(monkeypatch, step, action):
     """Do something inside a training step of the trainer."""
-    plain = SftRunTrainer.training_step
+    plain = TextTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step - 1:
             action()
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(SftRunTrainer, "training_step", training_step)
+    monkeypatch.setattr(TextTrainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -212,17 +212,17 @@ FULL_DISK = """
 import resource, sys
 from pacatune.cli import main
 from pacatune.training.output import run_folder
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-plain = SftRunTrainer._save_checkpoint
+plain = TextTrainer._save_checkpoint
 
 def limited(self, *args):
     if self.state.global_step == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     plain(self, *args)
 
-SftRunTrainer._save_checkpoint = limited
+TextTrainer._save_checkpoint = limited
 for limit in (20_000, 60_000):  # the adapter has 33 kB, the state of the optimizer 70 kB
     folder = f"{sys.argv[2]}/{limit}"
     status = main(["train", "--config", sys.argv[1], "--training.output_dir", folder])
@@ -267,23 +267,6 @@ def test_resume_refuses_other_options(interrupted, make_config):
         r"resume with `--config .*config.yaml`",
     ):
         train(config, resume=True)
-
-
-def test_resume_takes_what_an_older_run_did_not_name_for_its_default(
-    interrupted, make_config, tmp_path
-):
-    from pacatune.training.output import check_same_options
-
-    path = tmp_path / "out" / "config.yaml"
-    lines = path.read_text().splitlines(keepends=True)
-    older = [line for line in lines if not line.startswith(("task:", "preview:"))]
-    assert len(older) < len(lines)
-    path.write_text("".join(older))
-    check_same_options(make_config(), tmp_path / "out")
-    old_and_other = "".join(line for line in older if "share_columns" not in line)
-    path.write_text(old_and_other)
-    with pytest.raises(ValueError, match=r"paca.share_columns: False -> True"):
-        check_same_options(make_config(paca=PacaSection(share_columns=True)), tmp_path / "out")
 
 
 def test_resume_allows_what_changes_no_number(interrupted, make_config, tmp_path):

@@ -14,9 +14,9 @@ from rich.console import Console
 from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
 from pacatune.training import language as models
+from pacatune.training.config_file import to_values
 from pacatune.training.selecting import share_of_batches
-from pacatune.training.sft import SftTask
-from pacatune.training.task import make_adapter_config
+from pacatune.training.task import make_adapter_config, task_of
 
 
 def quiet():
@@ -42,10 +42,10 @@ def test_processes_share_the_batches_of_one():
     assert list(share_of_batches(23, run_of(seed=8), tuple)) != one
 
 
-def test_a_batch_is_what_the_trainer_makes_of_it(tiny_tokenizer):
+def test_a_batch_is_what_the_trainer_makes_of_it(make_config, tiny_tokenizer):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
     rows += [{"input_ids": [8], "labels": [8], "place": 2}]
-    task = SftTask(None)
+    task = task_of(make_config())
     task.tokenizer = tiny_tokenizer
     batch = task.collate(rows, [1, 0])
     padding = tiny_tokenizer.pad_token_id
@@ -81,7 +81,7 @@ def test_a_run_chooses_by_gradient(make_config, tiny_model_dir, checkpointing):
     assert saved["columns"] == load_columns(folder)
 
     # By hand, on the same batches.
-    task = SftTask(config)
+    task = task_of(config)
     data = task.prepare().train
     batches = share_of_batches(len(data), config, lambda places: task.collate(data, places))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -118,15 +118,18 @@ def test_a_resumed_run_keeps_its_columns(make_config, tmp_path):
     assert cut.train_losses[-1] == pytest.approx(whole.train_losses[-1])
 
 
-def test_a_folder_is_known_by_its_name(tmp_path, monkeypatch):
+def test_a_folder_is_known_by_its_name(make_config, tmp_path, monkeypatch):
     """As a path, or where no strategy is called like it; it is saved with its whole path."""
     monkeypatch.chdir(tmp_path)
     for name in ("some-run", "gradient"):
         (tmp_path / name).mkdir()
-    assert PacaSection(selection="some-run").selection == str(tmp_path / "some-run")
-    assert PacaSection(selection="gradient").selection == "gradient"
-    assert PacaSection(selection="./gradient").selection == str(tmp_path / "gradient")
-    assert PacaSection(selection="c.safetensors").selection == str(tmp_path / "c.safetensors")
+    for given, saved in (
+        ("some-run", str(tmp_path / "some-run")),
+        ("gradient", "gradient"),
+        ("./gradient", str(tmp_path / "gradient")),
+    ):
+        config = make_config(paca=PacaSection(selection=given))
+        assert to_values(config)["paca"]["selection"] == saved
 
 
 def test_fixed_columns_in_yaml(make_config):
@@ -146,8 +149,10 @@ def test_fixed_columns_that_do_not_fit_are_found_before_the_weights_are_loaded(m
 
 def test_files_that_are_not_there(make_config, tmp_path):
     section = PacaSection(selection=str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match=r"columns file .*none does not exist"):
-        make_adapter_config(make_config(paca=section))
+    with pytest.raises(ValueError, match=r"none'\) is no strategy, and no file or folder of this"):
+        task_of(make_config(paca=section))
+    with pytest.raises(ValueError, match=r"`paca.selection` \('gradent'\) .* mean 'gradient'\?"):
+        task_of(make_config(paca=PacaSection(selection="gradent")))
     with pytest.raises(ValueError, match=r"`paca.selection_batches` \(0\) must be at least 1"):
         PacaSection(selection_batches=0)
     with pytest.raises(
@@ -224,18 +229,18 @@ def test_budget_and_shared_columns_in_a_run(make_config, tmp_path):
 
 def test_budget_of_a_part(make_config, tmp_path):
     """The plan counts what is trained; a resumed run has the same targets."""
-    from pacatune.training.sft import SftTask
+    from pacatune.training.task import task_of
 
     section = PacaSection(r=4, paca_alpha=8, budget="output")
     config = make_config(paca=section, training={"max_steps": 2})
-    plan = SftTask(config).plan()
+    plan = task_of(config).plan()
     report = train(config)
     assert report.num_trainable_parameters == plan.num_trainable_parameters
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(saved["target_modules"]) == {"o_proj", "down_proj"}
     assert saved["peft_type"] == "PACA"
     assert saved["paca_alpha"] == 2 * saved["r"] > 8
-    equal = SftTask(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
+    equal = task_of(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
     assert abs(report.num_trainable_parameters - equal) < 0.02 * equal
     again = train(make_config(paca=section, training={"max_steps": 4}), overwrite=True)
     assert again.num_steps == 4
@@ -272,7 +277,7 @@ class TestNormalised:
         assert saved["normalize"] == "input"
 
         # By hand, on the same batches.
-        task = SftTask(config)
+        task = task_of(config)
         data = task.prepare().train
         batches = share_of_batches(len(data), config, lambda places: task.collate(data, places))
         base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -323,7 +328,7 @@ def test_row_groups_in_a_run(make_config, tmp_path):
     section = PacaSection(r=4, paca_alpha=4, groups=8)
     config = make_config(paca=section, training={"max_steps": 2}, data={"eval_fraction": 0.1})
     report = train(config, console=quiet())
-    equal = SftTask(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
+    equal = task_of(make_config(paca=PacaSection(r=4))).plan().num_trainable_parameters
     assert report.num_trainable_parameters == equal
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (saved["groups"], saved["peft_type"]) == (8, "PACATUNE")

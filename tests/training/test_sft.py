@@ -10,8 +10,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import PacaConfig
 from pacatune.training import LoraSection, PacaSection
 from pacatune.training import language as models
-from pacatune.training.sft import check_packing, packs, refuse_packing_of_shards
-from pacatune.training.task import Plan, count_trainable, make_adapter_config
+from pacatune.training.sft import check_packing, packs
+from pacatune.training.task import Plan, count_trainable, make_adapter_config, task_of
 
 SIZES = {
     "vocab_size": 99,
@@ -127,11 +127,11 @@ def packed_and_apart(model, level=None):
     ("attention", "kind", "level"),
     [("sdpa", "llama", 1), ("sdpa", "llama", 3), ("eager", "llama", None), ("sdpa", "gpt2", None)],
 )
-def test_packed_examples_give_the_gradients_of_padded_ones(make_config, attention, kind, level):
+def test_packed_examples_give_the_gradients_of_padded_ones(attention, kind, level):
     sizes = {**SIZES, "n_layer": 2, "n_head": 4, "n_embd": 32} if kind == "gpt2" else SIZES
     config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
-    check_packing(model, make_config(training={"packing": True}))
+    check_packing(model)
     apart, packed = packed_and_apart(model, level)
     for one, two in zip(apart, packed, strict=True):
         # The loss is computed in float32.
@@ -139,31 +139,30 @@ def test_packed_examples_give_the_gradients_of_padded_ones(make_config, attentio
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
-def test_models_in_which_packed_examples_see_each_other(make_config, kind):
+def test_models_in_which_packed_examples_see_each_other(kind):
     """Through states, and through attention that looks at no position."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
-    config = make_config(training={"packing": True})
     with pytest.raises(
         ValueError, match=rf"packed examples see each other in {type(model).__name__}"
     ):
-        check_packing(model, config)
+        check_packing(model)
     assert model.training
 
 
 def test_flash_attention_and_plain_rows_are_not_tried(make_config):
     for training in ({"packing": True}, {"padding_free": True}, {"eval_packing": True}):
-        assert packs(make_config(training=training))
+        assert packs(make_config(training=training).training, None)
         for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
-            assert not packs(
-                make_config(model={"attn_implementation": attention}, training=training)
-            )
-    assert not packs(make_config())
+            assert not packs(make_config(training=training).training, attention)
+    assert not packs(make_config().training, None)
 
 
 def test_packing_of_sharded_weights(make_config, monkeypatch):
     monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"\('wrapped'\) lets examples attend to each other"):
+        task_of(make_config(training={"packing": True, "packing_strategy": "wrapped"})).prepare()
     with pytest.raises(ValueError, match="sharded weights cannot be tried, and flash attention"):
-        refuse_packing_of_shards(make_config(training={"packing": True}))
+        task_of(make_config(training={"packing": True})).prepare()
 
 
 def plan(config):

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from pacatune.training import train
 from pacatune.training.output import refuse_missing_shards
-from pacatune.training.start import settle_start
 from tests.training.launching import launch, save_config
 from tests.training.test_distributed import (
     ON_CPU,
@@ -126,7 +125,6 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
     # A process that shards nothing cannot read the shards.
     config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
     config.adapter = str(tmp_path / "first")
-    settle_start(config)
     with pytest.raises(
         ValueError,
         match=r"checkpoint-4 was saved by FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and "

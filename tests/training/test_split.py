@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 
 from pacatune.training.output import find_checkpoint
 from pacatune.training.split import Split, why_fixed
@@ -42,13 +41,10 @@ def test_deepspeed_fixes_the_split(make_config):
 
 @pytest.mark.parametrize("task", ["grpo", "rloo", "kto"])
 def test_tasks_that_fix_the_split(task):
-    from pacatune.training.task import Task
-    from pacatune.training.tasks import run_class_of
+    from pacatune.training import TASKS
 
-    module, _, name = run_class_of(task).task_class.partition(":")
-    kind = getattr(__import__(module, fromlist=[name]), name)
-    assert kind.fixed_split
-    assert Task.fixed_split is None
+    assert TASKS[task].fixed_split
+    assert TASKS["sft"].fixed_split is None
 
 
 @pytest.fixture
@@ -86,12 +82,3 @@ def test_a_fixed_split_must_be_the_same(checkpoint):
         ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Split the"
     ):
         find_checkpoint("data", checkpoint.parent, Split(1, 8, 2), fixed="the dice are fixed")
-
-
-def test_an_older_checkpoint_has_the_batches_of_its_configuration(checkpoint):
-    write_kept(checkpoint, {"fingerprint": "data", "num_processes": 2})
-    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    (checkpoint.parent / "config.yaml").write_text(yaml.safe_dump({"training": training}))
-    assert find_checkpoint("data", checkpoint.parent, Split(1, 16, 1)) == checkpoint
-    with pytest.raises(ValueError, match="2 processes x 4 examples x 2 accumulated = 16"):
-        find_checkpoint("data", checkpoint.parent, Split(2, 4, 1))

@@ -12,6 +12,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.training import LoraSection, PacaSection, train
 from pacatune.training.language import load_tokenizer
+from pacatune.training.start import settle
 from tests.training.launching import save_config
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -45,7 +46,7 @@ def paca(make_first):
 
 
 def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path, console):
-    config = make_config(adapter=str(paca), training=STANDSTILL)
+    config = settle(make_config(adapter=str(paca), training=STANDSTILL))
     assert {name: getattr(config.paca, name) for name in PACA} == PACA
     assert load_tokenizer(config).chat_template == TEMPLATE
     report = train(config, console=console)
@@ -66,8 +67,10 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path, 
 def test_sections_may_be_used_again(make_config, paca):
     first = make_config()
     model, section = dataclasses.replace(first.model, path=str(paca)), PacaSection()
-    run = dataclasses.replace(first, model=model, paca=section)
+    given = dataclasses.replace(first, model=model, paca=section)
+    run = settle(given)
     assert (run.adapter, run.paca.r) == (str(paca), 3)
+    assert (given.adapter, given.model.path, given.paca.r) == (None, str(paca), 16)
     assert (model.path, section, first.adapter) == (str(paca), PacaSection(), None)
 
 
@@ -94,7 +97,7 @@ def test_loss_begins_where_it_ended_and_resumed_runs_are_the_same(
 @pytest.mark.parametrize("method", ["dora", "moslora"])
 def test_other_methods(make_config, make_first, tmp_path, console, method):
     folder = make_first(method, method, lora=LoraSection(r=4, target_modules=["q_proj"]))
-    config = make_config(method, adapter=str(folder), training=STANDSTILL)
+    config = settle(make_config(method, adapter=str(folder), training=STANDSTILL))
     assert (config.lora.r, config.lora.target_modules) == (4, ["q_proj"])
     train(config, console=console)
     one, two = (
@@ -105,20 +108,20 @@ def test_other_methods(make_config, make_first, tmp_path, console, method):
         torch.testing.assert_close(value, two[key], atol=1e-7, rtol=0)
     if method == "dora":
         with pytest.raises(ValueError, match=r"is of the kind 'dora', and `method` \('lora'\)"):
-            make_config("lora", adapter=str(folder))
+            settle(make_config("lora", adapter=str(folder)))
 
 
 def test_an_adapter_as_the_model(make_config, paca, tiny_model_dir):
-    config = make_config(model={"path": str(paca)})
+    config = settle(make_config(model={"path": str(paca)}))
     assert (config.adapter, config.model.path) == (str(paca), str(tiny_model_dir))
     with pytest.raises(ValueError, match=r"`model.path` .* and `adapter` .* are both adapters"):
-        make_config(model={"path": str(paca)}, adapter=str(paca))
+        settle(make_config(model={"path": str(paca)}, adapter=str(paca)))
 
 
 def test_contradictions(make_config, paca, tmp_path, capsys):
     def refused(match, **options):
         with pytest.raises(ValueError, match=match):
-            make_config(**{"adapter": str(paca), **options})
+            settle(make_config(**{"adapter": str(paca), **options}))
 
     refused(r"`paca.r` \(4\) contradicts `adapter` .*, which has 3 and", paca=PacaSection(r=4))
     refused(
@@ -129,9 +132,9 @@ def test_contradictions(make_config, paca, tmp_path, capsys):
     )
     refused(r"and `method` \('full'\) trains Full; set `method` to paca", method="full")
     with pytest.raises(FileNotFoundError, match=r"adapter folder 'no/such/folder'"):
-        make_config(adapter="no/such/folder")
+        settle(make_config(adapter="no/such/folder"))
     path = tmp_path / "run.yaml"
-    save_config(make_config(adapter=str(paca)), path)
+    save_config(settle(make_config(adapter=str(paca))), path)
     path.write_text(path.read_text().replace("  r: 3\n", "  r: 16\n"))
     assert main(["train", "--config", str(path)]) == 2  # given, if only as the default
     assert "`paca.r` (16) contradicts `adapter`" in capsys.readouterr().err
@@ -141,8 +144,9 @@ def test_tasks_with_a_reference(make_task_config, paca):
     for task in ("dpo", "kto"):
         with pytest.raises(ValueError, match="the reference is the model with the adapter off"):
             make_task_config(task, adapter=str(paca))
-    with pytest.raises(ValueError, match=r"merge the adapter \(`pacatune merge`\), which is exact"):
-        make_task_config("grpo", adapter=str(paca), training={"beta": 0.1})
+    for where in ({"adapter": str(paca)}, {"model": {"path": str(paca)}}):
+        with pytest.raises(ValueError, match=r"merge the adapter \(`pacatune merge`\), which is"):
+            settle(make_task_config("grpo", **where, training={"beta": 0.1}))
 
 
 def test_task_of_another_kind(make_task_config, paca, console):
@@ -170,4 +174,4 @@ def test_strangers_folders(make_config, paca, tiny_model_dir, tmp_path, console)
     nameless.mkdir()
     (nameless / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="is an adapter that names no base; give the base"):
-        make_config(model={"path": str(nameless)})
+        settle(make_config(model={"path": str(nameless)}))

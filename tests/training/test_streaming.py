@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pacatune.data import DataConfig, prepare_data
 from pacatune.training import PacaSection, preview, train
+from pacatune.training.task import task_of
 
 NO_EVALUATION = {"streaming": True, "eval_fraction": 0}
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_done_with_a_stream(make_config, options, message):
     data = {**NO_EVALUATION, **options.get("data", {})}
     training = options.get("training", {"max_steps": 1})
     with pytest.raises(ValueError, match=message):
-        make_config(data=data, training=training)
+        task_of(make_config(data=data, training=training)).prepare()
 
 
 def test_columns_cannot_be_chosen_from_a_stream(make_config, console):

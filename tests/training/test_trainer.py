@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from pacatune.cli import main
 from pacatune.training import TrainingDiverged, train
-from pacatune.training.sft import SftRunTrainer
+from pacatune.training.sft import TextTrainer
 from tests.training.launching import save_config
 
 EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
@@ -18,7 +19,7 @@ EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
 
 def poison(monkeypatch, step, *, gradient=False):
     """Let a step's loss, or its gradients alone, be infinite."""
-    plain = SftRunTrainer.compute_loss
+    plain = TextTrainer.compute_loss
 
     def compute_loss(self, model, *args, **kwargs):
         loss = plain(self, model, *args, **kwargs)
@@ -26,7 +27,7 @@ def poison(monkeypatch, step, *, gradient=False):
             return loss
         return loss + Spoilt.apply(loss) if gradient else loss * math.inf
 
-    monkeypatch.setattr(SftRunTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(TextTrainer, "compute_loss", compute_loss)
 
 
 class Spoilt(torch.autograd.Function):
@@ -108,7 +109,7 @@ def test_resumed_run(make_config, tmp_path, monkeypatch, console):
 
 
 def test_weights_that_are_not_finite_are_never_saved(make_config, tmp_path, monkeypatch, console):
-    plain = SftRunTrainer._save_checkpoint
+    plain = TextTrainer._save_checkpoint
 
     def save(self, *args, **kwargs):
         if self.state.global_step == 3:
@@ -116,7 +117,7 @@ def test_weights_that_are_not_finite_are_never_saved(make_config, tmp_path, monk
             parameter.data.view(-1)[0] = math.inf
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(SftRunTrainer, "_save_checkpoint", save)
+    monkeypatch.setattr(TextTrainer, "_save_checkpoint", save)
     with pytest.raises(
         TrainingDiverged,
         match=r"weight '.*paca_delta.*' is not finite after step 3.*checkpoint-2 is the last good",
@@ -126,13 +127,13 @@ def test_weights_that_are_not_finite_are_never_saved(make_config, tmp_path, monk
 
 
 def test_result_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypatch, console):
-    plain = SftRunTrainer.train
+    plain = TextTrainer.train
 
     def spoil(self, *args, **kwargs):
         plain(self, *args, **kwargs)
         next(p for p in self.model.parameters() if p.requires_grad).data.fill_(math.nan)
 
-    monkeypatch.setattr(SftRunTrainer, "train", spoil)
+    monkeypatch.setattr(TextTrainer, "train", spoil)
     with pytest.raises(TrainingDiverged, match=r"is not finite after step 6"):
         train(make_config(data={"eval_fraction": 0}, training=EVERY_STEP), console=console)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -140,7 +141,7 @@ def test_result_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypat
 
 
 def test_evaluation_loss(make_config, tmp_path, monkeypatch, console):
-    plain = SftRunTrainer.prediction_step
+    plain = SFTTrainer.prediction_step
 
     def prediction_step(self, *args, **kwargs):
         loss, *rest = plain(self, *args, **kwargs)
@@ -148,7 +149,7 @@ def test_evaluation_loss(make_config, tmp_path, monkeypatch, console):
         spoilt = self.state.global_step == 4 and loss > 0
         return (loss * math.nan if spoilt else loss, *rest)
 
-    monkeypatch.setattr(SftRunTrainer, "prediction_step", prediction_step)
+    monkeypatch.setattr(TextTrainer, "prediction_step", prediction_step)
     config = make_config(data={"eval_fraction": 0.2})
     with pytest.raises(
         TrainingDiverged,

@@ -27,8 +27,68 @@ _MAX_DEPTH = 8
 
 
 @dataclass
-class PacaOptions:
+class TargetOptions:
+    """What of a model an adapter is for; PaCA and LoRA have these options in common."""
+
+    target_modules: list[str] | str | None = None
+    """Names, a regular expression, or `all-linear` (every linear layer but the output head). Where
+    null, the architecture's default: the linear layers of the repeated blocks."""
+    exclude_modules: list[str] | str | None = None
+    """Names or a regular expression of modules to leave out."""
+    target_parameters: list[str] | None = None
+    """Names of parameters without a layer of their own, such as the fused weights of experts:
+    `[experts.gate_up_proj, experts.down_proj]`. Adapted beside `target_modules`."""
+    layers_to_transform: list[int] | int | None = None
+    """Number or numbers of the layers to adapt; all where null."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers that `layers_to_transform` counts in, where it is not a usual
+    one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of modules that differ from `r`: name or regular expression to rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of modules that differ: name or regular expression to alpha."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter, such as a new head."""
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead of alpha / r."""
+
+
+@dataclass
+class PacaChoices(TargetOptions):
+    """The options of a PaCA adapter that are chosen, and not filled in when it is made."""
+
+    r: int = 8
+    """Number of trained input columns of each weight."""
+    paca_alpha: float = 8
+    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
+    groups: int = 1
+    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
+    the same number of parameters, an update of rank up to `groups` times `r`."""
+    selection: str | Columns = RANDOM
+    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
+    activation, weight_activation, gradient_activation, activation_qr, activation_leverage, or a
+    registered one. Or the columns themselves, by the module's name or pattern."""
+    normalize: Literal["none", "input", "weight"] = "none"
+    """Normalise the optimizer's steps by column, with rates that are fixed before training.
+    `input`: smaller steps where a column's inputs are large, so that each changes the output by as
+    much; it needs statistics of data. `weight`: in proportion to the column's norm."""
+    random_seed: int | None = 42
+    """Chooses the columns, together with each module's name. Null: drawn from torch's global
+    generator when the adapter is made, and recorded; processes that train together must agree."""
+    bias: Literal["none", "all", "paca_only"] = "none"
+    """Which biases are trained: none, all, or those of the adapted modules."""
+    columns_from: Literal["dequantized", "original"] = "dequantized"
+    """What the columns of a quantised base start from: its own, rounded weights, or those of the
+    checkpoint that it was quantised from."""
+
+
+@dataclass
+class PacaOptions(PacaChoices):
     """The keys of a PaCA adapter's adapter_config.json; see `PacaConfig`.
+
+    Columns that are given as `selection` are kept in `columns`, and `selection` is then "fixed".
+    With `use_rslora`, `paca_alpha` and `alpha_pattern` hold, once the adapter is made, what gives
+    this scale as alpha / r, so that every reader is right.
 
     Raises:
         ValueError: If a value is out of its range or contradicts another one.
@@ -48,60 +108,17 @@ class PacaOptions:
     """Branch, tag or commit of the base on the hub."""
     inference_mode: bool = False
     """Whether the adapter is only used: its weights then ask for no gradients."""
-    r: int = 8
-    """Number of trained input columns per weight."""
-    paca_alpha: float = 8
-    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
-    target_modules: list[str] | str | None = None
-    """Names, a regular expression, or "all-linear". None: the architecture's default."""
-    exclude_modules: list[str] | str | None = None
-    """Names or a regular expression of modules to leave out."""
-    layers_to_transform: list[int] | int | None = None
-    """Number or numbers of the layers to adapt; the others are left alone."""
-    layers_pattern: list[str] | str | None = None
-    """Name of the list of layers that `layers_to_transform` counts in."""
-    random_seed: int | None = 42
-    """Chooses the columns, together with each module's name. None: drawn from torch's global
-    generator when the adapter is made, and recorded; processes that train together must agree."""
     init_weights: bool = True
     """True starts at the pretrained weights. False starts at random deltas, for tests."""
-    modules_to_save: list[str] | None = None
-    """Modules trained in full and saved with the adapter, such as a new head."""
-    selection: str | Columns = RANDOM
-    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
-    activation, weight_activation, or a registered one. Or the columns themselves, by the module's
-    name or pattern; they are kept in `columns`, and this is then "fixed"."""
-    bias: Literal["none", "all", "paca_only"] = "none"
-    """Which biases are trained: none, all, or those of the adapted modules."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Module name or regular expression -> its own `r`."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Module name or regular expression -> its own `paca_alpha`."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids (or embedding's name -> ids) whose embeddings are trained and saved too."""
-    columns_from: Literal["dequantized", "original"] = "dequantized"
-    """What the columns of a quantised base start from: its own, rounded weights, or those of the
-    checkpoint that it was quantised from."""
     base_quantization: dict[str, Any] | None = None
     """How the base was quantised; filled in when the adapter is made."""
-    target_parameters: list[str] | None = None
-    """Names of fused expert parameters (E, O, I) to adapt, such as "experts.down_proj"."""
     columns: Columns | None = None
     """Module name or regular expression -> its columns, with `groups` a list for each group; filled
     in when they are not random."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
-    groups: int = 1
-    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
-    the same number of parameters, an update of rank up to `groups` times `r`."""
-    use_rslora: bool = False
-    """Scale the update by paca_alpha / sqrt(r) instead. Once the adapter is made, `paca_alpha` and
-    `alpha_pattern` hold what gives this scale as alpha / r, so that every reader is right."""
-    normalize: Literal["none", "input", "weight"] = "none"
-    """Optimizer steps of single columns: all alike, or times a rate for each column, fixed before
-    training. `input`: smaller where the column's inputs are large, so that each column's step
-    changes the output by as much; it needs statistics of data. `weight`: in proportion to the
-    column's norm, without data."""
     column_rates: dict[str, list[Any]] | None = None
     """Module name -> factors of its columns' steps; filled in with `normalize`."""
     needs_pacatune_for: list[str] | None = None

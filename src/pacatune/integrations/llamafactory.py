@@ -18,9 +18,6 @@ from pacatune.integrations.options import NO_DROPOUT, NOT_FOR_PACA, join_options
 from pacatune.names import choose
 from pacatune.tuner import PacaConfig
 
-COMMANDS = ("train", "export")
-"""LLaMA-Factory's commands that are run here."""
-
 # LLaMA-Factory's options, and what they are in `PacaConfig`.
 _NAMES = {
     "lora_rank": "r",
@@ -75,12 +72,15 @@ def main() -> None:
         ValueError: If the command does not exist, or would train LoRA.
     """
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    choose(command, COMMANDS, option="command")
+    choose(command, ("train", "export"), option="command")
     try:
         from llamafactory.hparams import read_args
         from llamafactory.train import tuner
     except ModuleNotFoundError as error:
-        raise _missing(error) from error
+        raise ImportError(
+            "pacatune.integrations.llamafactory needs LLaMA-Factory >= 0.9.5 and what it imports "
+            f"({error}): pip install {(error.name or 'llamafactory').partition('.')[0]}"
+        ) from error
     sys.argv.pop(1)
     arguments = read_args()
     paca = arguments.pop("paca", None) if isinstance(arguments, dict) else None
@@ -90,7 +90,9 @@ def main() -> None:
         tuner.export_model(arguments)
         return
     starters = ("USE_RAY",) if "LOCAL_RANK" in os.environ else ("USE_RAY", "FORCE_TORCHRUN")
-    for name in filter(_is_set, starters):
+    for name in starters:
+        if os.environ.get(name, "").lower() not in ("true", "y", "1"):
+            continue
         raise ValueError(
             f"{name} is set: LLaMA-Factory would start processes in which PaCA is unknown. Start "
             "them by `torchrun --nproc-per-node N -m pacatune.integrations.llamafactory train "
@@ -118,20 +120,6 @@ def _paca_for_lora(paca: dict[str, Any] | None) -> Iterator[None]:
         yield
     finally:
         adapter.LoraConfig, tuner.get_train_args = plain
-
-
-def _missing(error: ModuleNotFoundError) -> ImportError:
-    """Say what to install."""
-    name = (error.name or "llamafactory").partition(".")[0]
-    return ImportError(
-        f"pacatune.integrations.llamafactory needs LLaMA-Factory >= 0.9.5 and what it imports "
-        f"({error}): pip install {name}"
-    )
-
-
-def _is_set(name: str) -> bool:
-    """Return whether an environment variable is on, as LLaMA-Factory reads it."""
-    return os.environ.get(name, "").lower() in ("true", "y", "1")
 
 
 def _check(

@@ -11,26 +11,18 @@ from pacatune.tuner import PacaConfig
 
 __all__ = ["join_options", "refuse_options"]
 
+# Why options of LoRA cannot be kept.
 NOT_FOR_PACA = "PaCA has no low-rank factors"
-"""Why most options of LoRA cannot be kept."""
-
 NO_DROPOUT = "PaCA has no low-rank branch whose input could be dropped"
-"""Why `lora_dropout` cannot be kept."""
 
 
 def join_options(
     theirs: Mapping[str, Any], names: Mapping[str, str], ours: Mapping[str, Any], section: str
 ) -> dict[str, Any]:
-    """Return options of `PacaConfig` that a tool's user has given, and check them.
+    """Return options of `PacaConfig`, checked, that a tool's user has given.
 
-    Args:
-        theirs: The tool's own options; None, and empty lists and tables, are not given.
-        names: Its name of an option -> the name in `PacaConfig`.
-        ours: Options under the names of `PacaConfig`.
-        section: What the tool calls `ours`, for messages.
-
-    Raises:
-        ValueError: If an option does not exist, has two values, or `PacaConfig` refuses it.
+    `theirs` are the tool's own, where None and what is empty is not given, and `names` what they
+    are in `PacaConfig`; `ours` have its names already, in what the tool calls `section`.
     """
     if not isinstance(ours, Mapping):
         raise ValueError(f"`{section}` ({ours!r}) must be a table of PacaConfig's options.")
@@ -53,15 +45,9 @@ def join_options(
 
 
 def refuse_options(theirs: Mapping[str, Any], reasons: Mapping[str, str], method: str) -> None:
-    """Refuse options of a tool that are set and that PaCA would not keep.
+    """Refuse options of a tool that are set and that PaCA would not keep, with the reasons why.
 
-    Args:
-        theirs: The tool's own options; False, 0 and what is empty are not set.
-        reasons: Its name of an option -> why it cannot be kept.
-        method: How the tool's user has asked for PaCA.
-
-    Raises:
-        ValueError: If one is set.
+    `method` is how the tool's user has asked for PaCA.
     """
     for name, reason in reasons.items():
         if value := theirs.get(name):

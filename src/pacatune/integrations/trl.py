@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from trl.generation import vllm_client, vllm_generation
 
-from pacatune.integrations.vllm import BACKEND, VllmTransport
+from pacatune.integrations.broadcast import BACKEND
+from pacatune.integrations.vllm import VllmTransport
 from pacatune.sync.source import ColumnSource
 from pacatune.tuner.layer import PacaLayer
 

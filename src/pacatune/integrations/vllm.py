@@ -14,18 +14,15 @@ import json
 import urllib.error
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.sync.message import Columns, Positions, to_wire
 from pacatune.sync.transport import File
-
-BACKEND = "pacatune"
-"""Name of the engine in vLLM's `weight_transfer_config`."""
 
 
 def register() -> None:
@@ -267,41 +264,3 @@ class _Server:
         except urllib.error.URLError as error:
             raise ConnectionError(f"{self.address} does not answer ({error.reason}).") from error
         return json.loads(text) if text else None
-
-
-class Broadcast:
-    """A process group of a trainer (rank 0) and vLLM's workers, beside those that they have.
-
-    gloo on CPUs, NCCL on GPUs. All processes make it together.
-    """
-
-    def __init__(
-        self, host: str, port: int, rank: int, size: int, device: torch.device, timeout: float
-    ) -> None:
-        from torch import distributed
-        from torch.distributed import distributed_c10d as c10d
-
-        self.device = device
-        wait = timedelta(seconds=timeout)
-        # Public, though not in the types of torch.
-        store_class = cast(Any, distributed).TCPStore
-        store = store_class(host, port, size, is_master=rank == 0, timeout=wait)
-        self._group: Any
-        if device.type == "cpu":
-            self._group = c10d.ProcessGroupGloo(store, rank, size, wait)
-        else:
-            options = c10d.ProcessGroupNCCL.Options()
-            options._timeout = wait
-            self._group = c10d.ProcessGroupNCCL(store, rank, size, options)
-
-    def broadcast(self, buffer: Tensor) -> Tensor:
-        """Send a buffer (rank 0), or receive into it."""
-        from torch.distributed import BroadcastOptions
-
-        options = BroadcastOptions()
-        options.rootRank = 0
-        part = buffer.to(self.device)
-        self._group.broadcast([part], options).wait()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return part

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from pacatune.integrations.vllm import BACKEND, Broadcast
+from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.sync.message import Columns, Positions, from_wire
 from pacatune.sync.placement import FUSIONS
 from pacatune.sync.receiver import ColumnReceiver

@@ -1,41 +1,25 @@
-"""Fine-tuning: `train(RunConfig(...))`, or the configuration of another task. Parts are lazy."""
+"""Fine-tuning: `train(RunConfig(task=..., model=..., data=...))`. Parts are lazy."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
-    from pacatune.training.config import ModelConfig, RunConfig, TrainingConfig
+    from pacatune.training.config import ModelConfig, RunConfig
     from pacatune.training.language import preview
-    from pacatune.training.preference_config import (
-        DpoRunConfig,
-        DpoTrainingConfig,
-        KtoRunConfig,
-        KtoTrainingConfig,
-        RewardRunConfig,
-        RewardTrainingConfig,
-    )
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
     from pacatune.training.rewards import RewardError
-    from pacatune.training.rl_config import (
-        GrpoRunConfig,
-        GrpoTrainingConfig,
-        RlooRunConfig,
-        RlooTrainingConfig,
-    )
     from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
+    from pacatune.training.tasks import TASKS, TaskSpec
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
+    TrainingConfig: Any
+
 __all__ = [
+    "TASKS",
     "DataConfig",
-    "DpoRunConfig",
-    "DpoTrainingConfig",
-    "GrpoRunConfig",
-    "GrpoTrainingConfig",
-    "KtoRunConfig",
-    "KtoTrainingConfig",
     "LoraSection",
     "ModelConfig",
     "MosLoraSection",
@@ -44,11 +28,8 @@ __all__ = [
     "PromptDataConfig",
     "Report",
     "RewardError",
-    "RewardRunConfig",
-    "RewardTrainingConfig",
-    "RlooRunConfig",
-    "RlooTrainingConfig",
     "RunConfig",
+    "TaskSpec",
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
@@ -60,10 +41,11 @@ __getattr__, __dir__ = import_later(
     __name__,
     __all__,
     (
+        "..data",
+        ".tasks",
         ".config",
         ".sections",
-        ".preference_config",
-        ".rl_config",
+        ".arguments",
         ".rewards",
         ".trainer",
         ".language",

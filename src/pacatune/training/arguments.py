@@ -1,12 +1,22 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
 from pacatune.training.ranges import check_ranges
+from pacatune.training.tasks import TASKS, load
+
+_MODEL_ARGUMENTS = {
+    "trust_remote_code": "code of a model is never executed",
+    "dtype": "set `model.dtype`",
+    "torch_dtype": "set `model.dtype`",
+    "revision": "set `model.revision`",
+    "attn_implementation": "set `model.attn_implementation`",
+}
 
 
 @dataclass
@@ -115,6 +125,61 @@ class SharedDefaults:
         super().__post_init__()  # type: ignore[misc]
         if self.use_cpu:
             self.dataloader_pin_memory = False
+
+
+@dataclass
+class TrlDefaults(SharedDefaults):
+    """Put before one of TRL's classes of arguments."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        **SharedDefaults.elsewhere,
+        "trust_remote_code": "code of a model is never executed; use a converted model",
+        "remove_unused_columns": "the data has the columns that training needs",
+    }
+
+    learning_rate: float | None = None
+    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
+    others; for dpo, kto, grpo and rloo a tenth of it."""
+
+    def check_options(self) -> None:
+        """Refuse also model arguments of other sections, and what this device cannot do."""
+        super().check_options()
+        for name in getattr(self, "model_init_kwargs", None) or {}:
+            if name in _MODEL_ARGUMENTS:
+                raise ValueError(
+                    f"`training.model_init_kwargs` has {name!r}, which is not offered: "
+                    f"{_MODEL_ARGUMENTS[name]}."
+                )
+        if getattr(self, "activation_offloading", False) and self.on_cpu:
+            raise ValueError(
+                "`training.activation_offloading` (True) moves activations off an accelerator, and "
+                "this run is on the CPU; drop it."
+            )
+
+
+@cache
+def training_class(task: str) -> type[Any]:
+    """Return the class of a task's section `training`: the trainer's, with our defaults before."""
+    spec = TASKS[task]
+    theirs: type[Any] = load(spec.arguments)
+    if issubclass(theirs, SharedDefaults):
+        return theirs
+    ours = TrlDefaults if spec.is_of_trl else SharedDefaults
+    name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"
+    made = {
+        "__doc__": f"Every option of {theirs.__name__}, with the defaults of ours.",
+        "__module__": __name__,
+        "elsewhere": {**ours.elsewhere, **spec.refuse},
+    }
+    return dataclass(type(name, (ours, theirs), made))
+
+
+def __getattr__(name: str) -> type[Any]:
+    """Return `TrainingConfig`, `DpoTrainingConfig`, ...: what is pickled is found by its name."""
+    task = name.removesuffix("TrainingConfig").lower() or "sft"
+    if not name.endswith("TrainingConfig") or task not in TASKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return training_class(task)
 
 
 def own_options(training_class: type) -> set[str]:

@@ -1,38 +1,20 @@
-"""Fine-tuning of an encoder that tells texts of some classes apart."""
+"""Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import DataCollatorWithPadding, TrainingArguments
 
-from pacatune import pretrained
+from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import check_counts, check_fraction
 from pacatune.data.read import read_rows
-from pacatune.methods import CLASSIFIER_METHODS
-from pacatune.precision import dtype_name, torch_dtype
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.config import BaseRunConfig, ModelConfig
-from pacatune.training.task import (
-    Plan,
-    Prepared,
-    Task,
-    make_adapter_config,
-    make_plan,
-    put_adapter,
-)
-from pacatune.training.trainer import RunTrainer, accuracy
+from pacatune.training.language import LanguageTask
+from pacatune.training.trainer import accuracy
 
 
 @dataclass(kw_only=True)
@@ -65,146 +47,28 @@ class TextClassConfig:
         check_fraction(self.eval_fraction)
         check_counts(self, "num_train", "max_length")
 
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return f"`{self.path}`"
+
 
 @dataclass
 class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Every option of transformers' TrainingArguments, with these defaults."""
 
+    learning_rate: float | None = None
+    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
+    head, 1e-4 full."""
+
     warmup_steps: float = 0.1
-    """Steps in which the learning rate rises; below 1, a share of all steps."""
+    """Steps in which the learning rate rises; below 1, a share of all steps. A new head
+    starts random, and so do the gradients that it sends to the other layers."""
 
     per_device_train_batch_size: int = 16
     """Texts per device and step."""
 
     per_device_eval_batch_size: int = 64
     """Texts per device and evaluation step."""
-
-
-@dataclass(kw_only=True)
-class ClassifierConfig(BaseRunConfig[Any]):
-    """One fine-tuning run of a classifier of texts; its head is new and trained in any case."""
-
-    command: ClassVar[str] = "classify"
-    methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
-    task_class: ClassVar[str] = "pacatune.training.classifier:ClassifierTask"
-
-    model: ModelConfig
-    """An encoder, or any model that transformers can put a classifier on."""
-
-    data: TextClassConfig
-    """Texts and labels."""
-
-    training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
-    """Every option of transformers' TrainingArguments."""
-
-    def __post_init__(self) -> None:
-        if self.model.quantization is not None:
-            raise ValueError(
-                f"`model.quantization` ({self.model.quantization!r}) is not offered for "
-                "classifiers; leave it out."
-            )
-        super().__post_init__()
-
-
-class ClassifierTask(Task[ClassifierConfig]):
-    """A run on texts with classes; studies measure it and keep nothing else."""
-
-    unit = "texts"
-    less_memory = "`data.max_length`"
-
-    tokenizer: PreTrainedTokenizerBase
-    classes: list[str]
-
-    def plan(self) -> Plan:
-        """Say what would be trained; of the data, only the labels are used."""
-        return self._plan(split_texts(self.config.data)[0].classes())[0]
-
-    def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None]:
-        config = self.config
-        model_config = pretrained.load_config(config.model.path, revision=config.model.revision)
-        model_config.num_labels = len(classes)
-        model = pretrained.empty_model(AutoModelForSequenceClassification, model_config)
-        # PEFT adds the head to it
-        adapter = make_adapter_config(config, model, task_type="SEQ_CLS")
-        plan = make_plan(model, lambda base: self._make_trainable(base, adapter), config)
-        return plan, adapter
-
-    def prepare(self) -> Prepared:
-        """Read and encode the texts, and plan what is trained."""
-        config = self.config
-        train, held_out = split_texts(config.data)
-        self.classes = train.classes()
-        path = pretrained.find_model(config.model.path, config.model.revision)
-        self.tokenizer = pretrained.load_tokenizer(path, revision=config.model.revision)
-        plan, adapter = self._plan(self.classes)
-        return Prepared(
-            train=self.encode(train),
-            evaluation=self.encode(held_out) if held_out.texts else None,
-            fingerprint=train.fingerprint(),
-            about_data=f"{len(train.texts):,} texts of {len(self.classes)} classes, "
-            f"{len(held_out.texts):,} held out; a new head",
-            adapter_config=adapter,
-            plan=plan,
-            model=path,
-            dtype=dtype_name(self._dtype()),
-            warnings=overlap_warning(train.texts, held_out.texts, "validation texts"),
-        )
-
-    def encode(self, texts: "LabelledTexts") -> Dataset:
-        """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
-        from datasets import Dataset
-
-        if unknown := sorted(set(texts.labels) - set(self.classes)):
-            raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
-        limit = self.config.data.max_length
-        columns = self.tokenizer(texts.texts, truncation=True, max_length=limit)
-        columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
-        labels = [self.classes.index(label) for label in texts.labels]
-        return Dataset.from_dict({**columns, "labels": labels})
-
-    def load_model(self) -> nn.Module:
-        """Load an encoder and put a new head for the classes on it."""
-        model: nn.Module = pretrained.load_weights(
-            AutoModelForSequenceClassification,
-            self.config.model.path,
-            dtype=self._dtype(),
-            revision=self.config.model.revision,
-            num_labels=len(self.classes),
-            attn_implementation=self.config.model.attn_implementation,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-        )
-        return model
-
-    def _dtype(self) -> torch.dtype:
-        name = self.config.model.dtype
-        return torch.float32 if name == "auto" else torch_dtype(name)
-
-    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
-        """Return some texts as one padded batch."""
-        collate = DataCollatorWithPadding(self.tokenizer)
-        return dict(collate([examples[place] for place in places]))
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> "ClassifierTrainer":
-        """Return the trainer, which measures accuracy."""
-        return ClassifierTrainer(
-            model=self._make_trainable(model, adapter_config),
-            data_collator=DataCollatorWithPadding(self.tokenizer),
-            compute_metrics=accuracy,
-            **options,
-        )
-
-    def _make_trainable(self, model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
-        """Put the adapter on a model, or set which of its weights are trained."""
-        if self.config.method == "head":
-            cast(PreTrainedModel, model).base_model.requires_grad_(False)
-        return put_adapter(model, adapter)
-
-
-class ClassifierTrainer(RunTrainer):
-    """Trainer of classifiers, whose batches are counted by their labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +95,34 @@ class LabelledTexts:
             texts=[self.texts[place] for place in places],
             labels=[self.labels[place] for place in places],
         )
+
+
+def prepare(task: LanguageTask) -> PreparedData:
+    """Read and encode the texts; the model gets a head for their classes."""
+    train, held_out = split_texts(task.config.data)
+    classes = train.classes()
+    task.model_options = {"num_labels": len(classes)}
+    task.length_option = "`data.max_length`"
+    task.less_memory = task.length_option
+    task.collator = DataCollatorWithPadding(task.tokenizer)
+    task.trainer_options = {"data_collator": task.collator, "compute_metrics": accuracy}
+    rows = encode(task, train, classes)
+    return PreparedData(
+        rows,
+        encode(task, held_out, classes) if held_out.texts else None,
+        max(map(len, rows["input_ids"])),
+        overlap_warning(train.texts, held_out.texts, "validation texts"),
+    )
+
+
+def encode(task: LanguageTask, texts: LabelledTexts, classes: list[str]) -> Dataset:
+    """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
+    if unknown := sorted(set(texts.labels) - set(classes)):
+        raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
+    limit = task.config.data.max_length
+    columns: Any = task.tokenizer(texts.texts, truncation=True, max_length=limit)
+    columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
+    return Dataset.from_dict({**columns, "labels": [classes.index(one) for one in texts.labels]})
 
 
 def read_texts(path: str, split: str, option: str = "data.path") -> LabelledTexts:

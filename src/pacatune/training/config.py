@@ -1,35 +1,23 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
 import copy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
-from trl import SFTConfig
-
-from pacatune.data import DataConfig
+from pacatune.data.config import REASONING_GYM
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
-from pacatune.names import check_choices
+from pacatune.names import check_choices, choose, suggest
 from pacatune.precision import Dtype
 from pacatune.pretrained import refuse_no_path
-from pacatune.training.arguments import SharedDefaults
-from pacatune.training.report import Report, RunReport
-from pacatune.training.sections import (
-    ADAPTER_SECTIONS,
-    LoraSection,
-    MosLoraSection,
-    PacaSection,
-)
+from pacatune.training.sections import ADAPTER_SECTIONS
+from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec, sections_of
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
-_MODEL_ARGUMENTS = {
-    "trust_remote_code": "code of a model is never executed",
-    "dtype": "set `model.dtype`",
-    "torch_dtype": "set `model.dtype`",
-    "revision": "set `model.revision`",
-    "attn_implementation": "set `model.attn_implementation`",
-}
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(kw_only=True)
@@ -65,48 +53,45 @@ class ModelConfig:
         check_choices(self, "model.")
 
 
-R = TypeVar("R", bound="RunReport")
-"""Report of a run."""
-
-
 @dataclass(kw_only=True)
-class BaseRunConfig(Generic[R]):
-    """One fine-tuning run, whatever its task.
+class RunConfig:
+    """One fine-tuning run, of any task.
 
-    The class of a task has its own sections for model, data and training, and names the task.
+    Sections are given as mappings, as YAML has them, or as objects of their classes. Making a run
+    reads nothing and changes no section that it is given.
+
+    Raises:
+        ValueError: If the options contradict each other.
+        TypeError: If a section is of another task.
     """
 
-    command: ClassVar[str]
-    """Name of the command that does such runs."""
-    methods: ClassVar[tuple[str, ...]]
-    """Names of the methods that are offered: of language models, or of classifiers."""
-    task_class: ClassVar[str]
-    """`module:class` of its `Task`; imported when it runs, since it needs the trainer."""
-    rate_share: ClassVar[float] = 1.0
-    """Learning rates where a run says none, as a share of those of `METHODS`."""
-    best_metric: ClassVar[str] = "eval_loss"
-    """What the best checkpoint is best in."""
+    task: str = DEFAULT_TASK
+    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo` or `rloo`. Each
+    has options of its own: `--task dpo --help`."""
 
     method: str = "paca"
-    """How to fine-tune; a name of `METHODS`."""
+    """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
+    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
+    (LoRA on a quantised base), or `full` (every weight); for classifiers also `head` (the new head
+    alone)."""
 
-    model: Any
-    """The pretrained model: `path` and `revision` at least."""
+    model: Any = field(default_factory=dict)
+    """The pretrained model: a `ModelConfig`."""
 
-    data: Any
-    """The data, with the option `eval_fraction`."""
+    data: Any = field(default_factory=dict)
+    """Training and evaluation data: a `DataConfig`, or that of another task."""
 
-    paca: PacaSection = field(default_factory=PacaSection)
-    """Options of the methods paca and qpaca."""
+    paca: Any = field(default_factory=dict)
+    """Options of the methods paca and qpaca: a `PacaSection`."""
 
-    lora: LoraSection = field(default_factory=LoraSection)
-    """Options of the methods lora, lora_dropout, dora, moslora and qlora."""
+    lora: Any = field(default_factory=dict)
+    """Options of the methods lora, lora_dropout, dora, moslora and qlora: a `LoraSection`."""
 
-    moslora: MosLoraSection = field(default_factory=MosLoraSection)
-    """Options of the method moslora."""
+    moslora: Any = field(default_factory=dict)
+    """Options of the method moslora: a `MosLoraSection`."""
 
-    training: Any
-    """The arguments of the trainer, of a class that begins with `SharedDefaults`."""
+    training: Any = field(default_factory=dict)
+    """Every option of the trainer's class of arguments; of SFTConfig: a `TrainingConfig`."""
 
     lean: Literal["auto", "off", "require"] = "auto"
     """Keep less for backward, exactly: gated MLPs, norms, attention and loss as `pacatune.lean`
@@ -117,94 +102,86 @@ class BaseRunConfig(Generic[R]):
     input; 3 query, key and value, too. Gradients stay the same."""
 
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a lower eval_loss, and keep the best result."""
+    """Stop after this many evaluations without a better eval_loss (or eval_reward, where there are
+    rewards), and keep the best result."""
 
-    @property
-    def start(self) -> str | None:
-        """The adapter that is trained on, where the task can do that and the run asks for it."""
-        return None
+    adapter: str | None = None
+    """Folder or hub id of a finished adapter of the same method, which is trained on: its columns
+    and options stay, its values go on. Null: a new adapter."""
 
-    @classmethod
-    def sections(cls) -> dict[str, type[Any]]:
-        """Return the class of each section by its name."""
-        hints = get_type_hints(cls)
-        return {f.name: hints[f.name] for f in fields(cls) if is_dataclass(hints[f.name])}
-
-    @classmethod
-    def default_rate(cls, method: str) -> float:
-        """Return the learning rate of a method where the run says none."""
-        found = METHODS[method]
-        rate = found.text_rate if cls.methods is TEXT_METHODS else found.head_rate
-        assert rate is not None, "the method is offered"
-        return rate * cls.rate_share
-
-    def repeat_command(self, config_file: object) -> str:
-        """Return the command that does this run, as a saved configuration says it."""
-        return f"pacatune {self.command} --config {config_file}"
-
-    def adapter_options(self) -> dict[str, Any]:
-        """Return the options of the adapter, as PEFT's class of the method takes them."""
-        method = METHODS[self.method]
-        if method.is_paca:
-            return self.paca.adapter_options()
-        more = asdict(self.moslora) if method.is_moslora else {}
-        return {**asdict(self.lora), **more}
+    reward: list[str] = field(default_factory=list)
+    """Rewards: Python functions as module:name, which only the command line may give
+    (`--reward my_rewards:is_short`, several times for several), or `reasoning-gym:TASK`, the
+    verifier of the data that reasoning-gym makes, which is the reward where none is given."""
 
     def __post_init__(self) -> None:
         """Check what concerns several sections, and fill in what one leaves to another.
 
         What is filled in is filled into copies: the caller's sections may serve other runs.
         """
-        sections = self.sections()
-        for name in sections:
-            setattr(self, name, copy.copy(getattr(self, name)))
-        training_class = sections["training"]
-        if not isinstance(self.training, training_class):
-            package = training_class.__module__.rpartition(".")[0]
-            raise TypeError(
-                f"`training` is a {type(self.training).__name__}; it must be a "
-                f"{package}.{training_class.__name__}."
-            )
-        self.training.given = dict(self.training.given)
+        from pacatune.tuner.compat import require
+
+        spec = TASKS[choose(self.task, TASKS, option="task")]
+        if spec.is_of_trl:
+            # 1.13 does not await a reward that is an object; without Triton, 1.15 has no loss.
+            require("TRL", "1.16", f"`pacatune {spec.command}`")
+        kinds = sections_of(self.task)
+        self._given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
+        for name, kind in kinds.items():
+            setattr(self, name, _section(name, getattr(self, name), kind))
+        self._refuse_options_of_other_tasks(spec)
         check_lean_level(self.lean_level, lean=self.lean)
-        method = method_of(self.method, self.methods)
+        method = method_of(self.method, spec.methods)
         self.method = method.name
         if method.quantization is not None and self.model.quantization is None:
             self.model.quantization = method.quantization
         if method.dropout is not None and self.lora.lora_dropout == 0:
             self.lora.lora_dropout = method.dropout
         self._refuse_other_methods()
-        training = self.training
-        if training.learning_rate is None:
-            rate = self.default_rate(self.method)
-            training.learning_rate = training.given["learning_rate"] = rate
-        if self.early_stopping_patience is not None:
-            _set_early_stopping(training, self.early_stopping_patience, self.best_metric)
-        wanted = [n for n in _EVALUATION if getattr(self.data, n, None)]
-        if training.eval_strategy == "no":
-            self._evaluate_nothing(wanted)
-            wanted = []
-        chooses = training.load_best_model_at_end or _name(training.save_strategy) == "best"
-        if chooses and not wanted:
-            raise ValueError(
-                "the best checkpoint is to be kept (`early_stopping_patience`, "
-                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
-                "evaluation data; set `data.eval_path` or `data.eval_fraction`, and "
-                "`training.eval_strategy` to steps or epoch."
-            )
+        self._settle_training(spec)
+        self._check_evaluation()
+        if "reward" in spec.reads:
+            self._settle_rewards()
+        check_dropout(self)
+        if spec.reference is not None:
+            check_reference(self, spec.reference)
 
-    def _evaluate_nothing(self, wanted: list[str]) -> None:
-        """Hold nothing out; refuse what asks for an evaluation all the same."""
-        if self.data.eval_fraction == type(self.data).eval_fraction:
-            self.data.eval_fraction = 0.0
-        given = [f"data.{name}" for name in wanted if getattr(self.data, name)]
-        given += [f"training.{n}" for n in ("do_eval", "eval_on_start") if self.training.given[n]]
-        if given:
-            raise ValueError(
-                f"`training.eval_strategy` ('no') evaluates nothing, and `{given[0]}` asks for an "
-                "evaluation; drop one of them (steps with a large `training.eval_steps` evaluates "
-                "before and after training alone)."
-            )
+    @property
+    def spec(self) -> TaskSpec:
+        """The row of the table of tasks."""
+        return TASKS[self.task]
+
+    def given(self, section: str) -> dict[str, Any]:
+        """Return the options of an adapter's section that were given, by their names."""
+        return self._given[section]
+
+    def repeat_command(self, config_file: object) -> str:
+        """Return the command that does this run, as a saved configuration says it."""
+        # Functions are named in it, not in the file.
+        words = "".join(f" --reward {name}" for name in self.reward) if self.code() else ""
+        return f"pacatune {self.spec.command} --config {config_file}{words}"
+
+    def code(self) -> list[str]:
+        """Return the rewards that are Python functions, which only the command line may give."""
+        return [name for name in self.reward if not name.startswith(REASONING_GYM)]
+
+    def adapter_options(self) -> dict[str, Any]:
+        """Return the options of the adapter, as PEFT's class of the method takes them."""
+        method = METHODS[self.method]
+        if method.is_paca:
+            options: dict[str, Any] = self.paca.adapter_options()
+            return options
+        more = asdict(self.moslora) if method.is_moslora else {}
+        return {**asdict(self.lora), **more}
+
+    def _refuse_options_of_other_tasks(self, spec: TaskSpec) -> None:
+        for name in ("adapter", "reward"):
+            if getattr(self, name) and name not in spec.reads:
+                tasks = ", ".join(task for task, one in TASKS.items() if name in one.reads)
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)!r}) is an option of {tasks}, and `task` is "
+                    f"{self.task!r}; drop it."
+                )
 
     def _refuse_other_methods(self) -> None:
         for name in ADAPTER_SECTIONS:
@@ -212,18 +189,136 @@ class BaseRunConfig(Generic[R]):
             methods = readers_of(name)
             if self.method in methods:
                 continue
-            default = type(section)()
-            for option in fields(section):
-                value = getattr(section, option.name)
-                if value != getattr(default, option.name):
+            for option, value in _given(section).items():
+                raise ValueError(
+                    f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, "
+                    f"and `method` ({self.method!r}) would ignore it; drop it or change `method`."
+                )
+
+    def _settle_training(self, spec: TaskSpec) -> None:
+        """Fill in the learning rate, and what the best checkpoint is best in."""
+        training = self.training
+        if training.learning_rate is None:
+            rate = default_rate(spec, self.method)
+            training.learning_rate = training.given["learning_rate"] = rate
+        metric = spec.best_metric
+        if self.early_stopping_patience is not None:
+            _check_early_stopping(training, self.early_stopping_patience)
+            training.load_best_model_at_end = True
+        elif (
+            training.given["metric_for_best_model"] is not None
+            or not _chooses(training)
+            or metric.endswith("loss")
+        ):
+            return
+        else:
+            training.given["metric_for_best_model"] = metric
+        training.metric_for_best_model = metric
+        training.greater_is_better = not metric.endswith("loss")
+
+    def _check_evaluation(self) -> None:
+        """Hold nothing out where nothing is evaluated; refuse what asks for it all the same."""
+        data, training = self.data, self.training
+        wanted = [name for name in _EVALUATION if getattr(data, name, None)]
+        if training.eval_strategy == "no":
+            if data.eval_fraction == type(data).eval_fraction:
+                data.eval_fraction = 0.0
+            given = [f"data.{name}" for name in wanted if getattr(data, name)]
+            given += [f"training.{n}" for n in ("do_eval", "eval_on_start") if training.given[n]]
+            if given:
+                raise ValueError(
+                    f"`training.eval_strategy` ('no') evaluates nothing, and `{given[0]}` asks for "
+                    "an evaluation; drop one of them (steps with a large `training.eval_steps` "
+                    "evaluates before and after training alone)."
+                )
+            wanted = []
+        if _chooses(training) and not wanted:
+            raise ValueError(
+                "the best checkpoint is to be kept (`early_stopping_patience`, "
+                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
+                "evaluation data; set `data.eval_path` or `data.eval_fraction`, and "
+                "`training.eval_strategy` to steps or epoch."
+            )
+
+    def _settle_rewards(self) -> None:
+        """Take the verifier of generated data where no reward is given; refuse what is none."""
+        data = self.data
+        self.reward = list(self.reward) or ([data.path] if data.is_generated else [])
+        if not self.reward:
+            raise ValueError(
+                "there is no reward; give one on the command line, as in `--reward "
+                "my_rewards:is_short` (a Python function by module and name)."
+            )
+        for name in self.reward:
+            if name.startswith(REASONING_GYM):
+                if name != data.path:
                     raise ValueError(
-                        f"`{name}.{option.name}` ({value!r}) is an option of {', '.join(methods)}, "
-                        f"and `method` ({self.method!r}) would ignore it; drop it or change "
-                        "`method`."
+                        f"`reward` ({name!r}) scores what reasoning-gym generates for it, and "
+                        f"`data.path` is {data.path!r}; set that to {name!r} too."
                     )
+            elif not _CODE.fullmatch(name):
+                raise ValueError(
+                    f"`reward` ({name!r}) must be a Python function as module:name, such as "
+                    f"my_rewards:is_short, or {REASONING_GYM}TASK."
+                )
+        if len(set(self.reward)) < len(self.reward):
+            raise ValueError(
+                f"`reward` ({', '.join(self.reward)}) names one twice; set "
+                "`training.reward_weights` instead."
+            )
+        weights = self.training.reward_weights
+        if weights is not None and len(weights) != len(self.reward):
+            raise ValueError(
+                f"`training.reward_weights` ({weights}) has {len(weights)} weights for "
+                f"{len(self.reward)} rewards ({', '.join(self.reward)}); give one for each."
+            )
 
 
-def _set_early_stopping(training: Any, patience: int, metric: str) -> None:
+def default_rate(spec: TaskSpec, method: str) -> float:
+    """Return the learning rate of a method where a run of a task says none."""
+    found = METHODS[method]
+    rate = found.text_rate if spec.methods is TEXT_METHODS else found.head_rate
+    assert rate is not None, "the method is offered"
+    return rate * spec.rate_share
+
+
+def _section(name: str, given: Any, kind: type[Any]) -> Any:
+    """Return a section of the run's own, of a class."""
+    if isinstance(given, Mapping):
+        known = [option.name for option in fields(kind) if option.init]
+        for option in given:
+            if option not in known:
+                raise ValueError(f"unknown option {name}.{option}; {suggest(str(option), known)}")
+        return kind(**given)
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"`{name}` is a {type(given).__name__}; it must be a mapping of options, or a "
+            f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}."
+        )
+    section = copy.copy(given)
+    if name == "training":
+        section.given = dict(given.given)
+    return section
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """Return the options of an adapter's section that are given, or have not their defaults."""
+    if isinstance(section, Mapping):
+        return dict(section)
+    default = type(section)()
+    return {
+        option.name: value
+        for option in fields(section)
+        if (value := getattr(section, option.name)) != getattr(default, option.name)
+    }
+
+
+def _chooses(training: Any) -> bool:
+    """Whether the best checkpoint is kept."""
+    return bool(training.load_best_model_at_end) or _name(training.save_strategy) == "best"
+
+
+def _check_early_stopping(training: Any, patience: int) -> None:
     if patience < 1:
         raise ValueError(f"`early_stopping_patience` ({patience}) must be at least 1, or null.")
     same = training.save_strategy == training.eval_strategy and (
@@ -237,150 +332,47 @@ def _set_early_stopping(training: Any, patience: int, metric: str) -> None:
             f"`training.eval_strategy` ({_name(training.eval_strategy)}) and "
             f"`training.eval_steps` ({training.eval_steps}), and not be 'no'."
         )
-    training.load_best_model_at_end = True
-    training.metric_for_best_model = metric
-    training.greater_is_better = not metric.endswith("loss")
+
+
+def check_dropout(config: RunConfig) -> None:
+    """Refuse dropout that TRL would switch off."""
+    if config.lora.lora_dropout and getattr(config.training, "disable_dropout", False):
+        raise ValueError(
+            f"`lora.lora_dropout` ({config.lora.lora_dropout:g}, of `method` {config.method!r}) is "
+            "switched off by `training.disable_dropout` (True); set that to false, or take the "
+            "dropout out."
+        )
+
+
+def check_reference(config: RunConfig, option: str) -> None:
+    """Refuse what would make another model of the reference: the model with the adapter off.
+
+    `option` is `beta`, which asks no reference at 0, or `precompute_ref_log_probs`, which asks it
+    before the model trains.
+    """
+    task, method = config.task, METHODS[config.method]
+    asks_before = option == "precompute_ref_log_probs"
+    asks = bool(getattr(config.training, option)) != asks_before
+    if config.adapter is not None and (asks or asks_before):
+        raise ValueError(
+            f"`adapter` ({config.adapter!r}) with `task` ({task!r}): the reference is the model "
+            "with the adapter off, and should be the one that training starts from; merge the "
+            "adapter (`pacatune merge`), which is exact, and give the result as `model.path`."
+        )
+    if asks and not method.has_adapter:
+        raise ValueError(
+            f"`method` ({config.method!r}) with `task` ({task!r}): the reference is the model with "
+            "the adapter off, and this method has none, so a second model would lie in memory; "
+            f"choose another method, or set `training.{option}` to "
+            f"{'true' if asks_before else 0}."
+        )
+    if asks and method.is_paca and config.paca.bias != "none":
+        raise ValueError(
+            f"`paca.bias` ({config.paca.bias!r}) trains biases of the base, which stay trained "
+            "where the adapter is off, so the reference would not be the pretrained model; set it "
+            "to none."
+        )
 
 
 def _name(choice: Any) -> str:
     return str(getattr(choice, "value", choice))
-
-
-@dataclass
-class TrlDefaults(SharedDefaults):
-    """Put before one of TRL's classes of arguments.
-
-    Raises:
-        ValueError: If an option is set that the task decides elsewhere or does not offer.
-    """
-
-    elsewhere: ClassVar[dict[str, str]] = {
-        **SharedDefaults.elsewhere,
-        "trust_remote_code": "code of a model is never executed; use a converted model",
-        "remove_unused_columns": "the data has the columns that training needs",
-    }
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full,
-    2e-4 the others."""
-
-    def check_options(self) -> None:
-        """Refuse also model arguments of other sections, and what this device cannot do."""
-        super().check_options()
-        for name in getattr(self, "model_init_kwargs", None) or {}:
-            if name in _MODEL_ARGUMENTS:
-                raise ValueError(
-                    f"`training.model_init_kwargs` has {name!r}, which is not offered: "
-                    f"{_MODEL_ARGUMENTS[name]}."
-                )
-        if getattr(self, "activation_offloading", False) and self.on_cpu:
-            raise ValueError(
-                "`training.activation_offloading` (True) moves activations off an accelerator, and "
-                "this run is on the CPU; drop it."
-            )
-
-
-@dataclass
-class TrainingConfig(TrlDefaults, SFTConfig):
-    """Every option of TRL's SFTConfig, with these defaults."""
-
-    elsewhere: ClassVar[dict[str, str]] = {
-        **TrlDefaults.elsewhere,
-        "chat_template_path": "set `data.chat_template`",
-        "dataset_text_field": "name the column 'text'",
-        "dataset_kwargs": "data is always prepared before the model is loaded",
-        "completion_only_loss": "set `data.loss` to completion or all",
-        "assistant_only_loss": "set `data.loss` to completion or all",
-        "truncation_mode": "examples are cut at their end; shorten them yourself",
-    }
-
-    def check_options(self) -> None:
-        """Refuse also packing that lets examples see each other."""
-        super().check_options()
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
-                "`training.packing_strategy` ('wrapped') lets examples attend to each other; "
-                "use 'bfd' or 'bfd_split'."
-            )
-
-
-@dataclass(kw_only=True)
-class LanguageRunConfig(BaseRunConfig[R]):
-    """One run of a language model, whatever is learned.
-
-    Raises:
-        ValueError: If the sections contradict each other.
-        TypeError: If `training` is of another task.
-    """
-
-    command: ClassVar[str] = "train"
-    methods: ClassVar[tuple[str, ...]] = TEXT_METHODS
-
-    method: str = "paca"
-    """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
-    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
-    (LoRA on a quantised base), or `full` (every weight)."""
-
-    model: ModelConfig
-    """The pretrained model."""
-
-    adapter: str | None = None
-    """Folder or hub id of a finished adapter of the same method, which is trained on: its columns
-    and options stay, its values go on. Null: a new adapter."""
-
-    def __post_init__(self) -> None:
-        """Refuse a TRL whose trainers ours cannot be put before, and options that do not fit."""
-        from pacatune.training.start import find_start, settle_start
-        from pacatune.tuner.compat import require
-
-        # 1.13 does not await a reward that is an object; without Triton, 1.15 computes no loss.
-        require("TRL", "1.16", f"`pacatune {self.command}`")
-        super().__post_init__()
-        find_start(self)
-        settle_start(self)
-
-    @property
-    def start(self) -> str | None:
-        """The adapter that is trained on."""
-        return self.adapter
-
-
-@dataclass(kw_only=True)
-class RunConfig(LanguageRunConfig[Report]):
-    """One run of supervised fine-tuning."""
-
-    task_class: ClassVar[str] = "pacatune.training.sft:SftTask"
-
-    task: Literal["sft"] = "sft"
-    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo` or `rloo`. Each
-    has options of its own: `--task dpo --help`."""
-
-    data: DataConfig
-    """Training and evaluation data."""
-
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Every option of TRL's SFTConfig."""
-
-    def __post_init__(self) -> None:
-        """Refuse also what cannot be done with a stream."""
-        super().__post_init__()
-        if not self.data.streaming:
-            return
-        training = self.training
-        if training.max_steps < 1:
-            raise ValueError(
-                f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a "
-                "stream has no end; set it to at least 1."
-            )
-        defaults = {
-            "packing": False,
-            "padding_free": False,
-            "shuffle_dataset": False,
-            "train_sampling_strategy": "random",
-        }
-        for name, default in defaults.items():
-            if (value := getattr(training, name)) != default:
-                raise ValueError(
-                    f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` "
-                    "reads it piece by piece; drop one of them."
-                )

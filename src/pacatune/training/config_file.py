@@ -4,8 +4,8 @@ This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import MISSING, Field, asdict, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from pacatune.names import suggest
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from pacatune.training.config import BaseRunConfig
+    from pacatune.training.config import RunConfig
 
 CONFIG_NAME = "config.yaml"
 
@@ -27,10 +27,6 @@ _UNSAVED = ("hub_token", "local_rank")
 _PATHS = (
     *("model.path", "adapter"),
     *("data.path", "data.eval_path", "data.chat_template", "data.root"),
-)
-# Left out while they have their defaults: a study knows its earlier runs by what is written.
-_LATER = (
-    *("adapter", "data.datasets", "data.mix_strategy", "data.streaming", "data.shuffle_buffer"),
 )
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
@@ -81,7 +77,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
+def to_values(config: "RunConfig") -> dict[str, Any]:
     """Return every option of ours and every training option that has not its default.
 
     What our class of training options sets otherwise than TRL's or transformers' is always there,
@@ -97,8 +93,8 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
         and f.name not in _UNSAVED
         and (f.name in ours or config.training.given[f.name] != _default_of(f))
     }
-    names = [f.name for f in fields(config) if f.name != "training"]
-    names.sort(key=lambda name: name != "task")  # first, since it says what the others may be
+    others = {"training", *others_options(config.task)}
+    names = [f.name for f in fields(config) if f.name not in others]
     values = {name: getattr(config, name) for name in names}
     plain = {
         name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
@@ -112,16 +108,12 @@ def to_values(config: "BaseRunConfig[Any]") -> dict[str, Any]:
             holder[key] = _absolute(holder[key])
     for source in plain["data"].get("datasets") or ():
         source["path"] = _absolute(source["path"])
-    for option in _LATER:
-        section, _, key = option.rpartition(".")
-        owner, holder = (values[section], plain[section]) if section else (config, plain)
-        known = {f.name: f for f in fields(owner)}
-        if key in known and holder[key] == _default_of(known[key]):
-            del holder[key]
+    if config.paca.from_file:
+        plain["paca"]["selection"] = _absolute(plain["paca"]["selection"])
     return plain
 
 
-def config_text(config: "BaseRunConfig[Any]", name: str) -> str:
+def config_text(config: "RunConfig", name: str) -> str:
     """Return the configuration as YAML with which the command `--config NAME` repeats the run."""
     text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
     return f"# Repeat with: {config.repeat_command(name)}\n{text}"
@@ -164,35 +156,37 @@ def option_parser(**options: Any) -> "ArgumentParser":
     return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2", **options)
 
 
-def changed_keys(
-    old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Return a line per option that differs, without those that a resumed run may change.
+def add_run_options(parser: "ArgumentParser", task: str) -> Collection[str]:
+    """Add an option for each field of a task's runs and of their sections; return the sections."""
+    from pacatune.training.config import RunConfig
+    from pacatune.training.tasks import sections_of
 
-    An option that the old run does not name, being older than it, had its default.
-    """
+    sections = sections_of(task)
+    parser.add_class_arguments(RunConfig, skip={*sections, *others_options(task)})
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    parser.set_defaults({"task": task})
+    return sections.keys()
+
+
+def others_options(task: str) -> set[str]:
+    """Return the options of a run that only other tasks have."""
+    from pacatune.training.tasks import TASKS
+
+    return {"adapter", "reward"} - {*TASKS[task].reads}
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a line per option that differs, without those that a resumed run may change."""
     flat_old, flat_new = (
         _dotted(values, {key for key, value in values.items() if isinstance(value, dict)})
         for values in (old, new)
     )
-    flat_old = {key: flat_old.get(key, (defaults or {}).get(key)) for key in {*flat_old, *flat_new}}
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
-        for key in sorted(flat_old)
+        for key in sorted({*flat_old, *flat_new})
         if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
     ]
-
-
-def defaults_of(config: "BaseRunConfig[Any]") -> dict[str, Any]:
-    """Return the defaults of our options that have one, by their dotted names."""
-    sections = {"": config, **{f"{f.name}.": getattr(config, f.name) for f in fields(config)}}
-    return {
-        f"{prefix}{option.name}": _plain(_default_of(option))
-        for prefix, section in sections.items()
-        if prefix != "training." and is_dataclass(section)
-        for option in fields(section)
-        if not (option.default is MISSING and option.default_factory is MISSING)
-    }
 
 
 def _default_of(option: Field[Any]) -> Any:
@@ -220,7 +214,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def local_paths(config: "BaseRunConfig[Any]") -> dict[str, str]:
+def local_paths(config: "RunConfig") -> dict[str, str]:
     """Return the options that name a local file or folder that exists."""
     values = to_values(config)
     given = _dotted(values, {name for name, value in values.items() if isinstance(value, dict)})

@@ -2,64 +2,74 @@
 
 import hashlib
 import os
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
-from pacatune.data import PreparedData, row_digests
+from pacatune.data import PreparedData, row_digests, show_preview
+from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.installation import repository_command
-from pacatune.methods import METHODS
+from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype, dtype_name
-from pacatune.training.config import BaseRunConfig
-from pacatune.training.metrics import MetricReport, metrics_of
+from pacatune.training.config import RunConfig
 from pacatune.training.progress import main_console, show_warnings
-from pacatune.training.report import RunReport, curve_of
+from pacatune.training.report import Report, curve_of, metrics_of
 from pacatune.training.task import (
     Plan,
     Prepared,
-    ReportedTask,
+    Task,
     make_adapter_config,
     make_plan,
-    put_adapter,
+    make_trainable,
     task_of,
 )
+from pacatune.training.tasks import load
 from pacatune.training.trainer import RunTrainer
 
-C = TypeVar("C", bound=BaseRunConfig[Any])
+# How the parts of a pair of answers are shown.
+_STYLES = {"chosen_ids": "green", "rejected_ids": "red", "completion_ids": "green"}
 
 
-class LanguageTask(ReportedTask[C]):
-    """A run on a language model, by one of TRL's trainers."""
+class LanguageTask(Task):
+    """A run on a language model; its row of the table says which.
+
+    The row's `prepare` reads the data, and may set any of the attributes.
+    """
 
     unit = "tokens"
     less_memory = "`training.max_length`, or set `training.gradient_checkpointing` to true"
-    pipeline_tag = "text-generation"
 
-    auto_class: Any = AutoModelForCausalLM
-    """Class of transformers that makes the model."""
-    task_type: str | None = "CAUSAL_LM"
-    """PEFT's name of what the adapted model does."""
-    length_option: ClassVar[str] = "`training.max_length`"
+    length_option = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
-    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
-    """Columns of the data by which a resumed run knows it again."""
-    model_options: ClassVar[dict[str, Any]] = {}
-    """Changes to the configuration of the model."""
-
     tokenizer: PreTrainedTokenizerBase
+    processor: Any = None
+    """What makes images into tensors, where the data has some."""
+    collator: Callable[[list[Any]], Any] | None = None
+    """Makes a batch of rows by which columns are chosen; None: pads what is learned of them."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.auto_class = self.spec.auto_class
+        self.task_type = self.spec.task_type
+        self.model_options: dict[str, Any] = {}
+        """Changes to the configuration of the model."""
+        self.trainer_options: dict[str, Any] = {}
+        """More arguments of the trainer."""
 
     def plan(self) -> Plan:
         """Say what would be trained; only the model's configuration is read."""
@@ -69,20 +79,24 @@ class LanguageTask(ReportedTask[C]):
         """Plan what is trained; see `plan_training`."""
         return plan_training(
             self.config,
-            auto_class=self.auto_class,
+            auto_class=self._auto_class,
             task_type=self.task_type,
             **self.model_options,
         )
 
-    @abstractmethod
+    @property
+    def _auto_class(self) -> Any:
+        return getattr(transformers, self.auto_class)
+
     def read_data(self) -> PreparedData:
-        """Read, encode and check the data, with the task's `tokenizer`."""
+        """Read, encode and check the data, as the row of the task says."""
+        self.tokenizer = load_tokenizer(self.config)
+        data: PreparedData = load(self.spec.prepare)(self)
+        return data
 
     def prepare(self) -> Prepared:
         """Load the tokenizer, encode the data, plan what is trained."""
-        config = self.config
-        self.tokenizer = load_tokenizer(config)
-        data = self.read_data()
+        config, data = self.config, self.read_data()
         plan, adapter_config, max_positions = self.plan_training()
         if max_positions is not None and data.longest > max_positions:
             data.warnings.append(
@@ -95,7 +109,7 @@ class LanguageTask(ReportedTask[C]):
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
-            fingerprint=fingerprint(rows, self.columns),
+            fingerprint=fingerprint(rows, self.spec.columns),
             about_data=f"{how_many} examples, {held_out:,} held out",
             adapter_config=adapter_config,
             plan=plan,
@@ -106,19 +120,48 @@ class LanguageTask(ReportedTask[C]):
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some rows as one padded batch with labels."""
-        padding = self.tokenizer.pad_token_id
-        collator = DataCollatorForLanguageModeling(
-            pad_token_id=self.tokenizer.eos_token_id if padding is None else padding
-        )
-        return dict(collator([self.learned(examples[place]) for place in places]))
+        rows = [examples[place] for place in places]
+        if self.collator is not None:
+            return dict(self.collator(rows))
+        collator = DataCollatorForLanguageModeling(pad_token_id=pad_id(self.tokenizer))
+        return dict(collator([self._learned(row) for row in rows]))
 
-    def learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """Return `input_ids` and `labels` of a row, by which columns are chosen."""
-        return {key: row[key] for key in ("input_ids", "labels")}
+    def _learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """Return ids and labels of a row, by which columns are chosen.
+
+        Of a pair it is the first answer; of a prompt itself, the only text before training.
+        """
+        if "input_ids" in row:
+            return {key: row[key] for key in ("input_ids", "labels")}
+        if "prompt" in row:
+            ids = prompt_ids(row["prompt"], self.tokenizer)
+            return {"input_ids": ids, "labels": ids}
+        prompt = row["prompt_ids"]
+        answer = next(row[name] for name in _STYLES if name in row)
+        ids, labels = [*prompt, *answer], [*[-100] * len(prompt), *answer]
+        limit = self.config.training.max_length
+        return {"input_ids": ids[:limit], "labels": labels[:limit]}
 
     def load_model(self) -> nn.Module:
         """Load the weights in the type that the run asks for."""
-        return load_model(self.config, auto_class=self.auto_class, **self.model_options)
+        with suppress_seqcls_warning():  # that a head is new
+            return load_model(self.config, auto_class=self._auto_class, **self.model_options)
+
+    def make_trainer(
+        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
+    ) -> Any:
+        """Return the trainer with ours before it; TRL's put the adapter on the model."""
+        theirs = load(self.spec.trainer)
+        if self.spec.is_of_trl:
+            options["peft_config"] = adapter_config
+        else:
+            model = make_trainable(model, adapter_config, self.config.method)
+        kind = type(theirs.__name__, (load(self.spec.mixin), theirs), {})
+        return kind(
+            model=model,
+            processing_class=self.processor or self.tokenizer,
+            **{**options, **self.trainer_options},
+        )
 
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Return the last loss that the trainer has logged, if it is that of what is saved."""
@@ -129,16 +172,49 @@ class LanguageTask(ReportedTask[C]):
             after = float(trainer.evaluate()["eval_loss"])
         if last_step != trainer.state.global_step:
             curve.append((trainer.state.global_step, after))
-        return {"eval_loss_after": after, "eval_losses": curve}
+        # Evaluated once more or not, it is logged.
+        metrics = metrics_of(trainer.state.log_history, "eval_")
+        return {
+            "eval_loss_after": after,
+            "eval_losses": curve,
+            "eval_metrics": metrics,
+            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics.items()},
+        }
 
-    @abstractmethod
+    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
+        """Return the speed, and the metrics of training."""
+        metrics = metrics_of(trainer.state.log_history)
+        return {"tokens_per_second": items_per_second, "train_metrics": metrics}
+
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""
+        if "input_ids" in data.column_names:
+            show_preview(data, self.tokenizer, num_examples, console)
+            return
+        for row in data.select(range(min(num_examples, len(data)))):
+            prompt = row.get("prompt_ids")
+            if "prompt" in row:
+                prompt = prompt_ids(row["prompt"], self.tokenizer)
+            console.rule()
+            length = "" if prompt is None else f": {len(prompt)} tokens"
+            console.print(f"{row['place']}{length}", markup=False, highlight=False, soft_wrap=True)
+            if prompt is not None:
+                console.print(Text(self.tokenizer.decode(prompt), style="dim"))
+            if "prompt" in row:  # what rewards get beside the answers
+                for name in row.keys() - {"prompt", "place"}:
+                    console.print(Text(f"{name}: {row[name]}"), soft_wrap=True)
+            for name in (name for name in _STYLES if name in row):
+                what = name.removesuffix("_ids")
+                if "label" in row:
+                    what = "desirable" if row["label"] else "undesirable"
+                console.print(f"{what} ({len(row[name])} tokens):", highlight=False)
+                console.print(Text(self.tokenizer.decode(row[name]), style=_STYLES[name]))
+        console.rule()
 
-    def how_to_load(self, report: RunReport) -> str:
+    def how_to_load(self, report: Report) -> str:
         """Return code that loads the model, or the adapter on its base."""
-        method, model = METHODS[self.config.method], report.model
-        auto_class, changes = self.auto_class.__name__, self._load_arguments()
+        method, model, auto_class = METHODS[self.config.method], report.model, self.auto_class
+        changes = "".join(f", {name}={value!r}" for name, value in self.model_options.items())
         if not method.has_adapter:
             return (
                 f"```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
@@ -157,45 +233,19 @@ class LanguageTask(ReportedTask[C]):
             return code
         return f"Install pacatune ({repository_command()}), then:\n\n{code}{self._commands(model)}"
 
-    def _load_arguments(self) -> str:
-        return "".join(f", {name}={value!r}" for name, value in self.model_options.items())
-
     def _commands(self, model: str) -> str:
         """Return what pacatune's own commands do with the adapter."""
         both = f"--model {model} --adapter FOLDER"
-        writes_text = self.auto_class is AutoModelForCausalLM
-        generate = f'pacatune generate {both} --prompt "..."\n' if writes_text else ""
+        merge, writes = f"pacatune merge {both} --output MERGED", self.task_type == "CAUSAL_LM"
+        if self.task_type == "SEQ_CLS":  # the others are for models that write
+            return f"```bash\n{merge}\n```\n\n"
+        generate = f'pacatune generate {both} --prompt "..."\n' if writes else ""
         return (
             f"```bash\n{generate}"
-            f"pacatune merge {both} --output MERGED      # a plain model\n"
+            f"{merge}      # a plain model\n"
             f"pacatune export {both} --to lora --output LORA  "
             "# an exact LoRA adapter, for any server\n```\n\n"
         )
-
-
-class MetricTask(LanguageTask[C]):
-    """A task whose trainer logs more than a loss."""
-
-    report_class: ClassVar[type[MetricReport]]
-    """Class of its reports."""
-
-    def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Return loss and metrics of what is saved, and their curves."""
-        known = super().evaluate(trainer)
-        # `super` may have evaluated once more, which is logged too.
-        metrics = metrics_of(trainer.state.log_history, "eval_")
-        return {
-            **known,
-            "eval_metrics": metrics,
-            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics.items()},
-        }
-
-    def make_report(
-        self, known: dict[str, Any], trainer: Any, items_per_second: float
-    ) -> MetricReport:
-        """Return the report, with the metrics of training."""
-        train = metrics_of(trainer.state.log_history)
-        return self.report_class(**known, tokens_per_second=items_per_second, train_metrics=train)
 
 
 class LanguageTrainer(RunTrainer):
@@ -241,22 +291,28 @@ def fingerprint(data: Dataset, columns: Sequence[str] = ("input_ids", "labels"))
     return hashlib.blake2b(b"".join(row_digests(data, columns)), digest_size=16).hexdigest()
 
 
-def model_path(config: BaseRunConfig[Any]) -> str:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the token that pads: the tokenizer's own, or the one that ends."""
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
+def model_path(config: RunConfig) -> str:
     """Return the hub id, or the absolute path of a local folder."""
     return pretrained.find_model(config.model.path, config.model.revision)
 
 
-def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the chat template and stop token of the run.
 
     An adapter that is trained on may have brought its own, with the template it was trained with.
     """
     tokenizer = (
-        None if config.start is None else base.load_tokenizer(str(locate_folder(config.start)))
+        None if config.adapter is None else base.load_tokenizer(str(locate_folder(config.adapter)))
     )
     if tokenizer is None:
         tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
-    if config.data.chat_template is not None:
+    if getattr(config.data, "chat_template", None) is not None:
         tokenizer.chat_template = read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template["default"]
@@ -271,7 +327,7 @@ def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def find_stop_ids(config: BaseRunConfig[Any], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens at which a generation of this model ends."""
     ids = {tokenizer.eos_token_id}
     try:
@@ -285,7 +341,7 @@ def find_stop_ids(config: BaseRunConfig[Any], tokenizer: PreTrainedTokenizerBase
 
 
 def plan_training(
-    config: BaseRunConfig[Any],
+    config: RunConfig,
     *,
     auto_class: Any = AutoModelForCausalLM,
     task_type: str | None = "CAUSAL_LM",
@@ -310,7 +366,7 @@ def plan_training(
             "choose another."
         ) from error
     adapter = make_adapter_config(config, model, task_type=task_type)
-    plan = make_plan(model, lambda base: put_adapter(base, adapter), config)
+    plan = make_plan(model, lambda base: make_trainable(base, adapter, config.method), config)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         # TRL multiplies by the weight of the head itself, past any adapter on it.
         section = METHODS[config.method].sections[0]
@@ -323,12 +379,14 @@ def plan_training(
 
 
 def load_model(
-    config: BaseRunConfig[Any], *, auto_class: Any = AutoModelForCausalLM, **changes: Any
+    config: RunConfig, *, auto_class: Any = AutoModelForCausalLM, **changes: Any
 ) -> nn.Module:
     """Load the weights, in the type that `model.dtype` asks for."""
     dtype = weights_dtype(config)
     options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
     options |= quantization_options(config, dtype) | changes
+    if "num_labels" in changes:
+        options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
     model: nn.Module = pretrained.load_weights(
         auto_class,
         model_path(config),
@@ -341,7 +399,7 @@ def load_model(
     return model
 
 
-def check_quantization(config: BaseRunConfig[Any], model_config: Any) -> None:
+def check_quantization(config: RunConfig, model_config: Any) -> None:
     """Refuse a quantisation that the method, the model or the installation cannot have."""
     quantization = config.model.quantization
     if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
@@ -361,7 +419,7 @@ def check_quantization(config: BaseRunConfig[Any], model_config: Any) -> None:
     )
 
 
-def quantization_options(config: BaseRunConfig[Any], dtype: torch.dtype) -> dict[str, Any]:
+def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
     quantization = config.model.quantization
     if quantization is None:
@@ -377,29 +435,26 @@ def quantization_options(config: BaseRunConfig[Any], dtype: torch.dtype) -> dict
     return {"quantization_config": made}
 
 
-def weights_dtype(config: BaseRunConfig[Any]) -> torch.dtype:
+def weights_dtype(config: RunConfig) -> torch.dtype:
     """Return the type in which the weights of the run's model are held."""
     checkpoint = getattr(_load_model_config(config), "dtype", None)
     return choose_dtype(
         config.model.dtype,
         checkpoint if isinstance(checkpoint, torch.dtype) else None,
-        full=config.method == "full",
+        # A new head learns with the rest.
+        full=config.method == "full" or config.spec.methods is CLASSIFIER_METHODS,
         use_cpu=config.training.use_cpu,
     )
 
 
-def _load_model_config(config: BaseRunConfig[Any]) -> Any:
+def _load_model_config(config: RunConfig) -> Any:
     return pretrained.load_config(model_path(config), revision=config.model.revision)
 
 
-def preview(
-    config: BaseRunConfig[Any], num_examples: int, *, console: Console | None = None
-) -> None:
+def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
     console = main_console(config, console)
     task = task_of(config)
-    assert isinstance(task, LanguageTask), "the command is `train`"
-    task.tokenizer = load_tokenizer(config)
     data = task.read_data()
     task.show(data.train if data.sample is None else data.sample, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

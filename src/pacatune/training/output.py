@@ -16,12 +16,11 @@ from safetensors import safe_open
 
 from pacatune.files.folder import is_write_failure
 from pacatune.files.owned_folder import OURS, OwnedFolder
-from pacatune.training.config import BaseRunConfig
+from pacatune.training.config import RunConfig
 from pacatune.training.config_file import (
     CONFIG_NAME,
     changed_keys,
     config_text,
-    defaults_of,
     local_paths,
     read_values,
     to_values,
@@ -54,7 +53,7 @@ def run_folder(folder: str | Path) -> OwnedFolder:
     )
 
 
-def check_folder(config: BaseRunConfig[Any], *, resume: bool, overwrite: bool) -> None:
+def check_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder in which this run would lose or mix something."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")
@@ -76,7 +75,7 @@ def check_folder(config: BaseRunConfig[Any], *, resume: bool, overwrite: bool) -
         )
 
 
-def _refuse_inputs(config: BaseRunConfig[Any], folder: Path) -> None:
+def _refuse_inputs(config: RunConfig, folder: Path) -> None:
     """Refuse an output folder that is, or holds, what the run reads."""
     for option, path in local_paths(config).items():
         if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
@@ -96,10 +95,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / REPORT_NAME).exists()
 
 
-def check_same_options(config: BaseRunConfig[Any], folder: Path) -> None:
+def check_same_options(config: RunConfig, folder: Path) -> None:
     """Refuse to resume a run with other options than it was started with."""
     old, new = read_values(folder / CONFIG_NAME), to_values(config)
-    changes = changed_keys(old, new, defaults_of(config))
+    changes = changed_keys(old, new)
     if changes:
         raise ValueError(
             f"the run in {folder} was started with other options, so resuming would mix two "
@@ -147,17 +146,10 @@ def _trained_on(checkpoint: Path) -> dict[str, Any]:
 
 def _trained_split(checkpoint: Path) -> Split:
     kept = {name: value for name, value in _trained_on(checkpoint).items() if name != "fingerprint"}
-    if "batch_size" not in kept:
-        # Older runs kept the number of processes, and went on with the options they began with.
-        training = read_values(checkpoint.parent / CONFIG_NAME)["training"]
-        kept["batch_size"] = training["per_device_train_batch_size"]
-        kept["accumulation"] = training["gradient_accumulation_steps"]
     return Split(**kept)
 
 
-def open_folder(
-    config: BaseRunConfig[Any], folder: Path, checkpoint: Path | None, console: Console
-) -> None:
+def open_folder(config: RunConfig, folder: Path, checkpoint: Path | None, console: Console) -> None:
     """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
 

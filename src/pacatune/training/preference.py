@@ -1,36 +1,18 @@
-"""Training on preferences by TRL: DPO, KTO and reward models.
+"""Data of preferences for TRL: DPO, KTO and reward models.
 
 The reference of DPO and KTO is the model itself with the adapter off; no second one is loaded.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
-from rich.console import Console
-from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference, suppress_seqcls_warning
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from pacatune.data import PreparedData
-from pacatune.data.preference import (
-    JUDGED_COLUMNS,
-    PAIR_COLUMNS,
-    SCORED_COLUMNS,
-    prepare_judged,
-    prepare_pairs,
-)
-from pacatune.training.language import C, LanguageTrainer, MetricTask, find_stop_ids
-from pacatune.training.metrics import (
-    JudgedReport,
-    MetricReport,
-    PreferenceReport,
-    RewardModelReport,
-)
-from pacatune.training.preference_config import DpoRunConfig, KtoRunConfig, RewardRunConfig
+from pacatune.data.preference import prepare_judged, prepare_pairs
+from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, pad_id
 
 
 class PreparedTrainer(LanguageTrainer):
@@ -40,141 +22,51 @@ class PreparedTrainer(LanguageTrainer):
         return dataset
 
 
-class DpoRunTrainer(PreparedTrainer, DPOTrainer):
-    """DPOTrainer with what the recipe needs."""
+def prepare_dpo(task: LanguageTask) -> PreparedData:
+    """Encode pairs of answers."""
+    return prepare_pairs(task.config.data, task.tokenizer, **_options(task))
 
 
-class KtoRunTrainer(PreparedTrainer, KTOTrainer):
-    """KTOTrainer with what the recipe needs."""
-
-
-class RewardRunTrainer(PreparedTrainer, RewardTrainer):
-    """RewardTrainer with what the recipe needs."""
-
-
-class PreferenceTask(MetricTask[C]):
-    """A run on answers that are preferred or not."""
-
-    report_class: ClassVar[type[MetricReport]] = PreferenceReport
-    trainer_class: ClassVar[Any]
-    answers: ClassVar[dict[str, str]]
-    """Column with an answer's tokens -> style in which it is shown."""
-
-    def read_data(self) -> PreparedData:
-        """Encode pairs of answers."""
-        return prepare_pairs(self.config.data, self.tokenizer, **read_options(self))
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> Any:
-        """Return TRL's trainer, which puts the adapter on the model."""
-        return self.trainer_class(
-            model=model, processing_class=self.tokenizer, peft_config=adapter_config, **options
+def prepare_kto(task: LanguageTask) -> PreparedData:
+    """Encode judged answers, each beside the answer of its neighbour in the batch."""
+    config, training = task.config, task.config.training
+    compares = training.loss_type != "apo_zero_unpaired"
+    size = training.per_device_train_batch_size
+    if compares and (training.train_sampling_strategy != "sequential" or size < 2):
+        raise ValueError(
+            f"`training.train_sampling_strategy` ({training.train_sampling_strategy!r}) must be "
+            f"'sequential' and `training.per_device_train_batch_size` ({size}) at least 2 with "
+            "this loss: it compares each answer with the prompt of its neighbour in the batch. The "
+            "examples are shuffled once, with `data.seed`."
         )
-
-    def learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """Return the prompt and the first answer, which is learned."""
-        prompt, answer = row["prompt_ids"], row[next(iter(self.answers))]
-        ids, labels = [*prompt, *answer], [*[-100] * len(prompt), *answer]
-        limit = self.config.training.max_length
-        return {"input_ids": ids[:limit], "labels": labels[:limit]}
-
-    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
-        """Print prompts and answers."""
-        for row in data.select(range(min(num_examples, len(data)))):
-            console.rule()
-            console.print(row["place"], markup=False, highlight=False, soft_wrap=True)
-            if "prompt_ids" in row:
-                console.print(Text(self.tokenizer.decode(row["prompt_ids"]), style="dim"))
-            for name, style in self.answers.items():
-                what = self.name_answer(row, name)
-                console.print(f"{what} ({len(row[name])} tokens):", highlight=False)
-                console.print(Text(self.tokenizer.decode(row[name]), style=style))
-        console.rule()
-
-    def name_answer(self, row: dict[str, Any], column: str) -> str:
-        """Return what an answer is called where it is shown."""
-        return column.removesuffix("_ids")
+    data = prepare_judged(config.data, task.tokenizer, **_options(task))
+    if not compares:
+        return data
+    train = with_neighbours(data.train, size)
+    evaluation = None if data.evaluation is None else with_neighbours(data.evaluation, size)
+    return PreparedData(train, evaluation, data.longest, data.warnings)
 
 
-class DpoTask(PreferenceTask[DpoRunConfig]):
-    """A run of Direct Preference Optimization."""
-
-    tags = ("dpo", "trl")
-    columns = PAIR_COLUMNS
-    trainer_class = DpoRunTrainer
-    answers: ClassVar[dict[str, str]] = {"chosen_ids": "green", "rejected_ids": "red"}
-
-
-class KtoTask(PreferenceTask[KtoRunConfig]):
-    """A run of Kahneman-Tversky Optimization."""
-
-    tags = ("kto", "trl")
-    fixed_split = "KTO compares an answer with its neighbour in the batch of a process"
-    columns = JUDGED_COLUMNS
-    trainer_class = KtoRunTrainer
-    report_class = JudgedReport
-    answers: ClassVar[dict[str, str]] = {"completion_ids": "green"}
-
-    def read_data(self) -> PreparedData:
-        """Encode judged answers, each beside the answer of its neighbour in the batch."""
-        config = self.config
-        data = prepare_judged(config.data, self.tokenizer, **read_options(self))
-        train, evaluation = data.train, data.evaluation
-        if config.training.loss_type != "apo_zero_unpaired":
-            size = config.training.per_device_train_batch_size
-            train = with_neighbours(train, size)
-            if evaluation is not None:
-                evaluation = with_neighbours(evaluation, size)
-        return PreparedData(train, evaluation, data.longest, data.warnings)
-
-    def name_answer(self, row: dict[str, Any], column: str) -> str:
-        """Return whether the answer is desirable."""
-        return "desirable" if row["label"] else "undesirable"
+def prepare_reward(task: LanguageTask) -> PreparedData:
+    """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
+    task.model_options = {"num_labels": 1}
+    collator = DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer))
+    columns = task.spec.columns
+    task.collator = lambda rows: collator([{name: row[name] for name in columns} for row in rows])
+    task.loss = loss_of_scores
+    return prepare_pairs(task.config.data, task.tokenizer, scored=True, **_options(task))
 
 
-class RewardTask(PreferenceTask[RewardRunConfig]):
-    """A run of a reward model, whose head is new and saved with the adapter."""
+def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of scores, which the model itself does not know.
 
-    tags = ("reward-trainer", "trl")
-    pipeline_tag = "text-classification"
-    columns = SCORED_COLUMNS
-    trainer_class = RewardRunTrainer
-    report_class = RewardModelReport
-    answers: ClassVar[dict[str, str]] = {"chosen_ids": "green", "rejected_ids": "red"}
-    auto_class = AutoModelForSequenceClassification
-    task_type = "SEQ_CLS"
-    model_options: ClassVar[dict[str, Any]] = {"num_labels": 1}
-
-    def read_data(self) -> PreparedData:
-        """Encode pairs of whole texts."""
-        return prepare_pairs(self.config.data, self.tokenizer, scored=True, **read_options(self))
-
-    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
-        """Return some pairs as one padded batch: preferred texts first, then the others."""
-        padding = self.tokenizer.pad_token_id
-        collator = DataCollatorForPreference(
-            pad_token_id=self.tokenizer.eos_token_id if padding is None else padding
-        )
-        rows = [examples[place] for place in places]
-        return dict(collator([{name: row[name] for name in self.columns} for row in rows]))
-
-    def load_model(self) -> nn.Module:
-        """Load the weights of the base under a new head."""
-        with suppress_seqcls_warning():  # that the head is new
-            return super().load_model()
-
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of scores, which the model itself does not know."""
-        chosen, rejected = model(**batch).logits.squeeze(-1).chunk(2)
-        return -logsigmoid(chosen - rejected).mean()
-
-    def _commands(self, model: str) -> str:
-        """Return the command that makes a plain model; others are for models that write."""
-        return f"```bash\npacatune merge --model {model} --adapter FOLDER --output MERGED\n```\n\n"
+    The batch has the preferred texts first, then the others.
+    """
+    chosen, rejected = model(**batch).logits.squeeze(-1).chunk(2)
+    return -logsigmoid(chosen - rejected).mean()
 
 
-def read_options(task: PreferenceTask[Any]) -> dict[str, Any]:
+def _options(task: LanguageTask) -> dict[str, Any]:
     """Return what reading the data takes of a run."""
     training = task.config.training
     return {

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
 from pacatune.measure.device import Stopwatch, peak_process_bytes
-from pacatune.training.config import BaseRunConfig
-from pacatune.training.report import RunReport
+from pacatune.training.config import RunConfig
+from pacatune.training.report import Report
 
 _NUM_LINES = 20
 # Held-out metrics by TRL's names -> what is said of them.
@@ -184,7 +184,7 @@ def peak_memory_bytes() -> tuple[int, str]:
     return peak_process_bytes(), "process_peak_resident"
 
 
-def main_console(config: BaseRunConfig[Any], console: Console | None) -> Console:
+def main_console(config: RunConfig, console: Console | None) -> Console:
     """Return the console of the main process; the others get one that prints nothing."""
     if config.training.process_index != 0:
         return Console(quiet=True)
@@ -202,7 +202,7 @@ def show_warnings(warnings: list[str], console: Console) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
 
 
-def show_result(report: RunReport, what: str, folder: Path, console: Console) -> None:
+def show_result(report: Report, what: str, folder: Path, console: Console) -> None:
     """Print the results and where they are."""
     table = Table(show_header=False, box=None)
     for name, value in report.table():

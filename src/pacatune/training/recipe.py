@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
 from pacatune.selection.reselect import ReselectColumns
-from pacatune.training.config import BaseRunConfig, R
+from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
     REPORT_NAME,
@@ -47,7 +48,7 @@ from pacatune.training.progress import (
     show_warnings,
 )
 from pacatune.training.push import open_repository, push_result
-from pacatune.training.report import curve_of, train_curve, write_card, write_report
+from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
 from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
@@ -55,37 +56,21 @@ from pacatune.training.selecting import (
     share_of_batches,
 )
 from pacatune.training.split import Split, why_fixed
-from pacatune.training.start import check_quantization
-from pacatune.training.task import Prepared, ReportedTask, Task, count_trainable, task_of
+from pacatune.training.start import check_quantization, settle
+from pacatune.training.task import Prepared, Task, count_trainable, task_of
 from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
 from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
 
-# What `accelerate launch` sets: variable, its default, what it must be, and why.
-_FSDP_RULES = (
-    (
-        "FSDP_VERSION",
-        "1",
-        "2",
-        "PEFT loads no adapter from the checkpoints of version 1, and says nothing",
-    ),
-    (
-        "FSDP_CPU_RAM_EFFICIENT_LOADING",
-        "false",
-        "false",
-        "accelerate cannot send the chosen columns, which are buffers, to the other processes",
-    ),
-)
-
 
 def train(
-    config: BaseRunConfig[R],
+    config: RunConfig,
     *,
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     console: Console | None = None,
-) -> R:
+) -> Report:
     """Fine-tune a model as `config` says and write the result into its output folder.
 
     Everything that can be checked is checked before the model's weights are loaded. The folder
@@ -93,7 +78,7 @@ def train(
     report.md, loss.png, README.md, the last checkpoints, and what the task adds.
 
     Args:
-        config: The run, of any task: a `RunConfig`, an `ImageRunConfig`, ...
+        config: The run, of any task.
         resume: Continue the run in the output folder from its last checkpoint.
         overwrite: Delete another run's files in the output folder first.
         push_to_hub: Repository of the hub to upload the result to, private if
@@ -108,15 +93,10 @@ def train(
         FileNotFoundError: If the model or the data are not there.
         FileExistsError: If the output folder holds another run.
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
-        TypeError: If runs of this kind are not saved.
         ConnectionError: If the hub cannot be written to.
     """
     task = task_of(config)
-    if not isinstance(task, ReportedTask):
-        raise TypeError(
-            f"`config` is a {type(config).__name__}, whose runs are measured in studies alone; use "
-            "`pacatune compare`."
-        )
+    config = task.config
     console = main_console(config, console)
     folder = Path(str(config.training.output_dir))
     check_folder(config, resume=resume, overwrite=overwrite)
@@ -128,7 +108,7 @@ def train(
     prepared = prepare(task, console)
     checkpoint = None
     if resume:
-        fixed = task.fixed_split or why_fixed(config.training, prepared.train)
+        fixed = task.spec.fixed_split or why_fixed(config.training, prepared.train)
         checkpoint = find_checkpoint(
             prepared.fingerprint, folder, Split.of(config.training), fixed=fixed
         )
@@ -146,8 +126,8 @@ def train(
 
 
 def start_or_resume(
-    config: BaseRunConfig[R], *, push_to_hub: str | None = None, console: Console | None = None
-) -> R | None:
+    config: RunConfig, *, push_to_hub: str | None = None, console: Console | None = None
+) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
     For launchers that repeat a command when a process has died.
@@ -158,7 +138,7 @@ def start_or_resume(
     Raises:
         ValueError: If the processes see different folders, and as for `train`.
     """
-    console = main_console(config, console)
+    config, console = settle(config), main_console(config, console)
     folder = Path(str(config.training.output_dir))
     begun, checkpoint = is_begun(folder), last_checkpoint(folder)
     found = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
@@ -184,7 +164,7 @@ def start_or_resume(
     )
 
 
-def prepare(task: Task[Any], console: Console) -> Prepared:
+def prepare(task: Task, console: Console) -> Prepared:
     """Look at everything but the weights, plan what is trained, and say so."""
     config = task.config
     check_environment(config)
@@ -205,22 +185,32 @@ def prepare(task: Task[Any], console: Console) -> Prepared:
     return prepared
 
 
-def check_environment(config: BaseRunConfig[Any]) -> None:
+def check_environment(config: RunConfig) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     from transformers.integrations import get_available_reporting_integrations
 
-    if config.training.n_gpu > 1:
+    training = config.training
+    if training.n_gpu > 1:
         raise ValueError(
-            f"{config.training.n_gpu} GPUs are visible to one process; start one process per GPU "
-            "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+            f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        _check_fsdp(config.method)
-    if config.training.deepspeed_plugin is not None:
-        _check_deepspeed(config)
-    _check_parallelism()
+        # Before, its checkpoints have only one process's part of each tensor of an adapter.
+        require("accelerate", "1.15", "FSDP2")
+    for option, value, needed, reason in _unfit_settings(config):
+        raise ValueError(
+            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
+        )
+    paca = config.paca  # which has its defaults where another method is trained
+    if training.deepspeed_plugin is not None and (paca.normalize != "none" or paca.active_columns):
+        raise ValueError(
+            f"`paca.normalize` ({paca.normalize!r}) and `paca.active_columns` "
+            f"({paca.active_columns}) act on the steps of single columns, and DeepSpeed steps on "
+            "flat copies, which have none; drop them, or shard the model by FSDP2 (fsdp2.yaml)."
+        )
     available = get_available_reporting_integrations()
-    for name in config.training.report_to or ():
+    for name in training.report_to or ():
         if name not in available:
             raise ValueError(
                 f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
@@ -228,65 +218,40 @@ def check_environment(config: BaseRunConfig[Any]) -> None:
             )
 
 
-def _check_fsdp(method: str) -> None:
-    # Before, its checkpoints have only one process's part of each tensor of an adapter.
-    require("accelerate", "1.15", "FSDP2")
-    for variable, default, needed, reason in _FSDP_RULES:
+def _unfit_settings(config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
+    """Yield settings of `accelerate launch`, their values, what they must be, and why."""
+    method, plugin = METHODS[config.method], config.training.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    if zero3 and not method.has_adapter and not plugin.zero3_save_16bit_model:
+        reason = f"otherwise no process has the result of `method` ({config.method!r}) to save it"
+        yield "zero3_save_16bit_model", "false", "true", reason
+    reason = (
+        "`pacatune train` loads whole layers and whole texts. Shard the model (fsdp2.yaml, "
+        "zero3.yaml), or split its layers in a training loop of your own"
+    )
+    rules = [
+        ("USE_PARALLELISM_CONFIG", f"PARALLELISM_CONFIG_{name}_SIZE", "1", "1", reason)
+        for name in ("TP", "CP", "SP")
+    ]
+    reason = "PEFT loads no adapter from the checkpoints of version 1, and says nothing"
+    rules.append(("USE_FSDP", "FSDP_VERSION", "1", "2", reason))
+    if method.is_paca:
+        reason = "accelerate cannot send the chosen columns, which are buffers, to other processes"
+        rules.append(("USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false", reason))
+    for used, variable, default, needed, reason in rules:
         value = os.environ.get(variable, default)
-        concerns = METHODS[method].is_paca or variable != "FSDP_CPU_RAM_EFFICIENT_LOADING"
-        if concerns and value.lower() != needed.lower():
-            raise ValueError(
-                f"`{variable.lower()}` ({value}) in the configuration of accelerate must be "
-                f"{needed}: {reason}."
-            )
+        if os.environ.get(f"ACCELERATE_{used}") == "true" and value.lower() != needed:
+            yield variable.lower(), value, needed, reason
 
 
-def _check_deepspeed(config: BaseRunConfig[Any]) -> None:
-    plugin, method = config.training.deepspeed_plugin, METHODS[config.method]
-    paca = config.paca if method.is_paca else None
-    if paca and paca.normalize != "none":
-        raise ValueError(
-            f"`paca.normalize` ({paca.normalize!r}) multiplies the steps of single columns, and "
-            "DeepSpeed steps on flat buffers, which have none; drop it, or shard the model by "
-            "FSDP2 (fsdp2.yaml)."
-        )
-    if paca and paca.active_columns:
-        raise ValueError(
-            f"`paca.active_columns` ({paca.active_columns}) puts back the columns that wait after "
-            "each step, and DeepSpeed steps on copies of its own; drop it, or shard the model by "
-            "FSDP2 (fsdp2.yaml)."
-        )
-    if not method.has_adapter and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
-        raise ValueError(
-            "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true for "
-            f"`method` ({config.method!r}): otherwise no process has the result to save it."
-        )
-
-
-def _check_parallelism() -> None:
-    """Refuse what splits single layers or sequences; accelerate would not, and copy the work."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
-        return
-    for name in ("tp_size", "cp_size", "sp_size"):
-        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
-        if size != "1":
-            raise ValueError(
-                f"`parallelism_config_{name}` ({size}) in the configuration of accelerate must be "
-                "1: `pacatune train` loads whole layers and whole texts. Shard the model "
-                "(fsdp2.yaml, zero3.yaml), or split its layers in a training loop of your own."
-            )
-
-
-def make_trainer(
-    task: Task[Any], prepared: Prepared, checkpoint: Path | None, console: Console
-) -> Any:
+def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, console: Console) -> Any:
     """Load the weights, choose columns where data decides about them, and return the trainer."""
     config = task.config
     arguments = _adjusted_arguments(
         config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
     )
     set_seed(arguments.seed)
-    start = None if config.start is None else open_adapter(config.start)
+    start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if start is not None:
         show_warnings(compare_base(start, model), console)
@@ -317,9 +282,7 @@ def make_trainer(
     return trainer
 
 
-def _adjusted_arguments(
-    config: BaseRunConfig[Any], *, has_evaluation: bool, checkpoint: Path | None
-) -> Any:
+def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: Path | None) -> Any:
     """Return a copy of the training arguments that fits the data and the checkpoint to continue."""
     arguments = copy.copy(config.training)
     if not has_evaluation:
@@ -336,7 +299,7 @@ def _adjusted_arguments(
 
 
 def _add_callbacks(
-    trainer: Any, config: BaseRunConfig[Any], checkpoint: Path | None, console: Console
+    trainer: Any, config: RunConfig, checkpoint: Path | None, console: Console
 ) -> None:
     """Put our display of progress in place of the trainer's, and early stopping if asked for."""
     trainer.remove_callback(ProgressCallback)
@@ -356,7 +319,7 @@ def _add_callbacks(
     trainer.add_callback(callback)
 
 
-def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console: Console) -> None:
+def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
     config = task.config
     stop = StopOnSignal(
@@ -391,12 +354,13 @@ def run_trainer(trainer: Any, task: Task[Any], checkpoint: Path | None, console:
         )
 
 
-def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> Any:
+def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
     config = task.config
     train_losses, train_loss = train_curve(trainer.state.log_history)
     eval_losses = curve_of(trainer.state.log_history, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
     known = {
+        "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
         "eval_losses": eval_losses,
         "train_loss": train_loss,
@@ -415,7 +379,7 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
         "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "method": config.method,
         "model": prepared.model,
-        "adapter": config.start,
+        "adapter": config.adapter,
         "targets": list(prepared.plan.targets),
         "columns": describe_columns(trainer.model),
         "dtype": prepared.dtype,
@@ -431,10 +395,10 @@ def _make_report(task: ReportedTask[Any], prepared: Prepared, trainer: Any) -> A
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    return task.make_report(known, trainer, float(speed))
+    return task.report_class(**known, **task.more_results(trainer, float(speed)))
 
 
-def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
+def save_result(task: Task, trainer: Any, report: Any, folder: Path) -> None:
     """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
     main, output = trainer.args.process_index == 0, run_folder(folder)
@@ -452,7 +416,7 @@ def save_result(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path
     trainer.rotate_checkpoints()
 
 
-def _write(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> None:
+def _write(task: Task, trainer: Any, report: Any, folder: Path) -> None:
     """Write what goes with the weights."""
     config = task.config
     task.write(report, folder)
@@ -464,6 +428,6 @@ def _write(task: ReportedTask[Any], trainer: Any, report: Any, folder: Path) -> 
         report,
         folder,
         pipeline_tag=task.pipeline_tag,
-        tags=task.tags,
+        tags=task.spec.tags,
         how_to_load=task.how_to_load(report),
     )

@@ -1,33 +1,46 @@
 """What a run achieved: report.json, report.md, loss.png, and README.md, the model card."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.figures import new_figure, save_figure
+from pacatune.training.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
-    from pacatune.training.config import BaseRunConfig
+    from pacatune.training.config import RunConfig
 
 Curve = list[tuple[int, float]]
 
 
+# Entries of the trainer's log that are no metrics of the task.
+_NOT_METRICS = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "total_flos",
+    "num_tokens",
+    "step_time",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+)
+
+
 @dataclass(kw_only=True)
-class RunReport:
-    """Results of one run, whatever its task."""
+class Report:
+    """Results of one run."""
 
-    loss_per: ClassVar[str]
-    """What losses are means over."""
-    figure: ClassVar[str] = "loss.png"
-    """File with the curves."""
-
+    task: str
+    """Name of what was done; not saved, since the configuration has it."""
     eval_loss_before: float | None = None
     """Held-out loss before the first step; None without evaluation data."""
     eval_loss_after: float | None = None
@@ -70,9 +83,39 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     """What was found in the data."""
 
+    tokens_per_second: float | None = None
+    """Tokens that are not padding, of all processes, per second of steps; None of images."""
+    train_metrics: dict[str, Curve] | None = None
+    """Metric of training beside the loss, by the trainer's name -> (step, mean since the last
+    point); None of tasks without."""
+    eval_metrics: dict[str, Curve] | None = None
+    """Held-out metric -> (step, value)."""
+    eval_metrics_after: dict[str, float] | None = None
+    """Held-out metrics of what was saved."""
+
     def to_dict(self) -> dict[str, Any]:
-        """Return what report.json holds."""
-        return asdict(self)
+        """Return what report.json holds: nothing of what the task has not."""
+        left_out = {"task"}
+        if not self.spec.metrics:
+            left_out |= {"train_metrics", "eval_metrics", "eval_metrics_after"}
+        if self.tokens_per_second is None:
+            left_out.add("tokens_per_second")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The row of the table of tasks."""
+        return TASKS[self.task]
+
+    @property
+    def figure(self) -> str:
+        """File with the curves."""
+        return "reward.png" if self._is_rewarded else "loss.png"
+
+    @property
+    def _is_rewarded(self) -> bool:
+        # The loss of reinforcement learning says nothing of how good the answers are.
+        return "reward" in self.spec.metrics
 
     def table(self) -> list[tuple[str, str]]:
         """Return the results as pairs of text."""
@@ -97,40 +140,35 @@ class RunReport:
 
     def outcome(self) -> list[tuple[str, str]]:
         """Return the rows of the table that say what was reached."""
-        return [
+        rows = [
             ("held-out loss before", four_digits(self.eval_loss_before)),
             ("held-out loss after", four_digits(self.eval_loss_after)),
             ("training loss", four_digits(self.train_loss)),
         ]
+        rows = [] if self._is_rewarded else rows
+        for name, title in self.spec.metrics.items():
+            curve, after = (self.eval_metrics or {}).get(name), self.eval_metrics_after or {}
+            rows.append((f"{title} before", four_digits(curve[0][1] if curve else None)))
+            rows.append((f"{title} after", four_digits(after.get(name))))
+        return rows
 
-    @abstractmethod
     def speed(self) -> tuple[str, str]:
         """Return the row of the table that says how fast it went."""
+        return "tokens per second", f"{self.tokens_per_second:,.0f}"
 
     def plotted(self) -> tuple[str, Curve, Curve]:
         """Return what the figure shows: its name, its curve in training and the held-out one."""
-        return f"loss per {self.loss_per}", self.train_losses, self.eval_losses
+        if not self._is_rewarded:
+            return f"loss per {self.spec.loss_per}", self.train_losses, self.eval_losses
+        train, held_out = self.train_metrics or {}, self.eval_metrics or {}
+        return "mean reward", train.get("reward", []), held_out.get("reward", [])
 
     def details(self) -> str:
         """Return what report.md shows below the table, as Markdown."""
         return ""
 
 
-@dataclass(kw_only=True)
-class Report(RunReport):
-    """Results of one run on text."""
-
-    loss_per: ClassVar[str] = "learned token"
-
-    tokens_per_second: float
-    """Tokens that are not padding, of all processes, per second of steps."""
-
-    def speed(self) -> tuple[str, str]:
-        """Return tokens per second."""
-        return "tokens per second", f"{self.tokens_per_second:,.0f}"
-
-
-def write_report(report: RunReport, folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md and the figure into `folder`."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -139,8 +177,8 @@ def write_report(report: RunReport, folder: Path) -> None:
 
 
 def write_card(
-    config: "BaseRunConfig[Any]",
-    report: RunReport,
+    config: "RunConfig",
+    report: Report,
     folder: Path,
     *,
     pipeline_tag: str,
@@ -192,6 +230,22 @@ def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     return sorted(found.items())
 
 
+def metrics_of(log: list[dict[str, Any]], prefix: str = "") -> dict[str, Curve]:
+    """Return the metrics of a trainer's log: held-out ones with the prefix `eval_`, or the others.
+
+    Each is under its name without the prefix.
+    """
+    others = ("eval_", "train_")
+    names = dict.fromkeys(
+        name.removeprefix(prefix)
+        for entry in log
+        for name in entry
+        if (name.startswith(prefix) if prefix else not name.startswith(others))
+    )
+    curves = {name: curve_of(log, prefix + name) for name in names if name not in _NOT_METRICS}
+    return {name: curve for name, curve in curves.items() if curve}
+
+
 def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
@@ -207,7 +261,7 @@ def four_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _markdown(report: RunReport) -> str:
+def _markdown(report: Report) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in report.table())
     kinds = sorted({name.rpartition(".")[2] for name in report.targets})
     targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else "every weight"
@@ -221,7 +275,7 @@ def _markdown(report: RunReport) -> str:
     )
 
 
-def _plot(report: RunReport, path: Path) -> None:
+def _plot(report: Report, path: Path) -> None:
     name, train, held_out = report.plotted()
     figure = new_figure(7, 4)
     axes = figure.add_subplot()

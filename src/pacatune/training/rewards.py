@@ -10,7 +10,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -38,30 +39,19 @@ class CheckedReward:
 
     def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:
         """Return one reward per answer; `place` says where each prompt is from."""
-        try:
+        with self._explained(place):
             rewards = self._function(**columns)
-        except Exception as error:
-            raise self._failed(error, place, columns) from error
         return check_rewards(self.name, rewards, place)
 
-    def _failed(
-        self, error: Exception, place: Sequence[str], columns: dict[str, Any]
-    ) -> RewardError:
-        where = self._find(place, columns)
-        return RewardError(f"reward {self.name!r} raised {_said(error)} on {where}.")
-
-    def _find(self, place: Sequence[str], columns: dict[str, Any]) -> str:
-        """Say for which answer the function fails, by asking for each alone."""
-        for number, where in enumerate(place):
-            one = {
-                key: value[number : number + 1] if isinstance(value, list) else value
-                for key, value in columns.items()
-            }
-            try:
-                self._function(**one)
-            except Exception:
-                return f"{where}, answer {one['completions'][0]!r:.200}"
-        return f"{len(place)} answers together ({place[0]} is the first)"
+    @contextmanager
+    def _explained(self, place: Sequence[str]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name!r} raised {_said(error)} on {len(place)} answers "
+                f"({place[0]} is the first)."
+            ) from error
 
 
 class AsyncCheckedReward(CheckedReward):
@@ -69,13 +59,8 @@ class AsyncCheckedReward(CheckedReward):
 
     async def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:  # type: ignore[override]
         """Return one reward per answer; `place` says where each prompt is from."""
-        try:
+        with self._explained(place):
             rewards = await self._function(**columns)
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r} raised {_said(error)} on {len(place)} answers "
-                f"({place[0]} is the first)."
-            ) from error
         return check_rewards(self.name, rewards, place)
 
 
@@ -83,37 +68,20 @@ def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float |
     """Return what a function has returned as a list of numbers or None; refuse anything else."""
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
-    if not isinstance(rewards, list | tuple):
+    if not isinstance(rewards, list | tuple) or len(rewards) != len(place):
+        length = f" of {len(rewards)}" if isinstance(rewards, list | tuple) else ""
         raise RewardError(
-            f"reward {name!r} returned a {type(rewards).__name__}; it must return a list of "
-            f"{len(place)} numbers, one per answer."
+            f"reward {name!r} returned a {type(rewards).__name__}{length}; it must return a list "
+            f"of {len(place)} numbers, one per answer."
         )
-    if len(rewards) != len(place):
-        raise RewardError(
-            f"reward {name!r} returned {len(rewards)} rewards for {len(place)} answers; it must "
-            "return one for each."
-        )
-    return [
-        _check_reward(name, reward, where) for reward, where in zip(rewards, place, strict=True)
-    ]
-
-
-def _check_reward(name: str, reward: Any, where: str) -> float | None:
-    if reward is None:
-        return None
-    if hasattr(reward, "item"):
-        reward = reward.item()
-    if not isinstance(reward, Real):
-        raise RewardError(
-            f"reward {name!r} returned a {type(reward).__name__} ({reward!r:.80}) for {where}; it "
-            "must be a number, or None where the function says nothing."
-        )
-    if not math.isfinite(reward):
-        raise RewardError(
-            f"reward {name!r} returned {reward} for {where}; it must be finite. Return None where "
-            "the function says nothing."
-        )
-    return float(reward)
+    values = [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
+    for value, where in zip(values, place, strict=True):
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise RewardError(
+                f"reward {name!r} returned {value!r:.80} for {where}; it must be a finite number, "
+                "or None where the function says nothing."
+            )
+    return [None if value is None else float(value) for value in values]
 
 
 def load_rewards(

@@ -10,29 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftConfig
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.trainer_utils import SaveStrategy
-from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
 from pacatune.data import PreparedData
-from pacatune.data.prompts import prepare_prompts, prompt_ids
+from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config_file import CONFIG_NAME
-from pacatune.training.language import LanguageTrainer, MetricTask
-from pacatune.training.metrics import MetricReport, RlReport
+from pacatune.training.language import LanguageTask, LanguageTrainer
 from pacatune.training.output import last_checkpoint
-from pacatune.training.rewards import CheckedReward, RewardError, load_rewards
-from pacatune.training.rl_config import SamplingRunConfig
+from pacatune.training.rewards import RewardError, load_rewards
 
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
@@ -116,12 +109,13 @@ class SamplingTrainer(LanguageTrainer):
     checkpoint waits for the last of these: from there a resumed run samples what this one does.
     """
 
-    def __init__(self, *, resume_command: str, **kwargs: Any) -> None:
+    def __init__(self, *, resume_command: str, args: Any, **kwargs: Any) -> None:
         self._resume_command = resume_command
         self._sampled = SampledLogProbs(1.0)
         self._logps: Tensor | None = None
         self._waiting: set[str] = set()
-        super().__init__(**kwargs)
+        with column_sync() if args.use_vllm else nullcontext():
+            super().__init__(args=args, **kwargs)
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how many tokens of a micro-batch are not padding."""
@@ -218,84 +212,21 @@ class SamplingTrainer(LanguageTrainer):
             logs["eval_reward"] = math.nan
 
 
-class GrpoRunTrainer(SamplingTrainer, GRPOTrainer):
-    """GRPOTrainer with what the recipe needs."""
-
-
-class RlooRunTrainer(SamplingTrainer, RLOOTrainer):
-    """RLOOTrainer with what the recipe needs."""
-
-
-class SamplingTask(MetricTask[SamplingRunConfig]):
-    """A run in which the model answers prompts, and rewards say which answers are good."""
-
-    less_memory = (
-        "`training.max_completion_length`, or set `training.gradient_checkpointing` to true"
-    )
-    length_option = "`training.max_completion_length`, or shorten the prompts"
-    fixed_split = "each process samples answers of its own"
-    columns = ("row",)
-    report_class: ClassVar[type[MetricReport]] = RlReport
-    trainer_class: ClassVar[Any]
-
-    rewards: list[CheckedReward]
-
-    def read_data(self) -> PreparedData:
-        """Read the prompts, and find the rewards."""
-        config = self.config
-        if (system := config.training.chat_template_kwargs) and not self.tokenizer.chat_template:
-            raise ValueError(
-                f"`training.chat_template_kwargs` ({system}) needs a chat template; give "
-                "`data.chat_template`, or drop the option."
-            )
-        length = config.training.max_completion_length or 0
-        data = prepare_prompts(config.data, self.tokenizer, num_new_tokens=length)
-        self.rewards = load_rewards(config.reward, config.data, list(data.train[0]))
-        return data
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> Any:
-        """Return TRL's trainer, which puts the adapter on the model."""
-        config = self.config
-        path = Path(str(config.training.output_dir)) / CONFIG_NAME
-        with column_sync() if config.training.use_vllm else nullcontext():
-            return self.trainer_class(
-                model=model,
-                processing_class=self.tokenizer,
-                peft_config=adapter_config,
-                reward_funcs=list(self.rewards),
-                resume_command=f"{config.repeat_command(path)} --resume",
-                **options,
-            )
-
-    def learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """Return the prompt, the only text there is before training."""
-        ids = prompt_ids(row["prompt"], self.tokenizer)
-        return {"input_ids": ids, "labels": ids}
-
-    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
-        """Print prompts as the model sees them, and what rewards get beside the answers."""
-        for row in data.select(range(min(num_examples, len(data)))):
-            console.rule()
-            ids = prompt_ids(row["prompt"], self.tokenizer)
-            title = f"{row['place']}: {len(ids)} tokens"
-            console.print(title, markup=False, highlight=False, soft_wrap=True)
-            console.print(Text(self.tokenizer.decode(ids), style="dim"))
-            for name in row.keys() - {"prompt", "place"}:
-                console.print(Text(f"{name}: {row[name]}"), soft_wrap=True)
-        console.rule()
-
-
-class GrpoTask(SamplingTask):
-    """A run of Group Relative Policy Optimization."""
-
-    tags = ("grpo", "trl")
-    trainer_class = GrpoRunTrainer
-
-
-class RlooTask(SamplingTask):
-    """A run of REINFORCE Leave-One-Out."""
-
-    tags = ("rloo", "trl")
-    trainer_class = RlooRunTrainer
+def prepare(task: LanguageTask) -> PreparedData:
+    """Read the prompts, and find the rewards."""
+    config, training = task.config, task.config.training
+    if (system := training.chat_template_kwargs) and not task.tokenizer.chat_template:
+        raise ValueError(
+            f"`training.chat_template_kwargs` ({system}) needs a chat template; give "
+            "`data.chat_template`, or drop the option."
+        )
+    task.less_memory = task.less_memory.replace("max_length", "max_completion_length")
+    task.length_option = "`training.max_completion_length`, or shorten the prompts"
+    length = training.max_completion_length or 0
+    data = prepare_prompts(config.data, task.tokenizer, num_new_tokens=length)
+    path = Path(str(training.output_dir)) / CONFIG_NAME
+    task.trainer_options = {
+        "reward_funcs": list(load_rewards(config.reward, config.data, list(data.train[0]))),
+        "resume_command": f"{config.repeat_command(path)} --resume",
+    }
+    return data

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
 from pacatune.methods import METHODS
-from pacatune.training.config import BaseRunConfig
+from pacatune.training.config import RunConfig
 from pacatune.training.progress import say
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ _SETTLED = (
 
 
 def check_selection(
-    config: BaseRunConfig[Any], adapter_config: PeftConfig | None, *, streamed: bool
+    config: RunConfig, adapter_config: PeftConfig | None, *, streamed: bool
 ) -> None:
     """Refuse a choice from data where no process has the whole model, or the data."""
     options = cast(Any, adapter_config)
-    if config.start is not None or not _kinds(config, adapter_config):
+    if config.adapter is not None or not _kinds(config, adapter_config):
         return
     if streamed:
         raise ValueError(
@@ -77,7 +77,7 @@ def choose_from_data(
     shares = (
         adapter_config is not None and METHODS[config.method].is_paca and config.paca.share_columns
     )
-    if adapter_config is None or config.start is not None or not (kinds or shares):
+    if adapter_config is None or config.adapter is not None or not (kinds or shares):
         return adapter_config
     if checkpoint is not None:
         return _as_in(checkpoint, adapter_config)

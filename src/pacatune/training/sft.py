@@ -4,105 +4,92 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftConfig
-from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pacatune.data import PreparedData, prepare_data, show_preview
+from pacatune.data import PreparedData, prepare_data
 from pacatune.data.chat_images import ImageCollator
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
-from pacatune.training.report import Report
 
 
-class SftTask(LanguageTask[RunConfig]):
-    """A run of supervised fine-tuning."""
-
-    tags = ("sft", "trl")
-
-    processor: Any = None
-    """What makes images into tensors, where the data has some."""
-
-    def read_data(self) -> PreparedData:
-        """Encode the data."""
-        config = self.config
-        refuse_packing_of_shards(config)
-        data = read_data(config, self.tokenizer)
-        self.processor = data.processor
-        if self.processor is not None:
-            if config.training.packing or config.training.padding_free:
-                raise ValueError(
-                    "`training.packing` and `training.padding_free` are for texts, and the data "
-                    "has images; drop them."
-                )
-            self.auto_class, self.task_type = AutoModelForImageTextToText, None
-            self.pipeline_tag = "image-text-to-text"
-        return data
-
-    def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
-        """Return some rows as one padded batch with labels, and images if they have some."""
-        if self.processor is None:
-            return super().collate(examples, places)
-        return ImageCollator(self.processor)([examples[place] for place in places])
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> "SftRunTrainer":
-        """Return TRL's trainer, which puts the adapter on the model."""
-        arguments = options["args"]
-        if packs(self.config):
-            check_packing(model, self.config)
-        if self.processor is not None:
-            arguments.remove_unused_columns = False
-            options["data_collator"] = ImageCollator(self.processor)
-        if not (arguments.packing or arguments.eval_packing or arguments.shuffle_dataset):
-            arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-            arguments.max_length = None
-        return SftRunTrainer(
-            model=model,
-            processing_class=self.processor or self.tokenizer,
-            peft_config=adapter_config,
-            **options,
+def prepare(task: LanguageTask) -> PreparedData:
+    """Read, encode and check texts or chats; the model is another one where they have images."""
+    config, training = task.config, task.config.training
+    if training.packing and training.packing_strategy == "wrapped":
+        raise ValueError(
+            "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
+            "or 'bfd_split'."
         )
-
-    def show(self, data: Dataset, num_examples: int, console: Console) -> None:
-        """Print the first examples with the tokens that are learned."""
-        show_preview(data, self.tokenizer, num_examples, console)
-
-    def make_report(self, known: dict[str, Any], trainer: Any, items_per_second: float) -> Report:
-        """Return the report, with tokens per second."""
-        return Report(**known, tokens_per_second=items_per_second)
-
-
-class SftRunTrainer(LanguageTrainer, SFTTrainer):
-    """SFTTrainer with what the recipe needs."""
-
-
-def packs(config: RunConfig) -> bool:
-    """Whether several examples lie in one row, with attention that is not made for it."""
-    training = config.training
-    packed = training.packing or training.eval_packing or training.padding_free
-    return bool(packed) and "flash" not in (config.model.attn_implementation or "")
-
-
-def refuse_packing_of_shards(config: RunConfig) -> None:
-    """Refuse to pack where no process has the whole model to look at."""
-    if packs(config) and is_deepspeed_zero3_enabled():
+    if config.data.streaming:
+        _refuse_whole(training)
+    if packs(training, config.model.attn_implementation) and is_deepspeed_zero3_enabled():
         raise ValueError(
             f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
             f"({config.model.attn_implementation!r}) and ZeRO-3: sharded weights cannot be tried, "
             "and flash attention alone keeps packed examples apart in every model; set it to "
             "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
         )
+    data = read_data(config, task.tokenizer)
+    if data.processor is None:
+        return data
+    if training.packing or training.padding_free:
+        raise ValueError(
+            "`training.packing` and `training.padding_free` are for texts, and the data has "
+            "images; drop them."
+        )
+    task.auto_class, task.task_type = "AutoModelForImageTextToText", None
+    task.pipeline_tag, task.processor = "image-text-to-text", data.processor
+    task.collator = ImageCollator(data.processor)
+    task.trainer_options["data_collator"] = task.collator
+    return data
 
 
-def check_packing(model: Any, config: RunConfig) -> None:
+def _refuse_whole(training: Any) -> None:
+    """Refuse what cannot be done with a stream."""
+    if training.max_steps < 1:
+        raise ValueError(
+            f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a stream "
+            "has no end; set it to at least 1."
+        )
+    defaults = {
+        "packing": False,
+        "padding_free": False,
+        "shuffle_dataset": False,
+        "train_sampling_strategy": "random",
+    }
+    for name, default in defaults.items():
+        if (value := getattr(training, name)) != default:
+            raise ValueError(
+                f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` reads "
+                "it piece by piece; drop one of them."
+            )
+
+
+class TextTrainer(LanguageTrainer):
+    """Put before SFTTrainer: it trains on data that is prepared, and packs where that is safe."""
+
+    def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
+        if packs(args, model.config._attn_implementation):
+            check_packing(model)
+        if "data_collator" in kwargs:
+            args.remove_unused_columns = False
+        if not (args.packing or args.eval_packing or args.shuffle_dataset):
+            args.dataset_kwargs = {"skip_prepare_dataset": True}
+            args.max_length = None
+        super().__init__(model=model, args=args, **kwargs)
+
+
+def packs(training: Any, attention: str | None) -> bool:
+    """Whether several examples lie in one row, with attention that is not made for it."""
+    packed = training.packing or training.eval_packing or training.padding_free
+    return bool(packed) and "flash" not in (attention or "")
+
+
+def check_packing(model: Any) -> None:
     """Refuse a model in which packed examples see each other.
 
     transformers masks the attention of packed examples by their positions, which not every model
@@ -131,7 +118,7 @@ def check_packing(model: Any, config: RunConfig) -> None:
     if gradient[:, :5].any():
         raise ValueError(
             f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({config.model.attn_implementation!r}): packed examples see each other in "
+            f"({model.config._attn_implementation!r}): packed examples see each other in "
             f"{type(model).__name__}; set it to flash_attention_2, flash_attention_3 or a "
             "flash-attn kernel if all of its layers use attention, or do not pack."
         )

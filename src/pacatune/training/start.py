@@ -1,8 +1,9 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
+import copy
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 
@@ -19,19 +20,35 @@ from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.pretrained import is_adapter
-from pacatune.training.sections import OF_THE_RUN
-
-if TYPE_CHECKING:
-    from pacatune.training.config import LanguageRunConfig
+from pacatune.training.config import RunConfig, check_reference
+from pacatune.training.sections import OF_THE_RUN, check_selection_file
 
 # What chooses columns, which a finished adapter has.
 _CHOICES = ("selection_batches", "share_columns", "budget")
 
 
-def find_start(config: "LanguageRunConfig[Any]") -> None:
-    """Take an adapter's folder that is given as the model for what it is: `adapter` on its base."""
-    if not is_adapter(config.model.path):
-        return
+def settle(config: RunConfig) -> RunConfig:
+    """Return a run with what its files say: the base and the options of the adapter it starts from.
+
+    An adapter's folder that is given as the model is taken for what it is: `adapter` on its base.
+    """
+    if METHODS[config.method].is_paca and config.paca.from_file:
+        check_selection_file(str(config.paca.selection))
+    if "adapter" not in config.spec.reads:
+        return config
+    settled = copy.copy(config)
+    if is_adapter(config.model.path):
+        settled.model = copy.copy(config.model)
+        settled.adapter, settled.model.path = config.model.path, _base_of(config)
+        if config.spec.reference is not None:
+            check_reference(settled, config.spec.reference)
+    if settled.adapter is not None:
+        _take_options(settled)
+    return settled
+
+
+def _base_of(config: RunConfig) -> str:
+    """Return the base of the adapter that is given as the model."""
     if config.adapter is not None:
         raise ValueError(
             f"`model.path` ({config.model.path!r}) and `adapter` ({config.adapter!r}) are both "
@@ -44,51 +61,43 @@ def find_start(config: "LanguageRunConfig[Any]") -> None:
             f"`model.path` ({config.model.path!r}) is an adapter that names no base; give the base "
             "as `model.path` and the adapter as `adapter`."
         )
-    config.adapter, config.model.path = config.model.path, base
+    return base
 
 
-def settle_start(config: "LanguageRunConfig[Any]") -> None:
-    """Fill the sections with the options of the adapter, and refuse those that contradict it."""
-    if config.adapter is None:
-        return
+def _take_options(config: RunConfig) -> None:
+    """Fill copies of the sections with the adapter's options; refuse those that contradict it."""
     saved = read_start(config)
     for name in METHODS[config.method].sections:
-        section = getattr(config, name)
-        default = type(section)()
+        section = copy.copy(getattr(config, name))
+        setattr(config, name, section)
+        given = config.given(name)
         for option in (field.name for field in fields(section)):
-            given = getattr(section, option)
-            if option in OF_THE_RUN:
-                if option in _CHOICES and given != getattr(default, option):
+            if option not in OF_THE_RUN:
+                kept = _plain(getattr(saved, option))
+                if option in given and not _is_same(option, given[option], kept):
                     raise ValueError(
-                        f"`{name}.{option}` ({given!r}) chooses columns, and those of `adapter` "
-                        f"({config.adapter}) stay; drop it."
+                        f"`{name}.{option}` ({given[option]!r}) contradicts `adapter` "
+                        f"({config.adapter}), which has {kept!r} and is trained as it is; drop the "
+                        "option, or start without the adapter."
                     )
-                continue
-            kept = _plain(getattr(saved, option))
-            if given != getattr(default, option):
-                check_given(config, f"{name}.{option}", given, kept)
-            setattr(section, option, kept)
+                setattr(section, option, kept)
+            elif option in _CHOICES and getattr(section, option) != getattr(type(section), option):
+                raise ValueError(
+                    f"`{name}.{option}` ({getattr(section, option)!r}) chooses columns, and those "
+                    f"of `adapter` ({config.adapter}) stay; drop it."
+                )
 
 
-def check_given(config: "LanguageRunConfig[Any]", option: str, given: object, kept: object) -> None:
-    """Refuse the value of an option that is not the adapter's.
-
-    Target modules that are left open contradict nothing: the adapter has what was found for them.
-    """
-    if given is None and option.endswith(".target_modules"):
-        return
+def _is_same(option: str, given: object, kept: object) -> bool:
+    """Whether a value is the adapter's; targets that are left open contradict nothing."""
+    if given is None and option == "target_modules":
+        return True
     if isinstance(given, list) and isinstance(kept, list):
-        same = sorted(map(str, given)) == sorted(map(str, kept))
-    else:
-        same = given == kept
-    if not same:
-        raise ValueError(
-            f"`{option}` ({given!r}) contradicts `adapter` ({config.adapter}), which has {kept!r} "
-            "and is trained as it is; drop the option, or start without the adapter."
-        )
+        return sorted(map(str, given)) == sorted(map(str, kept))
+    return given == kept
 
 
-def read_start(config: "LanguageRunConfig[Any]", task_type: str | None = None) -> PeftConfig:
+def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
     """Return the checked configuration of the adapter that a run starts from, ready to train."""
     folder = locate_folder(str(config.adapter))
     path = find_file(folder, CONFIG_NAME)

@@ -1,28 +1,24 @@
-"""What tells one kind of run from another: its data, model, trainer and metrics.
+"""A run of a task: its data, model and trainer, which the recipe asks for, and what is planned.
 
-The recipe does the rest. A new kind is a subclass of `ReportedTask`, and one of `BaseRunConfig`
-that names it. What tasks have in common is here too: the adapter, and the plan of what it trains.
+What tasks have in common is here too: the adapter, and the plan of what it trains.
 """
 
 import copy
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
-from pacatune.training.config import BaseRunConfig
-from pacatune.training.report import RunReport
-from pacatune.training.start import read_start
-
-C = TypeVar("C", bound=BaseRunConfig[Any])
-"""Configuration of a task's runs."""
+from pacatune.training.config import RunConfig
+from pacatune.training.report import Report
+from pacatune.training.start import read_start, settle
+from pacatune.training.tasks import TaskSpec, load
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,30 @@ class Prepared:
     """What looks wrong with data or model."""
 
 
-class Task(ABC, Generic[C]):
-    """One run of a kind; it keeps what it has found out about data and model.
+class Task(ABC):
+    """One run; it keeps what it has found out about data and model.
 
-    The recipe calls `prepare`, `load_model` and `make_trainer`, in this order.
+    The recipe calls `prepare`, `load_model` and `make_trainer`, in this order; after training
+    `evaluate`, `more_results`, `write` and `how_to_load`.
     """
 
     unit: ClassVar[str]
     """What is trained on and counted, such as `tokens`."""
-    less_memory: ClassVar[str]
+    less_memory: str
     """Options that save memory, for the message when there is too little."""
-    fixed_split: ClassVar[str | None] = None
-    """Why a run must go on with the processes and batches that it began with; None: it need not."""
     loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""
+    report_class: ClassVar[type[Report]] = Report
 
-    def __init__(self, config: C) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig) -> None:
+        self.config = settle(config)
+        self.pipeline_tag = self.spec.pipeline_tag
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The row of the table of tasks."""
+        return self.config.spec
 
     @abstractmethod
     def plan(self) -> Plan:
@@ -114,18 +116,6 @@ class Task(ABC, Generic[C]):
         The options are `meter`, `args`, `train_dataset`, `eval_dataset` and `callbacks`.
         """
 
-
-class ReportedTask(Task[C]):
-    """A task whose runs are saved and reported: those that `train` does.
-
-    After training it calls `evaluate`, `make_report`, `write` and `how_to_load`, in this order.
-    """
-
-    pipeline_tag: str
-    """The hub's name of the task."""
-    tags: ClassVar[tuple[str, ...]] = ()
-    """Tags of the model card, beside the method's."""
-
     @abstractmethod
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Evaluate what will be saved, where there is data for it; return entries of the report.
@@ -134,28 +124,24 @@ class ReportedTask(Task[C]):
         """
 
     @abstractmethod
-    def make_report(
-        self, known: dict[str, Any], trainer: Any, items_per_second: float
-    ) -> RunReport:
-        """Return the report: entries that every report has, those of `evaluate`, and the speed."""
+    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
+        """Return the entries of the report that not every task has."""
 
-    def write(self, report: RunReport, folder: Path) -> None:
+    def write(self, report: Any, folder: Path) -> None:  # noqa: B027 (not every task does)
         """Write what goes with the weights, beside report and card."""
 
     @abstractmethod
-    def how_to_load(self, report: RunReport) -> str:
+    def how_to_load(self, report: Any) -> str:
         """Return what the model card says about loading the result, as Markdown."""
 
 
-def task_of(config: BaseRunConfig[Any]) -> Task[Any]:
-    """Return the task of a run."""
-    module, _, name = config.task_class.partition(":")
-    made: Task[Any] = getattr(importlib.import_module(module), name)(config)
-    return made
+def task_of(config: RunConfig) -> Any:
+    """Return the `Task` of a run."""
+    return load(config.spec.run)(config)
 
 
 def make_adapter_config(
-    config: BaseRunConfig[Any], model: nn.Module | None = None, **options: Any
+    config: RunConfig, model: nn.Module | None = None, **options: Any
 ) -> PeftConfig | None:
     """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
 
@@ -169,14 +155,14 @@ def make_adapter_config(
     method = METHODS[config.method]
     if not method.has_adapter:
         return None
-    if config.start is not None:
-        adapter = read_start(cast(Any, config), options.get("task_type"))
+    if config.adapter is not None:
+        adapter = read_start(config, options.get("task_type"))
     else:
         adapter = adapter_config(method, **{**config.adapter_options(), **options})
     if model is not None:
         if adapter.target_modules is None:
             adapter.target_modules = default_targets(model)
-        if config.start is None:
+        if config.adapter is None:
             refuse_idle_layers(adapter)
     if method.is_paca and config.paca.budget in PARTS:
         assert model is not None, "only the model says what is in a part of it"
@@ -201,10 +187,17 @@ def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
     return adapted
 
 
+def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Module:
+    """Put the adapter on a model; of the method `head`, freeze all but the head."""
+    if method == "head":
+        model.base_model.requires_grad_(False)
+    return put_adapter(model, adapter)
+
+
 def make_plan(
     model: nn.Module,
     make_trainable: Callable[[nn.Module], nn.Module],
-    config: BaseRunConfig[Any],
+    config: RunConfig,
 ) -> Plan:
     """Make a model trainable, which needs no weights, and return what of it is trained.
 

@@ -1,23 +1,233 @@
-"""The table of what `pacatune train --task` does. This module imports nothing heavy."""
+"""The table of what `pacatune train --task` does. This module imports nothing heavy.
+
+A new task of TRL is a row and, where its data is of a new kind, one function that prepares it.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
+from pacatune.methods import CLASSIFIER_METHODS, TEXT_METHODS
+
 DEFAULT_TASK = "sft"
+_PADDING = "examples are padded with the tokenizer's own token"
+_CUT = "examples are cut at their end; shorten them yourself"
+_REFERENCE = {"sync_ref_model": "the reference is the pretrained model, with the adapter off"}
 
-TASKS: Mapping[str, str] = {
-    "sft": "pacatune.training.config.RunConfig",
-    "dpo": "pacatune.training.preference_config.DpoRunConfig",
-    "kto": "pacatune.training.preference_config.KtoRunConfig",
-    "reward": "pacatune.training.preference_config.RewardRunConfig",
-    "grpo": "pacatune.training.rl_config.GrpoRunConfig",
-    "rloo": "pacatune.training.rl_config.RlooRunConfig",
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What tells one task from another. Classes and functions are named as `module.name`."""
+
+    title: str
+    """What is done, for help and messages."""
+    arguments: str
+    """TRL's or transformers' class of arguments, or one of ours that begins with
+    `SharedDefaults`."""
+    data: str
+    """Class of the section `data`."""
+    trainer: str = "transformers.Trainer"
+    prepare: str = ""
+    """Function that reads and encodes the data of a `LanguageTask`, and tells it what else the
+    trainer needs; it returns a `PreparedData`."""
+    mixin: str = "pacatune.training.language.LanguageTrainer"
+    """Class of ours that is put before the trainer."""
+    run: str = "pacatune.training.language.LanguageTask"
+    """Class of ours that carries the task out."""
+    model: str = "pacatune.training.config.ModelConfig"
+    """Class of the section `model`."""
+    command: str = "train"
+    methods: tuple[str, ...] = TEXT_METHODS
+    auto_class: str = "AutoModelForCausalLM"
+    """Class of transformers that loads the model."""
+    task_type: str | None = "CAUSAL_LM"
+    """PEFT's name of what the adapted model does."""
+    pipeline_tag: str = "text-generation"
+    """The hub's name of what it does."""
+    tags: tuple[str, ...] = ("trl",)
+    """Tags of the model card, beside the method's."""
+    columns: tuple[str, ...] = ("input_ids", "labels")
+    """Columns of the data by which a resumed run knows it again."""
+    rate_share: float = 1.0
+    """Learning rates where a run says none, as a share of those of `METHODS`."""
+    refuse: Mapping[str, str] = field(default_factory=dict)
+    """Training option that must keep its default -> where it is decided, or why."""
+    reference: str | None = None
+    """Training option without which the model, its adapter off, is asked as a reference."""
+    fixed_split: str | None = None
+    """Why a run must go on with the processes and batches that it began with; None: it need not."""
+    loss_per: str = "learned token"
+    """What losses are means over."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Held-out metric beside the loss, by the trainer's name -> what reports call it."""
+    best_metric: str = "eval_loss"
+    """What the best checkpoint is best in."""
+    reads: tuple[str, ...] = ("adapter",)
+    """Options of a run outside its sections that only some tasks have: `adapter`, `reward`."""
+
+    @property
+    def is_of_trl(self) -> bool:
+        """Whether TRL has the trainer."""
+        return self.arguments.startswith("trl.")
+
+
+def _on_rewards(title: str, arguments: str, trainer: str, tag: str) -> TaskSpec:
+    return TaskSpec(
+        title=title,
+        arguments=arguments,
+        trainer=trainer,
+        data="pacatune.data.PromptDataConfig",
+        prepare="pacatune.training.rl.prepare",
+        mixin="pacatune.training.rl.SamplingTrainer",
+        tags=(tag, "trl"),
+        columns=("row",),
+        rate_share=0.1,
+        refuse=_REFERENCE
+        | {
+            "use_transformers_continuous_batching": "TRL casts the trained weights for it",
+            "use_transformers_paged": "TRL casts the trained weights for it",
+            "log_completions_hub_repo": "set `training.log_completions` and upload them yourself",
+        },
+        reference="beta",
+        fixed_split="each process samples answers of its own",
+        metrics={
+            "reward": "held-out reward",
+            "completions/mean_length": "tokens per answer",
+        },
+        best_metric="eval_reward",
+        reads=("adapter", "reward"),
+    )
+
+
+TASKS: dict[str, TaskSpec] = {
+    "sft": TaskSpec(
+        title="supervised fine-tuning",
+        arguments="trl.SFTConfig",
+        trainer="trl.SFTTrainer",
+        data="pacatune.data.DataConfig",
+        prepare="pacatune.training.sft.prepare",
+        mixin="pacatune.training.sft.TextTrainer",
+        tags=("sft", "trl"),
+        refuse={
+            "chat_template_path": "set `data.chat_template`",
+            "dataset_text_field": "name the column 'text'",
+            "dataset_kwargs": "data is always prepared before the model is loaded",
+            "completion_only_loss": "set `data.loss` to completion or all",
+            "assistant_only_loss": "set `data.loss` to completion or all",
+            "truncation_mode": _CUT,
+        },
+    ),
+    "dpo": TaskSpec(
+        title="Direct Preference Optimization: preferred answers become likelier than others",
+        arguments="trl.DPOConfig",
+        trainer="trl.DPOTrainer",
+        data="pacatune.data.PreferenceDataConfig",
+        prepare="pacatune.training.preference.prepare_dpo",
+        mixin="pacatune.training.preference.PreparedTrainer",
+        tags=("dpo", "trl"),
+        columns=("prompt_ids", "chosen_ids", "rejected_ids"),
+        rate_share=0.1,
+        refuse=_REFERENCE
+        | {
+            "pad_token": _PADDING,
+            "padding_free": "TRL has no such DPO at present",
+            "truncation_mode": _CUT,
+        },
+        reference="precompute_ref_log_probs",
+        loss_per="pair",
+        metrics={
+            "rewards/margins": "held-out reward margin",
+            "rewards/accuracies": "held-out accuracy",
+        },
+    ),
+    "kto": TaskSpec(
+        title="Kahneman-Tversky Optimization: each answer is desirable or not",
+        arguments="trl.KTOConfig",
+        trainer="trl.KTOTrainer",
+        data="pacatune.data.PreferenceDataConfig",
+        prepare="pacatune.training.preference.prepare_kto",
+        mixin="pacatune.training.preference.PreparedTrainer",
+        tags=("kto", "trl"),
+        columns=("prompt_ids", "completion_ids", "label"),
+        rate_share=0.1,
+        refuse=_REFERENCE,
+        reference="precompute_ref_log_probs",
+        fixed_split="KTO compares an answer with its neighbour in the batch of a process",
+        loss_per="answer",
+        metrics={"rewards/margins": "held-out reward margin"},
+    ),
+    "reward": TaskSpec(
+        title="a reward model: a new head scores answers, preferred ones higher",
+        arguments="trl.RewardConfig",
+        trainer="trl.RewardTrainer",
+        data="pacatune.data.PreferenceDataConfig",
+        prepare="pacatune.training.preference.prepare_reward",
+        mixin="pacatune.training.preference.PreparedTrainer",
+        auto_class="AutoModelForSequenceClassification",
+        task_type="SEQ_CLS",
+        pipeline_tag="text-classification",
+        tags=("reward-trainer", "trl"),
+        columns=("chosen_ids", "rejected_ids"),
+        refuse={"pad_token": _PADDING, "chat_template_path": "set `data.chat_template`"},
+        loss_per="pair",
+        metrics={"margin": "held-out margin", "accuracy": "held-out accuracy"},
+    ),
+    "grpo": _on_rewards(
+        "Group Relative Policy Optimization", "trl.GRPOConfig", "trl.GRPOTrainer", "grpo"
+    ),
+    "rloo": _on_rewards("REINFORCE Leave-One-Out", "trl.RLOOConfig", "trl.RLOOTrainer", "rloo"),
+    "classifier": TaskSpec(
+        title="a classifier of texts: a new head tells some classes apart",
+        arguments="pacatune.training.classifier.ClassifierTrainingConfig",
+        data="pacatune.training.classifier.TextClassConfig",
+        prepare="pacatune.training.classifier.prepare",
+        methods=CLASSIFIER_METHODS,
+        auto_class="AutoModelForSequenceClassification",
+        task_type="SEQ_CLS",
+        pipeline_tag="text-classification",
+        tags=(),
+        loss_per="text",
+        metrics={"accuracy": "held-out accuracy"},
+        reads=(),
+    ),
+    "image": TaskSpec(
+        title="a classifier of images",
+        arguments="pacatune.training.image.config.ImageTrainingConfig",
+        model="pacatune.training.image.config.ImageModelConfig",
+        data="pacatune.data.config.ImageDataConfig",
+        run="pacatune.training.image.task.ImageTask",
+        command="train-image",
+        methods=CLASSIFIER_METHODS,
+        task_type=None,
+        pipeline_tag="image-classification",
+        tags=(),
+        loss_per="image",
+        reads=(),
+    ),
 }
-"""Name -> `module.Class` of its configuration."""
+"""Name -> what it is."""
 
 
-def run_class_of(task: str) -> Any:
-    """Return the class of the configuration of a task."""
-    module, _, name = TASKS[task].rpartition(".")
-    return getattr(import_module(module), name)
+def load(name: str) -> Any:
+    """Return the class or function that `module.name` names."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+@cache
+def sections_of(task: str) -> dict[str, type[Any]]:
+    """Return the class of each section of a task's runs by its name."""
+    from pacatune.training import sections
+    from pacatune.training.arguments import training_class
+
+    spec = TASKS[task]
+    return {
+        "model": load(spec.model),
+        "data": load(spec.data),
+        "paca": sections.PacaSection,
+        "lora": sections.LoraSection,
+        "moslora": sections.MosLoraSection,
+        "training": training_class(task),
+    }

@@ -120,15 +120,15 @@ def test_test_loss_is_that_of_the_recipe(text_options, tmp_path):
 
 
 def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
-    from pacatune.training.sft import SftRunTrainer
+    from pacatune.training.sft import TextTrainer
 
-    step, seen = SftRunTrainer.training_step, []
+    step, seen = TextTrainer.training_step, []
 
     def remember(self, model, inputs, *args, **kwargs):
         seen[-1].append(inputs["input_ids"].tolist())
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(SftRunTrainer, "training_step", remember)
+    monkeypatch.setattr(TextTrainer, "training_step", remember)
     arms = {
         "paca": Arm(rank=2),
         "lora": Arm(method="lora", dropout=0.5),

@@ -3,8 +3,8 @@ import pytest
 from pacatune.training.image import (
     ImageDataConfig,
     ImageModelConfig,
-    ImageRunConfig,
     ImageTrainingConfig,
+    RunConfig,
 )
 from tests.image_models import save_timm, save_vit, write_images
 
@@ -39,7 +39,8 @@ def make_config(vit_dir, images_dir, tmp_path):
             options = {k: v for k, v in options.items() if k not in ("paca", "lora")}
         elif options.keys() >= {"paca", "lora"}:
             options.pop("lora" if method == "paca" else "paca")
-        return ImageRunConfig(
+        return RunConfig(
+            task="image",
             method=method,
             model=ImageModelConfig(**{"path": str(vit_dir), **(model or {})}),
             data=ImageDataConfig(**{"path": str(images_dir), **(data or {})}),

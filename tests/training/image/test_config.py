@@ -8,8 +8,8 @@ from pacatune.training.config_file import read_values, to_values
 from pacatune.training.image import (
     ImageDataConfig,
     ImageModelConfig,
-    ImageRunConfig,
     ImageTrainingConfig,
+    RunConfig,
 )
 from pacatune.training.image.config import PRESETS, find_preset
 from tests.training.launching import save_config
@@ -40,8 +40,9 @@ def test_unknown_method(make_config):
 
 
 def test_training_of_another_type():
-    with pytest.raises(TypeError, match=r"must be a pacatune.training.image.ImageTrainingConfig"):
-        ImageRunConfig(
+    with pytest.raises(TypeError, match=r"or a pacatune.training.image.ImageTrainingConfig"):
+        RunConfig(
+            task="image",
             model=ImageModelConfig(path="m"),
             data=ImageDataConfig(path="d"),
             training=TrainingArguments(use_cpu=True),
@@ -82,16 +83,11 @@ def test_saved_values_come_back(make_config, tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_names_options_of_a_run(name):
-    sections = {
-        "model": ImageModelConfig,
-        "data": ImageDataConfig,
-        "training": ImageTrainingConfig,
-    }
-    given = {section: {} for section in sections}
+    given = {section: {} for section in ("model", "data", "training")}
     for option, value in find_preset(name).items():
         section, _, key = option.partition(".")
         given[section][key] = value
-    config = ImageRunConfig(**{key: kind(**given[key]) for key, kind in sections.items()})
+    config = RunConfig(task="image", **given)
     assert config.data.path.startswith("torchvision:")
     assert config.data.eval_split == "test"
 

@@ -255,24 +255,15 @@ class _Images:
 
 def full_run(row: Row, preset: str) -> Any:
     """Return the run of a line by a preset of `train-image`."""
-    from pacatune.training.image import (
-        ImageDataConfig,
-        ImageModelConfig,
-        ImageRunConfig,
-        ImageTrainingConfig,
-    )
+    from pacatune.training import RunConfig
     from pacatune.training.image.config import find_preset
 
-    options: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
+    options: dict[str, Any] = {"model": {}, "data": {}, "training": {}}
     for name, value in find_preset(preset).items():
         section, _, key = name.partition(".")
         options[section][key] = value
-    return ImageRunConfig(
-        method=row.method,
-        model=ImageModelConfig(**options["model"]),
-        data=ImageDataConfig(**options["data"]),
-        training=ImageTrainingConfig(**options["training"], report_to="none"),
-    )
+    options["training"]["report_to"] = "none"
+    return RunConfig(task="image", method=row.method, **options)
 
 
 def _full_line(row: Row, preset: str) -> str:

@@ -115,10 +115,10 @@ class Runs:
         if not (output / _REPORT).is_file():
             has_checkpoint = output.is_dir() and any(output.glob("checkpoint-*"))
             self.tell(f"  training {name}{', from its last checkpoint' * has_checkpoint}")
+            from pacatune.training import train
+
             with self.quiet(name) as console:
-                _recipe(run)(
-                    run, resume=has_checkpoint, overwrite=not has_checkpoint, console=console
-                )
+                train(run, resume=has_checkpoint, overwrite=not has_checkpoint, console=console)
         values: dict[str, Any] = json.loads((output / _REPORT).read_text(encoding="utf-8"))
         return values, output
 
@@ -148,17 +148,6 @@ class Runs:
             released(),
         ):
             yield Console(file=file, highlight=False, markup=False)
-
-
-def _recipe(run: Any) -> Any:
-    """Return the function that trains a run of this kind."""
-    if run.command == "train-image":
-        from pacatune.training import image
-
-        return image.train
-    from pacatune import training
-
-    return training.train
 
 
 @contextlib.contextmanager

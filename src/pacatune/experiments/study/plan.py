@@ -15,8 +15,10 @@ from pacatune.experiments.study.config import Arm, StudyConfig
 from pacatune.experiments.study.packaged_tasks import PackagedTask, find_packaged_task
 from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
+from pacatune.training.config import default_rate
 from pacatune.training.config_file import read_values, to_values
 from pacatune.training.sections import ADAPTER_SECTIONS
+from pacatune.training.tasks import TASKS as TASK_SPECS
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
 _FREE = {
@@ -79,7 +81,7 @@ class Plan:
             for name in names:
                 values[section].pop(name, None)
         test = {k: v for k, v in self.task.test_options.items() if not k.endswith("path")}
-        content = [self.task.run_class.command, values, test, self._digests[where]]
+        content = [values, test, self._digests[where]]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -88,7 +90,7 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
     """Find the task and settle every arm, before anything runs; say what is fetched."""
     task, packaged = _open_task(config, say)
     grids = {} if packaged is None else packaged.learning_rates
-    command = task.run_class.command
+    command, methods = task.kind, TASK_SPECS[task.kind].methods
     usual = task.metrics[0] if packaged is None or packaged.metric is None else packaged.metric
     metric = usual if config.metric == "auto" else config.metric
     if metric not in task.metrics:
@@ -98,10 +100,10 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
         )
     task.metric = metric
     for name, arm in config.arms.items():
-        if arm.method not in task.run_class.methods:
+        if arm.method not in methods:
             raise ValueError(
                 f"arm {name!r}: `method` ({arm.method!r}) is not offered by {command}; use "
-                f"one of {', '.join(task.run_class.methods)}."
+                f"one of {', '.join(methods)}."
             )
     _refuse_unused(config)
     arms: dict[str, PlannedArm] = {}
@@ -177,7 +179,7 @@ def _grid(
     for found in given:
         if found is not None:
             return sorted(found)
-    default = task.run_class.default_rate(arm.method)
+    default = default_rate(TASK_SPECS[task.kind], arm.method)
     return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
 
 

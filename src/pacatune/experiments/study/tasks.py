@@ -27,10 +27,8 @@ from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
 from pacatune.training import RunConfig, language
-from pacatune.training.classifier import ClassifierConfig, read_texts, split_texts
-from pacatune.training.config import BaseRunConfig
-from pacatune.training.config_file import check_keys, option_parser
-from pacatune.training.image import ImageRunConfig
+from pacatune.training.classifier import encode, read_texts, split_texts
+from pacatune.training.config_file import add_run_options, check_keys, option_parser
 from pacatune.training.recipe import make_trainer, prepare, run_trainer
 from pacatune.training.report import train_curve
 from pacatune.training.sections import ADAPTER_SECTIONS
@@ -49,7 +47,8 @@ class StudyTask(ABC):
     here; a share of its training data is held out to choose learning rates by.
     """
 
-    run_class: ClassVar[type[BaseRunConfig[Any]]]
+    kind: ClassVar[str]
+    """Name of the task in the table of `train`."""
     metrics: ClassVar[tuple[str, ...]]
     """What is measured; the first is that of `metric: auto`."""
 
@@ -82,7 +81,7 @@ class StudyTask(ABC):
         return test | ({"split": split} if split is not None else {})
 
     @abstractmethod
-    def test_data(self, task: Task[Any]) -> Any:
+    def test_data(self, task: Task) -> Any:
         """Return the test data as the trainer takes it, for a task that is prepared."""
 
     @abstractmethod
@@ -94,7 +93,8 @@ class StudyTask(ABC):
 
     def count(self, config: Any) -> int:
         """Return how many parameters a run trains, without weights; checks what it can."""
-        return task_of(config).plan().num_trainable_parameters
+        number: int = task_of(config).plan().num_trainable_parameters
+        return number
 
     def run(self, config: Any, console: Console) -> Measured:
         """Train and evaluate."""
@@ -121,18 +121,17 @@ class StudyTask(ABC):
                 forgetting={name: value for name, value in general.items() if value is not None},
             )
 
-    def measure(self, task: Task[Any], trainer: Any, data: Any) -> dict[str, float]:
+    def measure(self, task: Task, trainer: Any, data: Any) -> dict[str, float]:
         """Return metric -> value of the trained model on some data."""
         values = trainer.evaluate(data)
         return {metric: float(values[f"eval_{metric}"]) for metric in self.metrics}
 
-    def _general_loss(self, task: Task[Any], model: Any) -> float | None:
+    def _general_loss(self, task: Task, model: Any) -> float | None:
         """Return the loss on general text of the trained model, or of the base where None."""
         return None
 
     def make_run(self, options: Values, rate: float, seed: int, folder: Path) -> Any:
         """Build a run by options over the task's, and what the study decides over those."""
-        sections = self.run_class.sections()
         method = options.get("method")
         # What the task says of another method is for other arms.
         others = {name for name in ADAPTER_SECTIONS if method not in readers_of(name)}
@@ -145,12 +144,10 @@ class StudyTask(ABC):
         }
         if "paca" not in others:
             decided["paca"] = {"random_seed": seed}
-        parsed = merged(self._parsed[text], decided)
-        built = {name: kind(**parsed[name]) for name, kind in sections.items()}
-        return self.run_class(**{k: v for k, v in parsed.items() if k not in sections}, **built)
+        return RunConfig(**merged(self._parsed[text], decided))
 
     def _parse(self, values: Values) -> Values:
-        parser, known = _parser(type(self))
+        parser, known = _parser(self.kind)
         check_keys(values, known, "the study's options")
         try:
             parsed: Values = parser.parse_object(values).as_dict()
@@ -162,7 +159,7 @@ class StudyTask(ABC):
 class TextTask(StudyTask):
     """Runs of `pacatune train`: loss per learned token, exact answers, what the model forgets."""
 
-    run_class = RunConfig
+    kind = "sft"
     metrics = ("loss", "exact_match")
 
     def __init__(self, *args: Any) -> None:
@@ -224,7 +221,7 @@ class TextTask(StudyTask):
 class ImageTask(StudyTask):
     """Runs of `pacatune train-image`: the accuracy of an image classifier."""
 
-    run_class = ImageRunConfig
+    kind = "image"
     metrics = ("accuracy", "loss")
 
     def _take_test(self, data: Values) -> Values:
@@ -276,12 +273,14 @@ class ImageTask(StudyTask):
 class ClassifyTask(StudyTask):
     """Runs of a classifier of texts: its accuracy."""
 
-    run_class = ClassifierConfig
+    kind = "classifier"
     metrics = ("accuracy", "loss")
 
     def test_data(self, task: Any) -> Any:
         """Return the test texts, encoded."""
-        return task.encode(self._test_texts(task.config))
+        return encode(
+            task, self._test_texts(task.config), split_texts(task.config.data)[0].classes()
+        )
 
     def digest(self, config: Any) -> str:
         """Return hashes of all texts and labels, and of the weights."""
@@ -338,12 +337,9 @@ def _weights_digest(path: str, revision: str | None) -> str:
 
 
 @cache
-def _parser(task_class: type[StudyTask]) -> tuple[Any, frozenset[str]]:
+def _parser(task: str) -> tuple[Any, frozenset[str]]:
     parser = option_parser()
-    sections = task_class.run_class.sections()
-    parser.add_class_arguments(task_class.run_class, skip=set(sections))
-    for name, section in sections.items():
-        parser.add_class_arguments(section, name)
+    sections = add_run_options(parser, task)
     known = {action.dest for action in parser._actions} - {"help", *sections}
     return parser, frozenset(known)
 

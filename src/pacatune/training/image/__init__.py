@@ -1,4 +1,4 @@
-"""Fine-tuning of image classifiers: `train(ImageRunConfig(...))`, and loading its results.
+"""Fine-tuning of image classifiers: `train(RunConfig(task="image", ...))`, and loading its results.
 
 Parts are lazy: the command line reads their options without torch.
 """
@@ -9,7 +9,8 @@ from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data.images import ImageDataConfig
-    from pacatune.training.image.config import ImageModelConfig, ImageRunConfig, ImageTrainingConfig
+    from pacatune.training.config import RunConfig
+    from pacatune.training.image.config import ImageModelConfig, ImageTrainingConfig
     from pacatune.training.image.model import ImageClassifier, load_result
     from pacatune.training.image.report import ImageReport
     from pacatune.training.recipe import train
@@ -20,15 +21,17 @@ __all__ = [
     "ImageDataConfig",
     "ImageModelConfig",
     "ImageReport",
-    "ImageRunConfig",
     "ImageTrainingConfig",
     "LoraSection",
     "MosLoraSection",
     "PacaSection",
+    "RunConfig",
     "load_result",
     "train",
 ]
 
 __getattr__, __dir__ = import_later(
-    __name__, __all__, (".config", "..sections", ".report", ".model", "..recipe")
+    __name__,
+    __all__,
+    ("...data.config", ".config", "..sections", "..config", ".report", ".model", "..recipe"),
 )

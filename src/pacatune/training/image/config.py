@@ -1,17 +1,13 @@
-"""One run on images, declared once for the command line, YAML files and Python."""
+"""The sections of a run on images that are its own, and the runs of the paper."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from pacatune.data.config import ImageDataConfig
-from pacatune.methods import CLASSIFIER_METHODS
 from pacatune.names import check_choices
 from pacatune.pretrained import refuse_no_path
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.config import BaseRunConfig
-from pacatune.training.image.report import ImageReport
 
 
 @dataclass(kw_only=True)
@@ -80,34 +76,6 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):
             raise ValueError(
                 f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
             )
-
-
-@dataclass(kw_only=True)
-class ImageRunConfig(BaseRunConfig[ImageReport]):
-    """One fine-tuning run on images."""
-
-    command: ClassVar[str] = "train-image"
-    methods: ClassVar[tuple[str, ...]] = CLASSIFIER_METHODS
-    task_class: ClassVar[str] = "pacatune.training.image.task:ImageTask"
-
-    method: str = "paca"
-    """How to fine-tune: `paca`, `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained
-    mixer; linear layers only), `full` (every weight), or `head` (the classifier alone, a linear
-    probe). A new head is trained in any case."""
-
-    model: ImageModelConfig
-    """The pretrained model."""
-
-    data: ImageDataConfig
-    """Training and evaluation images."""
-
-    training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
-    """Every option of transformers' TrainingArguments."""
-
-    lean: Literal["auto", "off", "require"] = "auto"
-    """Keep less for backward, exactly: gated MLPs, norms, BatchNorm, attention and loss as
-    `pacatune.lean` makes them. `auto`: where the model allows it; `require`: refuse a model that
-    does not."""
 
 
 def _preset(model: str, data: str, num_epochs: int) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pacatune.reports.figures import new_figure, plain_text, save_figure
-from pacatune.training.report import Curve, RunReport, four_digits
+from pacatune.training.report import Curve, Report, four_digits
 
 if TYPE_CHECKING:
     from pacatune.data.images import ImageDataset
@@ -39,10 +39,8 @@ class Mistake:
 
 
 @dataclass(kw_only=True)
-class ImageReport(RunReport):
+class ImageReport(Report):
     """Results of one run on images."""
-
-    loss_per: ClassVar[str] = "image"
 
     accuracy_before: float | None = None
     """Held-out accuracy before the first step, with the head as `head` says; None without data."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from pacatune.methods import METHODS, Method
-from pacatune.training.image.config import ImageRunConfig
+from pacatune.training.config import RunConfig
 from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads
 from pacatune.training.task import Plan, make_adapter_config, make_plan, put_adapter
 from pacatune.tuner.defaults import default_targets, survey
@@ -17,7 +17,7 @@ from pacatune.tuner.layout import ConvolutionLayout, adaptable_kind
 from pacatune.tuner.targets import available_targets
 
 
-def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig | None, list[str]]:
+def choose_adapter(config: RunConfig, base: ImageBase) -> tuple[PeftConfig | None, list[str]]:
     """Return the PEFT configuration of the method, None where it needs none, and notes."""
     method = METHODS[config.method]
     if not method.has_adapter:
@@ -44,18 +44,14 @@ def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig 
     return made, notes
 
 
-def plan_training(
-    config: ImageRunConfig, base: ImageBase, adapter_config: PeftConfig | None
-) -> Plan:
+def plan_training(config: RunConfig, base: ImageBase, adapter_config: PeftConfig | None) -> Plan:
     """Say what would be trained, without a single weight."""
     return make_plan(
         base.empty_model(), lambda model: make_trainable(model, config, adapter_config), config
     )
 
 
-def make_trainable(
-    model: Any, config: ImageRunConfig, adapter_config: PeftConfig | None
-) -> nn.Module:
+def make_trainable(model: Any, config: RunConfig, adapter_config: PeftConfig | None) -> nn.Module:
     """Put the adapter on a model, or set which of its weights are trained."""
     if adapter_config is None:
         heads = tuple(f"{name}." for name in find_heads(model))

@@ -17,7 +17,6 @@ from pacatune.data.images.sources import read_sources
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
-from pacatune.training.image.config import ImageRunConfig
 from pacatune.training.image.model import (
     CLASSES_KEY,
     ImageBase,
@@ -34,16 +33,16 @@ from pacatune.training.image.report import (
 )
 from pacatune.training.image.targets import choose_adapter, make_trainable, plan_training
 from pacatune.training.report import curve_of
-from pacatune.training.task import Plan, Prepared, ReportedTask
+from pacatune.training.task import Plan, Prepared, Task
 from pacatune.training.trainer import RunTrainer, accuracy
 
 
-class ImageTask(ReportedTask[ImageRunConfig]):
+class ImageTask(Task):
     """A run on images."""
 
     unit = "images"
     less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
-    pipeline_tag = "image-classification"
+    report_class = ImageReport
 
     base: ImageBase
     classes: list[str]
@@ -129,20 +128,17 @@ class ImageTask(ReportedTask[ImageRunConfig]):
             "mistakes": surest_mistakes(logits, labels, self.evaluation),
         }
 
-    def make_report(
-        self, known: dict[str, Any], trainer: Any, items_per_second: float
-    ) -> ImageReport:
-        """Return the report, with accuracies and images per second."""
+    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
+        """Return accuracies, images per second, and what model and data are."""
         curve = curve_of(trainer.state.log_history, "eval_accuracy")
-        return ImageReport(
-            **known,
-            accuracy_before=curve[0][1] if curve else None,
-            eval_accuracies=curve,
-            images_per_second=items_per_second,
-            head="own" if self.base.has_own_head else "new",
-            classes=self.classes,
-            image_size=self.base.preprocessing.size,
-        )
+        return {
+            "accuracy_before": curve[0][1] if curve else None,
+            "eval_accuracies": curve,
+            "images_per_second": items_per_second,
+            "head": "own" if self.base.has_own_head else "new",
+            "classes": self.classes,
+            "image_size": self.base.preprocessing.size,
+        }
 
     def write(self, report: Any, folder: Path) -> None:
         """Write the transform, the classes beside an adapter, and the pictures."""
