@@ -1,6 +1,10 @@
-import pytest
+import io
 
-from pacatune.training.classifier import TextClassConfig, split_texts
+import pytest
+from rich.console import Console
+
+from pacatune.training import RunConfig, train
+from pacatune.training.classifier import TextClassConfig, split_texts, texts_digest
 
 
 @pytest.mark.parametrize(
@@ -20,11 +24,41 @@ def test_split(tmp_path):
     rows = "".join(f'{{"text": "t{i}", "label": "{"aab"[i % 3]}"}}\n' for i in range(10))
     (tmp_path / "rows.jsonl").write_text(rows)
     path = str(tmp_path / "rows.jsonl")
-    train_texts, held_out = split_texts(TextClassConfig(path=path, eval_fraction=0.2))
-    assert (len(train_texts.texts), len(held_out.texts)) == (8, 2)
-    assert train_texts.classes() == ["a", "b"]
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_fraction=0.2))
+    assert (len(texts), len(held_out)) == (8, 2)
+    assert {*texts["label"]} == {"a", "b"}
     again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
-    assert again.texts == train_texts.texts[:6]
-    assert again.fingerprint() != train_texts.fingerprint()
+    assert again["text"][:] == texts["text"][:6]
+    assert texts_digest(again) != texts_digest(texts)
     with pytest.raises(ValueError, match=r"has 10 rows, of which 2 are held out; `data.num_train`"):
         split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=9))
+
+
+@pytest.mark.parametrize("method", ["paca", "head"])
+def test_a_run(tmp_path, tiny_model_dir, method):
+    words = ("red", "green", "blue")
+    rows = "".join(
+        f'{{"text": "It is {words[i % 3]} {i}.", "label": "{words[i % 3]}"}}\n' for i in range(60)
+    )
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config = RunConfig(
+        task="classifier",
+        method=method,
+        model={"path": str(tiny_model_dir)},
+        data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.2},
+        training={
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 30,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+        },
+    )
+    report = train(config, console=Console(file=io.StringIO()))
+    assert report.eval_metrics_after["accuracy"] > (0.9 if method == "paca" else 0.3)
+    assert dict(report.table())["held-out accuracy after"]
+    card = (tmp_path / "out/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
+    exec(code, names := {})
+    assert names["model"].config.num_labels == 3

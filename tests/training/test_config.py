@@ -101,7 +101,9 @@ def test_unknown_method():
 
 
 def test_training_of_another_type():
-    with pytest.raises(TypeError, match=r"is a SFTConfig; .* or a pacatune.training.TrainingConfig"):
+    with pytest.raises(
+        TypeError, match=r"is a SFTConfig; .* or a pacatune.training.TrainingConfig"
+    ):
         RunConfig(
             model=ModelConfig(path="m"),
             data=DataConfig(path="d"),

@@ -71,62 +71,35 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Texts per device and evaluation step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledTexts:
-    """Texts of some classes."""
-
-    texts: list[str]
-    labels: list[str]
-
-    def classes(self) -> list[str]:
-        """Return the different labels, in order."""
-        return sorted(set(self.labels))
-
-    def fingerprint(self) -> str:
-        """Return a digest of all texts and labels, in order."""
-        digest = hashlib.blake2b(digest_size=16)
-        for text, label in zip(self.texts, self.labels, strict=True):
-            digest.update(f"{text}\0{label}\0".encode())
-        return digest.hexdigest()
-
-    def part(self, places: list[int]) -> "LabelledTexts":
-        """Return those at some places."""
-        return LabelledTexts(
-            texts=[self.texts[place] for place in places],
-            labels=[self.labels[place] for place in places],
-        )
-
-
 def prepare(task: LanguageTask) -> PreparedData:
     """Read and encode the texts; the model gets a head for their classes."""
     train, held_out = split_texts(task.config.data)
-    classes = train.classes()
+    classes = sorted(set(train["label"]))
     task.model_options = {"num_labels": len(classes)}
-    task.length_option = "`data.max_length`"
-    task.less_memory = task.length_option
+    task.length_option = task.less_memory = "`data.max_length`"
     task.collator = DataCollatorWithPadding(task.tokenizer)
     task.trainer_options = {"data_collator": task.collator, "compute_metrics": accuracy}
     rows = encode(task, train, classes)
     return PreparedData(
         rows,
-        encode(task, held_out, classes) if held_out.texts else None,
+        encode(task, held_out, classes) if len(held_out) else None,
         max(map(len, rows["input_ids"])),
-        overlap_warning(train.texts, held_out.texts, "validation texts"),
+        overlap_warning(train["text"], held_out["text"], "validation texts"),
     )
 
 
-def encode(task: LanguageTask, texts: LabelledTexts, classes: list[str]) -> Dataset:
+def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
     """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
-    if unknown := sorted(set(texts.labels) - set(classes)):
+    if unknown := sorted({*texts["label"]} - {*classes}):
         raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
     limit = task.config.data.max_length
-    columns: Any = task.tokenizer(texts.texts, truncation=True, max_length=limit)
+    columns: Any = task.tokenizer(texts["text"][:], truncation=True, max_length=limit)
     columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
-    return Dataset.from_dict({**columns, "labels": [classes.index(one) for one in texts.labels]})
+    return Dataset.from_dict({**columns, "labels": [classes.index(one) for one in texts["label"]]})
 
 
-def read_texts(path: str, split: str, option: str = "data.path") -> LabelledTexts:
-    """Read texts and labels from a file, folder or data set of the hub."""
+def read_texts(path: str, split: str, option: str = "data.path") -> Dataset:
+    """Read rows of `text` and `label`, a text too, from a file, folder or data set of the hub."""
     texts, labels = [], []
     for row in read_rows(path, name=None, split=split, option=option):
         text, label = row.values.get("text"), row.values.get("label")
@@ -137,15 +110,14 @@ def read_texts(path: str, split: str, option: str = "data.path") -> LabelledText
             )
         texts.append(text)
         labels.append(str(label))
-    return LabelledTexts(texts=texts, labels=labels)
+    return Dataset.from_dict({"text": texts, "label": labels})
 
 
-def split_texts(config: TextClassConfig) -> tuple[LabelledTexts, LabelledTexts]:
+def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on and what is held out."""
     whole = read_texts(config.path, config.split)
-    order = torch.randperm(
-        len(whole.texts), generator=torch.Generator().manual_seed(config.seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(whole), generator=generator).tolist()
     number = max(1, round(len(order) * config.eval_fraction)) if config.eval_fraction else 0
     held_out, rest = order[:number], order[number:][: config.num_train]
     if not rest or (config.num_train or 0) > len(rest):
@@ -153,10 +125,17 @@ def split_texts(config: TextClassConfig) -> tuple[LabelledTexts, LabelledTexts]:
             f"{config.path} has {len(order)} rows, of which {number} are held out; `data.num_train`"
             f" ({config.num_train}) must be at most the rest."
         )
-    train = whole.part(rest)
-    if len(set(train.labels)) < 2:
+    train = whole.select(rest)
+    if len(labels := set(train["label"])) < 2:
         raise ValueError(
-            f"{config.path} has the labels {sorted(set(train.labels))}; a classifier needs at "
-            "least two."
+            f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    return train, whole.part(held_out)
+    return train, whole.select(held_out)
+
+
+def texts_digest(texts: Dataset) -> str:
+    """Return a digest of all texts and labels, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in texts:
+        digest.update(f"{row['text']}\0{row['label']}\0".encode())
+    return digest.hexdigest()

@@ -282,8 +282,13 @@ class LanguageTrainer(RunTrainer):
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how many tokens of a micro-batch are not padding."""
-        mask: Tensor | None = inputs.get("attention_mask")
-        return int(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        if "attention_mask" in inputs:
+            mask: Tensor = inputs["attention_mask"]
+            return mask.sum()
+        if "input_ids" in inputs:  # packed
+            return int(inputs["input_ids"].numel())
+        masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
+        return torch.stack([mask.sum() for mask in masks]).sum()
 
 
 def fingerprint(data: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> str:

@@ -27,7 +27,7 @@ from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
 from pacatune.training import RunConfig, language
-from pacatune.training.classifier import encode, read_texts, split_texts
+from pacatune.training.classifier import encode, read_texts, split_texts, texts_digest
 from pacatune.training.config_file import add_run_options, check_keys, option_parser
 from pacatune.training.recipe import make_trainer, prepare, run_trainer
 from pacatune.training.report import train_curve
@@ -278,20 +278,20 @@ class ClassifyTask(StudyTask):
 
     def test_data(self, task: Any) -> Any:
         """Return the test texts, encoded."""
-        return encode(
-            task, self._test_texts(task.config), split_texts(task.config.data)[0].classes()
-        )
+        classes = sorted(set(split_texts(task.config.data)[0]["label"]))
+        return encode(task, self._test_texts(task.config), classes)
 
     def digest(self, config: Any) -> str:
         """Return hashes of all texts and labels, and of the weights."""
         train, held_out = split_texts(config.data)
         test = self._test_texts(config)
+        known = [*train["text"], *held_out["text"]]
         self._warn(
-            *overlap_warning(train.texts, held_out.texts, "validation texts"),
-            *overlap_warning(train.texts + held_out.texts, test.texts, "test texts"),
+            *overlap_warning(train["text"], held_out["text"], "validation texts"),
+            *overlap_warning(known, test["text"], "test texts"),
         )
         weights = _weights_digest(find_model(config.model.path), config.model.revision)
-        return " ".join([*(part.fingerprint() for part in (train, held_out, test)), weights])
+        return " ".join([*(texts_digest(part) for part in (train, held_out, test)), weights])
 
     def _test_texts(self, config: Any) -> Any:
         data = dataclasses.replace(config.data, **self.test_options)
