@@ -8,6 +8,7 @@ import pytest
 from pacatune.experiments.study.config import read_study
 from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
 from pacatune.experiments.study.tasks import TASKS
+from pacatune.training.tasks import sections_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
 
@@ -16,7 +17,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.
 def test_study(path):
     study = read_study(path)
     command = PACKAGED_TASKS[study.task].command
-    sections = TASKS[command].run_class.sections()
+    sections = sections_of(TASKS[command].kind)
     for name, arm in study.arms.items():
         for section, options in arm.options.items():
             assert options.keys() <= {field.name for field in fields(sections[section])}, name

@@ -72,7 +72,9 @@ class LanguageTask(Task):
         """More arguments of the trainer."""
 
     def plan(self) -> Plan:
-        """Say what would be trained; only the model's configuration is read."""
+        """Say what would be trained; only the model's configuration is read, if that says it."""
+        if self.task_type == "SEQ_CLS":
+            self.read_data()  # has the classes of the head
         return self.plan_training()[0]
 
     def plan_training(self) -> tuple[Plan, PeftConfig | None, int | None]:

@@ -8,7 +8,6 @@ import torch
 from pacatune.experiments.study import plan
 from pacatune.experiments.study.result import Measured
 from pacatune.experiments.study.tasks import StudyTask
-from pacatune.training import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +109,7 @@ class Scripted(StudyTask):
     Validation is best at a rate of 1e-3, test at 4e-3. `fail` raises at will.
     """
 
-    run_class = RunConfig
+    kind = "sft"
     metrics = ("loss",)
     runs: ClassVar = []
     fail = None

@@ -13,7 +13,7 @@ from pacatune.experiments.study import run_study
 from pacatune.experiments.study.config import read_study
 from pacatune.experiments.study.result import study_folder
 from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.training.classifier import ClassifierTrainer
+from pacatune.training.language import LanguageTrainer
 from tests.forks import Program
 
 # Runs a study whose third run never ends.
@@ -90,17 +90,17 @@ def test_killed(study, started, tmp_path):
 
 
 def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
-    step, out = ClassifierTrainer.training_step, tmp_path / "out"
+    step, out = LanguageTrainer.training_step, tmp_path / "out"
 
     def signalled(self, *args, **kwargs):
         if len(started) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(ClassifierTrainer, "training_step", signalled)
+    monkeypatch.setattr(LanguageTrainer, "training_step", signalled)
     with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 4 runs done; the same command"):
         run_study(read_study(study), out, console=Console(quiet=True))
-    monkeypatch.setattr(ClassifierTrainer, "training_step", step)
+    monkeypatch.setattr(LanguageTrainer, "training_step", step)
     run_study(read_study(study), out, console=Console(quiet=True))
     assert started == [(2, 0), (4, 0), (4, 0), (2, 1), (4, 1)]
 

@@ -114,12 +114,20 @@ def test_task_from_a_configuration(text_options, tmp_path):
     ("change", "arms", "message"),
     [
         ({"task": "smollm-chat"}, None, "neither a file nor a packaged task; did you mean 'smollm"),
-        ({"metric": "accuracy"}, None, r"`metric` \('accuracy'\) is not measured by train"),
-        ({}, {"head": Arm(method="head")}, r"arm 'head': `method` \('head'\) is not offered by tr"),
+        ({"metric": "accuracy"}, None, r"`metric` \('accuracy'\) is not measured by sft"),
+        (
+            {},
+            {"head": Arm(method="head")},
+            r"arm 'head': `method` \('head'\) is not offered by",
+        ),
         ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
         ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
         ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),
-        ({}, {"a": Arm(rank=2, selection="best")}, r"arm 'a': `selection` \('best'\) must be one"),
+        (
+            {},
+            {"a": Arm(rank=2, selection="best")},
+            r"arm 'a': .* \('best'\) is no strategy",
+        ),
     ],
 )
 def test_what_does_not_fit_the_task(text_options, change, arms, message):

@@ -210,7 +210,7 @@ def test_classes_from_bad_rows(class_options, row, message, tmp_path):
         )
 
 
-def test_classes_unknown_labels_and_quantization(class_options, tmp_path):
+def test_classes_unknown_labels(class_options, tmp_path):
     (tmp_path / "test.jsonl").write_text('{"text": "apple", "label": "tree"}\n')
     data = {**class_options["data"], "eval_path": str(tmp_path / "test.jsonl")}
     plan = make_plan(
@@ -218,12 +218,6 @@ def test_classes_unknown_labels_and_quantization(class_options, tmp_path):
     )
     with pytest.raises(ValueError, match=r"the labels \['tree'\] are not among those"):
         plan.task.run(plan.make_run("a", 1e-3, 0, tmp_path), QUIET)
-    model = {**class_options["model"], "quantization": "nf4"}
-    with pytest.raises(ValueError, match=r"`model.quantization` \('nf4'\) is not offered"):
-        make_plan(
-            study_of({**class_options, "model": model}, {"a": Arm(rank=2)}, command="classify"),
-            print,
-        )
 
 
 def test_images(tmp_path):
