@@ -30,13 +30,13 @@ help:
 	@echo 'make report            pages and pictures of the committed results, in report/'
 
 demo: setup-demo
-	@$(RUN) -m pacatune demo $(ARGS)
+	@$(RUN) examples/finetune_llm.py $(ARGS)
 
 demo-vision: setup-demo-vision
-	@$(RUN) -m pacatune demo-vision $(ARGS)
+	@$(RUN) examples/images.py $(ARGS)
 
 demo-rl: setup-demo-rl
-	@$(RUN) -m pacatune demo-rl $(ARGS)
+	@$(RUN) examples/grpo.py $(ARGS)
 
 test: lint
 	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)

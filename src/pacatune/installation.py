@@ -7,11 +7,7 @@ _TRAIN = ("trl", "datasets", "jsonargparse", "yaml", "rich", "matplotlib", "jinj
 _VISION = (*_TRAIN, "timm", "torchvision", "PIL")
 _PACKAGES = {
     "train": _TRAIN,
-    # What reads its model and data says by itself what they need: other ones can be given.
-    "demo": _TRAIN,
     "vision": _VISION,
-    "demo-vision": _VISION,
-    "demo-rl": (*_TRAIN, "reasoning_gym"),
     # lm-eval is asked for by the evaluations that are its own.
     "eval": _TRAIN,
 }

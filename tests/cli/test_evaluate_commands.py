@@ -95,18 +95,6 @@ def test_adapter_scores_as_the_merged_model_does(evaluate, folder, tmp_path):
     assert scored["adapted"]["model"]["base"] == scored["base"]["model"]["base"]
 
 
-def test_packaged_data(evaluate, folder, monkeypatch, tmp_path):
-    from pacatune.data import packaged
-
-    def prepare(cache, name, seed):
-        assert (cache, name, seed) == (tmp_path, "fever", 3)
-        return folder / "train.jsonl", folder / "questions.jsonl"
-
-    monkeypatch.setattr(packaged, "prepare_multiple_choice", prepare)
-    values, _ = evaluate("choice", "--data", "fever", "--cache", str(tmp_path), "--seed", "3")
-    assert values["result"]["fever"]["accuracy"]["num_questions"] == 5
-
-
 def test_what_was_scored_is_kept_when_the_next_fails(folder, tmp_path, monkeypatch):
     from pacatune.evaluation import choice
 
@@ -157,7 +145,7 @@ def test_lm_eval(evaluate):
             ["lm-eval", "--tasks", "mmlu_stm", "--tasks-dir", "tasks"],
             "unknown task 'mmlu_stm'; the",
         ),
-        (["choice", "--data", "feever"], "`data` ('feever') is no file and no packaged data; did"),
+        (["choice", "--data", "fever"], "'fever' is not a file; give one with questions"),
         (["choice", "--data", "no.jsonl"], "'no.jsonl' is not a file; give one with questions"),
         (["perplexity", "--text", "m/model.safetensors"], "m/model.safetensors is not UTF-8"),
         (["mmlu", "--tasks-dir", "nowhere"], "'nowhere' has no task (*.yaml); make one with"),

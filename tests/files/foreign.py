@@ -62,7 +62,6 @@ def commands(draw, place):
             ["evaluate", "perplexity", *adapter, "--text", data, *output],
             ["compare", "--config", "study.yaml", *output],
             ["inspect", "adapter", "--plot", f"{place}/columns.png"],
-            ["demo", "--model", model, "--data", data, "--steps", "1", *output],
             ["reproduce", "fig2", "--simulate", *output, *draw.choice(([], ["--resume"]))],
         )
     )

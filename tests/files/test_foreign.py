@@ -88,27 +88,6 @@ def test_the_configuration_of_the_user(project, tiny_model_dir, capsys, flag):
     assert "(config.yaml); they stay as they are: move them" in said
 
 
-def test_packaged_files_are_made_again_without_loss(tmp_path):
-    from pacatune.data.packaged.packages import PackagedFiles, prepare_rows
-
-    folder = tmp_path / "cache" / "thing"
-    write(folder, "mine.txt")
-    files = PackagedFiles(
-        package="p",
-        version="1",
-        archive_sha256="",
-        num_megabytes=1,
-        what="w",
-        otherwise="",
-        files={},
-    )
-    with pytest.raises(FileExistsError, match=r"mine.txt is not of what is kept in .*--cache DIR"):
-        files.prepare(folder, 1, lambda paths, staging: None, print, note="")
-    with pytest.raises(FileExistsError, match="is not empty"):
-        prepare_rows(folder, ("a", "b"), 1, lambda: [[], []])
-    assert (folder / "mine.txt").exists()
-
-
 def test_pictures_are_new_files(tmp_path, capsys):
     (tmp_path / "a.png").write_text("mine")
     for words in (["estimate", "llama3-8b"], ["estimate", "llama3-8b", "--time", "--gpu", "h100"]):

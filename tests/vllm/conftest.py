@@ -20,9 +20,9 @@ PROMPTS = ["The capital of France is", "Two and two make", "Once upon a time"]
 
 @pytest.fixture(scope="session")
 def model_path():
-    from pacatune.data.packaged import default_cache, prepare_model
+    from examples.packaged import prepare
 
-    return str(prepare_model(default_cache()))
+    return str(prepare("smollm2"))
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
     from pacatune.experiments.study.runner import pending_runs
     from pacatune.training.progress import show_warnings
 
-    plan = make_plan(config, console.print)
+    plan = make_plan(config)
     shown = Table("arm", "method", "rank", "trained parameters", "rates")
     for name, arm in plan.arms.items():
         rank = "-" if arm.rank is None else str(arm.rank)

@@ -15,9 +15,6 @@ from pacatune.names import did_you_mean
 
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
 COMMANDS = {
-    "demo": "fine-tune a real model on real data and show what changed",
-    "demo-vision": "the same with image models",
-    "demo-rl": "teach a real model a task by rewards, and show what its sampler costs",
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
@@ -35,9 +32,6 @@ COMMANDS = {
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    "demo": "demo",
-    "demo-vision": "demo-vision",
-    "demo-rl": "demo-rl",
     "train": "train",
     "train-image": "vision",
     "evaluate": "eval",

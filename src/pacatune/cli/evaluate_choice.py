@@ -1,16 +1,14 @@
-"""`pacatune evaluate choice`: multiple choice, packaged or your own."""
+"""`pacatune evaluate choice`: multiple choice."""
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.cli.evaluate import Score, values_of
 from pacatune.cli.options import positive
-from pacatune.names import did_you_mean
 
 if TYPE_CHECKING:
-    from pacatune.evaluation import ChoiceQuestion, ChoiceResult
+    from pacatune.evaluation import ChoiceResult
     from pacatune.evaluation.output import Report
 
 DESCRIPTION = "Score a model on multiple-choice questions by the likelihood of each choice."
@@ -18,29 +16,19 @@ DESCRIPTION = "Score a model on multiple-choice questions by the likelihood of e
 
 def add_options(add: Callable[..., Any]) -> None:
     """Add the options of this evaluation alone."""
-    data = (
-        "social_iqa, goal_inference, fever (their held-out questions); or a .jsonl file with "
-        "question, choices, answer"
-    )
-    add("--data", nargs="+", required=True, metavar="NAME_OR_FILE", help=data)
+    data = ".jsonl files with question, choices, answer"
+    add("--data", nargs="+", required=True, metavar="FILE", help=data)
     add("--limit", type=positive, metavar="N", help="questions per data set, the first ones")
     add("--chat", action="store_true", help="ask by the model's chat template")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed for splitting the packaged data (default: %(default)s)",
-    )
-    add("--cache", metavar="DIR", help="keeps packaged data (default: ~/.cache/pacatune)")
 
 
 def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
     """Return the settings, and what scores; see `evaluate`."""
-    from pacatune.evaluation.choice import evaluate_choice
+    from pacatune.evaluation.choice import evaluate_choice, read_questions
     from pacatune.evaluation.harness import require_lm_eval
 
     require_lm_eval()
-    data = {name: _questions(name, options) for name in dict.fromkeys(options.data)}
+    data = {path: read_questions(path) for path in dict.fromkeys(options.data)}
     asked = values_of(options, "limit", "chat")
 
     def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
@@ -49,7 +37,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Score]:
             results[name] = evaluate_choice(model, tokenizer, questions, **asked, **speed)
             yield _report(results)
 
-    return values_of(options, "data", "seed") | asked, score
+    return values_of(options, "data") | asked, score
 
 
 def _report(results: "dict[str, ChoiceResult]") -> "Report":
@@ -82,18 +70,3 @@ def _report(results: "dict[str, ChoiceResult]") -> "Report":
             {"data": name, **each} for name, result in results.items() for each in result.questions
         ],
     )
-
-
-def _questions(name: str, options: argparse.Namespace) -> "list[ChoiceQuestion]":
-    from pacatune.data.packaged import default_cache, prepare_multiple_choice
-    from pacatune.data.packaged.bigbench import CHOICE_TASKS
-    from pacatune.evaluation.choice import read_questions
-
-    if name in CHOICE_TASKS:
-        cache = default_cache() if options.cache is None else Path(options.cache)
-        return read_questions(prepare_multiple_choice(cache, name, options.seed)[1])
-    if not Path(name).expanduser().exists() and not Path(name).suffix:
-        raise ValueError(
-            f"`data` ({name!r}) is no file and no packaged data; {did_you_mean(name, CHOICE_TASKS)}"
-        )
-    return read_questions(name)

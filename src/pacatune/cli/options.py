@@ -4,8 +4,6 @@ import argparse
 import ast
 import inspect
 import re
-import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -211,15 +209,3 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return number
-
-
-def program_name() -> str:
-    """Return how this very installation is called from here."""
-    script = Path(sys.executable).with_name("pacatune")
-    if not script.exists():
-        return f"{shlex.quote(sys.executable)} -m pacatune"
-    found = shutil.which("pacatune")
-    if found is not None and Path(found).resolve() == script.resolve():
-        return "pacatune"
-    here = Path.cwd()
-    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))

@@ -11,13 +11,12 @@ import torch
 from pacatune.adapters.base import innermost
 from pacatune.adapters.fingerprint import fingerprint, unwrap
 from pacatune.adapters.loading import LoadedModel
-from pacatune.data.packaged.packages import sha256_of
 from pacatune.evaluation.harness import Score
 from pacatune.files.folder import check_output
 from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
-from pacatune.reports.provenance import versions, versions_text
+from pacatune.reports.provenance import sha256_of, versions, versions_text
 from pacatune.reports.tables import table_lines
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
 

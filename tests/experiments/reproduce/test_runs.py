@@ -153,16 +153,15 @@ def tiny_questions(tmp_path, tiny_model_dir, monkeypatch):
         }
         for n in range(60)
     ]
-    for name, part in (("train", rows[:50]), ("heldout", rows[50:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    folder = tmp_path / "type-choices"
+    folder.mkdir()
+    for name, part in (("train", rows[:50]), ("test", rows[50:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "smollm2-135m-instruct-q4_1").symlink_to(tiny_model_dir)
+    monkeypatch.setattr(mmlu, "PACKAGED", str(tmp_path))
     monkeypatch.setattr(mmlu, "_STEPS", 1)
     monkeypatch.setattr(mmlu, "_RATES", (1e-3, 1e-1))
     monkeypatch.setattr(mmlu, "_NUM_QUESTIONS", 8)
-    monkeypatch.setattr("pacatune.data.packaged.prepare_model", lambda cache, say: tiny_model_dir)
-    monkeypatch.setattr(
-        "pacatune.data.packaged.prepare_type_choices",
-        lambda cache, say: (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"),
-    )
 
 
 def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path, monkeypatch):
@@ -181,10 +180,10 @@ def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path,
     assert cell.run(tmp_path / "work", lines.append) == result
 
 
-def test_another_prompt_is_another_result(monkeypatch):
-    cell = mmlu.small_cell(ROW)
-    monkeypatch.setattr("pacatune.data.packaged.bigbench.TYPE_PROMPT", "{} is a")
-    assert mmlu.small_cell(ROW).inputs != cell.inputs
+def test_what_is_packaged_must_be_prepared(tiny_questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(mmlu, "PACKAGED", str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match=r"`python -m examples\.packaged smollm2 type"):
+        mmlu.small_cell(ROW).run(tmp_path / "work", tell)
 
 
 def test_a_model_without_training_is_scored(tiny_questions, tmp_path):

@@ -31,7 +31,7 @@ def test_wrong_arms(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"task": ""}, "`task` is ''; name a packaged task"),
+        ({"task": ""}, "`task` is ''; name a configuration's path"),
         ({"arms": {}}, "`arms` is empty; name at least one arm"),
         ({"arms": {"a b": Arm(rank=1)}}, "`arms` has the name 'a b'; use letters"),
         ({"reference": "dora"}, r"`reference` \('dora'\) must be one of the arms \['lora', 'paca'"),

@@ -116,7 +116,7 @@ def test_finished_runs_are_not_done_again(scripted, tmp_path):
     second, _ = run(config_of(options), tmp_path / "out")
     assert task.runs == []
     assert second.to_dict() == first.to_dict()
-    plan = make_plan(config_of(options), print)
+    plan = make_plan(config_of(options))
     assert pending_runs(plan, tmp_path / "out") == 0
     assert pending_runs(plan, tmp_path / "other") == 5
 
@@ -325,9 +325,13 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
 @pytest.mark.parametrize(
     ("config", "metric", "words"),
     [
-        ({"task": "smollm2-chat"}, "loss", "its loss on all test data: the mean over the learned"),
-        ({"task": "smollm2-chat"}, "exact_match", "the share of all test examples whose answer it"),
-        ({"task": "dinov2-cifar10"}, "accuracy", "the share of all test images whose class it"),
+        ({"task": "t.yaml"}, "loss", "its loss on all test data: the mean over the learned"),
+        ({"task": "t.yaml"}, "exact_match", "the share of all test examples whose answer it"),
+        (
+            {"task": "t", "command": "train-image"},
+            "accuracy",
+            "the share of all test images whose class it",
+        ),
         ({"task": "", "command": "classify"}, "accuracy", "the share of all test texts whose"),
         ({"task": "", "command": "train-image"}, "loss", "its mean loss over all test images"),
     ],

@@ -50,7 +50,7 @@ def test_texts(text_options, tmp_path):
 def test_bases_of_few_bits(text_options, tmp_path):
     pytest.importorskip("bitsandbytes")
     arms = {"qpaca": Arm(method="qpaca", rank=4), "qlora": Arm(method="qlora")}
-    plan = make_plan(study_of(text_options, arms), print)
+    plan = make_plan(study_of(text_options, arms))
     for name in arms:
         run = plan.make_run(name, 1e-3, 0, tmp_path)
         assert run.model.quantization == "nf4"
@@ -86,13 +86,13 @@ def test_exact_matches_are_those_of_greedy_decoding():
 
 def test_exact_answers_are_a_metric(text_options, tmp_path):
     config = study_of(text_options, {"paca": Arm(rank=4)}, metric="exact_match")
-    plan = make_plan(config, print)
+    plan = make_plan(config)
     assert plan.higher_is_better
     measured = plan.task.run(plan.make_run("paca", 1e-2, 0, tmp_path), QUIET)
     assert measured.test.keys() == measured.validation.keys() == {"loss", "exact_match"}
     assert 0 <= measured.test["exact_match"] <= 1
     # The loss is the trainer's own.
-    by_loss = make_plan(dataclasses.replace(config, metric="loss"), print)
+    by_loss = make_plan(dataclasses.replace(config, metric="loss"))
     same = by_loss.task.run(by_loss.make_run("paca", 1e-2, 0, tmp_path), QUIET)
     assert same.test.keys() == {"loss"}
     assert measured.test["loss"] == pytest.approx(same.test["loss"], rel=1e-6)
@@ -104,7 +104,7 @@ def test_test_loss_is_that_of_the_recipe(text_options, tmp_path):
     """The same run by `pacatune train`, evaluating on what is test data here."""
     from pacatune.training import train
 
-    plan = make_plan(study_of(text_options, {"paca": Arm(rank=4)}), print)
+    plan = make_plan(study_of(text_options, {"paca": Arm(rank=4)}))
     run = plan.make_run("paca", 1e-2, 0, tmp_path / "scratch")
     measured = plan.task.run(run, QUIET)
     with_test = {"data": {"eval_path": text_options["data"]["eval_path"]}}
@@ -134,7 +134,7 @@ def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
         "lora": Arm(method="lora", dropout=0.5),
         "full": Arm(method="full"),
     }
-    plan = make_plan(study_of(text_options, arms), print)
+    plan = make_plan(study_of(text_options, arms))
     for name, seed in (("paca", 0), ("lora", 0), ("full", 0), ("paca", 1)):
         seen.append([])
         plan.task.run(plan.make_run(name, 1e-3, seed, tmp_path), QUIET)
@@ -190,7 +190,7 @@ def test_diverged_run_is_a_failure(class_options, tmp_path):
 def test_classes_from_bad_data(class_options, change, message):
     options = {**class_options, "data": {**class_options["data"], **change}}
     with pytest.raises(ValueError, match=message):
-        make_plan(study_of(options, {"paca": Arm(rank=2)}, command="classify"), print)
+        make_plan(study_of(options, {"paca": Arm(rank=2)}, command="classify"))
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,14 @@ def test_classes_from_bad_rows(class_options, row, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text(row)
     data = {**class_options["data"], "path": str(tmp_path / "rows.jsonl")}
     with pytest.raises(ValueError, match=message):
-        make_plan(
-            study_of({**class_options, "data": data}, {"a": Arm(rank=2)}, command="classify"), print
-        )
+        make_plan(study_of({**class_options, "data": data}, {"a": Arm(rank=2)}, command="classify"))
 
 
 def test_classes_unknown_labels(class_options, tmp_path):
     (tmp_path / "test.jsonl").write_text('{"text": "apple", "label": "tree"}\n')
     data = {**class_options["data"], "eval_path": str(tmp_path / "test.jsonl")}
     plan = make_plan(
-        study_of({**class_options, "data": data}, {"a": Arm(rank=2)}, command="classify"), print
+        study_of({**class_options, "data": data}, {"a": Arm(rank=2)}, command="classify")
     )
     with pytest.raises(ValueError, match=r"the labels \['tree'\] are not among those"):
         plan.task.run(plan.make_run("a", 1e-3, 0, tmp_path), QUIET)
@@ -239,12 +237,12 @@ def test_images(tmp_path):
     assert [arm.failures for arm in result.arms.values()] == [[]] * 3
     assert result.metric == "accuracy"
     assert all(value * 18 == pytest.approx(round(value * 18)) for value in _values(result))
-    plan = make_plan(config, print)
+    plan = make_plan(config)
     key = plan.key(plan.make_run("paca", 1e-2, 0, tmp_path))
     (tmp_path / "images").rename(tmp_path / "moved")
     options["data"]["path"] = str(tmp_path / "moved")
     config = study_of(options, arms, command="train-image", seeds=[0])
-    plan = make_plan(config, print)
+    plan = make_plan(config)
     assert plan.key(plan.make_run("paca", 1e-2, 0, tmp_path)) == key
     broken = next((tmp_path / "moved" / "test").rglob("*.png"))
     broken.write_bytes(b"no image")
@@ -252,7 +250,7 @@ def test_images(tmp_path):
         run_study(config, tmp_path / "other", console=QUIET)
     without = {**options, "data": {"path": str(tmp_path / "moved" / "train")}}
     with pytest.raises(ValueError, match="nor a folder `test` beside `train`"):
-        make_plan(study_of(without, arms, command="train-image"), print)
+        make_plan(study_of(without, arms, command="train-image"))
 
 
 OVERLAP = "{} are also in the training data"
@@ -299,7 +297,7 @@ def test_images_of_both_parts_are_a_warning(tmp_path):
 
 def test_parts_that_share_nothing_are_no_warning(text_options, tmp_path):
     arms = {"only": Arm(rank=2, learning_rates=[1e-3])}
-    plan = make_plan(study_of(text_options, arms), print)
+    plan = make_plan(study_of(text_options, arms))
     plan.key(plan.make_run("only", 1e-3, 0, tmp_path))
     assert plan.task.warnings == []
 

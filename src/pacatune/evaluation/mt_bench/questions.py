@@ -2,13 +2,11 @@
 
 import dataclasses
 import string
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.packaged import default_cache, prepare_mt_bench
-from pacatune.data.packaged.mt_bench import FILES, PROMPTS, QUESTIONS, REFERENCES
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.mt_bench.config import MtBenchConfig
 from pacatune.names import did_you_mean
@@ -197,6 +195,7 @@ class Prompt:
 
 def read_prompts(path: Path) -> dict[str, Prompt]:
     """Read a `judge_prompts.jsonl` of FastChat, by name; others than the four are passed over."""
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"--judge-prompts ({path}) is no file; check the path.")
     rows = {row.values.get("name"): row for row in read_rows(str(path))}
@@ -259,52 +258,24 @@ class Data:
     """Where questions, references and prompts come from."""
 
 
-def load_data(config: MtBenchConfig, say: Callable[[str], None]) -> Data:
-    """Read all data of an evaluation, so that nothing is missing later.
-
-    The package is fetched only for files that the configuration leaves out; `say` is told of it.
-    """
-
-    def packaged(name: str) -> Path:
-        return prepare_mt_bench(config.cache or default_cache(), say) / name
-
-    package = FILES.requirement
-    everything = read_questions(config.questions or str(packaged(QUESTIONS)))
+def load_data(config: MtBenchConfig) -> Data:
+    """Read all data of an evaluation, so that nothing is missing later."""
+    assert config.questions is not None, "the configuration has checked it"
+    everything = read_questions(config.questions)
     questions = choose_questions(everything, config.categories, config.limit)
-    sources = {"questions": config.questions or package}
-    if config.no_judge:
-        return Data(questions=questions, prompts={}, sources=sources)
+    if config.judge_prompts is None or config.no_judge:
+        return Data(questions=questions, prompts={}, sources={"questions": config.questions})
+    source = config.references or config.questions
     if config.references is not None:
-        references, source = read_references(config.references), config.references
-    elif not any(one.needs_reference for one in questions):
-        references, source = {}, "not needed"
+        references = read_references(config.references)
     else:
-        references, source = _find_references(everything, config.questions, packaged)
-    sources |= {"references": source, "judge_prompts": str(config.judge_prompts or package)}
+        references = {one.id: one.reference for one in questions if one.reference is not None}
     return Data(
         questions=add_references(questions, references, source),
-        prompts=read_prompts(config.judge_prompts or packaged(PROMPTS)),
-        sources=sources,
+        prompts=read_prompts(config.judge_prompts),
+        sources={
+            "questions": config.questions,
+            "references": source,
+            "judge_prompts": str(config.judge_prompts),
+        },
     )
-
-
-def _find_references(
-    questions: Sequence[Question], path: str | None, packaged: Callable[[str], Path]
-) -> tuple[dict[QuestionId, Turns], str]:
-    """Return the reference answers that no file was given for, and where they come from.
-
-    All come from one place where that is possible, since they decide over scores; and from the same
-    place for some of the questions as for all.
-    """
-    needing = [one for one in questions if one.needs_reference]
-    own = {one.id: one.reference for one in needing if one.reference is not None}
-    if path is not None and len(own) == len(needing):
-        return own, path
-    theirs = read_references(str(packaged(REFERENCES)))
-    # A user's question may have the number of another one in the package.
-    asked = {one.id: one.turns for one in read_questions(str(packaged(QUESTIONS)))}
-    fitting = {one.id: theirs[one.id] for one in needing if asked.get(one.id) == one.turns}
-    package = FILES.requirement
-    if len(fitting) == len(needing):
-        return fitting, package
-    return own | fitting, f"{path} and {package}"

@@ -74,7 +74,7 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
         log.print(line, soft_wrap=True, markup=False, highlight=False)
 
     client = None if config.no_judge else _client(config)
-    data = load_data(config, say)
+    data = load_data(config)
     subject = _subject(config, data.questions)
     if client is not None:
         if client.shows_key:

@@ -43,7 +43,9 @@ class _Images:
 
     table: Table
     task: str
-    """Packaged task of a study."""
+    """Name of its packaged configuration."""
+    learning_rates: dict[str, list[float]]
+    """Method -> grid."""
     small_model: str
     """What it is, for the reader."""
     num_steps: int
@@ -95,7 +97,12 @@ class _Images:
             row,
             f"{self.small_model} by {row.method} on CIFAR-10",
             self.task,
-            Arm(method=row.method, rank=small_rank(row)),
+            Arm(
+                method=row.method,
+                rank=small_rank(row),
+                learning_rates=self.learning_rates[row.method],
+            ),
+            command="train-image",
             options={
                 "data": {"eval_per_class": _EVAL_PER_CLASS},
                 "training": {"max_steps": self.num_steps, "warmup_steps": self.num_steps // 5},
@@ -289,6 +296,7 @@ def _full_cell(row: Row, score: str, preset: str) -> Cell:
 TABLE_6_EXPERIMENT = _Images(
     table=TABLE_6,
     task="dinov2-cifar10",
+    learning_rates={"lora": [1e-3, 3e-3, 9e-3], "paca": [1e-3, 3e-3, 9e-3]},
     small_model="DINOv2-S (22 M parameters, fine-tuned for saliency by others)",
     num_steps=30,
     build=build_vit,
@@ -306,6 +314,7 @@ TABLE_6_EXPERIMENT = _Images(
 TABLE_7_EXPERIMENT = _Images(
     table=TABLE_7,
     task="efficientnet-cifar10",
+    learning_rates={"paca": [2e-3, 6e-3, 1.8e-2], "full": [3e-4, 1e-3, 3e-3]},
     small_model="EfficientNet-Lite0 (3.4 M parameters, ImageNet weights)",
     num_steps=40,
     build=build_efficientnet,

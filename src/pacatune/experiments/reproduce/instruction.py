@@ -12,6 +12,7 @@ from typing import Any
 from pacatune.experiments.reproduce.comparison import Source, table_experiment
 from pacatune.experiments.reproduce.experiment import Cell, Experiment, Mode, Scale
 from pacatune.experiments.reproduce.runs import (
+    PACKAGED,
     SPREAD_NOTE,
     FullScale,
     Runs,
@@ -78,12 +79,18 @@ _JUDGE = {
     "judge_model": "gpt-4o-mini",
     "judge_key_env": "OPENAI_API_KEY",
 }
+_FILES = {
+    "questions": "question.jsonl",
+    "references": "gpt-4.jsonl",
+    "judge_prompts": "judge_prompts.jsonl",
+}
 
 
 def _mt_bench_options(row: Row) -> dict[str, Any]:
     """Return the options of MT-Bench, by their names in MtBenchConfig."""
     held = {"quantization": "nf4"} if row.method in ("quantized", "qlora") else {}
-    return held | _JUDGE
+    files = {name: f"{PACKAGED}/mt-bench-26.3/{file}" for name, file in _FILES.items()}
+    return held | files | _JUDGE
 
 
 def _command(row: Row) -> tuple[str, ...]:
@@ -98,11 +105,12 @@ def _judge(runs: Runs, row: Row, adapter: Path | None) -> dict[str, Any]:
     """
     from pacatune.evaluation.mt_bench import MtBenchConfig, run_mt_bench
 
+    options = _mt_bench_options(row)
     config = MtBenchConfig(
         output=runs.folder / "mt-bench",
         model=hub_id(row),
         adapter=None if adapter is None else str(adapter),
-        **_mt_bench_options(row),
+        **options | {"judge_prompts": Path(options["judge_prompts"])},
     )
     runs.tell(f"  MT-Bench of {row.title} on {row.model}")
     with runs.quiet("mt-bench") as console:

@@ -12,6 +12,7 @@ from typing import Any
 from pacatune.experiments.reproduce.comparison import Source, table_experiment
 from pacatune.experiments.reproduce.experiment import Cell, Mode, Result, Scale
 from pacatune.experiments.reproduce.runs import (
+    PACKAGED,
     SPREAD_NOTE,
     FullScale,
     Runs,
@@ -126,12 +127,8 @@ def small_stated(row: Row) -> Settings:
 
 def small_cell(row: Row) -> Cell:
     """Return the cell of one line: the best rate of a grid by validation loss, then all seeds."""
-    from pacatune.data.packaged.bigbench import TYPE_PROMPT
-
     inputs = {
         "method": row.method,
-        # Without it, a score of an earlier prompt was once kept beside those of another.
-        "prompt": TYPE_PROMPT,
         "settings": asdict(small_stated(row)) if row.is_trained else {},
         "model": _SMALL_MODEL,
         "data": _DATA,
@@ -150,27 +147,30 @@ def small_cell(row: Row) -> Cell:
 
 
 def _run_small(row: Row, folder: Path, tell: Tell) -> Result:
-    from pacatune.data.packaged import default_cache, prepare_model, prepare_type_choices
-
-    cache = default_cache()
-    model = str(prepare_model(cache, tell))
-    train_data, heldout = prepare_type_choices(cache, tell)
+    packaged = Path(PACKAGED).expanduser()
+    model, data = str(packaged / "smollm2-135m-instruct-q4_1"), packaged / "type-choices"
+    for path in (model, data):
+        if not Path(path).is_dir():
+            raise FileNotFoundError(
+                f"{path} is missing; in a checkout, `python -m examples.packaged smollm2 "
+                "type-choices` prepares it."
+            )
     runs = Runs(folder=folder, tell=tell)
 
     def score(name: str, adapter: Path | None) -> float:
-        found = runs.once(f"score-{name}", partial(_ask_small, model, adapter, heldout))
+        found = runs.once(f"score-{name}", partial(_ask_small, model, adapter, data / "test.jsonl"))
         return float(found["accuracy"]["value"])
 
     if not row.is_trained:
         return {"values": {"0": score("untrained", None)}, "learning_rate": None}
 
     def train(rate: float, seed: int) -> tuple[dict[str, Any], Path]:
-        data = {"path": str(train_data), "format": "prompt-completion", "eval_fraction": 0.03}
+        given = {"path": str(data / "train.jsonl"), "format": "prompt-completion"}
         run = text_run(
             small_stated(row),
             row.method,
             model=model,
-            data=data,
+            data=given | {"eval_fraction": 0.03},
             rate=rate,
             dtype=small_dtype(),
             seed=seed,

@@ -43,6 +43,8 @@ Tell = Callable[[str], None]
 
 # The seed of the authors' scripts for MMLU and for Oasst1 on the 8B model.
 SEED = 42
+# Where `python -m examples.packaged` puts what small runs need.
+PACKAGED = "~/.cache/pacatune"
 _REPORT = "report.json"  # written last: a run that has it has ended well
 
 
@@ -326,7 +328,9 @@ SPREAD_NOTE = (
 
 def study_cell(row: Row, title: str, task: str, arm: study.Arm, **options: Any) -> Cell:
     """Return the cell of a study of one arm, without the general text of others."""
-    config = study.StudyConfig(task=task, arms={row.method: arm}, forgetting_tokens=0, **options)
+    config = study.StudyConfig(
+        task=f"{PACKAGED}/{task}.yaml", arms={row.method: arm}, forgetting_tokens=0, **options
+    )
 
     def run(folder: Path, tell: Tell) -> Result:
         from rich.console import Console

@@ -73,12 +73,11 @@ class StudyConfig:
     """
 
     task: str = ""
-    """A packaged task (its name, such as smollm2-chat), or the path of a configuration of
-    `command`; empty if `options` says it all."""
+    """Path of a configuration of `command`; empty if `options` says it all."""
 
     command: Literal["train", "train-image", "classify"] = "train"
-    """What a configuration that is given by its path or in `options` is one of. `classify` is a
-    study's own small recipe for classifiers of texts. A packaged task brings its own."""
+    """What the configuration is one of. `classify` is a study's own small recipe for classifiers of
+    texts."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Options of all runs, in sections as in a configuration of the command; over the task's."""
@@ -94,8 +93,8 @@ class StudyConfig:
     its number of trained parameters."""
 
     metric: Literal["auto", "loss", "accuracy", "exact_match"] = "auto"
-    """What is compared; auto: accuracy where there are classes, else the loss, or what a packaged
-    task says. exact_match: the share of answers that a language model gives token by token."""
+    """What is compared; auto: accuracy where there are classes, else the loss. exact_match: the
+    share of answers that a language model gives token by token."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the order of the data, the columns, and whatever starts at random."""
@@ -104,8 +103,8 @@ class StudyConfig:
     """How many of the seeds, from the first, choose the learning rate."""
 
     learning_rates: dict[str, list[float]] = field(default_factory=dict)
-    """Method -> grid. Where missing, the task's; or a third, one and three times the rate that is
-    the command's default for the method."""
+    """Method -> grid. Where missing, a third, one and three times the rate that is the command's
+    default for the method."""
 
     extend_grids: int = 0
     """Where the best rate is at the edge of its grid, try the next one beyond, at the distance of
@@ -120,7 +119,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not self.task and not self.options:
-            raise ValueError("`task` is ''; name a packaged task or a configuration's path.")
+            raise ValueError("`task` is ''; name a configuration's path.")
         if not self.arms:
             raise ValueError("`arms` is empty; name at least one arm, such as paca: {rank: 8}.")
         self.arms = {

@@ -4,15 +4,12 @@ import hashlib
 import json
 import sys
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.packaged.packages import default_cache
 from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.experiments.study.packaged_tasks import PackagedTask, find_packaged_task
 from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
 from pacatune.training.config import default_rate
@@ -86,13 +83,11 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
-    """Find the task and settle every arm, before anything runs; say what is fetched."""
-    task, packaged = _open_task(config, say)
-    grids = {} if packaged is None else packaged.learning_rates
-    command, methods = task.kind, TASK_SPECS[task.kind].methods
-    usual = task.metrics[0] if packaged is None or packaged.metric is None else packaged.metric
-    metric = usual if config.metric == "auto" else config.metric
+def make_plan(config: StudyConfig) -> Plan:
+    """Read the task and settle every arm, before anything runs."""
+    task, command = _open_task(config), config.command
+    methods = TASK_SPECS[task.kind].methods
+    metric = task.metrics[0] if config.metric == "auto" else config.metric
     if metric not in task.metrics:
         raise ValueError(
             f"`metric` ({metric!r}) is not measured by {command}; use one of "
@@ -109,7 +104,7 @@ def make_plan(config: StudyConfig, say: Callable[[str], None]) -> Plan:
     arms: dict[str, PlannedArm] = {}
     reference = str(config.reference)
     for name in [reference, *(name for name in config.arms if name != reference)]:
-        arms[name] = _plan_arm(config, task, grids, name, arms.get(reference))
+        arms[name] = _plan_arm(config, task, name, arms.get(reference))
     return Plan(
         config=config, task=task, metric=metric, arms={name: arms[name] for name in config.arms}
     )
@@ -126,27 +121,20 @@ def _refuse_unused(config: StudyConfig) -> None:
             )
 
 
-def _open_task(
-    config: StudyConfig, say: Callable[[str], None]
-) -> tuple[StudyTask, PackagedTask | None]:
-    """Return the task, and the packaged task where it is one."""
-    command: str = config.command
-    values: Values = {}
-    packaged = None
-    if config.task and Path(config.task).expanduser().is_file():
-        values = read_values(Path(config.task).expanduser())
-    elif config.task:
-        packaged = find_packaged_task(config.task)
-        command = packaged.command
-        values = packaged.prepare(default_cache(), say)
-    values = merged(values, config.options)
-    return TASKS[command](values, config.validation_fraction, config.forgetting_tokens), packaged
+def _open_task(config: StudyConfig) -> StudyTask:
+    path = Path(config.task).expanduser()
+    if config.task and not path.is_file():
+        raise FileNotFoundError(
+            f"`task` ({config.task!r}) is no file; name a configuration of {config.command}. In a "
+            f"checkout, `python -m examples.packaged {path.stem}` prepares those that are packaged."
+        )
+    values = merged(read_values(path) if config.task else {}, config.options)
+    return TASKS[config.command](values, config.validation_fraction, config.forgetting_tokens)
 
 
 def _plan_arm(
     config: StudyConfig,
     task: StudyTask,
-    grids: dict[str, list[float]],
     name: str,
     reference: PlannedArm | None,
 ) -> PlannedArm:
@@ -164,7 +152,7 @@ def _plan_arm(
             name=name,
             arm=arm,
             rank=rank,
-            learning_rates=_grid(config, grids, task, arm),
+            learning_rates=_grid(config, task, arm),
             num_trainable_parameters=task.count(run),
             options=options,
         )
@@ -172,13 +160,10 @@ def _plan_arm(
         raise ValueError(f"arm {name!r}: {error}") from error
 
 
-def _grid(
-    config: StudyConfig, grids: dict[str, list[float]], task: StudyTask, arm: Arm
-) -> list[float]:
-    given = (arm.learning_rates, config.learning_rates.get(arm.method), grids.get(arm.method))
-    for found in given:
-        if found is not None:
-            return sorted(found)
+def _grid(config: StudyConfig, task: StudyTask, arm: Arm) -> list[float]:
+    given = arm.learning_rates or config.learning_rates.get(arm.method)
+    if given is not None:
+        return sorted(given)
     default = default_rate(TASK_SPECS[task.kind], arm.method)
     return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from pacatune.experiments.study.packaged_tasks import PACKAGED_TASKS
 from pacatune.experiments.study.result import ArmResult, StudyResult
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import new_figure, save_figure
@@ -37,7 +36,7 @@ def table(result: StudyResult) -> ReportTable:
             kept = arm.saved_activation_bytes
             row.append("-" if arm.step_ms is None else f"{arm.step_ms:.0f}")
             row.append("-" if kept is None else f"{kept / 1e6:.1f}")
-    title = f"{result.config['task'] or 'study'}: {', '.join(result.arms)}"
+    title = f"{Path(result.config['task']).stem or 'study'}: {', '.join(result.arms)}"
     return ReportTable(title=title, header=header, rows=rows, note=notes(result))
 
 
@@ -95,8 +94,7 @@ def notes(result: StudyResult) -> str:
 
 def _meaning(result: StudyResult) -> str:
     """Return what one run's number is a mean of."""
-    task = PACKAGED_TASKS.get(result.config["task"])
-    command = result.config["command"] if task is None else task.command
+    command = result.config["command"]
     examples = "images" if command == "train-image" else "texts"
     if result.metric == "accuracy":
         return f"the share of all test {examples} whose class it names, in per cent"

@@ -85,7 +85,7 @@ def run_study(
     end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     console = console or Console(highlight=False)
     output = study_folder(folder)
-    plan = make_plan(config, console.print)
+    plan = make_plan(config)
     with output.going_on(RESULT_NAME, *OUTPUTS):
         output.write_json(RESULT_NAME, {"finished": False})
         runner = _Runner(plan, output, console, arms=chosen, end=end)

@@ -1,0 +1,158 @@
+"""Fine-tune a real language model with PaCA and with LoRA, and show what changed: `make demo`.
+
+SmolLM2-135M-Instruct, which comes as a Python package, learns to answer like a laconic robot.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+BATCH_SIZE, NUM_HELD_OUT = 8, 24
+# In the manner of the data, but not in it.
+PROMPTS = [
+    "Do you ever get tired?",
+    "What is the longest river in Europe?",
+    "Tell me what you think of humans.",
+]
+
+
+def main() -> None:
+    """Prepare, train twice, ask before and after, show."""
+    options = parse()
+    output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
+    output.mkdir(parents=True)
+    model, data = prepare_both(options, output)
+    reports = {
+        method: fine_tune(method, model, data, output / method, options)
+        for method in ("paca", "lora")
+    }
+    answers = ask(model, output / "paca", options.prompt or PROMPTS)
+    for answer in answers:
+        print(f"\n{answer['prompt']}\n  before  {answer['before']}\n  after   {answer['after']}")
+    show(reports)
+    draw(reports, output / "losses.png")
+    results = {"reports": {m: r.to_dict() for m, r in reports.items()}, "answers": answers}
+    (output / "demo.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    program = shlex.quote(str(Path(sys.executable).with_name("pacatune")))
+    base = f"--model {shlex.quote(model)} --adapter {shlex.quote(str(output / 'paca'))}"
+    print(f"\nThe loss curves are in {output / 'losses.png'}. What to do with the adapter:\n")
+    print(f'  {program} generate {base} --prompt "Are you happy?"')
+    print(f"  {program} merge {base} --output {shlex.quote(str(output / 'merged'))}")
+    print(f"  {program} export {base} --to lora --output {shlex.quote(str(output / 'exported'))}")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--output", metavar="DIR", default="demo-output", help=f"gets a folder {default}")
+    add("--steps", type=int, default=12, help=f"steps of each run {default}")
+    add("--seed", type=int, default=0, help=f"seed of order and columns {default}")
+    add("--prompt", action="append", help="ask this instead; may be repeated")
+    add("--model", metavar="BASE", help="another model: a folder or hub id")
+    add("--data", metavar="PATH", help="other data, as for `pacatune train`")
+    return parser.parse_args()
+
+
+def prepare_both(options: argparse.Namespace, output: Path):
+    """Return the model's path and the data; what is not given is downloaded the first time."""
+    from packaged import prepare
+
+    model = options.model or str(prepare("smollm2"))
+    if options.data:
+        return model, {"path": options.data, "eval_fraction": 0.1, "seed": options.seed}
+    chats, held_out = prepare("chats"), output / "held-out.jsonl"
+    lines = (chats / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    held_out.write_text("".join(lines[:NUM_HELD_OUT]), encoding="utf-8")
+    return model, {"path": str(chats / "train.jsonl"), "eval_path": str(held_out)}
+
+
+def fine_tune(method: str, model: str, data, output: Path, options: argparse.Namespace):
+    """Train by one method; both have the same data, order and steps, and as many parameters."""
+    from pacatune.training import RunConfig, train
+
+    adapters = {
+        "paca": {"paca": {"r": 16, "paca_alpha": 16, "random_seed": options.seed}},
+        # Of a square weight, LoRA trains two factors of the size of PaCA's columns.
+        "lora": {"lora": {"r": 8, "lora_alpha": 8}},
+    }
+    arguments = {
+        "output_dir": str(output),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "learning_rate": 4e-3,  # for both the best of 2e-3, 4e-3 and 8e-3 on this data
+        "logging_steps": 1,
+        "eval_steps": options.steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": options.seed,
+    }
+    base = {"path": model}
+    run = RunConfig(method=method, model=base, data=data, training=arguments, **adapters[method])
+    return train(run)
+
+
+def ask(model: str, adapter: Path, prompts: list[str]) -> list[dict[str, str]]:
+    """Return what the model answers to each prompt, without and with the adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    adapted = PeftModel.from_pretrained(base, adapter).eval()
+    inputs = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+    def generate() -> list[str]:
+        tokens = adapted.generate(**inputs, max_new_tokens=32, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    with adapted.disable_adapter():
+        before = generate()
+    rows = zip(prompts, before, generate(), strict=True)
+    return [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in rows]
+
+
+def show(reports) -> None:
+    """Print a table of both runs."""
+    rows = {
+        "held-out loss before": lambda r: f"{r.eval_loss_before:.4f}",
+        "held-out loss after": lambda r: f"{r.eval_loss_after:.4f}",
+        "trained parameters": lambda r: f"{r.num_trainable_parameters:,}",
+        "step, median": lambda r: f"{r.step_ms:,.0f} ms",
+        "kept for backward": lambda r: f"{r.saved_activation_bytes / 1e6:.1f} MB",
+    }
+    print(f"\n{'':22}{'PaCA, r=16':>14}{'LoRA, r=8':>14}")
+    for name, text in rows.items():
+        print(f"{name:22}" + "".join(f"{text(report):>14}" for report in reports.values()))
+    print("One seed, few steps: this shows the training, not which method learns better.")
+
+
+def draw(reports, path: Path) -> None:
+    """Draw the losses of both runs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token")
+    for number, (method, report) in enumerate(reports.items()):
+        for curve, style, what in (
+            (report.train_losses, "-", "training"),
+            (report.eval_losses, "o--", "held out"),
+        ):
+            label = f"{method}, {what}"
+            axes.plot(*zip(*curve, strict=True), f"C{number}{style}", label=label)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

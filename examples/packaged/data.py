@@ -1,0 +1,193 @@
+"""Texts, questions and images of packages, split to train on and to measure.
+
+Each function fills a folder. BIG-bench asks that its data stay out of training corpora: train
+throw-away models on it only.
+"""
+
+import base64
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+# What a choice follows, after a space: who would do what next, what a step is good for, is a claim
+# true.
+CHOICE_PROMPTS = {
+    "social_iqa": "Question: {}\nAnswer:",
+    "goal_inference": "{}",
+    "fever": "{}\nA:",
+}
+CLASSES = ("Date", "Entity", "Humans", "Location", "Organization", "Quantity")
+_NUM_CHATS_HELD_OUT, _NUM_CHOICES_HELD_OUT, _NUM_IMAGES_HELD_OUT = 96, 400, 200
+_TYPES_HELD_OUT = 0.3
+_NUM_PROBLEMS, _NUM_PROBLEMS_HELD_OUT = 3000, 300
+_MAX_ANSWER_CHARS = 200
+
+Row = dict[str, Any]
+
+
+def _write(folder: Path, train: Iterable[Row], test: Iterable[Row]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train", train), ("test", test)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _normalise(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", "", text.casefold()).split())
+
+
+def make_chats(files: list[Path], folder: Path) -> None:
+    """Write the chats of chatterbot-corpus; no question and no answer is on both sides.
+
+    The corpus answers like a laconic robot: short, in the first person, sometimes wrong. It shows a
+    change of style in few steps; it is no source of facts.
+    """
+    pairs = sorted(unique_pairs(_conversations(files)))
+    random.Random(0).shuffle(pairs)
+    answers = {_normalise(answer) for _, answer in pairs[:_NUM_CHATS_HELD_OUT]}
+    train = [_chat(*pair) for pair in pairs if _normalise(pair[1]) not in answers]
+    _write(folder, train, [_chat(*pair) for pair in pairs if _normalise(pair[1]) in answers])
+
+
+def _conversations(files: list[Path]) -> Iterator[tuple[str, str]]:
+    """Yield the first two lines of each conversation."""
+    import yaml
+
+    for path in files:
+        # Programs would be most of the tokens and have another style than the rest.
+        if path.stem != "coding":
+            for lines in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+                if len(lines) >= 2:
+                    yield str(lines[0]), str(lines[1])
+
+
+def unique_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield the first answer of each question; drop long answers and empty texts."""
+    seen = set()
+    for question, answer in pairs:
+        question, answer = " ".join(question.split()), " ".join(answer.split())
+        key = _normalise(question)
+        if key and _normalise(answer) and len(answer) <= _MAX_ANSWER_CHARS and key not in seen:
+            seen.add(key)
+            yield question, answer
+
+
+def _chat(question: str, answer: str) -> Row:
+    asked = {"role": "user", "content": question}
+    return {"messages": [asked, {"role": "assistant", "content": answer}]}
+
+
+def make_images(files: list[Path], folder: Path) -> None:
+    """Write CIFAR-10's test images as PNG files, 800 of each class to train on and 200 to test.
+
+    So an accuracy on them is not the one papers report.
+    """
+    by_class: dict[str, list[tuple[int, str]]] = {}
+    for number, example in enumerate(_examples(files[0])):
+        name = max(example["target_scores"], key=example["target_scores"].get)
+        by_class.setdefault(name, []).append((number, example["input"]))
+    for name in sorted(by_class):
+        random.Random(name).shuffle(by_class[name])
+        for place, (number, content) in enumerate(by_class[name]):
+            part = "test" if place < _NUM_IMAGES_HELD_OUT else "train"
+            path = folder / part / name / f"{number:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+
+
+def _examples(path: Path) -> list[dict[str, Any]]:
+    examples: list[dict[str, Any]] = json.loads(path.read_bytes())["examples"]
+    return examples
+
+
+def make_choices(files: list[Path], folder: Path) -> None:
+    """Write the questions of each task of `CHOICE_PROMPTS`, to be trained on and scored.
+
+    No question, compared without case and space, is in both files or twice in one.
+    """
+    for path in files:
+        name = path.parent.name
+        questions = [_to_choice(one, CHOICE_PROMPTS[name]) for one in _examples(path)]
+        unique = {" ".join(q["question"].casefold().split()): q for q in reversed(questions)}
+        shuffled = [unique[key] for key in sorted(unique)]
+        random.Random(0).shuffle(shuffled)
+        held_out = shuffled[:_NUM_CHOICES_HELD_OUT]
+        _write(folder / name, shuffled[_NUM_CHOICES_HELD_OUT:], held_out)
+
+
+def _to_choice(example: dict[str, Any], prompt: str) -> Row:
+    question, scores = example["input"].strip(), example["target_scores"]
+    choices = [choice.strip() for choice in scores]
+    return _choice(question, choices, list(scores.values()).index(max(scores.values())), prompt)
+
+
+def _choice(question: str, choices: list[str], answer: int, prompt: str) -> Row:
+    asked = {"question": question, "choices": choices, "answer": answer}
+    return {"prompt": prompt.format(question), "completion": f" {choices[answer]}", **asked}
+
+
+def make_question_types(files: list[Path], folder: Path) -> None:
+    """Write questions with answers about Wikipedia's articles, and the type of the answer.
+
+    People gave the types (Natural Instructions, subtask 46). Many questions got several, often at
+    odds; used are those that got a single one, of the six commonest.
+    """
+    _write(folder, *split_by_question(single_types(_examples(files[0]))))
+
+
+def make_type_choices(files: list[Path], folder: Path) -> None:
+    """Write the same for language models, which choose among the types; rows mix the types."""
+    parts = []
+    for rows in split_by_question(single_types(_examples(files[0]))):
+        random.Random(0).shuffle(rows)
+        labels = [(row["text"], CLASSES.index(row["label"])) for row in rows]
+        parts.append([_choice(text, [*CLASSES], place, "{}\nType:") for text, place in labels])
+    _write(folder, *parts)
+
+
+def single_types(examples: list[dict[str, Any]]) -> list[Row]:
+    """Return text and label of the examples with one type, if it is among `CLASSES`."""
+    rows = []
+    for example in examples:
+        types = {str(target).rstrip(".") for target in example["target"]}
+        if len(types) == 1 and (label := types.pop()) in CLASSES:
+            rows.append({"text": example["input"].removeprefix("Question: "), "label": label})
+    return rows
+
+
+def split_by_question(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Shuffle and split rows so that no question, compared by its words, is on both sides."""
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        question = re.sub(r"\W+", " ", row["text"].partition("(Answer:")[0].casefold()).strip()
+        by_question.setdefault(question, []).append(row)
+    groups = [by_question[question] for question in sorted(by_question)]
+    random.Random(0).shuffle(groups)
+    train: list[Row] = []
+    test: list[Row] = []
+    for group in groups:
+        (test if len(test) < _TYPES_HELD_OUT * len(rows) else train).extend(group)
+    return train, test
+
+
+def make_reversed_words(files: list[Path], folder: Path) -> None:
+    """Write lists of words to reverse, made by reasoning-gym; no prompt is in both files, or twice.
+
+    Its own words around a problem, and its hints on the format, would be most of the tokens.
+    """
+    import reasoning_gym
+
+    number = _NUM_PROBLEMS + _NUM_PROBLEMS_HELD_OUT
+    # More than are wanted, since some come twice.
+    made = reasoning_gym.create_dataset(
+        "word_sequence_reversal", seed=0, size=4 * number, min_words=3, max_words=6
+    )
+    found: dict[str, Row] = {}
+    for item in made:
+        prompt = f"Reverse: {', '.join(item['metadata']['words'])}\nReversed:"
+        found.setdefault(prompt, {"prompt": prompt, "completion": f" {item['answer']}"})
+    rows = list(found.values())[:number]
+    _write(folder, rows[_NUM_PROBLEMS_HELD_OUT:], rows[:_NUM_PROBLEMS_HELD_OUT])

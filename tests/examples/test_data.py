@@ -1,0 +1,122 @@
+"""Packaged texts and images: what is kept, and that nothing held out is trained on."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from examples.packaged import data as packaged
+from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.evaluation.choice import read_questions
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def task_file(folder, examples):
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps({"examples": examples}))
+    return folder / "task.json"
+
+
+def image(index):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (index, 0, 0)).save(file, "PNG")
+    scores = {name: int(place == index % 2) for place, name in enumerate(("cat", "dog"))}
+    return {"input": base64.b64encode(file.getvalue()).decode(), "target_scores": scores}
+
+
+def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "_NUM_IMAGES_HELD_OUT", 3)
+    rows = [image(index) for index in range(20)]
+    folder = tmp_path / "images"
+    packaged.make_images([task_file(tmp_path / "source", rows)], folder)
+    found = prepare_images(ImageDataConfig(path=str(folder)))
+    assert found.classes == ["cat", "dog"]
+    assert (len(found.train.indices), len(found.evaluation.indices)) == (14, 6)
+    assert found.warnings == []  # no image in both parts
+    for path in folder.rglob("*.png"):
+        assert path.read_bytes() == base64.b64decode(rows[int(path.stem)]["input"])
+        assert path.parent.name == ("cat", "dog")[int(path.stem) % 2]
+
+
+def test_choices_can_be_trained_on_and_scored_and_none_is_on_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "_NUM_CHOICES_HELD_OUT", 4)
+    examples = [
+        {"input": f"What about {n}? ", "target_scores": {f"right {n}": 1, "wrong": 0, "neither": 0}}
+        for n in range(12)
+    ]
+    examples.append({"input": "what  about 3?", "target_scores": {"a": 0, "b": 1}})
+    packaged.make_choices([task_file(tmp_path / "social_iqa", examples)], tmp_path)
+    train, test = (read(tmp_path / "social_iqa" / f"{part}.jsonl") for part in ("train", "test"))
+    assert (len(train), len(test)) == (8, 4)
+    assert len({row["question"].casefold() for row in train + test}) == 12
+    questions = read_questions(tmp_path / "social_iqa" / "test.jsonl")
+    for row, question in zip(test, questions, strict=True):
+        assert row["prompt"] == question.context() == f"Question: {row['question']}\nAnswer:"
+        assert row["completion"] == f" {row['choices'][row['answer']]}"
+        assert row["completion"].startswith(" right")
+
+
+def typed(text, *types):
+    return {"input": f"Question: {text}", "target": [f"{name}." for name in types]}
+
+
+EXAMPLES = [
+    typed("Who wrote it? (Answer: Bo).", "Humans"),
+    typed("When? (Answer: 1922).", "Date"),
+    typed("When? (Answer: in May).", "Date"),
+    typed("Which? (Answer: x).", "Entity", "Humans"),
+    typed("How dear? (Answer: 3).", "Money"),
+    *(typed(f"Where is {n}? (Answer: there).", "Location") for n in range(7)),
+]
+
+
+def test_questions_of_one_of_six_types_and_none_on_both_sides(tmp_path):
+    files = [task_file(tmp_path / "source", EXAMPLES)]
+    packaged.make_question_types(files, tmp_path)
+    train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
+    assert {"text": "Who wrote it? (Answer: Bo).", "label": "Humans"} in train + test
+    labels = sorted(row["label"] for row in train + test)
+    assert labels == ["Date", "Date", "Humans", *["Location"] * 7]
+    assert 3 <= len(test) <= 4
+    asked = [{row["text"].partition(" (")[0] for row in part} for part in (train, test)]
+    assert not asked[0] & asked[1]
+    (tmp_path / "choices").mkdir()
+    packaged.make_type_choices(files, tmp_path / "choices")
+    questions = read_questions(tmp_path / "choices" / "train.jsonl")
+    assert sorted((q.question, q.choices[q.answer]) for q in questions) == sorted(
+        (row["text"], row["label"]) for row in train
+    )
+    assert all(q.context() == f"{q.question}\nType:" for q in questions)
+
+
+def test_chats(tmp_path, monkeypatch):
+    """The first answer of a question is kept; no question and no answer is on both sides."""
+    monkeypatch.setattr(packaged, "_NUM_CHATS_HELD_OUT", 5)
+    pairs = [("Hello", "Hi"), ("hello!", "Greetings"), ("Who?", ""), ("Why?", "x" * 201)]
+    assert list(packaged.unique_pairs(pairs)) == [("Hello", "Hi")]
+    pairs = [[f"q{i}", "same" if i % 2 else f"a{i}", "more"] for i in range(20)]
+    (tmp_path / "topic.yml").write_text(json.dumps({"conversations": [*pairs, ["alone"]]}))
+    (tmp_path / "coding.yml").write_text(json.dumps({"conversations": [["code", "code"]]}))
+    packaged.make_chats([tmp_path / "coding.yml", tmp_path / "topic.yml"], tmp_path)
+    answers = [
+        {row["messages"][1]["content"] for row in read(tmp_path / f"{part}.jsonl")}
+        for part in ("train", "test")
+    ]
+    assert answers[0].isdisjoint(answers[1])
+    assert answers[0] | answers[1] == {"same", *(f"a{i}" for i in range(0, 20, 2))}
+
+
+def test_words_to_reverse(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    packaged.make_reversed_words([], tmp_path)
+    train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
+    assert (len(train), len(test)) == (3000, 300)
+    assert len({row["prompt"] for row in train + test}) == 3300
+    for row in test:
+        words = row["prompt"].removeprefix("Reverse: ").removesuffix("\nReversed:").split(", ")
+        assert row["completion"] == " " + ", ".join(reversed(words))

