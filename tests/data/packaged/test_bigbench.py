@@ -36,8 +36,8 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path):
     bigbench.write_images(rows, tmp_path, num_test_per_class=3)
     data = prepare_images(ImageDataConfig(path=str(tmp_path)))
     assert data.classes == list(NAMES)
-    assert len(data.train.indices) == 14
-    assert len(data.evaluation.indices) == 6
+    assert len(data.train) == 14
+    assert len(data.evaluation) == 6
     assert data.warnings == []  # no image in both parts
     for path in tmp_path.rglob("*.png"):
         number = int(path.stem)

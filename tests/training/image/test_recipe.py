@@ -241,7 +241,7 @@ def test_pictures(make_config, images_dir, tmp_path, console, drawn):
     number, label, predicted = report.confusions()[0]
     assert f"| {label} | {predicted} | {number} |" in text
     prepared = prepare_images(make_config().data)
-    assert prepared.evaluation.source.place(report.mistakes[0].position) == report.mistakes[0].place
+    assert prepared.evaluation[report.mistakes[0].position]["place"] == report.mistakes[0].place
 
 
 def test_columns_are_chosen_from_the_images(make_config, console):

@@ -6,16 +6,14 @@ from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data.config import ImageDataConfig
-    from pacatune.data.images.dataset import Augmentation, ImageDataset, Preprocessing
-    from pacatune.data.images.prepare import ImagePart, PreparedImages, prepare_images
+    from pacatune.data.images.dataset import Augmentation, ImageDataset
+    from pacatune.data.images.prepare import PreparedImages, prepare_images
 
 __all__ = [
     "Augmentation",
     "ImageDataConfig",
     "ImageDataset",
-    "ImagePart",
     "PreparedImages",
-    "Preprocessing",
     "prepare_images",
 ]
 

@@ -189,9 +189,7 @@ def read_dino(path: Path) -> dict[str, "Tensor"]:
 def save_dino(weights: Mapping[str, "Tensor"], folder: Path) -> None:
     """Write the weights of a DINOv2 backbone as a folder that transformers loads."""
     from safetensors.torch import save_file
-    from transformers import Dinov2Config
-
-    from pacatune.data.images import Preprocessing
+    from transformers import BitImageProcessor, Dinov2Config
 
     width = len(weights["layernorm.weight"])
     num_layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer."))
@@ -206,5 +204,9 @@ def save_dino(weights: Mapping[str, "Tensor"], folder: Path) -> None:
         architectures=["Dinov2Model"],
     )
     config.save_pretrained(folder)
-    Preprocessing(size=224, resize=256).save(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 256},
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
+    ).save_pretrained(folder)
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})

@@ -132,10 +132,10 @@ def surest_mistakes(
     sureness = probabilities[np.arange(len(labels)), predicted]
     wrong = np.flatnonzero(predicted != labels)
     chosen = wrong[np.argsort(-sureness[wrong], kind="stable")][:number]
-    classes = dataset.source.classes
+    classes, places = dataset.classes, dataset.table["place"]
     return [
         Mistake(
-            place=dataset.place(int(position)),
+            place=places[int(position)],
             label=classes[labels[position]],
             predicted=classes[predicted[position]],
             probability=float(sureness[position]),
@@ -174,7 +174,7 @@ def draw_mistakes(mistakes: list[Mistake], dataset: "ImageDataset", path: Path) 
     for axes in grid:
         axes.set_axis_off()
     for axes, mistake in zip(grid, mistakes, strict=False):
-        axes.imshow(dataset.preprocessing.crop(dataset.image(mistake.position)))
+        axes.imshow(dataset.picture(mistake.position))
         text = f"{_short(mistake.label)}\n{_short(mistake.predicted)} {mistake.probability:.2f}?"
         axes.set_title(text, fontsize=9)
     save_figure(figure, path, dpi=100)

@@ -13,7 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import Augmentation, ImageDataset, prepare_images
-from pacatune.data.images.sources import read_sources
+from pacatune.data.images.prepare import class_names
+from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
@@ -51,7 +52,7 @@ class ImageTask(ReportedTask[ImageRunConfig]):
 
     def plan(self) -> Plan:
         """Say what would be trained; of the images, only their classes are read."""
-        base = self._describe_base(read_sources(self.config.data)[0].classes)
+        base = self._describe_base(class_names(read_images(self.config.data)[0]))
         return plan_training(self.config, base, choose_adapter(self.config, base)[0])
 
     def prepare(self) -> Prepared:
@@ -61,14 +62,14 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         self.classes = data.classes
         self.base = self._describe_base(data.classes)
         adapter_config, notes = choose_adapter(config, self.base)
-        preprocessing, part = self.base.preprocessing, data.evaluation
-        augmentation = Augmentation(config.data.augmentation, config.training.seed)
-        train = ImageDataset(data.train.source, data.train.indices, preprocessing, augmentation)
-        self.evaluation = None
-        if part is not None:
-            self.evaluation = ImageDataset(part.source, part.indices, preprocessing)
+        processor, size, augmentation = self.base.processor, self.base.size, None
+        if config.data.augmentation != "none":
+            augmentation = Augmentation(config.data.augmentation, size, config.training.seed)
+        train = ImageDataset(data.train, processor, augmentation)
+        self.evaluation = (
+            None if data.evaluation is None else ImageDataset(data.evaluation, processor)
+        )
         held_out = 0 if self.evaluation is None else len(self.evaluation)
-        size = preprocessing.size
         head = "the model's own head" if self.base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -141,12 +142,12 @@ class ImageTask(ReportedTask[ImageRunConfig]):
             images_per_second=items_per_second,
             head="own" if self.base.has_own_head else "new",
             classes=self.classes,
-            image_size=self.base.preprocessing.size,
+            image_size=self.base.size,
         )
 
     def write(self, report: Any, folder: Path) -> None:
         """Write the transform, the classes beside an adapter, and the pictures."""
-        self.base.preprocessing.save(folder)
+        self.base.processor.save_pretrained(folder)
         if METHODS[self.config.method].has_adapter:
             sidecar = json.dumps({CLASSES_KEY: self.classes}, indent=2, ensure_ascii=False)
             (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
