@@ -276,10 +276,9 @@ def test_lora_leaves_grouped_convolutions_out_and_says_so(make_config, cnn):
 
 def test_lora_on_a_grouped_convolution_is_refused(make_config, cnn):
     config = make_config("lora", **{**cnn, "lora": LoraSection(r=4, target_modules=["conv_dw"])})
-    with pytest.raises(
-        ValueError,
-        match=r"`lora.target_modules` names '.*conv_dw', a convolution in \d+ groups: LoRA can "
-        r"adapt it only with a multiple of \d+ as `lora.r` \(4\), and could not merge it",
+    with (
+        pytest.warns(UserWarning, match="Merging is not supported"),
+        pytest.raises(ValueError, match=r"Targeting a Conv2d with groups=\d+ and rank 4"),
     ):
         plan(config)
 
@@ -293,14 +292,12 @@ def test_heads_are_never_targets(make_config, exclude):
     assert len(planned.targets) == (10 if exclude else 12)
 
 
-def test_target_that_matches_nothing(make_config):
-    for method, section in (("paca", PacaSection), ("lora", LoraSection)):
-        config = make_config(method, **{method: section(target_modules=["fc1", "no_such"])})
-        with pytest.raises(
-            ValueError,
-            match=rf"`{method}.target_modules`: \['no_such'\] match no module of ViT.*fc1 \(2\)",
-        ):
-            plan(config)
+@pytest.mark.parametrize("method", ["paca", "lora"])
+@pytest.mark.parametrize("names", [["fc1", "no_such"], ["no_such"]])
+def test_target_that_matches_nothing(make_config, method, names):
+    section = {"paca": PacaSection, "lora": LoraSection}[method]
+    with pytest.raises(ValueError, match=r"`?target_modules`?.*no_such|No modules were targeted"):
+        plan(make_config(method, **{method: section(target_modules=names)}))
 
 
 def test_rank_out_of_range(make_config):
