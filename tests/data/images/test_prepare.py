@@ -262,7 +262,10 @@ def test_file_instead_of_a_folder(folder):
         ({"eval_fraction": 1}, r"`data.eval_fraction` \(1\) must be in \[0, 1\)"),
         ({"image_size": 0}, r"`data.image_size` \(0\) must be at least 1, or null"),
         ({"train_per_class": 0}, r"`data.train_per_class` \(0\) must be at least 1"),
-        ({"augmentation": "mirror"}, r"`data.augmentation` \('mirror'\) must be 'none', 'flip'"),
+        (
+            {"augmentation": "mirror"},
+            r"`data.augmentation` \('mirror'\) must be one of none, flip, crop",
+        ),
     ],
 )
 def test_options(options, message):

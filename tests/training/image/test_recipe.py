@@ -303,7 +303,7 @@ class TestBeforeWeights:
 
     def test_targets(self, make_config):
         with pytest.raises(ValueError, match="no_such"):
-            train(make_config(paca=PacaSection(target_modules=["no_such"])))
+            train(make_config(paca=PacaSection(target_modules=["fc1", "no_such"])))
 
 
 def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from pacatune.data.config import ImageDataConfig
 from pacatune.methods import CLASSIFIER_METHODS
-from pacatune.names import check_choices
+from pacatune.names import check_choices, choose
 from pacatune.pretrained import refuse_no_path
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.config import BaseRunConfig
@@ -143,6 +143,4 @@ PRESETS = {
 
 def find_preset(name: str) -> dict[str, Any]:
     """Return the options of a preset by its name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    return PRESETS[choose(name, PRESETS, option="preset")]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,14 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
         )
     if not base.has_own_head:
         reset_heads(model, heads)
+    if base.forward_options:
+        give_options = partial(_give_options, base.forward_options)
+        model.register_forward_pre_hook(give_options, with_kwargs=True)
     return model
+
+
+def _give_options(options: dict[str, Any], model: Any, args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,13 +300,12 @@ class ImageClassifier:
     processor: Any
     """transformers' image processor: an image -> what the model sees."""
     classes: list[str]
-    forward_options: dict[str, Any]
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         """Return (B, C) for prepared images (B, 3, size, size)."""
         pixels = pixels.to(next(self.model.parameters()).device)
-        logits: Tensor = self.model(pixel_values=pixels, **self.forward_options).logits
+        logits: Tensor = self.model(pixel_values=pixels).logits
         return logits.float()
 
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
@@ -340,5 +347,4 @@ def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
         model=model.eval(),
         processor=processor,
         classes=list(described.config.id2label.values()),
-        forward_options=described.forward_options,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pacatune.reports.figures import new_figure, plain_text, save_figure
@@ -107,15 +108,6 @@ class ImageReport(RunReport):
         return sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
 
 
-def confusion_matrix(
-    labels: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
-) -> NDArray[np.int64]:
-    """Count (C, C) pairs: row the class of an image (N,), column the predicted one (N,)."""
-    pairs = labels * num_classes + predicted
-    counts = np.bincount(pairs, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
-
-
 def surest_mistakes(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -126,22 +118,18 @@ def surest_mistakes(
 
     `logits` are (N, C), `labels` (N,), of the N images.
     """
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    predicted = logits.argmax(axis=1)
-    sureness = probabilities[np.arange(len(labels)), predicted]
-    wrong = np.flatnonzero(predicted != labels)
-    chosen = wrong[np.argsort(-sureness[wrong], kind="stable")][:number]
+    sureness, predicted = torch.from_numpy(logits).double().softmax(-1).max(-1)
+    order = sureness.argsort(descending=True, stable=True).tolist()
     classes, places = dataset.classes, dataset.table["place"]
     return [
         Mistake(
-            place=places[int(position)],
+            place=places[position],
             label=classes[labels[position]],
             predicted=classes[predicted[position]],
             probability=float(sureness[position]),
-            position=int(position),
+            position=position,
         )
-        for position in chosen
+        for position in [one for one in order if predicted[one] != labels[one]][:number]
     ]
 
 

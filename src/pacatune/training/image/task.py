@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,7 +30,6 @@ from pacatune.training.image.model import (
 )
 from pacatune.training.image.report import (
     ImageReport,
-    confusion_matrix,
     draw_confusion,
     draw_mistakes,
     surest_mistakes,
@@ -101,7 +102,7 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         """Return the cross-entropy of a batch of `collate`."""
         moved = {key: value.to(model.device) for key, value in batch.items()}
         labels = moved.pop("labels")
-        logits = model(**moved, **self.base.forward_options)["logits"].float()
+        logits = model(**moved)["logits"].float()
         return F.cross_entropy(logits, labels)
 
     def make_trainer(
@@ -112,7 +113,6 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         options["callbacks"].append(NewEpoch(options["train_dataset"]))
         return ImageTrainer(
             num_classes=len(self.classes),
-            forward_options=self.base.forward_options,
             model=make_trainable(model, self.config, adapter_config),
             **options,
         )
@@ -122,7 +122,8 @@ class ImageTask(ReportedTask[ImageRunConfig]):
         assert self.evaluation is not None
         result = trainer.predict(self.evaluation)
         logits, labels = result.predictions, result.label_ids
-        counts = confusion_matrix(labels, logits.argmax(axis=1), len(self.classes))
+        counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
+        np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
         return {
             "eval_loss_after": float(result.metrics["test_loss"]),
             "accuracy_after": float(result.metrics["test_accuracy"]),
@@ -175,14 +176,13 @@ class ImageTask(ReportedTask[ImageRunConfig]):
 
 
 class ImageTrainer(RunTrainer):
-    """Trainer of a model that turns `pixel_values` into `logits`, with options of its forward."""
+    """Trainer of a model that turns `pixel_values` into `logits`."""
 
-    def __init__(self, *, num_classes: int, forward_options: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, num_classes: int, **kwargs: Any) -> None:
         super().__init__(compute_loss_func=self._loss, compute_metrics=accuracy, **kwargs)
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
         self._num_classes = num_classes
-        self._forward_options = forward_options
         self._batch_norms = find_batch_norms(self.model)
 
     def training_step(
@@ -190,7 +190,7 @@ class ImageTrainer(RunTrainer):
     ) -> Tensor:
         """Take one micro-batch forward and backward, its images mixed."""
         if self.args.mixup_alpha > 0:
-            inputs = {**inputs, **mix(inputs, self.args.mixup_alpha, self._num_classes)}
+            inputs = mix(inputs, self.args.mixup_alpha, self._num_classes)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -200,7 +200,6 @@ class ImageTrainer(RunTrainer):
         if not self.args.train_batch_norm:
             for layer in self._batch_norms.values():
                 layer.eval()
-        inputs = {**inputs, **self._forward_options}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
@@ -233,18 +232,10 @@ class NewEpoch(TrainerCallback):
         self._dataset.epoch.fill_(int(state.epoch or 0))
 
 
-def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Tensor]:
-    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha).
-
-    `pixel_values` are (B, 3, H, W), `labels` (B,), and (B, C) afterwards: shares of the classes.
-
-    Source: mixup, Zhang et al. 2018, Eq. 1.
-    """
-    pixels, labels = inputs["pixel_values"], inputs["labels"]
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    partners = torch.randperm(len(pixels)).to(pixels.device)
-    classes = F.one_hot(labels, num_classes).to(pixels.dtype)
-    return {
-        "pixel_values": torch.lerp(pixels[partners], pixels, share),
-        "labels": torch.lerp(classes[partners], classes, share),
-    }
+def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Any]:
+    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha)."""
+    # In this order: torchvision takes the first tensor for the images, whatever its key.
+    pixels, labels = v2.MixUp(alpha=alpha, num_classes=num_classes)(
+        inputs["pixel_values"], inputs["labels"]
+    )
+    return {**inputs, "pixel_values": pixels, "labels": labels}
