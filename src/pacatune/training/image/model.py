@@ -2,13 +2,12 @@
 
 import copy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.adapters.base import base_name
@@ -221,15 +220,14 @@ def _build(config: Any) -> Any:
 
 def find_heads(model: Any) -> list[str]:
     """Return the names of the modules that turn features into classes; timm's in its wrapper."""
-    timm_model = getattr(model, "timm_model", None)
-    if timm_model is None:
-        body = getattr(model, model.base_model_prefix, None)
-        children = list(model.named_children())
-        heads = [name for name, child in children if child is not body and _has_weights(child)]
+    if hasattr(model, "timm_model"):
+        found = model.timm_model.get_classifier()
+        found = found if isinstance(found, tuple) else (found,)
     else:
-        found = timm_model.get_classifier()
-        wanted = set(found if isinstance(found, tuple) else (found,))
-        heads = [n for n, child in model.named_modules() if child in wanted and _has_weights(child)]
+        body = getattr(model, model.base_model_prefix, None)
+        found = [child for child in model.children() if child is not body]
+    modules = model.named_modules()
+    heads = [name for name, one in modules if one in found and any(True for _ in one.parameters())]
     if not heads:
         raise ValueError(
             f"{type(model).__name__} has no classifier of its own to train; use another model."
@@ -237,22 +235,9 @@ def find_heads(model: Any) -> list[str]:
     return heads
 
 
-def reset_heads(model: nn.Module, heads: list[str]) -> None:
-    """Give the heads new random weights, by torch's own rule for each kind of layer."""
-    for name in heads:
-        for module in model.get_submodule(name).modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-
-
 def find_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Return the BatchNorm layers by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
 
 
 def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -279,16 +264,15 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
             f"{base.path} lacks {len(lost)} weights of {type(model).__name__}, or has them in "
             f"other shapes, first {sorted(lost)[0]!r}: they would be random. Use a complete model."
         )
-    if not base.has_own_head:
-        reset_heads(model, heads)
+    for name in [] if base.has_own_head else heads:
+        for module in model.get_submodule(name).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     if base.forward_options:
-        give_options = partial(_give_options, base.forward_options)
-        model.register_forward_pre_hook(give_options, with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda _, args, options: (args, {**options, **base.forward_options}), with_kwargs=True
+        )
     return model
-
-
-def _give_options(options: dict[str, Any], model: Any, args: Any, kwargs: Any) -> Any:
-    return args, {**kwargs, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,19 +286,14 @@ class ImageClassifier:
     classes: list[str]
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Return (B, C) for prepared images (B, 3, size, size)."""
-        pixels = pixels.to(next(self.model.parameters()).device)
-        logits: Tensor = self.model(pixel_values=pixels).logits
-        return logits.float()
-
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
         """Return the probability of each class, the likeliest first, of an image or a file."""
         if not isinstance(image, Image.Image):
             with Image.open(image) as opened:
                 return self.classify(opened)
         pixels = self.processor(to_rgb(image), return_tensors="pt")["pixel_values"]
-        shares = self.logits(pixels)[0].softmax(-1).tolist()
+        logits = self.model(pixel_values=pixels.to(self.model.device)).logits[0].float()
+        shares = logits.softmax(-1).tolist()
         return dict(sorted(zip(self.classes, shares, strict=True), key=lambda pair: -pair[1]))
 
 
