@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.data.config import ImageDataConfig
+from pacatune.data.images.prepare import prepare_images
 from pacatune.data.images.sources import load_image, read_images
 from tests.image_models import CLASSES, write_images
 
@@ -220,9 +221,7 @@ def test_empty_class(folder):
 @pytest.mark.parametrize("classes", [["red"], []])
 def test_fewer_than_two_classes(tmp_path, classes):
     write_images(tmp_path, 3, classes)
-    with pytest.raises(
-        ValueError, match=r"holds \d folders; put the images of each class into a f"
-    ):
+    with pytest.raises(ValueError, match=r"has one class only, 'red'|holds no folders; put the"):
         prepare(tmp_path)
 
 

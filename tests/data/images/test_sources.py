@@ -9,7 +9,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.data.config import ImageDataConfig
+from pacatune.data.images.prepare import prepare_images
 from pacatune.data.images.sources import load_image, read_hub, read_torchvision, to_rgb
 
 
@@ -159,11 +160,9 @@ def test_pets_train_on_what_is_called_trainval(tmp_path):
 
 def test_torchvision_sets_and_splits_that_are_not_there(tmp_path):
     config = ImageDataConfig(path="x", root=str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"torchvision:MNIST is not offered; use one of torchvision:C"
-    ):
+    with pytest.raises(ValueError, match=r"torchvision:` \('MNIST'\) must be one of CIFAR10"):
         prepare_images(ImageDataConfig(path="torchvision:MNIST"))
-    with pytest.raises(ValueError, match=r"CIFAR100 has no split 'val'; use one of train, test"):
+    with pytest.raises(ValueError, match=r"`data.split` \('val'\) must be one of train, test"):
         read_torchvision(config, "CIFAR100", "val")
 
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pacatune.data.choices import ChoiceQuestion
-from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.data.config import ImageDataConfig
+from pacatune.data.images.prepare import prepare_images
 from pacatune.data.packaged import bigbench, packages, prepare_multiple_choice
 from pacatune.data.packaged.bigbench import CHOICE_TASKS, split_questions
 from pacatune.data.packaged.packages import sha256_of

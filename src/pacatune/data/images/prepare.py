@@ -35,6 +35,9 @@ class PreparedImages:
 def prepare_images(config: ImageDataConfig) -> PreparedImages:
     """Find, split and check the images of a run."""
     train, evaluation, warnings = read_images(config)
+    classes = class_names(train)
+    if len(classes) < 2:
+        raise ValueError(f"{config.path} has one class only, {classes[0]!r}; give at least two.")
     if evaluation is None:
         train, evaluation = _hold_out(train, config.eval_fraction, config.seed)
     else:
@@ -42,7 +45,6 @@ def prepare_images(config: ImageDataConfig) -> PreparedImages:
     train = _limit(train, config.train_per_class, config.seed)
     if evaluation is not None:
         evaluation = _limit(evaluation, config.eval_per_class, config.seed)
-    classes = class_names(train)
     empty = [name for name, count in zip(classes, _counts(train), strict=True) if not count]
     if empty:
         warnings.append(f"there are no training images of the class {some(empty)}.")
@@ -136,16 +138,15 @@ def _limit(table: Any, per_class: int | None, seed: int) -> Any:
     """Choose as many images of each class."""
     if per_class is None:
         return table
-    counts = _counts(table)
-    if min(counts) < per_class:
-        raise ValueError(
-            f"class {class_names(table)[counts.index(min(counts))]!r} has {min(counts)} images to "
-            "choose from; lower `data.train_per_class` or `data.eval_per_class` "
-            f"({per_class}) to that."
-        )
     order = np.random.default_rng(seed).permutation(len(table))
     labels = np.array(table["label"])[order]
-    chosen = [order[labels == number][:per_class] for number in range(len(counts))]
+    chosen = [order[labels == label][:per_class] for label in range(len(class_names(table)))]
+    for name, rows in zip(class_names(table), chosen, strict=True):
+        if len(rows) < per_class:
+            raise ValueError(
+                f"class {name!r} has {len(rows)} images to choose from; lower "
+                f"`data.train_per_class` or `data.eval_per_class` ({per_class}) to that."
+            )
     return table.select(np.sort(np.concatenate(chosen)))
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from pacatune.data.checks import some
 from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig, refuse_split
 from pacatune.data.read import is_image_folder, load_hub
+from pacatune.names import choose
 
 # torchvision's data sets of the paper's Tables 6 and 7, and their splits; one trains on the first.
 _SPLITS = {
@@ -112,10 +113,9 @@ def read_folder(folder: Path) -> Any:
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     folders = _folders(folder)
-    if len(folders) < 2:
+    if not folders:
         raise ValueError(
-            f"{folder} holds {len(folders)} folders; put the images of each class into a folder "
-            "of its name. A classifier needs at least two classes."
+            f"{folder} holds no folders; put the images of each class into a folder of its name."
         )
     # Each class by itself: "steam train" would be taken for the part `train`. Not `load_dataset`,
     # which tells the hub.
@@ -150,9 +150,16 @@ def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
             f"row {missing[0]} has no class in {label!r}; give data whose every row has one."
         )
     table = table.select_columns([image]).rename_columns({image: "image"})
+    return _complete(table, numbers, labels.features[label], f"{path} ({split}), row")
+
+
+def _complete(table: Any, labels: list[int], kind: Any, place: str) -> Any:
+    """Leave the images of a table encoded, and add their classes and places."""
+    from datasets import Image as Decoder
+
     table = table.cast_column("image", Decoder(decode=False))
-    table = table.add_column("label", numbers, feature=labels.features[label])
-    return table.add_column("place", [f"{path} ({split}), row {n + 1}" for n in range(len(table))])
+    table = table.add_column("label", labels, feature=kind)
+    return table.add_column("place", [f"{place} {number + 1}" for number in range(len(table))])
 
 
 def _choose(table: Any, path: str, option: str, given: str | None, *kinds: type) -> str:
@@ -174,14 +181,8 @@ def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> A
     import datasets
     import torchvision
 
-    if name not in _SPLITS:
-        known = ", ".join(TORCHVISION_PREFIX + known for known in _SPLITS)
-        raise ValueError(f"`data.path`: torchvision:{name} is not offered; use one of {known}.")
-    split = split or _SPLITS[name][0]
-    if split not in _SPLITS[name]:
-        raise ValueError(
-            f"torchvision:{name} has no split {split!r}; use one of {', '.join(_SPLITS[name])}."
-        )
+    name = choose(name, _SPLITS, option="data.path torchvision:")
+    split = choose(split or _SPLITS[name][0], _SPLITS[name], option="data.split")
     root = Path(config.root).expanduser() if config.root else Path(torch.hub.get_dir(), "datasets")
     is_cifar = name.startswith("CIFAR")
     which = {"train": split == "train"} if is_cifar else {"split": split}
@@ -192,18 +193,11 @@ def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> A
             f"torchvision:{name} is not in {root} and cannot be downloaded ({error}); connect "
             "once, install what is missing, or copy its files there (`data.root`)."
         ) from error
+    labels = data.targets if is_cifar else data._labels
     if is_cifar:
-        images: Any = [b"P6 32 32 255\n" + pixels.tobytes() for pixels in data.data]  # as PPM files
-    else:  # torchvision offers neither their paths nor their labels in public
-        images = data._images if name == "OxfordIIITPet" else data._image_files
-    columns = {
-        "image": images,
-        "label": data.targets if is_cifar else data._labels,
-        "place": [f"torchvision:{name} ({split}), image {n + 1}" for n in range(len(images))],
-    }
-    kinds = {
-        "image": datasets.Image(decode=False),
-        "label": datasets.ClassLabel(names=list(data.classes)),
-        "place": datasets.Value("string"),
-    }
-    return datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+        images = [b"P6 32 32 255\n" + pixels.tobytes() for pixels in data.data]  # as PPM files
+    else:  # torchvision offers their paths and labels not in public
+        images = list(map(str, data._images if name == "OxfordIIITPet" else data._image_files))
+    kind = datasets.ClassLabel(names=list(data.classes))
+    table = datasets.Dataset.from_dict({"image": images})
+    return _complete(table, labels, kind, f"torchvision:{name} ({split}), image")

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap, overlap_warning
 from pacatune.data.encode import IGNORED
-from pacatune.data.images import ImageDataset, prepare_images
-from pacatune.data.images.prepare import check_images, images_digest
+from pacatune.data.images.dataset import ImageDataset
+from pacatune.data.images.prepare import check_images, images_digest, prepare_images
 from pacatune.data.images.sources import find_parts
 from pacatune.data.packaged.packages import sha256_of
 from pacatune.experiments.study.result import Measured

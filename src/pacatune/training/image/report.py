@@ -13,7 +13,7 @@ from pacatune.reports.figures import new_figure, plain_text, save_figure
 from pacatune.training.report import Curve, RunReport, four_digits
 
 if TYPE_CHECKING:
-    from pacatune.data.images import ImageDataset
+    from pacatune.data.images.dataset import ImageDataset
 
 NUM_MISTAKES = 25
 

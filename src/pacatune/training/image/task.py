@@ -14,8 +14,8 @@ from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.adapters.folder import SIDECAR_NAME
-from pacatune.data.images import Augmentation, ImageDataset, prepare_images
-from pacatune.data.images.prepare import class_names
+from pacatune.data.images.dataset import Augmentation, ImageDataset
+from pacatune.data.images.prepare import class_names, prepare_images
 from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
