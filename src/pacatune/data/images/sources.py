@@ -109,7 +109,7 @@ def _read(config: ImageDataConfig, path: str, split: str | None, option: str) ->
 
 def read_folder(folder: Path) -> Any:
     """Return the images in each class's folder; the folders' names are the classes."""
-    from datasets import Image as Decoder
+    from datasets import Dataset, Features, Value
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     folders = _folders(folder)
@@ -117,20 +117,19 @@ def read_folder(folder: Path) -> Any:
         raise ValueError(
             f"{folder} holds no folders; put the images of each class into a folder of its name."
         )
-    # Each class by itself: "steam train" would be taken for the part `train`. Not `load_dataset`,
-    # which tells the hub.
+    # Each class by itself: "steam train" would be taken for the part `train`. As a stream, without
+    # a copy on disk; not by `load_dataset`, which tells the hub.
     files = [f"{glob.escape(str(path.resolve()))}/**" for path in folders]
     builder = ImageFolder(data_files={"train": files}, drop_labels=False)
-    builder.download_and_prepare()
-    table = builder.as_dataset("train")
-    found = getattr(table.features.get("label"), "names", [])
+    stream = builder.as_streaming_dataset("train").decode(False)
+    found = getattr(stream.features.get("label"), "names", [])
     if strange := sorted({*found} ^ {path.name for path in folders}):
         raise ValueError(
             f"{folder}: images must lie right in the folders of their classes, some in each and "
             f"none deeper; mend or remove {some(strange)}."
         )
-    table = table.cast_column("image", Decoder(decode=False))
-    return table.add_column("place", [image["path"] for image in table["image"]])
+    rows = [{**row, "place": row["image"]["path"]} for row in stream]
+    return Dataset.from_list(rows, Features(**stream.features, place=Value("string")))
 
 
 def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:

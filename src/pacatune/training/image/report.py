@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pacatune.reports.figures import new_figure, plain_text, save_figure
@@ -118,6 +117,8 @@ def surest_mistakes(
 
     `logits` are (N, C), `labels` (N,), of the N images.
     """
+    import torch
+
     sureness, predicted = torch.from_numpy(logits).double().softmax(-1).max(-1)
     order = sureness.argsort(descending=True, stable=True).tolist()
     classes, places = dataset.classes, dataset.table["place"]
