@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ def dataset(table, kind=None, epoch=0):
 
 
 def test_items_are_transformed_images_with_their_classes(table):
-    images = dataset(table)
+    images = pickle.loads(pickle.dumps(dataset(table)))  # as for workers that are started anew
     assert len(images) == 3
     assert [images[i]["labels"] for i in range(3)] == [0, 1, 2]
     pixels = images[1]["pixel_values"]

@@ -16,10 +16,15 @@ from pacatune.tuner.layout import ConvolutionLayout, adaptable_kind
 
 def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig | None, list[str]]:
     """Return the PEFT configuration of the method, None where it needs none, and notes."""
-    method = METHODS[config.method]
+    method, model = METHODS[config.method], base.empty_model()
+    batch_norms = list(find_batch_norms(model)) if config.training.train_batch_norm else []
+    if config.training.train_batch_norm and not batch_norms:
+        raise ValueError(
+            f"`training.train_batch_norm` is true, but {type(model).__name__} has no BatchNorm; "
+            "leave it out."
+        )
     if not method.has_adapter:
         return None, []
-    model = base.empty_model()
     heads = find_heads(model)
     section = config.paca if method.is_paca else config.lora
     values: dict[str, Any] = {}
@@ -28,10 +33,7 @@ def choose_adapter(config: ImageRunConfig, base: ImageBase) -> tuple[PeftConfig 
         values["target_modules"], notes = choose_targets(model, method, section.r, heads)
     else:
         values["exclude_modules"] = _exclude(section.exclude_modules, heads)
-    saved = heads + list(section.modules_to_save or [])
-    if config.training.train_batch_norm:
-        saved += _batch_norms_or_refuse(model)
-    values["modules_to_save"] = sorted(set(saved))
+    values["modules_to_save"] = sorted({*heads, *batch_norms, *(section.modules_to_save or [])})
     values["revision"] = config.model.revision
     return make_adapter_config(config, model, **values), notes
 
@@ -45,33 +47,18 @@ def plan_training(
     )
 
 
-def make_trainable(
-    model: Any, config: ImageRunConfig, adapter_config: PeftConfig | None
-) -> nn.Module:
+def make_trainable(model: Any, config: ImageRunConfig, adapter_config: PeftConfig | None) -> Any:
     """Put the adapter on a model, or set which of its weights are trained."""
     if adapter_config is None:
         heads = tuple(f"{name}." for name in find_heads(model))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.method == "full" or name.startswith(heads))
-        if config.training.train_batch_norm:
-            _batch_norms_or_refuse(model)
-        trained: nn.Module = model
-        return trained
+        return model
     trained = put_adapter(model, adapter_config)
     for layer in find_batch_norms(trained).values():
         # Saved for their statistics; scale and shift stay the pretrained ones.
         layer.requires_grad_(False)
     return trained
-
-
-def _batch_norms_or_refuse(model: nn.Module) -> list[str]:
-    names = list(find_batch_norms(model))
-    if not names:
-        raise ValueError(
-            f"`training.train_batch_norm` is true, but {type(model).__name__} has no BatchNorm; "
-            "leave it out."
-        )
-    return names
 
 
 def _exclude(given: list[str] | str | None, heads: list[str]) -> list[str] | str:
