@@ -74,7 +74,7 @@ def test_preset_comes_first(words, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--preset", "vit"], "preset 'vit' does not exist; use one of vit-b16-cifar10"),
+        (["--preset", "vit"], "`preset` ('vit') must be one of vit-b16-cifar10"),
         (["--method", "qlora"], "method"),
         (
             ["--data.path", "nowhere/x/y"],

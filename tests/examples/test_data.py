@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from examples.packaged import data as packaged
-from pacatune.data.images import ImageDataConfig, prepare_images
+from pacatune.data.config import ImageDataConfig
+from pacatune.data.images.prepare import prepare_images
 from pacatune.evaluation.choice import read_questions
 
 
@@ -36,7 +37,7 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
     packaged.make_images([task_file(tmp_path / "source", rows)], folder)
     found = prepare_images(ImageDataConfig(path=str(folder)))
     assert found.classes == ["cat", "dog"]
-    assert (len(found.train.indices), len(found.evaluation.indices)) == (14, 6)
+    assert (len(found.train), len(found.evaluation)) == (14, 6)
     assert found.warnings == []  # no image in both parts
     for path in folder.rglob("*.png"):
         assert path.read_bytes() == base64.b64decode(rows[int(path.stem)]["input"])

@@ -169,7 +169,7 @@ def test_dino_folder_computes_what_the_graph_held(tmp_path):
     (tmp_path / "out").mkdir()
     models.convert_dino([write_onnx(model, tmp_path / "model.onnx")], tmp_path / "out")
     base = describe_base(str(tmp_path / "out"), None, ["cat", "dog"], 12)
-    assert base.preprocessing.size == 12
+    assert base.size == 12
     loaded = load_model(base, torch.float32).eval().dinov2
     pixels = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_efficientnet_folder_has_the_weights_of_the_file(tmp_path):
     models.convert_efficientnet([tmp_path / "weights.pth"], tmp_path)
     base = describe_base(str(tmp_path), None, None, None)
     assert base.config.id2label[1] == "goldfish, Carassius auratus"
-    assert base.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert tuple(base.processor.image_mean) == (0.5, 0.5, 0.5)
     model = load_model(base, torch.float32).timm_model
     for (name, loaded), given in zip(model.state_dict().items(), weights.values(), strict=True):
         assert torch.equal(loaded, given), name

@@ -9,8 +9,9 @@ import pytest
 import torchvision
 from PIL import Image
 
-from pacatune.data.images import ImageDataConfig, prepare_images
-from pacatune.data.images.sources import read_hub, read_torchvision, to_rgb
+from pacatune.data.config import ImageDataConfig
+from pacatune.data.images.prepare import prepare_images
+from pacatune.data.images.sources import load_image, read_hub, read_torchvision, to_rgb
 
 
 def hub_folder(folder, **columns):
@@ -41,11 +42,11 @@ def cache(tmp_path, monkeypatch):
 
 def test_hub_images_with_named_classes(tmp_path):
     path = hub_folder(tmp_path / "d", label=("class", [0, 1, 2, 0, 1, 2]))
-    source = read(path)
-    assert source.classes == ["cat", "dog", "owl"]
-    assert source.labels == [0, 1, 2, 0, 1, 2]
-    assert source.load(3).getpixel((0, 0)) == (60, 0, 0)
-    assert source.place(3) == f"{path} (train), row 4"
+    table = read(path)
+    assert table.features["label"].names == ["cat", "dog", "owl"]
+    assert table["label"][:] == [0, 1, 2, 0, 1, 2]
+    assert load_image(table[3]).getpixel((0, 0)) == (60, 0, 0)
+    assert table[3]["place"] == f"{path} (train), row 4"
 
 
 @pytest.mark.parametrize(
@@ -56,18 +57,20 @@ def test_hub_images_with_named_classes(tmp_path):
     ],
 )
 def test_hub_classes_that_are_plain_values(tmp_path, kind, entries, classes):
-    source = read(hub_folder(tmp_path / "d", label=(kind, entries)))
-    assert source.classes == classes
-    assert source.labels == [1, 0, 1, 0, 1, 0]
+    table = read(hub_folder(tmp_path / "d", label=(kind, entries)))
+    assert table.features["label"].names == classes
+    assert table["label"][:] == [1, 0, 1, 0, 1, 0]
 
 
 def test_hub_column_must_be_chosen_where_there_are_several(tmp_path):
     columns = {"fine": ("class", [0, 1] * 3), "coarse": ("class", [0, 0, 1] * 2)}
     path = hub_folder(tmp_path / "d", **columns)
-    with pytest.raises(ValueError, match=r"2 columns that could hold classes; set `data.label_col"):
+    with pytest.raises(
+        ValueError, match=r"2 columns that could be .*fine, coarse\); set `data.label_col"
+    ):
         read(path)
-    assert read(path, label_column="coarse").labels == [0, 0, 1, 0, 0, 1]
-    with pytest.raises(ValueError, match=r"no column 'x'; set `data.image_column` to one of image"):
+    assert read(path, label_column="coarse")["label"][:] == [0, 0, 1, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"\(x\); set `data.image_column` to one of image"):
         read(path, label_column="coarse", image_column="x")
 
 
@@ -95,7 +98,7 @@ def test_hub_row_without_an_image(tmp_path):
     features = Features({"image": ImageFeature(), "label": Value("string")})
     Dataset.from_dict(values, features=features).to_parquet(tmp_path / "d" / "train.parquet")
     with pytest.raises(ValueError, match=r"row 2: the row has no image"):
-        read(str(tmp_path / "d")).load(1)
+        load_image(read(str(tmp_path / "d"))[1])
 
 
 @pytest.fixture
@@ -128,11 +131,13 @@ def test_cifar10(cifar):
     config = ImageDataConfig(path="torchvision:CIFAR10", eval_split="test", root=str(cifar))
     data = prepare_images(config)
     assert data.classes[:2] == ["airplane", "automobile"]
-    assert data.train.source.labels == [1, 0, 1, 0, 1]
-    assert len(data.evaluation.indices) == 10
-    assert data.train.source.load(0).size == (32, 32)
-    assert data.train.source.place(4) == "torchvision:CIFAR10 (train), image 5"
-    assert "has no images of the class 'class 0', 'class 1'" in data.warnings[0]
+    assert data.train["label"][:] == [1, 0, 1, 0, 1]
+    assert len(data.evaluation) == 10
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3072)).astype(np.uint8)
+    first = np.asarray(load_image(data.train[0]))
+    assert np.array_equal(first, pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+    assert data.train[4]["place"] == "torchvision:CIFAR10 (train), image 5"
+    assert "no training images of the class class 0; class 1; class 2 and 5" in data.warnings[0]
 
 
 def test_pets_train_on_what_is_called_trainval(tmp_path):
@@ -146,20 +151,18 @@ def test_pets_train_on_what_is_called_trainval(tmp_path):
     for name in names:
         Image.new("RGB", (9, 7), (len(name), 0, int(name[-1]))).save(folder / f"images/{name}.jpg")
     config = ImageDataConfig(path="x", root=str(tmp_path))
-    source = read_torchvision(config, "OxfordIIITPet", None)
-    assert source.name == "torchvision:OxfordIIITPet (trainval)"
-    assert source.classes == ["Abyssinian", "Beagle"]
-    assert source.labels == [0, 1, 0, 1]
-    assert source.load(1).size == (9, 7)
+    table = read_torchvision(config, "OxfordIIITPet", None)
+    assert table[1]["place"] == "torchvision:OxfordIIITPet (trainval), image 2"
+    assert table.features["label"].names == ["Abyssinian", "Beagle"]
+    assert table["label"][:] == [0, 1, 0, 1]
+    assert load_image(table[1]).size == (9, 7)
 
 
 def test_torchvision_sets_and_splits_that_are_not_there(tmp_path):
     config = ImageDataConfig(path="x", root=str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"torchvision:MNIST is not offered; use one of torchvision:C"
-    ):
+    with pytest.raises(ValueError, match=r"torchvision:` \('MNIST'\) must be one of CIFAR10"):
         prepare_images(ImageDataConfig(path="torchvision:MNIST"))
-    with pytest.raises(ValueError, match=r"CIFAR100 has no split 'val'; use one of train, test"):
+    with pytest.raises(ValueError, match=r"`data.split` \('val'\) must be one of train, test"):
         read_torchvision(config, "CIFAR100", "val")
 
 
@@ -181,7 +184,7 @@ def test_torchvision_set_that_needs_another_package(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "Flowers102", lacks)
     config = ImageDataConfig(path="torchvision:Flowers102", root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs the package 'scipy' to read Flowers102; install"):
+    with pytest.raises(FileNotFoundError, match=r"No module named 'scipy'\); .* install what is m"):
         prepare_images(config)
 
 

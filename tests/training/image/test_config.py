@@ -93,7 +93,7 @@ def test_preset_names_options_of_a_run(name):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="preset 'vit' does not exist; use one of vit-b16-cifar10"):
+    with pytest.raises(ValueError, match=r"`preset` \('vit'\) must be one of vit-b16-cifar10"):
         find_preset("vit")
 
 

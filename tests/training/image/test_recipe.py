@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pacatune.data.images import prepare_images
+from pacatune.data.images.prepare import prepare_images
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.training.image import PacaSection, load_result, train
 from pacatune.training.image import task as task_module
@@ -241,7 +241,7 @@ def test_pictures(make_config, images_dir, tmp_path, console, drawn):
     number, label, predicted = report.confusions()[0]
     assert f"| {label} | {predicted} | {number} |" in text
     prepared = prepare_images(make_config().data)
-    assert prepared.evaluation.source.place(report.mistakes[0].position) == report.mistakes[0].place
+    assert prepared.evaluation[report.mistakes[0].position]["place"] == report.mistakes[0].place
 
 
 def test_columns_are_chosen_from_the_images(make_config, console):
@@ -303,7 +303,7 @@ class TestBeforeWeights:
 
     def test_targets(self, make_config):
         with pytest.raises(ValueError, match="no_such"):
-            train(make_config(paca=PacaSection(target_modules=["no_such"])))
+            train(make_config(paca=PacaSection(target_modules=["fc1", "no_such"])))
 
 
 def test_out_of_memory_says_what_to_lower(make_config, console, monkeypatch):

@@ -2,15 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
+import numpy as np
 
 from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.sources import ImageSource, read_sources
+from pacatune.data.images.sources import load_image, read_images
 
 # Resized to the model's height, an image of more would take gigabytes.
 _MAX_ASPECT = 50
@@ -18,176 +20,136 @@ _MOST_THREADS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePart:
-    """Some images of a source."""
-
-    source: ImageSource
-    indices: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
 class PreparedImages:
-    """Images of a run, checked."""
+    """Images of a run, checked: tables with columns `image`, `label` and `place`."""
 
     classes: list[str]
-    train: ImagePart
-    evaluation: ImagePart | None
+    train: Any
+    evaluation: Any | None
     fingerprint: str
     """Hash of the training images, their classes and their order."""
     warnings: list[str]
     """What is probably not meant, one sentence each."""
 
 
-def check_images(*parts: ImagePart) -> list[list[str]]:
-    """Decode images and return digests of the pixels by part.
-
-    The ValueError names the images, of all parts, that cannot be read or are too narrow.
-    """
-
-    def examine(pair: tuple[ImageSource, int]) -> tuple[str, str]:
-        """Return the digest and what is wrong; one of them is empty."""
-        source, index = pair
-        try:
-            image = source.load(index)
-        except ValueError as error:
-            return "", str(error)
-        width, height = image.size
-        if max(width, height) > _MAX_ASPECT * min(width, height):
-            return "", f"{source.place(index)}: {width} x {height} pixels are too narrow to resize"
-        digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
-        digest.update(image.tobytes())
-        return digest.hexdigest(), ""
-
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        pairs = [(part.source, index) for part in parts for index in part.indices]
-        results = list(pool.map(examine, pairs))
-    problems = [problem for _, problem in results if problem]
-    if problems:
-        raise ValueError(
-            f"{len(problems)} of {len(results)} images cannot be used: "
-            f"{some(problems)}. Replace or remove them."
-        )
-    digests = iter(results)
-    return [[next(digests)[0] for _ in part.indices] for part in parts]
-
-
-def run_digest(part: ImagePart, digests: Sequence[str] | None) -> str:
-    """Return a digest of these images in this order, their pixels (or places) and classes."""
-    source = part.source
-    found = digests or [source.place(index) for index in part.indices]
-    digest = hashlib.blake2b("\0".join(source.classes).encode(), digest_size=16)
-    for index, text in zip(part.indices, found, strict=True):
-        digest.update(f"\0{source.labels[index]} {text}".encode())
-    return digest.hexdigest()
-
-
 def prepare_images(config: ImageDataConfig) -> PreparedImages:
     """Find, split and check the images of a run."""
-    source, eval_source = read_sources(config)
-    _check_classes(source)
-    if eval_source is not None:
-        _align_classes(source, eval_source)
-        indices, held_out = list(range(len(source.labels))), list(range(len(eval_source.labels)))
+    train, evaluation, warnings = read_images(config)
+    classes = class_names(train)
+    if len(classes) < 2:
+        raise ValueError(f"{config.path} has one class only, {classes[0]!r}; give at least two.")
+    if evaluation is None:
+        train, evaluation = _hold_out(train, config.eval_fraction, config.seed)
     else:
-        indices, held_out = _hold_out(source, config.eval_fraction, config.seed)
-    eval_source = eval_source or source
-    indices = _limit(source, indices, config.train_per_class, config.seed)
-    held_out = _limit(eval_source, held_out, config.eval_per_class, config.seed)
-    train = ImagePart(source=source, indices=indices)
-    evaluation = ImagePart(source=eval_source, indices=held_out) if held_out else None
-    warnings = [*source.warnings, *(eval_source.warnings if eval_source is not source else [])]
+        evaluation = _align_classes(train, evaluation)
+    train = _limit(train, config.train_per_class, config.seed)
+    if evaluation is not None:
+        evaluation = _limit(evaluation, config.eval_per_class, config.seed)
+    empty = [name for name, count in zip(classes, _counts(train), strict=True) if not count]
+    if empty:
+        warnings.append(f"there are no training images of the class {some(empty)}.")
     digests = None
     if config.check_images:
-        digests, *others = check_images(train, *([evaluation] if evaluation else []))
+        digests, *others = check_images(train, *([] if evaluation is None else [evaluation]))
         for other in others:
             warnings += overlap_warning(digests, other, "evaluation images")
     return PreparedImages(
-        classes=source.classes,
+        classes=classes,
         train=train,
         evaluation=evaluation,
-        fingerprint=run_digest(train, digests),
+        fingerprint=images_digest(train, digests),
         warnings=warnings,
     )
 
 
-def _check_classes(source: ImageSource) -> None:
-    if len(source.classes) < 2:
+def class_names(table: Any) -> list[str]:
+    """Return the names of the classes of images."""
+    return list(table.features["label"].names)
+
+
+def check_images(*tables: Any) -> list[list[str]]:
+    """Decode images and return digests of the pixels by table.
+
+    The ValueError names the images, of all tables, that cannot be read or are too narrow.
+    """
+    problems: list[str] = []
+
+    def digest_of(table: Any, number: int) -> str:
+        row = table[number]
+        try:
+            image = load_image(row)
+        except ValueError as error:
+            problems.append(str(error))
+            return ""
+        if max(image.size) > _MAX_ASPECT * min(image.size):
+            problems.append(f"{row['place']}: {image.size} pixels are too narrow to resize")
+        digest = hashlib.blake2b(str(image.size).encode(), digest_size=16)
+        digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        found = [list(pool.map(partial(digest_of, one), range(len(one)))) for one in tables]
+    if problems:
         raise ValueError(
-            f"{source.name} has one class only ({source.classes[0]!r}); a classifier needs at "
-            "least two. Give the folder above, with a folder per class."
+            f"{len(problems)} of {sum(map(len, tables))} images cannot be used: "
+            f"{some(sorted(problems))}. Replace or remove them."
         )
-    used = set(source.labels)
-    empty = [name for label, name in enumerate(source.classes) if label not in used]
-    if empty:
-        source.warnings.append(f"{source.name} has no images of the class {_some(empty)}.")
+    return found
 
 
-def _align_classes(source: ImageSource, eval_source: ImageSource) -> None:
+def images_digest(table: Any, digests: Sequence[str] | None) -> str:
+    """Return a digest of these images in this order, their pixels (or places) and classes."""
+    digest = hashlib.blake2b("\0".join(class_names(table)).encode(), digest_size=16)
+    for label, text in zip(table["label"], digests or table["place"], strict=True):
+        digest.update(f"\0{label} {text}".encode())
+    return digest.hexdigest()
+
+
+def _align_classes(train: Any, evaluation: Any) -> Any:
     """Number the classes of the evaluation images as those of the training images are."""
-    only_train = [name for name in source.classes if name not in eval_source.classes]
-    only_eval = [name for name in eval_source.classes if name not in source.classes]
-    if only_train or only_eval:
+    names, others = class_names(train), class_names(evaluation)
+    if strange := sorted({*names} ^ {*others}):
         raise ValueError(
-            f"{source.name} and {eval_source.name} must have the same classes, but "
-            f"{_some(only_train)} only in the first and {_some(only_eval)} only in the other. "
-            "Rename or remove them."
+            "training and evaluation images must have the same classes, but one of the two has no "
+            f"{some(strange)}; rename or remove them."
         )
-    numbers = [source.classes.index(name) for name in eval_source.classes]
-    eval_source.labels = [numbers[label] for label in eval_source.labels]
-    eval_source.classes = source.classes
+    labels = [names.index(others[label]) for label in evaluation["label"]]
+    table = evaluation.remove_columns("label")
+    return table.add_column("label", labels, feature=train.features["label"])
 
 
-def _hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of each class, at least one image and never all; nothing with 0."""
-    indices = list(range(len(source.labels)))
+def _hold_out(table: Any, fraction: float, seed: int) -> tuple[Any, Any | None]:
+    """Hold out a fraction of each class, at least as many images as classes; nothing with 0."""
     if not fraction:
-        return indices, []
+        return table, None
+    counts = _counts(table)
+    if 1 in counts:
+        raise ValueError(
+            f"class {class_names(table)[counts.index(1)]!r} has one image, so none can be held "
+            "out; add images, or set `data.eval_fraction` to 0."
+        )
+    num_classes = len(counts) - counts.count(0)
+    number = min(max(round(len(table) * fraction), num_classes), len(table) - num_classes)
+    parts = table.train_test_split(number, stratify_by_column="label", seed=seed)
+    return parts["train"], parts["test"]
 
-    def number_of(name: str, available: int) -> int:
-        if available == 1:
-            raise ValueError(
-                f"class {name!r} of {source.name} has one image, so none can be held "
-                "out; add images, or set `data.eval_fraction` to 0."
-            )
-        return min(max(1, round(available * fraction)), available - 1)
 
-    held_out, rest = _draw(source, indices, seed, number_of)
-    return rest, held_out
-
-
-def _limit(source: ImageSource, indices: list[int], per_class: int | None, seed: int) -> list[int]:
+def _limit(table: Any, per_class: int | None, seed: int) -> Any:
     """Choose as many images of each class."""
-    if per_class is None or not indices:
-        return indices
-
-    def number_of(name: str, available: int) -> int:
-        if available < per_class:
+    if per_class is None:
+        return table
+    order = np.random.default_rng(seed).permutation(len(table))
+    labels = np.array(table["label"])[order]
+    chosen = [order[labels == label][:per_class] for label in range(len(class_names(table)))]
+    for name, rows in zip(class_names(table), chosen, strict=True):
+        if len(rows) < per_class:
             raise ValueError(
-                f"class {name!r} of {source.name} has {available} images to choose from; lower "
+                f"class {name!r} has {len(rows)} images to choose from; lower "
                 f"`data.train_per_class` or `data.eval_per_class` ({per_class}) to that."
             )
-        return per_class
-
-    return _draw(source, indices, seed, number_of)[0]
+    return table.select(np.sort(np.concatenate(chosen)))
 
 
-def _draw(
-    source: ImageSource, indices: Sequence[int], seed: int, number_of: Callable[[str, int], int]
-) -> tuple[list[int], list[int]]:
-    """Draw a number of images of each class, given its name and size; return them and the rest."""
-    members: dict[str, list[int]] = {name: [] for name in source.classes}
-    for index in indices:
-        members[source.classes[source.labels[index]]].append(index)
-    generator = torch.Generator().manual_seed(seed)
-    drawn: list[int] = []
-    for name, found in members.items():
-        number = number_of(name, len(found))
-        order = torch.randperm(len(found), generator=generator).tolist()
-        drawn += [found[place] for place in order[:number]]
-    return sorted(drawn), sorted(set(indices) - set(drawn))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:5])) or "none"
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+def _counts(table: Any) -> list[int]:
+    counts: list[int] = np.bincount(table["label"], minlength=len(class_names(table))).tolist()
+    return counts

@@ -1,7 +1,9 @@
-"""Where images come from: each kind of source opens one image by its number."""
+"""Where images come from: a table of the package datasets, whatever the place.
 
-from abc import abstractmethod
-from dataclasses import dataclass, field
+Its columns are `image` (a path, or bytes as they are stored), `label` and `place`, for messages.
+"""
+
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +11,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from pacatune.data.checks import some
 from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig, refuse_split
 from pacatune.data.read import is_image_folder, load_hub
+from pacatune.names import choose
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # torchvision's data sets of the paper's Tables 6 and 7, and their splits; one trains on the first.
 _SPLITS = {
     "CIFAR10": ("train", "test"),
     "CIFAR100": ("train", "test"),
     "OxfordIIITPet": ("trainval", "test"),
     "Flowers102": ("train", "val", "test"),
-}
-# The words by which `imagefolder` of the package datasets knows parts of a data set.
-_PARTS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
 
@@ -47,260 +44,159 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(kw_only=True)
-class ImageSource:
-    """Images with their classes; `open` decodes one."""
+def load_image(row: dict[str, Any]) -> Image.Image:
+    """Decode the image of a row, in 8-bit RGB; an error names it."""
+    from datasets import Image as Decoder
 
-    name: str
-    """For messages."""
-    classes: list[str]
-    labels: list[int]
-    """Number of the class of each image."""
-    warnings: list[str] = field(default_factory=list)
-
-    def place(self, index: int) -> str:
-        """Return where an image comes from, numbered from 1."""
-        return f"{self.name}, image {index + 1}"
-
-    @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Open an image as it is stored."""
-
-    def load(self, index: int) -> Image.Image:
-        """Return an image in 8-bit RGB; an error names it."""
-        try:
-            with self.open(index) as image:
-                return to_rgb(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # SyntaxError is what Pillow raises for some damaged files.
-            raise ValueError(f"{self.place(index)}: {error}") from error
-
-
-@dataclass(kw_only=True)
-class FolderSource(ImageSource):
-    """A folder with a folder of images per class."""
-
-    files: list[Path]
-
-    def place(self, index: int) -> str:
-        """Return the path of the file."""
-        return str(self.files[index])
-
-    def open(self, index: int) -> Image.Image:
-        """Open the file."""
-        return Image.open(self.files[index])
-
-
-@dataclass(kw_only=True)
-class HubSource(ImageSource):
-    """A data set of the hub, its images still encoded."""
-
-    table: Any
-    column: str
-
-    def place(self, index: int) -> str:
-        """Return the number of the row, from 1."""
-        return f"{self.name}, row {index + 1}"
-
-    def open(self, index: int) -> Image.Image:
-        """Decode the row's image."""
-        from datasets import Image as Decoder
-
-        encoded = self.table[index][self.column]
-        if encoded is None:
+    try:
+        stored = row["image"]
+        if stored is None:
             raise ValueError("the row has no image")
-        return Decoder().decode_example(encoded)  # type: ignore[no-any-return]
+        if stored["bytes"] is None and Path(stored["path"]).is_file():  # a decoder keeps it open
+            stored = {"bytes": Path(stored["path"]).read_bytes(), "path": None}
+        return to_rgb(Decoder().decode_example(stored))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow raises for some damaged files.
+        raise ValueError(f"{row['place']}: {error}") from error
 
 
-@dataclass(kw_only=True)
-class TorchvisionSource(ImageSource):
-    """One of torchvision's data sets."""
-
-    table: Any
-
-    def open(self, index: int) -> Image.Image:
-        """Return the image."""
-        return self.table[index][0]  # type: ignore[no-any-return]
-
-
-def read_sources(config: ImageDataConfig) -> tuple[ImageSource, ImageSource | None]:
-    """Return the training images, and the evaluation images where they are given."""
-    path, eval_path = config.path, config.eval_path
-    folder = Path(path).expanduser()
-    parts = find_parts(folder) if folder.is_dir() else {}
+def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:
+    """Return the training images, those of evaluation where they are given, and warnings."""
+    path, eval_path, split = config.path, config.eval_path, config.split
     if config.eval_split is not None:
         refuse_split(eval_path or path, "data.eval_split", config.eval_split)
+    parts = find_parts(path)
     if parts:
-        path = str(parts.pop("train"))
+        path = parts.pop("train")
         if eval_path is None and parts:
-            eval_path = str(parts.pop("validation" if "validation" in parts else "test"))
-    train = read_source(config, path, config.split, "data.path")
-    train.warnings += [f"{part} is not used." for part in parts.values()]
-    if eval_path is None and config.eval_split is None:
-        return train, None
-    split = config.eval_split or config.split
-    return train, read_source(config, eval_path or path, split, "data.eval_path")
+            eval_path = parts.pop("validation" if "validation" in parts else "test")
+    train, evaluation = _read(config, path, split, "data.path"), None
+    if eval_path is not None or config.eval_split is not None:
+        split = config.eval_split or split
+        evaluation = _read(config, eval_path or path, split, "data.eval_path")
+    return train, evaluation, [f"{part} is not used." for part in parts.values()]
 
 
-def read_source(config: ImageDataConfig, path: str, split: str | None, option: str) -> ImageSource:
-    """Return the images of one folder or split; see `read_sources`."""
-    if path.startswith(TORCHVISION_PREFIX):
-        return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
-    if is_image_folder(path, option):
-        return read_folder(Path(path).expanduser())
-    return read_hub(config, path, split or "train")
+def find_parts(path: str) -> dict[str, str]:
+    """Return the folders of train, validation and test, if a folder holds those and no classes."""
+    from datasets.data_files import SPLIT_KEYWORDS
 
-
-def read_folder(folder: Path) -> FolderSource:
-    """Return the images below each class's folder; the folders' names are the classes."""
-    folders = _folders(folder)
-    if not folders:
-        raise ValueError(
-            f"{folder} holds no folders; put the images of each class into a folder of its name."
-        )
-    files: list[Path] = []
-    labels: list[int] = []
-    others = [path for path in folder.iterdir() if path.is_file() and _is_shown(path, folder)]
-    empty = []
-    for label, class_folder in enumerate(folders):
-        found = [p for p in class_folder.rglob("*") if p.is_file() and _is_shown(p, folder)]
-        images = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-        others += sorted(set(found) - set(images))
-        if not images:
-            empty.append(class_folder.name)
-        files += images
-        labels += [label] * len(images)
-    if empty:
-        raise ValueError(
-            f"{folder}: no images ({', '.join(SUFFIXES)}) in the folder of the class "
-            f"{', '.join(map(repr, empty[:5]))}; put some there, or remove the folder."
-        )
-    warnings = []
-    if others:
-        shown = ", ".join(str(path) for path in others[:3])
-        warnings.append(f"{len(others)} files are no images of a class and left out: {shown}.")
-    return FolderSource(
-        name=str(folder),
-        classes=[path.name for path in folders],
-        labels=labels,
-        files=files,
-        warnings=warnings,
-    )
-
-
-def find_parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of train, validation and test, if there are those and not classes."""
-    parts: dict[str, Path] = {}
-    others, problem = [], ""
-    for path in _folders(folder):
-        part = _PARTS.get(path.name.lower())
-        if part is None:
-            others.append(path.name)
-        elif part in parts:
-            problem = f"{parts[part].name} and {path.name} are both {part}"
-        else:
-            parts[part] = path
-    if not parts or (others and not any(map(_folders, parts.values()))):
+    folders = _folders(Path(path).expanduser())
+    known = {word: str(part) for part, words in SPLIT_KEYWORDS.items() for word in words}
+    parts = {known.get(folder.name.lower(), ""): str(folder) for folder in folders}
+    if not parts or "" in parts:
         return {}
-    names = ", ".join(path.name for path in parts.values())
-    if others:
-        problem = f"it has the folder {others[0]} beside the parts {names}"
-    elif "train" not in parts:
-        problem = f"the folders {names} are parts of a data set, and none of them is train"
-    elif not _folders(parts["train"]):
-        problem = f"{parts['train'].name}, a part of a data set, holds no folder per class"
-    if problem:
+    if "train" not in parts or len(parts) < len(folders):
         raise ValueError(
-            f"{folder}: {problem}; give each part by itself (`data.path`, `data.eval_path`), or "
-            "rename the folders where they are classes."
+            f"{path}: the folders {', '.join(folder.name for folder in folders)} must be train and "
+            "one of each other part; give `data.path` and `data.eval_path`, or rename classes."
         )
     return parts
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_shown(path, folder))
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
 
 
-def _is_shown(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+def _read(config: ImageDataConfig, path: str, split: str | None, option: str) -> Any:
+    if path.startswith(TORCHVISION_PREFIX):
+        return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
+    if is_image_folder(path, option):
+        return read_folder(Path(path).expanduser().absolute())
+    return read_hub(config, path, split or "train")
 
 
-def read_hub(config: ImageDataConfig, path: str, split: str) -> HubSource:
-    """Load a split of a data set, its images still encoded."""
-    from datasets import ClassLabel, Image, Value
+def read_folder(folder: Path) -> Any:
+    """Return the images in each class's folder; the folders' names are the classes."""
+    from datasets import Dataset, Features, Value
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    folders = _folders(folder)
+    if not folders:
+        raise ValueError(
+            f"{folder} holds no folders; put the images of each class into a folder of its name."
+        )
+    # Each class by itself: "steam train" would be taken for the part `train`. As a stream, without
+    # a copy on disk; not by `load_dataset`, which tells the hub.
+    files = [f"{glob.escape(str(path.resolve()))}/**" for path in folders]
+    builder = ImageFolder(data_files={"train": files}, drop_labels=False)
+    stream = builder.as_streaming_dataset("train").decode(False)
+    found = getattr(stream.features.get("label"), "names", [])
+    if strange := sorted({*found} ^ {path.name for path in folders}):
+        raise ValueError(
+            f"{folder}: images must lie right in the folders of their classes, some in each and "
+            f"none deeper; mend or remove {some(strange)}."
+        )
+    rows = [{**row, "place": row["image"]["path"]} for row in stream]
+    return Dataset.from_list(rows, Features(**stream.features, place=Value("string")))
+
+
+def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
+    """Load a split of a data set of the hub."""
+    from datasets import ClassLabel, Value
+    from datasets import Image as Decoder
 
     table = load_hub(path, config.name, split, "data.path")
-    images = [name for name, kind in table.features.items() if isinstance(kind, Image)]
-    column = _choose(images, config.image_column, table, path, "image_column", "images")
-    kinds = {name: kind for name, kind in table.features.items() if name != column}
-    named = [name for name, kind in kinds.items() if isinstance(kind, ClassLabel)]
-    plain = [name for name, kind in kinds.items() if isinstance(kind, Value)]
-    label = _choose(named or plain, config.label_column, table, path, "label_column", "classes")
-    classes, labels = _read_classes(table, label)
-    encoded = table.cast_column(column, Image(decode=False)).select_columns([column])
-    return HubSource(
-        name=f"{path} ({split})", classes=classes, labels=labels, table=encoded, column=column
-    )
-
-
-def _choose(
-    found: list[str], given: str | None, table: Any, path: str, option: str, what: str
-) -> str:
-    if given is not None and given in table.column_names:
-        return given
-    if given is None and len(found) == 1:
-        return found[0]
-    problem = f"no column {given!r}" if given else f"{len(found)} columns that could hold {what}"
-    raise ValueError(
-        f"{path} has {problem}; set `data.{option}` to one of {', '.join(table.column_names)}."
-    )
-
-
-def _read_classes(table: Any, label: str) -> tuple[list[str], list[int]]:
-    values = table[label][:]
-    if None in values or -1 in values:
-        missing = next(i for i, value in enumerate(values) if value in (None, -1))
+    image = _choose(table, path, "image_column", config.image_column, Decoder)
+    label = _choose(table, path, "label_column", config.label_column, ClassLabel, Value)
+    labels = table.select_columns([label])
+    if not isinstance(labels.features[label], ClassLabel):
+        labels = labels.class_encode_column(label)
+    numbers = labels[label][:]
+    if missing := [row for row, number in enumerate(numbers, 1) if number in (None, -1)]:
         raise ValueError(
-            f"row {missing + 1} has no class in {label!r}; give data whose every row has one."
+            f"row {missing[0]} has no class in {label!r}; give data whose every row has one."
         )
-    names = getattr(table.features[label], "names", None)
-    if names is not None:
-        return list(names), list(values)
-    classes = sorted(set(values))
-    numbers = {value: number for number, value in enumerate(classes)}
-    return [str(value) for value in classes], [numbers[value] for value in values]
+    table = table.select_columns([image]).rename_columns({image: "image"})
+    return _complete(table, numbers, labels.features[label], f"{path} ({split}), row")
 
 
-def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> TorchvisionSource:
+def _complete(table: Any, labels: list[int], kind: Any, place: str) -> Any:
+    """Leave the images of a table encoded, and add their classes and places."""
+    from datasets import Image as Decoder
+
+    table = table.cast_column("image", Decoder(decode=False))
+    table = table.add_column("label", labels, feature=kind)
+    return table.add_column("place", [f"{place} {number + 1}" for number in range(len(table))])
+
+
+def _choose(table: Any, path: str, option: str, given: str | None, *kinds: type) -> str:
+    """Return the column that is given, or the only one of the first kind that there is."""
+    columns: dict[type, list[str]] = {kind: [] for kind in kinds}
+    for name, feature in table.features.items():
+        columns.get(type(feature), []).append(name)
+    found = next(filter(None, columns.values()), []) if given is None else [given]
+    if len(found) != 1 or found[0] not in table.column_names:
+        raise ValueError(
+            f"{path} has {len(found)} columns that could be meant ({', '.join(found)}); set "
+            f"`data.{option}` to one of {', '.join(table.column_names)}."
+        )
+    return found[0]
+
+
+def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> Any:
     """Return one split of a data set of torchvision, downloaded where it is missing."""
-    from torchvision import datasets
+    import datasets
+    import torchvision
 
-    if name not in _SPLITS:
-        known = ", ".join(TORCHVISION_PREFIX + known for known in _SPLITS)
-        raise ValueError(f"`data.path`: torchvision:{name} is not offered; use one of {known}.")
-    split = split or _SPLITS[name][0]
-    if split not in _SPLITS[name]:
-        raise ValueError(
-            f"torchvision:{name} has no split {split!r}; use one of {', '.join(_SPLITS[name])}."
-        )
+    name = choose(name, _SPLITS, option="data.path torchvision:")
+    split = choose(split or _SPLITS[name][0], _SPLITS[name], option="data.split")
     root = Path(config.root).expanduser() if config.root else Path(torch.hub.get_dir(), "datasets")
-    which = {"train": split == "train"} if name.startswith("CIFAR") else {"split": split}
+    is_cifar = name.startswith("CIFAR")
+    which = {"train": split == "train"} if is_cifar else {"split": split}
     try:
-        table = getattr(datasets, name)(root, download=True, **which)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"torchvision needs the package {error.name!r} to read {name}; install it: "
-            f"pip install {error.name}"
-        ) from error
-    except (OSError, RuntimeError) as error:
+        data = getattr(torchvision.datasets, name)(root, download=True, **which)
+    except (ImportError, OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"torchvision:{name} is not in {root} and cannot be downloaded ({error}); connect "
-            "once, or copy its files there (`data.root`)."
+            "once, install what is missing, or copy its files there (`data.root`)."
         ) from error
-    return TorchvisionSource(
-        name=f"torchvision:{name} ({split})",
-        classes=list(table.classes),
-        # CIFAR calls them `targets`; the other two keep them in `_labels` and offer nothing public.
-        labels=list(table.targets if hasattr(table, "targets") else table._labels),
-        table=table,
-    )
+    labels = data.targets if is_cifar else data._labels
+    if is_cifar:
+        images = [b"P6 32 32 255\n" + pixels.tobytes() for pixels in data.data]  # as PPM files
+    else:  # torchvision offers their paths and labels not in public
+        images = list(map(str, data._images if name == "OxfordIIITPet" else data._image_files))
+    kind = datasets.ClassLabel(names=list(data.classes))
+    table = datasets.Dataset.from_dict({"image": images})
+    return _complete(table, labels, kind, f"torchvision:{name} ({split}), image")

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap, overlap_warning
 from pacatune.data.encode import IGNORED
-from pacatune.data.images import ImageDataset, prepare_images
-from pacatune.data.images.prepare import check_images, run_digest
+from pacatune.data.images.dataset import ImageDataset
+from pacatune.data.images.prepare import check_images, images_digest, prepare_images
 from pacatune.data.images.sources import find_parts
 from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
@@ -226,10 +226,9 @@ class ImageTask(StudyTask):
 
     def _take_test(self, data: Values) -> Values:
         path, split = data.pop("eval_path", None), data.pop("eval_split", None)
-        folder = Path(data.get("path", "")).expanduser()
-        if path is None and split is None and folder.is_dir() and (parts := find_parts(folder)):
-            data["path"] = str(parts.pop("train"))
-            path = str(parts.pop("test" if "test" in parts else "validation")) if parts else None
+        if path is None and split is None and (parts := find_parts(data.get("path", ""))):
+            data["path"] = parts.pop("train")
+            path = parts.pop("test" if "test" in parts else "validation") if parts else None
             self._warn(*(f"{part} is not used." for part in parts.values()))
         if path is None and split is None:
             raise ValueError(
@@ -246,8 +245,7 @@ class ImageTask(StudyTask):
 
     def test_data(self, task: Any) -> Any:
         """Return the test images."""
-        part = self._test_images(task.config).evaluation
-        return ImageDataset(part.source, part.indices, task.base.preprocessing)
+        return ImageDataset(self._test_images(task.config).evaluation, task.base.processor)
 
     def digest(self, config: Any) -> str:
         """Return hashes of all pixels and classes, and of the weights; finds broken images."""
@@ -256,7 +254,7 @@ class ImageTask(StudyTask):
         for part in (images.train, images.evaluation, self._test_images(config).evaluation):
             assert part is not None, "a fraction is held out, and there is test data"
             (digests,) = check_images(part)
-            texts.append(run_digest(part, digests))
+            texts.append(images_digest(part, digests))
             seen.append(digests)
         train, validation, test = seen
         self._warn(

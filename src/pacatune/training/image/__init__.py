@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
-    from pacatune.data.images import ImageDataConfig
+    from pacatune.data.config import ImageDataConfig
     from pacatune.training.config import RunConfig
     from pacatune.training.image.config import ImageModelConfig, ImageTrainingConfig
     from pacatune.training.image.model import ImageClassifier, load_result

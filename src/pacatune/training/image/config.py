@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from pacatune.names import check_choices
+from pacatune.names import check_choices, choose
 from pacatune.pretrained import refuse_no_path
 from pacatune.training.arguments import SharedDefaults
 
@@ -111,6 +111,4 @@ PRESETS = {
 
 def find_preset(name: str) -> dict[str, Any]:
     """Return the options of a preset by its name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    return PRESETS[choose(name, PRESETS, option="preset")]

@@ -1,26 +1,24 @@
 """Image models: what one says about itself, its parts and weights, and what a run has saved."""
 
 import copy
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.adapters.base import base_name
 from pacatune.adapters.folder import SIDECAR_NAME, open_adapter
 from pacatune.adapters.loading import attach
-from pacatune.data.images import Preprocessing
-from pacatune.data.images.dataset import PREPROCESSOR_NAME
 from pacatune.data.images.sources import to_rgb
 from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.pretrained import empty_model, find_model, load_config, load_weights
 
+PROCESSOR_NAME = "preprocessor_config.json"
 CLASSES_KEY = "classes"
 """Entry of an adapter's sidecar with the names of the classes."""
 
@@ -34,7 +32,9 @@ class ImageBase:
     revision: str | None
     config: Any
     """transformers' configuration, with the classes of the data."""
-    preprocessing: Preprocessing
+    processor: Any
+    """transformers' image processor: an image -> what the model sees, (3, size, size)."""
+    size: int
     forward_options: dict[str, Any]
     """What its forward needs besides pixels."""
     has_own_head: bool
@@ -59,20 +59,20 @@ def describe_base(
     classes = own_classes if classes is None else classes
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
-    preprocessing, warnings = _find_preprocessing(path, revision, config)
+    processor, warnings = _find_processor(path, revision, config)
+    own_size = size = size_of(processor)
     options: dict[str, Any] = {}
     if image_size is not None:
-        own_size = getattr(config, "image_size", preprocessing.size)
-        if image_size != own_size:
-            options = _fit_to_size(config, image_size)
-        preprocessing = preprocessing.resized_to(image_size)
-    if is_timm(config):
-        config.pretrained_cfg = {**_timm_cfg(config), **preprocessing.to_timm()}
+        size = image_size
+        if size != getattr(config, "image_size", own_size):
+            options = _fit_to_size(config, size)
+        processor = resized(processor, config, own_size, size)
     return ImageBase(
         path=path,
         revision=revision,
         config=config,
-        preprocessing=preprocessing,
+        processor=processor,
+        size=size,
         forward_options=options,
         has_own_head=own_classes == classes,
         warnings=warnings,
@@ -91,18 +91,14 @@ def _find(path: str) -> str:
         return found
     import timm
 
-    if not timm.is_model(found.partition(".")[0]):
-        return found
     try:
         known = timm.get_pretrained_cfg(found)
-    except RuntimeError:  # an unknown tag
-        known = None
-    if known is None or known.hf_hub_id is None:
+    except RuntimeError as error:  # an unknown tag
+        name = found.partition(".")[0]
         raise FileNotFoundError(
-            f"timm has no weights {found!r}; see timm.list_pretrained("
-            f"'{found.partition('.')[0]}*')."
-        )
-    return str(known.hf_hub_id)
+            f"timm has no weights {found!r}; see timm.list_pretrained('{name}*')."
+        ) from error
+    return str(known.hf_hub_id) if known else found
 
 
 def _load_config(path: str, revision: str | None) -> Any:
@@ -111,70 +107,101 @@ def _load_config(path: str, revision: str | None) -> Any:
         raise ValueError(
             f"{path} takes images of {config.num_channels} channels; they have 3 here. Use another."
         )
-    if is_timm(config) and config.model_args:
+    if is_timm(config):
         # timm writes these into its config.json, and transformers passes them a second time.
         known = ("num_classes", "in_chans")
-        config.model_args = {k: v for k, v in config.model_args.items() if k not in known}
+        config.model_args = {k: v for k, v in (config.model_args or {}).items() if k not in known}
+        config.pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}
     return config
 
 
-def _find_preprocessing(
-    path: str, revision: str | None, config: Any
-) -> tuple[Preprocessing, list[str]]:
-    if is_timm(config):
-        return Preprocessing.from_timm(_timm_cfg(config)), []
+def _find_processor(path: str, revision: str | None, config: Any) -> tuple[Any, list[str]]:
     from transformers import AutoImageProcessor
 
+    if is_timm(config):
+        return _timm_processor(config.pretrained_cfg), []
     try:
-        processor = AutoImageProcessor.from_pretrained(
+        return AutoImageProcessor.from_pretrained(
             path, revision=revision, trust_remote_code=False
-        )
+        ), []
     except OSError:
         size = getattr(config, "image_size", None)
         size = size if isinstance(size, int) else 224
         warning = f"{path} does not say how images are prepared: {size} pixels, ImageNet's mean."
-        return Preprocessing(size=size, resize=size), [warning]
-    return Preprocessing.from_transformers(processor.to_dict()), []
+        return _timm_processor({"input_size": (3, size, size), "crop_pct": 1.0}), [warning]
 
 
-def _timm_cfg(config: Any) -> dict[str, Any]:
-    """Return timm's description of the weights: that of the model, else of its architecture."""
-    import timm
+def _timm_processor(pretrained_cfg: dict[str, Any]) -> Any:
+    """Return the image processor that does what timm's does, and can be saved and changed."""
+    from timm.data import resolve_data_config
+    from transformers import BitImageProcessor
 
-    stored: dict[str, Any] | None = getattr(config, "pretrained_cfg", None)
-    known = timm.get_pretrained_cfg(config.architecture)
-    return stored or (known.to_dict() if known else {"input_size": (3, 224, 224)})
+    values = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    if values["crop_mode"] not in ("center", "squash"):
+        raise ValueError(
+            f"the model's `crop_mode` ({values['crop_mode']!r}) is not supported; it must be "
+            "'center' or 'squash'. Edit it in the model's config.json."
+        )
+    _, height, width = values["input_size"]
+    edge = int(height / values["crop_pct"])
+    squash = values["crop_mode"] == "squash"
+    return BitImageProcessor(
+        size={"height": edge, "width": edge} if squash else {"shortest_edge": edge},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[values["interpolation"].upper()],
+        image_mean=values["mean"],
+        image_std=values["std"],
+    )
+
+
+def size_of(processor: Any) -> int:
+    """Return the height and width of images that a processor has prepared."""
+    image = Image.new("RGB", (300, 200))
+    height, width = processor(image, return_tensors="pt")["pixel_values"].shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"the model takes images of {height} x {width} pixels; only squares are supported. Use "
+            "another model."
+        )
+    return int(height)
+
+
+def resized(processor: Any, config: Any, old: int, new: int) -> Any:
+    """Return the processor for another size, with the same share of the image cropped away."""
+    if is_timm(config):
+        config.pretrained_cfg = {**config.pretrained_cfg, "input_size": (3, new, new)}
+        return _timm_processor(config.pretrained_cfg)
+    values = processor.to_dict()
+    for name in ("size", "crop_size"):
+        if values.get(name):
+            values[name] = {edge: round(n * new / old) for edge, n in values[name].items()}
+    return type(processor).from_dict(values)
 
 
 def _fit_to_size(config: Any, size: int) -> dict[str, Any]:
     """Return what forward needs to take this size; timm's configuration is changed if need be."""
-    plain = _try_size(config, size, {})
-    if plain is None:
-        return {}
-    if is_timm(config):
-        before = config.model_args
-        config.model_args = {**(before or {}), "dynamic_img_size": True}
-        if _try_size(config, size, {}) is None:
-            return {}
-        config.model_args = before
-    elif _try_size(config, size, {"interpolate_pos_encoding": True}) is None:
-        return {"interpolate_pos_encoding": True}
-    raise ValueError(
-        f"`data.image_size` ({size}) does not suit the model: {plain.partition(chr(10))[0]} Use a "
-        "size that it accepts, or leave it out for the model's own."
-    )
+    options: dict[str, Any] = {}
+    problem = _try_size(config, size, options)
+    if problem and is_timm(config):
+        config.model_args = {**config.model_args, "dynamic_img_size": True}
+    elif problem:
+        options = {"interpolate_pos_encoding": True}
+    if problem and _try_size(config, size, options):
+        raise ValueError(
+            f"`data.image_size` ({size}) does not suit the model: {problem.splitlines()[0]} Use a "
+            "size that it accepts, or leave it out for the model's own."
+        )
+    return options
 
 
 def _try_size(config: Any, size: int, options: dict[str, Any]) -> str | None:
     """Return why a model refuses images of this size, None if it takes them."""
     try:
-        model = _build(config).eval()
-        if options.keys() - inspect.signature(model.forward).parameters.keys():
-            return "unknown options"
         with torch.no_grad():
-            model(pixel_values=torch.empty(1, 3, size, size, device="meta"), **options)
+            pixels = torch.empty(1, 3, size, size, device="meta")
+            _build(config).eval()(pixel_values=pixels, **options)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        return str(error)
+        return str(error) or type(error).__name__
     return None
 
 
@@ -193,15 +220,14 @@ def _build(config: Any) -> Any:
 
 def find_heads(model: Any) -> list[str]:
     """Return the names of the modules that turn features into classes; timm's in its wrapper."""
-    timm_model = getattr(model, "timm_model", None)
-    if timm_model is None:
-        body = getattr(model, model.base_model_prefix, None)
-        children = list(model.named_children())
-        heads = [name for name, child in children if child is not body and _has_weights(child)]
+    if hasattr(model, "timm_model"):
+        found = model.timm_model.get_classifier()
+        found = found if isinstance(found, tuple) else (found,)
     else:
-        found = timm_model.get_classifier()
-        wanted = set(found if isinstance(found, tuple) else (found,))
-        heads = [n for n, child in model.named_modules() if child in wanted and _has_weights(child)]
+        body = getattr(model, model.base_model_prefix, None)
+        found = [child for child in model.children() if child is not body]
+    modules = model.named_modules()
+    heads = [name for name, one in modules if one in found and any(True for _ in one.parameters())]
     if not heads:
         raise ValueError(
             f"{type(model).__name__} has no classifier of its own to train; use another model."
@@ -209,22 +235,9 @@ def find_heads(model: Any) -> list[str]:
     return heads
 
 
-def reset_heads(model: nn.Module, heads: list[str]) -> None:
-    """Give the heads new random weights, by torch's own rule for each kind of layer."""
-    for name in heads:
-        for module in model.get_submodule(name).modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-
-
 def find_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Return the BatchNorm layers by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
 
 
 def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -251,8 +264,14 @@ def load_model(base: ImageBase, dtype: torch.dtype, attention: str | None = None
             f"{base.path} lacks {len(lost)} weights of {type(model).__name__}, or has them in "
             f"other shapes, first {sorted(lost)[0]!r}: they would be random. Use a complete model."
         )
-    if not base.has_own_head:
-        reset_heads(model, heads)
+    for name in [] if base.has_own_head else heads:
+        for module in model.get_submodule(name).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    if base.forward_options:
+        model.register_forward_pre_hook(
+            lambda _, args, options: (args, {**options, **base.forward_options}), with_kwargs=True
+        )
     return model
 
 
@@ -262,24 +281,19 @@ class ImageClassifier:
 
     model: Any
     """In evaluation mode; a PeftModel where an adapter was trained."""
-    preprocessing: Preprocessing
+    processor: Any
+    """transformers' image processor: an image -> what the model sees."""
     classes: list[str]
-    forward_options: dict[str, Any]
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Return (B, C) for prepared images (B, 3, size, size)."""
-        pixels = pixels.to(next(self.model.parameters()).device)
-        logits: Tensor = self.model(pixel_values=pixels, **self.forward_options).logits
-        return logits.float()
-
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
         """Return the probability of each class, the likeliest first, of an image or a file."""
         if not isinstance(image, Image.Image):
             with Image.open(image) as opened:
                 return self.classify(opened)
-        pixels = self.preprocessing(to_rgb(image)).unsqueeze(0)
-        shares = self.logits(pixels)[0].softmax(-1).tolist()
+        pixels = self.processor(to_rgb(image), return_tensors="pt")["pixel_values"]
+        logits = self.model(pixel_values=pixels.to(self.model.device)).logits[0].float()
+        shares = logits.softmax(-1).tolist()
         return dict(sorted(zip(self.classes, shares, strict=True), key=lambda pair: -pair[1]))
 
 
@@ -288,26 +302,28 @@ def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
 
     `base` is where the base of an adapter is, if not where it was trained.
     """
+    from transformers import AutoImageProcessor
+
     folder = Path(folder).expanduser()
-    if not (folder / PREPROCESSOR_NAME).is_file():
+    if not (folder / PROCESSOR_NAME).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {PREPROCESSOR_NAME}, so it is no finished run of "
+            f"{folder} holds no {PROCESSOR_NAME}, so it is no finished run of "
             "`pacatune train-image`; check the path."
         )
-    values = read_json_object(find_file(folder, PREPROCESSOR_NAME))
-    preprocessing = Preprocessing.from_transformers(values)
+    processor = AutoImageProcessor.from_pretrained(
+        find_file(folder, PROCESSOR_NAME).parent, trust_remote_code=False
+    )
     adapter, path, revision, classes = None, str(folder), None, None
     if (folder / "adapter_config.json").is_file():
         adapter = open_adapter(folder)
         path, revision = base_name(base, adapter.config), adapter.config.revision
         classes = read_json_object(find_file(folder, SIDECAR_NAME))[CLASSES_KEY]
-    described = describe_base(path, revision, classes, preprocessing.size)
+    described = describe_base(path, revision, classes, size_of(processor))
     model = load_model(described, torch.float32)
     if adapter is not None:
         model, _ = attach(model, adapter)
     return ImageClassifier(
         model=model.eval(),
-        preprocessing=preprocessing,
+        processor=processor,
         classes=list(described.config.id2label.values()),
-        forward_options=described.forward_options,
     )

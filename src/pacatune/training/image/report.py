@@ -12,7 +12,7 @@ from pacatune.reports.figures import new_figure, plain_text, save_figure
 from pacatune.training.report import Curve, Report, four_digits
 
 if TYPE_CHECKING:
-    from pacatune.data.images import ImageDataset
+    from pacatune.data.images.dataset import ImageDataset
 
 NUM_MISTAKES = 25
 
@@ -105,15 +105,6 @@ class ImageReport(Report):
         return sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
 
 
-def confusion_matrix(
-    labels: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
-) -> NDArray[np.int64]:
-    """Count (C, C) pairs: row the class of an image (N,), column the predicted one (N,)."""
-    pairs = labels * num_classes + predicted
-    counts = np.bincount(pairs, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
-
-
 def surest_mistakes(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -124,22 +115,20 @@ def surest_mistakes(
 
     `logits` are (N, C), `labels` (N,), of the N images.
     """
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    predicted = logits.argmax(axis=1)
-    sureness = probabilities[np.arange(len(labels)), predicted]
-    wrong = np.flatnonzero(predicted != labels)
-    chosen = wrong[np.argsort(-sureness[wrong], kind="stable")][:number]
-    classes = dataset.source.classes
+    import torch
+
+    sureness, predicted = torch.from_numpy(logits).double().softmax(-1).max(-1)
+    order = sureness.argsort(descending=True, stable=True).tolist()
+    classes, places = dataset.classes, dataset.table["place"]
     return [
         Mistake(
-            place=dataset.place(int(position)),
+            place=places[position],
             label=classes[labels[position]],
             predicted=classes[predicted[position]],
             probability=float(sureness[position]),
-            position=int(position),
+            position=position,
         )
-        for position in chosen
+        for position in [one for one in order if predicted[one] != labels[one]][:number]
     ]
 
 
@@ -172,7 +161,7 @@ def draw_mistakes(mistakes: list[Mistake], dataset: "ImageDataset", path: Path) 
     for axes in grid:
         axes.set_axis_off()
     for axes, mistake in zip(grid, mistakes, strict=False):
-        axes.imshow(dataset.preprocessing.crop(dataset.image(mistake.position)))
+        axes.imshow(dataset.picture(mistake.position))
         text = f"{_short(mistake.label)}\n{_short(mistake.predicted)} {mistake.probability:.2f}?"
         axes.set_title(text, fontsize=9)
     save_figure(figure, path, dpi=100)

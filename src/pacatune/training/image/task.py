@@ -4,16 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.adapters.folder import SIDECAR_NAME
-from pacatune.data.images import Augmentation, ImageDataset, prepare_images
-from pacatune.data.images.sources import read_sources
+from pacatune.data.images.dataset import Augmentation, ImageDataset
+from pacatune.data.images.prepare import class_names, prepare_images
+from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
@@ -26,7 +29,6 @@ from pacatune.training.image.model import (
 )
 from pacatune.training.image.report import (
     ImageReport,
-    confusion_matrix,
     draw_confusion,
     draw_mistakes,
     surest_mistakes,
@@ -50,7 +52,7 @@ class ImageTask(Task):
 
     def plan(self) -> Plan:
         """Say what would be trained; of the images, only their classes are read."""
-        base = self._describe_base(read_sources(self.config.data)[0].classes)
+        base = self._describe_base(class_names(read_images(self.config.data)[0]))
         return plan_training(self.config, base, choose_adapter(self.config, base)[0])
 
     def prepare(self) -> Prepared:
@@ -60,14 +62,14 @@ class ImageTask(Task):
         self.classes = data.classes
         self.base = self._describe_base(data.classes)
         adapter_config, notes = choose_adapter(config, self.base)
-        preprocessing, part = self.base.preprocessing, data.evaluation
-        augmentation = Augmentation(config.data.augmentation, config.training.seed)
-        train = ImageDataset(data.train.source, data.train.indices, preprocessing, augmentation)
-        self.evaluation = None
-        if part is not None:
-            self.evaluation = ImageDataset(part.source, part.indices, preprocessing)
+        processor, size, augmentation = self.base.processor, self.base.size, None
+        if config.data.augmentation != "none":
+            augmentation = Augmentation(config.data.augmentation, size, config.training.seed)
+        train = ImageDataset(data.train, processor, augmentation)
+        self.evaluation = (
+            None if data.evaluation is None else ImageDataset(data.evaluation, processor)
+        )
         held_out = 0 if self.evaluation is None else len(self.evaluation)
-        size = preprocessing.size
         head = "the model's own head" if self.base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -99,7 +101,7 @@ class ImageTask(Task):
         """Return the cross-entropy of a batch of `collate`."""
         moved = {key: value.to(model.device) for key, value in batch.items()}
         labels = moved.pop("labels")
-        logits = model(**moved, **self.base.forward_options)["logits"].float()
+        logits = model(**moved)["logits"].float()
         return F.cross_entropy(logits, labels)
 
     def make_trainer(
@@ -110,7 +112,6 @@ class ImageTask(Task):
         options["callbacks"].append(NewEpoch(options["train_dataset"]))
         return ImageTrainer(
             num_classes=len(self.classes),
-            forward_options=self.base.forward_options,
             model=make_trainable(model, self.config, adapter_config),
             **options,
         )
@@ -120,7 +121,8 @@ class ImageTask(Task):
         assert self.evaluation is not None
         result = trainer.predict(self.evaluation)
         logits, labels = result.predictions, result.label_ids
-        counts = confusion_matrix(labels, logits.argmax(axis=1), len(self.classes))
+        counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
+        np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
         return {
             "eval_loss_after": float(result.metrics["test_loss"]),
             "accuracy_after": float(result.metrics["test_accuracy"]),
@@ -137,12 +139,12 @@ class ImageTask(Task):
             "images_per_second": items_per_second,
             "head": "own" if self.base.has_own_head else "new",
             "classes": self.classes,
-            "image_size": self.base.preprocessing.size,
+            "image_size": self.base.size,
         }
 
     def write(self, report: Any, folder: Path) -> None:
         """Write the transform, the classes beside an adapter, and the pictures."""
-        self.base.preprocessing.save(folder)
+        self.base.processor.save_pretrained(folder)
         if METHODS[self.config.method].has_adapter:
             sidecar = json.dumps({CLASSES_KEY: self.classes}, indent=2, ensure_ascii=False)
             (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
@@ -170,14 +172,13 @@ class ImageTask(Task):
 
 
 class ImageTrainer(RunTrainer):
-    """Trainer of a model that turns `pixel_values` into `logits`, with options of its forward."""
+    """Trainer of a model that turns `pixel_values` into `logits`."""
 
-    def __init__(self, *, num_classes: int, forward_options: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, num_classes: int, **kwargs: Any) -> None:
         super().__init__(compute_loss_func=self._loss, compute_metrics=accuracy, **kwargs)
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
         self._num_classes = num_classes
-        self._forward_options = forward_options
         self._batch_norms = find_batch_norms(self.model)
 
     def training_step(
@@ -185,7 +186,7 @@ class ImageTrainer(RunTrainer):
     ) -> Tensor:
         """Take one micro-batch forward and backward, its images mixed."""
         if self.args.mixup_alpha > 0:
-            inputs = {**inputs, **mix(inputs, self.args.mixup_alpha, self._num_classes)}
+            inputs = mix(inputs, self.args.mixup_alpha, self._num_classes)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -195,7 +196,6 @@ class ImageTrainer(RunTrainer):
         if not self.args.train_batch_norm:
             for layer in self._batch_norms.values():
                 layer.eval()
-        inputs = {**inputs, **self._forward_options}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
@@ -228,18 +228,10 @@ class NewEpoch(TrainerCallback):
         self._dataset.epoch.fill_(int(state.epoch or 0))
 
 
-def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Tensor]:
-    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha).
-
-    `pixel_values` are (B, 3, H, W), `labels` (B,), and (B, C) afterwards: shares of the classes.
-
-    Source: mixup, Zhang et al. 2018, Eq. 1.
-    """
-    pixels, labels = inputs["pixel_values"], inputs["labels"]
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    partners = torch.randperm(len(pixels)).to(pixels.device)
-    classes = F.one_hot(labels, num_classes).to(pixels.dtype)
-    return {
-        "pixel_values": torch.lerp(pixels[partners], pixels, share),
-        "labels": torch.lerp(classes[partners], classes, share),
-    }
+def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Any]:
+    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha)."""
+    # In this order: torchvision takes the first tensor for the images, whatever its key.
+    pixels, labels = v2.MixUp(alpha=alpha, num_classes=num_classes)(
+        inputs["pixel_values"], inputs["labels"]
+    )
+    return {**inputs, "pixel_values": pixels, "labels": labels}
