@@ -100,7 +100,7 @@ def check_images(*tables: Any) -> list[list[str]]:
 def images_digest(table: Any, digests: Sequence[str] | None) -> str:
     """Return a digest of these images in this order, their pixels (or places) and classes."""
     digest = hashlib.blake2b("\0".join(class_names(table)).encode(), digest_size=16)
-    for label, text in zip(table["label"], digests or table["place"], strict=True):
+    for label, text in zip(table["label"][:], digests or table["place"][:], strict=True):
         digest.update(f"\0{label} {text}".encode())
     return digest.hexdigest()
 
@@ -113,7 +113,7 @@ def _align_classes(train: Any, evaluation: Any) -> Any:
             "training and evaluation images must have the same classes, but one of the two has no "
             f"{some(strange)}; rename or remove them."
         )
-    labels = [names.index(others[label]) for label in evaluation["label"]]
+    labels = [names.index(others[label]) for label in evaluation["label"][:]]
     table = evaluation.remove_columns("label")
     return table.add_column("label", labels, feature=train.features["label"])
 
@@ -139,7 +139,7 @@ def _limit(table: Any, per_class: int | None, seed: int) -> Any:
     if per_class is None:
         return table
     order = np.random.default_rng(seed).permutation(len(table))
-    labels = np.array(table["label"])[order]
+    labels = np.array(table["label"][:])[order]
     chosen = [order[labels == label][:per_class] for label in range(len(class_names(table)))]
     for name, rows in zip(class_names(table), chosen, strict=True):
         if len(rows) < per_class:
@@ -151,5 +151,5 @@ def _limit(table: Any, per_class: int | None, seed: int) -> Any:
 
 
 def _counts(table: Any) -> list[int]:
-    counts: list[int] = np.bincount(table["label"], minlength=len(class_names(table))).tolist()
+    counts: list[int] = np.bincount(table["label"][:], minlength=len(class_names(table))).tolist()
     return counts

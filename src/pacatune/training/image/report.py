@@ -119,7 +119,7 @@ def surest_mistakes(
 
     sureness, predicted = torch.from_numpy(logits).double().softmax(-1).max(-1)
     order = sureness.argsort(descending=True, stable=True).tolist()
-    classes, places = dataset.classes, dataset.table["place"]
+    classes, places = dataset.classes, dataset.table["place"][:]
     return [
         Mistake(
             place=places[position],

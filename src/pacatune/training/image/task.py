@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import TrainerCallback, default_data_collator
-from transformers.trainer_utils import EvalLoopOutput
 
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images.dataset import Augmentation, ImageDataset
@@ -175,7 +174,7 @@ class ImageTrainer(RunTrainer):
     """Trainer of a model that turns `pixel_values` into `logits`."""
 
     def __init__(self, *, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(compute_loss_func=self._loss, compute_metrics=accuracy, **kwargs)
+        super().__init__(compute_loss_func=self._loss, compute_metrics=_measure, **kwargs)
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
         self._num_classes = num_classes
@@ -198,15 +197,6 @@ class ImageTrainer(RunTrainer):
                 layer.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Evaluate; the loss is a mean over images, which Trainer's is not in several processes."""
-        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        logits, labels = (torch.from_numpy(a) for a in (result.predictions, result.label_ids))
-        result.metrics[f"{metric_key_prefix}_loss"] = float(F.cross_entropy(logits, labels))
-        return result
-
     def _loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -215,6 +205,12 @@ class ImageTrainer(RunTrainer):
         smoothing = self.args.label_smoothing_factor if logits.requires_grad else 0.0
         total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _measure(prediction: Any) -> dict[str, float]:
+    """Return accuracy and loss, a mean over images, which Trainer's own is not in processes."""
+    logits, labels = map(torch.from_numpy, (prediction.predictions, prediction.label_ids))
+    return {**accuracy(prediction), "loss": float(F.cross_entropy(logits, labels))}
 
 
 class NewEpoch(TrainerCallback):
