@@ -73,4 +73,4 @@ def test_a_mistake_is_one_line(adapter_dir, tmp_path, monkeypatch, capsys, words
 
 def test_a_missing_option_is_named(capsys):
     assert main(["merge", "--adapter", "a"]) == 2
-    assert "the following arguments are required: --output" in capsys.readouterr().err
+    assert "the following arguments are required: output" in capsys.readouterr().err

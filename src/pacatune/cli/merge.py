@@ -1,68 +1,59 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
-import argparse
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune.cli.options import (
-    add_base_options,
-    check_base,
-    new_parser,
-    print_notes,
-    quiet_libraries,
-)
-from pacatune.names import full_name
-from pacatune.precision import DTYPES
+from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
+from pacatune.files.folder import format_bytes
+from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
     from pacatune.adapters.merge import MergeResult
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune merge` with the words after it; return the exit status."""
-    options = _parse(argv)
-    check_base(options, options.output)
-    quiet_libraries()
+@dataclass(frozen=True, kw_only=True)
+class Merge(BaseOptions):
+    """Write an adapter into its base model: a folder that transformers loads alone."""
 
-    from pacatune.adapters.merge import merge
+    adapter: str = field()
+    """Folder or hub id of the adapter."""
+    device: str = "cpu"
+    """Device: cpu, cuda, ...; auto takes the accelerator if there is one."""
+    output: str
+    """Folder to write."""
+    dtype: Dtype = "auto"
+    """Number type of the result; auto is the base's own."""
+    base: Literal["original", "dequantized", "nf4"] | None = None
+    """For adapters of a quantised base, whose weights the untrained ones are: those of the
+    checkpoint before quantisation, those that were trained with (the default), or these quantised
+    again, which costs accuracy."""
+    no_verify: bool = False
+    """Skip comparing outputs before and after (saves four forward passes and a load)."""
 
-    result = merge(
-        options.model,
-        options.adapter,
-        options.output,
-        dtype=options.dtype,
-        device=options.device,
-        verify=not options.no_verify,
-        allow_other_base=options.allow_other_base,
-        onto=options.base,
-    )
-    _print_result(result)
-    return 0
+    def run(self, command: str) -> int:
+        """Do it."""
+        self.check_base(self.output)
+        quiet_libraries()
+
+        from pacatune.adapters.merge import merge
+
+        how: Any = self.values("dtype", "device", "allow_other_base")
+        result = merge(
+            self.model,
+            self.adapter,
+            self.output,
+            verify=not self.no_verify,
+            onto=self.base,
+            **how,
+        )
+        _print_result(result)
+        return 0
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = new_parser(
-        "merge", "Write an adapter into its base model: a folder that transformers loads alone."
-    )
-    add_base_options(parser, adapter_required=True, device="cpu")
-    add = parser.add_argument
-    add("--output", metavar="DIR", required=True, help="folder to write")
-    dtype = "number type of the result (default: the base's own)"
-    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
-    add(
-        "--base",
-        choices=("original", "dequantized", "nf4"),
-        help="for adapters of a quantised base, whose weights the untrained ones are: those of the "
-        "checkpoint before quantisation, those that were trained with (the default), or these "
-        "quantised again, which costs accuracy",
-    )
-    skip = "skip comparing outputs before and after (saves four forward passes and a load)"
-    add("--no-verify", action="store_true", help=skip)
-    return parser.parse_args(argv)
+command = Merge
 
 
 def _print_result(result: "MergeResult") -> None:
-    from pacatune.files.folder import format_bytes
-
     print(f"base      {result.base}" + (f" ({result.onto})" if result.onto != "original" else ""))
     print(f"merged    {result.num_modules} modules, {result.dtype}")
     if result.error is None:
