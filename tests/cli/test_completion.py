@@ -46,7 +46,7 @@ def script(tmp_path):
 
     def write(shell):
         path = tmp_path / f"completion.{shell}"
-        path.write_text(completion.script(shell) + "\n")
+        path.write_text(completion.make_parser().get_completion_script(f"shtab-{shell}") + "\n")
         (tmp_path / "long-name.yaml").touch()
         return path
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pacatune.cli import main
+from pacatune.measure.presets import PRESETS
 from tests.measure.real_step import LLAMA, write_config
 
 
@@ -140,17 +141,10 @@ def test_words_that_contradict_each_other(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_no_option_is_left_out():
-    """Every field of a Setting can be given on the command line."""
-    from dataclasses import fields
-
-    from pacatune.cli.estimate import _parse
-    from pacatune.measure.setting import Setting
-
-    options = vars(_parse(["llama3-8b"]))
-    assert {field.name for field in fields(Setting)} <= set(options)
-    defaults = {f.name: f.default for f in fields(Setting) if f.name != "model"}
-    assert {name: options[name] or default for name, default in defaults.items()} == defaults
+def test_help_names_the_models_that_ship(capsys):
+    assert main(["estimate", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in PRESETS)
 
 
 def test_the_time_of_a_step(capsys, config):

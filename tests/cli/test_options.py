@@ -110,9 +110,9 @@ def test_a_function_and_other_values():
 
 def test_give_one():
     give_one(one=None, two="x")
-    with pytest.raises(ValueError, match="give --one or --the-other, not both"):
+    with pytest.raises(ValueError, match="give only one of --one, --the-other"):
         give_one(one=1, the_other="x")
-    with pytest.raises(ValueError, match="give --one or --two, not neither"):
+    with pytest.raises(ValueError, match="give one of --one, --two"):
         give_one(one=None, two="", needed=True)
 
 

@@ -33,10 +33,6 @@ class Options:
     vocab_size: int | None = None
     """For --shape: size of the vocabulary; by default 8 HIDDEN, at most 32000."""
 
-    def __post_init__(self) -> None:
-        """Refuse two models."""
-        give_one(shape=self.shape, model=self.model)
-
 
 def run(argv: list[str]) -> int:
     """Run `pacatune bench` with the words after it; return the exit status."""
@@ -81,6 +77,7 @@ def run(argv: list[str]) -> int:
 def _model(options: Options) -> tuple[dict[str, Any], str]:
     from pacatune.measure.models import llama_values, load_values, parse_shape
 
+    give_one(shape=options.shape, model=options.model)
     sizes = {
         "num_heads": options.heads,
         "num_kv_heads": options.kv_heads,

@@ -9,7 +9,7 @@ from pacatune.cli.options import quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.experiments.study import StudyConfig, StudyResult
+    from pacatune.experiments.study import StudyConfig
 
 EXIT_FAILED_RUNS = 1
 EXIT_PAUSED = 3
@@ -40,12 +40,15 @@ class Compare:
         quiet_libraries()
 
         from rich.console import Console
+        from rich.markdown import Markdown
 
         from pacatune.experiments.study.config import read_study
 
         config = read_study(self.config)
 
         from pacatune.experiments.study import StudyPaused, run_study
+        from pacatune.experiments.study.report import table
+        from pacatune.training.progress import show_warnings
 
         console = Console(highlight=False)
         if self.dry_run:
@@ -59,7 +62,11 @@ class Compare:
         except StudyPaused as paused:
             console.print(str(paused), soft_wrap=True, markup=False)
             return EXIT_PAUSED
-        _show_result(result, self.output, console)
+        found = table(result)
+        console.print(Markdown("\n".join(found.lines())))
+        console.print(found.note, markup=False)
+        show_warnings(result.warnings, console)
+        console.print(f"report and plots are in {self.output}", soft_wrap=True)
         return EXIT_FAILED_RUNS if any(arm.failures for arm in result.arms.values()) else 0
 
 
@@ -96,16 +103,3 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
         soft_wrap=True,
     )
     show_warnings(plan.task.warnings, console)
-
-
-def _show_result(result: "StudyResult", folder: Path, console: "Console") -> None:
-    from rich.markdown import Markdown
-
-    from pacatune.experiments.study.report import table
-    from pacatune.training.progress import show_warnings
-
-    found = table(result)
-    console.print(Markdown("\n".join(found.lines())))
-    console.print(found.note, markup=False)
-    show_warnings(result.warnings, console)
-    console.print(f"report and plots are in {folder}", soft_wrap=True)

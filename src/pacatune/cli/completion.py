@@ -17,13 +17,8 @@ def command(shell: Literal["bash", "zsh", "fish"]) -> int:
     Args:
         shell: Write it where this shell looks for completions, since it takes seconds.
     """
-    print(script(shell))
+    print(make_parser().get_completion_script(f"shtab-{shell}"))
     return 0
-
-
-def script(shell: str) -> str:
-    """Return the completion script of a shell."""
-    return str(make_parser().get_completion_script(f"shtab-{shell}"))
 
 
 def make_parser() -> ArgumentParser:

@@ -188,8 +188,8 @@ def _refuse_other(name: str, known: Collection[str], kind: str, prog: str) -> No
 
 def _silence_dependencies() -> None:
     """Hide what a user of a command can do nothing about."""
-    # A hint about an optional kernel of bitsandbytes, wherever that is installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecations between the packages that we build on.
     for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")

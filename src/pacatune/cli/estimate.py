@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import Namespace
-
-from pacatune.cli.options import build, give_one, parser_of, print_notes, quiet_libraries
-from pacatune.measure.presets import PRESETS
+from pacatune.cli.options import give_one, print_notes, quiet_libraries
 from pacatune.measure.setting import Setting
 from pacatune.methods import TEXT_METHODS, method_of
 
@@ -26,11 +23,20 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Estimate the memory of training by running its real step on tensors without memory."""
+class EstimateCommand(Setting):
+    """Estimate the memory of training by running its real step on tensors without memory.
 
+    These models ship with it: llama2-7b, llama2-13b, llama3-8b, llama3.1-70b, llama3.2-1b,
+    llama3.2-3b, qwen3-8b, gemma3-12b, mistral-7b.
+    """
+
+    model: str = field(kw_only=False)
+    """Name of a model, a config.json, a model folder, or a hub id."""
+    method: str = ""
+    """One method; by default paca. qpaca and qlora set the quantisation nf4, lora_dropout a
+    dropout."""
     methods: tuple[str, ...] = ()
-    """Several methods, side by side."""
+    """Or several, side by side."""
     gpu: str | None = None
     """Does it fit on this one: a100-80g, h100, 4090, ..."""
     memory: str | None = None
@@ -45,78 +51,67 @@ class Options:
     """Print everything as JSON, in bytes."""
 
     def __post_init__(self) -> None:
-        """Refuse what is too much or too little."""
+        """Refuse what is too much or too little; the settings are checked by method."""
         give_one(gpu=self.gpu, memory=self.memory)
+        give_one(method=self.method, methods=self.methods)
         if self.max is not None and self.gpu is None and self.memory is None:
             raise ValueError("--max needs --gpu or --memory.")
         if self.time and self.gpu is None:
             raise ValueError("--time needs --gpu, whose rates it takes.")
 
+    def setting(self, method: str) -> Setting:
+        """Return the setting of one method, without what it has not and others beside it have."""
+        values = {f.name: getattr(self, f.name) for f in fields(Setting)}
+        values |= {"method": method, "dropout": 0.0}
+        if len(self.methods) > 1 and not method_of(method, TEXT_METHODS).is_paca:
+            values["groups"] = 1
+        setting = Setting(**values)
+        if len(self.methods) > 1 and not setting.row.has_dropout:
+            return setting
+        return setting.but(dropout=self.dropout or setting.dropout)
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune estimate` with the words after it; return the exit status."""
-    options = _parse(argv)
-    quiet_libraries()
+    def run(self, command: str) -> int:
+        """Do it."""
+        quiet_libraries()
 
-    from pacatune.measure.device import gpu_bytes, parse_bytes
-    from pacatune.measure.models import find_values
-    from pacatune.reports.figures import check_picture_path
+        from pacatune.measure.device import gpu_bytes, parse_bytes
+        from pacatune.measure.models import find_values
+        from pacatune.reports.figures import check_picture_path
 
-    methods = options.methods or [options.method or "paca"]
-    settings = {name: _setting(options, name, len(methods)) for name in methods}
-    available = None if options.memory is None else parse_bytes(options.memory)
-    if options.gpu is not None:
-        available = gpu_bytes(options.gpu)
-    if options.plot is not None:
-        check_picture_path(options.plot)
-    find_values(options.model)  # refuses a wrong one before PEFT is imported, which takes seconds
+        settings = {name: self.setting(name) for name in self.methods or [self.method or "paca"]}
+        available = None if self.memory is None else parse_bytes(self.memory)
+        if self.gpu is not None:
+            available = gpu_bytes(self.gpu)
+        if self.plot is not None:
+            check_picture_path(self.plot)
+        find_values(self.model)  # refuses a wrong one before PEFT is imported, which takes seconds
 
-    from pacatune.measure.pictures import save_plot
-    from pacatune.measure.roofline import estimate_time, rates_of
+        from pacatune.measure.pictures import save_plot
+        from pacatune.measure.roofline import estimate_time, rates_of
 
-    if options.time:
-        rates_of(options.gpu)  # refuses those that it does not know
-    values, bars = {}, {}
-    for name, setting in settings.items():
-        values[name], found = _estimate(setting, _QUANTITIES.get(options.max), available)
-        if found is None:
-            continue
-        bars[name] = found
-        if options.time:
-            values[name]["time"] = estimate_time(found.setting, options.gpu).to_values()
-    if options.json:
-        print(json.dumps({"methods": values} if options.methods else values[methods[0]], indent=2))
-    else:
-        _print_memory(values, options.model, available)
-        _print_times(
-            {name: one["time"] for name, one in values.items() if "time" in one}, options.gpu
-        )
-    if options.plot is not None:
-        save_plot(bars, options.plot, available, options.gpu or "available")
-    return 0
-
-
-def _parse(argv: list[str]) -> Namespace:
-    """Return the options, those of a `Setting` too."""
-    parser = parser_of("estimate", Options)
-    ships = f"these ship with it: {', '.join(PRESETS)}"
-    parser.add_argument("model", help=f"name, config.json, model folder or hub id; {ships}")
-    parser.add_class_arguments(Setting, as_group=False, skip={"model"})
-    parser.set_defaults(method=None)  # paca, unless there are --methods
-    options = parser.parse_args(argv)
-    options.methods = build(Options, options).methods
-    give_one(method=options.method, methods=options.methods)
-    return options
+        if self.time:
+            rates_of(str(self.gpu))  # refuses those that it does not know
+        quantity = _QUANTITIES[self.max] if self.max else None
+        values, bars = {}, {}
+        for name, setting in settings.items():
+            values[name], found = _estimate(setting, quantity, available)
+            if found is None:
+                continue
+            bars[name] = found
+            if self.time:
+                values[name]["time"] = estimate_time(found.setting, str(self.gpu)).to_values()
+        if self.json:
+            one = next(iter(values.values()))
+            print(json.dumps({"methods": values} if self.methods else one, indent=2))
+        else:
+            _print_memory(values, self.model, available)
+            _print_times({n: one["time"] for n, one in values.items() if "time" in one}, self.gpu)
+        if self.plot is not None:
+            save_plot(bars, self.plot, available, self.gpu or "available")
+        return 0
 
 
-def _setting(options: Namespace, method: str, num_methods: int) -> Setting:
-    changes: dict[str, Any] = {"method": method, "dropout": 0.0}
-    if num_methods > 1 and not method_of(method, TEXT_METHODS).is_paca:
-        changes["groups"] = 1  # beside methods that have groups
-    setting = build(Setting, options, **changes)
-    if num_methods > 1 and not setting.row.has_dropout:
-        return setting  # beside methods that have dropout
-    return setting.but(dropout=options.dropout or setting.dropout)
+command = EstimateCommand
 
 
 def _estimate(
@@ -169,7 +164,7 @@ def _cells(one: Values, available: int | None) -> dict[str, str]:
     return cells | {"fits": fits}
 
 
-def _print_times(times: dict[str, Values], gpu: str) -> None:
+def _print_times(times: dict[str, Values], gpu: str | None) -> None:
     if not times:
         return
     first_name, first = next(iter(times.items()))

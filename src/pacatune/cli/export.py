@@ -1,13 +1,10 @@
 """`pacatune export`: turn an adapter into an exact LoRA adapter for any server."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
-
-if TYPE_CHECKING:
-    from pacatune.adapters.export import ExportResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +40,21 @@ class Export(BaseOptions):
 
         how = self.values("dtype", "keep_extra", "verify", "device", "allow_other_base")
         result = export_lora(self.model, self.adapter, self.output, **how)
-        _print_result(result, self.dtype)
+        rounding = f"rounded by at most {result.rounding:.1e} of their size"
+        exactly = rounding if result.rounding else "exact"
+        print(f"base      {result.base}")
+        print(f"exported  {result.num_modules} modules as LoRA, {self.dtype}, {exactly}")
+        error = result.error
+        if error is None:
+            print("verified  no (--verify compares with plain PEFT)")
+        else:
+            print(
+                f"verified  outputs in plain PEFT differ by at most {error.max_absolute:.1e} "
+                f"({error.max_relative:.1e} of their size, {result.limit:.1e} is allowed)"
+            )
+        print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+        print_notes(result.notes)
         return 0
 
 
 command = Export
-
-
-def _print_result(result: "ExportResult", dtype: str) -> None:
-    rounding = f"rounded by at most {result.rounding:.1e} of their size"
-    print(f"base      {result.base}")
-    print(
-        f"exported  {result.num_modules} modules as LoRA, {dtype}, "
-        f"{rounding if result.rounding else 'exact'}"
-    )
-    if result.error is None:
-        print("verified  no (--verify compares with plain PEFT)")
-    else:
-        print(
-            f"verified  outputs in plain PEFT differ by at most {result.error.max_absolute:.1e} "
-            f"({result.error.max_relative:.1e} of their size, "
-            f"{result.limit:.1e} is allowed)"
-        )
-    print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
-    print_notes(result.notes)

@@ -1,14 +1,11 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
 from pacatune.precision import Dtype
-
-if TYPE_CHECKING:
-    from pacatune.adapters.merge import MergeResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +43,21 @@ class Merge(BaseOptions):
             onto=self.base,
             **how,
         )
-        _print_result(result)
+        onto = "" if result.onto == "original" else f" ({result.onto})"
+        print(f"base      {result.base}{onto}")
+        print(f"merged    {result.num_modules} modules, {result.dtype}")
+        error = result.error
+        if error is None:
+            print("verified  no (--no-verify)")
+        else:
+            print(
+                f"verified  outputs are those of the adapter, rounded by {error.max_absolute:.1e} "
+                f"({error.max_relative:.1e} of their size; {result.limit:.1e} is allowed); it "
+                f"changes them by {result.effect:.1e}"
+            )
+        print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+        print_notes(result.notes)
         return 0
 
 
 command = Merge
-
-
-def _print_result(result: "MergeResult") -> None:
-    print(f"base      {result.base}" + (f" ({result.onto})" if result.onto != "original" else ""))
-    print(f"merged    {result.num_modules} modules, {result.dtype}")
-    if result.error is None:
-        print("verified  no (--no-verify)")
-    else:
-        print(f"verified  outputs are those of the adapter, {_rounding(result)}")
-    print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
-    print_notes(result.notes)
-
-
-def _rounding(result: "MergeResult") -> str:
-    assert result.error is not None
-    if result.error.max_absolute == 0:
-        return f"which changes them by {result.effect:.1e}"
-    return (
-        f"rounded by {result.error.max_absolute:.1e} ({result.error.max_relative:.1e} of their "
-        f"size; {result.limit:.1e} is allowed); it changes them by {result.effect:.1e}"
-    )

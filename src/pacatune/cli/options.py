@@ -122,7 +122,7 @@ def build(called: Callable[..., T], options: Namespace, **others: Any) -> T:
 
 def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if words and (is_text or all(word.isdecimal() for word in words)):
+    if words and (is_text or all(word.lstrip("-").isdecimal() for word in words)):
         return tuple(words if is_text else map(int, words))
     kind = "names" if is_text else "whole numbers"
     raise ValueError(f"`{name}` ({text!r}) must be {kind} with commas between.")
@@ -184,14 +184,10 @@ class BaseOptions:
 
 def quiet_libraries() -> None:
     """Keep progress bars and log lines of other packages out of our output."""
-    import logging
+    from transformers.utils import logging
 
-    from transformers.utils import logging as transformers_logging
-
-    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def print_notes(notes: Iterable[str]) -> None:

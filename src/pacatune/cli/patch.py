@@ -7,7 +7,7 @@ from pacatune.cli.options import BaseOptions, give_one, print_notes, quiet_libra
 from pacatune.files.folder import format_bytes
 
 if TYPE_CHECKING:
-    from pacatune.patch import Difference, FolderResult, Patch, PatchDifference
+    from pacatune.patch import Difference, Patch
 
 DESCRIPTION = "Handle an adapter as an exact edit of a checkpoint: its columns, before and after."
 _MOST_ROWS = 12
@@ -80,7 +80,16 @@ class _Target:
             result = apply_in_place(model, patch, **settings)
         else:
             result = apply_to_folder(find_folder(model), patch, self.output, **settings)
-        _print_folder(result, revert=revert, in_place=self.in_place)
+        size = format_bytes(result.checkpoint_bytes)
+        print(
+            f"{'reverted' if revert else 'applied':<9} {result.num_columns} columns of "
+            f"{result.num_tensors} tensors: {format_bytes(result.column_bytes)} of {size}, in disk "
+            f"pages of {format_bytes(result.page_bytes)}"
+        )
+        after = "" if self.in_place else ", and those written"
+        print(f"verified  the columns before, bit for bit{after}")
+        print(f"written   {result.folder} ({'in place' if self.in_place else size})")
+        print_notes(result.notes)
         return 0
 
 
@@ -110,19 +119,6 @@ class Revert(Apply):
     reverts = True
 
 
-def _print_folder(result: "FolderResult", *, revert: bool, in_place: bool) -> None:
-    done = "reverted" if revert else "applied"
-    size = format_bytes(result.checkpoint_bytes)
-    print(
-        f"{done:<9} {result.num_columns} columns of {result.num_tensors} tensors: "
-        f"{format_bytes(result.column_bytes)} of {size}, in disk pages of "
-        f"{format_bytes(result.page_bytes)}"
-    )
-    print("verified  the columns before, bit for bit" + ("" if in_place else ", and those written"))
-    print(f"written   {result.folder}" + (" (in place)" if in_place else f" ({size})"))
-    print_notes(result.notes)
-
-
 def diff_patch(
     *, model: str | None = None, patch: str | None = None, with_: str, output: str | None = None
 ) -> int:
@@ -144,7 +140,14 @@ def diff_patch(
     if patch is not None:
         if output is not None:
             raise ValueError("`--output` is for two models; `pacatune patch stack` joins patches.")
-        _print_patches(compare_patches(load(patch), load(with_)))
+        found = compare_patches(load(patch), load(with_))
+        both, differing = found.num_shared_tensors, len(found.differing)
+        shared = sum(found.shared_columns.values())
+        stacks = "" if shared else "; they stack"
+        print(f"only A    {len(found.only_a)} tensors")
+        print(f"only B    {len(found.only_b)} tensors")
+        print(f"both      {both} tensors, {differing} of them differ")
+        print(f"overlap   {shared} columns of {len(found.shared_columns)} tensors{stacks}")
         return 0
 
     from pacatune.patch import diff, save
@@ -187,15 +190,6 @@ def _print_models(result: "Difference") -> None:
     else:
         size = format_bytes(2 * result.patch.num_bytes)
         print(f"patch     {result.patch.num_columns} columns, {size} before and after")
-
-
-def _print_patches(result: "PatchDifference") -> None:
-    shared = sum(result.shared_columns.values())
-    print(f"only A    {len(result.only_a)} tensors")
-    print(f"only B    {len(result.only_b)} tensors")
-    print(f"both      {result.num_shared_tensors} tensors, {len(result.differing)} of them differ")
-    stacks = "" if shared else "; they stack"
-    print(f"overlap   {shared} columns of {len(result.shared_columns)} tensors{stacks}")
 
 
 @dataclass(frozen=True, kw_only=True)

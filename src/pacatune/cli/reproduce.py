@@ -40,17 +40,6 @@ class Options:
     resume: bool = False
     """Go on with what an earlier run left in DIR."""
 
-    def __post_init__(self) -> None:
-        """Refuse what is too much or too little."""
-        if self.list:
-            return
-        if not self.name:
-            raise ValueError("give a NAME (`pacatune reproduce --list` shows them).")
-        if not self.print:
-            give_one(scale=self.scale, simulate=self.simulate, needed=True)
-            if not self.output:
-                raise ValueError("give --output DIR for the report.")
-
 
 def run(argv: list[str]) -> int:
     """Run `pacatune reproduce` with the words after it; return the exit status."""
@@ -72,6 +61,8 @@ def run(argv: list[str]) -> int:
         for one in EXPERIMENTS.values():
             console.print(f"{one.name:<7} {one.title} ({one.place})")
         return 0
+    if not options.name:
+        raise ValueError("give a NAME (`pacatune reproduce --list` shows them).")
     experiments = find_experiments(options.name, EXPERIMENTS)
     if options.only is not None:
         check_method(options.only, experiments)
@@ -79,6 +70,9 @@ def run(argv: list[str]) -> int:
         for one in experiments:
             console.print(settings_text(one, options.scale or "full"))
         return 0
+    give_one(scale=options.scale, simulate=options.simulate, needed=True)
+    if not options.output:
+        raise ValueError("give --output DIR for the report.")
     sections = _run(options, experiments, shlex.join(["pacatune", "reproduce", *argv]), console)
     for section in sections:
         console.print(Markdown(make_result(section)))
