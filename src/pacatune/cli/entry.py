@@ -116,9 +116,15 @@ def _main(words: list[str], owns_process: bool) -> int:
 
 
 def _tell(error: Exception, debug: bool) -> int:
+    """Print the message on one line, and what it is if that was not our own check."""
     if debug:
         traceback.print_exception(error)
-    print(f"pacatune: error: {_describe(error)}", file=sys.stderr)
+    kind = type(error).__name__
+    message = " ".join(str(error).split()) or kind
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and not Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
+        message += f" ({kind}; `pacatune --debug COMMAND ...` shows where it comes from)"
+    print(f"pacatune: error: {message}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
@@ -152,10 +158,15 @@ def _hide_torch() -> None:
 
 
 def _run_command(name: str, argv: list[str], function: str = "run") -> int:
+    """Import and run a command, or another function of its module."""
     _refuse_other(name, COMMANDS, "command", "pacatune")
     if name in EXTRAS:
         require_extra(f"`pacatune {name}`", EXTRAS[name])
-    _silence_dependencies()
+    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Deprecations between the packages that we build on.
+    for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
     module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
     called, words = getattr(module, "command", None), [name]
     if hasattr(module, "SUBCOMMANDS"):
@@ -184,25 +195,6 @@ def _refuse_other(name: str, known: Collection[str], kind: str, prog: str) -> No
         raise ValueError(
             f"unknown {kind} {name!r}; {did_you_mean(name, known)} See `{prog} --help`."
         )
-
-
-def _silence_dependencies() -> None:
-    """Hide what a user of a command can do nothing about."""
-    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Deprecations between the packages that we build on.
-    for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
-
-
-def _describe(error: Exception) -> str:
-    """Return the message on one line, and what it is if that was not our own check."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames and not Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
-        kind = type(error).__name__
-        message += f" ({kind}; `pacatune --debug COMMAND ...` shows where it comes from)"
-    return message
 
 
 def _usage(words: str, table: Mapping[str, str], description: str, more: str = "") -> str:

@@ -31,7 +31,6 @@ class EstimateCommand(Setting):
     """
 
     model: str = field(kw_only=False)
-    """Name of a model, a config.json, a model folder, or a hub id."""
     method: str = ""
     """One method; by default paca. qpaca and qlora set the quantisation nf4, lora_dropout a
     dropout."""

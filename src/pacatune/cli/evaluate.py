@@ -41,11 +41,7 @@ class Evaluation(BaseOptions):
     """Examples evaluated at once; more is faster on a GPU."""
 
     def prepare(self) -> tuple[dict[str, Any], Score]:
-        """Read what is scored on, so that what is wrong with it is told before a model is loaded.
-
-        Returns:
-            What decides the numbers beside the options, and what scores.
-        """
+        """Read what is scored on; return settings beside the options, and what scores."""
         raise NotImplementedError
 
     def run(self, command: str) -> int:
@@ -184,12 +180,9 @@ def lm_eval_report(scores: "TaskScores") -> "Report":
 
     result = result_dict(scores)
     result["task_versions"] = result.pop("versions")
-    notes = []
-    if scores.num_truncated:
-        notes.append(
-            f"{scores.num_truncated} prompts are longer than the model's context and lost their "
-            "start."
-        )
+    cut = (
+        f"{scores.num_truncated} prompts are longer than the model's context and lost their start."
+    )
     return Report(
         title="lm-eval",
         headings=["task", "metric", "value", "standard error", "questions", "examples"],
@@ -206,7 +199,7 @@ def lm_eval_report(scores: "TaskScores") -> "Report":
             for metric, score in metrics.items()
         ],
         result=result,
-        notes=notes,
+        notes=[cut] if scores.num_truncated else [],
         questions=scores.questions,
     )
 

@@ -16,9 +16,7 @@ class Export(BaseOptions):
     """
 
     adapter: str = field()
-    """Folder or hub id of the adapter."""
     device: str = "cpu"
-    """Device: cpu, cuda, ...; auto takes the accelerator if there is one."""
     to: Literal["lora"]
     """Format to write."""
     output: str

@@ -30,17 +30,13 @@ class Generate(Sampling, BaseOptions):
     dtype: Dtype = "auto"
     """Number type of the base; auto is its own."""
 
-    def __post_init__(self) -> None:
-        """Refuse options that contradict each other."""
-        super().__post_init__()
+    def run(self, command: str) -> int:
+        """Do it."""
         give_one(without_adapter=self.without_adapter, compare=self.compare)
         if self.compare and self.adapter is None:
             raise ValueError("--compare needs --adapter.")
         if self.model is None and self.adapter is None:
             raise ValueError("give --model, --adapter or both; see `pacatune generate --help`.")
-
-    def run(self, command: str) -> int:
-        """Do it."""
         self.check_base()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         if prompt is None and not sys.stdin.isatty():

@@ -137,12 +137,11 @@ def _report(report: Any, options: Inspect) -> str:
 def _selection(report: Any) -> str | None:
     if report.selection is None:
         return None
-    options = dict(report.selection_options or {})
-    if report.selection == "random" and report.random_seed is not None:
+    options = {**(report.selection_options or {}), "normalised by": report.normalize}
+    if report.selection == "random":
         options["seed"] = report.random_seed
-    if report.normalize not in (None, "none"):
-        options["normalised by"] = report.normalize
-    return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
+    shown = (f"{key} {value}" for key, value in options.items() if value not in (None, "none"))
+    return ", ".join([report.selection, *shown])
 
 
 def _comparison(comparison: Any, options: Inspect) -> str:

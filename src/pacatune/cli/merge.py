@@ -13,9 +13,7 @@ class Merge(BaseOptions):
     """Write an adapter into its base model: a folder that transformers loads alone."""
 
     adapter: str = field()
-    """Folder or hub id of the adapter."""
     device: str = "cpu"
-    """Device: cpu, cuda, ...; auto takes the accelerator if there is one."""
     output: str
     """Folder to write."""
     dtype: Dtype = "auto"

@@ -21,7 +21,6 @@ class Make(BaseOptions):
     """
 
     adapter: str = field()
-    """Folder or hub id of the PaCA adapter."""
     output: str
     """File to write, such as p.safetensors."""
     no_adapter: bool = False
@@ -172,11 +171,8 @@ def diff_patch(
 
 def _print_models(result: "Difference") -> None:
     print(f"equal     {result.num_equal} tensors")
-    for title, names in (
-        ("only A", result.only_a),
-        ("only B", result.only_b),
-        ("form", result.other_form),
-    ):
+    others = {"only A": result.only_a, "only B": result.only_b, "form": result.other_form}
+    for title, names in others.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             print(f"{title:<9} {names[0]}{more}")

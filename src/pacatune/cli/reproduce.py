@@ -3,15 +3,9 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pacatune.cli.options import build, give_one, parser_of, quiet_libraries
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pacatune.experiments.reproduce import Experiment
-    from pacatune.experiments.reproduce.experiment import Mode, Section
 
 # Some cells have no result; the report says which and why.
 EXIT_FAILURES = 1
@@ -73,7 +67,9 @@ def run(argv: list[str]) -> int:
     give_one(scale=options.scale, simulate=options.simulate, needed=True)
     if not options.output:
         raise ValueError("give --output DIR for the report.")
-    sections = _run(options, experiments, shlex.join(["pacatune", "reproduce", *argv]), console)
+    sections = _run(
+        options, experiments, shlex.join(["pacatune", "reproduce", *argv]), console.print
+    )
     for section in sections:
         console.print(Markdown(make_result(section)))
     if sections:
@@ -81,18 +77,16 @@ def run(argv: list[str]) -> int:
     return EXIT_FAILURES if any(section.failures for section in sections) else 0
 
 
-def _run(
-    options: Options, experiments: "list[Experiment]", command: str, console: "Console"
-) -> "list[Section]":
+def _run(options: Options, experiments: list[Any], command: str, say: Any) -> list[Any]:
     from pacatune.experiments.reproduce import open_folder, run_experiments
     from pacatune.experiments.reproduce.running import result_folder, write_report
 
-    mode: Mode = options.scale or "simulate"
+    mode: Any = options.scale or "simulate"
     if len(experiments) == 1 and mode in experiments[0].cannot:
         raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
     folder = Path(options.output)
     with open_folder(folder, resume=options.resume):
-        sections = run_experiments(experiments, mode, folder, command, console.print, options.only)
+        sections = run_experiments(experiments, mode, folder, command, say, options.only)
         if options.name == "all":
             write_report(sections, "all", "The paper and here", result_folder(folder))
     return sections
