@@ -8,7 +8,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from pacatune.cli import options
+from jsonargparse import capture_parser
+
+from pacatune.cli.options import parser_of
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
 
@@ -31,17 +33,17 @@ def options_table(name):
 
 
 def find_parser(command, task=""):
-    """Return the argument parser of a command, for one of its tasks where it has several."""
+    """Return the parser of a command, for one of its tasks where it has several."""
     first, _, second = command.partition("-")
     if first in ("evaluate", "patch"):
         module = importlib.import_module(f"pacatune.cli.{first}")
-        run = module.SUBCOMMANDS[second][0]
-    else:
-        module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
-        run = module.run
+        return parser_of(f"{first} {second}", module.SUBCOMMANDS[second])
+    module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
     if command in _WITH_SECTIONS:
         return module.all_options(*([task] if task else [])).parser
-    return options.find_parser(run)
+    if hasattr(module, "command"):
+        return parser_of(command, module.command)
+    return capture_parser(module.run, [])
 
 
 def _section_table(command, section, task):
@@ -80,7 +82,7 @@ def _table(actions):
 def _default(action):
     if action.required:
         return "required"
-    if action.default is None or action.default is False or action.default in ("", []):
+    if action.default in (None, False, "", [], argparse.SUPPRESS):
         return ""
     value = getattr(action.default, "value", action.default)
     return f"`{value}`"
@@ -88,8 +90,7 @@ def _default(action):
 
 def _help(action):
     text = " ".join((action.help or "").replace("(default: %(default)s)", "").split())
-    text = text.replace("%%", "%").replace("default: %(default)s", "").replace("|", r"\|")
-    text = text.replace("%(default)s", str(action.default))
+    text = text.replace("%%", "%").replace("|", r"\|")
     return text.strip() or _choices(action)
 
 

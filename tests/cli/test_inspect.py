@@ -96,9 +96,9 @@ def test_an_adapter_is_read_without_peft_or_transformers(tiny_model_dir, tmp_pat
     save_adapter(tiny_model_dir, folder, rank_pattern={"q_proj": 2})
     code = (
         "import sys\n"
-        "from pacatune.cli.inspect import run\n"
-        f"assert run([{str(folder)!r}]) == 0\n"
-        f"assert run([{str(folder)!r}, '--against', {str(folder)!r}]) == 0\n"
+        "from pacatune.cli import main\n"
+        f"assert main(['inspect', {str(folder)!r}]) == 0\n"
+        f"assert main(['inspect', {str(folder)!r}, '--against', {str(folder)!r}]) == 0\n"
         "heavy = {'peft', 'transformers', 'trl', 'datasets', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -1,22 +1,28 @@
-"""Options that come from the fields of a dataclass."""
+"""Options that come from the parameters of a function or dataclass."""
 
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from pacatune.cli.options import add_fields, field_helps, field_values, new_parser
+from pacatune.cli.options import build, from_words, give_one, parser_of
 from pacatune.cli.train import read_run
-from pacatune.evaluation.mt_bench import MtBenchConfig
-from pacatune.measure.setting import BenchConfig, Setting
 from tools import cli_reference
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Sizes:
+    """Choose sizes.
+
+    Of rows, mostly.
+    """
+
     path: str
-    """Not an option here."""
+    """A word without a name."""
+    _: KW_ONLY
+    with_: str
+    """A name that Python keeps for itself."""
     num_rows: int = 3
     """Rows of 100 %
     of the data."""
@@ -25,76 +31,103 @@ class Sizes:
     """Of what grain."""
     names: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (1, 2)
+    files: list[str] | None = None
     is_quick: bool = False
     folder: Path | None = None
 
 
 def parse(*words):
-    parser = new_parser("sizes", "Choose sizes.")
-    add_fields(parser, Sizes, skip=("path",), num_rows={"default": 5})
-    return field_values(parser.parse_args(words), Sizes)
+    return from_words("sizes", Sizes, ["p", "--with", "w", *words])
+
+
+def test_defaults_are_those_of_the_fields():
+    assert parse() == Sizes("p", with_="w")
+
+
+def test_words_become_values_of_the_fields_types():
+    words = ["--num-rows", "-7", "--share", "-1e-3", "--kind", "coarse", "--names", "a, b"]
+    words += ["--is-quick", "--lengths", "4,5", "--folder", "a/b", "--files", "x", "y"]
+    assert parse(*words) == Sizes(
+        "p",
+        with_="w",
+        num_rows=-7,
+        share=-1e-3,
+        kind="coarse",
+        names=("a", "b"),
+        lengths=(4, 5),
+        files=["x", "y"],
+        is_quick=True,
+        folder=Path("a/b"),
+    )
+
+
+def test_text_stays_text():
+    for text in ("null", "1e3", "no", "[a", "{x: 1}", "- a: b", ""):
+        assert from_words("sizes", Sizes, ["p", f"--with={text}"]).with_ == text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "4,x"], r"`lengths` \('4,x'\) must be whole numbers with commas"),
+        (["--kind", "fin"], r"`kind` \('fin'\) must be one of fine, coarse; did you mean 'fine'\?"),
+        (["--num-rows", "x"], "Expected a .*int.*Got value: x; see `pacatune sizes --help`"),
+        (["--nmes", "x"], "unknown option --nmes; did you mean '--names'?"),
+    ],
+)
+def test_what_is_wrong_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*words)
+
+
+def test_what_has_no_default_is_required():
+    with pytest.raises(ValueError, match="arguments are required: path, with; see"):
+        from_words("sizes", Sizes, [])
+
+
+def test_help_is_the_docstring():
+    text = " ".join(parser_of("sizes", Sizes, "path").format_help().split())
+    assert "Choose sizes. Of rows, mostly." in text
+    assert "--num-rows NUM_ROWS Rows of 100 % of the data. (type: int, default: 3)" in text
+    assert "--kind {fine,coarse} Of what grain. (type: str, default: fine)" in text
+    assert "path" not in text.replace("PATH", "")
+
+
+def test_a_function_and_other_values():
+    def add(*, number: int, more: int = 1) -> int:
+        """Add two numbers.
+
+        Args:
+            number: The first one.
+            more: The second one.
+        """
+        return number + more
+
+    assert from_words("add", add, ["--number", "2"]) == 3
+    given = parser_of("add", add, "more").parse_args(["--number", "2"])
+    assert build(add, given, more=5) == 7
+
+
+def test_give_one():
+    give_one(one=None, two="x")
+    with pytest.raises(ValueError, match="give only one of --one, --the-other"):
+        give_one(one=1, the_other="x")
+    with pytest.raises(ValueError, match="give one of --one, --two"):
+        give_one(one=None, two="", needed=True)
 
 
 @pytest.mark.parametrize("command", ["merge", "export", "generate", "evaluate-mmlu"])
-def test_short_names_of_dtypes(command):
-    parser = cli_reference.find_parser(command)
-    needed = [action for action in parser._actions if action.required]
-    words = [w for a in needed for w in (a.option_strings[-1], next(iter(a.choices or "x")))]
-    assert parser.parse_args([*words, "--dtype", "fp16"]).dtype == "float16"
+def test_dtypes(command):
+    (dtype,) = (a for a in cli_reference.find_parser(command)._actions if a.dest == "dtype")
+    assert "bfloat16" in dtype.metavar
 
 
 def test_short_name_of_the_dtype_of_a_run(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model: {path: m, dtype: bf16}\ndata: {path: d}\n")
-    assert read_run(["--config", str(config)]).model.dtype == "bfloat16"
+    assert read_run(["--config", str(config)])[0].model.dtype == "bfloat16"
 
 
-def test_defaults_are_those_of_the_fields_unless_changed():
-    assert parse() == {
-        "num_rows": 5,
-        "share": None,
-        "kind": "fine",
-        "names": (),
-        "lengths": (1, 2),
-        "is_quick": False,
-        "folder": None,
-    }
-
-
-def test_words_become_values_of_the_fields_types():
-    words = ["--num-rows", "7", "--share", "0.5", "--kind", "odd", "--names", "a, b", "--is-quick"]
-    assert parse(*words, "--lengths", "4,5", "--folder", "a/b") == {
-        "num_rows": 7,
-        "share": 0.5,
-        "kind": "odd",  # the dataclass refuses it, in one line
-        "names": ("a", "b"),
-        "lengths": (4, 5),
-        "is_quick": True,
-        "folder": Path("a/b"),
-    }
-
-
-def test_a_field_without_default_is_required():
-    parser = new_parser("sizes", "Choose sizes.")
-    add_fields(parser, Sizes)
-    with pytest.raises(ValueError, match="arguments are required: --path; see"):
-        parser.parse_args([])
-
-
-def test_what_is_no_list_of_numbers_is_refused():
-    with pytest.raises(ValueError, match=r"`lengths` \('4,x'\) must be whole numbers with commas"):
-        parse("--lengths", "4,x")
-
-
-def test_help_is_the_docstring_of_the_field():
-    assert field_helps(Sizes)["num_rows"] == "rows of 100 %% of the data"
-    parser = new_parser("sizes", "Choose sizes.")
-    add_fields(parser, Sizes, skip=("path",))
-    text = " ".join(parser.format_help().split())
-    assert "--num-rows N rows of 100 % of the data (default: 3)" in text
-    assert "--kind {fine,coarse} of what grain (default: fine)" in text
-
-
-@pytest.mark.parametrize("kind", [BenchConfig, Setting, MtBenchConfig])
-def test_every_field_of_a_command_has_a_help(kind):
-    assert {field.name for field in fields(kind)} <= field_helps(kind).keys()
+@pytest.mark.parametrize("command", ["bench", "estimate", "evaluate-mt-bench", "patch-stack"])
+def test_every_option_has_a_help(command):
+    assert all(action.help for action in cli_reference.find_parser(command)._actions)

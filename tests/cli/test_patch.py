@@ -119,7 +119,7 @@ def test_patches_are_stacked(files, tiny_model_dir, tmp_path, capsys):
         ("make --adapter nowhere --output q", "adapter folder 'nowhere' does not exist"),
         ("make --model ./no --adapter {adapter} --output q", "model folder ./no does not exist"),
         ("apply --model {base} --patch nowhere --output d", "patch 'nowhere' does not exist"),
-        ("apply --model {base} --patch p.safetensors", "one of the arguments --output --in-place"),
+        ("apply --model {base} --patch p.safetensors", "give one of --output, --in-place"),
         ("apply --model ./no --patch p.safetensors --output d", "model folder ./no does not"),
         ("apply --model ./no --patch p.safetensors --in-place", "model folder 'no' does not"),
         (

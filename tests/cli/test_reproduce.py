@@ -40,10 +40,10 @@ def test_unknown_names_suggest_the_nearest(words, message, capsys, tmp_path):
     ("words", "message"),
     [
         ([], "give a NAME"),
-        (["table1", "--output", "x"], "give one of --scale small, --scale full and --simulate"),
-        (["table1", "--simulate", "--scale", "small"], "give one of --scale small"),
+        (["table1", "--output", "x"], "give one of --scale, --simulate"),
+        (["table1", "--simulate", "--scale", "small"], "give only one of --scale, --simulate"),
         (["table1", "--simulate"], "give --output DIR"),
-        (["table1", "--scale", "large"], "`--scale` ('large') must be one of small, full"),
+        (["table1", "--scale", "large"], "`scale` ('large') must be one of small, full"),
     ],
 )
 def test_words_that_are_missing_or_contradict(words, message, capsys):

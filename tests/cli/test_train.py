@@ -123,7 +123,7 @@ def test_negative_number_is_a_value(words, capsys):
 
 def test_unknown_option_names_the_nearest(words, capsys):
     assert error_of(capsys, [*words, "--training.lerning_rate", "1"]).startswith(
-        "unknown option --training.lerning_rate; did you mean 'training.learning_rate'?"
+        "unknown option --training.lerning_rate; did you mean '--training.learning_rate'?"
     )
 
 
@@ -199,9 +199,7 @@ def test_template_shows_what_is_given(capsys):
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--help"])
-    assert end.value.code == 0
+    assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--training.gradient_accumulation_steps" in out
     assert "Number of trained input columns of each weight" in out
@@ -221,22 +219,20 @@ def test_as_a_module(words):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "value", "rule"),
     [
-        (
-            ("model.quantization", "nf5"),
-            r"\(nf5\) must be one of nf4, fp4, int8 or null; see",
-        ),
-        (("paca.r", "x"), r"\(x\) must be an integer; see"),
-        (("training.learning_rate", "abc"), r"\(abc\) must be a number or null; see"),
-        (("paca.rank_pattern", "3"), r"\(3\) must be a mapping; see"),
-        (("paca.layers_to_transform", "a"), r"\(a\) must be a list or an integer or null; see"),
-        (
-            ("method", "lore"),
-            r"\('lore'\) must be one of paca, qpaca, lora, .*; did you mean 'lora'\?",
-        ),
+        ("model.quantization", "nf5", "'nf4', 'fp4', 'int8'"),
+        ("paca.r", "x", "int"),
+        ("training.learning_rate", "abc", "float"),
+        ("paca.rank_pattern", "3", "dict"),
+        ("paca.layers_to_transform", "a", "list"),
+        ("method", "lore", "paca, qpaca, lora, "),
     ],
 )
-def test_a_wrong_value_is_named_with_its_rule(option, message, capsys):
-    assert main(["train", f"--{option[0]}", option[1]]) == 2
-    assert re.search(f"`{option[0]}` {message}", capsys.readouterr().err)
+def test_a_wrong_value_is_named_with_its_rule(option, value, rule, capsys):
+    error = error_of(capsys, ["train", f"--{option}", value])
+    assert all(part in error for part in (option, value, rule))
+
+
+def test_did_you_mean_another_method(capsys):
+    assert "did you mean 'lora'?" in error_of(capsys, ["train", "--method", "lore"])

@@ -137,11 +137,6 @@ def test_find_task(tmp_path, words, text, task):
     [
         (["--task", "dop"], "", r"`--task` \('dop'\) must be one of sft, dpo, .* 'dpo'\?"),
         ([], "task: [a]\n", r"`task of .*c.yaml` \(.*\) must be one of sft"),
-        (
-            ["--task", "kto"],
-            "task: dpo\n",
-            r"`--task` \('kto'\): .*c.yaml has the options of the t",
-        ),
     ],
 )
 def test_wrong_tasks(tmp_path, words, text, message):
@@ -188,8 +183,7 @@ def test_options_of_another_task(folder, capsys):
 
 
 def test_help_names_the_tasks(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--task", "dpo", "--help"])
+    assert main(["train", "--task", "dpo", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert (
         "These are the options of the task dpo; those of others (sft, kto, reward, grpo, r" in out

@@ -8,7 +8,7 @@ from tests.forks import run_cases
 
 # Whatever an extra brings and torch, transformers and PEFT do without.
 EXTRA = (
-    *("trl", "datasets", "jsonargparse", "rich", "matplotlib", "tensorboard", "gguf", "timm"),
+    *("trl", "datasets", "rich", "matplotlib", "tensorboard", "gguf", "timm"),
     *("bitsandbytes", "torchvision", "PIL", "lm_eval", "onnx", "diffusers", "hypothesis"),
 )
 # No import of an optional package succeeds.

@@ -139,7 +139,7 @@ def test_from_a_file(paths, tiny_model_dir, tmp_path, monkeypatch):
         },
     }
     Path("run.yaml").write_text(yaml.safe_dump(values))
-    config = read_run(["--config", "run.yaml"])
+    config, _ = read_run(["--config", "run.yaml"])
     assert [(one.path, one.weight) for one in config.data.datasets] == [
         ("chats.jsonl", 3),
         ("no/such", 1),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pacatune.cli.evaluate_lm_eval import make_report
+from pacatune.cli.evaluate import lm_eval_report as make_report
 from pacatune.evaluation import evaluate_tasks
 from pacatune.evaluation.tasks import prepare_tasks
 

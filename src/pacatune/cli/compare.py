@@ -1,83 +1,99 @@
 """`pacatune compare`: methods on one task, each at its best learning rate, over several seeds."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacatune.cli.options import new_parser, quiet_libraries
+from pacatune.cli.options import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.experiments.study import StudyConfig, StudyResult
+    from pacatune.experiments.study import StudyConfig
 
 EXIT_FAILED_RUNS = 1
 EXIT_PAUSED = 3
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune compare` with the words after it; return the exit status."""
-    options = _parse(argv)
-    quiet_libraries()
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare methods on one task.
 
-    from rich.console import Console
+    Each arm's learning rate is chosen on held-out training data, then all seeds are reported on
+    test data. A folder that holds runs of the study is continued; failed runs are done again. Exit
+    status: 0 finished, 1 runs failed, 3 runs are left because of --max-hours or --arms.
+    """
 
-    from pacatune.experiments.study.config import read_study
+    config: Path
+    """The study, a YAML file."""
+    output: Path
+    """Output folder of runs and results."""
+    max_hours: float | None = None
+    """Start no run after so many hours."""
+    arms: tuple[str, ...] = ()
+    """Do the runs of these arms alone."""
+    dry_run: bool = False
+    """Show what would run, and stop."""
 
-    config = read_study(Path(options.config))
+    def run(self, command: str) -> int:
+        """Do it."""
+        quiet_libraries()
 
-    from pacatune.experiments.study import StudyPaused, run_study
+        from rich.console import Console
+        from rich.markdown import Markdown
 
-    console = Console(highlight=False)
-    if options.dry_run:
-        _show_plan(config, Path(options.output), console)
-        return 0
-    try:
-        result = run_study(
-            config,
-            Path(options.output),
-            console=console,
-            max_hours=options.max_hours,
-            arms=options.arms.split(",") if options.arms else None,
-        )
-    except StudyPaused as paused:
-        console.print(str(paused), soft_wrap=True, markup=False)
-        return EXIT_PAUSED
-    _show_result(result, Path(options.output), console)
-    return EXIT_FAILED_RUNS if any(arm.failures for arm in result.arms.values()) else 0
+        from pacatune.experiments.study.config import read_study
+
+        config = read_study(self.config)
+
+        from pacatune.experiments.study import StudyPaused, run_study
+        from pacatune.experiments.study.report import table
+        from pacatune.training.progress import show_warnings
+
+        console = Console(highlight=False)
+        if self.dry_run:
+            _show_plan(config, self.output, console)
+            return 0
+        arms = list(self.arms) or None
+        try:
+            result = run_study(
+                config, self.output, console=console, max_hours=self.max_hours, arms=arms
+            )
+        except StudyPaused as paused:
+            console.print(str(paused), soft_wrap=True, markup=False)
+            return EXIT_PAUSED
+        found = table(result)
+        console.print(Markdown("\n".join(found.lines())))
+        console.print(found.note, markup=False)
+        show_warnings(result.warnings, console)
+        console.print(f"report and plots are in {self.output}", soft_wrap=True)
+        return EXIT_FAILED_RUNS if any(arm.failures for arm in result.arms.values()) else 0
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = new_parser(
-        "compare",
-        "Compare methods on one task: each arm's learning rate is chosen on held-out training "
-        "data, then all seeds are reported on test data. A folder that holds runs of the study is "
-        "continued; failed runs are done again. Exit status: 0 finished, 1 runs failed, 3 runs are "
-        "left because of --max-hours or --arms.",
-    )
-    add = parser.add_argument
-    add("--config", required=True, metavar="STUDY.yaml", help="the study")
-    add("--output", required=True, metavar="DIR", help="output folder of runs and results")
-    add("--max-hours", type=float, metavar="H", help="start no run after so many hours")
-    add("--arms", metavar="A,B", help="do the runs of these arms alone")
-    add("--dry-run", action="store_true", help="show what would run, and stop")
-    return parser.parse_args(argv)
+command = Compare
 
 
 def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
-    from rich.table import Table
+    from rich.markdown import Markdown
 
     from pacatune.experiments.study.plan import make_plan
     from pacatune.experiments.study.runner import pending_runs
+    from pacatune.reports.tables import table_lines
     from pacatune.training.progress import show_warnings
 
     plan = make_plan(config)
-    shown = Table("arm", "method", "rank", "trained parameters", "rates")
-    for name, arm in plan.arms.items():
-        rank = "-" if arm.rank is None else str(arm.rank)
-        rates = " ".join(f"{rate:g}" for rate in arm.learning_rates)
-        shown.add_row(name, arm.arm.method, rank, f"{arm.num_trainable_parameters:,}", rates)
-    console.print(shown)
+    rows = [
+        [
+            name,
+            arm.arm.method,
+            "-" if arm.rank is None else str(arm.rank),
+            f"{arm.num_trainable_parameters:,}",
+            " ".join(f"{rate:g}" for rate in arm.learning_rates),
+        ]
+        for name, arm in plan.arms.items()
+    ]
+    header = ["arm", "method", "rank", "trained parameters", "rates"]
+    console.print(Markdown("\n".join(table_lines(header, rows, "llrrl"))))
     pending, seeds = pending_runs(plan, folder), len(config.seeds)
     num_tuning = sum(len(arm.learning_rates) for arm in plan.arms.values()) * config.tuning_seeds
     console.print(
@@ -87,19 +103,3 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
         soft_wrap=True,
     )
     show_warnings(plan.task.warnings, console)
-
-
-def _show_result(result: "StudyResult", folder: Path, console: "Console") -> None:
-    from rich.table import Table
-
-    from pacatune.experiments.study.report import table
-    from pacatune.training.progress import show_warnings
-
-    found = table(result)
-    shown = Table(*found.header)
-    for row in found.rows:
-        shown.add_row(*row)
-    console.print(shown)
-    console.print(found.note, markup=False)
-    show_warnings(result.warnings, console)
-    console.print(f"report and plots are in {folder}", soft_wrap=True)

@@ -3,17 +3,20 @@
 import importlib
 import logging
 import os
-import re
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pacatune.installation import require_extra
 from pacatune.names import did_you_mean
 
-# Each command is the module `pacatune.cli.NAME` (`-` as `_`) with `run(argv: list[str]) -> int`.
+# Each command is the module `pacatune.cli.NAME` (`-` as `_`). It has `command`, or `SUBCOMMANDS` by
+# their names: a function whose parameters are the options, or a dataclass with the method `run`.
+# What declares its options otherwise has `run(argv: list[str]) -> int`.
 COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
@@ -32,17 +35,21 @@ COMMANDS = {
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    "train": "train",
-    "train-image": "vision",
-    "evaluate": "eval",
-    "estimate": "train",
-    "compare": "train",
-    "bench": "train",
-    "reproduce": "train",
-    "completion": "train",
+    **dict.fromkeys(("train", "estimate", "compare", "bench", "reproduce", "completion"), "train"),
+    **{"train-image": "vision", "evaluate": "eval"},
 }
 
-_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# What these show needs neither torch nor PEFT, whose import takes many seconds.
+_RUNS = ("train", "train-image")
+_SHOWING = {"-h", "--help", "--print_config"}
+
+_DESCRIPTION = "Fine-tune a few columns of each pretrained weight in place (PaCA)."
+_OPTIONS = """options:
+  --debug        show the traceback of an error
+  -V, --version  show the version
+  -h, --help     show this text
+
+"""
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141
@@ -64,12 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         has left, else what the command returns.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    is_run = not {"train", "train-image"}.isdisjoint(words[:2])
-    if argv is None and is_run and {"-h", "--help", "--print_config"} & {*words}:
-        _hide_torch()
     try:
         try:
-            return _main(words)
+            return _main(words, owns_process=argv is None)
         finally:
             # What is still buffered would fail while Python ends, where nobody can catch it.
             sys.stdout.flush()
@@ -80,18 +84,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], owns_process: bool) -> int:
     debug = words[:1] == ["--debug"]
-    if debug:
-        words = words[1:]
+    words = words[debug:]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage())
+        print(_usage("[--debug] COMMAND", COMMANDS, _DESCRIPTION, _OPTIONS))
         return 0 if words else EXIT_USER_ERROR
     if words[0] in ("-V", "--version"):
-        print(f"pacatune {_version()}")
+        from pacatune.reports.provenance import package_version
+
+        print(f"pacatune {package_version('pacatune')}")
         return 0
     try:
-        return _run_command(words[0], _with_numbers(words[1:]))
+        if owns_process and (status := _prepare_process(words[0], words[1:], debug)):
+            return status
+        return _run_command(words[0], words[1:])
+    except SystemExit as end:  # of --help and --print_config
+        return int(end.code or 0)
     except KeyboardInterrupt as interrupt:
         # Training says where it stopped and how to go on.
         print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -99,84 +108,95 @@ def _main(words: list[str]) -> int:
     except BrokenPipeError:
         raise  # an OSError that is no error of the user's
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"pacatune: error: {_describe(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _tell(error, debug)
+
+
+def _tell(error: Exception, debug: bool) -> int:
+    """Print the message on one line, and what it is if that was not our own check."""
+    if debug:
+        traceback.print_exception(error)
+    kind = type(error).__name__
+    message = " ".join(str(error).split()) or kind
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and not Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
+        message += f" ({kind}; `pacatune --debug COMMAND ...` shows where it comes from)"
+    print(f"pacatune: error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _prepare_process(name: str, argv: list[str], debug: bool) -> int:
+    """Do without torch and PEFT what can be: they take many seconds to import.
+
+    What only shows options does without them altogether. The words of a run are checked in a copy
+    of this process that does without them; returned is the exit status where they are wrong.
+    """
+    if name == "completion" or (name in _RUNS and _SHOWING & {*argv}):
+        _hide_torch()
+    elif name in _RUNS and hasattr(os, "fork"):
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = 0
+        try:
+            _hide_torch()
+            _run_command(name, argv, "check")
+        except (ValueError, OSError) as error:
+            status = _tell(error, debug)
+        finally:
+            os._exit(status)  # anything else is for the run itself to say
+    return 0
 
 
 def _hide_torch() -> None:
-    """Have this process, which only shows options, read TRL's and transformers' in a second.
-
-    With torch and PEFT, they take many.
-    """
+    """Have TRL's and transformers' classes of options import in a second."""
     sys.modules |= {"torch": None, "peft": None}  # type: ignore[dict-item]
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.msg)
 
 
-def _with_numbers(words: list[str]) -> list[str]:
-    """Write `--option -1e-3` as `--option=-1e-3`, which argparse does not take for an option."""
-    joined: list[str] = []
-    for word in words:
-        last = joined[-1] if joined else ""
-        if _NEGATIVE.fullmatch(word) and last.startswith("--") and "=" not in last:
-            joined[-1] = f"{last}={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def _run_command(name: str, argv: list[str]) -> int:
-    if name not in COMMANDS:
-        kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, COMMANDS)
-        raise ValueError(f"unknown {kind} {name!r}; {hint} See `pacatune --help`.")
+def _run_command(name: str, argv: list[str], function: str = "run") -> int:
+    """Import and run a command, or another function of its module."""
+    _refuse_other(name, COMMANDS, "command", "pacatune")
     if name in EXTRAS:
         require_extra(f"`pacatune {name}`", EXTRAS[name])
-    _silence_dependencies()
-    module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
-    status: int = module.run(argv)
-    return status
-
-
-def _silence_dependencies() -> None:
-    """Hide what a user of a command can do nothing about."""
-    # A hint about an optional kernel of bitsandbytes, wherever that is installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecations between the packages that we build on.
     for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
+    module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
+    called, words = getattr(module, "command", None), [name]
+    if hasattr(module, "SUBCOMMANDS"):
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage(f"{name} COMMAND", texts_of(module.SUBCOMMANDS), module.DESCRIPTION))
+            return 0 if argv else EXIT_USER_ERROR
+        _refuse_other(argv[0], module.SUBCOMMANDS, f"command of {name}", f"pacatune {name}")
+        called, words, argv = module.SUBCOMMANDS[argv[0]], [name, argv[0]], argv[1:]
+    if called is None:
+        return int(getattr(module, function)(argv) or 0)
+
+    from pacatune.cli.options import from_words
+
+    done = from_words(" ".join(words), called, argv)
+    return int(done.run(shlex.join(["pacatune", *words, *argv])) if hasattr(done, "run") else done)
 
 
-def _describe(error: Exception) -> str:
-    """Return the message on one line; say where it came from if that was not our own check."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
-        return message
-    place = "/".join(Path(frames[-1].filename).parts[-2:])
+def texts_of(subcommands: Mapping[str, Any]) -> dict[str, str]:
+    """Return what each command of a command does: the first line of its docstring."""
+    return {name: called.__doc__.splitlines()[0] for name, called in subcommands.items()}
+
+
+def _refuse_other(name: str, known: Collection[str], kind: str, prog: str) -> None:
+    if name not in known:
+        kind = "option" if name.startswith("-") else kind
+        raise ValueError(
+            f"unknown {kind} {name!r}; {did_you_mean(name, known)} See `{prog} --help`."
+        )
+
+
+def _usage(words: str, table: Mapping[str, str], description: str, more: str = "") -> str:
+    width = max(map(len, table))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in table.items())
     return (
-        f"{message} ({type(error).__name__} from {place}:{frames[-1].lineno}; "
-        "`pacatune --debug COMMAND ...` shows where)"
+        f"usage: pacatune {words} [OPTIONS]\n\n{description}\n\ncommands:\n{lines}\n\n{more}"
+        f"`pacatune {words.removeprefix('[--debug] ')} --help` lists the options of a command."
     )
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return (
-        "usage: pacatune [--debug] COMMAND [OPTIONS]\n\n"
-        "Fine-tune a few columns of each pretrained weight in place (PaCA).\n\n"
-        f"commands:\n{table}\n\n"
-        "options:\n"
-        "  --debug        show the traceback of an error\n"
-        "  -V, --version  show the version\n"
-        "  -h, --help     show this text\n\n"
-        "`pacatune COMMAND --help` lists the options of a command."
-    )
-
-
-def _version() -> str:
-    from pacatune.reports.provenance import package_version
-
-    return str(package_version("pacatune"))

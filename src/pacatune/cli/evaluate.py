@@ -1,146 +1,339 @@
-"""`pacatune evaluate WHAT`: the table of evaluations, and what those that load a model share."""
+"""`pacatune evaluate WHAT`: score a model, with or without an adapter."""
 
-import argparse
-import importlib
-import shlex
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pacatune.cli.options import (
-    add_base_options,
-    add_fields,
-    check_base,
-    field_values,
-    new_parser,
-    positive,
-    print_notes,
-    quiet_libraries,
-)
-from pacatune.cli.subcommands import Subcommands, run_subcommand
-from pacatune.names import full_name
-from pacatune.precision import DTYPES
-from pacatune.pretrained import QUANTIZATIONS
+from jsonargparse.typing import PositiveInt
+
+from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
+from pacatune.evaluation.mt_bench import MtBenchConfig
+from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
-    from pacatune.adapters.loading import LoadedModel
+    from pacatune.evaluation import ChoiceResult, TextScore
+    from pacatune.evaluation.harness import TaskScores
+    from pacatune.evaluation.mmlu import MmluResult
     from pacatune.evaluation.output import Report
 
 # Takes model, tokenizer, `batch_size` and `progress`; yields the report, again with every further
 # part that is known.
 Score = Callable[..., "Iterable[Report]"]
 
-
-def run(argv: list[str]) -> int:
-    """Run the evaluation that the first word names with the words after it; return its status."""
-    return run_subcommand(
-        "evaluate",
-        SUBCOMMANDS,
-        argv,
-        description="Score a model, with or without an adapter.",
-        kind="evaluation",
-    )
+DESCRIPTION = "Score a model, with or without an adapter."
 
 
-def evaluate(name: str, argv: list[str]) -> int:
-    """Score the model that the words name, write and print the report; return the exit status.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(BaseOptions):
+    """An evaluation that loads a model."""
 
-    The module `pacatune.cli.evaluate_NAME` (`-` as `_`) has the DESCRIPTION of the command and
-    `add_options`. Its `prepare` reads what it needs before a model is loaded; it returns the
-    settings that decide the numbers, and what scores.
-    """
-    module = importlib.import_module(f"pacatune.cli.evaluate_{name.replace('-', '_')}")
-    parser = new_parser(f"evaluate {name}", module.DESCRIPTION)
-    _add_model_options(parser)
-    module.add_options(parser.add_argument)
-    options = parser.parse_args(argv)
-    check_base(options, options.output)
-    quiet_libraries()
-    settings, score = module.prepare(options)
+    output: str
+    """New folder of the result."""
+    dtype: Dtype = "auto"
+    """Number type of the base; auto is its own."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained so does
+    it by itself."""
+    batch_size: PositiveInt = 8
+    """Examples evaluated at once; more is faster on a GPU."""
 
-    from rich.console import Console
+    def prepare(self) -> tuple[dict[str, Any], Score]:
+        """Read what is scored on; return settings beside the options, and what scores."""
+        raise NotImplementedError
 
-    from pacatune.evaluation.output import describe, open_output, write_report
+    def run(self, command: str) -> int:
+        """Score the model, write and print the report; return the exit status."""
+        self.check_base(self.output)
+        quiet_libraries()
+        found, score = self.prepare()
+        own = [f.name for f in fields(self) if f not in fields(Evaluation)]
+        settings = self.values(*own, "quantization", "batch_size") | found
 
-    output = Path(options.output)
-    open_output(output)
-    settings = settings | values_of(options, "quantization", "batch_size")
-    command = " ".join(["pacatune evaluate", name, *map(shlex.quote, argv)])
-    with _loaded_model(options) as loaded:
+        from rich.console import Console
+
+        from pacatune import resident
+        from pacatune.adapters.loading import load_language_model
+        from pacatune.evaluation.output import describe, open_output, write_report
+
+        output = Path(self.output)
+        open_output(output)
+        how = self.values("dtype", "device", "quantization", "allow_other_base")
+        loaded = load_language_model(self.model, self.adapter, **how)
+        print_notes(loaded.notes)
         head = describe(loaded, command, settings)
-        speed = {"batch_size": options.batch_size, "progress": True}
-        for report in score(loaded.model, loaded.tokenizer, **speed):
-            write_report(output, head, report, finished=False)
+        speed = {"batch_size": self.batch_size, "progress": True}
+        with resident(loaded.model):  # it is this command's alone
+            for report in score(loaded.model, loaded.tokenizer, **speed):
+                write_report(output, head, report, finished=False)
         write_report(output, head, report, finished=True)
-    console = Console(highlight=False)
-    console.print(report.table())
-    for note in report.notes:
-        console.print(note, style="dim", markup=False)
-    console.print(f"wrote {output}", markup=False, soft_wrap=True)
-    return 0
+        console = Console(highlight=False)
+        console.print(report.table())
+        for note in report.notes:
+            console.print(note, style="dim", markup=False)
+        console.print(f"wrote {output}", markup=False, soft_wrap=True)
+        return 0
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    add_base_options(parser, adapter_required=False, device="auto")
-    add = parser.add_argument
-    add("--output", metavar="DIR", required=True, help="new folder of the result")
-    dtype = "number type of the base (default: its own)"
-    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
-    bits = (
-        "hold the base in fewer bits, as `train --model.quantization`; a PaCA adapter trained so "
-        "does it by itself"
+@dataclass(frozen=True, kw_only=True)
+class Questions(Evaluation):
+    """An evaluation that asks questions."""
+
+    limit: PositiveInt | None = None
+    """Questions of each task, subject or file, the first ones."""
+    chat: bool = False
+    """Ask by the model's chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mmlu(Questions):
+    """Score a model on MMLU by lm-eval: four categories and their average, as in the paper."""
+
+    tasks_dir: str | None = None
+    """Folder that `pacatune evaluate mmlu-data` wrote; by default the data is the hub's."""
+    subjects: tuple[str, ...] | None = None
+    """Only these."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; by default what the tasks say, 5 for MMLU."""
+
+    def prepare(self) -> tuple[dict[str, Any], Score]:
+        """Find the tasks."""
+        from pacatune.evaluation.harness import run_tasks
+        from pacatune.evaluation.mmlu import mmlu_result, prepare_mmlu
+
+        tasks = prepare_mmlu(**self.values("tasks_dir", "subjects", "num_fewshot"))
+
+        def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+            scores = run_tasks(model, tokenizer, tasks, **speed, **self.values("limit", "chat"))
+            yield _mmlu_report(mmlu_result(scores), self.limit)
+
+        return {}, score
+
+
+def _mmlu_report(result: "MmluResult", limit: int | None) -> "Report":
+    """Return the table of the paper's Table 1 with standard errors and numbers of questions."""
+    from pacatune.evaluation.mmlu import CATEGORIES
+    from pacatune.evaluation.mmlu_data import NUM_SUBJECTS
+    from pacatune.evaluation.output import Report, percent, result_dict
+
+    fewest, most = result.num_fewshot
+    shots = f"{most}" if fewest == most else f"{fewest} to {most}"
+    scores = {title: result.categories.get(title) for title in CATEGORIES}
+    scores["Avg."] = result.average
+    notes = [
+        f"Accuracy in % ± standard error, {shots} examples in each prompt; average by question."
+    ]
+    if len(result.subjects) < NUM_SUBJECTS:
+        notes.append(f"{len(result.subjects)} of {NUM_SUBJECTS} subjects.")
+    if result.num_truncated:
+        notes.append(
+            f"{result.num_truncated} prompts are longer than the model's context and lost their "
+            "first examples."
+        )
+    if limit is not None:
+        notes.append(f"Only the first {limit} questions of each subject were asked.")
+    return Report(
+        title="MMLU",
+        headings=["", *scores],
+        rows=[
+            ["accuracy", *(percent(score) for score in scores.values())],
+            ["questions", *(str(score.num_questions if score else 0) for score in scores.values())],
+        ],
+        result=result_dict(result),
+        notes=notes,
+        questions=result.questions,
     )
-    add("--quantization", choices=QUANTIZATIONS, help=bits)
-    batch = "examples evaluated at once; more is faster on a GPU (default: %(default)s)"
-    add("--batch-size", type=positive, default=8, help=batch)
 
 
-@contextmanager
-def _loaded_model(options: argparse.Namespace) -> Iterator["LoadedModel"]:
-    """Load the model that the options name, and print what there is to know about it.
+@dataclass(frozen=True, kw_only=True)
+class LmEval(Questions):
+    """Score a model on any tasks of lm-eval."""
 
-    It is this command's alone, so adapted columns are kept in its weights.
+    tasks: tuple[str, ...]
+    """Such as arc_easy."""
+    tasks_dir: str | None = None
+    """Folder with task files of your own, taken instead."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; by default what the tasks say."""
+    seed: int = 0
+    """Seed for drawing the examples."""
+
+    def prepare(self) -> tuple[dict[str, Any], Score]:
+        """Find the tasks."""
+        from pacatune.evaluation.harness import run_tasks
+        from pacatune.evaluation.tasks import prepare_tasks
+
+        tasks = prepare_tasks(list(self.tasks), self.tasks_dir)
+        asked = self.values("num_fewshot", "limit", "chat", "seed")
+
+        def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+            yield lm_eval_report(run_tasks(model, tokenizer, tasks, **asked, **speed))
+
+        return {}, score
+
+
+def lm_eval_report(scores: "TaskScores") -> "Report":
+    """Return a row per task and metric."""
+    from pacatune.evaluation.output import Report, result_dict
+
+    result = result_dict(scores)
+    result["task_versions"] = result.pop("versions")
+    cut = (
+        f"{scores.num_truncated} prompts are longer than the model's context and lost their start."
+    )
+    return Report(
+        title="lm-eval",
+        headings=["task", "metric", "value", "standard error", "questions", "examples"],
+        rows=[
+            [
+                task,
+                metric,
+                f"{score.value:.4f}",
+                "-" if score.stderr is None else f"{score.stderr:.4f}",
+                str(score.num_questions),
+                str(scores.num_fewshot.get(task, "-")),
+            ]
+            for task, metrics in scores.tasks.items()
+            for metric, score in metrics.items()
+        ],
+        result=result,
+        notes=[cut] if scores.num_truncated else [],
+        questions=scores.questions,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Questions):
+    """Score a model on multiple-choice questions by the likelihood of each choice."""
+
+    data: list[str]
+    """.jsonl files with question, choices, answer."""
+
+    def prepare(self) -> tuple[dict[str, Any], Score]:
+        """Read the questions."""
+        from pacatune.evaluation.choice import evaluate_choice, read_questions
+        from pacatune.evaluation.harness import require_lm_eval
+
+        require_lm_eval()
+        data = {path: read_questions(path) for path in dict.fromkeys(self.data)}
+
+        def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+            speed |= self.values("limit", "chat")
+            results = {}
+            for name, questions in data.items():
+                results[name] = evaluate_choice(model, tokenizer, questions, **speed)
+                yield _choice_report(results)
+
+        return {}, score
+
+
+def _choice_report(results: "dict[str, ChoiceResult]") -> "Report":
+    """Return a row per data set."""
+    from pacatune.evaluation.output import Report, percent, result_dict
+
+    notes = ["Accuracy in % ± standard error; `per character`: by log-likelihood per character."]
+    for name, result in results.items():
+        if result.num_truncated:
+            notes.append(
+                f"{name}: {result.num_truncated} questions are longer than the model's context and "
+                "lost their start."
+            )
+    return Report(
+        title="multiple choice",
+        headings=["data", "accuracy", "per character", "chance", "questions"],
+        rows=[
+            [
+                name,
+                percent(result.accuracy),
+                percent(result.accuracy_normalised),
+                f"{100 * result.chance:.1f}",
+                str(result.accuracy.num_questions),
+            ]
+            for name, result in results.items()
+        ],
+        result={name: result_dict(result) for name, result in results.items()},
+        notes=notes,
+        questions=[
+            {"data": name, **each} for name, result in results.items() for each in result.questions
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Evaluation):
+    """Score a model on text: perplexity of its tokens, and bits per byte."""
+
+    text: list[str] | None = None
+    """UTF-8 files; by default the manual that comes with Python, pydoc_data.topics."""
+    window: PositiveInt | None = None
+    """Tokens that are read at once; by default 1024, or the model's context if less."""
+    stride: PositiveInt | None = None
+    """Tokens from one window to the next; by default half of the window."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of each text, the first ones."""
+
+    def prepare(self) -> tuple[dict[str, Any], Score]:
+        """Read the texts."""
+        from pacatune.evaluation.perplexity import default_text, evaluate_perplexity
+
+        texts = {} if self.text else default_text()
+        for name in self.text or ():
+            try:
+                texts[name] = Path(name).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"`text` ({name!r}) is no file in UTF-8: {error}.") from error
+        sizes = self.values("window", "stride", "max_tokens")
+
+        def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
+            yield _perplexity_report(evaluate_perplexity(model, tokenizer, texts, **sizes, **speed))
+
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        return {"text_sha256": hashes}, score
+
+
+def _perplexity_report(scores: "dict[str, TextScore]") -> "Report":
+    """Return a row per text."""
+    from pacatune.evaluation.output import Report, result_dict
+
+    rows, result = [], {}
+    for name, score in scores.items():
+        spread = "" if score.loss_stderr is None else f" ± {score.loss_stderr:.4f}"
+        rows.append(
+            [
+                name,
+                f"{score.loss:.4f}{spread}",
+                f"{score.perplexity:.3f}",
+                f"{score.bits_per_byte:.4f}",
+                f"{score.num_tokens:,}",
+                f"{score.num_bytes:,}",
+            ]
+        )
+        derived = {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+        result[name] = result_dict(score) | derived
+    return Report(
+        title="perplexity",
+        headings=["text", "loss", "perplexity", "bits per byte", "tokens", "bytes"],
+        rows=rows,
+        result=result,
+        notes=["Loss in nats per token ± standard error over windows."],
+    )
+
+
+def write_mmlu_data(*, from_: Path | None = None, output: str) -> int:
+    """Write MMLU's questions as a folder of tasks, for `evaluate mmlu` without a network.
+
+    Args:
+        from_: Folder with MMLU's files: dev/*_dev.csv and test/*_test.csv, or Parquet or JSON Lines
+            of cais/mmlu; by default the 280 questions that come with lm-eval.
+        output: New folder to write.
     """
-    from pacatune import resident
-    from pacatune.adapters.loading import load_language_model
-
-    names = ("dtype", "device", "quantization", "allow_other_base")
-    loaded = load_language_model(options.model, options.adapter, **values_of(options, *names))
-    print_notes(loaded.notes)
-    with resident(loaded.model):
-        yield loaded
-
-
-def values_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return some of the options by name."""
-    return {name: getattr(options, name) for name in names}
-
-
-def write_mmlu_data(argv: list[str]) -> int:
-    """Run `pacatune evaluate mmlu-data`."""
-    parser = new_parser(
-        "evaluate mmlu-data",
-        "Write a folder of MMLU's tasks with their data, which `pacatune evaluate mmlu` uses "
-        "without a network.",
-    )
-    files = (
-        "with MMLU's files: dev/*_dev.csv and test/*_test.csv, or Parquet or JSON Lines of "
-        "cais/mmlu (default: the 280 questions that come with lm-eval)"
-    )
-    parser.add_argument("--from", metavar="FOLDER", dest="source", type=Path, help=files)
-    parser.add_argument("--output", metavar="DIR", required=True, help="new folder to write")
-    options = parser.parse_args(argv)
-
     from pacatune.evaluation.mmlu_data import bundled_mmlu, read_mmlu, write_tasks
     from pacatune.files.folder import check_output
 
-    output = Path(options.output)
-    check_output(output, num_bytes=0)
-    source = options.source
-    data = bundled_mmlu() if source is None else read_mmlu(source.expanduser())
-    write_tasks(data, output)
+    check_output(Path(output), num_bytes=0)
+    data = bundled_mmlu() if from_ is None else read_mmlu(from_.expanduser())
+    write_tasks(data, Path(output))
     asked = data.shown if data.asked is None else data.asked
     num = sum(map(len, asked.values()))
     print(f"wrote {num:,} questions on {len(asked)} subjects to {output}")
@@ -149,42 +342,30 @@ def write_mmlu_data(argv: list[str]) -> int:
     return 0
 
 
-def run_mt_bench(argv: list[str]) -> int:
-    """Run `pacatune evaluate mt-bench`; 1 if no answer was judged."""
-    from pacatune.evaluation.mt_bench import MtBenchConfig
+class MtBench(MtBenchConfig):
+    """Let a model answer MT-Bench's 80 questions of two turns; a judge grades the answers.
 
-    parser = new_parser(
-        "evaluate mt-bench",
-        "Let a model answer MT-Bench's 80 questions of two turns and a judge grade the answers. "
-        "A run that was stopped goes on when the same command is given again.",
-    )
-    add_fields(parser, MtBenchConfig)
-    config = MtBenchConfig(**field_values(parser.parse_args(argv), MtBenchConfig))
-    quiet_libraries()
+    A run that was stopped goes on when the same command is given again.
+    """
 
-    from rich.console import Console
+    def run(self, command: str) -> int:
+        """Do it; return 1 if no answer was judged."""
+        quiet_libraries()
 
-    from pacatune.evaluation.mt_bench import run_mt_bench as run
+        from rich.console import Console
 
-    consoles = Console(highlight=False), Console(stderr=True, highlight=False)
-    result = run(config, *consoles)
-    return 0 if config.no_judge or result["table"][-1]["num_judged"] else 1
+        from pacatune.evaluation.mt_bench import run_mt_bench
+
+        consoles = Console(highlight=False), Console(stderr=True, highlight=False)
+        result = run_mt_bench(self, *consoles)
+        return 0 if self.no_judge or result["table"][-1]["num_judged"] else 1
 
 
-SUBCOMMANDS: Subcommands = {
-    "mmlu": (
-        partial(evaluate, "mmlu"),
-        "MMLU with five examples in the prompt, by category as in the paper",
-    ),
-    "mmlu-data": (
-        write_mmlu_data,
-        "write MMLU's questions as a local folder of tasks, for use offline",
-    ),
-    "lm-eval": (partial(evaluate, "lm-eval"), "any other task of lm-eval"),
-    "mt-bench": (run_mt_bench, "80 questions of two turns, answers graded by another model"),
-    "choice": (
-        partial(evaluate, "choice"),
-        "multiple choice: social_iqa, goal_inference, fever, or your own questions",
-    ),
-    "perplexity": (partial(evaluate, "perplexity"), "perplexity and bits per byte of text"),
+SUBCOMMANDS = {
+    "mmlu": Mmlu,
+    "mmlu-data": write_mmlu_data,
+    "lm-eval": LmEval,
+    "mt-bench": MtBench,
+    "choice": Choice,
+    "perplexity": Perplexity,
 }

@@ -1,93 +1,64 @@
 """`pacatune generate`: stream text from a model, with or without an adapter."""
 
-import argparse
 import sys
 import unicodedata
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pacatune.adapters.sampling import Sampling
-from pacatune.cli.options import (
-    add_base_options,
-    check_base,
-    new_parser,
-    print_notes,
-    quiet_libraries,
-)
-from pacatune.names import full_name
-from pacatune.precision import DTYPES
+from pacatune.cli.options import BaseOptions, give_one, print_notes, quiet_libraries
+from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
     from pacatune.adapters.generation import TextGenerator
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune generate` with the words after it; return the exit status."""
-    options = _parse(argv)
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    check_base(options)
-    prompt = _read_prompt(options.prompt)
-    quiet_libraries()
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling, BaseOptions):
+    """Stream text from a model, with or without an adapter."""
 
-    from pacatune.adapters.generation import TextGenerator
+    prompt: str | None = None
+    """What to answer; - reads it from stdin; without it, prompts are asked for one by one."""
+    system: str | None = None
+    """Instruction that precedes the prompt in a chat."""
+    without_adapter: bool = False
+    """Answer as the base does."""
+    compare: bool = False
+    """Answer twice, first without the adapter."""
+    no_chat: bool = False
+    """Continue the prompt as it is, without chat template."""
+    dtype: Dtype = "auto"
+    """Number type of the base; auto is its own."""
 
-    generator = TextGenerator(
-        options.model,
-        options.adapter,
-        dtype=options.dtype,
-        device=options.device,
-        allow_other_base=options.allow_other_base,
-    )
-    print_notes(generator.notes)
-    if prompt is not None:
-        _answer(generator, prompt, sampling, options)
-    else:
-        _converse(generator, sampling, options)
-    return 0
+    def run(self, command: str) -> int:
+        """Do it."""
+        give_one(without_adapter=self.without_adapter, compare=self.compare)
+        if self.compare and self.adapter is None:
+            raise ValueError("--compare needs --adapter.")
+        if self.model is None and self.adapter is None:
+            raise ValueError("give --model, --adapter or both; see `pacatune generate --help`.")
+        self.check_base()
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if prompt is None and not sys.stdin.isatty():
+            raise ValueError("--prompt is missing; give a text, or - to read it from stdin.")
+        quiet_libraries()
 
+        from pacatune.adapters.generation import TextGenerator
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = new_parser("generate", "Stream text from a model, with or without an adapter.")
-    add_base_options(parser, adapter_required=False, device="auto")
-    add = parser.add_argument
-    prompt = "what to answer; - reads it from stdin; without it, prompts are asked for one by one"
-    add("--prompt", help=prompt)
-    add("--system", help="instruction that precedes the prompt in a chat")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--without-adapter", action="store_true", help="answer as the base does")
-    compare = "answer twice, first without the adapter"
-    which.add_argument("--compare", action="store_true", help=compare)
-    no_chat = "continue the prompt as it is, without chat template"
-    add("--no-chat", action="store_true", help=no_chat)
-    add("--max-new-tokens", type=int, default=256, help="most tokens (default: %(default)s)")
-    temperature = "0 takes the likeliest token (the default); above it, tokens are sampled"
-    add("--temperature", type=float, default=0.0, help=temperature)
-    top_p = "sample from the likeliest tokens up to this probability (default: %(default)s)"
-    add("--top-p", type=float, default=1.0, help=top_p)
-    add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
-    dtype = "number type of the base (default: its own)"
-    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
-    options = parser.parse_args(argv)
-    if options.compare and options.adapter is None:
-        parser.error("--compare needs --adapter")
-    if options.model is None and options.adapter is None:
-        parser.error("give --model, --adapter or both")
-    return options
+        how = self.values("dtype", "device", "allow_other_base")
+        generator = TextGenerator(self.model, self.adapter, **how)
+        print_notes(generator.notes)
+        if prompt is not None:
+            _answer(generator, prompt, self)
+        else:
+            _converse(generator, self)
+        return 0
 
 
-def _read_prompt(prompt: str | None) -> str | None:
-    if prompt == "-":
-        return sys.stdin.read()
-    if prompt is None and not sys.stdin.isatty():
-        raise ValueError("--prompt is missing; give a text, or - to read it from stdin.")
-    return prompt
+command = Generate
 
 
-def _converse(generator: "TextGenerator", sampling: Sampling, options: argparse.Namespace) -> None:
+def _converse(generator: "TextGenerator", options: Generate) -> None:
     print("Each line is answered on its own. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -98,23 +69,21 @@ def _converse(generator: "TextGenerator", sampling: Sampling, options: argparse.
         if not prompt.strip():
             continue
         try:
-            _answer(generator, prompt, sampling, options)
+            _answer(generator, prompt, options)
         except KeyboardInterrupt:
             print()
         except ValueError as error:
             print(f"pacatune: error: {error}", file=sys.stderr)
 
 
-def _answer(
-    generator: "TextGenerator", prompt: str, sampling: Sampling, options: argparse.Namespace
-) -> None:
+def _answer(generator: "TextGenerator", prompt: str, options: Generate) -> None:
     tokens = generator.encode(prompt, system=options.system, chat=not options.no_chat)
     runs = [("", not options.without_adapter)]
     if options.compare:
         runs = [("base:\n", False), ("\nwith the adapter:\n", True)]
     for heading, with_adapter in runs:
         print(heading, end="")
-        generator.generate(tokens, sampling, with_adapter=with_adapter, on_text=_print_text)
+        generator.generate(tokens, options, with_adapter=with_adapter, on_text=_print_text)
         print()
 
 

@@ -1,124 +1,111 @@
 """`pacatune inspect`: show what an adapter holds and what it fits, or what a patch changes."""
 
-import argparse
-import dataclasses
 import json
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.cli.options import new_parser
+from pacatune.files.folder import format_bytes
 
 if TYPE_CHECKING:
     from pacatune.adapters.inspect import AdapterReport, Comparison
-    from pacatune.patch import Patch
 
 _MOST_ROWS = 12
 _MOST_NAMES = 8
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune inspect` with the words after it; return the exit status."""
-    parser = new_parser(
-        "inspect", "Show what an adapter or a patch holds; its base model is not needed."
-    )
-    add = parser.add_argument
-    add("adapter", metavar="ADAPTER", help="folder or hub id of the adapter, or a patch file")
-    add("--against", metavar="OTHER", help="compare the updates of two PaCA adapters instead")
-    add("--columns", action="store_true", help="list the columns of each module")
-    add("--all", action="store_true", help="list every module")
-    add("--plot", metavar="FILE", help="draw which columns each module trains, as .png or .svg")
-    add("--json", action="store_true", help="print everything as JSON")
-    options = parser.parse_args(argv)
+@dataclass(frozen=True)
+class Inspect:
+    """Show what an adapter or a patch holds; its base model is not needed."""
 
-    from pacatune.patch.file import is_patch
+    adapter: str
+    """Folder or hub id of the adapter, or a patch file."""
+    _: KW_ONLY
+    against: str | None = None
+    """Compare the updates of two PaCA adapters instead."""
+    columns: bool = False
+    """List the columns of each module."""
+    all: bool = False
+    """List every module."""
+    plot: Path | None = None
+    """Draw which columns each module trains, as .png or .svg."""
+    json: bool = False
+    """Print everything as JSON."""
 
-    if is_patch(options.adapter):
-        return _show_patch(options)
+    def run(self, command: str) -> int:
+        """Do it."""
+        from pacatune.patch.file import is_patch
 
+        page, values = (_show_patch if is_patch(self.adapter) else _show_adapters)(self)
+        print(json.dumps(values, indent=2, default=str) if self.json else page)  # the folder
+        return 0
+
+
+command = Inspect
+
+
+def _show_adapters(options: Inspect) -> tuple[str, dict[str, Any]]:
+    """Return a page about an adapter or two, and the same and more for JSON."""
     from pacatune.adapters.inspect import compare, inspect_adapter
 
-    result: AdapterReport | Comparison = (
-        inspect_adapter(options.adapter)
-        if options.against is None
-        else compare(options.adapter, options.against)
-    )
+    result: AdapterReport | Comparison
+    if options.against is None:
+        result = inspect_adapter(options.adapter)
+        page = _report(result, options)
+    else:
+        result = compare(options.adapter, options.against)
+        page = _comparison(result, options)
     if options.plot is not None:
         from pacatune.reports.columns import plot_columns
 
-        plot_columns(result, Path(options.plot))
-    if options.json:
-        print(json.dumps(dataclasses.asdict(result), indent=2, default=str))  # the folder
-        return 0
-    most = None if options.all or options.columns else _MOST_ROWS
-    if options.against is not None:
-        _print_comparison(result, most)
-    else:
-        _print_report(result, most, with_columns=options.columns)
-    return 0
+        plot_columns(result, options.plot)
+    return page, asdict(result)
 
 
-def _show_patch(options: argparse.Namespace) -> int:
+def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.patch.file import load
 
-    for option in ("against", "plot"):
-        if getattr(options, option) is not None:
-            raise ValueError(
-                f"{options.adapter} is a patch, for which there is no --{option}; `pacatune patch "
-                "diff` compares patches."
-            )
+    if options.against is not None or options.plot is not None:
+        raise ValueError(
+            f"{options.adapter} is a patch, for which there is no --against or --plot; `pacatune "
+            "patch diff` compares patches."
+        )
     patch = load(options.adapter)
-    if options.json:
-        tensors = {
-            name: {
-                "dim": edit.dim,
-                "shape": edit.shape,
-                "dtype": str(edit.dtype).removeprefix("torch."),
-                "columns": edit.indices.tolist(),  # with row groups a list for each
-            }
-            for name, edit in patch.edits.items()
-        }
-        head = {"base": patch.base, "has_adapter": patch.adapter is not None}
-        print(json.dumps({**head, "tensors": tensors}, indent=2))
-        return 0
-    _print_patch(options, patch)
-    return 0
-
-
-def _print_patch(options: argparse.Namespace, patch: "Patch") -> None:
-    from pacatune.files.folder import format_bytes
-
     kept = patch.adapter
-    rows = {
+    tensors: dict[str, dict[str, Any]] = {
+        name: {
+            "dim": edit.dim,
+            "shape": edit.shape,
+            "dtype": str(edit.dtype).removeprefix("torch."),
+            "columns": edit.indices.tolist(),  # with row groups a list for each
+        }
+        for name, edit in patch.edits.items()
+    }
+    facts = {
         "patch of": patch.base,
         "columns": f"{patch.num_columns} of {len(patch.edits)} tensors",
         "before, after": f"{format_bytes(patch.num_bytes)} each",
         "adapter": "none" if kept is None else format_bytes(kept.num_bytes),
         "file": format_bytes(Path(options.adapter).stat().st_size),
     }
-    _print_rows(options.adapter, rows)
-    cells = [
-        [
-            name,
-            str(edit.rank),
-            " x ".join(map(str, edit.shape)),
-            str(edit.dtype).removeprefix("torch."),
-            _listed(edit.indices.tolist()),
-        ]
-        for name, edit in patch.edits.items()
+    rows = [
+        {
+            "tensor": name,
+            "changed": patch.edits[name].rank,
+            "shape": " x ".join(map(str, one["shape"])),
+            "dtype": one["dtype"],
+            "columns": one["columns"],
+        }
+        for name, one in tensors.items()
     ]
-    head = ["tensor", "columns", "shape", "dtype"]
-    if options.columns:
-        head[1:] = ["changed", "shape", "dtype", "columns"]
-    most = None if options.all or options.columns else _MOST_ROWS
-    _print_table("tensors", head, [row[: len(head)] for row in cells], most)
+    values = {"base": patch.base, "has_adapter": kept is not None, "tensors": tensors}
+    return _page(options.adapter, facts, "tensors", rows, options), values
 
 
-def _print_report(report: Any, most: int | None, *, with_columns: bool) -> None:
-    from pacatune.files.folder import format_bytes
-
+def _report(report: Any, options: Inspect) -> str:
     kinds = report.num_modules_by_kind.items()
     adapted = ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds))
-    rows = {
+    facts = {
         "method": report.method,
         "base": report.base,
         "task": report.task_type,
@@ -132,81 +119,35 @@ def _print_report(report: Any, most: int | None, *, with_columns: bool) -> None:
         "trained": f"{report.num_trainable_parameters:,} parameters",
         "file": format_bytes(report.file_bytes),
     }
-    _print_rows(str(report.folder), rows)
-    _print_modules(report, most, with_columns=with_columns)
-    for note in report.notes:
-        print(f"- {note}")
+    rows = [
+        {
+            "module": module.name,
+            "rank": module.rank,
+            "scaling": f"{module.scaling:g}",
+            "out": module.out_features,
+            "norm": f"{module.update_norm:.4g}",
+            "columns": module.columns_of_groups or module.columns,
+        }
+        for module in report.modules
+    ]
+    page = _page(str(report.folder), facts, "largest updates first", rows, options)
+    return "\n".join([page, *(f"- {note}" for note in report.notes)])
 
 
 def _selection(report: Any) -> str | None:
     if report.selection is None:
         return None
-    options = dict(report.selection_options or {})
-    if report.selection == "random" and report.random_seed is not None:
+    options = {**(report.selection_options or {}), "normalised by": report.normalize}
+    if report.selection == "random":
         options["seed"] = report.random_seed
-    if report.normalize not in (None, "none"):
-        options["normalised by"] = report.normalize
-    return ", ".join([report.selection, *(f"{key} {value}" for key, value in options.items())])
+    shown = (f"{key} {value}" for key, value in options.items() if value not in (None, "none"))
+    return ", ".join([report.selection, *shown])
 
 
-def _print_rows(title: str, rows: dict[str, Any]) -> None:
-    print(title)
-    width = max(map(len, rows)) + 2
-    for name, value in rows.items():
-        if value:
-            print(f"  {name:<{width}}{value}")
-
-
-def _print_table(title: str, head: list[str], rows: list[list[str]], most: int | None) -> None:
-    """Print names to the left, numbers to the right, and what may be long at the end."""
-    lines = [head, *rows[:most]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}")
-    for name, *cells in lines:
-        columns = cells.pop() if head[-1] == "columns" else ""
-        numbers = "".join(
-            f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=False)
-        )
-        print(f"  {name:<{widths[0]}}{numbers}  {columns}".rstrip())
-    if most is not None and len(rows) > most:
-        print(f"{len(rows) - most} more {head[0]}s; --all lists them")
-
-
-def _print_modules(report: Any, most: int | None, *, with_columns: bool) -> None:
-    if not report.modules:
-        return
-    head = ["module", "rank", "scaling", "out", "norm", *(["columns"] if with_columns else [])]
-    rows = [
-        [
-            module.name,
-            str(module.rank),
-            f"{module.scaling:g}",
-            str(module.out_features),
-            f"{module.update_norm:.4g}",
-            _columns(module),
-        ][: len(head)]
-        for module in report.modules
-    ]
-    _print_table("largest updates first", head, rows, most)
-
-
-def _columns(module: Any) -> str:
-    """List the columns of a module, those of its row groups apart."""
-    if module.columns is None:
-        return "-"
-    return _listed(module.columns_of_groups or module.columns)
-
-
-def _listed(columns: list[Any]) -> str:
-    if isinstance(columns[0], list):
-        return " | ".join(map(_listed, columns))
-    return " ".join(map(str, columns))
-
-
-def _print_comparison(comparison: Any, most: int | None) -> None:
+def _comparison(comparison: Any, options: Inspect) -> str:
     shared = sum(module.num_shared_columns for module in comparison.modules)
     columns = sum(module.rank_a for module in comparison.modules)
-    rows = {
+    facts = {
         "modules of both": len(comparison.modules),
         "only in the first": _some(comparison.only_a),
         "only in the other": _some(comparison.only_b),
@@ -214,19 +155,45 @@ def _print_comparison(comparison: Any, most: int | None) -> None:
         "cosine": f"{comparison.cosine:.4f}",
         "norms": f"{comparison.norm_a:.4g} and {comparison.norm_b:.4g}",
     }
-    _print_rows("two adapters", rows)
-    cells = [
-        [
-            module.name,
-            f"{module.num_shared_columns} of {module.rank_a}",
-            f"{module.cosine:.4f}",
-            f"{module.norm_a:.4g}",
-            f"{module.norm_b:.4g}",
-        ]
+    rows = [
+        {
+            "module": module.name,
+            "shared": f"{module.num_shared_columns} of {module.rank_a}",
+            "cosine": f"{module.cosine:.4f}",
+            "norm": f"{module.norm_a:.4g}",
+            "other norm": f"{module.norm_b:.4g}",
+        }
         for module in sorted(comparison.modules, key=lambda module: module.cosine)
     ]
-    head = ["module", "shared", "cosine", "norm", "other norm"]
-    _print_table("least alike first", head, cells, most)
+    return _page("two adapters", facts, "least alike first", rows, options)
+
+
+def _page(
+    title: str, facts: dict[str, Any], order: str, rows: list[dict[str, Any]], options: Inspect
+) -> str:
+    """Return facts that there are, and a table whose rows all have the keys of the first."""
+    width = max(map(len, facts)) + 2
+    page = [title, *(f"  {name:<{width}}{value}" for name, value in facts.items() if value)]
+    if not rows:
+        return "\n".join(page)
+    head = [key for key in rows[0] if key != "columns" or options.columns]
+    most = len(rows) if options.all or options.columns else _MOST_ROWS
+    lines = [head, *([_cell(row[key]) for key in head] for row in rows[:most])]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    page += ["", order]
+    for line in lines:
+        cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        page.append(f"  {'  '.join(cells)}".rstrip())
+    if len(rows) > most:
+        page.append(f"{len(rows) - most} more {head[0]}s; --all lists them")
+    return "\n".join(page)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, list):
+        return "-" if value is None else str(value)
+    is_grouped = bool(value) and isinstance(value[0], list)
+    return (" | " if is_grouped else " ").join(map(_cell, value))
 
 
 def _some(names: list[str]) -> str:

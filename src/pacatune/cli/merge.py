@@ -1,83 +1,61 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
-import argparse
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pacatune.cli.options import (
-    add_base_options,
-    check_base,
-    new_parser,
-    print_notes,
-    quiet_libraries,
-)
-from pacatune.names import full_name
-from pacatune.precision import DTYPES
-
-if TYPE_CHECKING:
-    from pacatune.adapters.merge import MergeResult
+from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
+from pacatune.files.folder import format_bytes
+from pacatune.precision import Dtype
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune merge` with the words after it; return the exit status."""
-    options = _parse(argv)
-    check_base(options, options.output)
-    quiet_libraries()
+@dataclass(frozen=True, kw_only=True)
+class Merge(BaseOptions):
+    """Write an adapter into its base model: a folder that transformers loads alone."""
 
-    from pacatune.adapters.merge import merge
+    adapter: str = field()
+    device: str = "cpu"
+    output: str
+    """Folder to write."""
+    dtype: Dtype = "auto"
+    """Number type of the result; auto is the base's own."""
+    base: Literal["original", "dequantized", "nf4"] | None = None
+    """For adapters of a quantised base, whose weights the untrained ones are: those of the
+    checkpoint before quantisation, those that were trained with (the default), or these quantised
+    again, which costs accuracy."""
+    no_verify: bool = False
+    """Skip comparing outputs before and after (saves four forward passes and a load)."""
 
-    result = merge(
-        options.model,
-        options.adapter,
-        options.output,
-        dtype=options.dtype,
-        device=options.device,
-        verify=not options.no_verify,
-        allow_other_base=options.allow_other_base,
-        onto=options.base,
-    )
-    _print_result(result)
-    return 0
+    def run(self, command: str) -> int:
+        """Do it."""
+        self.check_base(self.output)
+        quiet_libraries()
 
+        from pacatune.adapters.merge import merge
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = new_parser(
-        "merge", "Write an adapter into its base model: a folder that transformers loads alone."
-    )
-    add_base_options(parser, adapter_required=True, device="cpu")
-    add = parser.add_argument
-    add("--output", metavar="DIR", required=True, help="folder to write")
-    dtype = "number type of the result (default: the base's own)"
-    add("--dtype", type=full_name, choices=DTYPES, default="auto", help=dtype)
-    add(
-        "--base",
-        choices=("original", "dequantized", "nf4"),
-        help="for adapters of a quantised base, whose weights the untrained ones are: those of the "
-        "checkpoint before quantisation, those that were trained with (the default), or these "
-        "quantised again, which costs accuracy",
-    )
-    skip = "skip comparing outputs before and after (saves four forward passes and a load)"
-    add("--no-verify", action="store_true", help=skip)
-    return parser.parse_args(argv)
-
-
-def _print_result(result: "MergeResult") -> None:
-    from pacatune.files.folder import format_bytes
-
-    print(f"base      {result.base}" + (f" ({result.onto})" if result.onto != "original" else ""))
-    print(f"merged    {result.num_modules} modules, {result.dtype}")
-    if result.error is None:
-        print("verified  no (--no-verify)")
-    else:
-        print(f"verified  outputs are those of the adapter, {_rounding(result)}")
-    print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
-    print_notes(result.notes)
+        how: Any = self.values("dtype", "device", "allow_other_base")
+        result = merge(
+            self.model,
+            self.adapter,
+            self.output,
+            verify=not self.no_verify,
+            onto=self.base,
+            **how,
+        )
+        onto = "" if result.onto == "original" else f" ({result.onto})"
+        print(f"base      {result.base}{onto}")
+        print(f"merged    {result.num_modules} modules, {result.dtype}")
+        error = result.error
+        if error is None:
+            print("verified  no (--no-verify)")
+        else:
+            print(
+                f"verified  outputs are those of the adapter, rounded by {error.max_absolute:.1e} "
+                f"({error.max_relative:.1e} of their size; {result.limit:.1e} is allowed); it "
+                f"changes them by {result.effect:.1e}"
+            )
+        print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+        print_notes(result.notes)
+        return 0
 
 
-def _rounding(result: "MergeResult") -> str:
-    assert result.error is not None
-    if result.error.max_absolute == 0:
-        return f"which changes them by {result.effect:.1e}"
-    return (
-        f"rounded by {result.error.max_absolute:.1e} ({result.error.max_relative:.1e} of their "
-        f"size; {result.limit:.1e} is allowed); it changes them by {result.effect:.1e}"
-    )
+command = Merge

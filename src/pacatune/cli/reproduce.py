@@ -1,25 +1,45 @@
 """`pacatune reproduce`: the paper's tables and figures, beside what is found here."""
 
-import argparse
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
-from pacatune.cli.options import new_parser, quiet_libraries
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pacatune.experiments.reproduce import Experiment
-    from pacatune.experiments.reproduce.experiment import Mode, Section
+from pacatune.cli.options import build, give_one, parser_of, quiet_libraries
 
 # Some cells have no result; the report says which and why.
 EXIT_FAILURES = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Put what is found here beside the paper's tables and figures.
+
+    The report is Markdown, HTML and JSON.
+    """
+
+    name: str = ""
+    list: bool = False
+    """List the names, and stop."""
+    scale: Literal["small", "full"] | None = None
+    """small: real small models on this machine, offline; full: the paper's, on a GPU."""
+    simulate: bool = False
+    """The memory columns alone, at the paper's own sizes, without GPU or weights."""
+    print: bool = False
+    """Show the settings beside the paper's (of --scale, by default full), and stop."""
+    only: str | None = None
+    """One method alone, such as paca; other results are kept."""
+    output: str = ""
+    """Gets the report and the results."""
+    resume: bool = False
+    """Go on with what an earlier run left in DIR."""
+
+
 def run(argv: list[str]) -> int:
     """Run `pacatune reproduce` with the words after it; return the exit status."""
-    options = _parse(argv)
+    parser = parser_of("reproduce", Options, "name")
+    parser.add_argument("name", nargs="?", default="", help="table1 ... table7, fig2, fig3, or all")
+    options = build(Options, parser.parse_args(argv))
     quiet_libraries()
 
     from rich.console import Console
@@ -35,6 +55,8 @@ def run(argv: list[str]) -> int:
         for one in EXPERIMENTS.values():
             console.print(f"{one.name:<7} {one.title} ({one.place})")
         return 0
+    if not options.name:
+        raise ValueError("give a NAME (`pacatune reproduce --list` shows them).")
     experiments = find_experiments(options.name, EXPERIMENTS)
     if options.only is not None:
         check_method(options.only, experiments)
@@ -42,58 +64,29 @@ def run(argv: list[str]) -> int:
         for one in experiments:
             console.print(settings_text(one, options.scale or "full"))
         return 0
-    command = " ".join(["pacatune reproduce", *map(shlex.quote, argv)])
-    sections = _run(options, experiments, command, console)
+    give_one(scale=options.scale, simulate=options.simulate, needed=True)
+    if not options.output:
+        raise ValueError("give --output DIR for the report.")
+    sections = _run(
+        options, experiments, shlex.join(["pacatune", "reproduce", *argv]), console.print
+    )
     for section in sections:
         console.print(Markdown(make_result(section)))
     if sections:
-        console.print(f"\nThe report is {Path(options.output) / f'{options.name}.html'}.")
+        console.print(f"\nThe report is {Path(options.output, f'{options.name}.html')}.")
     return EXIT_FAILURES if any(section.failures for section in sections) else 0
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = new_parser(
-        "reproduce",
-        "Put what is found here beside the paper's tables and figures, in Markdown, HTML and JSON.",
-    )
-    add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3, or all")
-    add("--list", action="store_true", help="list the names, and stop")
-    shown = "show the settings beside the paper's (of --scale, default full), and stop"
-    simulated = "the memory columns alone, at the paper's own sizes, without GPU or weights"
-    scale = "small: real small models on this machine, offline; full: the paper's, on a GPU"
-    add("--scale", choices=("small", "full"), help=scale)
-    add("--simulate", action="store_true", help=simulated)
-    add("--print", action="store_true", help=shown)
-    add("--only", metavar="METHOD", help="one method alone, such as paca; other results are kept")
-    add("--output", metavar="DIR", help="gets the report and the results")
-    add("--resume", action="store_true", help="go on with what an earlier run left in DIR")
-    options = parser.parse_args(argv)
-    if options.list:
-        return options
-    if options.name is None:
-        parser.error("give a NAME (`pacatune reproduce --list` shows them)")
-    if options.print:
-        return options
-    if options.simulate == (options.scale is not None):
-        parser.error("give one of --scale small, --scale full and --simulate")
-    if options.output is None:
-        parser.error("give --output DIR for the report")
-    return options
-
-
-def _run(
-    options: argparse.Namespace, experiments: "list[Experiment]", command: str, console: "Console"
-) -> "list[Section]":
+def _run(options: Options, experiments: list[Any], command: str, say: Any) -> list[Any]:
     from pacatune.experiments.reproduce import open_folder, run_experiments
     from pacatune.experiments.reproduce.running import result_folder, write_report
 
-    mode: Mode = "simulate" if options.simulate else options.scale
+    mode: Any = options.scale or "simulate"
     if len(experiments) == 1 and mode in experiments[0].cannot:
         raise ValueError(f"{experiments[0].name}: {experiments[0].cannot[mode]}")
     folder = Path(options.output)
     with open_folder(folder, resume=options.resume):
-        sections = run_experiments(experiments, mode, folder, command, console.print, options.only)
+        sections = run_experiments(experiments, mode, folder, command, say, options.only)
         if options.name == "all":
             write_report(sections, "all", "The paper and here", result_folder(folder))
     return sections

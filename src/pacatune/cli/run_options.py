@@ -1,220 +1,159 @@
 """Options of a run: one per field of its configuration and sections, from words and YAML files."""
 
-import re
 import sys
-import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from argparse import SUPPRESS
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
+from jsonargparse import Namespace
 
-from pacatune.names import choose, suggest
+from pacatune.cli.options import SectionParser, refuse_unknown
+from pacatune.methods import METHODS
+from pacatune.names import choose
+from pacatune.training.config import RunConfig
+from pacatune.training.config_file import add_run_options, check_keys, others_options, read_values
+from pacatune.training.ranges import check_ranges
+from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
+from pacatune.training.tasks import TASKS, sections_of
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
-FLAGS: Mapping[str, Mapping[str, Any]] = {
-    "config": {"action": "config", "help": "YAML file with options."},
-    "resume": {
-        "action": "store_true",
-        "help": "Continue the run in training.output_dir from its last checkpoint.",
-    },
-    "auto_resume": {
-        "action": "store_true",
-        "help": "Continue the run in training.output_dir if it has a checkpoint, else start it; a "
-        "finished one stays as it is. For launchers that repeat a command.",
-    },
-    "overwrite": {
-        "action": "store_true",
-        "help": "Delete the files of another run in training.output_dir first.",
-    },
-    "push_to_hub": {
-        "type": str | None,
-        "metavar": "ORGANISATION/NAME",
-        "help": "Upload the finished result to this repository of the hub, which is created before "
-        "training; private with training.hub_private_repo.",
-    },
-    "print_config": {
-        "action": "store_true",
-        "help": "Print all options as a commented config file, and stop.",
-    },
+_SWITCHES = {
+    "resume": "Continue the run in training.output_dir from its last checkpoint.",
+    "auto_resume": "Continue the run in training.output_dir if it has a checkpoint, else start it; "
+    "a finished one stays as it is. For launchers that repeat a command.",
+    "overwrite": "Delete the files of another run in training.output_dir first.",
 }
-"""What is no option of a run: by name, arguments of `add_argument`."""
+_PUSH = (
+    "Upload the finished result to this repository of the hub, which is created before training; "
+    "private with training.hub_private_repo."
+)
+_FLAGS = (*_SWITCHES, "push_to_hub")
 
 
 class RunOptions:
     """The command line of a command that trains: one option per field of the run and its sections.
 
-    The class of the run names the command; `flags` are those that only this command has.
+    `flag` is one that only the command of this task has, with the arguments of `add_argument`.
     """
 
-    def __init__(
-        self, run_class: Any, description: str, flags: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        from jsonargparse import set_parsing_settings
+    def __init__(self, task: str, description: str, flag: str, **arguments: Any) -> None:
+        self.task, self.spec, self.sections = task, TASKS[task], sections_of(task)
+        self._names = {f.name for f in fields(RunConfig)} - others_options(task)
+        self.flags = (*_FLAGS, flag)
+        self._description, self._arguments = description, arguments
 
-        from pacatune.training.config_file import option_parser
-
-        self.run_class = run_class
-        self.sections = run_class.sections()
-        self.flags = ("help", *FLAGS, *flags)
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        self.parser = option_parser(
-            prog=f"pacatune {run_class.command}",
-            description=f"{description} Options of a config file come first, options here override "
-            "them.",
+    @cached_property
+    def parser(self) -> SectionParser:
+        """The parser, for which docstrings are read: that takes half a second."""
+        parser = SectionParser(
+            self.spec.command,
+            f"{self._description} Options of a config file come first, options here override them.",
+            print_config="--print_config",
         )
-        for name, arguments in {**FLAGS, **flags}.items():
-            self.parser.add_argument(f"--{name}", **arguments)
-        self.parser.add_class_arguments(run_class, skip=set(self.sections))
-        for name, section in self.sections.items():
-            self.parser.add_class_arguments(section, name)
-        self._add_help_of_arguments()
+        parser.add_argument("--config", action="config", help="YAML file with options.")
+        for name, text in _SWITCHES.items():
+            parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=text)
+        parser.add_argument("--push_to_hub", metavar="OWNER/NAME", default=SUPPRESS, help=_PUSH)
+        parser.add_argument(f"--{self.flags[-1]}", default=SUPPRESS, **self._arguments)
+        add_run_options(parser, self.task)
+        # TRL and transformers have the help of most training options in their fields.
+        training = fields(self.sections["training"])
+        helps = {f"training.{f.name}": f.metadata.get("help") for f in training}
+        for action in parser._actions:
+            action.help = helps.get(action.dest) or action.help
         if sys.modules.get("torch", self) is None:  # where only options are shown
-            self.parser.set_defaults({"training.optim": "adamw_torch_fused"})
+            parser.set_defaults({"training.optim": "adamw_torch_fused"})
+        return parser
 
-    def _add_help_of_arguments(self) -> None:
-        """Take the help of training options from where TRL and transformers write it."""
-        # What we declare ourselves has its help in docstrings instead.
-        kind = self.sections["training"]
-        texts = {f"training.{f.name}": f.metadata.get("help") for f in fields(kind)}
-        for action in self.parser._actions:
-            text = texts.get(action.dest)
-            if text:
-                action.help = text.replace("%%", "%").replace("%", "%%")
-
-    def parse(self, argv: list[str]) -> "Namespace":
+    def parse(self, argv: list[str]) -> Namespace:
         """Parse the words of the command line and its config files; wrong ones are a ValueError."""
-        check_names(argv, {action.dest for action in self.parser._actions}, self.flags)
-        self._words = argv
-        return parse_words(self.parser, argv)
+        self._check_names(argv)
+        shown = {"--print_config": "--print_config=comments"}
+        self._words = [shown.get(word, word) for word in argv]
+        options = self.parser.parse_args(self._words)
+        if options.task != self.task:
+            raise ValueError(
+                f"`task` ({options.task!r}) of a config file is another one than `--task` "
+                f"({self.task!r}); give one of them."
+            )
+        return options
 
-    def to_config(self, options: "Namespace") -> Any:
+    def _check_names(self, argv: list[str]) -> None:
+        """Refuse unknown options and unknown keys of config files."""
+        known = self._names - self.sections.keys()
+        for section, kind in self.sections.items():
+            known |= {f"{section}.{f.name}" for f in fields(kind) if f.init}
+            for value in values_of(argv, section):
+                if not value.startswith("{"):
+                    first = fields(kind)[0].name
+                    raise ValueError(
+                        f"`--{section}` ({value!r}) is a section of options; did you mean "
+                        f"--{section}.{first}?"
+                    )
+        others = ("help", "config", "print_config", *self.flags, *self.sections)
+        refuse_unknown(argv, [f"--{name}" for name in (*known, *others)])
+        for path in values_of(argv, "config"):
+            values = read_values(Path(path))
+            for flag in set(self.flags) & values.keys():
+                raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
+            check_keys(values, known, path)
+
+    def to_config(self, options: Namespace) -> RunConfig:
         """Build the run, which refuses options that contradict each other."""
         values = options.as_dict()
-        choose(values["method"], self.run_class.methods, option="method")
-        sections = {name: kind(**values[name]) for name, kind in self.sections.items()}
-        names = [f.name for f in fields(self.run_class) if f.name not in self.sections]
-        run = self.run_class(**{name: values[name] for name in names}, **sections)
-        if run.start is not None:
-            self._refuse_replaced(run)
-        return run
-
-    def _refuse_replaced(self, run: Any) -> None:
-        """Refuse options that were given, if only their defaults, where an adapter has others."""
-        from pacatune.training.sections import ADAPTER_SECTIONS
-        from pacatune.training.start import check_given
-
         given = self.parser.parse_args(self._words, defaults=False).as_dict()
-        for name in ADAPTER_SECTIONS:
-            for option, value in given.get(name, {}).items():
-                check_given(run, f"{name}.{option}", value, getattr(getattr(run, name), option))
+        # What an adapter that is trained on has is no contradiction of a default.
+        values |= {name: given.get(name, {}) for name in ADAPTER_SECTIONS}
+        return RunConfig(**{name: values[name] for name in self._names & values.keys()})
 
-    def template(self, options: "Namespace") -> str:
-        """Return the options as YAML, each under a comment that explains it."""
-        values = options.as_dict()
-        help_of = {action.dest: _plain_help(action.help) for action in self.parser._actions}
-        names = [name for name in values if name not in (*self.flags, *self.sections)]
-        names.sort(key=lambda name: name != "task")  # first, since it says what the others are
-        head = f"# Options of `{self.parser.prog}`. Those left out have these values.\n"
-        parts = [head, *(_entry(name, values[name], help_of[name], "") for name in names)]
-        for section in self.sections:
-            parts.append(f"\n{section}:\n")
-            parts += [
-                _entry(name, value, help_of.get(f"{section}.{name}", ""), "  ")
-                for name, value in values[section].items()
-            ]
-        return "".join(parts)
+    def check(self, options: Namespace) -> None:
+        """Refuse what can be seen to be wrong without torch, as the run would do later.
+
+        That are values of sections; a model or data that is not there; and data without the columns
+        of the task. A run that goes on may need no files.
+        """
+        choose(options.method, self.spec.methods, option="method")
+        built = {
+            name: kind(**options[name].as_dict())
+            for name, kind in self.sections.items()
+            if name != "training"
+        }
+        check_ranges(options.training)
+        if METHODS[options.method].is_paca and built["paca"].from_file:
+            check_selection_file(str(built["paca"].selection))
+        if not ("resume" in options or "auto_resume" in options):
+            _check_files(built["model"], built["data"], self.task)
 
 
-def carry_out(config: Any, options: "Namespace") -> None:
+def _check_files(model: Any, data: Any, task: str) -> None:
+    from pacatune.data.early import check_first_rows, check_image_folders
+    from pacatune.data.read import read_template
+    from pacatune.pretrained import find_model, is_adapter
+
+    if task == "image":
+        check_image_folders(data)
+    if not is_adapter(model.path):  # which is trained on, on its own base
+        find_model(model.path, model.revision, others=task == "image")
+    if task in ("image", "classifier"):
+        return
+    if data.chat_template is not None:
+        read_template(data.chat_template)
+    check_first_rows(data, judged=task == "kto")
+
+
+def carry_out(config: Any, options: Namespace) -> None:
     """Train as the options say: anew, or going on."""
     from pacatune.training.recipe import start_or_resume, train
 
-    if not options.auto_resume:
-        train(
-            config,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            push_to_hub=options.push_to_hub,
-        )
-        return
-    if options.resume or options.overwrite:
-        raise ValueError("--auto_resume decides what --resume and --overwrite say; give it alone.")
-    start_or_resume(config, push_to_hub=options.push_to_hub)
-
-
-def parse_words(parser: "ArgumentParser", argv: list[str], *, defaults: bool = True) -> "Namespace":
-    """Parse the words of a command line and its config files; wrong values are a ValueError."""
-    from argparse import ArgumentError
-
-    try:
-        return parser.parse_args(argv, defaults=defaults)
-    except ArgumentError as error:
-        raise ValueError(f"{readable(str(error))}; see `{parser.prog} --help`.") from error
-
-
-def check_names(argv: list[str], names: Collection[str], flags: tuple[str, ...]) -> None:
-    """Refuse unknown options and unknown keys of config files."""
-    from pacatune.training.config_file import check_keys, read_values
-
-    sections = sections_of(names)
-    others = {*flags, *sections}
-    known = set(names) - others
-    for section in sorted(sections, reverse=True):
-        for value in values_of(argv, section):
-            if not value.startswith("{"):
-                near = f"; did you mean --{section}.path?" if f"{section}.path" in known else "."
-                raise ValueError(f"`--{section}` ({value!r}) is a section of options{near}")
-    for word in argv:
-        name = word[2:].partition("=")[0].rstrip("+")
-        if not word.startswith("--") or name in others:
-            continue
-        # A key inside an option that holds a dictionary, such as paca.rank_pattern.q_proj.
-        if not any(name == option or name.startswith(f"{option}.") for option in known):
-            raise ValueError(f"unknown option --{name}; {suggest(name, known)}")
-    for path in values_of(argv, "config"):
-        values = read_values(Path(path))
-        for flag in set(flags) & set(values):
-            raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
-        check_keys(values, known, path)
-
-
-def sections_of(names: Collection[str]) -> set[str]:
-    """Return the names of the sections in which options are."""
-    return {name.partition(".")[0] for name in names if "." in name}
-
-
-def readable(message: str) -> str:
-    """Return what jsonargparse says of a wrong value in words that name value and rule."""
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    value = re.search(r"(?:Given value|Got value): (.*)", message, re.DOTALL)
-    rule = r"Expected (?:an? )?((?:\w+\.)*\w+\[.*?\]|<class '\w+'>)"
-    expected = dict.fromkeys(re.findall(rule, message))
-    if not (key and value and expected):
-        return message
-    kinds = [_kind(text) for text in expected]
-    return f"`{key[1]}` ({value[1].strip()}) must be {' or '.join(kinds)}"
-
-
-def _kind(text: str) -> str:
-    name, _, inner = text.partition("[")
-    if name == "typing.Literal":
-        return "one of " + ", ".join(part.strip(" '\"") for part in inner[:-1].split(","))
-    return _KINDS.get(text.removeprefix("<class '").removesuffix("'>"), text)
-
-
-_KINDS = {
-    "NoneType": "null",
-    "bool": "true or false",
-    "dict": "a mapping",
-    "float": "a number",
-    "int": "an integer",
-    "list": "a list",
-    "str": "text",
-}
+    how = {name: options[name] for name in _FLAGS if name in options}
+    if how.pop("auto_resume", False):
+        if how.keys() & {"resume", "overwrite"}:
+            raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
+        start_or_resume(config, **how)
+    else:
+        train(config, **how)
 
 
 def values_of(argv: list[str], flag: str) -> Iterator[str]:
@@ -224,17 +163,3 @@ def values_of(argv: list[str], flag: str) -> Iterator[str]:
             yield argv[position + 1]
         elif word.startswith(f"--{flag}="):
             yield word.partition("=")[2]
-
-
-def _plain_help(text: str | None) -> str:
-    return " ".join((text or "").replace("%%", "%").split())
-
-
-def _entry(name: str, value: Any, help_text: str, indent: str) -> str:
-    comment = textwrap.fill(
-        help_text, 98, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-    )
-    # As the item of a list, since a scalar alone would get an end mark of its own.
-    item = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()
-    line = f"{indent}{name}: {item[1:-1]}\n"
-    return f"{comment}\n{line}" if help_text else line
