@@ -12,12 +12,15 @@ Source: PaCA, Sec. 5 (random, weight_norm, gradient); the product of norms is th
 weight in Wanda (M. Sun et al., arXiv 2306.11695), summed over rows.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "FIXED",
@@ -33,7 +36,7 @@ __all__ = [
 ]
 
 
-Strategy = Callable[[Tensor, Mapping[str, Tensor], int, torch.Generator], Tensor]
+Strategy = Callable[["Tensor", Mapping[str, "Tensor"], int, "torch.Generator"], "Tensor"]
 
 FIXED = "fixed"
 """What `PacaConfig.selection` says of columns that were given and not chosen."""
@@ -140,6 +143,8 @@ def random_columns(
     Returns:
         (rank,) int64 on the CPU, or (groups, rank); sorted, distinct in each group.
     """
+    import torch
+
     weight = torch.empty(1, num_columns, device="meta")
     seeds = [seed_for(random_seed, name, group) for group in range(groups)]
     chosen = [select_columns("random", weight, rank, seed=seed) for seed in seeds]
@@ -170,6 +175,8 @@ def select_columns(
         ValueError: If the strategy is unknown, it needs what is not there, or what it returned is
             not `rank` distinct columns.
     """
+    import torch
+
     statistics = statistics or {}
     _check_inputs(strategy, weight, statistics)
     generator = torch.Generator().manual_seed(seed)
@@ -210,6 +217,8 @@ def select_random(
     weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
 ) -> Tensor:
     """Choose uniformly without replacement (the paper's default, Sec. 3.1)."""
+    import torch
+
     # The clone lets go of the whole permutation.
     return torch.randperm(weight.shape[1], generator=generator, device="cpu")[:rank].clone()
 
@@ -231,6 +240,8 @@ def _largest(scores: Tensor, rank: int) -> Tensor:
 
 
 def _norms(weight: Tensor) -> Tensor:
+    import torch
+
     dtype = torch.promote_types(weight.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=dtype)
     return norms
@@ -279,6 +290,8 @@ def select_activation_qr(
     Raises:
         ValueError: If more columns are wanted than the sketch can tell apart.
     """
+    import torch
+
     sketch = statistics["activation_sketch"]
     _check_rank("activation_qr", rank, sketch)
     residual = sketch.double()
@@ -302,6 +315,8 @@ def select_activation_leverage(
     Raises:
         ValueError: If more columns are wanted than the sketch can tell apart.
     """
+    import torch
+
     sketch = statistics["activation_sketch"]
     _check_rank("activation_leverage", rank, sketch)
     directions = torch.linalg.svd(sketch.double(), full_matrices=False).Vh[:rank]

@@ -77,4 +77,4 @@ def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
     assert main(study(task="minilm-question")) == 2
     assert "`python -m examples.packaged minilm-question` prepares" in capsys.readouterr().err
     assert main(study(arms={"a": {"rank": 2, "selection": "best"}})) == 2
-    assert "arm 'a': `selection` ('best') must be one of" in capsys.readouterr().err
+    assert "arm 'a': `paca.selection` ('best') is no strategy" in capsys.readouterr().err

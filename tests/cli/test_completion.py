@@ -11,7 +11,6 @@ import pytest
 
 from pacatune.cli import completion, main, train
 from pacatune.cli.entry import COMMANDS
-from pacatune.training.tasks import TASKS
 
 # What is typed before the tab, and the words of the line after it.
 CASES = {
@@ -127,7 +126,7 @@ def test_every_command_and_option_of_the_parsers_is_known():
     stack = inner(commands["patch"])["stack"]
     assert {"--patch", "--overlap"} <= set(stack._option_string_actions)
     known = {action.dest for action in commands["train"]._actions}
-    for task in TASKS:
+    for task in train.names_of_tasks():
         assert {action.dest for action in train.all_options(task).parser._actions} <= known
 
 

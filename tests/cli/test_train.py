@@ -157,7 +157,7 @@ def test_flag_in_a_config_file(words, capsys, tmp_path):
         (["--method", "adapter"], "method"),
         (["--paca.r", "0"], "`r` (0) must be an integer of at least 1"),
         (["--paca.r", "3.5"], "paca.r"),
-        (["--paca.selection", "best"], "`selection` ('best') must be one of"),
+        (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
         (["--data.loss", "answers"], "data.loss"),
         (["--data.format", "alpaca"], "data.format"),
         (["--data.path", "missing.jsonl"], "missing.jsonl does not exist; check `data.path`"),

@@ -52,8 +52,6 @@ def run(argv: list[str]) -> int:
     from pacatune.measure.bench import REPORT_NAME, RESULT_NAME, result_folder
     from pacatune.measure.bench import run as measure
     from pacatune.measure.device import parse_bytes
-    from pacatune.measure.pictures import save_pictures
-    from pacatune.measure.report import make_report
 
     values, title = _model(options)
     limit = given.memory_limit and parse_bytes(given.memory_limit, "memory_limit")
@@ -63,6 +61,9 @@ def run(argv: list[str]) -> int:
     folder.start_anew()
     folder.write_json(RESULT_NAME, {"finished": False})
     command = shlex.join(["pacatune", "bench", *argv])
+    from pacatune.measure.pictures import save_pictures
+    from pacatune.measure.report import make_report
+
     result = measure(config, folder, command, lambda line: console.print(line, markup=False))
     with folder.staged() as staging:
         pictures = save_pictures(result, staging)

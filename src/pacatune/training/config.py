@@ -125,14 +125,13 @@ class RunConfig:
         if spec.is_of_trl:
             # 1.13 does not await a reward that is an object; without Triton, 1.15 has no loss.
             require("TRL", "1.16", f"`pacatune {spec.command}`")
-        kinds = sections_of(self.task)
+        method, kinds = method_of(self.method, spec.methods), sections_of(self.task)
+        self.method = method.name
         self._given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
         for name, kind in kinds.items():
             setattr(self, name, _section(name, getattr(self, name), kind))
         self._refuse_options_of_other_tasks(spec)
         check_lean_level(self.lean_level, lean=self.lean)
-        method = method_of(self.method, spec.methods)
-        self.method = method.name
         if method.quantization is not None and self.model.quantization is None:
             self.model.quantization = method.quantization
         if method.dropout is not None and self.lora.lora_dropout == 0:
