@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pacatune.names import check_choices, choose, suggest
+from pacatune.names import choose, suggest
 
 TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
@@ -368,7 +368,7 @@ class ImageDataConfig:
             )
         check_fraction(self.eval_fraction)
         check_counts(self, "train_per_class", "eval_per_class", "image_size")
-        check_choices(self, "data.")
+        choose(self.augmentation, ("none", "flip", "crop"), option="data.augmentation")
 
     def about(self) -> str:
         """Return where the training data is, for the model card."""

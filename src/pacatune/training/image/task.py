@@ -65,10 +65,10 @@ class ImageTask(Task):
         if config.data.augmentation != "none":
             augmentation = Augmentation(config.data.augmentation, size, config.training.seed)
         train = ImageDataset(data.train, processor, augmentation)
-        self.evaluation = (
-            None if data.evaluation is None else ImageDataset(data.evaluation, processor)
-        )
-        held_out = 0 if self.evaluation is None else len(self.evaluation)
+        self.evaluation, held_out = None, 0
+        if data.evaluation is not None:
+            self.evaluation = ImageDataset(data.evaluation, processor)
+            held_out = len(self.evaluation)
         head = "the model's own head" if self.base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -110,7 +110,6 @@ class ImageTask(Task):
         options["args"].label_names = ["labels"]
         options["callbacks"].append(NewEpoch(options["train_dataset"]))
         return ImageTrainer(
-            num_classes=len(self.classes),
             model=make_trainable(model, self.config, adapter_config),
             **options,
         )
@@ -173,11 +172,10 @@ class ImageTask(Task):
 class ImageTrainer(RunTrainer):
     """Trainer of a model that turns `pixel_values` into `logits`."""
 
-    def __init__(self, *, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(compute_loss_func=self._loss, compute_metrics=_measure, **kwargs)
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
-        self._num_classes = num_classes
         self._batch_norms = find_batch_norms(self.model)
 
     def training_step(
@@ -185,7 +183,7 @@ class ImageTrainer(RunTrainer):
     ) -> Tensor:
         """Take one micro-batch forward and backward, its images mixed."""
         if self.args.mixup_alpha > 0:
-            inputs = mix(inputs, self.args.mixup_alpha, self._num_classes)
+            inputs = mix(inputs, self.args.mixup_alpha, self.model.config.num_labels)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
