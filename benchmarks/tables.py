@@ -250,8 +250,8 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
     )
     source = (
         f"`pacatune demo-rl --seed SEED`, {steps} steps of GRPO, on {first['cpu']} "
-        f"({versions_text(first['versions'])}): `benchmarks/results/demo-rl.json`. The command became "
-        "`examples/grpo.py`, which measures rewards alone."
+        f"({versions_text(first['versions'])}): `benchmarks/results/demo-rl.json`. The command "
+        "became `examples/grpo.py`, which measures rewards alone."
     )
     return "\n".join([*table_lines(["seed", *titles], lines), "", remark, "", source])
 

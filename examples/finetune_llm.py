@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--output", metavar="DIR", default="demo-output", help="gets a folder (%(default)s)")
-    add("--steps", type=int, default=12, help="steps of each run (%(default)s)")
+    add("--steps", type=int, default=10, help="steps of each run (%(default)s)")
     add("--seed", type=int, default=0, help="seed of order and columns (%(default)s)")
     add("--prompt", action="append", help="ask this instead; may be repeated")
     add("--model", metavar="BASE", help="another model: a folder or hub id")

@@ -96,7 +96,6 @@ def test_image_models(tmp_path):
         assert f"{paca['accuracy_after']:.3f}" in printed
 
 
-
 def test_prompts_are_not_in_the_data():
     chats = Path.home() / ".cache" / "pacatune" / "chats"
     if not chats.is_dir():
