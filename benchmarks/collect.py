@@ -5,9 +5,8 @@
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
     python -m benchmarks.collect runs FOLDER...           # -> results/runs.json
     python -m benchmarks.collect restore FOLDER...        # <- results/runs.json
-    python -m benchmarks.collect demo-rl FOLDER...        # -> results/demo-rl.json
 
-FOLDER is what `pacatune bench`, `reproduce all`, `compare` or `demo-rl` wrote. STUDY is what its
+FOLDER is what `pacatune bench`, `reproduce all` or `compare` wrote. STUDY is what its
 name begins with: selection or quality. `make report` makes the pages and pictures again. `runs`
 takes those of a study that is not finished, and `restore` gives them back, on another machine too:
 `pacatune compare` goes on from there.
@@ -29,7 +28,6 @@ run. The folders of the parts begin with it."""
 QUALITY = "quality"
 """The same of another study."""
 _MARK = "reproduce.json"
-_DEMO = "demo-rl.json"
 RUNS = "runs.json"
 """Runs of studies that are not finished; it goes with the last of them."""
 COLUMNS = (
@@ -102,18 +100,6 @@ def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
     for name, record in runs.items():
         output.write_json(f"runs/{name}.json", record)
     return folder
-
-
-def collect_demos(folders: Sequence[Path], results: Path = RESULTS) -> Path:
-    """Keep what `pacatune demo-rl` has found with some seeds, without texts and single steps."""
-    runs = [json.loads((folder / _DEMO).read_text(encoding="utf-8")) for folder in folders]
-    for folder, run in zip(folders, runs, strict=True):
-        if not run.pop("finished"):
-            raise ValueError(f"{folder / _DEMO} is not finished; run `pacatune demo-rl` again.")
-        del run["examples"], run["train_rewards"]
-    path = results / _DEMO
-    _write_json(path, sorted(runs, key=lambda run: run["seed"]))
-    return path
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:
@@ -191,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         one = kinds.add_parser(kind)
         one.add_argument("folder", type=Path)
         one.add_argument("name", help="such as the device, or the scale")
-    for kind in ("study", "runs", "restore", "demo-rl"):
+    for kind in ("study", "runs", "restore"):
         kinds.add_parser(kind).add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.kind == "study":
@@ -200,8 +186,6 @@ def main(argv: list[str] | None = None) -> None:
         paths = [keep_runs(options.folders)]
     elif options.kind == "restore":
         paths = [restore_runs(folder) for folder in options.folders]
-    elif options.kind == "demo-rl":
-        paths = [collect_demos(options.folders)]
     else:
         collect = collect_bench if options.kind == "bench" else collect_reproduction
         paths = [collect(options.folder, options.name)]

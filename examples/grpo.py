@@ -9,11 +9,11 @@ import argparse
 import json
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 TASK, NUM_PROMPTS, NUM_SOLVED, MAX_NEW_TOKENS = "word_sequence_reversal", 2000, 200, 12
 WORDS = {"min_words": 3, "max_words": 3}
-# No held-out data, checkpoints and logs.
 QUIET = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
 # The list alone: a chat's turns, and the words before it, would be most of the tokens.
 TEMPLATE = (
@@ -24,30 +24,38 @@ TEMPLATE = (
 
 def main() -> None:
     """Measure, SFT, measure, GRPO, measure."""
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--output", metavar="DIR", default="demo-rl-output", help="gets a folder (%(default)s)")
+    add("--steps", type=int, default=60, help="steps of GRPO (%(default)s)")
+    add("--held-out", type=int, default=200, help="held-out problems (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of problems, columns, samples (%(default)s)")
+    add("--model", metavar="BASE", help="another model: a folder or hub id")
+    options = parser.parse_args()
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
 
     import reasoning_gym
     from packaged import prepare
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     seed = 1_000_000 * options.seed  # problem i of a seed is made from their sum
     known = reasoning_gym.create_dataset(TASK, seed=seed, size=NUM_PROMPTS, **WORDS)
     other = reasoning_gym.create_dataset(TASK, seed=seed + 500_000, size=NUM_PROMPTS, **WORDS)
     seen = {one["question"] for one in known}
     held_out = [one for one in other if one["question"] not in seen][: options.held_out]
-    result: dict = vars(options) | {"rewards": {}}
+    rewards: dict[str, dict[str, float]] = {}
 
     def measure(stage: str, model: str, adapter: Path | None = None) -> None:
-        answers = ask(model, adapter, [one["question"] for one in held_out])
-        print(f"\n{stage}: answers, and mean rewards of {len(held_out)} held-out problems")
-        for problem, answer in zip(held_out[:3], answers["greedy"], strict=False):
-            print(f"  {problem['question'].split(': ')[-1].strip()} -> {answer}")
-        result["rewards"][stage] = found = {
-            kind: statistics.fmean(map(other.score_answer, given, held_out))
-            for kind, given in answers.items()
-        }
-        print("  " + ", ".join(f"{kind} {reward:.3f}" for kind, reward in found.items()))
+        print(f"\n{stage}, on {len(held_out)} held-out problems:")
+        for kind, answers in ask(model, adapter, held_out, options.seed).items():
+            reward = statistics.fmean(map(other.score_answer, answers, held_out))
+            rewards.setdefault(stage, {})[kind] = reward
+            print(f"  {kind}: mean reward {reward:.3f}; such as")
+            for problem, answer in list(zip(held_out, answers, strict=True))[:3]:
+                print(f"    {', '.join(problem['metadata']['words'])} -> {answer}")
 
     base = options.model or str(prepare("smollm2"))
     measure("before", base)
@@ -55,20 +63,9 @@ def main() -> None:
     measure("after SFT", start)
     learn(start, seed, output, options)
     measure("after GRPO", start, output / "grpo")
-    (output / "demo-rl.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(vars(options) | {"rewards": rewards}, indent=2)
+    (output / "demo-rl.json").write_text(text + "\n", encoding="utf-8")
     print(f"\nThe rewards over the steps are in {output / 'grpo' / 'reward.png'}. One seed.")
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", metavar="DIR", default="demo-rl-output", help=f"gets a folder {default}")
-    add("--steps", type=int, default=60, help=f"steps of GRPO {default}")
-    add("--held-out", type=int, default=200, help=f"held-out problems {default}")
-    add("--seed", type=int, default=0, help=f"seed of problems, columns, samples {default}")
-    add("--model", metavar="BASE", help="another model: a folder or hub id")
-    return parser.parse_args()
 
 
 def fine_tune(base: str, solved: list[dict], output: Path, seed: int) -> str:
@@ -97,16 +94,11 @@ def learn(start: str, seed: int, output: Path, options: argparse.Namespace) -> N
     """Learn from rewards of sampled answers."""
     from pacatune.training import RunConfig, train
 
+    made = {"seed": seed, "size": NUM_PROMPTS, "options": WORDS, "chat_template": TEMPLATE}
     run = RunConfig(
         task="grpo",
         model={"path": start},
-        data={
-            "path": f"reasoning-gym:{TASK}",
-            "seed": seed,
-            "size": NUM_PROMPTS,
-            "options": WORDS,
-            "chat_template": TEMPLATE,
-        },
+        data={"path": f"reasoning-gym:{TASK}", **made},
         training={
             "output_dir": str(output / "grpo"),
             "max_steps": options.steps,
@@ -114,6 +106,8 @@ def learn(start: str, seed: int, output: Path, options: argparse.Namespace) -> N
             "num_generations": 8,
             "max_completion_length": MAX_NEW_TOKENS,
             "learning_rate": 1e-3,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
             "beta": 0.0,
             "logging_steps": 1,
             "seed": options.seed,
@@ -133,16 +127,15 @@ def load(path: str, adapter: Path | None):
     return model.eval(), AutoTokenizer.from_pretrained(path, padding_side="left")
 
 
-def ask(path: str, adapter: Path | None, questions: list[str]) -> dict[str, list[str]]:
+def ask(path: str, adapter: Path | None, problems: list[dict], seed: int) -> dict[str, list[str]]:
     """Return the model's likeliest answers, and sampled ones."""
+    from transformers import set_seed
+
+    set_seed(seed)
     model, tokenizer = load(path, adapter)
-    inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": question}] for question in questions],
-        chat_template=TEMPLATE,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    chats = [[{"role": "user", "content": problem["question"]}] for problem in problems]
+    options = {"padding": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = tokenizer.apply_chat_template(chats, chat_template=TEMPLATE, **options)
     answers = {}
     for kind, do_sample in (("greedy", False), ("sampled", True)):
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": do_sample, "top_k": 0}

@@ -7,33 +7,39 @@ LoRA, and with PaCA at as many trained parameters. Models and images come as Pyt
 import argparse
 import json
 import time
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 
 RANK = 8
 
 
-@dataclass
-class Known:
-    """A model that is downloaded, and what suits it."""
-
-    packaged: str
-    image_size: int
-    learning_rates: dict[str, float]
-    """The best of a few, from 1e-3 to 1e-2 (to 3e-2 for a head), in 40 steps."""
-
-
+# Name in `packaged`, size of the images, and for each method the best learning rate of a few, from
+# 1e-3 to 1e-2 (to 3e-2 for a head), in 40 steps.
 MODELS = {
-    "efficientnet-lite0": Known("efficientnet", 96, {"head": 3e-3, "lora": 3e-3, "paca": 3e-3}),
-    "dinov2-small": Known("dinov2", 98, {"head": 1e-2, "lora": 3e-3, "paca": 3e-3}),
+    "efficientnet-lite0": ("efficientnet", 96, {"head": 3e-3, "lora": 3e-3, "paca": 3e-3}),
+    "dinov2-small": ("dinov2", 98, {"head": 1e-2, "lora": 3e-3, "paca": 3e-3}),
 }
 
 
 def main() -> None:
     """Train every model with every method, and show the results."""
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    name = "efficientnet-lite0, dinov2-small, or a folder or hub id; may be repeated"
+    add("--output", metavar="DIR", default="demo-vision-output", help="gets a folder (%(default)s)")
+    add("--model", action="append", help=f"{name} (default: the first two)")
+    add("--data", metavar="FOLDER", help="other images: a folder per class, as for train-image")
+    add("--steps", type=int, default=40, help="steps of each run (%(default)s)")
+    add("--image-size", type=int, help="height and width (default: the demo's own)")
+    add("--seed", type=int, default=0, help="seed of images, head, columns (%(default)s)")
+    options = parser.parse_args()
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     reports = {}
     for name in options.model or MODELS:
         reports[name] = {
@@ -47,30 +53,12 @@ def main() -> None:
     (output / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(
         "\n'Before' is the pretrained model with a new, random head: about chance. All runs of a "
-        "model have the same images, order, steps and first head. One seed, few steps and few "
-        "held-out images: this shows the training, not which method learns better."
+        "model have the same images, order, steps and first head. One seed, few steps: this shows "
+        "the training, not which method learns better. The example's own images are a split of "
+        "CIFAR-10's test images; BIG-bench, which carries them, asks to publish no model trained "
+        "on them."
     )
-    if options.data is None:
-        print(
-            "The images are a split of CIFAR-10's test images, so this is not the accuracy on "
-            "CIFAR-10 that papers report; BIG-bench, which carries them, asks to publish no model "
-            "trained on them."
-        )
     print(f"\nThe curves, and each run's report, confusions and mistakes, are in {output}.")
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    name = "efficientnet-lite0, dinov2-small, or a folder or hub id; may be repeated"
-    add("--output", metavar="DIR", default="demo-vision-output", help=f"gets a folder {default}")
-    add("--model", action="append", help=f"{name} (default: the first two)")
-    add("--data", metavar="FOLDER", help="other images: a folder per class, as for train-image")
-    add("--steps", type=int, default=40, help=f"steps of each run {default}")
-    add("--image-size", type=int, help="height and width (default: the demo's own)")
-    add("--seed", type=int, default=0, help=f"seed of images, head, columns {default}")
-    return parser.parse_args()
 
 
 def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace):
@@ -79,21 +67,21 @@ def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace)
 
     from pacatune.training import RunConfig, train
 
-    known = MODELS.get(name)
-    few = {} if options.data else {"train_per_class": 80, "eval_per_class": 30}
+    packaged, image_size, learning_rates = MODELS.get(name, (None, None, {}))
     data = {
         "path": options.data or str(prepare("cifar10")),
-        "image_size": options.image_size or (known and known.image_size),
+        "image_size": options.image_size or image_size,
         "seed": options.seed,
-        **few,
     }
+    if options.data is None:
+        data |= {"train_per_class": 80, "eval_per_class": 30}
     arguments = {
         "output_dir": str(output),
         "max_steps": options.steps,
         "per_device_train_batch_size": 32,
         # Until the new head has learned something, its gradients are noise.
         "warmup_steps": options.steps // 5,
-        "learning_rate": known and known.learning_rates[method],
+        "learning_rate": learning_rates.get(method),
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -105,10 +93,10 @@ def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace)
         # Of a square weight, LoRA trains two factors of the size of PaCA's columns.
         "lora": {"lora": {"r": RANK // 2, "lora_alpha": RANK // 2}},
     }
-    model = {"path": str(prepare(known.packaged)) if known else name}
+    model = {"path": str(prepare(packaged)) if packaged else name}
     print(f"\n{name}, {method}")
-    options = {"model": model, "data": data, "training": arguments, **adapters[method]}
-    return train(RunConfig(task="image", method=method, **options))
+    sections = {"model": model, "data": data, "training": arguments, **adapters[method]}
+    return train(RunConfig(task="image", method=method, **sections))
 
 
 def show(name: str, reports) -> None:

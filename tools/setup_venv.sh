@@ -55,7 +55,7 @@ is_new_enough "$python" || die ".venv has no Python >= 3.11; remove .venv and tr
 echo "setup: installing pacatune[$extra] into .venv (the first time takes minutes)"
 # Without build isolation nothing is downloaded when all that is asked for is already there.
 "$python" -m pip install -q --disable-pip-version-check 'setuptools>=77' &&
-    "$python" -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$extra]" ||
+    "$python" -m pip install -q --no-compile --disable-pip-version-check --no-build-isolation -e ".[$extra]" ||
     die 'pip could not install the packages (its message is above); is there a network connection?'
 if [ "$extra" = dev ]; then
     "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \

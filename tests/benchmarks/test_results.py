@@ -109,24 +109,6 @@ def test_what_is_not_collected(tmp_path):
         collect.collect_reproduction(half, "small", tmp_path)
 
 
-def test_demos_of_several_seeds_are_one_file(tmp_path):
-    for seed in (1, 0):
-        run = {
-            "finished": True,
-            "seed": seed,
-            "rises": {},
-            "examples": ["text"],
-            "train_rewards": [],
-        }
-        (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}" / "demo-rl.json").write_text(json.dumps(run))
-    path = collect.collect_demos([tmp_path / "1", tmp_path / "0"], tmp_path)
-    assert json.loads(path.read_text()) == [{"seed": 0, "rises": {}}, {"seed": 1, "rises": {}}]
-    (tmp_path / "0" / "demo-rl.json").write_text('{"finished": false}')
-    with pytest.raises(ValueError, match="is not finished; run `pacatune demo-rl` again"):
-        collect.collect_demos([tmp_path / "0"], tmp_path)
-
-
 def test_a_reproduction_is_its_cells(tmp_path):
     mark = {"finished": True, "command": "a command"}
     (tmp_path / "reproduce.json").write_text(json.dumps(mark))

@@ -19,21 +19,6 @@ def test_own_and_big_bench_rows_say_the_same():
     assert expected.context(chat=True) == "Who?"
 
 
-def test_written_rows_are_read_again():
-    one = ChoiceQuestion("Who?", ["Ann", "Bob"], 1, prompt="He is")
-    assert one.row() == {
-        "prompt": "He is",
-        "completion": " Bob",
-        "question": "Who?",
-        "choices": ["Ann", "Bob"],
-        "answer": 1,
-    }
-    assert to_choice_question(Row("here", one.row())) == one
-    chat = one.row(chat=True)
-    assert [message["content"] for message in chat["messages"]] == ["Who?", "Bob"]
-    assert to_choice_question(Row("here", chat)).context(chat=True) == "Who?"
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

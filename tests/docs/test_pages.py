@@ -11,7 +11,6 @@ from tools import cli_reference, doc_block, llms_txt
 
 NOT_RUN = {
     "docs/bench.md": 3,
-    "docs/cli.md": 3,
     "docs/distributed.md": 3,
     "docs/evaluate.md": 4,
     "docs/images.md": 2,

@@ -53,10 +53,19 @@ def test_padded_batches_equal_one_choice_at_a_time(model, tokenizer, chat):
     assert result.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 4) / 3)
 
 
+def to_row(one, *, chat):
+    """A row to train on."""
+    answer = one.choices[one.answer]
+    if not chat:
+        return {"prompt": one.context(), "completion": f" {answer}"}
+    turns = {"user": one.question, "assistant": answer}
+    return {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_training_tokens_are_those_that_are_scored(model, tokenizer, tmp_path, chat):
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(one.row(chat=chat)) + "\n" for one in QUESTIONS))
+    path.write_text("".join(json.dumps(to_row(one, chat=chat)) + "\n" for one in QUESTIONS))
     config = DataConfig(path=str(path), eval_fraction=0)
     train = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
     lm = LanguageModel(model, tokenizer, keep_line_break=True)
@@ -79,7 +88,7 @@ def test_training_on_the_questions_makes_them_right(tokenizer, tmp_path, tiny_mo
 
     questions = [ChoiceQuestion(f"{'abcdef'[i]}?", ["x", "y", "z"], i % 3) for i in range(6)]
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(one.row(chat=True)) + "\n" for one in questions))
+    path.write_text("".join(json.dumps(to_row(one, chat=True)) + "\n" for one in questions))
     config = RunConfig(
         model=ModelConfig(path=str(tiny_model_dir)),
         data=DataConfig(path=str(path), eval_fraction=0),

@@ -27,18 +27,6 @@ class ChoiceQuestion:
             return self.question
         return f"Question: {self.question}\nAnswer:" if self.prompt is None else self.prompt
 
-    def row(self, *, chat: bool = False) -> dict[str, Any]:
-        """Return a row that can be trained on and scored: `prompt`, `completion`, or `messages`."""
-        answer = self.choices[self.answer]
-        asked = {"question": self.question, "choices": self.choices, "answer": self.answer}
-        if not chat:
-            return {"prompt": self.context(), "completion": f" {answer}", **asked}
-        messages = [
-            {"role": "user", "content": self.question},
-            {"role": "assistant", "content": answer},
-        ]
-        return {"messages": messages, **asked}
-
 
 def to_choice_question(row: Row) -> ChoiceQuestion:
     """Check one row: question, choices and answer, and a prompt if it has one; or BIG-bench's.
