@@ -194,11 +194,3 @@ def test_answers_are_letters_or_numbers(number):
 def test_wrong_rows_of_mmlu(change, message):
     with pytest.raises(ValueError, match=f"data.jsonl, row 7: {message}"):
         to_question(Row("data.jsonl, row 7", {**MMLU_ROW, **change}))
-
-
-def test_chats_have_their_own_special_tokens(tokenizer, tmp_path):
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path = write(tmp_path / "train.jsonl", [{"messages": messages}])
-    config = DataConfig(path=str(path), eval_fraction=0, special_tokens=False)
-    with pytest.raises(ValueError, match=r"`data.special_tokens` \(False\) is for plain texts"):
-        prepare_data(config, tokenizer, max_length=None, stop_ids={2})

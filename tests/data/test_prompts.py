@@ -61,7 +61,7 @@ def test_system_prompt(prepare, prompt):
     ("rows", "message"),
     [
         ([{"question": "a"}], r"row 1: field 'prompt' is missing \(columns \['question'\]\)"),
-        ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' is empty"),
+        ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' is ''; it must be a text"),
         ([{"prompt": chat("a", "b")}], "'prompt' ends with an assistant turn, and the model is"),
         ([{"prompt": "a", "completions": 1}], "column 'completions' has the name of an argument"),
         ([{"prompt": "a"}, {"prompt": chat("b")}], "row 1 has a text as prompt, and .* a chat"),
@@ -77,19 +77,19 @@ def test_columns_of_tables_that_json_cannot_hold(tokenizer, tmp_path):
     path = str(tmp_path / "d.parquet")
     Dataset.from_list([{"prompt": "a", "on": date(2026, 1, 2)}]).to_parquet(path)
     config = PromptDataConfig(path=path, eval_fraction=0)
-    with pytest.raises(ValueError, match=r"row 1: column 'on' is no JSON .*date.*; write it as"):
+    with pytest.raises(ValueError, match=r"a column .* is no JSON .*date.*; write it as"):
         prepare_prompts(config, tokenizer, num_new_tokens=1)
 
 
 def test_a_chat_needs_a_template(prepare, tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 1 is a chat, but the model's tokenizer has no chat"):
+    with pytest.raises(ValueError, match=r"row 1 is a chat that the chat template cannot .*Cannot"):
         prepare([{"prompt": chat("a")}])
 
 
 def test_a_template_that_refuses_names_the_row(prepare, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
-    with pytest.raises(ValueError, match=r"row 2: the chat template cannot render it \(no\)"):
+    with pytest.raises(ValueError, match=r"row 2 is a chat that the chat .* render \(no\)"):
         prepare([{"prompt": chat("a")}, {"prompt": chat("b")}])
 
 

@@ -58,14 +58,27 @@ class TextDataConfig:
         """Return where the training data is, for the model card."""
         return f"`{self.path}`"
 
-    def evaluation_source(self) -> tuple[str, str, str] | None:
-        """Return path and split of evaluation data, and the option that names the path."""
+    def sources(self) -> "list[tuple[SourceConfig, str]]":
+        """Return the data sets of training, each with the option that names it."""
+        source = SourceConfig(
+            path=self.path, name=self.name, split=self.split, format=getattr(self, "format", "auto")
+        )
+        return [(source, "data.path")]
+
+    def evaluation_source(self) -> "tuple[SourceConfig, str] | None":
+        """Return the data set of evaluation and the option that names it."""
         if not (self.eval_path or self.eval_split):
             return None
-        option = "data.eval_path" if self.eval_path else "data.path"
+        path = self.eval_path or self.path
         if self.eval_split:
-            refuse_split(self.eval_path or self.path, "data.eval_split", self.eval_split)
-        return self.eval_path or self.path, self.eval_split or self.split, option
+            refuse_split(path, "data.eval_split", self.eval_split)
+        source = SourceConfig(
+            path=path,
+            name=self.name,
+            split=self.eval_split or self.split,
+            format=getattr(self, "format", "auto"),
+        )
+        return source, "data.eval_path" if self.eval_path else "data.path"
 
 
 TextFormat = Literal[
@@ -237,15 +250,15 @@ class DataConfig(TextDataConfig):
     def _has_weights(self) -> bool:
         return any(SourceConfig.of(one).weight is not None for one in self.datasets or ())
 
-    def sources(self) -> list[SourceConfig]:
-        """Return the data sets of training, a single one too."""
-        if self.datasets is not None:
-            return list(self.datasets)
-        return [SourceConfig(path=self.path, name=self.name, split=self.split, format=self.format)]
+    def sources(self) -> list[tuple[SourceConfig, str]]:
+        """Return the data sets of training, each with the option that names it."""
+        if self.datasets is None:
+            return super().sources()
+        return [(source, "data.datasets") for source in self.datasets]
 
     def about(self) -> str:
         """Return where the training data is, for the model card."""
-        return ", ".join(f"`{source.path}`" for source in self.sources())
+        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.data import PreparedData, prepare_data, show_preview
-from pacatune.data.chat_images import ImageCollator
+from pacatune.data.encode import ImageCollator
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
