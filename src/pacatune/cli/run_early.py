@@ -100,7 +100,7 @@ def check_files(given: Given, task: str) -> None:
     if task == "image":
         check_image_folders(data)
     if not is_adapter(model["path"]):  # which is trained on, on its own base
-        find_model(model["path"], model.get("revision"), others=task == "image")
+        find_model(model["path"])
     if task == "image":
         return
     if given.get("adapter") is not None:

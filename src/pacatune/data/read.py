@@ -190,8 +190,8 @@ def load_hub(
         return load_dataset(path, name, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"`{option}` ({path!r}) is neither here nor a data set of the hub that can be reached "
-            f"({type(error).__name__}); check the path or the network."
+            f"`{option}` ({path!r}) is neither a file or folder here nor a data set of the hub that "
+            f"can be reached ({type(error).__name__}); check the path or the network."
         ) from error
 
 

@@ -134,7 +134,7 @@ class ClassifierTask(Task[ClassifierConfig]):
         config = self.config
         train, held_out = split_texts(config.data)
         self.classes = train.classes()
-        path = pretrained.find_model(config.model.path, config.model.revision)
+        path = pretrained.find_model(config.model.path)
         self.tokenizer = pretrained.load_tokenizer(path, revision=config.model.revision)
         plan, adapter = self._plan(self.classes)
         return Prepared(

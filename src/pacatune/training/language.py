@@ -243,7 +243,7 @@ def fingerprint(data: Dataset, columns: Sequence[str] = ("input_ids", "labels"))
 
 def model_path(config: BaseRunConfig[Any]) -> str:
     """Return the hub id, or the absolute path of a local folder."""
-    return pretrained.find_model(config.model.path, config.model.revision)
+    return pretrained.find_model(config.model.path)
 
 
 def load_tokenizer(config: BaseRunConfig[Any]) -> PreTrainedTokenizerBase:
