@@ -99,7 +99,7 @@ def test_missing_path(path):
         ),
         ("a.csv", "text\n", "a.csv holds no rows"),
         ("a.csv", "text\na,b\n", "row 1: not valid CSV .more fields than columns; quote"),
-        ("a.csv", 'text\na\n"b"c\n', r"row 1: not valid CSV .*; mend it"),
+        ("a.csv", 'text\na\n"b"c\n', r"row 2: not valid CSV .*; mend it"),
         ("a.txt", "text", r"suffix '.txt'; data files are .jsonl, .json, .csv or .parquet"),
     ],
 )

@@ -81,10 +81,6 @@ def test_weights_of_turns_are_kept():
         ),
         ({"conversations": [ASKED, ANSWERED], "tools": "add"}, "'tools' is 'add'; it must be JSON"),
         (
-            {"conversations": [{"from": "system", "value": "t"}, ANSWERED], "system": "s"},
-            r"column 'system' \('s'\) and a turn of the system; keep one",
-        ),
-        (
             {"conversations": [ASKED, ANSWERED], "images": ["no.png"]},
             "image 'no.png', which is",
         ),

@@ -98,7 +98,7 @@ def test_run_resumed_is_the_same(make_config, data_path, tmp_path, console):
         ({"data": {"shuffle_buffer": -1}}, r"`data.shuffle_buffer` \(-1\) must be at least 0"),
         (
             {"data": {"streaming": False, "shuffle_buffer": 5}},
-            r"`data.shuffle_buffer` \(5\) is for `data.streaming`",
+            r"`data.shuffle_buffer` \(5\) must be .* is for `data.streaming`",
         ),
         (
             {"data": {"path": "", "datasets": [{"path": "a"}, {"path": "b"}]}},

@@ -2,12 +2,11 @@
 
 import contextlib
 import copy
-import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pacatune.data.chat_images import IMAGE, as_parts, open_image
 from pacatune.data.formats import Example, Message
@@ -19,10 +18,10 @@ IGNORED = -100
 """Label of a token that is not learned."""
 
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
-_WRITTEN = ("function_call", "reasoning_content", "reasoning", "thinking")
-_BOOKKEEPING = ("role", "tool_call_id", "id")
+_WRITTEN = ("reasoning_content", "reasoning", "thinking")
+_BOOKKEEPING = ("role", "content", "tool_calls", "function_call", "tool_call_id", "id")
 # What templates add and take away: white space, and the quoting of JSON.
-_UNREAD = re.compile(rf'[\s\\"]+|{IMAGE.pattern}')
+_UNREAD = re.compile(r'[\s\\"]+')
 
 
 @dataclass(kw_only=True)
@@ -46,55 +45,45 @@ class Encoder:
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
-        notes, text = [], ""
+        notes, text, limit = [], "", self.max_length
         if isinstance(example.completion, str):
             ids, learned, moved = self._encode_text(example)
         else:
             example, hidden, text = self._check(example)
             ids, learned, moved = self._encode_chat(example)
-            notes += [f"hidden:{name}" for name in hidden]
+            notes = [f"hidden:{name}" for name in hidden]
         learned = [True] * len(ids) if self.learn_all else learned
-        self._refuse_unlearnable(example, ids, learned)
-        limit = self.max_length
-        is_cut = limit is not None and len(ids) > limit
+        if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
+            raise ValueError(
+                f"{example.place}: begins with {self.tokenizer.bos_token!r} twice, once from the "
+                "tokenizer; remove it from the data or chat template."
+            )
+        if not any(learned[1:]):  # The first token is never predicted.
+            raise ValueError(
+                f"{example.place}: nothing to learn, no token is part of a completion; remove it, "
+                "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
+            )
         notes += ["moved"] * moved
-        if not any(learned[1:limit]):  # The first token is never predicted.
+        if not any(learned[1:limit]):
             notes.append("lost")
-        elif is_cut:
+        elif limit is not None and len(ids) > limit:
             notes.append("cut")
         elif ids[max(i for i, flag in enumerate(learned) if flag)] not in self.stop_ids:
             notes.append("open")
+        if example.images and {"lost", "cut"} & set(notes):
+            raise ValueError(
+                f"{example.place} has images and {len(ids)} tokens, more than `training.max_length`"
+                f" ({limit}); images cannot be cut: raise it, or use smaller images."
+            )
         labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
-        images = {} if self.processor is None else {"text": text, "images": example.images}
         return {
             "place": example.place,
             "input_ids": ids[:limit],
             "labels": labels[:limit],
             "num_tokens": len(ids),
             "notes": notes,
-            **images,
+            **({} if self.processor is None else {"text": text, "images": example.images}),
         }
-
-    def _refuse_unlearnable(self, example: Example, ids: list[int], learned: list[bool]) -> None:
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise ValueError(
-                f"{example.place}: begins with {self.tokenizer.bos_token!r} twice, once from the "
-                "data or chat template and once from the tokenizer; remove it from the data or "
-                "template."
-            )
-        if not any(learned[1:]):
-            raise ValueError(
-                f"{example.place}: nothing to learn, no token is part of a completion; remove the "
-                "row, or give a `data.chat_template` whose {% generation %} marks enclose the "
-                "answer."
-            )
-        if example.images and self.max_length is not None and len(ids) > self.max_length:
-            raise ValueError(
-                f"{example.place} has images and {len(ids)} tokens, more than "
-                f"`training.max_length` ({self.max_length}); images cannot be cut: raise it, or "
-                "use smaller images."
-            )
 
     def _encode_text(self, example: Example) -> tuple[list[int], list[bool], bool]:
         if self.processor is not None:
@@ -126,69 +115,83 @@ class Encoder:
         Most templates write the arguments of calls as JSON themselves and would write those of a
         text twice; some can only take a text.
         """
+        problem = ""
         if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{example.place} is a chat, but the model's tokenizer has no chat template; "
-                "give `data.chat_template`, or use an instruction-tuned model."
+            problem = (
+                "is a chat, but the model's tokenizer has no chat template; give "
+                "`data.chat_template`, or use an instruction-tuned model."
             )
-        if self.learn_all and example.skipped:
-            raise ValueError(
-                f"{example.place}: turn {example.skipped[0] + 1} has weight 0, and `data.loss` "
-                "'all' learns every turn; use 'completion', or remove the weights."
+        elif self.learn_all and example.skipped:
+            problem = (
+                f"has turn {example.skipped[0] + 1} of weight 0, and `data.loss` 'all' learns "
+                "every turn; use 'completion', or remove the weights."
             )
-        if example.images and self.processor is None:
-            raise ValueError(
-                f"{example.place} has images, which neither this task takes nor a stream of texts; "
-                "take them out."
-            )
+        elif example.images and self.processor is None:
+            problem = "has images, which neither this task nor a stream takes; take them out."
+        if problem:
+            raise ValueError(f"{example.place} {problem}")
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
             return objects, *self._shown(objects)
         except ValueError:
-            if objects == texts:
-                raise
-            with contextlib.suppress(ValueError):
-                return texts, *self._shown(texts)
+            if objects != texts:
+                with contextlib.suppress(ValueError):
+                    return texts, *self._shown(texts)
             raise
 
     def _shown(self, example: Example) -> tuple[list[str], str]:
-        """Check that a template shows all that is read of a chat; return what it hides, the text.
+        """Check that a template shows what is read of a chat; return fields it hides, the text.
 
-        Most templates drop what they do not know without a word. So the chat is rendered a second
-        time with a mark in place of each field, and no mark may be missing.
+        Most templates drop what they do not know without a word. Turns stand in their order, those
+        of the system anywhere; of turns that are not learned, the reasoning may be left out.
         """
-
-        def refuse(what: str) -> NoReturn:
-            raise ValueError(
-                f"{example.place}: the chat template does not show {what}, so the model would "
-                "learn the turns without it; give a `data.chat_template` that shows it, or take it "
-                "out of the row."
-            )
-
         text = str(self._render(example, example.messages, tokenize=False))
-        if self.processor is not None:
-            number = text.count(self.processor.image_token)
-            if number != len(example.images):
-                refuse(f"each of {len(example.images)} images, but {number}")
-        turns = range(len(example.messages)) if self.learn_all else example.learned_turns
         squeezed = _UNREAD.sub("", text)
-        for turn in turns:
-            if _UNREAD.sub("", example.messages[turn]["content"]) not in squeezed:
-                refuse(f"all of the content of turn {turn + 1}")
-        messages, tools, marks = _mark_chat(example)
-        try:
-            marked = str(self._render(replace(example, tools=tools), messages, tokenize=False))
-        except ValueError:  # The template asks for certain texts.
-            return [], text
-        hidden = set()
-        for mark, (turn, name) in marks.items():
-            if mark in marked:
-                continue
-            if turn is None:
-                refuse(name)
-            if name in ("content", "tool_calls") or (name in _WRITTEN and turn in turns):
-                refuse(f"{name} of turn {turn + 1} (role {example.messages[turn]['role']!r})")
-            hidden |= {name} - set(_WRITTEN)
+
+        def find(value: Any, start: int = 0) -> int:
+            """Return where a text or its JSON ends, from a place on, or -1."""
+            forms = (str(value), json.dumps(value, ensure_ascii=False, default=str))
+            pieces = [_UNREAD.sub("", form) for form in forms]
+            ends = [squeezed.find(piece, start) + len(piece) for piece in pieces]
+            found = [end for end, piece in zip(ends, pieces, strict=True) if end >= len(piece)]
+            return min(found, default=-1)
+
+        def shows(value: Any) -> bool:
+            return find(value) >= 0
+
+        missing, hidden, place = [], set(), 0
+        turns = range(len(example.messages)) if self.learn_all else example.learned_turns
+        for turn, message in enumerate(example.messages):
+            where, content = f"of turn {turn + 1} (role {message['role']!r})", message["content"]
+            content = content if turn in turns else content.rpartition("</think>")[2]
+            is_free = message["role"] in ("system", "developer")
+            for piece in IMAGE.split(content)[::2]:
+                end = find(piece, 0 if is_free else place)
+                place = place if is_free else max(place, end)
+                missing += [f"content {where}"] * (end < 0)
+            calls = [*message.get("tool_calls", ()), message.get("function_call", {})]
+            if not all(shows(call.get("function", call).get("name", "")) for call in calls):
+                missing.append(f"tool_calls {where}")
+            others = message.keys() - {*_BOOKKEEPING, *_WRITTEN}
+            others -= {"name"} if message["role"] == "tool" else set()
+            hidden |= {name for name in others if not shows(message[name])}
+            if turn in turns:
+                missing += [f"{n} {where}" for n in _WRITTEN if not shows(message.get(n, ""))]
+        missing += [
+            f"tools[{number}]"
+            for number, tool in enumerate(example.tools or ())
+            if not shows(tool.get("function", tool)["name"])
+        ]
+        if self.processor is not None and text.count(self.processor.image_token) != len(
+            example.images
+        ):
+            missing.append(f"each of {len(example.images)} images once")
+        if missing:
+            raise ValueError(
+                f"{example.place}: the chat template does not show {missing[0]}, so the model "
+                "would learn the turns without it; give a `data.chat_template` that shows it, or "
+                "take it out of the row."
+            )
         return sorted(hidden), text
 
     def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
@@ -255,13 +258,14 @@ class Encoder:
         from jinja2 import TemplateError
 
         options |= {"tools": example.tools, "chat_template": self._marked_template}
-        options |= {"tokenize": tokenize, "return_dict": tokenize}
         writer: Any = self.tokenizer
         if self.processor is not None:
             writer, messages = self.processor, [as_parts(message) for message in messages]
             options["processor_kwargs"] = {"add_special_tokens": False}
         try:
-            made = writer.apply_chat_template(messages, **options)
+            made = writer.apply_chat_template(
+                messages, tokenize=tokenize, return_dict=tokenize, **options
+            )
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"{example.place}: the chat template cannot render it ({error}); "
@@ -272,57 +276,41 @@ class Encoder:
         return {name: made[name][0] for name in ("input_ids", "assistant_masks") if name in made}
 
 
-def _mark_chat(
-    example: Example,
-) -> tuple[list[Message], list[Any] | None, dict[str, tuple[int | None, str]]]:
-    """Copy messages and tools with a mark in place of each field; say where each mark stands."""
-    marks: dict[str, tuple[int | None, str]] = {}
+def _find_marked_template(writer: Any) -> str | None:
+    """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    def mark(turn: int | None, name: str) -> str:
-        text = f"zq{len(marks)}qz"
-        marks[text] = turn, name
-        return text
-
-    messages = copy.deepcopy(example.messages)
-    for turn, message in enumerate(messages):
-        for name, value in message.items():
-            if name in _BOOKKEEPING or (name == "name" and message["role"] == "tool"):
-                continue
-            if name in ("tool_calls", "function_call"):
-                for call in value if isinstance(value, list) else [value]:
-                    call.get("function", call)["name"] = mark(turn, name)
-            elif isinstance(value, str | int | float) and str(value).strip():
-                message[name] = value if isinstance(value, bool) else mark(turn, name)
-    tools = copy.deepcopy(example.tools)
-    for number, tool in enumerate(tools or ()):
-        tool.get("function", tool)["name"] = mark(None, f"tools[{number}]")
-    return messages, tools, marks
+    if not writer.chat_template:
+        return None
+    if has_generation_markers(writer.chat_template):
+        return str(writer.chat_template)
+    # TRL probes unknown templates with made-up chats, on which they may fail in any way.
+    with contextlib.suppress(Exception):
+        return get_training_chat_template(writer)
+    return None
 
 
 def _with_arguments(example: Example, *, as_text: bool) -> Example:
-    """Return a chat whose tool calls all have their arguments as objects, or all as JSON.
-
-    Arguments that are no JSON object stay as they are.
-    """
-    chat = copy.deepcopy(example)
-    for message in chat.messages if isinstance(chat.completion, list) else ():
-        for call in message.get("tool_calls") or ():
+    """Return a chat whose tool calls all have their arguments as objects, or all as JSON."""
+    if not any("tool_calls" in message for message in example.messages):
+        return example
+    example = copy.deepcopy(example)
+    for message in example.messages:
+        for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             found = function.get("arguments")
-            if isinstance(found, str):
-                try:
-                    found = json.loads(found)
-                except ValueError:
-                    continue
+            with contextlib.suppress(ValueError):
+                found = json.loads(found) if isinstance(found, str) else found
             if isinstance(found, dict):
                 function["arguments"] = json.dumps(found, ensure_ascii=False) if as_text else found
-    return chat
+    return example
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
     """Return the number of leading tokens that two sequences share."""
-    pairs = zip(ids, others, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    pairs = enumerate(zip(ids, others, strict=False))
+    shorter = min(len(ids), len(others))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
 
 
 class ImageCollator:
@@ -337,31 +325,12 @@ class ImageCollator:
         """Return the batch of some rows."""
         import torch
 
-        opened = [
-            {"text": row["text"], "images": [open_image(reference) for reference in row["images"]]}
-            for row in rows
-        ]
-        batch: dict[str, Any] = self._collate(opened)
+        batch: dict[str, Any] = self._collate(
+            [{"text": row["text"], "images": list(map(open_image, row["images"]))} for row in rows]
+        )
         for ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
             number = len(row["labels"])
-            assert ids[:number].tolist() == row["input_ids"], (
-                f"{row['place']} is tokenized otherwise in a batch"
-            )
+            same = ids[:number].tolist() == row["input_ids"]
+            assert same, f"{row['place']} is tokenized otherwise in a batch"
             labels[:number] = torch.tensor(row["labels"])
         return batch
-
-
-def _find_marked_template(writer: Any) -> str | None:
-    """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    if not writer.chat_template:
-        return None
-    if has_generation_markers(writer.chat_template):
-        return str(writer.chat_template)
-    try:
-        template: str | None = get_training_chat_template(writer)
-    except Exception:
-        # TRL probes unknown templates with made-up chats, on which they may fail in any way.
-        return None
-    return template

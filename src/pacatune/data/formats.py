@@ -37,8 +37,10 @@ _SPEAKERS = {
     **dict.fromkeys(("observation", "tool"), "tool"),
 }
 _MEANT = {**_SPEAKERS, **dict.fromkeys(("bot", "model", "ai", "chatgpt"), "assistant")}
-# Columns of other programs that say something to the model.
-_NOT_USED = ("system", "history", "functions", "images", "documents", "chat_template_kwargs")
+# Columns that say something to the model, here or in other programs.
+_OF_OTHERS = (
+    *("tools", "images", "system", "history", "functions", "documents", "chat_template_kwargs"),
+)
 # OpenAI's name for whether a message is learned; Axolotl's, TRL's and ms-swift's.
 _WEIGHTS = ("weight", "train", "training", "loss")
 
@@ -91,37 +93,35 @@ def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iter
     """
     for row in rows:
         format = _find_format(row, format)
+        column = COLUMNS[format][-1]
         if format == "mmlu":
             question = to_question(row)
             yield Example(row.place, question.prompt(), question.completion())
-        elif format == "text":
-            yield Example(row.place, "", _text(row, "text"))
-        elif format == "instruction":
-            yield _from_instruction(row, has_template)
-        elif format == "prompt-completion":
-            yield to_answer(row, "completion", format)
-        else:
-            row = _with_messages(row) if format == "sharegpt" else row
-            yield to_answer(row, COLUMNS[format][0], format, has_prompt=False)
+            continue
+        if format == "instruction":
+            row, column = _from_instruction(row, has_template), "completion"
+        elif format == "sharegpt":
+            row = _from_sharegpt(row)
+        elif format != "prompt-completion":
+            row = Row(row.place, {**row.values, "prompt": None})
+        yield to_answer(row, column, format)
 
 
 def _find_format(row: Row, format: str) -> str:
     """Return the format that the columns of a row fit, which that of the rows before must be."""
-    if format == "mmlu":  # whose check knows its three layouts
-        return format
     present = present_columns(row)
-    fits = [name for name, required in COLUMNS.items() if present.issuperset(required)]
-    if format in fits or (format == "auto" and fits):
+    fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
+    if format == "auto" and not fits:
+        raise ValueError(
+            f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. "
+            "Rename the columns."
+        )
+    if format == "auto" or format in fits or format == "mmlu":  # whose check knows its layouts
         return fits[0] if format == "auto" else format
     if fits:
         raise ValueError(
             f"{row.place}: format {fits[0]!r} among rows of format {format!r}; "
             "one run takes one format: split the data or convert these rows."
-        )
-    if format == "auto":
-        raise ValueError(
-            f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. "
-            "Rename the columns."
         )
     check_columns(row, COLUMNS[format], f"format {format!r} needs {', '.join(COLUMNS[format])}")
     return format
@@ -142,33 +142,46 @@ def present_columns(row: Row) -> set[str]:
     return {column for column, value in row.values.items() if value is not None}
 
 
-def to_answer(row: Row, column: str, unused: str, *, has_prompt: bool = True) -> Example:
-    """Return the example of a row's prompt, if it has one, and what `column` answers to it.
+def to_answer(row: Row, column: str, format: str = "preference") -> Example:
+    """Return the example of a row's prompt and what `column` answers to it.
 
-    `unused` names what does not use all columns, for messages.
+    Without a prompt it is the whole text or chat that `column` holds.
     """
-    prompt, completion = row.values.get("prompt") if has_prompt else None, row.values[column]
-    is_chat = isinstance(completion, list) or not has_prompt
+    prompt, completion = row.values.get("prompt"), row.values[column]
+    is_chat = format in ("messages", "sharegpt") or isinstance(completion, list)
     if prompt is not None and isinstance(prompt, list) != is_chat:
         raise ValueError(
             f"{row.place}: 'prompt' is a {type(prompt).__name__} and {column!r} a "
             f"{type(completion).__name__}; both must be strings or both lists of messages."
         )
-    takes_images = is_chat and unused in COLUMNS
-    _check_unused(row, unused, *(("tools",) * (not is_chat)), *(("images",) * (not takes_images)))
-    if not is_chat:
+    if format == "text" or not is_chat:
+        _check_unused(row, format)
         start = "" if prompt is None else _text(row, "prompt")
         return Example(row.place, start, _text(row, column))
-    images = row.values.get("images") if takes_images else None
-    images = [images] if images and not isinstance(images, list) else images
-    waiting = iter(images) if images else None
-    context = [] if prompt is None else _messages(row, "prompt", waiting, is_context=True)
-    return _chat(row, context, _messages(row, column, waiting), waiting, column)
+    column_of_images = ("images",) if format in COLUMNS else ()
+    _check_unused(row, format, "tools", *column_of_images)
+    shown = [image for name in column_of_images for image in _listed(row.values.get(name))]
+    images = iter(shown) if shown else None
+    context = [] if prompt is None else _messages(row, "prompt", images, is_context=True)
+    messages = _messages(row, column, images)
+    _place_rest(row, [*context, *messages], images)
+    skipped = [n for n, one in enumerate([*context, *messages]) if one.pop("weight", None) == 0]
+    tools = row.values.get("tools")
+    if isinstance(tools, str):  # as tables keep them
+        tools = _parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
+    _check_functions(tools, f"{row.place}: 'tools'")
+    example = Example(row.place, context, messages, tools, skipped)
+    if not example.learned_turns:
+        raise ValueError(
+            f"{row.place}: {column!r} has no assistant turn, or none of weight 1, so nothing to "
+            "learn; add the answer with the role 'assistant', or remove the row."
+        )
+    return example
 
 
 def to_prompt(row: Row) -> str | list[Message]:
     """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
-    _check_unused(row, "prompt", "tools", "images")
+    _check_unused(row, "prompt")
     if not isinstance(row.values["prompt"], list):
         return _text(row, "prompt")
     messages = _messages(row, "prompt", is_context=True)
@@ -180,9 +193,9 @@ def to_prompt(row: Row) -> str | list[Message]:
     return messages
 
 
-def _check_unused(row: Row, format: str, *more: str) -> None:
+def _check_unused(row: Row, format: str, *used: str) -> None:
     """Refuse what would be left out of the text without a word."""
-    for column in (*(name for name in _NOT_USED if name != "images"), *more):
+    for column in () if format == "text" else set(_OF_OTHERS) - set(used):
         if row.values.get(column):
             raise ValueError(
                 f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
@@ -190,19 +203,18 @@ def _check_unused(row: Row, format: str, *more: str) -> None:
             )
 
 
-def _from_instruction(row: Row, has_template: bool) -> Example:
-    _check_unused(row, "instruction", "tools", "images")
+def _from_instruction(row: Row, has_template: bool) -> Row:
     instruction, output = _text(row, "instruction"), _text(row, "output")
     more = _text(row, "input") if row.values.get("input") else ""
-    if not has_template:
-        form = _INSTRUCTION_INPUT if more else _INSTRUCTION
-        return Example(row.place, form.format(instruction=instruction, input=more), output)
-    question = "\n\n".join(filter(None, (instruction, more)))
-    asked, answered = (
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": output},
+    prompt: Any = (_INSTRUCTION_INPUT if more else _INSTRUCTION).format(
+        instruction=instruction, input=more
     )
-    return Example(row.place, [asked], [answered])
+    completion: Any = output
+    if has_template:
+        question = "\n\n".join(filter(None, (instruction, more)))
+        prompt = [{"role": "user", "content": question}]
+        completion = [{"role": "assistant", "content": output}]
+    return Row(row.place, {**row.values, "prompt": prompt, "completion": completion})
 
 
 def _text(row: Row, column: str) -> str:
@@ -213,38 +225,6 @@ def _text(row: Row, column: str) -> str:
             "it or remove the row."
         )
     return value
-
-
-def _chat(
-    row: Row,
-    prompt: list[Message],
-    completion: list[Message],
-    images: Iterator[Any] | None,
-    column: str,
-) -> Example:
-    """Make an example of a chat; images that no message shows come first."""
-    messages = prompt + completion
-    left = "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ())
-    asked = [message for message in messages if message["role"] == "user"]
-    if left and (not asked or references(asked)):
-        raise ValueError(
-            f"{row.place}: 'images' has more than the messages show; give each its "
-            '{"type": "image"} or <image>.'
-        )
-    if left:
-        asked[0]["content"] = left + asked[0]["content"]
-    skipped = [turn for turn, m in enumerate(messages) if m.pop("weight", None) == 0]
-    tools = row.values.get("tools")
-    if isinstance(tools, str):  # as tables keep them
-        tools = _parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
-    _check_functions(tools, f"{row.place}: 'tools'")
-    example = Example(row.place, prompt, completion, tools, skipped)
-    if not example.learned_turns:
-        raise ValueError(
-            f"{row.place}: {column!r} has no assistant turn, or none of weight 1, so nothing to "
-            "learn; add the answer with the role 'assistant', or remove the row."
-        )
-    return example
 
 
 def _messages(
@@ -269,42 +249,43 @@ def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: 
             "'content'."
         )
     kept = {key: value for key, value in message.items() if value is not None}
-    role, content = kept["role"], _joined(kept.get("content"), images, what)
+    role = kept["role"]
     if role not in _ROLES:  # an answer of another name would not be learned
         meant = _MEANT.get(role.lower())
         hint = f"did you mean {meant!r}? " if meant else guess(role, _ROLES)
         raise ValueError(f"{what} has the role {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
     weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
-    if weights:
-        can_learn = role == "assistant" and not is_context
-        if (
-            weights[0] not in (0, 1)
-            or any(one != weights[0] for one in weights)
-            or (weights[0] and not can_learn)
-        ):
-            raise ValueError(
-                f"{what} has the weight {weights[0]!r}; a turn is learned (1) or not (0), and only "
-                "assistant turns outside a prompt can be. Mend or remove its flags."
-            )
-        kept["weight"] = int(weights[0])
-    _check_functions(kept.get("tool_calls"), f"{what}: 'tool_calls'")
-    content = "" if content is None else content
-    calls = kept.get("tool_calls") or kept.get("function_call")
-    if not isinstance(content, str) or not (content.strip() or calls):
+    allowed = (0, 1) if role == "assistant" and not is_context else (0,)
+    if any(weight not in allowed or weight != weights[0] for weight in weights):
+        raise ValueError(
+            f"{what} has the weight {weights[0]!r}; a turn is learned (1) or not (0), and only "
+            "assistant turns outside a prompt can be. Mend or remove its flags."
+        )
+    calls = kept.get("tool_calls")
+    _check_functions(calls, f"{what}: 'tool_calls'")
+    content = _content(kept.get("content", ""), images, what)
+    if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
         raise ValueError(
             f"{what} has the content {content!r:.80}; it must be a text that is not empty. Fill it "
             "or remove the row."
         )
     if role == "assistant" and START in content:
         raise ValueError(f"{what} is an answer with an image; models answer in text. Take it out.")
-    return {**kept, "content": content}
+    return {**kept, "content": content, **({"weight": weights[0]} if weights else {})}
 
 
-def _joined(content: Any, images: Iterator[Any] | None, what: str) -> Any:
+def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
     """Return parts as one text: in lines, as vLLM serves OpenAI's, with images as references."""
-    if isinstance(content, str) and images is not None and "<image>" in content:
+
+    def show(image: Any = None) -> str:
+        image = next(images or iter(()), None) if image is None else image
+        if image is None:
+            raise ValueError(f"{what} shows more images than the column 'images' has; add them.")
+        return mark_image(image, what)
+
+    if isinstance(content, str) and images is not None:
         first, *others = content.split("<image>")
-        return first + "".join(_next(images, what) + other for other in others)
+        return first + "".join(show() + other for other in others)
     if not isinstance(content, list):
         return content
     texts = []
@@ -312,8 +293,7 @@ def _joined(content: Any, images: Iterator[Any] | None, what: str) -> Any:
         kind = part.get("type") if isinstance(part, dict) else part
         if kind in ("image", "image_url"):
             names = ("image", "path", "url", "image_url")
-            found = next((part[name] for name in names if part.get(name)), None)
-            texts.append(_next(images, what) if found is None else mark_image(found, what))
+            texts.append(show(next((part[name] for name in names if part.get(name)), None)))
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
@@ -324,56 +304,58 @@ def _joined(content: Any, images: Iterator[Any] | None, what: str) -> Any:
     return "\n".join(texts).replace(f"{END}\n", END).replace(f"\n{START}", START)
 
 
-def _next(images: Iterator[Any] | None, what: str) -> str:
-    image = next(images or iter(()), None)
-    if image is None:
-        raise ValueError(f"{what} shows more images than the column 'images' has; add them.")
-    return mark_image(image, what)
+def _place_rest(row: Row, messages: list[Message], images: Iterator[Any] | None) -> None:
+    """Put images that no message shows before the first question, if none shows any."""
+    left = "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ())
+    asked = [message for message in messages if message["role"] == "user"]
+    if left and (not asked or references(asked)):
+        raise ValueError(
+            f"{row.place}: 'images' has more than the messages show; give each its "
+            '{"type": "image"} or <image>.'
+        )
+    if left:
+        asked[0]["content"] = left + asked[0]["content"]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_functions(value: Any, what: str) -> None:
     """Refuse tools or calls that do not name their function."""
-    for item in value if isinstance(value, list) else [] if value is None else [None]:
-        function = item.get("function", item) if isinstance(item, dict) else None
+    for item in _listed(value):
+        function = item.get("function", item) if isinstance(item, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(
-                f"{what} has {item or value!r:.80}; it must be a list of objects with a name, or "
-                "with a 'function' that has one."
+                f"{what} has {item!r:.80}; it must be a list of objects with a name, or with a "
+                "'function' that has one."
             )
 
 
-def _with_messages(row: Row) -> Row:
+def _from_sharegpt(row: Row) -> Row:
     """Return a row of ShareGPT with its turns as messages; TRL's function keeps the speakers."""
     turns, system = row.values["conversations"], row.values.get("system")
-    if not isinstance(turns, list):
-        return row  # the check of messages says what it must be
-    messages = [
-        _from_turn(f"{row.place}: conversations[{i}]", turn) for i, turn in enumerate(turns)
-    ]
-    if system:
-        if any(isinstance(one, dict) and one.get("role") == "system" for one in messages):
-            raise ValueError(
-                f"{row.place}: column 'system' ({system!r:.40}) and a turn of the system; keep one."
-            )
-        messages.insert(0, {"role": "system", "content": system})
-    return Row(row.place, {**row.values, "conversations": messages, "system": None})
+    if isinstance(turns, list):  # else the check of messages says what it must be
+        turns = [_from_turn(f"{row.place}: conversations[{i}]", t) for i, t in enumerate(turns)]
+    if system and isinstance(turns, list):
+        turns = [{"role": "system", "content": system}, *turns]
+    values = {"conversations": turns, "system": None, "prompt": None}
+    return Row(row.place, {**row.values, **values})
 
 
 def _from_turn(what: str, turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn  # a message already, or wrong
-    speaker = str(turn["from"])
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    speaker, content = str(turn["from"]), turn.get("value")
     if speaker not in _SPEAKERS:
         hint = guess(speaker, _SPEAKERS)
         raise ValueError(f"{what} is from {speaker!r:.80}; {hint}known are {', '.join(_SPEAKERS)}.")
-    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message |= {"role": _SPEAKERS[speaker], "content": turn.get("value")}
     if speaker == "function_call":
-        calls = _parse_json(message["content"], what)
-        calls = calls if isinstance(calls, list) else [calls]
-        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-        message["content"] = ""
-    return message
+        calls = _listed(_parse_json(content, what))
+        rest["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        content = ""
+    return {**rest, "role": _SPEAKERS[speaker], "content": content}
 
 
 def _parse_json(text: Any, what: str) -> Any:

@@ -6,7 +6,7 @@ chat where a generation ends, and say of no row what is wrong with it.
 """
 
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,52 +31,36 @@ def prepare_pairs(
     config: TextDataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    max_length: int | None,
-    stop_ids: Collection[int],
-    num_processes: int | None = None,
     scored: bool = False,
+    **options: Any,
 ) -> PreparedData:
     """Read, check and encode pairs.
 
     Returns rows of `PAIR_COLUMNS`; with `scored`, for a model that scores whole texts, rows of
     `SCORED_COLUMNS`, each with the prompt in it, and those longer than `max_length` are left out.
+
+    Args:
+        config: The data.
+        tokenizer: Makes tokens of it.
+        scored: Whether the model scores whole texts.
+        options: `max_length` or None, `stop_ids` and, if need be, `num_processes`, as in
+            `prepare_data`.
     """
-    encoder = Encoder(
-        tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length, learn_all=scored
-    )
-    return make_tables(
-        config,
-        *find_examples(config, partial(to_pairs, needs_prompt=not scored)),
-        partial(_encode_pair, encoder=encoder, scored=scored),
-        ("place", "num_tokens", *(SCORED_COLUMNS if scored else PAIR_COLUMNS)),
-        max_length=max_length,
-        num_processes=num_processes,
-        must_end=not scored,
-    )[1]
+    convert = partial(to_pairs, needs_prompt=not scored)
+    columns = SCORED_COLUMNS if scored else PAIR_COLUMNS
+    return _prepare(config, tokenizer, convert, _encode_pair, columns, **options)
 
 
 def prepare_judged(
-    config: TextDataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
-    num_processes: int | None = None,
+    config: TextDataConfig, tokenizer: "PreTrainedTokenizerBase", **options: Any
 ) -> PreparedData:
-    """Read, check and encode judged answers; returns rows of `JUDGED_COLUMNS`.
+    """Read, check and encode judged answers, as `prepare_pairs`; returns rows of `JUDGED_COLUMNS`.
 
     Those to train on are in an order that is drawn from `config.seed`, since KTO trains in that
     order.
     """
-    encoder = Encoder(tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length)
-    (train,), found = make_tables(
-        config,
-        *find_examples(config, to_judged),
-        partial(_encode_judged, encoder=encoder),
-        ("place", "num_tokens", *JUDGED_COLUMNS),
-        max_length=max_length,
-        num_processes=num_processes,
-    )
+    found = _prepare(config, tokenizer, to_judged, _encode_judged, JUDGED_COLUMNS, **options)
+    train: Any = found.train
     labels = set(train["label"])
     if len(labels) == 1:
         found.warnings.append(
@@ -86,6 +70,32 @@ def prepare_judged(
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
     return replace(found, train=train.select(order))
+
+
+def _prepare(
+    config: TextDataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    convert: Callable[..., Iterator[Any]],
+    encode: Callable[..., dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    max_length: int | None,
+    stop_ids: Collection[int],
+    num_processes: int | None = None,
+) -> PreparedData:
+    scored = columns == SCORED_COLUMNS
+    encoder = Encoder(
+        tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length, learn_all=scored
+    )
+    return make_tables(
+        config,
+        *find_examples(config, convert),
+        partial(encode, encoder=encoder),
+        ("place", "num_tokens", *columns),
+        max_length=max_length,
+        num_processes=num_processes,
+        must_end=not scored,
+    )[1]
 
 
 def to_pairs(
@@ -105,7 +115,7 @@ def to_pairs(
             )
         if "prompt" not in present_columns(row) and needs_prompt:
             row = _with_prompt(row)
-        yield to_answer(row, "chosen", "preference"), to_answer(row, "rejected", "preference")
+        yield to_answer(row, "chosen"), to_answer(row, "rejected")
 
 
 def to_judged(rows: Iterable[Row], format: str = "preference") -> Iterator[tuple[Example, bool]]:
@@ -123,7 +133,7 @@ def to_judged(rows: Iterable[Row], format: str = "preference") -> Iterator[tuple
                 f"{row.place}: 'label' is {row.values['label']!r:.80}; it must be true (desirable) "
                 "or false."
             )
-        yield to_answer(row, "completion", "preference"), label
+        yield to_answer(row, "completion"), label
 
 
 def _with_prompt(row: Row) -> Row:
@@ -141,38 +151,32 @@ def _with_prompt(row: Row) -> Row:
     return Row(row.place, {**row.values, **parts})
 
 
-def _encode_pair(
-    pair: tuple[Example, Example], *, encoder: Encoder, scored: bool
-) -> dict[str, Any]:
-    """Return the tokens of the prompt and of both answers, or of both texts."""
+def _encode_pair(pair: tuple[Example, Example], *, encoder: Encoder) -> dict[str, Any]:
+    """Return the tokens of the prompt and of both answers, or of both texts if all is learned."""
     chosen, rejected = map(encoder, pair)
     notes = sorted({*chosen["notes"], *rejected["notes"]})
-    row = {
+    if encoder.learn_all and "cut" in notes:
+        notes = ["lost"]
+    (start, end), (other_start, other_end) = _learned_span(chosen), _learned_span(rejected)
+    ids, others = chosen["input_ids"], rejected["input_ids"]
+    start = min(start, other_start, common_prefix(ids[:start], others[:other_start]))
+    return {
         "place": chosen["place"],
         "num_tokens": max(chosen["num_tokens"], rejected["num_tokens"]),
-        "notes": ["lost"] if "lost" in notes or (scored and "cut" in notes) else notes,
+        "notes": ["lost"] if "lost" in notes else notes,
+        "chosen_ids": ids[start:end],
+        "rejected_ids": others[start:other_end],
+        **({} if encoder.learn_all else {"prompt_ids": ids[:start]}),
     }
-    ids, others = chosen["input_ids"], rejected["input_ids"]
-    if scored:
-        return {**row, "chosen_ids": ids, "rejected_ids": others}
-    (start, end), (other_start, other_end) = _learned_span(chosen), _learned_span(rejected)
-    start = min(start, other_start, common_prefix(ids[:start], others[:other_start]))
-    answers = {"chosen_ids": ids[start:end], "rejected_ids": others[start:other_end]}
-    return {**row, "prompt_ids": ids[:start], **answers}
 
 
 def _encode_judged(judged: tuple[Example, bool], *, encoder: Encoder) -> dict[str, Any]:
     """Return the tokens of prompt and answer, and its label."""
     row = encoder(judged[0])
-    start, end = _learned_span(row)
-    ids = row.pop("input_ids")
+    (start, end), ids = _learned_span(row), row.pop("input_ids")
     del row["labels"]
-    return {
-        **row,
-        "prompt_ids": ids[:start],
-        "completion_ids": ids[start:end],
-        "label": judged[1],
-    }
+    answer = {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": judged[1]}
+    return {**row, **answer}
 
 
 def _learned_span(row: dict[str, Any]) -> tuple[int, int]:

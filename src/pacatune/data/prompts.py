@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 INDEX = "reasoning_gym_index"
 """Column with the number of an example among those that reasoning-gym has made."""
 
-# What TRL gives to reward functions beside the columns of the data, or would read of them.
-_TAKEN = ("place", "prompts", "completions", "trainer_state", "environments", "image")
-
 
 def prepare_prompts(
     config: PromptDataConfig, tokenizer: "PreTrainedTokenizerBase", *, num_new_tokens: int
@@ -96,8 +93,7 @@ def _load(
     kinds = {type(row["prompt"]): row["place"] for row in reversed(found)}
     if len(kinds) > 1:
         raise ValueError(
-            f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat; one run takes one of "
-            "them: convert the others."
+            f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat; convert one of them."
         )
     # Every reward function gets every column, with None where a row lacks it.
     columns = dict.fromkeys(column for row in found for column in row)
@@ -130,11 +126,6 @@ def to_row(row: Row, system_prompt: str | None) -> dict[str, Any]:
     """Return a checked row with its prompt, and place."""
     rule = "this task needs it, and gives all other columns to the reward functions"
     check_columns(row, ("prompt",), rule)
-    if taken := sorted(row.values.keys() & set(_TAKEN)):
-        raise ValueError(
-            f"{row.place}: column {taken[0]!r} has the name of an argument that every reward "
-            "function gets; rename it."
-        )
     prompt = to_prompt(row)
     if system_prompt is not None:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

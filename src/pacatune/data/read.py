@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,19 @@ def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
         if columns is not None and next(csv.reader(lines), [""])[-1] == columns[-1]:
             columns = None
         lines.seek(0)
-        number = 0
-        try:
-            for number, values in enumerate(csv.DictReader(lines, columns, strict=True), start=1):
+        reader = csv.DictReader(lines, columns, strict=True)
+        for number in count(1):
+            try:
+                values = next(reader, {})
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
-                yield number, values
-        except csv.Error as error:
-            raise ValueError(f"{file}, row {number}: not valid CSV ({error}); mend it.") from error
+            except csv.Error as error:
+                raise ValueError(
+                    f"{file}, row {number}: not valid CSV ({error}); mend it."
+                ) from error
+            if not values:
+                return
+            yield number, values
 
 
 def load_hub(
@@ -190,8 +196,8 @@ def load_hub(
         return load_dataset(path, name, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"`{option}` ({path!r}) is neither a file or folder here nor a data set of the hub that "
-            f"can be reached ({type(error).__name__}); check the path or the network."
+            f"`{option}` ({path!r}) is neither a file or folder here nor a data set of the hub "
+            f"that can be reached ({type(error).__name__}); check the path or the network."
         ) from error
 
 
