@@ -126,7 +126,10 @@ def test_labels_of_tables(text, label):
         ),
         ({**PAIR, "rejected": PAIR["chosen"]}, "'chosen' and 'rejected' are the same, so neither"),
         ({**PAIR, "chosen": ""}, "'chosen' is ''; it must be a text"),
-        ({**PAIR, "chosen": [assistant("a")]}, "'prompt' is a str and 'chosen' a list; both must"),
+        (
+            {**PAIR, "chosen": [assistant("a")]},
+            r"'prompt' .* and 'chosen' .* must both be texts or",
+        ),
         ({**CHAT, "rejected": [user("a")]}, "'rejected' has no assistant turn"),
         ({**CHAT, "chosen": [{"role": "assistant"}]}, r"chosen\[0\] has the content ''"),
         (
@@ -184,7 +187,7 @@ def test_models_that_score_cut_nothing(prepare):
 
 def test_a_chat_needs_a_template(prepare, tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 1 is a chat, but the model's tokenizer has no chat"):
+    with pytest.raises(ValueError, match=r"row 1 is a chat, but the tokenizer has no chat tem"):
         prepare([CHAT])
 
 

@@ -62,7 +62,7 @@ def test_system_prompt(prepare, prompt):
     [
         ([{"question": "a"}], r"row 1: field 'prompt' is missing \(columns \['question'\]\)"),
         ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' is ''; it must be a text"),
-        ([{"prompt": chat("a", "b")}], "'prompt' ends with an assistant turn, and the model is"),
+        ([{"prompt": chat("a", "b")}], "'prompt' ends with an assistant turn, which the model"),
         ([{"prompt": "a"}, {"prompt": chat("b")}], "row 1 has a text as prompt, and .* a chat"),
         ([{"prompt": "a", "images": ["x"]}], "column 'images' is not used"),
     ],

@@ -77,7 +77,7 @@ def test_weights_of_turns_are_kept():
         ({"conversations": [ASKED, {"from": "function_call", "value": "add(1)"}]}, "must be JSON"),
         (
             {"conversations": [ASKED, {"from": "function_call", "value": "[3]"}]},
-            "it must be a list of ob",
+            "each must be an object",
         ),
         ({"conversations": [ASKED, ANSWERED], "tools": "add"}, "'tools' is 'add'; it must be JSON"),
         (

@@ -187,7 +187,7 @@ def test_ways_to_name_an_image(images):
         (
             user({"type": "audio"}, {"type": "image", "image": "x"}),
             {},
-            "a part of the type 'audio'",
+            "a part 'audio'; give text, image",
         ),
     ],
 )

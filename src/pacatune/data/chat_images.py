@@ -41,10 +41,8 @@ def mark_image(image: Any, place: str) -> str:
     if not image.startswith("data:image/"):
         path = Path(image).expanduser().resolve()
         if "://" in image or not path.is_file():
-            raise ValueError(
-                f"{place} has the image {image!r:.80}, which is no file here; nothing is fetched "
-                "while data is read: download it and give its path."
-            )
+            rule = "which is no file here; nothing is fetched while data is read: give its path"
+            raise ValueError(f"{place} has the image {image!r:.80}, {rule}.")
         image = str(path)
     return f"{START}{image}{END}"
 

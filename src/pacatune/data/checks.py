@@ -16,10 +16,8 @@ _NOTES = {
     "moved": "have a prompt that is tokenized otherwise alone than in front of its completion, so "
     "the model is trained on a prompt that it will not see; end prompts on a token boundary, as "
     "before a space or line break",
-    "hidden": "have the message field {name!r}, which the chat template does not show, so the "
-    "model never sees it; give a `data.chat_template` that shows it, or remove it",
 }
-"""What the notes of an encoded example say; a name may follow after a colon."""
+"""What the notes of an encoded example say."""
 
 
 def keep_learnable(
@@ -27,8 +25,7 @@ def keep_learnable(
     what: str,
     max_length: int | None,
     warnings: list[str],
-    *,
-    must_end: bool = True,
+    must_end: bool,
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
@@ -49,8 +46,7 @@ def keep_learnable(
     if not is_checked or len(places["open"]) < len(kept) - len(places["cut"]):
         places["open"] = []  # where some end, the others may be meant so
     for note, found in places.items():
-        kind, _, name = note.partition(":")
-        said = _NOTES[kind].format(max_length=max_length, name=name)
+        said = _NOTES[note].format(max_length=max_length)
         if found:
             warnings.append(f"{len(found)} of {len(data)} {what} examples {said}: {some(found)}.")
     return data.select(kept).remove_columns("notes")

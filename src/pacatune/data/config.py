@@ -56,7 +56,7 @@ class TextDataConfig:
 
     def about(self) -> str:
         """Return where the training data is, for the model card."""
-        return f"`{self.path}`"
+        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
 
     def sources(self) -> "list[tuple[SourceConfig, str]]":
         """Return the data sets of training, each with the option that names it."""
@@ -84,11 +84,7 @@ TextFormat = Literal[
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One of several data sets that are mixed.
-
-    Raises:
-        ValueError: If `path` is missing or `weight` is not above 0.
-    """
+    """One of several data sets that are mixed."""
 
     path: str = ""
     """As `data.path`."""
@@ -218,10 +214,6 @@ class DataConfig(TextDataConfig):
         if self.datasets is None:
             return super().sources()
         return [(source, "data.datasets") for source in self.datasets]
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
 
 
 @dataclass(kw_only=True)

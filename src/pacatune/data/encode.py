@@ -19,7 +19,6 @@ IGNORED = -100
 
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
 _WRITTEN = ("reasoning_content", "reasoning", "thinking")
-_BOOKKEEPING = ("role", "content", "tool_calls", "function_call", "tool_call_id", "id")
 # What templates add and take away: white space, and the quoting of JSON.
 _UNREAD = re.compile(r'[\s\\"]+')
 
@@ -45,25 +44,20 @@ class Encoder:
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
-        notes, text, limit = [], "", self.max_length
+        text, limit = "", self.max_length
         if isinstance(example.completion, str):
             ids, learned, moved = self._encode_text(example)
         else:
-            example, hidden, text = self._check(example)
+            example, text = self._check(example)
             ids, learned, moved = self._encode_chat(example)
-            notes = [f"hidden:{name}" for name in hidden]
         learned = [True] * len(ids) if self.learn_all else learned
         if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
-            raise ValueError(
-                f"{example.place}: begins with {self.tokenizer.bos_token!r} twice, once from the "
-                "tokenizer; remove it from the data or chat template."
-            )
+            found = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
+            raise ValueError(f"{example.place}: {found}; remove it from data or template.")
         if not any(learned[1:]):  # The first token is never predicted.
-            raise ValueError(
-                f"{example.place}: nothing to learn, no token is part of a completion; remove it, "
-                "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
-            )
-        notes += ["moved"] * moved
+            fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
+            raise ValueError(f"{example.place}: nothing to learn, no token is an answer's; {fix}.")
+        notes = ["moved"] * moved
         if not any(learned[1:limit]):
             notes.append("lost")
         elif limit is not None and len(ids) > limit:
@@ -71,10 +65,8 @@ class Encoder:
         elif ids[max(i for i, flag in enumerate(learned) if flag)] not in self.stop_ids:
             notes.append("open")
         if example.images and {"lost", "cut"} & set(notes):
-            raise ValueError(
-                f"{example.place} has images and {len(ids)} tokens, more than `training.max_length`"
-                f" ({limit}); images cannot be cut: raise it, or use smaller images."
-            )
+            found = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
+            raise ValueError(f"{example.place} {found}; images cannot be cut: raise it.")
         labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
         return {
             "place": example.place,
@@ -87,10 +79,8 @@ class Encoder:
 
     def _encode_text(self, example: Example) -> tuple[list[int], list[bool], bool]:
         if self.processor is not None:
-            raise ValueError(
-                f"{example.place} is a plain text, and other rows have images; make it a chat, or "
-                "train on the two one after the other."
-            )
+            rule = "is a plain text, and other rows have images"
+            raise ValueError(f"{example.place} {rule}; make it a chat, or train on one of them.")
 
         def tokenize(text: str) -> list[int]:
             found = self.tokenizer(text, add_special_tokens=self.special_tokens)
@@ -109,38 +99,34 @@ class Encoder:
         start = common_prefix(prompt_ids, ids)
         return ids, [place >= start for place in range(len(ids))], start < len(prompt_ids)
 
-    def _check(self, example: Example) -> tuple[Example, list[str], str]:
-        """Return the chat as its template takes it, fields that are not shown, and the text.
+    def _check(self, example: Example) -> tuple[Example, str]:
+        """Return the chat as its template takes it, and the text.
 
         Most templates write the arguments of calls as JSON themselves and would write those of a
         text twice; some can only take a text.
         """
-        problem = ""
+        rule = ""
         if not self.tokenizer.chat_template:
-            problem = (
-                "is a chat, but the model's tokenizer has no chat template; give "
-                "`data.chat_template`, or use an instruction-tuned model."
-            )
+            rule = "is a chat, but the tokenizer has no chat template; give `data.chat_template`"
         elif self.learn_all and example.skipped:
-            problem = (
-                f"has turn {example.skipped[0] + 1} of weight 0, and `data.loss` 'all' learns "
-                "every turn; use 'completion', or remove the weights."
+            rule = (
+                "has turns of weight 0, and `data.loss` 'all' learns every turn; drop one of them"
             )
-        elif example.images and self.processor is None:
-            problem = "has images, which neither this task nor a stream takes; take them out."
-        if problem:
-            raise ValueError(f"{example.place} {problem}")
+        elif self.processor is None and example.images:
+            rule = "has images, which neither this task nor a stream takes; take them out"
+        if rule:
+            raise ValueError(f"{example.place} {rule}.")
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
-            return objects, *self._shown(objects)
+            return objects, self._shown(objects)
         except ValueError:
             if objects != texts:
                 with contextlib.suppress(ValueError):
-                    return texts, *self._shown(texts)
+                    return texts, self._shown(texts)
             raise
 
-    def _shown(self, example: Example) -> tuple[list[str], str]:
-        """Check that a template shows what is read of a chat; return fields it hides, the text.
+    def _shown(self, example: Example) -> str:
+        """Return the text of a chat, if its template shows what is read of it.
 
         Most templates drop what they do not know without a word. Turns stand in their order, those
         of the system anywhere; of turns that are not learned, the reasoning may be left out.
@@ -148,18 +134,15 @@ class Encoder:
         text = str(self._render(example, example.messages, tokenize=False))
         squeezed = _UNREAD.sub("", text)
 
-        def find(value: Any, start: int = 0) -> int:
+        def find(value: str, start: int = 0) -> int:
             """Return where a text or its JSON ends, from a place on, or -1."""
-            forms = (str(value), json.dumps(value, ensure_ascii=False, default=str))
-            pieces = [_UNREAD.sub("", form) for form in forms]
-            ends = [squeezed.find(piece, start) + len(piece) for piece in pieces]
-            found = [end for end, piece in zip(ends, pieces, strict=True) if end >= len(piece)]
-            return min(found, default=-1)
+            forms = {
+                _UNREAD.sub("", form) for form in (value, json.dumps(value, ensure_ascii=False))
+            }
+            places = [(squeezed.find(form, start), len(form)) for form in forms]
+            return min((place + length for place, length in places if place >= 0), default=-1)
 
-        def shows(value: Any) -> bool:
-            return find(value) >= 0
-
-        missing, hidden, place = [], set(), 0
+        missing, place = [], 0
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
         for turn, message in enumerate(example.messages):
             where, content = f"of turn {turn + 1} (role {message['role']!r})", message["content"]
@@ -169,30 +152,23 @@ class Encoder:
                 end = find(piece, 0 if is_free else place)
                 place = place if is_free else max(place, end)
                 missing += [f"content {where}"] * (end < 0)
-            calls = [*message.get("tool_calls", ()), message.get("function_call", {})]
-            if not all(shows(call.get("function", call).get("name", "")) for call in calls):
-                missing.append(f"tool_calls {where}")
-            others = message.keys() - {*_BOOKKEEPING, *_WRITTEN}
-            others -= {"name"} if message["role"] == "tool" else set()
-            hidden |= {name for name in others if not shows(message[name])}
-            if turn in turns:
-                missing += [f"{n} {where}" for n in _WRITTEN if not shows(message.get(n, ""))]
-        missing += [
-            f"tools[{number}]"
-            for number, tool in enumerate(example.tools or ())
-            if not shows(tool.get("function", tool)["name"])
-        ]
-        if self.processor is not None and text.count(self.processor.image_token) != len(
-            example.images
-        ):
-            missing.append(f"each of {len(example.images)} images once")
+            for call in (*message.get("tool_calls", ()), message.get("function_call", {})):
+                name = call.get("function", call).get("name", "")
+                missing += [f"tool_calls {where}"] * (find(name) < 0)
+            written = {name: message.get(name, "") for name in _WRITTEN if turn in turns}
+            missing += [f"{name} {where}" for name, said in written.items() if find(said) < 0]
+        for number, tool in enumerate(example.tools or ()):
+            missing += [f"tools[{number}]"] * (find(tool.get("function", tool)["name"]) < 0)
+        num_images = len(example.images)
+        if self.processor is not None and text.count(self.processor.image_token) != num_images:
+            missing.append(f"each of {num_images} images once")
         if missing:
             raise ValueError(
                 f"{example.place}: the chat template does not show {missing[0]}, so the model "
                 "would learn the turns without it; give a `data.chat_template` that shows it, or "
                 "take it out of the row."
             )
-        return sorted(hidden), text
+        return text
 
     def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
         messages, moved = example.messages, False
@@ -219,11 +195,8 @@ class Encoder:
     def _learned_span(self, ids: list[int], example: Example, turn: int) -> tuple[int, int, int]:
         """Return where what the model itself writes in a turn begins and ends, and its cue."""
         if turn == 0:
-            raise ValueError(
-                f"{example.place}: the chat opens with an assistant turn, which answers nothing; "
-                "put a user or system turn before it, or give `data.chat_template` with "
-                "{% generation %} marks."
-            )
+            rule = "the chat opens with an assistant turn, which answers nothing"
+            raise ValueError(f"{example.place}: {rule}; put a user or system turn before it.")
         cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
         _, end = self._find_turn(ids, example, turn)
         start = common_prefix(cue, ids)
@@ -267,9 +240,9 @@ class Encoder:
                 messages, tokenize=tokenize, return_dict=tokenize, **options
             )
         except (TemplateError, TypeError) as error:
+            problem = f"the chat template cannot render it ({error})"
             raise ValueError(
-                f"{example.place}: the chat template cannot render it ({error}); "
-                "change the messages, or give another `data.chat_template`."
+                f"{example.place}: {problem}; give another `data.chat_template`."
             ) from error
         if self.processor is None or not tokenize:
             return made

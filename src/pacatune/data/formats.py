@@ -112,17 +112,13 @@ def _find_format(row: Row, format: str) -> str:
     present = present_columns(row)
     fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
     if format == "auto" and not fits:
-        raise ValueError(
-            f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. "
-            "Rename the columns."
-        )
+        found = f"columns {sorted(row.values)} fit no format"
+        raise ValueError(f"{row.place}: {found}; rename them: accepted are {_ACCEPTED}.")
     if format == "auto" or format in fits or format == "mmlu":  # whose check knows its layouts
         return fits[0] if format == "auto" else format
     if fits:
-        raise ValueError(
-            f"{row.place}: format {fits[0]!r} among rows of format {format!r}; "
-            "one run takes one format: split the data or convert these rows."
-        )
+        found = f"format {fits[0]!r} among rows of format {format!r}"
+        raise ValueError(f"{row.place}: {found}; one run takes one format: split the data.")
     check_columns(row, COLUMNS[format], f"format {format!r} needs {', '.join(COLUMNS[format])}")
     return format
 
@@ -131,10 +127,8 @@ def check_columns(row: Row, needed: Sequence[str], rule: str) -> None:
     """Refuse a row that lacks a column."""
     present = present_columns(row)
     if missing := [column for column in needed if column not in present]:
-        raise ValueError(
-            f"{row.place}: field {missing[0]!r} is missing (columns {sorted(present)}); {rule}. "
-            "Add it or remove the row."
-        )
+        found = f"field {missing[0]!r} is missing (columns {sorted(present)})"
+        raise ValueError(f"{row.place}: {found}; {rule}. Add it or remove the row.")
 
 
 def present_columns(row: Row) -> set[str]:
@@ -150,10 +144,8 @@ def to_answer(row: Row, column: str, format: str = "preference") -> Example:
     prompt, completion = row.values.get("prompt"), row.values[column]
     is_chat = format in ("messages", "sharegpt") or isinstance(completion, list)
     if prompt is not None and isinstance(prompt, list) != is_chat:
-        raise ValueError(
-            f"{row.place}: 'prompt' is a {type(prompt).__name__} and {column!r} a "
-            f"{type(completion).__name__}; both must be strings or both lists of messages."
-        )
+        both = f"'prompt' ({prompt!r:.40}) and {column!r} ({completion!r:.40})"
+        raise ValueError(f"{row.place}: {both} must both be texts or both lists of messages.")
     if format == "text" or not is_chat:
         _check_unused(row, format)
         start = "" if prompt is None else _text(row, "prompt")
@@ -172,10 +164,8 @@ def to_answer(row: Row, column: str, format: str = "preference") -> Example:
     _check_functions(tools, f"{row.place}: 'tools'")
     example = Example(row.place, context, messages, tools, skipped)
     if not example.learned_turns:
-        raise ValueError(
-            f"{row.place}: {column!r} has no assistant turn, or none of weight 1, so nothing to "
-            "learn; add the answer with the role 'assistant', or remove the row."
-        )
+        rule = "has no assistant turn, or none of weight 1, so nothing to learn"
+        raise ValueError(f"{row.place}: {column!r} {rule}; add the answer or remove the row.")
     return example
 
 
@@ -186,10 +176,8 @@ def to_prompt(row: Row) -> str | list[Message]:
         return _text(row, "prompt")
     messages = _messages(row, "prompt", is_context=True)
     if messages[-1]["role"] == "assistant" or references(messages):
-        raise ValueError(
-            f"{row.place}: 'prompt' ends with an assistant turn, and the model is to write that, "
-            "or has an image; take it out."
-        )
+        rule = "ends with an assistant turn, which the model is to write, or has an image"
+        raise ValueError(f"{row.place}: 'prompt' {rule}; take it out.")
     return messages
 
 
@@ -197,10 +185,9 @@ def _check_unused(row: Row, format: str, *used: str) -> None:
     """Refuse what would be left out of the text without a word."""
     for column in () if format == "text" else set(_OF_OTHERS) - set(used):
         if row.values.get(column):
-            raise ValueError(
-                f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
-                "`messages` and `tools` (system text as a turn, functions as tools), or remove it."
-            )
+            rule = f"is not used by format {format!r}"
+            fix = "write it into `messages` and `tools`, or remove it"
+            raise ValueError(f"{row.place}: column {column!r} {rule}; {fix}.")
 
 
 def _from_instruction(row: Row, has_template: bool) -> Row:
@@ -220,10 +207,7 @@ def _from_instruction(row: Row, has_template: bool) -> Row:
 def _text(row: Row, column: str) -> str:
     value = row.values[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(
-            f"{row.place}: {column!r} is {value!r:.80}; it must be a text that is not empty. Fill "
-            "it or remove the row."
-        )
+        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; it must be a text. Fill it.")
     return value
 
 
@@ -232,10 +216,8 @@ def _messages(
 ) -> list[Message]:
     value = row.values[column]
     if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{row.place}: {column!r} is {value!r:.80}; it must be a list of messages, as "
-            '{"role": "user", "content": "..."}. Fill it or remove the row.'
-        )
+        rule = 'it must be a list of messages, as {"role": "user", "content": "..."}'
+        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; {rule}.")
     return [
         _message(f"{row.place}: {column}[{turn}]", message, images, is_context)
         for turn, message in enumerate(value)
@@ -244,10 +226,8 @@ def _messages(
 
 def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: bool) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(
-            f"{what} is {message!r:.80}; a message must be an object with the strings 'role' and "
-            "'content'."
-        )
+        rule = "a message must be an object with the strings 'role' and 'content'"
+        raise ValueError(f"{what} is {message!r:.80}; {rule}.")
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept["role"]
     if role not in _ROLES:  # an answer of another name would not be learned
@@ -257,18 +237,13 @@ def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: 
     weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
     allowed = (0, 1) if role == "assistant" and not is_context else (0,)
     if any(weight not in allowed or weight != weights[0] for weight in weights):
-        raise ValueError(
-            f"{what} has the weight {weights[0]!r}; a turn is learned (1) or not (0), and only "
-            "assistant turns outside a prompt can be. Mend or remove its flags."
-        )
+        rule = "it must be 0 or 1, and 1 is for assistant turns outside a prompt alone"
+        raise ValueError(f"{what} has the weight {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
     _check_functions(calls, f"{what}: 'tool_calls'")
     content = _content(kept.get("content", ""), images, what)
     if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
-        raise ValueError(
-            f"{what} has the content {content!r:.80}; it must be a text that is not empty. Fill it "
-            "or remove the row."
-        )
+        raise ValueError(f"{what} has the content {content!r:.80}; it must be a text. Fill it.")
     if role == "assistant" and START in content:
         raise ValueError(f"{what} is an answer with an image; models answer in text. Take it out.")
     return {**kept, "content": content, **({"weight": weights[0]} if weights else {})}
@@ -297,10 +272,7 @@ def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise ValueError(
-                f"{what} has a part of the type {kind!r:.40}; parts must be text, as "
-                '{"type": "text", "text": "..."}, image or image_url.'
-            )
+            raise ValueError(f"{what} has a part {kind!r:.40}; give text, image or image_url.")
     return "\n".join(texts).replace(f"{END}\n", END).replace(f"\n{START}", START)
 
 
@@ -309,10 +281,7 @@ def _place_rest(row: Row, messages: list[Message], images: Iterator[Any] | None)
     left = "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ())
     asked = [message for message in messages if message["role"] == "user"]
     if left and (not asked or references(asked)):
-        raise ValueError(
-            f"{row.place}: 'images' has more than the messages show; give each its "
-            '{"type": "image"} or <image>.'
-        )
+        raise ValueError(f"{row.place}: 'images' has more than the messages show as <image>.")
     if left:
         asked[0]["content"] = left + asked[0]["content"]
 
@@ -326,10 +295,7 @@ def _check_functions(value: Any, what: str) -> None:
     for item in _listed(value):
         function = item.get("function", item) if isinstance(item, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(
-                f"{what} has {item!r:.80}; it must be a list of objects with a name, or with a "
-                "'function' that has one."
-            )
+            raise ValueError(f"{what} has {item!r:.80}; each must be an object with a name.")
 
 
 def _from_sharegpt(row: Row) -> Row:

@@ -6,7 +6,7 @@ chat where a generation ends, and say of no row what is wrong with it.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ def prepare_pairs(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     scored: bool = False,
+    num_processes: int | None = None,
     **options: Any,
 ) -> PreparedData:
     """Read, check and encode pairs.
@@ -43,30 +44,33 @@ def prepare_pairs(
         config: The data.
         tokenizer: Makes tokens of it.
         scored: Whether the model scores whole texts.
-        options: `max_length` or None, `stop_ids` and, if need be, `num_processes`, as in
-            `prepare_data`.
+        num_processes: Processes that encode.
+        options: `stop_ids` and `max_length`, as in `prepare_data`.
     """
+    encoder = Encoder(tokenizer=tokenizer, learn_all=scored, **options)
     convert = partial(to_pairs, needs_prompt=not scored)
-    columns = SCORED_COLUMNS if scored else PAIR_COLUMNS
-    return _prepare(config, tokenizer, convert, _encode_pair, columns, **options)
+    return _prepare(config, convert, _encode_pair, encoder, num_processes)
 
 
 def prepare_judged(
-    config: TextDataConfig, tokenizer: "PreTrainedTokenizerBase", **options: Any
+    config: TextDataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    num_processes: int | None = None,
+    **options: Any,
 ) -> PreparedData:
     """Read, check and encode judged answers, as `prepare_pairs`; returns rows of `JUDGED_COLUMNS`.
 
     Those to train on are in an order that is drawn from `config.seed`, since KTO trains in that
     order.
     """
-    found = _prepare(config, tokenizer, to_judged, _encode_judged, JUDGED_COLUMNS, **options)
+    encoder = Encoder(tokenizer=tokenizer, **options)
+    found = _prepare(config, to_judged, _encode_judged, encoder, num_processes)
     train: Any = found.train
     labels = set(train["label"])
     if len(labels) == 1:
-        found.warnings.append(
-            f"every training example has the label {labels.pop()}, so that nothing says which "
-            "answers are better; give answers of both kinds."
-        )
+        rule = "so that nothing says which answers are better; give answers of both kinds"
+        found.warnings.append(f"every training example has the label {labels.pop()}, {rule}.")
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
     return replace(found, train=train.select(order))
@@ -74,27 +78,18 @@ def prepare_judged(
 
 def _prepare(
     config: TextDataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
     convert: Callable[..., Iterator[Any]],
     encode: Callable[..., dict[str, Any]],
-    columns: Sequence[str],
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
+    encoder: Encoder,
     num_processes: int | None = None,
 ) -> PreparedData:
-    scored = columns == SCORED_COLUMNS
-    encoder = Encoder(
-        tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length, learn_all=scored
-    )
     return make_tables(
         config,
         *find_examples(config, convert),
         partial(encode, encoder=encoder),
-        ("place", "num_tokens", *columns),
-        max_length=max_length,
+        max_length=encoder.max_length,
         num_processes=num_processes,
-        must_end=not scored,
+        must_end=not encoder.learn_all,
     )[1]
 
 
@@ -109,10 +104,8 @@ def to_pairs(
         rule = "this task needs chosen, rejected and, as a rule, prompt"
         check_columns(row, ("chosen", "rejected"), rule)
         if row.values["chosen"] == row.values["rejected"]:
-            raise ValueError(
-                f"{row.place}: 'chosen' and 'rejected' are the same, so neither is better; remove "
-                "the row."
-            )
+            rule = "'chosen' and 'rejected' are the same, so neither is better"
+            raise ValueError(f"{row.place}: {rule}; remove the row.")
         if "prompt" not in present_columns(row) and needs_prompt:
             row = _with_prompt(row)
         yield to_answer(row, "chosen"), to_answer(row, "rejected")
@@ -129,10 +122,8 @@ def to_judged(rows: Iterable[Row], format: str = "preference") -> Iterator[tuple
         check_columns(row, needed, f"this task needs {', '.join(needed)}, or chosen and rejected")
         label = _LABELS.get(str(row.values["label"]).strip().lower())
         if label is None:
-            raise ValueError(
-                f"{row.place}: 'label' is {row.values['label']!r:.80}; it must be true (desirable) "
-                "or false."
-            )
+            found = f"'label' is {row.values['label']!r:.80}"
+            raise ValueError(f"{row.place}: {found}; it must be true (desirable) or false.")
         yield to_answer(row, "completion"), label
 
 
@@ -144,10 +135,8 @@ def _with_prompt(row: Row) -> Row:
     kinds = {type(answer) for answer in answers.values()}
     parts = extract_prompt(answers) if kinds in ({str}, {list}) and all(answers.values()) else {}
     if not all(parts.get(name) for name in ("prompt", *answers)):
-        raise ValueError(
-            f"{row.place}: there is no 'prompt', and 'chosen' and 'rejected' are no texts or chats "
-            "that both begin with one and go on differently; add the column prompt."
-        )
+        rule = "there is no 'prompt', and 'chosen' and 'rejected' are no texts that share one"
+        raise ValueError(f"{row.place}: {rule}; add the column prompt.")
     return Row(row.place, {**row.values, **parts})
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 NUM_SAMPLED = 1000
 """Rows at the beginning of a stream that are checked before training."""
 
-_COLUMNS = ("place", "input_ids", "labels", "num_tokens")
-
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
 
@@ -72,10 +70,8 @@ def prepare_data(
     processor = None
     if load_processor is not None and any(one.survey[-1] for one in sampled):
         if config.streaming or config.loss == "all":
-            raise ValueError(
-                "`data.streaming` and `data.loss` 'all' are for texts, and the data has images; "
-                "drop them."
-            )
+            rule = "`data.streaming` and `data.loss` 'all' are for texts"
+            raise ValueError(f"{rule}, and the data has images; drop them.")
         processor = load_processor()
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -85,15 +81,8 @@ def prepare_data(
         special_tokens=config.special_tokens,
         processor=processor,
     )
-    columns = _COLUMNS if processor is None else (*_COLUMNS, "text", "images")
     parts, found = make_tables(
-        config,
-        sampled,
-        held_out,
-        encoder,
-        columns,
-        max_length=max_length,
-        num_processes=num_processes,
+        config, sampled, held_out, encoder, max_length=max_length, num_processes=num_processes
     )
     found = replace(found, train=_mixed(parts, config), processor=processor)
     if not config.streaming:
@@ -140,9 +129,7 @@ class Examples:
                     digest.update(str(Path(image).stat().st_mtime_ns).encode())
         return number, digest.hexdigest(), has_images
 
-    def encoded(
-        self, encode: Encode, columns: Sequence[str], num_processes: int | None
-    ) -> "Dataset":
+    def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
         """Return what `encode` makes of each, from the cache of datasets if it is there.
 
         Processes that need the same wait for the first: the cache has a lock.
@@ -160,7 +147,7 @@ class Examples:
         try:
             return Dataset.from_generator(
                 _encode,
-                features=_features((*columns, "notes")),
+                features=_features(encode(next(iter(self)))),
                 gen_kwargs=given,
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
@@ -178,12 +165,12 @@ class Examples:
         from datasets import IterableDataset
 
         def rows() -> Iterator[dict[str, Any]]:
-            for example in self:
-                row = encode(example)
-                if "lost" not in row["notes"]:
-                    yield {name: row[name] for name in _COLUMNS}
+            for row in map(encode, self):
+                if "lost" not in row.pop("notes"):
+                    yield row
 
-        return IterableDataset.from_generator(rows, features=_features(_COLUMNS)).repeat(None)
+        features = _features(next(rows()))
+        return IterableDataset.from_generator(rows, features=features).repeat(None)
 
 
 def _encode(
@@ -217,7 +204,6 @@ def make_tables(
     sources: list[Examples],
     held_out: Examples | None,
     encode: Encode,
-    columns: Sequence[str],
     *,
     max_length: int | None,
     num_processes: int | None = None,
@@ -228,56 +214,44 @@ def make_tables(
     With `must_end`, examples should end in a stop token.
     """
     warnings: list[str] = []
-
-    def keep(data: "Dataset", what: str) -> "Dataset":
-        return keep_learnable(data, what, max_length, warnings, must_end=must_end)
-
-    for one in (*sources, *((held_out,) if held_out else ())):
-        _ = one.survey  # so that all is read before anything is encoded
-    parts = [one.encoded(encode, columns, num_processes) for one in sources]
-    evaluation = held_out and held_out.encoded(encode, columns, num_processes)
-    if evaluation is None:
-        pairs = [_hold_out(part, config.eval_fraction, config.seed) for part in parts]
-        parts = [part for part, _ in pairs]
-        evaluation = _joined([part for _, part in pairs if part is not None])
-    names = [f"{one.source.path} " if len(sources) > 1 else "" for one in sources]
-    parts = [keep(part, f"{name}training") for name, part in zip(names, parts, strict=True)]
-    if evaluation is not None:
-        evaluation = keep(evaluation, "evaluation")
-        if "images" not in columns:  # other images may have the same tokens
-            warnings += [w for part in parts for w in find_overlap(part, evaluation)]
+    parts, evaluation = [], []
+    for one in (*sources, held_out):  # so that all is read before anything is encoded
+        _ = one and one.survey
+    for one in sources:
+        data = one.encoded(encode, num_processes)
+        fraction = 0 if held_out else config.eval_fraction
+        rest, others = hold_out(data["place"][:], fraction, config.seed)
+        what = f"{one.source.path} training" if len(sources) > 1 else "training"
+        parts.append(keep_learnable(data.select(rest), what, max_length, warnings, must_end))
+        evaluation += [data.select(others)] if others else []
+    found = held_out.encoded(encode, num_processes) if held_out else _joined(evaluation)
+    if found is not None:
+        found = keep_learnable(found, "evaluation", max_length, warnings, must_end)
+        if "images" not in found.column_names:  # other images may have the same tokens
+            warnings += [warning for part in parts for warning in find_overlap(part, found)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
     longest = min(longest, max_length or longest)
-    return parts, PreparedData(_joined(parts), evaluation, longest, warnings)
+    return parts, PreparedData(_joined(parts), found, longest, warnings)
 
 
-def _hold_out(data: "Dataset", fraction: float, seed: int) -> "tuple[Dataset, Dataset | None]":
-    """Hold out rows of the data, of which each may have given several examples."""
-    places = data["place"][:]
-    rows = list(dict.fromkeys(places))
-    names = {rows[number] for number in split_places(len(rows), fraction, seed)[1]}
-    if not names:
-        return data, None
-    parts: tuple[list[int], list[int]] = ([], [])
-    for number, place in enumerate(places):
-        parts[place in names].append(number)
-    return data.select(parts[0]), data.select(parts[1])
+def hold_out(keys: Sequence[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out a fraction of the rows, at least one; return the places of both parts.
 
-
-def split_places(number: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of the rows, at least one; return both parts, in their first order."""
+    Rows of the same key are in the same part.
+    """
     import torch
 
-    if not fraction:
-        return list(range(number)), []
-    num_held_out = max(1, round(number * fraction))
-    if num_held_out >= number:
-        raise ValueError(
-            f"`data.eval_fraction` ({fraction}) of {number} rows leaves none to train on; give "
-            "more data, or set `data.eval_fraction` to 0, or give `data.eval_path`."
-        )
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+    names = list(dict.fromkeys(keys))
+    number = max(1, round(len(names) * fraction)) if fraction else 0
+    if number >= len(names):
+        rule = f"`data.eval_fraction` ({fraction}) of {len(names)} rows leaves none to train on"
+        raise ValueError(f"{rule}; give more data or `data.eval_path`, or set it to 0.")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {names[place] for place in order[:number]}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for place, key in enumerate(keys):
+        parts[key in held_out].append(place)
+    return parts
 
 
 def _mixed(parts: list[Any], config: DataConfig) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import REASONING_GYM, PromptDataConfig, SourceConfig
 from pacatune.data.formats import check_columns, to_prompt
-from pacatune.data.prepare import PreparedData, split_places
+from pacatune.data.prepare import PreparedData, hold_out
 from pacatune.data.read import Row, read_rows
 from pacatune.installation import require_extra
 from pacatune.names import choose
@@ -30,12 +30,15 @@ def prepare_prompts(
     train = _load(config, tokenizer, *config.sources()[0])
     if source := config.evaluation_source():
         held_out = _load(config, tokenizer, *source)
-    else:
-        train, held_out = _hold_out(train, config)
+    else:  # What is generated twice is in one part.
+        key = "prompt" if config.is_generated else "place"
+        keys = [json.dumps(row[key]) for row in train]
+        places = hold_out(keys, config.eval_fraction, config.seed)
+        train, held_out = ([train[place] for place in part] for part in places)
     longest = max(len(prompt_ids(row["prompt"], tokenizer, row["place"])) for row in train)
     known, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
-    places = [row["place"] for row in held_out]
-    warnings = overlap_warning(known, held, "evaluation prompts", places)
+    where = [row["place"] for row in held_out]
+    warnings = overlap_warning(known, held, "evaluation prompts", where)
     evaluation = _dataset(held_out) if held_out else None
     return PreparedData(_dataset(train), evaluation, longest + num_new_tokens, warnings)
 
@@ -53,10 +56,8 @@ def prompt_ids(
             prompt, add_generation_prompt=True, return_dict=True
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{place} is a chat that the chat template cannot render ({error}); change the "
-            "messages, or give another `data.chat_template`."
-        ) from error
+        rule = f"is a chat that the chat template cannot render ({error})"
+        raise ValueError(f"{place} {rule}; give another `data.chat_template`.") from error
     return list(ids["input_ids"])
 
 
@@ -73,10 +74,8 @@ def reasoning_gym_data(config: PromptDataConfig) -> Any:
             name, size=size, seed=config.seed, **(config.options or {})
         )
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(
-            f"reasoning-gym does not make {name!r} with `data.options` ({config.options}), "
-            f"`data.size` ({size}): {error}."
-        ) from error
+        given = f"`data.options` ({config.options}), `data.size` ({size})"
+        raise ValueError(f"reasoning-gym does not make {name!r} with {given}: {error}.") from error
 
 
 def _load(
@@ -92,25 +91,11 @@ def _load(
     found = [to_row(row, config.system_prompt) for row in rows]
     kinds = {type(row["prompt"]): row["place"] for row in reversed(found)}
     if len(kinds) > 1:
-        raise ValueError(
-            f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat; convert one of them."
-        )
+        found = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
+        raise ValueError(f"{found}; convert one of them.")
     # Every reward function gets every column, with None where a row lacks it.
     columns = dict.fromkeys(column for row in found for column in row)
     return [{column: row.get(column) for column in columns} for row in found]
-
-
-def _hold_out(
-    rows: list[dict[str, Any]], config: PromptDataConfig
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Hold out a part of the rows; what is generated twice is in one part."""
-    keys = [json.dumps(row["prompt"]) if config.is_generated else row["place"] for row in rows]
-    names = list(dict.fromkeys(keys))
-    held_out = {names[i] for i in split_places(len(names), config.eval_fraction, config.seed)[1]}
-    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for key, row in zip(keys, rows, strict=True):
-        parts[key in held_out].append(row)
-    return parts
 
 
 def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:

@@ -46,11 +46,10 @@ def read_rows(
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
         rows = _numbered(f"{path} ({split})", enumerate(map(_without_nulls, table), start=1))
-    empty = True
+    row = None
     for row in rows:
-        empty = False
         yield row
-    if empty:
+    if row is None:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
 
 
@@ -89,10 +88,8 @@ def _files_of(folder: Path) -> list[Path]:
     names = [file.relative_to(folder) for file in files]
     held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
     if held_out and len(held_out) < len(files):
-        raise ValueError(
-            f"{folder} mixes training data with {held_out[0]}, which looks like evaluation data; "
-            "set `data.path` to the training files and `data.eval_path` to the others."
-        )
+        found = f"mixes training data with {held_out[0]}, which looks like evaluation data"
+        raise ValueError(f"{folder} {found}; give that as `data.eval_path`, apart.")
     return files
 
 
@@ -102,18 +99,15 @@ def read_template(template: str) -> str:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
-            "give a .jinja file, or the text with its {{ }} and {% %}."
-        )
+        rule = "is neither a file nor Jinja text with its {{ }} and {% %}"
+        raise FileNotFoundError(f"`data.chat_template` ({template!r}) {rule}; give one.")
     return path.read_text(encoding="utf-8")
 
 
 def _read_file(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
     if file.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{file} has the suffix {file.suffix!r}; data files are {_ACCEPTED}. Convert it."
-        )
+        found = f"has the suffix {file.suffix!r}"
+        raise ValueError(f"{file} {found}; data files are {_ACCEPTED}. Convert it.")
     try:
         if file.suffix == ".csv":
             yield from _numbered(str(file), _read_csv(file, csv_columns))
@@ -132,10 +126,8 @@ def _numbered(source: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
     for number, values in rows:
         place = f"{source}, row {number}"
         if not isinstance(values, dict):
-            raise ValueError(
-                f"{place}: a {type(values).__name__}; each row must be an object with named "
-                'fields, as {"text": "..."}.'
-            )
+            rule = 'each row must be an object with named fields, as {"text": "..."}'
+            raise ValueError(f"{place}: a {type(values).__name__}; {rule}.")
         yield Row(place, values)
 
 
@@ -158,10 +150,8 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         where = "" if number is None else f", row {number}"
-        raise ValueError(
-            f"{file}{where}: not valid JSON ({error}); mend it. A .json file is one list of rows, "
-            "a .jsonl file has one object per line."
-        ) from error
+        rule = "a .json file is one list of rows, a .jsonl file has one object per line"
+        raise ValueError(f"{file}{where}: not valid JSON ({error}); {rule}.") from error
 
 
 def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
@@ -177,9 +167,8 @@ def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
             except csv.Error as error:
-                raise ValueError(
-                    f"{file}, row {number}: not valid CSV ({error}); mend it."
-                ) from error
+                place = f"{file}, row {number}"
+                raise ValueError(f"{place}: not valid CSV ({error}); mend it.") from error
             if not values:
                 return
             yield number, values
