@@ -33,7 +33,7 @@ def keep_learnable(
     `must_end`, training examples should end in a stop token.
     """
     places, kept = defaultdict(list), []
-    for number, (place, notes) in enumerate(zip(data["place"], data["notes"], strict=True)):
+    for number, (place, notes) in enumerate(zip(data["place"][:], data["notes"][:], strict=True)):
         for note in notes:
             places[note].append(place)
         kept += [] if "lost" in notes else [number]
@@ -54,11 +54,9 @@ def keep_learnable(
 
 def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:
     """Return a warning if examples that measure are in the training data as well."""
-    columns = sorted(
-        name for name in train.column_names if name.endswith(("_ids", "label", "labels"))
-    )
-    digests = (row_digests(data, columns) for data in (train, evaluation))
-    return overlap_warning(*digests, f"{what} examples", evaluation["place"][:])
+    columns = [name for name in train.column_names if name.endswith(("_ids", "label", "labels"))]
+    known, asked = (row_digests(data, columns) for data in (train, evaluation))
+    return overlap_warning(known, asked, f"{what} examples", evaluation["place"][:])
 
 
 def overlap_warning(

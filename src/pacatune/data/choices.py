@@ -58,12 +58,14 @@ def to_choice_question(row: Row) -> ChoiceQuestion:
         values = {**values, "question": values.get("input"), "answer": answer}
         values["choices"] = list(scores)
     question, choices, prompt = values.get("question"), values.get("choices"), values.get("prompt")
-    if isinstance(choices, list) and all(map(_is_text, choices)):
+    is_right = _is_text(question) and (prompt is None or _is_text(prompt))
+    if is_right and isinstance(choices, list) and all(map(_is_text, choices)):
         choices = [choice.strip() for choice in choices]
         number = _find_answer(values.get("answer"), choices)
-        is_right = len(set(choices)) == len(choices) > 1 and number is not None
-        if is_right and _is_text(question) and (prompt is None or _is_text(prompt)):
-            return ChoiceQuestion(question.strip(), choices, number, prompt and prompt.rstrip())
+        if number is not None and len(set(choices)) == len(choices) > 1:
+            return ChoiceQuestion(
+                str(question).strip(), choices, number, prompt and prompt.rstrip()
+            )
     raise ValueError(
         f"{row.place}: {row.values!r:.160} needs the texts question and, if any, prompt, two or "
         "more different choices, and as answer one of them or its number from 0; or BIG-bench's "

@@ -63,7 +63,7 @@ class TextDataConfig:
         return [(self._source(self.path, self.split), "data.path")]
 
     def _source(self, path: str, split: str) -> "SourceConfig":
-        found = getattr(self, "format", "auto")
+        found: TextFormat = getattr(self, "format", "auto")
         return SourceConfig(path=path, name=self.name, split=split, format=found)
 
     def evaluation_source(self) -> "tuple[SourceConfig, str] | None":

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pacatune.data.chat_images import IMAGE, as_parts, open_image
 from pacatune.data.formats import Example, Message
@@ -259,7 +259,7 @@ def _find_marked_template(writer: Any) -> str | None:
         return str(writer.chat_template)
     # TRL probes unknown templates with made-up chats, on which they may fail in any way.
     with contextlib.suppress(Exception):
-        return get_training_chat_template(writer)
+        return cast(str | None, get_training_chat_template(writer))
     return None
 
 

@@ -67,7 +67,7 @@ class Example:
     @property
     def messages(self) -> list[Message]:
         """All turns of a chat."""
-        return [*self.prompt, *self.completion]  # type: ignore[list-item]
+        return [*self.prompt, *self.completion]
 
     @property
     def images(self) -> list[str]:

@@ -91,8 +91,8 @@ def _load(
     found = [to_row(row, config.system_prompt) for row in rows]
     kinds = {type(row["prompt"]): row["place"] for row in reversed(found)}
     if len(kinds) > 1:
-        found = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
-        raise ValueError(f"{found}; convert one of them.")
+        both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
+        raise ValueError(f"{both}; convert one of them.")
     # Every reward function gets every column, with None where a row lacks it.
     columns = dict.fromkeys(column for row in found for column in row)
     return [{column: row.get(column) for column in columns} for row in found]
@@ -102,7 +102,7 @@ def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
     data = reasoning_gym_data(config)
     for index in range(len(data)):
         question, answer = data[index]["question"], data[index]["answer"]
-        prompt = [{"role": "user", "content": question}] if is_chat else question
+        prompt: Any = [{"role": "user", "content": question}] if is_chat else question
         values = {"prompt": prompt, "answer": answer, INDEX: index}
         yield Row(f"{config.path}, item {index + 1}", values)
 

@@ -39,13 +39,15 @@ def read_rows(
     last of them is a header all the same. `option` is where `path` is from, for messages. With
     `streaming`, rows of the hub come while they are asked for.
     """
+    rows: Iterator[Row]
     if is_local(path, option):
         local = Path(path).expanduser()
         files = _files_of(local) if local.is_dir() else [local]
         rows = (row for file in files for row in _read_file(file, csv_columns))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
-        rows = _numbered(f"{path} ({split})", enumerate(map(_without_nulls, table), start=1))
+        numbered = enumerate(map(_without_nulls, table), start=1)
+        rows = _numbered(f"{path} ({split})", numbered)
     row = None
     for row in rows:
         yield row
