@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,10 @@ from tests.training import launching
 
 
 def pytest_configure(config):
+    if "HF_DATASETS_CACHE" not in os.environ:  # xdist's workers have it
+        folder = tempfile.TemporaryDirectory(prefix="pacatune-datasets-")
+        os.environ["HF_DATASETS_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
     forks.spare_the_disk()
     gc.unfreeze = _unfreeze  # as studies and benchmarks call it
     # PEFT 0.21 asks transformers >= 5.24 by the old name, in every get_peft_model.

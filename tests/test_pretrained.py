@@ -17,7 +17,7 @@ def test_no_model(tmp_path):
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
         pretrained.find_model(str(tmp_path))
-    assert pretrained.find_model("resnet18.a1_in1k", others=True) == "resnet18.a1_in1k"
+    assert pretrained.find_model("resnet18.a1_in1k") == "resnet18.a1_in1k"
 
 
 def test_damaged_tokenizer(tiny_model_dir, tmp_path):

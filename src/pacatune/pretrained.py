@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.files.journal import refuse_half_edited
-from pacatune.hub import check_on_hub
 from pacatune.installation import install_command
 
 if TYPE_CHECKING:
@@ -41,13 +40,8 @@ def is_adapter(path: str) -> bool:
     return (local / "adapter_config.json").is_file() and not (local / "config.json").is_file()
 
 
-def find_model(
-    path: str, revision: str | None = None, *, option: str = "model.path", others: bool = False
-) -> str:
-    """Return a hub id as it is, and the absolute path of a local folder.
-
-    With `others`, names of other kinds are allowed and returned as they are.
-    """
+def find_model(path: str, *, option: str = "model.path") -> str:
+    """Return the absolute path of a local folder; a hub id, or another name, as it is."""
     local = Path(path).expanduser()
     if local.exists():
         if (local / "config.json").is_file():
@@ -60,8 +54,6 @@ def find_model(
         )
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model folder {path} does not exist; check `{option}`.")
-    if not others:
-        check_on_hub(path, option, revision=revision)
     return path
 
 
@@ -69,7 +61,7 @@ def load_config(path: str, *, revision: str | None = None, option: str = "model.
     """Load the configuration of a model, without a weight."""
     import transformers
 
-    find_model(path, revision, option=option)
+    find_model(path, option=option)
     try:
         with no_remote_code(path):
             return transformers.AutoConfig.from_pretrained(
@@ -77,8 +69,8 @@ def load_config(path: str, *, revision: str | None = None, option: str = "model.
             )
     except OSError as error:
         raise FileNotFoundError(
-            f"model {path!r} is neither a model folder nor a hub id that can be reached; check "
-            f"`{option}` or the network."
+            f"`{option}` ({path!r}) is neither a file or folder here nor a model of the hub that "
+            "can be reached; check the path or the network."
         ) from error
     except KeyError as error:
         raise ValueError(
@@ -93,13 +85,14 @@ def load_tokenizer(
     """Load the tokenizer that lies beside a model; an OSError if there is none."""
     from transformers import AutoTokenizer
 
-    check_on_hub(path, option, revision=revision)
     with no_remote_code(path):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, revision=revision, trust_remote_code=False
             )
         except Exception as error:
+            if isinstance(error, OSError) and not Path(path).exists():
+                load_config(path, revision=revision, option=option)  # says if there is no model
             if isinstance(error, OSError) or "trust_remote_code" in str(error):
                 raise
             # The Rust part of tokenizers raises plain Exception for a damaged file.

@@ -20,29 +20,22 @@ def test_own_and_big_bench_rows_say_the_same():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values",
     [
-        (
-            {"choices": ["a", "b"], "answer": 0},
-            r"columns \['answer', 'choices'\] lack 'question'; a row needs question, choices",
-        ),
-        ({**ROW, "question": ""}, "'question' is ''; it must be a text"),
-        ({**ROW, "choices": ["a"]}, r"'choices' is \['a'\]; it must list two texts or more"),
-        ({**ROW, "choices": ["a", " "]}, "'choices' is .*; it must list two texts or more"),
-        ({**ROW, "choices": ["a", "a "]}, "two of the choices .* are the same; remove one"),
-        (
-            {**ROW, "answer": 2},
-            "'answer' is 2; it must be one of the choices, or its number",
-        ),
-        ({**ROW, "answer": True}, "'answer' is True; it must be one of the choices"),
-        ({**ROW, "prompt": 3}, "'prompt' is 3; it must be a text, or left out"),
-        ({"input": "q", "target_scores": {"a": "1"}}, "'target_scores' is .*; it must give each"),
-        ({"input": "q", "target_scores": {}}, "'target_scores' is {}; it must give each"),
-        ({"input": "q", "target_scores": {"a": 1, "b": 1}}, "2 choices have the highest of"),
+        {"choices": ["a", "b"], "answer": 0},
+        {**ROW, "question": ""},
+        {**ROW, "choices": ["a"]},
+        {**ROW, "choices": ["a", " "]},
+        {**ROW, "choices": ["a", "a "]},
+        {**ROW, "answer": 2},
+        {**ROW, "answer": True},
+        {**ROW, "prompt": 3},
+        {"input": "q", "target_scores": {}},
+        {"input": "q", "target_scores": {"a": 1, "b": 1}},
     ],
 )
-def test_wrong_rows(values, message):
-    with pytest.raises(ValueError, match=f"x.jsonl, row 3: {message}"):
+def test_wrong_rows(values):
+    with pytest.raises(ValueError, match=r"x.jsonl, row 3: .* needs the texts question and, if"):
         to_choice_question(Row("x.jsonl, row 3", values))
 
 
@@ -163,27 +156,19 @@ def test_answers_are_letters_or_numbers(number):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"question": None}, "'question' is missing; it must be a text. The file may be cut off"),
-        ({"question": " "}, "'question' is ' '; it must be a text"),
-        ({"choices": ["a", "b"]}, r"the choices are \['a', 'b'\]; they must be four texts"),
-        ({"choices": ["a", "b", "c", None]}, "the choices are .*; they must be four texts"),
-        ({"choices": None}, "the choices are missing; they must be four texts"),
-        ({"answer": "E"}, "'answer' is 'E'; it must be A, B, C or D, or a number from 0 to 3"),
-        ({"answer": 4}, "'answer' is 4; it must be A, B, C or D"),
-        ({"answer": True}, "'answer' is True; it must be A, B, C or D"),
-        ({"answer": None}, "'answer' is missing; it must be A, B, C or D"),
+        {"question": None},
+        {"question": " "},
+        {"choices": ["a", "b"]},
+        {"choices": ["a", "b", "c", None]},
+        {"choices": None},
+        {"answer": "E"},
+        {"answer": 4},
+        {"answer": True},
+        {"answer": None},
     ],
 )
-def test_wrong_rows_of_mmlu(change, message):
-    with pytest.raises(ValueError, match=f"data.jsonl, row 7: {message}"):
+def test_wrong_rows_of_mmlu(change):
+    with pytest.raises(ValueError, match=r"data.jsonl, row 7: .* needs the text question, four"):
         to_question(Row("data.jsonl, row 7", {**MMLU_ROW, **change}))
-
-
-def test_chats_have_their_own_special_tokens(tokenizer, tmp_path):
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path = write(tmp_path / "train.jsonl", [{"messages": messages}])
-    config = DataConfig(path=str(path), eval_fraction=0, special_tokens=False)
-    with pytest.raises(ValueError, match=r"`data.special_tokens` \(False\) is for plain texts"):
-        prepare_data(config, tokenizer, max_length=None, stop_ids={2})

@@ -1,7 +1,3 @@
-from datetime import date
-from decimal import Decimal
-
-import numpy as np
 import pytest
 
 from pacatune.data.formats import Example, to_examples
@@ -106,16 +102,10 @@ def test_empty_columns_that_a_format_does_not_use():
 def test_unknown_columns_list_what_was_found_and_what_is_accepted():
     with pytest.raises(
         ValueError,
-        match=r"row 1: columns \['answer', 'question'\] fit no format; accepted are messages \| "
-        r"conversations \| prompt, completion \| instruction, \(input,\) output \| text \| "
-        r"question, choices, answer. Rename the columns",
+        match=r"row 1: columns \['answer', 'question'\] fit no format; rename them: accepted are "
+        r"messages \| conversations \| prompt, completion \| instruction, \(input,\) output",
     ):
         convert({"question": "q", "answer": "a"})
-
-
-def test_hint_for_rows_with_choices():
-    with pytest.raises(ValueError, match="A row with choices needs a 'question' and an"):
-        convert({"choices": ["a", "b"], "answer": 0})
 
 
 def test_mixed_formats():
@@ -130,12 +120,18 @@ def test_mixed_formats():
     [
         ({"prompt": "q"}, r"row 2: field 'completion' is missing \(columns \['prompt'\]\).*Add it"),
         ({"prompt": "q", "completion": None}, "row 2: field 'completion' is missing"),
-        ({"prompt": "q", "completion": " "}, "row 2: 'completion' is empty; fill it or remove"),
-        ({"prompt": "", "completion": "a"}, "row 2: 'prompt' is empty"),
-        ({"prompt": "q", "completion": 3}, "row 2: 'completion' is a int; it must be a string"),
-        ({"prompt": [USER], "completion": "a"}, "'prompt' is a list and 'completion' a str; both"),
+        (
+            {"prompt": "q", "completion": " "},
+            "row 2: 'completion' is ' '; it must be",
+        ),
+        ({"prompt": "", "completion": "a"}, "row 2: 'prompt' is ''; it must be a text"),
+        ({"prompt": "q", "completion": 3}, "row 2: 'completion' is 3; it must be a text"),
+        ({"prompt": [USER], "completion": "a"}, r"'completion' .* must both be texts or"),
         ({"prompt": [USER], "completion": [USER]}, "'completion' has no assistant turn"),
-        ({"prompt": [], "completion": [ASSISTANT]}, "row 2: 'prompt' is empty"),
+        (
+            {"prompt": [], "completion": [ASSISTANT]},
+            r"row 2: 'prompt' is \[\]; it must be",
+        ),
     ],
 )
 def test_bad_prompt_completion_rows(values, message):
@@ -146,19 +142,22 @@ def test_bad_prompt_completion_rows(values, message):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", "'messages' is a str; it must be a list of messages"),
-        ([], "'messages' is empty"),
-        ([USER], "'messages' has no assistant turn, so nothing to learn"),
+        ("hi", "'messages' is 'hi'; it must be a list of messages"),
+        ([], r"'messages' is \[\]; it must be a list of messages"),
+        ([USER], "'messages' has no assistant turn, or none of weight 1, so n"),
         (["hi"], r"messages\[0\] is 'hi'; a message must be an object"),
         ([USER, {"content": "a"}], r"messages\[1\] is .*strings 'role' and 'content'"),
-        ([USER, {"role": "assistant"}], r"content of messages\[1\] is missing"),
-        ([USER, {**ASSISTANT, "content": ["a"]}], r"content of messages\[1\]: part 0 is 'a'; a p"),
-        ([USER, {**ASSISTANT, "content": []}], r"content of messages\[1\] is empty; fill it"),
+        ([USER, {"role": "assistant"}], r"messages\[1\] has the content ''; it must be a text"),
+        (
+            [USER, {**ASSISTANT, "content": ["a"]}],
+            r"messages\[1\] has a part 'a'; give text",
+        ),
+        ([USER, {**ASSISTANT, "content": []}], r"messages\[1\] has the content ''; it must be a"),
         (
             [{"role": "user", "content": [TEXT, {"type": "audio"}]}, ASSISTANT],
-            r"messages\[0\]: part 1 is 'audio'; a part must be .*images are for supervised fine-",
+            r"messages\[0\] has a part 'audio'; give text, image or",
         ),
-        ([USER, {**ASSISTANT, "content": "\n"}], r"content of messages\[1\] is empty; fill it"),
+        ([USER, {**ASSISTANT, "content": "\n"}], r"messages\[1\] has the content '.n'; it must"),
     ],
 )
 def test_bad_messages(messages, message):
@@ -182,7 +181,7 @@ def test_bad_messages(messages, message):
 )
 def test_unknown_roles(role, meant):
     known = "roles are system, developer, user, assistant, tool, function, ipython, environment"
-    rule = f"is {role!r}; {f'did you mean {meant}[?] ' if meant else ''}{known}"
+    rule = f"has the role {role!r}; {f'did you mean {meant}[?] ' if meant else ''}{known}"
     turn = {"role": role, "content": "a"}
     for values, column in (
         ({"messages": [USER, ASSISTANT, turn]}, r"messages\[2\]"),
@@ -190,7 +189,7 @@ def test_unknown_roles(role, meant):
         ({"prompt": [turn], "completion": [ASSISTANT]}, r"prompt\[0\]"),
         ({"prompt": [USER], "completion": [turn, ASSISTANT]}, r"completion\[0\]"),
     ):
-        with pytest.raises(ValueError, match=f"row 1: role of {column} {rule}"):
+        with pytest.raises(ValueError, match=f"row 1: {column} {rule}"):
             convert(values)
 
 
@@ -204,74 +203,50 @@ def test_roles_of_chat_templates(role):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a int; it must be a string"),
-        ({"instruction": "", "output": "a"}, "'instruction' is empty"),
-        ({"instruction": "q", "output": ""}, "'output' is empty"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "'input' is 3; it must be a text"),
+        ({"instruction": "", "output": "a"}, "'instruction' is ''; it must be"),
+        ({"instruction": "q", "output": ""}, "'output' is ''; it must be a text"),
         ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is 'f'; it must be JSON"),
-        ({"text": ""}, "row 1: 'text' is empty"),
+        ({"text": ""}, "row 1: 'text' is ''; it must be"),
         (
             {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
-            r"weight of messages\[1\] is 0.5; it must be 0 or 1",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "weight": True}]},
-            r"weight of messages\[1\] is True; it must be 0 or 1",
+            r"messages\[1\] has the weight 0.5",
         ),
         (
             {"messages": [{**USER, "weight": 1}, ASSISTANT]},
-            r"weight of messages\[0\] is 1, but only assistant turns outside a prompt are",
-        ),
-        (
-            {"prompt": [USER, {**ASSISTANT, "weight": 1}, USER], "completion": [ASSISTANT]},
-            r"weight of prompt\[1\] is 1, but only assistant turns outside a prompt are",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
-            "'messages' has no assistant turn of weight 1, so nothing to learn",
+            r"messages\[0\] has the weight 1",
         ),
         (
             {"messages": [{**USER, "train": True}, ASSISTANT]},
-            r"weight of messages\[0\] is 1, but only assistant turns outside a prompt are",
+            r"messages\[0\] has the weight True",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "train": "no"}]},
-            r"messages\[1\] has 'train' \('no'\); it must be true or false",
+            r"messages\[1\] has the weight 'no'",
+        ),
+        (
+            {"prompt": [USER, {**ASSISTANT, "weight": 1}, USER], "completion": [ASSISTANT]},
+            r"prompt\[1\] has the weight 1; .* 1 is for assistant turns outside a prompt",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
+            "'messages' has no assistant turn, or none of weight 1, so nothing to learn",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "train": True, "weight": 0}]},
-            r"messages\[1\] is learned and is not, by its flags .*; keep one of them",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "loss_scale": 0.3}]},
-            r"messages\[1\] has 'loss_scale', and a turn is learned as a whole or not at all",
+            r"messages\[1\] has the weight 0; it must be",
         ),
         (
             {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
-            r"item 0 of 'tools' is .* a tool must be an object with a name",
+            r"'tools' has .*; each must be an object with a name",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": "1"}]}]},
-            r"item 0 of tool_calls of messages\[1\] is .* a call must be an object with a name",
+            r"messages\[1\]: 'tool_calls' has .*; each must be an object with a",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]},
-            r"tool_calls of messages\[1\] is a str; it must be a list of calls",
-        ),
-        (
-            {"messages": [{**USER, "at": date(2026, 1, 2)}, ASSISTANT]},
-            r"row 1: 'at' of messages\[0\] is no JSON \(Object of type date .* write it as text",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "n": b"1"}]}]},
-            r"row 1: 'tool_calls' of messages\[1\] is no JSON \(Object of type bytes",
-        ),
-        (
-            {"prompt": [USER], "completion": [{**ASSISTANT, "cost": Decimal("0.1")}]},
-            r"row 1: 'cost' of completion\[0\] is no JSON \(Object of type Decimal",
-        ),
-        (
-            {"messages": [USER, ASSISTANT], "tools": [{"name": "f", "n": np.int64(1)}]},
-            r"row 1: 'tools' is no JSON \(Object of type int64",
+            r"messages\[1\]: 'tool_calls' has 'f\(\)'; each must be an object",
         ),
         (
             {"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]},

@@ -96,33 +96,23 @@ def test_each_has_its_format_and_messages_name_it(tokenizer, paths):
     ("options", "message"),
     [
         ({"datasets": []}, "`data.datasets` is empty"),
-        ({"datasets": [{"path": ""}]}, "`path` of one of `data.datasets` is ''; give its data"),
+        ({"datasets": [{"name": ""}]}, "`data.datasets` has {'name': ''}; each must be a mapping"),
         (
             {"datasets": [{"path": "a", "weight": 0}]},
-            r"`weight` \(0\) of a in `data.datasets` must",
+            r"`weight` \(0\) of a in `data.datasets`",
         ),
         (
             {"datasets": [{"path": "a", "weight": 1}, {"path": "b"}]},
-            "`data.datasets`: b has no `weight` and others have; give all a weight, or none",
+            "some of `data.datasets` have a `weight` and others none; give all one, or none",
         ),
-        (
-            {"datasets": [{"path": "a"}], "path": "b"},
-            r"`data.path` \('b'\) is for a single data set",
-        ),
-        (
-            {"datasets": [{"path": "a"}], "eval_split": "x"},
-            r"`data.eval_split` \('x'\) is for a sin",
-        ),
+        ({"datasets": [{"path": "a"}], "path": "b"}, "`data.path` is for a single data set, and"),
+        ({"datasets": [{"path": "a"}], "eval_split": "x"}, "`data.eval_split` is for a single"),
         ({"datasets": [{"path": "a"}], "eval_fraction": 1}, "`data.eval_fraction`"),
-        ({"datasets": [{"path": "a"}], "format": "text"}, r"`data.format` \('text'\) is for a sin"),
+        ({"datasets": [{"path": "a"}], "format": "text"}, "`data.format` is for a single"),
         ({"path": "a", "mix_strategy": "all_exhausted"}, r"is for `data.datasets` with weights"),
         ({"datasets": ["a"]}, "`data.datasets` has 'a'; each must be a mapping"),
         ({"datasets": [{"path": "a", "weight": "x"}]}, r"`weight` \('x'\) of a .* a number"),
-        ({"datasets": [{"path": "a", "split": 1}]}, r"`split` \(1\) of a .* must be text"),
-        (
-            {"datasets": [{"path": "a", "format": "msgs"}]},
-            r"`format of a in .*` \('msgs'\) must be",
-        ),
+        ({"datasets": [{"path": "a", "format": "msgs"}]}, r"`format of a` \('msgs'\) must be one"),
     ],
 )
 def test_bad_options(options, message):
@@ -149,8 +139,6 @@ def test_from_a_file(paths, tiny_model_dir, tmp_path, monkeypatch):
     assert local_paths(config)["data.datasets[0].path"] == paths[0]
     values["data"]["datasets"][0]["weights"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(values))
-    message = (
-        r"`weights` \(1\) of chats.jsonl in `data.datasets` is no option of a data set; .*weight"
-    )
+    message = r"`option of chats.jsonl in data.datasets` \('weights'\) must be .* mean 'weight'"
     with pytest.raises(ValueError, match=message):
         read_run(["--config", "run.yaml"])

@@ -91,14 +91,6 @@ def test_several_processes_give_the_same(tokenizer, path):
     assert one.train[:] == two.train[:]
 
 
-def test_progress_bars_are_left_as_they_were(tokenizer, path):
-    import datasets
-
-    datasets.enable_progress_bars()
-    prepare(tokenizer, path=path)
-    assert not datasets.are_progress_bars_disabled()
-
-
 def test_fraction_that_leaves_nothing(tokenizer, tmp_path):
     path = write(tmp_path / "one.jsonl", [chat("Hi?", "Yes.")])
     with pytest.raises(ValueError, match=r"`data.eval_fraction` \(0.5\) of 1 rows leaves none"):
@@ -113,7 +105,7 @@ def test_chat_without_template(tokenizer, path):
 
 def test_error_in_a_row_names_it(tokenizer, tmp_path):
     path = write(tmp_path / "bad.jsonl", [chat("Hi?", "Yes."), chat("Hi?", "")])
-    with pytest.raises(ValueError, match=r"bad.jsonl, row 2: content of messages\[1\] is empty"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, row 2: messages\[1\] has the content ''"):
         prepare(tokenizer, path=path)
 
 
@@ -122,7 +114,7 @@ def test_cut_examples_are_reported(tokenizer, tmp_path):
     data = prepare(tokenizer, path=path, eval_fraction=0, max_length=30)
     (warning,) = data.warnings
     assert warning.startswith(
-        "1 of 2 training examples are cut at `training.max_length` (30; the longest has "
+        "1 of 2 training examples are cut at `training.max_length` (30) and never learn to stop: "
     )
     assert data.longest == 30
     assert len(data.train[1]["input_ids"]) == len(data.train[1]["labels"]) == 30
@@ -133,7 +125,7 @@ def test_examples_that_lose_their_completion_are_left_out_and_reported(tokenizer
     data = prepare(tokenizer, path=path, eval_fraction=0, max_length=30)
     assert len(data.train) == 1
     (warning,) = data.warnings
-    assert warning.startswith("1 of 2 training examples lose their whole completion at ")
+    assert warning.startswith("1 of 2 training examples do not fit into ")
     assert warning.endswith("a.jsonl, row 2.")
 
 
@@ -148,16 +140,14 @@ def test_nothing_to_learn(tokenizer, path):
         "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
     )
     with pytest.raises(
-        ValueError, match=r"row 1; .*row 2; .*row 3 and 16 more: nothing to learn, no token"
+        ValueError, match=r"data.jsonl, row 1: nothing to learn, no token is an answer's; remove"
     ):
-        prepare(tokenizer, path=path, eval_fraction=0.05, seed=4)
+        prepare(tokenizer, path=path)
 
 
 def test_double_bos(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "<s>twice"}])
-    with pytest.raises(
-        ValueError, match=r"a.jsonl, row 2: begins with '<s>' twice, once from the data"
-    ):
+    with pytest.raises(ValueError, match=r"a.jsonl, row 2: begins with '<s>' twice, once from the"):
         prepare(tokenizer, path=path, eval_fraction=0)
 
 
@@ -170,32 +160,20 @@ def test_double_bos_of_the_template(tokenizer, path):
 def test_stop_token_that_is_never_trained(tokenizer, path):
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "")
     data = prepare(tokenizer, path=path)
-    assert data.warnings == [
-        "no training example ends in a stop token (the tokenizer's is '</s>'), so the model will "
-        "not learn to end its answers; give a `data.chat_template` that ends each assistant turn "
-        "with it."
-    ]
+    (warning,) = data.warnings
+    assert warning.startswith("19 of 19 training examples do not end in a stop token, so the model")
 
 
 def test_moved_boundary_is_reported(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "It ", "completion": "is so."}])
     (warning,) = prepare(tokenizer, path=path, eval_fraction=0).warnings
-    assert warning.startswith("in 1 of 1 training examples the prompt alone is tokenized otherwise")
+    assert warning.startswith("1 of 1 training examples have a prompt that is tokenized otherwise")
 
 
 def test_evaluation_data_that_is_trained_on_is_reported(tokenizer, path):
     (warning,) = prepare(tokenizer, path=path, eval_path=path).warnings
     assert warning.startswith("20 of 20 evaluation examples are also in the training data (")
     assert "row 3 and 17 more" in warning
-
-
-def test_fields_that_are_not_shown_are_told_once(tokenizer, tmp_path):
-    rows = [chat("Hi?", "Yes."), chat("Who?", "I.")]
-    rows[1]["messages"][0]["name"] = "Ann"
-    data = prepare(tokenizer, path=write(tmp_path / "named.jsonl", rows), eval_fraction=0)
-    (warning,) = data.warnings
-    assert warning.startswith("in 1 of 2 training examples the chat template does not show the me")
-    assert "['name']" in warning
 
 
 def preview(tokenizer, rows, num_examples=3, **options):

@@ -77,11 +77,11 @@ def test_layouts_give_the_same_questions(tmp_path, write):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: text.rindex(",")], "row 2: 'answer' is missing; it must be A, B"),
+        (lambda text: text[: text.rindex(",")], "row 2: .*'answer': None} needs"),
         (lambda text: text[: text.rindex("none")], "row 2: not valid CSV"),
-        (lambda text: text[: text.rindex("6?") + 3], "row 2: the choices are"),
-        (lambda text: text.replace(",C\n", ",E\n"), "row 2: 'answer' is 'E'"),
-        (lambda text: text.replace(",C\n", ",C,D\n"), "row 2: more fields than the 6 columns"),
+        (lambda text: text[: text.rindex("6?") + 3], "row 2: .* needs .* four texts as choices"),
+        (lambda text: text.replace(",C\n", ",E\n"), "row 2: .*'answer': 'E'} needs"),
+        (lambda text: text.replace(",C\n", ",C,D\n"), "row 2: .*more fields than columns"),
     ],
 )
 def test_damaged_rows_are_named(tmp_path, damage, message):

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from pacatune.cli import main
-from pacatune.data.chat_images import ImageCollator, references, with_images
+from pacatune.data.encode import ImageCollator
+from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
 from pacatune.training.task import task_of
@@ -134,12 +135,17 @@ def _typed(messages):
     return [{"role": "user", "content": [{"type": "image"}, first["content"][1]]}, *typed]
 
 
+def convert(*messages, **columns):
+    messages = [*messages, answer("a")][:2]
+    row = Row("f, row 1", {"messages": messages, **columns})
+    return next(to_examples([row], "auto", has_template=True))
+
+
 def test_ways_to_name_an_image(images):
     def found(message, **columns):
-        row = with_images(Row("f, row 1", {"messages": [message, answer("a")], **columns}))
-        assert "images" not in row.values
-        (one,) = references(row.values["messages"])
-        return one, row.values["messages"][0]["content"].replace(one, "").strip("\ufdd0\ufdd1")
+        example = convert(message, **columns)
+        (one,) = example.images
+        return one, example.messages[0]["content"].replace(one, "").strip("\ufdd0\ufdd1")
 
     path, data = images[0], io.BytesIO()
     Image.open(path).save(data, "PNG")
@@ -167,7 +173,7 @@ def test_ways_to_name_an_image(images):
             {"images": []},
             "shows more images than the column 'images'",
         ),
-        (user({"type": "image", "image": "no.png"}), {}, "image 'no.png', which does not exist"),
+        (user({"type": "image", "image": "no.png"}), {}, "image 'no.png', which is no file here"),
         (
             user({"type": "image", "image": "http://a/b.png"}),
             {},
@@ -181,22 +187,21 @@ def test_ways_to_name_an_image(images):
         (
             user({"type": "audio"}, {"type": "image", "image": "x"}),
             {},
-            "a part of the type 'audio'",
+            "a part 'audio'; give text, image",
         ),
     ],
 )
 def test_wrong_images(message, columns, error):
     with pytest.raises(ValueError, match=rf"f, row 1: messages\[0\].*{error}"):
-        with_images(Row("f, row 1", {"messages": [message, answer("a")], **columns}))
+        convert(message, **columns)
 
 
 def test_images_in_answers_and_left_over(images):
     drawn = {**user({"type": "image", "image": images[0]}), "role": "assistant"}
     with pytest.raises(ValueError, match=r"messages\[1\] is an answer with an image"):
-        with_images(Row("f, row 1", {"messages": [user("q"), drawn]}))
-    chat = [{"role": "user", "content": "<image>q"}, answer("a")]
-    with pytest.raises(ValueError, match="'images' has 1 more than the messages show"):
-        with_images(Row("f, row 1", {"messages": chat, "images": images[:2]}))
+        convert(user("q"), drawn)
+    with pytest.raises(ValueError, match="'images' has more than the messages show"):
+        convert({"role": "user", "content": "<image>q"}, images=images[:2])
 
 
 def test_what_cannot_be_done(make_run, tiny_model_dir, images):
@@ -207,11 +212,11 @@ def test_what_cannot_be_done(make_run, tiny_model_dir, images):
     refused("takes texts alone; use a vision-language", model={"path": str(tiny_model_dir)})
     refused("images cannot be cut: raise it", training={"max_length": 12})
     refused("are for texts, and the data has images; drop", training={"packing": True})
-    refused(r"`data.loss` \('all'\) is for texts", data={"loss": "all"})
+    refused(r"`data.loss` 'all' are for texts", data={"loss": "all"})
     streamed = {"streaming": True, "eval_fraction": 0}
-    refused("`data.streaming` is for texts", data=streamed, training={"max_steps": 1})
+    refused("`data.streaming` and .* are for texts", data=streamed, training={"max_steps": 1})
     blind = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
-    refused("the chat template shows 0 of 1 images", data={"chat_template": blind})
+    refused("does not show each of 1 images once", data={"chat_template": blind})
     mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]
     task, data = read(make_run(mixed, data={"eval_fraction": 0}))
     assert ImageCollator(task.processor)(list(data.train))["input_ids"].shape[0] == 2

@@ -135,7 +135,7 @@ def _check_files(model: Any, data: Any, task: str) -> None:
     if task == "image":
         check_image_folders(data)
     if not is_adapter(model.path):  # which is trained on, on its own base
-        find_model(model.path, model.revision, others=task == "image")
+        find_model(model.path)
     if task in ("image", "classifier"):
         return
     if data.chat_template is not None:

@@ -1,73 +1,62 @@
-"""What is wrong with encoded data: errors where training would be, warnings where it might be."""
+"""What is wrong with encoded data: warnings where training might be other than it is meant."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-_STATISTICS = ["num_learned", "num_kept", "ends", "doubled_bos", "boundary_moved", "hidden"]
+_NOTES = {
+    "lost": "do not fit into `training.max_length` ({max_length}) and are left out",
+    "cut": "are cut at `training.max_length` ({max_length}) and never learn to stop",
+    "open": "do not end in a stop token, so the model will not learn to end its answers; give a "
+    "`data.chat_template` that ends each assistant turn with it",
+    "moved": "have a prompt that is tokenized otherwise alone than in front of its completion, so "
+    "the model is trained on a prompt that it will not see; end prompts on a token boundary, as "
+    "before a space or line break",
+}
+"""What the notes of an encoded example say."""
 
 
 def keep_learnable(
     data: "Dataset",
     what: str,
     max_length: int | None,
-    tokenizer: "PreTrainedTokenizerBase",
     warnings: list[str],
-    *,
-    must_end: bool = True,
+    must_end: bool,
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    `what` is "training", after the name of one of several data sets, or "evaluation"; of the
-    statistics only the number of tokens is kept. With `must_end`, training examples should end in a
-    stop token.
+    `what` is "training", after the name of one of several data sets, or "evaluation". With
+    `must_end`, training examples should end in a stop token.
     """
-    refuse_unlearnable(data, tokenizer)
-    kept = [index for index, num in enumerate(data["num_kept"]) if num > 0]
+    places, kept = defaultdict(list), []
+    for number, (place, notes) in enumerate(zip(data["place"][:], data["notes"][:], strict=True)):
+        for note in notes:
+            places[note].append(place)
+        kept += [] if "lost" in notes else [number]
     if not kept:
         raise ValueError(
             f"all {len(data)} {what} examples are longer than `training.max_length` "
             f"({max_length}) before their completion begins; raise it or shorten the prompts."
         )
-    if lost := _places(data, "num_kept", 0):
-        warnings.append(
-            f"{len(lost)} of {len(data)} {what} examples lose their whole completion at "
-            f"`training.max_length` ({max_length}) and are left out: {some(lost)}."
-        )
-    data = data.select(kept, keep_in_memory=True)
-    must_end = must_end and what.endswith("training")
-    _warn(data, what, max_length, tokenizer, warnings, must_end=must_end)
-    return data.remove_columns(_STATISTICS)
-
-
-def refuse_unlearnable(data: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse examples that begin twice, or of which nothing is learned, however long."""
-    if doubled := _places(data, "doubled_bos", True):
-        raise ValueError(
-            f"{some(doubled)}: begins with {tokenizer.bos_token!r} twice, once from the data or "
-            "chat template and once from the tokenizer; remove it from the data or template."
-        )
-    if empty := _places(data, "num_learned", 0):
-        raise ValueError(
-            f"{some(empty)}: nothing to learn, no token is part of a completion; remove the row, "
-            "or give a `data.chat_template` whose {% generation %} marks enclose the answer."
-        )
-
-
-def _places(data: Any, column: str, value: object) -> list[str]:
-    pairs = zip(data["place"], data[column], strict=True)
-    return [place for place, found in pairs if found == value]
+    is_checked = must_end and what.endswith("training")
+    if not is_checked or len(places["open"]) < len(kept) - len(places["cut"]):
+        places["open"] = []  # where some end, the others may be meant so
+    for note, found in places.items():
+        said = _NOTES[note].format(max_length=max_length)
+        if found:
+            warnings.append(f"{len(found)} of {len(data)} {what} examples {said}: {some(found)}.")
+    return data.select(kept).remove_columns("notes")
 
 
 def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:
     """Return a warning if examples that measure are in the training data as well."""
-    return overlap_warning(
-        row_digests(train), row_digests(evaluation), f"{what} examples", evaluation["place"][:]
-    )
+    columns = [name for name in train.column_names if name.endswith(("_ids", "label", "labels"))]
+    known, asked = (row_digests(data, columns) for data in (train, evaluation))
+    return overlap_warning(known, asked, f"{what} examples", evaluation["place"][:])
 
 
 def overlap_warning(
@@ -100,48 +89,6 @@ def row_digests(
         for column in columns:
             digest.update(row[column].tobytes())
         yield digest.digest()
-
-
-def _warn(
-    data: "Dataset",
-    what: str,
-    max_length: int | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    warnings: list[str],
-    *,
-    must_end: bool,
-) -> None:
-    num_tokens = data["num_tokens"][:]
-    cut = [max_length is not None and num > max_length for num in num_tokens]
-    whole = [ends for ends, is_cut in zip(data["ends"], cut, strict=True) if not is_cut]
-    if any(cut):
-        places = [place for place, is_cut in zip(data["place"], cut, strict=True) if is_cut]
-        warnings.append(
-            f"{sum(cut)} of {len(data)} {what} examples are cut at `training.max_length` "
-            f"({max_length}; the longest has {max(num_tokens)} tokens) and never learn to stop: "
-            f"{some(places)}."
-        )
-    if must_end and whole and not any(whole):
-        warnings.append(
-            f"no {what} example ends in a stop token (the tokenizer's is "
-            f"{tokenizer.eos_token!r}), so the model will not learn to end its answers; give a "
-            "`data.chat_template` that ends each assistant turn with it."
-        )
-    fields = sorted({field for row in data["hidden"] for field in row})
-    if fields:
-        num_rows = sum(bool(row) for row in data["hidden"])
-        warnings.append(
-            f"in {num_rows} of {len(data)} {what} examples the chat template does not show the "
-            f"message fields {fields}, so the model never sees them; give a `data.chat_template` "
-            "that shows them, or remove them."
-        )
-    moved = sum(data["boundary_moved"])
-    if moved:
-        warnings.append(
-            f"in {moved} of {len(data)} {what} examples the prompt alone is tokenized otherwise "
-            "than in front of its completion, so the model is trained on a prompt that it will "
-            "not see; end prompts on a token boundary, as before a space or line break."
-        )
 
 
 def some(places: Sequence[str]) -> str:

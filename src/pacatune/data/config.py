@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pacatune.names import choose, suggest
+from pacatune.names import choose
 
 TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
@@ -56,16 +56,25 @@ class TextDataConfig:
 
     def about(self) -> str:
         """Return where the training data is, for the model card."""
-        return f"`{self.path}`"
+        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
 
-    def evaluation_source(self) -> tuple[str, str, str] | None:
-        """Return path and split of evaluation data, and the option that names the path."""
+    def sources(self) -> "list[tuple[SourceConfig, str]]":
+        """Return the data sets of training, each with the option that names it."""
+        return [(self._source(self.path, self.split), "data.path")]
+
+    def _source(self, path: str, split: str) -> "SourceConfig":
+        found: TextFormat = getattr(self, "format", "auto")
+        return SourceConfig(path=path, name=self.name, split=split, format=found)
+
+    def evaluation_source(self) -> "tuple[SourceConfig, str] | None":
+        """Return the data set of evaluation and the option that names it."""
         if not (self.eval_path or self.eval_split):
             return None
-        option = "data.eval_path" if self.eval_path else "data.path"
+        path = self.eval_path or self.path
         if self.eval_split:
-            refuse_split(self.eval_path or self.path, "data.eval_split", self.eval_split)
-        return self.eval_path or self.path, self.eval_split or self.split, option
+            refuse_split(path, "data.eval_split", self.eval_split)
+        option = "data.eval_path" if self.eval_path else "data.path"
+        return self._source(path, self.eval_split or self.split), option
 
 
 TextFormat = Literal[
@@ -75,11 +84,7 @@ TextFormat = Literal[
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One of several data sets that are mixed.
-
-    Raises:
-        ValueError: If `path` is missing or `weight` is not above 0.
-    """
+    """One of several data sets that are mixed."""
 
     path: str = ""
     """As `data.path`."""
@@ -98,37 +103,25 @@ class SourceConfig:
 
     @classmethod
     def of(cls, values: Any) -> "SourceConfig":
-        """Make one of what YAML says, and name what is wrong."""
+        """Make one of what YAML says."""
         if isinstance(values, cls):
             return values
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not isinstance(values.get("path"), str):
             raise ValueError(
                 f"`data.datasets` has {values!r:.80}; each must be a mapping, as {{path: a.jsonl}}."
             )
         known = [option.name for option in fields(cls)]
-        for key, value in values.items():
-            where = f"`{key}` ({value!r}) of {values.get('path')} in `data.datasets`"
-            if key not in known:
-                raise ValueError(f"{where} is no option of a data set; {suggest(str(key), known)}")
-            if key == "weight" and type(value) not in (int, float, type(None)):
-                raise ValueError(f"{where} must be a number.")
-            if key == "format":
-                choose(
-                    str(value),
-                    get_args(TextFormat),
-                    option=f"format of {values.get('path')} in data.datasets",
-                )
-            elif key != "weight" and not (isinstance(value, str) or (key, value) == ("name", None)):
-                raise ValueError(f"{where} must be text.")
+        for key in values:
+            choose(str(key), known, option=f"option of {values['path']} in data.datasets")
         return cls(**values)
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(f"`path` of one of `data.datasets` is {self.path!r}; give its data.")
-        if self.weight is not None and not 0 < self.weight < float("inf"):
+        choose(str(self.format), get_args(TextFormat), option=f"format of {self.path}")
+        weight = 1 if self.weight is None else self.weight
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(
-                f"`weight` ({self.weight}) of {self.path} in `data.datasets` must be above 0; "
-                "raise it, or leave the data set out."
+                f"`weight` ({self.weight!r}) of {self.path} in `data.datasets` must be a number "
+                "above 0; mend it, or leave the data set out."
             )
 
 
@@ -179,73 +172,48 @@ class DataConfig(TextDataConfig):
     or `all`."""
 
     def __post_init__(self) -> None:
-        if self.mix_strategy != "first_exhausted" and not self._has_weights():
-            raise ValueError(
-                f"`data.mix_strategy` ({self.mix_strategy!r}) is for `data.datasets` with weights; "
-                "give them, or drop the option."
-            )
-        self._check_stream()
         if self.datasets is None:
             super().__post_init__()
-            return
-        check_fraction(self.eval_fraction)
-        self.datasets = [SourceConfig.of(one) for one in self.datasets]
-        if not self.datasets:
-            raise ValueError("`data.datasets` is empty; list data sets, or give `data.path`.")
-        unused = {"path": "", "name": None, "split": "train", "eval_split": None}
-        unused |= {} if self.eval_path else {"format": "auto"}
-        for name, default in unused.items():
-            if (value := getattr(self, name)) != default:
-                raise ValueError(
-                    f"`data.{name}` ({value!r}) is for a single data set, and there are "
-                    "`data.datasets`; drop it, or set it for one of those."
-                )
-        weightless = [one.path for one in self.datasets if one.weight is None]
-        if weightless and len(weightless) < len(self.datasets):
-            raise ValueError(
-                f"`data.datasets`: {weightless[0]} has no `weight` and others have; give all a "
-                "weight, or none."
-            )
+        else:
+            check_fraction(self.eval_fraction)
+            self.datasets = [SourceConfig.of(one) for one in self.datasets]
+        several = self.datasets or []
+        weights = [one.weight for one in several if one.weight is not None]
+        single = {"path": "", "name": None, "split": "train", "eval_split": None}
+        single |= {} if self.eval_path else {"format": "auto"}
+        changed = [name for name, default in single.items() if getattr(self, name) != default]
+        is_held_out = self.eval_fraction and not (self.eval_path or self.eval_split)
+        repeats = self.mix_strategy != "first_exhausted"
+        problems = {
+            "`data.datasets` is empty; list data sets, or give `data.path`": self.datasets == [],
+            f"`data.{changed and changed[0]}` is for a single data set, and there are "
+            "`data.datasets`; set it for one of those": bool(several and changed),
+            "some of `data.datasets` have a `weight` and others none; give all one, or none": (
+                bool(weights) and len(weights) < len(several)
+            ),
+            "`data.mix_strategy` is for `data.datasets` with weights, and streams begin again and "
+            "never run out; drop it": repeats and (self.streaming or not weights),
+            f"`data.shuffle_buffer` ({self.shuffle_buffer}) must be at least 0, and is for "
+            "`data.streaming`; other data is shuffled as a whole": (
+                self.shuffle_buffer < 0
+                or (self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming)
+            ),
+            f"`data.eval_fraction` ({self.eval_fraction}) with `data.streaming`: a part of data "
+            "that is not read as a whole cannot be held out; give `data.eval_path`, or 0": (
+                self.streaming and bool(is_held_out)
+            ),
+            "`data.datasets` with `data.streaming` would come one after the other; give each a "
+            "`weight`": self.streaming and len(several) > 1 and not weights,
+        }
+        for problem, is_found in problems.items():
+            if is_found:
+                raise ValueError(f"{problem}.")
 
-    def _check_stream(self) -> None:
-        if not self.streaming:
-            if self.shuffle_buffer != SHUFFLE_BUFFER:
-                raise ValueError(
-                    f"`data.shuffle_buffer` ({self.shuffle_buffer}) is for `data.streaming`; other "
-                    "data is shuffled as a whole. Drop it, or set `data.streaming` to true."
-                )
-            return
-        if self.shuffle_buffer < 0:
-            raise ValueError(f"`data.shuffle_buffer` ({self.shuffle_buffer}) must be at least 0.")
-        if self.eval_fraction and not (self.eval_path or self.eval_split):
-            raise ValueError(
-                f"`data.eval_fraction` ({self.eval_fraction}) with `data.streaming`: a part of "
-                "data that is not read as a whole cannot be held out; give `data.eval_path`, or "
-                "set `data.eval_fraction` to 0."
-            )
-        if self.datasets is not None and len(self.datasets) > 1 and not self._has_weights():
-            raise ValueError(
-                "`data.datasets` with `data.streaming` would come one after the other; give each a "
-                "`weight`."
-            )
-        if self.mix_strategy != "first_exhausted":
-            raise ValueError(
-                f"`data.mix_strategy` ({self.mix_strategy!r}) with `data.streaming`: streams begin "
-                "again and never run out; drop it."
-            )
-
-    def _has_weights(self) -> bool:
-        return any(SourceConfig.of(one).weight is not None for one in self.datasets or ())
-
-    def sources(self) -> list[SourceConfig]:
-        """Return the data sets of training, a single one too."""
-        if self.datasets is not None:
-            return list(self.datasets)
-        return [SourceConfig(path=self.path, name=self.name, split=self.split, format=self.format)]
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return ", ".join(f"`{source.path}`" for source in self.sources())
+    def sources(self) -> list[tuple[SourceConfig, str]]:
+        """Return the data sets of training, each with the option that names it."""
+        if self.datasets is None:
+            return super().sources()
+        return [(source, "data.datasets") for source in self.datasets]
 
 
 @dataclass(kw_only=True)
@@ -285,18 +253,12 @@ class PromptDataConfig(TextDataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "size")
-        if not self.is_generated:
-            for name in ("size", "options"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`data.{name}` ({getattr(self, name)!r}) is for what reasoning-gym "
-                        f"generates, and `data.path` is {self.path!r}; drop it, or set the path "
-                        f"to {REASONING_GYM}TASK."
-                    )
-        elif self.eval_path or self.eval_split:
+        made, read = (self.size, self.options), (self.eval_path, self.eval_split)
+        if any(value is not None for value in (read if self.is_generated else made)):
             raise ValueError(
-                "`data.eval_path` and `data.eval_split` are not for data that reasoning-gym "
-                "generates; set `data.eval_fraction`."
+                "`data.size` and `data.options` are for what reasoning-gym generates, "
+                f"`data.eval_path` and `data.eval_split` for other data, and `data.path` is "
+                f"{self.path!r}; drop them."
             )
 
     @property

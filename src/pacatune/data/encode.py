@@ -1,15 +1,14 @@
 """Turn an example into token ids and labels: which tokens are learned, and why not others."""
 
 import contextlib
-import itertools
+import copy
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.data import chat_images
-from pacatune.data.chat_images import ImageTokenizer
+from pacatune.data.chat_images import IMAGE, as_parts, open_image
 from pacatune.data.formats import Example, Message
 
 if TYPE_CHECKING:
@@ -18,246 +17,78 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is not learned."""
 
-Render = Callable[[list[Message], list[Any] | None], str]
-
-_NEEDED = ("content", "tool_calls")
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
-_WRITTEN = ("function_call", "reasoning_content", "reasoning", "thinking")
-_BOOKKEEPING = ("role", "tool_call_id", "id")
-_UNREAD = re.compile(rf'[\s\\"]+|{chat_images.IMAGE.pattern}')
+_WRITTEN = ("reasoning_content", "reasoning", "thinking")
+# What templates add and take away: white space, and the quoting of JSON.
+_UNREAD = re.compile(r'[\s\\"]+')
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A tool (turn None) or a field of a message, and the texts in it."""
-
-    name: str
-    turn: int | None
-    texts: list[str]
-
-
-def check_shown(example: Example, learned: Collection[int], render: Render) -> list[str]:
-    """Check that a template shows everything of a chat that is read, and its `learned` turns.
-
-    Most templates drop what they do not know without a word. So the chat is rendered a second time
-    with a mark in place of each text, and no mark may be missing. Returns the names of fields that
-    are not shown and need not be, as "name" or "rating".
-    """
-    text = _squeeze(render(example.messages, example.tools))
-    for turn in learned:
-        if _squeeze(example.messages[turn]["content"]) not in text:
-            _refuse(example, f"all of the content of turn {turn + 1}")
-    marks = (f"zq{number}qz" for number in itertools.count())
-    messages, tools, parts = _mark_chat(example, lambda _: next(marks))
-    try:
-        text = _squeeze(render(messages, tools))
-    except ValueError:  # The template asks for certain texts: look for those of the chat itself.
-        parts = _mark_chat(example, lambda piece: piece)[2]
-    hidden = set()
-    for part in parts:
-        missing = [piece for piece in part.texts if _squeeze(piece) not in text]
-        if not missing:
-            continue
-        if part.turn is None:
-            _refuse(example, part.name)
-        if part.name in _NEEDED or (part.name in _WRITTEN and part.turn in learned):
-            role = example.messages[part.turn]["role"]
-            _refuse(example, f"{part.name} of turn {part.turn + 1} (role {role!r})")
-        if part.name not in _WRITTEN and len(missing) == len(part.texts):
-            hidden.add(part.name)
-    return sorted(hidden)
-
-
-def with_arguments(example: Example, *, as_text: bool) -> Example:
-    """Return a chat whose tool calls all have their arguments as objects, or all as JSON.
-
-    Most templates write JSON themselves and would write that of a text twice; some can only take
-    a text. Arguments that are no JSON object stay as they are.
-    """
-
-    def convert(arguments: Any) -> Any:
-        found = _parse(arguments)
-        if not isinstance(found, dict):
-            return arguments
-        return json.dumps(found, ensure_ascii=False) if as_text else found
-
-    def convert_all(messages: str | list[Message]) -> str | list[Message]:
-        assert isinstance(messages, list)
-        return [
-            {**m, "tool_calls": [_map_function(c, {"arguments": convert}) for c in m["tool_calls"]]}
-            if m.get("tool_calls")
-            else m
-            for m in messages
-        ]
-
-    return replace(
-        example, prompt=convert_all(example.prompt), completion=convert_all(example.completion)
-    )
-
-
-def _mark_chat(
-    example: Example, stand_in: Callable[[str], str]
-) -> tuple[list[Message], list[Any] | None, list[_Part]]:
-    """Copy messages and tools with `stand_in` of each text, and list what has to be looked for."""
-    parts: list[_Part] = []
-
-    def mark(value: Any) -> Any:
-        """Replace every text and number, and note what stands there now."""
-        if isinstance(value, dict):
-            return {key: mark(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [mark(inner) for inner in value]
-        if value is None or isinstance(value, bool) or not str(value).strip():
-            return value
-        parts[-1].texts.append(stand_in(str(value)))
-        return parts[-1].texts[-1]
-
-    def mark_arguments(value: Any) -> Any:
-        found = _parse(value)
-        is_text = isinstance(value, str) and isinstance(found, dict)
-        return json.dumps(mark(found)) if is_text else mark(value)
-
-    messages = []
-    for turn, message in enumerate(example.messages):
-        copy = dict(message)
-        for name, value in message.items():
-            if name in _BOOKKEEPING or (name == "name" and message["role"] == "tool"):
-                continue
-            parts.append(_Part(name, turn, []))
-            if name == "tool_calls":
-                marks = {"name": mark, "arguments": mark_arguments}
-                copy[name] = [_map_function(call, marks) for call in value]
-            else:
-                copy[name] = mark(value)
-        messages.append(copy)
-    tools = []
-    for number, tool in enumerate(example.tools or ()):
-        parts.append(_Part(f"tools[{number}]", None, []))
-        tools.append(_map_function(tool, {"name": mark}))
-    return messages, None if example.tools is None else tools, parts
-
-
-def _map_function(
-    holder: dict[str, Any], maps: Mapping[str, Callable[[Any], Any]]
-) -> dict[str, Any]:
-    """Copy a tool or call with some fields of its function mapped."""
-    if isinstance(holder.get("function"), dict):
-        return {**holder, "function": _map_function(holder["function"], maps)}
-    return {key: maps[key](value) if key in maps else value for key, value in holder.items()}
-
-
-def _parse(arguments: Any) -> Any:
-    """Return what a JSON text says; anything else as it is."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _squeeze(text: str) -> str:
-    """Drop what templates add and take away: white space, and the quoting of JSON."""
-    return _UNREAD.sub("", text)
-
-
-def _refuse(example: Example, what: str) -> NoReturn:
-    raise ValueError(
-        f"{example.place}: the chat template does not show {what}, so the model would learn the "
-        "turns without it; give a `data.chat_template` that shows it, or take it out of the row."
-    )
-
-
-@dataclass(slots=True)
-class Encoded:
-    """Token ids of one example, and what became of its loss."""
-
-    input_ids: list[int]
-    learned: list[bool]
-    boundary_moved: bool = False
-    """The prompt alone is tokenized otherwise than in front of its completion."""
-    hidden: list[str] = field(default_factory=list)
-    """Fields of messages that the chat template does not show."""
-    text: str = ""
-    """A chat with images as its template writes it, each as one mark."""
-
-    def labels(self, max_length: int | None) -> list[int]:
-        """Return the ids to learn, -100 elsewhere, cut to `max_length`."""
-        pairs = zip(self.input_ids[:max_length], self.learned, strict=False)
-        return [token if learned else IGNORED for token, learned in pairs]
-
-
-@dataclass(slots=True)
+@dataclass(kw_only=True)
 class Encoder:
     """Encodes examples with one tokenizer and its chat template."""
 
     tokenizer: "PreTrainedTokenizerBase"
     stop_ids: Collection[int]
     """Tokens that end a generation."""
+    max_length: int | None = None
+    """Tokens that an example is cut to."""
     learn_all: bool = False
     """Learn every token, not only completions."""
     special_tokens: bool = True
     """Whether plain texts get the tokenizer's own tokens and an EOS."""
-    _marked_template: str | None = field(init=False, default=None)
+    processor: Any = None
+    """What makes images into tensors, where chats have some."""
 
     def __post_init__(self) -> None:
-        self._marked_template = _find_marked_template(self.tokenizer)
+        self._marked_template = _find_marked_template(self.processor or self.tokenizer)
 
-    def __call__(self, example: Example) -> Encoded:
-        """Encode one example."""
+    def __call__(self, example: Example) -> dict[str, Any]:
+        """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
+        text, limit = "", self.max_length
         if isinstance(example.completion, str):
-            assert isinstance(example.prompt, str)
-            encoded = self._encode_text(example.prompt, example.completion)
+            ids, learned, moved = self._encode_text(example)
         else:
-            example, hidden = self._check(example)
-            text = self._text(example) if isinstance(self.tokenizer, ImageTokenizer) else ""
-            encoded = self._encode_chat(example)
-            encoded.hidden, encoded.text = hidden, text
-        if self.learn_all:
-            encoded.learned = [True] * len(encoded.input_ids)
-        return encoded
+            example, text = self._check(example)
+            ids, learned, moved = self._encode_chat(example)
+        learned = [True] * len(ids) if self.learn_all else learned
+        if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
+            found = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
+            raise ValueError(f"{example.place}: {found}; remove it from data or template.")
+        if not any(learned[1:]):  # The first token is never predicted.
+            fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
+            raise ValueError(f"{example.place}: nothing to learn, no token is an answer's; {fix}.")
+        notes = ["moved"] * moved
+        if not any(learned[1:limit]):
+            notes.append("lost")
+        elif limit is not None and len(ids) > limit:
+            notes.append("cut")
+        elif ids[max(i for i, flag in enumerate(learned) if flag)] not in self.stop_ids:
+            notes.append("open")
+        if example.images and {"lost", "cut"} & set(notes):
+            found = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
+            raise ValueError(f"{example.place} {found}; images cannot be cut: raise it.")
+        labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+        return {
+            "place": example.place,
+            "input_ids": ids[:limit],
+            "labels": labels[:limit],
+            "num_tokens": len(ids),
+            "notes": notes,
+            **({} if self.processor is None else {"text": text, "images": example.images}),
+        }
 
-    def _text(self, example: Example) -> str:
-        """Return the rendered chat, if it shows each of its images."""
-        text = str(self._render(example.place, example.messages, example.tools, tokenize=False))
-        mark = self.tokenizer.image_token
-        if text.count(mark) != len(example.images):
-            raise ValueError(
-                f"{example.place}: the chat template shows {text.count(mark)} of "
-                f"{len(example.images)} images ({mark}); give a `data.chat_template` that shows "
-                "each of them, and texts without that mark."
-            )
-        return text
+    def _encode_text(self, example: Example) -> tuple[list[int], list[bool], bool]:
+        if self.processor is not None:
+            rule = "is a plain text, and other rows have images"
+            raise ValueError(f"{example.place} {rule}; make it a chat, or train on one of them.")
 
-    def _check(self, example: Example) -> tuple[Example, list[str]]:
-        """Return the chat as its template takes it, and the fields that are not shown."""
-        if self.learn_all and example.skipped:
-            raise ValueError(
-                f"{example.place}: turn {example.skipped[0] + 1} has weight 0, and `data.loss` "
-                "'all' learns every turn; use 'completion', or remove the weights."
-            )
-        turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-
-        def render(messages: list[Message], tools: list[Any] | None) -> str:
-            return str(self._render(example.place, messages, tools, tokenize=False))
-
-        objects, texts = (with_arguments(example, as_text=as_text) for as_text in (False, True))
-        try:
-            return objects, check_shown(objects, turns, render)
-        except ValueError:
-            if objects == texts:
-                raise
-            with contextlib.suppress(ValueError):
-                return texts, check_shown(texts, turns, render)
-            raise
-
-    def _encode_text(self, prompt: str, completion: str) -> Encoded:
         def tokenize(text: str) -> list[int]:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=self.special_tokens)[
-                "input_ids"
-            ]
-            return ids
+            found = self.tokenizer(text, add_special_tokens=self.special_tokens)
+            return list(found["input_ids"])
 
+        prompt, text = str(example.prompt), f"{example.prompt}{example.completion}"
         end = (self.tokenizer.eos_token or "") if self.special_tokens else ""
-        text, eos = prompt + completion, self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
         ids = tokenize(text if text.endswith(end) else text + end)
         prompt_ids = tokenize(prompt) if prompt else []
         if self.special_tokens:  # The tokenizer may add an EOS of its own.
@@ -266,52 +97,113 @@ class Encoder:
             if prompt_ids[-1:] == [eos] and not prompt.endswith(end):
                 del prompt_ids[-1]
         start = common_prefix(prompt_ids, ids)
-        learned = [position >= start for position in range(len(ids))]
-        return Encoded(ids, learned, boundary_moved=start < len(prompt_ids))
+        return ids, [place >= start for place in range(len(ids))], start < len(prompt_ids)
 
-    def _encode_chat(self, example: Example) -> Encoded:
-        messages = example.messages
+    def _check(self, example: Example) -> tuple[Example, str]:
+        """Return the chat as its template takes it, and the text.
+
+        Most templates write the arguments of calls as JSON themselves and would write those of a
+        text twice; some can only take a text.
+        """
+        rule = ""
+        if not self.tokenizer.chat_template:
+            rule = "is a chat, but the tokenizer has no chat template; give `data.chat_template`"
+        elif self.learn_all and example.skipped:
+            rule = (
+                "has turns of weight 0, and `data.loss` 'all' learns every turn; drop one of them"
+            )
+        elif self.processor is None and example.images:
+            rule = "has images, which neither this task nor a stream takes; take them out"
+        if rule:
+            raise ValueError(f"{example.place} {rule}.")
+        objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
+        try:
+            return objects, self._shown(objects)
+        except ValueError:
+            if objects != texts:
+                with contextlib.suppress(ValueError):
+                    return texts, self._shown(texts)
+            raise
+
+    def _shown(self, example: Example) -> str:
+        """Return the text of a chat, if its template shows what is read of it.
+
+        Most templates drop what they do not know without a word. Turns stand in their order, those
+        of the system anywhere; of turns that are not learned, the reasoning may be left out.
+        """
+        text = str(self._render(example, example.messages, tokenize=False))
+        squeezed = _UNREAD.sub("", text)
+
+        def find(value: str, start: int = 0) -> int:
+            """Return where a text or its JSON ends, from a place on, or -1."""
+            forms = {
+                _UNREAD.sub("", form) for form in (value, json.dumps(value, ensure_ascii=False))
+            }
+            places = [(squeezed.find(form, start), len(form)) for form in forms]
+            return min((place + length for place, length in places if place >= 0), default=-1)
+
+        missing, place = [], 0
+        turns = range(len(example.messages)) if self.learn_all else example.learned_turns
+        for turn, message in enumerate(example.messages):
+            where, content = f"of turn {turn + 1} (role {message['role']!r})", message["content"]
+            content = content if turn in turns else content.rpartition("</think>")[2]
+            is_free = message["role"] in ("system", "developer")
+            for piece in IMAGE.split(content)[::2]:
+                end = find(piece, 0 if is_free else place)
+                place = place if is_free else max(place, end)
+                missing += [f"content {where}"] * (end < 0)
+            for call in (*message.get("tool_calls", ()), message.get("function_call", {})):
+                name = call.get("function", call).get("name", "")
+                missing += [f"tool_calls {where}"] * (find(name) < 0)
+            written = {name: message.get(name, "") for name in _WRITTEN if turn in turns}
+            missing += [f"{name} {where}" for name, said in written.items() if find(said) < 0]
+        for number, tool in enumerate(example.tools or ()):
+            missing += [f"tools[{number}]"] * (find(tool.get("function", tool)["name"]) < 0)
+        num_images = len(example.images)
+        if self.processor is not None and text.count(self.processor.image_token) != num_images:
+            missing.append(f"each of {num_images} images once")
+        if missing:
+            raise ValueError(
+                f"{example.place}: the chat template does not show {missing[0]}, so the model "
+                "would learn the turns without it; give a `data.chat_template` that shows it, or "
+                "take it out of the row."
+            )
+        return text
+
+    def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
+        messages, moved = example.messages, False
         if self._marked_template is None:
             ids = self._ids(example, messages)
-            encoded = Encoded(ids, [False] * len(ids))
+            learned = [False] * len(ids)
             for turn in example.learned_turns:
-                self._learn_turn(encoded, example, turn)
-            return encoded
-        marked = self._render(
-            example.place,
-            messages,
-            example.tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        encoded = Encoded(marked["input_ids"], [bool(bit) for bit in marked["assistant_masks"]])
+                start, end, cue_length = self._learned_span(ids, example, turn)
+                learned[start:end] = [True] * (end - start)
+                moved |= start < cue_length
+            return ids, learned, moved
+        marked = self._render(example, messages, return_assistant_tokens_mask=True)
+        ids = list(marked["input_ids"])
+        learned = [bool(bit) for bit in marked["assistant_masks"]]
         if example.prompt:
-            prompt_ids = self._ids(example, messages[: len(example.prompt)])
-            start = common_prefix(prompt_ids, encoded.input_ids)
-            encoded.learned[:start] = [False] * start
+            start = common_prefix(self._ids(example, messages[: len(example.prompt)]), ids)
+            learned[:start] = [False] * start
         for turn in example.skipped:
             if turn >= len(example.prompt) and messages[turn]["role"] == "assistant":
-                start, end = self._find_turn(encoded.input_ids, example, turn)
-                encoded.learned[start:end] = [False] * (end - start)
-        return encoded
+                start, end = self._find_turn(ids, example, turn)
+                learned[start:end] = [False] * (end - start)
+        return ids, learned, moved
 
-    def _learn_turn(self, encoded: Encoded, example: Example, turn: int) -> None:
-        """Mark what the model itself writes in one turn: from its cue to its stop token."""
+    def _learned_span(self, ids: list[int], example: Example, turn: int) -> tuple[int, int, int]:
+        """Return where what the model itself writes in a turn begins and ends, and its cue."""
         if turn == 0:
-            raise ValueError(
-                f"{example.place}: the chat opens with an assistant turn, which answers nothing; "
-                "put a user or system turn before it, or give `data.chat_template` with "
-                "{% generation %} marks."
-            )
-        ids = encoded.input_ids
+            rule = "the chat opens with an assistant turn, which answers nothing"
+            raise ValueError(f"{example.place}: {rule}; put a user or system turn before it.")
         cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
         _, end = self._find_turn(ids, example, turn)
         start = common_prefix(cue, ids)
         stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
         if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
             end = stops[-1] + 1  # Generation ends here: the line break behind it is never written.
-        encoded.learned[start:end] = [True] * (end - start)
-        encoded.boundary_moved |= start < len(cue)
+        return start, end, len(cue)
 
     def _find_turn(self, ids: list[int], example: Example, turn: int) -> tuple[int, int]:
         """Return where the tokens of one turn begin and end."""
@@ -330,46 +222,88 @@ class Encoder:
         return start, end
 
     def _ids(self, example: Example, messages: list[Message], **options: Any) -> list[int]:
-        rendered = self._render(example.place, messages, example.tools, return_dict=True, **options)
-        return list(rendered["input_ids"])
+        return list(self._render(example, messages, **options)["input_ids"])
 
     def _render(
-        self, place: str, messages: list[Message], tools: list[Any] | None, **options: Any
+        self, example: Example, messages: list[Message], *, tokenize: bool = True, **options: Any
     ) -> Any:
+        """Return the text of a chat, or its tokens with as many for each image as it has."""
         from jinja2 import TemplateError
 
+        options |= {"tools": example.tools, "chat_template": self._marked_template}
+        writer: Any = self.tokenizer
+        if self.processor is not None:
+            writer, messages = self.processor, [as_parts(message) for message in messages]
+            options["processor_kwargs"] = {"add_special_tokens": False}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self._marked_template, **options
+            made = writer.apply_chat_template(
+                messages, tokenize=tokenize, return_dict=tokenize, **options
             )
         except (TemplateError, TypeError) as error:
+            problem = f"the chat template cannot render it ({error})"
             raise ValueError(
-                f"{place}: the chat template cannot render it ({error}); "
-                "change the messages, or give another `data.chat_template`."
+                f"{example.place}: {problem}; give another `data.chat_template`."
             ) from error
+        if self.processor is None or not tokenize:
+            return made
+        return {name: made[name][0] for name in ("input_ids", "assistant_masks") if name in made}
+
+
+def _find_marked_template(writer: Any) -> str | None:
+    """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not writer.chat_template:
+        return None
+    if has_generation_markers(writer.chat_template):
+        return str(writer.chat_template)
+    # TRL probes unknown templates with made-up chats, on which they may fail in any way.
+    with contextlib.suppress(Exception):
+        return cast(str | None, get_training_chat_template(writer))
+    return None
+
+
+def _with_arguments(example: Example, *, as_text: bool) -> Example:
+    """Return a chat whose tool calls all have their arguments as objects, or all as JSON."""
+    if not any("tool_calls" in message for message in example.messages):
+        return example
+    example = copy.deepcopy(example)
+    for message in example.messages:
+        for call in message.get("tool_calls", ()):
+            function = call.get("function", call)
+            found = function.get("arguments")
+            with contextlib.suppress(ValueError):
+                found = json.loads(found) if isinstance(found, str) else found
+            if isinstance(found, dict):
+                function["arguments"] = json.dumps(found, ensure_ascii=False) if as_text else found
+    return example
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
     """Return the number of leading tokens that two sequences share."""
-    length = 0
-    for token, other in zip(ids, others, strict=False):
-        if token != other:
-            break
-        length += 1
-    return length
+    pairs = enumerate(zip(ids, others, strict=False))
+    shorter = min(len(ids), len(others))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
 
 
-def _find_marked_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+class ImageCollator:
+    """Makes padded batches of chats with images, as the model takes them."""
 
-    if not tokenizer.chat_template:
-        return None
-    if has_generation_markers(tokenizer.chat_template):
-        return str(tokenizer.chat_template)
-    try:
-        template: str | None = get_training_chat_template(tokenizer)
-    except Exception:
-        # TRL probes unknown templates with made-up chats, on which they may fail in any way.
-        return None
-    return template
+    def __init__(self, processor: Any) -> None:
+        from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+        self._collate = DataCollatorForVisionLanguageModeling(processor)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some rows."""
+        import torch
+
+        batch: dict[str, Any] = self._collate(
+            [{"text": row["text"], "images": list(map(open_image, row["images"]))} for row in rows]
+        )
+        for ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+            number = len(row["labels"])
+            same = ids[:number].tolist() == row["input_ids"]
+            assert same, f"{row['place']} is tokenized otherwise in a batch"
+            labels[:number] = torch.tensor(row["labels"])
+        return batch

@@ -1,21 +1,21 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pacatune.data import chat_images, sharegpt
+from pacatune.data.chat_images import END, START, mark_image, references
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row
-from pacatune.names import nearest
+from pacatune.names import guess
 
 Message = dict[str, Any]
 
 # Required columns, most specific first: a row that fits several is the first of them.
 COLUMNS = {
     "messages": ("messages",),
-    "sharegpt": (sharegpt.COLUMN,),
+    "sharegpt": ("conversations",),
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
@@ -25,21 +25,24 @@ _ACCEPTED = (
     "messages | conversations | prompt, completion | instruction, (input,) output | text | "
     "question, choices, answer"
 )
-
 # What chat templates know; the assistant's turns alone are learned.
 _ROLES = (
     *("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"),
 )
-# What other formats call them.
-_MEANT = {**sharegpt.ROLES, **dict.fromkeys(("bot", "model", "ai", "chatgpt"), "assistant")}
-
-# Columns of other programs that say something to the model.
-_NOT_USED = ("system", "history", "functions", "images", "documents", "chat_template_kwargs")
-
-# What other programs call the weight of a message: Axolotl, TRL and ms-swift.
-_FLAGS = ("train", "training", "loss")
-# What they say besides of parts of a message, or of degrees.
-_FINER = ("train_detail", "training_detail", "loss_scale")
+# What ShareGPT's data calls them, as LLaMA-Factory reads it; others' names are known to be wrong.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "function_call"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("observation", "tool"), "tool"),
+}
+_MEANT = {**_SPEAKERS, **dict.fromkeys(("bot", "model", "ai", "chatgpt"), "assistant")}
+# Columns that say something to the model, here or in other programs.
+_OF_OTHERS = (
+    *("tools", "images", "system", "history", "functions", "documents", "chat_template_kwargs"),
+)
+# OpenAI's name for whether a message is learned; Axolotl's, TRL's and ms-swift's.
+_WEIGHTS = ("weight", "train", "training", "loss")
 
 # For models without a chat template; the wording of Stanford Alpaca without its preamble.
 _INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -64,15 +67,12 @@ class Example:
     @property
     def messages(self) -> list[Message]:
         """All turns of a chat."""
-        assert isinstance(self.prompt, list)
-        assert isinstance(self.completion, list)
-        return self.prompt + self.completion
+        return [*self.prompt, *self.completion]
 
     @property
     def images(self) -> list[str]:
         """The images of a chat, as their references."""
-        is_chat = isinstance(self.completion, list)
-        return chat_images.references(self.messages) if is_chat else []
+        return references(self.messages) if isinstance(self.completion, list) else []
 
     @property
     def learned_turns(self) -> list[int]:
@@ -86,125 +86,49 @@ class Example:
         ]
 
 
-def detect_format(row: Row) -> str:
-    """Return the format that the columns of a row fit."""
-    present = present_columns(row)
-    if found := _formats_of(present):
-        return found[0]
-    hint = "Rename the columns."
-    if "choices" in present:
-        hint = "A row with choices needs a 'question' and an 'answer' too."
-    raise ValueError(
-        f"{row.place}: columns {sorted(row.values)} fit no format; accepted are {_ACCEPTED}. {hint}"
-    )
-
-
 def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iterator[Example]:
     """Yield one checked example per row; every row must have the format of the first.
 
     Without a chat template, instructions become plain text.
     """
-    assert format in ("auto", *COLUMNS)
     for row in rows:
-        if format == "auto":
-            format = detect_format(row)
-        if format != "mmlu":  # whose check knows its three layouts
-            _check_columns(row, format)
-            if format == "sharegpt":
-                row = sharegpt.with_messages(row)
-            row = chat_images.with_images(row)
-            check_unused(row, format)
-        yield _to_example(row, format, has_template)
+        format = _find_format(row, format)
+        column = COLUMNS[format][-1]
+        if format == "mmlu":
+            question = to_question(row)
+            yield Example(row.place, question.prompt(), question.completion())
+            continue
+        if format == "instruction":
+            row, column = _from_instruction(row, has_template), "completion"
+        elif format == "sharegpt":
+            row = _from_sharegpt(row)
+        elif format != "prompt-completion":
+            row = Row(row.place, {**row.values, "prompt": None})
+        yield to_answer(row, column, format)
 
 
-def _to_example(row: Row, format: str, has_template: bool) -> Example:
-    if format == "mmlu":
-        question = to_question(row)
-        return Example(row.place, question.prompt(), question.completion())
-    if format == "text":
-        return Example(row.place, "", _text(row, "text"))
-    if format == "instruction":
-        return _from_instruction(row, has_template)
-    if format in ("messages", "sharegpt"):
-        (column,), fix = COLUMNS[format], "add the answer or remove the row."
-        return _chat(row, column, [], _messages(row, column), fix)
-    return to_answer(row, "completion")
+def _find_format(row: Row, format: str) -> str:
+    """Return the format that the columns of a row fit, which that of the rows before must be."""
+    present = present_columns(row)
+    fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
+    if format == "auto" and not fits:
+        found = f"columns {sorted(row.values)} fit no format"
+        raise ValueError(f"{row.place}: {found}; rename them: accepted are {_ACCEPTED}.")
+    if format == "auto" or format in fits or format == "mmlu":  # whose check knows its layouts
+        return fits[0] if format == "auto" else format
+    if fits:
+        found = f"format {fits[0]!r} among rows of format {format!r}"
+        raise ValueError(f"{row.place}: {found}; one run takes one format: split the data.")
+    check_columns(row, COLUMNS[format], f"format {format!r} needs {', '.join(COLUMNS[format])}")
+    return format
 
 
-def to_answer(row: Row, column: str) -> Example:
-    """Return the example of a row's prompt and what `column` answers to it.
-
-    Without a prompt it is the whole text or chat that `column` holds.
-    """
-    prompt, completion = row.values.get("prompt"), row.values[column]
-    if prompt is None:
-        if isinstance(completion, list):
-            fix = "end the chat with an answer of the role 'assistant'."
-            return _chat(row, column, [], _messages(row, column), fix)
-        return Example(row.place, "", _text(row, column))
-    if isinstance(prompt, list) != isinstance(completion, list):
-        raise ValueError(
-            f"{row.place}: 'prompt' is a {type(prompt).__name__} and {column!r} a "
-            f"{type(completion).__name__}; both must be strings or both lists of messages."
-        )
-    if not isinstance(prompt, list):
-        return Example(row.place, _text(row, "prompt"), _text(row, column))
-    context = _messages(row, "prompt", is_context=True)
-    fix = "give the answer the role 'assistant'."
-    return _chat(row, column, context, _messages(row, column), fix)
-
-
-def to_prompt(row: Row) -> str | list[Message]:
-    """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
-    if not isinstance(row.values["prompt"], list):
-        return _text(row, "prompt")
-    messages = _messages(row, "prompt", is_context=True)
-    if messages[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{row.place}: 'prompt' ends with an assistant turn, and the model is to write that; "
-            "take the turn out."
-        )
-    return messages
-
-
-def _from_instruction(row: Row, has_template: bool) -> Example:
-    instruction, more = _text(row, "instruction"), row.values.get("input") or ""
-    _check_type(more, str, "a string", f"{row.place}: 'input'")
-    output = _text(row, "output")
-    if not has_template:
-        form = _INSTRUCTION_INPUT if more else _INSTRUCTION
-        return Example(row.place, form.format(instruction=instruction, input=more), output)
-    question = "\n\n".join(filter(None, (instruction, more)))
-    return Example(
-        row.place,
-        [{"role": "user", "content": question}],
-        [{"role": "assistant", "content": output}],
-    )
-
-
-def _chat(
-    row: Row, column: str, prompt: list[Message], completion: list[Message], fix: str
-) -> Example:
-    """Make an example of a chat; weights become a list of turns that are not learned."""
-    weights = [message.get("weight") for message in prompt + completion]
-    skipped = [turn for turn, weight in enumerate(weights) if weight == 0]
-    prompt, completion = (
-        [{key: value for key, value in m.items() if key != "weight"} for m in messages]
-        for messages in (prompt, completion)
-    )
-    tools = row.values.get("tools")
-    if isinstance(tools, str):  # as tables keep them
-        tools = sharegpt.parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
-    check_json(tools, f"{row.place}: 'tools'")
-    tools = _functions(row.place, "'tools'", "tool", tools)
-    example = Example(row.place, prompt, completion, tools, skipped)
-    if not example.learned_turns:
-        speaks = any(message["role"] == "assistant" for message in completion)
-        of_weight = " of weight 1" if speaks else ""
-        raise ValueError(
-            f"{row.place}: {column!r} has no assistant turn{of_weight}, so nothing to learn; {fix}"
-        )
-    return example
+def check_columns(row: Row, needed: Sequence[str], rule: str) -> None:
+    """Refuse a row that lacks a column."""
+    present = present_columns(row)
+    if missing := [column for column in needed if column not in present]:
+        found = f"field {missing[0]!r} is missing (columns {sorted(present)})"
+        raise ValueError(f"{row.place}: {found}; {rule}. Add it or remove the row.")
 
 
 def present_columns(row: Row) -> set[str]:
@@ -212,161 +136,196 @@ def present_columns(row: Row) -> set[str]:
     return {column for column, value in row.values.items() if value is not None}
 
 
-def _formats_of(present: set[str]) -> list[str]:
-    return [name for name, required in COLUMNS.items() if present.issuperset(required)]
+def to_answer(row: Row, column: str, format: str = "preference") -> Example:
+    """Return the example of a row's prompt and what `column` answers to it.
+
+    Without a prompt it is the whole text or chat that `column` holds.
+    """
+    prompt, completion = row.values.get("prompt"), row.values[column]
+    is_chat = format in ("messages", "sharegpt") or isinstance(completion, list)
+    if prompt is not None and isinstance(prompt, list) != is_chat:
+        both = f"'prompt' ({prompt!r:.40}) and {column!r} ({completion!r:.40})"
+        raise ValueError(f"{row.place}: {both} must both be texts or both lists of messages.")
+    if format == "text" or not is_chat:
+        _check_unused(row, format)
+        start = "" if prompt is None else _text(row, "prompt")
+        return Example(row.place, start, _text(row, column))
+    column_of_images = ("images",) if format in COLUMNS else ()
+    _check_unused(row, format, "tools", *column_of_images)
+    shown = [image for name in column_of_images for image in _listed(row.values.get(name))]
+    images = iter(shown) if shown else None
+    context = [] if prompt is None else _messages(row, "prompt", images, is_context=True)
+    messages = _messages(row, column, images)
+    _place_rest(row, [*context, *messages], images)
+    skipped = [n for n, one in enumerate([*context, *messages]) if one.pop("weight", None) == 0]
+    tools = row.values.get("tools")
+    if isinstance(tools, str):  # as tables keep them
+        tools = _parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
+    _check_functions(tools, f"{row.place}: 'tools'")
+    example = Example(row.place, context, messages, tools, skipped)
+    if not example.learned_turns:
+        rule = "has no assistant turn, or none of weight 1, so nothing to learn"
+        raise ValueError(f"{row.place}: {column!r} {rule}; add the answer or remove the row.")
+    return example
 
 
-def _check_columns(row: Row, format: str) -> None:
-    present = present_columns(row)
-    missing = [column for column in COLUMNS[format] if column not in present]
-    if not missing:
-        return
-    if others := _formats_of(present):
-        raise ValueError(
-            f"{row.place}: format {others[0]!r} among rows of format {format!r}; "
-            "one run takes one format: split the data or convert these rows."
-        )
-    raise ValueError(
-        f"{row.place}: field {missing[0]!r} is missing (columns {sorted(present)}); "
-        f"format {format!r} needs {', '.join(COLUMNS[format])}. Add it or remove the row."
-    )
+def to_prompt(row: Row) -> str | list[Message]:
+    """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
+    _check_unused(row, "prompt")
+    if not isinstance(row.values["prompt"], list):
+        return _text(row, "prompt")
+    messages = _messages(row, "prompt", is_context=True)
+    if messages[-1]["role"] == "assistant" or references(messages):
+        rule = "ends with an assistant turn, which the model is to write, or has an image"
+        raise ValueError(f"{row.place}: 'prompt' {rule}; take it out.")
+    return messages
 
 
-def check_unused(row: Row, format: str) -> None:
+def _check_unused(row: Row, format: str, *used: str) -> None:
     """Refuse what would be left out of the text without a word."""
-    if format == "text":  # Where such columns describe the text.
-        return
-    chats = (row.values.get(column) for column in ("prompt", "chosen"))
-    is_chat = format in ("messages", "sharegpt") or any(isinstance(value, list) for value in chats)
-    for column in (*_NOT_USED, *(() if is_chat else ("tools",))):
+    for column in () if format == "text" else set(_OF_OTHERS) - set(used):
         if row.values.get(column):
-            raise ValueError(
-                f"{row.place}: column {column!r} is not used by format {format!r}; write it into "
-                "`messages` and `tools` (system text as a turn, functions as tools), or remove it."
-            )
+            rule = f"is not used by format {format!r}"
+            fix = "write it into `messages` and `tools`, or remove it"
+            raise ValueError(f"{row.place}: column {column!r} {rule}; {fix}.")
 
 
-def _check_type(value: Any, kind: type, rule: str, what: str) -> None:
-    if not isinstance(value, kind):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{what} is {found}; it must be {rule}.")
-
-
-def _check_filled(value: str | list[Any], what: str) -> None:
-    if not (value.strip() if isinstance(value, str) else value):
-        raise ValueError(f"{what} is empty; fill it or remove the row.")
-
-
-def check_json(value: Any, what: str) -> None:
-    """Refuse what tables hold and JSON cannot: dates, bytes, decimals."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is no JSON ({error}); write it as text, or remove it.") from error
+def _from_instruction(row: Row, has_template: bool) -> Row:
+    instruction, output = _text(row, "instruction"), _text(row, "output")
+    more = _text(row, "input") if row.values.get("input") else ""
+    prompt: Any = (_INSTRUCTION_INPUT if more else _INSTRUCTION).format(
+        instruction=instruction, input=more
+    )
+    completion: Any = output
+    if has_template:
+        question = "\n\n".join(filter(None, (instruction, more)))
+        prompt = [{"role": "user", "content": question}]
+        completion = [{"role": "assistant", "content": output}]
+    return Row(row.place, {**row.values, "prompt": prompt, "completion": completion})
 
 
 def _text(row: Row, column: str) -> str:
-    value, what = row.values[column], f"{row.place}: {column!r}"
-    _check_type(value, str, "a string", what)
-    _check_filled(value, what)
-    return str(value)
+    value = row.values[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; it must be a text. Fill it.")
+    return value
 
 
-def _messages(row: Row, column: str, *, is_context: bool = False) -> list[Message]:
-    value, what = row.values[column], f"{row.place}: {column!r}"
-    rule = 'a list of messages, as {"role": "user", "content": "..."}'
-    _check_type(value, list, rule, what)
-    _check_filled(value, what)
+def _messages(
+    row: Row, column: str, images: Iterator[Any] | None = None, *, is_context: bool = False
+) -> list[Message]:
+    value = row.values[column]
+    if not isinstance(value, list) or not value:
+        rule = 'it must be a list of messages, as {"role": "user", "content": "..."}'
+        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; {rule}.")
     return [
-        _message(row.place, f"{column}[{i}]", message, is_context)
-        for i, message in enumerate(value)
+        _message(f"{row.place}: {column}[{turn}]", message, images, is_context)
+        for turn, message in enumerate(value)
     ]
 
 
-def _message(place: str, where: str, message: Any, is_context: bool) -> Message:
+def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: bool) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(
-            f"{place}: {where} is {message!r:.80}; a message must be an object with the "
-            "strings 'role' and 'content'."
-        )
-    _check_role(message["role"], f"{place}: role of {where}")
+        rule = "a message must be an object with the strings 'role' and 'content'"
+        raise ValueError(f"{what} is {message!r:.80}; {rule}.")
     kept = {key: value for key, value in message.items() if value is not None}
-    for key, value in kept.items():
-        check_json(value, f"{place}: {key!r} of {where}")
-    kept = _with_weight(kept, f"{place}: {where}")
-    content = kept.get("content")
-    if isinstance(content, list):
-        content = kept["content"] = _joined(content, f"{place}: content of {where}")
-    _check_weight(f"{place}: weight of {where}", kept, is_context)
-    calls = _functions(place, f"tool_calls of {where}", "call", kept.get("tool_calls"))
-    if content in (None, "") and (calls or kept.get("function_call")):
-        return {**kept, "content": ""}
-    what = f"{place}: content of {where}"
-    _check_type(content, str, "a string", what)
-    _check_filled(str(content), what)
-    return kept
+    role = kept["role"]
+    if role not in _ROLES:  # an answer of another name would not be learned
+        meant = _MEANT.get(role.lower())
+        hint = f"did you mean {meant!r}? " if meant else guess(role, _ROLES)
+        raise ValueError(f"{what} has the role {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
+    weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
+    allowed = (0, 1) if role == "assistant" and not is_context else (0,)
+    if any(weight not in allowed or weight != weights[0] for weight in weights):
+        rule = "it must be 0 or 1, and 1 is for assistant turns outside a prompt alone"
+        raise ValueError(f"{what} has the weight {weights[0]!r}; {rule}.")
+    calls = kept.get("tool_calls")
+    _check_functions(calls, f"{what}: 'tool_calls'")
+    content = _content(kept.get("content", ""), images, what)
+    if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
+        raise ValueError(f"{what} has the content {content!r:.80}; it must be a text. Fill it.")
+    if role == "assistant" and START in content:
+        raise ValueError(f"{what} is an answer with an image; models answer in text. Take it out.")
+    return {**kept, "content": content, **({"weight": weights[0]} if weights else {})}
 
 
-def _check_role(role: str, what: str) -> None:
-    """Refuse a role that no template knows: an answer of another name would not be learned."""
-    if role in _ROLES:
-        return
-    meant = _MEANT.get(role.lower()) or nearest(role, _ROLES)
-    hint = f"did you mean {meant!r}? " if meant else ""
-    raise ValueError(f"{what} is {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
+def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
+    """Return parts as one text: in lines, as vLLM serves OpenAI's, with images as references."""
+
+    def show(image: Any = None) -> str:
+        image = next(images or iter(()), None) if image is None else image
+        if image is None:
+            raise ValueError(f"{what} shows more images than the column 'images' has; add them.")
+        return mark_image(image, what)
+
+    if isinstance(content, str) and images is not None:
+        first, *others = content.split("<image>")
+        return first + "".join(show() + other for other in others)
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind in ("image", "image_url"):
+            names = ("image", "path", "url", "image_url")
+            texts.append(show(next((part[name] for name in names if part.get(name)), None)))
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise ValueError(f"{what} has a part {kind!r:.40}; give text, image or image_url.")
+    return "\n".join(texts).replace(f"{END}\n", END).replace(f"\n{START}", START)
 
 
-def _joined(parts: list[Any], what: str) -> str:
-    """Return the texts of OpenAI's content parts in lines of their own, as vLLM serves them."""
-    for number, part in enumerate(parts):
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(
-                f"{what}: part {number} is {kind!r:.40}; a part must be "
-                '{"type": "text", "text": "..."}; images are for supervised fine-tuning alone.'
-            )
-    return "\n".join(part["text"] for part in parts)
+def _place_rest(row: Row, messages: list[Message], images: Iterator[Any] | None) -> None:
+    """Put images that no message shows before the first question, if none shows any."""
+    left = "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ())
+    asked = [message for message in messages if message["role"] == "user"]
+    if left and (not asked or references(asked)):
+        raise ValueError(f"{row.place}: 'images' has more than the messages show as <image>.")
+    if left:
+        asked[0]["content"] = left + asked[0]["content"]
 
 
-def _with_weight(message: Message, what: str) -> Message:
-    """Return a message whose flags of other programs are a weight, as OpenAI's data has it."""
-    if finer := [name for name in _FINER if message.get(name)]:
-        raise ValueError(
-            f"{what} has {finer[0]!r}, and a turn is learned as a whole or not at all; remove it, "
-            "or give the turn a 'weight' of 0 or 1."
-        )
-    found = {name: message[name] for name in ("weight", *_FLAGS) if name in message}
-    flags = {name: value for name, value in found.items() if name != "weight"}
-    for name, value in flags.items():
-        if value not in (0, 1):
-            raise ValueError(f"{what} has {name!r} ({value!r}); it must be true or false.")
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{what} is learned and is not, by its flags {found}; keep one of them.")
-    rest = {key: value for key, value in message.items() if key not in _FLAGS}
-    return {**rest, "weight": int(next(iter(flags.values())))} if flags else rest
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_weight(what: str, message: Message, is_context: bool) -> None:
-    weight = message.get("weight", 0)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(f"{what} is {weight!r}; it must be 0 or 1: whether the turn is learned.")
-    if weight and (is_context or message["role"] != "assistant"):
-        raise ValueError(
-            f"{what} is 1, but only assistant turns outside a prompt are learned; remove the "
-            "weight."
-        )
-
-
-def _functions(place: str, where: str, kind: str, value: Any) -> list[Any] | None:
-    """Check a list of tools or calls: each names its function."""
-    if value is None:
-        return None
-    _check_type(value, list, f"a list of {kind}s", f"{place}: {where}")
-    for number, item in enumerate(value):
-        function = item.get("function", item) if isinstance(item, dict) else None
+def _check_functions(value: Any, what: str) -> None:
+    """Refuse tools or calls that do not name their function."""
+    for item in _listed(value):
+        function = item.get("function", item) if isinstance(item, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(
-                f"{place}: item {number} of {where} is {item!r:.80}; a {kind} must be an object "
-                "with a name, or with a 'function' that has one."
-            )
-    return list(value)
+            raise ValueError(f"{what} has {item!r:.80}; each must be an object with a name.")
+
+
+def _from_sharegpt(row: Row) -> Row:
+    """Return a row of ShareGPT with its turns as messages; TRL's function keeps the speakers."""
+    turns, system = row.values["conversations"], row.values.get("system")
+    if isinstance(turns, list):  # else the check of messages says what it must be
+        turns = [_from_turn(f"{row.place}: conversations[{i}]", t) for i, t in enumerate(turns)]
+    if system and isinstance(turns, list):
+        turns = [{"role": "system", "content": system}, *turns]
+    values = {"conversations": turns, "system": None, "prompt": None}
+    return Row(row.place, {**row.values, **values})
+
+
+def _from_turn(what: str, turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn  # a message already, or wrong
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    speaker, content = str(turn["from"]), turn.get("value")
+    if speaker not in _SPEAKERS:
+        hint = guess(speaker, _SPEAKERS)
+        raise ValueError(f"{what} is from {speaker!r:.80}; {hint}known are {', '.join(_SPEAKERS)}.")
+    if speaker == "function_call":
+        calls = _listed(_parse_json(content, what))
+        rest["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        content = ""
+    return {**rest, "role": _SPEAKERS[speaker], "content": content}
+
+
+def _parse_json(text: Any, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is {text!r:.80}; it must be JSON.") from None

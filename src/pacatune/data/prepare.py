@@ -1,28 +1,279 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.chat_images import ImageTokenizer
 from pacatune.data.checks import find_overlap, keep_learnable
 from pacatune.data.choices import CSV_COLUMNS
-from pacatune.data.config import DataConfig, SourceConfig
+from pacatune.data.config import DataConfig, SourceConfig, TextDataConfig
 from pacatune.data.encode import IGNORED, Encoder
-from pacatune.data.formats import Example, to_examples
-from pacatune.data.read import read_rows
-from pacatune.data.rows import encode, stream
+from pacatune.data.formats import to_examples
+from pacatune.data.read import Row, read_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
 
 NUM_SAMPLED = 1000
 """Rows at the beginning of a stream that are checked before training."""
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-    from rich.console import Console
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerBase
+Encode = Callable[[Any], dict[str, Any]]
+"""Makes columns of an example, among them `notes` of what looks wrong."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Data as a trainer takes it, and what was found in it.
+
+    In supervised fine-tuning: columns input_ids, labels (-100 where nothing is learned) and place.
+    """
+
+    train: "Dataset | IterableDataset"
+    evaluation: "Dataset | None"
+    longest: int
+    """Tokens of the longest training example, after cutting."""
+    warnings: list[str]
+    """What is probably not meant, one sentence each."""
+    sample: "Dataset | None" = None
+    """The first training examples, where `train` is a stream of them without end."""
+    processor: Any = None
+    """What makes images into tensors, where chats have some: rows then have text and images too."""
+
+
+def prepare_data(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    stop_ids: Collection[int],
+    num_processes: int | None = None,
+    load_processor: Callable[[], Any] | None = None,
+) -> PreparedData:
+    """Read, encode, split and check the data of a run.
+
+    Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
+    generation. `load_processor` is asked for the model's processor where chats have images.
+    """
+    convert = partial(to_examples, has_template=bool(tokenizer.chat_template))
+    sources, held_out = find_examples(config, convert)
+    sampled = sources
+    if config.streaming:
+        sampled = [replace(one, limit=NUM_SAMPLED) for one in sources]
+    processor = None
+    if load_processor is not None and any(one.survey[-1] for one in sampled):
+        if config.streaming or config.loss == "all":
+            rule = "`data.streaming` and `data.loss` 'all' are for texts"
+            raise ValueError(f"{rule}, and the data has images; drop them.")
+        processor = load_processor()
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        max_length=max_length,
+        learn_all=config.loss == "all",
+        special_tokens=config.special_tokens,
+        processor=processor,
+    )
+    parts, found = make_tables(
+        config, sampled, held_out, encoder, max_length=max_length, num_processes=num_processes
+    )
+    found = replace(found, train=_mixed(parts, config), processor=processor)
+    if not config.streaming:
+        return found
+    train = _mixed([one.stream(encoder) for one in sources], config)
+    if config.shuffle_buffer:
+        train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
+    return replace(found, train=train, sample=_joined(parts))
+
+
+@dataclass
+class Examples:
+    """The examples of a data set: read anew whenever they are asked for, and never held."""
+
+    source: SourceConfig
+    option: str
+    """Where its path is from, for messages."""
+    convert: Callable[[Iterable[Row], str], Iterator[Any]]
+    """Makes examples of rows, given their format."""
+    streaming: bool = False
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        source = self.source
+        rows = read_rows(
+            source.path,
+            name=source.name,
+            split=source.split,
+            csv_columns=CSV_COLUMNS if source.format == "mmlu" else None,
+            option=self.option,
+            streaming=self.streaming,
+        )
+        return islice(self.convert(rows, source.format), self.limit)
+
+    @cached_property
+    def survey(self) -> tuple[int, str, bool]:
+        """The number of examples, a digest of them all, and whether some have images."""
+        digest, number, has_images = hashlib.blake2b(digest_size=16), 0, False
+        for number, example in enumerate(self, start=1):  # noqa: B007
+            digest.update(repr(example).encode(errors="backslashreplace"))
+            for image in getattr(example, "images", ()):
+                has_images = True
+                if not image.startswith("data:"):
+                    digest.update(str(Path(image).stat().st_mtime_ns).encode())
+        return number, digest.hexdigest(), has_images
+
+    def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
+        """Return what `encode` makes of each, from the cache of datasets if it is there.
+
+        Processes that need the same wait for the first: the cache has a lock.
+        """
+        from datasets import Dataset
+        from datasets.exceptions import DatasetGenerationError
+        from datasets.fingerprint import Hasher
+
+        number, digest, _ = self.survey
+        size = -(-number // (num_processes or 1))
+        code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+        key = Hasher.hash([digest, encode, code, version("transformers"), version("tokenizers")])
+        starts = list(range(0, number, size))
+        given = {"starts": starts, "size": size, "examples": self, "encode": encode}
+        try:
+            return Dataset.from_generator(
+                _encode,
+                features=_features(encode(next(iter(self)))),
+                gen_kwargs=given,
+                num_proc=len(starts) if len(starts) > 1 else None,
+                fingerprint=key,
+            )
+        except DatasetGenerationError as error:
+            if len(starts) > 1:
+                all(map(encode, self))  # which raises what another process was refused for
+            raise error.__cause__ or error from None
+
+    def stream(self, encode: Encode) -> "IterableDataset":
+        """Return rows that are read and encoded when they are asked for, again and again.
+
+        A row that does not fit is left out; one that cannot be read is an error that names it.
+        """
+        from datasets import IterableDataset
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in map(encode, self):
+                if "lost" not in row.pop("notes"):
+                    yield row
+
+        features = _features(next(rows()))
+        return IterableDataset.from_generator(rows, features=features).repeat(None)
+
+
+def _encode(
+    starts: list[int], size: int, examples: Examples, encode: Encode
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some parts; datasets gives each process its own."""
+    for start in starts:
+        yield from map(encode, islice(examples, start, start + size))
+
+
+def _features(columns: Iterable[str]) -> "Features":
+    from datasets import Features, List, Value
+
+    kinds = {"place": Value("string"), "text": Value("string"), "num_tokens": Value("int64")}
+    kinds |= {"label": Value("bool"), **dict.fromkeys(("notes", "images"), List(Value("string")))}
+    return Features({name: kinds.get(name, List(Value("int32"))) for name in columns})
+
+
+def find_examples(
+    config: TextDataConfig, convert: Callable[[Iterable[Row], str], Iterator[Any]]
+) -> tuple[list[Examples], Examples | None]:
+    """Return the data sets of training, and that of evaluation if it is not a part of them."""
+    streaming = getattr(config, "streaming", False)
+    sources = [Examples(*one, convert, streaming) for one in config.sources()]
+    held_out = config.evaluation_source()
+    return sources, None if held_out is None else Examples(*held_out, convert, streaming)
+
+
+def make_tables(
+    config: TextDataConfig,
+    sources: list[Examples],
+    held_out: Examples | None,
+    encode: Encode,
+    *,
+    max_length: int | None,
+    num_processes: int | None = None,
+    must_end: bool = True,
+) -> "tuple[list[Dataset], PreparedData]":
+    """Encode, split and check data sets; return each for training, and all in one.
+
+    With `must_end`, examples should end in a stop token.
+    """
+    warnings: list[str] = []
+    parts, evaluation = [], []
+    for one in (*sources, held_out):  # so that all is read before anything is encoded
+        _ = one and one.survey
+    for one in sources:
+        data = one.encoded(encode, num_processes)
+        fraction = 0 if held_out else config.eval_fraction
+        rest, others = hold_out(data["place"][:], fraction, config.seed)
+        what = f"{one.source.path} training" if len(sources) > 1 else "training"
+        parts.append(keep_learnable(data.select(rest), what, max_length, warnings, must_end))
+        evaluation += [data.select(others)] if others else []
+    found = held_out.encoded(encode, num_processes) if held_out else _joined(evaluation)
+    if found is not None:
+        found = keep_learnable(found, "evaluation", max_length, warnings, must_end)
+        if "images" not in found.column_names:  # other images may have the same tokens
+            warnings += [warning for part in parts for warning in find_overlap(part, found)]
+    longest = max(max(part["num_tokens"][:]) for part in parts)
+    longest = min(longest, max_length or longest)
+    return parts, PreparedData(_joined(parts), found, longest, warnings)
+
+
+def hold_out(keys: Sequence[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out a fraction of the rows, at least one; return the places of both parts.
+
+    Rows of the same key are in the same part.
+    """
+    import torch
+
+    names = list(dict.fromkeys(keys))
+    number = max(1, round(len(names) * fraction)) if fraction else 0
+    if number >= len(names):
+        rule = f"`data.eval_fraction` ({fraction}) of {len(names)} rows leaves none to train on"
+        raise ValueError(f"{rule}; give more data or `data.eval_path`, or set it to 0.")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {names[place] for place in order[:number]}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for place, key in enumerate(keys):
+        parts[key in held_out].append(place)
+    return parts
+
+
+def _mixed(parts: list[Any], config: DataConfig) -> Any:
+    """Put data sets together whole, or draw from them by their weights."""
+    from datasets import interleave_datasets
+
+    weights = [source.weight for source, _ in config.sources() if source.weight is not None]
+    if len(parts) == 1 or not weights:
+        return _joined(parts)
+    total = sum(weights)
+    return interleave_datasets(
+        parts,
+        probabilities=[weight / total for weight in weights],
+        seed=config.seed,
+        stopping_strategy=config.mix_strategy,
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def show_preview(
@@ -77,210 +328,3 @@ def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         pieces.append(whole[len(shown) :])
         shown = whole
     return pieces
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Data as a trainer takes it, and what was found in it.
-
-    In supervised fine-tuning: columns input_ids, labels (-100 where nothing is learned) and place.
-    """
-
-    train: "Dataset | IterableDataset"
-    evaluation: "Dataset | None"
-    longest: int
-    """Tokens of the longest training example, after cutting."""
-    warnings: list[str]
-    """What is probably not meant, one sentence each."""
-    sample: "Dataset | None" = None
-    """The first training examples, where `train` is a stream of them without end."""
-    processor: Any = None
-    """What makes images into tensors, where chats have some: rows then have text and images too."""
-
-
-def prepare_data(
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
-    num_processes: int | None = None,
-    load_processor: Callable[[], Any] | None = None,
-) -> PreparedData:
-    """Read, encode, split and check the data of a run.
-
-    Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
-    generation. `load_processor` is asked for the model's processor where chats have images.
-    """
-    sources = config.sources()
-    read = partial(_read, config=config, tokenizer=tokenizer)
-    number = NUM_SAMPLED if config.streaming else None
-    examples = [list(islice(read(source), number)) for source in sources]
-    processor = None
-    if any(example.images for part in examples for example in part):
-        processor = _find_processor(config, load_processor)
-    encoder = Encoder(
-        tokenizer if processor is None else ImageTokenizer(processor),
-        stop_ids,
-        config.loss == "all",
-        special_tokens=config.special_tokens,
-    )
-
-    def to_rows(examples: list[Example], what: str) -> "Dataset":
-        title = f"Tokenizing {what} data"
-        return encode(examples, encoder, max_length, num_processes, title)
-
-    parts = [to_rows(part, "training") for part in examples]
-    if held_out := config.evaluation_source():
-        path, split, option = held_out
-        source = SourceConfig(path=path, name=config.name, split=split, format=config.format)
-        evaluation: Dataset | None = to_rows(list(read(source, option)), "evaluation")
-    else:
-        pairs = [_split(part, config.eval_fraction, config.seed) for part in parts]
-        parts = [part for part, _ in pairs]
-        evaluation = _joined([part for _, part in pairs if part is not None])
-    longest = max(max(part["num_tokens"][:]) for part in parts)
-    parts, evaluation, warnings = _checked(
-        parts, evaluation, config, max_length, tokenizer, has_images=processor is not None
-    )
-    found = PreparedData(
-        _mixed(parts, config),
-        evaluation,
-        min(longest, max_length or longest),
-        warnings,
-        processor=processor,
-    )
-    if not config.streaming:
-        return found
-    streams = [stream(partial(read, source), encoder, max_length) for source in sources]
-    train = _mixed(streams, config)
-    if config.shuffle_buffer:
-        train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-    return replace(found, train=train, sample=_joined(parts))
-
-
-def _checked(
-    parts: "list[Dataset]",
-    evaluation: "Dataset | None",
-    config: DataConfig,
-    max_length: int | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    has_images: bool,
-) -> "tuple[list[Dataset], Dataset | None, list[str]]":
-    """Return the rows of each data set and of evaluation that teach something, and warnings."""
-    warnings: list[str] = []
-    names = [""] if config.datasets is None else [f"{one.path} " for one in config.sources()]
-    parts = [
-        keep_learnable(part, f"{name}training", max_length, tokenizer, warnings)
-        for part, name in zip(parts, names, strict=True)
-    ]
-    if evaluation is None:
-        return parts, None, warnings
-    evaluation = keep_learnable(evaluation, "evaluation", max_length, tokenizer, warnings)
-    for part in parts if not has_images else ():  # other images may have the same tokens
-        warnings += find_overlap(part, evaluation)
-    return parts, evaluation, warnings
-
-
-def _find_processor(config: DataConfig, load: Callable[[], Any] | None) -> Any:
-    if config.streaming:
-        raise ValueError("`data.streaming` is for texts, and the data has images; set it to false.")
-    if config.loss == "all":
-        raise ValueError(
-            "`data.loss` ('all') is for texts, and the data has images, which cannot be learned; "
-            "set it to completion."
-        )
-    if load is None:
-        raise ValueError("the data has images, and here only texts can be read; take them out.")
-    return load()
-
-
-def _read(
-    source: SourceConfig,
-    option: str | None = None,
-    *,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> Iterator[Example]:
-    """Yield the examples of one data set; `option` is where its path is from, for messages."""
-    if option is None:
-        option = "data.path" if config.datasets is None else "data.datasets"
-    rows = read_rows(
-        source.path,
-        name=source.name,
-        split=source.split,
-        csv_columns=CSV_COLUMNS if source.format == "mmlu" else None,
-        option=option,
-        streaming=config.streaming,
-    )
-    has_template = bool(tokenizer.chat_template)
-    for number, example in enumerate(to_examples(rows, source.format, has_template=has_template)):
-        if number == 0:
-            _check_chats(example, config, has_template)
-        yield example
-
-
-def _mixed(parts: list[Any], config: DataConfig) -> Any:
-    """Put data sets together whole, or draw from them by their weights."""
-    from datasets import interleave_datasets
-
-    weights = [source.weight for source in config.sources() if source.weight is not None]
-    if len(parts) == 1 or not weights:
-        return _joined(parts)
-    total = sum(weights)
-    return interleave_datasets(
-        parts,
-        probabilities=[weight / total for weight in weights],
-        seed=config.seed,
-        stopping_strategy=config.mix_strategy,
-    )
-
-
-def _joined(parts: list[Any]) -> Any:
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets(parts) if len(parts) > 1 else next(iter(parts), None)
-
-
-def _check_chats(first: Example, config: DataConfig, has_template: bool) -> None:
-    if not isinstance(first.completion, list):
-        return
-    if not config.special_tokens:
-        raise ValueError(
-            f"`data.special_tokens` (False) is for plain texts, and {first.place} is a chat, whose "
-            "tokens are those of its template; drop the option."
-        )
-    check_template(first.place, has_template)
-
-
-def check_template(place: str, has_template: bool) -> None:
-    """Refuse a chat where the model's tokenizer cannot write one."""
-    if not has_template:
-        raise ValueError(
-            f"{place} is a chat, but the model's tokenizer has no chat template; "
-            "give `data.chat_template`, or use an instruction-tuned model."
-        )
-
-
-def _split(data: "Dataset", fraction: float, seed: int) -> "tuple[Dataset, Dataset | None]":
-    rest, held_out = split_places(len(data), fraction, seed)
-    if not held_out:
-        return data, None
-    return data.select(rest, keep_in_memory=True), data.select(held_out, keep_in_memory=True)
-
-
-def split_places(number: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of the rows, at least one; return both parts, in their first order."""
-    import torch
-
-    if not fraction:
-        return list(range(number)), []
-    num_held_out = max(1, round(number * fraction))
-    if num_held_out >= number:
-        raise ValueError(
-            f"`data.eval_fraction` ({fraction}) of {number} rows leaves none to train on; give "
-            "more data, or set `data.eval_fraction` to 0, or give `data.eval_path`."
-        )
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])

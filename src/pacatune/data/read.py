@@ -1,15 +1,13 @@
 """Rows of local files and hub data sets, each with the place it comes from."""
 
 import csv
-import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
-
-from pacatune.hub import check_on_hub
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
@@ -41,18 +39,19 @@ def read_rows(
     last of them is a header all the same. `option` is where `path` is from, for messages. With
     `streaming`, rows of the hub come while they are asked for.
     """
-    local = Path(path).expanduser()
-    if not is_local(path, option):
-        rows = _read_hub(path, name, split, option, streaming=streaming)
-    elif local.is_dir():
-        rows = (row for file in _files_of(local) for row in _read_file(file, csv_columns))
+    rows: Iterator[Row]
+    if is_local(path, option):
+        local = Path(path).expanduser()
+        files = _files_of(local) if local.is_dir() else [local]
+        rows = (row for file in files for row in _read_file(file, csv_columns))
     else:
-        rows = _read_file(local, csv_columns)
-    empty = True
+        table = load_hub(path, name, split, option, streaming=streaming)
+        numbered = enumerate(map(_without_nulls, table), start=1)
+        rows = _numbered(f"{path} ({split})", numbered)
+    row = None
     for row in rows:
-        empty = False
         yield row
-    if empty:
+    if row is None:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
 
 
@@ -88,13 +87,11 @@ def _files_of(folder: Path) -> list[Path]:
     )
     if not files:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
-    names = {file: file.relative_to(folder) for file in files}
-    held_out = [f for f in files if any(_EVALUATION_NAME.search(p.lower()) for p in names[f].parts)]
+    names = [file.relative_to(folder) for file in files]
+    held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
     if held_out and len(held_out) < len(files):
-        raise ValueError(
-            f"{folder} mixes training data with {names[held_out[0]]}, which looks like evaluation "
-            f"data; set `data.path` to the training files and `data.eval_path` to {held_out[0]}."
-        )
+        found = f"mixes training data with {held_out[0]}, which looks like evaluation data"
+        raise ValueError(f"{folder} {found}; give that as `data.eval_path`, apart.")
     return files
 
 
@@ -104,104 +101,79 @@ def read_template(template: str) -> str:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`data.chat_template` ({template!r}) is neither a file nor Jinja text; "
-            "give a .jinja file, or the text with its {{ }} and {% %}."
-        )
+        rule = "is neither a file nor Jinja text with its {{ }} and {% %}"
+        raise FileNotFoundError(f"`data.chat_template` ({template!r}) {rule}; give one.")
     return path.read_text(encoding="utf-8")
 
 
 def _read_file(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": functools.partial(_read_csv, columns=csv_columns),
-        ".parquet": _read_parquet,
-    }
-    if file.suffix not in readers:
-        raise ValueError(
-            f"{file} has the suffix {file.suffix!r}; data files are {_ACCEPTED}. Convert it."
-        )
+    if file.suffix not in SUFFIXES:
+        found = f"has the suffix {file.suffix!r}"
+        raise ValueError(f"{file} {found}; data files are {_ACCEPTED}. Convert it.")
     try:
-        for number, values in readers[file.suffix](file):
-            place = f"{file}, row {number}"
-            if not isinstance(values, dict):
-                raise ValueError(
-                    f"{place}: a {type(values).__name__}; each row must be an object with named "
-                    'fields, as {"text": "..."}.'
-                )
-            yield Row(place, values)
+        if file.suffix == ".csv":
+            yield from _numbered(str(file), _read_csv(file, csv_columns))
+        elif file.suffix == ".parquet":
+            from datasets import load_dataset
+
+            table = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+            yield from _numbered(str(file), enumerate(map(_without_nulls, table), start=1))
+        else:
+            yield from _numbered(str(file), _read_json(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error.reason}); convert it to UTF-8.") from error
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, _parse_json(line, f"{file}, row {number}")
+def _numbered(source: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    for number, values in rows:
+        place = f"{source}, row {number}"
+        if not isinstance(values, dict):
+            rule = 'each row must be an object with named fields, as {"text": "..."}'
+            raise ValueError(f"{place}: a {type(values).__name__}; {rule}.")
+        yield Row(place, values)
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    rows = _parse_json(file.read_text(encoding="utf-8-sig"), str(file))
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{file} holds a {type(rows).__name__}; a .json file must be one list of rows. "
-            "One object per line is .jsonl."
-        )
-    yield from enumerate(rows, start=1)
+    """Yield objects, one per line or in one list.
 
-
-def _parse_json(text: str, place: str) -> Any:
+    datasets would give the arguments of all tool calls the same fields, and count no lines.
+    """
+    number = None
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = " Rename it to .jsonl if it holds one object per line." * (error.msg == "Extra data")
-        raise ValueError(f"{place}: not valid JSON ({error}); mend it.{hint}") from error
-    except RecursionError as error:
-        raise ValueError(f"{place}: JSON nested too deeply to be data; flatten it.") from error
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".json":
+                rows = json.load(lines)
+                if not isinstance(rows, list):
+                    raise json.JSONDecodeError("no list of rows", "", 0)
+                yield from enumerate(rows, start=1)
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = "" if number is None else f", row {number}"
+        rule = "a .json file is one list of rows, a .jsonl file has one object per line"
+        raise ValueError(f"{file}{where}: not valid JSON ({error}); {rule}.") from error
 
 
 def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
+    """Yield rows of texts: pandas, and so datasets, would make null of the text NA, and numbers."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        number = 0
-        try:
-            if columns is not None and next(csv.reader(lines), [""])[-1] == columns[-1]:
-                columns = None
-            lines.seek(0)
-            reader = csv.DictReader(lines, columns, restkey="", strict=True)
-            for number, values in enumerate(reader, start=1):
-                if "" in values:
-                    raise ValueError(
-                        f"{file}, row {number}: more fields than the "
-                        f"{len(reader.fieldnames or ())} columns; quote fields that hold commas."
-                    )
-                yield number, values
-        except csv.Error as error:
-            raise ValueError(
-                f"{file}, row {number + 1}: not valid CSV ({error}); mend it or use .jsonl."
-            ) from error
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1000))
-            rows = (_without_nulls(row) for batch in batches for row in batch)
-            yield from enumerate(rows, start=1)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is not a readable Parquet file ({error}).") from error
-
-
-def _read_hub(
-    path: str, name: str | None, split: str, option: str, *, streaming: bool
-) -> Iterator[Row]:
-    table = load_hub(path, name, split, option, streaming=streaming)
-    for number, values in enumerate(table, start=1):
-        yield Row(f"{path} ({split}), row {number}", _without_nulls(dict(values)))
+        if columns is not None and next(csv.reader(lines), [""])[-1] == columns[-1]:
+            columns = None
+        lines.seek(0)
+        reader = csv.DictReader(lines, columns, strict=True)
+        for number in count(1):
+            try:
+                values = next(reader, {})
+                if None in values:
+                    raise csv.Error("more fields than columns; quote fields that hold commas")
+            except csv.Error as error:
+                place = f"{file}, row {number}"
+                raise ValueError(f"{place}: not valid CSV ({error}); mend it.") from error
+            if not values:
+                return
+            yield number, values
 
 
 def load_hub(
@@ -211,13 +183,12 @@ def load_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    check_on_hub(path, option, kind="dataset")
     try:
         return load_dataset(path, name, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"{path!r} is neither here nor a hub data set that can be reached "
-            f"({type(error).__name__}); check `{option}` or the network."
+            f"`{option}` ({path!r}) is neither a file or folder here nor a data set of the hub "
+            f"that can be reached ({type(error).__name__}); check the path or the network."
         ) from error
 
 

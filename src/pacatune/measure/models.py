@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.hub import check_on_hub
 from pacatune.measure.presets import PRESETS, SIZES
 from pacatune.measure.setting import check_sizes
 from pacatune.names import guess, nearest
@@ -171,14 +170,13 @@ def _find_file(model: str) -> Path:
         )
     from huggingface_hub import hf_hub_download
 
-    check_on_hub(model, "model")
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:
         # Offline, gated, missing, misspelled: huggingface_hub has a dozen kinds.
-        raise ValueError(
-            f"the config.json of {model} cannot be had from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); give a local config.json instead."
+        raise FileNotFoundError(
+            f"`model` ({model!r}) is neither a file or folder here nor a model of the hub that can "
+            f"be reached ({type(error).__name__}); check the path or the network."
         ) from error
 
 

@@ -306,7 +306,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def model_path(config: RunConfig) -> str:
     """Return the hub id, or the absolute path of a local folder."""
-    return pretrained.find_model(config.model.path, config.model.revision)
+    return pretrained.find_model(config.model.path)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.data import PreparedData, prepare_data
-from pacatune.data.chat_images import ImageCollator
+from pacatune.data.encode import ImageCollator
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path

@@ -86,7 +86,7 @@ def is_timm(config: Any) -> bool:
 
 def _find(path: str) -> str:
     """Return the hub id of a timm model's bare name, or the path as it is."""
-    found = find_model(path, others=True)
+    found = find_model(path)
     if "/" in found:
         return found
     import timm
