@@ -138,9 +138,9 @@ def test_changed_keys():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("paca: {r: 4}\nlora: {}\npaca: {r: 8}\n", r"'paca' is given twice, in lines 1 and 3; put"),
-        ("paca:\n  r: 4\n  r: 8\n", r"'r' is given twice, in lines 2 and 3"),
-        ("paca: {r: 4, r: 8}\n", r"'r' is given twice"),
+        ("paca: {r: 4}\nlora: {}\npaca: {r: 8}\n", r'duplicate key "paca" .* \(line 3\)'),
+        ("paca:\n  r: 4\n  r: 8\n", r'duplicate key "r" .* \(line 3\)'),
+        ("paca: {r: 4, r: 8}\n", r'duplicate key "r"'),
     ],
 )
 def test_key_given_twice(tmp_path, text, message):

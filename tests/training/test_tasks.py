@@ -73,6 +73,6 @@ def test_one_row_is_a_task(run, tmp_path):
 
 
 def test_the_command_has_it_too(run):
-    with redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
-        main(["train", "--task", "orpo", "--help"])
+    with redirect_stdout(io.StringIO()) as shown:
+        assert main(["train", "--task", "orpo", "--help"]) == 0
     assert "--training.disable_dropout" in shown.getvalue()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import docstring_parser
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 from jsonargparse.typing import PositiveInt
+from ruamel.yaml import YAMLError
 
 from pacatune.names import choices_of, choose, suggest
 from pacatune.training.config_file import load_yaml
@@ -24,7 +24,7 @@ positive = PositiveInt
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\+?")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
+set_loader("yaml_1_2", load_yaml, exceptions=(YAMLError,))
 
 
 class SectionParser(ArgumentParser):

@@ -3,7 +3,6 @@
 This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
-import re
 from collections.abc import Collection
 from dataclasses import MISSING, Field, asdict, fields
 from enum import Enum
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import SafeConstructor
 
 from pacatune.names import suggest
 
@@ -42,39 +43,11 @@ _FREE_ON_RESUME = (
 )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe loader with the booleans and floats of YAML 1.2, no dates, and each key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is given twice, of which YAML 1.2 allows none and PyYAML the last."""
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is given twice, in lines {lines[key.value]} and "
-                    f"{line}; put what belongs together in one place"
-                )
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
+class _Constructor(SafeConstructor):
+    """Takes dates for the words that they are."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        rule for rule in rules if rule[0].rpartition(":")[2] not in ("bool", "float", "timestamp")
-    ]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"(?:[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
-)
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
 def to_values(config: "RunConfig") -> dict[str, Any]:
@@ -125,8 +98,10 @@ def read_values(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"config file {path} does not exist; check the path.")
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = error if mark is None else f"{vars(error)['problem']} (line {mark.line + 1})"
+        raise ValueError(f"config file {path} is not valid YAML: {what}") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"config file {path} holds a {type(values).__name__}; it must be a mapping with "
@@ -144,16 +119,18 @@ def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> N
 
 
 def load_yaml(text: str) -> Any:
-    """Parse YAML in which `no` is a word and 1e-3 a number, as in YAML 1.2."""
-    return yaml.load(text, Loader=_Loader)
+    """Parse YAML 1.2, in which `no` is a word, 1e-3 a number, and each key stands once."""
+    reader = YAML(typ="safe", pure=True)
+    reader.Constructor = _Constructor
+    return reader.load(text)
 
 
-def option_parser(**options: Any) -> "ArgumentParser":
+def option_parser() -> "ArgumentParser":
     """Return a parser without options that takes values as `load_yaml` reads them."""
     from jsonargparse import ArgumentParser, set_loader
 
-    set_loader("yaml_1_2", load_yaml, exceptions=(yaml.YAMLError,))
-    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2", **options)
+    set_loader("yaml_1_2", load_yaml, exceptions=(YAMLError,))
+    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2")
 
 
 def add_run_options(parser: "ArgumentParser", task: str) -> Collection[str]:
