@@ -46,18 +46,20 @@ def run(argv: list[str]) -> int:
     output = options.output
     quiet_libraries()
 
+    from pacatune.measure.device import parse_bytes
+
+    values, title = _model(options)
+    limit = given.memory_limit and parse_bytes(given.memory_limit, "memory_limit")
+    config = build(BenchConfig, given, values=values, title=title, memory_limit=limit)
+
     from rich.console import Console
     from rich.markdown import Markdown
 
     from pacatune.measure.bench import REPORT_NAME, RESULT_NAME, result_folder
     from pacatune.measure.bench import run as measure
-    from pacatune.measure.device import parse_bytes
     from pacatune.measure.pictures import save_pictures
     from pacatune.measure.report import make_report
 
-    values, title = _model(options)
-    limit = given.memory_limit and parse_bytes(given.memory_limit, "memory_limit")
-    config = build(BenchConfig, given, values=values, title=title, memory_limit=limit)
     console = Console(highlight=False)
     folder = result_folder(output)
     folder.start_anew()
