@@ -90,7 +90,7 @@ def suggest(key: str, known: Collection[str]) -> str:
     all_keys = (
         f"There are {', '.join(keys)}."
         if len(keys) <= _MAX_LISTED
-        else "The command's `--print_config` lists all keys."
+        else "The command's `--help` lists them all."
     )
     is_near = similarity(near) >= _NEAR
     return f"did you mean {near!r}? {all_keys}" if is_near else f"none is like it. {all_keys}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from jsonargparse.typing import PositiveInt
 
 from pacatune.cli.options import build, from_words, give_one, parser_of
 from pacatune.cli.train import read_run
@@ -59,6 +60,16 @@ def test_words_become_values_of_the_fields_types():
         is_quick=True,
         folder=Path("a/b"),
     )
+
+
+def test_a_positive_number_is_a_plain_one():
+    def count(*, number: PositiveInt) -> type:
+        """Count."""
+        return type(number)
+
+    assert from_words("count", count, ["--number", "2"]) is int
+    with pytest.raises(ValueError, match="does not conform to restriction v>0"):
+        from_words("count", count, ["--number", "0"])
 
 
 def test_text_stays_text():

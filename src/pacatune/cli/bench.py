@@ -46,24 +46,25 @@ def run(argv: list[str]) -> int:
     output = options.output
     quiet_libraries()
 
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from pacatune.measure.bench import REPORT_NAME, RESULT_NAME, result_folder
-    from pacatune.measure.bench import run as measure
     from pacatune.measure.device import parse_bytes
 
     values, title = _model(options)
     limit = given.memory_limit and parse_bytes(given.memory_limit, "memory_limit")
     config = build(BenchConfig, given, values=values, title=title, memory_limit=limit)
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from pacatune.measure.bench import REPORT_NAME, RESULT_NAME, result_folder
+    from pacatune.measure.bench import run as measure
+    from pacatune.measure.pictures import save_pictures
+    from pacatune.measure.report import make_report
+
     console = Console(highlight=False)
     folder = result_folder(output)
     folder.start_anew()
     folder.write_json(RESULT_NAME, {"finished": False})
     command = shlex.join(["pacatune", "bench", *argv])
-    from pacatune.measure.pictures import save_pictures
-    from pacatune.measure.report import make_report
-
     result = measure(config, folder, command, lambda line: console.print(line, markup=False))
     with folder.staged() as staging:
         pictures = save_pictures(result, staging)

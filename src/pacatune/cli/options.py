@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -19,7 +19,6 @@ from pacatune.names import choices_of, choose, suggest
 from pacatune.training.config_file import load_yaml
 
 T = TypeVar("T")
-positive = PositiveInt
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\+?")
 
@@ -84,6 +83,13 @@ class CommandParser(SectionParser):
 new_parser = CommandParser
 
 
+def positive(text: str | int) -> int:
+    """Return the number of an option, at least 1."""
+    if not str(text).isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def parser_of(command: str, called: Callable[..., Any], *skip: str) -> CommandParser:
     """Return a parser of a command's options: the parameters of a function or dataclass.
 
@@ -114,7 +120,7 @@ def build(called: Callable[..., T], options: Namespace, **others: Any) -> T:
             value = _split(name, value, is_text="str" in str(kind))
         elif choices := choices_of(kind):
             value = choose(value, choices, option=name)
-        values[parameter.name] = value
+        values[parameter.name] = int(value) if isinstance(value, PositiveInt) else value
     return called(**values | others)
 
 

@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     if "preview" in options:
         from pacatune.training import preview
 
-        preview(config, options.preview)
+        preview(config, int(options.preview))
     else:
         carry_out(config, options)
     return 0
