@@ -54,12 +54,13 @@ def test_padded_batches_equal_one_choice_at_a_time(model, tokenizer, chat):
 
 
 def to_row(one, *, chat):
-    """A row to train on."""
+    """A row to train on and to score."""
     answer = one.choices[one.answer]
+    asked = {"question": one.question, "choices": one.choices, "answer": one.answer}
     if not chat:
-        return {"prompt": one.context(), "completion": f" {answer}"}
+        return {"prompt": one.context(), "completion": f" {answer}", **asked}
     turns = {"user": one.question, "assistant": answer}
-    return {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **asked}
 
 
 @pytest.mark.parametrize("chat", [False, True])
