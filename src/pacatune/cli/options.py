@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from ruamel.yaml import YAMLError
+from ruamel.yaml.error import YAMLError
 
 from pacatune.names import choices_of, choose, suggest
 from pacatune.training.config_file import load_yaml
