@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,53 @@ def test_dtypes(kind):
 def test_learning_rate_is_that_of_the_method(method):
     assert run_config(method=method).training.learning_rate == METHODS[method].text_rate
     assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
+
+
+def test_nothing_is_looked_up(monkeypatch):
+    """A run is declared where its files are not."""
+
+    looked_at = []
+    for name in ("is_dir", "is_file", "exists", "open", "resolve"):
+        plain = getattr(Path, name)
+
+        def look(path, *args, plain=plain, **kwargs):
+            looked_at.append(path)
+            return plain(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, look)
+    training = {"use_cpu": True, "bf16": False}
+    for options in ({"adapter": "a/m"}, {"paca": {"selection": "a/m"}}, {"task": "reward"}):
+        run = RunConfig(
+            **{"model": {"path": "a/m"}, "data": {"path": "a/d"}, "training": training, **options}
+        )
+        assert run.model.path == "a/m"
+    assert not [path for path in looked_at if path.name in ("m", "d")]
+    assert run.given("paca") == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "spo"}, r"`task` \('spo'\) must be one of sft, dpo.* did you mean"),
+        (
+            {"training": {"max_step": 3}},
+            "unknown option training.max_step; did you mean 'max",
+        ),
+        ({"reward": ["a:f"]}, r"`reward` \(\['a:f'\]\) is an option of grpo, rloo, and `task` is"),
+        (
+            {"task": "image", "adapter": "a"},
+            r"`adapter` \('a'\) is an option of sft, dpo, kto",
+        ),
+        (
+            {"data": "d.jsonl"},
+            r"`data` is a str; it must be a mapping of options, or a",
+        ),
+    ],
+)
+def test_sections_as_mappings(options, message):
+    run = {"model": {"path": "m"}, "data": {"path": "d"}, "training": {"use_cpu": True}}
+    with pytest.raises((ValueError, TypeError), match=message):
+        RunConfig(**{**run, **options})
 
 
 def test_sections_may_be_used_again():
