@@ -1,8 +1,7 @@
 """Teach a real language model a task by rewards alone, and show what changed: `make demo-rl`.
 
-The task, made and scored by reasoning-gym, is to reverse a list of words. A short SFT on few solved
-problems shows SmolLM2-135M-Instruct what an answer looks like; GRPO then learns from rewards.
-Rewards are measured on problems that neither saw.
+SmolLM2-135M-Instruct learns to reverse a list of words (reasoning-gym makes and scores them): by a
+short SFT what an answer looks like, then by GRPO, measured on problems that neither saw.
 """
 
 import argparse
@@ -49,13 +48,14 @@ def main() -> None:
     rewards: dict[str, dict[str, float]] = {}
 
     def measure(stage: str, model: str, adapter: Path | None = None) -> None:
-        print(f"\n{stage}, on {len(held_out)} held-out problems:")
         for kind, answers in ask(model, adapter, held_out, options.seed).items():
             reward = statistics.fmean(map(other.score_answer, answers, held_out))
             rewards.setdefault(stage, {})[kind] = reward
-            print(f"  {kind}: mean reward {reward:.3f}; such as")
+            print(
+                f"\n{stage}, {kind}: mean reward {reward:.3f} on {len(held_out)} held-out problems"
+            )
             for problem, answer in list(zip(held_out, answers, strict=True))[:3]:
-                print(f"    {', '.join(problem['metadata']['words'])} -> {answer}")
+                print(f"  {', '.join(problem['metadata']['words'])} -> {answer!r}")
 
     base = options.model or str(prepare("smollm2"))
     measure("before", base)
@@ -63,8 +63,7 @@ def main() -> None:
     measure("after SFT", start)
     learn(start, seed, output, options)
     measure("after GRPO", start, output / "grpo")
-    text = json.dumps(vars(options) | {"rewards": rewards}, indent=2)
-    (output / "demo-rl.json").write_text(text + "\n", encoding="utf-8")
+    (output / "demo-rl.json").write_text(json.dumps(vars(options) | {"rewards": rewards}))
     print(f"\nThe rewards over the steps are in {output / 'grpo' / 'reward.png'}. One seed.")
 
 
@@ -137,10 +136,13 @@ def ask(path: str, adapter: Path | None, problems: list[dict], seed: int) -> dic
     options = {"padding": True, "return_dict": True, "return_tensors": "pt"}
     inputs = tokenizer.apply_chat_template(chats, chat_template=TEMPLATE, **options)
     answers = {}
-    for kind, do_sample in (("greedy", False), ("sampled", True)):
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": do_sample, "top_k": 0}
-        tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    for kind, how in (
+        ("greedy", {"do_sample": False}),
+        ("sampled", {"do_sample": True, "top_k": 0}),
+    ):
+        tokens = model.generate(**inputs, **how, max_new_tokens=MAX_NEW_TOKENS)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         answers[kind] = [text.strip() for text in texts]
     return answers
 
