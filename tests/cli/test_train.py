@@ -112,7 +112,7 @@ def test_preview_says_what_is_cut(words, capsys):
     assert main([*words, "--preview", "1", "--training.max_length", "10"]) == 0
     out = capsys.readouterr().out
     assert "10 tokens (cut from " in out
-    assert "are cut at `training.max_length` (10; the longest has" in out
+    assert "are cut at `training.max_length` (10) and never learn to stop" in out
 
 
 def test_negative_number_is_a_value(words, capsys):

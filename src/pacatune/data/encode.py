@@ -128,37 +128,31 @@ class Encoder:
     def _shown(self, example: Example) -> str:
         """Return the text of a chat, if its template shows what is read of it.
 
-        Most templates drop what they do not know without a word. Turns stand in their order, those
-        of the system anywhere; of turns that are not learned, the reasoning may be left out.
+        Most templates drop what they do not know without a word. What is learned must be there as
+        it is; of other turns a template may show a part, which marks in their place tell.
         """
         text = str(self._render(example, example.messages, tokenize=False))
-        squeezed = _UNREAD.sub("", text)
-
-        def find(value: str, start: int = 0) -> int:
-            """Return where a text or its JSON ends, from a place on, or -1."""
-            forms = {
-                _UNREAD.sub("", form) for form in (value, json.dumps(value, ensure_ascii=False))
-            }
-            places = [(squeezed.find(form, start), len(form)) for form in forms]
-            return min((place + length for place, length in places if place >= 0), default=-1)
-
-        missing, place = [], 0
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
+        needed, marks, marked = [], {}, []
         for turn, message in enumerate(example.messages):
-            where, content = f"of turn {turn + 1} (role {message['role']!r})", message["content"]
-            content = content if turn in turns else content.rpartition("</think>")[2]
-            is_free = message["role"] in ("system", "developer")
-            for piece in IMAGE.split(content)[::2]:
-                end = find(piece, 0 if is_free else place)
-                place = place if is_free else max(place, end)
-                missing += [f"content {where}"] * (end < 0)
-            for call in (*message.get("tool_calls", ()), message.get("function_call", {})):
-                name = call.get("function", call).get("name", "")
-                missing += [f"tool_calls {where}"] * (find(name) < 0)
-            written = {name: message.get(name, "") for name in _WRITTEN if turn in turns}
-            missing += [f"{name} {where}" for name, said in written.items() if find(said) < 0]
-        for number, tool in enumerate(example.tools or ()):
-            missing += [f"tools[{number}]"] * (find(tool.get("function", tool)["name"]) < 0)
+            where = f"of turn {turn + 1} (role {message['role']!r})"
+            calls = (*message.get("tool_calls", ()), message.get("function_call", {}))
+            names = [call.get("function", call).get("name", "") for call in calls]
+            needed += [(f"tool_calls {where}", name) for name in names]
+            if turn in turns:
+                pieces = IMAGE.split(message["content"])[::2]
+                needed += [(f"content {where}", piece) for piece in pieces]
+                needed += [(f"{name} {where}", message.get(name, "")) for name in _WRITTEN]
+            elif message["content"]:
+                marks[f"content {where}"] = f"zq{turn}qz"
+            marked.append({**message, "content": marks.get(f"content {where}", message["content"])})
+        tools = enumerate(example.tools or ())
+        needed += [(f"tools[{i}]", tool.get("function", tool)["name"]) for i, tool in tools]
+        squeezed = _UNREAD.sub("", text)
+        missing = [what for what, piece in needed if _UNREAD.sub("", piece) not in squeezed]
+        with contextlib.suppress(ValueError):  # A template may ask for certain texts.
+            shown = self._render(example, marked, tokenize=False)
+            missing += [what for what, mark in marks.items() if mark not in shown]
         num_images = len(example.images)
         if self.processor is not None and text.count(self.processor.image_token) != num_images:
             missing.append(f"each of {num_images} images once")

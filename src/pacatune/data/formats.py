@@ -150,14 +150,17 @@ def to_answer(row: Row, column: str, format: str = "preference") -> Example:
         _check_unused(row, format)
         start = "" if prompt is None else _text(row, "prompt")
         return Example(row.place, start, _text(row, column))
-    column_of_images = ("images",) if format in COLUMNS else ()
-    _check_unused(row, format, "tools", *column_of_images)
-    shown = [image for name in column_of_images for image in _listed(row.values.get(name))]
-    images = iter(shown) if shown else None
+    _check_unused(row, format, "tools", *(["images"] if format in COLUMNS else []))
+    images = iter(_listed(row.values.get("images"))) if row.values.get("images") else None
     context = [] if prompt is None else _messages(row, "prompt", images, is_context=True)
     messages = _messages(row, column, images)
-    _place_rest(row, [*context, *messages], images)
-    skipped = [n for n, one in enumerate([*context, *messages]) if one.pop("weight", None) == 0]
+    chat = [*context, *messages]
+    if left := "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ()):
+        asked = [one for one in chat if one["role"] == "user"]
+        if not asked or references(asked):
+            raise ValueError(f"{row.place}: 'images' has more than the messages show as <image>.")
+        asked[0]["content"] = left + asked[0]["content"]
+    skipped = [turn for turn, one in enumerate(chat) if one.pop("weight", None) == 0]
     tools = row.values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = _parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
@@ -183,11 +186,11 @@ def to_prompt(row: Row) -> str | list[Message]:
 
 def _check_unused(row: Row, format: str, *used: str) -> None:
     """Refuse what would be left out of the text without a word."""
-    for column in () if format == "text" else set(_OF_OTHERS) - set(used):
-        if row.values.get(column):
-            rule = f"is not used by format {format!r}"
-            fix = "write it into `messages` and `tools`, or remove it"
-            raise ValueError(f"{row.place}: column {column!r} {rule}; {fix}.")
+    found = [name for name in _OF_OTHERS if name not in used and row.values.get(name)]
+    if found and format != "text":
+        rule = f"is not used by format {format!r}"
+        fix = "write it into `messages` and `tools`, or remove it"
+        raise ValueError(f"{row.place}: column {found[0]!r} {rule}; {fix}.")
 
 
 def _from_instruction(row: Row, has_template: bool) -> Row:
@@ -274,16 +277,6 @@ def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
         else:
             raise ValueError(f"{what} has a part {kind!r:.40}; give text, image or image_url.")
     return "\n".join(texts).replace(f"{END}\n", END).replace(f"\n{START}", START)
-
-
-def _place_rest(row: Row, messages: list[Message], images: Iterator[Any] | None) -> None:
-    """Put images that no message shows before the first question, if none shows any."""
-    left = "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ())
-    asked = [message for message in messages if message["role"] == "user"]
-    if left and (not asked or references(asked)):
-        raise ValueError(f"{row.place}: 'images' has more than the messages show as <image>.")
-    if left:
-        asked[0]["content"] = left + asked[0]["content"]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NUM_SAMPLED = 1000
 """Rows at the beginning of a stream that are checked before training."""
 
+_NUM_ROWS_FOR_BAR = 10_000
+
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
 
@@ -68,7 +70,8 @@ def prepare_data(
     if config.streaming:
         sampled = [replace(one, limit=NUM_SAMPLED) for one in sources]
     processor = None
-    if load_processor is not None and any(one.survey[-1] for one in sampled):
+    has_images = any(shows for _, _, shows in (one.survey for one in sampled))
+    if load_processor is not None and has_images:
         if config.streaming or config.loss == "all":
             rule = "`data.streaming` and `data.loss` 'all' are for texts"
             raise ValueError(f"{rule}, and the data has images; drop them.")
@@ -134,7 +137,7 @@ class Examples:
 
         Processes that need the same wait for the first: the cache has a lock.
         """
-        from datasets import Dataset
+        import datasets
         from datasets.exceptions import DatasetGenerationError
         from datasets.fingerprint import Hasher
 
@@ -144,8 +147,11 @@ class Examples:
         key = Hasher.hash([digest, encode, code, version("transformers"), version("tokenizers")])
         starts = list(range(0, number, size))
         given = {"starts": starts, "size": size, "examples": self, "encode": encode}
+        hides_bars = number < _NUM_ROWS_FOR_BAR and not datasets.are_progress_bars_disabled()
+        if hides_bars:
+            datasets.disable_progress_bars()
         try:
-            return Dataset.from_generator(
+            return datasets.Dataset.from_generator(
                 _encode,
                 features=_features(encode(next(iter(self)))),
                 gen_kwargs=given,
@@ -156,6 +162,9 @@ class Examples:
             if len(starts) > 1:
                 all(map(encode, self))  # which raises what another process was refused for
             raise error.__cause__ or error from None
+        finally:
+            if hides_bars:
+                datasets.enable_progress_bars()
 
     def stream(self, encode: Encode) -> "IterableDataset":
         """Return rows that are read and encoded when they are asked for, again and again.
@@ -294,37 +303,27 @@ def show_preview(
         title = f"{row['place']}: {num_kept} tokens{cut}, {num_learned} learned"
         console.rule()
         console.print(title, markup=False, highlight=False, soft_wrap=True)
-        console.print(_render(row["input_ids"], row["labels"], tokenizer, console))
+        console.print(_render(row, tokenizer, console))
     console.rule()
     console.print(f"Learned tokens are {mark}; the others are context.", highlight=False)
 
 
-def _render(
-    ids: list[int], labels: list[int], tokenizer: "PreTrainedTokenizerBase", console: "Console"
-) -> "Text":
+def _render(row: dict[str, Any], tokenizer: Any, console: "Console") -> "Text":
     from rich.text import Text
 
     text = Text()
-    pairs = zip(ids, labels, strict=True)
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
     for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        pieces = _pieces([token for token, _ in run], tokenizer)
+        ids, shown = [token for token, _ in run], ""
         if console.color_system is None:
-            text.append(f"[[{''.join(pieces)}]]" if learned else "".join(pieces))
+            whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            text.append(f"[[{whole}]]" if learned else whole)
             continue
-        for index, piece in enumerate(pieces):
+        for end in range(1, len(ids) + 1):
+            whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+            if whole.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+                continue  # a character made of several tokens belongs to the last
             style = "bold green" if learned else "dim"
-            text.append(piece, style=f"{style} underline" if index % 2 else style)
+            text.append(whole[len(shown) :], style=style if end % 2 else f"{style} underline")
+            shown = whole
     return text
-
-
-def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Text that each token adds; a character made of several tokens belongs to the last."""
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if whole.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(whole[len(shown) :])
-        shown = whole
-    return pieces
