@@ -51,9 +51,7 @@ def main() -> None:
         for kind, answers in ask(model, adapter, held_out, options.seed).items():
             reward = statistics.fmean(map(other.score_answer, answers, held_out))
             rewards.setdefault(stage, {})[kind] = reward
-            print(
-                f"\n{stage}, {kind}: mean reward {reward:.3f} on {len(held_out)} held-out problems"
-            )
+            print(f"\n{stage}, {kind}: mean reward {reward:.3f} of {len(held_out)} new problems")
             for problem, answer in list(zip(held_out, answers, strict=True))[:3]:
                 print(f"  {', '.join(problem['metadata']['words'])} -> {answer!r}")
 
