@@ -73,7 +73,7 @@ def test_rewards(tmp_path, tiny_model_dir):
     for stage, found in result["rewards"].items():
         for kind, reward in found.items():
             assert 0 <= reward <= 1
-            assert f"{stage}, {kind}: mean reward {reward:.3f} on 6 held-out problems" in printed
+            assert f"{stage}, {kind}: mean reward {reward:.3f} of 6 new problems" in printed
     assert (folder / "grpo" / "adapter_model.safetensors").is_file()
     assert (folder / "grpo" / "reward.png").is_file()
 
