@@ -6,7 +6,7 @@ chat where a generation ends, and say of no row what is wrong with it.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,41 +31,41 @@ def prepare_pairs(
     config: TextDataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    scored: bool = False,
+    max_length: int | None,
+    stop_ids: Collection[int],
     num_processes: int | None = None,
-    **options: Any,
+    scored: bool = False,
 ) -> PreparedData:
     """Read, check and encode pairs.
 
     Returns rows of `PAIR_COLUMNS`; with `scored`, for a model that scores whole texts, rows of
     `SCORED_COLUMNS`, each with the prompt in it, and those longer than `max_length` are left out.
-
-    Args:
-        config: The data.
-        tokenizer: Makes tokens of it.
-        scored: Whether the model scores whole texts.
-        num_processes: Processes that encode.
-        options: `stop_ids` and `max_length`, as in `prepare_data`.
     """
-    encoder = Encoder(tokenizer=tokenizer, learn_all=scored, **options)
+    encoder = Encoder(
+        tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length, learn_all=scored
+    )
     convert = partial(to_pairs, needs_prompt=not scored)
-    return _prepare(config, convert, _encode_pair, encoder, num_processes)
+    encode = partial(_encode_pair, encoder=encoder)
+    examples = find_examples(config, convert)
+    return make_tables(config, *examples, encode, max_length, num_processes, not scored)[1]
 
 
 def prepare_judged(
     config: TextDataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    max_length: int | None,
+    stop_ids: Collection[int],
     num_processes: int | None = None,
-    **options: Any,
 ) -> PreparedData:
     """Read, check and encode judged answers, as `prepare_pairs`; returns rows of `JUDGED_COLUMNS`.
 
     Those to train on are in an order that is drawn from `config.seed`, since KTO trains in that
     order.
     """
-    encoder = Encoder(tokenizer=tokenizer, **options)
-    found = _prepare(config, to_judged, _encode_judged, encoder, num_processes)
+    encoder = Encoder(tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length)
+    encode, examples = partial(_encode_judged, encoder=encoder), find_examples(config, to_judged)
+    _, found = make_tables(config, *examples, encode, max_length, num_processes)
     train: Any = found.train
     labels = set(train["label"])
     if len(labels) == 1:
@@ -74,23 +74,6 @@ def prepare_judged(
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
     return replace(found, train=train.select(order))
-
-
-def _prepare(
-    config: TextDataConfig,
-    convert: Callable[..., Iterator[Any]],
-    encode: Callable[..., dict[str, Any]],
-    encoder: Encoder,
-    num_processes: int | None = None,
-) -> PreparedData:
-    return make_tables(
-        config,
-        *find_examples(config, convert),
-        partial(encode, encoder=encoder),
-        max_length=encoder.max_length,
-        num_processes=num_processes,
-        must_end=not encoder.learn_all,
-    )[1]
 
 
 def to_pairs(

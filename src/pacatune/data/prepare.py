@@ -84,9 +84,7 @@ def prepare_data(
         special_tokens=config.special_tokens,
         processor=processor,
     )
-    parts, found = make_tables(
-        config, sampled, held_out, encoder, max_length=max_length, num_processes=num_processes
-    )
+    parts, found = make_tables(config, sampled, held_out, encoder, max_length, num_processes)
     found = replace(found, train=_mixed(parts, config), processor=processor)
     if not config.streaming:
         return found
@@ -213,9 +211,8 @@ def make_tables(
     sources: list[Examples],
     held_out: Examples | None,
     encode: Encode,
-    *,
     max_length: int | None,
-    num_processes: int | None = None,
+    num_processes: int | None,
     must_end: bool = True,
 ) -> "tuple[list[Dataset], PreparedData]":
     """Encode, split and check data sets; return each for training, and all in one.
