@@ -1,1 +1,1 @@
-"""What is above everything else: the paper as data, studies, reproductions and demonstrations."""
+"""What is above everything else: studies and reproductions of the paper."""
