@@ -209,6 +209,10 @@ def test_roles_of_chat_templates(role):
         ({"messages": [USER, ASSISTANT], "tools": "f"}, "'tools' is 'f'; it must be JSON"),
         ({"text": ""}, "row 1: 'text' is ''; it must be"),
         (
+            {"messages": [USER, {**ASSISTANT, "loss_scale": 0.5}]},
+            r"messages\[1\] has 'loss_scale'; a turn is learned as a whole or not",
+        ),
+        (
             {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
             r"messages\[1\] has the weight 0.5",
         ),

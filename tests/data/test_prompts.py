@@ -60,6 +60,7 @@ def test_system_prompt(prepare, prompt):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([{"prompt": "a", "place": 1}], "column 'place' has the name of an argument that every"),
         ([{"question": "a"}], r"row 1: field 'prompt' is missing \(columns \['question'\]\)"),
         ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' is ''; it must be a text"),
         ([{"prompt": chat("a", "b")}], "'prompt' ends with an assistant turn, which the model"),

@@ -43,6 +43,8 @@ _OF_OTHERS = (
 )
 # OpenAI's name for whether a message is learned; Axolotl's, TRL's and ms-swift's.
 _WEIGHTS = ("weight", "train", "training", "loss")
+# What they say of parts of a message, or of degrees.
+_FINER = {"train_detail", "training_detail", "loss_scale"}
 
 # For models without a chat template; the wording of Stanford Alpaca without its preamble.
 _INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -237,6 +239,9 @@ def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: 
         meant = _MEANT.get(role.lower())
         hint = f"did you mean {meant!r}? " if meant else guess(role, _ROLES)
         raise ValueError(f"{what} has the role {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
+    if finer := _FINER & kept.keys():
+        rule = "a turn is learned as a whole or not at all: give it a 'weight' of 0 or 1 instead"
+        raise ValueError(f"{what} has {min(finer)!r}; {rule}.")
     weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
     allowed = (0, 1) if role == "assistant" and not is_context else (0,)
     if any(weight not in allowed or weight != weights[0] for weight in weights):

@@ -107,10 +107,18 @@ def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
         yield Row(f"{config.path}, item {index + 1}", values)
 
 
+# What reward functions get beside the columns of the data.
+_TAKEN = {"place", "prompts", "completions", "completion", "completion_ids", "trainer_state"}
+_TAKEN |= {"log_extra", "log_metric", "environment", "environments", "image"}
+
+
 def to_row(row: Row, system_prompt: str | None) -> dict[str, Any]:
     """Return a checked row with its prompt, and place."""
     rule = "this task needs it, and gives all other columns to the reward functions"
     check_columns(row, ("prompt",), rule)
+    if taken := _TAKEN & row.values.keys():
+        rule = "has the name of an argument that every reward function gets; rename it"
+        raise ValueError(f"{row.place}: column {min(taken)!r} {rule}.")
     prompt = to_prompt(row)
     if system_prompt is not None:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
