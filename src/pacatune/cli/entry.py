@@ -1,6 +1,6 @@
 """The table of commands and what they share: help, version, and clean error lines."""
 
-import importlib
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -150,6 +150,8 @@ def _prepare_process(name: str, argv: list[str], debug: bool) -> int:
 def _hide_torch() -> None:
     """Have TRL's and transformers' classes of options import in a second."""
     sys.modules |= {"torch": None, "peft": None}  # type: ignore[dict-item]
+    # Each looks into every installed package, only to find versions of those that are hidden.
+    importlib.metadata.packages_distributions = dict
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.msg)
 
 
