@@ -122,7 +122,7 @@ def test_columns_in_the_configuration_are_no_path(check, tmp_path):
 
 def test_file_instead_of_folder(check, tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(FileExistsError, match=r"out is a file; choose another `training.output"):
+    with pytest.raises(FileExistsError, match=r"out is a file; choose another: `training.output"):
         check(tmp_path / "out")
 
 

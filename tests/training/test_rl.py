@@ -326,7 +326,6 @@ def test_reasoning_gym(make_task_config, tmp_path):
     [
         ({"reward": []}, "there is no reward; give one on the command line, as in `--reward"),
         ({"reward": ["short"]}, r"`reward` \('short'\) must be a Python function as module:name"),
-        ({"reward": ["a:f", "a:f"]}, r"`reward` \(a:f, a:f\) names one twice"),
         ({"reward": ["reasoning-gym:x"]}, r"`data.path` is '.*prompts.jsonl'; set that to 'reason"),
         (
             {"training": {"reward_weights": [1.0, 2.0]}},

@@ -260,11 +260,6 @@ class RunConfig:
                     f"`reward` ({name!r}) must be a Python function as module:name, such as "
                     f"my_rewards:is_short, or {REASONING_GYM}TASK."
                 )
-        if len(set(self.reward)) < len(self.reward):
-            raise ValueError(
-                f"`reward` ({', '.join(self.reward)}) names one twice; set "
-                "`training.reward_weights` instead."
-            )
         weights = self.training.reward_weights
         if weights is not None and len(weights) != len(self.reward):
             raise ValueError(

@@ -279,8 +279,6 @@ def refuse_missing_shards(folder: Path) -> None:
 
 
 def _check_place(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; choose another `training.output_dir`.")
     ancestors = (folder.absolute(), *folder.absolute().parents)
     nearest = next(path for path in ancestors if path.exists())
     if not os.access(nearest, os.W_OK):

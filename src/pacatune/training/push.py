@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
 
 from pacatune.files.owned_folder import OURS
 
@@ -16,29 +15,16 @@ def open_repository(repository: str, arguments: Any) -> str:
     """Create the repository, if there is none; return its full name.
 
     Called before training, so that no work is done that cannot be uploaded.
-
-    Raises:
-        ValueError: If it is no name of a repository, or nobody is logged in.
-        ConnectionError: If the hub does not let us write there.
     """
-    if not (arguments.hub_token or get_token()):
-        raise ValueError(
-            f"`--push_to_hub` ({repository!r}) needs a token of the hub that may write; run "
-            "`hf auth login`, or set HF_TOKEN."
-        )
     try:
         created = HfApi(token=arguments.hub_token).create_repo(
             repository, private=arguments.hub_private_repo, exist_ok=True
         )
-    except HFValidationError as error:
-        raise ValueError(
-            f"`--push_to_hub` ({repository!r}) is no name of a repository ({error}); give "
-            "ORGANISATION/NAME, or NAME for your own."
-        ) from error
-    except Exception as error:  # no network, no right, a wrong token: a dozen kinds
+    except Exception as error:  # no network, no right, a wrong name or token: a dozen kinds
         raise ConnectionError(
             f"`--push_to_hub` ({repository!r}): the repository can neither be found nor created "
-            f"({type(error).__name__}: {error}); check name, token and network."
+            f"({type(error).__name__}: {error}); give ORGANISATION/NAME, or NAME for your own, and "
+            "a token that may write (`hf auth login`, or HF_TOKEN), and check the network."
         ) from error
     return created.repo_id
 
