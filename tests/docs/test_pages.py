@@ -55,7 +55,7 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     result = run([*command, "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], ROOT)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "api" / "peft.html").read_text(encoding="utf-8")
-    assert "Number of trained input columns per weight." in text
+    assert "Number of trained input columns of each weight." in text
     listed = re.findall(
         r"\]\(([\w/]+\.html)\)", (tmp_path / "llms.txt").read_text(encoding="utf-8")
     )

@@ -221,9 +221,9 @@ def test_a_reward_that_fails(
     sys.modules.pop(rewards_module)
     with pytest.raises(
         RewardError,
-        match=r"reward 'my_rewards:short' raised OSError \(no judge\) on .*prompts.jsonl, row \d+, "
-        rf"answer .*checkpoint-{kept} is the last checkpoint: mend the function, then continue "
-        r"with `pacatune train --config .*config.yaml --reward my_rewards:short --resume`",
+        match=r"reward 'my_rewards:short' raised OSError \(no judge\) on \d answers \(.*, row \d+ "
+        rf"is the first\). .*checkpoint-{kept} is the last checkpoint: mend the function, then "
+        r"continue with `pacatune train --config .*config.yaml --reward my_rewards:short --resume`",
     ):
         train(config("cut"), console=QUIET)
     module.write_text(good)
@@ -237,7 +237,7 @@ def test_a_reward_that_fails(
     [
         ("raise OSError('no')", r"raised OSError \(no\) on"),
         ("return [float('nan')] * len(completions)", r"returned nan for .*prompts.jsonl, row \d+"),
-        ("return [0.0]", "returned 1 rewards for 4 answers"),
+        ("return [0.0]", "returned a list of 1; it must return a list of 4 numbers"),
     ],
 )
 def test_a_reward_that_fails_at_once(make_task_config, tmp_path, rewards_module, action, message):

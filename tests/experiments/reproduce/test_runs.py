@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pacatune.evaluation.harness import Score
-from pacatune.experiments.reproduce import EXPERIMENTS, images, instruction, mmlu, runs
+from pacatune.experiments.reproduce import EXPERIMENTS, instruction, mmlu
 from pacatune.experiments.reproduce.runs import Runs, scores_of, text_run
 from pacatune.experiments.reproduce.steps import RANK
 from pacatune.experiments.study.result import ArmResult, StudyResult
@@ -43,7 +43,7 @@ def test_training_goes_on_where_it_was_stopped(before, resumes, tmp_path, monkey
         console.print("a table")
         write_report(output, {"loss": 1.0})
 
-    monkeypatch.setattr(runs, "_recipe", lambda run: train)
+    monkeypatch.setattr("pacatune.training.recipe.train", train)
     for name in before:
         (output / name).mkdir(parents=True)
     found = Runs(folder=tmp_path, tell=tell)
@@ -69,15 +69,6 @@ def test_what_is_computed_is_kept(tmp_path):
     for _ in range(2):
         assert found.once("score", compute) == {"accuracy": 7}
     assert len(calls) == 2
-
-
-def test_images_and_texts_have_their_recipes():
-    from pacatune import training
-    from pacatune.training import image
-
-    assert runs._recipe(make_run()) is training.train
-    row = TABLES["table6"].row("vit-b16-paca")
-    assert runs._recipe(images.full_run(row, "vit-b16-cifar10")) is image.train
 
 
 def test_the_best_rate_is_judged(tmp_path, monkeypatch):
@@ -175,7 +166,7 @@ def test_a_small_line_of_table_1_is_trained_and_scored(tiny_questions, tmp_path,
     assert sum("  score-seed" in line for line in lines) == 2
     assert result["num_trainable_parameters"] > 0
     # Killed and called again, it does nothing twice.
-    monkeypatch.setattr(runs, "_recipe", None)
+    monkeypatch.setattr("pacatune.training.recipe.train", pytest.fail)
     monkeypatch.setattr(mmlu, "_ask_small", pytest.fail)
     assert cell.run(tmp_path / "work", lines.append) == result
 
