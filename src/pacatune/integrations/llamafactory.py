@@ -45,16 +45,10 @@ _REFUSED = {
 def lora_config(
     *, task_type: Any, inference_mode: bool, paca: dict[str, Any] | None = None, **options: Any
 ) -> PacaConfig:
-    """Return PaCA's configuration, in the place of `LoraConfig`.
+    """Return PaCA's configuration, in the place of `LoraConfig`, and of what that is given.
 
-    Args:
-        task_type: As for `LoraConfig`.
-        inference_mode: As for `LoraConfig`.
-        paca: Options of `PacaConfig` that LLaMA-Factory has no argument for.
-        options: What LLaMA-Factory gives `LoraConfig`.
-
-    Raises:
-        ValueError: If an option of LoRA is set that PaCA would not keep, or `paca` is wrong.
+    `paca` are options of `PacaConfig` that LLaMA-Factory has no argument for. An option of LoRA
+    that PaCA would not keep is a ValueError.
     """
     refuse_options(options, _REFUSED, "LLaMA-Factory's PaCA")
     given = {name: value for name, value in options.items() if name not in _REFUSED}
