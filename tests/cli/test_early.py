@@ -166,7 +166,9 @@ def test_a_run_that_reads_no_files(words, folder, capsys):
     assert ("no.jsonl does not exist" in capsys.readouterr().err) == (words == "--auto_resume")
 
 
-@pytest.mark.parametrize("command", ["train --task dpo", "train --task grpo", "train-image"])
+@pytest.mark.parametrize(
+    "command", [*(f"train --task {task}" for task in train.names_of_tasks()), "train-image"]
+)
 def test_options_are_shown_without_torch_as_with_it(command, capsys):
     words = [*command.split(), "--print_config"]
     code = (
@@ -182,14 +184,16 @@ def test_options_are_shown_without_torch_as_with_it(command, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(done.stdout)
 
 
-def test_help_without_torch():
+@pytest.mark.parametrize("words", ["train --help", "completion bash"])
+def test_options_without_torch(words):
     code = (
         "import sys; from pacatune.cli import main\n"
         "assert main() == 0\n"
         "print(sys.modules['torch'], 'accelerate' in sys.modules)\n"
     )
-    argv = [sys.executable, "-c", code, "train", "--help"]
+    argv = [sys.executable, "-c", code, *words.split()]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert "Number of trained input columns of each weight" in done.stdout
+    assert "Number of trained input columns of each weight" in done.stdout or "complet" in words
+    assert done.stdout.count("\n") > 300
     assert done.stdout.endswith("None False\n")
     assert done.stderr == ""

@@ -3,8 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
+from pacatune.data.config import TextClassConfig
 from pacatune.training import RunConfig, train
-from pacatune.training.classifier import TextClassConfig, split_texts, texts_digest
+from pacatune.training.classifier import split_texts, texts_digest
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pacatune.training import (
     RunConfig,
     TrainingConfig,
 )
-from pacatune.training.classifier import ClassifierTrainingConfig
+from pacatune.training.arguments import ClassifierTrainingConfig
 from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
 from pacatune.tuner import compat
 

@@ -268,6 +268,41 @@ class PromptDataConfig(TextDataConfig):
 
 
 @dataclass(kw_only=True)
+class TextClassConfig:
+    """Texts, each of one class."""
+
+    path: str = ""
+    """Training data with columns `text` and `label`: a file, a folder, or a hub data set id."""
+
+    split: str = "train"
+    """Split of a hub data set to train on."""
+
+    eval_fraction: float = 0.1
+    """Fraction of the training data held out for evaluation."""
+
+    seed: int = 0
+    """Seed for choosing the held-out rows."""
+
+    num_train: int | None = None
+    """Train on this many rows; all where null."""
+
+    max_length: int = 128
+    """Tokens at which texts are cut."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(
+                f"`data.path` is {self.path!r}; give a file with columns text and label."
+            )
+        check_fraction(self.eval_fraction)
+        check_counts(self, "num_train", "max_length")
+
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return f"`{self.path}`"
+
+
+@dataclass(kw_only=True)
 class ImageDataConfig:
     """Training and evaluation images, each of one class."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
@@ -155,6 +156,25 @@ class TrlDefaults(SharedDefaults):
                 "`training.activation_offloading` (True) moves activations off an accelerator, and "
                 "this run is on the CPU; drop it."
             )
+
+
+@dataclass
+class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
+    """Every option of transformers' TrainingArguments, with these defaults."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
+    head, 1e-4 full."""
+
+    warmup_steps: float = 0.1
+    """Steps in which the learning rate rises; below 1, a share of all steps. A new head
+    starts random, and so do the gradients that it sends to the other layers."""
+
+    per_device_train_batch_size: int = 16
+    """Texts per device and step."""
+
+    per_device_eval_batch_size: int = 64
+    """Texts per device and evaluation step."""
 
 
 @cache

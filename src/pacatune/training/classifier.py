@@ -1,74 +1,18 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorWithPadding
 
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
-from pacatune.data.config import check_counts, check_fraction
+from pacatune.data.config import TextClassConfig
 from pacatune.data.read import read_rows
-from pacatune.training.arguments import SharedDefaults
 from pacatune.training.language import LanguageTask
 from pacatune.training.trainer import accuracy
-
-
-@dataclass(kw_only=True)
-class TextClassConfig:
-    """Texts, each of one class."""
-
-    path: str = ""
-    """Training data with columns `text` and `label`: a file, a folder, or a hub data set id."""
-
-    split: str = "train"
-    """Split of a hub data set to train on."""
-
-    eval_fraction: float = 0.1
-    """Fraction of the training data held out for evaluation."""
-
-    seed: int = 0
-    """Seed for choosing the held-out rows."""
-
-    num_train: int | None = None
-    """Train on this many rows; all where null."""
-
-    max_length: int = 128
-    """Tokens at which texts are cut."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`data.path` is {self.path!r}; give a file with columns text and label."
-            )
-        check_fraction(self.eval_fraction)
-        check_counts(self, "num_train", "max_length")
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return f"`{self.path}`"
-
-
-@dataclass
-class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
-    """Every option of transformers' TrainingArguments, with these defaults."""
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
-    head, 1e-4 full."""
-
-    warmup_steps: float = 0.1
-    """Steps in which the learning rate rises; below 1, a share of all steps. A new head
-    starts random, and so do the gradients that it sends to the other layers."""
-
-    per_device_train_batch_size: int = 16
-    """Texts per device and step."""
-
-    per_device_eval_batch_size: int = 64
-    """Texts per device and evaluation step."""
 
 
 def prepare(task: LanguageTask) -> PreparedData:

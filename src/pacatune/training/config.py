@@ -66,8 +66,9 @@ class RunConfig:
     """
 
     task: str = DEFAULT_TASK
-    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo` or `rloo`. Each
-    has options of its own: `--task dpo --help`."""
+    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo`, `rloo`,
+    `classifier`, or `image` (the command train-image). Each has options of its own: `--task dpo
+    --help`."""
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`

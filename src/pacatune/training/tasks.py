@@ -180,8 +180,8 @@ TASKS: dict[str, TaskSpec] = {
     "rloo": _on_rewards("REINFORCE Leave-One-Out", "trl.RLOOConfig", "trl.RLOOTrainer", "rloo"),
     "classifier": TaskSpec(
         title="a classifier of texts: a new head tells some classes apart",
-        arguments="pacatune.training.classifier.ClassifierTrainingConfig",
-        data="pacatune.training.classifier.TextClassConfig",
+        arguments="pacatune.training.arguments.ClassifierTrainingConfig",
+        data="pacatune.data.config.TextClassConfig",
         prepare="pacatune.training.classifier.prepare",
         methods=CLASSIFIER_METHODS,
         auto_class="AutoModelForSequenceClassification",
