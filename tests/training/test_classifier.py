@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from pacatune.data.config import TextClassConfig
-from pacatune.training import RunConfig, train
+from pacatune.training import RunConfig, preview, train
 from pacatune.training.classifier import split_texts, texts_digest
 
 
@@ -63,3 +63,5 @@ def test_a_run(tmp_path, tiny_model_dir, method):
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
     exec(code, names := {})
     assert names["model"].config.num_labels == 3
+    preview(config, 2, console=(console := Console(file=io.StringIO())))
+    assert console.file.getvalue().count("It is ") == 2

@@ -190,10 +190,14 @@ class LanguageTask(Task):
 
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""
-        if "input_ids" in data.column_names:
+        if "place" in data.column_names and "input_ids" in data.column_names:
             show_preview(data, self.tokenizer, num_examples, console)
             return
         for row in data.select(range(min(num_examples, len(data)))):
+            if "input_ids" in row:
+                text = self.tokenizer.decode(row["input_ids"])
+                console.print(Text(f"class {row['labels']}: {text}"), soft_wrap=True)
+                continue
             prompt = row.get("prompt_ids")
             if "prompt" in row:
                 prompt = prompt_ids(row["prompt"], self.tokenizer)
