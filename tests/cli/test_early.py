@@ -193,7 +193,7 @@ def test_options_without_torch(words):
     )
     argv = [sys.executable, "-c", code, *words.split()]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert "Number of trained input columns of each weight" in done.stdout or "complet" in words
+    assert "Number of trained input columns of each weight" in done.stdout or words != "train --help"
     assert done.stdout.count("\n") > 300
     assert done.stdout.endswith("None False\n")
     assert done.stderr == ""
