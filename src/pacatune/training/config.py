@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal
 
 from pacatune.data.config import REASONING_GYM
@@ -12,8 +13,13 @@ from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.names import check_choices, choose, suggest
 from pacatune.precision import Dtype
 from pacatune.pretrained import refuse_no_path
-from pacatune.training.sections import ADAPTER_SECTIONS
-from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec, sections_of
+from pacatune.training.sections import (
+    ADAPTER_SECTIONS,
+    LoraSection,
+    MosLoraSection,
+    PacaSection,
+)
+from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec, load
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
@@ -51,6 +57,22 @@ class ModelConfig:
     def __post_init__(self) -> None:
         refuse_no_path(self.path, "train")
         check_choices(self, "model.")
+
+
+@cache
+def sections_of(task: str) -> dict[str, type[Any]]:
+    """Return the class of each section of a task's runs by its name."""
+    from pacatune.training.arguments import training_class
+
+    spec = TASKS[task]
+    return {
+        "model": load(spec.model),
+        "data": load(spec.data),
+        "paca": PacaSection,
+        "lora": LoraSection,
+        "moslora": MosLoraSection,
+        "training": training_class(task),
+    }
 
 
 @dataclass(kw_only=True)

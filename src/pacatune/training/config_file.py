@@ -136,8 +136,7 @@ def option_parser() -> "ArgumentParser":
 
 def add_run_options(parser: "ArgumentParser", task: str) -> Collection[str]:
     """Add an option for each field of a task's runs and of their sections; return the sections."""
-    from pacatune.training.config import RunConfig
-    from pacatune.training.tasks import sections_of
+    from pacatune.training.config import RunConfig, sections_of
 
     sections = sections_of(task)
     parser.add_class_arguments(RunConfig, skip={*sections, *others_options(task)})

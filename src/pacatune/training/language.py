@@ -203,7 +203,8 @@ class LanguageTask(Task):
                 prompt = prompt_ids(row["prompt"], self.tokenizer)
             console.rule()
             length = "" if prompt is None else f": {len(prompt)} tokens"
-            console.print(f"{row['place']}{length}", markup=False, highlight=False, soft_wrap=True)
+            title = f"{row.get('place', 'example')}{length}"
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
             if prompt is not None:
                 console.print(Text(self.tokenizer.decode(prompt), style="dim"))
             if "prompt" in row:  # what rewards get beside the answers

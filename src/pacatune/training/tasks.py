@@ -5,7 +5,6 @@ A new task of TRL is a row and, where its data is of a new kind, one function th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -21,8 +20,6 @@ _REFERENCE = {"sync_ref_model": "the reference is the pretrained model, with the
 class TaskSpec:
     """What tells one task from another. Classes and functions are named as `module.name`."""
 
-    title: str
-    """What is done, for help and messages."""
     arguments: str
     """TRL's or transformers' class of arguments, or one of ours that begins with
     `SharedDefaults`."""
@@ -73,9 +70,8 @@ class TaskSpec:
         return self.arguments.startswith("trl.")
 
 
-def _on_rewards(title: str, arguments: str, trainer: str, tag: str) -> TaskSpec:
+def _on_rewards(arguments: str, trainer: str, tag: str) -> TaskSpec:
     return TaskSpec(
-        title=title,
         arguments=arguments,
         trainer=trainer,
         data="pacatune.data.PromptDataConfig",
@@ -103,7 +99,6 @@ def _on_rewards(title: str, arguments: str, trainer: str, tag: str) -> TaskSpec:
 
 TASKS: dict[str, TaskSpec] = {
     "sft": TaskSpec(
-        title="supervised fine-tuning",
         arguments="trl.SFTConfig",
         trainer="trl.SFTTrainer",
         data="pacatune.data.DataConfig",
@@ -120,7 +115,6 @@ TASKS: dict[str, TaskSpec] = {
         },
     ),
     "dpo": TaskSpec(
-        title="Direct Preference Optimization: preferred answers become likelier than others",
         arguments="trl.DPOConfig",
         trainer="trl.DPOTrainer",
         data="pacatune.data.PreferenceDataConfig",
@@ -143,7 +137,6 @@ TASKS: dict[str, TaskSpec] = {
         },
     ),
     "kto": TaskSpec(
-        title="Kahneman-Tversky Optimization: each answer is desirable or not",
         arguments="trl.KTOConfig",
         trainer="trl.KTOTrainer",
         data="pacatune.data.PreferenceDataConfig",
@@ -159,7 +152,6 @@ TASKS: dict[str, TaskSpec] = {
         metrics={"rewards/margins": "held-out reward margin"},
     ),
     "reward": TaskSpec(
-        title="a reward model: a new head scores answers, preferred ones higher",
         arguments="trl.RewardConfig",
         trainer="trl.RewardTrainer",
         data="pacatune.data.PreferenceDataConfig",
@@ -174,12 +166,9 @@ TASKS: dict[str, TaskSpec] = {
         loss_per="pair",
         metrics={"margin": "held-out margin", "accuracy": "held-out accuracy"},
     ),
-    "grpo": _on_rewards(
-        "Group Relative Policy Optimization", "trl.GRPOConfig", "trl.GRPOTrainer", "grpo"
-    ),
-    "rloo": _on_rewards("REINFORCE Leave-One-Out", "trl.RLOOConfig", "trl.RLOOTrainer", "rloo"),
+    "grpo": _on_rewards("trl.GRPOConfig", "trl.GRPOTrainer", "grpo"),
+    "rloo": _on_rewards("trl.RLOOConfig", "trl.RLOOTrainer", "rloo"),
     "classifier": TaskSpec(
-        title="a classifier of texts: a new head tells some classes apart",
         arguments="pacatune.training.arguments.ClassifierTrainingConfig",
         data="pacatune.data.config.TextClassConfig",
         prepare="pacatune.training.classifier.prepare",
@@ -193,7 +182,6 @@ TASKS: dict[str, TaskSpec] = {
         reads=(),
     ),
     "image": TaskSpec(
-        title="a classifier of images",
         arguments="pacatune.training.image.config.ImageTrainingConfig",
         model="pacatune.training.image.config.ImageModelConfig",
         data="pacatune.data.config.ImageDataConfig",
@@ -214,20 +202,3 @@ def load(name: str) -> Any:
     """Return the class or function that `module.name` names."""
     module, _, attribute = name.rpartition(".")
     return getattr(import_module(module), attribute)
-
-
-@cache
-def sections_of(task: str) -> dict[str, type[Any]]:
-    """Return the class of each section of a task's runs by its name."""
-    from pacatune.training import sections
-    from pacatune.training.arguments import training_class
-
-    spec = TASKS[task]
-    return {
-        "model": load(spec.model),
-        "data": load(spec.data),
-        "paca": sections.PacaSection,
-        "lora": sections.LoraSection,
-        "moslora": sections.MosLoraSection,
-        "training": training_class(task),
-    }
