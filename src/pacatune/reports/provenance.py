@@ -102,6 +102,17 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """Return the processor as `cpu` does, and the name of the accelerator, None without one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    name = None
+    if found is not None:
+        name = getattr(torch.get_device_module(found), "get_device_name", str)(found)
+    return {**cpu(), "accelerator": name}
+
+
 class Noise:
     """What the machine did besides a measurement, from when this is made."""
 

@@ -1,0 +1,365 @@
+"""Numbers and where they come from: rows, the work that makes them, the tables that show them.
+
+Whatever is measured, simulated, trained or printed in a paper is a `Row`. `done` is the only store
+of rows, `table` their only pivot, `plot` its twin for pictures. A number is formatted once, here.
+"""
+
+import datetime
+import hashlib
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.reports.figures import new_figure, plain_text
+from pacatune.reports.provenance import Noise, commit, machine, versions
+
+Origin = Literal["paper", "measured", "counted", "simulated"]
+"""`counted` is exact and repeatable; `measured` is of a clock or a trained model; `simulated` is
+computed for a device or size that is not here; `paper` is as printed."""
+
+_TIMES = ("ms", "us", "s", "min", "h")
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_MISSING = "-"
+_JOBS = "jobs"
+_RULES = {"l": "---", "r": "--:"}
+_INCHES_PER_BAR = 0.22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number, with all that a table or a reader has to know of it."""
+
+    what: str
+    """The quantity: `step`, `kept for backward`, `accuracy`, ..."""
+    method: str
+    """Method or arm, or `paca / lora` of a ratio."""
+    value: float
+    unit: str = ""
+    """`ms`, `bytes`, `%`, `ratio`, `tokens/s`, ...; empty for a plain count."""
+    model: str = ""
+    setting: str = ""
+    """What else tells it from the rows beside it, such as `2 x 512 tokens, bfloat16`."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of the interval that it lies in; None where no spread is known. A count has none."""
+    n: int = 1
+    """Rounds, seeds, examples: what the number is a median or mean of."""
+    origin: Origin = "measured"
+    note: str = ""
+    """What a reader must know of this one number, shown below the table."""
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"{self.what} of {self.method}: an interval has two ends.")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(
+                f"{self.what} of {self.method}: the interval [{self.low}, {self.high}] is empty."
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing of it is left to chance."""
+        return self.origin in ("counted", "paper")
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether its spread is known."""
+        return self.low is not None
+
+    def text(self) -> str:
+        """Return the number with its interval, without the unit that heads its column."""
+        shown = number_text(self.value, self.unit)
+        if self.low is None or self.high is None or self.low == self.high:
+            return shown
+        low, high = (number_text(end, self.unit) for end in (self.low, self.high))
+        return f"{shown} ({low} to {high})"
+
+    def over(self, other: "Row") -> "Row":
+        """Return the share of another number, with the widest interval; none if one has none."""
+        if not other.value:
+            raise ZeroDivisionError(
+                f"{other.what} of {other.method} is 0: nothing is a share of 0."
+            )
+        low = high = None
+        ends = [
+            (row.value, row.value) if row.is_exact else (row.low, row.high) for row in (self, other)
+        ]
+        (a, b), (c, d) = ends
+        if a is not None and b is not None and c and d:
+            low, high = a / d, b / c
+        return replace(
+            self,
+            method=f"{self.method} / {other.method}",
+            value=self.value / other.value,
+            unit="ratio",
+            low=low,
+            high=high,
+            n=min(self.n, other.n),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a file holds: the fields that have not their defaults."""
+        return {
+            f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default
+        }
+
+
+def number_text(value: float, unit: str = "") -> str:
+    """Return a number as every table shows it; a unit that scales, as bytes do, stands with it."""
+    if unit == "bytes":
+        return bytes_text(value)
+    if unit == "%":
+        return f"{value:.2f}"
+    if unit == "ratio":
+        return f"{value:.3f}"
+    if unit in _TIMES or not float(value).is_integer():
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}"
+
+
+def bytes_text(value: float) -> str:
+    """Return a size with the unit that keeps it short, such as `1.5 MiB`."""
+    size = float(value)
+    for unit in _BYTE_UNITS[:-1]:
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_BYTE_UNITS[-1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One piece of work, whose rows are kept."""
+
+    key: str
+    """Unique in its folder; the name of its file."""
+    inputs: dict[str, Any]
+    """Everything that decides the rows, as JSON values: rows of other inputs are not used."""
+    run: Callable[[Path], list[Row]]
+    """Called with a folder of its own, which is made by it if needed and survives a kill."""
+    title: str = ""
+    """What it does, for a line on the screen; the key where empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What became of a job."""
+
+    rows: list[Row]
+    provenance: dict[str, Any]
+    """`date`, `seconds`, `machine`, `versions`, `commit`, `is_modified` and `noise`."""
+    error: str | None = None
+    """Why it failed, if it did; it is done again by the next call."""
+
+
+def done(
+    jobs: Iterable[Job],
+    folder: OwnedFolder,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+    until: float = math.inf,
+    packages: Sequence[str] = (),
+) -> dict[str, Finished]:
+    """Run the jobs that have no file in an open folder yet; return what became of those tried.
+
+    Each file is written whole or not at all, so that a killed run goes on where it was. A job that
+    fails does not stop the others.
+
+    Args:
+        jobs: The work, in its order.
+        folder: Gets `jobs/KEY.json` for each.
+        tell: Shows a line.
+        until: Moment of `time.monotonic` after which no job is begun; with 0 nothing is, and what
+            is there is returned.
+        packages: Whose versions are recorded, beside those of every result.
+    """
+    found: dict[str, Finished] = {}
+    jobs = list(jobs)
+    for number, job in enumerate(jobs, 1):
+        kept = _read(job, folder)
+        is_to_do = kept is None or kept.error is not None
+        if is_to_do and time.monotonic() < until:
+            tell(f"{number}/{len(jobs)}: {job.title or job.key} ...")
+            kept = _run(job, folder, packages)
+            if kept.error is not None:
+                tell(f"  failed: {kept.error}")
+        if kept is not None:
+            found[job.key] = kept
+    return found
+
+
+def _run(job: Job, folder: OwnedFolder, packages: Sequence[str]) -> Finished:
+    inputs = json.dumps(job.inputs, sort_keys=True)
+    digest = hashlib.sha256(inputs.encode()).hexdigest()[:8]
+    start, noise = time.monotonic(), Noise()
+    rows, error, trace = list[Row](), None, None
+    try:
+        rows = job.run(folder.path / "work" / f"{job.key}-{digest}")
+    except Exception as failure:  # whatever it is, what the other jobs cost is not lost
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        trace = traceback.format_exc()
+    provenance = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - start, 1),
+        "machine": machine(),
+        "versions": versions(*packages),
+        **commit(),
+        "noise": noise.to_dict(),
+    }
+    values = {
+        "key": job.key,
+        "inputs": job.inputs,
+        "rows": [row.to_dict() for row in rows],
+        **({"error": error, "traceback": trace} if error else {}),
+        "provenance": provenance,
+    }
+    folder.write_json(f"{_JOBS}/{job.key}.json", values, edited=False)
+    return Finished(rows=rows, provenance=provenance, error=error)
+
+
+def _read(job: Job, folder: OwnedFolder) -> Finished | None:
+    """Return what a job's file holds, None if there is none of the same inputs."""
+    path = folder.path / _JOBS / f"{job.key}.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["inputs"] != json.loads(json.dumps(job.inputs)):
+            return None
+        rows = [Row(**row) for row in values["rows"]]
+        return Finished(rows=rows, provenance=values["provenance"], error=values.get("error"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no result of a job ({type(error).__name__}: {error}); delete it, and the "
+            "job is done again."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of texts: on a terminal, in Markdown, in a document."""
+
+    header: list[str]
+    cells: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of single numbers."""
+    num_index: int = 1
+    """How many columns, from the first, are words."""
+
+    def __post_init__(self) -> None:
+        for row in self.cells:
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"a line has {len(row)} cells, the header {len(self.header)} "
+                    f"({', '.join(self.header)}): {row}; give one cell for each column."
+                )
+
+    def markdown(self) -> list[str]:
+        """Return head, rule and lines."""
+        sides = ["l" if place < self.num_index else "r" for place in range(len(self.header))]
+        rule = f"|{'|'.join(_RULES[side] for side in sides)}|"
+        head, *lines = (f"| {' | '.join(cells)} |" for cells in (self.header, *self.cells))
+        # An empty title takes one space, as in a table written by hand.
+        return [head.replace("|  |", "| |"), rule, *lines]
+
+    def plain(self) -> list[str]:
+        """Return lines of aligned text, which nothing cuts: numbers stay whole when piped."""
+        every = [self.header, *self.cells]
+        widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+        lines = []
+        for cells in every:
+            parts = [
+                cell.ljust(width) if place < self.num_index else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append("  ".join(parts).rstrip())
+        return lines
+
+
+def table(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> Table:
+    """Lay rows out: a line for each value of the fields `index`, a column for each of `columns`.
+
+    Lines and columns stand in the order of the rows. A unit that all numbers of a column share
+    heads it.
+
+    Raises:
+        ValueError: If two numbers fall into one cell: name a field that tells them apart.
+    """
+    found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
+    units: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        line, column = (_key(row, names) for names in (index, columns))
+        cells = found.setdefault(line, {})
+        if column in cells:
+            raise ValueError(
+                f"two numbers stand for {', '.join((*line, *column))}; tell them apart by another "
+                "of the fields of Row."
+            )
+        cells[column] = row
+        units.setdefault(column, {})[row.unit] = None
+    return Table(
+        header=[*index, *(_title(column, list(of)) for column, of in units.items())],
+        cells=[
+            [*line, *(cells[one].text() if one in cells else _MISSING for one in units)]
+            for line, cells in found.items()
+        ],
+        notes=list(
+            dict.fromkeys(r.note for cells in found.values() for r in cells.values() if r.note)
+        ),
+        num_index=len(index),
+    )
+
+
+def _key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(getattr(row, name)) for name in names)
+
+
+def _title(column: tuple[str, ...], units: list[str]) -> str:
+    title = ", ".join(filter(None, column))
+    shown = units[0] if len(units) == 1 and units[0] not in ("bytes", "ratio", "") else ""
+    return f"{title}, {shown}" if shown else title
+
+
+def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> Any:
+    """Draw rows as `table` lays them out: a panel for each quantity, in it bars side by side.
+
+    Intervals are drawn. Returns a figure of matplotlib; see `reports.figures.save_figure`.
+    """
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row.what, row.unit), []).append(row)
+    most = max(len(group) for group in panels.values())
+    figure = new_figure(5.0 * len(panels), 1.4 + _INCHES_PER_BAR * most)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((what, unit), group) in zip(grid, panels.items(), strict=True):
+        _draw(axes, group, index, columns)
+        axes.set_xlabel(plain_text(", ".join(filter(None, (what, unit)))))
+    return figure
+
+
+def _draw(axes: Any, rows: list[Row], index: Sequence[str], columns: Sequence[str]) -> None:
+    lines = list(dict.fromkeys(_key(row, index) for row in rows))
+    series = list(dict.fromkeys(_key(row, columns) for row in rows))
+    height = 0.8 / len(series)
+    for number, one in enumerate(series):
+        group = [row for row in rows if _key(row, columns) == one]
+        shift = height * (number - (len(series) - 1) / 2)
+        places = [lines.index(_key(row, index)) + shift for row in group]
+        lows = [0.0 if row.low is None else row.value - row.low for row in group]
+        highs = [0.0 if row.high is None else row.high - row.value for row in group]
+        label = plain_text(", ".join(filter(None, one)))
+        values = [row.value for row in group]
+        bars = axes.barh(places, values, height, xerr=[lows, highs], label=label)
+        texts = [number_text(row.value, row.unit) for row in group]
+        axes.bar_label(bars, texts, fontsize="x-small", padding=2)
+    axes.set_yticks(range(len(lines)), [plain_text(", ".join(line)) for line in lines])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    if len(series) > 1:
+        axes.legend(fontsize="small")

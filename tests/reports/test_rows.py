@@ -1,0 +1,188 @@
+"""Rows: what a number keeps, the store of jobs, the pivot and the picture."""
+
+import json
+import math
+import time
+
+import pytest
+
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.reports.rows import Job, Row, done, number_text, plot, table
+
+
+def row(method="paca", value=2.0, **more):
+    return Row(what=more.pop("what", "step"), method=method, value=value, **more)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    opened = OwnedFolder(path=tmp_path / "results", kind="a test")
+    opened.begin()
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (5.7349, "ms", "5.735"),
+        (12345.6, "ms", "12,346"),
+        (0.00213, "s", "0.00213"),
+        (1536, "bytes", "1.5 KiB"),
+        (-(2.0**20), "bytes", "-1.0 MiB"),
+        (7, "bytes", "7 B"),
+        (3.0 * 2**50, "bytes", "3072.0 TiB"),
+        (1234567, "", "1,234,567"),
+        (0.123456, "", "0.1235"),
+        (81.5, "%", "81.50"),
+        (0.9996, "ratio", "1.000"),
+    ],
+)
+def test_numbers(value, unit, text):
+    assert number_text(value, unit) == text
+
+
+def test_a_number_shows_its_interval():
+    assert row(low=1.5, high=2.5, unit="ms").text() == "2 (1.5 to 2.5)"
+    assert row(low=2.0, high=2.0).text() == "2"
+    with pytest.raises(ValueError, match="interval has two ends"):
+        row(low=1.0)
+    with pytest.raises(ValueError, match="is empty"):
+        row(low=2.0, high=1.0)
+
+
+def test_shares_keep_what_is_known_of_their_spread():
+    ours, other = row(low=1.0, high=3.0), row("lora", 4.0, low=2.0, high=8.0)
+    share = ours.over(other)
+    assert (share.method, share.unit) == ("paca / lora", "ratio")
+    assert (share.value, share.low, share.high) == (0.5, 1 / 8, 3 / 2)
+    exact = row("lora", 4.0, origin="counted")
+    assert (ours.over(exact).low, ours.over(exact).high) == (0.25, 0.75)
+    alone = ours.over(row("lora", 4.0))  # one run: nothing says how sure it is
+    assert alone.low is None
+    assert alone.high is None
+    with pytest.raises(ZeroDivisionError, match="of lora is 0"):
+        ours.over(row("lora", 0.0))
+
+
+def test_done_runs_each_job_once(folder):
+    calls = []
+
+    def run(work):
+        calls.append(work)
+        return [row(low=1.0, high=3.0, n=5, unit="ms", note="of a test")]
+
+    jobs = [Job(key=key, inputs={"of": [1, 2]}, run=run) for key in ("a", "b")]
+    told = []
+    first = done(jobs, folder, tell=told.append)
+    assert told == ["1/2: a ...", "2/2: b ..."]
+    assert done(jobs, folder) == first
+    assert len(calls) == 2
+    assert first["a"].rows == run(None)
+    file = json.loads((folder.path / "jobs" / "a.json").read_text())
+    assert file["rows"][0] == {
+        **{"what": "step", "method": "paca", "value": 2.0, "unit": "ms"},
+        **{"low": 1.0, "high": 3.0, "n": 5, "note": "of a test"},
+    }
+    assert {"date", "machine", "versions", "commit", "noise"} <= file["provenance"].keys()
+    # Tuples are lists in the file, and no other inputs.
+    same = Job(key="a", inputs={"of": (1, 2)}, run=run)
+    assert done([same], folder)["a"] == first["a"]
+    other = Job(key="a", inputs={"of": [1, 3]}, run=run)
+    assert done([other], folder, until=0) == {}
+    done([other], folder)
+    assert len(calls) == 4  # with the one of this test's own
+    assert calls[-1] != calls[0], "what other inputs left half done is not gone on with"
+    assert not folder.foreign()
+
+
+def test_failures_do_not_stop_the_others_and_are_tried_again(folder):
+    fails = [True]
+
+    def run(work):
+        if fails[0]:
+            raise OSError("no\n  disk")
+        return [row()]
+
+    jobs = [
+        Job(key="bad", inputs={}, run=run),
+        Job(key="good", inputs={}, run=lambda work: [row()]),
+    ]
+    found = done(jobs, folder)
+    assert found["bad"].error == "OSError: no disk"
+    assert found["good"].error is None
+    assert "test_rows.py" in json.loads((folder.path / "jobs/bad.json").read_text())["traceback"]
+    assert done(jobs, folder, until=0)["bad"].error
+    fails[0] = False
+    assert done(jobs, folder)["bad"].rows == [row()]
+
+
+def test_time_that_is_up_begins_nothing(folder):
+    jobs = [Job(key=key, inputs={}, run=lambda work: [row()]) for key in "ab"]
+    done(jobs[:1], folder)
+    assert list(done(jobs, folder, until=time.monotonic())) == ["a"]
+
+
+def test_interrupts_end_all(folder):
+    def stop(work):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        done([Job(key="a", inputs={}, run=stop)], folder)
+    assert done([Job(key="a", inputs={}, run=stop)], folder, until=0) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"inputs": {}, "rows": [{"value": 1}]}'])
+def test_files_that_are_no_results(folder, text):
+    job = Job(key="a", inputs={}, run=lambda work: [row()])
+    done([job], folder)
+    (folder.path / "jobs" / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json is no result of a job .* delete it"):
+        done([job], folder)
+
+
+def test_the_pivot():
+    rows = [
+        row("lora", 4.0, unit="ms", model="small"),
+        row("lora", 8, unit="bytes", what="kept", model="small"),
+        row("paca", 2.0, unit="ms", low=1.5, high=2.5, model="small", note="Twice."),
+        row("paca", 3, what="kept", model="large", unit="bytes", note="Twice."),
+    ]
+    found = table(rows, ("model", "method"), ("what",))
+    assert found.markdown() == [
+        "| model | method | step, ms | kept |",
+        "|---|---|--:|--:|",
+        "| small | lora | 4 | 8 B |",
+        "| small | paca | 2 (1.5 to 2.5) | - |",
+        "| large | paca | - | 3 B |",
+    ]
+    assert found.notes == ["Twice."]
+    assert found.plain()[:3] == [
+        "model  method        step, ms  kept",
+        "small  lora                 4   8 B",
+        "small  paca    2 (1.5 to 2.5)     -",
+    ]
+    with pytest.raises(ValueError, match="two numbers stand for small, step"):
+        table(rows, ("model",), ("what",))
+
+
+def test_origins_stand_side_by_side():
+    rows = [row(value=22.0, unit="%", origin="paper"), row(value=math.pi, unit="%")]
+    found = table(rows, ("method",), ("what", "origin"))
+    assert found.markdown()[0] == "| method | step, paper, % | step, measured, % |"
+    assert found.cells == [["paca", "22.00", "3.14"]]
+
+
+def test_plot_draws_what_the_table_says():
+    rows = [
+        row("lora", 4.0, unit="ms", origin="paper"),
+        row("lora", 5.0, unit="ms", low=4.5, high=6.0),
+        row("paca", 2.0, unit="ms"),
+        row("paca", 7.0, what="kept", unit="bytes"),
+    ]
+    figure = plot(rows, ("method",), ("origin",))
+    steps, kept = figure.axes
+    assert [text.get_text() for text in steps.get_yticklabels()] == ["lora", "paca"]
+    assert [text.get_text() for text in steps.get_legend().get_texts()] == ["paper", "measured"]
+    assert [patch.get_width() for patch in steps.patches] == [4.0, 5.0, 2.0]
+    assert [patch.get_width() for patch in kept.patches] == [7.0]
+    assert kept.get_xlabel() == "kept, bytes"
