@@ -10,8 +10,7 @@ A block `<!-- table: NAME -->` is filled from benchmarks/results/NAME.json, whic
 
 with one row per setting and method, `step_ms` being the median. The table has a line per setting
 and, per method, the time of its step; then what PaCA's takes as a share of it. The blocks
-`estimate-1`, `-3` and `-4` are made of `estimate.json` (estimate_tables.py), `reproduce-outcomes`
-and `-shares` of `reproduce-small.json` (reproduce_tables.py), `selection-...` of `selection.json`
+`reproduce-...` are made of `experiments/results`, `selection-...` of `selection.json`
 (selection_tables.py), `quality-...` of `quality.json` (quality_tables.py), `lean-...` and `lengths`
 of theirs (lean_tables.py), `compat` of what `make compat` has counted, `kernels` and `kernels-more`
 of what benchmarks/kernels.py has, `patch` and `sync` of what benchmarks/patch.py and sync.py have
@@ -28,12 +27,11 @@ from typing import Any
 
 from benchmarks import (
     distance,
-    estimate_tables,
     lean_tables,
     quality_tables,
-    reproduce_tables,
     selection_tables,
 )
+from experiments.reproduce.catalogue import doc_table
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.tables import table_lines
 from tools.doc_block import rewrite
@@ -47,10 +45,8 @@ _MOST = 10  # a larger multiple says nothing
 
 def table(name: str, results: Path = RESULTS) -> str:
     """Return the Markdown table of a result (a file's name, or estimate-1, ...), and its source."""
-    if name.startswith("estimate-"):
-        return estimate_tables.table(name.removeprefix("estimate-"), results)
     if name.startswith("reproduce-"):
-        return reproduce_tables.table(name.removeprefix("reproduce-"), results)
+        return doc_table(name.removeprefix("reproduce-"))
     if name.startswith("selection-"):
         return selection_tables.table(name.removeprefix("selection-"), results)
     if name.startswith("quality-"):

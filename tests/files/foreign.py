@@ -25,7 +25,7 @@ NAMES = (
     *("tokenizer.json", "tokenizer_train.py", "tokenizers/mine.py", "vocab.txt", "merges.txt"),
     *("completions/d.txt", "runs/mine/e", "runs/events.out.tfevents.1", "notes.txt", "train.log"),
     *("checkpoint-1/trainer_state.json", "checkpoint-2/mine", "checkpoint-9/model.safetensors"),
-    *("bench.json", "bench.md", "times.png", "study.json", "runs/a.json", "reproduce.json"),
+    *("bench.json", "bench.md", "times.png", "study.json", "runs/a.json"),
     *("demo.json", "paca/config.yaml", "evaluation.json", "evaluation.md", "p.safetensors"),
     *(".lock", ".incomplete/checkpoint-2/a", ".pacatune/mine", ".config.yaml", "data.jsonl"),
     *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt", "columns.png"),
@@ -62,7 +62,6 @@ def commands(draw, place):
             ["evaluate", "perplexity", *adapter, "--text", data, *output],
             ["compare", "--config", "study.yaml", *output],
             ["inspect", "adapter", "--plot", f"{place}/columns.png"],
-            ["reproduce", "fig2", "--simulate", *output, *draw.choice(([], ["--resume"]))],
         )
     )
 

@@ -29,13 +29,12 @@ COMMANDS = {
     "inspect": "show what an adapter holds and what it fits",
     "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
-    "reproduce": "put the paper's tables and figures beside what is found here",
     "completion": "print a script by which bash, zsh or fish completes commands and options",
 }
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    **dict.fromkeys(("train", "estimate", "compare", "bench", "reproduce", "completion"), "train"),
+    **dict.fromkeys(("train", "estimate", "compare", "bench", "completion"), "train"),
     **{"train-image": "vision", "evaluate": "eval"},
 }
 

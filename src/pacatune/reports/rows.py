@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,8 @@ _TIMES = ("ms", "us", "s", "min", "h")
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MISSING = "-"
 _JOBS = "jobs"
+# The 97.5 % quantiles of Student's t, of one degree of freedom and more.
+_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _RULES = {"l": "---", "r": "--:"}
 _INCHES_PER_BAR = 0.22
 
@@ -50,6 +53,8 @@ class Row:
     """Ends of the interval that it lies in; None where no spread is known. A count has none."""
     n: int = 1
     """Rounds, seeds, examples: what the number is a median or mean of."""
+    each: tuple[float, ...] = ()
+    """What it is the mean of, in an order that rows to be compared share; empty where not kept."""
     origin: Origin = "measured"
     note: str = ""
     """What a reader must know of this one number, shown below the table."""
@@ -57,6 +62,7 @@ class Row:
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
             raise ValueError(f"{self.what} of {self.method}: an interval has two ends.")
+        object.__setattr__(self, "each", tuple(self.each))  # files have lists
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(
                 f"{self.what} of {self.method}: the interval [{self.low}, {self.high}] is empty."
@@ -101,6 +107,34 @@ class Row:
             low=low,
             high=high,
             n=min(self.n, other.n),
+            each=(),
+        )
+
+    def minus(self, other: "Row") -> "Row":
+        """Return the difference, with a 95 % interval.
+
+        Where both keep what they are means of, the differences are taken one by one: of seeds or
+        questions that both have. Otherwise the interval is the widest that their own allow.
+        """
+        low = high = None
+        value = self.value - other.value
+        are_paired = len(self.each) == len(other.each)
+        each = (
+            tuple(a - b for a, b in zip(self.each, other.each, strict=True)) if are_paired else ()
+        )
+        if len(each) > 1:
+            spread = spread_of_mean(each)
+            low, high = value - spread, value + spread
+        elif None not in (self.low, self.high, other.low, other.high):
+            low, high = self.low - other.high, self.high - other.low  # type: ignore[operator]
+        return replace(
+            self,
+            method=f"{self.method} - {other.method}",
+            value=value,
+            low=low,
+            high=high,
+            n=min(self.n, other.n),
+            each=each,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +142,13 @@ class Row:
         return {
             f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default
         }
+
+
+def spread_of_mean(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of a mean, by Student's t: twelve standard errors of two."""
+    freedom = len(values) - 1
+    quantile = _T_95[freedom - 1] if freedom <= len(_T_95) else 2.2 if freedom <= 30 else 2.0
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def number_text(value: float, unit: str = "") -> str:

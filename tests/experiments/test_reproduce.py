@@ -1,0 +1,218 @@
+"""The paper beside what is found here: shares, agreement, pages, and the jobs of every table."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments.paper import TABLES, fig2
+from experiments.reproduce import costs, images, texts
+from experiments.reproduce.__main__ import main
+from experiments.reproduce.catalogue import EXPERIMENTS, doc_table
+from experiments.reproduce.experiment import (
+    NATS,
+    Experiment,
+    agreement,
+    comparison,
+    make_page,
+    read_results,
+    shares,
+)
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.reports.rows import Finished, Job, Row, done
+
+
+def row(method, value, **more):
+    values = {"what": "time", "unit": "h", "model": "big", "origin": "paper", **more}
+    return Row(method=method, value=value, **values)
+
+
+PAPER = (
+    row("LoRA", 4.0),
+    row("PaCA", 3.0),
+    row("No tuning", 1.0, what="score", unit="points"),
+    row("LoRA", 5.0, what="score", unit="points"),
+    row("PaCA", 5.2, what="score", unit="points"),
+)
+
+
+def experiment(*jobs, **more):
+    options = {"paper": PAPER, "reference": "LoRA", "beside": "big", "scores": {"score"}, **more}
+    return Experiment(
+        name="one",
+        title="A table",
+        place="Table 1",
+        about="About it.",
+        jobs=lambda scale: list(jobs),
+        **options,
+    )
+
+
+def test_shares_of_costs_and_differences_of_scores():
+    found = {(one.what, one.method): one for one in shares(experiment(), PAPER)}
+    assert found.keys() == {("time", "PaCA / LoRA"), ("score", "PaCA - LoRA")}
+    assert found["time", "PaCA / LoRA"].value == 0.75
+    assert found["score", "PaCA - LoRA"].value == pytest.approx(0.2)
+
+
+def test_a_lower_loss_is_a_better_score():
+    """The sign of a loss must not read like that of a score: 3.0 is better than 3.2."""
+    losses = [
+        row("LoRA", 3.2, what="score", unit=NATS, model="small", origin="measured"),
+        row("PaCA", 3.0, what="score", unit=NATS, model="small", origin="measured"),
+    ]
+    (found,) = shares(experiment(), losses)
+    assert found.method == "PaCA - LoRA"
+    assert found.value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"value": 0.78, "low": 0.7, "high": 0.8}, "agrees"),
+        ({"value": 0.77, "low": 0.76, "high": 0.78}, "agrees"),  # within 5 %
+        ({"value": 0.77, "origin": "counted"}, "agrees"),
+        ({"value": 0.77}, "one run"),
+        ({"value": 0.9, "low": 0.8, "high": 0.95}, "same order"),
+        ({"value": 0.9, "low": 0.8, "high": 1.01}, "not told apart"),
+        ({"value": 1.2, "low": 1.1, "high": 1.3}, "other order"),
+        ({"value": 0.4, "origin": "simulated"}, "same order"),
+    ],
+)
+def test_agreement_of_shares(values, said):
+    ours = row("PaCA / LoRA", unit="ratio", **{"origin": "measured", **values})
+    paper = row("PaCA / LoRA", 0.75, unit="ratio")
+    assert agreement(paper, ours, is_score=False) == said
+
+
+def test_other_scores_agree_in_their_order_alone():
+    paper = row("PaCA - LoRA", 0.2, unit="points")
+    ours = row("PaCA - LoRA", 0.2, unit=NATS, origin="measured", low=0.1, high=0.3)
+    assert agreement(paper, ours, is_score=True) == "same order"
+    same = replace(ours, unit="points")
+    assert agreement(paper, same, is_score=True) == "agrees"
+    assert agreement(replace(paper, value=0.0), ours, is_score=True) == "not told apart"
+    assert agreement(replace(paper, value=-0.2), ours, is_score=True) == "other order"
+
+
+def test_smaller_models_stand_beside_one_of_the_papers():
+    ours = [
+        row("LoRA", 2.0, origin="measured", model="small", low=1.9, high=2.1),
+        row("PaCA", 1.5, origin="measured", model="small", low=1.4, high=1.6, setting="a step"),
+        row("PaCA", 1.5, origin="measured", model="small", low=1.4, high=1.6),
+    ]
+    (line,) = comparison(experiment(), ours).cells
+    assert line[:3] == ["time", "PaCA / LoRA", "0.750"]
+    assert line[4:] == ["agrees", "small, measured"]
+    assert comparison(experiment(), []) is None
+
+
+def test_pages_say_what_is_missing_and_what_failed(tmp_path):
+    numbers = [
+        row(m, v, origin="measured", low=v, high=v) for m, v in (("LoRA", 2.0), ("PaCA", 1.6))
+    ]
+
+    def fail(work):
+        raise OSError("no judge")
+
+    jobs = [
+        Job(key="a", inputs={}, run=lambda work: numbers),
+        Job(key="b", inputs={}, run=fail, title="asking the judge"),
+        Job(key="c", inputs={}, run=fail, title="never begun"),
+    ]
+    one = experiment(*jobs, notes=("A note.",))
+    folder = OwnedFolder(path=tmp_path, kind="a test")
+    folder.begin()
+    found: dict[str, Finished] = done(jobs[:2], folder)
+    page = make_page(one, found, "small")
+    assert "| big | PaCA | 3 | 5.2 | 1.6 |" in page
+    assert "| time | PaCA / LoRA | 0.750 | 0.800 | same order |" in page
+    assert "Not run yet:\n\n- never begun" in page
+    assert "Failed:\n\n- b: OSError: no judge" in page
+    assert "- A note." in page
+    assert "2 jobs, " in page
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_jobs_have_keys_of_their_own_and_plain_inputs(name, scale):
+    """Making the jobs of the full scale checks the configuration of each of its runs."""
+    import json
+
+    jobs = EXPERIMENTS[name].jobs(scale)
+    assert jobs
+    assert len({job.key for job in jobs}) == len(jobs)
+    for job in jobs:
+        json.dumps(job.inputs)
+
+
+def test_the_paper_has_a_number_beside_each_of_ours():
+    """Quantities, lines and models of the experiments are those of the paper's tables."""
+    for name, one in EXPERIMENTS.items():
+        models = {r.model for r in one.paper}
+        assert one.beside in models
+        assert one.scores <= {r.what for r in one.paper}
+        if name in TABLES:
+            assert any(r.method.startswith(one.reference) for r in one.paper)
+
+
+def test_operations_are_counted_and_agree_with_the_text(tmp_path):
+    job = costs.FIGURE_2_EXPERIMENT.jobs("small")[0]
+    compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path))
+    assert [line[4] for line in compared.cells] == ["agrees"] * 3
+    assert {line[0] for line in compared.cells} == {
+        claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")
+    }
+
+
+def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
+    jobs = {job.key: job for job in texts.TABLE_2_EXPERIMENT.jobs("small")}
+    (found,) = jobs["memory-llama3-8b-lora-r64"].run(tmp_path)
+    assert found.what == "memory"
+    assert found.value == pytest.approx(40.35, abs=0.1)
+    assert found.high > found.value
+    assert "5,1" in found.note  # tokens
+    assert "its settings allow 3,072" in found.note
+
+
+def test_accuracies_keep_their_questions():
+    found = texts.accuracy_row(row("PaCA", 75.0, unit="%"), [100.0, 50.0, 75.0], [70.0, 80.0], "")
+    assert found.each == (100.0, 50.0, 75.0)
+    assert found.n == 3
+    assert found.low < 75.0 < found.high
+    of_examples, of_seeds = 4.303 * 14.4338, 12.71 * 5.0
+    assert found.high - 75.0 == pytest.approx((of_examples**2 + of_seeds**2) ** 0.5, rel=1e-3)
+
+
+def test_the_papers_image_models_have_the_papers_sizes():
+    tiny = images.build_vit(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
+    )
+    assert tiny.config.num_labels == 100
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "memory"])
+def test_committed_results_are_those_of_the_jobs(name):
+    assert doc_table(name).startswith("| ")
+    if name in EXPERIMENTS:
+        keys = {job.key for job in EXPERIMENTS[name].jobs("small")}
+        assert read_results(name, "small").keys() == keys
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in EXPERIMENTS)
+    assert main(["tabel5", "--output", str(tmp_path)]) == 2
+    assert "table5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["table5"])
+    assert "--output DIR" in capsys.readouterr().err
+    (tmp_path / "fig2-small").mkdir()
+    (tmp_path / "fig2-small" / "fig2.md").write_text("mine")
+    assert main(["fig2", "--output", str(tmp_path)]) == 2
+    assert "stay as they are" in capsys.readouterr().out
