@@ -13,147 +13,127 @@ status is 1 if anything differs.
 
 import argparse
 import importlib
-import json
-import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimate, kernels, lengths
-from benchmarks.record import RESULTS, Row, quiet_peft
+from benchmarks import kernels, lengths, roofline
+from benchmarks.results import quiet_peft, read
+from experiments.reproduce.catalogue import EXPERIMENTS
+from experiments.reproduce.experiment import read_results
 from pacatune.reports.provenance import cpu_name, package_version
+from pacatune.reports.rows import Row
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """What exact numbers depend on, beside the code."""
 TIMED = ("step", "layer", "switch")
 SLOWER = 1.15
 """The highest ratio of a ratio of times to the committed one."""
-# What says which row a row is.
-_NAMES = ("setting", "method", "reference", "is_lean", "model", "rank", "adapters", "level")
-_NAMES += ("checkpointing", "offloading", "dropout", "lean")
-_MEASURED = re.compile(r".*_(ms|us|s)(_\w+)?|num_rounds|load_average|num_cores_of_others")
 _QUICK = ["--seconds", "0", "--min-rounds", "1", "--warmup", "0", "--threads", "1"]
 _BOTH = ("--dtypes", "float32", "bfloat16")
-
-Sections = dict[str, list[Row]]
-"""Rows of a result, by their key in its file."""
+_EXACT = ("counted", "simulated")
 
 
-def measured(name: str, options: Iterable[str]) -> Sections:
-    """Run a benchmark with options of its own; return its rows and its ratios of times."""
+def measured(name: str, options: Iterable[str]) -> list[Row]:
+    """Run a benchmark with options of its own; return its rows."""
     module = importlib.import_module(f"benchmarks.{name}")
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
             module.main([*options, "--output", folder])
-        result = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-    return {"rows": result["rows"], "ratios": result["ratios"]}
+        return read(name, Path(folder)).rows
 
 
-def exact_rows(name: str, *options: str) -> Sections:
-    """Return the rows of a benchmark that is run for its counts alone."""
-    return {"rows": measured(name, [*_QUICK, *options])["rows"]}
-
-
-def kernel_rows() -> Sections:
+def eager_kernels() -> list[Row]:
     """Count the kernels of every method, and of sharded models."""
-    return {
-        "rows": kernels.count_all(kernels.MODELS),
-        "sharded": kernels.count_each(kernels.count_sharded),
-    }
+    found = {"eager": (False,), "lean": (True,)}
+    counts = {kind: kernels.count_all(kernels.MODELS, lean) for kind, lean in found.items()}
+    counts["sharded"] = kernels.count_each(kernels.count_sharded)
+    return [row for kind, rows in counts.items() for row in kernels.rows_of(kind, rows)]
 
 
-def estimate_rows() -> Sections:
-    """Estimate what one model takes, of those in the paper's Table 1."""
-    return {"table_1": estimate.rows_of_table_1(["llama2-7b"])}
+def compiled_kernels() -> list[Row]:
+    """Count the kernels of compiled models."""
+    return kernels.rows_of("compiled", kernels.count_each(kernels.count_compiled))
 
 
-def all_estimates() -> Sections:
-    """Estimate every cell of the paper's tables: seven minutes."""
-    return {
-        "table_1": estimate.rows_of_table_1(),
-        "table_3": estimate.rows_of_table_3(),
-        "table_4": estimate.rows_of_table_4(),
-    }
+def memory(keys: Callable[[str], bool]) -> list[Row]:
+    """Estimate the memory of lines of the paper's Tables 1 and 3, and the lengths of Table 4."""
+    jobs = [job for name in _ESTIMATED for job in EXPERIMENTS[name].jobs("small")]
+    chosen = [job for job in jobs if job.key.startswith(("memory-", "length-")) and keys(job.key)]
+    return [row for job in chosen for row in job.run(Path("unused"))]
 
 
-EXACT: dict[str, Callable[[], Sections]] = {
-    "kernels": kernel_rows,
-    "step": lambda: exact_rows("step", "--tokens", "16", *_BOTH),
-    "layer": lambda: exact_rows("layer", "--tokens", "16", *_BOTH),
-    "switch": lambda: exact_rows("switch", "--tokens", "16", "--dtypes", "float32"),
-    "estimate": estimate_rows,
+_ESTIMATED = ("table1", "table3", "table4")
+EXACT: dict[str, Callable[[], list[Row]]] = {
+    "kernels": eager_kernels,
+    "step": lambda: measured("step", [*_QUICK, "--tokens", "16", *_BOTH]),
+    "layer": lambda: measured("layer", [*_QUICK, "--tokens", "16", *_BOTH]),
+    "switch": lambda: measured("switch", [*_QUICK, "--tokens", "16", "--dtypes", "float32"]),
+    "estimate": lambda: memory(lambda key: key.startswith("memory-llama2-7b")),
 }
-SLOW: dict[str, Callable[[], Sections]] = {
-    "kernels": lambda: {"compiled": kernels.count_each(kernels.count_compiled)},
-    "estimate": all_estimates,
+SLOW: dict[str, Callable[[], list[Row]]] = {
+    "kernels": compiled_kernels,
+    "estimate": lambda: memory(lambda key: not key.startswith("memory-llama2-7b")),
     "lengths": lengths.found,
+    "roofline": lambda: roofline.estimate_all("llama3-8b", "h100"),
 }
 
 
-def committed(name: str) -> dict[str, Any]:
-    """Return a committed result."""
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+def committed(name: str) -> tuple[list[Row], Mapping[str, Any]]:
+    """Return the rows of a committed result, and where they come from."""
+    if name != "estimate":
+        result = read(name)
+        return result.rows, result.provenance
+    found = [job for one in _ESTIMATED for job in read_results(one, "small").values()]
+    return [row for job in found for row in job.rows], found[0].provenance
 
 
-def other_versions(result: dict[str, Any]) -> str:
+def other_versions(made: Mapping[str, Any]) -> str:
     """Say which versions a result is of, if they are not those that are installed."""
-    found = {name: result["versions"].get(name) for name in VERSIONS}
+    found = {name: made["versions"].get(name) for name in VERSIONS}
     here = {name: package_version(name) for name in VERSIONS}
     other = [name for name, one in found.items() if one not in (None, here[name])]
     return ", ".join(f"{name} {found[name]}, here {here[name]}" for name in other)
 
 
-def other_processor(result: dict[str, Any]) -> str:
-    """Say which processor a result is of, if it is not this one."""
-    name, here = result["cpu"]["name"], cpu_name()
-    return "" if name == here else f"{name}, here {here}"
+def other_processor(made: Mapping[str, Any]) -> str:
+    """Name the processor of a result, if it is not this one."""
+    name = str(made["cpu"]["name"])
+    return "" if name == cpu_name() else f"{name}, here {cpu_name()}"
 
 
-def differences(found: Sections, result: dict[str, Any]) -> Iterator[str]:
-    """Yield what is exact in rows and not as in the committed result, a sentence each."""
-    for section, rows in found.items():
-        known = {_key(row): row for row in result[section]}
-        for row in rows:
-            title = f"{section}, {_title(row)}"
-            if _key(row) not in known:
-                yield f"{title}: not in the committed result"
-                continue
-            before = _exact(known[_key(row)])
-            for name, value in _exact(row).items():
-                if name not in before:
-                    yield f"{title}: {name} is not in the committed result"
-                elif value != before[name]:
-                    yield f"{title}: {name} is {value}, committed {before[name]}"
-
-
-def slower(ratios: Iterable[Row], result: dict[str, Any]) -> Iterator[str]:
-    """Yield each ratio of times that is more than 15 % above the committed one."""
-    known = {_key(row): row["ratio"] for row in result["ratios"]}
-    for row in ratios:
-        before = known.get(_key(row))
-        if before is None:
-            yield f"{_title(row)}: the ratio of times is not in the committed result"
-        elif row["ratio"] > SLOWER * before:
-            yield (
-                f"{_title(row)}: the ratio of times is {row['ratio']:.3f}, committed {before:.3f}"
-            )
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in _NAMES)
+def _key(row: Row) -> tuple[str, ...]:
+    return (row.what, row.method, row.model, row.setting, row.unit, row.origin)
 
 
 def _title(row: Row) -> str:
-    return ", ".join(f"{name} {row[name]}" for name in _NAMES if name in row)
+    return ", ".join(filter(None, (row.what, row.method, row.model, row.setting)))
 
 
-def _exact(row: Row) -> Row:
-    return {name: value for name, value in row.items() if not _MEASURED.fullmatch(name)}
+def differences(found: Iterable[Row], rows: Iterable[Row]) -> Iterator[str]:
+    """Yield a sentence for each exact number that is not as committed."""
+    known = {_key(row): row for row in rows}
+    for row in found:
+        before = known.get(_key(row))
+        if before is None:
+            yield f"{_title(row)}: not in the committed result"
+        elif (row.value, row.low, row.high) != (before.value, before.low, before.high):
+            yield f"{_title(row)}: {row.value}, committed {before.value}"
+
+
+def slower(found: Iterable[Row], rows: Iterable[Row]) -> Iterator[str]:
+    """Yield a sentence for each ratio of times that is more than 15 % above the committed one."""
+    known = {_key(row): row.value for row in rows}
+    for row in found:
+        before = known.get(_key(row))
+        if before is None:
+            yield f"{_title(row)}: the ratio of times is not in the committed result"
+        elif row.value > SLOWER * before:
+            yield f"{_title(row)}: the ratio of times is {row.value:.3f}, committed {before:.3f}"
 
 
 def check(
@@ -162,23 +142,21 @@ def check(
     """Compare the results of these names; return how many numbers differ."""
     num_differences = 0
     for name in names:
-        result, problems = committed(name), list[str]()
+        (rows, made), problems, num_rows = committed(name), list[str](), 0
         exact = [table[name] for table in (EXACT, SLOW if everything else {}) if name in table]
-        if other := other_versions(result):
+        if other := other_versions(made):
             say(f"{name}: not compared, since it is of {other}")
             exact = []
-        num_rows = 0
         for compute in exact:
-            found = compute()
-            num_rows += sum(map(len, found.values()))
-            problems += differences(found, result)
+            found = [row for row in compute() if row.origin in _EXACT]
+            num_rows += len(found)
+            problems += differences(found, rows)
         if times and name in TIMED:
-            # Which dtypes are measured by default, this processor would decide.
-            dtypes = ["--dtypes", *result["settings"]["dtypes"]]
-            ratios = measured(name, [*shlex.split(result["command"])[3:], *dtypes])["ratios"]
-            above = list(slower(ratios, result))
+            words = shlex.split(made["command"])[3:]
+            ratios = [row for row in measured(name, words) if row.unit == "ratio"]
+            above = list(slower(ratios, rows))
             say(f"{name}: {len(ratios) - len(above)} of {len(ratios)} ratios of times as committed")
-            if above and (other := other_processor(result)):
+            if above and (other := other_processor(made)):
                 say(f"{name}: the committed times are of {other}; these do not count:")
                 for one in above:
                     say(f"{name}: {one}")

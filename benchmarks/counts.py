@@ -8,7 +8,6 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.methods import OURS
 from pacatune.residency import put as residency
 
 
@@ -41,22 +40,16 @@ def count_column_writes() -> Iterator[Callable[[], int]]:
         yield lambda: len(done)
 
 
-def check_bytes(rows: list[dict[str, Any]]) -> None:
-    """Add what each method keeps beyond the frozen model; refuse a PaCA that misses its formula.
-
-    Rows of `frozen` may be missing, and PaCA's formula where it does not apply.
-    """
-    frozen = {row["setting"]: row["saved_bytes"] for row in rows if row["method"] == "frozen"}
-    for row in rows:
-        beyond = None
-        if row["setting"] in frozen:
-            beyond = row["saved_bytes"] - frozen[row["setting"]]
-            row["saved_bytes_beyond_frozen"] = beyond
-        if row["method"] != OURS or "formula_bytes_by_layer" not in row:
-            continue  # compiled graphs decide themselves what to keep
-        kept, formula = row["saved_bytes_by_layer"], row["formula_bytes_by_layer"]
-        if kept != formula or beyond not in (None, sum(formula.values())):
-            raise RuntimeError(
-                f"{row['setting']}: paca keeps {kept} bytes in its layers, and {beyond} beyond the "
-                f"frozen model; N * R * itemsize gives {formula}, so something else is saved."
-            )
+def hold_bytes(
+    kept: dict[str, int],
+    layers: dict[nn.Module, str],
+    num_tokens: int | dict[nn.Module, int],
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a PaCA whose layers keep a byte more, or less, than the formula gives."""
+    formula = formula_bytes(layers, num_tokens, dtype)
+    if kept != formula:
+        raise RuntimeError(
+            f"paca keeps {kept} bytes in its layers; N * R * itemsize gives {formula}, so "
+            "something else is saved."
+        )

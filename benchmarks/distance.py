@@ -14,15 +14,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.llama import make_step
 from benchmarks.methods import OURS
-from benchmarks.record import Row
 from pacatune.measure.methods import Contender
 from pacatune.ops import linear
+from pacatune.reports.rows import Row
 from pacatune.residency import weight
 
 TIMED = "timed"
@@ -91,43 +89,23 @@ class TimedStep:
         return timed
 
 
-def make_row(setting: Row, rows: list[Row], timed: TimedStep, num_rounds: int) -> Row:
-    """Return the distance of PaCA's step to the frozen one and its parts, in milliseconds."""
-    steps = {row["method"]: row["step_ms"] for row in rows}
-    distance = steps[OURS] - steps["frozen"]
-    rounds = timed.rounds[-num_rounds:]  # without the warm-up
-    parts = {f"{part}_ms": 1e3 * statistics.median(one[part] for one in rounds) for part in PARTS}
-    return {
-        **setting,
-        "frozen_ms": steps["frozen"],
-        "distance_ms": distance,
-        **parts,
-        "rest_ms": distance - sum(parts.values()),
-    }
-
-
-def cells(row: Row) -> list[str]:
-    """Return a row's distance and its parts, in percent of the frozen step."""
-    names = ("distance", *PARTS, "rest")
-    return [f"{100 * row[f'{name}_ms'] / row['frozen_ms']:.1f}" for name in names]
-
-
-TITLES = ("in all", *(part.replace("_", " ") for part in PARTS), "rest")
-"""Titles of what `cells` returns."""
-
-
-def meanings() -> dict[str, str]:
-    """Return what each part is, by its title."""
-    known = {part.replace("_", " "): text for part, text in PARTS.items()}
-    return known | {"rest": "Python, autograd, views and casts, colder caches"}
-
-
-def make_table(rows: list[Row]) -> Table:
-    """Return the parts of all distances as a Markdown table."""
-    table = Table(box=box.MARKDOWN)
-    table.add_column(f"{OURS} beyond frozen, %", no_wrap=True)
-    for title in TITLES:
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(row["setting"], *cells(row))
-    return table
+def distance_rows(rows: list[Row], timed: TimedStep) -> list[Row]:
+    """Return PaCA's distance to the frozen model and its parts, in per cent of the frozen step."""
+    steps = {row.method: row for row in rows if row.what == "step" and row.unit == "ms"}
+    ours, frozen = steps[OURS], steps["frozen"]
+    rounds = timed.rounds[-ours.n :]  # without the warm-up
+    parts = {part: 1e3 * statistics.median(one[part] for one in rounds) for part in PARTS}
+    distance = ours.value - frozen.value
+    parts = {"in all": distance, **parts, "rest": distance - sum(parts.values())}
+    return [
+        Row(
+            what=f"distance: {part.replace('_', ' ')}",
+            method=OURS,
+            value=100 * ms / frozen.value,
+            unit="%",
+            model=ours.model,
+            setting=ours.setting,
+            n=ours.n,
+        )
+        for part, ms in parts.items()
+    ]

@@ -1,6 +1,6 @@
 """Count the kernels that a GPU would run, per decoder layer and method; no GPU is needed.
 
-    python -m benchmarks.kernels --json OUT     default: benchmarks/results/kernels.json
+    python -m benchmarks.kernels               writes benchmarks/results/kernels.json
 
 A layer's are those of a model of three layers minus those of a model of two; what counts as a
 kernel is in pacatune.measure.kernels. Weights are in bfloat16, adapters in float32 as PEFT makes
@@ -20,16 +20,12 @@ gathered weight anew.
 The exit status is 1 if PaCA runs more than is promised here.
 """
 
-import argparse
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,13 +36,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.llama import CPU, Shape, make_model
 from benchmarks.methods import DROPOUT, OURS, SWAP
-from benchmarks.record import CODE, RESULTS, ROOT, write_json
+from benchmarks.results import Result, counted, new_parser, provenance, quiet_peft
 from benchmarks.swap import swap_layers
 from pacatune import lean
 from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
 from pacatune.measure.methods import Contender, adapt
 from pacatune.measure.models import loss_of, make_batch
-from pacatune.reports.provenance import commit
+from pacatune.reports.rows import Row
 
 RANK, SCALING, SEED = 4, 2, 0
 LAYER = Shape(
@@ -350,43 +346,51 @@ def count_all(
     ]
 
 
-PACKAGES = ("pacatune", "torch", "transformers", "peft", "bitsandbytes")
-"""What the counts depend on."""
+NAMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "accumulating": "with accumulation",
+    "column_write": "write of columns",
+    "look": "look at the base",
+    "column_write_in_all": "write of columns in all",
+    "look_in_all": "look at the base in all",
+    "optimizer_in_all": "optimizer in all",
+}
+"""Key of a count -> what its row is called."""
+
+
+def rows_of(setting: str, found: list[dict[str, Any]]) -> list[Row]:
+    """Return counts as rows of a setting."""
+    passes = {"passes_forward": "forward", "passes_backward": "backward"}
+    rows = []
+    for one in found:
+        for names, where in ((NAMES, setting), (passes, "whole-tensor passes")):
+            if where == setting or setting == "eager":
+                rows += [
+                    counted(name, one["method"], one[key], setting=where)
+                    for key, name in names.items()
+                    if key in one
+                ]
+    return rows
 
 
 def main(options: list[str] | None = None) -> int:
     """Count, write the result, and say whether promises are kept."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = RESULTS / "kernels.json"
-    parser.add_argument("--json", type=Path, default=default, metavar="OUT", help="file to write")
-    args = parser.parse_args(options)
-    # PEFT asks transformers in an old way.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    rows = count_all(MODELS)
+    args = new_parser(__doc__).parse_args(options)
+    quiet_peft()
+    how = (
+        f"Per Llama decoder layer (in all: of {_NUM_LAYERS} layers), weights in bfloat16, adapters "
+        f"in float32, alpha / r = {SCALING}: counted, not timed, on a CPU that takes a GPU's "
+        "branches"
+    )
+    made = provenance("kernels", how, options)
+    found = {"eager": count_all(MODELS, (False,)), "lean": count_all(MODELS, (True,))}
     beside = {"compiled": count_each(count_compiled), "sharded": count_each(count_sharded)}
-    result = {
-        "command": "python -m benchmarks.kernels",
-        "versions": {name: version(name) for name in PACKAGES},
-        **commit(ROOT, *CODE),
-        "unit": f"kernels per decoder layer; those in all are of {_NUM_LAYERS} layers",
-        "dtype": "bfloat16",
-        "adapter_dtype": "float32",
-        "scaling": SCALING,
-        "promised": {
-            "beyond_frozen": PROMISED,
-            "beyond_frozen_lean": PROMISED_LEAN,
-            "per_optimizer_step": PROMISED_PER_STEP,
-            "beside": PROMISED_BESIDE,
-        },
-        "methods": MEANINGS,
-        "rows": rows,
-        **beside,
-    }
-    write_json(result, args.json)
-    print(f"wrote {args.json}")
-    problems = exceeded(rows)
-    for kind, found in beside.items():
-        problems += exceeded_beside(kind, found)
+    problems = [text for rows in found.values() for text in exceeded(rows)]
+    problems += [text for kind, rows in beside.items() for text in exceeded_beside(kind, rows)]
+    rows = [row for kind, counts in (found | beside).items() for row in rows_of(kind, counts)]
+    result = Result(name="kernels", rows=rows, methods=MEANINGS, provenance=made)
+    print(f"wrote {result.write(args.output)}")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

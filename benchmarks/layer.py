@@ -8,42 +8,36 @@ alternate as in `benchmarks.step`.
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.counts import check_bytes, formula_bytes
+from benchmarks.counts import hold_bytes
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
-from benchmarks.record import (
+from benchmarks.results import (
     DTYPES,
-    Row,
-    add_tokens,
-    arguments,
+    Result,
     at_least_1,
-    measure_all,
+    counted,
     prepare,
     provenance,
+    show,
     take_turns,
-    write,
+    timed_parser,
 )
-from benchmarks.report import make_ratios, ratio_table
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.device import peak_process_bytes
 from pacatune.measure.methods import Contender
+from pacatune.reports.rows import Row
 
 SHAPES = ("512x512", "1408x512", "512x1408")
 TOKENS = (16, 512)
+MODEL = "one linear layer, caches cold"
 # All weights together are larger than the last-level cache of one core complex.
 _CHAIN_BYTES = 40 * 2**20
-_PHASES = ("forward_us", "backward_us", "optimizer_us")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +55,6 @@ class Setting:
         """What tables call it."""
         shape = f"{self.out_features} x {self.in_features}"
         return f"weight {shape}, {self.num_tokens} tokens, {self.dtype}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and the label as `setting`."""
-        return {"setting": self.label, **dataclasses.asdict(self)}
 
 
 class Layers(nn.Module):
@@ -86,8 +76,7 @@ def parse(
     options: list[str] | None = None, description: str | None = __doc__
 ) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments(description, seconds=6.0)
-    add_tokens(parser)
+    parser = timed_parser(description, seconds=6.0)
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=[*map(_shape, SHAPES)], metavar="OUTxIN"
     )
@@ -129,9 +118,9 @@ def _num_cold_layers(num_elements: int, dtype: str) -> int:
     return max(2, _CHAIN_BYTES // (num_elements * DTYPES[dtype].itemsize))
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Compare the methods in one setting; return a row per method and a ratio per pair."""
-    dtype = DTYPES[setting.dtype]
+def measure(setting: Setting, args: argparse.Namespace) -> list[Row]:
+    """Compare the methods in one setting."""
+    dtype, names = DTYPES[setting.dtype], {"setting": setting.label, "model": MODEL}
     inputs = [
         torch.randn(setting.num_tokens, setting.in_features).to(dtype).requires_grad_()
         for _ in range(setting.num_layers)
@@ -140,26 +129,25 @@ def measure(setting: Setting, args: argparse.Namespace) -> tuple[list[Row], list
         adapt(Layers(setting).to(dtype), method, targets=r"layers\.\d+", seed=args.seed)
         for method in args.methods
     ]
-    counts = {c.method: count(c, inputs) for c in contenders}
+    rows = [row for one in contenders for row in count(one, inputs, names)]
     runs = {c.method: make_run(c, inputs) for c in contenders}
-    rows, times = take_turns(setting.to_dict(), runs, counts, args, _PHASES)
-    return rows, make_ratios(setting.to_dict(), times, {}, args.seed)
+    measured, _ = take_turns(runs, args, phases=("forward", "backward", "optimizer"), **names)
+    return rows + measured
 
 
-def count(contender: Contender, inputs: list[Tensor]) -> dict[str, Any]:
+def count(contender: Contender, inputs: list[Tensor], names: dict[str, str]) -> list[Row]:
     """Return parameters and bytes kept for backward, of all layers together."""
     layers = dict.fromkeys(_layers(contender), "linear")
     with SavedBytes(contender.model, layers) as saved:
         outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     del outputs
-    counts: dict[str, Any] = {
-        "num_trainable_parameters": contender.num_trainable_parameters,
-        "saved_bytes": saved.num_bytes,
-        "saved_bytes_by_layer": saved.num_bytes_by_kind,
-    }
     if contender.method == OURS:
-        counts["formula_bytes_by_layer"] = formula_bytes(layers, len(inputs[0]), inputs[0].dtype)
-    return counts
+        hold_bytes(saved.num_bytes_by_kind, layers, len(inputs[0]), inputs[0].dtype)
+    method, number = contender.method, contender.num_trainable_parameters
+    return [
+        counted("trained parameters", method, number, **names),
+        counted("kept for backward", method, saved.num_bytes, "bytes", **names),
+    ]
 
 
 def make_run(contender: Contender, inputs: list[Tensor]) -> Callable[[], tuple[float, ...]]:
@@ -195,21 +183,11 @@ def main(options: list[str] | None = None) -> None:
     """Measure every setting, write the result, print the ratios."""
     args = parse(options)
     prepare(args)
-    console = Console(highlight=False, width=120)
-    result = provenance("benchmarks.layer", args, options)
-    settings = [(one.label, partial(measure, one, args)) for one in choose_settings(args)]
-    rows, ratios = measure_all(settings, console)
-    check_bytes(rows)
-    result |= {
-        "model": "one linear layer, caches cold",
-        "methods": {name: all_methods()[name] for name in args.methods},
-        "peak_process_bytes": peak_process_bytes(),
-        "rows": rows,
-        "ratios": ratios,
-    }
-    path = write(result, args.output, "layer")
-    console.print(ratio_table(result))
-    console.print(f"wrote {path}")
+    how = f"{MODEL}; medians, all methods alternating in one run, seed {args.seed}"
+    made = provenance("layer", how, options, args)
+    rows = [row for one in choose_settings(args) for row in measure(one, args)]
+    methods = {name: all_methods()[name] for name in args.methods}
+    show(Result(name="layer", rows=rows, methods=methods, provenance=made), args.output)
 
 
 if __name__ == "__main__":

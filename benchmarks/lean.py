@@ -16,31 +16,26 @@ import argparse
 import dataclasses
 import sys
 import time
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.lean_variants import VARIANTS, apply_variant
 from benchmarks.llama import Shape, make_batch, make_model, make_step
 from benchmarks.methods import OURS, adapt, all_methods
-from benchmarks.record import (
+from benchmarks.results import (
     DTYPES,
-    Row,
-    add_tokens,
-    arguments,
-    measure_all,
+    Result,
+    counted,
     prepare,
     provenance,
+    show,
     take_turns,
-    write,
+    timed_parser,
 )
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.timing import compare
+from pacatune.reports.rows import Row
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
 # PEFT's default is float32, for which LoRA keeps a float32 copy of each input.
@@ -48,10 +43,8 @@ ADAPTERS = {OURS: ("float32",), "lora": ("bfloat16", "float32")}
 TIMED = (OURS, "lora")
 TOKENS = (512, 2048)
 LEVELS = {"level 1": 1, "level 2": 2, "level 3": 3}
-MAX_UNITS = {"level 1": 23.5, "level 2": 9.1, "level 3": 6.1}
 REFERENCE = "level 1"
-# Level 1 by comparison with plain layers, all others with level 1.
-MAX_RATIOS = {"level 1": 1.02, "level 2": 1.2}
+WHAT = "kept per token and layer"
 # Of LLaMA3-8B; a vocabulary as large would only cost time here.
 LAYER = Shape(
     hidden_size=4096,
@@ -65,8 +58,7 @@ SMALL = Shape(intermediate_size=1792, num_key_value_heads=2, vocab_size=4096)
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments(__doc__, seconds=40.0)
-    add_tokens(parser)
+    parser = timed_parser(__doc__, seconds=40.0)
     parser.add_argument(
         "--scale", type=int, default=1, help="counts are of a layer that is so many times smaller"
     )
@@ -82,10 +74,10 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
 
 def count(
     method: str, adapters: str, variant: str, is_padded: bool, shape: Shape, seed: int
-) -> dict[str, Any]:
-    """Return what one layer keeps per token, in units, by kind of module; adapters in a dtype."""
+) -> Row:
+    """Return what one layer keeps per token, in bytes per channel; adapters in a dtype."""
     batch = make_batch(_NUM_COUNTED, shape.vocab_size, seed)
-    units: dict[str, float] = {}
+    units = 0.0
     for num_layers, sign in ((2, 1), (1, -1)):
         shape = dataclasses.replace(shape, num_hidden_layers=num_layers)
         model = make_model(shape, torch.bfloat16, seed)
@@ -94,11 +86,18 @@ def count(
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[adapters])
         apply_variant(model, variant)
-        for kind, num_bytes in kept(model, batch, is_padded).items():
-            share = sign * num_bytes / batch.numel() / shape.hidden_size
-            units[kind] = units.get(kind, 0.0) + share
-    row = {"method": method, "adapters": adapters, "variant": variant, "is_padded": is_padded}
-    return {**row, "units": sum(units.values()), "units_by_module": units}
+        units += sign * kept(model, batch, is_padded) / batch.numel() / shape.hidden_size
+    level = LEVELS.get(variant)
+    if method == OURS and level is not None and not is_padded:
+        formula = formula_units(shape, level)
+        if abs(units - formula) > 1e-6:
+            raise RuntimeError(
+                f"lean paca at level {level} keeps {units} bytes per token, layer and channel; its "
+                f"formula gives {formula}, so something else is saved."
+            )
+    what = f"{WHAT}, padded" if is_padded else WHAT
+    finer = ", float32 adapters" if adapters == "float32" and method != OURS else ""
+    return counted(what, method + finer, units, "bytes per channel", setting=variant)
 
 
 _NUM_COUNTED = 256
@@ -115,23 +114,15 @@ def _counted(method: str, is_padded: bool) -> list[str]:
 _RIVALS = ("inputs", "checkpointed", "checkpointed, level 2")
 
 
-def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> dict[str, int]:
-    """Return the bytes that a forward pass keeps, by kind of module; `others` are between them."""
-    kinds = {"mlp": "mlp", "self_attn": "attention", "norm": "norms"}
-    layers = {
-        module: kind
-        for name, module in model.named_modules()
-        for end, kind in kinds.items()
-        if name.rpartition(".")[2].endswith(end)
-    }
+def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> int:
+    """Return the bytes that a forward pass keeps."""
     mask = torch.ones_like(batch)
     if is_padded:
         mask[:, -3:] = 0
-    with SavedBytes(model, layers) as saved:
+    with SavedBytes(model, {}) as saved:
         loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
     del loss
-    kept = saved.num_bytes_by_kind
-    return {**kept, "others": saved.num_bytes - sum(kept.values())}
+    return saved.num_bytes
 
 
 def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
@@ -150,118 +141,57 @@ def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
     return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
 
 
-def check(rows: list[dict[str, Any]], shape: Shape) -> None:
-    """Refuse a lean PaCA that keeps more, or less, than its formula."""
-    for row in rows:
-        level = LEVELS.get(row["variant"])
-        if row["method"] == OURS and level is not None and not row["is_padded"]:
-            formula = formula_units(shape, level)
-            if abs(row["units"] - formula) > 1e-6:
-                raise RuntimeError(
-                    f"lean paca at level {level} keeps {row['units']} units per token and layer; "
-                    f"its formula gives {formula}, so something else is saved."
-                )
-
-
-def measure(tokens: int, dtype: str, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Time steps of all variants; return a row for each and a ratio for each but the reference."""
-    setting = {"setting": f"{tokens} tokens, {dtype}", "num_tokens": tokens, "dtype": dtype}
+def measure(tokens: int, dtype: str, args: argparse.Namespace) -> list[Row]:
+    """Time steps of all variants; return a ratio for each but the reference, by method."""
     batch = make_batch(tokens, SMALL.vocab_size, args.seed)
-    methods = [method for method in args.methods or TIMED if method in TIMED]
-    steps = {}
-    for method in methods:
+    steps: dict[str, Callable[[], float]] = {}
+    pairs: dict[tuple[str, str], str] = {}
+    for method in (method for method in args.methods or TIMED if method in TIMED):
         for variant in VARIANTS:
             model = make_model(SMALL, DTYPES[dtype], args.seed)
             contender = adapt(model, method, targets="all-linear", seed=args.seed)
             apply_variant(contender.model, variant)
             clock = time.process_time if args.processor_time else time.perf_counter
-            steps[method, variant] = make_step(contender, batch, 1, clock=clock)
-    both = {key: {"method": key[0], "variant": key[1]} for key in steps}
-    rows, times = take_turns(setting, steps, both, args)
-    ratios = []
-    for method, variant in steps:
-        if variant == "plain":
-            continue
-        reference = "plain" if variant == REFERENCE else REFERENCE
-        ratio = compare(times[method, variant], times[method, reference], seed=args.seed)
-        names = {"method": method, "variant": variant, "reference": reference}
-        target = MAX_RATIOS.get(variant)
-        verdict = {"target": target, "is_reached": target is None or ratio["ratio"] <= target}
-        ratios.append({**setting, **names, **ratio, **verdict})
-    return rows, ratios
-
-
-def units_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the counts as a Markdown table."""
-    table = Table("method", "adapters", "padding", "variant", box=box.MARKDOWN)
-    kinds = list(rows[0]["units_by_module"])
-    for title in ("units", *kinds):
-        table.add_column(title, justify="right")
-    for row in rows:
-        numbers = [row["units"], *(row["units_by_module"][kind] for kind in kinds)]
-        padding = "yes" if row["is_padded"] else "no"
-        cells = (f"{number:.2f}" for number in numbers)
-        table.add_row(row["method"], row["adapters"], padding, row["variant"], *cells)
-    return table
-
-
-def times_table(ratios: list[dict[str, Any]]) -> Table:
-    """Return the ratios of step times as a Markdown table."""
-    table = Table("setting", "method", "variant", "by", "ratio", "95 %", box=box.MARKDOWN)
-    table.add_column("of minima", justify="right")
-    for ratio in ratios:
-        table.add_row(
-            ratio["setting"],
-            *(ratio[name] for name in ("method", "variant", "reference")),
-            f"{ratio['ratio']:.3f}",
-            f"{ratio['low']:.2f}-{ratio['high']:.2f}",
-            f"{ratio['ratio_of_minima']:.3f}",
-        )
-    return table
+            steps[f"{method}: {variant}"] = make_step(contender, batch, 1, clock=clock)
+            if variant != "plain":
+                reference = "plain" if variant == REFERENCE else REFERENCE
+                pairs[f"{method}: {variant}", f"{method}: {reference}"] = method
+    rows, _ = take_turns(steps, args, pairs=pairs, setting=f"{tokens} tokens, {dtype}")
+    ratios = [row for row in rows if row.unit == "ratio"]
+    return [
+        dataclasses.replace(row, method=method, what=row.method.replace(f"{method}: ", ""))
+        for row, method in zip(ratios, pairs.values(), strict=True)
+    ]
 
 
 def main(options: list[str] | None = None) -> None:
-    """Count, time, write the result, print the tables."""
+    """Count, time, write the result, print it."""
     args = parse(options)
     prepare(args)
-    console = Console(highlight=False, width=120)
-    result = provenance("benchmarks.lean", args, options)
     sizes = dataclasses.asdict(LAYER)
     shape = Shape(
         **{n: v if n == "vocab_size" else max(1, v // args.scale) for n, v in sizes.items()}
     )
-    counts = []
-    for method in args.methods or COUNTED:
-        console.print(f"counting {method} ...")
-        counts += [
-            count(method, adapters, variant, is_padded, shape, args.seed)
-            for adapters in ADAPTERS.get(method, ("bfloat16",))
-            for is_padded in (False, True)
-            for variant in _counted(method, is_padded)
-        ]
-    check(counts, shape)
-    settings = [
-        (f"{tokens} tokens, {dtype}", partial(measure, tokens, dtype, args))
-        for tokens in args.tokens
-        for dtype in args.dtypes
+    clock = "processor time, " if args.processor_time else ""
+    how = (
+        f"Counts at the size of a layer of LLaMA3-8B; steps of a smaller model of its proportions, "
+        f"{clock}all variants alternating in one run"
+    )
+    made = provenance("lean", how, options, args)
+    rows = [
+        count(method, adapters, variant, is_padded, shape, args.seed)
+        for method in args.methods or COUNTED
+        for adapters in ADAPTERS.get(method, ("bfloat16",))
+        for is_padded in (False, True)
+        for variant in _counted(method, is_padded)
     ]
-    rows, ratios = measure_all([] if args.no_times else settings, console)
+    for tokens in () if args.no_times else args.tokens:
+        for dtype in args.dtypes:
+            rows += measure(tokens, dtype, args)
     names = dict.fromkeys([*(args.methods or COUNTED), *(args.methods or TIMED)])
-    result |= {
-        "unit": "bytes per token, layer and hidden channel",
-        "layer": dataclasses.asdict(shape),
-        "shape": dataclasses.asdict(SMALL),
-        "methods": {name: all_methods()[name] for name in names},
-        "variants": {name: description for name, (description, _) in VARIANTS.items()},
-        "max_units": MAX_UNITS,
-        "counts": counts,
-        "rows": rows,
-        "ratios": ratios,
-    }
-    path = write(result, args.output, "lean")
-    console.print(units_table(counts))
-    console.print(times_table(ratios))
-    console.print(f"wrote {path}")
+    methods = {name: all_methods()[name] for name in names}
+    methods |= {name: description for name, (description, _) in VARIANTS.items()}
+    show(Result(name="lean", rows=rows, methods=methods, provenance=made), args.output)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ core.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.record import compute
+from benchmarks.results import Result, new_parser, provenance, quiet_peft, show
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import find_max
 from pacatune.measure.setting import Setting
+from pacatune.reports.rows import Row
 
 GPU, RANK = "a100-80g", 8
 MODEL = "llama3-8b"
@@ -47,40 +47,47 @@ SMALL_CASES: tuple[dict[str, Any], ...] = tuple(
 
 def rows(
     cases: tuple[dict[str, Any], ...] = CASES, gpu: str = GPU, model: str = MODEL
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return the longest sequence of each case, and what it keeps per token."""
     found = []
     for case in cases:
         setting = Setting(**{"model": model, "rank": RANK, **case})
         longest, estimate = find_max(setting, "seq_len", gpu_bytes(gpu))
-        saved = 0 if estimate is None else estimate.measured.saved_bytes // longest
-        found.append(
-            {
-                "model": setting.model,
-                "quantization": setting.quantization,
-                "method": setting.method,
-                "adapters": setting.adapter_dtype,
-                "level": setting.lean_level,
-                "checkpointing": setting.gradient_checkpointing,
-                "offloading": setting.activation_offloading,
-                "max_seq_len": longest,
-                "saved_bytes_per_token": saved,
-            }
-        )
+        options = {
+            "checkpointing": setting.gradient_checkpointing,
+            "offloading": setting.activation_offloading,
+        }
+        held = setting.quantization or setting.dtype
+        names: dict[str, Any] = {
+            "method": f"{setting.method}, {setting.adapter_dtype} adapters",
+            "setting": ", ".join(
+                [f"level {setting.lean_level}", *(name for name, is_on in options.items() if is_on)]
+            ),
+            "model": setting.model
+            if setting.model == MODEL and gpu == GPU
+            else f"{setting.model}, {held}",
+            "origin": "simulated",
+        }
+        found.append(Row(what="longest sequence", value=longest, unit="tokens", **names))
+        if estimate is not None:
+            kept = estimate.measured.saved_bytes // longest
+            found.append(Row(what="kept per token", value=kept, unit="bytes", **names))
     return found
 
 
-def found() -> dict[str, list[dict[str, Any]]]:
+def found() -> list[Row]:
     """Return the rows of both GPUs."""
-    return {"rows": rows(), "small_rows": rows(SMALL_CASES, SMALL_GPU)}
+    return [*rows(), *rows(SMALL_CASES, SMALL_GPU)]
 
 
-def main(options: list[str] | None = None) -> Path:
-    """Simulate, write the result, and return its path."""
-    fixed = {"model": MODEL, "gpu": GPU, "small_gpu": SMALL_GPU, "rank": RANK}
-    return compute("lengths", __doc__, options, lambda _: {**fixed, **found()})
+def main(options: list[str] | None = None) -> None:
+    """Simulate and write the result."""
+    args = new_parser(__doc__).parse_args(options)
+    quiet_peft()
+    how = f"Rank {RANK}, one sequence per step; {MODEL} on {GPU}, others on {SMALL_GPU}, simulated"
+    made = provenance("lengths", how, options)
+    show(Result(name="lengths", rows=found(), methods={}, provenance=made), args.output)
 
 
 if __name__ == "__main__":
-    main()
-    sys.exit()
+    sys.exit(main())

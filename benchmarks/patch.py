@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import add_run, new_parser, prepare, provenance, write
+from benchmarks.results import Result, add_run, counted, new_parser, prepare, provenance, show
 from benchmarks.sync import count
 from pacatune import PacaConfig, patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.reports.rows import Row
 
 NUM_ROUNDS = 5
 
@@ -62,12 +62,6 @@ def build(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     return folder / "base", folder / "adapter"
 
 
-def count_llama3_8b(rank: int) -> dict[str, int]:
-    """Return the bytes of LLaMA3-8B in bfloat16, and of `rank` columns of each linear layer."""
-    sizes = {row["method"]: row["bytes"] for row in count("llama3-8b", rank, share=0.0)}
-    return {"llama3_8b_bytes": sizes["full"], "llama3_8b_columns_bytes": sizes["paca"]}
-
-
 def seconds_of(function: Callable[[], object], num_rounds: int = NUM_ROUNDS) -> float:
     """Return the median of a few runs."""
     times = []
@@ -78,25 +72,18 @@ def seconds_of(function: Callable[[], object], num_rounds: int = NUM_ROUNDS) -> 
     return statistics.median(times)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return sizes and times of one patch."""
+def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """Return sizes and times of one patch, and of the columns of LLaMA3-8B."""
     base, adapter = build(args, folder)
     made, _ = patch.make(base, adapter)
-    make_s = seconds_of(lambda: patch.make(base, adapter), 3)
-    sizes = {
-        "columns_bytes": made.num_bytes,
-        "file_bytes": patch.save(made, folder / "p.safetensors"),
-        "file_without_adapter_bytes": patch.save(
-            patch.Patch(edits=made.edits, base=made.base, fingerprint=made.fingerprint),
-            folder / "small.safetensors",
-        ),
-        "checkpoint_bytes": Checkpoint.open(base).num_bytes,
-    }
+    alone = patch.Patch(edits=made.edits, base=made.base, fingerprint=made.fingerprint)
+    whole = Checkpoint.open(base).num_bytes
+    made_in = seconds_of(lambda: patch.make(base, adapter), 3)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    times: dict[str, list[float]] = {"apply_s": [], "revert_s": []}
+    apply, revert = [], []
     for _ in range(NUM_ROUNDS + 1):
-        times["apply_s"].append(seconds_of(lambda: patch.apply(model, made), 1))
-        times["revert_s"].append(seconds_of(lambda: patch.revert(model, made), 1))
+        apply.append(seconds_of(lambda: patch.apply(model, made), 1))
+        revert.append(seconds_of(lambda: patch.revert(model, made), 1))
     numbers = iter(range(1000))
     to_folder = seconds_of(
         lambda: patch.apply_to_folder(base, made, folder / f"out{next(numbers)}"), 3
@@ -106,38 +93,44 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         result = patch.apply_in_place(base, made, revert=is_revert)
         in_place.append(time.perf_counter() - start)
-    merge_s = seconds_of(
+    merged = seconds_of(
         lambda: merge(str(base), adapter, folder / f"out{next(numbers)}", verify=False), 3
     )
-    return {
-        **sizes,
-        "page_bytes": result.page_bytes,
-        "num_tensors": len(made.edits),
-        "make_s": make_s,
-        **{name: statistics.median(values[1:]) for name, values in times.items()},
-        "apply_to_folder_s": to_folder,
-        "apply_in_place_s": statistics.median(in_place),
-        "merge_s": merge_s,
-    }
+    large = {row.method: row.value for row in count("llama3-8b", args.rank, share=0.0)}
+    return [
+        *_rows("checkpoint", whole),
+        *_rows("changed columns, once", made.num_bytes),
+        *_rows("patch file", patch.save(made, folder / "p.safetensors"), made_in),
+        *_rows("patch file, --no-adapter", patch.save(alone, folder / "small.safetensors")),
+        *_rows("apply in memory", made.num_bytes, statistics.median(apply[1:])),
+        *_rows("revert in memory", made.num_bytes, statistics.median(revert[1:])),
+        *_rows("apply in place", result.page_bytes, statistics.median(in_place)),
+        *_rows("apply to a new folder", whole, to_folder),
+        *_rows("merge --no-verify", whole, merged),
+        counted("columns of LLaMA3-8B", "changed columns, once", large["paca"], "bytes"),
+        counted("LLaMA3-8B", "checkpoint", large["full"], "bytes"),
+    ]
+
+
+def _rows(what: str, num_bytes: int, seconds: float | None = None) -> list[Row]:
+    rows = [counted("written", what, num_bytes, "bytes")]
+    if seconds is not None:
+        rows.append(Row(what="time", method=what, value=1e3 * seconds, unit="ms", n=NUM_ROUNDS))
+    return rows
 
 
 def main(options: list[str] | None = None) -> None:
     """Measure, write the result, print it."""
     args = parse(options)
     prepare(args)
-    result = provenance("benchmarks.patch", args, options)
+    how = (
+        f"Llama, hidden {args.hidden_size}, {args.num_layers} layers, bfloat16, r = {args.rank} in "
+        f"every linear layer; bytes that are written, and medians of 3 to {NUM_ROUNDS}"
+    )
+    made = provenance("patch", how, options, args)
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(args, Path(folder)) | count_llama3_8b(args.rank)
-    result |= {
-        "model": f"Llama, hidden {args.hidden_size}, {args.num_layers} layers, bfloat16, "
-        f"r = {args.rank} in every linear layer",
-        "rows": [row],
-    }
-    path = write(result, args.output, "patch")
-    console = Console(highlight=False)
-    for name, value in row.items():
-        console.print(f"{name:<28}{value:,.4g}" if name.endswith("_s") else f"{name:<28}{value:,}")
-    console.print(f"wrote {path}")
+        rows = measure(args, Path(folder))
+    show(Result(name="patch", rows=rows, methods={}, provenance=made), args.output)
 
 
 if __name__ == "__main__":

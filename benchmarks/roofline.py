@@ -6,13 +6,12 @@ Nothing is measured: `pacatune estimate --time` says what its model is. Takes se
 """
 
 import sys
-from pathlib import Path
-from typing import Any
 
 from benchmarks.methods import METHODS
-from benchmarks.record import compute
-from pacatune.measure.roofline import MODEL, estimate_time
+from benchmarks.results import Result, new_parser, provenance, quiet_peft, show
+from pacatune.measure.roofline import estimate_time
 from pacatune.measure.setting import Dtype, MicroBatch, Setting
+from pacatune.reports.rows import Row
 
 __all__ = ["estimate_all", "main"]
 
@@ -21,7 +20,7 @@ SIZES = ((2, 512), (8, 512), (1, 8192))
 ADAPTERS: tuple[Dtype, ...] = ("bfloat16", "float32")
 
 
-def estimate_all(model: str, gpu: str) -> list[dict[str, Any]]:
+def estimate_all(model: str, gpu: str) -> list[Row]:
     """Return a row for each dtype of adapters, size and method."""
     return [
         _estimate(model, gpu, method, MicroBatch(num_rows=rows, num_tokens=tokens), adapters)
@@ -31,9 +30,7 @@ def estimate_all(model: str, gpu: str) -> list[dict[str, Any]]:
     ]
 
 
-def _estimate(
-    model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dtype
-) -> dict[str, Any]:
+def _estimate(model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dtype) -> Row:
     setting = Setting(
         model=model,
         method=method,
@@ -43,35 +40,36 @@ def _estimate(
         lean="off",
         loss="logits",
     )
-    values = estimate_time(setting, gpu).to_values()
-    for name in ("model", "origin", "notes"):
-        del values[name]
-    label = f"{batch.label}, {adapters} adapters"
-    return {"setting": label, "adapter_dtype": adapters, "method": method, **values}
-
-
-def main(options: list[str] | None = None) -> Path:
-    """Estimate, write the result, and return its path."""
-    return compute(
-        "roofline",
-        __doc__,
-        options,
-        lambda args: {
-            "origin": "roofline",
-            "note": MODEL,
-            "model": args.model,
-            "gpu": args.gpu,
-            "methods": {name: METHODS[name] for name in COMPARED},
-            "rows": estimate_all(args.model, args.gpu),
-        },
-        model="llama3-8b",
-        gpu="h100",
+    found = estimate_time(setting, gpu)
+    return Row(
+        what="step",
+        method=method,
+        value=found.ms,
+        low=found.low_ms,
+        high=found.high_ms,
+        unit="ms",
+        model=model,
+        setting=f"{batch.label}, {adapters} adapters",
+        origin="simulated",
     )
+
+
+def main(options: list[str] | None = None) -> None:
+    """Estimate and write the result."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--model", default="llama3-8b")
+    parser.add_argument("--gpu", default="h100")
+    args = parser.parse_args(options)
+    quiet_peft()
+    how = f"{args.model} on {args.gpu}, estimated by a roofline and not measured"
+    made = provenance("roofline", how, options)
+    rows = estimate_all(args.model, args.gpu)
+    methods = {name: METHODS[name] for name in COMPARED}
+    show(Result(name="roofline", rows=rows, methods=methods, provenance=made), args.output)
 
 
 if __name__ == "__main__":
     from pacatune.cli.options import quiet_libraries
 
     quiet_libraries()
-    main()
-    sys.exit(0)
+    sys.exit(main())

@@ -11,32 +11,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.counts import count_column_writes
-from benchmarks.layer import Layers, Setting, choose_settings
+from benchmarks.layer import MODEL, Layers, Setting, choose_settings
 from benchmarks.layer import parse as parse_layer
 from benchmarks.methods import METHODS, OURS, adapter_config
-from benchmarks.record import (
-    DTYPES,
-    Row,
-    measure_all,
-    prepare,
-    provenance,
-    take_turns,
-    write,
-)
-from benchmarks.report import make_ratios, ratio_table
+from benchmarks.results import DTYPES, Result, counted, prepare, provenance, show, take_turns
+from pacatune.reports.rows import Row
 
 COMPARED = (OURS, "lora")
 _ADAPTERS = ("default", "other")
-_PHASES = ("set_adapter_us", "first_forward_us", "forward_us")
+_PHASES = ("set adapter", "first forward", "forward")
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
@@ -49,25 +39,25 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Compare the methods in one setting; return a row per method and a ratio per pair.
+def measure(setting: Setting, args: argparse.Namespace) -> list[Row]:
+    """Compare the methods in one setting; a step is a switch and the first forward after it.
 
     Raises:
         RuntimeError: If PaCA writes columns.
     """
-    dtype = DTYPES[setting.dtype]
+    dtype, names = DTYPES[setting.dtype], {"setting": setting.label, "model": MODEL}
     inputs = [
         torch.randn(setting.num_tokens, setting.in_features).to(dtype)
         for _ in range(setting.num_layers)
     ]
     models = {method: make_model(setting, method, args.seed) for method in args.methods}
-    counts = {
-        method: {"column_writes_per_layer": count_writes(model, inputs)}
+    rows = [
+        counted("column writes per layer", method, count_writes(model, inputs), **names)
         for method, model in models.items()
-    }
+    ]
     runs = {method: make_run(model, inputs) for method, model in models.items()}
-    rows, times = take_turns(setting.to_dict(), runs, counts, args, _PHASES, num_of_step=2)
-    return rows, make_ratios(setting.to_dict(), times, {}, args.seed)
+    measured, _ = take_turns(runs, args, phases=_PHASES, num_of_step=2, **names)
+    return rows + measured
 
 
 def make_model(setting: Setting, method: str, seed: int) -> Any:
@@ -130,19 +120,14 @@ def main(options: list[str] | None = None) -> None:
     """Measure every setting, write the result, print the ratios."""
     args = parse(options)
     prepare(args)
-    console = Console(highlight=False, width=120)
-    result = provenance("benchmarks.switch", args, options)
-    settings = [(one.label, partial(measure, one, args)) for one in choose_settings(args)]
-    rows, ratios = measure_all(settings, console)
-    result |= {
-        "model": "one linear layer, caches cold: set_adapter and one forward",
-        "methods": {name: METHODS[name] for name in args.methods},
-        "rows": rows,
-        "ratios": ratios,
-    }
-    path = write(result, args.output, "switch")
-    console.print(ratio_table(result))
-    console.print(f"wrote {path}")
+    how = (
+        f"{MODEL}: set_adapter and one forward; medians, both methods alternating in one run, seed "
+        f"{args.seed}"
+    )
+    made = provenance("switch", how, options, args)
+    rows = [row for one in choose_settings(args) for row in measure(one, args)]
+    methods = {name: METHODS[name] for name in args.methods}
+    show(Result(name="switch", rows=rows, methods=methods, provenance=made), args.output)
 
 
 if __name__ == "__main__":

@@ -26,16 +26,26 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import Row, add_run, at_least_1, new_parser, prepare, provenance, write
+from benchmarks.results import (
+    Result,
+    add_run,
+    at_least_1,
+    counted,
+    new_parser,
+    prepare,
+    provenance,
+    show,
+)
 from pacatune import PacaConfig
 from pacatune.measure.presets import PRESETS
+from pacatune.reports.rows import Row
 from pacatune.sync import ColumnReceiver, ColumnSource
 
 COMPUTED = ("llama3-8b", "llama3.1-70b")
+SENT, TIME, SMALL = "sent per sync", "make and write", "SmolLM2-135M"
 METHODS = {
     "full": "every tensor",
     "lora": "LoRA, merged, every tensor, unmerged",
@@ -125,16 +135,24 @@ def copy_all(model: nn.Module, server: nn.Module, infix: str = "") -> int:
     return num_bytes
 
 
-def measure_full(args: argparse.Namespace) -> Row:
+def _sent(method: str, num_bytes: int, times: list[float] | None = None) -> list[Row]:
+    """Return rows of a sync: its bytes, and the median time of all rounds but the first."""
+    rows = [counted(SENT, method, num_bytes, "bytes", model=SMALL)]
+    return rows if times is None else [*rows, _median(TIME, method, times[1:])]
+
+
+def _median(what: str, method: str, times: list[float]) -> Row:
+    value = 1e3 * statistics.median(times)
+    return Row(what=what, method=method, value=value, unit="ms", n=len(times), model=SMALL)
+
+
+def measure_full(args: argparse.Namespace) -> list[Row]:
     model, server = build(args), build(args)
     times = [seconds_of(lambda: copy_all(model, server)) for _ in range(args.rounds + 1)]
-    return {
-        "bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        "seconds": statistics.median(times[1:]),
-    }
+    return _sent("full", sum(parameter.nbytes for parameter in model.parameters()), times)
 
 
-def measure_lora(args: argparse.Namespace) -> tuple[Row, Row]:
+def measure_lora(args: argparse.Namespace) -> list[Row]:
     server, adapted = build(args), adapt(build(args), args, lora=True)
 
     def sync() -> None:
@@ -143,16 +161,14 @@ def measure_lora(args: argparse.Namespace) -> tuple[Row, Row]:
         adapted.unmerge_adapter()
 
     times = [seconds_of(sync) for _ in range(args.rounds + 1)]
-    merged = {
-        "bytes": sum(parameter.nbytes for parameter in server.parameters()),
-        "seconds": statistics.median(times[1:]),
-    }
+    num_bytes = sum(parameter.nbytes for parameter in server.parameters())
     matrices = [p for name, p in adapted.named_parameters() if "lora_" in name]
-    return merged, {"bytes": 2 * sum(matrix.numel() for matrix in matrices)}
+    of_matrices = 2 * sum(matrix.numel() for matrix in matrices)
+    return [*_sent("lora", num_bytes, times), *_sent("lora-adapter", of_matrices)]
 
 
-def measure_elements(args: argparse.Namespace) -> tuple[Row, float]:
-    """Return a row, and the share of the elements that a step changes."""
+def measure_elements(args: argparse.Namespace) -> tuple[list[Row], float]:
+    """Return rows, and the share of the elements that a step changes."""
     model, server = build(args).float(), build(args)
     snapshot = [parameter.detach().bfloat16() for parameter in model.parameters()]
     targets = [parameter.detach().view(-1) for parameter in server.parameters()]
@@ -177,11 +193,12 @@ def measure_elements(args: argparse.Namespace) -> tuple[Row, float]:
     # The first step of Adam moves all elements by as much; later ones are the usual case.
     num_elements = statistics.median(counts[1:])
     total = sum(target.numel() for target in targets)
-    row = {"bytes": int(_ELEMENT_BYTES * num_elements), "seconds": statistics.median(times[1:])}
-    return row, num_elements / total
+    share = num_elements / total
+    changed = Row(what="changed by a step", method="elements", value=100 * share, unit="%")
+    return [*_sent("elements", int(_ELEMENT_BYTES * num_elements), times), changed], share
 
 
-def measure_paca(args: argparse.Namespace) -> Row:
+def measure_paca(args: argparse.Namespace) -> list[Row]:
     server, adapted = build(args), adapt(build(args), args, lora=False)
     source, receiver = ColumnSource(adapted), ColumnReceiver(server)
     receiver.expect(source.positions())
@@ -200,13 +217,13 @@ def measure_paca(args: argparse.Namespace) -> Row:
     merged = adapted.merge_and_unload().state_dict()
     if not all(torch.equal(tensor, merged[name]) for name, tensor in server.state_dict().items()):
         raise RuntimeError("the served model is not the merged one.")
-    return {
-        "bytes": columns.num_bytes,
-        "seconds": statistics.median(times[1:]),
-        "source_seconds": statistics.median(source_times[1:]),
-        "positions_bytes": sum(one.indices.nbytes for one in positions.sets),
-        "kept_bytes": receiver.num_bytes,
-    }
+    of_positions = sum(one.indices.nbytes for one in positions.sets)
+    return [
+        *_sent("paca", columns.num_bytes, times),
+        _median("make", "paca", source_times[1:]),
+        counted("positions, once", "paca", of_positions, "bytes", model=SMALL),
+        counted("kept by the receiver", "paca", receiver.num_bytes, "bytes", model=SMALL),
+    ]
 
 
 def count(name: str, rank: int, share: float) -> list[Row]:
@@ -225,7 +242,7 @@ def count(name: str, rank: int, share: float) -> list[Row]:
         "elements": int(_ELEMENT_BYTES * share * num_elements),
         "paca": 2 * rank * outputs,
     }
-    return [{"model": name, "method": method, "bytes": size} for method, size in found.items()]
+    return [counted(SENT, method, size, "bytes", model=name) for method, size in found.items()]
 
 
 def measure_drift(args: argparse.Namespace) -> list[Row]:
@@ -247,15 +264,10 @@ def measure_drift(args: argparse.Namespace) -> list[Row]:
         pairs = list(zip(before, after, strict=True))
         num_elements = sum(weight.numel() for weight in before)
         drift = sum(float((a.double() - b.double()).abs().sum()) for a, b in pairs)
-        rows.append(
-            {
-                "method": method,
-                "cycles": args.cycles,
-                "changed_elements": sum(int((a != b).sum()) for a, b in pairs),
-                "num_elements": num_elements,
-                "drift_of_mean": drift / sum(float(a.double().abs().sum()) for a in before),
-            }
-        )
+        changed = 100 * sum(int((a != b).sum()) for a, b in pairs) / num_elements
+        mean = 100 * drift / sum(float(a.double().abs().sum()) for a in before)
+        for what, value in (("changed elements of the base", changed), ("mean change", mean)):
+            rows.append(Row(what=what, method=method, value=value, unit="%", n=args.cycles))
     return rows
 
 
@@ -263,26 +275,16 @@ def main(options: list[str] | None = None) -> None:
     """Measure, write the result, print it."""
     args = parse(options)
     prepare(args)
-    console = Console(highlight=False)
-    result = provenance("benchmarks.sync", args, options)
-    found = {"full": measure_full(args)}
-    found["lora"], found["lora-adapter"] = measure_lora(args)
-    found["elements"], share = measure_elements(args)
-    found["paca"] = measure_paca(args)
-    result |= {
-        "model": f"Llama of SmolLM2-135M's sizes, bfloat16, r = {args.rank}"
-        if args.num_layers == 30
-        else f"Llama, hidden {args.hidden_size}, {args.num_layers} layers, r = {args.rank}",
-        "methods": METHODS,
-        "changed_share": share,
-        "rows": [{"method": method, **row} for method, row in found.items()],
-        "computed": [row for name in COMPUTED for row in count(name, args.rank, share)],
-        "drift": measure_drift(args),
-    }
-    path = write(result, args.output, "sync")
-    for row in [*result["rows"], *result["computed"], *result["drift"]]:
-        console.print(row)
-    console.print(f"wrote {path}")
+    model = f"Llama of SmolLM2-135M's sizes, bfloat16, r = {args.rank}"
+    if args.num_layers != 30:
+        model = f"Llama, hidden {args.hidden_size}, {args.num_layers} layers, r = {args.rank}"
+    how = f"{model}; medians beside any transport; sizes of larger models from their shapes"
+    made = provenance("sync", how, options, args)
+    elements, share = measure_elements(args)
+    rows = [*measure_full(args), *measure_lora(args), *elements, *measure_paca(args)]
+    rows += [row for name in COMPUTED for row in count(name, args.rank, share)]
+    rows += measure_drift(args)
+    show(Result(name="sync", rows=rows, methods=METHODS, provenance=made), args.output)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from benchmarks import gpu_promises as promises  # noqa: E402
 from benchmarks import gpu_times as times  # noqa: E402
 from benchmarks import kernels  # noqa: E402
-from benchmarks.record import CODE, write_json  # noqa: E402
+from benchmarks.results import CODE, write_json  # noqa: E402
 from pacatune.measure.device import device_name, has_events  # noqa: E402
 from pacatune.names import choose  # noqa: E402
 from pacatune.reports.provenance import commit, versions  # noqa: E402
