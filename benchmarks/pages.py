@@ -54,13 +54,9 @@ def _reproduction(mode: str, folder: Path, results: Path) -> Path:
 
 
 def _bench(result: dict[str, Any], folder: Path) -> Path:
-    from pacatune.measure.pictures import save_pictures
-    from pacatune.measure.report import make_report
+    from pacatune.measure.bench import write_page
 
-    output = _ready(folder)
-    with output.staged() as staging:
-        pictures = save_pictures(result, staging)
-    output.write("bench.md", make_report(result, pictures))
+    write_page(result, _ready(folder))
     return folder / "bench.md"
 
 

@@ -78,7 +78,7 @@ def measure(model: ImageModel, dtype: str, args: argparse.Namespace) -> tuple[li
     methods = [method for method in args.methods or model.methods if method in model.methods]
     contenders = {method: make_contender(base, method, args.seed) for method in methods}
     batch = make_batch(num_images, size, DTYPES[dtype], args.seed)
-    steps = {method: make_step(contender, *batch) for method, contender in contenders.items()}
+    steps = {method: make_step(one, *batch).seconds for method, one in contenders.items()}
     counts = {
         method: count(contender, model.counted_size, args.seed)
         for method, contender in contenders.items()

@@ -4,7 +4,6 @@ Neither depends on the values of weights. BatchNorm is in evaluation mode, as in
 """
 
 import copy
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pacatune.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from pacatune.measure.methods import Contender
+    from pacatune.measure.step import Step
 
 NUM_CLASSES = 100
 # Enough to put random layers' outputs into the range of trained ones.
@@ -53,6 +53,7 @@ def measure_steps(
 
     Returns `saved_bytes` of a whole step by method, and `ratios`, ours over the others.
     """
+    from pacatune.measure.counters import SavedBytes
     from pacatune.measure.methods import adapt
     from pacatune.measure.timing import alternate, compare
 
@@ -71,8 +72,12 @@ def measure_steps(
             targets=targets,
             heads=heads,
         )
-        steps[method] = make_step(contender, *batch)
-        saved[method] = _count(contender.model, *batch)
+        step = make_step(contender, *batch)
+        steps[method] = step.seconds
+        with SavedBytes(contender.model) as counted:
+            loss = step.forward()
+        del loss
+        saved[method] = counted.num_bytes
     times = alternate(steps, seconds=seconds, min_rounds=5, num_warmup=1)
     ours, *others = methods
     return {
@@ -118,35 +123,16 @@ def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | 
     return (choose_targets(model, row, rank, heads)[0] if row.has_adapter else ""), heads
 
 
-def make_step(contender: "Contender", images: Tensor, labels: Tensor) -> Callable[[], float]:
-    """Return a function that makes one optimizer step, BatchNorm frozen, and returns its seconds.
+def make_step(contender: "Contender", images: Tensor, labels: Tensor) -> "Step":
+    """Return a step on (B, 3, H, W) images and (B,) classes; BatchNorm is in evaluation mode."""
+    from pacatune.measure.step import Step
 
-    `images` are (B, 3, H, W), `labels` (B,).
-    """
-    model, optimizer = contender.model, contender.optimizer
-    for layer in model.modules():
+    for layer in contender.model.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
-
-    def step() -> float:
-        start = time.perf_counter()
-        _loss(model, images, labels).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return step
+    return Step(contender=contender, batch=(images, labels), loss=_loss)
 
 
-def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels = batch
     return F.cross_entropy(model(pixel_values=images).logits.float(), labels)
-
-
-def _count(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    from pacatune.measure.counters import SavedBytes
-
-    with SavedBytes(model) as saved:
-        loss = _loss(model, images, labels)
-    del loss
-    return saved.num_bytes

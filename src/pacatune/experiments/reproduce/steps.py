@@ -13,6 +13,8 @@ from pacatune.measure.models import llama_values, load_values
 from pacatune.measure.setting import BenchConfig
 from pacatune.paper.settings import Settings
 from pacatune.paper.tables import Quantity, Row, Table
+from pacatune.reports import rows
+from pacatune.reports.rows import Finished, done
 
 # The model of the paper whose lines small numbers stand beside.
 MODEL = "llama3-8b"
@@ -55,13 +57,15 @@ def bench_cell(config: BenchConfig) -> Cell:
     """Return the cell of one run of `pacatune bench`."""
 
     def measure(folder: Path, tell: Any) -> dict[str, Any]:
-        from pacatune.measure.bench import result_folder, run
+        from pacatune.measure.bench import describe, device_text, make_jobs, result_folder
 
         output = result_folder(folder)
-        output.start_anew()
-        result = run(config, output, "pacatune reproduce", tell)
-        del result["config"]
-        return result
+        with output.going_on("jobs"):
+            found = [*done(make_jobs(config), output, tell=tell).values()]
+        if failed := [one.error for one in found if one.error and "MemoryError" not in one.error]:
+            raise RuntimeError(failed[0])
+        names = {"model": describe(config), "device": device_text(config)}
+        return names | _result([row for one in found for row in one.rows], found)
 
     what = f"a sweep over {config.sweep}" if config.sweep else "steps of"
     return Cell(
@@ -71,6 +75,36 @@ def bench_cell(config: BenchConfig) -> Cell:
         inputs=asdict(config),
         run=measure,
     )
+
+
+def _result(measured: list[rows.Row], jobs: list[Finished]) -> dict[str, Any]:
+    """Return rows as the results that are committed have them."""
+    cores = max((one.provenance["noise"]["num_cores_of_others"] for one in jobs), default=0.0)
+    names = {"peak": "peak_bytes", "kept for backward": "saved_bytes"}
+    names["throughput"] = "sentences_per_second"
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    ratios: dict[str, dict[str, Any]] = {}
+    for row in measured:
+        if row.unit == "ratio":
+            spread = {"ratio": row.value, "low": row.low, "high": row.high}
+            pair = ratios.setdefault(row.method, {})
+            pair |= spread if row.what == "step" else {row.what: spread}
+        elif row.what not in ("largest batch", "longest sequence"):
+            one = found.setdefault((row.method, row.setting), {"status": "measured"})
+            one |= {"method": row.method, "noise": [{"num_cores_of_others": cores}]}
+            one["num_rows"] = int(row.setting.partition(" ")[0])
+            if row.unit == "ms":
+                ends = {"": row.value, "_quartile_1": row.low, "_quartile_3": row.high}
+                one |= {f"{row.what}_ms{end}": value for end, value in ends.items()}
+            else:
+                one[names.get(row.what, row.what)] = row.value
+    limits = [r for r in measured if r.what in ("largest batch", "longest sequence")]
+    if limits:
+        shown = [{"method": row.method, "limit": int(row.value)} for row in limits]
+        return {"points": [*found.values()], "limits": shown}
+    parts = [dict(zip(("method", "reference"), name.split(" / "), strict=True)) for name in ratios]
+    pairs = [one | ratio for one, ratio in zip(parts, ratios.values(), strict=True)]
+    return {"rows": [*found.values()], "ratios": pairs}
 
 
 def bench_settings(
