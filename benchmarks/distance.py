@@ -8,7 +8,6 @@ views and casts, and what large products lose to colder caches. Noise may make i
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,9 +15,8 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.llama import make_step
 from benchmarks.methods import OURS
-from pacatune.measure.methods import Contender
+from pacatune.measure.step import Step
 from pacatune.ops import linear
 from pacatune.reports.rows import Row
 from pacatune.residency import weight
@@ -43,17 +41,10 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
 
 
 class TimedStep:
-    """A contender's step, and the seconds of each of its parts."""
+    """A step, and the seconds of each of its parts."""
 
-    def __init__(
-        self,
-        contender: Contender,
-        batch: Tensor,
-        accumulation: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._step, self._clock = make_step(contender, batch, accumulation), clock
-        self._contender = contender
+    def __init__(self, step: Step) -> None:
+        self._step, self._clock = step, step.clock
         self._is_timing = False
         self.rounds: list[dict[str, float]] = []
         """The seconds of each part, by round."""
@@ -62,11 +53,11 @@ class TimedStep:
         """Make a step with clocks; return its seconds."""
         self.rounds.append(dict.fromkeys(PARTS, 0.0))
         with self._clocks():
-            return self._step()
+            return self._step.seconds()
 
     @contextmanager
     def _clocks(self) -> Iterator[None]:
-        optimizer = self._contender.optimizer
+        optimizer = self._step.contender.optimizer
         methods = [("optimizer", optimizer, name) for name in ("step", "zero_grad")]
         with ExitStack() as stack:
             for part, owner, name in (*_FUNCTIONS, *methods):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lean_variants import VARIANTS, apply_variant
-from benchmarks.llama import Shape, make_batch, make_model, make_step
+from benchmarks.llama import Shape, make_batch, make_model
 from benchmarks.methods import OURS, adapt, all_methods
 from benchmarks.results import (
     DTYPES,
@@ -35,6 +35,7 @@ from benchmarks.results import (
     timed_parser,
 )
 from pacatune.measure.counters import SavedBytes
+from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
 COUNTED = ("full", "lora", "lora_dropout", OURS)
@@ -152,7 +153,8 @@ def measure(tokens: int, dtype: str, args: argparse.Namespace) -> list[Row]:
             contender = adapt(model, method, targets="all-linear", seed=args.seed)
             apply_variant(contender.model, variant)
             clock = time.process_time if args.processor_time else time.perf_counter
-            steps[f"{method}: {variant}"] = make_step(contender, batch, 1, clock=clock)
+            step = Step(contender=contender, batch=batch, clock=clock)
+            steps[f"{method}: {variant}"] = step.seconds
             if variant != "plain":
                 reference = "plain" if variant == REFERENCE else REFERENCE
                 pairs[f"{method}: {variant}", f"{method}: {reference}"] = method

@@ -1,15 +1,11 @@
 """The model of the benchmarks: a small Llama with random weights, and its training step."""
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.measure.methods import Contender
-from pacatune.measure.models import loss_of
 from pacatune.measure.models import make_batch as make_rows
 from pacatune.measure.models import make_model as make_measured
 
@@ -57,28 +53,6 @@ def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
             "less than one row; round it."
         )
     return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)
-
-
-def make_step(
-    contender: Contender,
-    batch: Tensor,
-    accumulation: int,
-    loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns its seconds by a clock."""
-    model, optimizer = contender.model, contender.optimizer
-
-    def step() -> float:
-        start = clock()
-        for _ in range(accumulation):
-            loss(model, batch).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        return clock() - start
-
-    return step
 
 
 def linear_layers(model: nn.Module) -> dict[nn.Module, str]:

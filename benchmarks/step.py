@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.counts import count_column_writes, hold_bytes
 from benchmarks.distance import TIMED, TimedStep, distance_rows
-from benchmarks.llama import Shape, linear_layers, make_batch, make_model, make_step
+from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.results import (
     DTYPES,
@@ -39,6 +39,7 @@ from benchmarks.results import (
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.methods import Contender
 from pacatune.measure.models import loss_of, loss_of_graph
+from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
@@ -101,11 +102,14 @@ def measure(
     else:
         rows = [row for one in contenders for row in count(one, batch, accumulation, names)]
     loss = loss_of_graph if args.compiled else loss_of
-    steps: dict[str, Any] = {c.method: make_step(c, batch, accumulation, loss) for c in contenders}
+    made = [
+        Step(contender=one, batch=batch, loss=loss, accumulation=accumulation) for one in contenders
+    ]
+    steps: dict[str, Any] = {one.contender.method: one.seconds for one in made}
     timed = None
     if not (args.compiled or args.quantization) and {OURS, "frozen"} <= steps.keys():
-        (ours,) = (contender for contender in contenders if contender.method == OURS)
-        timed = steps[TIMED] = TimedStep(ours, batch, accumulation)
+        (ours,) = (one for one in made if one.contender.method == OURS)
+        timed = steps[TIMED] = TimedStep(ours)
     measured, _ = take_turns(steps, args, **names)
     rows += [row for row in measured if TIMED not in row.method.split(" / ")]
     return rows + ([] if timed is None else distance_rows(measured, timed))
@@ -125,7 +129,7 @@ def count(
     ]
     if method == OURS:
         hold_bytes(saved.num_bytes_by_kind, layers, batch.numel(), model.dtype)
-        step = make_step(contender, batch, accumulation)
+        step = Step(contender=contender, batch=batch, accumulation=accumulation)
         step()
         with count_column_writes() as num_writes:
             step()

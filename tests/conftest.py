@@ -216,9 +216,6 @@ def own_strategies(monkeypatch):
 def measured_here(monkeypatch):
     """`bench` measures in this process; cli/test_bench.py has the new ones, which take a second."""
     from pacatune.measure import bench, setting
-    from pacatune.measure.step import Outcome
 
-    monkeypatch.setattr(
-        bench, "run_in_child", lambda measure, config, *args: Outcome(measure(config, *args))
-    )
+    monkeypatch.setattr(bench, "run_in_child", lambda measure, *args: measure(*args))
     monkeypatch.setattr(setting, "num_cores", lambda: 1)

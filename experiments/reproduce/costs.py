@@ -128,9 +128,9 @@ def bench_job(config: BenchConfig, read: Callable[[list[Row]], list[Row]]) -> Jo
     """Return a job that measures as `pacatune bench` does; `read` names rows as the paper does."""
 
     def run(work: Path) -> list[Row]:
-        from pacatune.measure.bench import measure_rows
+        from pacatune.measure.bench import make_jobs
 
-        return read(measure_rows(config, work))
+        return read([row for job in make_jobs(config) for row in job.run(work)])
 
     return Job(key="bench", title=f"measuring {config.title}", inputs=asdict(config), run=run)
 

@@ -4,13 +4,17 @@ At the small scale a real small model is trained on CIFAR-10, and steps of the p
 measured with random weights; at the full scale they are the presets of `pacatune train-image`.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.paper import Line, Table
 from experiments.paper.tables import TABLE_6, TABLE_7
@@ -18,11 +22,20 @@ from experiments.reproduce.costs import RANK
 from experiments.reproduce.experiment import Experiment, Scale
 from experiments.reproduce.runs import Work, cost_rows, rate_note, row_of, study_job
 from experiments.reproduce.texts import accuracy_row, seed_interval
+from pacatune.measure.counters import SavedBytes
+from pacatune.measure.methods import adapt
+from pacatune.measure.step import Step
+from pacatune.measure.timing import alternate, compare
+from pacatune.methods import METHODS
+from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 from pacatune.training import RunConfig
+from pacatune.training.image.model import find_heads
+from pacatune.training.image.targets import choose_targets
 
 _EVAL_PER_CLASS = 50
 _NUM_CLASSES = 100
+_SECONDS = 30.0
 
 
 def build_vit(**sizes: Any) -> nn.Module:
@@ -39,6 +52,36 @@ def build_efficientnet(architecture: str = "tf_efficientnetv2_l") -> nn.Module:
 
     values = {"architecture": architecture, "num_classes": _NUM_CLASSES}
     return AutoModelForImageClassification.from_config(TimmWrapperConfig.from_dict(values))  # type: ignore[no-any-return]
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """Give BatchNorm the statistics of random images, or values would vanish in depth."""
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = None  # the plain mean over batches, of which there is one
+    if norms:
+        with torch.no_grad():
+            model.train()(pixel_values=torch.randn(4, 3, 128, 128))
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+    return model
+
+
+def _make_step(base: nn.Module, method: str, batch: tuple[Tensor, Tensor]) -> Step:
+    """Return a step of what `train-image` makes of a model; BatchNorm is in evaluation mode."""
+    heads, row = find_heads(base), METHODS[method]
+    targets: Any = choose_targets(base, row, RANK, heads)[0] if row.has_adapter else ""
+    contender = adapt(copy.deepcopy(base), method, rank=RANK, seed=0, targets=targets, heads=heads)
+    for layer in contender.model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
+    return Step(contender=contender, batch=batch, loss=_loss)
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(model(pixel_values=images).logits.float(), labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,40 +171,56 @@ class _Images:
         return Job(
             key="steps",
             title=f"measuring steps of {self.model} with random weights",
-            inputs={"model": self.model, "methods": methods, **sizes, "seconds": 30.0},
+            inputs={"model": self.model, "methods": methods, **sizes, "seconds": _SECONDS},
             run=lambda folder: self._measure(methods),
         )
 
     def _measure(self, methods: list[str]) -> list[Row]:
-        from pacatune.measure.images import measure_image_steps
-
+        """Let methods, ours first, take turns at steps in float32; count what they keep."""
+        torch.set_num_threads(num_cores())
+        torch.manual_seed(0)
+        base = _with_statistics(self.build())
+        images = torch.randn(self.num_images, 3, self.image_size, self.image_size)
+        batch = (images, torch.randint(_NUM_CLASSES, (self.num_images,)))
+        names = {"model": f"{self.model}, random weights"}
+        how = f"{self.num_images} images of {self.image_size} px, rank {RANK}"
         titles = {line.method: line.title for line in self.table.lines}
-        rows = measure_image_steps(
-            self.build,
-            methods,
-            rank=RANK,
-            num_images=self.num_images,
-            image_size=self.image_size,
-            seconds=30.0,
-        )
-        names = {"step": "training time", "kept for backward": "memory"}
-        how = f"{self.num_images} images of {self.image_size} px, random weights, rank {RANK}"
-        return [
-            Row(
-                what=names[row.what],
-                method=" / ".join(titles[part] for part in row.method.split(" / ")),
-                value=row.value,
-                low=row.low,
-                high=row.high,
-                n=row.n,
-                unit=row.unit,
-                model=f"{self.model}, random weights",
-                setting=f"{row.what}, {how}",
-                origin=row.origin,
+        steps, rows = {}, []
+        for method in methods:
+            steps[method] = step = _make_step(base, method, batch)
+            with SavedBytes(step.contender.model) as saved:
+                loss = step.forward()
+            del loss
+            rows.append(
+                Row(
+                    what="memory",
+                    method=titles[method],
+                    value=saved.num_bytes,
+                    unit="bytes",
+                    setting=f"kept for backward, {how}",
+                    origin="counted",
+                    **names,
+                )
             )
-            for row in rows
-            if row.what in names and (row.unit == "ratio" or row.what != "step")
-        ]
+        runs: Any = {method: step.seconds for method, step in steps.items()}
+        times = alternate(runs, seconds=_SECONDS, min_rounds=5, num_warmup=1)
+        ours, *others = methods
+        for other in others:
+            found = compare(times[ours], times[other], seed=0)
+            rows.append(
+                Row(
+                    what="training time",
+                    method=f"{titles[ours]} / {titles[other]}",
+                    value=found["ratio"],
+                    low=found["low"],
+                    high=found["high"],
+                    unit="ratio",
+                    n=len(times[ours]),
+                    setting=f"a step, {how}",
+                    **names,
+                )
+            )
+        return rows
 
     def _full_job(self, line: Line, key: str, preset: str) -> Job:
         """Return the job of a preset; memory and time are of CIFAR-10: the paper does not say."""
@@ -180,8 +239,6 @@ class _Images:
 
 
 def _with_interval(row: Row, found: Any, values: list[float], note: str) -> Row:
-    from dataclasses import replace
-
     if found.each:
         return accuracy_row(row, [100 * one for one in found.each], values, note)
     return replace(row, **seed_interval(values), n=len(values), each=tuple(values), note=note)  # type: ignore[arg-type]

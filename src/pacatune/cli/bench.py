@@ -19,7 +19,7 @@ class Options:
     """
 
     output: Path
-    """Gets bench.json, bench.md and pictures."""
+    """Gets bench.json, bench.md and bench.png; run again, it goes on where it was."""
     shape: str | None = None
     """Hidden size and layers of a Llama, as HIDDENxLAYERS; by default 512x8."""
     model: str | None = None
@@ -43,7 +43,6 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--memory-limit", metavar="SIZE", help=f"{text} of what is free.")
     given = parser.parse_args(argv)
     options = build(Options, given)
-    output = options.output
     quiet_libraries()
 
     from pacatune.measure.device import parse_bytes
@@ -52,28 +51,19 @@ def run(argv: list[str]) -> int:
     limit = given.memory_limit and parse_bytes(given.memory_limit, "memory_limit")
     config = build(BenchConfig, given, values=values, title=title, memory_limit=limit)
 
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from pacatune.measure import bench
 
-    from pacatune.measure.bench import REPORT_NAME, RESULT_NAME, result_folder
-    from pacatune.measure.bench import run as measure
-    from pacatune.measure.pictures import save_pictures
-    from pacatune.measure.report import make_report
-
-    console = Console(highlight=False)
-    folder = result_folder(output)
-    folder.start_anew()
-    folder.write_json(RESULT_NAME, {"finished": False})
+    folder = bench.result_folder(options.output)
     command = shlex.join(["pacatune", "bench", *argv])
-    result = measure(config, folder, command, lambda line: console.print(line, markup=False))
-    with folder.staged() as staging:
-        pictures = save_pictures(result, staging)
-    report = make_report(result, pictures)
-    folder.write(REPORT_NAME, report)
-    console.print(Markdown(report.partition("\n![")[0]))
-    written = ", ".join([RESULT_NAME, REPORT_NAME, *pictures])
-    console.print(f"wrote {written} in {output}", markup=False, soft_wrap=True)
-    return 0
+    names = (bench.RESULT_NAME, bench.REPORT_NAME, bench.PICTURE_NAME)
+    with folder.going_on("jobs", *names):
+        result = bench.run(config, folder, command, print)
+    for title, table in bench.tables(result).items():
+        print("", f"{title}:", *table.plain(), *table.notes, sep="\n")
+    print("", *bench.problems(result), sep="\n")
+    print(f"wrote {', '.join(names)} in {options.output}")
+    # Memory that ended is a result.
+    return int(any(not error.startswith("MemoryError") for error in result["errors"].values()))
 
 
 def _model(options: Options) -> tuple[dict[str, Any], str]:

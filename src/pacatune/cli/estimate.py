@@ -1,8 +1,7 @@
 """`pacatune estimate`: how much memory training takes, without a GPU or weights."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +11,7 @@ from pacatune.methods import TEXT_METHODS, method_of
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Estimate, Quantity
+    from pacatune.measure.roofline import StepTime
 
 _QUANTITIES: dict[str, "Quantity"] = {
     "seq-len": "seq_len",
@@ -45,7 +45,7 @@ class EstimateCommand(Setting):
     time: bool = False
     """Estimate a step's time on that GPU, by a roofline."""
     plot: Path | None = None
-    """Write stacked bars as a PNG, SVG or PDF."""
+    """Write bars as a PNG, SVG or PDF."""
     json: bool = False
     """Print everything as JSON, in bytes."""
 
@@ -74,7 +74,7 @@ class EstimateCommand(Setting):
         quiet_libraries()
 
         from pacatune.measure.device import gpu_bytes, parse_bytes
-        from pacatune.measure.models import find_values
+        from pacatune.measure.models import load_config
         from pacatune.reports.figures import check_picture_path
 
         settings = {name: self.setting(name) for name in self.methods or [self.method or "paca"]}
@@ -83,116 +83,108 @@ class EstimateCommand(Setting):
             available = gpu_bytes(self.gpu)
         if self.plot is not None:
             check_picture_path(self.plot)
-        find_values(self.model)  # refuses a wrong one before PEFT is imported, which takes seconds
+        load_config(self.model)  # refuses a wrong one before PEFT is imported, which takes seconds
 
-        from pacatune.measure.pictures import save_plot
+        from pacatune.measure.estimate import estimate_memory, find_max
         from pacatune.measure.roofline import estimate_time, rates_of
 
         if self.time:
             rates_of(str(self.gpu))  # refuses those that it does not know
-        quantity = _QUANTITIES[self.max] if self.max else None
-        values, bars = {}, {}
+        estimates: dict[str, Estimate] = {}
+        values: dict[str, Values] = {name: {} for name in settings}
+        times: dict[str, StepTime] = {}
         for name, setting in settings.items():
-            values[name], found = _estimate(setting, quantity, available)
-            if found is None:
-                continue
-            bars[name] = found
-            if self.time:
-                values[name]["time"] = estimate_time(found.setting, str(self.gpu)).to_values()
+            one, estimate = values[name], None
+            if self.max is None or available is None:
+                estimate = estimate_memory(setting)
+            else:
+                quantity = _QUANTITIES[self.max]
+                one[f"max_{quantity}"], estimate = find_max(setting, quantity, available)
+            one |= {"notes": []} if estimate is None else estimate.to_values()
+            if available is not None:
+                one["available_bytes"] = available
+                one["fits"] = "no" if estimate is None else estimate.fits(available)
+            if estimate is not None:
+                estimates[name] = estimate
+                if self.time:
+                    times[name] = estimate_time(estimate.setting, str(self.gpu))
+                    one["time"] = times[name].to_values()
         if self.json:
-            one = next(iter(values.values()))
-            print(json.dumps({"methods": values} if self.methods else one, indent=2))
+            first = next(iter(values.values()))
+            print(json.dumps({"methods": values} if self.methods else first, indent=2))
         else:
-            _print_memory(values, self.model, available)
-            _print_times({n: one["time"] for n, one in values.items() if "time" in one}, self.gpu)
-        if self.plot is not None:
-            save_plot(bars, self.plot, available, self.gpu or "available")
+            _print_memory(values, estimates, self.model)
+            _print_times(times, self.gpu)
+        if self.plot is not None and estimates:
+            _save_plot(estimates, self.plot, available, self.gpu or "available")
         return 0
 
 
 command = EstimateCommand
 
 
-def _estimate(
-    setting: Setting, quantity: "Quantity | None", available: int | None
-) -> "tuple[Values, Estimate | None]":
-    """Return what JSON says of a method, and its estimate unless nothing fits."""
-    from pacatune.measure.estimate import estimate_memory, find_max
+def _print_memory(values: dict[str, Values], estimates: "dict[str, Estimate]", model: str) -> None:
+    from pacatune.reports.rows import table
 
-    values: Values = {}
-    estimate: Estimate | None
-    if quantity is None or available is None:
-        estimate = estimate_memory(setting)
-    else:
-        values[f"max_{quantity}"], estimate = find_max(setting, quantity, available)
-    values |= {"notes": []} if estimate is None else estimate.to_values()
-    if available is not None:
-        values["available_bytes"] = available
-        values["fits"] = "no" if estimate is None else estimate.fits(available)
-    return values, estimate
-
-
-def _print_memory(values: dict[str, Values], model: str, available: int | None) -> None:
-    from pacatune.measure.tracker import CATEGORIES
-
-    memory = "" if available is None else f", of {_gib(available)} GiB"
-    columns = {name: _cells(one, available) for name, one in values.items()}
-    largest = [f"max {quantity}" for quantity in _QUANTITIES.values()]
-    titles = (*largest, *CATEGORIES, "peak", "device needs", "to", "fits")
-    _print_table(f"{model}: GiB at the peak{memory}", titles, columns)
+    if estimates:
+        rows = [row for name, one in estimates.items() for row in one.rows(name)]
+        lines = table(rows, ("setting",), ("method",)).plain()
+        print(f"{model}: memory at the peak, simulated", *lines, sep="\n")
     for name, one in values.items():
-        if "peak_bytes" in one:
-            saved = one["saved_by_module"].items()
+        estimate = estimates.get(name)
+        print(f"\n{name}{'' if estimate is None else f': {estimate.setting.about()}'}")
+        for quantity in _QUANTITIES.values():
+            if f"max_{quantity}" in one:
+                print(f"  largest {quantity}: {one[f'max_{quantity}']:,}")
+        if "fits" in one:
+            print(f"  fits in {_gib(one['available_bytes'])} GiB: {_fits(one)}")
+        if estimate is not None:
+            saved = estimate.measured.saved_by_module.items()
             parts = ", ".join(f"{kind} {_gib(number)}" for kind, number in saved if number > 2**20)
-            print(f"{name} keeps for backward: {parts or 'nothing'}")
+            print(f"  keeps for backward, GiB: {parts or 'nothing'}")
     print_notes(dict.fromkeys(note for one in values.values() for note in one["notes"]))
 
 
-def _cells(one: Values, available: int | None) -> dict[str, str]:
-    """Return a column of the table by the titles of its rows."""
-    cells = {f"max {q}": f"{one[f'max_{q}']:,}" for q in _QUANTITIES.values() if f"max_{q}" in one}
-    fits = one.get("fits", "")
-    if "peak_bytes" in one:
-        low, high = one["device_bytes"].values()
-        cells |= {name: _gib(number) for name, number in one["by_category"].items()}
-        cells |= {"peak": _gib(one["peak_bytes"]), "device needs": _gib(low), "to": _gib(high)}
-        if available is not None and fits == "no":
-            fits = f"no, over by {_gib(low - available)} GiB"
-        elif available is not None and fits == "perhaps":
-            fits = f"perhaps, over by up to {_gib(high - available)} GiB"
-    return cells | {"fits": fits}
+def _fits(one: Values) -> str:
+    fits, available = str(one["fits"]), one["available_bytes"]
+    if fits == "yes" or "device_bytes" not in one:
+        return fits
+    over = {end: _gib(number - available) for end, number in one["device_bytes"].items()}
+    by = over["low"] if fits == "no" else f"up to {over['high']}"
+    return f"{fits}, over by {by} GiB"
 
 
-def _print_times(times: dict[str, Values], gpu: str | None) -> None:
+def _print_times(times: "dict[str, StepTime]", gpu: str | None) -> None:
+    from pacatune.measure.roofline import MODEL
+    from pacatune.reports.rows import table
+
     if not times:
         return
-    first_name, first = next(iter(times.items()))
-    columns = {
-        name: {
-            "step": f"{one['step_ms']:.1f}",
-            "by the rate of products": f"{one['low_ms']:.1f} to {one['high_ms']:.1f}",
-            **{kind: f"{ms:.1f}" for kind, ms in one["by_kind_ms"].items()},
-            "kernels": f"{one['num_launches']:,}",
-            f"{first_name}'s share": f"{first['step_ms'] / one['step_ms']:.2f}",
-        }
-        for name, one in times.items()
-    }
-    _print_table(f"estimated ms of a step on {gpu}, not measured", columns[first_name], columns)
-    print_notes(
-        dict.fromkeys([first["model"], *(note for one in times.values() for note in one["notes"])])
-    )
+    rows = [row for name, one in times.items() for row in one.rows(name)]
+    lines = table(rows, ("setting",), ("method",)).plain()
+    print(f"\nestimated time of a step on {gpu}, not measured", *lines, sep="\n")
+    first, ours = next(iter(times.items()))
+    for name, one in times.items():
+        share = "" if one is ours else f"; {first}'s share is {ours.ms / one.ms:.2f}"
+        print(f"  {name}: {one.num_launches:,} kernels{share}")
+    print_notes(dict.fromkeys([MODEL, *(note for one in times.values() for note in one.notes)]))
 
 
-def _print_table(title: str, rows: Iterable[str], columns: dict[str, dict[str, str]]) -> None:
-    """Print a column for each method, without rows that are empty."""
-    from rich.console import Console
-    from rich.table import Table
+def _save_plot(
+    estimates: "dict[str, Estimate]", path: Path, available: int | None, device: str
+) -> None:
+    from pacatune.reports.figures import plain_text, save_figure
+    from pacatune.reports.rows import plot
 
-    table = Table("", *columns, title=title, title_justify="left")
-    for row in rows:
-        if any(cells := [column.get(row, "") for column in columns.values()]):
-            table.add_row(row, *cells)
-    Console(markup=False, highlight=False).print(table)
+    rows = []
+    for name, one in estimates.items():
+        rows += one.rows(name)
+        if available is not None:
+            rows.append(replace(rows[-1], setting=device, value=available / 2**30))
+    figure = plot(rows, ("setting",), ("method",))
+    first = next(iter(estimates.values())).setting
+    figure.suptitle(plain_text(f"{Path(first.model).name}: {first.about()}"), fontsize="small")
+    save_figure(figure, path, dpi=150)
 
 
 def _gib(num_bytes: int) -> str:

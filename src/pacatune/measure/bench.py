@@ -1,34 +1,36 @@
-"""Make all measurements of one run, and write them as they come.
+"""Make all measurements of one run: jobs whose rows are kept, tables, and a picture.
 
 A comparison counts each method alone and times pairs in turns; a sweep tries batches or lengths
 until memory ends. Each measurement is a process of its own.
 """
 
-import datetime
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.measure.device import available_bytes, device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
-from pacatune.measure.step import PHASES, count, run_in_child, run_point, time_together
-from pacatune.measure.timing import compare, summarize
-from pacatune.reports.provenance import commit, cpu, versions
+from pacatune.measure.step import count, run_in_child, run_point, time_together
+from pacatune.reports.figures import save_figure
+from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.rows import Job, Row, Table, bytes_text, done, plot, table
 
-RESULT_NAME, REPORT_NAME = "bench.json", "bench.md"
-PICTURES = ("operations.png", "times.png", "memory.png", "throughput.png", "lengths.png")
-Setting = MicroBatch
-"""Its name in `pacatune.bench`."""
+RESULT_NAME, REPORT_NAME, PICTURE_NAME = "bench.json", "bench.md", "bench.png"
 
 # A sweep on a CPU takes this share of free memory: with more, the system would swap, not fail.
 _SHARE_OF_MEMORY = 0.8
 _FIRST_LENGTH = 128
 # Lengths are found to this share of themselves; batches exactly.
 _PRECISION = 64
-Row = dict[str, Any]
-Rounds = list[tuple[float, float, float]]
+_LIMITS = {"batch": "largest batch", "seq-len": "longest sequence"}
+_DRAWN = ("step", "kept for backward", "peak", *_LIMITS.values())
+_RATIOS = "Ratios of medians, with 95 % intervals of a paired bootstrap"
+_TIMES = "Times and throughput: medians, with quartiles"
+_KINDS = "Kept for backward, by kind of module"
+_NUMBERS = "Operations and memory"
 
 
 def result_folder(path: Path) -> OwnedFolder:
@@ -39,139 +41,99 @@ def result_folder(path: Path) -> OwnedFolder:
 def run(
     config: BenchConfig, folder: OwnedFolder, command: str, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure everything and return the result, written to an open folder after each measurement.
+    """Do the jobs that an open folder has no rows of; write and return all rows, and write a page.
 
     The result records the user's command; `tell` shows a line about what goes on.
     """
-    config = _with_limit(config)
-    result = _provenance(config, command)
-    if config.sweep is None:
-        result |= {"rows": [], "ratios": []}
-        for setting in config.settings:
-            rows, ratios = compare_methods(config, setting, tell)
-            result["rows"] += rows
-            result["ratios"] += ratios
-            folder.write_json(RESULT_NAME, result)
-    else:
-        result |= {"limits": [], "points": []}
-        for method in config.methods:
-            limit, points = sweep_method(config, method, tell)
-            result["limits"].append(limit)
-            result["points"] += points
-            folder.write_json(RESULT_NAME, result)
-    result["finished"] = True
+    jobs = make_jobs(config)
+    found = done(jobs, folder, tell=tell, packages=("bitsandbytes",))
+    titles = {job.key: job.title for job in jobs}
+    result = {
+        "command": command,
+        "model": describe(config),
+        "device": device_text(config),
+        "methods": {method: METHODS[method] for method in config.methods},
+        "config": asdict(config),
+        "rows": [row.to_dict() for one in found.values() for row in one.rows],
+        "errors": {titles[key]: one.error for key, one in found.items() if one.error},
+        "jobs": {key: one.provenance for key, one in found.items()},
+    }
     folder.write_json(RESULT_NAME, result)
+    write_page(result, folder)
     return result
 
 
-def _with_limit(config: BenchConfig) -> BenchConfig:
-    """Give a sweep on a CPU an end before the system starts to swap."""
-    is_cpu = config.torch_device.type == "cpu"
-    if config.sweep is None or config.memory_limit is not None or not is_cpu:
-        return config
-    free = available_bytes(config.torch_device)
-    if free is None:
-        raise ValueError(
-            "a sweep on a CPU needs to know how much memory is free, and only Linux says; choose "
-            "another device, or give a memory limit there."
-        )
-    return replace(config, memory_limit=int(_SHARE_OF_MEMORY * free))
-
-
-def _provenance(config: BenchConfig, command: str) -> dict[str, Any]:
-    device = config.torch_device
+def device_text(config: BenchConfig) -> str:
+    """Return the device's name, and the threads of a CPU."""
+    name = device_name(config.torch_device)
     plural = "s" * (config.threads != 1)
-    threads = f", {config.threads} thread{plural}" if device.type == "cpu" else ""
-    return {
-        "finished": False,
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device_name(device) + threads,
-        "device_type": device.type,
-        "cpu": cpu(),
-        "versions": versions("bitsandbytes"),
-        **commit(),
-        "seed": config.seed,
-        "model": f"{config.title}, random weights, {config.dtype}"
+    is_cpu = config.torch_device.type == "cpu"
+    return f"{name}, {config.threads} thread{plural}" if is_cpu else name
+
+
+def describe(config: BenchConfig) -> str:
+    """Return the model and its form, as the page is headed."""
+    return (
+        f"{config.title}, random weights, {config.dtype}"
         + (f", lean level {config.lean_level}" if config.lean_level else "")
         + (", checkpointed blocks" if config.gradient_checkpointing else "")
-        + (", compiled" if config.compiled else ""),
-        "methods": {method: METHODS[method] for method in config.methods},
-        "config": asdict(config),
-    }
+        + (", compiled" if config.compiled else "")
+    )
 
 
-def compare_methods(
-    config: BenchConfig, setting: MicroBatch, tell: Callable[[str], None]
-) -> tuple[list[Row], list[Row]]:
-    """Return a row for each method and a ratio for each pair; what memory ended says so."""
-    rows: dict[str, Row] = {}
-    for method in config.methods:
-        tell(f"{setting.label}: counting {method} ...")
-        rows[method] = _row(count, config, setting, method)
-    ratios: list[Row] = []
-    rounds: dict[str, Rounds] = {method: [] for method in config.methods}
-    for pair in config.pairs:
-        methods = tuple(method for method in pair if rows[method]["status"] == "measured")
-        if not methods:
-            continue
-        tell(f"{setting.label}: timing {' and '.join(methods)} ...")
-        for phases, noise in _time(config, setting, methods, rows):
-            for method, times in phases.items():
-                rounds[method] += times
-                rows[method].setdefault("noise", []).append(noise)
-            if len(phases) == 2:
-                ratios.append(_ratio(config, setting, phases))
-    for method, row in rows.items():
-        if rounds[method]:
-            row |= _summarize(setting, rounds[method])
-    return list(rows.values()), ratios
+def make_jobs(config: BenchConfig) -> list[Job]:
+    """Return the work of a run; what another run of the folder did of it is not done again."""
+    everything = asdict(config) | {"on": device_text(config)}
+    shared = {k: v for k, v in everything.items() if k not in ("methods", "tokens")}
+
+    def job(title: str, measure: Callable[[], list[Row]], **inputs: Any) -> Job:
+        key = title.replace(" and ", " ").replace(" tokens: ", " ").replace(" ", "-")
+        return Job(key=key, inputs=shared | inputs, run=lambda folder: measure(), title=title)
+
+    if config.sweep is not None:
+        return [
+            job(f"{config.sweep} of {m}", partial(sweep_method, config, m), method=m)
+            for m in config.methods
+        ]
+    jobs, timed = [], set[str]()
+    for setting in config.settings:
+        for method in config.methods:
+            measure = partial(run_in_child, count, config, setting, method)
+            jobs.append(job(f"{setting.label}: counting {method}", measure))
+        timed.clear()
+        for pair in config.pairs:
+            # Ours is in each pair: its own times are those of the first.
+            new = [method for method in pair if method not in timed]
+            timed.update(pair)
+            measure = partial(time_pair, config, setting, pair, new)
+            jobs.append(job(f"{setting.label}: timing {' and '.join(pair)}", measure, new=new))
+    return jobs
 
 
-def _row(measure: Callable[..., Row], config: BenchConfig, setting: MicroBatch, method: str) -> Row:
-    """Return what a measurement in a process of its own finds, or how memory ended it."""
-    row = {**setting.to_dict(), "method": method}
-    outcome = run_in_child(measure, config, setting, method)
-    if outcome.value is None:
-        return {**row, "status": "out of memory", "reason": outcome.reason}
-    return {**row, "status": "measured", **outcome.value}
+def time_pair(
+    config: BenchConfig, setting: MicroBatch, pair: tuple[str, ...], new: list[str]
+) -> list[Row]:
+    """Time methods in one process, or each in its own where memory is too short for both.
 
-
-def _time(
-    config: BenchConfig, setting: MicroBatch, methods: tuple[str, ...], rows: dict[str, Row]
-) -> list[tuple[dict[str, Rounds], dict[str, Any]]]:
-    """Time methods in one process; where they do not fit together, each in one of its own."""
-    outcome = run_in_child(time_together, config, setting, methods)
-    if outcome.value is not None:
-        return [(outcome.value["phases"], outcome.value["noise"])]
-    if len(methods) == 1:
-        rows[methods[0]] |= {"status": "out of memory", "reason": outcome.reason}
-        return []
-    timed = []
-    for method in methods:
-        rows[method].setdefault("timed_apart_from", []).extend(m for m in methods if m != method)
-        timed += _time(config, setting, (method,), rows)
-    return timed
-
-
-def _ratio(config: BenchConfig, setting: MicroBatch, phases: dict[str, Rounds]) -> Row:
-    """Compare whole steps, and forward and backward alone."""
-    (method, ours), (reference, other) = phases.items()
-    ratio = {**setting.to_dict(), "method": method, "reference": reference}
-    steps = ([sum(times) for times in rounds] for rounds in (ours, other))
-    ratio |= compare(*steps, seed=config.seed)
-    for number, phase in enumerate(PHASES[:2]):
-        columns = ([times[number] for times in rounds] for rounds in (ours, other))
-        ratio[phase] = compare(*columns, seed=config.seed)
-    return ratio
-
-
-def _summarize(setting: MicroBatch, rounds: Rounds) -> Row:
-    """Return medians and quartiles of steps and phases, and throughput."""
-    row: Row = summarize([1e3 * sum(times) for times in rounds], "step_ms")
-    for phase, seconds in zip(PHASES, zip(*rounds, strict=True), strict=True):
-        row |= summarize([1e3 * second for second in seconds], f"{phase}_ms")
-    return row | {"num_rounds": len(rounds)} | setting.rates(row["step_ms"])
+    Returns their ratios, and the times of those that are new.
+    """
+    try:
+        rows = run_in_child(time_together, config, setting, pair)
+        return [row for row in rows if row.unit == "ratio" or row.method in new]
+    except MemoryError as error:
+        if len(pair) == 1:
+            raise
+        rows, reason = [], str(error)
+    for method in new:
+        try:
+            rows += run_in_child(time_together, config, setting, (method,))
+        except MemoryError as error:
+            reason = str(error)
+    if not rows:
+        raise MemoryError(reason)
+    (other,) = (method for method in pair if method != rows[-1].method)
+    note = f"`{rows[-1].method}` did not fit beside `{other}` ({reason}): timed alone."
+    return [*rows[:-1], replace(rows[-1], note=note)]
 
 
 def find_limit(
@@ -198,37 +160,111 @@ def find_limit(
     return good, True
 
 
-def sweep_method(
-    config: BenchConfig, method: str, tell: Callable[[str], None]
-) -> tuple[dict[str, Any], list[Row]]:
-    """Return the limit of one method, and a row for each point that was tried."""
-    points: list[Row] = []
+def sweep_method(config: BenchConfig, method: str) -> list[Row]:
+    """Return the limit of one method, and the rows of each point that was tried."""
+    assert config.sweep is not None
+    limit = config.memory_limit
+    if limit is None and config.torch_device.type == "cpu":
+        # An end before the system starts to swap.
+        limit = int(_SHARE_OF_MEMORY * (available_bytes(config.torch_device) or 0))
+        config = replace(config, memory_limit=limit)
+    points: dict[int, list[Row]] = {}
+    failed: dict[int, str] = {}
     is_batch = config.sweep == "batch"
 
     def fits(number: int) -> bool:
         rows, tokens = (number, config.seq_len) if is_batch else (1, number)
         setting = MicroBatch(num_rows=rows, num_tokens=tokens)
-        point = _row(run_point, config, setting, method)
-        points.append(point)
-        rate = point.get("sentences_per_second")
-        shown = "" if rate is None else f", {rate:.3g} sentences/s"
-        tell(f"{method}, {setting.label}: {point['status']}{shown}")
-        return bool(point["status"] == "measured")
+        try:
+            points[number] = run_in_child(run_point, config, setting, method)
+        except MemoryError as error:
+            failed[number] = str(error)
+        return number in points
 
-    limit, is_reached = find_limit(
+    most, is_reached = find_limit(
         fits,
         start=1 if is_batch else _FIRST_LENGTH,
         highest=config.sweep_max,
         precision=None if is_batch else _PRECISION,
     )
-    points.sort(key=lambda point: (point["num_rows"], point["num_tokens"]))
-    failed = next((p for p in points if p["status"] != "measured"), None)
-    found = {
-        "method": method,
-        "sweep": config.sweep,
-        "limit": limit,
-        "is_memory_the_limit": is_reached,
-        "next_failed": failed and failed["num_rows" if is_batch else "num_tokens"],
-        "reason": failed and failed["reason"],
+    note = f"`{method}`: {most:,} is the largest tried."
+    if is_reached:
+        of = "" if limit is None else f" of {bytes_text(limit)}"
+        next_one = min(failed)
+        note = f"`{method}`: memory{of} ended at {next_one:,} ({failed[next_one]})."
+    what, names = _LIMITS[config.sweep], {"method": method, "model": config.title}
+    setting = f"rows of {config.seq_len} tokens" if is_batch else "one row"
+    found = Row(what=what, value=most, setting=setting, note=note, **names)
+    return [found, *(row for _, rows in sorted(points.items()) for row in rows)]
+
+
+def write_page(result: dict[str, Any], folder: OwnedFolder) -> None:
+    """Write the Markdown page of a result, and its picture if there is something to draw."""
+    shown = tables(result)
+    parts = [f"# {result['model']}", source(result)]
+    parts.append("\n".join(f"- `{name}`: {what}" for name, what in result["methods"].items()))
+    for title, one in shown.items():
+        parts += [f"## {title}", "\n".join(one.markdown()), *one.notes]
+    parts += problems(result)
+    rows = [
+        row
+        for row in _rows(result)
+        if row.unit != "ratio" and (row.what in _DRAWN or row.unit == "sentences/s")
+    ]
+    if rows:
+        with folder.staged() as staging:
+            save_figure(plot(rows, ("setting",), ("method",)), staging / PICTURE_NAME)
+        parts.append(f"![{PICTURE_NAME}]({PICTURE_NAME})")
+    folder.write(REPORT_NAME, "\n\n".join(parts) + "\n")
+
+
+def _rows(result: dict[str, Any]) -> list[Row]:
+    """Return the rows by setting and method: pairs are timed in another order."""
+    rows, methods = [Row(**row) for row in result["rows"]], [*result["methods"]]
+    settings = [*dict.fromkeys(row.setting for row in rows)]
+
+    def place(row: Row) -> tuple[int, int]:
+        method = methods.index(row.method) if row.method in methods else len(methods)
+        return settings.index(row.setting), method
+
+    return sorted(rows, key=place)
+
+
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Return the tables of a result by their titles."""
+    groups: dict[str, list[Row]] = {}
+    for row in _rows(result):
+        groups.setdefault(_title_of(row), []).append(row)
+    order = [*_LIMITS.values(), _TIMES, _RATIOS, _NUMBERS, _KINDS]
+    return {
+        title: table(groups[title], ("setting", "method"), ("what",))
+        for title in order
+        if title in groups
     }
-    return found, points
+
+
+def _title_of(row: Row) -> str:
+    if row.unit == "ratio":
+        return _RATIOS
+    if row.what in _LIMITS.values():
+        return row.what
+    if row.what.startswith("kept by "):
+        return _KINDS
+    return _TIMES if row.unit in ("ms", "tokens/s", "sentences/s") else _NUMBERS
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """Return a sentence for each measurement that failed."""
+    return [f"Failed: {title}: {error}" for title, error in result["errors"].items()]
+
+
+def source(result: dict[str, Any]) -> str:
+    """Return where a result comes from, and what the other processes did at the worst."""
+    jobs = [*result["jobs"].values()]
+    last = max(jobs, key=lambda job: job["date"])
+    busy = max(job["noise"]["num_cores_of_others"] for job in jobs)
+    return (
+        f"`{result['command']}`{commit_text(last)} on {result['device']}, {last['date']}, seed "
+        f"{result['config']['seed']} ({versions_text(last['versions'])}). Other processes kept at "
+        f"most {busy} cores busy meanwhile."
+    )

@@ -5,17 +5,16 @@ import ctypes
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pacatune.names import guess
 from pacatune.reports.provenance import cpu_name
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
 
 # `torch.cuda.get_device_properties().total_memory` in GiB, as PyTorch's out-of-memory messages in
@@ -57,13 +56,16 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Notes moments in a device's work: by events on CUDA, where nothing waits to note one.
+    """Notes moments in a device's work.
 
-    Elsewhere it waits for the device each time, and reads the clock.
+    On CUDA by events, which the device notes when it comes to them: nothing waits for it but
+    `seconds`. Elsewhere each mark waits for the device, and reads the clock.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._device, self._clock = device, clock
         self._marks: list[Any] = []
 
     def mark(self) -> None:
@@ -74,7 +76,7 @@ class Stopwatch:
             self._marks.append(event)
         else:
             synchronize(self._device)
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._clock())
 
     def is_done(self) -> bool:
         """Whether the device has come to the last mark."""
@@ -104,7 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def available_bytes(device: torch.device) -> int | None:
     """Return how much memory is free, None where nobody says."""
     if device.type == "cpu":
-        return _read_kib(Path("/proc/meminfo"), "MemAvailable")
+        return int(psutil.virtual_memory().available)
     free = _try(torch.accelerator.get_memory_info, device)
     return None if free is None else int(free[0])
 
@@ -112,12 +114,11 @@ def available_bytes(device: torch.device) -> int | None:
 def limit_memory(num_bytes: int, device: torch.device) -> None:
     """Let this process take so much memory from now on (on an accelerator: in all), then fail."""
     if device.type == "cpu":
-        used = _read_kib(_STATUS, "VmData")
-        if used is None:
+        if sys.platform != "linux":
             raise ValueError("`memory_limit` on a CPU needs Linux; leave it out.")
         import resource  # not on every system
 
-        limit = used + num_bytes
+        limit = psutil.Process().memory_info().data + num_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         return
     module: Any = torch.get_device_module(device)
@@ -131,21 +132,25 @@ def limit_memory(num_bytes: int, device: torch.device) -> None:
 
 def peak_process_bytes() -> int:
     """Return the largest resident size that this process has had, or had since the last reset."""
-    # getrusage would count what the parent held when it started this process.
-    known = _read_kib(_STATUS, "VmHWM")
-    if known is not None:
-        return known
+    # Not getrusage on Linux: it counts what the parent held when it started this process.
+    if found := re.search(r"^VmHWM:\s+(\d+)", _status(), re.MULTILINE):
+        return int(found[1]) * 1024
     import resource  # not on every system
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _status() -> str:
+    path = Path("/proc/self/status")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def reset_peak_process_bytes() -> None:
     """Let `peak_process_bytes` start anew from what the process holds now, where Linux can."""
     # Elsewhere, and in sandboxes that forbid it, the peak stays that of the whole process.
     with contextlib.suppress(OSError):
-        _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 class PeakMemory:
@@ -156,9 +161,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._before = device, 0
-        if device.type == "cpu":
-            self._before = _read_kib(_STATUS, "VmRSS") or peak_process_bytes()
+        self._device, self._before = device, psutil.Process().memory_info().rss
 
     def reset(self) -> None:
         """Forget the peak so far, that of building the model for instance."""
@@ -169,22 +172,19 @@ class PeakMemory:
             ctypes.CDLL(None).malloc_trim(0)
             reset_peak_process_bytes()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return `peak_bytes`, what it was `peak_of`, and an allocator's `peak_reserved_bytes`."""
+    def to_dict(self) -> dict[str, int | None]:
+        """Return `peak_bytes` since the last reset, and `peak_reserved_bytes` of an allocator.
+
+        They are None where torch does not tell.
+        """
         if self._device.type == "cpu":
-            return {
-                "peak_bytes": peak_process_bytes() - self._before,
-                "peak_of": "resident set beyond that of the process before the model",
-            }
+            return {"peak_bytes": peak_process_bytes() - self._before}
         allocated = _try(torch.accelerator.max_memory_allocated, self._device)
         module: Any = torch.get_device_module(self._device)
         if allocated is None and hasattr(module, "max_memory_allocated"):
             allocated = module.max_memory_allocated(self._device)
-        return {
-            "peak_bytes": allocated,
-            "peak_reserved_bytes": _try(torch.accelerator.max_memory_reserved, self._device),
-            "peak_of": "the allocator" if allocated is not None else "nothing: torch does not tell",
-        }
+        reserved = _try(torch.accelerator.max_memory_reserved, self._device)
+        return {"peak_bytes": allocated, "peak_reserved_bytes": reserved}
 
 
 def _try(function: Any, device: torch.device) -> Any:
@@ -193,14 +193,6 @@ def _try(function: Any, device: torch.device) -> Any:
         return function(device)
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def _read_kib(path: Path, name: str) -> int | None:
-    """Return the bytes that a line of a file of the kernel states in KiB, None without it."""
-    if not path.is_file():
-        return None
-    found = re.search(rf"^{name}:\s+(\d+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def gpu_bytes(name: str) -> int:

@@ -9,6 +9,7 @@ from pacatune.measure.setting import Setting
 from pacatune.measure.simulate import FakeTraining, Measured
 from pacatune.measure.tracker import Category
 from pacatune.names import choose
+from pacatune.reports.rows import Row
 
 Quantity = Literal["seq_len", "batch_size", "rank"]
 
@@ -55,6 +56,16 @@ class Estimate:
         if self.high_bytes <= available_bytes:
             return "yes"
         return "perhaps" if self.low_bytes <= available_bytes else "no"
+
+    def rows(self, method: str) -> list[Row]:
+        """Return the parts of the peak, their sum, and what a device needs, in GiB."""
+        parts: dict[str, int] = {**self.measured.by_category, "peak": self.peak_bytes}
+        parts |= {"a device needs": self.low_bytes, "or as much as": self.high_bytes}
+        names = {"what": "memory", "method": method, "model": self.setting.model}
+        return [
+            Row(setting=part, value=number / 2**30, unit="GiB", origin="simulated", **names)
+            for part, number in parts.items()
+        ]
 
     def to_values(self) -> dict[str, Any]:
         """Return everything as plain values."""

@@ -6,11 +6,13 @@ method that trains has torch's AdamW over its trainable parameters only.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pacatune import lean
 from pacatune.measure.setting import row_of
 from pacatune.methods import Method, adapter_config, size_options
 
@@ -74,7 +76,7 @@ def adapt(
     method: str,
     *,
     rank: int,
-    dropout: float,
+    dropout: float = 0.0,
     seed: int,
     alpha: int | None = None,
     adapter_dtype: torch.dtype | None = None,
@@ -84,19 +86,32 @@ def adapt(
 ) -> Contender:
     """Make a model on its device a contender, in place and in training mode.
 
-    `method` is one of `setting.METHODS`, or `head` where there are heads, which every method but
-    `frozen` trains in full; `adapter_dtype` is that of what is trained, PEFT's choice if None.
+    This is the one way in which measurements adapt a model; `step.Step` times what it returns. A
+    form that is no method, such as columns swapped around every product, changes the layers of
+    `contender.model` afterwards.
+
+    Args:
+        model: With its weights.
+        method: One of `setting.METHODS`, or `head` where there are heads.
+        rank: Of every adapter.
+        dropout: Of methods that have one.
+        seed: Of the adapter's random values.
+        alpha: The rank if None.
+        adapter_dtype: Of what is trained; PEFT's choice if None.
+        targets: Names of modules to adapt, or `all-linear`; by default the linear layers of the
+            blocks.
+        heads: Modules that every method but `frozen` trains in full.
+        groups: PaCA's row groups.
     """
     model.requires_grad_(method == "full")
     row = row_of(method)
     if row is not None and row.has_adapter:
-        dropout = dropout if row.dropout is not None else 0.0
         model = add_adapter(
             model,
             row,
             rank=rank,
             alpha=alpha,
-            dropout=dropout,
+            dropout=dropout if row.dropout is not None else 0.0,
             targets=targets,
             heads=heads,
             seed=seed,
@@ -108,12 +123,8 @@ def adapt(
     elif row is not None:
         for name in heads:
             model.get_submodule(name).requires_grad_()
-    if method in ("paca-resident", "paca-transient"):
-        _fix_form(model, is_resident=method == "paca-resident")
-    if method == "paca-lean":
-        from pacatune import lean
-
-        lean.enable(model)
+    if change := _FORMS.get(method):
+        change(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Contender(method, model.train(), _make_optimizer(trained))
 
@@ -127,47 +138,43 @@ def _make_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer | None
         return torch.optim.AdamW(trained, lr=_LEARNING_RATE)
 
 
-def _fix_form(model: nn.Module, *, is_resident: bool) -> None:
-    """Let every layer of PaCA always, or never, write its columns into the weight."""
+def _always_write(model: nn.Module) -> None:
+    for layer in _layers_of_paca(model):
+        layer.forward = partial(_resident_forward, layer)
+
+
+def _never_write(model: nn.Module) -> None:
+    for layer in _layers_of_paca(model):
+        layer.residency.forbidden = "it is measured without"
+
+
+def _layers_of_paca(model: nn.Module) -> list[Any]:
     from pacatune.tuner.linear import Linear
 
-    make_forward = _resident_forward if is_resident else _transient_forward
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            cast(Any, layer).forward = make_forward(layer)
+    return [layer for layer in model.modules() if isinstance(layer, Linear)]
 
 
-def _resident_forward(layer: Any) -> Callable[[Tensor], Tensor]:
+def _resident_forward(layer: Any, x: Tensor) -> Tensor:
     from pacatune.ops.linear import apply_paca_linear, autocast
     from pacatune.residency import Pass
 
-    def forward(x: Tensor) -> Tensor:
-        residency, update = layer.residency, layer._single_update()
-        bias, source = dict.get(residency.parameters, "bias"), Pass(residency, *update)
+    update, bias = layer._single_update(), layer.base_layer.bias
+    source = Pass(layer.residency, *update)
 
-        def apply(weight: Tensor, is_resident: bool) -> Tensor:
-            if not is_resident:
-                raise RuntimeError(
-                    "method 'paca-resident': somebody holds the weight of a layer, so its columns "
-                    "cannot be written; measure paca instead."
-                )
-            y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, True, source)
-            return y
-
-        y = source.forward(apply)
-        assert y is not None
+    def apply(weight: Tensor, is_resident: bool) -> Tensor:
+        if not is_resident:
+            raise RuntimeError(
+                "method 'paca-resident': somebody holds the weight of a layer, so its columns "
+                "cannot be written; measure paca instead."
+            )
+        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, True, source)
         return y
 
-    return forward
+    return cast(Tensor, source.forward(apply))
 
 
-def _transient_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    from pacatune.ops.linear import apply_paca_linear, autocast
-
-    def forward(x: Tensor) -> Tensor:
-        residency, update = layer.residency, layer._single_update()
-        weight, bias = residency.find_weight(), dict.get(residency.parameters, "bias")
-        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, False)
-        return y
-
-    return forward
+_FORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "paca-resident": _always_write,
+    "paca-transient": _never_write,
+    "paca-lean": lean.enable,
+}

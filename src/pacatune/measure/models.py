@@ -3,7 +3,6 @@
 Everything is found out from the configuration; no code that comes with a model is ever executed.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,20 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.measure.presets import PRESETS, SIZES
+from pacatune import pretrained
+from pacatune.measure.presets import PRESETS
 from pacatune.measure.setting import check_sizes
-from pacatune.names import guess, nearest
-from pacatune.pretrained import (
-    bitsandbytes_config,
-    check_quantizable,
-    empty_model,
-    remote_code_error,
-)
+from pacatune.names import guess
+from pacatune.pretrained import bitsandbytes_config, check_quantizable, empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_MAX_CONFIG_BYTES = 2**22
 # Llama's proportions: the MLP is 8/3 as wide as the model, rounded up; 2-7B has 7.8 tokens per
 # channel.
 _ROUND_MLP_TO = 128
@@ -98,31 +92,37 @@ def load_config(model: str) -> "PreTrainedConfig":
     `model` is a name of `PRESETS`, a config.json, a folder that holds one, or a hub id, of which
     nothing but config.json is downloaded.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    values = find_values(model)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(**values)
-    except Exception as error:
-        # Each class validates in its own way, and with its own kind of exception.
-        raise ValueError(f"model {model}: transformers refuses its config.json: {error}") from error
-    return config
-
-
-def find_values(model: str) -> dict[str, Any]:
-    """Return the values of a preset or of a model's checked config.json."""
     if model in PRESETS:
-        return PRESETS[model].values
-    values = _read_values(model)
-    _check_origin(values, model)
-    _check_sizes(values, model)
-    _check_sizes(values.get("text_config") or {}, model)
-    return values
+        return cast("PreTrainedConfig", AutoConfig.for_model(**PRESETS[model].values))
+    file = Path(model).expanduser()
+    if not file.exists() and "/" not in model:
+        hint = guess(model.lower(), PRESETS, cutoff=0.4)
+        raise ValueError(
+            f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
+            "model folder or hub id."
+        )
+    try:
+        if file.is_file():
+            with pretrained.no_remote_code(model):
+                config = AutoConfig.from_pretrained(file, trust_remote_code=False)
+        else:
+            config = pretrained.load_config(model, option="model")
+    except StrictDataclassError as error:
+        raise ValueError(f"model {model}: transformers refuses its config.json: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model {model} is saved quantised; give the configuration of the original model, and "
+            "choose the quantisation here."
+        )
+    return config
 
 
 def load_values(model: str) -> dict[str, Any]:
     """Return the values of a model's configuration, as `load_config` finds it."""
-    return dict(load_config(model).to_dict())
+    return {k: v for k, v in load_config(model).to_dict().items() if k != "_name_or_path"}
 
 
 def make_config(values: dict[str, Any], max_length: int = 0) -> "PreTrainedConfig":
@@ -133,90 +133,6 @@ def make_config(values: dict[str, Any], max_length: int = 0) -> "PreTrainedConfi
     if getattr(config, "max_position_embeddings", max_length) < max_length:
         config.max_position_embeddings = max_length
     return config
-
-
-def _read_values(model: str) -> dict[str, Any]:
-    path = _find_file(model)
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; a config.json has at most "
-            f"{_MAX_CONFIG_BYTES}. Is it the right file?"
-        )
-    try:
-        # Not as strict as an adapter's files are read: some configurations hold Infinity.
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; it must be a JSON object.")
-    return values
-
-
-def _find_file(model: str) -> Path:
-    local = Path(model).expanduser()
-    if local.is_file():
-        return local
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise FileNotFoundError(f"{model} holds no config.json; give a model folder.")
-        return local / "config.json"
-    if model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1:
-        raise FileNotFoundError(f"{model} does not exist; give a config.json or a model folder.")
-    if model.count("/") != 1:
-        hint = guess(model.lower(), PRESETS, cutoff=0.4)
-        raise ValueError(
-            f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
-            "model folder or hub id."
-        )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, "config.json"))
-    except Exception as error:
-        # Offline, gated, missing, misspelled: huggingface_hub has a dozen kinds.
-        raise FileNotFoundError(
-            f"`model` ({model!r}) is neither a file or folder here nor a model of the hub that can "
-            f"be reached ({type(error).__name__}); check the path or the network."
-        ) from error
-
-
-def _check_origin(values: dict[str, Any], model: str) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = values.get("model_type")
-    if kind in CONFIG_MAPPING:
-        if values.get("quantization_config") is not None:
-            raise ValueError(
-                f"model {model} is saved quantised; give the configuration of the original model, "
-                "and choose the quantisation here."
-            )
-        return
-    if "auto_map" in values:
-        raise remote_code_error(model)
-    near = nearest(str(kind), CONFIG_MAPPING)
-    hint = "." if near is None else f"; did you mean {near!r}?"
-    raise ValueError(f"model {model}: `model_type` ({kind!r}) is unknown to transformers{hint}")
-
-
-def _check_sizes(values: dict[str, Any], model: str) -> None:
-    """Refuse sizes of which transformers would only fail in the middle of a step, or not at all."""
-    check_sizes({name: values.get(name) for name in SIZES}, f"model {model}: ")
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-    groups, dim = values.get("num_key_value_heads"), values.get("head_dim")
-    if heads and hidden and dim is None and hidden % heads:
-        raise ValueError(
-            f"model {model}: `hidden_size` ({hidden}) must be a multiple of `num_attention_heads` "
-            f"({heads}), or `head_dim` must be given."
-        )
-    if heads and groups and heads % groups:
-        raise ValueError(
-            f"model {model}: `num_attention_heads` ({heads}) must be a multiple of "
-            f"`num_key_value_heads` ({groups})."
-        )
-    if dim and dim % 2:
-        raise ValueError(
-            f"model {model}: `head_dim` ({dim}) must be even: rotary positions turn pairs."
-        )
 
 
 def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> "PreTrainedModel":

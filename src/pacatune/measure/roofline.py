@@ -12,13 +12,14 @@ peaks. Host time is left out, so small steps of eager PyTorch take longer than t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pacatune.measure.kernels import Kernel
 from pacatune.measure.setting import Setting
 from pacatune.measure.simulate import FakeTraining
 from pacatune.names import guess
+from pacatune.reports.rows import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,8 @@ GPU_RATES = {
 }
 
 MODEL = (
-    "step times are a roofline over the kernels of the simulated step, not a measurement: shares "
-    "of one method's step in another's are good to about 0.03 on an H100 and less elsewhere, times "
-    "to about 20 %; host time and communication are not in them."
+    "step times are a roofline over the kernels of the simulated step, not a measurement, and have "
+    "not been checked on a GPU; host time and communication are not in them."
 )
 _FEW_TOKENS = 800
 _HOST = (
@@ -99,21 +99,20 @@ class StepTime:
     """Bytes that kernels other than large products and attention move."""
     notes: tuple[str, ...] = ()
 
+    def rows(self, method: str) -> list[Row]:
+        """Return the step, between the rates of products, and its parts."""
+        names = {"what": "time", "method": method, "unit": "ms", "origin": "simulated"}
+        parts = self.by_kind_ms | {"between kernels, of these": self.launch_ms}
+        return [
+            Row(setting="step", value=self.ms, low=self.low_ms, high=self.high_ms, **names),
+            *(Row(setting=part, value=ms, **names) for part, ms in parts.items()),
+        ]
+
     def to_values(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return {
-            "step_ms": self.ms,
-            "low_ms": self.low_ms,
-            "high_ms": self.high_ms,
-            "by_kind_ms": self.by_kind_ms,
-            "launch_ms": self.launch_ms,
-            "num_launches": self.num_launches,
-            "tflop": self.tflop,
-            "gigabytes": self.gigabytes,
-            "origin": "roofline",
-            "model": MODEL,
-            "notes": list(self.notes),
-        }
+        values = {"step_ms": self.ms, **asdict(self), "origin": "roofline", "model": MODEL}
+        del values["ms"]
+        return values
 
 
 def estimate_time(setting: Setting, gpu: str) -> StepTime:

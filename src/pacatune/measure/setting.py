@@ -346,6 +346,24 @@ class Setting:
                 "with; set `num_gpus`."
             )
 
+    def about(self) -> str:
+        """Return what an answer is about: batch, length, dtypes, rank, optimizer, and the rest."""
+        parts = {
+            f"batch {self.batch_size} x {self.seq_len:,} tokens": True,
+            f"weights in {self.quantization or self.dtype}": True,
+            f"rank {self.rank} in {self.adapter_dtype}": self.row.has_adapter,
+            f"{self.groups} row groups": self.groups > 1,
+            f"dropout {self.dropout}": self.dropout,
+            "AdamW": True,
+            f"lean level {self.lean_level}": self.lean != "off",
+            f"{self.loss_kind} loss": True,
+            "checkpointed blocks": self.gradient_checkpointing,
+            "offloaded activations": self.activation_offloading,
+            f"{self.gradient_accumulation} micro-batches": self.gradient_accumulation > 1,
+            f"{self.sharding} on {self.num_gpus} devices": self.num_gpus > 1,
+        }
+        return ", ".join(part for part, is_said in parts.items() if is_said)
+
     @property
     def row(self) -> Method:
         """The method."""

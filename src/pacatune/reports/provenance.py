@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -122,22 +123,24 @@ class Noise:
 
     def to_dict(self) -> dict[str, Any]:
         """Return load averages at start and end, and how many cores others kept busy meanwhile."""
-        others, start = _seconds_of_others(), self._start
-        cores = None
-        if others is not None and self._others is not None:
-            cores = round((others - self._others) / (time.monotonic() - start), 2)
-        return {"load_average": [self._load_average, _load_average()], "num_cores_of_others": cores}
+        busy = (_seconds_of_others() - self._others) / (time.monotonic() - self._start)
+        averages = [self._load_average, _load_average()]
+        return {"load_average": averages, "num_cores_of_others": round(max(0.0, busy), 2)}
 
 
 def _load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _seconds_of_others() -> float | None:
-    """CPU seconds of all other processes, and of other virtual machines, since the start."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return None
-    ticks = [int(text) for text in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
-    idle = ticks[3] + ticks[4]  # idle and waiting for a disk
-    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - time.process_time()
+def _seconds_of_others() -> float:
+    """CPU seconds of all but this process and what it started, virtual machines among them."""
+    import psutil
+
+    times, own = psutil.cpu_times(), psutil.Process()
+    kinds = ("user", "nice", "system", "irq", "softirq", "steal")
+    total = sum(getattr(times, kind, 0.0) for kind in kinds)
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):  # it has just ended
+            # Those of children are of such as have ended.
+            total -= sum(process.cpu_times()[:4])
+    return total

@@ -373,34 +373,36 @@ def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> A
     Intervals are drawn. Returns a figure of matplotlib; see `reports.figures.save_figure`.
     """
     panels: dict[tuple[str, str], list[Row]] = {}
+    lines, series = dict[tuple[str, ...], None](), dict[tuple[str, ...], None]()
     for row in rows:
         panels.setdefault((row.what, row.unit), []).append(row)
-    most = max(len(group) for group in panels.values())
-    figure = new_figure(5.0 * len(panels), 1.4 + _INCHES_PER_BAR * most)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        lines[_key(row, index)] = series[_key(row, columns)] = None
+    figure = new_figure(4.2 * len(panels), 1.4 + _INCHES_PER_BAR * len(lines) * len(series))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, ((what, unit), group) in zip(grid, panels.items(), strict=True):
-        _draw(axes, group, index, columns)
+        for number, one in enumerate(series):
+            shift = (number - (len(series) - 1) / 2) * 0.8 / len(series)
+            own = {_key(r, index): r for r in group if _key(r, columns) == one}
+            places = [place + shift for place, line in enumerate(lines) if line in own]
+            bars = [own[line] for line in lines if line in own]
+            _draw(axes, places, bars, 0.8 / len(series), plain_text(", ".join(filter(None, one))))
         axes.set_xlabel(plain_text(", ".join(filter(None, (what, unit)))))
+        axes.set_yticks(range(len(lines)), [plain_text(", ".join(line)) for line in lines])
+        axes.margins(x=0.2)
+        if unit == "bytes":
+            axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
+            axes.locator_params(axis="x", nbins=4)
+    grid[0].invert_yaxis()
+    if len(series) > 1:
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize="small", loc="outside upper left", ncols=9)
     return figure
 
 
-def _draw(axes: Any, rows: list[Row], index: Sequence[str], columns: Sequence[str]) -> None:
-    lines = list(dict.fromkeys(_key(row, index) for row in rows))
-    series = list(dict.fromkeys(_key(row, columns) for row in rows))
-    height = 0.8 / len(series)
-    for number, one in enumerate(series):
-        group = [row for row in rows if _key(row, columns) == one]
-        shift = height * (number - (len(series) - 1) / 2)
-        places = [lines.index(_key(row, index)) + shift for row in group]
-        lows = [0.0 if row.low is None else row.value - row.low for row in group]
-        highs = [0.0 if row.high is None else row.high - row.value for row in group]
-        label = plain_text(", ".join(filter(None, one)))
-        values = [row.value for row in group]
-        bars = axes.barh(places, values, height, xerr=[lows, highs], label=label)
-        texts = [number_text(row.value, row.unit) for row in group]
-        axes.bar_label(bars, texts, fontsize="x-small", padding=2)
-    axes.set_yticks(range(len(lines)), [plain_text(", ".join(line)) for line in lines])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    if len(series) > 1:
-        axes.legend(fontsize="small")
+def _draw(axes: Any, places: list[float], rows: list[Row], height: float, label: str) -> None:
+    lows = [0.0 if row.low is None else row.value - row.low for row in rows]
+    highs = [0.0 if row.high is None else row.high - row.value for row in rows]
+    values = [row.value for row in rows]
+    bars = axes.barh(places, values, height, xerr=[lows, highs], label=label)
+    texts = [number_text(row.value, row.unit) for row in rows]
+    axes.bar_label(bars, texts, fontsize="x-small", padding=2)
