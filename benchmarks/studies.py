@@ -25,7 +25,7 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
         ends = {"low": mean - spread, "high": mean + spread}
         score = f"test {study['metric'].replace('_', ' ')}"
         yield Row(what=score, value=mean, unit=unit, each=each, **ends, **names)
-        edge = " at the edge of its grid" * arm["at_edge"]
+        edge = "at the edge of its grid" * arm["at_edge"]
         yield Row(
             what="rate", value=arm["learning_rate"], note=edge and f"{name}: {edge}.", **names
         )

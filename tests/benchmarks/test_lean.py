@@ -1,13 +1,12 @@
 """The benchmark of lean activations: a small run is complete, and counts what is kept."""
 
-import json
-
 import pytest
 
 from benchmarks import lean as benchmark
-from benchmarks.lean import check, count, formula_units, parse
+from benchmarks.lean import WHAT, count, formula_units, parse
 from benchmarks.lean_variants import VARIANTS
 from benchmarks.llama import Shape
+from benchmarks.results import read
 from pacatune import lean
 
 SHAPE = Shape(
@@ -31,44 +30,45 @@ def test_complete_result(tmp_path, capsys):
     options = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
     options += ["--tokens", "6", "--dtypes", "float32", "--methods", "paca", "lora"]
     benchmark.main(["--output", str(tmp_path), *options])
-    result = json.loads((tmp_path / "lean.json").read_text())
-    assert [row["method"] for row in result["counts"]] == ["paca"] * 8 + ["lora"] * 18
-    for row in result["counts"]:
-        assert row["units"] == pytest.approx(sum(row["units_by_module"].values()))
-    paca = {(r["variant"], r["is_padded"]): r["units"] for r in result["counts"][:8]}
+    rows = read("lean", tmp_path).rows
+    kept = {(row.method, row.setting): row.value for row in rows if row.what == WHAT}
+    padded = {(r.method, r.setting): r.value for r in rows if r.what == f"{WHAT}, padded"}
+    assert len(kept) == 6 + 2 * 7
     for level in (1, 2, 3):
-        assert paca[f"level {level}", False] == pytest.approx(formula_units(SHAPE, level))
+        assert kept["paca", f"level {level}"] == pytest.approx(formula_units(SHAPE, level))
     # One mask for all layers: a second layer keeps none.
-    assert paca["level 1", True] == pytest.approx(paca["level 1", False])
-    assert paca["plain", False] > 1.4 * paca["level 1", False]
-    assert paca["plain", True] > paca["plain", False]
-    lora = {r["variant"]: r["units"] for r in result["counts"][8:15]}
+    assert padded["paca", "level 1"] == pytest.approx(kept["paca", "level 1"])
+    assert kept["paca", "plain"] > 1.4 * kept["paca", "level 1"]
+    assert padded["paca", "plain"] > kept["paca", "plain"]
     # What both keep of rank 8 is the only difference.
-    assert lora["inputs"] == pytest.approx(paca["level 1", False], abs=7 * 8 * 2 / 64)
-    assert lora["checkpointed"] == paca["checkpointed", False] == pytest.approx(2)
-    assert {row["method"] for row in result["rows"]} == {"paca", "lora"}
-    assert {row["variant"] for row in result["rows"]} == set(VARIANTS)
-    assert all(row["step_ms"] > 0 for row in result["rows"])
-    targets = {ratio["variant"]: ratio["target"] for ratio in result["ratios"]}
-    assert (targets["level 1"], targets["level 2"], targets["inputs"]) == (1.02, 1.2, None)
-    assert "| paca" in capsys.readouterr().out
+    assert kept["lora", "inputs"] == pytest.approx(kept["paca", "level 1"], abs=7 * 8 * 2 / 64)
+    same = kept["lora", "checkpointed"] == kept["paca", "checkpointed"]
+    assert same
+    assert kept["paca", "checkpointed"] == pytest.approx(2)
+    ratios = [row for row in rows if row.unit == "ratio"]
+    assert {row.method for row in ratios} == {"paca", "lora"}
+    names = {
+        "level 1 / plain",
+        *(f"{v} / level 1" for v in VARIANTS if v not in ("plain", "level 1")),
+    }
+    assert {row.what for row in ratios} == names
+    assert all(row.low <= row.value <= row.high for row in ratios)
+    assert "level 2 / level 1" in capsys.readouterr().out
 
 
 def test_units_of_the_real_layer():
     """2 x 14 for gate and up, 4 for two norms, 5 for attention, and little else."""
     assert formula_units(benchmark.LAYER) == pytest.approx(23.05664)
-    for name, level in benchmark.LEVELS.items():
-        assert formula_units(benchmark.LAYER, level) < benchmark.MAX_UNITS[name]
+    for level, most in ((1, 23.5), (2, 9.1), (3, 6.1)):
+        assert formula_units(benchmark.LAYER, level) < most
 
 
 def test_something_else_that_is_kept_is_an_error(monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
-    row = count("paca", "float32", "level 1", False, SHAPE, 0)
-    check([row], SHAPE)
+    count("paca", "float32", "level 1", False, SHAPE, 0)
     monkeypatch.setattr(lean, "enable", lambda model, mode, level: None)
-    row = count("paca", "float32", "level 1", False, SHAPE, 0)
     with pytest.raises(RuntimeError, match="so something else is saved"):
-        check([row], SHAPE)
+        count("paca", "float32", "level 1", False, SHAPE, 0)
 
 
 def test_bad_options(capsys):

@@ -1,18 +1,19 @@
 """The benchmarks: small runs give complete results, and what they count and compare is right."""
 
 import itertools
-import json
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import distance, layer, step, tables
-from benchmarks.counts import check_bytes
+from benchmarks.counts import hold_bytes
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, adapt, all_methods
+from benchmarks.results import read
 from benchmarks.swap import SwapLinear
 from pacatune import PacaConfig
+from pacatune.measure.step import Step
 from pacatune.ops.reference import paca_linear
 from pacatune.tuner.linear import Linear
 
@@ -31,8 +32,7 @@ KINDS = {
 }
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
 BOTH = ["--dtypes", "float32", "bfloat16"]
-SUMMARY = {"step_ms", "step_ms_quartile_1", "step_ms_quartile_3", "step_ms_min"}
-NOISE = {"load_average", "num_cores_of_others"}
+BYTES = "kept for backward"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def step_result(tmp_path_factory):
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         options += ["--" + name.replace("_", "-"), str(getattr(SHAPE, name))]
     step.main(options)
-    return folder, json.loads((folder / "step.json").read_text())
+    return folder, read("step", folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,68 +51,66 @@ def layer_result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layer")
     options = ["--output", str(folder), "--tokens", "6", "--shapes", "32x16", "--num-layers", "3"]
     layer.main([*options, *QUICK, *BOTH])
-    return folder, json.loads((folder / "layer.json").read_text())
+    return folder, read("layer", folder)
 
 
-def by_method(result, **wanted):
-    rows = [r for r in result["rows"] if all(r[key] == value for key, value in wanted.items())]
-    return {row["method"]: row for row in rows}
+def numbers(result, what, **wanted):
+    """Method -> row of a quantity in one setting."""
+    rows = [row for row in result.rows if row.what == what]
+    return {row.method: row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())}
 
 
 def test_step_says_where_it_comes_from(step_result):
     _, result = step_result
-    assert result["command"].startswith("python -m benchmarks.step --output ")
-    assert result["device"].endswith("1 thread")
-    assert result["seed"] == 0
-    assert result["shape"]["hidden_size"] == HIDDEN
-    assert {"python", "pacatune", "torch", "transformers", "peft"} == set(result["versions"])
-    assert {"commit", "is_modified", "date", "cpu", "num_threads", "settings"} <= set(result)
-    assert result["peak_process_bytes"] > 0
+    made = result.provenance
+    assert made["command"].startswith("python -m benchmarks.step --output ")
+    assert made["device"].endswith("1 thread")
+    assert "seed 0" in made["how"]
+    assert {"python", "pacatune", "torch", "transformers", "peft"} <= set(made["versions"])
+    assert {"commit", "is_modified", "date", "cpu"} <= set(made)
+    assert f"hidden {HIDDEN}" in result.rows[0].model
 
 
 def test_step_measures_every_method_in_every_setting(step_result):
     _, result = step_result
     for dtype in ("float32", "bfloat16"):
-        for accumulation in (1, 3):
-            rows = by_method(result, dtype=dtype, accumulation=accumulation)
+        for times in ("", "3 x "):
+            rows = numbers(result, "step", setting=f"{times}6 tokens, {dtype}", unit="ms")
             assert list(rows) == list(all_methods())
-            for row in rows.values():
-                assert row["num_rounds"] == 2
-                assert row.keys() >= SUMMARY | NOISE
-                assert 0 < row["step_ms_min"] <= row["step_ms"]
+            assert all(row.n == 2 and 0 < row.low <= row.value <= row.high for row in rows.values())
 
 
 def test_step_compares_with_every_other_method(step_result):
     _, result = step_result
-    times = by_method(result, dtype="float32", accumulation=3)
-    ratios = [r for r in result["ratios"] if r["setting"] == "3 x 6 tokens, float32"]
-    assert [ratio["reference"] for ratio in ratios] == [m for m in all_methods() if m != "paca"]
-    for ratio in ratios:
-        expected = times["paca"]["step_ms"] / times[ratio["reference"]]["step_ms"]
-        assert ratio["ratio"] == pytest.approx(expected)
-        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
-        assert ratio["target"] is None  # there are targets for the standard settings only
+    setting = "3 x 6 tokens, float32"
+    times = numbers(result, "step", setting=setting, unit="ms")
+    ratios = numbers(result, "step", setting=setting, unit="ratio")
+    assert [*ratios] == [f"paca / {method}" for method in all_methods() if method != "paca"]
+    for name, ratio in ratios.items():
+        other = times[name.removeprefix("paca / ")]
+        assert ratio.value == pytest.approx(times["paca"].value / other.value)
+        assert ratio.low <= ratio.value <= ratio.high
 
 
 def test_step_says_where_the_distance_to_frozen_goes(step_result):
     folder, result = step_result
-    assert [row["setting"] for row in result["distance"]] == [
-        f"{times}6 tokens, {dtype}" for times in ("", "3 x ") for dtype in ("float32", "bfloat16")
-    ]
-    for row in result["distance"]:
-        steps = by_method(result, setting=row["setting"])
+    for dtype, idle in (("float32", "write"), ("bfloat16", "added products")):
+        setting = f"6 tokens, {dtype}"
+        steps = numbers(result, "step", setting=setting, unit="ms")
         assert "timed" not in steps
-        assert row["frozen_ms"] == steps["frozen"]["step_ms"]
-        assert row["distance_ms"] == steps["paca"]["step_ms"] - row["frozen_ms"]
-        parts = [row[f"{part}_ms"] for part in distance.PARTS]
-        assert sum(parts) + row["rest_ms"] == pytest.approx(row["distance_ms"])
+        parts = {
+            row.what.removeprefix("distance: "): row.value
+            for row in result.rows
+            if row.setting == setting and row.what.startswith("distance: ")
+        }
+        frozen = steps["frozen"].value
+        whole = parts.pop("in all")
+        assert whole == pytest.approx(100 * (steps["paca"].value - frozen) / frozen)
+        assert sum(parts.values()) == pytest.approx(whole)
         # Few tokens in float32 are not worth a write.
-        idle = "write" if row["dtype"] == "float32" else "added_products"
-        assert {part for part in distance.PARTS if row[f"{part}_ms"] == 0} == {idle}
-    lines = tables.table("distance", folder).splitlines()
-    assert lines[0].endswith(
-        "| in all | gather | thin product | write | added products | optimizer | rest |"
-    )
+        assert [part for part, value in parts.items() if value == 0] == [idle]
+    lines = tables.block("distance", folder).splitlines()
+    assert lines[0].startswith("| setting | distance: in all, % | distance: gather, % |")
     assert lines[2].startswith("| 6 tokens, float32 | ")
 
 
@@ -121,7 +119,8 @@ def test_clocks_count_every_part_once():
     batch = make_batch(7, SHAPE.vocab_size, seed=1)
     model = make_model(SHAPE, torch.float32, seed=3)
     ours = adapt(model, "paca", targets="all-linear", seed=0)
-    timed = distance.TimedStep(ours, batch, 2, clock=lambda: float(next(ticks)))
+    one = Step(contender=ours, batch=batch, accumulation=2, clock=lambda: float(next(ticks)))
+    timed = distance.TimedStep(one)
     timed()
     passes = len(KINDS) * NUM_LAYERS * 2
     assert timed.rounds == [
@@ -135,84 +134,59 @@ def test_clocks_count_every_part_once():
     ]
 
 
-def test_distance_of_an_older_result_is_missing(tmp_path):
-    (tmp_path / "step.json").write_text("{}")
-    assert tables.table("distance", tmp_path).startswith("Not measured yet")
-
-
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_step_bytes_are_the_formula(step_result, dtype, itemsize):
+    """Those of each kind of layer are held in the run."""
     _, result = step_result
-    rows = by_method(result, dtype=dtype, accumulation=1)
+    rows = numbers(result, BYTES, setting=f"6 tokens, {dtype}")
     per_layer = 6 * RANK * itemsize
-    assert rows["paca"]["saved_bytes_by_layer"] == dict.fromkeys(KINDS, NUM_LAYERS * per_layer)
-    assert rows["paca"]["saved_bytes_beyond_frozen"] == len(KINDS) * NUM_LAYERS * per_layer
-    assert rows["frozen"]["saved_bytes_by_layer"] == dict.fromkeys(KINDS, 0)
-    for kind, out_features in KINDS.items():  # x[..., indices], originals, adapted columns
-        expected = NUM_LAYERS * (6 + 2 * out_features) * RANK * itemsize
-        assert rows["swap"]["saved_bytes_by_layer"][kind] == expected
+    beyond = {method: row.value - rows["frozen"].value for method, row in rows.items()}
+    assert beyond["paca"] == len(KINDS) * NUM_LAYERS * per_layer
+    # x[..., indices], originals, adapted columns
+    swapped = (NUM_LAYERS * (6 + 2 * width) * RANK * itemsize for width in KINDS.values())
+    assert beyond["swap"] == sum(swapped)
 
 
 def test_step_counts_parameters_and_writes(step_result):
     _, result = step_result
-    num_trained = NUM_LAYERS * RANK * sum(KINDS.values())
-    for row in result["rows"]:
-        if row["method"] == "paca":
-            assert row["num_trainable_parameters"] == num_trained
-            assert row["column_writes_per_layer"] <= 2  # however many micro-batches
-        if row["method"] == "frozen":
-            assert row["num_trainable_parameters"] == 0
+    for row in result.rows:
+        if row.what == "trained parameters" and row.method in ("paca", "frozen"):
+            trained = NUM_LAYERS * RANK * sum(KINDS.values())
+            assert row.value == (trained if row.method == "paca" else 0)
+        if row.what == "column writes per layer":
+            assert row.value <= 2  # however many micro-batches
 
 
 def test_layer_measures_phases_and_bytes(layer_result):
     _, result = layer_result
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
-        rows = by_method(result, dtype=dtype)
-        assert list(rows) == list(METHODS)
-        assert rows["paca"]["saved_bytes"] == 3 * 6 * RANK * itemsize
-        assert rows["full"]["saved_bytes"] == 3 * 6 * 16 * itemsize
-        for row in rows.values():
-            assert row.keys() >= SUMMARY | NOISE
-            assert row["forward_us"] > 0
-            assert row["backward_us"] > 0
-            assert row["optimizer_us"] >= 0
+        setting = f"weight 32 x 16, 6 tokens, {dtype}"
+        kept = numbers(result, BYTES, setting=setting)
+        assert list(kept) == list(METHODS)
+        assert kept["paca"].value == 3 * 6 * RANK * itemsize
+        assert kept["full"].value == 3 * 6 * 16 * itemsize
+        for what in ("forward", "backward", "optimizer"):
+            times = numbers(result, what, setting=setting)
+            assert list(times) == list(METHODS)
+            assert all(row.unit == "us" and row.value >= 0 for row in times.values())
 
 
-@pytest.mark.parametrize("name", ["step", "layer"])
-def test_tables_are_made_of_the_results(request, name):
-    folder, result = request.getfixturevalue(f"{name}_result")
-    lines = tables.table(name, folder).splitlines()
-    assert lines[0].split(" | ")[1:] == [
-        *list(result["methods"])[:-1],
-        f"{[*result['methods']][-1]} |",
-    ]
-    assert lines[2].startswith(f"| {result['rows'][0]['setting']} | ")
-
-
-def test_table_of_ratios_is_printed(tmp_path, capsys):
+def test_ratios_are_printed(tmp_path, capsys):
     options = ["--output", str(tmp_path), "--tokens", "4", "--shapes", "8x8", "--num-layers", "1"]
     layer.main([*options, *QUICK, "--methods", "frozen", "paca", "--dtypes", "float32"])
     printed = capsys.readouterr().out
-    assert "| weight 8 x 8, 4 tokens, float32 | frozen" in printed
+    assert "step, paca / frozen" in printed
+    assert "weight 8 x 8, 4 tokens, float32" in printed
     assert "layer.json" in printed
 
 
 def test_paca_that_keeps_more_than_its_formula_is_refused():
-    rows = [
-        {"setting": "s", "method": "frozen", "saved_bytes": 100},
-        {
-            "setting": "s",
-            "method": "paca",
-            "saved_bytes": 164,
-            "saved_bytes_by_layer": {"q_proj": 64},
-            "formula_bytes_by_layer": {"q_proj": 64},
-        },
-    ]
-    check_bytes(rows)
-    assert rows[1]["saved_bytes_beyond_frozen"] == 64
-    for change in ({"saved_bytes": 165}, {"saved_bytes_by_layer": {"q_proj": 65}}):
-        with pytest.raises(RuntimeError, match=r"s: paca keeps .* N \* R \* itemsize gives"):
-            check_bytes([rows[0], rows[1] | change])
+    base = nn.Linear(16, 12).requires_grad_(False)
+    ours = Linear(base, "default", "name", PacaConfig(r=4), r=4, paca_alpha=8)
+    layers = {ours: "q_proj"}
+    hold_bytes({"q_proj": 5 * 4 * 4}, layers, 5, torch.float32)
+    with pytest.raises(RuntimeError, match=r"paca keeps .* N \* R \* itemsize gives"):
+        hold_bytes({"q_proj": 5 * 4 * 4 + 1}, layers, 5, torch.float32)
 
 
 @pytest.mark.parametrize("method", [m for m in all_methods() if m != "frozen"])
@@ -280,29 +254,20 @@ def test_quantised_step(tmp_path):
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         options += ["--" + name.replace("_", "-"), str(getattr(SHAPE, name))]
     step.main([*options, "--dtypes", "float32"])
-    result = json.loads((tmp_path / "step-nf4.json").read_text())
-    rows = {row["method"]: row for row in result["rows"]}
+    result = read("step-nf4", tmp_path)
+    rows = numbers(result, BYTES)
     assert list(rows) == list(step.QUANTISED_METHODS)
-    assert result["model"].endswith("nf4")
+    assert result.rows[0].model.endswith("nf4")
     kept = 6 * RANK * 4 * 7 * NUM_LAYERS
-    assert rows["paca"]["saved_bytes_beyond_frozen"] == kept
-    assert rows["lora"]["saved_bytes_beyond_frozen"] > kept
-
-
-def test_standard_settings_are_those_with_targets():
-    settings = step.choose_settings(step.parse(BOTH))
-    assert len(settings) == 2 * len(step.SETTINGS)
-    for setting in settings:
-        for targets in step.TARGETS.values():
-            assert (setting.num_tokens, setting.accumulation) in targets
-    assert settings[2].label == "4 x 16 tokens, float32"
+    assert rows["paca"].value - rows["frozen"].value == kept
+    assert rows["lora"].value - rows["frozen"].value > kept
 
 
 def test_given_settings_are_combined():
     options = ["--tokens", "8", "512", "--accumulation", "1", "2", "--dtypes", "float32"]
     settings = step.choose_settings(step.parse(options))
-    pairs = [(setting.num_tokens, setting.accumulation) for setting in settings]
-    assert pairs == [(8, 1), (8, 2), (512, 1), (512, 2)]
+    assert settings == [(n, k, "float32") for n in (8, 512) for k in (1, 2)]
+    assert len(step.choose_settings(step.parse(BOTH))) == 2 * len(step.SETTINGS)
 
 
 def test_compiled_compares_with_lora_alone():

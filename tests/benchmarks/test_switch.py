@@ -1,12 +1,11 @@
 """The benchmark of switching adapters: a small run is complete, and its counts are exact."""
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import switch, tables
 from benchmarks.layer import Setting
+from benchmarks.results import read
 from pacatune import resident
 
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
@@ -16,18 +15,19 @@ SETTING = Setting(out_features=8, in_features=16, num_tokens=3, dtype="float32",
 def test_small_run_measures_and_counts(tmp_path, capsys):
     options = ["--output", str(tmp_path), "--tokens", "6", "--shapes", "32x16", "--num-layers", "3"]
     switch.main([*options, *QUICK, "--dtypes", "float32", "bfloat16"])
-    result = json.loads((tmp_path / "switch.json").read_text())
-    assert result["command"].startswith("python -m benchmarks.switch --output ")
-    assert [(row["dtype"], row["method"]) for row in result["rows"]] == [
-        (dtype, method) for dtype in ("float32", "bfloat16") for method in ("paca", "lora")
-    ]
-    for row in result["rows"]:
-        assert row["column_writes_per_layer"] == 0
-        assert min(row[name] for name in ("set_adapter_us", "first_forward_us", "forward_us")) > 0
-        assert row["num_rounds"] == 2
-    assert [ratio["reference"] for ratio in result["ratios"]] == ["lora", "lora"]
-    assert "| weight 32 x 16, 6 tokens, bfloat16 | lora" in capsys.readouterr().out
-    assert tables.table("switch", tmp_path).splitlines()[0].endswith("| paca | lora |")
+    rows = read("switch", tmp_path).rows
+    writes = [row for row in rows if row.what == "column writes per layer"]
+    assert [row.method for row in writes] == ["paca", "lora"] * 2
+    assert {row.value for row in writes} == {0}
+    for what in ("step", "set adapter", "first forward", "forward"):
+        times = [row for row in rows if row.what == what and row.unit != "ratio"]
+        assert len(times) == 4
+        assert all(row.value > 0 and row.n == 2 for row in times)
+    ratios = [row for row in rows if row.unit == "ratio"]
+    assert [row.method for row in ratios] == ["paca / lora"] * 2
+    assert "weight 32 x 16, 6 tokens, bfloat16" in capsys.readouterr().out
+    first = tables.block("switch", tmp_path).splitlines()[0]
+    assert first == "| setting | paca, ms | paca / lora |"
 
 
 @pytest.mark.parametrize("method", switch.COMPARED)

@@ -1,8 +1,7 @@
 """The benchmark of syncs: a small run is complete, and its sizes are what they must be."""
 
-import json
-
 from benchmarks import sync, tables
+from benchmarks.results import read
 
 SMALL = ["--hidden-size", "64", "--intermediate-size", "128", "--num-layers", "1"]
 SMALLER = ["--num-heads", "4", "--num-groups", "2", "--vocab-size", "100", "--rank", "2"]
@@ -11,20 +10,20 @@ SHORT = ["--rounds", "1", "--cycles", "20", "--learning-rate", "1e-4"]
 
 def test_a_small_run(tmp_path):
     sync.main(["--output", str(tmp_path), *SMALL, *SMALLER, *SHORT])
-    result = json.loads((tmp_path / "sync.json").read_text())
-    rows = {row["method"]: row for row in result["rows"]}
+    rows = read("sync", tmp_path).rows
+    found = {(row.what, row.method, row.model): row.value for row in rows}
     outputs = 64 + 2 * 32 + 64 + 2 * 128 + 64
-    assert rows["paca"]["bytes"] == rows["paca"]["kept_bytes"] == outputs * 2 * 2
-    assert rows["paca"]["positions_bytes"] == 7 * 2 * 8
-    assert rows["full"]["bytes"] == rows["lora"]["bytes"] > rows["lora-adapter"]["bytes"]
-    assert 0 < result["changed_share"] < 1
-    sizes = {(row["model"], row["method"]): row["bytes"] for row in result["computed"]}
-    assert sizes["llama3-8b", "paca"] == 2 * 2 * 43008 * 32
-    assert sizes["llama3.1-70b", "full"] == 2 * 70_553_706_496
-    lora, paca = result["drift"]
-    assert lora["changed_elements"] > 0
-    assert paca["changed_elements"] == paca["drift_of_mean"] == 0
-    text = tables.table("sync", tmp_path)
-    assert "| PaCA's columns | " in text
-    assert "PaCA's in 0." in text
+    sent = {method: found[sync.SENT, method, sync.SMALL] for method in sync.METHODS}
+    assert sent["paca"] == found["kept by the receiver", "paca", sync.SMALL] == outputs * 2 * 2
+    assert found["positions, once", "paca", sync.SMALL] == 7 * 2 * 8
+    assert sent["full"] == sent["lora"] > sent["lora-adapter"]
+    assert 0 < found["changed by a step", "elements", ""] < 100
+    assert found[sync.SENT, "paca", "llama3-8b"] == 2 * 2 * 43008 * 32
+    assert found[sync.SENT, "full", "llama3.1-70b"] == 2 * 70_553_706_496
+    changed = "changed elements of the base"
+    assert found[changed, "lora", ""] > 0
+    assert found[changed, "paca", ""] == found["mean change", "paca", ""] == 0
+    text = tables.block("sync", tmp_path)
+    assert "`paca`: PaCA's columns." in text
     assert text.endswith("wrote `benchmarks/results/sync.json`.")
+    assert "| paca | 0.00 | 0.00 |" in tables.block("sync-drift", tmp_path)
