@@ -73,7 +73,6 @@ bench: setup-dev
 	$(RUN) -m benchmarks.layer $(ARGS)
 	$(RUN) -m benchmarks.step $(ARGS)
 	$(RUN) -m benchmarks.switch $(ARGS)
-	$(RUN) -m benchmarks.vision $(ARGS)
 	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.tables
 

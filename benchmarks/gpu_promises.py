@@ -24,6 +24,7 @@ from transformers import masking_utils
 from benchmarks import kernels
 from benchmarks.llama import Shape, make_model
 from benchmarks.methods import OURS, adapt
+from benchmarks.results import read
 from pacatune.measure.device import PeakMemory
 from pacatune.measure.estimate import estimate_memory
 from pacatune.measure.gpu_kernels import replace_until
@@ -320,8 +321,8 @@ def _hold_launches(frozen: Found, ours: Found) -> None:
 
 
 def _committed_counts(methods: Iterable[str]) -> list[Found]:
-    rows = json.loads((kernels.RESULTS / "kernels.json").read_text(encoding="utf-8"))["rows"]
-    return [row for row in rows if row["method"] in methods and not row["is_lean"]]
+    rows = read("kernels").rows
+    return [one.to_dict() for one in rows if one.method in methods and one.setting == "eager"]
 
 
 def _profiled_layer(make: Callable[..., Contender]) -> Found:

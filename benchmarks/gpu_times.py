@@ -7,7 +7,6 @@ events on CUDA, and by the clock elsewhere. Ratios are those of the medians.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,19 +19,21 @@ from benchmarks.gpu_promises import SEED, SMALL, Found, backend_on, free, hold
 from benchmarks.lean import LAYER
 from benchmarks.llama import Shape, make_model
 from benchmarks.methods import DROPOUT, OURS, RANK, SWAP, adapt
+from benchmarks.results import counted, take_turns
 from pacatune import lean
 from pacatune.lean import fused
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import Stopwatch
-from pacatune.measure.methods import Contender
 from pacatune.measure.methods import adapt as adapt_measured
 from pacatune.measure.models import loss_of, loss_of_graph, make_batch
-from pacatune.measure.setting import quantization_of
-from pacatune.measure.timing import alternate, compare, summarize
+from pacatune.measure.setting import MicroBatch, quantization_of
+from pacatune.measure.step import Step
+from pacatune.measure.timing import alternate, summarize
+from pacatune.reports.rows import Row
 
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")
 QUANTISED = ("qpaca", "qlora")
-REFERENCES = {OURS: ("frozen", SWAP, "lora", "lora_dropout", "dora"), "qpaca": ("qlora",)}
+PAIRS = [(OURS, other) for other in METHODS if other != OURS] + [QUANTISED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Sizes:
     """Rows and columns of the matrices that are multiplied."""
     copied_bytes: int
     num_launches: int
+    min_rounds: int = 3
+    seed: int = SEED
 
 
 GPU = Sizes(
@@ -113,11 +116,16 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     return watch.seconds()[0]
 
 
-def _contender(
-    method: str, shape: Shape, device: torch.device, adapter_dtype: torch.dtype
-) -> Contender:
+def _step(
+    method: str,
+    shape: Shape,
+    batch: Tensor,
+    adapter_dtype: torch.dtype = torch.bfloat16,
+    loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
+) -> Step:
+    """Return a method's step on a model of its own in bfloat16; finer adapters run in autocast."""
     quantization = quantization_of(method) if method in QUANTISED else None
-    model = make_model(shape, torch.bfloat16, SEED, quantization, device)
+    model = make_model(shape, torch.bfloat16, SEED, quantization, batch.device)
     if quantization is None:
         contender = adapt(model, method, targets="all-linear", seed=SEED)
     else:
@@ -125,114 +133,75 @@ def _contender(
     for parameter in contender.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
-    return contender
+    autocast = None if adapter_dtype is torch.bfloat16 else torch.bfloat16
+    return Step(contender=contender, batch=batch, loss=loss, autocast=autocast)
 
 
-def _step(
-    contender: Contender,
-    batch: Tensor,
-    is_mixed: bool,
-    loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
-) -> None:
-    autocast = torch.autocast(batch.device.type, torch.bfloat16) if is_mixed else nullcontext()
-    with autocast:
-        value = loss(contender.model, batch)
-    value.backward()
-    if contender.optimizer is not None:
-        contender.optimizer.step()
-        contender.optimizer.zero_grad()
+def _times(
+    steps: Mapping[str, Step], pairs: Iterable[tuple[str, str]], sizes: Sizes, setting: str
+) -> list[Row]:
+    """Return rows of each step and of the ratios of pairs that are there."""
+    runs: Any = {name: step.seconds for name, step in steps.items()}
+    known = [pair for pair in pairs if steps.keys() >= {*pair}]
+    rows, _ = take_turns(runs, sizes, pairs=known, setting=setting)
+    return rows
 
 
-def _take_turns(
-    runs: Mapping[str, Callable[[], Any]],
-    references: Mapping[str, Iterable[str]],
-    device: torch.device,
-    sizes: Sizes,
-    setting: Found,
-) -> tuple[list[Found], list[Found]]:
-    """Return a row for each contender, and a ratio for each pair."""
-    times = alternate(
-        {name: partial(timed, run, device) for name, run in runs.items()},
-        seconds=sizes.seconds,
-        min_rounds=3,
-        num_warmup=sizes.warmup,
-    )
-    rows = [
-        {**setting, "method": name, "num_rounds": len(seconds)}
-        | summarize([1e3 * second for second in seconds], "step_ms")
-        for name, seconds in times.items()
-    ]
-    ratios = [
-        {**setting, "method": ours, "reference": other}
-        | compare(times[ours], times[other], seed=SEED)
-        for ours, others in references.items()
-        for other in others
-        if ours in times and other in times
-    ]
-    return rows, ratios
+def _found(rows: list[Row], **more: Any) -> Found:
+    return {**more, "rows": [row.to_dict() for row in rows]}
+
+
+def _batch(sizes: Sizes, size: tuple[int, int], device: torch.device) -> tuple[Tensor, str]:
+    """Return tokens, and what they are called."""
+    label = MicroBatch(num_rows=size[0], num_tokens=size[1]).label
+    return make_batch(*size, sizes.shape.vocab_size, SEED).to(device), label
 
 
 def measure_steps(device: torch.device, sizes: Sizes) -> Found:
     """Time training steps of the methods, with adapters in both dtypes."""
     methods = [*METHODS, *(QUANTISED if find_spec("bitsandbytes") is not None else ())]
-    rows: list[Found] = []
-    ratios: list[Found] = []
+    rows: list[Row] = []
     for dtype in (torch.bfloat16, torch.float32):
-        contenders = [_contender(name, sizes.shape, device, dtype) for name in methods]
-        for num_rows, num_tokens in sizes.batches:
-            batch = make_batch(num_rows, num_tokens, sizes.shape.vocab_size, SEED).to(device)
-            is_mixed = dtype is torch.float32
-            runs = {c.method: partial(_step, c, batch, is_mixed) for c in contenders}
-            setting = {
-                "adapter_dtype": str(dtype).removeprefix("torch."),
-                "num_rows": num_rows,
-                "num_tokens": num_tokens,
-            }
-            found = _take_turns(runs, REFERENCES, device, sizes, setting)
-            rows, ratios = rows + found[0], ratios + found[1]
-        del contenders, runs
+        batch, _ = _batch(sizes, sizes.batches[0], device)
+        steps = {name: _step(name, sizes.shape, batch, dtype) for name in methods}
+        for size in sizes.batches:
+            batch, label = _batch(sizes, size, device)
+            own = {name: replace(step, batch=batch) for name, step in steps.items()}
+            name = str(dtype).removeprefix("torch.")
+            rows += _times(own, PAIRS, sizes, f"{label}, {name} adapters")
+        del steps, own
         free(device)
-    return {"methods": methods, "rows": rows, "ratios": ratios}
+    return _found(rows, methods=methods)
 
 
 def measure_lean(device: torch.device, sizes: Sizes) -> Found:
     """Time steps with lean activations and without, and count what a layer keeps."""
     shape = replace(sizes.shape, num_hidden_layers=min(2, sizes.shape.num_hidden_layers))
-    num_rows, num_tokens = sizes.batches[0]
-    batch = make_batch(num_rows, num_tokens, shape.vocab_size, SEED).to(device)
-    rows: list[Found] = []
-    ratios: list[Found] = []
+    batch, label = _batch(sizes, sizes.batches[0], device)
+    rows: list[Row] = []
     failed_before = set(fused._failed)
     for method in (OURS, "lora"):
-        plain, saving = (_contender(method, shape, device, torch.bfloat16) for _ in range(2))
-        lean.enable(saving.model, mode="require")
-        both = {method: plain, f"{method} lean": saving}
-        runs = {name: partial(_step, c, batch, False) for name, c in both.items()}
-        pairs = {f"{method} lean": [method]}
-        found = _take_turns(runs, pairs, device, sizes, {"num_tokens": num_tokens})
-        for row in found[0]:
-            with SavedBytes(both[row["method"]].model) as saved:
-                loss = loss_of(both[row["method"]].model, batch)
+        both = {method: _step(method, shape, batch), f"{method} lean": _step(method, shape, batch)}
+        lean.enable(both[f"{method} lean"].contender.model, mode="require")
+        rows += _times(both, [(f"{method} lean", method)], sizes, label)
+        for name, step in both.items():
+            with SavedBytes(step.contender.model) as saved:
+                loss = step.forward()
             del loss
-            row["saved_bytes"] = saved.num_bytes
-        rows, ratios = rows + found[0], ratios + found[1]
+            rows.append(counted("kept for backward", name, saved.num_bytes, "bytes", setting=label))
     failed = ", ".join(function.__name__ for function in fused._failed - failed_before)
     hold(not failed, f"lean kernels could not be compiled: {failed}")
-    return {"rows": rows, "ratios": ratios}
+    return _found(rows)
 
 
 def measure_compiled(device: torch.device, sizes: Sizes) -> Found:
     """Time steps of compiled models."""
     shape = replace(sizes.shape, num_hidden_layers=min(2, sizes.shape.num_hidden_layers))
-    num_rows, num_tokens = sizes.batches[0]
-    batch = make_batch(num_rows, num_tokens, shape.vocab_size, SEED).to(device)
-    runs = {}
+    batch, label = _batch(sizes, sizes.batches[0], device)
     torch.compiler.reset()
-    for method in ("frozen", OURS, "lora"):
-        contender = _contender(method, shape, device, torch.bfloat16)
-        contender.model.compile(dynamic=False, backend=backend_on(device))
-        runs[method] = partial(_step, contender, batch, False, loss_of_graph)
-    setting = {"num_rows": num_rows, "num_tokens": num_tokens}
-    rows, ratios = _take_turns(runs, REFERENCES, device, sizes, setting)
+    steps = {m: _step(m, shape, batch, loss=loss_of_graph) for m in ("frozen", OURS, "lora")}
+    for step in steps.values():
+        step.contender.model.compile(dynamic=False, backend=backend_on(device))
+    rows = _times(steps, PAIRS, sizes, label)
     torch.compiler.reset()
-    return {"backend": backend_on(device), "rows": rows, "ratios": ratios}
+    return _found(rows, backend=backend_on(device))

@@ -167,7 +167,7 @@ Run = Callable[[], "float | Sequence[float]"]
 
 def take_turns(
     runs: Mapping[str, Run],
-    args: argparse.Namespace,
+    args: Any,
     *,
     phases: Sequence[str] = (),
     num_of_step: int | None = None,
@@ -178,7 +178,7 @@ def take_turns(
 
     Args:
         runs: Method -> what makes a round and returns its seconds, or those of each of `phases`.
-        args: Seconds, rounds and seed.
+        args: Has `seconds`, `min_rounds`, `warmup` and `seed`.
         phases: Names of the phases, whose medians are rows in microseconds.
         num_of_step: How many of the phases, from the first, are the step; by default all.
         pairs: Methods whose steps are compared; by default ours with each other one.

@@ -35,7 +35,6 @@ PARTS = {
         "docs/evaluate.md",
         "docs/memory.md",
         "docs/mt_bench.md",
-        "docs/reproduce.md",
     ),
     "processes": ("docs/distributed.md", "docs/vllm.md"),
 }
