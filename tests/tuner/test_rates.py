@@ -512,11 +512,3 @@ class TestRankStabilised:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["paca_alpha"], config["r"]) == ("PACA", 12.0, 4)
         assert config["alpha_pattern"] == {}
-
-    def test_a_budget_keeps_the_scale_of_the_rank_before(self):
-        from pacatune.selection.budget import concentrate_ranks
-
-        base = nn.ModuleDict({"q_proj": nn.Linear(16, 8), "up_proj": nn.Linear(16, 8)})
-        options = {"r": 4, "paca_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
-        config = concentrate_ranks(base, PacaConfig(use_rslora=True, **options), "mlp")
-        assert (config.r, config.paca_alpha / config.r, config.use_rslora) == (8, 3.0, False)
