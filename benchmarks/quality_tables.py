@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import collect, quality_verdict
-from benchmarks.selection_tables import BETTER, WORSE, forgetting_lines, rates_lines, verdict
+from benchmarks.selection_tables import BETTER, WORSE, verdict
 from pacatune.reports.tables import table_lines
 
 MODELS = ("smollm2", "minilm", "dinov2", "efficientnet")
@@ -16,21 +16,13 @@ Studies = dict[str, dict[str, Any]]
 
 def table(kind: str, results: Path) -> str:
     """Return one of the Markdown tables."""
-    tables = {
-        "scores": _scores,
-        "verdicts": quality_verdict.report,
-        "rates": lambda studies: rates_lines(studies, quality_verdict.REFERENCE),
-        "forgetting": lambda studies: forgetting_lines(studies, quality_verdict.REFERENCE),
-        "bytes": _bytes,
-    }
-    if kind not in (*tables, TRANSFER):
-        known = ", ".join((*tables, TRANSFER))
-        raise ValueError(f"no table {kind!r} of the quality study; there are {known}.")
     studies = read_studies(results)
+    if not studies:
+        return "None yet."
     if kind == TRANSFER:
-        return "\n".join(_transfer(studies[TRANSFER])) if TRANSFER in studies else "None yet."
+        return "\n".join(_transfer(studies[TRANSFER]))
     models = {name: studies[name] for name in MODELS if name in studies}
-    return "\n".join(tables[kind](models)) if models else "None yet."
+    return "\n".join({"scores": _scores, "forgetting": _forgetting}[kind](models))
 
 
 def read_studies(results: Path) -> Studies:
@@ -62,20 +54,11 @@ def _score(study: dict[str, Any], arm: str) -> str:
     return f"**{text}**" if outcome == BETTER else f"*{text}*" if outcome == WORSE else text
 
 
-def _bytes(studies: Studies) -> list[str]:
-    """A line per arm: trained parameters, and bytes kept for backward by a step's median."""
-    arms = dict.fromkeys(name for study in studies.values() for name in study["arms"])
-    rows = [[f"`{arm}`", *(_size(study, arm) for study in studies.values())] for arm in arms]
-    titles = (f"`{name}`: parameters, MB" for name in studies)
-    return table_lines(["trained, and kept for backward", *titles], rows)
-
-
-def _size(study: dict[str, Any], arm: str) -> str:
-    found = study["arms"].get(arm)
-    if found is None or found["saved_activation_bytes"] is None:
-        return ""
-    kept = found["saved_activation_bytes"] / 1e6
-    return f"{found['num_trainable_parameters']:,}, {kept:,.1f}"
+def _forgetting(studies: Studies) -> list[str]:
+    """A line per arm: the rise of the loss on general text, where it was measured."""
+    text = studies["smollm2"]["arms"]
+    rows = [[f"`{name}`", f"{arm['forgetting']:+.4f}"] for name, arm in text.items()]
+    return table_lines(["rise of the loss on general text", "`smollm2`"], rows)
 
 
 def _transfer(study: dict[str, Any]) -> list[str]:

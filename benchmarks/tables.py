@@ -52,7 +52,7 @@ def table(name: str, results: Path = RESULTS) -> str:
     if name.startswith("reproduce-"):
         return reproduce_tables.table(name.removeprefix("reproduce-"), results)
     if name.startswith("selection-"):
-        return selection_tables.table(name.removeprefix("selection-"), results)
+        return selection_tables.table(results)
     if name.startswith("quality-"):
         return quality_tables.table(name.removeprefix("quality-"), results)
     if name in lean_tables.NAMES:

@@ -1,6 +1,7 @@
 """Results as cells compute them, with numbers to be found again in reports."""
 
 from pacatune.experiments.reproduce import EXPERIMENTS
+from pacatune.paper import TABLES
 
 METHODS_OF_BENCH = ("paca", "lora", "lora_dropout", "dora", "moslora", "full", "qpaca", "qlora")
 STEP_MS = {"paca": 80.0, "lora": 100.0, "lora_dropout": 110.0, "dora": 200.0, "moslora": 105.0}
@@ -125,14 +126,6 @@ def made_up(name, mode):
             found[key]["num_steps"] = 600
         else:
             table = key.removeprefix("full-")
-            row = next(r for r in _rows(name) if r.key == table)
+            row = next(r for r in TABLES[name].rows if r.key == table)
             found[key] = full_result(name, row)
     return found
-
-
-def _rows(name):
-    from pacatune.experiments.reproduce import instruction
-    from pacatune.paper import TABLES
-
-    more = instruction.MORE_STRATEGIES if name == "table5" else ()
-    return (*TABLES[name].rows, *more)

@@ -5,7 +5,6 @@ had offline, so what is compared there is the loss on held-out answers.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,19 +244,12 @@ TABLE_3_EXPERIMENT = _experiment(
     ),
 )
 
-# Beyond the paper's four strategies: columns by activations, which need forward passes only.
-MORE_STRATEGIES = tuple(
-    Row(model=MODEL, method="paca", rank=64, variant=variant, values={})
-    for variant in ("activation", "weight_activation")
-)
 TABLE_5_EXPERIMENT = _experiment(
-    replace(TABLE_5, rows=(*TABLE_5.rows, *MORE_STRATEGIES)),
+    TABLE_5,
     title=lambda row: row.title,
     about=(
         "PaCA trains a few columns of each weight. Which ones? The paper compares columns at "
         "random (with two seeds), those of the largest norm, and those that had the largest "
         "gradients in 100 batches, and finds no noticeable difference.",
-        "Two more strategies are tried here that the paper has not: columns whose inputs are "
-        "largest, and columns with the largest product of norm and input.",
     ),
 )
