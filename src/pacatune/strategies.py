@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,12 @@ __all__ = [
     "FIXED",
     "KINDS",
     "Strategy",
+    "check_known",
     "needs_of",
     "random_columns",
     "register_strategy",
     "seed_for",
     "select_columns",
-    "statistics_of",
     "strategies",
 ]
 
@@ -41,12 +41,8 @@ KINDS = ("gradient", "activation")
 """The statistics that `collect_statistics` can gather: sums of squares by column, (I,)."""
 
 
-class _Entry(NamedTuple):
-    function: Strategy
-    needs: tuple[str, ...]
-
-
-_STRATEGIES: dict[str, _Entry] = {}
+# Name -> function, and what it needs.
+_STRATEGIES: dict[str, tuple[Strategy, tuple[str, ...]]] = {}
 
 
 def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
@@ -73,7 +69,7 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
             raise ValueError(
                 f"`name` ({name!r}) is already a selection strategy; choose another one."
             )
-        _STRATEGIES[name] = _Entry(function, tuple(needs))
+        _STRATEGIES[name] = function, tuple(needs)
         return function
 
     return register
@@ -95,12 +91,7 @@ def needs_of(strategy: str) -> tuple[str, ...]:
             f"`selection` ({strategy!r}) must be one of {strategies()}, or a dictionary of module "
             "names and columns."
         )
-    return _STRATEGIES[strategy].needs
-
-
-def statistics_of(strategy: str) -> tuple[str, ...]:
-    """Return the kinds of statistics that a strategy needs, none if it chooses without data."""
-    return tuple(kind for kind in needs_of(strategy) if kind != "weight")
+    return _STRATEGIES[strategy][1]
 
 
 def seed_for(random_seed: int | None, name: str, group: int = 0) -> int:
@@ -172,10 +163,10 @@ def select_columns(
     import torch
 
     statistics = statistics or {}
-    _check_inputs(strategy, weight, statistics)
+    check_known(f"`selection` ({strategy!r})", needs_of(strategy), weight, statistics)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        indices = _STRATEGIES[strategy].function(weight, statistics, rank, generator)
+        indices = _STRATEGIES[strategy][0](weight, statistics, rank, generator)
     indices = indices.detach().to("cpu", torch.int64).sort().values
     in_features = weight.shape[1]
     is_valid = (
@@ -191,18 +182,20 @@ def select_columns(
     return indices
 
 
-def _check_inputs(strategy: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> None:
-    missing = [kind for kind in statistics_of(strategy) if kind not in statistics]
+def check_known(
+    option: str, needs: tuple[str, ...], weight: Tensor, statistics: Mapping[str, Tensor]
+) -> None:
+    """Refuse an option that looks at what is not there."""
+    missing = [kind for kind in needs if kind != "weight" and kind not in statistics]
     if missing:
         raise ValueError(
-            f"`selection` ({strategy!r}) needs statistics of the kind {' and '.join(missing)}: "
-            "collect them with pacatune.selection.collect_statistics and choose with "
-            "choose_columns, before the adapter is made."
+            f"{option} needs statistics of the kind {' and '.join(missing)}: collect them with "
+            "pacatune.selection.collect_statistics and choose with choose_columns, before the "
+            "adapter is made."
         )
-    if "weight" in needs_of(strategy) and weight.is_meta:
+    if "weight" in needs and weight.is_meta:
         raise ValueError(
-            f"`selection` ({strategy!r}) looks at the weights, which are on the meta device: load "
-            "them first."
+            f"{option} looks at the weights, which are on the meta device: load them first."
         )
 
 

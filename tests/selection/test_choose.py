@@ -83,7 +83,7 @@ def test_statistics_that_are_missing_leave_the_model_alone():
 
 def test_statistics_of_another_model():
     statistics = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
-    with pytest.raises(ValueError, match=r"`statistics` has 5 columns for 'up' \(gradient\), wh"):
+    with pytest.raises(ValueError, match=r"'up': `statistics` has 5 columns \(gradient\)"):
         choose_columns(build(), config_of("gradient", ["up"]), statistics)
     with pytest.raises(ValueError, match="nothing was collected about 'down'"):
         choose_columns(build(), config_of("gradient", ["down"]), statistics)

@@ -166,9 +166,9 @@ class PacaOptions(PacaChoices):
 
     def statistics(self) -> tuple[str, ...]:
         """Return the kinds of statistics from data by which columns or rates are to be decided."""
-        from pacatune.strategies import KINDS, statistics_of
+        from pacatune.strategies import KINDS, needs_of
 
-        kinds = set() if self.columns is not None else set(statistics_of(str(self.selection)))
+        kinds = set() if self.columns is not None else set(needs_of(str(self.selection)))
         if self.normalize == "input" and self.column_rates is None:
             kinds.add("activation")
         return tuple(kind for kind in KINDS if kind in kinds)
