@@ -3,20 +3,17 @@
     random                 uniformly, from a seed
     weight_norm            the largest ||W[:, i]||           weight_norm_smallest: the smallest
     gradient               the largest sum over batches of ||dW[:, i]||^2
-    activation             the largest ||x[:, i]||
-    weight_activation      the largest ||W[:, i]|| ||x[:, i]||
 
 Ties go to the first column, so that every process chooses the same ones. Torch only.
 
-Source: PaCA, Sec. 5 (random, weight_norm, gradient); the product of norms is the importance of a
-weight in Wanda (M. Sun et al., arXiv 2306.11695), summed over rows.
+Source: PaCA, Sec. 5 (random, weight_norm, gradient).
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +23,12 @@ __all__ = [
     "FIXED",
     "KINDS",
     "Strategy",
+    "check_known",
     "needs_of",
     "random_columns",
     "register_strategy",
     "seed_for",
     "select_columns",
-    "statistics_of",
     "strategies",
 ]
 
@@ -40,18 +37,12 @@ Strategy = Callable[["Tensor", Mapping[str, "Tensor"], int, "torch.Generator"], 
 
 FIXED = "fixed"
 """What `PacaConfig.selection` says of columns that were given and not chosen."""
-KINDS = ("gradient", "activation", "activation_sketch")
-"""The statistics that `collect_statistics` can gather: sums of squares by column, (I,), and a
-random projection of the inputs, (SKETCH_ROWS, I)."""
-SKETCH_ROWS = 256
+KINDS = ("gradient", "activation")
+"""The statistics that `collect_statistics` can gather: sums of squares by column, (I,)."""
 
 
-class _Entry(NamedTuple):
-    function: Strategy
-    needs: tuple[str, ...]
-
-
-_STRATEGIES: dict[str, _Entry] = {}
+# Name -> function, and what it needs.
+_STRATEGIES: dict[str, tuple[Strategy, tuple[str, ...]]] = {}
 
 
 def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
@@ -63,9 +54,8 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
             collected about them (by kind, see `ColumnStatistics`), the number of columns, and the
             layer's own seeded CPU generator; it returns (rank,) distinct int64 columns in any
             order.
-        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation",
-            "activation_sketch"). A weight that is not needed is on the meta device and has a shape
-            only.
+        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation"). A
+            weight that is not needed is on the meta device and has a shape only.
 
     Raises:
         ValueError: If the name is taken, or `needs` names something else.
@@ -79,7 +69,7 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
             raise ValueError(
                 f"`name` ({name!r}) is already a selection strategy; choose another one."
             )
-        _STRATEGIES[name] = _Entry(function, tuple(needs))
+        _STRATEGIES[name] = function, tuple(needs)
         return function
 
     return register
@@ -101,12 +91,7 @@ def needs_of(strategy: str) -> tuple[str, ...]:
             f"`selection` ({strategy!r}) must be one of {strategies()}, or a dictionary of module "
             "names and columns."
         )
-    return _STRATEGIES[strategy].needs
-
-
-def statistics_of(strategy: str) -> tuple[str, ...]:
-    """Return the kinds of statistics that a strategy needs, none if it chooses without data."""
-    return tuple(kind for kind in needs_of(strategy) if kind != "weight")
+    return _STRATEGIES[strategy][1]
 
 
 def seed_for(random_seed: int | None, name: str, group: int = 0) -> int:
@@ -178,10 +163,10 @@ def select_columns(
     import torch
 
     statistics = statistics or {}
-    _check_inputs(strategy, weight, statistics)
+    check_known(f"`selection` ({strategy!r})", needs_of(strategy), weight, statistics)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        indices = _STRATEGIES[strategy].function(weight, statistics, rank, generator)
+        indices = _STRATEGIES[strategy][0](weight, statistics, rank, generator)
     indices = indices.detach().to("cpu", torch.int64).sort().values
     in_features = weight.shape[1]
     is_valid = (
@@ -197,18 +182,20 @@ def select_columns(
     return indices
 
 
-def _check_inputs(strategy: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> None:
-    missing = [kind for kind in statistics_of(strategy) if kind not in statistics]
+def check_known(
+    option: str, needs: tuple[str, ...], weight: Tensor, statistics: Mapping[str, Tensor]
+) -> None:
+    """Refuse an option that looks at what is not there."""
+    missing = [kind for kind in needs if kind != "weight" and kind not in statistics]
     if missing:
         raise ValueError(
-            f"`selection` ({strategy!r}) needs statistics of the kind {' and '.join(missing)}: "
-            "collect them with pacatune.selection.collect_statistics and choose with "
-            "choose_columns, before the adapter is made."
+            f"{option} needs statistics of the kind {' and '.join(missing)}: collect them with "
+            "pacatune.selection.collect_statistics and choose with choose_columns, before the "
+            "adapter is made."
         )
-    if "weight" in needs_of(strategy) and weight.is_meta:
+    if "weight" in needs and weight.is_meta:
         raise ValueError(
-            f"`selection` ({strategy!r}) looks at the weights, which are on the meta device: load "
-            "them first."
+            f"{option} looks at the weights, which are on the meta device: load them first."
         )
 
 
@@ -223,20 +210,16 @@ def select_random(
     return torch.randperm(weight.shape[1], generator=generator, device="cpu")[:rank].clone()
 
 
-def _register_scores(name: str, needs: tuple[str, ...], score: Callable[..., Tensor]) -> None:
+def _register_scores(name: str, needs: str, score: Callable[..., Tensor]) -> None:
     """Register the strategy that chooses the columns of the largest `score(weight, statistics)`."""
 
     def select(
         weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
     ) -> Tensor:
-        return _largest(score(weight, statistics), rank)
+        scores = score(weight, statistics)
+        return scores.sort(descending=True, stable=True).indices[:rank]
 
-    register_strategy(name, needs)(select)
-
-
-def _largest(scores: Tensor, rank: int) -> Tensor:
-    """Return the places of the largest of some scores, of equal ones the first."""
-    return scores.sort(descending=True, stable=True).indices[:rank]
+    register_strategy(name, (needs,))(select)
 
 
 def _norms(weight: Tensor) -> Tensor:
@@ -247,86 +230,6 @@ def _norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def _weight_times_activation(weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-    norms = _norms(weight)
-    return norms * statistics["activation"].to(norms).sqrt()
-
-
-_register_scores("weight_norm", ("weight",), lambda weight, found: _norms(weight))
-_register_scores("weight_norm_smallest", ("weight",), lambda weight, found: -_norms(weight))
-_register_scores("gradient", ("gradient",), lambda weight, found: found["gradient"])
-_register_scores("activation", ("activation",), lambda weight, found: found["activation"])
-_register_scores("weight_activation", ("weight", "activation"), _weight_times_activation)
-
-
-# Candidates for better columns than random ones, beyond those of the paper.
-#
-#     gradient_activation    the largest ||dW[:, i]|| ||x[:, i]||
-#     activation_qr          pivoted QR: each time the column with most of what the others miss
-#     activation_leverage    the largest leverage scores of the r first principal directions
-#
-# The last two look at what columns have in common: of two inputs that always move together, one is
-# enough. Both work on a sketch S (256, I) of the inputs X (N, I), whose products S^T S are those of
-# X^T X up to random errors of about 1/16 of the norms, in place of a matrix (I, I) or all inputs.
-#
-# Source: pivoted QR for column subsets, Golub 1965; leverage scores, Mahoney and Drineas 2009.
-
-
-_register_scores(
-    "gradient_activation",
-    ("gradient", "activation"),
-    lambda weight, found: found["gradient"].sqrt() * found["activation"].sqrt(),
-)
-
-
-@register_strategy("activation_qr", needs=("activation_sketch",))
-def select_activation_qr(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose columns by QR with pivoting: each adds the most to the span of those before.
-
-    Costs 4 * 256 * I * rank operations.
-
-    Raises:
-        ValueError: If more columns are wanted than the sketch can tell apart.
-    """
-    import torch
-
-    sketch = statistics["activation_sketch"]
-    _check_rank("activation_qr", rank, sketch)
-    residual = sketch.double()
-    chosen: list[int] = []
-    for _ in range(rank):
-        norms = torch.linalg.vector_norm(residual, dim=0)
-        norms[chosen] = -1.0
-        best = int(norms.argmax())
-        chosen.append(best)
-        direction = residual[:, best] / norms[best].clamp_min(torch.finfo(torch.float64).tiny)
-        residual = residual - torch.outer(direction, direction @ residual)
-    return torch.tensor(chosen)
-
-
-@register_strategy("activation_leverage", needs=("activation_sketch",))
-def select_activation_leverage(
-    weight: Tensor, statistics: Mapping[str, Tensor], rank: int, generator: torch.Generator
-) -> Tensor:
-    """Choose the columns that the `rank` principal directions of the inputs lean on most.
-
-    Raises:
-        ValueError: If more columns are wanted than the sketch can tell apart.
-    """
-    import torch
-
-    sketch = statistics["activation_sketch"]
-    _check_rank("activation_leverage", rank, sketch)
-    directions = torch.linalg.svd(sketch.double(), full_matrices=False).Vh[:rank]
-    return _largest(directions.square().sum(0), rank)
-
-
-def _check_rank(name: str, rank: int, sketch: Tensor) -> None:
-    most = min(sketch.shape)
-    if rank > most:
-        raise ValueError(
-            f"`selection` ({name!r}) tells at most {most} columns apart (the sketch has "
-            f"{SKETCH_ROWS} rows), and the rank is {rank}; lower it, or choose by 'activation'."
-        )
+_register_scores("weight_norm", "weight", lambda weight, found: _norms(weight))
+_register_scores("weight_norm_smallest", "weight", lambda weight, found: -_norms(weight))
+_register_scores("gradient", "gradient", lambda weight, found: found["gradient"])

@@ -36,4 +36,4 @@ def test_arms_of_a_comparison_train_as_many_parameters(path):
         assert len(study.seeds) == 5
         assert study.tuning_seeds == 2
         ranks = {name: arm.rank for name, arm in study.arms.items() if arm.rank is not None}
-        assert ranks == {study.reference: 8, "turns": 8}
+        assert ranks == {study.reference: 8}

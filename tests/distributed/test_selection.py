@@ -4,13 +4,11 @@ import torch
 
 from tests.distributed.net import batches, build_base, layers_of, loss_of
 
-KINDS = ["gradient", "activation"]
-
 
 def options():
     from pacatune import PacaConfig
 
-    return PacaConfig(r=4, target_modules="all-linear", selection="gradient")
+    return PacaConfig(r=4, target_modules="all-linear", selection="gradient", normalize="input")
 
 
 def collect(shared):
@@ -20,7 +18,7 @@ def collect(shared):
     mine = list(batches())[:5]
     if shared:  # an odd number: one process has a batch more
         mine = mine[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-    return collect_statistics(model, mine, options(), kinds=KINDS, loss_fn=loss_of)
+    return collect_statistics(model, mine, options(), loss_fn=loss_of)
 
 
 def collect_and_adapt():

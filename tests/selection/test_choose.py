@@ -58,20 +58,13 @@ def test_norms_of_every_kind_of_layer(strategy, sign):
     assert adapted.peft_config["default"].selection == strategy
 
 
-@pytest.mark.parametrize("strategy", ["gradient", "activation", "weight_activation"])
-def test_statistics_lead_to_columns(strategy):
-    model = build()
-    targets = TARGETS if strategy == "gradient" else TARGETS[1:]
-    config = config_of(strategy, targets)
+def test_statistics_lead_to_columns():
+    model, config = build(), config_of("gradient")
     statistics = collect_statistics(model, make_batches(), config, loss_fn=loss_of)
-    scores = {}
-    for name, kinds in statistics.values.items():
-        scores[name] = kinds.get("gradient")
-        if strategy != "gradient":
-            scores[name] = kinds["activation"].sqrt()
-        if strategy == "weight_activation":
-            scores[name] = scores[name] * columns_of(name, WEIGHTS[name](model)).norm(dim=0)
-    expected = {name: sorted(score.topk(2).indices.tolist()) for name, score in scores.items()}
+    expected = {
+        name: sorted(kinds["gradient"].topk(2).indices.tolist())
+        for name, kinds in statistics.values.items()
+    }
     chosen = choose_columns(model, config, statistics)
     assert config.columns is None
     assert chosen.columns == expected
@@ -90,7 +83,7 @@ def test_statistics_that_are_missing_leave_the_model_alone():
 
 def test_statistics_of_another_model():
     statistics = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
-    with pytest.raises(ValueError, match=r"`statistics` has 5 columns for 'up' \(gradient\), wh"):
+    with pytest.raises(ValueError, match=r"'up': `statistics` has 5 columns \(gradient\)"):
         choose_columns(build(), config_of("gradient", ["up"]), statistics)
     with pytest.raises(ValueError, match="nothing was collected about 'down'"):
         choose_columns(build(), config_of("gradient", ["down"]), statistics)
@@ -216,13 +209,14 @@ def test_save_and_load(tmp_path, low_cpu_mem_usage):
     assert columns_in(loaded, "ref") == saved["columns"]
 
 
-def test_an_adapter_of_a_strategy_that_is_not_installed(tmp_path):
+def test_an_adapter_of_a_strategy_that_is_not_there(tmp_path):
+    """Somebody's own, or one that left: the columns are in the file."""
     model = get_peft_model(build(), config_of("weight_norm", ["up"]))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"weight_norm"', '"somebody_s_own"'))
+    path.write_text(path.read_text().replace('"weight_norm"', '"activation_qr"'))
     loaded = PeftModel.from_pretrained(build(), tmp_path)
-    assert loaded.peft_config["default"].selection == "somebody_s_own"
+    assert loaded.peft_config["default"].selection == "activation_qr"
     assert columns_in(loaded) == columns_in(model)
 
 
@@ -299,11 +293,8 @@ def test_columns_from_a_file(tmp_path):
 def test_files_without_columns(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(FileNotFoundError, match=r"columns file .*none does not exist"):
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
         load_columns(tmp_path / "none")
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds no `paca_indices`; give a PaCA adapter, or"):
-        load_columns(tmp_path / "a.safetensors")
-    save_file({"a.paca_indices": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"columns of 'a' are \(1,\) of torch.float32; they must"):
         load_columns(tmp_path / "a.safetensors")

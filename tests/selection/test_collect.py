@@ -25,7 +25,7 @@ def config_of(selection="gradient", targets=TARGETS, **options):
 def collect(model, batches=None, selection="gradient", targets=TARGETS, **options):
     batches = make_batches() if batches is None else batches
     return collect_statistics(
-        model, batches, config_of(selection, targets), loss_fn=loss_of, **options
+        model, batches, config_of(selection, targets, **options), loss_fn=loss_of
     )
 
 
@@ -70,7 +70,7 @@ def test_activations_are_the_inputs():
             model(ids)
     for handle in handles:
         handle.remove()
-    statistics = collect(model, batches, "activation", targets)
+    statistics = collect(model, batches, "random", targets, normalize="input")
     for name, sums in expected.items():
         name = f"{name}.in_proj_weight" if name == "attention" else name
         values = statistics.of(name)["activation"]
@@ -84,17 +84,19 @@ def test_activations_take_no_backward_pass():
         calls.append(torch.is_grad_enabled())
         return model(batch[0])
 
-    collect_statistics(
-        build(), make_batches(2), config_of("activation", ["up"]), loss_fn=forward_only
-    )
+    config = config_of("random", ["up"], normalize="input")
+    collect_statistics(build(), make_batches(2), config, loss_fn=forward_only)
     assert calls == [False, False]
 
 
 def test_both_kinds_in_one_pass():
     model = build()
-    both = collect(model, targets=["up", "down"], kinds=["gradient", "activation"])
-    for kind in ("gradient", "activation"):
-        one = collect(model, targets=["up", "down"], kinds=[kind])
+    both = collect(model, targets=["up", "down"], normalize="input")
+    for kind, options in (
+        ("gradient", {}),
+        ("activation", {"selection": "random", "normalize": "input"}),
+    ):
+        one = collect(model, targets=["up", "down"], **options)
         for name in ("up", "down"):
             expected = one.of(name)[kind]
             torch.testing.assert_close(both.of(name)[kind], expected, rtol=1e-12, atol=0)
@@ -106,7 +108,7 @@ def test_padding_does_not_count():
     ids = torch.randint(3, 64, (2, 7), generator=generator)
     padded = torch.cat([ids, torch.full((2, 3), 9)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)], 1)
-    config = PacaConfig(selection="activation", target_modules=["q_proj", "down_proj"])
+    config = PacaConfig(normalize="input", target_modules=["q_proj", "down_proj"])
     sums = [
         collect_statistics(model, [batch], config)
         for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask})
@@ -178,9 +180,7 @@ def test_the_model_is_left_as_it_was(fails):
     before = state_of(model)
     if fails:
         with pytest.raises(TypeError):
-            collect(
-                model, [*make_batches(1), None], kinds=["gradient", "activation"], targets=["up"]
-            )
+            collect(model, [*make_batches(1), None], normalize="input", targets=["up"])
     else:
         collect(model)
     after = state_of(model)
@@ -218,7 +218,7 @@ def test_gradients_of_experts(kind):
     for name, sums in expected.items():
         values = statistics.of(name)["gradient"]
         torch.testing.assert_close(values, sums, rtol=1e-6, atol=0, msg=name)
-    config = PacaConfig(selection="activation", target_modules=[], target_parameters=moe.BOTH)
+    config = PacaConfig(normalize="input", target_modules=[], target_parameters=moe.BOTH)
     with pytest.raises(ValueError, match="is weights of experts, whose inputs are inside"):
         collect_statistics(model, tokens, config, loss_fn=moe.loss_of)
 
@@ -248,9 +248,3 @@ def test_gradients_of_quantised_layers(name):
     for layer in ("0", "2"):
         one, other = values.of(layer)["gradient"], expected.of(layer)["gradient"]
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.mean()))
-
-
-def test_progress_is_told():
-    seen = []
-    collect(build(), make_batches(3), progress=seen.append)
-    assert seen == [1, 2, 3]

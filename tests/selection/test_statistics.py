@@ -23,21 +23,18 @@ def test_round_trip(tmp_path):
 
 
 def test_unknown_module():
-    with pytest.raises(ValueError, match="statistics: nothing was collected about 'c'"):
+    with pytest.raises(ValueError, match="nothing was collected about 'c'"):
         make().of("c")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"norm": torch.ones(2)}, r"module 'a' has 'norm'; the kinds of statistics are"),
-        (
-            {"gradient": torch.ones(2, 2)},
-            r"`gradient` is \(2, 2\) of torch.float32; it must",
-        ),
-        ({"gradient": torch.ones(2).long()}, r"`gradient` is \(2,\) of torch.int64"),
-        ({"gradient": torch.tensor([1.0, torch.nan])}, "values that are not finite or below 0"),
-        ({"gradient": torch.tensor([1.0, -1.0])}, "values that are not finite or below 0"),
+        ({"norm": torch.ones(2)}, r"'a' have 'norm', .* must be one of gradient, activation"),
+        ({"gradient": torch.ones(2, 2)}, r"'gradient', \(2, 2\) of torch.float32, which must"),
+        ({"gradient": torch.ones(2).long()}, r"'gradient', \(2,\) of torch.int64"),
+        ({"gradient": torch.tensor([1.0, torch.nan])}, "a finite sum of squares"),
+        ({"gradient": torch.tensor([1.0, -1.0])}, "a finite sum of squares"),
     ],
 )
 def test_wrong_values(values, message):
@@ -51,10 +48,10 @@ def test_no_batches():
 
 
 def test_files_of_another_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"statistics file .*none does not exist"):
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
         ColumnStatistics.load(tmp_path / "none")
     save_file({"a.gradient": torch.ones(2)}, tmp_path / "s.safetensors")
-    with pytest.raises(ValueError, match="does not say how many batches it is about"):
+    with pytest.raises(ValueError, match="was not written by ColumnStatistics"):
         ColumnStatistics.load(tmp_path / "s.safetensors")
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match="truncated or no safetensors file"):

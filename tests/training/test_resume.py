@@ -106,27 +106,6 @@ def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monk
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_columns_that_take_turns_go_on_with_theirs(make_config, tmp_path, console, monkeypatch):
-    paca = {"r": 6, "active_columns": 2, "reselect_every": 3}
-
-    def config(name):
-        training = {**SIXTEEN_STEPS, "output_dir": str(tmp_path / name)}
-        return make_config(training=training, paca=PacaSection(**paca))
-
-    train(config("whole"), console=console)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(TrainingInterrupted):
-            train(config("cut"), console=console)
-    first = load_file(tmp_path / "cut" / "checkpoint-5" / "adapter_model.safetensors")
-    deltas = [delta for key, delta in first.items() if key.endswith("paca_delta")]
-    assert deltas
-    # Steps 0 to 2 trained two columns, 3 and 4 two others.
-    assert all((delta.abs().sum(0) > 0).sum() == 4 for delta in deltas)
-    train(config("cut"), resume=True, console=console)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-
-
 def test_second_signal_stops_at_once(make_config, tmp_path, console, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)

@@ -276,10 +276,10 @@ def test_methods(make_task_config, method, training):
 
 
 def test_columns_chosen_by_data(make_task_config):
-    section = PacaSection(selection="activation", selection_batches=2, normalize="input")
+    section = PacaSection(selection_batches=2, normalize="input")
     more = {"max_steps": 1, "eval_strategy": "no"}
     report = train(make_task_config("grpo", paca=section, training=more), console=QUIET)
-    assert report.columns == "activation, num_batches 2, normalize input"
+    assert report.columns == "random, num_batches 2, normalize input"
 
 
 @pytest.mark.parametrize(("num_iterations", "steps"), [(1, [0, 2, 4, 5]), (4, [0, 4, 5])])

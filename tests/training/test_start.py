@@ -124,9 +124,7 @@ def test_contradictions(make_config, paca, tmp_path, capsys):
             settle(make_config(**{"adapter": str(paca), **options}))
 
     refused(r"`paca.r` \(4\) contradicts `adapter` .*, which has 3 and", paca=PacaSection(r=4))
-    refused(
-        r"`paca.budget` \('mlp'\) chooses columns, and those of", paca=PacaSection(budget="mlp")
-    )
+    refused(r"`paca.selection_batches` \(5\) contradicts `adapter`", paca={"selection_batches": 5})
     refused(
         r"is of the kind 'paca', and `method` \('lora'\) trains LoRA; set `method`", method="lora"
     )

@@ -127,5 +127,5 @@ def test_what_cannot_be_done_with_a_stream(make_config, options, message):
 def test_columns_cannot_be_chosen_from_a_stream(make_config, console):
     section = PacaSection(selection="gradient")
     config = make_config(data=NO_EVALUATION, training={"max_steps": 1}, paca=section)
-    with pytest.raises(ValueError, match="looks at examples from all of the data, which"):
+    with pytest.raises(ValueError, match="needs all of the data, which"):
         train(config, console=console)

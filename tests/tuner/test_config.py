@@ -40,10 +40,8 @@ for _ in range(800):
         ({"selection_options": NESTED}, "`selection_options` is nested deeper than 8 levels"),
         ({"r": NESTED}, "`r` is nested deeper than 8 levels"),
         ({"task_type": NESTED}, "`task_type` is nested deeper than 8 levels"),
-        (
-            {"selection": "best"},
-            r"`selection` \('best'\) must be one of \['activation', 'activation_lev",
-        ),
+        ({"selection": "best"}, r"`selection` \('best'\) must be one of \['gradient', 'random'"),
+        ({"selection": "activation_qr"}, r"`selection` \('activation_qr'\) must be one of"),
         ({"bias": "some"}, r"`bias` \('some'\) must be 'none', 'all' or 'paca_only'"),
         (
             {"target_modules": ["q_proj"], "layers_pattern": "layers"},

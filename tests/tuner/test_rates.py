@@ -459,14 +459,14 @@ def test_configurations_that_are_refused(options, message):
 
 
 def test_what_is_missing():
-    with pytest.raises(ValueError, match=r"none of 'conv': collect them with .*collect_statistics"):
+    with pytest.raises(ValueError, match=r"'conv': .* collect them with .*collect_statistics"):
         adapt(build(), normalize="input", target_modules=["up", "conv"])
-    with pytest.raises(ValueError, match=r"'up' is on the meta device: load it first"):
+    with pytest.raises(ValueError, match=r"'up': .* on the meta device: load them"):
         adapt(build().to("meta"), normalize="weight", target_modules=["up"])
     options = {"normalize": "weight", "selection": {"up": [0, 1, 2]}, "target_modules": ["up"]}
-    with pytest.raises(ValueError, match="`column_rates` has none of 'up', which is adapted"):
+    with pytest.raises(ValueError, match=r"'up': `column_rates` \(\[\(\)\]\) must have 3"):
         adapt(build(), column_rates={"down": [1.0] * 3}, **options)
-    with pytest.raises(ValueError, match="has 2 rates for 'up', whose rank is 3"):
+    with pytest.raises(ValueError, match=r"'up': `column_rates` \(\[1.0, 1.0\]\) must have 3"):
         adapt(build(), column_rates={"up": [1.0] * 2}, **options)
     config = PacaConfig(r=3, normalize="input", target_modules=["embed"])
     with pytest.raises(ValueError, match="normalise by weight, or leave it out"):
@@ -512,11 +512,3 @@ class TestRankStabilised:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["paca_alpha"], config["r"]) == ("PACA", 12.0, 4)
         assert config["alpha_pattern"] == {}
-
-    def test_a_budget_keeps_the_scale_of_the_rank_before(self):
-        from pacatune.selection.budget import concentrate_ranks
-
-        base = nn.ModuleDict({"q_proj": nn.Linear(16, 8), "up_proj": nn.Linear(16, 8)})
-        options = {"r": 4, "paca_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
-        config = concentrate_ranks(base, PacaConfig(use_rslora=True, **options), "mlp")
-        assert (config.r, config.paca_alpha / config.r, config.use_rslora) == (8, 3.0, False)

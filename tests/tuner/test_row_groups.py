@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pacatune import PacaConfig, lean
 from pacatune.adapters.loading import hotswap_adapter
-from pacatune.selection import choose_columns, share_columns
+from pacatune.selection import choose_columns
 from tests.conftest import build_model
 from tests.releases import compiles_whole
 
@@ -161,11 +161,6 @@ def test_convolutions_with_groups_of_their_own_are_refused():
         get_peft_model(net, PacaConfig(r=2, groups=2, target_modules=["0", "1"]))
     assert type(net[0]) is nn.Conv2d
     get_peft_model(net, PacaConfig(r=2, groups=2, target_modules=["0"]))
-
-
-def test_columns_are_not_shared():
-    with pytest.raises(ValueError, match=r"`groups` \(4\) have columns of their own"):
-        share_columns(build_model(300), PacaConfig(**FIXED, groups=4))
 
 
 def test_columns_chosen_before_the_adapter_is_made():

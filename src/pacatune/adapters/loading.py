@@ -40,7 +40,7 @@ from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
-from pacatune.tuner.given import given_to
+from pacatune.tuner.config import given_to
 from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import ExpertsLayout
 

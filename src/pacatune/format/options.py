@@ -65,8 +65,7 @@ class PacaChoices(TargetOptions):
     """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
     the same number of parameters, an update of rank up to `groups` times `r`."""
     selection: str | Columns = RANDOM
-    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient,
-    activation, weight_activation, gradient_activation, activation_qr, activation_leverage, or a
+    """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
     registered one. Or the columns themselves, by the module's name or pattern."""
     normalize: Literal["none", "input", "weight"] = "none"
     """Normalise the optimizer's steps by column, with rates that are fixed before training.
@@ -167,9 +166,9 @@ class PacaOptions(PacaChoices):
 
     def statistics(self) -> tuple[str, ...]:
         """Return the kinds of statistics from data by which columns or rates are to be decided."""
-        from pacatune.strategies import KINDS, statistics_of
+        from pacatune.strategies import KINDS, needs_of
 
-        kinds = set() if self.columns is not None else set(statistics_of(str(self.selection)))
+        kinds = set() if self.columns is not None else set(needs_of(str(self.selection)))
         if self.normalize == "input" and self.column_rates is None:
             kinds.add("activation")
         return tuple(kind for kind in KINDS if kind in kinds)

@@ -10,23 +10,17 @@ from pacatune.strategies import (
 
 __all__ = [
     "ColumnStatistics",
-    "ReselectColumns",
-    "allocate_ranks",
     "choose_columns",
     "collect_statistics",
-    "concentrate_ranks",
     "load_columns",
     "register_strategy",
     "save_columns",
     "seed_for",
     "select_columns",
-    "share_columns",
     "strategies",
 ]
 
 # The tuner needs the strategies, and these need the tuner, to know what is adapted.
 __getattr__, __dir__ = import_later(
-    __name__,
-    __all__,
-    (".statistics", ".budget", ".collect", ".reselect", ".sharing", "..tuner.columns"),
+    __name__, __all__, (".statistics", ".collect", "..tuner.columns")
 )

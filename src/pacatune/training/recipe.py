@@ -21,7 +21,6 @@ from pacatune.adapters.loading import compare_base, load_values
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
-from pacatune.selection.reselect import ReselectColumns
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
@@ -202,12 +201,11 @@ def check_environment(config: RunConfig) -> None:
         raise ValueError(
             f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
         )
-    paca = config.paca  # which has its defaults where another method is trained
-    if training.deepspeed_plugin is not None and (paca.normalize != "none" or paca.active_columns):
+    normalize = config.paca.normalize  # "none" where another method is trained
+    if training.deepspeed_plugin is not None and normalize != "none":
         raise ValueError(
-            f"`paca.normalize` ({paca.normalize!r}) and `paca.active_columns` "
-            f"({paca.active_columns}) act on the steps of single columns, and DeepSpeed steps on "
-            "flat copies, which have none; drop them, or shard the model by FSDP2 (fsdp2.yaml)."
+            f"`paca.normalize` ({normalize!r}) acts on the steps of single columns, and DeepSpeed "
+            "steps on flat copies, which have none; drop it, or shard by FSDP2 (fsdp2.yaml)."
         )
     available = get_available_reporting_integrations()
     for name in training.report_to or ():
@@ -305,10 +303,6 @@ def _add_callbacks(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressReporter(console, trainer.meter))
-    paca = config.paca
-    if METHODS[config.method].is_paca and paca.active_columns and paca.reselect_every:
-        reselect = ReselectColumns(paca.active_columns, paca.reselect_every, paca.random_seed)
-        trainer.add_callback(reselect)
     if config.early_stopping_patience is None:
         return
     callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)

@@ -3,20 +3,14 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pacatune.format.options import PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
-from pacatune.names import choose, suggest
+from pacatune.names import suggest
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
-
-# Options of `paca` that say how to train an adapter, not what it is.
-OF_THE_RUN = ("selection_batches", "share_columns", "budget", "reselect_every", "active_columns")
-
-
-Budget = Literal["equal", "gradient", "attention", "mlp", "output"]
 
 
 @dataclass(kw_only=True)
@@ -34,23 +28,8 @@ class PacaSection(PacaChoices):
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
 
     selection_batches: int = 100
-    """How many batches of the training data are looked at where columns are chosen by gradients or
-    activations, or normalised by their inputs; over all processes."""
-
-    share_columns: bool = False
-    """Choose the same columns for layers with the same input: query, key and value; gate and up."""
-
-    budget: Budget = "equal"
-    """Where the columns are, with as many parameters in all: `r` in each layer; ranks by each
-    layer's gradient over `selection_batches` batches; or in the layers of attention, of MLPs, or
-    in the output projections of both alone."""
-
-    reselect_every: int | None = None
-    """Optimizer steps after which `active_columns` other columns of each layer are trained; what
-    the others have learned stays. Null: all `r` are trained in every step."""
-
-    active_columns: int | None = None
-    """Columns trained at a time, below `r`; with `reselect_every`."""
+    """How many batches of the training data are looked at where columns are chosen by gradients, or
+    normalised by their inputs; over all processes."""
 
     def __post_init__(self) -> None:
         try:
@@ -67,21 +46,6 @@ class PacaSection(PacaChoices):
                 f"`paca.paca_alpha` ({self.paca_alpha}) and `paca.alpha_pattern` "
                 f"({self.alpha_pattern}) must not be 0: nothing would be trained."
             )
-        choose(self.budget, get_args(Budget), option="paca.budget")
-        if self.groups > 1 and self.share_columns:
-            raise ValueError(
-                f"`paca.groups` ({self.groups}) have columns of their own in each layer, and "
-                "`paca.share_columns` would give layers the same; set one of them."
-            )
-        every, active = self.reselect_every, self.active_columns
-        if (every is None) != (active is None) or (
-            every is not None and active is not None and not (every > 0 and 0 < active < self.r)
-        ):
-            raise ValueError(
-                f"`paca.reselect_every` ({every}) must be at least 1 step, and "
-                f"`paca.active_columns` ({active}) at least 1 and below `paca.r` ({self.r}), the "
-                "columns that take turns; set both, or none."
-            )
 
     @property
     def from_file(self) -> bool:
@@ -92,7 +56,7 @@ class PacaSection(PacaChoices):
         return isinstance(name, str) and name not in (FIXED, *strategies())
 
     def _choices(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_THE_RUN}
+        return {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""
@@ -101,7 +65,6 @@ class PacaSection(PacaChoices):
             from pacatune.selection import load_columns
 
             path = Path(str(self.selection)).expanduser()
-            check_selection_file(str(self.selection))
             values["selection"] = load_columns(path)
             if self.normalize != "none":
                 values["column_rates"] = _rates_in(path, self.normalize)

@@ -3,57 +3,40 @@
 import copy
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 from torch import nn
 
-from pacatune.methods import METHODS
 from pacatune.training.config import RunConfig
 from pacatune.training.progress import say
-
-if TYPE_CHECKING:
-    from pacatune.selection import ColumnStatistics
-
-
-# What is decided when an adapter is made, and stays.
-_SETTLED = (
-    *("columns", "rank_pattern", "alpha_pattern", "selection_options"),
-    *("column_rates", "paca_alpha", "use_rslora"),
-)
 
 
 def check_selection(
     config: RunConfig, adapter_config: PeftConfig | None, *, streamed: bool
 ) -> None:
     """Refuse a choice from data where no process has the whole model, or the data."""
-    options = cast(Any, adapter_config)
-    if config.adapter is not None or not _kinds(config, adapter_config):
+    options, plugin = cast(Any, adapter_config), config.training.deepspeed_plugin
+    if not _kinds(options):
         return
+    why = None
     if streamed:
-        raise ValueError(
-            f"`paca.selection` ({options.selection!r}), `paca.normalize` ({options.normalize!r}) "
-            f"or `paca.budget` ({config.paca.budget!r}) looks at examples from all of the data, "
-            "which `data.streaming` does not have; choose without data (random, weight_norm), or "
-            "give the folder of a run on a part of it as `paca.selection`."
-        )
-    plugin = config.training.deepspeed_plugin
-    by = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
-    if plugin is not None and plugin.zero_stage == 3:
-        by = "DeepSpeed"
-    if by is not None:
+        why = "all of the data, which `data.streaming` does not have"
+    elif plugin is not None and plugin.zero_stage == 3:
+        why = "the whole model, which DeepSpeed shards"
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        why = "the whole model, which FSDP shards"
+    if why is not None:
         raise ValueError(
             f"`paca.selection` ({options.selection!r}) or `paca.normalize` ({options.normalize!r}) "
-            f"looks at gradients or activations of the whole model, which {by} shards; run it "
-            f"without {by} for one step, and give that run's folder as `paca.selection`."
+            f"needs {why}; choose without data (random, weight_norm), or give the folder of a run "
+            "without that, for one step, as `paca.selection`."
         )
 
 
@@ -72,67 +55,44 @@ def choose_from_data(
     The batches, this process's share, are made only if they are needed; so is the model moved to
     the run's device, if it is not quantised. A run that goes on from a checkpoint has its columns.
     """
-    adapter_config = copy.deepcopy(adapter_config)
-    kinds = _kinds(config, adapter_config)
-    shares = (
-        adapter_config is not None and METHODS[config.method].is_paca and config.paca.share_columns
-    )
-    if adapter_config is None or config.adapter is not None or not (kinds or shares):
-        return adapter_config
+    adapter: Any = copy.deepcopy(adapter_config)
+    kinds = _kinds(adapter)
+    if not kinds:
+        return cast(PeftConfig | None, adapter)
     if checkpoint is not None:
-        return _as_in(checkpoint, adapter_config)
-    from pacatune.selection import allocate_ranks, choose_columns, share_columns
+        from pacatune.adapters.folder import CONFIG_NAME, read_config
 
-    adapter: Any = adapter_config
-    statistics = None
-    if kinds:
-        statistics = _collect(config, adapter, model, batches, kinds, console, loss_fn)
-        if config.paca.budget == "gradient":
-            adapter = allocate_ranks(model, adapter, statistics)
-    if shares:
-        adapter = share_columns(model, adapter, statistics)
-    return choose_columns(model, adapter, statistics)
-
-
-def _collect(
-    config: Any,
-    adapter_config: Any,
-    model: nn.Module,
-    batches: Iterable[Any],
-    kinds: tuple[str, ...],
-    console: Console,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-) -> "ColumnStatistics":
-    from pacatune.selection import collect_statistics
+        saved = read_config(checkpoint / CONFIG_NAME)
+        for name in ("columns", "column_rates", "selection_options"):
+            setattr(adapter, name, getattr(saved, name))
+        return cast(PeftConfig, adapter)
+    from pacatune.selection import choose_columns, collect_statistics
 
     if not getattr(model, "is_quantized", False):
         model.to(config.training.device)
     was_training = model.training
     if config.training.gradient_checkpointing:
-        options = config.training.gradient_checkpointing_kwargs
-        with warnings.catch_warnings():
-            # transformers 5.24 renames it; 5.17 has only this name.
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
-            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # Renamed within version 5 of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or cast(Any, model).gradient_checkpointing_enable
+        enable(config.training.gradient_checkpointing_kwargs)
         model.train()  # transformers checkpoints in training only
-    total = config.paca.selection_batches
     start = time.perf_counter()
-    with _progress(console, f"collecting {' and '.join(kinds)}", total) as progress:
-        statistics = collect_statistics(
-            model,
-            batches,
-            adapter_config,
-            kinds=kinds,
-            loss_fn=loss_fn,
-            progress=progress,
-        )
+    shown = track(
+        batches,
+        f"collecting {' and '.join(kinds)}",
+        config.paca.selection_batches,
+        console=console,
+        transient=True,
+    )
+    statistics = collect_statistics(model, shown, adapter, loss_fn=loss_fn)
     model.train(was_training)
     seconds = time.perf_counter() - start
-    chosen = f"columns chosen by {adapter_config.selection}"
-    if adapter_config.normalize == "input":
+    chosen = f"columns chosen by {adapter.selection}"
+    if adapter.normalize == "input":
         chosen += " and normalised by input"
     say(console, f"{chosen} from {statistics.num_batches} batches ({seconds:.1f} s)")
-    return statistics
+    return choose_columns(model, adapter, statistics)
 
 
 def share_of_batches(
@@ -152,7 +112,7 @@ def share_of_batches(
 def describe_columns(model: Any) -> str | None:
     """Return how the columns of a trained model were chosen; None without PaCA."""
     config: Any = getattr(model, "peft_config", {}).get("default")
-    if config is None or config.peft_type != "PACA":
+    if getattr(config, "peft_type", None) != "PACA":
         return None
     options = dict(config.selection_options or {})
     if config.normalize != "none":
@@ -160,31 +120,6 @@ def describe_columns(model: Any) -> str | None:
     return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
-def _kinds(config: Any, adapter_config: PeftConfig | None) -> tuple[str, ...]:
-    """Return the statistics that columns, ranks and rates are chosen by."""
-    if getattr(adapter_config, "peft_type", None) != "PACA":
-        return ()
-    from pacatune.strategies import KINDS
-
-    kinds = set(cast(Any, adapter_config).statistics())
-    if config.paca.budget == "gradient":
-        kinds.add("gradient")
-    return tuple(kind for kind in KINDS if kind in kinds)
-
-
-def _as_in(checkpoint: Path, adapter_config: Any) -> PeftConfig:
-    from pacatune.adapters.folder import CONFIG_NAME, read_config
-
-    saved = read_config(checkpoint / CONFIG_NAME)
-    for name in _SETTLED:
-        setattr(adapter_config, name, getattr(saved, name))
-    return adapter_config
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar; yields what moves it."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+def _kinds(adapter: Any) -> tuple[str, ...]:
+    """Return the statistics that columns and rates are chosen by."""
+    return adapter.statistics() if getattr(adapter, "peft_type", None) == "PACA" else ()

@@ -21,10 +21,7 @@ from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.pretrained import is_adapter
 from pacatune.training.config import RunConfig, check_reference
-from pacatune.training.sections import OF_THE_RUN, check_selection_file
-
-# What chooses columns, which a finished adapter has.
-_CHOICES = ("selection_batches", "share_columns", "budget")
+from pacatune.training.sections import check_selection_file
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -71,21 +68,17 @@ def _take_options(config: RunConfig) -> None:
         section = copy.copy(getattr(config, name))
         setattr(config, name, section)
         given = config.given(name)
-        for option in (field.name for field in fields(section)):
-            if option not in OF_THE_RUN:
-                kept = _plain(getattr(saved, option))
-                if option in given and not _is_same(option, given[option], kept):
-                    raise ValueError(
-                        f"`{name}.{option}` ({given[option]!r}) contradicts `adapter` "
-                        f"({config.adapter}), which has {kept!r} and is trained as it is; drop the "
-                        "option, or start without the adapter."
-                    )
-                setattr(section, option, kept)
-            elif option in _CHOICES and getattr(section, option) != getattr(type(section), option):
+        for field in fields(section):
+            option = field.name
+            # How many batches choose columns, no adapter says.
+            kept = _plain(getattr(saved, option, field.default))
+            if option in given and not _is_same(option, given[option], kept):
                 raise ValueError(
-                    f"`{name}.{option}` ({getattr(section, option)!r}) chooses columns, and those "
-                    f"of `adapter` ({config.adapter}) stay; drop it."
+                    f"`{name}.{option}` ({given[option]!r}) contradicts `adapter` "
+                    f"({config.adapter}), which has {kept!r} and is trained as it is; drop the "
+                    "option, or start without the adapter."
                 )
+            setattr(section, option, kept)
 
 
 def _is_same(option: str, given: object, kept: object) -> bool:

@@ -145,10 +145,8 @@ def make_adapter_config(
 ) -> PeftConfig | None:
     """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
 
-    Targets that are not set become the model's default, the same for every method. A budget of one
-    part of the blocks needs the model.
+    Targets that are not set become the model's default, the same for every method.
     """
-    from pacatune.selection.budget import PARTS, concentrate_ranks
     from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
 
@@ -164,9 +162,6 @@ def make_adapter_config(
             adapter.target_modules = default_targets(model)
         if config.adapter is None:
             refuse_idle_layers(adapter)
-    if method.is_paca and config.paca.budget in PARTS:
-        assert model is not None, "only the model says what is in a part of it"
-        return concentrate_ranks(model, adapter, config.paca.budget)
     return adapter
 
 

@@ -18,16 +18,21 @@ from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.strategies import (
     FIXED,
+    check_known,
     needs_of,
     random_columns,
     seed_for,
     select_columns,
-    statistics_of,
 )
 from pacatune.tuner.compat import get_quantization_kwargs
-from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
+from pacatune.tuner.config import (
+    PacaConfig,
+    given_to,
+    key_of_columns,
+    refuse_idle_layers,
+    seeded,
+)
 from pacatune.tuner.defaults import default_targets
-from pacatune.tuner.given import given_to, key_of_columns
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.rates import rates_by_input, rates_by_weight
@@ -73,22 +78,97 @@ def choose_columns(
             f"`columns` gives none for {len(missing)} adapted modules, first {missing[0]!r}; name "
             "them too, or take them out of `target_modules`."
         )
+    looks_at: tuple[str, ...] = (config.normalize,) if config.column_rates is None else ()
     if len(given) < len(targets):
-        config = seeded(config)
-        if "weight" in needs_of(str(config.selection)):
-            _refuse_merged(model)
-    rates = _rates(model, config, targets, statistics)
-    chosen = {
-        name: given[name] if name in given else _choose(name, target, config, statistics, model)
-        for name, target in targets.items()
-    }
+        looks_at, config = (*looks_at, *needs_of(str(config.selection))), seeded(config)
+    if "weight" in looks_at:
+        _refuse_merged(model)
+    columns: dict[str, Any] = {}
+    rates: dict[str, list[Any]] = {}
+    for name, target in targets.items():
+        try:
+            columns[name] = given.get(name) or _choose(model, config, name, target, statistics)
+            rates[name] = _rates(model, config, name, target, columns[name], statistics)
+        except ValueError as error:
+            raise ValueError(f"module {name!r}: {error}") from None
     config = copy.copy(config)
-    config.columns = chosen
-    if rates is not None:
-        config.column_rates = {name: _rates_at(rates[name], chosen[name]) for name in targets}
+    config.columns = columns
+    if config.normalize != "none":
+        config.column_rates = rates
     if statistics is not None and config.selection_options is None:
         config.selection_options = {"num_batches": statistics.num_batches}
     return config
+
+
+def _choose(
+    model: nn.Module,
+    config: PacaConfig,
+    name: str,
+    target: Target,
+    statistics: "ColumnStatistics | None",
+) -> Any:
+    if config.groups > 1:
+        options = config.random_seed, name, config.groups
+        return random_columns(target.num_columns, target.rank, *options).tolist()
+    selection = str(config.selection)
+    weight, values = _known(model, needs_of(selection), name, target, statistics)
+    seed = seed_for(config.random_seed, name)
+    return select_columns(selection, weight, target.rank, seed=seed, statistics=values).tolist()
+
+
+def _rates(
+    model: nn.Module,
+    config: PacaConfig,
+    name: str,
+    target: Target,
+    columns: list[Any],
+    statistics: "ColumnStatistics | None",
+) -> list[Any]:
+    """Return the rates of a module's columns, given or of four digits each; none without any."""
+    if config.column_rates is not None:
+        rates = given_to(config.column_rates, name) or [()]
+        if len(rates[0] if isinstance(rates[0], list | tuple) else rates) != target.rank:
+            raise ValueError(
+                f"`column_rates` ({str(rates)[:80]}) must have {target.rank} rates, its rank; drop "
+                "all of them, and they are found anew."
+            )
+        return rates
+    if config.normalize == "none":
+        return []
+    needs = ("activation",) if config.normalize == "input" else ("weight",)
+    weight, values = _known(model, needs, name, target, statistics)
+    check_known(f"`normalize` ({config.normalize!r})", needs, weight, values)
+    by_input = config.normalize == "input"
+    found = rates_by_input(values["activation"]) if by_input else rates_by_weight(weight)
+    is_grouped = isinstance(columns[0], list)
+    rounded = [
+        [float(f"{rate:.4g}") for rate in found[group].tolist()]
+        for group in (columns if is_grouped else [columns])
+    ]
+    return rounded if is_grouped else rounded[0]
+
+
+def _known(
+    model: nn.Module,
+    needs: tuple[str, ...],
+    name: str,
+    target: Target,
+    statistics: "ColumnStatistics | None",
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Return a target's weight, of a shape alone if it is not needed, and what was collected."""
+    weight = next(iter(target.module.parameters())).new_empty(1, target.num_columns, device="meta")
+    if "weight" in needs:
+        kwargs = get_quantization_kwargs(model)
+        weight = weight_matrix(target.module, target.parameter_name, **kwargs)
+    is_read = statistics is not None and set(needs) - {"weight"}
+    values = statistics.of(name) if statistics is not None and is_read else {}
+    for kind, one in values.items():
+        if len(one) != target.num_columns:
+            raise ValueError(
+                f"`statistics` has {len(one)} columns ({kind}) and the weight "
+                f"{target.num_columns}; it is of another model."
+            )
+    return weight, values
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
@@ -130,108 +210,6 @@ def _matched(
                     "the first one is 0."
                 )
     return given
-
-
-def _choose(
-    name: str,
-    target: Target,
-    config: PacaConfig,
-    statistics: "ColumnStatistics | None",
-    model: nn.Module,
-) -> Any:
-    if config.groups > 1:
-        options = config.random_seed, name, config.groups
-        return random_columns(target.num_columns, target.rank, *options).tolist()
-    needs, kinds = needs_of(str(config.selection)), statistics_of(str(config.selection))
-    values = _collected(statistics if kinds else None, name, target)
-    weight = next(iter(target.module.parameters())).new_empty(1, target.num_columns, device="meta")
-    if "weight" in needs:
-        kwargs = get_quantization_kwargs(model)
-        weight = weight_matrix(target.module, target.parameter_name, **kwargs)
-    seed = seed_for(config.random_seed, name)
-    try:
-        indices = select_columns(
-            str(config.selection), weight, target.rank, seed=seed, statistics=values
-        )
-    except ValueError as error:
-        raise ValueError(f"module {name!r}: {error}") from None
-    return [int(index) for index in indices]
-
-
-def _collected(
-    statistics: "ColumnStatistics | None", name: str, target: Target
-) -> Mapping[str, Tensor]:
-    """Return what was collected about a target's columns, by kind."""
-    values = {} if statistics is None else statistics.of(name)
-    for kind, one in values.items():
-        if one.shape[-1] != target.num_columns:
-            raise ValueError(
-                f"`statistics` has {one.shape[-1]} columns for {name!r} ({kind}), which has "
-                f"{target.num_columns}; it is of another model."
-            )
-    return values
-
-
-def _rates(
-    model: nn.Module,
-    config: PacaConfig,
-    targets: Mapping[str, Target],
-    statistics: "ColumnStatistics | None",
-) -> dict[str, Tensor] | None:
-    """Return the rates of all columns of each target; None where they are given, or all alike."""
-    if config.column_rates is not None:
-        _check_rates(config.column_rates, targets)
-    if config.column_rates is not None or config.normalize == "none":
-        return None
-    if config.normalize == "weight":
-        _refuse_merged(model)
-        return {name: _rates_of_weight(model, name, target) for name, target in targets.items()}
-    squares = {
-        name: _collected(statistics, name, target).get("activation")
-        for name, target in targets.items()
-    }
-    missing = sorted(name for name, one in squares.items() if one is None)
-    if missing:
-        raise ValueError(
-            f"`normalize` ('input') needs statistics of the kind activation, and there are none of "
-            f"{missing[0]!r}: collect them with pacatune.selection.collect_statistics and choose "
-            "with choose_columns, before the adapter is made; `normalize` ('weight') needs none."
-        )
-    return {name: rates_by_input(one) for name, one in squares.items() if one is not None}
-
-
-def _rates_of_weight(model: nn.Module, name: str, target: Target) -> Tensor:
-    weight = getattr(target.module, target.parameter_name)
-    if weight.is_meta:
-        raise ValueError(
-            f"`normalize` ('weight') looks at the weights, and that of {name!r} is on the meta "
-            "device: load it first."
-        )
-    kwargs = get_quantization_kwargs(model)
-    return rates_by_weight(weight_matrix(target.module, target.parameter_name, **kwargs))
-
-
-def _rates_at(rates: Tensor, columns: list[Any]) -> list[Any]:
-    """Return the rates of some columns, four digits each."""
-    if isinstance(columns[0], list):
-        return [_rates_at(rates, group) for group in columns]
-    return [float(f"{rate:.4g}") for rate in rates[columns].tolist()]
-
-
-def _check_rates(given: Mapping[str, list[Any]], targets: Mapping[str, Target]) -> None:
-    for name, target in targets.items():
-        rates = given_to(given, name)
-        if rates is None:
-            raise ValueError(
-                f"`column_rates` has none of {name!r}, which is adapted; drop all of them, and "
-                "they are found anew."
-            )
-        num_rates = len(rates[0]) if isinstance(rates[0], list | tuple) else len(rates)
-        if num_rates != target.rank:
-            raise ValueError(
-                f"`column_rates` has {num_rates} rates for {name!r}, whose rank is {target.rank}; "
-                "drop all of them, and they are found anew."
-            )
 
 
 def settle_scaling(model: nn.Module, config: PacaConfig) -> PacaConfig:

@@ -1,16 +1,18 @@
 """The configuration of a PaCA adapter, written to and read from adapter_config.json."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
-from pacatune.format.options import NEEDS_US, PacaOptions, idle_layers
+from pacatune.format.options import NEEDS_US, PacaOptions, idle_layers, target_of
 
-__all__ = ["PacaConfig", "refuse_idle_layers", "seeded"]
+__all__ = ["PacaConfig", "given_to", "key_of_columns", "refuse_idle_layers", "seeded"]
 
 
 @dataclass
@@ -62,3 +64,19 @@ def refuse_idle_layers(config: PeftConfig) -> None:
             f"({vars(config)['target_modules']!r}): give `target_modules` as a list of names, or "
             "put the layers into the expression."
         )
+
+
+def given_to(given: Mapping[str, list[Any]] | None, name: str) -> list[Any] | None:
+    """Return which of the columns or rates of a configuration a module has, None if none."""
+    key = key_of_columns(given, name) if given else None
+    return None if key is None else (given or {})[key]
+
+
+def key_of_columns(columns: Mapping[str, list[Any]], name: str) -> str | None:
+    """Return the name or pattern by which a configuration gives a module's columns, or None."""
+    # Full names first: patterns of many modules would be compiled for each of them.
+    for one in (name, target_of(name)):
+        if one in columns:
+            return one
+    keys = [str(get_pattern_key(columns.keys(), one)) for one in (name, target_of(name))]
+    return next((key for key in keys if key in columns), None)

@@ -35,7 +35,6 @@ from pacatune.tuner.compat import (
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
 from pacatune.tuner.defaults import default_targets, log_targets
 from pacatune.tuner.experts import Experts
-from pacatune.tuner.given import given_for
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import adaptable_kind
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
@@ -207,7 +206,7 @@ class PacaModel(Tuner):
             return  # no module of the base: `target_modules` does not mean it
         if isinstance(target, nn.MultiheadAttention | MultiheadAttention):
             name = f"{current_key}.{IN_PROJ}"
-            ranks |= given_for(peft_config, name)
+            ranks = ranks_of(peft_config, name)
             self._adapt_parameter(MultiheadAttention, name, adapter_name, peft_config, ranks)
             return
         if isinstance(parent, nn.MultiheadAttention):  # it would never call its out_proj

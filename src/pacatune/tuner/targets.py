@@ -17,12 +17,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from pacatune.format.options import IN_PROJ
+from pacatune.format.options import IN_PROJ, target_of
 from pacatune.tuner.attention import AttentionInput
-from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.config import PacaConfig, given_to
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
-from pacatune.tuner.given import given_for
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer, check_groups, check_rank
 from pacatune.tuner.layout import (
@@ -295,9 +294,10 @@ def parameters_count(config: PacaConfig) -> Iterator[None]:
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
     """Return rank, alpha, given columns and their rates of a target, patterns resolved."""
     return {
-        "r": for_module(config.rank_pattern, name, config.r),
-        "paca_alpha": for_module(config.alpha_pattern, name, config.paca_alpha),
-        **given_for(config, name),
+        "r": for_module(config.rank_pattern, target_of(name), config.r),
+        "paca_alpha": for_module(config.alpha_pattern, target_of(name), config.paca_alpha),
+        "columns": given_to(config.columns, name),
+        "rates": given_to(config.column_rates, name),
     }
 
 
