@@ -115,13 +115,6 @@ def test_without_bitsandbytes(make_config, monkeypatch):
         train(make_config(model={"quantization": "nf4"}), console=QUIET)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_double_quantization_without_four_bits(make_config, quantization):
-    model = {"quantization": quantization, "double_quantization": False}
-    with pytest.raises(ValueError, match=r"`model.double_quantization` \(False\) is for 4 bits"):
-        train(make_config(model=model), console=QUIET)
-
-
 def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog):
     """bitsandbytes says in each of them that it casts bfloat16."""
     config = make_config(model={"quantization": "int8", "dtype": "bfloat16"})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune.data import PromptDataConfig
-from pacatune.training.rewards import CheckedReward, RewardError, check_rewards, load_rewards
+from pacatune.training.rewards import RewardError, check_rewards, checked, load_rewards
 
 PLACES = ["d.jsonl, row 1", "d.jsonl, row 2"]
 DATA = PromptDataConfig(path="d.jsonl")
@@ -95,17 +95,17 @@ def test_an_error_names_function_and_prompt():
         match=r"reward 'm:f' raised ZeroDivisionError \(division by zero\) on 2 answers \(d.jsonl, "
         r"row 1 is the first\)\.",
     ):
-        CheckedReward("m:f", fail)(place=PLACES, completions=["a", "b"])
+        checked("m:f", fail)(place=PLACES, completions=["a", "b"])
 
 
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("", "rewards_here:g", r"rewards_here \(.*rewards_here.py\) has no 'g'"),
-        ("g = 1", "rewards_here:g", r"has no function 'g'"),
-        ("", "nosuch_module:g", r"there is no module 'nosuch_module', neither in .* nor installed"),
-        ("import nosuch_too", "rewards_here:g", r"raised ModuleNotFoundError \(No module named"),
-        ("1 / 0", "rewards_here:g", r"importing rewards_here raised ZeroDivisionError"),
+        ("", "rewards_here:g", r"raised AttributeError \(module 'rewards_here' has no attribute"),
+        ("g = 1", "rewards_here:g", r"cannot be called with prompts, .*\(1 is not a callable"),
+        ("", "nosuch_module:g", r"module:name, of a module in .* or installed.*'nosuch_module'"),
+        ("", "short", r"`reward` \('short'\) must be a Python function as module:name"),
+        ("1 / 0", "rewards_here:g", r"importing it raised ZeroDivisionError"),
         ("def g(completions): ...", "rewards_here:g", r"cannot be called with prompts, .*\*\*kwar"),
         ("def g(answer, **kwargs): ...", "rewards_here:g", r"missing a required .*'answer'"),
     ],

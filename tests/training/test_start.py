@@ -128,9 +128,9 @@ def test_contradictions(make_config, paca, tmp_path, capsys):
         r"`paca.budget` \('mlp'\) chooses columns, and those of", paca=PacaSection(budget="mlp")
     )
     refused(
-        r"is of the kind 'paca', and `method` \('lora'\) trains LoRA; set `method`", method="lora"
+        r"is of the kind 'paca', and `method` \('lora'\) trains LoRA; change one", method="lora"
     )
-    refused(r"and `method` \('full'\) trains Full; set `method` to paca", method="full")
+    refused(r"and `method` \('full'\) trains Full; change one of them", method="full")
     with pytest.raises(FileNotFoundError, match=r"adapter folder 'no/such/folder'"):
         settle(make_config(adapter="no/such/folder"))
     path = tmp_path / "run.yaml"
@@ -142,7 +142,7 @@ def test_contradictions(make_config, paca, tmp_path, capsys):
 
 def test_tasks_with_a_reference(make_task_config, paca):
     for task in ("dpo", "kto"):
-        with pytest.raises(ValueError, match="the reference is the model with the adapter off"):
+        with pytest.raises(ValueError, match="whose reference is the pretrained model"):
             make_task_config(task, adapter=str(paca))
     for where in ({"adapter": str(paca)}, {"model": {"path": str(paca)}}):
         with pytest.raises(ValueError, match=r"merge the adapter \(`pacatune merge`\), which is"):

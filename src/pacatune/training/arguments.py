@@ -8,16 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-from pacatune.training.ranges import check_ranges
 from pacatune.training.tasks import TASKS, load
-
-_MODEL_ARGUMENTS = {
-    "trust_remote_code": "code of a model is never executed",
-    "dtype": "set `model.dtype`",
-    "torch_dtype": "set `model.dtype`",
-    "revision": "set `model.revision`",
-    "attn_implementation": "set `model.attn_implementation`",
-}
 
 
 @dataclass
@@ -89,43 +80,33 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that the task does not offer, and numbers that train nothing."""
+        """Refuse options that the task does not offer, and float16 where it would be ignored."""
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name in self.elsewhere and value != option.default:
                 instead = self.elsewhere[option.name]
                 raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
-        check_ranges(self)
-        if self.fp16 and self.on_cpu:  # type: ignore[attr-defined]
+        if self.fp16 and self.use_cpu:  # type: ignore[attr-defined]
             raise ValueError(
                 "`training.fp16` (True) needs a GPU, and a CPU would train without it; set "
                 "`training.bf16`, or drop it."
             )
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the run is on the CPU."""
-        import torch
-
-        return self.use_cpu or torch.accelerator.current_accelerator() is None
 
     def __post_init__(self) -> None:
         import torch
 
         # As given, before TRL and transformers resolve them: what a saved config must say.
         self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if not torch.accelerator.is_available():
+            # Unless it is said, transformers takes no bf16, and accelerate takes each of several
+            # processes for the only one.
+            self.use_cpu = True
         self.check_options()
         if self.bf16 is None:
             # Pinned, so that a saved config gives the same numbers on another machine.
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)  # type: ignore[attr-defined]
             self.given["bf16"] = self.bf16
-        if not torch.accelerator.is_available():
-            # Unless it is said, transformers takes no bf16, and accelerate takes each of several
-            # processes for the only one.
-            self.use_cpu = True
         super().__post_init__()  # type: ignore[misc]
-        if self.use_cpu:
-            self.dataloader_pin_memory = False
 
 
 @dataclass
@@ -141,21 +122,6 @@ class TrlDefaults(SharedDefaults):
     learning_rate: float | None = None
     """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
     others; for dpo, kto, grpo and rloo a tenth of it."""
-
-    def check_options(self) -> None:
-        """Refuse also model arguments of other sections, and what this device cannot do."""
-        super().check_options()
-        for name in getattr(self, "model_init_kwargs", None) or {}:
-            if name in _MODEL_ARGUMENTS:
-                raise ValueError(
-                    f"`training.model_init_kwargs` has {name!r}, which is not offered: "
-                    f"{_MODEL_ARGUMENTS[name]}."
-                )
-        if getattr(self, "activation_offloading", False) and self.on_cpu:
-            raise ValueError(
-                "`training.activation_offloading` (True) moves activations off an accelerator, and "
-                "this run is on the CPU; drop it."
-            )
 
 
 @dataclass

@@ -5,9 +5,9 @@ of the data, all of them lists with one entry per answer, it returns as many num
 says nothing.
 """
 
-import importlib
 import inspect
 import math
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,40 +28,40 @@ class RewardError(ValueError):
     """A reward function failed, or returned what are no rewards."""
 
 
-class CheckedReward:
-    """A reward function whose errors and results are checked, under a name of its own."""
+def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a reward function whose errors and results are checked, under a name of its own.
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
-        # As metrics are called; two functions of different modules may have one name.
-        self.__name__ = name.replace(":", ".")
-        self._function = function
+    One that is a coroutine stays one, which TRL awaits. `place` says where each prompt is from.
+    """
 
-    def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:
-        """Return one reward per answer; `place` says where each prompt is from."""
-        with self._explained(place):
-            rewards = self._function(**columns)
-        return check_rewards(self.name, rewards, place)
+    async def awaited(*, place: Sequence[str], **columns: Any) -> list[float | None]:
+        with _explained(name, place):
+            rewards = await function(**columns)
+        return check_rewards(name, rewards, place)
 
-    @contextmanager
-    def _explained(self, place: Sequence[str]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r} raised {_said(error)} on {len(place)} answers "
-                f"({place[0]} is the first)."
-            ) from error
+    def called(*, place: Sequence[str], **columns: Any) -> list[float | None]:
+        with _explained(name, place):
+            rewards = function(**columns)
+        return check_rewards(name, rewards, place)
+
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 (of an object's class)
+    )
+    reward = awaited if is_async else called
+    # As metrics are called; two functions of different modules may have one name.
+    reward.__name__ = name.replace(":", ".")
+    return reward
 
 
-class AsyncCheckedReward(CheckedReward):
-    """The same for a coroutine function, which TRL awaits."""
-
-    async def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:  # type: ignore[override]
-        """Return one reward per answer; `place` says where each prompt is from."""
-        with self._explained(place):
-            rewards = await self._function(**columns)
-        return check_rewards(self.name, rewards, place)
+@contextmanager
+def _explained(name: str, place: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__} ({error}) on {len(place)} answers "
+            f"({place[0]} is the first)."
+        ) from error
 
 
 def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float | None]:
@@ -86,71 +86,41 @@ def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float |
 
 def load_rewards(
     names: Sequence[str], data: PromptDataConfig, columns: Sequence[str]
-) -> list[CheckedReward]:
+) -> list[Callable[..., Any]]:
     """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`.
 
     `columns` are those of the data beside `prompt`, which every function gets. Importing a module
     runs its code; modules are looked for in the current folder too.
     """
+    given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
     rewards = []
     for name in names:
-        is_verifier = name.startswith(REASONING_GYM)
-        function = make_verifier(data) if is_verifier else _import(name)
-        _check_signature(name, function, columns)
-        call = getattr(function, "__call__", None)  # noqa: B004 (of an object's class)
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        rewards.append((AsyncCheckedReward if is_async else CheckedReward)(name, function))
+        function = make_verifier(data) if name.startswith(REASONING_GYM) else _import(name)
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            raise ValueError(
+                f"reward {name!r} cannot be called with {', '.join(given)} ({error}); take what it "
+                "needs of them by name and the others as **kwargs."
+            ) from error
+        rewards.append(checked(name, function))
     return rewards
 
 
 def _import(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken(name, error) from error
-        raise ValueError(
-            f"`reward` ({name!r}): there is no module {error.name!r}, neither in {folder} nor "
-            "installed; start in its folder, or install it."
-        ) from error
+        function: Callable[..., Any] = pkgutil.resolve_name(name)
     except Exception as error:
-        raise _broken(name, error) from error
+        raise ValueError(
+            f"`reward` ({name!r}) must be a Python function as module:name, of a module in {folder}"
+            f" or installed, or {REASONING_GYM}TASK; importing it raised {type(error).__name__} "
+            f"({error})."
+        ) from error
     finally:
         sys.path.remove(folder)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        what = "has no" if function is None else "has no function"
-        raise ValueError(
-            f"`reward` ({name!r}): {module.__name__} ({getattr(module, '__file__', '-')}) {what} "
-            f"{attribute!r}."
-        )
     return function
-
-
-def _broken(name: str, error: Exception) -> ValueError:
-    module = name.partition(":")[0]
-    return ValueError(f"`reward` ({name!r}): importing {module} raised {_said(error)}; mend it.")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__} ({error})"
-
-
-def _check_signature(name: str, function: Callable[..., Any], columns: Sequence[str]) -> None:
-    """Refuse a function that cannot take what every reward function is given."""
-    given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(given))
-    except TypeError as error:
-        raise ValueError(
-            f"reward {name!r} cannot be called with {', '.join(given)} ({error}); take what it "
-            "needs of them by name and the others as **kwargs."
-        ) from error
-    except ValueError:  # Built-in functions do not say what they take.
-        return
 
 
 def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:

@@ -1,7 +1,8 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
 import copy
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.pretrained import is_adapter
-from pacatune.training.config import RunConfig, check_reference
+from pacatune.training.config import RunConfig
 from pacatune.training.sections import OF_THE_RUN, check_selection_file
 
 # What chooses columns, which a finished adapter has.
@@ -36,15 +37,14 @@ def settle(config: RunConfig) -> RunConfig:
         check_selection_file(str(config.paca.selection))
     if "adapter" not in config.spec.reads:
         return config
-    settled = copy.copy(config)
+    given = config.given
     if is_adapter(config.model.path):
-        settled.model = copy.copy(config.model)
-        settled.adapter, settled.model.path = config.model.path, _base_of(config)
-        if config.spec.reference is not None:
-            check_reference(settled, config.spec.reference)
-    if settled.adapter is not None:
-        _take_options(settled)
-    return settled
+        base = replace(config.model, path=_base_of(config))
+        config = replace(config, adapter=config.model.path, model=base)
+    if config.adapter is not None:
+        config = copy.copy(config)
+        _take_options(config, given)
+    return config
 
 
 def _base_of(config: RunConfig) -> str:
@@ -64,13 +64,13 @@ def _base_of(config: RunConfig) -> str:
     return base
 
 
-def _take_options(config: RunConfig) -> None:
+def _take_options(config: RunConfig, given_in: Callable[[str], dict[str, Any]]) -> None:
     """Fill copies of the sections with the adapter's options; refuse those that contradict it."""
     saved = read_start(config)
     for name in METHODS[config.method].sections:
         section = copy.copy(getattr(config, name))
         setattr(config, name, section)
-        given = config.given(name)
+        given = given_in(name)
         for option in (field.name for field in fields(section)):
             if option not in OF_THE_RUN:
                 kept = _plain(getattr(saved, option))
@@ -99,23 +99,21 @@ def _is_same(option: str, given: object, kept: object) -> bool:
 
 def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
     """Return the checked configuration of the adapter that a run starts from, ready to train."""
-    folder = locate_folder(str(config.adapter))
-    path = find_file(folder, CONFIG_NAME)
-    found = read_json_object(path)
-    made_by = {"LORA": "lora", "MOSLORA": "moslora", **dict.fromkeys(FILE_TYPES, "paca")}.get(
-        str(found.get("peft_type"))
-    )
-    if made_by == "lora" and found.get("use_dora"):
-        made_by = "dora"
-    method = METHODS[config.method]
-    if made_by not in (method.name, method.variant_of):
-        fix = f"set `method` to {made_by}" if made_by else "give one of those"
+    path = find_file(locate_folder(str(config.adapter)), CONFIG_NAME)
+    found, method = read_json_object(path), METHODS[config.method]
+    kind = {
+        **dict.fromkeys(FILE_TYPES, "paca"),
+        "LORA": "dora" if found.get("use_dora") else "lora",
+        "MOSLORA": "moslora",
+    }.get(str(found.get("peft_type")), found.get("peft_type"))
+    if kind not in (method.name, method.variant_of):
         raise ValueError(
-            f"`adapter` ({config.adapter}) is of the kind {made_by or found.get('peft_type')!r}, "
-            f"and `method` ({method.name!r}) trains {method.title}; {fix}."
+            f"`adapter` ({config.adapter}) is of the kind {kind!r}, and `method` ({method.name!r}) "
+            f"trains {method.title}; change one of them."
         )
     if method.is_paca:
-        saved = adapter_config(method, **vars(read_config(path)))
+        # The base says how it is quantised; see check_quantization.
+        saved = adapter_config(method, **vars(read_config(path)) | {"base_quantization": None})
     else:
         saved = read_lora_config(path)
     if task_type is not None and saved.task_type not in (None, task_type):
@@ -124,8 +122,6 @@ def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
             f"trains {task_type}; give an adapter that such a run made."
         )
     saved.inference_mode = False
-    if method.is_paca:
-        saved.base_quantization = None  # the base says how it is quantised; see check_quantization
     saved.base_model_name_or_path, saved.revision = None, config.model.revision
     return saved
 
