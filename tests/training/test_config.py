@@ -74,7 +74,7 @@ def test_nothing_is_looked_up(monkeypatch):
         )
         assert run.model.path == "a/m"
     assert not [path for path in looked_at if path.name in ("m", "d")]
-    assert run.given("paca") == {}
+    assert run.given["paca"] == {}
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_nothing_is_looked_up(monkeypatch):
             {"training": {"max_step": 3}},
             "unknown option training.max_step; did you mean 'max",
         ),
-        ({"reward": ["a:f"]}, r"`reward` \(\['a:f'\]\) is an option of grpo, rloo, and `task` is"),
+        ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
         (
             {"task": "image", "adapter": "a"},
-            r"`adapter` \('a'\) is an option of sft, dpo, kto",
+            r"the task image has no `adapter` \('a'\); drop it",
         ),
         (
             {"data": "d.jsonl"},
@@ -213,18 +213,15 @@ def test_mixed_precision_is_not_forced_onto_fp16():
     assert TrainingConfig(fp16=True).bf16 is False
 
 
-@pytest.mark.parametrize("patience", [0, -1])
-def test_patience_range(patience):
-    with pytest.raises(ValueError, match=rf"`early_stopping_patience` \({patience}\) must be at"):
-        run_config(early_stopping_patience=patience)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"eval_strategy": "epoch"}, "requires the save and eval strategy to match"),
         ({"eval_steps": 0.3}, "requires the saving steps to be a multiple of the evaluation"),
-        ({"eval_strategy": "no", "save_strategy": "no"}, "but there is no evaluation data"),
+        (
+            {"eval_strategy": "no", "save_strategy": "no"},
+            "need evaluation data; set `data.eval_path`",
+        ),
     ],
 )
 def test_early_stopping_needs_checkpoints_of_evaluations(options, message):
@@ -306,19 +303,6 @@ def test_numbers_that_train_nothing(options):
         run_config(options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": 0}, r"`lora.r` \(0\) must be above 0"),
-        ({"lora_alpha": -1}, r"`lora.lora_alpha` \(-1\) must be above 0"),
-        ({"lora_dropout": 1.0}, r"`lora.lora_dropout` \(1.0\) must be in \[0, 1\)"),
-    ],
-)
-def test_lora_ranges(options, message):
-    with pytest.raises(ValueError, match=message):
-        LoraSection(**options)
-
-
 def test_numbers_that_do_not_matter():
     assert run_config({"num_train_epochs": 0, "max_steps": 3, "max_length": None})
 
@@ -333,7 +317,7 @@ def test_numbers_that_do_not_matter():
 )
 def test_best_of_no_evaluation(options):
     training = TrainingConfig(use_cpu=True, **options.pop("training", {}))
-    with pytest.raises(ValueError, match=r"but there is no evaluation data; set `data.eval_path`"):
+    with pytest.raises(ValueError, match=r"need evaluation data; set `data.eval_path` or"):
         RunConfig(
             model=ModelConfig(path="m"),
             data=DataConfig(path="d", eval_fraction=0),

@@ -224,19 +224,18 @@ def test_columns_chosen_by_data(make_task_config):
             "dpo",
             "full",
             {},
-            r"`method` \('full'\) with `task` \('dpo'\), whose reference is",
+            r"reference of `task` \('dpo'\) is .* with `method` \('full'\), which has none",
         ),
         ("kto", "full", {}, "or set `training.precompute_ref_log_probs` to true"),
         (
             "dpo",
             "paca",
             {"paca": PacaSection(bias="all")},
-            r"`paca.bias` \('all'\) with `task`",
+            r"with `paca.bias` \('all'\), since biases stay",
         ),
         ("dpo", "lora", {"lora": LoraSection(lora_dropout=0.1)}, r"`lora.lora_dropout` \(0.1, of"),
         ("reward", "lora_dropout", {}, r"is switched off by `training.disable_dropout` \(True\)"),
         ("dpo", "paca", {"training": {"sync_ref_model": True}}, "the reference is the pretrained"),
-        ("dpo", "paca", {"training": {"padding_free": True}}, "TRL has no such DPO at present"),
         ("dpo", "paca", {"training": {"truncation_mode": "keep_end"}}, "are cut at their end"),
         ("reward", "paca", {"training": {"chat_template_path": "x"}}, "set `data.chat_template`"),
     ],
@@ -260,8 +259,8 @@ def test_dropout_and_full_where_they_can_be(make_task_config):
 @pytest.mark.parametrize(
     ("task", "shown"),
     [
-        ("dpo", ["chosen (7 tokens):", "It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
-        ("kto", ["desirable (", "What is"]),
+        ("dpo", ["chosen (7 tokens): It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
+        ("kto", ["label: True", "What is"]),
         ("reward", ["chosen (21 tokens):", "rejected (23 tokens):"]),
     ],
 )

@@ -150,11 +150,13 @@ def test_flash_attention_and_plain_rows_are_not_tried(make_config):
 
 
 def test_packing_of_sharded_weights(make_config, monkeypatch):
-    monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"\('wrapped'\) lets examples attend to each other"):
         task_of(make_config(training={"packing": True, "packing_strategy": "wrapped"})).prepare()
-    with pytest.raises(ValueError, match="sharded weights cannot be tried; set it"):
-        task_of(make_config(training={"packing": True})).prepare()
+    monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"or its weights are sharded \(ZeRO-3\), so that it cannot"
+    ):
+        check_packing(task_of(make_config()).load_model())
 
 
 def plan(config):

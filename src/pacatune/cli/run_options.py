@@ -129,12 +129,11 @@ class RunOptions:
 def _check_files(model: Any, data: Any, task: str) -> None:
     from pacatune.data.early import check_first_rows, check_image_folders
     from pacatune.data.read import read_template
-    from pacatune.pretrained import find_model, is_adapter
+    from pacatune.pretrained import find_model
 
     if task == "image":
         check_image_folders(data)
-    if not is_adapter(model.path):  # which is trained on, on its own base
-        find_model(model.path)
+    find_model(model.path)
     if task in ("image", "classifier"):
         return
     if data.chat_template is not None:

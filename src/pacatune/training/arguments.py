@@ -19,11 +19,11 @@ class SharedDefaults:
         "resume_from_checkpoint": "use --resume",
         "push_to_hub": "give --push_to_hub ORGANISATION/NAME on the command line",
         "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
-        "hub_strategy": "only the finished result is uploaded",
-        "hub_always_push": "only the finished result is uploaded",
         "fp16_full_eval": "it rounds the weights that are saved",
         "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
+        "trust_remote_code": "code of a model is never executed; use a converted model",
+        "remove_unused_columns": "the data has the columns that training needs",
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""
 
@@ -34,7 +34,9 @@ class SharedDefaults:
     """Number of passes over the training data."""
 
     learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method."""
+    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
+    others, and for dpo, kto, grpo and rloo a tenth of it; for classifiers of texts or images 1e-4
+    full, 3e-3 head, 1e-3 the others."""
 
     lr_scheduler_type: SchedulerType | str = "cosine"
     """Shape of the learning rate over the run: cosine, linear, constant, ..."""
@@ -110,27 +112,8 @@ class SharedDefaults:
 
 
 @dataclass
-class TrlDefaults(SharedDefaults):
-    """Put before one of TRL's classes of arguments."""
-
-    elsewhere: ClassVar[dict[str, str]] = {
-        **SharedDefaults.elsewhere,
-        "trust_remote_code": "code of a model is never executed; use a converted model",
-        "remove_unused_columns": "the data has the columns that training needs",
-    }
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
-    others; for dpo, kto, grpo and rloo a tenth of it."""
-
-
-@dataclass
 class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Every option of transformers' TrainingArguments, with these defaults."""
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
-    head, 1e-4 full."""
 
     warmup_steps: float = 0.1
     """Steps in which the learning rate rises; below 1, a share of all steps. A new head
@@ -150,14 +133,13 @@ def training_class(task: str) -> type[Any]:
     theirs: type[Any] = load(spec.arguments)
     if issubclass(theirs, SharedDefaults):
         return theirs
-    ours = TrlDefaults if spec.is_of_trl else SharedDefaults
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"
     made = {
         "__doc__": f"Every option of {theirs.__name__}, with the defaults of ours.",
         "__module__": __name__,
-        "elsewhere": {**ours.elsewhere, **spec.refuse},
+        "elsewhere": {**SharedDefaults.elsewhere, **spec.refuse},
     }
-    return dataclass(type(name, (ours, theirs), made))
+    return dataclass(type(name, (SharedDefaults, theirs), made))
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -154,7 +154,8 @@ class RunConfig:
             require("TRL", "1.16", f"`pacatune {spec.command}`")
         method, kinds = method_of(self.method, spec.methods), sections_of(self.task)
         self.method = method.name
-        self._given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
+        # What is given of these sections, by their names, which no adapter may contradict.
+        self.given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
         for name, kind in kinds.items():
             setattr(self, name, _section(name, getattr(self, name), kind))
         self._refuse_options_of_others(spec)
@@ -166,7 +167,13 @@ class RunConfig:
         self._settle_training(spec)
         self._settle_evaluation()
         if "reward" in spec.reads:
-            self._settle_rewards()
+            # Generated data has a verifier.
+            self.reward = list(self.reward) or [self.data.path] * self.data.is_generated
+            if not self.reward:
+                raise ValueError(
+                    "there is no reward; give one on the command line, as in `--reward "
+                    "my_rewards:is_short` (a Python function by module and name)."
+                )
         if self.lora.lora_dropout and getattr(self.training, "disable_dropout", False):
             raise ValueError(
                 f"`lora.lora_dropout` ({self.lora.lora_dropout:g}, of `method` {self.method!r}) is "
@@ -181,10 +188,6 @@ class RunConfig:
         """The row of the table of tasks."""
         return TASKS[self.task]
 
-    def given(self, section: str) -> dict[str, Any]:
-        """Return the options of an adapter's section that were given, by their names."""
-        return self._given[section]
-
     def repeat_command(self, config_file: object) -> str:
         """Return the command that does this run, as a saved configuration says it."""
         # Functions are named in it, not in the file.
@@ -197,22 +200,22 @@ class RunConfig:
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options of the adapter, as PEFT's class of the method takes them."""
-        method = METHODS[self.method]
-        if method.is_paca:
-            options: dict[str, Any] = self.paca.adapter_options()
-            return options
-        more = asdict(self.moslora) if method.is_moslora else {}
-        return {**asdict(self.lora), **more}
+        options: dict[str, Any] = {}
+        for name in METHODS[self.method].sections:
+            section = getattr(self, name)
+            options |= section.adapter_options() if name == "paca" else asdict(section)
+        return options
 
     def _refuse_options_of_others(self, spec: TaskSpec) -> None:
         """Refuse what another task or another method would read."""
-        for name in ("adapter", "reward"):
-            if getattr(self, name) and name not in spec.reads:
-                tasks = ", ".join(task for task, one in TASKS.items() if name in one.reads)
-                raise ValueError(
-                    f"`{name}` ({getattr(self, name)!r}) is an option of {tasks}, and `task` is "
-                    f"{self.task!r}; drop it."
-                )
+        if self.method == "full" and (kind := getattr(self.model, "quantization", None)):
+            raise ValueError(
+                f"`model.quantization` ({kind!r}) with `method` ('full'): quantised weights cannot "
+                "be trained; choose another method or drop the option."
+            )
+        for name in {"adapter", "reward"} - {*spec.reads}:
+            if value := getattr(self, name):
+                raise ValueError(f"the task {self.task} has no `{name}` ({value!r}); drop it.")
         for name in ADAPTER_SECTIONS:
             methods = readers_of(name)
             for option, value in _given(getattr(self, name)).items():
@@ -229,11 +232,6 @@ class RunConfig:
             values["learning_rate"] = default_rate(spec, self.method)
         check_ranges(values)
         if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise ValueError(
-                    f"`early_stopping_patience` ({self.early_stopping_patience}) must be at least "
-                    "1, or null."
-                )
             values["load_best_model_at_end"] = True
         if values["load_best_model_at_end"] or values["save_strategy"] == "best":
             values["metric_for_best_model"] = values["metric_for_best_model"] or spec.best_metric
@@ -254,27 +252,10 @@ class RunConfig:
             )
         if not wanted and (training.load_best_model_at_end or training.save_strategy == "best"):
             raise ValueError(
-                "the best checkpoint is to be kept (`early_stopping_patience`, "
-                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
-                "evaluation data; set `data.eval_path` or `data.eval_fraction`, and "
-                "`training.eval_strategy` to steps or epoch."
+                "`early_stopping_patience`, `training.load_best_model_at_end` and "
+                "`training.save_strategy` 'best' need evaluation data; set `data.eval_path` or "
+                "`data.eval_fraction`, and `training.eval_strategy` to steps or epoch."
             )
-
-    def _settle_rewards(self) -> None:
-        """Take the verifier of generated data where no reward is given; refuse another's."""
-        path = self.data.path
-        self.reward = list(self.reward) or [path] * self.data.is_generated
-        if not self.reward:
-            raise ValueError(
-                "there is no reward; give one on the command line, as in `--reward "
-                "my_rewards:is_short` (a Python function by module and name)."
-            )
-        for name in self.reward:
-            if name.startswith(REASONING_GYM) and name != path:
-                raise ValueError(
-                    f"`reward` ({name!r}) scores what reasoning-gym generates for it, and "
-                    f"`data.path` is {path!r}; set that to {name!r} too."
-                )
 
     def _check_reference(self, option: str) -> None:
         """Refuse what would make another model of the reference: the model with the adapter off.
@@ -284,25 +265,22 @@ class RunConfig:
         """
         method, asks_before = METHODS[self.method], option == "precompute_ref_log_probs"
         asks = bool(getattr(self.training, option)) != asks_before
-        why = (
-            f"with `task` ({self.task!r}), whose reference is the pretrained model: the one that "
-            "is trained, with the adapter off"
-        )
         if self.adapter is not None and (asks or asks_before):
-            raise ValueError(
-                f"`adapter` ({self.adapter!r}) {why}; merge the adapter (`pacatune merge`), which "
-                "is exact, and give the result as `model.path`."
-            )
-        if asks and not method.has_adapter:
-            raise ValueError(
-                f"`method` ({self.method!r}) {why}; choose a method with one, or set "
-                f"`training.{option}` to {'true' if asks_before else 0}."
-            )
-        if asks and method.is_paca and self.paca.bias != "none":
-            raise ValueError(
-                f"`paca.bias` ({self.paca.bias!r}) {why}, and biases stay trained there; set it "
-                "to none."
-            )
+            wrong = f"`adapter` ({self.adapter!r})"
+            fix = "merge it (`pacatune merge`), which is exact, and give the result as `model.path`"
+        elif asks and not method.has_adapter:
+            wrong = f"`method` ({self.method!r}), which has none"
+            value = "true" if asks_before else 0
+            fix = f"choose another method, or set `training.{option}` to {value}"
+        elif asks and method.is_paca and self.paca.bias != "none":
+            wrong = f"`paca.bias` ({self.paca.bias!r}), since biases stay trained"
+            fix = "set it to none"
+        else:
+            return
+        raise ValueError(
+            f"the reference of `task` ({self.task!r}) is the pretrained model: the one that is "
+            f"trained, with the adapter off. That it cannot be with {wrong}; {fix}."
+        )
 
 
 def check_ranges(training: Mapping[str, Any]) -> None:

@@ -41,9 +41,6 @@ from pacatune.training.task import (
 from pacatune.training.tasks import load
 from pacatune.training.trainer import RunTrainer
 
-# How the parts of a pair of answers are shown.
-_STYLES = {"chosen_ids": "green", "rejected_ids": "red", "completion_ids": "green"}
-
 
 class LanguageTask(Task):
     """A run on a language model; its row of the table says which.
@@ -85,8 +82,9 @@ class LanguageTask(Task):
         """
         config, model_config = self.config, _load_model_config(self.config)
         model_config.update(self.model_options)
-        if config.model.quantization is not None:
-            check_quantization(config, model_config)
+        if (kind := config.model.quantization) is not None:
+            path = config.model.path
+            pretrained.check_quantizable(kind, model_config, path, option="model.quantization")
         model = pretrained.empty_model(
             getattr(transformers, self.auto_class),
             model_config,
@@ -132,7 +130,7 @@ class LanguageTask(Task):
         rows = [examples[place] for place in places]
         if self.collator is not None:
             return dict(self.collator(rows))
-        collator = DataCollatorForLanguageModeling(pad_token_id=pad_id(self.tokenizer))
+        collator = DataCollatorForLanguageModeling(pad_id(self.tokenizer))
         return dict(collator([self._learned(row) for row in rows]))
 
     def _learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -146,7 +144,7 @@ class LanguageTask(Task):
             ids = prompt_ids(row["prompt"], self.tokenizer)
             return {"input_ids": ids, "labels": ids}
         prompt = row["prompt_ids"]
-        answer = next(row[name] for name in _STYLES if name in row)
+        answer = row["chosen_ids" if "chosen_ids" in row else "completion_ids"]
         ids, labels = [*prompt, *answer], [*[-100] * len(prompt), *answer]
         limit = self.config.training.max_length
         return {"input_ids": ids[:limit], "labels": labels[:limit]}
@@ -214,28 +212,18 @@ class LanguageTask(Task):
         if "place" in data.column_names and "input_ids" in data.column_names:
             show_preview(data, self.tokenizer, num_examples, console)
             return
-        decode = self.tokenizer.decode
         for row in data.select(range(min(num_examples, len(data)))):
             console.rule()
-            if "input_ids" in row:
-                text = f"class {row['labels']}: {decode(row['input_ids'])}"
-                console.print(Text(text), soft_wrap=True)
-                continue
-            prompt, place = row.get("prompt_ids", []), row.get("place", "example")
-            if "prompt" in row:
-                prompt = prompt_ids(row["prompt"], self.tokenizer)
-            console.print(Text(f"{place}: {len(prompt)} tokens before an answer"), soft_wrap=True)
-            console.print(Text(decode(prompt), style="dim"))
-            if "prompt" in row:  # what rewards get beside the answers
-                for name in row.keys() - {"prompt", "place"}:
-                    console.print(Text(f"{name}: {row[name]}"), soft_wrap=True)
-            for name in (name for name in _STYLES if name in row):
-                what = name.removesuffix("_ids")
-                if "label" in row:
-                    what = "desirable" if row["label"] else "undesirable"
-                console.print(f"{what} ({len(row[name])} tokens):", highlight=False)
-                console.print(Text(decode(row[name]), style=_STYLES[name]))
-        console.rule()
+            console.print(Text(row.pop("place", "example")), soft_wrap=True)
+            for name, value in row.items():
+                if name in ("attention_mask", "KL_completion_ids"):
+                    continue
+                if name == "prompt":
+                    name, value = "prompt_ids", prompt_ids(value, self.tokenizer)
+                if name.endswith("_ids"):
+                    name = f"{name.removesuffix('_ids')} ({len(value)} tokens)"
+                    value = self.tokenizer.decode(value)
+                console.print(Text(f"{name}: {value}"), soft_wrap=True)
 
     def how_to_load(self, report: Report) -> str:
         """Return code that loads the model, or the adapter on its base, and pacatune's commands."""
@@ -365,19 +353,6 @@ def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[
         return ids - {None}
     stops = generation.eos_token_id
     return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
-
-
-def check_quantization(config: RunConfig, model_config: Any) -> None:
-    """Refuse a quantisation that the method, the model or the installation cannot have."""
-    quantization = config.model.quantization
-    if config.method == "full":
-        raise ValueError(
-            f"`model.quantization` ({quantization!r}) with `method` ('full'): quantised weights "
-            "cannot be trained; choose another method or drop the option."
-        )
-    pretrained.check_quantizable(
-        quantization, model_config, config.model.path, option="model.quantization"
-    )
 
 
 def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:

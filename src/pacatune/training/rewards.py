@@ -8,20 +8,17 @@ says nothing.
 import inspect
 import math
 import pkgutil
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from pacatune.data import REASONING_GYM, PromptDataConfig
+from pacatune.data import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class RewardError(ValueError):
@@ -66,22 +63,17 @@ def _explained(name: str, place: Sequence[str]) -> Iterator[None]:
 
 def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float | None]:
     """Return what a function has returned as a list of numbers or None; refuse anything else."""
-    if hasattr(rewards, "tolist"):
-        rewards = rewards.tolist()
-    if not isinstance(rewards, list | tuple) or len(rewards) != len(place):
-        length = f" of {len(rewards)}" if isinstance(rewards, list | tuple) else ""
-        raise RewardError(
-            f"reward {name!r} returned a {type(rewards).__name__}{length}; it must return a list "
-            f"of {len(place)} numbers, one per answer."
-        )
-    values = [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
+    rule = f"it must return a list of {len(place)} numbers, or None where it says nothing."
+    try:
+        values = [None if reward is None else float(reward) for reward in rewards]
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {name!r} returned {rewards!r:.80} ({error}); {rule}") from error
+    if len(values) != len(place):
+        raise RewardError(f"reward {name!r} returned a list of {len(values)}; {rule}")
     for value, where in zip(values, place, strict=True):
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise RewardError(
-                f"reward {name!r} returned {value!r:.80} for {where}; it must be a finite number, "
-                "or None where the function says nothing."
-            )
-    return [None if value is None else float(value) for value in values]
+        if value is not None and not math.isfinite(value):
+            raise RewardError(f"reward {name!r} returned {value} for {where}; {rule}")
+    return values
 
 
 def load_rewards(
@@ -95,7 +87,8 @@ def load_rewards(
     given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
     rewards = []
     for name in names:
-        function = make_verifier(data) if name.startswith(REASONING_GYM) else _import(name)
+        is_verifier = data.is_generated and name == data.path
+        function = make_verifier(data) if is_verifier else _import(name)
         try:
             inspect.signature(function).bind(**dict.fromkeys(given))
         except TypeError as error:
@@ -115,8 +108,8 @@ def _import(name: str) -> Callable[..., Any]:
     except Exception as error:
         raise ValueError(
             f"`reward` ({name!r}) must be a Python function as module:name, of a module in {folder}"
-            f" or installed, or {REASONING_GYM}TASK; importing it raised {type(error).__name__} "
-            f"({error})."
+            f" or installed, or the reasoning-gym:TASK that `data.path` is; importing it raised "
+            f"{type(error).__name__} ({error})."
         ) from error
     finally:
         sys.path.remove(folder)
@@ -130,12 +123,14 @@ def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
     there is none. What it cannot read scores 0.
     """
     made = reasoning_gym_data(data)
+    from reasoning_gym.utils import extract_answer  # only now is it sure to be installed
+
     entry_of = lru_cache(maxsize=1024)(made.__getitem__)
 
     def score(completion: Any, index: int) -> float:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        found = _ANSWER.findall(text)
-        answer = (found[-1] if found else text).strip()
+        found = extract_answer(text)
+        answer = text.strip() if found is None else found
         try:
             return float(made.score_answer(answer, entry_of(index)))
         except Exception:

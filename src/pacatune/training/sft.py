@@ -11,14 +11,19 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune.data import PreparedData, prepare_data
 from pacatune.data.encode import ImageCollator
 from pacatune.pretrained import load_processor
-from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
 
 
 def prepare(task: LanguageTask) -> PreparedData:
     """Read, encode and check texts or chats; the model is another one where they have images."""
     config, training = task.config, task.config.training
-    _check_packing_options(config)
+    if training.packing and training.packing_strategy == "wrapped":
+        raise ValueError(
+            "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
+            "or 'bfd_split'."
+        )
+    if config.data.streaming:
+        _check_stream(training)
     splits = training.packing and training.packing_strategy == "bfd_split"
     data = prepare_data(
         config.data,
@@ -40,42 +45,27 @@ def prepare(task: LanguageTask) -> PreparedData:
     return data
 
 
+def _check_stream(training: Any) -> None:
+    """Refuse what cannot be done with a stream."""
+    if training.max_steps < 1:
+        raise ValueError(
+            f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a stream "
+            "has no end; set it to at least 1."
+        )
+    for name in ("packing", "padding_free", "shuffle_dataset", "train_sampling_strategy"):
+        if (value := getattr(training, name)) not in (False, "random"):
+            raise ValueError(
+                f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` reads "
+                "it piece by piece; drop one of them."
+            )
+
+
 def _load_processor(task: LanguageTask) -> Any:
     model = task.config.model
     processor = load_processor(model_path(task.config), revision=model.revision)
     if task.config.data.chat_template is not None:
         processor.chat_template = task.tokenizer.chat_template
     return processor
-
-
-def _check_packing_options(config: RunConfig) -> None:
-    """Refuse packing that would mix examples, or cannot be tried; and what a stream cannot do."""
-    training, attention = config.training, config.model.attn_implementation
-    if training.packing and training.packing_strategy == "wrapped":
-        raise ValueError(
-            "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
-            "or 'bfd_split'."
-        )
-    if packs(training, attention) and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({attention!r}) and ZeRO-3: sharded weights cannot be tried; set it to "
-            "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
-        )
-    if not config.data.streaming:
-        return
-    needed = ("packing", "padding_free", "shuffle_dataset", "train_sampling_strategy")
-    for name in needed:
-        if (value := getattr(training, name)) not in (False, "random"):
-            raise ValueError(
-                f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` reads "
-                "it piece by piece; drop one of them."
-            )
-    if training.max_steps < 1:
-        raise ValueError(
-            f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a stream "
-            "has no end; set it to at least 1."
-        )
 
 
 class TextTrainer(LanguageTrainer):
@@ -99,7 +89,19 @@ def packs(training: Any, attention: str | None) -> bool:
 
 
 def check_packing(model: Any) -> None:
-    """Refuse a model in which packed examples see each other.
+    """Refuse a model in which packed examples see each other, or one that cannot be tried."""
+    if is_deepspeed_zero3_enabled() or _mixes_examples(model):
+        raise ValueError(
+            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
+            f"({model.config._attn_implementation!r}): packed examples see each other in "
+            f"{type(model).__name__}, or its weights are sharded (ZeRO-3), so that it cannot be "
+            "tried; set it to flash_attention_2, flash_attention_3 or a flash-attn kernel if all "
+            "of its layers use attention, or do not pack."
+        )
+
+
+def _mixes_examples(model: Any) -> bool:
+    """Whether a packed example changes the outputs of the next.
 
     transformers masks the attention of packed examples by their positions, which not every model
     has and other layers than attention do not obey. So two examples are packed, as TRL does it: the
@@ -124,10 +126,4 @@ def check_packing(model: Any) -> None:
     finally:
         hook.remove()
         model.train(was_training)
-    if gradient[:, :5].any():
-        raise ValueError(
-            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({model.config._attn_implementation!r}): packed examples see each other in "
-            f"{type(model).__name__}; set it to flash_attention_2, flash_attention_3 or a "
-            "flash-attn kernel if all of its layers use attention, or do not pack."
-        )
+    return bool(gradient[:, :5].any())

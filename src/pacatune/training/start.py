@@ -1,9 +1,7 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig
@@ -20,7 +18,6 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
-from pacatune.pretrained import is_adapter
 from pacatune.training.config import RunConfig
 from pacatune.training.sections import OF_THE_RUN, check_selection_file
 
@@ -29,48 +26,22 @@ _CHOICES = ("selection_batches", "share_columns", "budget")
 
 
 def settle(config: RunConfig) -> RunConfig:
-    """Return a run with what its files say: the base and the options of the adapter it starts from.
-
-    An adapter's folder that is given as the model is taken for what it is: `adapter` on its base.
-    """
+    """Return a run with the options of the adapter that it starts from."""
     if METHODS[config.method].is_paca and config.paca.from_file:
         check_selection_file(str(config.paca.selection))
-    if "adapter" not in config.spec.reads:
-        return config
-    given = config.given
-    if is_adapter(config.model.path):
-        base = replace(config.model, path=_base_of(config))
-        config = replace(config, adapter=config.model.path, model=base)
     if config.adapter is not None:
         config = copy.copy(config)
-        _take_options(config, given)
+        _take_options(config)
     return config
 
 
-def _base_of(config: RunConfig) -> str:
-    """Return the base of the adapter that is given as the model."""
-    if config.adapter is not None:
-        raise ValueError(
-            f"`model.path` ({config.model.path!r}) and `adapter` ({config.adapter!r}) are both "
-            "adapters; give the base as `model.path`, or leave `adapter` out."
-        )
-    local = Path(config.model.path).expanduser()
-    base = read_json_object(find_file(local, CONFIG_NAME)).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(
-            f"`model.path` ({config.model.path!r}) is an adapter that names no base; give the base "
-            "as `model.path` and the adapter as `adapter`."
-        )
-    return base
-
-
-def _take_options(config: RunConfig, given_in: Callable[[str], dict[str, Any]]) -> None:
+def _take_options(config: RunConfig) -> None:
     """Fill copies of the sections with the adapter's options; refuse those that contradict it."""
     saved = read_start(config)
     for name in METHODS[config.method].sections:
         section = copy.copy(getattr(config, name))
         setattr(config, name, section)
-        given = given_in(name)
+        given = config.given[name]
         for option in (field.name for field in fields(section)):
             if option not in OF_THE_RUN:
                 kept = _plain(getattr(saved, option))
