@@ -269,17 +269,15 @@ class RunConfig:
             wrong = f"`adapter` ({self.adapter!r})"
             fix = "merge it (`pacatune merge`), which is exact, and give the result as `model.path`"
         elif asks and not method.has_adapter:
-            wrong = f"`method` ({self.method!r}), which has none"
-            value = "true" if asks_before else 0
-            fix = f"choose another method, or set `training.{option}` to {value}"
+            wrong, value = f"`method` ({self.method!r})", "true" if asks_before else 0
+            fix = f"choose one with an adapter, or set `training.{option}` to {value}"
         elif asks and method.is_paca and self.paca.bias != "none":
-            wrong = f"`paca.bias` ({self.paca.bias!r}), since biases stay trained"
-            fix = "set it to none"
+            wrong, fix = f"`paca.bias` ({self.paca.bias!r}), which stays trained", "set it to none"
         else:
             return
         raise ValueError(
-            f"the reference of `task` ({self.task!r}) is the pretrained model: the one that is "
-            f"trained, with the adapter off. That it cannot be with {wrong}; {fix}."
+            f"{wrong} with `task` ({self.task!r}): the reference is the model with the adapter "
+            f"off, and must be the pretrained one, without a second copy in memory; {fix}."
         )
 
 

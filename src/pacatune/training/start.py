@@ -19,10 +19,7 @@ from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
-from pacatune.training.sections import OF_THE_RUN, check_selection_file
-
-# What chooses columns, which a finished adapter has.
-_CHOICES = ("selection_batches", "share_columns", "budget")
+from pacatune.training.sections import check_selection_file
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -41,31 +38,21 @@ def _take_options(config: RunConfig) -> None:
     for name in METHODS[config.method].sections:
         section = copy.copy(getattr(config, name))
         setattr(config, name, section)
-        given = config.given[name]
-        for option in (field.name for field in fields(section)):
-            if option not in OF_THE_RUN:
-                kept = _plain(getattr(saved, option))
-                if option in given and not _is_same(option, given[option], kept):
-                    raise ValueError(
-                        f"`{name}.{option}` ({given[option]!r}) contradicts `adapter` "
-                        f"({config.adapter}), which has {kept!r} and is trained as it is; drop the "
-                        "option, or start without the adapter."
-                    )
-                setattr(section, option, kept)
-            elif option in _CHOICES and getattr(section, option) != getattr(type(section), option):
+        for option in fields(section):
+            # How many batches choose columns, no adapter says.
+            kept = _in_order(getattr(saved, option.name, option.default))
+            given = config.given[name].get(option.name)
+            if _in_order(given) not in (None, kept):
                 raise ValueError(
-                    f"`{name}.{option}` ({getattr(section, option)!r}) chooses columns, and those "
-                    f"of `adapter` ({config.adapter}) stay; drop it."
+                    f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "
+                    f"which has {kept!r} and is trained as it is; drop the option, or start "
+                    "without the adapter."
                 )
+            setattr(section, option.name, kept)
 
 
-def _is_same(option: str, given: object, kept: object) -> bool:
-    """Whether a value is the adapter's; targets that are left open contradict nothing."""
-    if given is None and option == "target_modules":
-        return True
-    if isinstance(given, list) and isinstance(kept, list):
-        return sorted(map(str, given)) == sorted(map(str, kept))
-    return given == kept
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list) else value
 
 
 def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
@@ -107,8 +94,3 @@ def check_quantization(adapter: Adapter | LoraAdapter, fresh: PeftConfig) -> Non
             f"{adapter.folder} was trained on a base quantised as {format_quantization(before)!r}, "
             f"and here it is {found}; set `model.quantization` to what it was."
         )
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as YAML has it."""
-    return sorted(value) if isinstance(value, set) else value
