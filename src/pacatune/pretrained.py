@@ -34,12 +34,6 @@ def refuse_no_path(path: str, command: str) -> None:
         )
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a path is the folder of an adapter, and of no model."""
-    local = Path(path).expanduser()
-    return (local / "adapter_config.json").is_file() and not (local / "config.json").is_file()
-
-
 def find_model(path: str, *, option: str = "model.path") -> str:
     """Return the absolute path of a local folder; a hub id, or another name, as it is."""
     local = Path(path).expanduser()

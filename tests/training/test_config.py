@@ -74,7 +74,7 @@ def test_nothing_is_looked_up(monkeypatch):
         )
         assert run.model.path == "a/m"
     assert not [path for path in looked_at if path.name in ("m", "d")]
-    assert run.given("paca") == {}
+    assert run.given["paca"] == {}
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_nothing_is_looked_up(monkeypatch):
             {"training": {"max_step": 3}},
             "unknown option training.max_step; did you mean 'max",
         ),
-        ({"reward": ["a:f"]}, r"`reward` \(\['a:f'\]\) is an option of grpo, rloo, and `task` is"),
+        ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
         (
             {"task": "image", "adapter": "a"},
-            r"`adapter` \('a'\) is an option of sft, dpo, kto",
+            r"the task image has no `adapter` \('a'\); drop it",
         ),
         (
             {"data": "d.jsonl"},
@@ -177,12 +177,6 @@ def test_has_every_option_of_trl():
         ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
         ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
         ({"remove_unused_columns": False}, "not offered: the data has the columns"),
-        ({"model_init_kwargs": {"trust_remote_code": True}}, "has 'trust_remote_code', which is"),
-        (
-            {"activation_offloading": True},
-            "moves activations off an accelerator, and this",
-        ),
-        ({"model_init_kwargs": {"dtype": "auto"}}, "has 'dtype', which is not offered: set `mod"),
     ],
 )
 def test_options_decided_elsewhere(options, message):
@@ -219,23 +213,19 @@ def test_mixed_precision_is_not_forced_onto_fp16():
     assert TrainingConfig(fp16=True).bf16 is False
 
 
-@pytest.mark.parametrize("patience", [0, -1])
-def test_patience_range(patience):
-    with pytest.raises(ValueError, match=rf"`early_stopping_patience` \({patience}\) must be at"):
-        run_config(early_stopping_patience=patience)
-
-
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"eval_strategy": "no"},
-        {"eval_strategy": "epoch"},
-        {"eval_steps": 0.1},
-        {"eval_strategy": "no", "save_strategy": "no"},
+        ({"eval_strategy": "epoch"}, "requires the save and eval strategy to match"),
+        ({"eval_steps": 0.3}, "requires the saving steps to be a multiple of the evaluation"),
+        (
+            {"eval_strategy": "no", "save_strategy": "no"},
+            "need evaluation data; set `data.eval_path`",
+        ),
     ],
 )
-def test_early_stopping_needs_a_checkpoint_per_evaluation(options):
-    with pytest.raises(ValueError, match=r"keeps the best adapter, so each evaluation needs its"):
+def test_early_stopping_needs_checkpoints_of_evaluations(options, message):
+    with pytest.raises(ValueError, match=message):
         run_config(options, early_stopping_patience=2)
 
 
@@ -256,22 +246,20 @@ def test_nothing_is_held_out_where_nothing_is_evaluated():
 
 
 @pytest.mark.parametrize(
-    ("data", "training", "given"),
+    ("data", "given"),
     [
-        ({"eval_path": "e"}, {}, "data.eval_path"),
-        ({"eval_split": "test"}, {}, "data.eval_split"),
-        ({"eval_fraction": 0.2}, {}, "data.eval_fraction"),
-        ({}, {"do_eval": True}, "training.do_eval"),
-        ({}, {"eval_on_start": True}, "training.eval_on_start"),
+        ({"eval_path": "e"}, "data.eval_path"),
+        ({"eval_split": "test"}, "data.eval_split"),
+        ({"eval_fraction": 0.2}, "data.eval_fraction"),
     ],
 )
-def test_evaluation_that_is_asked_for_and_switched_off(data, training, given):
+def test_evaluation_that_is_asked_for_and_switched_off(data, given):
     rule = f"`training.eval_strategy` ('no') evaluates nothing, and `{given}`"
     with pytest.raises(ValueError, match=re.escape(rule)):
         RunConfig(
             model=ModelConfig(path="m"),
             data=DataConfig(**{"path": "d", **data}),
-            training=TrainingConfig(use_cpu=True, eval_strategy="no", **training),
+            training=TrainingConfig(use_cpu=True, eval_strategy="no"),
         )
 
 
@@ -311,42 +299,12 @@ def test_precisions_that_are_not_had(kind, options, message):
 )
 def test_numbers_that_train_nothing(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0[;,]"):
-        TrainingConfig(**options)
-
-
-@pytest.mark.parametrize("kind", [TrainingConfig, ImageTrainingConfig, ClassifierTrainingConfig])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weight_decay": -1}, r"`training.weight_decay` \(-1\) must be at least 0; 0 is off"),
-        ({"warmup_steps": -1}, r"`training.warmup_steps` \(-1\) must be at least 0"),
-        ({"max_grad_norm": float("nan")}, r"`training.max_grad_norm` \(nan\) must be at least 0"),
-        ({"adam_beta2": 1.0}, r"`training.adam_beta2` \(1.0\) must be in \[0, 1\)"),
-        ({"seed": -1}, r"`training.seed` \(-1\) must be in \[0, 2\^32\)"),
-        ({"max_steps": -5}, r"`training.max_steps` \(-5\) must be above 0, or -1: then"),
-    ],
-)
-def test_numbers_that_mean_nothing(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(use_cpu=True, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": 0}, r"`lora.r` \(0\) must be above 0"),
-        ({"lora_alpha": -1}, r"`lora.lora_alpha` \(-1\) must be above 0"),
-        ({"lora_dropout": 1.0}, r"`lora.lora_dropout` \(1.0\) must be in \[0, 1\)"),
-    ],
-)
-def test_lora_ranges(options, message):
-    with pytest.raises(ValueError, match=message):
-        LoraSection(**options)
+    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0; raise"):
+        run_config(options)
 
 
 def test_numbers_that_do_not_matter():
-    assert TrainingConfig(num_train_epochs=0, max_steps=3, max_length=None, use_cpu=True)
+    assert run_config({"num_train_epochs": 0, "max_steps": 3, "max_length": None})
 
 
 @pytest.mark.parametrize(
@@ -359,7 +317,7 @@ def test_numbers_that_do_not_matter():
 )
 def test_best_of_no_evaluation(options):
     training = TrainingConfig(use_cpu=True, **options.pop("training", {}))
-    with pytest.raises(ValueError, match=r"but there is no evaluation data; set `data.eval_path`"):
+    with pytest.raises(ValueError, match=r"need evaluation data; set `data.eval_path` or"):
         RunConfig(
             model=ModelConfig(path="m"),
             data=DataConfig(path="d", eval_fraction=0),

@@ -85,8 +85,6 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
 def test_the_reference_is_the_base_without_a_second_model(
     make_task_config, tiny_model_dir, task, method
 ):
-    from pacatune.training.language import load_model
-
     if method == "qpaca":
         pytest.importorskip("bitsandbytes")
     config = make_task_config(task, method, training={"max_steps": 2, "eval_strategy": "no"})
@@ -102,7 +100,7 @@ def test_the_reference_is_the_base_without_a_second_model(
         base_class = type(trainer.model.get_base_model())
         assert sum(type(found) is base_class for found in gc.get_objects()) == 1
         # the same numbers by the base alone, in plain PyTorch
-        base = load_model(config)
+        base = task_of(config).load_model()
         with torch.no_grad():
             logits = base(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         chosen = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
@@ -233,24 +231,11 @@ def test_columns_chosen_by_data(make_task_config):
             "dpo",
             "paca",
             {"paca": PacaSection(bias="all")},
-            r"`paca.bias` \('all'\) trains biases of",
+            r"`paca.bias` \('all'\), which stays trained",
         ),
         ("dpo", "lora", {"lora": LoraSection(lora_dropout=0.1)}, r"`lora.lora_dropout` \(0.1, of"),
         ("reward", "lora_dropout", {}, r"is switched off by `training.disable_dropout` \(True\)"),
-        (
-            "kto",
-            "paca",
-            {"training": {"per_device_train_batch_size": 1}},
-            r"size` \(1\) at least 2",
-        ),
-        (
-            "kto",
-            "paca",
-            {"training": {"train_sampling_strategy": "random"}},
-            r"`training.train_sampling_strategy` \('random'\) must be 'sequential'",
-        ),
         ("dpo", "paca", {"training": {"sync_ref_model": True}}, "the reference is the pretrained"),
-        ("dpo", "paca", {"training": {"padding_free": True}}, "TRL has no such DPO at present"),
         ("dpo", "paca", {"training": {"truncation_mode": "keep_end"}}, "are cut at their end"),
         ("reward", "paca", {"training": {"chat_template_path": "x"}}, "set `data.chat_template`"),
     ],
@@ -274,8 +259,8 @@ def test_dropout_and_full_where_they_can_be(make_task_config):
 @pytest.mark.parametrize(
     ("task", "shown"),
     [
-        ("dpo", ["chosen (7 tokens):", "It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
-        ("kto", ["desirable (", "What is"]),
+        ("dpo", ["chosen (7 tokens): It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
+        ("kto", ["label: True", "What is"]),
         ("reward", ["chosen (21 tokens):", "rejected (23 tokens):"]),
     ],
 )
@@ -289,7 +274,7 @@ def test_a_bad_row_is_found_before_weights(make_task_config, tmp_path, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pacatune.training.language.load_model", refuse)
+    monkeypatch.setattr("pacatune.training.language.LanguageTask.load_model", refuse)
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, row 2: field 'chosen' is missing"):

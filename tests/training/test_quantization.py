@@ -13,6 +13,7 @@ from pacatune import pretrained
 from pacatune.adapters.folder import read_adapter
 from pacatune.training import ModelConfig, PacaSection, train
 from pacatune.training import language as models
+from pacatune.training.task import task_of
 from tests.conftest import build_model
 
 QUIET = Console(quiet=True)
@@ -103,23 +104,13 @@ def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
     load(tiny_model_dir, load_in_4bit=True).save_pretrained(tmp_path / "quantised")
     path = {"path": str(tmp_path / "quantised")}
     with pytest.raises(ValueError, match=r"is saved quantised already; drop the option"):
-        models.check_quantization(
-            make_config(model={**path, "quantization": "nf4"}),
-            AutoModelForCausalLM.from_pretrained(tmp_path / "quantised").config,
-        )
+        task_of(make_config(model={**path, "quantization": "nf4"})).plan()
 
 
 def test_without_bitsandbytes(make_config, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         train(make_config(model={"quantization": "nf4"}), console=QUIET)
-
-
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_double_quantization_without_four_bits(make_config, quantization):
-    model = {"quantization": quantization, "double_quantization": False}
-    with pytest.raises(ValueError, match=r"`model.double_quantization` \(False\) is for 4 bits"):
-        train(make_config(model=model), console=QUIET)
 
 
 def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog):

@@ -163,7 +163,7 @@ def test_overwrite_deletes_nothing_before_training_can_start(make_config, tmp_pa
     def fail(*args, **kwargs):
         raise ValueError("no memory for the weights")
 
-    monkeypatch.setattr("pacatune.training.language.load_model", fail)
+    monkeypatch.setattr("pacatune.training.language.LanguageTask.load_model", fail)
     with pytest.raises(ValueError, match="no memory for the weights"):
         train(make_config(), overwrite=True, console=Console(quiet=True))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before

@@ -222,8 +222,7 @@ def test_a_reward_that_fails(
     with pytest.raises(
         RewardError,
         match=r"reward 'my_rewards:short' raised OSError \(no judge\) on \d answers \(.*, row \d+ "
-        rf"is the first\). .*checkpoint-{kept} is the last checkpoint: mend the function, then "
-        r"continue with `pacatune train --config .*config.yaml --reward my_rewards:short --resume`",
+        rf"is the first\)\. Mend the function, then continue from .*checkpoint-{kept} with --res",
     ):
         train(config("cut"), console=QUIET)
     module.write_text(good)
@@ -232,19 +231,13 @@ def test_a_reward_that_fails(
     assert_same(tmp_path, whole, cut)
 
 
-@pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        ("raise OSError('no')", r"raised OSError \(no\) on"),
-        ("return [float('nan')] * len(completions)", r"returned nan for .*prompts.jsonl, row \d+"),
-        ("return [0.0]", "returned a list of 1; it must return a list of 4 numbers"),
-    ],
-)
-def test_a_reward_that_fails_at_once(make_task_config, tmp_path, rewards_module, action, message):
+def test_a_reward_that_fails_at_once(make_task_config, tmp_path, rewards_module):
+    action = "return [float('nan')] * len(completions)"
     text = FAILING.format(condition="True", action=action)
     (tmp_path / f"{rewards_module}.py").write_text(text)
     config = make_task_config("grpo", data={"eval_fraction": 0})
-    with pytest.raises(RewardError, match=rf"{message}.*No checkpoint was saved yet; mend the fun"):
+    message = r"returned nan for .*prompts.jsonl, row \d+.* Mend the function, then start again"
+    with pytest.raises(RewardError, match=message):
         train(config, console=QUIET)
 
 
@@ -256,21 +249,11 @@ def test_a_reward_may_say_nothing(make_task_config, tmp_path, rewards_module):
     assert ("held-out reward after", "-") in report.table()
 
 
-@pytest.mark.parametrize(
-    ("method", "training"),
-    [
-        ("dora", {}),
-        ("moslora", {"beta": 0.1}),
-        ("lora_dropout", {}),
-        ("full", {}),
-        ("qpaca", {"beta": 0.1}),
-        ("qlora", {}),
-    ],
-)
-def test_methods(make_task_config, method, training):
-    if method.startswith("q"):
+@pytest.mark.parametrize(("method", "beta"), [("moslora", 0.1), ("full", 0.0), ("qpaca", 0.1)])
+def test_methods(make_task_config, method, beta):
+    if method == "qpaca":
         pytest.importorskip("bitsandbytes")
-    more = {"max_steps": 2, "eval_strategy": "no", **training}
+    more = {"max_steps": 2, "eval_strategy": "no", "beta": beta}
     report = train(make_task_config("grpo", method, training=more), console=QUIET)
     assert report.num_steps == 2
 
@@ -325,12 +308,6 @@ def test_reasoning_gym(make_task_config, tmp_path):
     ("options", "message"),
     [
         ({"reward": []}, "there is no reward; give one on the command line, as in `--reward"),
-        ({"reward": ["short"]}, r"`reward` \('short'\) must be a Python function as module:name"),
-        ({"reward": ["reasoning-gym:x"]}, r"`data.path` is '.*prompts.jsonl'; set that to 'reason"),
-        (
-            {"training": {"reward_weights": [1.0, 2.0]}},
-            r"`training.reward_weights` \(\[1.0, 2.0\]\) has 2 weights for 1 rewards",
-        ),
         (
             {"method": "full", "training": {"beta": 0.1}},
             "or set `training.be",
@@ -353,8 +330,8 @@ def test_resume_refuses_another_reward(make_task_config, monkeypatch):
 def test_preview(make_task_config, console):
     preview(make_task_config("grpo"), 2, console=console)
     out = console.file.getvalue()
-    assert "prompts.jsonl, row 1: " in out
-    assert "<s>Count 0" in out
+    assert "prompts.jsonl, row 1\nprompt (" in out
+    assert ": <s>Count 0" in out
     assert "number: 0" in out
 
 
@@ -362,8 +339,8 @@ def test_a_bad_reward_is_found_before_weights(make_task_config, tmp_path, monkey
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pacatune.training.language.load_model", refuse)
-    with pytest.raises(ValueError, match=r"`reward` \('my_rewards:nosuch'\): my_rewards .* has no"):
+    monkeypatch.setattr("pacatune.training.language.LanguageTask.load_model", refuse)
+    with pytest.raises(ValueError, match="module 'my_rewards' has no attribute 'nosuch'"):
         train(make_task_config("grpo", reward=["my_rewards:nosuch"]))
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"question": "b"}) + "\n")

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
-from pacatune.training import language as models
 from pacatune.training.config_file import to_values
 from pacatune.training.selecting import share_of_batches
 from pacatune.training.task import make_adapter_config, task_of
@@ -137,14 +136,14 @@ def test_fixed_columns_in_yaml(make_config):
     section = PacaSection(r=2, selection=given, target_modules=["q_proj", "v_proj"])
     adapter_config = make_adapter_config(make_config(paca=section))
     assert (adapter_config.selection, adapter_config.columns) == ("fixed", given)
-    assert models.plan_training(make_config(paca=section))[0].targets
+    assert task_of(make_config(paca=section)).plan().targets
 
 
 def test_fixed_columns_that_do_not_fit_are_found_before_the_weights_are_loaded(make_config):
     section = PacaSection(r=2, selection={"q_proj": [0, 99]}, target_modules=["q_proj"])
     config = make_config(paca=section)
     with pytest.raises(ValueError, match=r"gives column 99 for 'model.layers.0.self_attn.q_p"):
-        models.plan_training(config)
+        task_of(config).plan()
 
 
 def test_files_that_are_not_there(make_config, tmp_path):

@@ -44,14 +44,6 @@ def test_folder_without_a_model(make_config, tmp_path):
         models.load_tokenizer(make_config(model={"path": str(tmp_path)}))
 
 
-def test_output_head_as_target(make_config):
-    section = PacaSection(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"`paca.target_modules` names the output head, which"):
-        plan(make_config(paca=section))
-    with pytest.raises(ValueError, match=r"`lora.target_modules` names the output head, which"):
-        plan(make_config("lora", lora=LoraSection(target_modules=["lm_head"])))
-
-
 def test_chat_template_as_text_and_as_file(make_config, tmp_path):
     text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert models.load_tokenizer(make_config(data={"chat_template": text})).chat_template == text
@@ -92,7 +84,7 @@ def test_code_of_a_model_is_never_executed(make_config, model_copy, tmp_path):
     )
     config = make_config(model={"path": str(model_copy)})
     with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
-        models.plan_training(config)
+        plan(config)
     assert not (tmp_path / "ran").exists()
 
 
@@ -100,7 +92,7 @@ def test_pickled_weights_are_not_loaded(make_config, model_copy):
     torch.save({}, model_copy / "pytorch_model.bin")
     (model_copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"cannot be read .*no file named model.safetensors"):
-        models.load_model(make_config(model={"path": str(model_copy)}))
+        task_of(make_config(model={"path": str(model_copy)})).load_model()
 
 
 def packed_and_apart(model, level=None):
@@ -158,25 +150,28 @@ def test_flash_attention_and_plain_rows_are_not_tried(make_config):
 
 
 def test_packing_of_sharded_weights(make_config, monkeypatch):
-    monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"\('wrapped'\) lets examples attend to each other"):
         task_of(make_config(training={"packing": True, "packing_strategy": "wrapped"})).prepare()
-    with pytest.raises(ValueError, match="sharded weights cannot be tried, and flash attention"):
-        task_of(make_config(training={"packing": True})).prepare()
+    monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"or its weights are sharded \(ZeRO-3\), so that it cannot"
+    ):
+        check_packing(task_of(make_config()).load_model())
 
 
 def plan(config):
-    return models.plan_training(config)[0]
+    return task_of(config).plan()
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora", "full"])
 def test_plan_is_what_is_trained(make_config, method):
-    from peft import get_peft_model
-
     config = make_config(method)
-    planned, adapter_config, max_positions = models.plan_training(config)
-    model = models.load_model(config)
+    planned, adapter_config, max_positions = task_of(config).plan_training()
+    model = task_of(config).load_model()
     if adapter_config is not None:
+        assert adapter_config.target_modules == {
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        }
         model = get_peft_model(model, adapter_config)
     assert planned.num_trainable_parameters == count_trainable(model)
     assert max_positions == 256
@@ -209,16 +204,6 @@ def test_layers_of_many_sizes_are_one_line_of_the_plan():
     assert planned.summary() == ["2 x conv_pw", "2 x fc (8 -> 8)"]
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora"])
-def test_default_targets_are_the_same_for_every_method(make_config, method):
-    config = make_config(method)
-    planned, adapter_config, _ = models.plan_training(config)
-    assert len(planned.targets) == 14
-    assert adapter_config.target_modules == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    }
-
-
 def test_sections_reach_peft(make_config):
     paca = make_adapter_config(
         make_config(paca=PacaSection(r=4, paca_alpha=8, random_seed=7, rank_pattern={"q_proj": 2}))
@@ -234,10 +219,10 @@ def test_sections_reach_peft(make_config):
 def test_model_arguments_are_passed_on(make_config):
     config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
     with pytest.raises(TypeError, match="no_such_argument"):
-        models.load_model(config)
+        task_of(config).load_model()
 
 
 def test_weights_are_loaded_in_the_chosen_type(make_config):
     config = make_config(model={"dtype": "bfloat16"})
     assert models.weights_dtype(config) == torch.bfloat16
-    assert models.load_model(config).dtype == torch.bfloat16
+    assert task_of(config).load_model().dtype == torch.bfloat16

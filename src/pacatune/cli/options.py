@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from ruamel.yaml.error import YAMLError
 
 from pacatune.names import choices_of, choose, suggest
-from pacatune.training.config_file import load_yaml
+from pacatune.training.config_file import PARSER_MODE
 
 T = TypeVar("T")
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\+?")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-set_loader("yaml_1_2", load_yaml, exceptions=(YAMLError,))
 
 
 class SectionParser(ArgumentParser):
@@ -35,7 +33,7 @@ class SectionParser(ArgumentParser):
             description=description,
             exit_on_error=False,
             allow_abbrev=False,
-            parser_mode="yaml_1_2",
+            parser_mode=PARSER_MODE,
             **{"print_config": None, **options},
         )
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse knows no -1e-3

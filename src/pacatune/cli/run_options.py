@@ -13,9 +13,8 @@ from jsonargparse import Namespace
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.training.config import RunConfig, sections_of
+from pacatune.training.config import RunConfig, check_ranges, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, others_options, read_values
-from pacatune.training.ranges import check_ranges
 from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
 from pacatune.training.tasks import TASKS
 
@@ -120,7 +119,7 @@ class RunOptions:
             for name, kind in self.sections.items()
             if name != "training"
         }
-        check_ranges(options.training)
+        check_ranges(options.training.as_dict())
         if METHODS[options.method].is_paca and built["paca"].from_file:
             check_selection_file(str(built["paca"].selection))
         if not ("resume" in options or "auto_resume" in options):
@@ -130,12 +129,11 @@ class RunOptions:
 def _check_files(model: Any, data: Any, task: str) -> None:
     from pacatune.data.early import check_first_rows, check_image_folders
     from pacatune.data.read import read_template
-    from pacatune.pretrained import find_model, is_adapter
+    from pacatune.pretrained import find_model
 
     if task == "image":
         check_image_folders(data)
-    if not is_adapter(model.path):  # which is trained on, on its own base
-        find_model(model.path)
+    find_model(model.path)
     if task in ("image", "classifier"):
         return
     if data.chat_template is not None:

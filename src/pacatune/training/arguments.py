@@ -8,16 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-from pacatune.training.ranges import check_ranges
 from pacatune.training.tasks import TASKS, load
-
-_MODEL_ARGUMENTS = {
-    "trust_remote_code": "code of a model is never executed",
-    "dtype": "set `model.dtype`",
-    "torch_dtype": "set `model.dtype`",
-    "revision": "set `model.revision`",
-    "attn_implementation": "set `model.attn_implementation`",
-}
 
 
 @dataclass
@@ -28,11 +19,11 @@ class SharedDefaults:
         "resume_from_checkpoint": "use --resume",
         "push_to_hub": "give --push_to_hub ORGANISATION/NAME on the command line",
         "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
-        "hub_strategy": "only the finished result is uploaded",
-        "hub_always_push": "only the finished result is uploaded",
         "fp16_full_eval": "it rounds the weights that are saved",
         "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
+        "trust_remote_code": "code of a model is never executed; use a converted model",
+        "remove_unused_columns": "the data has the columns that training needs",
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""
 
@@ -43,7 +34,9 @@ class SharedDefaults:
     """Number of passes over the training data."""
 
     learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method."""
+    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
+    others, and for dpo, kto, grpo and rloo a tenth of it; for classifiers of texts or images 1e-4
+    full, 3e-3 head, 1e-3 the others."""
 
     lr_scheduler_type: SchedulerType | str = "cosine"
     """Shape of the learning rate over the run: cosine, linear, constant, ..."""
@@ -89,82 +82,38 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that the task does not offer, and numbers that train nothing."""
+        """Refuse options that the task does not offer, and float16 where it would be ignored."""
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name in self.elsewhere and value != option.default:
                 instead = self.elsewhere[option.name]
                 raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
-        check_ranges(self)
-        if self.fp16 and self.on_cpu:  # type: ignore[attr-defined]
+        if self.fp16 and self.use_cpu:  # type: ignore[attr-defined]
             raise ValueError(
                 "`training.fp16` (True) needs a GPU, and a CPU would train without it; set "
                 "`training.bf16`, or drop it."
             )
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the run is on the CPU."""
-        import torch
-
-        return self.use_cpu or torch.accelerator.current_accelerator() is None
 
     def __post_init__(self) -> None:
         import torch
 
         # As given, before TRL and transformers resolve them: what a saved config must say.
         self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if not torch.accelerator.is_available():
+            # Unless it is said, transformers takes no bf16, and accelerate takes each of several
+            # processes for the only one.
+            self.use_cpu = True
         self.check_options()
         if self.bf16 is None:
             # Pinned, so that a saved config gives the same numbers on another machine.
             self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)  # type: ignore[attr-defined]
             self.given["bf16"] = self.bf16
-        if not torch.accelerator.is_available():
-            # Unless it is said, transformers takes no bf16, and accelerate takes each of several
-            # processes for the only one.
-            self.use_cpu = True
         super().__post_init__()  # type: ignore[misc]
-        if self.use_cpu:
-            self.dataloader_pin_memory = False
-
-
-@dataclass
-class TrlDefaults(SharedDefaults):
-    """Put before one of TRL's classes of arguments."""
-
-    elsewhere: ClassVar[dict[str, str]] = {
-        **SharedDefaults.elsewhere,
-        "trust_remote_code": "code of a model is never executed; use a converted model",
-        "remove_unused_columns": "the data has the columns that training needs",
-    }
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
-    others; for dpo, kto, grpo and rloo a tenth of it."""
-
-    def check_options(self) -> None:
-        """Refuse also model arguments of other sections, and what this device cannot do."""
-        super().check_options()
-        for name in getattr(self, "model_init_kwargs", None) or {}:
-            if name in _MODEL_ARGUMENTS:
-                raise ValueError(
-                    f"`training.model_init_kwargs` has {name!r}, which is not offered: "
-                    f"{_MODEL_ARGUMENTS[name]}."
-                )
-        if getattr(self, "activation_offloading", False) and self.on_cpu:
-            raise ValueError(
-                "`training.activation_offloading` (True) moves activations off an accelerator, and "
-                "this run is on the CPU; drop it."
-            )
 
 
 @dataclass
 class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Every option of transformers' TrainingArguments, with these defaults."""
-
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
-    head, 1e-4 full."""
 
     warmup_steps: float = 0.1
     """Steps in which the learning rate rises; below 1, a share of all steps. A new head
@@ -184,14 +133,13 @@ def training_class(task: str) -> type[Any]:
     theirs: type[Any] = load(spec.arguments)
     if issubclass(theirs, SharedDefaults):
         return theirs
-    ours = TrlDefaults if spec.is_of_trl else SharedDefaults
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"
     made = {
         "__doc__": f"Every option of {theirs.__name__}, with the defaults of ours.",
         "__module__": __name__,
-        "elsewhere": {**ours.elsewhere, **spec.refuse},
+        "elsewhere": {**SharedDefaults.elsewhere, **spec.refuse},
     }
-    return dataclass(type(name, (ours, theirs), made))
+    return dataclass(type(name, (SharedDefaults, theirs), made))
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -1,7 +1,7 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
 import copy
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -23,7 +23,11 @@ from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec, load
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
-_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_ABOVE_ZERO = (
+    *("learning_rate", "max_length", "save_total_limit"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("logging_steps", "eval_steps", "save_steps"),
+)
 
 
 @dataclass(kw_only=True)
@@ -150,32 +154,39 @@ class RunConfig:
             require("TRL", "1.16", f"`pacatune {spec.command}`")
         method, kinds = method_of(self.method, spec.methods), sections_of(self.task)
         self.method = method.name
-        self._given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
+        # What is given of these sections, by their names, which no adapter may contradict.
+        self.given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
         for name, kind in kinds.items():
             setattr(self, name, _section(name, getattr(self, name), kind))
-        self._refuse_options_of_other_tasks(spec)
+        self._refuse_options_of_others(spec)
         check_lean_level(self.lean_level, lean=self.lean)
         if method.quantization is not None and self.model.quantization is None:
             self.model.quantization = method.quantization
         if method.dropout is not None and self.lora.lora_dropout == 0:
             self.lora.lora_dropout = method.dropout
-        self._refuse_other_methods()
         self._settle_training(spec)
-        self._check_evaluation()
+        self._settle_evaluation()
         if "reward" in spec.reads:
-            self._settle_rewards()
-        check_dropout(self)
+            # Generated data has a verifier.
+            self.reward = list(self.reward) or [self.data.path] * self.data.is_generated
+            if not self.reward:
+                raise ValueError(
+                    "there is no reward; give one on the command line, as in `--reward "
+                    "my_rewards:is_short` (a Python function by module and name)."
+                )
+        if self.lora.lora_dropout and getattr(self.training, "disable_dropout", False):
+            raise ValueError(
+                f"`lora.lora_dropout` ({self.lora.lora_dropout:g}, of `method` {self.method!r}) is "
+                "switched off by `training.disable_dropout` (True); set that to false, or take "
+                "the dropout out."
+            )
         if spec.reference is not None:
-            check_reference(self, spec.reference)
+            self._check_reference(spec.reference)
 
     @property
     def spec(self) -> TaskSpec:
         """The row of the table of tasks."""
         return TASKS[self.task]
-
-    def given(self, section: str) -> dict[str, Any]:
-        """Return the options of an adapter's section that were given, by their names."""
-        return self._given[section]
 
     def repeat_command(self, config_file: object) -> str:
         """Return the command that does this run, as a saved configuration says it."""
@@ -189,106 +200,94 @@ class RunConfig:
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options of the adapter, as PEFT's class of the method takes them."""
-        method = METHODS[self.method]
-        if method.is_paca:
-            options: dict[str, Any] = self.paca.adapter_options()
-            return options
-        more = asdict(self.moslora) if method.is_moslora else {}
-        return {**asdict(self.lora), **more}
+        options: dict[str, Any] = {}
+        for name in METHODS[self.method].sections:
+            section = getattr(self, name)
+            options |= section.adapter_options() if name == "paca" else asdict(section)
+        return options
 
-    def _refuse_options_of_other_tasks(self, spec: TaskSpec) -> None:
-        for name in ("adapter", "reward"):
-            if getattr(self, name) and name not in spec.reads:
-                tasks = ", ".join(task for task, one in TASKS.items() if name in one.reads)
-                raise ValueError(
-                    f"`{name}` ({getattr(self, name)!r}) is an option of {tasks}, and `task` is "
-                    f"{self.task!r}; drop it."
-                )
-
-    def _refuse_other_methods(self) -> None:
+    def _refuse_options_of_others(self, spec: TaskSpec) -> None:
+        """Refuse what another task or another method would read."""
+        if self.method == "full" and (kind := getattr(self.model, "quantization", None)):
+            raise ValueError(
+                f"`model.quantization` ({kind!r}) with `method` ('full'): quantised weights cannot "
+                "be trained; choose another method or drop the option."
+            )
+        for name in {"adapter", "reward"} - {*spec.reads}:
+            if value := getattr(self, name):
+                raise ValueError(f"the task {self.task} has no `{name}` ({value!r}); drop it.")
         for name in ADAPTER_SECTIONS:
-            section: Any = getattr(self, name)
             methods = readers_of(name)
-            if self.method in methods:
-                continue
-            for option, value in _given(section).items():
-                raise ValueError(
-                    f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, "
-                    f"and `method` ({self.method!r}) would ignore it; drop it or change `method`."
-                )
+            for option, value in _given(getattr(self, name)).items():
+                if self.method not in methods:
+                    raise ValueError(
+                        f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, and "
+                        f"`method` ({self.method!r}) would ignore it; drop it or change `method`."
+                    )
 
     def _settle_training(self, spec: TaskSpec) -> None:
         """Fill in the learning rate, and what the best checkpoint is best in."""
-        training = self.training
-        if training.learning_rate is None:
-            rate = default_rate(spec, self.method)
-            training.learning_rate = training.given["learning_rate"] = rate
-        metric = spec.best_metric
+        values = dict(self.training.given)
+        if values["learning_rate"] is None:
+            values["learning_rate"] = default_rate(spec, self.method)
+        check_ranges(values)
         if self.early_stopping_patience is not None:
-            _check_early_stopping(training, self.early_stopping_patience)
-            training.load_best_model_at_end = True
-        elif (
-            training.given["metric_for_best_model"] is not None
-            or not _chooses(training)
-            or metric.endswith("loss")
-        ):
-            return
-        else:
-            training.given["metric_for_best_model"] = metric
-        training.metric_for_best_model = metric
-        training.greater_is_better = not metric.endswith("loss")
+            values["load_best_model_at_end"] = True
+        if values["load_best_model_at_end"] or values["save_strategy"] == "best":
+            values["metric_for_best_model"] = values["metric_for_best_model"] or spec.best_metric
+        self.training = type(self.training)(**values)
 
-    def _check_evaluation(self) -> None:
+    def _settle_evaluation(self) -> None:
         """Hold nothing out where nothing is evaluated; refuse what asks for it all the same."""
         data, training = self.data, self.training
+        evaluates = training.eval_strategy != "no"
+        if not evaluates and data.eval_fraction == type(data).eval_fraction:
+            data.eval_fraction = 0.0
         wanted = [name for name in _EVALUATION if getattr(data, name, None)]
-        if training.eval_strategy == "no":
-            if data.eval_fraction == type(data).eval_fraction:
-                data.eval_fraction = 0.0
-            given = [f"data.{name}" for name in wanted if getattr(data, name)]
-            given += [f"training.{n}" for n in ("do_eval", "eval_on_start") if training.given[n]]
-            if given:
-                raise ValueError(
-                    f"`training.eval_strategy` ('no') evaluates nothing, and `{given[0]}` asks for "
-                    "an evaluation; drop one of them (steps with a large `training.eval_steps` "
-                    "evaluates before and after training alone)."
-                )
-            wanted = []
-        if _chooses(training) and not wanted:
+        if wanted and not evaluates:
             raise ValueError(
-                "the best checkpoint is to be kept (`early_stopping_patience`, "
-                "`training.load_best_model_at_end` or `training.save_strategy`), but there is no "
-                "evaluation data; set `data.eval_path` or `data.eval_fraction`, and "
-                "`training.eval_strategy` to steps or epoch."
+                f"`training.eval_strategy` ('no') evaluates nothing, and `data.{wanted[0]}` asks "
+                "for an evaluation; drop one of them (steps with a large `training.eval_steps` "
+                "evaluates before and after training alone)."
+            )
+        if not wanted and (training.load_best_model_at_end or training.save_strategy == "best"):
+            raise ValueError(
+                "`early_stopping_patience`, `training.load_best_model_at_end` and "
+                "`training.save_strategy` 'best' need evaluation data; set `data.eval_path` or "
+                "`data.eval_fraction`, and `training.eval_strategy` to steps or epoch."
             )
 
-    def _settle_rewards(self) -> None:
-        """Take the verifier of generated data where no reward is given; refuse what is none."""
-        data = self.data
-        self.reward = list(self.reward) or ([data.path] if data.is_generated else [])
-        if not self.reward:
-            raise ValueError(
-                "there is no reward; give one on the command line, as in `--reward "
-                "my_rewards:is_short` (a Python function by module and name)."
-            )
-        for name in self.reward:
-            if name.startswith(REASONING_GYM):
-                if name != data.path:
-                    raise ValueError(
-                        f"`reward` ({name!r}) scores what reasoning-gym generates for it, and "
-                        f"`data.path` is {data.path!r}; set that to {name!r} too."
-                    )
-            elif not _CODE.fullmatch(name):
-                raise ValueError(
-                    f"`reward` ({name!r}) must be a Python function as module:name, such as "
-                    f"my_rewards:is_short, or {REASONING_GYM}TASK."
-                )
-        weights = self.training.reward_weights
-        if weights is not None and len(weights) != len(self.reward):
-            raise ValueError(
-                f"`training.reward_weights` ({weights}) has {len(weights)} weights for "
-                f"{len(self.reward)} rewards ({', '.join(self.reward)}); give one for each."
-            )
+    def _check_reference(self, option: str) -> None:
+        """Refuse what would make another model of the reference: the model with the adapter off.
+
+        `option` is `beta`, which asks no reference at 0, or `precompute_ref_log_probs`, which asks
+        it before the model trains.
+        """
+        method, asks_before = METHODS[self.method], option == "precompute_ref_log_probs"
+        asks = bool(getattr(self.training, option)) != asks_before
+        if self.adapter is not None and (asks or asks_before):
+            wrong = f"`adapter` ({self.adapter!r})"
+            fix = "merge it (`pacatune merge`), which is exact, and give the result as `model.path`"
+        elif asks and not method.has_adapter:
+            wrong, value = f"`method` ({self.method!r})", "true" if asks_before else 0
+            fix = f"choose one with an adapter, or set `training.{option}` to {value}"
+        elif asks and method.is_paca and self.paca.bias != "none":
+            wrong, fix = f"`paca.bias` ({self.paca.bias!r}), which stays trained", "set it to none"
+        else:
+            return
+        raise ValueError(
+            f"{wrong} with `task` ({self.task!r}): the reference is the model with the adapter "
+            f"off, and must be the pretrained one, without a second copy in memory; {fix}."
+        )
+
+
+def check_ranges(training: Mapping[str, Any]) -> None:
+    """Refuse numbers with which nothing would be trained, or only once the weights are loaded."""
+    length = "num_train_epochs" if training["max_steps"] == -1 else "max_steps"
+    for name in (*_ABOVE_ZERO, length):
+        value = training.get(name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
 
 
 def default_rate(spec: TaskSpec, method: str) -> float:
@@ -312,10 +311,7 @@ def _section(name: str, given: Any, kind: type[Any]) -> Any:
             f"`{name}` is a {type(given).__name__}; it must be a mapping of options, or a "
             f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}."
         )
-    section = copy.copy(given)
-    if name == "training":
-        section.given = dict(given.given)
-    return section
+    return copy.copy(given)
 
 
 def _given(section: Any) -> dict[str, Any]:
@@ -328,68 +324,3 @@ def _given(section: Any) -> dict[str, Any]:
         for option in fields(section)
         if (value := getattr(section, option.name)) != getattr(default, option.name)
     }
-
-
-def _chooses(training: Any) -> bool:
-    """Whether the best checkpoint is kept."""
-    return bool(training.load_best_model_at_end) or _name(training.save_strategy) == "best"
-
-
-def _check_early_stopping(training: Any, patience: int) -> None:
-    if patience < 1:
-        raise ValueError(f"`early_stopping_patience` ({patience}) must be at least 1, or null.")
-    same = training.save_strategy == training.eval_strategy and (
-        training.eval_strategy != "steps" or training.save_steps == training.eval_steps
-    )
-    if training.eval_strategy == "no" or not same:
-        raise ValueError(
-            "`early_stopping_patience` keeps the best adapter, so each evaluation needs its "
-            f"checkpoint: `training.save_strategy` ({_name(training.save_strategy)}) and "
-            f"`training.save_steps` ({training.save_steps}) must equal "
-            f"`training.eval_strategy` ({_name(training.eval_strategy)}) and "
-            f"`training.eval_steps` ({training.eval_steps}), and not be 'no'."
-        )
-
-
-def check_dropout(config: RunConfig) -> None:
-    """Refuse dropout that TRL would switch off."""
-    if config.lora.lora_dropout and getattr(config.training, "disable_dropout", False):
-        raise ValueError(
-            f"`lora.lora_dropout` ({config.lora.lora_dropout:g}, of `method` {config.method!r}) is "
-            "switched off by `training.disable_dropout` (True); set that to false, or take the "
-            "dropout out."
-        )
-
-
-def check_reference(config: RunConfig, option: str) -> None:
-    """Refuse what would make another model of the reference: the model with the adapter off.
-
-    `option` is `beta`, which asks no reference at 0, or `precompute_ref_log_probs`, which asks it
-    before the model trains.
-    """
-    task, method = config.task, METHODS[config.method]
-    asks_before = option == "precompute_ref_log_probs"
-    asks = bool(getattr(config.training, option)) != asks_before
-    if config.adapter is not None and (asks or asks_before):
-        raise ValueError(
-            f"`adapter` ({config.adapter!r}) with `task` ({task!r}): the reference is the model "
-            "with the adapter off, and should be the one that training starts from; merge the "
-            "adapter (`pacatune merge`), which is exact, and give the result as `model.path`."
-        )
-    if asks and not method.has_adapter:
-        raise ValueError(
-            f"`method` ({config.method!r}) with `task` ({task!r}): the reference is the model with "
-            "the adapter off, and this method has none, so a second model would lie in memory; "
-            f"choose another method, or set `training.{option}` to "
-            f"{'true' if asks_before else 0}."
-        )
-    if asks and method.is_paca and config.paca.bias != "none":
-        raise ValueError(
-            f"`paca.bias` ({config.paca.bias!r}) trains biases of the base, which stay trained "
-            "where the adapter is off, so the reference would not be the pretrained model; set it "
-            "to none."
-        )
-
-
-def _name(choice: Any) -> str:
-    return str(getattr(choice, "value", choice))

@@ -3,13 +3,14 @@
 This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
+import json
 from collections.abc import Collection
-from dataclasses import MISSING, Field, asdict, fields
-from enum import Enum
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import ArgumentParser, set_loader
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
@@ -17,19 +18,16 @@ from ruamel.yaml.error import YAMLError
 from pacatune.names import suggest
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from pacatune.training.config import RunConfig
 
 CONFIG_NAME = "config.yaml"
+PARSER_MODE = "yaml_1_2"
+"""Name by which jsonargparse knows `load_yaml`."""
 
 # Never written: secrets, and what only this process knows.
 _UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
-_PATHS = (
-    *("model.path", "adapter"),
-    *("data.path", "data.eval_path", "data.chat_template", "data.root"),
-)
+_PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # Where results go and how they are shown: free to change when a run is resumed.
 _FREE_ON_RESUME = (
     "training.logging_nan_inf_filter",
@@ -58,33 +56,34 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
     so that a later version with other defaults repeats the run.
     """
     from pacatune.training.arguments import own_options
+    from pacatune.training.config import sections_of
 
     ours = own_options(type(config.training))
-    training = {
-        f.name: _plain(config.training.given[f.name])
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in fields(config.training)
-        if f.name in config.training.given
-        and f.name not in _UNSAVED
-        and (f.name in ours or config.training.given[f.name] != _default_of(f))
     }
-    others = {"training", *others_options(config.task)}
-    names = [f.name for f in fields(config) if f.name not in others]
-    values = {name: getattr(config, name) for name in names}
-    plain = {
-        name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
-        for name, value in values.items()
+    training = {
+        name: value
+        for name, value in config.training.given.items()
+        if name not in _UNSAVED and (name in ours or value != defaults[name])
     }
-    plain["training"] = training
-    for path in _PATHS:
-        section, _, key = path.rpartition(".")
-        holder: dict[str, Any] = plain[section] if section else plain
-        if key in holder:
-            holder[key] = _absolute(holder[key])
-    for source in plain["data"].get("datasets") or ():
-        source["path"] = _absolute(source["path"])
+    values: dict[str, Any] = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in others_options(config.task)
+    }
+    values |= {
+        name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
+    }
+    # In JSON choices are words, tuples lists, and keys words.
+    values["training"] = json.loads(json.dumps(training, default=str))
+    data = values["data"]
+    for holder in (values, values["model"], data, *(data.get("datasets") or ())):
+        holder |= {key: _absolute(holder[key]) for key in _PATHS if holder.get(key)}
     if config.paca.from_file:
-        plain["paca"]["selection"] = _absolute(plain["paca"]["selection"])
-    return plain
+        values["paca"]["selection"] = _absolute(values["paca"]["selection"])
+    return values
 
 
 def config_text(config: "RunConfig", name: str) -> str:
@@ -113,10 +112,13 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
     """Refuse keys of nested values that are no dotted name in `known`; `source` is their file."""
-    sections = {name.rpartition(".")[0] for name in known} - {""}
-    for key in _dotted(values, sections):
-        if key not in known and key not in sections:
-            raise ValueError(f"{source}: unknown key {key!r}; {suggest(key, {*known, *sections})}")
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    for key, value in values.items():
+        inside = value if key in sections and isinstance(value, dict) else ()
+        for name in (key, *(f"{key}.{option}" for option in inside)):
+            if name not in known and name not in sections:
+                nearest = suggest(name, {*known, *sections})
+                raise ValueError(f"{source}: unknown key {name!r}; {nearest}")
 
 
 def load_yaml(text: str) -> Any:
@@ -126,15 +128,15 @@ def load_yaml(text: str) -> Any:
     return reader.load(text)
 
 
-def option_parser() -> "ArgumentParser":
+set_loader(PARSER_MODE, load_yaml, exceptions=(YAMLError,))
+
+
+def option_parser() -> ArgumentParser:
     """Return a parser without options that takes values as `load_yaml` reads them."""
-    from jsonargparse import ArgumentParser, set_loader
-
-    set_loader("yaml_1_2", load_yaml, exceptions=(YAMLError,))
-    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode="yaml_1_2")
+    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode=PARSER_MODE)
 
 
-def add_run_options(parser: "ArgumentParser", task: str) -> Collection[str]:
+def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
     """Add an option for each field of a task's runs and of their sections; return the sections."""
     from pacatune.training.config import RunConfig, sections_of
 
@@ -155,10 +157,7 @@ def others_options(task: str) -> set[str]:
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = (
-        _dotted(values, {key for key, value in values.items() if isinstance(value, dict)})
-        for values in (old, new)
-    )
+    flat_old, flat_new = _dotted(old), _dotted(new)
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
@@ -166,53 +165,26 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _default_of(option: Field[Any]) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _absolute(value: str | None) -> str | None:
-    return str(Path(value).expanduser().resolve()) if value and _exists(value) else value
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except OSError:  # A chat template given as text may be too long for a file name.
-        return False
-
-
 def local_paths(config: "RunConfig") -> dict[str, str]:
-    """Return the options that name a local file or folder that exists."""
-    values = to_values(config)
-    given = _dotted(values, {name for name, value in values.items() if isinstance(value, dict)})
-    given |= {
-        f"data.datasets[{number}].path": source["path"]
-        for number, source in enumerate(given.get("data.datasets") or ())
-    }
-    return {
-        name: path
-        for name, path in given.items()
-        if ((name in _PATHS or name.startswith("data.datasets[")) and path and _exists(path))
-        # The name of a strategy is not absolute.
-        or (name == "paca.selection" and isinstance(path, str) and Path(path).is_absolute())
-    }
+    """Return the options that name what a run reads here, by their dotted names."""
+    given = _dotted({**to_values(config), "training": {}})
+    for number, source in enumerate(given.pop("data.datasets", None) or ()):
+        given[f"data.datasets[{number}].path"] = source["path"]
+    return {k: v for k, v in given.items() if isinstance(v, str) and Path(v).is_absolute()}
 
 
-def _dotted(values: dict[Any, Any], sections: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted names."""
+def _absolute(value: str) -> str:
+    """Return the absolute path of what is here; a hub id, or a template's text, as it is."""
+    try:
+        return str(Path(value).expanduser().resolve(strict=True))
+    except OSError:
+        return value
+
+
+def _dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run by their dotted names."""
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        is_section = name in sections and isinstance(value, dict)
-        found |= _dotted(value, sections, f"{name}.") if is_section else {name: value}
+    for name, value in values.items():
+        is_section = isinstance(value, dict)
+        found |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
     return found

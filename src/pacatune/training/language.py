@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -40,9 +40,6 @@ from pacatune.training.task import (
 )
 from pacatune.training.tasks import load
 from pacatune.training.trainer import RunTrainer
-
-# How the parts of a pair of answers are shown.
-_STYLES = {"chosen_ids": "green", "rejected_ids": "red", "completion_ids": "green"}
 
 
 class LanguageTask(Task):
@@ -78,17 +75,25 @@ class LanguageTask(Task):
         return self.plan_training()[0]
 
     def plan_training(self) -> tuple[Plan, PeftConfig | None, int | None]:
-        """Plan what is trained; see `plan_training`."""
-        return plan_training(
-            self.config,
-            auto_class=self._auto_class,
-            task_type=self.task_type,
-            **self.model_options,
-        )
+        """Plan what is trained of a model without weights.
 
-    @property
-    def _auto_class(self) -> Any:
-        return getattr(transformers, self.auto_class)
+        Returns the adapter's configuration with its targets too, and the longest sequence that the
+        model has positions for.
+        """
+        config, model_config = self.config, _load_model_config(self.config)
+        model_config.update(self.model_options)
+        if (kind := config.model.quantization) is not None:
+            path = config.model.path
+            pretrained.check_quantizable(kind, model_config, path, option="model.quantization")
+        model = pretrained.empty_model(
+            getattr(transformers, self.auto_class),
+            model_config,
+            attn_implementation=config.model.attn_implementation,
+        )
+        adapter = make_adapter_config(config, model, task_type=self.task_type)
+        plan = make_plan(model, lambda base: make_trainable(base, adapter, config.method), config)
+        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        return plan, adapter, positions
 
     def read_data(self) -> PreparedData:
         """Read, encode and check the data, as the row of the task says."""
@@ -125,7 +130,7 @@ class LanguageTask(Task):
         rows = [examples[place] for place in places]
         if self.collator is not None:
             return dict(self.collator(rows))
-        collator = DataCollatorForLanguageModeling(pad_token_id=pad_id(self.tokenizer))
+        collator = DataCollatorForLanguageModeling(pad_id(self.tokenizer))
         return dict(collator([self._learned(row) for row in rows]))
 
     def _learned(self, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -139,15 +144,29 @@ class LanguageTask(Task):
             ids = prompt_ids(row["prompt"], self.tokenizer)
             return {"input_ids": ids, "labels": ids}
         prompt = row["prompt_ids"]
-        answer = next(row[name] for name in _STYLES if name in row)
+        answer = row["chosen_ids" if "chosen_ids" in row else "completion_ids"]
         ids, labels = [*prompt, *answer], [*[-100] * len(prompt), *answer]
         limit = self.config.training.max_length
         return {"input_ids": ids[:limit], "labels": labels[:limit]}
 
     def load_model(self) -> nn.Module:
         """Load the weights in the type that the run asks for."""
+        config, dtype = self.config, weights_dtype(self.config)
+        options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
+        options |= quantization_options(config, dtype) | self.model_options
+        if "num_labels" in self.model_options:
+            options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
         with suppress_seqcls_warning():  # that a head is new
-            return load_model(self.config, auto_class=self._auto_class, **self.model_options)
+            model: nn.Module = pretrained.load_weights(
+                getattr(transformers, self.auto_class),
+                model_path(config),
+                dtype=dtype,
+                revision=config.model.revision,
+                attn_implementation=config.model.attn_implementation,
+                use_safetensors=True,
+                **options,
+            )
+        return model
 
     def make_trainer(
         self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
@@ -194,64 +213,48 @@ class LanguageTask(Task):
             show_preview(data, self.tokenizer, num_examples, console)
             return
         for row in data.select(range(min(num_examples, len(data)))):
-            if "input_ids" in row:
-                text = self.tokenizer.decode(row["input_ids"])
-                console.print(Text(f"class {row['labels']}: {text}"), soft_wrap=True)
-                continue
-            prompt = row.get("prompt_ids")
-            if "prompt" in row:
-                prompt = prompt_ids(row["prompt"], self.tokenizer)
             console.rule()
-            length = "" if prompt is None else f": {len(prompt)} tokens"
-            title = f"{row.get('place', 'example')}{length}"
-            console.print(title, markup=False, highlight=False, soft_wrap=True)
-            if prompt is not None:
-                console.print(Text(self.tokenizer.decode(prompt), style="dim"))
-            if "prompt" in row:  # what rewards get beside the answers
-                for name in row.keys() - {"prompt", "place"}:
-                    console.print(Text(f"{name}: {row[name]}"), soft_wrap=True)
-            for name in (name for name in _STYLES if name in row):
-                what = name.removesuffix("_ids")
-                if "label" in row:
-                    what = "desirable" if row["label"] else "undesirable"
-                console.print(f"{what} ({len(row[name])} tokens):", highlight=False)
-                console.print(Text(self.tokenizer.decode(row[name]), style=_STYLES[name]))
-        console.rule()
+            console.print(Text(row.pop("place", "example")), soft_wrap=True)
+            for name, value in row.items():
+                if name in ("attention_mask", "KL_completion_ids"):
+                    continue
+                if name == "prompt":
+                    name, value = "prompt_ids", prompt_ids(value, self.tokenizer)
+                if name.endswith("_ids"):
+                    name = f"{name.removesuffix('_ids')} ({len(value)} tokens)"
+                    value = self.tokenizer.decode(value)
+                console.print(Text(f"{name}: {value}"), soft_wrap=True)
 
     def how_to_load(self, report: Report) -> str:
-        """Return code that loads the model, or the adapter on its base."""
-        method, model, auto_class = METHODS[self.config.method], report.model, self.auto_class
-        changes = "".join(f", {name}={value!r}" for name, value in self.model_options.items())
+        """Return code that loads the model, or the adapter on its base, and pacatune's commands."""
+        method, auto_class = METHODS[self.config.method], self.auto_class
         if not method.has_adapter:
             return (
                 f"```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
                 f'model = {auto_class}.from_pretrained("FOLDER")\n'
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
             )
-        kind = "PaCA" if method.is_paca else method.title
-        ours = f"import pacatune  # makes {kind} known to PEFT\n" if method.needs_pacatune else ""
+        changes = "".join(f", {name}={value!r}" for name, value in self.model_options.items())
         code = (
-            f"```python\n{ours}from peft import PeftModel\n"
-            f"from transformers import {auto_class}\n\n"
-            f"base = {auto_class}.from_pretrained({model!r}{changes})\n"
+            f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
+            f"base = {auto_class}.from_pretrained({report.model!r}{changes})\n"
             'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
         )
         if not method.needs_pacatune:
-            return code
-        return f"Install pacatune ({repository_command()}), then:\n\n{code}{self._commands(model)}"
-
-    def _commands(self, model: str) -> str:
-        """Return what pacatune's own commands do with the adapter."""
-        both = f"--model {model} --adapter FOLDER"
-        merge, writes = f"pacatune merge {both} --output MERGED", self.task_type == "CAUSAL_LM"
-        if self.task_type == "SEQ_CLS":  # the others are for models that write
-            return f"```bash\n{merge}\n```\n\n"
-        generate = f'pacatune generate {both} --prompt "..."\n' if writes else ""
+            return f"```python\n{code}"
+        kind = "PaCA" if method.is_paca else method.title
+        both = f"--model {report.model} --adapter FOLDER"
+        commands = [f"pacatune merge {both} --output MERGED"]
+        if self.task_type != "SEQ_CLS":  # the others are for models that write
+            commands[0] += "      # a plain model"
+            export = f"pacatune export {both} --to lora --output LORA"
+            commands.append(f"{export}  # an exact LoRA adapter, for any server")
+        if self.task_type == "CAUSAL_LM":
+            commands.insert(0, f'pacatune generate {both} --prompt "..."')
         return (
-            f"```bash\n{generate}"
-            f"{merge}      # a plain model\n"
-            f"pacatune export {both} --to lora --output LORA  "
-            "# an exact LoRA adapter, for any server\n```\n\n"
+            f"Install pacatune ({repository_command()}), then:\n\n"
+            f"```python\nimport pacatune  # makes {kind} known to PEFT\n{code}"
+            "```bash\n" + "\n".join(commands) + "\n```\n\n"
         )
 
 
@@ -350,85 +353,6 @@ def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[
         return ids - {None}
     stops = generation.eos_token_id
     return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
-
-
-def plan_training(
-    config: RunConfig,
-    *,
-    auto_class: Any = AutoModelForCausalLM,
-    task_type: str | None = "CAUSAL_LM",
-    **changes: Any,
-) -> tuple[Plan, PeftConfig | None, int | None]:
-    """Plan what is trained of a model without weights.
-
-    Returns the adapter's configuration with its targets too, and the longest sequence that the
-    model has positions for. `changes` are made to the configuration of the model.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model_config = _load_model_config(config)
-    model_config.update(changes)
-    check_quantization(config, model_config)
-    attention = config.model.attn_implementation
-    try:
-        model = pretrained.empty_model(auto_class, model_config, attn_implementation=attention)
-    except ImportError as error:
-        raise ValueError(
-            f"`model.attn_implementation` ({attention!r}) cannot be used: {error}. Install it or "
-            "choose another."
-        ) from error
-    adapter = make_adapter_config(config, model, task_type=task_type)
-    plan = make_plan(model, lambda base: make_trainable(base, adapter, config.method), config)
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        # TRL multiplies by the weight of the head itself, past any adapter on it.
-        section = METHODS[config.method].sections[0]
-        raise ValueError(
-            f"`{section}.target_modules` names the output head, which the loss reads "
-            "directly, so an adapter there would not be trained; drop it."
-        )
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return plan, adapter, positions
-
-
-def load_model(
-    config: RunConfig, *, auto_class: Any = AutoModelForCausalLM, **changes: Any
-) -> nn.Module:
-    """Load the weights, in the type that `model.dtype` asks for."""
-    dtype = weights_dtype(config)
-    options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
-    options |= quantization_options(config, dtype) | changes
-    if "num_labels" in changes:
-        options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
-    model: nn.Module = pretrained.load_weights(
-        auto_class,
-        model_path(config),
-        dtype=dtype,
-        revision=config.model.revision,
-        attn_implementation=config.model.attn_implementation,
-        use_safetensors=True,
-        **options,
-    )
-    return model
-
-
-def check_quantization(config: RunConfig, model_config: Any) -> None:
-    """Refuse a quantisation that the method, the model or the installation cannot have."""
-    quantization = config.model.quantization
-    if not config.model.double_quantization and quantization not in ("nf4", "fp4"):
-        raise ValueError(
-            f"`model.double_quantization` (False) is for 4 bits, and `model.quantization` is "
-            f"{quantization!r}; set that to nf4 or fp4, or drop the option."
-        )
-    if quantization is None:
-        return
-    if config.method == "full":
-        raise ValueError(
-            f"`model.quantization` ({quantization!r}) with `method` ('full'): quantised weights "
-            "cannot be trained; choose another method or drop the option."
-        )
-    pretrained.check_quantizable(
-        quantization, model_config, config.model.path, option="model.quantization"
-    )
 
 
 def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The reference of DPO and KTO is the model itself with the adapter off; no second one is loaded.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -28,23 +29,14 @@ def prepare_dpo(task: LanguageTask) -> PreparedData:
 
 
 def prepare_kto(task: LanguageTask) -> PreparedData:
-    """Encode judged answers, each beside the answer of its neighbour in the batch."""
-    config, training = task.config, task.config.training
-    compares = training.loss_type != "apo_zero_unpaired"
-    size = training.per_device_train_batch_size
-    if compares and (training.train_sampling_strategy != "sequential" or size < 2):
-        raise ValueError(
-            f"`training.train_sampling_strategy` ({training.train_sampling_strategy!r}) must be "
-            f"'sequential' and `training.per_device_train_batch_size` ({size}) at least 2 with "
-            "this loss: it compares each answer with the prompt of its neighbour in the batch. The "
-            "examples are shuffled once, with `data.seed`."
-        )
-    data = prepare_judged(config.data, task.tokenizer, **_options(task))
-    if not compares:
+    """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
+    training = task.config.training
+    data = prepare_judged(task.config.data, task.tokenizer, **_options(task))
+    if training.loss_type == "apo_zero_unpaired":
         return data
-    train = with_neighbours(data.train, size)
+    size = training.per_device_train_batch_size
     evaluation = None if data.evaluation is None else with_neighbours(data.evaluation, size)
-    return PreparedData(train, evaluation, data.longest, data.warnings)
+    return replace(data, train=with_neighbours(data.train, size), evaluation=evaluation)
 
 
 def prepare_reward(task: LanguageTask) -> PreparedData:

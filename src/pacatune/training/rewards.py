@@ -5,152 +5,115 @@ of the data, all of them lists with one entry per answer, it returns as many num
 says nothing.
 """
 
-import importlib
 import inspect
 import math
-import re
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from pacatune.data import REASONING_GYM, PromptDataConfig
+from pacatune.data import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class RewardError(ValueError):
     """A reward function failed, or returned what are no rewards."""
 
 
-class CheckedReward:
-    """A reward function whose errors and results are checked, under a name of its own."""
+def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a reward function whose errors and results are checked, under a name of its own.
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
-        # As metrics are called; two functions of different modules may have one name.
-        self.__name__ = name.replace(":", ".")
-        self._function = function
+    One that is a coroutine stays one, which TRL awaits. `place` says where each prompt is from.
+    """
 
-    def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:
-        """Return one reward per answer; `place` says where each prompt is from."""
-        with self._explained(place):
-            rewards = self._function(**columns)
-        return check_rewards(self.name, rewards, place)
+    async def awaited(*, place: Sequence[str], **columns: Any) -> list[float | None]:
+        with _explained(name, place):
+            rewards = await function(**columns)
+        return check_rewards(name, rewards, place)
 
-    @contextmanager
-    def _explained(self, place: Sequence[str]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r} raised {_said(error)} on {len(place)} answers "
-                f"({place[0]} is the first)."
-            ) from error
+    def called(*, place: Sequence[str], **columns: Any) -> list[float | None]:
+        with _explained(name, place):
+            rewards = function(**columns)
+        return check_rewards(name, rewards, place)
+
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 (of an object's class)
+    )
+    reward = awaited if is_async else called
+    # As metrics are called; two functions of different modules may have one name.
+    reward.__name__ = name.replace(":", ".")
+    return reward
 
 
-class AsyncCheckedReward(CheckedReward):
-    """The same for a coroutine function, which TRL awaits."""
-
-    async def __call__(self, *, place: Sequence[str], **columns: Any) -> list[float | None]:  # type: ignore[override]
-        """Return one reward per answer; `place` says where each prompt is from."""
-        with self._explained(place):
-            rewards = await self._function(**columns)
-        return check_rewards(self.name, rewards, place)
+@contextmanager
+def _explained(name: str, place: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__} ({error}) on {len(place)} answers "
+            f"({place[0]} is the first)."
+        ) from error
 
 
 def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float | None]:
     """Return what a function has returned as a list of numbers or None; refuse anything else."""
-    if hasattr(rewards, "tolist"):
-        rewards = rewards.tolist()
-    if not isinstance(rewards, list | tuple) or len(rewards) != len(place):
-        length = f" of {len(rewards)}" if isinstance(rewards, list | tuple) else ""
-        raise RewardError(
-            f"reward {name!r} returned a {type(rewards).__name__}{length}; it must return a list "
-            f"of {len(place)} numbers, one per answer."
-        )
-    values = [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
+    rule = f"it must return a list of {len(place)} numbers, or None where it says nothing."
+    try:
+        values = [None if reward is None else float(reward) for reward in rewards]
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {name!r} returned {rewards!r:.80} ({error}); {rule}") from error
+    if len(values) != len(place):
+        raise RewardError(f"reward {name!r} returned a list of {len(values)}; {rule}")
     for value, where in zip(values, place, strict=True):
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise RewardError(
-                f"reward {name!r} returned {value!r:.80} for {where}; it must be a finite number, "
-                "or None where the function says nothing."
-            )
-    return [None if value is None else float(value) for value in values]
+        if value is not None and not math.isfinite(value):
+            raise RewardError(f"reward {name!r} returned {value} for {where}; {rule}")
+    return values
 
 
 def load_rewards(
     names: Sequence[str], data: PromptDataConfig, columns: Sequence[str]
-) -> list[CheckedReward]:
+) -> list[Callable[..., Any]]:
     """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`.
 
     `columns` are those of the data beside `prompt`, which every function gets. Importing a module
     runs its code; modules are looked for in the current folder too.
     """
+    given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
     rewards = []
     for name in names:
-        is_verifier = name.startswith(REASONING_GYM)
+        is_verifier = data.is_generated and name == data.path
         function = make_verifier(data) if is_verifier else _import(name)
-        _check_signature(name, function, columns)
-        call = getattr(function, "__call__", None)  # noqa: B004 (of an object's class)
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        rewards.append((AsyncCheckedReward if is_async else CheckedReward)(name, function))
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            raise ValueError(
+                f"reward {name!r} cannot be called with {', '.join(given)} ({error}); take what it "
+                "needs of them by name and the others as **kwargs."
+            ) from error
+        rewards.append(checked(name, function))
     return rewards
 
 
 def _import(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken(name, error) from error
-        raise ValueError(
-            f"`reward` ({name!r}): there is no module {error.name!r}, neither in {folder} nor "
-            "installed; start in its folder, or install it."
-        ) from error
+        function: Callable[..., Any] = pkgutil.resolve_name(name)
     except Exception as error:
-        raise _broken(name, error) from error
+        raise ValueError(
+            f"`reward` ({name!r}) must be a Python function as module:name, of a module in {folder}"
+            f" or installed, or the reasoning-gym:TASK that `data.path` is; importing it raised "
+            f"{type(error).__name__} ({error})."
+        ) from error
     finally:
         sys.path.remove(folder)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        what = "has no" if function is None else "has no function"
-        raise ValueError(
-            f"`reward` ({name!r}): {module.__name__} ({getattr(module, '__file__', '-')}) {what} "
-            f"{attribute!r}."
-        )
     return function
-
-
-def _broken(name: str, error: Exception) -> ValueError:
-    module = name.partition(":")[0]
-    return ValueError(f"`reward` ({name!r}): importing {module} raised {_said(error)}; mend it.")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__} ({error})"
-
-
-def _check_signature(name: str, function: Callable[..., Any], columns: Sequence[str]) -> None:
-    """Refuse a function that cannot take what every reward function is given."""
-    given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(given))
-    except TypeError as error:
-        raise ValueError(
-            f"reward {name!r} cannot be called with {', '.join(given)} ({error}); take what it "
-            "needs of them by name and the others as **kwargs."
-        ) from error
-    except ValueError:  # Built-in functions do not say what they take.
-        return
 
 
 def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
@@ -160,12 +123,14 @@ def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
     there is none. What it cannot read scores 0.
     """
     made = reasoning_gym_data(data)
+    from reasoning_gym.utils import extract_answer  # only now is it sure to be installed
+
     entry_of = lru_cache(maxsize=1024)(made.__getitem__)
 
     def score(completion: Any, index: int) -> float:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        found = _ANSWER.findall(text)
-        answer = (found[-1] if found else text).strip()
+        found = extract_answer(text)
+        answer = text.strip() if found is None else found
         try:
             return float(made.score_answer(answer, entry_of(index)))
         except Exception:

@@ -111,13 +111,6 @@ class LoraSection(TargetOptions):
 
     def __post_init__(self) -> None:
         check_patterns(vars(self), "lora.")
-        for name in ("r", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"`lora.{name}` ({getattr(self, name)}) must be above 0; raise it."
-                )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora.lora_dropout` ({self.lora_dropout}) must be in [0, 1).")
 
 
 @dataclass(kw_only=True)

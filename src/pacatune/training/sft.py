@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune.data import PreparedData, prepare_data
 from pacatune.data.encode import ImageCollator
 from pacatune.pretrained import load_processor
-from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
 
 
@@ -25,48 +23,49 @@ def prepare(task: LanguageTask) -> PreparedData:
             "or 'bfd_split'."
         )
     if config.data.streaming:
-        _refuse_whole(training)
-    if packs(training, config.model.attn_implementation) and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({config.model.attn_implementation!r}) and ZeRO-3: sharded weights cannot be tried, "
-            "and flash attention alone keeps packed examples apart in every model; set it to "
-            "flash_attention_2, flash_attention_3 or a flash-attn kernel, or do not pack."
-        )
-    data = read_data(config, task.tokenizer)
-    if data.processor is None:
-        return data
-    if training.packing or training.padding_free:
-        raise ValueError(
-            "`training.packing` and `training.padding_free` are for texts, and the data has "
-            "images; drop them."
-        )
-    task.auto_class, task.task_type = "AutoModelForImageTextToText", None
-    task.pipeline_tag, task.processor = "image-text-to-text", data.processor
-    task.collator = ImageCollator(data.processor)
-    task.trainer_options["data_collator"] = task.collator
+        _check_stream(training)
+    splits = training.packing and training.packing_strategy == "bfd_split"
+    data = prepare_data(
+        config.data,
+        task.tokenizer,
+        max_length=None if splits else training.max_length,
+        stop_ids=find_stop_ids(config, task.tokenizer),
+        num_processes=training.dataset_num_proc,
+        load_processor=partial(_load_processor, task),
+    )
+    if data.processor is not None:
+        if training.packing or training.padding_free:
+            raise ValueError(
+                "`training.packing` and `training.padding_free` are for texts, and the data has "
+                "images; drop them."
+            )
+        task.auto_class, task.task_type = "AutoModelForImageTextToText", None
+        task.pipeline_tag, task.processor = "image-text-to-text", data.processor
+        task.collator = task.trainer_options["data_collator"] = ImageCollator(data.processor)
     return data
 
 
-def _refuse_whole(training: Any) -> None:
+def _check_stream(training: Any) -> None:
     """Refuse what cannot be done with a stream."""
     if training.max_steps < 1:
         raise ValueError(
             f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a stream "
             "has no end; set it to at least 1."
         )
-    defaults = {
-        "packing": False,
-        "padding_free": False,
-        "shuffle_dataset": False,
-        "train_sampling_strategy": "random",
-    }
-    for name, default in defaults.items():
-        if (value := getattr(training, name)) != default:
+    for name in ("packing", "padding_free", "shuffle_dataset", "train_sampling_strategy"):
+        if (value := getattr(training, name)) not in (False, "random"):
             raise ValueError(
                 f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` reads "
                 "it piece by piece; drop one of them."
             )
+
+
+def _load_processor(task: LanguageTask) -> Any:
+    model = task.config.model
+    processor = load_processor(model_path(task.config), revision=model.revision)
+    if task.config.data.chat_template is not None:
+        processor.chat_template = task.tokenizer.chat_template
+    return processor
 
 
 class TextTrainer(LanguageTrainer):
@@ -90,7 +89,19 @@ def packs(training: Any, attention: str | None) -> bool:
 
 
 def check_packing(model: Any) -> None:
-    """Refuse a model in which packed examples see each other.
+    """Refuse a model in which packed examples see each other, or one that cannot be tried."""
+    if is_deepspeed_zero3_enabled() or _mixes_examples(model):
+        raise ValueError(
+            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
+            f"({model.config._attn_implementation!r}): packed examples see each other in "
+            f"{type(model).__name__}, or its weights are sharded (ZeRO-3), so that it cannot be "
+            "tried; set it to flash_attention_2, flash_attention_3 or a flash-attn kernel if all "
+            "of its layers use attention, or do not pack."
+        )
+
+
+def _mixes_examples(model: Any) -> bool:
+    """Whether a packed example changes the outputs of the next.
 
     transformers masks the attention of packed examples by their positions, which not every model
     has and other layers than attention do not obey. So two examples are packed, as TRL does it: the
@@ -115,31 +126,4 @@ def check_packing(model: Any) -> None:
     finally:
         hook.remove()
         model.train(was_training)
-    if gradient[:, :5].any():
-        raise ValueError(
-            f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({model.config._attn_implementation!r}): packed examples see each other in "
-            f"{type(model).__name__}; set it to flash_attention_2, flash_attention_3 or a "
-            "flash-attn kernel if all of its layers use attention, or do not pack."
-        )
-
-
-def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """Read, encode and check the data of a run."""
-    training = config.training
-    splits = training.packing and training.packing_strategy == "bfd_split"
-    return prepare_data(
-        config.data,
-        tokenizer,
-        max_length=None if splits else training.max_length,
-        stop_ids=find_stop_ids(config, tokenizer),
-        num_processes=training.dataset_num_proc,
-        load_processor=partial(_load_processor, config, tokenizer),
-    )
-
-
-def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    processor = load_processor(model_path(config), revision=config.model.revision)
-    if config.data.chat_template is not None:
-        processor.chat_template = tokenizer.chat_template
-    return processor
+    return bool(gradient[:, :5].any())

@@ -111,17 +111,11 @@ class Task(ABC):
     def make_trainer(
         self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> Any:
-        """Put the adapter on the model, and return its trainer, a RunTrainer.
-
-        The options are `meter`, `args`, `train_dataset`, `eval_dataset` and `callbacks`.
-        """
+        """Put the adapter on the model; return its trainer, a RunTrainer with these options."""
 
     @abstractmethod
     def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Evaluate what will be saved, where there is data for it; return entries of the report.
-
-        It may be the best checkpoint and not the last weights.
-        """
+        """Evaluate what will be saved, where there is data for it; return entries of the report."""
 
     @abstractmethod
     def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from pacatune.methods import CLASSIFIER_METHODS, TEXT_METHODS
 
 DEFAULT_TASK = "sft"
-_PADDING = "examples are padded with the tokenizer's own token"
 _CUT = "examples are cut at their end; shorten them yourself"
 _REFERENCE = {"sync_ref_model": "the reference is the pretrained model, with the adapter off"}
 
@@ -70,14 +69,18 @@ class TaskSpec:
         return self.arguments.startswith("trl.")
 
 
-def _on_rewards(arguments: str, trainer: str, tag: str) -> TaskSpec:
-    return TaskSpec(
-        arguments=arguments,
-        trainer=trainer,
+def _of_trl(name: str, **options: Any) -> TaskSpec:
+    """Return the row of TRL's trainer of a name."""
+    known = {"arguments": f"trl.{name}Config", "trainer": f"trl.{name}Trainer"}
+    return TaskSpec(**{"tags": (name.lower(), "trl"), **known, **options})
+
+
+def _on_rewards(name: str) -> TaskSpec:
+    return _of_trl(
+        name,
         data="pacatune.data.PromptDataConfig",
         prepare="pacatune.training.rl.prepare",
         mixin="pacatune.training.rl.SamplingTrainer",
-        tags=(tag, "trl"),
         columns=("row",),
         rate_share=0.1,
         refuse=_REFERENCE
@@ -98,13 +101,11 @@ def _on_rewards(arguments: str, trainer: str, tag: str) -> TaskSpec:
 
 
 TASKS: dict[str, TaskSpec] = {
-    "sft": TaskSpec(
-        arguments="trl.SFTConfig",
-        trainer="trl.SFTTrainer",
+    "sft": _of_trl(
+        "SFT",
         data="pacatune.data.DataConfig",
         prepare="pacatune.training.sft.prepare",
         mixin="pacatune.training.sft.TextTrainer",
-        tags=("sft", "trl"),
         refuse={
             "chat_template_path": "set `data.chat_template`",
             "dataset_text_field": "name the column 'text'",
@@ -114,21 +115,14 @@ TASKS: dict[str, TaskSpec] = {
             "truncation_mode": _CUT,
         },
     ),
-    "dpo": TaskSpec(
-        arguments="trl.DPOConfig",
-        trainer="trl.DPOTrainer",
+    "dpo": _of_trl(
+        "DPO",
         data="pacatune.data.PreferenceDataConfig",
         prepare="pacatune.training.preference.prepare_dpo",
         mixin="pacatune.training.preference.PreparedTrainer",
-        tags=("dpo", "trl"),
         columns=("prompt_ids", "chosen_ids", "rejected_ids"),
         rate_share=0.1,
-        refuse=_REFERENCE
-        | {
-            "pad_token": _PADDING,
-            "padding_free": "TRL has no such DPO at present",
-            "truncation_mode": _CUT,
-        },
+        refuse=_REFERENCE | {"truncation_mode": _CUT},
         reference="precompute_ref_log_probs",
         loss_per="pair",
         metrics={
@@ -136,13 +130,11 @@ TASKS: dict[str, TaskSpec] = {
             "rewards/accuracies": "held-out accuracy",
         },
     ),
-    "kto": TaskSpec(
-        arguments="trl.KTOConfig",
-        trainer="trl.KTOTrainer",
+    "kto": _of_trl(
+        "KTO",
         data="pacatune.data.PreferenceDataConfig",
         prepare="pacatune.training.preference.prepare_kto",
         mixin="pacatune.training.preference.PreparedTrainer",
-        tags=("kto", "trl"),
         columns=("prompt_ids", "completion_ids", "label"),
         rate_share=0.1,
         refuse=_REFERENCE,
@@ -151,9 +143,8 @@ TASKS: dict[str, TaskSpec] = {
         loss_per="answer",
         metrics={"rewards/margins": "held-out reward margin"},
     ),
-    "reward": TaskSpec(
-        arguments="trl.RewardConfig",
-        trainer="trl.RewardTrainer",
+    "reward": _of_trl(
+        "Reward",
         data="pacatune.data.PreferenceDataConfig",
         prepare="pacatune.training.preference.prepare_reward",
         mixin="pacatune.training.preference.PreparedTrainer",
@@ -162,12 +153,12 @@ TASKS: dict[str, TaskSpec] = {
         pipeline_tag="text-classification",
         tags=("reward-trainer", "trl"),
         columns=("chosen_ids", "rejected_ids"),
-        refuse={"pad_token": _PADDING, "chat_template_path": "set `data.chat_template`"},
+        refuse={"chat_template_path": "set `data.chat_template`"},
         loss_per="pair",
         metrics={"margin": "held-out margin", "accuracy": "held-out accuracy"},
     ),
-    "grpo": _on_rewards("trl.GRPOConfig", "trl.GRPOTrainer", "grpo"),
-    "rloo": _on_rewards("trl.RLOOConfig", "trl.RLOOTrainer", "rloo"),
+    "grpo": _on_rewards("GRPO"),
+    "rloo": _on_rewards("RLOO"),
     "classifier": TaskSpec(
         arguments="pacatune.training.arguments.ClassifierTrainingConfig",
         data="pacatune.data.config.TextClassConfig",

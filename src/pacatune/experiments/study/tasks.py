@@ -211,7 +211,7 @@ class TextTask(StudyTask):
             return text_loss(model, self._rows[path], bf16=bf16)
         key = (path, language.weights_dtype(config), quantization, bf16)
         if key not in self._before:
-            base = language.load_model(config)
+            base = task.load_model()
             if quantization is None:
                 base.to(config.training.device)
             self._before[key] = text_loss(base, self._rows[path], bf16=bf16)
