@@ -18,6 +18,7 @@ from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import open_adapter
 from pacatune.adapters.loading import compare_base, load_values
+from pacatune.files.folder import explained_failure
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
@@ -26,6 +27,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
     REPORT_NAME,
+    TrainedOn,
     check_folder,
     check_same_options,
     find_checkpoint,
@@ -34,12 +36,12 @@ from pacatune.training.output import (
     last_checkpoint,
     open_folder,
     read_state,
-    refuse_empty_tensors,
+    refuse_missing_weights,
     run_folder,
-    staged,
+    what_is_intact,
+    why_fixed,
 )
 from pacatune.training.progress import (
-    Meter,
     ProgressReporter,
     main_console,
     peak_memory_bytes,
@@ -55,10 +57,9 @@ from pacatune.training.selecting import (
     describe_columns,
     share_of_batches,
 )
-from pacatune.training.split import Split, why_fixed
 from pacatune.training.start import check_quantization, settle
 from pacatune.training.task import Prepared, Task, count_trainable, task_of
-from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
+from pacatune.training.trainer import StopOnSignal, TrainingInterrupted
 from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
 
@@ -106,20 +107,17 @@ def train(
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
     prepared = prepare(task, console)
-    checkpoint = None
+    now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
         fixed = task.spec.fixed_split or why_fixed(config.training, prepared.train)
-        checkpoint = find_checkpoint(
-            prepared.fingerprint, folder, Split.of(config.training), fixed=fixed
-        )
+        checkpoint = find_checkpoint(now, folder, fixed=fixed)
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
-    open_folder(config, folder, checkpoint, console)
+    open_folder(config, now, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     report = _make_report(task, prepared, trainer)
     save_result(task, trainer, report, folder)
-    what = "model" if prepared.adapter_config is None else "adapter"
-    show_result(report, what, folder, console)
+    show_result(report, folder, console)
     if repository is not None:
         say(console, f"uploaded to {push_result(folder, repository, config.training)}")
     return report
@@ -260,16 +258,15 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     adapter_config = choose_from_data(
         config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
     )
-    meter = Meter(task.unit)
     trainer = task.make_trainer(
         model,
         adapter_config,
-        meter=meter,
         args=arguments,
         train_dataset=prepared.train,
         eval_dataset=prepared.evaluation,
-        callbacks=[meter, TrainedOn(prepared.fingerprint, Split.of(arguments))],
+        callbacks=[],
     )
+    trainer.trained_on = TrainedOn.of(prepared.fingerprint, arguments)
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
         load_values(trainer.model, start)
@@ -278,7 +275,7 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    _add_callbacks(trainer, config, checkpoint, console)
+    _add_callbacks(trainer, config, checkpoint)
     return trainer
 
 
@@ -292,44 +289,35 @@ def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: 
     arguments.eval_on_start = has_evaluation and checkpoint is None
     if checkpoint is not None:
         # Resolved to whole steps by the first process of the run; shares would look changed.
-        state = read_state(checkpoint) or {}
+        state = read_state(checkpoint)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(arguments, name, state.get(name, getattr(arguments, name)))
     return arguments
 
 
-def _add_callbacks(
-    trainer: Any, config: RunConfig, checkpoint: Path | None, console: Console
-) -> None:
-    """Put our display of progress in place of the trainer's, and early stopping if asked for."""
+def _add_callbacks(trainer: Any, config: RunConfig, checkpoint: Path | None) -> None:
+    """Take out the trainer's display of progress, and add what the options ask for."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressReporter(console, trainer.meter))
     paca = config.paca
     if METHODS[config.method].is_paca and paca.active_columns and paca.reselect_every:
         reselect = ReselectColumns(paca.active_columns, paca.reselect_every, paca.random_seed)
         trainer.add_callback(reselect)
-    if config.early_stopping_patience is None:
-        return
-    callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
-    state = (read_state(checkpoint) if checkpoint else None) or {}
-    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    for name, value in saved.get("attributes", {}).items():
-        setattr(callback, name, value)
-    trainer.add_callback(callback)
+    if config.early_stopping_patience is not None:
+        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
+        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
+        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
+        trainer.add_callback(callback)
 
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
     config = task.config
-    stop = StopOnSignal(
-        trainer.accelerator,
-        lambda: console.print(
-            "saving a checkpoint, then stopping; again to stop at once", style="yellow"
-        ),
-    )
-    trainer.add_callback(stop)
-    trainer.add_callback(LogBeforeSave())
+    said = "saving a checkpoint, then stopping; again to stop at once"
+    stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
+    progress = ProgressReporter(console, trainer.meter, task.unit)
+    for callback in (progress, stop):
+        trainer.add_callback(callback)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     reset_peak_process_bytes()
@@ -343,9 +331,7 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
             f"{task.less_memory}."
         ) from error
     finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressReporter):
-                callback.close()
+        progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         path = Path(str(config.training.output_dir)) / CONFIG_NAME
         raise TrainingInterrupted(
@@ -354,11 +340,12 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         )
 
 
-def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
-    config = task.config
-    train_losses, train_loss = train_curve(trainer.state.log_history)
-    eval_losses = curve_of(trainer.state.log_history, "eval_loss")
+def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
+    config, log, num_steps = task.config, trainer.state.log_history, trainer.state.global_step
+    train_losses, train_loss = train_curve(log)
+    eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
+    is_streamed = not has_length(prepared.train)
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
@@ -367,11 +354,11 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
         "num_parameters": prepared.plan.num_parameters,
-        "num_train_examples": len(prepared.train)
-        if has_length(prepared.train)
-        else trainer.state.global_step * Split.of(trainer.args).num_examples,
+        "num_train_examples": num_steps * trainer.trained_on.num_examples
+        if is_streamed
+        else len(prepared.train),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
-        "num_steps": trainer.state.global_step,
+        "num_steps": num_steps,
         "step_ms": trainer.meter.step_ms,
         "peak_memory_bytes": peak,
         "peak_memory_kind": peak_kind,
@@ -398,36 +385,24 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
     return task.report_class(**known, **task.more_results(trainer, float(speed)))
 
 
-def save_result(task: Task, trainer: Any, report: Any, folder: Path) -> None:
+def save_result(task: Task, trainer: Any, report: Report, folder: Path) -> None:
     """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
     main, output = trainer.args.process_index == 0, run_folder(folder)
-    with staged(folder, "the result", owner=main) as staging:
+    with (
+        explained_failure(output.path, what_is_intact(output.path)),
+        # The report last: it says that the run is finished.
+        output.staged(last=REPORT_NAME, publishes=main) as staging,
+    ):
         trainer.save_model(str(staging), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
         if main:
-            refuse_empty_tensors(staging)
+            refuse_missing_weights(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
-            _write(task, trainer, report, staging)
-            # The report last: it says that the run is finished.
-            for path in sorted(staging.iterdir(), key=lambda p: p.name == REPORT_NAME):
-                output.publish(path, path.name)
-        trainer.accelerator.wait_for_everyone()
+            task.write(report, staging)
+            if METHODS[task.config.method].is_paca:
+                write_fingerprint(staging, trainer.accelerator.unwrap_model(trainer.model))
+            write_report(report, staging)
+            write_card(task, report, staging)
+    trainer.accelerator.wait_for_everyone()
     trainer.rotate_checkpoints()
-
-
-def _write(task: Task, trainer: Any, report: Any, folder: Path) -> None:
-    """Write what goes with the weights."""
-    config = task.config
-    task.write(report, folder)
-    if METHODS[config.method].is_paca:
-        write_fingerprint(folder, trainer.accelerator.unwrap_model(trainer.model))
-    write_report(report, folder)
-    write_card(
-        config,
-        report,
-        folder,
-        pipeline_tag=task.pipeline_tag,
-        tags=task.spec.tags,
-        how_to_load=task.how_to_load(report),
-    )

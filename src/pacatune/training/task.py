@@ -113,7 +113,7 @@ class Task(ABC):
     ) -> Any:
         """Put the adapter on the model, and return its trainer, a RunTrainer.
 
-        The options are `meter`, `args`, `train_dataset`, `eval_dataset` and `callbacks`.
+        The options are `args`, `train_dataset`, `eval_dataset` and `callbacks`.
         """
 
     @abstractmethod
