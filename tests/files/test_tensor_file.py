@@ -100,7 +100,7 @@ def test_a_wrong_header_is_refused(path, header):
 def test_a_name_that_stands_twice_is_refused(path):
     entry = json.dumps(ENTRY)
     header = f'{{"a": {entry}, "a": {entry}}}'.encode()
-    with pytest.raises(ValueError, match="gives the key 'a' twice"):
+    with pytest.raises(ValueError, match="the key 'a' stands twice"):
         read_tensors(write_raw(path, header, b"\0" * 4))
 
 

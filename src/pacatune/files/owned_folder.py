@@ -38,10 +38,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file all at once: whatever happens, it is either as before or complete."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
