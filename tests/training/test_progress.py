@@ -1,12 +1,10 @@
 import io
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
 
-from pacatune.training import progress
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
 from pacatune.training.sft import TextTrainer
 
@@ -43,35 +41,6 @@ def test_meter_times_steps():
     meter.on_step_end()
     assert len(meter.step_seconds) == 1
     assert meter.step_seconds[0] >= 0
-
-
-class Watch:
-    """A device that nothing has to wait for until the time is asked."""
-
-    waited: ClassVar[list["Watch"]] = []
-
-    def __init__(self, device):
-        self.num_marks = 0
-
-    def mark(self):
-        self.num_marks += 1
-
-    def seconds(self):
-        self.waited.append(self)
-        return (2.0,)
-
-
-def test_no_step_waits_for_the_device(monkeypatch):
-    monkeypatch.setattr(progress, "Stopwatch", Watch)
-    meter = Meter()
-    for number in (8, 10, 30):
-        meter.on_step_begin()
-        meter.add(torch.tensor(number))
-        meter.on_step_end()
-    assert not Watch.waited
-    assert meter.items_per_second == (8 + 10 + 30) / 6
-    assert meter.step_ms == 2000
-    assert len(Watch.waited) == 3
 
 
 def lines(force_terminal=False, **console):

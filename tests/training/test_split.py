@@ -69,8 +69,8 @@ def test_steps_of_as_many_examples_go_on(checkpoint):
 def test_steps_of_more_examples_are_refused(checkpoint):
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-4 was trained by 2 processes x 4 examples x 2 accumulated = 16 examples "
-        r"per step, and 1 process x 4 examples x 2 accumulated = 8: .* so that a step has 16",
+        match=r"checkpoint-4 was trained by 2 processes x 4 examples x 2 accumulated = 16 per "
+        r"step, and cannot be continued by 1 process x 4 examples x 2 accumulated = 8: .*Choose",
     ):
         find_checkpoint(trained_on(1, 4, 2), checkpoint.parent)
 
@@ -78,6 +78,6 @@ def test_steps_of_more_examples_are_refused(checkpoint):
 def test_a_fixed_split_must_be_the_same(checkpoint):
     find_checkpoint(trained_on(2, 4, 2), checkpoint.parent, fixed="the dice are fixed")
     with pytest.raises(
-        ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Split the"
+        ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Choose"
     ):
         find_checkpoint(trained_on(1, 8, 2), checkpoint.parent, fixed="the dice are fixed")

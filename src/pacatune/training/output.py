@@ -176,16 +176,13 @@ def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -
             "continued; restore the data, or start again with --overwrite."
         )
     if before.num_examples != now.num_examples:
-        raise ValueError(
-            f"{checkpoint} was trained by {before} = {before.num_examples} examples per step, and "
-            f"{now} = {now.num_examples}: the steps to come would see other examples. Choose "
-            "`training.per_device_train_batch_size` and `training.gradient_accumulation_steps` so "
-            f"that a step has {before.num_examples}, or start again with --overwrite."
-        )
+        fixed = "the steps to come would see other examples"
     if before.split != now.split and fixed is not None:
         raise ValueError(
-            f"{checkpoint} was trained by {before} and cannot be continued by {now}: {fixed}. "
-            "Split the steps as before, or start again with --overwrite."
+            f"{checkpoint} was trained by {before} = {before.num_examples} per step, and cannot be "
+            f"continued by {now} = {now.num_examples}: {fixed}. Choose other numbers, by "
+            "`training.per_device_train_batch_size` and `training.gradient_accumulation_steps`, or "
+            "start again with --overwrite."
         )
     return checkpoint
 

@@ -1,6 +1,7 @@
 """What is seen of a run: a bar on a terminal, lines elsewhere; warnings and the result."""
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
-from pacatune.measure.device import Stopwatch, peak_process_bytes
+from pacatune.measure.device import peak_process_bytes
 from pacatune.training.config import RunConfig
 from pacatune.training.report import Report
 
@@ -24,14 +25,14 @@ _SAID = ("accuracy", "rewards/accuracies", "rewards/margins", "margin", "reward"
 class Meter(TrainerCallback):
     """Measures steps: their time, and how many tokens or images they process.
 
-    Evaluation, saving and logging lie between steps and are not counted. No step waits for a GPU:
-    its time is read when somebody asks.
+    Evaluation, saving and logging lie between steps and are not counted. The clock is the host's:
+    `RunTrainer` waits for the device once in each step.
     """
 
     def __init__(self) -> None:
         self.num_items: float | torch.Tensor = 0
-        self._step_seconds: list[float] = []
-        self._watches: list[Stopwatch] = []
+        self.step_seconds: list[float] = []
+        self._start = 0.0
 
     def add(self, number: float | torch.Tensor) -> None:
         """Count what a micro-batch holds, on its device so that nothing waits."""
@@ -39,20 +40,11 @@ class Meter(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._watches.append(Stopwatch(device))
-        self._watches[-1].mark()
+        self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock when the device has finished the step."""
-        self._watches[-1].mark()
-
-    @property
-    def step_seconds(self) -> list[float]:
-        """Times of all steps; waits for the last."""
-        self._step_seconds += [time for watch in self._watches for time in watch.seconds()]
-        self._watches = []
-        return self._step_seconds
+        """Stop the clock."""
+        self.step_seconds.append(time.perf_counter() - self._start)
 
     @property
     def items_per_second(self) -> float:

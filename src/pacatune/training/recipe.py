@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,19 @@ from pacatune.training.task import Prepared, Task, count_trainable, task_of
 from pacatune.training.trainer import StopOnSignal, TrainingInterrupted
 from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
+
+_SPLIT = (
+    "`pacatune train` loads whole layers and whole texts. Shard the model (fsdp2.yaml, "
+    "zero3.yaml), or split its layers in a training loop of your own"
+)
+_NO_ADAPTER = "PEFT loads no adapter from the checkpoints of version 1, and says nothing"
+_NOT_SENT = "accelerate cannot send the chosen columns, which are buffers, to other processes"
+# Settings of `accelerate launch`, what they must be, and why.
+_SETTINGS = (
+    *((f"PARALLELISM_CONFIG_{name}_SIZE", "1", _SPLIT) for name in ("TP", "CP", "SP")),
+    ("FSDP_VERSION", "2", _NO_ADAPTER),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false", _NOT_SENT),
+)
 
 
 def train(
@@ -187,21 +199,33 @@ def check_environment(config: RunConfig) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     from transformers.integrations import get_available_reporting_integrations
 
-    training = config.training
+    training, plugin = config.training, config.training.deepspeed_plugin
     if training.n_gpu > 1:
         raise ValueError(
             f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
             "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    used = {name for name, value in os.environ.items() if value == "true"}
+    if "ACCELERATE_USE_FSDP" in used:
         # Before, its checkpoints have only one process's part of each tensor of an adapter.
         require("accelerate", "1.15", "FSDP2")
-    for option, value, needed, reason in _unfit_settings(config):
+    for name, needed, reason in _SETTINGS:
+        switch = "FSDP" if name.startswith("FSDP") else "PARALLELISM_CONFIG"
+        value = os.environ.get(name, "1" if name == "FSDP_VERSION" else needed).lower()
+        matters = METHODS[config.method].is_paca or reason is not _NOT_SENT
+        if f"ACCELERATE_USE_{switch}" in used and value != needed and matters:
+            raise ValueError(
+                f"`{name.lower()}` ({value}) in the configuration of accelerate must be {needed}: "
+                f"{reason}."
+            )
+    saves_none = plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model
+    if saves_none and not METHODS[config.method].has_adapter:
         raise ValueError(
-            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
+            "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
+            f"otherwise no process has the result of `method` ({config.method!r}) to save it."
         )
     paca = config.paca  # which has its defaults where another method is trained
-    if training.deepspeed_plugin is not None and (paca.normalize != "none" or paca.active_columns):
+    if plugin is not None and (paca.normalize != "none" or paca.active_columns):
         raise ValueError(
             f"`paca.normalize` ({paca.normalize!r}) and `paca.active_columns` "
             f"({paca.active_columns}) act on the steps of single columns, and DeepSpeed steps on "
@@ -214,32 +238,6 @@ def check_environment(config: RunConfig) -> None:
                 f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
                 f"{', '.join(available) or 'none'}."
             )
-
-
-def _unfit_settings(config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Yield settings of `accelerate launch`, their values, what they must be, and why."""
-    method, plugin = METHODS[config.method], config.training.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
-    if zero3 and not method.has_adapter and not plugin.zero3_save_16bit_model:
-        reason = f"otherwise no process has the result of `method` ({config.method!r}) to save it"
-        yield "zero3_save_16bit_model", "false", "true", reason
-    reason = (
-        "`pacatune train` loads whole layers and whole texts. Shard the model (fsdp2.yaml, "
-        "zero3.yaml), or split its layers in a training loop of your own"
-    )
-    rules = [
-        ("USE_PARALLELISM_CONFIG", f"PARALLELISM_CONFIG_{name}_SIZE", "1", "1", reason)
-        for name in ("TP", "CP", "SP")
-    ]
-    reason = "PEFT loads no adapter from the checkpoints of version 1, and says nothing"
-    rules.append(("USE_FSDP", "FSDP_VERSION", "1", "2", reason))
-    if method.is_paca:
-        reason = "accelerate cannot send the chosen columns, which are buffers, to other processes"
-        rules.append(("USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false", reason))
-    for used, variable, default, needed, reason in rules:
-        value = os.environ.get(variable, default)
-        if os.environ.get(f"ACCELERATE_{used}") == "true" and value.lower() != needed:
-            yield variable.lower(), value, needed, reason
 
 
 def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, console: Console) -> Any:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from pacatune.files.folder import explained_failure
 from pacatune.lean import LeanReport
@@ -104,19 +104,15 @@ class RunTrainer(Trainer):
             raise self._diverged(f"the gradient norm of step {step} is {size}")
         return norm
 
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Evaluate or predict; the loss must be finite."""
-        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = result.metrics.get(f"{metric_key_prefix}_loss")
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log; the loss of an evaluation must be finite."""
+        loss = logs.get("eval_loss")
         if loss is not None and not math.isfinite(loss):
-            raise self._diverged(
-                f"the evaluation loss after step {self.state.global_step} is {loss}"
-            )
+            step = self.state.global_step
+            raise self._diverged(f"the evaluation loss after step {step} is {loss}")
         if loss is not None:
             self._trust_weights()
-        return result
+        super().log(logs, *args, **kwargs)
 
     def refuse_not_finite(self) -> None:
         """Refuse to save weights that are not finite; every process must call it."""
