@@ -90,7 +90,9 @@ class RunTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm; Trainer asks for it between backward and optimizer."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        values = [torch.as_tensor(value).detach() for value in (self._tr_loss, norm)]
+        # DeepSpeed knows no norm before its first step.
+        size = 0.0 if norm is None else norm
+        values = [torch.as_tensor(value).detach() for value in (self._tr_loss, size)]
         values = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
         # Together, so that a device is waited for once.
         loss, size = torch.stack([v.to(self.args.device, torch.float32) for v in values]).tolist()
