@@ -247,7 +247,6 @@ def quiet():
 def record_data(name):
     """Return what becomes of the data of a case."""
     from transformers import AutoTokenizer
-    from transformers.trainer_callback import ExportableState
 
     task, data = CASES[name]
     method = "full" if task == "sft" else "lora"
@@ -255,8 +254,6 @@ def record_data(name):
         trainer = start(make_config(task, method, data, f"data/{name}", lean="off"))
     except ValueError as error:
         return {"refused": str(error)}
-    callbacks = trainer.callback_handler.callbacks
-    kept = [one.state()["args"] for one in callbacks if isinstance(one, ExportableState)]
     parts = [
         list(examples(trainer, data)) for data in (trainer.train_dataset, trainer.eval_dataset)
     ]
@@ -267,7 +264,7 @@ def record_data(name):
         "order": [numbers(example, decode)[0] for example in parts[0]],
         "held out": [numbers(example, decode)[0] for example in parts[1]],
         "batches": [numbers(batch, decode) for batch in batches],
-        "fingerprint": next(args["fingerprint"] for args in kept if "fingerprint" in args),
+        "fingerprint": trainer.trained_on.fingerprint,
     }
     if "input_ids" in everything[0]:
         texts = [learned(example) for example in everything]

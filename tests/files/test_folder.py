@@ -1,10 +1,18 @@
+import errno
 import shutil
 import stat
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from pacatune.files.folder import check_output, format_bytes, staged_folder
+from pacatune.files.folder import (
+    check_output,
+    explained_failure,
+    format_bytes,
+    is_write_failure,
+    staged_folder,
+)
 from pacatune.files.tensor_file import write_tensors
 from tests.full_disk import limited_files
 
@@ -21,7 +29,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
         (staging / "file").write_text("text")
         (staging / "file").chmod(0o600)  # as safetensors leaves it
         assert not target.exists()
-        assert staging.parent == target.parent
+        assert staging.parent.parent == target.parent
     assert (target / "file").read_text() == "text"
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     mode = stat.S_IMODE(target.parent.stat().st_mode)
@@ -93,6 +101,31 @@ def test_a_disk_that_runs_full_leaves_nothing(tmp_path, write):
     with limited_files(), full:
         fill(tmp_path / "out", write)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        SafetensorError("Error: I/O error: No space left (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+    ],
+)
+def test_write_failures_of_all_libraries(tmp_path, error):
+    with (
+        pytest.raises(ValueError, match=r"could not write .*; make room"),
+        explained_failure(tmp_path, "make room"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), SafetensorError("invalid header")]
+)
+def test_other_errors_are_no_write_failures(error):
+    assert not is_write_failure(error)
 
 
 def test_sizes_are_short():

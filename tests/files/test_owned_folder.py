@@ -46,7 +46,7 @@ def contents(path):
 
 def test_what_is_ours_is_replaced_and_deleted(ours):
     assert ours.foreign() == []
-    assert ours.owned() == ["big.bin", "report.md", "inner/a.json"]
+    assert ours.owned() == ["big.bin", "inner/a.json", "report.md"]
     ours.write("report.md", "second")
     assert contents(ours.path)["report.md"] == b"second"
     ours.start_anew()
@@ -80,7 +80,7 @@ def test_what_the_user_changed_is_the_users(ours):
     for name in ("report.md", "big.bin"):
         with pytest.raises(FileExistsError, match=rf"{name} is not of a probe, and stays as it is"):
             ours.write(name, "other")
-        ours.remove(name)
+        ours.clear(name)
         assert (ours.path / name).exists()
 
 
@@ -112,16 +112,6 @@ def test_another_kind(ours):
     assert ours.is_ours
 
 
-def test_a_folder_in_it_with_a_list_of_its_own(ours):
-    inner = folder_at(ours.path / "run", "a demo")
-    inner.start_anew()
-    inner.write("a.txt", "a")
-    ours.start_anew()
-    assert contents(ours.path) == {"run/a.txt": b"a"}
-    (inner.path / "b.txt").touch()
-    assert ours.foreign() == ["run/b.txt"]
-
-
 @pytest.mark.parametrize("is_list_there", [False, True])
 def test_killed_before_the_list_was_written(tmp_path, is_list_there):
     (tmp_path / ".pacatune").mkdir()
@@ -131,12 +121,14 @@ def test_killed_before_the_list_was_written(tmp_path, is_list_there):
     assert folder_at(tmp_path).is_ours
 
 
-@pytest.mark.parametrize("lines", ["{}", "[]", "null\n", '{"name": "mine"}', "\xff{"])
+@pytest.mark.parametrize("lines", ["{}", "[]", "null\n", "\xff{"])
 def test_a_list_that_is_not_ours(tmp_path, lines):
     (tmp_path / ".pacatune").mkdir()
     (tmp_path / ".pacatune" / "files.jsonl").write_text(lines)
-    assert folder_at(tmp_path).foreign() == [".pacatune/files.jsonl"]
-    assert folder_at(tmp_path).owned() == []
+    (tmp_path / "mine").touch()
+    assert not folder_at(tmp_path).is_ours
+    with pytest.raises(FileExistsError, match=r"\(mine\)"):
+        folder_at(tmp_path).start_anew()
 
 
 def test_a_hostile_list_reaches_nothing_outside(ours, tmp_path):
@@ -189,6 +181,40 @@ def test_staged_files_are_published_together_or_not_at_all(ours):
         (staging / "folder" / "new.txt").write_text("new")
     assert contents(ours.path)["folder/new.txt"] == b"new"
     assert ours.foreign() == []
+    assert not staging.exists()
+
+
+def test_the_last_of_staged_files(ours, monkeypatch):
+    published = []
+    monkeypatch.setattr(
+        OwnedFolder, "publish", lambda self, path, name, **_: published.append(name)
+    )
+    with ours.staged(last="b") as staging:
+        for name in "abc":
+            (staging / name).touch()
+    assert published == ["a", "c", "b"]
+
+
+def test_a_process_that_publishes_nothing_leaves_the_files(ours):
+    with ours.staged(publishes=False) as staging:
+        (staging / "new.txt").touch()
+    assert (staging / "new.txt").exists()
+    ours.begin()
+    assert not staging.exists()
+
+
+def test_what_cannot_take_its_place_is_kept(ours):
+    """A user's file appeared while a command was at work."""
+    (ours.path / "README.md").write_text("mine")
+
+    def save():
+        with ours.staged() as staging:
+            (staging / "README.md").write_text("ours")
+
+    with pytest.raises(FileExistsError, match=r"is not of a probe.*what is not in its place is in"):
+        save()
+    assert (ours.path / "README.md").read_text() == "mine"
+    assert (ours.path / ".pacatune/incomplete/README.md").read_text() == "ours"
 
 
 def test_publish_replaces_files_and_folders(ours, tmp_path):

@@ -37,18 +37,11 @@ def test_written_tensors_are_read_back(path):
     assert read_header(path)["c"]["shape"] == [2]
 
 
-@pytest.mark.parametrize("kept", [0, 5, 8, 40])
-def test_a_file_cut_in_its_header_is_refused(path, kept):
+@pytest.mark.parametrize("kept", [0, 5, 8, 40, 400])
+def test_a_file_that_was_cut_off_is_refused(path, kept):
     save_file({"a": torch.ones(100)}, path)
     os.truncate(path, kept)
-    with pytest.raises(ValueError, match=r"is \d+ bytes but its header alone needs .* truncated"):
-        read_tensors(path)
-
-
-def test_a_file_cut_in_its_tensors_is_refused(path):
-    save_file({"a": torch.ones(100)}, path)
-    os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(ValueError, match=r"holds 300 bytes of tensors but .* 400; it is truncated"):
+    with pytest.raises(ValueError, match=r"is truncated or no safetensors file .*Copy it again"):
         read_tensors(path)
 
 
@@ -56,18 +49,14 @@ def test_a_file_with_something_behind_it_is_refused(path):
     save_file({"a": torch.ones(100)}, path)
     with path.open("ab") as file:
         file.write(b"more")
-    with pytest.raises(ValueError, match=r"404 bytes of tensors .* 400; it is followed by other"):
+    with pytest.raises(ValueError, match=r"is truncated or no safetensors file"):
         read_tensors(path)
 
 
-def test_a_header_that_claims_too_much_is_refused_before_it_is_read(path):
-    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(ValueError, match=r"its header alone needs 4611686018427387912"):
-        read_tensors(path)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
-        file.truncate(MAX_HEADER_BYTES + 100)
-    with pytest.raises(ValueError, match=r"has a header of 16777217 bytes; at most 16777216"):
+@pytest.mark.parametrize("size", [MAX_HEADER_BYTES + 1, 2**62])
+def test_a_header_that_claims_too_much_is_refused_before_it_is_read(path, size):
+    path.write_bytes(struct.pack("<Q", size) + b"{}")
+    with pytest.raises(ValueError, match=rf"a header of {size} bytes; at most 16777216 are read"):
         read_tensors(path)
 
 
@@ -91,27 +80,31 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 @pytest.mark.parametrize(
-    ("header", "message"),
+    "header",
     [
-        (b"not json", "the header of .* is not valid JSON"),
-        (b"[]", "the header of .* holds a JSON list"),
-        (b"{" * 100, "the header of .* is nested deeper than"),
-        ({"a": 1}, "does not say where tensor 'a' lies"),
-        ({"a": {**ENTRY, "data_offsets": [0, 4, 8]}}, "does not say where tensor 'a' lies"),
-        ({"a": {**ENTRY, "data_offsets": [-4, 4]}}, "does not say where tensor 'a' lies"),
-        ({"a": {**ENTRY, "dtype": "F31"}}, "is not a valid safetensors file"),
-        ({"a": {**ENTRY, "shape": [2**62, 2**62]}}, "is not a valid safetensors file"),
-        ({"a": {**ENTRY, "shape": [3]}}, "is not a valid safetensors file"),
-        ({"a": {**ENTRY, "shape": "x"}}, "is not a valid safetensors file"),
-        ({"a": ENTRY, "b": ENTRY}, "is not a valid safetensors file"),
+        *(b"not json", b"[]", b"{" * 100, {"a": 1}),
+        {"a": {**ENTRY, "data_offsets": [0, 4, 8]}},
+        {"a": {**ENTRY, "data_offsets": [-4, 4]}},
+        {"a": {**ENTRY, "dtype": "F31"}},
+        {"a": {**ENTRY, "shape": [2**62, 2**62]}},
+        {"a": {**ENTRY, "shape": [3]}},
+        {"a": {**ENTRY, "shape": "x"}},
+        {"a": ENTRY, "b": ENTRY},
     ],
 )
-def test_a_wrong_header_is_refused(path, header, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_header_is_refused(path, header):
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        read_tensors(write_raw(path, header, b"\0" * 4))
+
+
+def test_a_name_that_stands_twice_is_refused(path):
+    entry = json.dumps(ENTRY)
+    header = f'{{"a": {entry}, "a": {entry}}}'.encode()
+    with pytest.raises(ValueError, match="the key 'a' stands twice"):
         read_tensors(write_raw(path, header, b"\0" * 4))
 
 
 def test_a_pickle_under_the_name_is_refused(path):
     torch.save({"a": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"truncated or no safetensors file|not valid JSON"):
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
         read_tensors(path)

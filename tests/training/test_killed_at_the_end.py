@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from pacatune.files import owned_folder
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.training import train
 from pacatune.training.output import run_folder
@@ -18,25 +19,25 @@ def snapshots(monkeypatch, tmp_path):
     """The output folder as a kill would leave it, at each moment after the last step."""
     taken = []
 
-    def snap(self):
+    def snap(folder):
         target = tmp_path / f"killed-{len(taken)}"
-        shutil.copytree(self.path, target, symlinks=True)
+        shutil.copytree(folder, target, symlinks=True)
         taken.append(target)
 
-    publish, append = OwnedFolder.publish, OwnedFolder._append
+    publish, append = OwnedFolder.publish, owned_folder.append_rows
 
     def published(self, source, name, **options):
         publish(self, source, name, **options)
         if name == self.last or taken:
-            snap(self)
+            snap(self.path)
 
-    def listed(self, lines):
-        append(self, lines)
+    def listed(path, rows):
+        append(path, rows)
         if taken:  # named, but not in its place
-            snap(self)
+            snap(path.parent.parent)
 
     monkeypatch.setattr(OwnedFolder, "publish", published)
-    monkeypatch.setattr(OwnedFolder, "_append", listed)
+    monkeypatch.setattr(owned_folder, "append_rows", listed)
 
     def run(config, last):
         monkeypatch.setattr(OwnedFolder, "last", last, raising=False)

@@ -1,18 +1,14 @@
-import errno
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pacatune.files.folder import is_write_failure
 from pacatune.training import PacaSection
 from pacatune.training.output import (
     check_folder,
     last_checkpoint,
-    refuse_empty_tensors,
+    refuse_missing_weights,
     run_folder,
-    staged,
+    what_is_intact,
 )
 
 STATE = '{"global_step": 1}'
@@ -159,95 +155,19 @@ def test_no_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
 
 
-def test_staging_goes_away(tmp_path):
-    with staged(tmp_path, "x") as staging:
-        (staging / "file").touch()
-    assert not staging.exists()
-    with pytest.raises(KeyError), staged(tmp_path, "x"):
-        raise KeyError
-    assert not staging.exists()
-
-
-def test_what_cannot_take_its_place_is_kept(tmp_path):
-    """A user's file appeared while the run went on."""
-    make_run(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
-    staging = tmp_path / ".pacatune" / "incomplete"
-
-    def save():
-        with staged(tmp_path, "the result"):
-            (staging / "README.md").write_text("ours")
-            run_folder(tmp_path).publish(staging / "README.md", "README.md")
-
-    with pytest.raises(FileExistsError, match=r"is not of a training run, .*the result is in"):
-        save()
-    assert (tmp_path / "README.md").read_text() == "mine"
-    assert (staging / "README.md").read_text() == "ours"
-
-
-def test_process_that_does_not_own_the_staging_leaves_it(tmp_path):
-    with staged(tmp_path, "x", owner=False) as staging:
-        (staging / "file").touch()
-    assert (staging / "file").exists()
+def test_what_is_intact(tmp_path):
+    assert what_is_intact(tmp_path).startswith("no checkpoint was saved before; make room")
+    make_run(tmp_path, "checkpoint-2")
+    assert "checkpoint-2 is intact: make room" in what_is_intact(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
-        Exception("No space left on device (os error 28)"),  # tokenizers
-    ],
+    ("tensors", "lacking"),
+    [({"layer.paca_delta": np.ones((0, 2), np.float32)}, "layer.paca_delta"), ({}, "every weight")],
 )
-def test_write_failure_says_what_is_intact(tmp_path, error):
-    with (
-        pytest.raises(OSError, match=r"could not save x .*No checkpoint was saved before; make"),
-        staged(tmp_path, "x"),
-    ):
-        raise error
-    make_run(tmp_path, "checkpoint-2")
-    with (
-        pytest.raises(OSError, match=r"could not save x .*checkpoint-2 is intact: make room"),
-        staged(tmp_path, "x"),
-    ):
-        raise error
-    assert last_checkpoint(tmp_path) is not None
-
-
-def test_other_errors_are_not_disguised(tmp_path):
-    assert not is_write_failure(RuntimeError("shapes differ"))
-    with pytest.raises(RuntimeError, match="shapes differ"), staged(tmp_path, "x"):
-        raise RuntimeError("shapes differ")
-
-
-def test_failed_safetensors_write(tmp_path):
-    from safetensors import SafetensorError
-
-    assert is_write_failure(SafetensorError("Error: I/O error: No space left (os error 28)"))
-    assert not is_write_failure(SafetensorError("Error: invalid header"))
-
-
-def test_empty_tensors_are_refused(tmp_path):
+def test_missing_weights_are_refused(tmp_path, tensors, lacking):
     save_file({"ok": np.ones((2, 2), np.float32)}, tmp_path / "adapter_model.safetensors")
-    refuse_empty_tensors(tmp_path)
-    save_file({"layer.paca_delta": np.ones((0, 2), np.float32)}, tmp_path / "b.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"'layer.paca_delta' has shape \(0, 2\) in b.safetensors: .*stage3_gather_16bit",
-    ):
-        refuse_empty_tensors(tmp_path)
-
-
-def test_file_without_tensors_is_refused(tmp_path):
-    save_file({}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"adapter_model.safetensors holds no tensor: .*stage3_gather"
-    ):
-        refuse_empty_tensors(tmp_path)
-
-
-def test_state_is_read_as_json_only(tmp_path):
-    make_run(tmp_path, "checkpoint-1")
-    state = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
-    assert state == {"global_step": 1}
+    refuse_missing_weights(tmp_path)
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=rf"b.safetensors lacks {lacking}: .*stage3_gather_16bit"):
+        refuse_missing_weights(tmp_path)

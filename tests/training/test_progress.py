@@ -1,12 +1,10 @@
 import io
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
 
-from pacatune.training import progress
 from pacatune.training.progress import Meter, ProgressReporter, peak_memory_bytes
 from pacatune.training.sft import TextTrainer
 
@@ -45,47 +43,10 @@ def test_meter_times_steps():
     assert meter.step_seconds[0] >= 0
 
 
-class Watch:
-    """A device that is done with a step when told so."""
-
-    done: ClassVar[set["Watch"]] = set()
-
-    def __init__(self, device):
-        self.num_marks = 0
-
-    def mark(self):
-        self.num_marks += 1
-
-    def is_done(self):
-        return self in self.done
-
-    def seconds(self):
-        self.done.add(self)
-        return (2.0,)
-
-
-def test_no_step_waits_for_the_device(monkeypatch):
-    monkeypatch.setattr(progress, "Stopwatch", Watch)
-    meter = Meter()
-    watches = []
-    for number in (8, 10, 30):
-        meter.on_step_begin()
-        meter.add(torch.tensor(number))
-        meter.on_step_end()
-        watches.append(meter._watch)
-        assert meter.current_rate == 0
-    assert not Watch.done
-    Watch.done.update(watches[:2])
-    assert meter.current_rate == (8 + 10) / 4  # of the steps that are done, their tokens too
-    assert watches[2] not in Watch.done
-    assert meter.items_per_second == (8 + 10 + 30) / 6
-    assert meter.step_ms == 2000
-
-
 def lines(force_terminal=False, **console):
     out = io.StringIO()
     meter = Meter()
-    meter.step_seconds[:], meter._num_read = [1.0], 100
+    meter.step_seconds[:], meter.num_items = [1.0], 100
     options = {"width": 200, "force_terminal": force_terminal, **console}
     reporter = ProgressReporter(Console(file=out, **options), meter)
     reporter.on_train_begin(ARGUMENTS, state(0))
@@ -93,7 +54,6 @@ def lines(force_terminal=False, **console):
     for step in range(1, 41):
         reporter.on_step_end(ARGUMENTS, state(step))
         reporter.on_log(ARGUMENTS, state(step), None, logs={"loss": 2.0, "grad_norm": 1.0})
-    reporter.on_train_end()
     reporter.close()
     return out.getvalue()
 

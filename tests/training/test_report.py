@@ -119,14 +119,7 @@ def test_versions_name_what_decides_the_numbers():
 )
 def test_card(make_config, tmp_path, method, library, contains):
     task, report = task_of(make_config(method)), make_report(method=method)
-    write_card(
-        task.config,
-        report,
-        tmp_path,
-        pipeline_tag=task.pipeline_tag,
-        tags=task.spec.tags,
-        how_to_load=task.how_to_load(report),
-    )
+    write_card(task, report, tmp_path)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["base_model"] == "owner/model"

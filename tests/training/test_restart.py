@@ -94,7 +94,7 @@ def test_killed_before_its_configuration_was_written(make_config, tmp_path, cons
     assert start_or_resume(make_config(training={"max_steps": 1}), console=console).num_steps == 1
 
 
-def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_path, console):
+def test_a_checkpoint_that_was_cut_off_is_skipped(make_config, tmp_path, console):
     training = {"max_steps": 6, "save_total_limit": 5}
     train(make_config(training=training), console=Console(quiet=True))
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
@@ -104,7 +104,6 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(make_config, tmp_p
     config = make_config(training={**training, "output_dir": str(folder)})
     start_or_resume(config, console=console)
     text = console.file.getvalue()
-    assert "skipped, since it was not saved to its end: checkpoint-4" in text
     assert f"resuming after step 2: {folder / 'checkpoint-2'}" in text
     assert_same_adapter(tmp_path / "whole", folder)
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import PacaSection, TrainingInterrupted, train
-from pacatune.training.output import run_folder
 from pacatune.training.sft import TextTrainer
 from tests.forks import Program, run_python
 from tests.training.launching import COMMAND, save_config
@@ -218,7 +217,7 @@ def test_save_failure_keeps_the_previous_checkpoint(make_config, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("pacatune: error:")]
     assert len(errors) == 2
     for error, limit in zip(errors, ("20000", "60000"), strict=True):
-        assert "could not save checkpoint-4 in" in error
+        assert re.search("could not write .*/checkpoint-4'", error)
         assert "checkpoint-2 is intact: make room, then continue with --resume." in error
         folder = tmp_path / limit
         names = sorted(path.name for path in folder.iterdir())
@@ -266,19 +265,6 @@ def test_resume_refuses_changed_data(interrupted, make_config, data_path, tmp_pa
         data_path.write_text("\n".join(lines) + "\n")
 
 
-def test_resume_refuses_another_number_of_examples_per_step(interrupted, tmp_path):
-    state = tmp_path / "out/checkpoint-5/trainer_state.json"
-    text = state.read_text()
-    assert text.count('"num_processes": 1') == 1
-    state.write_text(text.replace('"num_processes": 1', '"num_processes": 2'))
-    with pytest.raises(
-        ValueError,
-        match=r"checkpoint-5 was trained by 2 processes x 8 examples x 1 accumulated = 16 examples "
-        r"per step, and 1 process x 8 .* = 8: .* so that a step has 16, or start again",
-    ):
-        train(interrupted, resume=True)
-
-
 def test_resume_takes_the_last_complete_checkpoint(interrupted, tmp_path):
     state = tmp_path / "out/checkpoint-5/trainer_state.json"
     state.write_text(state.read_text()[:100])
@@ -291,12 +277,6 @@ def test_resume_without_a_checkpoint(interrupted, tmp_path):
     for path in (tmp_path / "out").glob("checkpoint-*"):
         shutil.rmtree(path)
     with pytest.raises(ValueError, match="no complete checkpoint; start it again without --resume"):
-        train(interrupted, resume=True)
-
-
-def test_resume_of_a_finished_run(interrupted):
-    train(interrupted, resume=True, console=Console(quiet=True))
-    with pytest.raises(ValueError, match="out is finished; there is nothing to resume"):
         train(interrupted, resume=True)
 
 
@@ -327,7 +307,7 @@ def test_deepspeed_checkpoints_need_deepspeed(make_config, tmp_path, console):
     config = make_config(training={"max_steps": 2})
     train(config, console=console)
     (tmp_path / "out/report.json").unlink()
-    (tmp_path / "out/checkpoint-2/latest").write_text("global_step2")
-    run_folder(tmp_path / "out").claim("checkpoint-2/latest")
+    state = tmp_path / "out/checkpoint-2/trainer_state.json"
+    state.write_text(state.read_text().replace("a run without FSDP2 or DeepSpeed", "DeepSpeed"))
     with pytest.raises(ValueError, match=r"checkpoint-2 was saved by DeepSpeed and cannot be"):
         train(config, resume=True, console=console)

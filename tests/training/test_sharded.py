@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from pacatune.training import train
-from pacatune.training.output import refuse_missing_shards
+from pacatune.training.output import refuse_missing_weights
 from tests.training.launching import launch, save_config
 from tests.training.test_distributed import (
     ON_CPU,
@@ -132,9 +132,9 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
     ):
         train(config, resume=True, console=Console(file=io.StringIO()))
 
-    refuse_missing_shards(checkpoint)
+    refuse_missing_weights(checkpoint)
     (checkpoint / "optimizer_0/__1_0.distcp").unlink()
     with pytest.raises(
-        ValueError, match=r"__1_0.distcp of optimizer_0 was written by .* a disk that all nodes"
+        ValueError, match=r"optimizer_0/__1_0.distcp was written by .* a disk that all nodes"
     ):
-        refuse_missing_shards(checkpoint)
+        refuse_missing_weights(checkpoint)

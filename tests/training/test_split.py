@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from pacatune.training.output import find_checkpoint
-from pacatune.training.split import Split, why_fixed
+from pacatune.training.output import TrainedOn, find_checkpoint, why_fixed
 
 
 @pytest.mark.parametrize(
@@ -47,38 +46,38 @@ def test_tasks_that_fix_the_split(task):
     assert TASKS["sft"].fixed_split is None
 
 
+def trained_on(*split):
+    return TrainedOn(fingerprint="data", split=[*split])
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """One that two processes have written, of four examples each, twice accumulated."""
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    kept = {"fingerprint": "data", "num_processes": 2, "batch_size": 4, "accumulation": 2}
-    write_kept(folder, kept)
+    states = {"TrainedOn": trained_on(2, 4, 2).to_state()}
+    state = {"global_step": 4, "stateful_callbacks": states}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
 
-def write_kept(folder, kept):
-    state = {"global_step": 4, "stateful_callbacks": {"TrainedOn": {"args": kept}}}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-
-
 def test_steps_of_as_many_examples_go_on(checkpoint):
-    for split in (Split(2, 4, 2), Split(1, 4, 4), Split(4, 4, 1), Split(1, 16, 1)):
-        assert find_checkpoint("data", checkpoint.parent, split) == checkpoint
+    for split in ((2, 4, 2), (1, 4, 4), (4, 4, 1), (1, 16, 1)):
+        assert find_checkpoint(trained_on(*split), checkpoint.parent) == checkpoint
 
 
 def test_steps_of_more_examples_are_refused(checkpoint):
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-4 was trained by 2 processes x 4 examples x 2 accumulated = 16 examples "
-        r"per step, and 1 process x 4 examples x 2 accumulated = 8: .* so that a step has 16",
+        match=r"checkpoint-4 was trained by 2 processes x 4 examples x 2 accumulated = 16 per "
+        r"step, and cannot be continued by 1 process x 4 examples x 2 accumulated = 8: .*Choose",
     ):
-        find_checkpoint("data", checkpoint.parent, Split(1, 4, 2))
+        find_checkpoint(trained_on(1, 4, 2), checkpoint.parent)
 
 
 def test_a_fixed_split_must_be_the_same(checkpoint):
-    find_checkpoint("data", checkpoint.parent, Split(2, 4, 2), fixed="the dice are fixed")
+    find_checkpoint(trained_on(2, 4, 2), checkpoint.parent, fixed="the dice are fixed")
     with pytest.raises(
-        ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Split the"
+        ValueError, match=r"cannot be continued by 1 process x .*: the dice are fixed. Choose"
     ):
-        find_checkpoint("data", checkpoint.parent, Split(1, 8, 2), fixed="the dice are fixed")
+        find_checkpoint(trained_on(1, 8, 2), checkpoint.parent, fixed="the dice are fixed")

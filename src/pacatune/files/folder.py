@@ -1,13 +1,12 @@
 """Write a folder all at once or not at all."""
 
 import errno
-import secrets
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
+from tempfile import TemporaryDirectory
 
 # Room for the small files beside the tensors, and for what the file system itself takes.
 _SPARE_BYTES = 16 * 2**20
@@ -24,7 +23,8 @@ def check_output(folder: Path, num_bytes: int) -> None:
         raise FileExistsError(
             f"output folder {str(folder)!r} is not empty; choose another or empty it first."
         )
-    free = shutil.disk_usage(_nearest_existing(folder)).free
+    above = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in above if path.exists())).free
     if free < num_bytes + _SPARE_BYTES:
         raise ValueError(
             f"the disk of {str(folder)!r} has {format_bytes(free)} free but "
@@ -34,7 +34,7 @@ def check_output(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Give an empty folder beside `folder` that takes its name when the block succeeds.
+    """Give an empty folder beside `folder` that takes its place when the block succeeds.
 
     Whatever happens in the block (an error, Ctrl-C, a full disk), `folder` is either complete or
     as it was before. See `check_output`; a disk that runs full while writing is a ValueError too.
@@ -42,31 +42,49 @@ def staged_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     folder = folder.absolute()
     check_output(folder, num_bytes)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    staging.mkdir()
+    with (
+        explained_failure(folder),
+        TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as hidden,
+    ):
+        staging = Path(hidden) / folder.name
+        staging.mkdir()
+        yield staging
+        # Again: someone may have filled the folder while we were writing.
+        check_output(folder, num_bytes=0)
+        settle(staging, staging)
+        staging.rename(folder)
+
+
+def settle(source: Path, folder: Path) -> list[Path]:
+    """Make files as readable as a folder, and put them on disk; return all there is at `source`."""
+    paths = [source, *source.rglob("*")]
+    for path in paths:
+        if path.is_file():  # safetensors makes its own private
+            path.chmod(folder.stat().st_mode & 0o666)
+        sync(path)
+    return paths
+
+
+def sync(path: Path) -> None:
+    """Put a file or folder on disk: a power cut may leave a new name on old or empty contents."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with explained_failure(folder):
-            yield staging
-            # Again: someone may have filled the folder while we were writing.
-            check_output(folder, num_bytes=0)
-            _make_readable(staging)
-            staging.rename(folder)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(descriptor)
 
 
 @contextmanager
-def explained_failure(path: Path) -> Iterator[None]:
-    """Raise a ValueError that names `path` where the disk fails in a block that leaves nothing."""
+def explained_failure(
+    path: Path, fix: str = "nothing was left behind. Make room or choose another disk."
+) -> Iterator[None]:
+    """Raise a ValueError that names `path` where the disk fails in a block; `fix` says what now."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except Exception as error:
         if not is_write_failure(error):
             raise
-        raise ValueError(
-            f"could not write {str(path)!r} ({error}); nothing was left behind. "
-            "Make room or choose another disk."
-        ) from error
+        raise ValueError(f"could not write {str(path)!r} ({error}); {fix}") from error
 
 
 def is_write_failure(error: Exception) -> bool:
@@ -86,16 +104,3 @@ def format_bytes(num_bytes: int) -> str:
             return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _make_readable(folder: Path) -> None:
-    # safetensors 0.8 makes its files private; a folder for a server should follow the umask.
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-
-
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -2,26 +2,22 @@
 
 import json
 import math
-import re
 import unicodedata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 MAX_JSON_BYTES = 4 * 2**20
-MAX_JSON_DEPTH = 16
+_MAX_DEPTH = 16
 _MAX_DIGITS = 40  # transformers writes 10**30 as no limit of a tokenizer
 
-# A whole string, closed or not, so that brackets inside strings do not count; or one bracket.
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read one JSON object from a regular file of at most 4 MiB and 16 levels; refuse all else."""
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read one JSON object from a regular file; refuse all else, and what is large or deep."""
     with path.open("rb") as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
-    if len(raw) > MAX_JSON_BYTES:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
         raise ValueError(
-            f"{path} is {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read. "
+            f"{path} is {path.stat().st_size} bytes; at most {max_bytes} are read. "
             "It is not a file that training writes."
         )
     parsed = parse_json_object(raw, source=str(path))
@@ -30,42 +26,32 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
-    """Parse bytes that must hold one JSON object, as `read_json_object` but for size and strings.
+    """Parse bytes that must hold one JSON object; errors begin with `source`."""
 
-    Errors begin with `source`, where they come from.
-    """
-    _check_depth(raw, source)
-
-    def refuse(value: str) -> NoReturn:
-        raise ValueError(f"{source} holds {value[:80]}, which is no finite number; write one.")
-
-    def parse_float(digits: str) -> float:
-        return number if math.isfinite(number := float(digits)) else refuse(digits)
-
-    def parse_int(digits: str) -> int:
-        if len(digits) > _MAX_DIGITS:
-            raise ValueError(
-                f"{source} holds a number of {len(digits)} digits; at most {_MAX_DIGITS} are read."
-            )
-        return int(digits)
+    def to_number(text: str) -> int | float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text[:80]} is no finite number")
+        if len(text) > _MAX_DIGITS:
+            raise ValueError(f"a number has {len(text)} digits; at most {_MAX_DIGITS} are read")
+        return int(text) if text.removeprefix("-").isdigit() else number
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"{source} gives the key {key!r} twice; keep one of them.")
-            result[key] = value
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} stands twice")
         return result
 
     try:
         parsed = json.loads(
             raw.decode(),
             object_pairs_hook=unique,
-            parse_constant=refuse,
-            parse_float=parse_float,
-            parse_int=parse_int,
+            parse_constant=to_number,
+            parse_float=to_number,
+            parse_int=to_number,
         )
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid JSON: {error}. The file is damaged.") from error
     if not isinstance(parsed, dict):
         raise ValueError(
@@ -74,24 +60,10 @@ def parse_json_object(raw: bytes, *, source: str) -> dict[str, Any]:
     return parsed
 
 
-def _check_depth(raw: bytes, source: str) -> None:
-    # json.loads recurses once per level and dies with RecursionError: count before it starts.
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(raw):
-        token = match.group()
-        if token in (b"{", b"["):
-            depth += 1
-        elif token in (b"}", b"]"):
-            depth -= 1
-        if depth > MAX_JSON_DEPTH:
-            raise ValueError(
-                f"{source} is nested deeper than {MAX_JSON_DEPTH} levels; it is not a file that "
-                "training writes."
-            )
-
-
-def check_strings(value: Any, source: str) -> None:
-    """Refuse control characters in every string of a value of JSON."""
+def check_strings(value: Any, source: str, depth: int = 0) -> None:
+    """Refuse control characters in every string of a value of JSON, and one nested too deep."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{source} is nested deeper than {_MAX_DEPTH} levels.")
     # These strings are printed: an escape sequence could rewrite the terminal around them.
     if isinstance(value, str):
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
@@ -100,4 +72,4 @@ def check_strings(value: Any, source: str) -> None:
             )
     elif isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            check_strings(item, source)
+            check_strings(item, source, depth + 1)

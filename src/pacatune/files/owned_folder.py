@@ -4,7 +4,6 @@
 the file appears. A file that has another content, or no line, is the user's and stays as it is.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -12,20 +11,22 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pacatune.files.folder import settle, sync
+
 OURS = ".pacatune"
-"""What is in a folder of this name, beside such a list, is ours."""
-_LIST_NAME = "files.jsonl"
+"""Folder for the list of files, and for what is not complete yet."""
 _HEAD = "folder_of"
-# A larger file is told from others by its size, its date and by samples.
-_WHOLE_BYTES, _NUM_SAMPLES = 2**20, 16
+# A larger file is told from others by its size and date.
+_MAX_DIGESTED = 2**20
+
+Row = dict[str, Any]
 
 
 def to_json(values: Any) -> str:
@@ -37,10 +38,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file all at once: whatever happens, it is either as before or complete."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -66,71 +65,38 @@ def alone_in(folder: Path, lock_name: str = ".pacatune-lock") -> Iterator[None]:
         lock.release()
 
 
-class _Mark(NamedTuple):
-    """What tells a file from others of its name."""
-
-    size: int
-    digest: str
+def to_lines(rows: Iterable[Row]) -> str:
+    """Return rows as lines of JSON, in ASCII: some readers split lines at other characters too."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _mark_of(path: Path) -> _Mark:
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    if size > _WHOLE_BYTES:
-        digest.update(str(path.stat().st_mtime_ns).encode())
-    step = max(size // _NUM_SAMPLES, _WHOLE_BYTES // _NUM_SAMPLES)
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            digest.update(file.read(min(step, _WHOLE_BYTES // _NUM_SAMPLES)))
-    return _Mark(size, digest.hexdigest())
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file of JSON lines, if there is one; a line that was cut off is none."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
-@dataclass
-class _Listed:
-    """What the list of a folder says."""
-
-    kind: str
-    marks: dict[str, set[_Mark]] = field(default_factory=dict)
-    patterns: list[str] = field(default_factory=list)
-
-    def names(self, folder: Path, name: str) -> bool:
-        """Whether a file that is in the folder is ours."""
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            return False
-        if any(fnmatchcase(name, pattern) for pattern in self.patterns):
-            return True
-        known = self.marks.get(name, set())
-        size = path.stat().st_size
-        return any(mark.size == size for mark in known) and _mark_of(path) in known
-
-
-def _read_list(folder: Path) -> _Listed | None:
-    """Return what a folder's list says, None if it has none; a line that was cut off is none."""
-    path = folder / OURS / _LIST_NAME
-    if (folder / OURS).is_symlink() or path.is_symlink() or not path.is_file():
-        return None
-    listed = None
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError, KeyError, TypeError):
-            values = json.loads(line)
-            if listed is None:
-                listed = _Listed(str(values[_HEAD]))
-            elif "pattern" in values:
-                listed.patterns.append(str(values["pattern"]))
-            else:
-                mark = _Mark(values["size"], values["digest"])
-                listed.marks.setdefault(values["name"], set()).add(mark)
-    return listed
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows at the end of a file; when this returns, they are on the disk."""
+    text = to_lines(rows)
+    with path.open("a+b") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read() != b"\n":  # a full disk or a kill has cut off the last line
+                text = "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedFolder:
     """A folder that one kind of command may fill, and fill again.
 
-    Names in it are relative, with `/`. A folder in it with a list of its own is another command's:
-    what that list names is not foreign here, and not ours to delete.
+    Names in it are relative, with `/`.
     """
 
     path: Path
@@ -140,30 +106,38 @@ class OwnedFolder:
     """What chooses the folder, for messages."""
 
     @property
+    def _list(self) -> Path:
+        return self.path / OURS / "files.jsonl"
+
+    @property
+    def _found_kind(self) -> str | None:
+        """Whose folder it is, None if it has no list of ours."""
+        return next((row[_HEAD] for row in read_rows(self._list) if _HEAD in row), None)
+
+    @property
     def is_ours(self) -> bool:
         """Whether a command of this kind has begun to fill the folder."""
-        listed = _read_list(self.path)
-        return listed is not None and listed.kind == self.kind
+        return self._found_kind == self.kind
 
-    def check(self, goes_on: bool = False, outputs: Iterable[str] = ("*",)) -> None:
+    def check(self, outputs: Iterable[str] = ("*",)) -> None:
         """Refuse a folder in which something would be mixed up, or replaced that is not ours.
 
         Args:
-            goes_on: Whether the command may go on with results that are there.
-            outputs: Patterns of what in the folder is in the way then, if it is not ours.
+            outputs: Patterns of what is in the way if it is not ours, where a command goes on with
+                results that are there.
 
         Raises:
             FileExistsError: If it is a file, another kind's folder, or has such files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output {self.path} is a file; choose another: {self.option}.")
-        listed = _read_list(self.path)
-        if listed is not None and listed.kind != self.kind:
+        found = self._found_kind
+        if found not in (None, self.kind):
             raise FileExistsError(
-                f"output folder {self.path} holds {listed.kind}, not {self.kind}; choose another: "
+                f"output folder {self.path} holds {found}, not {self.kind}; choose another: "
                 f"{self.option}."
             )
-        wanted = tuple(outputs) if goes_on and listed is not None else ("*",)
+        wanted = ("*",) if found is None else tuple(outputs)
         foreign = [
             name
             for name in self.foreign()
@@ -190,52 +164,84 @@ class OwnedFolder:
         Args:
             *outputs: Patterns of the names that the command replaces.
         """
-        self.check(goes_on=True, outputs=outputs)
-        self.begin()
+        self.check(outputs)
+        self._list.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(self.path, f"{OURS}/lock"):
+            self.begin()
             yield
 
     def begin(self) -> None:
-        """Make the folder, and its list if it has none."""
-        (self.path / OURS).mkdir(parents=True, exist_ok=True)
-        if _read_list(self.path) is None:
-            self._append([{_HEAD: self.kind}])
-
-    def foreign(self, below: str = "") -> list[str]:
-        """Return the files that are not ours, of the whole folder or at one name and below it."""
-        return sorted(_foreign(self.path, below))
+        """Make the folder, and its list if it has none; what a killed process left goes away."""
+        self._list.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._found_kind is None:
+            append_rows(self._list, [{_HEAD: self.kind}])
 
     def owned(self) -> list[str]:
         """Return the files that are ours to delete."""
-        listed = _read_list(self.path)
-        if listed is None:
-            return []
-        return [name for name in _files(self.path) if listed.names(self.path, name)]
+        return self._ours(self._files())
+
+    def foreign(self, place: str = "") -> list[str]:
+        """Return the files that are not ours: all of them, or those in the way of one at a place.
+
+        Those are at the place, below it, or where one of its folders would be.
+        """
+        names = [
+            name
+            for name in self._files()
+            if not place or f"{name}/".startswith(f"{place}/") or place.startswith(f"{name}/")
+        ]
+        ours = {*self._ours(names)}
+        return [name for name in names if name not in ours]
 
     def claim(self, pattern: str) -> None:
         """Own what will be written by others on our behalf, by the pattern of its names."""
-        listed = _read_list(self.path)
-        if listed is None or pattern not in listed.patterns:
-            self._append([{"pattern": pattern}])
+        append_rows(self._list, [{"pattern": pattern}])
 
     def write(self, name: str, text: str, *, edited: bool = True) -> None:
         """Write a file all at once, in the place of one of ours; see `publish`."""
-        partial = self.path / OURS / "partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        partial = self._list.with_name("partial")
+        partial.write_text(text, encoding="utf-8")
         self.publish(partial, name, edited=edited)
 
     def write_json(self, name: str, values: Any, *, edited: bool = True) -> None:
         """Write values as a JSON file that people read too; see `write`."""
         self.write(name, to_json(values), edited=edited)
 
+    @property
+    def _staging(self) -> Path:
+        return self._list.with_name("incomplete")
+
     @contextmanager
-    def staged(self) -> Iterator[Path]:
-        """Give an empty folder, whose files and folders are published when the block succeeds."""
-        with TemporaryDirectory(dir=self.path / OURS) as staging:
-            yield Path(staging)
-            for path in sorted(Path(staging).iterdir()):
-                self.publish(path, path.name)
+    def staged(
+        self, *, last: str = "", edited: bool = True, publishes: bool = True
+    ) -> Iterator[Path]:
+        """Give a folder, whose files and folders are published when the block succeeds.
+
+        Args:
+            last: Name of what is published after all else.
+            edited: See `publish`.
+            publishes: Whether this process does it, of several that write there.
+
+        Raises:
+            FileExistsError: If something of the user's has come in the way; what was written stays
+                until the next run begins.
+        """
+        self._staging.mkdir(parents=True, exist_ok=True)
+        kept = not publishes
+        try:
+            yield self._staging
+            if publishes:
+                for path in sorted(self._staging.iterdir(), key=lambda p: (p.name == last, p)):
+                    self.publish(path, path.name, edited=edited)
+        except FileExistsError as error:
+            kept = True
+            raise FileExistsError(
+                f"{error} Until the next run, what is not in its place is in {self._staging}."
+            ) from error
+        finally:
+            if not kept:
+                shutil.rmtree(self._staging, ignore_errors=True)
 
     def publish(self, source: Path, name: str, *, edited: bool = True) -> None:
         """Move a complete file or folder to its place, on disk before it is seen there.
@@ -254,91 +260,54 @@ class OwnedFolder:
                 f"{self.path / foreign[0]} is not of {self.kind}, and stays as it is; move it "
                 "out of the way."
             )
-        # safetensors makes its files private; results should be as readable as their folder.
-        mode = self.path.stat().st_mode & 0o666
-        lines = []
-        for path in [source, *source.rglob("*")]:
+        rows = []
+        for path in settle(source, self.path):
             if path.is_file():
-                path.chmod(mode)
                 inner = (target / path.relative_to(source)).relative_to(self.path)
-                mark = {"name": inner.as_posix(), **_mark_of(path)._asdict()}
-                lines.append(mark if edited else {"pattern": glob.escape(inner.as_posix())})
-            _sync(path)
-        self._append(lines)
+                rows.append({"name": inner.as_posix(), **(_mark_of(path) if edited else {})})
+        append_rows(self._list, rows)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             shutil.rmtree(target)
         source.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
-    def clear(self) -> None:
-        """Delete what is ours, and the folders that this leaves empty."""
-        for name in self.owned():
-            self._remove(self.path / name)
+    def clear(self, *names: str) -> None:
+        """Delete what is ours, of all files or of some, and the folders that this leaves empty."""
+        for name in self._ours(names or self._files()):
+            path = self.path / name
+            path.unlink()
+            with suppress(OSError):  # not empty
+                while (path := path.parent) != self.path:
+                    path.rmdir()
 
-    def remove(self, name: str) -> None:
-        """Delete a file if it is ours."""
-        listed = _read_list(self.path)
-        if listed is not None and listed.names(self.path, name):
-            self._remove(self.path / name)
+    def _files(self) -> list[str]:
+        """Return the names of all files and links, but those in the folder `.pacatune`."""
+        found = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = (path.relative_to(self.path).as_posix() for path in found)
+        return sorted(name for name in names if not name.startswith(f"{OURS}/"))
 
-    def _remove(self, path: Path) -> None:
-        path.unlink()
-        with suppress(OSError):  # not empty
-            while (path := path.parent) != self.path:
-                path.rmdir()
+    def _ours(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names that the list has, with what the files hold."""
+        rows = read_rows(self._list)
+        patterns = [row["pattern"] for row in rows if "pattern" in row]
+        marks = {(row.get("name"), row.get("size"), row.get("digest")) for row in rows}
 
-    def _append(self, lines: list[dict[str, Any]]) -> None:
-        with (self.path / OURS / _LIST_NAME).open("ab") as file:
-            # Each on a line of its own, also where the one before was cut off.
-            file.write("".join(f"\n{json.dumps(line)}" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        def is_ours(name: str) -> bool:
+            path = self.path / name
+            if path.is_symlink() or not path.is_file():
+                return False
+            return (
+                (name, None, None) in marks
+                or any(fnmatchcase(name, pattern) for pattern in patterns)
+                or (name, *_mark_of(path).values()) in marks
+            )
 
-
-def _files(folder: Path, below: str = "") -> Iterator[str]:
-    """Yield the names of all files and links of a folder but those of lists, `below` a name."""
-    top = folder
-    for part in Path(below).parts:
-        top /= part
-        if top.is_symlink() or (top.exists() and not top.is_dir()):
-            yield top.relative_to(folder).as_posix()
-            return
-    for parent, folders, names in os.walk(top):
-        here = Path(parent)
-        if OURS in folders and (_read_list(here) is not None or _is_begun(here)):
-            folders.remove(OURS)
-        links = [name for name in folders if (here / name).is_symlink()]
-        for name in sorted([*names, *links]):
-            yield (here / name).relative_to(folder).as_posix()
-        folders.sort()
+        return [name for name in names if is_ours(name)]
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether a command was killed before it had written its list."""
-    path = folder / OURS / _LIST_NAME
-    return [*path.parent.iterdir()] == [path] and path.is_file() and not path.stat().st_size
-
-
-def _foreign(folder: Path, below: str) -> Iterator[str]:
-    lists: dict[Path, _Listed | None] = {}
-    for name in _files(folder, below):
-        path = folder / name
-        for parent in (path.parent, *path.parent.parents):
-            if parent not in lists:
-                lists[parent] = _read_list(parent)
-            listed = lists[parent]
-            if listed is not None and listed.names(parent, path.relative_to(parent).as_posix()):
-                break
-            if parent == folder:
-                yield name
-                break
-
-
-def _sync(path: Path) -> None:
-    # Without this a power cut may leave the new name on old or empty contents.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _mark_of(path: Path) -> dict[str, Any]:
+    """Return what tells a file from others of its name."""
+    size, date = path.stat().st_size, path.stat().st_mtime_ns
+    content = path.read_bytes() if size <= _MAX_DIGESTED else str(date).encode()
+    return {"size": size, "digest": hashlib.sha256(content).hexdigest()}

@@ -1,7 +1,7 @@
 """What is seen of a run: a bar on a terminal, lines elsewhere; warnings and the result."""
 
 import statistics
-from collections import deque
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,26 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from pacatune.files.folder import format_bytes
-from pacatune.measure.device import Stopwatch, peak_process_bytes
+from pacatune.measure.device import peak_process_bytes
 from pacatune.training.config import RunConfig
 from pacatune.training.report import Report
 
 _NUM_LINES = 20
-# Held-out metrics by TRL's names -> what is said of them.
-_SAID = {
-    "eval_accuracy": "accuracy {:.3f}",
-    "eval_rewards/accuracies": "accuracy {:.3f}",
-    "eval_rewards/margins": "reward margin {:.4f}",
-    "eval_margin": "margin {:.4f}",
-    "eval_reward": "reward {:.4f}",
-}
+# What is said of an evaluation beside its loss.
+_SAID = ("accuracy", "rewards/accuracies", "rewards/margins", "margin", "reward")
 
 
 class Meter(TrainerCallback):
-    """Measures steps: their time, and how many units they process.
+    """Measures steps: their time, and how many tokens or images they process.
 
-    Evaluation, saving and logging lie between steps and are not counted. No step waits for a GPU:
-    its time and its units are read when it is done, some steps later.
+    Evaluation, saving and logging lie between steps and are not counted. The clock is the host's:
+    `RunTrainer` waits for the device once in each step.
     """
 
-    def __init__(self, unit: str = "tokens") -> None:
-        self.unit = unit
+    def __init__(self) -> None:
         self.num_items: float | torch.Tensor = 0
-        self._step_seconds: list[float] = []
-        self._num_read: float | torch.Tensor = 0
-        # Steps that the device may not have done yet, and the units counted when they end.
-        self._watch = Stopwatch(_clock_device())
-        self._running: deque[tuple[Stopwatch, float | torch.Tensor]] = deque()
+        self.step_seconds: list[float] = []
+        self._start = 0.0
 
     def add(self, number: float | torch.Tensor) -> None:
         """Count what a micro-batch holds, on its device so that nothing waits."""
@@ -50,39 +40,17 @@ class Meter(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
-        self._watch = Stopwatch(_clock_device())
-        self._watch.mark()
+        self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock when the device has finished the step."""
-        number = self.num_items
-        if isinstance(number, torch.Tensor):
-            # On its way when the device is; what is added later is another tensor.
-            number = number.to("cpu", non_blocking=True)
-        self._watch.mark()
-        self._running.append((self._watch, number))
-
-    def _read(self, *, waits: bool) -> None:
-        while self._running and (waits or self._running[0][0].is_done()):
-            watch, self._num_read = self._running.popleft()
-            self._step_seconds += watch.seconds()
-
-    @property
-    def step_seconds(self) -> list[float]:
-        """Times of all steps; waits for the last."""
-        self._read(waits=True)
-        return self._step_seconds
-
-    @property
-    def current_rate(self) -> float:
-        """Tokens or images per second of the steps that are done by now."""
-        self._read(waits=False)
-        return _rate(self._num_read, self._step_seconds)
+        """Stop the clock."""
+        self.step_seconds.append(time.perf_counter() - self._start)
 
     @property
     def items_per_second(self) -> float:
         """Tokens or images of this process per second of its steps; 0 before the first."""
-        return _rate(self.num_items, self.step_seconds)
+        seconds = sum(self.step_seconds)
+        return float(self.num_items) / seconds if seconds else 0.0
 
     @property
     def step_ms(self) -> float | None:
@@ -91,90 +59,60 @@ class Meter(TrainerCallback):
         return 1000 * statistics.median(seconds) if seconds else None
 
 
-def _rate(number: float | torch.Tensor, seconds: list[float]) -> float:
-    return float(number) / sum(seconds) if seconds else 0.0
-
-
-def _clock_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class ProgressReporter(TrainerCallback):
-    """Shows loss, speed and memory of the main process; the meter must be called before it."""
+    """Shows loss, speed and memory of the main process."""
 
-    def __init__(self, console: Console, meter: Meter) -> None:
-        self._console = console
-        self._meter = meter
-        self._progress: Progress | None = None
-        self._numbers: dict[str, float] = {}
+    def __init__(self, console: Console, meter: Meter, unit: str = "tokens") -> None:
+        self._console, self._meter, self._unit = console, meter, unit
+        self._bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Show an empty bar."""
-        if not self._console.is_terminal or self._console.quiet or args.disable_tqdm:
-            return
-        self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._progress.start()
-        self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+        if self._console.is_terminal and not self._console.quiet and not args.disable_tqdm:
+            words = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
+            status = TextColumn("{task.description}")
+            columns = (words, BarColumn(), status, TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.start()
+            self._bar.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Move the bar."""
-        if self._progress is not None:
-            self._progress.update(
-                self._progress.task_ids[0], completed=state.global_step, description=self._status()
-            )
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
     def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Take over the newest losses; without a bar, print about 20 lines per run."""
+        """Show the newest losses; without a bar, print about 20 lines per run."""
         logs = logs or {}
-        # The loss of reinforcement learning says nothing of the rewards, and is about 0.
-        if shown := next((key for key in ("reward", "loss") if logs.get(key) is not None), None):
-            self._numbers = {shown: logs[shown]}
         every = max(1, state.max_steps // _NUM_LINES)
-        if "eval_loss" in logs:
-            known = {key: text for key, text in _SAID.items() if logs.get(key) is not None}
-            found = [text.format(logs[key]) for key, text in known.items()]
-            if "eval_reward" not in known:
-                found.insert(0, f"loss {logs['eval_loss']:.4f}")
-            said = f"evaluation {', '.join(found)}"
-        elif (
-            "loss" in logs
-            and self._progress is None
-            and (state.global_step % every == 0 or state.global_step == 1)
-        ):
-            said = self._status()
-        else:
-            return
         step = f"step {state.global_step}/{state.max_steps}"
-        say(self._console, f"{step}: {said}")
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the bar where it is."""
-        self.close()
+        if "eval_loss" in logs:
+            # The loss of reinforcement learning says nothing of the rewards, and is about 0.
+            names = [] if logs.get("eval_reward") is not None else ["loss"]
+            said = _numbers({name: logs.get(f"eval_{name}") for name in (*names, *_SAID)}, ", ")
+            say(self._console, f"{step}: evaluation {said}")
+        elif "loss" in logs:
+            shown = next(key for key in ("reward", "loss") if logs.get(key) is not None)
+            memory = format_bytes(peak_memory_bytes()[0])
+            speed = f"{self._meter.items_per_second:,.0f} {self._unit}/s  peak {memory}"
+            status = f"{_numbers({shown: logs[shown]})}  {speed}"
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], description=status)
+            elif state.global_step % every == 0 or state.global_step == 1:
+                say(self._console, f"{step}: {status}")
 
     def close(self) -> None:
-        """Give the terminal back, also when training failed."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Leave the bar where it is and give the terminal back, also when training failed."""
+        if self._bar is not None:
+            self._bar.stop()
 
-    def _status(self) -> str:
-        memory = format_bytes(peak_memory_bytes()[0])
-        meter = self._meter
-        speed = f"{meter.current_rate:,.0f} {meter.unit}/s  peak {memory}"
-        return "  ".join([*(f"{key} {value:.4f}" for key, value in self._numbers.items()), speed])
+
+def _numbers(values: dict[str, float | None], between: str = "  ") -> str:
+    return between.join(
+        f"{name} {value:.4f}" for name, value in values.items() if value is not None
+    )
 
 
 def peak_memory_bytes() -> tuple[int, str]:
@@ -202,10 +140,11 @@ def show_warnings(warnings: list[str], console: Console) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
 
 
-def show_result(report: Report, what: str, folder: Path, console: Console) -> None:
+def show_result(report: Report, folder: Path, console: Console) -> None:
     """Print the results and where they are."""
     table = Table(show_header=False, box=None)
     for name, value in report.table():
         table.add_row(name, value)
     console.print(table)
+    what = "adapter" if report.targets else "model"
     say(console, f"{what}, report and model card are in {folder}")

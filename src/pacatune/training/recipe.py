@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import open_adapter
 from pacatune.adapters.loading import compare_base, load_values
+from pacatune.files.folder import explained_failure
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
@@ -25,6 +25,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME
 from pacatune.training.output import (
     REPORT_NAME,
+    TrainedOn,
     check_folder,
     check_same_options,
     find_checkpoint,
@@ -33,12 +34,12 @@ from pacatune.training.output import (
     last_checkpoint,
     open_folder,
     read_state,
-    refuse_empty_tensors,
+    refuse_missing_weights,
     run_folder,
-    staged,
+    what_is_intact,
+    why_fixed,
 )
 from pacatune.training.progress import (
-    Meter,
     ProgressReporter,
     main_console,
     peak_memory_bytes,
@@ -54,12 +55,24 @@ from pacatune.training.selecting import (
     describe_columns,
     share_of_batches,
 )
-from pacatune.training.split import Split, why_fixed
 from pacatune.training.start import check_quantization, settle
 from pacatune.training.task import Prepared, Task, count_trainable, task_of
-from pacatune.training.trainer import LogBeforeSave, StopOnSignal, TrainedOn, TrainingInterrupted
+from pacatune.training.trainer import StopOnSignal, TrainingInterrupted
 from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
+
+_SPLIT = (
+    "`pacatune train` loads whole layers and whole texts. Shard the model (fsdp2.yaml, "
+    "zero3.yaml), or split its layers in a training loop of your own"
+)
+_NO_ADAPTER = "PEFT loads no adapter from the checkpoints of version 1, and says nothing"
+_NOT_SENT = "accelerate cannot send the chosen columns, which are buffers, to other processes"
+# Settings of `accelerate launch`, what they must be, and why.
+_SETTINGS = (
+    *((f"PARALLELISM_CONFIG_{name}_SIZE", "1", _SPLIT) for name in ("TP", "CP", "SP")),
+    ("FSDP_VERSION", "2", _NO_ADAPTER),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false", _NOT_SENT),
+)
 
 
 def train(
@@ -105,20 +118,17 @@ def train(
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
     prepared = prepare(task, console)
-    checkpoint = None
+    now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
         fixed = task.spec.fixed_split or why_fixed(config.training, prepared.train)
-        checkpoint = find_checkpoint(
-            prepared.fingerprint, folder, Split.of(config.training), fixed=fixed
-        )
+        checkpoint = find_checkpoint(now, folder, fixed=fixed)
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
-    open_folder(config, folder, checkpoint, console)
+    open_folder(config, now, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     report = _make_report(task, prepared, trainer)
     save_result(task, trainer, report, folder)
-    what = "model" if prepared.adapter_config is None else "adapter"
-    show_result(report, what, folder, console)
+    show_result(report, folder, console)
     if repository is not None:
         say(console, f"uploaded to {push_result(folder, repository, config.training)}")
     return report
@@ -188,21 +198,33 @@ def check_environment(config: RunConfig) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     from transformers.integrations import get_available_reporting_integrations
 
-    training = config.training
+    training, plugin = config.training, config.training.deepspeed_plugin
     if training.n_gpu > 1:
         raise ValueError(
             f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
             "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    used = {name for name, value in os.environ.items() if value == "true"}
+    if "ACCELERATE_USE_FSDP" in used:
         # Before, its checkpoints have only one process's part of each tensor of an adapter.
         require("accelerate", "1.15", "FSDP2")
-    for option, value, needed, reason in _unfit_settings(config):
+    for name, needed, reason in _SETTINGS:
+        switch = "FSDP" if name.startswith("FSDP") else "PARALLELISM_CONFIG"
+        value = os.environ.get(name, "1" if name == "FSDP_VERSION" else needed).lower()
+        matters = METHODS[config.method].is_paca or reason is not _NOT_SENT
+        if f"ACCELERATE_USE_{switch}" in used and value != needed and matters:
+            raise ValueError(
+                f"`{name.lower()}` ({value}) in the configuration of accelerate must be {needed}: "
+                f"{reason}."
+            )
+    saves_none = plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model
+    if saves_none and not METHODS[config.method].has_adapter:
         raise ValueError(
-            f"`{option}` ({value}) in the configuration of accelerate must be {needed}: {reason}."
+            "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
+            f"otherwise no process has the result of `method` ({config.method!r}) to save it."
         )
     normalize = config.paca.normalize  # "none" where another method is trained
-    if training.deepspeed_plugin is not None and normalize != "none":
+    if plugin is not None and normalize != "none":
         raise ValueError(
             f"`paca.normalize` ({normalize!r}) acts on the steps of single columns, and DeepSpeed "
             "steps on flat copies, which have none; drop it, or shard by FSDP2 (fsdp2.yaml)."
@@ -214,32 +236,6 @@ def check_environment(config: RunConfig) -> None:
                 f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
                 f"{', '.join(available) or 'none'}."
             )
-
-
-def _unfit_settings(config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Yield settings of `accelerate launch`, their values, what they must be, and why."""
-    method, plugin = METHODS[config.method], config.training.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
-    if zero3 and not method.has_adapter and not plugin.zero3_save_16bit_model:
-        reason = f"otherwise no process has the result of `method` ({config.method!r}) to save it"
-        yield "zero3_save_16bit_model", "false", "true", reason
-    reason = (
-        "`pacatune train` loads whole layers and whole texts. Shard the model (fsdp2.yaml, "
-        "zero3.yaml), or split its layers in a training loop of your own"
-    )
-    rules = [
-        ("USE_PARALLELISM_CONFIG", f"PARALLELISM_CONFIG_{name}_SIZE", "1", "1", reason)
-        for name in ("TP", "CP", "SP")
-    ]
-    reason = "PEFT loads no adapter from the checkpoints of version 1, and says nothing"
-    rules.append(("USE_FSDP", "FSDP_VERSION", "1", "2", reason))
-    if method.is_paca:
-        reason = "accelerate cannot send the chosen columns, which are buffers, to other processes"
-        rules.append(("USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false", reason))
-    for used, variable, default, needed, reason in rules:
-        value = os.environ.get(variable, default)
-        if os.environ.get(f"ACCELERATE_{used}") == "true" and value.lower() != needed:
-            yield variable.lower(), value, needed, reason
 
 
 def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, console: Console) -> Any:
@@ -258,16 +254,15 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     adapter_config = choose_from_data(
         config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
     )
-    meter = Meter(task.unit)
     trainer = task.make_trainer(
         model,
         adapter_config,
-        meter=meter,
         args=arguments,
         train_dataset=prepared.train,
         eval_dataset=prepared.evaluation,
-        callbacks=[meter, TrainedOn(prepared.fingerprint, Split.of(arguments))],
+        callbacks=[],
     )
+    trainer.trained_on = TrainedOn.of(prepared.fingerprint, arguments)
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
         load_values(trainer.model, start)
@@ -276,7 +271,7 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    _add_callbacks(trainer, config, checkpoint, console)
+    _add_callbacks(trainer, config, checkpoint)
     return trainer
 
 
@@ -290,40 +285,31 @@ def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: 
     arguments.eval_on_start = has_evaluation and checkpoint is None
     if checkpoint is not None:
         # Resolved to whole steps by the first process of the run; shares would look changed.
-        state = read_state(checkpoint) or {}
+        state = read_state(checkpoint)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(arguments, name, state.get(name, getattr(arguments, name)))
     return arguments
 
 
-def _add_callbacks(
-    trainer: Any, config: RunConfig, checkpoint: Path | None, console: Console
-) -> None:
-    """Put our display of progress in place of the trainer's, and early stopping if asked for."""
+def _add_callbacks(trainer: Any, config: RunConfig, checkpoint: Path | None) -> None:
+    """Take out the trainer's display of progress, and add what the options ask for."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressReporter(console, trainer.meter))
-    if config.early_stopping_patience is None:
-        return
-    callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
-    state = (read_state(checkpoint) if checkpoint else None) or {}
-    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    for name, value in saved.get("attributes", {}).items():
-        setattr(callback, name, value)
-    trainer.add_callback(callback)
+    if config.early_stopping_patience is not None:
+        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
+        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
+        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
+        trainer.add_callback(callback)
 
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
     config = task.config
-    stop = StopOnSignal(
-        trainer.accelerator,
-        lambda: console.print(
-            "saving a checkpoint, then stopping; again to stop at once", style="yellow"
-        ),
-    )
-    trainer.add_callback(stop)
-    trainer.add_callback(LogBeforeSave())
+    said = "saving a checkpoint, then stopping; again to stop at once"
+    stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
+    progress = ProgressReporter(console, trainer.meter, task.unit)
+    for callback in (progress, stop):
+        trainer.add_callback(callback)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     reset_peak_process_bytes()
@@ -337,9 +323,7 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
             f"{task.less_memory}."
         ) from error
     finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressReporter):
-                callback.close()
+        progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         path = Path(str(config.training.output_dir)) / CONFIG_NAME
         raise TrainingInterrupted(
@@ -348,11 +332,12 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         )
 
 
-def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
-    config = task.config
-    train_losses, train_loss = train_curve(trainer.state.log_history)
-    eval_losses = curve_of(trainer.state.log_history, "eval_loss")
+def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
+    config, log, num_steps = task.config, trainer.state.log_history, trainer.state.global_step
+    train_losses, train_loss = train_curve(log)
+    eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
+    is_streamed = not has_length(prepared.train)
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
@@ -361,11 +346,11 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
         "num_parameters": prepared.plan.num_parameters,
-        "num_train_examples": len(prepared.train)
-        if has_length(prepared.train)
-        else trainer.state.global_step * Split.of(trainer.args).num_examples,
+        "num_train_examples": num_steps * trainer.trained_on.num_examples
+        if is_streamed
+        else len(prepared.train),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
-        "num_steps": trainer.state.global_step,
+        "num_steps": num_steps,
         "step_ms": trainer.meter.step_ms,
         "peak_memory_bytes": peak,
         "peak_memory_kind": peak_kind,
@@ -392,36 +377,24 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Any:
     return task.report_class(**known, **task.more_results(trainer, float(speed)))
 
 
-def save_result(task: Task, trainer: Any, report: Any, folder: Path) -> None:
+def save_result(task: Task, trainer: Any, report: Report, folder: Path) -> None:
     """Save what was trained and what is known about it, all of it or nothing."""
     trainer.refuse_not_finite()
     main, output = trainer.args.process_index == 0, run_folder(folder)
-    with staged(folder, "the result", owner=main) as staging:
+    with (
+        explained_failure(output.path, what_is_intact(output.path)),
+        # The report last: it says that the run is finished.
+        output.staged(last=REPORT_NAME, publishes=main) as staging,
+    ):
         trainer.save_model(str(staging), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
         if main:
-            refuse_empty_tensors(staging)
+            refuse_missing_weights(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
-            _write(task, trainer, report, staging)
-            # The report last: it says that the run is finished.
-            for path in sorted(staging.iterdir(), key=lambda p: p.name == REPORT_NAME):
-                output.publish(path, path.name)
-        trainer.accelerator.wait_for_everyone()
+            task.write(report, staging)
+            if METHODS[task.config.method].is_paca:
+                write_fingerprint(staging, trainer.accelerator.unwrap_model(trainer.model))
+            write_report(report, staging)
+            write_card(task, report, staging)
+    trainer.accelerator.wait_for_everyone()
     trainer.rotate_checkpoints()
-
-
-def _write(task: Task, trainer: Any, report: Any, folder: Path) -> None:
-    """Write what goes with the weights."""
-    config = task.config
-    task.write(report, folder)
-    if METHODS[config.method].is_paca:
-        write_fingerprint(folder, trainer.accelerator.unwrap_model(trainer.model))
-    write_report(report, folder)
-    write_card(
-        config,
-        report,
-        folder,
-        pipeline_tag=task.pipeline_tag,
-        tags=task.spec.tags,
-        how_to_load=task.how_to_load(report),
-    )

@@ -1,7 +1,6 @@
 """What a run achieved: report.json, report.md, loss.png, and README.md, the model card."""
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from pacatune.reports.figures import new_figure, save_figure
 from pacatune.training.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
-    from pacatune.training.config import RunConfig
+    from pacatune.training.task import Task
 
 Curve = list[tuple[int, float]]
 
@@ -176,31 +175,23 @@ def write_report(report: Report, folder: Path) -> None:
     _plot(report, folder / report.figure)
 
 
-def write_card(
-    config: "RunConfig",
-    report: Report,
-    folder: Path,
-    *,
-    pipeline_tag: str,
-    tags: Collection[str],
-    how_to_load: str,
-) -> None:
+def write_card(task: "Task", report: Report, folder: Path) -> None:
     """Write README.md: what the result is, how to load it, how it was made."""
-    method = METHODS[config.method]
+    config, method = task.config, METHODS[task.config.method]
     name = method.title
     if report.quantization and not name.startswith("Q"):
         name = f"Q{name}"
     front = {
         "base_model": report.model,
         "library_name": "peft" if method.has_adapter else "transformers",
-        "pipeline_tag": pipeline_tag,
-        "tags": sorted({config.method, "pacatune", *tags}),
+        "pipeline_tag": task.pipeline_tag,
+        "tags": sorted({config.method, "pacatune", *task.spec.tags}),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
     text = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {name} fine-tuning of {Path(report.model).name}\n\n"
-        f"{how_to_load}\n"
+        f"{task.how_to_load(report)}\n"
         f"## Training\n\n"
         f"Data: {config.data.about()} ({report.num_train_examples:,} examples, "
         f"{report.num_eval_examples:,} held out). "

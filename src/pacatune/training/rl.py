@@ -142,7 +142,6 @@ class SamplingTrainer(LanguageTrainer):
         )
         for name in names:
             setattr(self.control, name, name in asked - self._waiting)
-        self.control.should_log |= self.control.should_save  # as `LogBeforeSave` does
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

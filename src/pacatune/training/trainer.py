@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,27 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
+from pacatune.files.folder import explained_failure
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_weights, readable_weights
 from pacatune.training.output import (
     STATE_NAME,
+    TrainedOn,
     last_checkpoint,
-    refuse_empty_tensors,
-    refuse_missing_shards,
+    refuse_missing_weights,
     run_folder,
-    staged,
+    trained_on,
+    what_is_intact,
 )
 from pacatune.training.progress import Meter
-from pacatune.training.split import Split
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,29 +54,23 @@ class RunTrainer(Trainer):
     It also counts what the steps process and the bytes that the first one keeps for backward.
     """
 
-    def __init__(self, *, meter: Meter, **kwargs: Any) -> None:
-        self.meter = meter
+    trained_on: TrainedOn
+    """What each checkpoint says of itself; how it was launched is added."""
+    lean_report: LeanReport | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.meter = Meter()
         self._staging: Path | None = None
-        self._step_loss: Tensor | float = 0.0
         # The newest step after which the weights gave a finite loss; None: not known of this run.
         self._good_step: int | None = None
         self._has_spare_checkpoints = False
-        self._last_rate: float | None = None
         self.saved_activation_bytes: int | None = None
-        self.lean_report: LeanReport | None = None
         super().__init__(**kwargs)
+        self.add_callback(self.meter)
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how much a micro-batch holds, in the unit of the task."""
         return len(inputs["labels"])
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Take one micro-batch forward and backward, and add up the loss of the step."""
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self._step_loss = self._step_loss + loss.detach()
-        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -98,35 +90,31 @@ class RunTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm; Trainer asks for it between backward and optimizer."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        loss, self._step_loss = self._step_loss, 0.0
-        values = [torch.as_tensor(0.0 if v is None else v).detach() for v in (loss, norm)]
+        # DeepSpeed knows no norm before its first step.
+        size = 0.0 if norm is None else norm
+        values = [torch.as_tensor(value).detach() for value in (self._tr_loss, size)]
         values = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
         # Together, so that a device is waited for once.
-        found = torch.stack([v.to(self.args.device, torch.float32) for v in values]).tolist()
+        loss, size = torch.stack([v.to(self.args.device, torch.float32) for v in values]).tolist()
         step = self.state.global_step + 1
-        if not math.isfinite(found[0]):
-            raise self._diverged(f"the loss of step {step} is {found[0]}")
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss of step {step} is {loss}")
         self._trust_weights()
         scaler = getattr(self.accelerator, "scaler", None)
         # float16's scaler skips such a step and tries a smaller scale.
-        if not math.isfinite(found[1]) and not (scaler is not None and scaler.get_scale() >= 1):
-            raise self._diverged(f"the gradient norm of step {step} is {found[1]}")
-        self._last_rate = self._get_learning_rate()
+        if not math.isfinite(size) and not (scaler is not None and scaler.get_scale() >= 1):
+            raise self._diverged(f"the gradient norm of step {step} is {size}")
         return norm
 
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Evaluate or predict; the loss must be finite."""
-        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = result.metrics.get(f"{metric_key_prefix}_loss")
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log; the loss of an evaluation must be finite."""
+        loss = logs.get("eval_loss")
         if loss is not None and not math.isfinite(loss):
-            raise self._diverged(
-                f"the evaluation loss after step {self.state.global_step} is {loss}"
-            )
+            step = self.state.global_step
+            raise self._diverged(f"the evaluation loss after step {step} is {loss}")
         if loss is not None:
             self._trust_weights()
-        return result
+        super().log(logs, *args, **kwargs)
 
     def refuse_not_finite(self) -> None:
         """Refuse to save weights that are not finite; every process must call it."""
@@ -153,13 +141,11 @@ class RunTrainer(Trainer):
             )
         # Of a resumed run, the weights that it began with have given nothing finite yet.
         good = step - 1 if self._good_step is None else self._good_step
-        checkpoint = last_checkpoint(Path(args.output_dir), up_to=good)
-        rate = self._get_learning_rate() if self._last_rate is None else self._last_rate
-        kept = f"{checkpoint} is the last good checkpoint."
+        kept = last_checkpoint(Path(args.output_dir), up_to=good) or "None"
         return TrainingDiverged(
-            f"training diverged: {what}; the learning rate before was {rate:.3g}: lower "
-            f"`training.learning_rate` ({args.learning_rate:g}) or raise "
-            "`training.warmup_steps`. " + (kept if checkpoint else "No good checkpoint was saved.")
+            f"training diverged: {what}; the learning rate is {self._get_learning_rate():.3g}: "
+            f"lower `training.learning_rate` ({args.learning_rate:g}) or raise "
+            f"`training.warmup_steps`. {kept} is the last good checkpoint."
         )
 
     def _trust_weights(self) -> None:
@@ -177,6 +163,11 @@ class RunTrainer(Trainer):
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log before each checkpoint and the end: a resumed run would lose the loss since."""
+        self.control.should_log |= self.control.should_save or self.control.should_training_stop
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train no further where the checkpoint that is resumed was the last of the run."""
@@ -196,32 +187,24 @@ class RunTrainer(Trainer):
     def _send_telemetry(self) -> None:
         """Do nothing: a run tells nobody about itself."""
 
+    @property
+    def _launched_by(self) -> str:
+        """Return what decides the form of a checkpoint's states."""
+        if self.is_fsdp_enabled:
+            kind: str = self.accelerator.state.fsdp_plugin.state_dict_type.name
+            return f"FSDP2 with fsdp_state_dict_type {kind}"
+        return "DeepSpeed" if self.is_deepspeed_enabled else "a run without FSDP2 or DeepSpeed"
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._refuse_other_states(Path(resume_from_checkpoint))
+        before = trained_on(Path(resume_from_checkpoint)).launched_by
+        if before != self._launched_by:
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved by {before} and cannot be continued by "
+                f"{self._launched_by}. Launch the run as before, or start again with --overwrite."
+            )
         with readable_weights(resume_from_checkpoint):
             if not self._load_plain_model(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _refuse_other_states(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint whose states FSDP2 or DeepSpeed has saved in another form, or not.
-
-        DeepSpeed loads its own elsewhere, and raises an error if there are none.
-        """
-        by_fsdp = "FSDP2 with fsdp_state_dict_type "
-        before = now = "a run without FSDP2 or DeepSpeed"
-        if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            before = f"{by_fsdp}SHARDED_STATE_DICT"
-        elif (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-            before = f"{by_fsdp}FULL_STATE_DICT"
-        elif (checkpoint / "latest").is_file():
-            before = "DeepSpeed"
-        if self.is_fsdp_enabled:
-            now = by_fsdp + self.accelerator.state.fsdp_plugin.state_dict_type.name
-        if before != now:
-            raise ValueError(
-                f"{checkpoint} was saved by {before} and cannot be continued by {now}. Launch the "
-                "run as before, or start again with --overwrite."
-            )
 
     def _load_best_model(self) -> None:
         if not self._load_plain_model(self.state.best_model_checkpoint):
@@ -262,21 +245,22 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.refuse_not_finite()
-        folder = Path(self.args.output_dir)
+        folder, main = Path(self.args.output_dir), self.args.should_save
         name = f"checkpoint-{self.state.global_step}"
-        with staged(folder, name, owner=self.args.should_save) as staging:
-            self._staging = staging
+        self.trained_on.launched_by = self._launched_by
+        self.state.stateful_callbacks[TrainedOn.__name__] = self.trained_on.to_state()
+        with (
+            explained_failure(folder / name, what_is_intact(folder)),
+            run_folder(folder).staged(edited=False, publishes=main) as self._staging,
+        ):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
-                self._name_best_checkpoint(folder, staging / name)
-                if self.args.should_save:
-                    refuse_empty_tensors(staging / name)
-                    refuse_missing_shards(staging / name)
-                    run_folder(folder).publish(staging / name, name, edited=False)
+                self._name_best_checkpoint(folder, self._staging / name)
+                if main:
+                    refuse_missing_weights(self._staging / name)
             finally:
                 self._staging = None
-            self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
         self._has_spare_checkpoints = True
         if self._good_step == self.state.global_step:
@@ -296,34 +280,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
-
-
-class LogBeforeSave(TrainerCallback):
-    """Logs at every checkpoint and at the last step.
-
-    The loss since the last log is not part of a checkpoint, so a resumed run would lose it.
-    """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a log where a checkpoint or the end follows."""
-        if control.should_save or control.should_training_stop:
-            control.should_log = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a log where a checkpoint follows."""
-        if control.should_save:
-            control.should_log = True
-
-
-class TrainedOn(TrainerCallback, ExportableState):
-    """Keeps in each checkpoint what it takes to continue it: digest of the data, and the split."""
-
-    def __init__(self, fingerprint: str, split: Split) -> None:
-        self._kept = {"fingerprint": fingerprint, **asdict(split)}
-
-    def state(self) -> dict[str, Any]:
-        """Return what the trainer writes into trainer_state.json."""
-        return {"args": self._kept, "attributes": {}}
 
 
 class StopOnSignal(TrainerCallback):
@@ -359,10 +315,13 @@ class StopOnSignal(TrainerCallback):
             return
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
         def receive(number: int, frame: FrameType | None) -> None:
             self._received = True
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            restore()
             self._notify()
 
         for number in _SIGNALS:
@@ -370,5 +329,4 @@ class StopOnSignal(TrainerCallback):
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore()

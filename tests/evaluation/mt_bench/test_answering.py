@@ -195,7 +195,6 @@ def test_a_cut_line_costs_one_turn(file):
     file.add(QUESTION, "two", {})
     file.path.write_bytes(file.path.read_bytes()[:-10])
     repaired = AnswerFile(file.path, "m")
-    assert "was cut off; it is removed" in repaired.notes[0]
     assert repaired.turns(QUESTION) == ("one",)
 
 

@@ -294,7 +294,6 @@ def test_a_killed_run_loses_only_what_was_under_way(judge, command, tmp_path):
     judge.delay_s = 0
     result = run_python(*command)
     assert result.returncode == 0, result.stderr
-    assert "was cut off; it is removed" in result.stderr
     assert len(judge.requests) - num_asked == 16 - num_kept
     assert judge.complaints == []
     table = json.loads((tmp_path / "out" / "mt_bench.json").read_text())["table"]

@@ -39,7 +39,6 @@ class AnswerFile:
         self.path = path
         self.model_id = model_id
         self._file = JsonLines(path)
-        self.notes = self._file.notes
         self._rows: dict[QuestionId, dict[str, Any]] = {}
         for number, row in enumerate(self._file.rows, start=1):
             place = f"{path}, answer {number}"

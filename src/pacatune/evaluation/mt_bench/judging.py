@@ -94,7 +94,7 @@ class Judge:
         self._client, self._prompts, self._model_id = client, prompts, model_id
         self._max_attempts, self._parallel, self._say = max_attempts, parallel, say
         self._file = JsonLines(path)
-        self.notes = self._file.notes
+        self.notes: list[str] = []
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._refused: dict[str, str] = {}
         foreign = 0

@@ -157,8 +157,6 @@ def _answer(
 ) -> tuple[Answers, dict[str, int]]:
     """Return all answers, and how many turns were cut off, by reason."""
     file = AnswerFile(_answer_path(config, subject), subject.model_id)
-    for note in file.notes:
-        say(f"note: {note}")
     if not all(map(file.is_complete, questions)):
         from pacatune.adapters.generation import TextGenerator
 

@@ -83,7 +83,7 @@ class Records:
         self._folder.write_json(f"{RUNS_NAME}/{name}", asdict(record), edited=False)
         older = self._files.get(record.key)
         if older is not None and older != path:
-            self._folder.remove(f"{RUNS_NAME}/{older.name}")
+            self._folder.clear(f"{RUNS_NAME}/{older.name}")
         self._files[record.key] = path
 
 
