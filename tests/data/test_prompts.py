@@ -65,7 +65,7 @@ def test_system_prompt(prepare, prompt):
         ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' is ''; it must be a text"),
         ([{"prompt": chat("a", "b")}], "'prompt' ends with an assistant turn, which the model"),
         ([{"prompt": "a"}, {"prompt": chat("b")}], "row 1 has a text as prompt, and .* a chat"),
-        ([{"prompt": "a", "images": ["x"]}], "column 'images' is not used"),
+        ([{"prompt": "a", "images": ["x"]}], "column 'images' has the name of an"),
     ],
 )
 def test_bad_rows(prepare, rows, message):
@@ -99,7 +99,7 @@ def test_options_of_what_is_generated():
         {"path": "d.jsonl", "options": {"a": 1}},
         {"path": "reasoning-gym:chain_sum", "eval_path": "d.jsonl"},
     ):
-        with pytest.raises(ValueError, match=r"are for what reasoning-gym generates.*; drop them"):
+        with pytest.raises(ValueError, match=r"`data\..*ignored where `data.path` is .*; drop it"):
             PromptDataConfig(**options)
 
 

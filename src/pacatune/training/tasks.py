@@ -25,6 +25,8 @@ class TaskSpec:
     `SharedDefaults`."""
     data: str
     """Class of the section `data`."""
+    rows: str = ""
+    """Function that makes examples of rows, or says what is wrong with the first of them."""
     trainer: str = "transformers.Trainer"
     prepare: str = ""
     """Function that reads and encodes the data of a `LanguageTask`, and tells it what else the
@@ -75,6 +77,7 @@ def _on_rewards(arguments: str, trainer: str, tag: str) -> TaskSpec:
         arguments=arguments,
         trainer=trainer,
         data="pacatune.data.PromptDataConfig",
+        rows="pacatune.data.prompts.to_prompts",
         prepare="pacatune.training.rl.prepare",
         mixin="pacatune.training.rl.SamplingTrainer",
         tags=(tag, "trl"),
@@ -102,6 +105,7 @@ TASKS: dict[str, TaskSpec] = {
         arguments="trl.SFTConfig",
         trainer="trl.SFTTrainer",
         data="pacatune.data.DataConfig",
+        rows="pacatune.data.formats.to_examples",
         prepare="pacatune.training.sft.prepare",
         mixin="pacatune.training.sft.TextTrainer",
         tags=("sft", "trl"),
@@ -118,6 +122,7 @@ TASKS: dict[str, TaskSpec] = {
         arguments="trl.DPOConfig",
         trainer="trl.DPOTrainer",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_pairs",
         prepare="pacatune.training.preference.prepare_dpo",
         mixin="pacatune.training.preference.PreparedTrainer",
         tags=("dpo", "trl"),
@@ -140,6 +145,7 @@ TASKS: dict[str, TaskSpec] = {
         arguments="trl.KTOConfig",
         trainer="trl.KTOTrainer",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_judged",
         prepare="pacatune.training.preference.prepare_kto",
         mixin="pacatune.training.preference.PreparedTrainer",
         tags=("kto", "trl"),
@@ -155,6 +161,7 @@ TASKS: dict[str, TaskSpec] = {
         arguments="trl.RewardConfig",
         trainer="trl.RewardTrainer",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_pairs",
         prepare="pacatune.training.preference.prepare_reward",
         mixin="pacatune.training.preference.PreparedTrainer",
         auto_class="AutoModelForSequenceClassification",
