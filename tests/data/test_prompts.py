@@ -83,13 +83,13 @@ def test_columns_of_tables_that_json_cannot_hold(tokenizer, tmp_path):
 
 def test_a_chat_needs_a_template(prepare, tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 1 is a chat that the chat template cannot .*Cannot"):
+    with pytest.raises(ValueError, match=r"row 1: the chat template cannot render it .Cannot"):
         prepare([{"prompt": chat("a")}])
 
 
 def test_a_template_that_refuses_names_the_row(prepare, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
-    with pytest.raises(ValueError, match=r"row 2 is a chat that the chat .* render \(no\)"):
+    with pytest.raises(ValueError, match=r"row 2: the chat template cannot render it \(no\)"):
         prepare([{"prompt": chat("a")}, {"prompt": chat("b")}])
 
 

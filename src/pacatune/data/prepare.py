@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
-from pacatune.data.choices import CSV_COLUMNS
 from pacatune.data.config import DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import to_examples
@@ -112,7 +111,6 @@ class Examples:
             source.path,
             name=source.name,
             split=source.split,
-            csv_columns=CSV_COLUMNS if source.format == "mmlu" else None,
             option=self.option,
             streaming=self.streaming,
         )
@@ -230,8 +228,6 @@ def make_tables(
     """
     warnings: list[str] = []
     parts, evaluation, limit = [], [], encoder.max_length
-    for one in (*sources, held_out):  # so that all is read before anything is encoded
-        _ = one and one.survey
     for one in sources:
         data = one.encoded(encode or encoder, num_processes)
         fraction = 0 if held_out else config.eval_fraction

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import REASONING_GYM, PromptDataConfig
+from pacatune.data.encode import apply_template
 from pacatune.data.formats import check_columns, to_prompt
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
 from pacatune.data.read import Row
@@ -51,18 +52,10 @@ def prompt_ids(
     prompt: str | list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", place: str = "prompt"
 ) -> list[int]:
     """Return the tokens of a prompt, as TRL gives them to the model."""
-    from jinja2 import TemplateError
-
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    try:
-        ids: Any = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        rule = f"is a chat that the chat template cannot render ({error})"
-        raise ValueError(f"{place} {rule}; give another `data.chat_template`.") from error
-    return list(ids["input_ids"])
+    options = {"add_generation_prompt": True, "return_dict": True}
+    return list(apply_template(tokenizer, prompt, place, **options)["input_ids"])
 
 
 def reasoning_gym_data(config: PromptDataConfig) -> Any:

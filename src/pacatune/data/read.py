@@ -3,13 +3,14 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+_OF_MMLU = ("question", "A", "B", "C", "D", "answer")
 _EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
 
@@ -26,7 +27,6 @@ def read_rows(
     *,
     name: str | None = None,
     split: str = "train",
-    csv_columns: Sequence[str] | None = None,
     option: str = "data.path",
     streaming: bool = False,
 ) -> Iterator[Row]:
@@ -34,13 +34,13 @@ def read_rows(
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
-    Columns of .csv files without a header are given as `csv_columns`; a first row that names the
-    last of them is a header all the same. `option` is where `path` is from, for messages. With
-    `streaming`, rows of the hub come while they are asked for.
+    MMLU's .csv files, which have no header, get the columns that they are known by. `option` is
+    where `path` is from, for messages. With `streaming`, rows of the hub come while they are asked
+    for.
     """
     sources: Iterable[tuple[str, Iterable[Any]]]
     if is_local(path, option):
-        sources = ((str(file), _read(file, csv_columns)) for file in _files_of(path))
+        sources = ((str(file), _read(file)) for file in _files_of(path))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
         sources = [(f"{path} ({split})", map(_without_nulls, table))]
@@ -105,7 +105,7 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
         ) from error
 
 
-def _read(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Any]:
+def _read(file: Path) -> Iterator[Any]:
     """Yield the rows of a file, `...` for an empty line.
 
     datasets would give the arguments of all tool calls in JSON the same fields, and count no lines.
@@ -121,9 +121,10 @@ def _read(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Any]:
         return
     with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
         if file.suffix == ".csv":
-            has_header = csv_columns is None or next(csv.reader(lines))[-1] == csv_columns[-1]
+            *first, last = next(csv.reader(lines), [""])
+            of_mmlu = len(first) == 5 and last in ("A", "B", "C", "D") and "A" not in first
             lines.seek(0)
-            for values in csv.DictReader(lines, None if has_header else csv_columns, strict=True):
+            for values in csv.DictReader(lines, _OF_MMLU if of_mmlu else None, strict=True):
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
                 yield values

@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.prepare import prepare_images
+from pacatune.data.images.prepare import class_names, prepare_images
 from pacatune.data.images.sources import load_image, read_hub, read_torchvision, to_rgb
 
 
@@ -130,7 +130,7 @@ def cifar(tmp_path, monkeypatch):
 def test_cifar10(cifar):
     config = ImageDataConfig(path="torchvision:CIFAR10", eval_split="test", root=str(cifar))
     data = prepare_images(config)
-    assert data.classes[:2] == ["airplane", "automobile"]
+    assert class_names(data.train)[:2] == ["airplane", "automobile"]
     assert data.train["label"][:] == [1, 0, 1, 0, 1]
     assert len(data.evaluation) == 10
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3072)).astype(np.uint8)

@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,21 +12,15 @@ from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import ImageDataConfig
 from pacatune.data.images.sources import load_image, read_images
 
-# Resized to the model's height, an image of more would take gigabytes.
-_MAX_ASPECT = 50
 
-
-@dataclass(frozen=True)
-class PreparedImages:
+class PreparedImages(NamedTuple):
     """Images of a run, checked: tables with columns `image`, `label` and `place`."""
 
-    classes: list[str]
     train: Any
     evaluation: Any | None
     fingerprint: str
     """Hash of the training images, their classes and their order."""
     warnings: list[str]
-    """What is probably not meant, one sentence each."""
 
 
 def prepare_images(config: ImageDataConfig) -> PreparedImages:
@@ -53,7 +46,7 @@ def prepare_images(config: ImageDataConfig) -> PreparedImages:
         digests, *others = check_images(train, *([evaluation] if evaluation else []))
         for other in others:
             warnings += overlap_warning(digests, other, "evaluation images")
-    return PreparedImages(classes, train, evaluation, images_digest(train, digests), warnings)
+    return PreparedImages(train, evaluation, images_digest(train, digests), warnings)
 
 
 def class_names(table: Any) -> list[str]:
@@ -64,7 +57,7 @@ def class_names(table: Any) -> list[str]:
 def check_images(*tables: Any) -> list[list[str]]:
     """Decode images and return digests of the pixels by table.
 
-    The ValueError names the images, of all tables, that cannot be read or are too narrow.
+    The ValueError names the images, of all tables, that cannot be read.
     """
     problems: list[str] = []
 
@@ -75,8 +68,6 @@ def check_images(*tables: Any) -> list[list[str]]:
         except ValueError as error:
             problems.append(str(error))
             return ""
-        if max(image.size) > _MAX_ASPECT * min(image.size):
-            problems.append(f"{row['place']}: {image.size} pixels are too narrow to resize")
         digest = hashlib.blake2b(str(image.size).encode(), digest_size=16)
         digest.update(image.tobytes())
         return digest.hexdigest()
