@@ -25,7 +25,7 @@ WRONG_RUNS = {
     f"{RUN} --data.eval_path no.csv": "no.csv does not exist; check `data.eval_path`",
     "train --model.path tiny --data.datasets=[{path:\\u0020no.csv}]": "check `data.datasets`",
     f"{RUN} --data.chat_template no.jinja": "`data.chat_template` ('no.jinja') is neither",
-    f"{RUN} --data.format messages": "d.jsonl, row 1: format 'prompt-completion' among rows",
+    f"{RUN} --data.format messages": "row 1: the columns ['completion', 'prompt'] are not",
     f"{RUN} --model.dtype bf61": "model.dtype",
     f"{RUN} --training.max_steps abc": "<class 'int'>. Got value: abc; see `pacatune train --help`",
     f"{RUN} --training.max_steps 0": "`training.max_steps` (0) must be above 0, or -1",
@@ -37,8 +37,7 @@ WRONG_RUNS = {
     f"{RUN} --task grpo --reward a:b --data.path wrong.csv": "field 'prompt' is missing",
     "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
     "train-image --model.path ./nosuch --data.path images": "./nosuch does not exist; check",
-    "train-image --model.path resnet18 --data.path ./nosuch": "./nosuch does not exist; `data",
-    "train-image --model.path m --data.path d.jsonl": "d.jsonl is a file; `data.path` must be",
+    "train-image --model.path resnet18 --data.path ./nosuch": "./nosuch does not exist; check `",
     "train-image --model.path m --data.path images --data.image_size 0": "`data.image_size` (0)",
 }
 

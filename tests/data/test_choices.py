@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_training_tokens_are_those_that_lm_eval_scores(
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     one = QUESTIONS[number]
     context, answer = scored_tokens(tokenizer, tasks_dir, one.subject)
-    path = write(tmp_path / "train.jsonl", [one.to_dict()])
+    path = write(tmp_path / "train.jsonl", [asdict(one)])
     (row,) = prepare(tokenizer, path).train
     assert row["input_ids"] == [*context, *answer, tokenizer.eos_token_id]
     learned = [*answer, tokenizer.eos_token_id]
@@ -112,9 +113,9 @@ def test_questions_without_subject_have_no_description(tokenizer, tasks_dir):
         tasks = prepare_mmlu(tasks_dir, [one.subject], num_fewshot=0)
         (task,) = tasks.tasks[0].get_all_tasks()
         nameless = Question(one.question, one.choices, one.answer)
-        assert nameless.prompt() == task.doc_to_text(one.to_dict())
+        assert nameless.prompt() == task.doc_to_text(asdict(one))
         assert one.prompt() == task.config.description + nameless.prompt()
-        assert nameless.completion() == f" {task.doc_to_choice(one.to_dict())[one.answer]}"
+        assert nameless.completion() == f" {task.doc_to_choice(asdict(one))[one.answer]}"
 
 
 def test_as_the_authors_trained(tokenizer, tmp_path):

@@ -4,7 +4,7 @@ from pacatune.data import DataConfig
 
 
 def test_path_is_required():
-    with pytest.raises(ValueError, match=r"`data.path` is ''; give a .jsonl"):
+    with pytest.raises(ValueError, match=r"`data.path` is ''; give a file, a folder"):
         DataConfig()
 
 

@@ -81,7 +81,7 @@ def test_weights_are_proportions(tokenizer, paths):
 def test_each_has_its_format_and_messages_name_it(tokenizer, paths):
     sources = [{"path": paths[0]}, {"path": paths[1], "format": "text"}]
     with pytest.raises(
-        ValueError, match=r"orders.jsonl, row 1: format 'instruction' among rows of"
+        ValueError, match=r"orders.jsonl, row 1: the columns .* not those of format 'text'"
     ):
         prepare(tokenizer, datasets=sources)
     with pytest.raises(FileNotFoundError, match=r"/no.jsonl does not exist; check `data.datasets`"):
@@ -95,7 +95,7 @@ def test_each_has_its_format_and_messages_name_it(tokenizer, paths):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"datasets": []}, "`data.datasets` is empty"),
+        ({"datasets": []}, "`data.path` is ''; give"),
         ({"datasets": [{"name": ""}]}, "`data.datasets` has {'name': ''}; each must be a mapping"),
         (
             {"datasets": [{"path": "a", "weight": 0}]},
@@ -112,7 +112,10 @@ def test_each_has_its_format_and_messages_name_it(tokenizer, paths):
         ({"path": "a", "mix_strategy": "all_exhausted"}, r"is for `data.datasets` with weights"),
         ({"datasets": ["a"]}, "`data.datasets` has 'a'; each must be a mapping"),
         ({"datasets": [{"path": "a", "weight": "x"}]}, r"`weight` \('x'\) of a .* a number"),
-        ({"datasets": [{"path": "a", "format": "msgs"}]}, r"`format of a` \('msgs'\) must be one"),
+        (
+            {"datasets": [{"path": "a", "format": "msgs"}]},
+            r"`data.datasets.format` \('msgs'\) must be",
+        ),
     ],
 )
 def test_bad_options(options, message):
@@ -139,6 +142,6 @@ def test_from_a_file(paths, tiny_model_dir, tmp_path, monkeypatch):
     assert local_paths(config)["data.datasets[0].path"] == paths[0]
     values["data"]["datasets"][0]["weights"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(values))
-    message = r"`option of chats.jsonl in data.datasets` \('weights'\) must be .* mean 'weight'"
+    message = r"`data.datasets` \('weights'\) must be one of .* mean 'weight'"
     with pytest.raises(ValueError, match=message):
         read_run(["--config", "run.yaml"])

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from pacatune.data import PreferenceDataConfig
+from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs, to_judged, to_pairs
 from pacatune.data.read import Row
 
@@ -35,7 +36,8 @@ def prepare(tokenizer, tmp_path):
         path = tmp_path / "d.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = PreferenceDataConfig(path=str(path), eval_fraction=eval_fraction)
-        return function(config, tokenizer, max_length=max_length, stop_ids={2}, **options)
+        encoder = Encoder(tokenizer=tokenizer, stop_ids={2}, max_length=max_length, **options)
+        return function(config, encoder)
 
     return run
 
@@ -62,10 +64,10 @@ def test_a_prompt_that_both_answers_begin_with(prepare, row):
 
 
 def test_models_that_score_see_whole_texts(prepare, tokenizer):
-    (row,) = texts(prepare([PAIR], scored=True).train, tokenizer, "chosen_ids", "rejected_ids")
+    (row,) = texts(prepare([PAIR], learn_all=True).train, tokenizer, "chosen_ids", "rejected_ids")
     assert row == ["<s>What is 1? It is one.</s>", "<s>What is 1? No idea.</s>"]
     whole = {"chosen": "Yes.", "rejected": "No."}  # without a prompt
-    (row,) = texts(prepare([whole], scored=True).train, tokenizer, "chosen_ids", "rejected_ids")
+    (row,) = texts(prepare([whole], learn_all=True).train, tokenizer, "chosen_ids", "rejected_ids")
     assert row == ["<s>Yes.</s>", "<s>No.</s>"]
 
 
@@ -161,12 +163,6 @@ def test_bad_judged_answers(row, message):
         list(to_judged([Row("d.jsonl, row 1", row)]))
 
 
-def test_labels_of_one_kind_are_a_warning(prepare):
-    rows = [{"prompt": "a", "completion": f" {n}", "label": True} for n in range(3)]
-    (warning,) = prepare(rows, prepare_judged).warnings
-    assert warning.startswith("every training example has the label True")
-
-
 def test_pairs_that_do_not_fit_are_left_out(prepare):
     long = {**PAIR, "prompt": "What " * 30}
     data = prepare([PAIR, long, PAIR | {"chosen": " Two."}], max_length=40)
@@ -180,14 +176,14 @@ def test_pairs_that_do_not_fit_are_left_out(prepare):
 
 def test_models_that_score_cut_nothing(prepare):
     long = {**PAIR, "rejected": " No" * 60}
-    data = prepare([PAIR, long], max_length=50, scored=True)
+    data = prepare([PAIR, long], max_length=50, learn_all=True)
     assert len(data.train) == 1
     assert "1 of 2 training examples do not fit" in data.warnings[0]
 
 
 def test_a_chat_needs_a_template(prepare, tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 1 is a chat, but the tokenizer has no chat tem"):
+    with pytest.raises(ValueError, match=r"row 1: the chat template cannot render it .Cannot use"):
         prepare([CHAT])
 
 

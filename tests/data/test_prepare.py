@@ -99,7 +99,9 @@ def test_fraction_that_leaves_nothing(tokenizer, tmp_path):
 
 def test_chat_without_template(tokenizer, path):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 1 is a chat, but .* has no chat template; give"):
+    with pytest.raises(
+        ValueError, match=r"row 1: the chat template cannot render .*not set .*; give a `data"
+    ):
         prepare(tokenizer, path=path)
 
 

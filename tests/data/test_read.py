@@ -86,21 +86,25 @@ def test_missing_path(path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a.jsonl, row 2: not valid JSON .Expecting"),
-        ("a.jsonl", "[1]\n", "a.jsonl, row 1: a list; each row must be an object"),
-        ("a.jsonl", "[" * 100_000 + "\n", r"row 1: not valid JSON \(maximum recursion"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": \n',
+            r"a.jsonl, row 2: Expecting value: .*; a .jsonl file has one object per",
+        ),
+        ("a.jsonl", "[1]\n", "a.jsonl, row 1: a list is no object with named"),
+        ("a.jsonl", "[" * 100_000 + "\n", r"row 1: maximum recursion"),
         ("a.jsonl", "\n \n", "a.jsonl holds no rows; give data with at least one example"),
         ("a.json", "[]", "a.json holds no rows"),
-        ("a.json", '{"text": "a"}', "no list of rows.*a .json file is one list of rows"),
+        ("a.json", '{"text": "a"}', "no list of rows.*a .json file is one list of them"),
         (
             "a.json",
             '{"text": "a"}\n{"text": "b"}',
             "Extra data.*a .jsonl file has one",
         ),
         ("a.csv", "text\n", "a.csv holds no rows"),
-        ("a.csv", "text\na,b\n", "row 1: not valid CSV .more fields than columns; quote"),
-        ("a.csv", 'text\na\n"b"c\n', r"row 2: not valid CSV .*; mend it"),
-        ("a.txt", "text", r"suffix '.txt'; data files are .jsonl, .json, .csv or .parquet"),
+        ("a.csv", "text\na,b\n", "row 1: more fields than columns; quote"),
+        ("a.csv", 'text\na\n"b"c\n', r"row 2: .*expected.*Mend it"),
+        ("a.txt", "text", r"suffix '.txt' is unknown: data files are .jsonl, .json, .csv or .p"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -114,7 +118,9 @@ def test_bad_files(tmp_path, name, content, message):
 def test_not_utf8(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b'text\n"\xff\xfe"\n')
-    with pytest.raises(ValueError, match=r"is not UTF-8 .*; convert it to UTF-8"):
+    with pytest.raises(
+        ValueError, match=r"row [12]: 'utf-8' codec can't decode.* texts are in UTF-8"
+    ):
         rows_of(path)
 
 

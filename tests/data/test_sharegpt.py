@@ -67,12 +67,15 @@ def test_weights_of_turns_are_kept():
     ("values", "message"),
     [
         ({"conversations": "hi"}, "'conversations' is 'hi'; it must be a list"),
-        ({"conversations": [ASKED, {"from": "humen", "value": "a"}]}, "did you mean 'human'"),
+        ({"conversations": [ASKED, {"from": "humen", "value": "a"}]}, "did you mean 'user'"),
         (
             {"conversations": [ASKED, {"from": "bot", "value": "a"}]},
-            r"\[1\] is from 'bot'; known are human, user, gpt",
+            r"\[1\] has the role 'bot'; roles are system",
         ),
-        ({"conversations": [ASKED, {"from": ["gpt"], "value": "a"}]}, r"\[1\] is from .*'gpt'"),
+        (
+            {"conversations": [ASKED, {"from": ["gpt"], "value": "a"}]},
+            r"\[1\] has the role .*'gpt'",
+        ),
         ({"conversations": [ASKED, {"from": "gpt"}]}, r"conversations\[1\] has the content ''"),
         ({"conversations": [ASKED, {"from": "function_call", "value": "add(1)"}]}, "must be JSON"),
         (

@@ -9,7 +9,7 @@ from PIL import Image
 
 from examples.packaged import data as packaged
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.prepare import prepare_images
+from pacatune.data.images.prepare import class_names, prepare_images
 from pacatune.evaluation.choice import read_questions
 
 
@@ -36,7 +36,7 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     packaged.make_images([task_file(tmp_path / "source", rows)], folder)
     found = prepare_images(ImageDataConfig(path=str(folder)))
-    assert found.classes == ["cat", "dog"]
+    assert class_names(found.train) == ["cat", "dog"]
     assert (len(found.train), len(found.evaluation)) == (14, 6)
     assert found.warnings == []  # no image in both parts
     for path in folder.rglob("*.png"):

@@ -11,9 +11,9 @@ from pacatune.training.classifier import split_texts, texts_digest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": ""}, r"`data.path` is ''; give a file with columns text and label"),
+        ({"path": ""}, r"`data.path` is ''; give a file, a folder or"),
         ({"eval_fraction": 1.0}, r"`data.eval_fraction` \(1.0\) must be in \[0, 1\)"),
-        ({"max_length": 0}, r"`data.max_length` \(0\) must be at least 1"),
+        ({"num_train": 0}, r"`data.num_train` \(0\) must be at least 1"),
     ],
 )
 def test_data_that_cannot_be(options, message):
@@ -31,8 +31,10 @@ def test_split(tmp_path):
     again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
     assert again["text"][:] == texts["text"][:6]
     assert texts_digest(again) != texts_digest(texts)
-    with pytest.raises(ValueError, match=r"has 10 rows, of which 2 are held out; `data.num_train`"):
+    with pytest.raises(ValueError, match=r"`data.num_train` \(9\) must be at most 8"):
         split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=9))
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
+    assert (len(texts), len(held_out)) == (10, 10)
 
 
 @pytest.mark.parametrize("method", ["paca", "head"])

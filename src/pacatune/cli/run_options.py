@@ -16,7 +16,7 @@ from pacatune.names import choose
 from pacatune.training.config import RunConfig, check_ranges, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, others_options, read_values
 from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
-from pacatune.training.tasks import TASKS
+from pacatune.training.tasks import TASKS, load
 
 _SWITCHES = {
     "resume": "Continue the run in training.output_dir from its last checkpoint.",
@@ -123,22 +123,18 @@ class RunOptions:
         if METHODS[options.method].is_paca and built["paca"].from_file:
             check_selection_file(str(built["paca"].selection))
         if not ("resume" in options or "auto_resume" in options):
-            _check_files(built["model"], built["data"], self.task)
+            _check_files(built["model"], built["data"], self.spec.rows)
 
 
-def _check_files(model: Any, data: Any, task: str) -> None:
-    from pacatune.data.early import check_first_rows, check_image_folders
+def _check_files(model: Any, data: Any, rows: str) -> None:
+    from pacatune.data.prepare import check_first_rows
     from pacatune.data.read import read_template
     from pacatune.pretrained import find_model
 
-    if task == "image":
-        check_image_folders(data)
     find_model(model.path)
-    if task in ("image", "classifier"):
-        return
-    if data.chat_template is not None:
+    if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
-    check_first_rows(data, judged=task == "kto")
+    check_first_rows(data, load(rows) if rows else None)
 
 
 def carry_out(config: Any, options: Namespace) -> None:

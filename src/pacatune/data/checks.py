@@ -25,12 +25,10 @@ def keep_learnable(
     what: str,
     max_length: int | None,
     warnings: list[str],
-    must_end: bool,
 ) -> "Dataset":
     """Return the examples that teach something, and append what looks wrong to `warnings`.
 
-    `what` is "training", after the name of one of several data sets, or "evaluation". With
-    `must_end`, training examples should end in a stop token.
+    `what` is "training", after the name of one of several data sets, or "evaluation".
     """
     places, kept = defaultdict(list), []
     for number, (place, notes) in enumerate(zip(data["place"][:], data["notes"][:], strict=True)):
@@ -42,8 +40,7 @@ def keep_learnable(
             f"all {len(data)} {what} examples are longer than `training.max_length` "
             f"({max_length}) before their completion begins; raise it or shorten the prompts."
         )
-    is_checked = must_end and what.endswith("training")
-    if not is_checked or len(places["open"]) < len(kept) - len(places["cut"]):
+    if what == "evaluation" or len(places["open"]) < len(kept) - len(places["cut"]):
         places["open"] = []  # where some end, the others may be meant so
     for note, found in places.items():
         said = _NOTES[note].format(max_length=max_length)

@@ -4,14 +4,12 @@ Training and evaluation see the same prompt; MMLU's has the words of lm-eval 0.4
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pacatune.data.read import Row
 
 LETTERS = "ABCD"
-CSV_COLUMNS = ("question", *LETTERS, "answer")
-"""Columns of MMLU's original files, which have no header."""
 
 _DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 
@@ -40,22 +38,22 @@ def to_choice_question(row: Row) -> ChoiceQuestion:
     `answer` is a number from 0 or the text of a choice. BIG-bench's rows have `input` and
     `target_scores`, with the highest score for the right choice.
     """
-    values = row.values
-    scores = values.get("target_scores")
+    values, scores = row.values, row.values.get("target_scores")
     if isinstance(scores, dict) and "choices" not in values:
         best = [name for name, score in scores.items() if score == max(scores.values())]
-        answer = best[0] if len(best) == 1 else None
-        values = {**values, "question": values.get("input"), "answer": answer}
-        values["choices"] = list(scores)
+        right = best[0] if len(best) == 1 else None
+        values = {"question": values.get("input"), "choices": list(scores), "answer": right}
     question, choices, prompt = values.get("question"), values.get("choices"), values.get("prompt")
-    is_right = _is_text(question) and (prompt is None or _is_text(prompt))
-    if is_right and isinstance(choices, list) and all(map(_is_text, choices)):
-        choices = [choice.strip() for choice in choices]
+    texts = [
+        question,
+        *(choices if isinstance(choices, list) else ()),
+        "-" if prompt is None else prompt,
+    ]
+    if all(isinstance(text, str) and text.strip() for text in texts):
+        question, *choices, _ = (text.strip() for text in texts)
         number = _find_answer(values.get("answer"), choices)
         if number is not None and len(set(choices)) == len(choices) > 1:
-            return ChoiceQuestion(
-                str(question).strip(), choices, number, prompt and prompt.rstrip()
-            )
+            return ChoiceQuestion(question, choices, number, prompt and prompt.rstrip())
     raise ValueError(
         f"{row.place}: {row.values!r:.160} needs the texts question and, if any, prompt, two or "
         "more different choices, and as answer one of them or its number from 0; or BIG-bench's "
@@ -73,10 +71,6 @@ class Question:
     """Number of the right choice, from 0."""
     subject: str = ""
     """With underscores, such as `high_school_physics`; empty where it is not known."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the columns of the hub's `cais/mmlu`."""
-        return asdict(self)
 
     def prompt(self) -> str:
         """Return the question as lm-eval asks it without examples, up to `Answer:`."""
@@ -96,18 +90,14 @@ def to_question(row: Row, subject: str = "") -> Question:
     It has the columns of `cais/mmlu` (question, choices, answer; below `train` in the configuration
     `auxiliary_train`) or of the original CSV files.
     """
-    values = row.values
-    if isinstance(nested := values.get("train"), dict) and "question" not in values:
-        values = nested
+    nested = row.values.get("train")
+    values = nested if isinstance(nested, dict) and "question" not in row.values else row.values
     question, choices = values.get("question"), values.get("choices")
-    if choices is None:
-        choices = [values.get(letter) for letter in LETTERS]
+    choices = [values.get(letter) for letter in LETTERS] if choices is None else choices
     answer = _find_answer(values.get("answer"), LETTERS)
-    if (
-        not (_is_text(question) and isinstance(choices, list) and len(choices) == len(LETTERS))
-        or not all(isinstance(choice, str) for choice in choices)
-        or answer is None
-    ):
+    texts = [question, *choices] if isinstance(choices, list) else []
+    is_text = all(isinstance(text, str) for text in texts) and bool(str(question).strip())
+    if not is_text or len(texts) != 1 + len(LETTERS) or answer is None:
         raise ValueError(
             f"{row.place}: {values!r:.160} needs the text question, four texts as choices, and as "
             "answer A, B, C or D, or a number from 0 to 3. The file may be cut off here; mend or "
@@ -122,7 +112,3 @@ def _find_answer(answer: Any, texts: Sequence[str]) -> int | None:
     if isinstance(answer, str) and answer.strip() in known:
         return known.index(answer.strip())
     return answer if type(answer) is int and answer in range(len(known)) else None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())

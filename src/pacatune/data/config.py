@@ -4,78 +4,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pacatune.names import choose
+from pacatune.names import check_choices, choose
 
 TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
 """Before the name of a task of the package reasoning-gym: its data, or its verifier."""
-SHUFFLE_BUFFER = 1000
-"""Examples of a stream from which the next is drawn, unless a run says otherwise."""
-
-
-@dataclass(kw_only=True)
-class TextDataConfig:
-    """Training and evaluation texts, whatever is learned of them.
-
-    Raises:
-        ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
-    """
-
-    path: str = ""
-    """Training data: a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub data set
-    id. Required."""
-
-    name: str | None = None
-    """Configuration of a hub data set, where it has several."""
-
-    split: str = "train"
-    """Split of a hub data set to train on."""
-
-    eval_path: str | None = None
-    """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
-
-    eval_split: str | None = None
-    """Split of a hub data set to evaluate on, instead of holding out a fraction."""
-
-    eval_fraction: float = 0.05
-    """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
-
-    seed: int = 0
-    """Seed for choosing the held-out rows."""
-
-    chat_template: str | None = None
-    """Chat template: a file or the Jinja text itself. The model's own where null."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`data.path` is {self.path!r}; give a .jsonl, .json, .csv or .parquet file, "
-                "a folder of them, or a hub data set id."
-            )
-        check_fraction(self.eval_fraction)
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
-
-    def sources(self) -> "list[tuple[SourceConfig, str]]":
-        """Return the data sets of training, each with the option that names it."""
-        return [(self._source(self.path, self.split), "data.path")]
-
-    def _source(self, path: str, split: str) -> "SourceConfig":
-        found: TextFormat = getattr(self, "format", "auto")
-        return SourceConfig(path=path, name=self.name, split=split, format=found)
-
-    def evaluation_source(self) -> "tuple[SourceConfig, str] | None":
-        """Return the data set of evaluation and the option that names it."""
-        if not (self.eval_path or self.eval_split):
-            return None
-        path = self.eval_path or self.path
-        if self.eval_split:
-            refuse_split(path, "data.eval_split", self.eval_split)
-        option = "data.eval_path" if self.eval_path else "data.path"
-        return self._source(path, self.eval_split or self.split), option
-
 
 TextFormat = Literal[
     "auto", "messages", "sharegpt", "prompt-completion", "instruction", "text", "mmlu"
@@ -110,13 +43,12 @@ class SourceConfig:
             raise ValueError(
                 f"`data.datasets` has {values!r:.80}; each must be a mapping, as {{path: a.jsonl}}."
             )
-        known = [option.name for option in fields(cls)]
         for key in values:
-            choose(str(key), known, option=f"option of {values['path']} in data.datasets")
+            choose(str(key), [option.name for option in fields(cls)], option="data.datasets")
         return cls(**values)
 
     def __post_init__(self) -> None:
-        choose(str(self.format), get_args(TextFormat), option=f"format of {self.path}")
+        check_choices(self, "data.datasets.")
         weight = 1 if self.weight is None else self.weight
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(
@@ -126,16 +58,91 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig(TextDataConfig):
-    """Training and evaluation data of supervised fine-tuning.
+class DataSection:
+    """Where the data of a task is, and what is held out of it.
 
     Raises:
-        ValueError: If `path` is missing or `eval_fraction` is not in [0, 1).
+        ValueError: If `path` is missing, or options have values that they cannot have.
     """
 
     path: str = ""
     """Training data: a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub data set
-    id. Required, unless there are `datasets`."""
+    id. Required."""
+
+    name: str | None = None
+    """Configuration of a hub data set, where it has several."""
+
+    split: str = "train"
+    """Split of a hub data set to train on."""
+
+    eval_path: str | None = None
+    """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
+
+    eval_split: str | None = None
+    """Split of a hub data set to evaluate on, instead of holding out a fraction."""
+
+    eval_fraction: float = 0.05
+    """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
+
+    seed: int = 0
+    """Seed for choosing what is held out, and for all else that is drawn from the data."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "data.")
+        if not (self.path or getattr(self, "datasets", None)):
+            raise ValueError(
+                f"`data.path` is {self.path!r}; give a file, a folder or a hub data set id."
+            )
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"`data.eval_fraction` ({self.eval_fraction}) must be in [0, 1); use 0 to hold "
+                "nothing out."
+            )
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if int in get_args(option.type) and value is not None and value < 1:
+                raise ValueError(f"`data.{option.name}` ({value}) must be at least 1, or null.")
+
+    def about(self) -> str:
+        """Return where the training data is, for the model card."""
+        return ", ".join(f"`{source.path}`" for source, _ in self.sources())
+
+    def sources(self) -> list[tuple[SourceConfig, str]]:
+        """Return the data sets of training, each with the option that names it."""
+        return [(self._source(self.path, self.split), "data.path")]
+
+    def _source(self, path: str, split: str) -> SourceConfig:
+        found: TextFormat = getattr(self, "format", "auto")
+        return SourceConfig(path=path, name=self.name, split=split, format=found)
+
+    def evaluation_source(self) -> tuple[SourceConfig, str] | None:
+        """Return the data set of evaluation and the option that names it."""
+        if not (self.eval_path or self.eval_split):
+            return None
+        path, option = self.eval_path or self.path, "eval_path" if self.eval_path else "path"
+        if self.eval_split and Path(path).expanduser().exists():  # it would be ignored
+            raise ValueError(
+                f"`data.eval_split` ({self.eval_split!r}) is for data sets of the hub, and {path} "
+                "is local; drop it, or give `data.eval_path`."
+            )
+        return self._source(path, self.eval_split or self.split), f"data.{option}"
+
+
+@dataclass(kw_only=True)
+class TextDataConfig(DataSection):
+    """Texts or chats, whatever is learned of them."""
+
+    chat_template: str | None = None
+    """Chat template: a file or the Jinja text itself. The model's own where null."""
+
+
+@dataclass(kw_only=True)
+class DataConfig(TextDataConfig):
+    """Training and evaluation data of supervised fine-tuning.
+
+    Raises:
+        ValueError: If `path` is missing, or options contradict each other.
+    """
 
     datasets: list[Any] | None = None
     """Several data sets instead of `path`: each with `path` and, if need be, `name`, `split`,
@@ -145,9 +152,6 @@ class DataConfig(TextDataConfig):
     mix_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     """With weights, when to stop drawing: once one of `datasets` has run out, or once all have been
     seen, which repeats examples of the others."""
-
-    seed: int = 0
-    """Seed for choosing the held-out rows, drawing from `datasets` and shuffling a stream."""
 
     format: TextFormat = "auto"
     """`messages` (chats), `sharegpt` (column conversations), `prompt-completion` (columns prompt
@@ -159,7 +163,7 @@ class DataConfig(TextDataConfig):
     """Read and encode training examples while they are trained on, again from the first after the
     last; needs `training.max_steps`. The first 1000 are checked before."""
 
-    shuffle_buffer: int = SHUFFLE_BUFFER
+    shuffle_buffer: int = 1000
     """With `streaming`, number of examples from which the next is drawn at random; 0 keeps the
     order of the data."""
 
@@ -172,38 +176,30 @@ class DataConfig(TextDataConfig):
     or `all`."""
 
     def __post_init__(self) -> None:
-        if self.datasets is None:
-            super().__post_init__()
-        else:
-            check_fraction(self.eval_fraction)
-            self.datasets = [SourceConfig.of(one) for one in self.datasets]
-        several = self.datasets or []
-        weights = [one.weight for one in several if one.weight is not None]
-        single = {"path": "", "name": None, "split": "train", "eval_split": None}
-        single |= {} if self.eval_path else {"format": "auto"}
-        changed = [name for name, default in single.items() if getattr(self, name) != default]
-        is_held_out = self.eval_fraction and not (self.eval_path or self.eval_split)
+        several = self.datasets = self.datasets and [SourceConfig.of(one) for one in self.datasets]
+        super().__post_init__()
+        weights = [one.weight for one in several or () if one.weight is not None]
+        alone = ["path", "name", "split", "eval_split", *([] if self.eval_path else ["format"])]
+        changed = [name for name in alone if getattr(self, name) != getattr(DataConfig, name)]
         repeats = self.mix_strategy != "first_exhausted"
         problems = {
-            "`data.datasets` is empty; list data sets, or give `data.path`": self.datasets == [],
-            f"`data.{changed and changed[0]}` is for a single data set, and there are "
-            "`data.datasets`; set it for one of those": bool(several and changed),
+            f"`data.{[*changed, 'path'][0]}` is for a single data set, and there are "
+            "`data.datasets`; set it for one of those": several and changed,
             "some of `data.datasets` have a `weight` and others none; give all one, or none": (
-                bool(weights) and len(weights) < len(several)
+                0 < len(weights) < len(several or ())
             ),
-            "`data.mix_strategy` is for `data.datasets` with weights, and streams begin again and "
-            "never run out; drop it": repeats and (self.streaming or not weights),
+            "`data.mix_strategy` is for `data.datasets` with weights, and streams never run out; "
+            "drop it": repeats and (self.streaming or not weights),
             f"`data.shuffle_buffer` ({self.shuffle_buffer}) must be at least 0, and is for "
             "`data.streaming`; other data is shuffled as a whole": (
-                self.shuffle_buffer < 0
-                or (self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming)
+                self.shuffle_buffer < 0 or (self.shuffle_buffer != 1000 and not self.streaming)
             ),
-            f"`data.eval_fraction` ({self.eval_fraction}) with `data.streaming`: a part of data "
-            "that is not read as a whole cannot be held out; give `data.eval_path`, or 0": (
-                self.streaming and bool(is_held_out)
+            f"`data.eval_fraction` ({self.eval_fraction}) cannot be held out of what is read by "
+            "`data.streaming`; give `data.eval_path`, or 0": (
+                self.streaming and self.eval_fraction and not (self.eval_path or self.eval_split)
             ),
             "`data.datasets` with `data.streaming` would come one after the other; give each a "
-            "`weight`": self.streaming and len(several) > 1 and not weights,
+            "`weight`": self.streaming and len(several or ()) > 1 and not weights,
         }
         for problem, is_found in problems.items():
             if is_found:
@@ -211,9 +207,8 @@ class DataConfig(TextDataConfig):
 
     def sources(self) -> list[tuple[SourceConfig, str]]:
         """Return the data sets of training, each with the option that names it."""
-        if self.datasets is None:
-            return super().sources()
-        return [(source, "data.datasets") for source in self.datasets]
+        several = [(source, "data.datasets") for source in self.datasets or ()]
+        return several or super().sources()
 
 
 @dataclass(kw_only=True)
@@ -238,9 +233,6 @@ class PromptDataConfig(TextDataConfig):
     file, a folder of them, a hub data set id; or reasoning-gym:TASK, such as
     reasoning-gym:chain_sum, which is generated. Required."""
 
-    seed: int = 0
-    """Seed for choosing the held-out rows, and for what reasoning-gym generates."""
-
     size: int | None = None
     """Number of examples that reasoning-gym generates; 1000 where null."""
 
@@ -252,14 +244,12 @@ class PromptDataConfig(TextDataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "size")
-        made, read = (self.size, self.options), (self.eval_path, self.eval_split)
-        if any(value is not None for value in (read if self.is_generated else made)):
-            raise ValueError(
-                "`data.size` and `data.options` are for what reasoning-gym generates, "
-                f"`data.eval_path` and `data.eval_split` for other data, and `data.path` is "
-                f"{self.path!r}; drop them."
-            )
+        for name in ("eval_path", "eval_split") if self.is_generated else ("size", "options"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"`data.{name}` ({value!r}) is ignored where `data.path` is {self.path!r}: "
+                    "reasoning-gym generates what `size` and `options` say; drop it."
+                )
 
     @property
     def is_generated(self) -> bool:
@@ -268,20 +258,11 @@ class PromptDataConfig(TextDataConfig):
 
 
 @dataclass(kw_only=True)
-class TextClassConfig:
-    """Texts, each of one class."""
-
-    path: str = ""
-    """Training data with columns `text` and `label`: a file, a folder, or a hub data set id."""
-
-    split: str = "train"
-    """Split of a hub data set to train on."""
+class TextClassConfig(DataSection):
+    """Texts, each of one class: columns `text` and `label`."""
 
     eval_fraction: float = 0.1
-    """Fraction of the training data held out for evaluation."""
-
-    seed: int = 0
-    """Seed for choosing the held-out rows."""
+    """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
 
     num_train: int | None = None
     """Train on this many rows; all where null."""
@@ -289,34 +270,15 @@ class TextClassConfig:
     max_length: int = 128
     """Tokens at which texts are cut."""
 
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`data.path` is {self.path!r}; give a file with columns text and label."
-            )
-        check_fraction(self.eval_fraction)
-        check_counts(self, "num_train", "max_length")
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return f"`{self.path}`"
-
 
 @dataclass(kw_only=True)
-class ImageDataConfig:
+class ImageDataConfig(DataSection):
     """Training and evaluation images, each of one class."""
 
     path: str = ""
     """Training images: a folder with a folder of images per class (or with the folders `train` and
     `val` or `test` of such), a hub data set id, or torchvision:CIFAR10, torchvision:CIFAR100,
     torchvision:OxfordIIITPet or torchvision:Flowers102. Required."""
-
-    name: str | None = None
-    """Configuration of a hub data set, where it has several."""
-
-    split: str | None = None
-    """Split of a hub or torchvision data set to train on; `train` (OxfordIIITPet: `trainval`) where
-    null."""
 
     image_column: str | None = None
     """Column of a hub data set with the images; the only one of that kind where null."""
@@ -328,18 +290,8 @@ class ImageDataConfig:
     """Folder of torchvision's data sets, downloaded into it where missing; in torch's cache where
     null."""
 
-    eval_path: str | None = None
-    """Evaluation images, as `path`. Without them, `eval_fraction` of the training images is held
-    out."""
-
-    eval_split: str | None = None
-    """Split of a hub or torchvision data set to evaluate on, instead of holding out a fraction."""
-
     eval_fraction: float = 0.1
     """Fraction of each class held out for evaluation; 0 evaluates on nothing."""
-
-    seed: int = 0
-    """Seed for choosing held-out images and for the limits per class."""
 
     train_per_class: int | None = None
     """Train on this many images of each class; all where null."""
@@ -356,42 +308,3 @@ class ImageDataConfig:
 
     check_images: bool = True
     """Decode every image before training, so that a broken one is found before work is lost."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(
-                f"`data.path` is {self.path!r}; give a folder with a folder of images per class, a "
-                f"hub data set id, or one of torchvision's, such as {TORCHVISION_PREFIX}CIFAR10."
-            )
-        check_fraction(self.eval_fraction)
-        check_counts(self, "train_per_class", "eval_per_class", "image_size")
-        choose(self.augmentation, ("none", "flip", "crop"), option="data.augmentation")
-
-    def about(self) -> str:
-        """Return where the training data is, for the model card."""
-        return f"`{self.path}`"
-
-
-def refuse_split(path: str, option: str, split: str) -> None:
-    """Refuse a split of data that is local: it would be ignored, and all of the data taken."""
-    if Path(path).expanduser().exists():
-        raise ValueError(
-            f"`{option}` ({split!r}) is for data sets of the hub, and {path} is local; drop it, "
-            "or give `data.eval_path`."
-        )
-
-
-def check_fraction(fraction: float) -> None:
-    """Refuse a share of held-out data that leaves nothing to train on."""
-    if not 0 <= fraction < 1:
-        raise ValueError(
-            f"`data.eval_fraction` ({fraction}) must be in [0, 1); use 0 to hold nothing out."
-        )
-
-
-def check_counts(section: object, *names: str) -> None:
-    """Refuse numbers below 1 among options of a `data` section that may be null."""
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`data.{name}` ({value}) must be at least 1, or null.")

@@ -105,15 +105,11 @@ class Encoder:
         Most templates write the arguments of calls as JSON themselves and would write those of a
         text twice; some can only take a text.
         """
-        rule = ""
-        if not self.tokenizer.chat_template:
-            rule = "is a chat, but the tokenizer has no chat template; give `data.chat_template`"
-        elif self.learn_all and example.skipped:
-            rule = (
-                "has turns of weight 0, and `data.loss` 'all' learns every turn; drop one of them"
-            )
-        elif self.processor is None and example.images:
-            rule = "has images, which neither this task nor a stream takes; take them out"
+        rule = "has images, which neither this task nor a stream takes; take them out"
+        if self.learn_all and example.skipped:
+            rule = "has turns of weight 0, and `data.loss` 'all' learns every turn; drop one"
+        elif self.processor is not None or not example.images:
+            rule = ""
         if rule:
             raise ValueError(f"{example.place} {rule}.")
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
@@ -133,26 +129,25 @@ class Encoder:
         """
         text = str(self._render(example, example.messages, tokenize=False))
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        needed, marks, marked = [], {}, []
+        needed = {_name(tool): f"tools[{i}]" for i, tool in enumerate(example.tools or ())}
+        marks, marked = {}, []
         for turn, message in enumerate(example.messages):
             where = f"of turn {turn + 1} (role {message['role']!r})"
             calls = (*message.get("tool_calls", ()), message.get("function_call", {}))
-            names = [call.get("function", call).get("name", "") for call in calls]
-            needed += [(f"tool_calls {where}", name) for name in names]
+            needed |= {_name(call): f"tool_calls {where}" for call in calls}
             if turn in turns:
+                needed |= {message.get(name, ""): f"{name} {where}" for name in _WRITTEN}
                 pieces = IMAGE.split(message["content"])[::2]
-                needed += [(f"content {where}", piece) for piece in pieces]
-                needed += [(f"{name} {where}", message.get(name, "")) for name in _WRITTEN]
+                needed |= dict.fromkeys(pieces, f"content {where}")
             elif message["content"]:
-                marks[f"content {where}"] = f"zq{turn}qz"
-            marked.append({**message, "content": marks.get(f"content {where}", message["content"])})
-        tools = enumerate(example.tools or ())
-        needed += [(f"tools[{i}]", tool.get("function", tool)["name"]) for i, tool in tools]
+                marks[f"zq{turn}qz"] = f"content {where}"
+                message = {**message, "content": f"zq{turn}qz"}
+            marked.append(message)
         squeezed = _UNREAD.sub("", text)
-        missing = [what for what, piece in needed if _UNREAD.sub("", piece) not in squeezed]
+        missing = [what for piece, what in needed.items() if _UNREAD.sub("", piece) not in squeezed]
         with contextlib.suppress(ValueError):  # A template may ask for certain texts.
             shown = self._render(example, marked, tokenize=False)
-            missing += [what for what, mark in marks.items() if mark not in shown]
+            missing += [what for mark, what in marks.items() if mark not in shown]
         num_images = len(example.images)
         if self.processor is not None and text.count(self.processor.image_token) != num_images:
             missing.append(f"each of {num_images} images once")
@@ -222,25 +217,30 @@ class Encoder:
         self, example: Example, messages: list[Message], *, tokenize: bool = True, **options: Any
     ) -> Any:
         """Return the text of a chat, or its tokens with as many for each image as it has."""
-        from jinja2 import TemplateError
-
         options |= {"tools": example.tools, "chat_template": self._marked_template}
-        writer: Any = self.tokenizer
-        if self.processor is not None:
-            writer, messages = self.processor, [as_parts(message) for message in messages]
-            options["processor_kwargs"] = {"add_special_tokens": False}
-        try:
-            made = writer.apply_chat_template(
-                messages, tokenize=tokenize, return_dict=tokenize, **options
-            )
-        except (TemplateError, TypeError) as error:
-            problem = f"the chat template cannot render it ({error})"
-            raise ValueError(
-                f"{example.place}: {problem}; give another `data.chat_template`."
-            ) from error
-        if self.processor is None or not tokenize:
-            return made
-        return {name: made[name][0] for name in ("input_ids", "assistant_masks") if name in made}
+        options |= {"tokenize": tokenize, "return_dict": tokenize}
+        if self.processor is None:
+            return apply_template(self.tokenizer, messages, example.place, **options)
+        options["processor_kwargs"] = {"add_special_tokens": False}
+        messages = [as_parts(message) for message in messages]
+        made = apply_template(self.processor, messages, example.place, **options)
+        return {name: value[0] for name, value in made.items()} if tokenize else made
+
+
+def apply_template(writer: Any, messages: list[Message], place: str, **options: Any) -> Any:
+    """Apply the chat template of a tokenizer or processor; an error names the row."""
+    from jinja2 import TemplateError
+
+    try:
+        return writer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        rule = f"the chat template cannot render it ({error}); give a `data.chat_template` that can"
+        raise ValueError(f"{place}: {rule}.") from error
+
+
+def _name(tool: dict[str, Any]) -> str:
+    """Return the name of a function's description or call."""
+    return str(tool.get("function", tool).get("name", ""))
 
 
 def _find_marked_template(writer: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from pacatune.data.chat_images import END, START, mark_image, references
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row
-from pacatune.names import guess
+from pacatune.names import nearest
 
 Message = dict[str, Any]
 
@@ -21,34 +21,18 @@ COLUMNS = {
     "text": ("text",),
     "mmlu": ("question", "choices", "answer"),
 }
-_ACCEPTED = (
-    "messages | conversations | prompt, completion | instruction, (input,) output | text | "
-    "question, choices, answer"
-)
+_ACCEPTED = " | ".join(", ".join(columns) for columns in COLUMNS.values())
 # What chat templates know; the assistant's turns alone are learned.
-_ROLES = (
-    *("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"),
-)
-# What ShareGPT's data calls them, as LLaMA-Factory reads it; others' names are known to be wrong.
-_SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "function_call"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("observation", "tool"), "tool"),
-}
-_MEANT = {**_SPEAKERS, **dict.fromkeys(("bot", "model", "ai", "chatgpt"), "assistant")}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+# What ShareGPT's data calls them, as LLaMA-Factory reads it.
+_SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant"}
+_SPEAKERS["observation"] = "tool"
 # Columns that say something to the model, here or in other programs.
-_OF_OTHERS = (
-    *("tools", "images", "system", "history", "functions", "documents", "chat_template_kwargs"),
-)
+_OF_OTHERS = ("tools", "images", "system", "history", "functions", "documents")
 # OpenAI's name for whether a message is learned; Axolotl's, TRL's and ms-swift's.
 _WEIGHTS = ("weight", "train", "training", "loss")
 # What they say of parts of a message, or of degrees.
 _FINER = {"train_detail", "training_detail", "loss_scale"}
-
-# For models without a chat template; the wording of Stanford Alpaca without its preamble.
-_INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
-_INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,41 +72,41 @@ class Example:
         ]
 
 
-def to_examples(rows: Iterable[Row], format: str, *, has_template: bool) -> Iterator[Example]:
+def to_examples(
+    rows: Iterable[Row], format: str = "auto", *, has_template: bool = True
+) -> Iterator[Example]:
     """Yield one checked example per row; every row must have the format of the first.
 
     Without a chat template, instructions become plain text.
     """
     for row in rows:
         format = _find_format(row, format)
-        column = COLUMNS[format][-1]
+        values, column = row.values, COLUMNS[format][-1]
         if format == "mmlu":
-            question = to_question(row)
-            yield Example(row.place, question.prompt(), question.completion())
-            continue
-        if format == "instruction":
-            row, column = _from_instruction(row, has_template), "completion"
+            question, column = to_question(row), "completion"
+            values = {"prompt": question.prompt(), column: question.completion()}
+        elif format == "instruction":
+            values, column = _from_instruction(row, has_template), "completion"
         elif format == "sharegpt":
-            row = _from_sharegpt(row)
+            values = _from_sharegpt(row)
         elif format != "prompt-completion":
-            row = Row(row.place, {**row.values, "prompt": None})
-        yield to_answer(row, column, format)
+            values = {**values, "prompt": None}
+        yield to_answer(Row(row.place, values), column, format)
 
 
 def _find_format(row: Row, format: str) -> str:
     """Return the format that the columns of a row fit, which that of the rows before must be."""
     present = present_columns(row)
     fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
-    if format == "auto" and not fits:
-        found = f"columns {sorted(row.values)} fit no format"
-        raise ValueError(f"{row.place}: {found}; rename them: accepted are {_ACCEPTED}.")
-    if format == "auto" or format in fits or format == "mmlu":  # whose check knows its layouts
-        return fits[0] if format == "auto" else format
-    if fits:
-        found = f"format {fits[0]!r} among rows of format {format!r}"
-        raise ValueError(f"{row.place}: {found}; one run takes one format: split the data.")
-    check_columns(row, COLUMNS[format], f"format {format!r} needs {', '.join(COLUMNS[format])}")
-    return format
+    if format in fits or format == "mmlu":  # whose check knows its layouts
+        return format
+    if format == "auto" and fits:
+        return fits[0]
+    needed = "" if format == "auto" else f" of format {format!r} ({', '.join(COLUMNS[format])})"
+    raise ValueError(
+        f"{row.place}: the columns {sorted(present)} are not those{needed}; rename them, or split "
+        f"the data: one data set has one format. Accepted are {_ACCEPTED}."
+    )
 
 
 def check_columns(row: Row, needed: Sequence[str], rule: str) -> None:
@@ -148,7 +132,7 @@ def to_answer(row: Row, column: str, format: str = "preference") -> Example:
     if prompt is not None and isinstance(prompt, list) != is_chat:
         both = f"'prompt' ({prompt!r:.40}) and {column!r} ({completion!r:.40})"
         raise ValueError(f"{row.place}: {both} must both be texts or both lists of messages.")
-    if format == "text" or not is_chat:
+    if not is_chat:
         _check_unused(row, format)
         start = "" if prompt is None else _text(row, "prompt")
         return Example(row.place, start, _text(row, column))
@@ -176,7 +160,6 @@ def to_answer(row: Row, column: str, format: str = "preference") -> Example:
 
 def to_prompt(row: Row) -> str | list[Message]:
     """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
-    _check_unused(row, "prompt")
     if not isinstance(row.values["prompt"], list):
         return _text(row, "prompt")
     messages = _messages(row, "prompt", is_context=True)
@@ -195,18 +178,16 @@ def _check_unused(row: Row, format: str, *used: str) -> None:
         raise ValueError(f"{row.place}: column {found[0]!r} {rule}; {fix}.")
 
 
-def _from_instruction(row: Row, has_template: bool) -> Row:
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    more = _text(row, "input") if row.values.get("input") else ""
-    prompt: Any = (_INSTRUCTION_INPUT if more else _INSTRUCTION).format(
-        instruction=instruction, input=more
-    )
-    completion: Any = output
+def _from_instruction(row: Row, has_template: bool) -> dict[str, Any]:
+    names = ("instruction", *(["input"] if row.values.get("input") else []), "output")
+    texts = {name: _text(row, name) for name in names}
+    answer: Any = texts.pop("output")
+    prompt: Any = "".join(f"### {name.title()}:\n{text}\n\n" for name, text in texts.items())
+    prompt += "### Response:\n"  # Stanford Alpaca's headings, without its preamble
     if has_template:
-        question = "\n\n".join(filter(None, (instruction, more)))
-        prompt = [{"role": "user", "content": question}]
-        completion = [{"role": "assistant", "content": output}]
-    return Row(row.place, {**row.values, "prompt": prompt, "completion": completion})
+        prompt = [{"role": "user", "content": "\n\n".join(texts.values())}]
+        answer = [{"role": "assistant", "content": answer}]
+    return {**row.values, "prompt": prompt, "completion": answer}
 
 
 def _text(row: Row, column: str) -> str:
@@ -236,8 +217,8 @@ def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: 
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept["role"]
     if role not in _ROLES:  # an answer of another name would not be learned
-        meant = _MEANT.get(role.lower())
-        hint = f"did you mean {meant!r}? " if meant else guess(role, _ROLES)
+        near = nearest(role, (*_SPEAKERS, *_ROLES))
+        hint = f"did you mean {_SPEAKERS.get(near, near)!r}? " if near else ""
         raise ValueError(f"{what} has the role {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
     if finer := _FINER & kept.keys():
         rule = "a turn is learned as a whole or not at all: give it a 'weight' of 0 or 1 instead"
@@ -296,15 +277,13 @@ def _check_functions(value: Any, what: str) -> None:
             raise ValueError(f"{what} has {item!r:.80}; each must be an object with a name.")
 
 
-def _from_sharegpt(row: Row) -> Row:
-    """Return a row of ShareGPT with its turns as messages; TRL's function keeps the speakers."""
+def _from_sharegpt(row: Row) -> dict[str, Any]:
+    """Return the values of a row with ShareGPT's turns as messages."""
     turns, system = row.values["conversations"], row.values.get("system")
     if isinstance(turns, list):  # else the check of messages says what it must be
         turns = [_from_turn(f"{row.place}: conversations[{i}]", t) for i, t in enumerate(turns)]
-    if system and isinstance(turns, list):
-        turns = [{"role": "system", "content": system}, *turns]
-    values = {"conversations": turns, "system": None, "prompt": None}
-    return Row(row.place, {**row.values, **values})
+        turns = [*([{"role": "system", "content": system}] if system else []), *turns]
+    return {**row.values, "conversations": turns, "system": None, "prompt": None}
 
 
 def _from_turn(what: str, turn: Any) -> Any:
@@ -312,14 +291,11 @@ def _from_turn(what: str, turn: Any) -> Any:
         return turn  # a message already, or wrong
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     speaker, content = str(turn["from"]), turn.get("value")
-    if speaker not in _SPEAKERS:
-        hint = guess(speaker, _SPEAKERS)
-        raise ValueError(f"{what} is from {speaker!r:.80}; {hint}known are {', '.join(_SPEAKERS)}.")
     if speaker == "function_call":
         calls = _listed(_parse_json(content, what))
         rest["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
-    return {**rest, "role": _SPEAKERS[speaker], "content": content}
+    return {**rest, "role": _SPEAKERS.get(speaker, speaker), "content": content}
 
 
 def _parse_json(text: Any, what: str) -> Any:

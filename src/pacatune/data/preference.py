@@ -6,10 +6,10 @@ chat where a generation ends, and say of no row what is wrong with it.
 """
 
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pacatune.data.config import TextDataConfig
 from pacatune.data.encode import IGNORED, Encoder, common_prefix
@@ -17,67 +17,40 @@ from pacatune.data.formats import Example, check_columns, present_columns, to_an
 from pacatune.data.prepare import PreparedData, find_examples, make_tables
 from pacatune.data.read import Row
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-SCORED_COLUMNS = ("chosen_ids", "rejected_ids")
-JUDGED_COLUMNS = ("prompt_ids", "completion_ids", "label")
-
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def prepare_pairs(
-    config: TextDataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
-    num_processes: int | None = None,
-    scored: bool = False,
+    config: TextDataConfig, encoder: Encoder, num_processes: int | None = None
 ) -> PreparedData:
-    """Read, check and encode pairs.
+    """Read, check and encode pairs: rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    Returns rows of `PAIR_COLUMNS`; with `scored`, for a model that scores whole texts, rows of
-    `SCORED_COLUMNS`, each with the prompt in it, and those longer than `max_length` are left out.
+    Where all is learned, for a model that scores whole texts, the prompt is in both, and pairs that
+    are longer than `max_length` are left out.
     """
-    encoder = Encoder(
-        tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length, learn_all=scored
-    )
-    convert = partial(to_pairs, needs_prompt=not scored)
+    examples = find_examples(config, partial(to_pairs, needs_prompt=not encoder.learn_all))
     encode = partial(_encode_pair, encoder=encoder)
-    examples = find_examples(config, convert)
-    return make_tables(config, *examples, encode, max_length, num_processes, not scored)[1]
+    return make_tables(config, encoder, *examples, num_processes, encode)[1]
 
 
 def prepare_judged(
-    config: TextDataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
-    num_processes: int | None = None,
+    config: TextDataConfig, encoder: Encoder, num_processes: int | None = None
 ) -> PreparedData:
-    """Read, check and encode judged answers, as `prepare_pairs`; returns rows of `JUDGED_COLUMNS`.
+    """Read, check and encode judged answers: rows of `prompt_ids`, `completion_ids` and `label`.
 
     Those to train on are in an order that is drawn from `config.seed`, since KTO trains in that
     order.
     """
-    encoder = Encoder(tokenizer=tokenizer, stop_ids=stop_ids, max_length=max_length)
     encode, examples = partial(_encode_judged, encoder=encoder), find_examples(config, to_judged)
-    _, found = make_tables(config, *examples, encode, max_length, num_processes)
+    _, found = make_tables(config, encoder, *examples, num_processes, encode)
     train: Any = found.train
-    labels = set(train["label"])
-    if len(labels) == 1:
-        rule = "so that nothing says which answers are better; give answers of both kinds"
-        found.warnings.append(f"every training example has the label {labels.pop()}, {rule}.")
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
     return replace(found, train=train.select(order))
 
 
 def to_pairs(
-    rows: Iterable[Row], format: str = "preference", *, needs_prompt: bool
+    rows: Iterable[Row], format: str = "", *, needs_prompt: bool = False
 ) -> Iterator[tuple[Example, Example]]:
     """Yield the preferred and the other answer of each row, checked.
 
@@ -94,7 +67,7 @@ def to_pairs(
         yield to_answer(row, "chosen"), to_answer(row, "rejected")
 
 
-def to_judged(rows: Iterable[Row], format: str = "preference") -> Iterator[tuple[Example, bool]]:
+def to_judged(rows: Iterable[Row], format: str = "") -> Iterator[tuple[Example, bool]]:
     """Yield each answer with whether it is desirable; a pair is two of them."""
     needed = ("prompt", "completion", "label")
     for row in rows:
@@ -117,7 +90,7 @@ def _with_prompt(row: Row) -> Row:
     answers = {name: row.values[name] for name in ("chosen", "rejected")}
     kinds = {type(answer) for answer in answers.values()}
     parts = extract_prompt(answers) if kinds in ({str}, {list}) and all(answers.values()) else {}
-    if not all(parts.get(name) for name in ("prompt", *answers)):
+    if not parts or not all(parts.values()):
         rule = "there is no 'prompt', and 'chosen' and 'rejected' are no texts that share one"
         raise ValueError(f"{row.place}: {rule}; add the column prompt.")
     return Row(row.place, {**row.values, **parts})
@@ -126,16 +99,16 @@ def _with_prompt(row: Row) -> Row:
 def _encode_pair(pair: tuple[Example, Example], *, encoder: Encoder) -> dict[str, Any]:
     """Return the tokens of the prompt and of both answers, or of both texts if all is learned."""
     chosen, rejected = map(encoder, pair)
-    notes = sorted({*chosen["notes"], *rejected["notes"]})
-    if encoder.learn_all and "cut" in notes:
-        notes = ["lost"]
+    notes = {*chosen["notes"], *rejected["notes"]}
+    if encoder.learn_all or "lost" in notes:
+        notes = {"lost"} if {"lost", "cut"} & notes else set()
     (start, end), (other_start, other_end) = _learned_span(chosen), _learned_span(rejected)
     ids, others = chosen["input_ids"], rejected["input_ids"]
     start = min(start, other_start, common_prefix(ids[:start], others[:other_start]))
     return {
         "place": chosen["place"],
         "num_tokens": max(chosen["num_tokens"], rejected["num_tokens"]),
-        "notes": ["lost"] if "lost" in notes else notes,
+        "notes": sorted(notes),
         "chosen_ids": ids[start:end],
         "rejected_ids": others[start:other_end],
         **({} if encoder.learn_all else {"prompt_ids": ids[:start]}),
@@ -147,8 +120,7 @@ def _encode_judged(judged: tuple[Example, bool], *, encoder: Encoder) -> dict[st
     row = encoder(judged[0])
     (start, end), ids = _learned_span(row), row.pop("input_ids")
     del row["labels"]
-    answer = {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": judged[1]}
-    return {**row, **answer}
+    return {**row, "prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": judged[1]}
 
 
 def _learned_span(row: dict[str, Any]) -> tuple[int, int]:

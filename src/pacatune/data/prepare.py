@@ -1,25 +1,24 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
-from pacatune.data.choices import CSV_COLUMNS
-from pacatune.data.config import DataConfig, SourceConfig, TextDataConfig
+from pacatune.data.config import DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import to_examples
-from pacatune.data.read import Row, read_rows
+from pacatune.data.read import Row, is_local, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
     from rich.console import Console
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 NUM_SAMPLED = 1000
@@ -84,7 +83,7 @@ def prepare_data(
         special_tokens=config.special_tokens,
         processor=processor,
     )
-    parts, found = make_tables(config, sampled, held_out, encoder, max_length, num_processes)
+    parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
     found = replace(found, train=_mixed(parts, config), processor=processor)
     if not config.streaming:
         return found
@@ -112,7 +111,6 @@ class Examples:
             source.path,
             name=source.name,
             split=source.split,
-            csv_columns=CSV_COLUMNS if source.format == "mmlu" else None,
             option=self.option,
             streaming=self.streaming,
         )
@@ -197,7 +195,7 @@ def _features(columns: Iterable[str]) -> "Features":
 
 
 def find_examples(
-    config: TextDataConfig, convert: Callable[[Iterable[Row], str], Iterator[Any]]
+    config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]]
 ) -> tuple[list[Examples], Examples | None]:
     """Return the data sets of training, and that of evaluation if it is not a part of them."""
     streaming = getattr(config, "streaming", False)
@@ -206,58 +204,63 @@ def find_examples(
     return sources, None if held_out is None else Examples(*held_out, convert, streaming)
 
 
+def check_first_rows(
+    config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]] | None
+) -> None:
+    """Refuse local data that is not there, or whose first rows `convert` cannot use."""
+    sources, held_out = find_examples(config, convert or (lambda rows, _: iter(rows)))
+    for one in filter(None, (*sources, held_out)):
+        if is_local(one.source.path, one.option) and convert is not None:
+            next(iter(one))
+
+
 def make_tables(
-    config: TextDataConfig,
+    config: DataSection,
+    encoder: Encoder,
     sources: list[Examples],
     held_out: Examples | None,
-    encode: Encode,
-    max_length: int | None,
     num_processes: int | None,
-    must_end: bool = True,
+    encode: Encode | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
     """Encode, split and check data sets; return each for training, and all in one.
 
-    With `must_end`, examples should end in a stop token.
+    What is not encoded by `encoder` alone is by `encode`.
     """
     warnings: list[str] = []
-    parts, evaluation = [], []
-    for one in (*sources, held_out):  # so that all is read before anything is encoded
-        _ = one and one.survey
+    parts, evaluation, limit = [], [], encoder.max_length
     for one in sources:
-        data = one.encoded(encode, num_processes)
+        data = one.encoded(encode or encoder, num_processes)
         fraction = 0 if held_out else config.eval_fraction
-        rest, others = hold_out(data["place"][:], fraction, config.seed)
+        rest, others = map(sorted, hold_out(data["place"][:], fraction, config.seed))
         what = f"{one.source.path} training" if len(sources) > 1 else "training"
-        parts.append(keep_learnable(data.select(rest), what, max_length, warnings, must_end))
+        parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
-    found = held_out.encoded(encode, num_processes) if held_out else _joined(evaluation)
+    found = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
     if found is not None:
-        found = keep_learnable(found, "evaluation", max_length, warnings, must_end)
+        found = keep_learnable(found, "evaluation", limit, warnings)
         if "images" not in found.column_names:  # other images may have the same tokens
             warnings += [warning for part in parts for warning in find_overlap(part, found)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
-    longest = min(longest, max_length or longest)
-    return parts, PreparedData(_joined(parts), found, longest, warnings)
+    return parts, PreparedData(_joined(parts), found, min(longest, limit or longest), warnings)
 
 
-def hold_out(keys: Sequence[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of the rows, at least one; return the places of both parts.
+def hold_out(keys: Iterable[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out a fraction of the rows, at least one; return the places of both parts, as drawn.
 
     Rows of the same key are in the same part.
     """
     import torch
 
-    names = list(dict.fromkeys(keys))
-    number = max(1, round(len(names) * fraction)) if fraction else 0
-    if number >= len(names):
-        rule = f"`data.eval_fraction` ({fraction}) of {len(names)} rows leaves none to train on"
-        raise ValueError(f"{rule}; give more data or `data.eval_path`, or set it to 0.")
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = {names[place] for place in order[:number]}
-    parts: tuple[list[int], list[int]] = ([], [])
+    places = defaultdict(list)
     for place, key in enumerate(keys):
-        parts[key in held_out].append(place)
-    return parts
+        places[key].append(place)
+    rows, number = list(places.values()), max(1, round(len(places) * fraction)) if fraction else 0
+    if number >= len(rows):
+        rule = f"`data.eval_fraction` ({fraction}) of {len(rows)} rows leaves none to train on"
+        raise ValueError(f"{rule}; give more data or `data.eval_path`, or set it to 0.")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = [rows[place] for place in order]
+    return list(chain(*drawn[number:])), list(chain(*drawn[:number]))
 
 
 def _mixed(parts: list[Any], config: DataConfig) -> Any:
@@ -288,11 +291,10 @@ def show_preview(
     num_examples: int,
     console: "Console",
 ) -> None:
-    """Print the first examples; learned tokens are green, each second token underlined.
+    """Print the first examples; learned tokens are green, or without colour between [[ and ]]."""
+    from rich.text import Text
 
-    Where there is no colour, learned tokens stand between [[ and ]].
-    """
-    mark = "green" if console.color_system else "between [[ and ]]"
+    has_colour = console.color_system is not None
     for row in data.select(range(min(num_examples, len(data)))):
         num_learned = sum(label != IGNORED for label in row["labels"])
         num_tokens, num_kept = row["num_tokens"], len(row["input_ids"])
@@ -300,27 +302,13 @@ def show_preview(
         title = f"{row['place']}: {num_kept} tokens{cut}, {num_learned} learned"
         console.rule()
         console.print(title, markup=False, highlight=False, soft_wrap=True)
-        console.print(_render(row, tokenizer, console))
+        text, pairs = Text(), zip(row["input_ids"], row["labels"], strict=True)
+        for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+            ids = [token for token, _ in run]
+            piece = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            shown = f"[[{piece}]]" if learned and not has_colour else piece
+            text.append(shown, style="bold green" if learned else "dim")
+        console.print(text)
     console.rule()
+    mark = "green" if has_colour else "between [[ and ]]"
     console.print(f"Learned tokens are {mark}; the others are context.", highlight=False)
-
-
-def _render(row: dict[str, Any], tokenizer: Any, console: "Console") -> "Text":
-    from rich.text import Text
-
-    text = Text()
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        ids, shown = [token for token, _ in run], ""
-        if console.color_system is None:
-            whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            text.append(f"[[{whole}]]" if learned else whole)
-            continue
-        for end in range(1, len(ids) + 1):
-            whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-            if whole.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-                continue  # a character made of several tokens belongs to the last
-            style = "bold green" if learned else "dim"
-            text.append(whole[len(shown) :], style=style if end % 2 else f"{style} underline")
-            shown = whole
-    return text

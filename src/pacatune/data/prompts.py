@@ -1,14 +1,16 @@
 """Prompts that a model answers while it trains, from files or made by reasoning-gym."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import overlap_warning
-from pacatune.data.config import REASONING_GYM, PromptDataConfig, SourceConfig
+from pacatune.data.config import REASONING_GYM, PromptDataConfig
+from pacatune.data.encode import apply_template
 from pacatune.data.formats import check_columns, to_prompt
-from pacatune.data.prepare import PreparedData, hold_out
-from pacatune.data.read import Row, read_rows
+from pacatune.data.prepare import PreparedData, find_examples, hold_out
+from pacatune.data.read import Row
 from pacatune.installation import require_extra
 from pacatune.names import choose
 
@@ -27,13 +29,16 @@ def prepare_prompts(
 
     `longest` counts the tokens of the longest prompt and `num_new_tokens` behind it.
     """
-    train = _load(config, tokenizer, *config.sources()[0])
-    if source := config.evaluation_source():
-        held_out = _load(config, tokenizer, *source)
-    else:  # What is generated twice is in one part.
+    convert = partial(to_prompts, system_prompt=config.system_prompt)
+    sources, other = find_examples(config, convert)
+    found: Any = sources[0]
+    if config.is_generated:
+        found = convert(_generate(config, is_chat=bool(tokenizer.chat_template)))
+    train, held_out = _complete(found), _complete(other or ())
+    if other is None:  # What is generated twice is in one part.
         key = "prompt" if config.is_generated else "place"
         keys = [json.dumps(row[key]) for row in train]
-        places = hold_out(keys, config.eval_fraction, config.seed)
+        places = map(sorted, hold_out(keys, config.eval_fraction, config.seed))
         train, held_out = ([train[place] for place in part] for part in places)
     longest = max(len(prompt_ids(row["prompt"], tokenizer, row["place"])) for row in train)
     known, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
@@ -47,18 +52,10 @@ def prompt_ids(
     prompt: str | list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", place: str = "prompt"
 ) -> list[int]:
     """Return the tokens of a prompt, as TRL gives them to the model."""
-    from jinja2 import TemplateError
-
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    try:
-        ids: Any = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        rule = f"is a chat that the chat template cannot render ({error})"
-        raise ValueError(f"{place} {rule}; give another `data.chat_template`.") from error
-    return list(ids["input_ids"])
+    options = {"add_generation_prompt": True, "return_dict": True}
+    return list(apply_template(tokenizer, prompt, place, **options)["input_ids"])
 
 
 def reasoning_gym_data(config: PromptDataConfig) -> Any:
@@ -78,26 +75,6 @@ def reasoning_gym_data(config: PromptDataConfig) -> Any:
         raise ValueError(f"reasoning-gym does not make {name!r} with {given}: {error}.") from error
 
 
-def _load(
-    config: PromptDataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    source: SourceConfig,
-    option: str,
-) -> list[dict[str, Any]]:
-    if config.is_generated:
-        rows = _generate(config, is_chat=bool(tokenizer.chat_template))
-    else:
-        rows = read_rows(source.path, name=source.name, split=source.split, option=option)
-    found = [to_row(row, config.system_prompt) for row in rows]
-    kinds = {type(row["prompt"]): row["place"] for row in reversed(found)}
-    if len(kinds) > 1:
-        both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
-        raise ValueError(f"{both}; convert one of them.")
-    # Every reward function gets every column, with None where a row lacks it.
-    columns = dict.fromkeys(column for row in found for column in row)
-    return [{column: row.get(column) for column in columns} for row in found]
-
-
 def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
     data = reasoning_gym_data(config)
     for index in range(len(data)):
@@ -107,24 +84,38 @@ def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
         yield Row(f"{config.path}, item {index + 1}", values)
 
 
-# What reward functions get beside the columns of the data.
+# What reward functions get beside the columns of the data, and what the model would see.
 _TAKEN = {"place", "prompts", "completions", "completion", "completion_ids", "trainer_state"}
-_TAKEN |= {"log_extra", "log_metric", "environment", "environments", "image"}
+_TAKEN |= {"log_extra", "log_metric", "environment", "environments", "image", "images"}
 
 
-def to_row(row: Row, system_prompt: str | None) -> dict[str, Any]:
-    """Return a checked row with its prompt, and place."""
-    rule = "this task needs it, and gives all other columns to the reward functions"
-    check_columns(row, ("prompt",), rule)
-    if taken := _TAKEN & row.values.keys():
-        rule = "has the name of an argument that every reward function gets; rename it"
-        raise ValueError(f"{row.place}: column {min(taken)!r} {rule}.")
-    prompt = to_prompt(row)
-    if system_prompt is not None:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        has_system = chat[0]["role"] == "system"
-        prompt = chat if has_system else [{"role": "system", "content": system_prompt}, *chat]
-    return {**row.values, "prompt": prompt, "place": row.place}
+def to_prompts(
+    rows: Iterable[Row], format: str = "", system_prompt: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield each row, checked, with its prompt and place."""
+    for row in rows:
+        rule = "this task needs it, and gives all other columns to the reward functions"
+        check_columns(row, ("prompt",), rule)
+        if taken := _TAKEN & row.values.keys():
+            rule = "has the name of an argument that every reward function gets; rename it"
+            raise ValueError(f"{row.place}: column {min(taken)!r} {rule}.")
+        prompt = to_prompt(row)
+        if system_prompt is not None:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            has_system = chat[0]["role"] == "system"
+            prompt = chat if has_system else [{"role": "system", "content": system_prompt}, *chat]
+        yield {**row.values, "prompt": prompt, "place": row.place}
+
+
+def _complete(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give all rows all columns, with None where one lacks them: rewards get every column."""
+    rows = list(found)
+    kinds = {type(row["prompt"]): row["place"] for row in reversed(rows)}
+    if len(kinds) > 1:
+        both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
+        raise ValueError(f"{both}; convert one of them.")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
 
 
 def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
@@ -142,7 +133,7 @@ def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
 
     places = [row.pop("place") for row in rows]
     try:
-        texts = [json.dumps(row) for row in rows]
+        texts = list(map(json.dumps, rows))
     except TypeError as error:
         raise ValueError(
             f"a column of the prompts is no JSON ({error}); write it as text."

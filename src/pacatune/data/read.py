@@ -3,14 +3,14 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+_OF_MMLU = ("question", "A", "B", "C", "D", "answer")
 _EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
 
@@ -27,7 +27,6 @@ def read_rows(
     *,
     name: str | None = None,
     split: str = "train",
-    csv_columns: Sequence[str] | None = None,
     option: str = "data.path",
     streaming: bool = False,
 ) -> Iterator[Row]:
@@ -35,22 +34,20 @@ def read_rows(
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
-    Columns of .csv files without a header are given as `csv_columns`; a first row that names the
-    last of them is a header all the same. `option` is where `path` is from, for messages. With
-    `streaming`, rows of the hub come while they are asked for.
+    MMLU's .csv files, which have no header, get the columns that they are known by. `option` is
+    where `path` is from, for messages. With `streaming`, rows of the hub come while they are asked
+    for.
     """
-    rows: Iterator[Row]
+    sources: Iterable[tuple[str, Iterable[Any]]]
     if is_local(path, option):
-        local = Path(path).expanduser()
-        files = _files_of(local) if local.is_dir() else [local]
-        rows = (row for file in files for row in _read_file(file, csv_columns))
+        sources = ((str(file), _read(file)) for file in _files_of(path))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
-        numbered = enumerate(map(_without_nulls, table), start=1)
-        rows = _numbered(f"{path} ({split})", numbered)
+        sources = [(f"{path} ({split})", map(_without_nulls, table))]
     row = None
-    for row in rows:
-        yield row
+    for source, rows in sources:
+        for row in _numbered(source, rows):
+            yield row
     if row is None:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
 
@@ -65,34 +62,19 @@ def is_local(path: str, option: str) -> bool:
     return False
 
 
-def is_image_folder(path: str, option: str) -> bool:
-    """Whether a path is a folder here; refuse one that is not and can be no data set of the hub."""
+def _files_of(path: str) -> list[Path]:
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return True
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{path} {problem}; `{option}` must be a folder with a folder of images per class."
-        )
-    return False
-
-
-def _files_of(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if not files:
+    if not folder.is_dir():
+        return [folder]
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*"))
+    names = [n for n in names if n.suffix in SUFFIXES and not any(p[0] == "." for p in n.parts)]
+    if not names:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
-    names = [file.relative_to(folder) for file in files]
     held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
-    if held_out and len(held_out) < len(files):
+    if held_out and len(held_out) < len(names):
         found = f"mixes training data with {held_out[0]}, which looks like evaluation data"
         raise ValueError(f"{folder} {found}; give that as `data.eval_path`, apart.")
-    return files
+    return [folder / name for name in names]
 
 
 def read_template(template: str) -> str:
@@ -106,74 +88,54 @@ def read_template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _read_file(file: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
-    if file.suffix not in SUFFIXES:
-        found = f"has the suffix {file.suffix!r}"
-        raise ValueError(f"{file} {found}; data files are {_ACCEPTED}. Convert it.")
+def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
+    number = 1
     try:
-        if file.suffix == ".csv":
-            yield from _numbered(str(file), _read_csv(file, csv_columns))
-        elif file.suffix == ".parquet":
-            from datasets import load_dataset
-
-            table = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-            yield from _numbered(str(file), enumerate(map(_without_nulls, table), start=1))
-        else:
-            yield from _numbered(str(file), _read_json(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error.reason}); convert it to UTF-8.") from error
-
-
-def _numbered(source: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
-    for number, values in rows:
-        place = f"{source}, row {number}"
-        if not isinstance(values, dict):
-            rule = 'each row must be an object with named fields, as {"text": "..."}'
-            raise ValueError(f"{place}: a {type(values).__name__}; {rule}.")
-        yield Row(place, values)
+        for values in rows:
+            if isinstance(values, dict):
+                yield Row(f"{source}, row {number}", values)
+            elif values is not ...:
+                kind = type(values).__name__
+                raise ValueError(f'a {kind} is no object with named fields, as {{"text": "..."}}')
+            number += 1
+    except (ValueError, RecursionError, csv.Error) as error:  # as of JSON and of UTF-8
+        raise ValueError(
+            f"{source}, row {number}: {error}; a .jsonl file has one object per line, a .json "
+            "file is one list of them, and texts are in UTF-8. Mend it."
+        ) from error
 
 
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield objects, one per line or in one list.
+def _read(file: Path) -> Iterator[Any]:
+    """Yield the rows of a file, `...` for an empty line.
 
-    datasets would give the arguments of all tool calls the same fields, and count no lines.
+    datasets would give the arguments of all tool calls in JSON the same fields, and count no lines.
+    It reads CSV by pandas, which would make null of the text NA, and numbers.
     """
-    number = None
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            if file.suffix == ".json":
-                rows = json.load(lines)
-                if not isinstance(rows, list):
-                    raise json.JSONDecodeError("no list of rows", "", 0)
-                yield from enumerate(rows, start=1)
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = "" if number is None else f", row {number}"
-        rule = "a .json file is one list of rows, a .jsonl file has one object per line"
-        raise ValueError(f"{file}{where}: not valid JSON ({error}); {rule}.") from error
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"the suffix {file.suffix!r} is unknown: data files are {_ACCEPTED}")
+    if file.suffix == ".parquet":
+        from datasets import load_dataset
 
-
-def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
-    """Yield rows of texts: pandas, and so datasets, would make null of the text NA, and numbers."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        if columns is not None and next(csv.reader(lines), [""])[-1] == columns[-1]:
-            columns = None
-        lines.seek(0)
-        reader = csv.DictReader(lines, columns, strict=True)
-        for number in count(1):
-            try:
-                values = next(reader, {})
+        table = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        yield from map(_without_nulls, table)
+        return
+    with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
+        if file.suffix == ".csv":
+            *first, last = next(csv.reader(lines), [""])
+            of_mmlu = len(first) == 5 and last in ("A", "B", "C", "D") and "A" not in first
+            lines.seek(0)
+            for values in csv.DictReader(lines, _OF_MMLU if of_mmlu else None, strict=True):
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
-            except csv.Error as error:
-                place = f"{file}, row {number}"
-                raise ValueError(f"{place}: not valid CSV ({error}); mend it.") from error
-            if not values:
-                return
-            yield number, values
+                yield values
+        elif file.suffix == ".jsonl":
+            for line in lines:
+                yield json.loads(line) if line.strip() else ...
+        else:
+            rows = json.load(lines)
+            if not isinstance(rows, list):
+                raise ValueError("no list of rows")
+            yield from rows
 
 
 def load_hub(

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pacatune.data.choices import CSV_COLUMNS, LETTERS, Question, to_question
+from pacatune.data.choices import LETTERS, Question, to_question
 from pacatune.data.read import SUFFIXES, read_rows
 from pacatune.evaluation.harness import require_lm_eval
 from pacatune.files.folder import staged_folder
@@ -150,7 +150,7 @@ def _split_of(file: Path) -> str | None:
 def _read_file(file: Path) -> Iterator[Question]:
     stem = _SPLIT.sub("", file.stem) if _SPLIT.match(file.stem) is None else ""
     named = stem or file.parent.name
-    for row in read_rows(str(file), csv_columns=CSV_COLUMNS):
+    for row in read_rows(str(file)):
         question = to_question(row, subject=named)
         if question.subject not in _subjects():
             hint = guess(question.subject, _subjects()) or "name the file after its subject."
@@ -207,7 +207,7 @@ def lm_eval_folder() -> Path:
 
 
 def _write_rows(folder: Path, name: str, questions: list[Question]) -> str:
-    lines = (json.dumps(q.to_dict(), ensure_ascii=False) + "\n" for q in questions)
+    lines = (json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in questions)
     (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return f"data/{name}.jsonl"
 

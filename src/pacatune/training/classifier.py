@@ -3,13 +3,13 @@
 import hashlib
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
+from pacatune.data.prepare import hold_out
 from pacatune.data.read import read_rows
 from pacatune.training.language import LanguageTask
 from pacatune.training.trainer import accuracy
@@ -42,10 +42,12 @@ def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
     return Dataset.from_dict({**columns, "labels": [classes.index(one) for one in texts["label"]]})
 
 
-def read_texts(path: str, split: str, option: str = "data.path") -> Dataset:
+def read_texts(
+    path: str, split: str, option: str = "data.path", name: str | None = None
+) -> Dataset:
     """Read rows of `text` and `label`, a text too, from a file, folder or data set of the hub."""
     texts, labels = [], []
-    for row in read_rows(path, name=None, split=split, option=option):
+    for row in read_rows(path, name=name, split=split, option=option):
         text, label = row.values.get("text"), row.values.get("label")
         if not isinstance(text, str) or not text.strip() or label is None or label == "":
             raise ValueError(
@@ -59,22 +61,21 @@ def read_texts(path: str, split: str, option: str = "data.path") -> Dataset:
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on and what is held out."""
-    whole = read_texts(config.path, config.split)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(whole), generator=generator).tolist()
-    number = max(1, round(len(order) * config.eval_fraction)) if config.eval_fraction else 0
-    held_out, rest = order[:number], order[number:][: config.num_train]
-    if not rest or (config.num_train or 0) > len(rest):
+    whole, other = read_texts(config.path, config.split, name=config.name), None
+    if source := config.evaluation_source():
+        other = read_texts(source[0].path, source[0].split, source[1], config.name)
+    rest, held_out = hold_out(range(len(whole)), 0 if other else config.eval_fraction, config.seed)
+    train = whole.select(rest[: config.num_train])
+    if (config.num_train or 0) > len(train):
         raise ValueError(
-            f"{config.path} has {len(order)} rows, of which {number} are held out; `data.num_train`"
-            f" ({config.num_train}) must be at most the rest."
+            f"`data.num_train` ({config.num_train}) must be at most {len(train)}, the rows of "
+            f"{config.path} that are not held out."
         )
-    train = whole.select(rest)
     if len(labels := set(train["label"])) < 2:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    return train, whole.select(held_out)
+    return train, other or whole.select(held_out)
 
 
 def texts_digest(texts: Dataset) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from pacatune.data import PreparedData
+from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, pad_id
 
@@ -25,13 +26,13 @@ class PreparedTrainer(LanguageTrainer):
 
 def prepare_dpo(task: LanguageTask) -> PreparedData:
     """Encode pairs of answers."""
-    return prepare_pairs(task.config.data, task.tokenizer, **_options(task))
+    return prepare_pairs(*_encoding(task))
 
 
 def prepare_kto(task: LanguageTask) -> PreparedData:
     """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
     training = task.config.training
-    data = prepare_judged(task.config.data, task.tokenizer, **_options(task))
+    data = prepare_judged(*_encoding(task))
     if training.loss_type == "apo_zero_unpaired":
         return data
     size = training.per_device_train_batch_size
@@ -46,7 +47,7 @@ def prepare_reward(task: LanguageTask) -> PreparedData:
     columns = task.spec.columns
     task.collator = lambda rows: collator([{name: row[name] for name in columns} for row in rows])
     task.loss = loss_of_scores
-    return prepare_pairs(task.config.data, task.tokenizer, scored=True, **_options(task))
+    return prepare_pairs(*_encoding(task, learn_all=True))
 
 
 def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -58,14 +59,16 @@ def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return -logsigmoid(chosen - rejected).mean()
 
 
-def _options(task: LanguageTask) -> dict[str, Any]:
-    """Return what reading the data takes of a run."""
-    training = task.config.training
-    return {
-        "max_length": training.max_length,
-        "stop_ids": find_stop_ids(task.config, task.tokenizer),
-        "num_processes": training.dataset_num_proc,
-    }
+def _encoding(task: LanguageTask, learn_all: bool = False) -> tuple[Any, Encoder, int | None]:
+    """Return what the preparation of the data takes."""
+    config, training = task.config, task.config.training
+    encoder = Encoder(
+        tokenizer=task.tokenizer,
+        stop_ids=find_stop_ids(config, task.tokenizer),
+        max_length=training.max_length,
+        learn_all=learn_all,
+    )
+    return config.data, encoder, training.dataset_num_proc
 
 
 def with_neighbours(data: Dataset, batch_size: int) -> Dataset:

@@ -24,6 +24,8 @@ class TaskSpec:
     `SharedDefaults`."""
     data: str
     """Class of the section `data`."""
+    rows: str = ""
+    """Function that makes examples of rows, or says what is wrong with the first of them."""
     trainer: str = "transformers.Trainer"
     prepare: str = ""
     """Function that reads and encodes the data of a `LanguageTask`, and tells it what else the
@@ -79,6 +81,7 @@ def _on_rewards(name: str) -> TaskSpec:
     return _of_trl(
         name,
         data="pacatune.data.PromptDataConfig",
+        rows="pacatune.data.prompts.to_prompts",
         prepare="pacatune.training.rl.prepare",
         mixin="pacatune.training.rl.SamplingTrainer",
         columns=("row",),
@@ -104,6 +107,7 @@ TASKS: dict[str, TaskSpec] = {
     "sft": _of_trl(
         "SFT",
         data="pacatune.data.DataConfig",
+        rows="pacatune.data.formats.to_examples",
         prepare="pacatune.training.sft.prepare",
         mixin="pacatune.training.sft.TextTrainer",
         refuse={
@@ -118,6 +122,7 @@ TASKS: dict[str, TaskSpec] = {
     "dpo": _of_trl(
         "DPO",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_pairs",
         prepare="pacatune.training.preference.prepare_dpo",
         mixin="pacatune.training.preference.PreparedTrainer",
         columns=("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -133,6 +138,7 @@ TASKS: dict[str, TaskSpec] = {
     "kto": _of_trl(
         "KTO",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_judged",
         prepare="pacatune.training.preference.prepare_kto",
         mixin="pacatune.training.preference.PreparedTrainer",
         columns=("prompt_ids", "completion_ids", "label"),
@@ -146,6 +152,7 @@ TASKS: dict[str, TaskSpec] = {
     "reward": _of_trl(
         "Reward",
         data="pacatune.data.PreferenceDataConfig",
+        rows="pacatune.data.preference.to_pairs",
         prepare="pacatune.training.preference.prepare_reward",
         mixin="pacatune.training.preference.PreparedTrainer",
         auto_class="AutoModelForSequenceClassification",

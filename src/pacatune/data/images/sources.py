@@ -3,7 +3,6 @@
 Its columns are `image` (a path, or bytes as they are stored), `label` and `place`, for messages.
 """
 
-import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from PIL import Image, ImageOps
 
 from pacatune.data.checks import some
-from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig, refuse_split
-from pacatune.data.read import is_image_folder, load_hub
+from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig
+from pacatune.data.read import is_local, load_hub
 from pacatune.names import choose
 
-# torchvision's data sets of the paper's Tables 6 and 7, and their splits; one trains on the first.
+# torchvision's data sets of the paper's Tables 6 and 7, and their splits.
 _SPLITS = {
     "CIFAR10": ("train", "test"),
     "CIFAR100": ("train", "test"),
@@ -62,19 +61,15 @@ def load_image(row: dict[str, Any]) -> Image.Image:
 
 def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:
     """Return the training images, those of evaluation where they are given, and warnings."""
-    path, eval_path, split = config.path, config.eval_path, config.split
-    if config.eval_split is not None:
-        refuse_split(eval_path or path, "data.eval_split", config.eval_split)
-    parts = find_parts(path)
-    if parts:
+    path, split, evaluation = config.path, config.split, config.evaluation_source()
+    eval_path = evaluation and evaluation[0].path
+    if parts := find_parts(path):
         path = parts.pop("train")
-        if eval_path is None and parts:
-            eval_path = parts.pop("validation" if "validation" in parts else "test")
-    train, evaluation = _read(config, path, split, "data.path"), None
-    if eval_path is not None or config.eval_split is not None:
-        split = config.eval_split or split
-        evaluation = _read(config, eval_path or path, split, "data.eval_path")
-    return train, evaluation, [f"{part} is not used." for part in parts.values()]
+        eval_path = eval_path or parts.pop("validation", None) or parts.pop("test", None)
+    train, held_out = _read(config, path, split, "data.path"), None
+    if eval_path:
+        held_out = _read(config, eval_path, config.eval_split or split, "data.eval_path")
+    return train, held_out, [f"{part} is not used." for part in parts.values()]
 
 
 def find_parts(path: str) -> dict[str, str]:
@@ -94,42 +89,47 @@ def find_parts(path: str) -> dict[str, str]:
     return parts
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name[0] != ".")
+
+
 def _folders(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
+    return [path for path in _files(folder) if path.is_dir()]
 
 
-def _read(config: ImageDataConfig, path: str, split: str | None, option: str) -> Any:
+def _read(config: ImageDataConfig, path: str, split: str, option: str) -> Any:
     if path.startswith(TORCHVISION_PREFIX):
         return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
-    if is_image_folder(path, option):
+    if is_local(path, option):
         return read_folder(Path(path).expanduser().absolute())
-    return read_hub(config, path, split or "train")
+    return read_hub(config, path, split)
 
 
 def read_folder(folder: Path) -> Any:
     """Return the images in each class's folder; the folders' names are the classes."""
-    from datasets import Dataset, Features, Value
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as Decoder
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    folders = _folders(folder)
-    if not folders:
+    found = {one: _files(one) for one in _folders(folder)}
+    if not found:
         raise ValueError(
             f"{folder} holds no folders; put the images of each class into a folder of its name."
         )
-    # Each class by itself: "steam train" would be taken for the part `train`. As a stream, without
-    # a copy on disk; not by `load_dataset`, which tells the hub.
-    files = [f"{glob.escape(str(path.resolve()))}/**" for path in folders]
-    builder = ImageFolder(data_files={"train": files}, drop_labels=False)
-    stream = builder.as_streaming_dataset("train").decode(False)
-    found = getattr(stream.features.get("label"), "names", [])
-    if strange := sorted({*found} ^ {path.name for path in folders}):
+    rows, strange = [], []
+    for label, (one, files) in enumerate(found.items()):
+        images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+        places = list(map(str, images))
+        rows += [{"image": {"path": p, "bytes": None}, "label": label, "place": p} for p in places]
+        strange += [file.name for file in files if file.is_dir()] + [one.name] * (not images)
+    if strange:
         raise ValueError(
             f"{folder}: images must lie right in the folders of their classes, some in each and "
-            f"none deeper; mend or remove {some(strange)}."
+            f"none deeper; mend or remove {some(sorted(strange))}."
         )
-    rows = [{**row, "place": row["image"]["path"]} for row in stream]
-    return Dataset.from_list(rows, Features(**stream.features, place=Value("string")))
+    kind = ClassLabel(names=[one.name for one in found])
+    features = Features(image=Decoder(decode=False), label=kind, place=Value("string"))
+    return Dataset.from_list(rows, features)
 
 
 def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
@@ -138,8 +138,8 @@ def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
     from datasets import Image as Decoder
 
     table = load_hub(path, config.name, split, "data.path")
-    image = _choose(table, path, "image_column", config.image_column, Decoder)
-    label = _choose(table, path, "label_column", config.label_column, ClassLabel, Value)
+    image = _choose(table, "image_column", config.image_column, Decoder)
+    label = _choose(table, "label_column", config.label_column, ClassLabel, Value)
     labels = table.select_columns([label])
     if not isinstance(labels.features[label], ClassLabel):
         labels = labels.class_encode_column(label)
@@ -161,27 +161,28 @@ def _complete(table: Any, labels: list[int], kind: Any, place: str) -> Any:
     return table.add_column("place", [f"{place} {number + 1}" for number in range(len(table))])
 
 
-def _choose(table: Any, path: str, option: str, given: str | None, *kinds: type) -> str:
+def _choose(table: Any, option: str, given: str | None, *kinds: type) -> str:
     """Return the column that is given, or the only one of the first kind that there is."""
-    columns: dict[type, list[str]] = {kind: [] for kind in kinds}
-    for name, feature in table.features.items():
-        columns.get(type(feature), []).append(name)
-    found = next(filter(None, columns.values()), []) if given is None else [given]
-    if len(found) != 1 or found[0] not in table.column_names:
+    if given is not None:
+        return choose(given, table.column_names, option=f"data.{option}")
+    names = [[n for n, one in table.features.items() if type(one) is kind] for kind in kinds]
+    found = next(filter(None, names), [])
+    if len(found) != 1:
         raise ValueError(
-            f"{path} has {len(found)} columns that could be meant ({', '.join(found)}); set "
-            f"`data.{option}` to one of {', '.join(table.column_names)}."
+            f"{len(found)} columns could be meant ({', '.join(found)}); set `data.{option}` to one "
+            f"of {', '.join(table.column_names)}."
         )
-    return found[0]
+    return str(found[0])
 
 
-def read_torchvision(config: ImageDataConfig, name: str, split: str | None) -> Any:
+def read_torchvision(config: ImageDataConfig, name: str, split: str) -> Any:
     """Return one split of a data set of torchvision, downloaded where it is missing."""
     import datasets
     import torchvision
 
     name = choose(name, _SPLITS, option="data.path torchvision:")
-    split = choose(split or _SPLITS[name][0], _SPLITS[name], option="data.split")
+    split = "trainval" if (name, split) == ("OxfordIIITPet", "train") else split
+    split = choose(split, _SPLITS[name], option="data.split")
     root = Path(config.root).expanduser() if config.root else Path(torch.hub.get_dir(), "datasets")
     is_cifar = name.startswith("CIFAR")
     which = {"train": split == "train"} if is_cifar else {"split": split}

@@ -58,8 +58,8 @@ class ImageTask(Task):
         """Find images and model, and plan what is trained."""
         config = self.config
         data = prepare_images(config.data)
-        self.classes = data.classes
-        self.base = self._describe_base(data.classes)
+        self.classes = class_names(data.train)
+        self.base = self._describe_base(self.classes)
         adapter_config, notes = choose_adapter(config, self.base)
         processor, size, augmentation = self.base.processor, self.base.size, None
         if config.data.augmentation != "none":
@@ -74,7 +74,7 @@ class ImageTask(Task):
             train=train,
             evaluation=self.evaluation,
             fingerprint=data.fingerprint,
-            about_data=f"{len(train):,} images of {len(data.classes)} classes, {held_out:,} held "
+            about_data=f"{len(train):,} images of {len(self.classes)} classes, {held_out:,} held "
             f"out; {size} x {size} pixels, {head}",
             adapter_config=adapter_config,
             plan=plan_training(config, self.base, adapter_config),
