@@ -111,11 +111,9 @@ def make_batch(num_images: int, size: int, dtype: torch.dtype, seed: int) -> tup
 
 def choose_layers(model: nn.Module, row: Method, rank: int) -> tuple[set[str] | str, list[str]]:
     """Return what `pacatune train-image` adapts by default, and the heads that it trains."""
-    from pacatune.training.image.model import find_heads
-    from pacatune.training.image.targets import choose_targets
+    from pacatune.training.image.model import choose_targets, find_heads
 
-    heads = find_heads(model)
-    return (choose_targets(model, row, rank, heads)[0] if row.has_adapter else ""), heads
+    return (choose_targets(model, row, rank)[0] if row.has_adapter else ""), find_heads(model)
 
 
 def make_step(contender: "Contender", images: Tensor, labels: Tensor) -> Callable[[], float]:
