@@ -25,7 +25,6 @@ _FROM_ZERO = (
     "eval_delay",
     "dataloader_num_workers",
     "neftune_noise_alpha",
-    "mixup_alpha",
 )
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 

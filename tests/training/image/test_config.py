@@ -55,7 +55,6 @@ def test_training_of_another_type():
         ({"prediction_loss_only": True}, "not offered: the accuracy is always measured"),
         ({"batch_eval_metrics": True}, "not offered: the accuracy is measured over all images"),
         ({"per_device_train_batch_size": 0}, r"must be above 0; raise it"),
-        ({"mixup_alpha": -1.0}, r"`training.mixup_alpha` \(-1.0\) must be at least 0"),
         ({"label_smoothing_factor": 1.0}, r"label_smoothing_factor` \(1.0\) must be in \[0, 1\)"),
     ],
 )

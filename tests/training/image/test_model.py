@@ -13,7 +13,7 @@ from transformers import BitImageProcessor, ConvNextImageProcessor
 
 from pacatune.training import LoraSection, PacaSection
 from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads, size_of
-from pacatune.training.image.task import ImageTask, choose_adapter, make_trainable
+from pacatune.training.image.task import ImageTask, make_trainable
 from tests.image_models import CLASSES, save_timm
 
 
@@ -338,7 +338,7 @@ def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
     config = make_config(model={"path": str(tmp_path)}, paca=PacaSection(r=4))
     base = ImageBase(str(tmp_path), None, CLASSES, None)
     assert find_heads(base.empty_model()) == heads
-    adapter_config, _ = choose_adapter(config, base.empty_model())
+    _, adapter_config, _ = plan(config)
     model = make_trainable(base.load(torch.float32), adapter_config, "paca")
     assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
     pixels = torch.randn(2, 3, base.size, base.size)
@@ -359,7 +359,7 @@ def test_two_heads_are_both_trained():
 def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
     config = make_config(model={"revision": "main"})
     base = ImageBase(config.model.path, None, CLASSES, None)
-    adapter_config, _ = choose_adapter(config, base.empty_model())
+    _, adapter_config, _ = plan(config)
     make_trainable(base.load(torch.float32), adapter_config, "paca").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(vit_dir)

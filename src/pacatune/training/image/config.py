@@ -57,11 +57,8 @@ class ImageTrainingConfig(ClassifierTrainingConfig):
     mixes nothing."""
 
 
-# The runs of the paper's Tables 6 and 7. The paper (Appendix B) names the models, the data sets and
-# the methods compared (ViT-B/16: PaCA and LoRA; EfficientNetV2-L: PaCA and full fine-tuning), and
-# no other setting: no rank, learning rate, batch, number of epochs or image size. The settings of
-# Appendix C are those of language models. So size, batch, epochs and augmentation are ours, and so
-# is the choice among the published weights; rank and learning rate are the defaults of each method.
+# The runs of the paper's Tables 6 and 7. Its Appendix B names models, data sets and methods alone:
+# size, batch, epochs, augmentation and the choice among the published weights are ours.
 _MODELS = {
     "vit-b16": "google/vit-base-patch16-224-in21k",
     "efficientnetv2-l": "timm/tf_efficientnetv2_l.in21k",

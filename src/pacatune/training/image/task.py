@@ -18,7 +18,6 @@ from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
-from pacatune.training.config import RunConfig
 from pacatune.training.image import report as pictures
 from pacatune.training.image.model import (
     CLASSES_KEY,
@@ -40,22 +39,33 @@ class ImageTask(Task):
 
     base: ImageBase
     evaluation: ImageDataset | None = None
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
-        self._found: dict[str, Any] = {"accuracy_after": None, "confusion": [], "mistakes": []}
+    _found: dict[str, Any]
 
     def plan(self) -> Plan:
         """Say what would be trained; of the images, only their classes are read."""
         return self._plan(class_names(read_images(self.config.data)[0]))[0]
 
     def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
-        """Describe the model; return what is trained, the adapter and notes."""
-        config, model = self.config, self.config.model
-        self.base = ImageBase(model.path, model.revision, classes, config.data.image_size)
-        adapter, notes = choose_adapter(config, self.base.empty_model())
-        empty = self.base.empty_model()
-        plan = make_plan(empty, lambda one: make_trainable(one, adapter, config.method), config)
+        """Describe the model; return what is trained of it, the adapter and notes."""
+        config, source, method = self.config, self.config.model, METHODS[self.config.method]
+        self.base = ImageBase(source.path, source.revision, classes, config.data.image_size)
+        model = self.base.empty_model()
+        batch_norms = find_batch_norms(model) if config.training.train_batch_norm else {}
+        if config.training.train_batch_norm and not batch_norms:
+            raise ValueError(
+                f"`training.train_batch_norm` is true, but {type(model).__name__} has no "
+                "BatchNorm; leave it out."
+            )
+        adapter, notes = None, list[str]()
+        if method.has_adapter:
+            section = config.paca if method.is_paca else config.lora
+            # PEFT keeps adapters off them.
+            saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
+            options = {"modules_to_save": sorted(saved), "revision": source.revision}
+            if section.target_modules is None:
+                options["target_modules"], notes = choose_targets(model, method, section.r)
+            adapter = make_adapter_config(config, model, **options)
+        plan = make_plan(model, lambda one: make_trainable(one, adapter, config.method), config)
         return plan, adapter, notes
 
     def prepare(self) -> Prepared:
@@ -69,6 +79,7 @@ class ImageTask(Task):
         if data.evaluation is not None:
             self.evaluation = ImageDataset(data.evaluation, base.processor)
             held_out = len(self.evaluation)
+        self._found = {"accuracy_after": None, "confusion": [], "mistakes": []}
         head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -83,11 +94,10 @@ class ImageTask(Task):
             warnings=[*data.warnings, *notes],
         )
 
-    def load_model(self) -> nn.Module:
+    def load_model(self) -> Any:
         """Load the weights; a new head gets random ones."""
         model = self.config.model
-        loaded: nn.Module = self.base.load(torch_dtype(model.dtype), model.attn_implementation)
-        return loaded
+        return self.base.load(torch_dtype(model.dtype), model.attn_implementation)
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some images as one batch."""
@@ -159,35 +169,6 @@ class ImageTask(Task):
         ) + (f"\n{merging}\n" if METHODS[self.config.method].has_adapter else "")
 
 
-def choose_adapter(config: RunConfig, model: nn.Module) -> tuple[PeftConfig | None, list[str]]:
-    """Return the PEFT configuration of the method, None where it needs none, and notes.
-
-    PEFT puts no adapter on `modules_to_save`, which are trained in full.
-    """
-    method = METHODS[config.method]
-    batch_norms = list(find_batch_norms(model)) if config.training.train_batch_norm else []
-    if config.training.train_batch_norm and not batch_norms:
-        raise ValueError(
-            f"`training.train_batch_norm` is true, but {type(model).__name__} has no BatchNorm; "
-            "leave it out."
-        )
-    if not method.has_adapter:
-        return None, []
-    section = config.paca if method.is_paca else config.lora
-    saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
-    targets, notes = section.target_modules, list[str]()
-    if targets is None:
-        targets, notes = choose_targets(model, method, section.r)
-    adapter = make_adapter_config(
-        config,
-        model,
-        target_modules=targets,
-        modules_to_save=sorted(saved),
-        revision=config.model.revision,
-    )
-    return adapter, notes
-
-
 def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> Any:
     """Put the adapter on a model; of the method `head`, freeze all but the head."""
     if method == "head":
@@ -218,7 +199,7 @@ class ImageTrainer(RunTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Compute the loss; in training, of mixed images, with BatchNorm as it was pretrained."""
-        if model.training and self.args.mixup_alpha > 0:
+        if model.training and self.args.mixup_alpha:
             mixer = v2.MixUp(alpha=self.args.mixup_alpha, num_classes=self.model.config.num_labels)
             # In this order: torchvision takes the first tensor for the images, whatever its key.
             pixels, labels = mixer(inputs["pixel_values"], inputs["labels"])
