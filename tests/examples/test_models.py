@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from examples.packaged import models
-from pacatune.training.image.model import describe_base, load_model
+from pacatune.training.image.model import ImageBase
 
 gguf = pytest.importorskip("gguf")
 
@@ -168,9 +168,9 @@ def test_dino_folder_computes_what_the_graph_held(tmp_path):
     model = tiny_dino()
     (tmp_path / "out").mkdir()
     models.convert_dino([write_onnx(model, tmp_path / "model.onnx")], tmp_path / "out")
-    base = describe_base(str(tmp_path / "out"), None, ["cat", "dog"], 12)
+    base = ImageBase(str(tmp_path / "out"), None, ["cat", "dog"], 12)
     assert base.size == 12
-    loaded = load_model(base, torch.float32).eval().dinov2
+    loaded = base.load(torch.float32).eval().dinov2
     pixels = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
         ours, theirs = (m(pixel_values=pixels).last_hidden_state for m in (loaded, model))
@@ -188,9 +188,9 @@ def test_efficientnet_folder_has_the_weights_of_the_file(tmp_path):
     }
     torch.save(weights, tmp_path / "weights.pth")
     models.convert_efficientnet([tmp_path / "weights.pth"], tmp_path)
-    base = describe_base(str(tmp_path), None, None, None)
+    base = ImageBase(str(tmp_path), None, None, None)
     assert base.config.id2label[1] == "goldfish, Carassius auratus"
     assert tuple(base.processor.image_mean) == (0.5, 0.5, 0.5)
-    model = load_model(base, torch.float32).timm_model
+    model = base.load(torch.float32).timm_model
     for (name, loaded), given in zip(model.state_dict().items(), weights.values(), strict=True):
         assert torch.equal(loaded, given), name

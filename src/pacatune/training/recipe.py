@@ -374,7 +374,7 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    return task.report_class(**known, **task.more_results(trainer, float(speed)))
+    return Report(**known, **task.more_results(trainer, float(speed)))
 
 
 def save_result(task: Task, trainer: Any, report: Report, folder: Path) -> None:

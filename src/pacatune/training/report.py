@@ -91,15 +91,22 @@ class Report:
     """Held-out metric -> (step, value)."""
     eval_metrics_after: dict[str, float] | None = None
     """Held-out metrics of what was saved."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Entries of report.json that only this task has."""
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    """First rows of the table; not saved."""
+    details: str = ""
+    """What report.md shows below the table, as Markdown; not saved."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what report.json holds: nothing of what the task has not."""
-        left_out = {"task"}
+        left_out = {"task", "more", "rows", "details"}
         if not self.spec.metrics:
             left_out |= {"train_metrics", "eval_metrics", "eval_metrics_after"}
         if self.tokens_per_second is None:
             left_out.add("tokens_per_second")
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        values = asdict(self)
+        return {name: values[name] for name in values if name not in left_out} | self.more
 
     @property
     def spec(self) -> TaskSpec:
@@ -120,12 +127,13 @@ class Report:
         """Return the results as pairs of text."""
         share = self.num_trainable_parameters / max(self.num_parameters, 1)
         step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
-        saved = self.saved_activation_bytes
+        saved, speed = self.saved_activation_bytes, self.tokens_per_second
         return [
+            *self.rows,
             *self.outcome(),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
-            self.speed(),
+            *([] if speed is None else [("tokens per second", f"{speed:,.0f}")]),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("lean activations", _lean(self.lean)),
@@ -151,20 +159,12 @@ class Report:
             rows.append((f"{title} after", four_digits(after.get(name))))
         return rows
 
-    def speed(self) -> tuple[str, str]:
-        """Return the row of the table that says how fast it went."""
-        return "tokens per second", f"{self.tokens_per_second:,.0f}"
-
     def plotted(self) -> tuple[str, Curve, Curve]:
         """Return what the figure shows: its name, its curve in training and the held-out one."""
         if not self._is_rewarded:
             return f"loss per {self.spec.loss_per}", self.train_losses, self.eval_losses
         train, held_out = self.train_metrics or {}, self.eval_metrics or {}
         return "mean reward", train.get("reward", []), held_out.get("reward", [])
-
-    def details(self) -> str:
-        """Return what report.md shows below the table, as Markdown."""
-        return ""
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -260,7 +260,7 @@ def _markdown(report: Report) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"Trained: {targets}.\n\n{report.details()}![Curves]({report.figure})\n\n"
+        f"Trained: {targets}.\n\n{report.details}![Curves]({report.figure})\n\n"
         + (f"Warnings:\n\n{warnings}\n" if warnings else "")
         + f"Versions: {packages}.\n"
     )

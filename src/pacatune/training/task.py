@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
-from pacatune.training.report import Report
 from pacatune.training.start import read_start, settle
 from pacatune.training.tasks import TaskSpec, load
 
@@ -80,7 +79,6 @@ class Task(ABC):
     loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""
-    report_class: ClassVar[type[Report]] = Report
 
     def __init__(self, config: RunConfig) -> None:
         self.config = settle(config)

@@ -1,11 +1,8 @@
 import pytest
 
-from pacatune.training.image import (
-    ImageDataConfig,
-    ImageModelConfig,
-    ImageTrainingConfig,
-    RunConfig,
-)
+from pacatune.data.config import ImageDataConfig
+from pacatune.training import LoraSection, PacaSection, RunConfig
+from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
 from tests.image_models import save_timm, save_vit, write_images
 
 
@@ -67,8 +64,6 @@ def make_config(vit_dir, images_dir, tmp_path):
 @pytest.fixture
 def cnn(timm_dir):
     """Options of a run on the tiny EfficientNet."""
-    from pacatune.training.image import LoraSection, PacaSection
-
     return {
         "model": {"path": str(timm_dir)},
         "data": {"image_size": 32},

@@ -4,13 +4,9 @@ import pytest
 from transformers import TrainingArguments
 
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
+from pacatune.training import RunConfig
 from pacatune.training.config_file import read_values, to_values
-from pacatune.training.image import (
-    ImageDataConfig,
-    ImageModelConfig,
-    ImageTrainingConfig,
-    RunConfig,
-)
+from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
 from pacatune.training.image.config import PRESETS, find_preset
 from tests.training.launching import save_config
 
@@ -44,7 +40,7 @@ def test_training_of_another_type():
         RunConfig(
             task="image",
             model=ImageModelConfig(path="m"),
-            data=ImageDataConfig(path="d"),
+            data={"path": "d"},
             training=TrainingArguments(use_cpu=True),
         )
 
@@ -102,11 +98,8 @@ def test_presets_have_the_shapes_of_the_paper():
 
     with torch.device("meta"):
         vit = AutoModelForImageClassification.from_config(ViTConfig(num_labels=10))
-        name = (
-            PRESETS["efficientnetv2-l-cifar10"]["model.path"]
-            .removeprefix("timm/")
-            .partition(".")[0]
-        )
+        path = find_preset("efficientnetv2-l-cifar10")["model.path"]
+        name = path.removeprefix("timm/").partition(".")[0]
         cnn = AutoModelForImageClassification.from_config(
             TimmWrapperConfig(architecture=name, num_labels=10)
         )

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pacatune.training.image import train
+from pacatune.training import train
 from tests.image_models import save_vit
 from tests.training.launching import launch, save_config
 

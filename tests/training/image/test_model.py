@@ -9,23 +9,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig
+from transformers import BitImageProcessor, ConvNextImageProcessor
 
-from pacatune.training.image import LoraSection, PacaSection
-from pacatune.training.image.model import (
-    describe_base,
-    find_batch_norms,
-    find_heads,
-    load_model,
-    resized,
-    size_of,
-)
-from pacatune.training.image.targets import choose_adapter, make_trainable, plan_training
+from pacatune.training import LoraSection, PacaSection
+from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads, size_of
+from pacatune.training.image.task import ImageTask, make_trainable
 from tests.image_models import CLASSES, save_timm
 
 
 def describe(path, image_size=None, classes=CLASSES):
-    return describe_base(str(path), None, classes, image_size)
+    return ImageBase(str(path), None, classes, image_size)
 
 
 def test_transformers_model(vit_dir):
@@ -36,7 +29,6 @@ def test_transformers_model(vit_dir):
     assert base.config.num_labels == 3
     assert base.config.label2id == {"blue": 0, "green": 1, "red": 2}
     assert not base.has_own_head
-    assert base.warnings == []
     assert base.empty_model().classifier.out_features == 3
 
 
@@ -75,34 +67,23 @@ def test_images_are_prepared_as_timm_does(timm_dir, tmp_path, values):
     assert torch.equal(again(image, return_tensors="pt")["pixel_values"][0], ours)
 
 
-def test_crop_mode_of_timm_that_is_not_supported(timm_dir, tmp_path):
-    shutil.copytree(timm_dir, tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(path.read_text().replace('"crop_mode": "center"', '"crop_mode": "border"'))
-    with pytest.raises(ValueError, match=r"`crop_mode` \('border'\) is not supported; it must be"):
-        describe(path.parent)
-
-
-def test_images_that_are_not_square(vit_dir, tmp_path):
-    shutil.copytree(vit_dir, tmp_path / "model")
-    path = tmp_path / "model" / "preprocessor_config.json"
-    path.write_text(path.read_text().replace('"width": 32', '"width": 48'))
-    with pytest.raises(ValueError, match="takes images of 32 x 48 pixels; only squares are supp"):
-        describe(path.parent)
-
-
 @pytest.mark.parametrize("size", [16, 64])
-def test_another_size_crops_the_same_share_away(size):
-    from transformers import BitImageProcessor, ConvNextImageProcessor
-
-    crop = {"height": 32, "width": 32}
-    for processor in (
-        BitImageProcessor(size={"shortest_edge": 40}, crop_size=crop),
+@pytest.mark.parametrize(
+    "processor",
+    [
+        BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
         ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8),
-    ):
-        other = resized(processor, ViTConfig(), size_of(processor), size)
-        assert size_of(other) == size
-    assert other.crop_pct == 0.8
+    ],
+)
+def test_another_size_crops_the_same_share_away(vit_dir, tmp_path, size, processor):
+    shutil.copytree(vit_dir, tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    other = describe(tmp_path / "model", size).processor
+    assert size_of(other) == size
+    if "crop_pct" in other.to_dict():
+        assert other.crop_pct == 0.8
+    else:
+        assert dict(other.size) == {"shortest_edge": size * 40 // 32}
 
 
 def test_head_of_the_same_classes_is_kept(vit_dir, tmp_path):
@@ -116,9 +97,12 @@ def test_head_of_the_same_classes_is_kept(vit_dir, tmp_path):
 
 
 def test_other_sizes_of_image(vit_dir):
-    base = describe(vit_dir, image_size=64)
-    assert base.forward_options == {"interpolate_pos_encoding": True}
-    assert describe(vit_dir, image_size=32).forward_options == {}
+    pixels = torch.zeros(1, 3, 64, 64)
+    assert (
+        describe(vit_dir, image_size=64).load(torch.float32)(pixel_values=pixels).logits.ndim == 2
+    )
+    with pytest.raises(ValueError, match="doesn't match model"):
+        describe(vit_dir, image_size=32).load(torch.float32)(pixel_values=pixels)
 
 
 def test_size_that_the_model_cannot_take(tmp_path):
@@ -140,34 +124,12 @@ def test_other_sizes_of_a_timm_transformer(tmp_path):
     )
     base = describe(tmp_path, image_size=64)
     assert base.config.model_args == {"depth": 1, "dynamic_img_size": True}
-    assert base.forward_options == {}
     assert describe(tmp_path).config.model_args == {"depth": 1}
 
 
-def test_model_that_does_not_say_how_images_are_prepared(vit_dir, tmp_path):
-    shutil.copytree(vit_dir, tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").unlink()
-    base = describe(tmp_path / "model")
-    assert base.size == 32
-    assert base.warnings[0].endswith(
-        "does not say how images are prepared: 32 pixels, ImageNet's mean."
-    )
-
-
-def test_language_model(tiny_model_dir):
-    with pytest.raises(ValueError, match="a 'llama' model is no image classifier; use one that is"):
-        describe(tiny_model_dir, classes=CLASSES).empty_model()
-
-
-def test_model_for_other_images(vit_dir, tmp_path):
-    shutil.copytree(vit_dir, tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_channels": 5}))
-    with pytest.raises(ValueError, match="takes images of 5 channels; they have 3 here"):
-        describe(tmp_path / "model")
-
-
-@pytest.mark.parametrize("path", ["owner/model", "timm/resnet18.a1_in1k", "resnet18.a1_in1k"])
+@pytest.mark.parametrize(
+    "path", ["owner/model", "timm/resnet18.a1_in1k", "resnet18.a1_in1k", "resnet18.no_such"]
+)
 def test_hub_model_without_a_network(path):
     with pytest.raises(
         FileNotFoundError, match=r"is neither a file or folder here nor a model of the hub"
@@ -180,11 +142,6 @@ def test_bare_name_of_timm_is_its_hub_id():
         describe("resnet18")
 
 
-def test_timm_weights_that_do_not_exist():
-    with pytest.raises(FileNotFoundError, match=r"'resnet18.nope'.*timm.list_pretrained"):
-        describe("resnet18.nope")
-
-
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not exist; check `model\.path`"):
         describe(tmp_path / "none")
@@ -195,9 +152,7 @@ def test_missing_folder(tmp_path):
 
 
 def plan(config):
-    base = describe_base(config.model.path, None, CLASSES, config.data.image_size)
-    adapter_config, notes = choose_adapter(config, base)
-    return plan_training(config, base, adapter_config), adapter_config, notes
+    return ImageTask(config)._plan(CLASSES)
 
 
 @pytest.mark.parametrize("method", ["paca", "lora"])
@@ -236,7 +191,9 @@ def test_kin_of_lora(make_config, cnn):
     assert plan(make_config("dora", **cnn))[0].targets.keys() == (
         plan(make_config("lora", **cnn))[0].targets.keys()
     )
-    with pytest.raises(ValueError, match=r"\(moslora\) adapts linear layers, and Timm.* use paca"):
+    with pytest.raises(
+        TypeError, match=r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"
+    ):
         plan(make_config("moslora", **cnn))
 
 
@@ -261,8 +218,7 @@ def test_rank_above_every_convolution_is_refused(make_config, cnn, method):
     section = {"paca": PacaSection, "lora": LoraSection}[name](r=5000)
     with pytest.raises(
         ValueError,
-        match=rf"`{name}.r` \(5000\) leaves Timm.* without a layer to adapt: its convolutions "
-        r"have up to 192 input channels; lower it, or set",
+        match=r"every convolution of Timm.* has fewer input channels than the rank 5000.*lower `r`",
     ):
         plan(make_config(method, **{**cnn, name: section}))
 
@@ -271,7 +227,8 @@ def test_lora_leaves_grouped_convolutions_out_and_says_so(make_config, cnn):
     planned, _, notes = plan(make_config("lora", **cnn))
     assert planned.targets
     assert not any("conv_dw" in name for name in planned.targets)
-    assert "conv_dw left as it is: a LoRA adapter of a grouped (depthwise) convolution" in notes[1]
+    assert notes[0].startswith("2 x conv_dw, 1 x conv_stem left as it is: ")
+    assert "or grouped (depthwise), which PaCA adapts" in notes[0]
 
 
 def test_lora_on_a_grouped_convolution_is_refused(make_config, cnn):
@@ -324,8 +281,8 @@ def test_trained_batch_norm_is_saved_but_its_scale_is_not_trained(make_config, c
 
 
 def load(config):
-    base = describe_base(config.model.path, None, CLASSES, config.data.image_size)
-    return load_model(base, torch.float32)
+    base = ImageBase(config.model.path, None, CLASSES, config.data.image_size)
+    return base.load(torch.float32)
 
 
 def test_weights_are_those_of_the_folder(make_config, vit_dir):
@@ -347,11 +304,11 @@ def test_new_head_depends_on_the_seed_alone(make_config):
 
 
 def test_head_of_other_classes_is_new_although_it_would_fit(make_config, tmp_path, vit_dir):
-    base = describe_base(str(vit_dir), None, ["cat", "dog"], None)
+    base = ImageBase(str(vit_dir), None, ["cat", "dog"], None)
     stored = load_file(vit_dir / "model.safetensors")["classifier.weight"]
-    assert not torch.equal(load_model(base, torch.float32).classifier.weight, stored)
-    same = describe_base(str(vit_dir), None, None, None)
-    assert torch.equal(load_model(same, torch.float32).classifier.weight, stored)
+    assert not torch.equal(base.load(torch.float32).classifier.weight, stored)
+    same = ImageBase(str(vit_dir), None, None, None)
+    assert torch.equal(same.load(torch.float32).classifier.weight, stored)
 
 
 def test_missing_weights_are_never_random(make_config, tmp_path, vit_dir):
@@ -379,10 +336,10 @@ def test_missing_weights_are_never_random(make_config, tmp_path, vit_dir):
 def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
     save_timm(tmp_path, architecture)
     config = make_config(model={"path": str(tmp_path)}, paca=PacaSection(r=4))
-    base = describe_base(str(tmp_path), None, CLASSES, None)
+    base = ImageBase(str(tmp_path), None, CLASSES, None)
     assert find_heads(base.empty_model()) == heads
-    adapter_config, _ = choose_adapter(config, base)
-    model = make_trainable(load_model(base, torch.float32), config, adapter_config)
+    _, adapter_config, _ = plan(config)
+    model = make_trainable(base.load(torch.float32), adapter_config, "paca")
     assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
     pixels = torch.randn(2, 3, base.size, base.size)
     model(pixel_values=pixels).logits.sum().backward()
@@ -399,24 +356,11 @@ def test_two_heads_are_both_trained():
     assert find_heads(model) == ["cls_classifier", "distillation_classifier"]
 
 
-def test_model_without_a_head():
-    from transformers import AutoModelForImageClassification, TimmWrapperConfig
-
-    with torch.device("meta"):
-        config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
-        model = AutoModelForImageClassification.from_config(config)
-    model.timm_model.reset_classifier(0)
-    with pytest.raises(ValueError, match=r"Timm.* has no classifier of its own to train; use anot"):
-        find_heads(model)
-
-
 def test_adapter_names_its_base(make_config, vit_dir, tmp_path):
     config = make_config(model={"revision": "main"})
-    base = describe_base(config.model.path, None, CLASSES, None)
-    adapter_config, _ = choose_adapter(config, base)
-    make_trainable(load_model(base, torch.float32), config, adapter_config).save_pretrained(
-        tmp_path
-    )
+    base = ImageBase(config.model.path, None, CLASSES, None)
+    _, adapter_config, _ = plan(config)
+    make_trainable(base.load(torch.float32), adapter_config, "paca").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(vit_dir)
     assert saved["revision"] == "main"

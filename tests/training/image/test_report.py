@@ -1,16 +1,22 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.training.image.report import ImageReport, surest_mistakes
-from pacatune.training.image.task import mix
-from pacatune.training.trainer import accuracy
+from pacatune.training.image.report import compare, describe
+from pacatune.training.image.task import ImageTrainer
+from pacatune.training.trainer import RunTrainer, accuracy
 
 
-def test_images_are_mixed_in_the_shares_of_their_classes():
+def test_images_are_mixed_in_the_shares_of_their_classes(monkeypatch):
     pixels, labels = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 2, 1, 0])
-    mixed = mix({"labels": labels, "pixel_values": pixels}, alpha=0.4, num_classes=3)
+    trainer = object.__new__(ImageTrainer)
+    trainer.args = SimpleNamespace(mixup_alpha=0.4, train_batch_norm=True)
+    trainer.model = SimpleNamespace(training=True, config=SimpleNamespace(num_labels=3))
+    monkeypatch.setattr(RunTrainer, "compute_loss", lambda self, model, inputs: inputs)
+    mixed = trainer.compute_loss(trainer.model, {"labels": labels, "pixel_values": pixels})
     classes = F.one_hot(labels, 3).float()
     share = mixed["labels"][1, 1]  # its partner is of another class
     assert 0 < share < 1
@@ -35,27 +41,17 @@ class Images:
 
 def test_surest_mistakes_come_first():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 5.0], [3.0, 0.0]], np.float32)
-    labels = np.array([1, 0, 0, 0])
-    first, second = surest_mistakes(logits, labels, Images, number=2)
-    assert (first.place, first.label, first.predicted) == ("2.png", "cat", "dog")
-    assert first.probability == pytest.approx(1 / (1 + np.exp(-5.0)))
-    assert (second.position, second.label) == (0, "dog")
-    assert len(surest_mistakes(logits, labels, Images)) == 3
-    assert surest_mistakes(logits, np.array([0, 1, 1, 0]), Images) == []
-
-
-def test_uneven_classes_put_the_accuracy_into_proportion():
-    report = object.__new__(ImageReport)
-    report.classes = ["a", "b", "c"]
-    report.confusion = [[5, 0, 0], [0, 4, 1], [0, 0, 5]]
-    assert report._remark() == ""
-    report.confusion = [[2, 0, 0], [1, 16, 1], [0, 0, 5]]
-    assert report._remark() == " (always 'b': 0.7200)"
-    report.confusion = []  # nothing was held out
-    assert report._remark() == ""
+    found = compare(logits, np.array([1, 0, 0, 0]), Images)
+    first, second, third = found["mistakes"]
+    assert (first["place"], first["label"], first["predicted"]) == ("2.png", "cat", "dog")
+    assert first["probability"] == pytest.approx(1 / (1 + np.exp(-5.0)))
+    assert (second["position"], second["label"]) == (0, "dog")
+    assert third["position"] == 1
+    assert found["confusion"] == [[1, 2], [1, 0]]
+    assert compare(logits, np.array([0, 1, 1, 0]), Images)["mistakes"] == []
 
 
 def test_most_frequent_confusions_come_first():
-    report = object.__new__(ImageReport)
-    report.classes, report.confusion = ["a", "b", "c"], [[5, 1, 0], [3, 4, 0], [0, 2, 9]]
-    assert report.confusions() == [(3, "b", "a"), (2, "c", "b"), (1, "a", "b")]
+    text = describe(["a", "b", "c"], [[5, 1, 0], [3, 4, 0], [0, 2, 9]])
+    assert "|\n| b | a | 3 |\n| c | b | 2 |\n| a | b | 1 |\n\n" in text
+    assert "No held-out image was misclassified." in describe(["a", "b"], [[2, 0], [0, 3]])

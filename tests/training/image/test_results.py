@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pacatune.training.image import load_result, train
+from pacatune.training import train
+from pacatune.training.image import load_result
 from pacatune.training.image.model import find_batch_norms
 from tests.image_models import CLASSES
 from tests.training.image.test_recipe import accuracy_of
@@ -18,7 +19,7 @@ def test_trained_batch_norm_is_saved_and_restored(
 ):
     config = make_config(method, training={"train_batch_norm": True}, **cnn)
     report = train(config, console=console)
-    assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
+    assert report.more["accuracy_after"] == accuracy_of(tmp_path / "out", images_dir / "test")
     classifier = load_result(tmp_path / "out")
     stored = load_file(timm_dir / "model.safetensors")
     layers = find_batch_norms(classifier.model)
@@ -49,13 +50,13 @@ def test_another_size_of_image_is_restored(make_config, images_dir, tmp_path, co
         report = train(
             make_config(method, data={"image_size": 48}), overwrite=True, console=console
         )
-        assert report.image_size == 48
+        assert report.more["image_size"] == 48
         classifier = load_result(tmp_path / "out")
         pixels = torch.randn(1, 3, 48, 48)
         with torch.no_grad():  # the model itself takes them
             logits = classifier.model(pixel_values=pixels).logits
         assert logits.shape == (1, 3)
-        assert report.accuracy_after == accuracy_of(tmp_path / "out", images_dir / "test")
+        assert report.more["accuracy_after"] == accuracy_of(tmp_path / "out", images_dir / "test")
 
 
 def test_timm_result_is_a_timm_folder(make_config, tmp_path, console, cnn):
@@ -138,6 +139,6 @@ def test_base_that_has_moved(make_config, vit_dir, tmp_path, console):
 
 def test_folder_without_a_result(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"holds no preprocessor_config\.json, so it is no f"
+        FileNotFoundError, match=r"has no preprocessor_config\.json; is it the right folder"
     ):
         load_result(tmp_path)

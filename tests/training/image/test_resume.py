@@ -11,8 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pacatune.training import TrainingInterrupted
-from pacatune.training.image import train
+from pacatune.training import TrainingInterrupted, train
 from pacatune.training.image.task import ImageTrainer
 
 # Random numbers in every step: dropout, mixup, crops.

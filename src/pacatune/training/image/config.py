@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from transformers import TrainingArguments
-
 from pacatune.names import check_choices, choose
 from pacatune.pretrained import refuse_no_path
-from pacatune.training.arguments import SharedDefaults
+from pacatune.training.arguments import ClassifierTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -33,30 +31,19 @@ class ImageModelConfig:
 
 
 @dataclass
-class ImageTrainingConfig(SharedDefaults, TrainingArguments):
+class ImageTrainingConfig(ClassifierTrainingConfig):
     """Every option of transformers' TrainingArguments, with these defaults."""
 
     elsewhere: ClassVar[dict[str, str]] = {
-        **SharedDefaults.elsewhere,
+        **ClassifierTrainingConfig.elsewhere,
         "remove_unused_columns": "the data has the columns that training needs",
         "label_names": "the class of an image is its only label",
         "prediction_loss_only": "the accuracy is always measured",
         "batch_eval_metrics": "the accuracy is measured over all images at once",
     }
 
-    learning_rate: float | None = None
-    """Peak learning rate; where null, that of the method: 1e-3 paca, lora, dora and moslora, 3e-3
-    head, 1e-4 full."""
-
-    warmup_steps: float = 0.1
-    """Steps in which the learning rate rises; below 1, a share of all steps. A new head
-    starts random, and so do the gradients that it sends to the other layers."""
-
     per_device_train_batch_size: int = 32
     """Images per device and step."""
-
-    per_device_eval_batch_size: int = 64
-    """Images per device and evaluation step."""
 
     remove_unused_columns: bool = False
     """Not offered."""
@@ -69,18 +56,29 @@ class ImageTrainingConfig(SharedDefaults, TrainingArguments):
     """Mix pairs of training images and their classes, in shares drawn from Beta(alpha, alpha); 0
     mixes nothing."""
 
-    def check_options(self) -> None:
-        """Refuse also a negative `mixup_alpha`."""
-        super().check_options()
-        if self.mixup_alpha < 0:
-            raise ValueError(
-                f"`training.mixup_alpha` ({self.mixup_alpha}) must be at least 0, which is off."
-            )
+
+# The runs of the paper's Tables 6 and 7. Its Appendix B names models, data sets and methods alone:
+# size, batch, epochs, augmentation and the choice among the published weights are ours.
+_MODELS = {
+    "vit-b16": "google/vit-base-patch16-224-in21k",
+    "efficientnetv2-l": "timm/tf_efficientnetv2_l.in21k",
+}
+PRESETS = {
+    "vit-b16-cifar10": ("CIFAR10", 3),
+    "vit-b16-cifar100": ("CIFAR100", 3),
+    "vit-b16-pets": ("OxfordIIITPet", 10),
+    "vit-b16-flowers102": ("Flowers102", 30),
+    "efficientnetv2-l-cifar10": ("CIFAR10", 3),
+    "efficientnetv2-l-cifar100": ("CIFAR100", 3),
+}
+"""Name, which begins with the model's -> torchvision's data set, and the number of epochs."""
 
 
-def _preset(model: str, data: str, num_epochs: int) -> dict[str, Any]:
+def find_preset(name: str) -> dict[str, Any]:
+    """Return the options of a preset, by their dotted names; the method is the user's."""
+    data, num_epochs = PRESETS[choose(name, PRESETS, option="preset")]
     return {
-        "model.path": model,
+        "model.path": _MODELS[name.rpartition("-")[0]],
         "data.path": f"torchvision:{data}",
         "data.eval_split": "test",
         "data.image_size": 224,
@@ -89,26 +87,3 @@ def _preset(model: str, data: str, num_epochs: int) -> dict[str, Any]:
         "training.per_device_train_batch_size": 64,
         "training.dataloader_num_workers": 4,
     }
-
-
-# The runs of the paper's Tables 6 and 7. The paper (Appendix B) names the models, the data sets and
-# the methods compared (ViT-B/16: PaCA and LoRA; EfficientNetV2-L: PaCA and full fine-tuning), and
-# no other setting: no rank, learning rate, batch, number of epochs or image size. The settings of
-# Appendix C are those of language models. So size, batch, epochs and augmentation are ours, and so
-# is the choice among the published weights; rank and learning rate are the defaults of each method.
-_VIT = "google/vit-base-patch16-224-in21k"
-_EFFICIENTNET = "timm/tf_efficientnetv2_l.in21k"
-PRESETS = {
-    "vit-b16-cifar10": _preset(_VIT, "CIFAR10", 3),
-    "vit-b16-cifar100": _preset(_VIT, "CIFAR100", 3),
-    "vit-b16-pets": _preset(_VIT, "OxfordIIITPet", 10),
-    "vit-b16-flowers102": _preset(_VIT, "Flowers102", 30),
-    "efficientnetv2-l-cifar10": _preset(_EFFICIENTNET, "CIFAR10", 3),
-    "efficientnetv2-l-cifar100": _preset(_EFFICIENTNET, "CIFAR100", 3),
-}
-"""Name -> options of `pacatune train-image`, by their dotted names; the method is the user's."""
-
-
-def find_preset(name: str) -> dict[str, Any]:
-    """Return the options of a preset by its name."""
-    return PRESETS[choose(name, PRESETS, option="preset")]

@@ -1,170 +1,102 @@
-"""What a run on images achieved: accuracy, confusion matrix, misclassified images."""
+"""Which images a run got wrong: numbers, Markdown and pictures."""
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from pacatune.data.images.dataset import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
-from pacatune.training.report import Curve, Report, four_digits
 
-if TYPE_CHECKING:
-    from pacatune.data.images.dataset import ImageDataset
-
-NUM_MISTAKES = 25
-
-_MOST_CONFUSIONS = 10
-# The largest class, as a multiple of the mean, up to which accuracies mean what they seem to.
-_EVEN = 1.2
+_MOST_MISTAKES, _MOST_CONFUSIONS = 25, 10
 # Beyond this many classes, names and numbers would not be readable.
 _MOST_NAMES, _MOST_NUMBERS = 40, 20
 _NUM_COLUMNS = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """One evaluation image that was taken for another class."""
+def compare(logits: Any, labels: Any, dataset: ImageDataset) -> dict[str, Any]:
+    """Return the confusion matrix, and the mistakes whose wrong class got the most probability.
 
-    place: str
-    """Where the image comes from."""
-    label: str
-    predicted: str
-    probability: float
-    """Probability of the predicted class."""
-    position: int
-    """Position among the evaluation images."""
-
-
-@dataclass(kw_only=True)
-class ImageReport(Report):
-    """Results of one run on images."""
-
-    accuracy_before: float | None = None
-    """Held-out accuracy before the first step, with the head as `head` says; None without data."""
-    accuracy_after: float | None = None
-    """Held-out accuracy of what was saved."""
-    images_per_second: float
-    """Training images of all processes, per second of steps."""
-    head: Literal["new", "own"]
-    """`new`: random before training, so `accuracy_before` is about chance. `own`: the model's."""
-    classes: list[str]
-    image_size: int
-    confusion: list[list[int]] = field(default_factory=list)
-    """Row: class of the image, column: predicted class; empty without evaluation images."""
-    mistakes: list[Mistake] = field(default_factory=list)
-    """Those of mistakes.png: the surest first."""
-    eval_accuracies: Curve = field(default_factory=list)
-    """(step, accuracy)."""
-
-    def outcome(self) -> list[tuple[str, str]]:
-        """Return accuracy, then loss."""
-        chance = f" (new head; chance is {1 / len(self.classes):.3f})" if self.head == "new" else ""
-        return [
-            ("held-out accuracy before", four_digits(self.accuracy_before) + chance),
-            ("held-out accuracy after", four_digits(self.accuracy_after) + self._remark()),
-            *super().outcome(),
-        ]
-
-    def _remark(self) -> str:
-        """Say what knowing nothing but the most frequent class would reach, where that is much."""
-        sizes = [sum(row) for row in self.confusion]
-        if not sizes or max(sizes) * len(sizes) <= _EVEN * sum(sizes):
-            return ""
-        name, share = self.classes[sizes.index(max(sizes))], max(sizes) / sum(sizes)
-        return f" (always {name!r}: {share:.4f})"
-
-    def speed(self) -> tuple[str, str]:
-        """Return images per second."""
-        return "images per second", f"{self.images_per_second:,.1f}"
-
-    def details(self) -> str:
-        """Return the confusion matrix and the mistakes, as Markdown."""
-        if not self.confusion:
-            return "Nothing was held out, so no accuracy is known.\n\n"
-        if not self.mistakes:
-            return "![Confusion matrix](confusion.png)\n\nNo held-out image was misclassified.\n\n"
-        rows = "".join(f"| {a} | {b} | {number} |\n" for number, a, b in self.confusions())
-        return (
-            "![Confusion matrix](confusion.png)\n\n"
-            f"| class | taken for | images |\n|---|---|--:|\n{rows}\n"
-            "The surest mistakes (class of the image, then what it was taken for, with its "
-            "probability):\n\n![Misclassified images](mistakes.png)\n\n"
-        )
-
-    def confusions(self) -> list[tuple[int, str, str]]:
-        """Return (images, class, predicted class), the most frequent confusions first."""
-        pairs = [
-            (number, self.classes[label], self.classes[predicted])
-            for label, row in enumerate(self.confusion)
-            for predicted, number in enumerate(row)
-            if number and label != predicted
-        ]
-        return sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
-
-
-def surest_mistakes(
-    logits: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    dataset: "ImageDataset",
-    number: int = NUM_MISTAKES,
-) -> list[Mistake]:
-    """Return misclassified images, those first whose wrong class got the most probability.
-
-    `logits` are (N, C), `labels` (N,), of the N images.
+    `logits` are (N, C), `labels` (N,), of the N images. Row of the matrix: class of the image;
+    column: predicted class.
     """
-    import torch
-
+    classes, places = dataset.classes, dataset.table["place"][:]
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
     sureness, predicted = torch.from_numpy(logits).double().softmax(-1).max(-1)
     order = sureness.argsort(descending=True, stable=True).tolist()
-    classes, places = dataset.classes, dataset.table["place"][:]
-    return [
-        Mistake(
-            place=places[position],
-            label=classes[labels[position]],
-            predicted=classes[predicted[position]],
-            probability=float(sureness[position]),
-            position=position,
-        )
-        for position in [one for one in order if predicted[one] != labels[one]][:number]
+    mistakes = [
+        {
+            "place": places[position],
+            "label": classes[labels[position]],
+            "predicted": classes[predicted[position]],
+            "probability": float(sureness[position]),
+            "position": position,
+        }
+        for position in order
+        if predicted[position] != labels[position]
     ]
+    return {"confusion": counts.tolist(), "mistakes": mistakes[:_MOST_MISTAKES]}
 
 
-def draw_confusion(report: ImageReport, path: Path) -> None:
+def describe(classes: list[str], confusion: list[list[int]]) -> str:
+    """Return as Markdown what was confused most often, with the pictures."""
+    if not confusion:
+        return "Nothing was held out, so no accuracy is known.\n\n"
+    pairs = [
+        (number, classes[label], classes[predicted])
+        for (label, predicted), number in np.ndenumerate(confusion)
+        if number and label != predicted
+    ]
+    text = "![Confusion matrix](confusion.png)\n\n"
+    if not pairs:
+        return f"{text}No held-out image was misclassified.\n\n"
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
+    rows = "".join(f"| {a} | {b} | {number} |\n" for number, a, b in pairs)
+    return (
+        f"{text}| class | taken for | images |\n|---|---|--:|\n{rows}\n"
+        "The surest mistakes (class of the image, then what it was taken for, with its "
+        "probability):\n\n![Misclassified images](mistakes.png)\n\n"
+    )
+
+
+def draw_confusion(confusion: list[list[int]], classes: list[str], folder: Path) -> None:
     """Draw the confusion matrix, coloured by the share of each class's images."""
-    counts = np.array(report.confusion)
+    counts, num = np.array(confusion), len(classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    num = len(report.classes)
     size = min(max(4.0, 0.45 * num + 2), 16.0)
     figure = new_figure(size, size)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="class", title=f"accuracy {report.accuracy_after:.3f}")
+    accuracy = counts.trace() / counts.sum()
+    axes.set(xlabel="predicted", ylabel="class", title=f"accuracy {accuracy:.3f}")
     if num <= _MOST_NAMES:
-        axes.set_xticks(range(num), map(_short, report.classes), rotation=90)
-        axes.set_yticks(range(num), map(_short, report.classes))
+        axes.set_xticks(range(num), map(_short, classes), rotation=90)
+        axes.set_yticks(range(num), map(_short, classes))
     if num <= _MOST_NUMBERS:
         for (row, column), number in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(number), ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.7)
-    save_figure(figure, path, dpi=100)
+    save_figure(figure, folder / "confusion.png", dpi=100)
 
 
-def draw_mistakes(mistakes: list[Mistake], dataset: "ImageDataset", path: Path) -> None:
-    """Draw misclassified images as the model saw them, with class and prediction."""
+def draw_mistakes(mistakes: list[dict[str, Any]], dataset: ImageDataset, folder: Path) -> None:
+    """Draw misclassified images, if any, as the model saw them, with class and prediction."""
+    if not mistakes:
+        return
     num_rows = math.ceil(len(mistakes) / _NUM_COLUMNS)
     figure = new_figure(2.2 * _NUM_COLUMNS, 2.6 * num_rows)
     grid = list(figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
-    for axes, mistake in zip(grid, mistakes, strict=False):
-        axes.imshow(dataset.picture(mistake.position))
-        text = f"{_short(mistake.label)}\n{_short(mistake.predicted)} {mistake.probability:.2f}?"
-        axes.set_title(text, fontsize=9)
-    save_figure(figure, path, dpi=100)
+    for axes, one in zip(grid, mistakes, strict=False):
+        axes.imshow(dataset.picture(one["position"]))
+        guess = f"{_short(one['predicted'])} {one['probability']:.2f}?"
+        axes.set_title(f"{_short(one['label'])}\n{guess}", fontsize=9)
+    save_figure(figure, folder / "mistakes.png", dpi=100)
 
 
 def _short(name: str) -> str:

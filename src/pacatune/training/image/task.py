@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from transformers import TrainerCallback, default_data_collator
+from transformers import default_data_collator
 
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images.dataset import Augmentation, ImageDataset
@@ -19,22 +18,16 @@ from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
+from pacatune.training.image import report as pictures
 from pacatune.training.image.model import (
     CLASSES_KEY,
     ImageBase,
-    describe_base,
+    choose_targets,
     find_batch_norms,
-    load_model,
+    find_heads,
 )
-from pacatune.training.image.report import (
-    ImageReport,
-    draw_confusion,
-    draw_mistakes,
-    surest_mistakes,
-)
-from pacatune.training.image.targets import choose_adapter, make_trainable, plan_training
-from pacatune.training.report import curve_of
-from pacatune.training.task import Plan, Prepared, Task
+from pacatune.training.report import curve_of, four_digits
+from pacatune.training.task import Plan, Prepared, Task, make_adapter_config, make_plan, put_adapter
 from pacatune.training.trainer import RunTrainer, accuracy
 
 
@@ -43,130 +36,151 @@ class ImageTask(Task):
 
     unit = "images"
     less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
-    report_class = ImageReport
 
     base: ImageBase
-    classes: list[str]
-    evaluation: ImageDataset | None
+    evaluation: ImageDataset | None = None
+    _found: dict[str, Any]
 
     def plan(self) -> Plan:
         """Say what would be trained; of the images, only their classes are read."""
-        base = self._describe_base(class_names(read_images(self.config.data)[0]))
-        return plan_training(self.config, base, choose_adapter(self.config, base)[0])
+        return self._plan(class_names(read_images(self.config.data)[0]))[0]
+
+    def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
+        """Describe the model; return what is trained of it, the adapter and notes."""
+        config, source, method = self.config, self.config.model, METHODS[self.config.method]
+        self.base = ImageBase(source.path, source.revision, classes, config.data.image_size)
+        model = self.base.empty_model()
+        batch_norms = find_batch_norms(model) if config.training.train_batch_norm else {}
+        if config.training.train_batch_norm and not batch_norms:
+            raise ValueError(
+                f"`training.train_batch_norm` is true, but {type(model).__name__} has no "
+                "BatchNorm; leave it out."
+            )
+        adapter, notes = None, list[str]()
+        if method.has_adapter:
+            section = config.paca if method.is_paca else config.lora
+            # PEFT keeps adapters off them.
+            saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
+            options = {"modules_to_save": sorted(saved), "revision": source.revision}
+            if section.target_modules is None:
+                options["target_modules"], notes = choose_targets(model, method, section.r)
+            adapter = make_adapter_config(config, model, **options)
+        plan = make_plan(model, lambda one: make_trainable(one, adapter, config.method), config)
+        return plan, adapter, notes
 
     def prepare(self) -> Prepared:
         """Find images and model, and plan what is trained."""
-        config = self.config
-        data = prepare_images(config.data)
-        self.classes = class_names(data.train)
-        self.base = self._describe_base(self.classes)
-        adapter_config, notes = choose_adapter(config, self.base)
-        processor, size, augmentation = self.base.processor, self.base.size, None
-        if config.data.augmentation != "none":
-            augmentation = Augmentation(config.data.augmentation, size, config.training.seed)
-        train = ImageDataset(data.train, processor, augmentation)
-        self.evaluation, held_out = None, 0
+        data, kind = prepare_images(self.config.data), self.config.data.augmentation
+        classes = class_names(data.train)
+        plan, adapter, notes = self._plan(classes)
+        base, augmentation, held_out = self.base, None, 0
+        if kind != "none":
+            augmentation = Augmentation(kind, base.size, self.config.training.seed)
+        train = ImageDataset(data.train, base.processor, augmentation)
         if data.evaluation is not None:
-            self.evaluation = ImageDataset(data.evaluation, processor)
+            self.evaluation = ImageDataset(data.evaluation, base.processor)
             held_out = len(self.evaluation)
-        head = "the model's own head" if self.base.has_own_head else "a new head"
+        self._found = {"accuracy_after": None, "confusion": [], "mistakes": []}
+        head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
             evaluation=self.evaluation,
             fingerprint=data.fingerprint,
-            about_data=f"{len(train):,} images of {len(self.classes)} classes, {held_out:,} held "
-            f"out; {size} x {size} pixels, {head}",
-            adapter_config=adapter_config,
-            plan=plan_training(config, self.base, adapter_config),
-            model=self.base.path,
-            dtype=config.model.dtype,
-            warnings=[*data.warnings, *self.base.warnings, *notes],
+            about_data=f"{len(train):,} images of {len(classes)} classes, {held_out:,} held out; "
+            f"{base.size} x {base.size} pixels, {head}",
+            adapter_config=adapter,
+            plan=plan,
+            model=base.path,
+            dtype=self.config.model.dtype,
+            warnings=[*data.warnings, *notes],
         )
 
-    def _describe_base(self, classes: list[str]) -> ImageBase:
-        model = self.config.model
-        return describe_base(model.path, model.revision, classes, self.config.data.image_size)
-
-    def load_model(self) -> nn.Module:
+    def load_model(self) -> Any:
         """Load the weights; a new head gets random ones."""
         model = self.config.model
-        return load_model(self.base, torch_dtype(model.dtype), model.attn_implementation)
+        return self.base.load(torch_dtype(model.dtype), model.attn_implementation)
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some images as one batch."""
         return default_data_collator([examples[place] for place in places])
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the cross-entropy of a batch of `collate`."""
-        moved = {key: value.to(model.device) for key, value in batch.items()}
-        labels = moved.pop("labels")
-        logits = model(**moved)["logits"].float()
-        return F.cross_entropy(logits, labels)
-
     def make_trainer(
         self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> "ImageTrainer":
-        """Return the trainer, which tells the training images the number of the pass."""
+        """Return the trainer."""
         options["args"].label_names = ["labels"]
-        options["callbacks"].append(NewEpoch(options["train_dataset"]))
-        return ImageTrainer(
-            model=make_trainable(model, self.config, adapter_config),
-            **options,
-        )
+        model = make_trainable(model, adapter_config, self.config.method)
+        return ImageTrainer(model=model, **options)
 
     def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Return loss, accuracy, confusion matrix and mistakes."""
+        """Return the loss; accuracy and mistakes are among `more_results`."""
         assert self.evaluation is not None
-        result = trainer.predict(self.evaluation)
-        logits, labels = result.predictions, result.label_ids
-        counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
-        np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
-        return {
-            "eval_loss_after": float(result.metrics["test_loss"]),
-            "accuracy_after": float(result.metrics["test_accuracy"]),
-            "confusion": counts.tolist(),
-            "mistakes": surest_mistakes(logits, labels, self.evaluation),
+        found = trainer.predict(self.evaluation)
+        self._found = {
+            "accuracy_after": float(found.metrics["test_accuracy"]),
+            **pictures.compare(found.predictions, found.label_ids, self.evaluation),
         }
+        return {"eval_loss_after": float(found.metrics["test_loss"])}
 
     def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Return accuracies, images per second, and what model and data are."""
-        curve = curve_of(trainer.state.log_history, "eval_accuracy")
-        return {
+        """Return images per second, the accuracies, and what model and data are."""
+        curve, classes = curve_of(trainer.state.log_history, "eval_accuracy"), self.base.classes
+        more = {
             "accuracy_before": curve[0][1] if curve else None,
             "eval_accuracies": curve,
             "images_per_second": items_per_second,
             "head": "own" if self.base.has_own_head else "new",
-            "classes": self.classes,
+            "classes": classes,
             "image_size": self.base.size,
+            **self._found,
+        }
+        sizes = [sum(row) for row in more["confusion"]]
+        largest = f" (always the largest class: {max(sizes) / sum(sizes):.4f})" if sizes else ""
+        return {
+            "rows": [
+                ("held-out accuracy before", four_digits(more["accuracy_before"])),
+                ("held-out accuracy after", four_digits(more["accuracy_after"]) + largest),
+                ("images per second", f"{items_per_second:,.1f}"),
+            ],
+            "details": pictures.describe(classes, more["confusion"]),
+            "more": more,
         }
 
     def write(self, report: Any, folder: Path) -> None:
         """Write the transform, the classes beside an adapter, and the pictures."""
         self.base.processor.save_pretrained(folder)
         if METHODS[self.config.method].has_adapter:
-            sidecar = json.dumps({CLASSES_KEY: self.classes}, indent=2, ensure_ascii=False)
+            sidecar = json.dumps({CLASSES_KEY: self.base.classes}, indent=2, ensure_ascii=False)
             (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
         if self.evaluation is not None:
-            draw_confusion(report, folder / "confusion.png")
-            if report.mistakes:
-                draw_mistakes(report.mistakes, self.evaluation, folder / "mistakes.png")
+            pictures.draw_confusion(report.more["confusion"], self.evaluation.classes, folder)
+            pictures.draw_mistakes(report.more["mistakes"], self.evaluation, folder)
 
     def how_to_load(self, report: Any) -> str:
         """Return the classes, and code that classifies an image."""
-        classes = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
-        loading = (
-            f"Tells apart {len(self.classes)} classes: {classes}.\n\n"
+        classes = self.base.classes
+        names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+        merging = "`classifier.model.merge_and_unload()` makes the PEFT model a plain one."
+        return (
+            f"Tells apart {len(classes)} classes: {names}.\n\n"
             f"Install pacatune ({repository_command('vision')}), then:\n\n"
             "```python\nfrom pacatune.training.image import load_result\n\n"
             'classifier = load_result("FOLDER")\n'
             'print(classifier.classify("IMAGE.png"))  # class -> probability\n```\n'
-        )
-        if METHODS[self.config.method].has_adapter:
-            loading += (
-                "\n`classifier.model` is a PEFT model; `classifier.model.merge_and_unload()` makes "
-                "it a plain one.\n"
-            )
-        return loading
+        ) + (f"\n{merging}\n" if METHODS[self.config.method].has_adapter else "")
+
+
+def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> Any:
+    """Put the adapter on a model; of the method `head`, freeze all but the head."""
+    if method == "head":
+        model.requires_grad_(False)
+        for name in find_heads(model):
+            model.get_submodule(name).requires_grad_(True)
+    model = put_adapter(model, adapter)
+    for layer in find_batch_norms(model).values() if adapter is not None else ():
+        # Saved for their statistics; scale and shift stay the pretrained ones.
+        layer.requires_grad_(False)
+    return model
 
 
 class ImageTrainer(RunTrainer):
@@ -176,22 +190,23 @@ class ImageTrainer(RunTrainer):
         super().__init__(compute_loss_func=self._loss, compute_metrics=_measure, **kwargs)
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
-        self._batch_norms = find_batch_norms(self.model)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Take one micro-batch forward and backward, its images mixed."""
-        if self.args.mixup_alpha > 0:
-            inputs = mix(inputs, self.args.mixup_alpha, self.model.config.num_labels)
-        return super().training_step(model, inputs, *args, **kwargs)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Tell the images the number of the pass, in which they are augmented anew."""
+        self.train_dataset.epoch.fill_(int(self.state.epoch or 0))  # which also counts its steps
+        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Compute the loss; Trainer has put all of the model into training mode before."""
+        """Compute the loss; in training, of mixed images, with BatchNorm as it was pretrained."""
+        if model.training and self.args.mixup_alpha:
+            mixer = v2.MixUp(alpha=self.args.mixup_alpha, num_classes=self.model.config.num_labels)
+            # In this order: torchvision takes the first tensor for the images, whatever its key.
+            pixels, labels = mixer(inputs["pixel_values"], inputs["labels"])
+            inputs = {"pixel_values": pixels, "labels": labels}
         if not self.args.train_batch_norm:
-            for layer in self._batch_norms.values():
+            for layer in find_batch_norms(self.model).values():
                 layer.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -209,23 +224,3 @@ def _measure(prediction: Any) -> dict[str, float]:
     """Return accuracy and loss, a mean over images, which Trainer's own is not in processes."""
     logits, labels = map(torch.from_numpy, (prediction.predictions, prediction.label_ids))
     return {**accuracy(prediction), "loss": float(F.cross_entropy(logits, labels))}
-
-
-class NewEpoch(TrainerCallback):
-    """Tells the training images the number of the pass, for other augmentations each time."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first batch is loaded; `state.epoch` also counts the steps of this one."""
-        self._dataset.epoch.fill_(int(state.epoch or 0))
-
-
-def mix(inputs: dict[str, Any], alpha: float, num_classes: int) -> dict[str, Any]:
-    """Mix each image and its class with another's, all in one share from Beta(alpha, alpha)."""
-    # In this order: torchvision takes the first tensor for the images, whatever its key.
-    pixels, labels = v2.MixUp(alpha=alpha, num_classes=num_classes)(
-        inputs["pixel_values"], inputs["labels"]
-    )
-    return {**inputs, "pixel_values": pixels, "labels": labels}
