@@ -4,7 +4,7 @@ Training and evaluation see the same prompt; MMLU's has the words of lm-eval 0.4
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pacatune.data.read import Row
@@ -73,10 +73,6 @@ class Question:
     """Number of the right choice, from 0."""
     subject: str = ""
     """With underscores, such as `high_school_physics`; empty where it is not known."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the columns of the hub's `cais/mmlu`."""
-        return asdict(self)
 
     def prompt(self) -> str:
         """Return the question as lm-eval asks it without examples, up to `Answer:`."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.mt_bench.config import MtBenchConfig
+from pacatune.cli.options import parser_of
 from pacatune.experiments import reproduce
 from pacatune.experiments.reproduce import EXPERIMENTS
 from pacatune.experiments.reproduce.experiment import Cell, Experiment, Section
@@ -163,7 +165,7 @@ def test_commands_of_the_full_scale_are_those_of_the_evaluations():
     """Their own parsers take every word; a wrong one would end the process."""
     cells = {name: EXPERIMENTS[name].cells("full") for name in ("table1", "table3")}
     (line,) = commands(cells["table3"], "full-llama3-8b-quantized")
-    parsed = find_parser("evaluate-mt-bench").parse_args(shlex.split(line)[3:])
+    parsed = parser_of("mt-bench", MtBenchConfig).parse_args(shlex.split(line)[3:])
     assert (parsed.quantization, parsed.judge_model) == ("nf4", "gpt-4o-mini")
     assert parsed.judge_key_env == "OPENAI_API_KEY"
     train, line = commands(cells["table1"], "full-llama3-8b-paca-r8")

@@ -83,14 +83,16 @@ def test_the_best_rate_is_judged(tmp_path, monkeypatch):
         more = {"peak_memory_bytes": 1, "num_trainable_parameters": 5}
         return report | more, tmp_path / name
 
-    def judge(config, console, log):
-        seen.append(config)
+    def judge(words, **options):
+        seen.append(words)
         line = {"name": "all", "mean": 5.0, "low": 4.0, "high": 6.0}
         math = {"name": "math", "mean": 3.0, "low": None, "high": None}
-        return {"table": [line, math, {"name": "coding", "mean": None, "low": None, "high": None}]}
+        table = [line, math, {"name": "coding", "mean": None, "low": None, "high": None}]
+        (tmp_path / "mt-bench").mkdir()
+        (tmp_path / "mt-bench" / "mt_bench.json").write_text(json.dumps({"table": table}))
 
     monkeypatch.setattr(Runs, "train", train)
-    monkeypatch.setattr("pacatune.evaluation.mt_bench.run_mt_bench", judge)
+    monkeypatch.setattr("subprocess.run", judge)
     result = cells["full-llama3-8b-qpaca-r64"].run(tmp_path, tell)
     assert result == {
         "scores": {
@@ -103,15 +105,21 @@ def test_the_best_rate_is_judged(tmp_path, monkeypatch):
         "training_ms": 20.0,
         "num_trainable_parameters": 5,
     }
-    (config,) = seen
-    assert config.adapter == str(tmp_path / "rate-0.001")
-    assert (config.judge_model, config.output) == ("gpt-4o-mini", tmp_path / "mt-bench")
+    (words,) = seen
+    assert words[1:3] == ["-m", "experiments.mt_bench"]
+    assert words[-4:] == [
+        "--output",
+        str(tmp_path / "mt-bench"),
+        "--adapter",
+        str(tmp_path / "rate-0.001"),
+    ]
 
 
 def test_a_line_with_one_rate_needs_no_validation_data(tmp_path, monkeypatch):
     """Table 1 at the full scale, but for training and MMLU."""
     score = Score(value=0.5, stderr=0.01, num_questions=4)
-    result = SimpleNamespace(categories={"STEM": score}, average=score)
+    groups = ["mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"]
+    result = SimpleNamespace(tasks={name: {"acc": score} for name in groups})
     report = {"eval_loss_after": None, "step_ms": 2.0, "num_steps": 10}
     report |= {"peak_memory_bytes": 1, "num_trainable_parameters": 5}
     monkeypatch.setattr(Runs, "train", lambda self, run, name: (report, tmp_path / name))
@@ -123,7 +131,7 @@ def test_a_line_with_one_rate_needs_no_validation_data(tmp_path, monkeypatch):
         yield SimpleNamespace(model=None, tokenizer=None)
 
     monkeypatch.setattr(mmlu, "loaded", loaded)
-    monkeypatch.setattr("pacatune.evaluation.evaluate_mmlu", lambda *args, **options: result)
+    monkeypatch.setattr("pacatune.evaluation.evaluate_tasks", lambda *args, **options: result)
     cells = {cell.key: cell for cell in EXPERIMENTS["table1"].cells("full")}
     found = cells[f"full-{ROW.key}"].run(tmp_path, tell)
     assert seen == [("meta-llama/Meta-Llama-3-8B", tmp_path / "run")]

@@ -4,6 +4,9 @@ At the small scale SmolLM2-135M is trained on questions and answers. A judge of 
 had offline, so what is compared there is the loss on held-out answers.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +48,7 @@ def _experiment(
         data_name="Oasst1",
         test="MT-Bench",
         then="MT-Bench",
-        about="By `pacatune evaluate mt-bench` with GPT-4o-mini as the judge; 95 % intervals.",
+        about="By `python -m experiments.mt_bench` with GPT-4o-mini as the judge; 95 % intervals.",
         title=title,
         command=_command,
         score=_judge,
@@ -86,35 +89,27 @@ _FILES = {
 }
 
 
-def _mt_bench_options(row: Row) -> dict[str, Any]:
-    """Return the options of MT-Bench, by their names in MtBenchConfig."""
+def _command(row: Row) -> tuple[str, ...]:
     held = {"quantization": "nf4"} if row.method in ("quantized", "qlora") else {}
     files = {name: f"{PACKAGED}/mt-bench-26.3/{file}" for name, file in _FILES.items()}
-    return held | files | _JUDGE
-
-
-def _command(row: Row) -> tuple[str, ...]:
-    words = [(f"--{k.replace('_', '-')}", str(v)) for k, v in _mt_bench_options(row).items()]
-    return ("mt-bench", *(word for pair in words for word in pair))
+    options = (held | files | _JUDGE).items()
+    words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", value)]
+    return ("python", "-m", "experiments.mt_bench", *words)
 
 
 def _judge(runs: Runs, row: Row, adapter: Path | None) -> dict[str, Any]:
     """Return the mean of each category, and of all as the paper's average, with its interval.
 
-    MT-Bench goes on by itself with the answers and judgments that its folder holds.
+    MT-Bench, beside the package in a checkout, is a process of its own. It goes on by itself with
+    the answers and judgments that its folder holds.
     """
-    from pacatune.evaluation.mt_bench import MtBenchConfig, run_mt_bench
-
-    options = _mt_bench_options(row)
-    config = MtBenchConfig(
-        output=runs.folder / "mt-bench",
-        model=hub_id(row),
-        adapter=None if adapter is None else str(adapter),
-        **options | {"judge_prompts": Path(options["judge_prompts"])},
-    )
+    output = runs.folder / "mt-bench"
+    words = [*_command(row), "--model", hub_id(row), "--output", str(output)]
+    words += [] if adapter is None else ["--adapter", str(adapter)]
     runs.tell(f"  MT-Bench of {row.title} on {row.model}")
-    with runs.quiet("mt-bench") as console:
-        result = run_mt_bench(config, console, console)
+    with (runs.folder / "mt-bench.log").open("a") as log:
+        subprocess.run([sys.executable, *words[1:]], stdout=log, stderr=log, check=True)
+    result = json.loads((output / "mt_bench.json").read_text(encoding="utf-8"))
     found = {}
     for line in result["table"]:
         mean, low, high = line["mean"], line["low"], line["high"]

@@ -40,8 +40,14 @@ _BENCH_NOTE = (
     "In the paper LoRA, DoRA and MosLoRA have dropout 0.1, which takes time and memory. Steps of "
     "the small model are measured without it, all three alike, which favours them."
 )
-# The paper's columns -> groups of lm-eval, as `pacatune evaluate mmlu` names them.
-_CATEGORIES = {"humanities": "Hums.", "stem": "STEM", "social": "Social.", "other": "Other"}
+# The paper's columns -> groups of lm-eval.
+_GROUPS = {
+    "humanities": "mmlu_humanities",
+    "stem": "mmlu_stem",
+    "social": "mmlu_social_sciences",
+    "other": "mmlu_other",
+    "average": "mmlu",
+}
 
 
 def _sources(mode: Mode) -> list[Source]:
@@ -67,24 +73,23 @@ def _settings(scale: Scale) -> list[SettingsBeside]:
 
 def _score(runs: Runs, row: Row, adapter: Path | None) -> dict[str, Any]:
     def compute() -> dict[str, Any]:
-        from pacatune.evaluation import evaluate_mmlu
+        from pacatune.evaluation import evaluate_tasks
 
         with loaded(hub_id(row), adapter) as found:
-            result = evaluate_mmlu(found.model, found.tokenizer, progress=True)
-        categories = {name: asdict(score) for name, score in result.categories.items()}
-        return {"categories": categories, "average": asdict(result.average)}
+            scores = evaluate_tasks(
+                found.model, found.tokenizer, ["mmlu"], num_fewshot=5, progress=True
+            )
+        return {name: asdict(scores.tasks[group]["acc"]) for name, group in _GROUPS.items()}
 
     return runs.once("mmlu", compute)
 
 
 def _read(scores: Any) -> Mapping[str, Mapping[str, float]]:
     """Return each score in per cent, with two standard errors."""
-    found = {name: scores["categories"].get(group) for name, group in _CATEGORIES.items()}
     intervals = {}
-    for name, score in (found | {"average": scores["average"]}).items():
-        if score is not None:
-            value, spread = 100 * score["value"], 200 * (score["stderr"] or 0.0)
-            intervals[name] = {"value": value, "low": value - spread, "high": value + spread}
+    for name, score in scores.items():
+        value, spread = 100 * score["value"], 200 * (score["stderr"] or 0.0)
+        intervals[name] = {"value": value, "low": value - spread, "high": value + spread}
     return intervals
 
 
@@ -97,7 +102,7 @@ _FULL = FullScale(
     then="its test",
     about="By `pacatune evaluate mmlu`, five examples; two standard errors.",
     title=lambda row: f"{row.title}, rank {row.rank}, on {row.model}",
-    command=lambda row: ("mmlu",),
+    command=lambda row: ("pacatune", "evaluate", "mmlu"),
     score=_score,
     read=_read,
 )

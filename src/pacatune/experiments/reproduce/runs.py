@@ -1,7 +1,7 @@
 """Runs of language models and images: trained, scored, kept; and the columns of their numbers.
 
-Everything happens in this process by `pacatune.training` and `pacatune.evaluation`; the commands
-that `--print` shows do the same by hand.
+Everything but MT-Bench happens in this process by `pacatune.training` and `pacatune.evaluation`;
+the commands that `--print` shows do the same by hand.
 """
 
 import contextlib
@@ -181,7 +181,7 @@ class FullScale:
     title: Callable[[Row], str]
     """Title of a line's settings."""
     command: Callable[[Row], tuple[str, ...]]
-    """Kind and options of the `pacatune evaluate` that scores a line by hand."""
+    """The command that scores a line by hand, without model, adapter and output."""
     score: Callable[[Runs, Row, Path | None], dict[str, Any]]
     """Scores a line's adapter."""
     read: Callable[[Any], Mapping[str, Mapping[str, float]]]
@@ -202,10 +202,9 @@ class FullScale:
 
     def commands(self, row: Row) -> tuple[str, ...]:
         """Return what runs for a line, as it is typed."""
-        kind, *options = self.command(row)
         adapter = ["--adapter", "RUN"] if row.is_trained else []
-        words = ["--model", hub_id(row), *adapter, *options, "--output", "DIR"]
-        score = shlex.join(["pacatune", "evaluate", kind, *words])
+        words = ["--model", hub_id(row), *adapter, "--output", "DIR"]
+        score = shlex.join([*self.command(row), *words])
         return ("pacatune train --config RUN.yaml", score) if row.is_trained else (score,)
 
     def source(self) -> Source:
