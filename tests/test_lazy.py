@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 
 PACKAGES = (
-    *("", ".evaluation", ".evaluation.mt_bench", ".patch", ".selection", ".sync"),
+    *("", ".evaluation", ".patch", ".selection", ".sync"),
     *(".experiments.study", ".training", ".training.image"),
 )
 

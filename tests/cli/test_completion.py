@@ -17,7 +17,7 @@ CASES = {
     "--debug mer": "--debug merge",
     "patch ap": "patch apply",
     "patch apply --pa": "patch apply --patch",
-    "evaluate mt": "evaluate mt-bench",
+    "evaluate mm": "evaluate mmlu",
     "merge --dtype bfl": "merge --dtype bfloat16",
     "merge --no-v": "merge --no-verify",
     "merge --allow-other-base --no-v": "merge --allow-other-base --no-verify",

@@ -15,7 +15,7 @@ def test_help_lists_every_evaluation(words, status, capsys):
     ("word", "message"),
     [
         ("mlmu", "unknown command of evaluate 'mlmu'; did you mean 'mmlu'?"),
-        ("zzzz", "choose from mmlu, mmlu-data, lm-eval"),
+        ("zzzz", "choose from mmlu, lm-eval, choice"),
         ("--model", "unknown option '--model'"),
     ],
 )

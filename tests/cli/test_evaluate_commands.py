@@ -7,6 +7,7 @@ import pytest
 from pacatune.adapters import loading
 from pacatune.cli import main
 from tests.conftest import build_model
+from tests.evaluation.mmlu import write_mmlu
 
 QUESTIONS = [
     {"question": f"Is it {i}?", "choices": ["yes", "no, not at all", "it"], "answer": i % 3}
@@ -23,7 +24,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
     lines = [json.dumps(row) + "\n" for row in QUESTIONS]
     (folder / "questions.jsonl").write_text("".join(lines))
     (folder / "text.txt").write_text("What is the capital of France? " * 20)
-    assert main(["evaluate", "mmlu-data", "--output", str(folder / "tasks")]) == 0
+    write_mmlu(folder / "tasks")
     return folder
 
 
@@ -45,25 +46,22 @@ def evaluate(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_mmlu(evaluate, tmp_path):
-    words = ("--tasks-dir", "tasks", "--subjects", "anatomy,sociology", "--limit", "2")
-    values, out = evaluate("mmlu", *words, "--num-fewshot", "1")
-    assert "Hums." in out
-    assert "Only the first 2 questions of each subject were asked." in out
-    assert "2 of 57 subjects." in out
-    assert values["result"]["average"]["num_questions"] == 4
-    assert values["result"]["num_fewshot"] == [1, 1]
-    assert values["settings"]["subjects"] == ["anatomy", "sociology"]
-    assert len((tmp_path / "out" / "questions.jsonl").read_text().splitlines()) == 4
+    words = ("--tasks-dir", "tasks", "--limit", "1", "--num-fewshot", "1")
+    values, out = evaluate("mmlu", *words)
+    assert values["result"]["tasks"]["mmlu"]["acc"]["num_questions"] == 57
+    assert "mmlu_social_sciences" in out
+    assert "mmlu_anatomy" not in out
+    assert values["settings"]["tasks"] == ["mmlu"]
+    assert len((tmp_path / "out" / "questions.jsonl").read_text().splitlines()) == 57
     page = (tmp_path / "out" / "evaluation.md").read_text()
-    assert "| | Hums. | STEM | Social. | Other | Avg. |" in page
-    assert "| questions | 0 | 2 | 2 | 0 | 4 |" in page
+    assert "| task | metric | value | standard error | questions | examples |" in page
 
 
-def test_mmlu_says_what_did_not_fit(evaluate, tiny_model_dir):
-    words = ("--tasks-dir", "tasks", "--subjects", "anatomy", "--limit", "2")
+def test_mmlu_has_five_examples_and_says_what_did_not_fit(evaluate, tiny_model_dir):
+    words = ("--tasks-dir", "tasks", "--tasks", "mmlu_anatomy", "--limit", "2")
     values, out = evaluate("mmlu", *words, model=("--model", str(tiny_model_dir)))
-    assert "2 prompts are longer than the model's context and lost their first examples." in out
-    assert values["result"]["num_truncated"] == 2
+    assert "2 prompts are longer than the model's context and lost their start." in out
+    assert values["result"]["num_fewshot"] == {"mmlu_anatomy": 5}
 
 
 def test_choice(evaluate):
@@ -151,7 +149,7 @@ def test_lm_eval(evaluate):
             ["perplexity", "--text", "m/model.safetensors"],
             "`text` ('m/model.safetensors') is no file in UTF-8",
         ),
-        (["mmlu", "--tasks-dir", "nowhere"], "'nowhere' has no task (*.yaml); make one with"),
+        (["mmlu", "--tasks-dir", "nowhere"], "'nowhere' has no task (*.yaml); see"),
     ],
 )
 def test_wrong_input_is_found_before_a_model_is_loaded(
@@ -177,20 +175,6 @@ def test_a_result_is_never_overwritten(tmp_path, capsys, words):
     assert main(["evaluate", *words, "--model", "no", "--output", str(tmp_path)]) == 2
     assert "is not empty; choose another" in capsys.readouterr().err
     assert (tmp_path / "evaluation.json").read_text() == "{}"
-
-
-def test_mmlu_data_of_a_folder(tmp_path, capsys):
-    for split, num in (("dev", 5), ("test", 2)):
-        (tmp_path / "in" / split).mkdir(parents=True)
-        path = tmp_path / "in" / split / f"anatomy_{split}.csv"
-        path.write_text("".join(f"Which is {i}?,a,b,c,d,A\n" for i in range(num)))
-    words = ["evaluate", "mmlu-data", "--from", str(tmp_path / "in")]
-    assert main([*words, "--output", str(tmp_path / "out")]) == 0
-    out, err = capsys.readouterr()
-    assert f"wrote 2 questions on 1 subjects to {tmp_path / 'out'}" in out
-    assert "note: 2 questions; the released test split has 14,042." in err
-    assert main([*words, "--output", str(tmp_path / "out")]) == 2
-    assert "is not empty; choose another" in capsys.readouterr().err
 
 
 def test_names_of_nothing(capsys):

@@ -139,6 +139,6 @@ def test_short_name_of_the_dtype_of_a_run(tmp_path):
     assert read_run(["--config", str(config)])[0].model.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("command", ["bench", "estimate", "evaluate-mt-bench", "patch-stack"])
+@pytest.mark.parametrize("command", ["bench", "estimate", "evaluate-lm-eval", "patch-stack"])
 def test_every_option_has_a_help(command):
     assert all(action.help for action in cli_reference.find_parser(command)._actions)

@@ -7,6 +7,7 @@ import pytest
 from pacatune.data import DataConfig, prepare_data
 from pacatune.data.choices import LETTERS, ChoiceQuestion, Question, to_choice_question, to_question
 from pacatune.data.read import Row
+from tests.evaluation.mmlu import write_mmlu
 
 ROW = {"question": "Who?", "choices": ["Ann", " Bob "], "answer": 1}
 
@@ -54,13 +55,9 @@ def tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
-    """lm-eval's own tasks on two questions, which are also each other's examples."""
-    from pacatune.evaluation import MmluData, write_tasks
-
+    """lm-eval's own tasks on two questions."""
     folder = tmp_path_factory.mktemp("mmlu") / "tasks"
-    shown = {one.subject: [one, Question("x", list("abcd"), 1, one.subject)] for one in QUESTIONS}
-    write_tasks(MmluData(shown=shown, asked=None, source="here"), folder)
-    return folder
+    return write_mmlu(folder, questions={one.subject: [asdict(one)] for one in QUESTIONS})
 
 
 def prepare(tokenizer, path, **options):
@@ -76,11 +73,10 @@ def write(path, rows):
 def scored_tokens(tokenizer, tasks_dir, subject):
     """Tokens of prompt and right answer as lm-eval scores them, without examples."""
     from pacatune.evaluation.language_model import LanguageModel
-    from pacatune.evaluation.mmlu import prepare_mmlu
+    from pacatune.evaluation.tasks import prepare_tasks
     from tests.conftest import build_model
 
-    tasks = prepare_mmlu(tasks_dir, [subject], num_fewshot=0)
-    (task,) = tasks.tasks[0].get_all_tasks()
+    (task,) = prepare_tasks([f"mmlu_{subject}"], tasks_dir)
     asked = task.eval_docs[0]
     requests = task.construct_requests(asked, task.fewshot_context(asked, 0))
     lm = LanguageModel(build_model(len(tokenizer)), tokenizer)
@@ -107,11 +103,10 @@ def test_training_tokens_are_those_that_lm_eval_scores(
 
 
 def test_questions_without_subject_have_no_description(tokenizer, tasks_dir):
-    from pacatune.evaluation.mmlu import prepare_mmlu
+    from pacatune.evaluation.tasks import prepare_tasks
 
     for one in QUESTIONS:
-        tasks = prepare_mmlu(tasks_dir, [one.subject], num_fewshot=0)
-        (task,) = tasks.tasks[0].get_all_tasks()
+        (task,) = prepare_tasks([f"mmlu_{one.subject}"], tasks_dir)
         nameless = Question(one.question, one.choices, one.answer)
         assert nameless.prompt() == task.doc_to_text(asdict(one))
         assert one.prompt() == task.config.description + nameless.prompt()

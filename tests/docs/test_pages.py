@@ -12,7 +12,7 @@ from tools import cli_reference, doc_block, llms_txt
 NOT_RUN = {
     "docs/bench.md": 3,
     "docs/distributed.md": 3,
-    "docs/evaluate.md": 4,
+    "docs/evaluate.md": 5,
     "docs/images.md": 2,
     "docs/integrations.md": 6,
     "docs/memory.md": 1,

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from pacatune.evaluation import bundled_mmlu, write_tasks
 from tests.conftest import build_model
+from tests.evaluation.mmlu import write_mmlu
 
 
 @pytest.fixture(scope="session")
@@ -19,13 +19,6 @@ def tokenizer(tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def bundled():
-    return bundled_mmlu()
-
-
-@pytest.fixture(scope="session")
-def tasks_dir(bundled, tmp_path_factory):
+def tasks_dir(tmp_path_factory):
     """Not to be changed."""
-    folder = tmp_path_factory.mktemp("mmlu") / "tasks"
-    write_tasks(bundled, folder)
-    return folder
+    return write_mmlu(tmp_path_factory.mktemp("mmlu") / "tasks")

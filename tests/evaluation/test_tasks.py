@@ -58,7 +58,7 @@ def test_data_files_are_relative_to_the_folder(folder, files):
     if files.startswith("{"):
         text = text.replace("split: train", "split: test")
     (folder / "a.yaml").write_text(text)
-    (task,) = prepare_tasks(["likely"], folder).tasks
+    (task,) = prepare_tasks(["likely"], folder)
     assert task.eval_docs[1]["answer"] == "It 1"
 
 

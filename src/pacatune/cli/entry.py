@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
-    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, MT-Bench, choices, perplexity",
+    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, choices, perplexity",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",

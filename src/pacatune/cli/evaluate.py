@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
-from pacatune.evaluation.mt_bench import MtBenchConfig
 from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
     from pacatune.evaluation import ChoiceResult, TextScore
     from pacatune.evaluation.harness import TaskScores
-    from pacatune.evaluation.mmlu import MmluResult
     from pacatune.evaluation.output import Report
 
 # Takes model, tokenizer, `batch_size` and `progress`; yields the report, again with every further
@@ -87,73 +85,14 @@ class Questions(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mmlu(Questions):
-    """Score a model on MMLU by lm-eval: four categories and their average, as in the paper."""
-
-    tasks_dir: str | None = None
-    """Folder that `pacatune evaluate mmlu-data` wrote; by default the data is the hub's."""
-    subjects: tuple[str, ...] | None = None
-    """Only these."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; by default what the tasks say, 5 for MMLU."""
-
-    def prepare(self) -> tuple[dict[str, Any], Score]:
-        """Find the tasks."""
-        from pacatune.evaluation.harness import run_tasks
-        from pacatune.evaluation.mmlu import mmlu_result, prepare_mmlu
-
-        tasks = prepare_mmlu(**self.values("tasks_dir", "subjects", "num_fewshot"))
-
-        def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
-            scores = run_tasks(model, tokenizer, tasks, **speed, **self.values("limit", "chat"))
-            yield _mmlu_report(mmlu_result(scores), self.limit)
-
-        return {}, score
-
-
-def _mmlu_report(result: "MmluResult", limit: int | None) -> "Report":
-    """Return the table of the paper's Table 1 with standard errors and numbers of questions."""
-    from pacatune.evaluation.mmlu import CATEGORIES
-    from pacatune.evaluation.mmlu_data import NUM_SUBJECTS
-    from pacatune.evaluation.output import Report, percent, result_dict
-
-    fewest, most = result.num_fewshot
-    shots = f"{most}" if fewest == most else f"{fewest} to {most}"
-    scores = {title: result.categories.get(title) for title in CATEGORIES}
-    scores["Avg."] = result.average
-    notes = [
-        f"Accuracy in % ± standard error, {shots} examples in each prompt; average by question."
-    ]
-    if len(result.subjects) < NUM_SUBJECTS:
-        notes.append(f"{len(result.subjects)} of {NUM_SUBJECTS} subjects.")
-    if result.num_truncated:
-        notes.append(
-            f"{result.num_truncated} prompts are longer than the model's context and lost their "
-            "first examples."
-        )
-    if limit is not None:
-        notes.append(f"Only the first {limit} questions of each subject were asked.")
-    return Report(
-        title="MMLU",
-        headings=["", *scores],
-        rows=[
-            ["accuracy", *(percent(score) for score in scores.values())],
-            ["questions", *(str(score.num_questions if score else 0) for score in scores.values())],
-        ],
-        result=result_dict(result),
-        notes=notes,
-        questions=result.questions,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class LmEval(Questions):
     """Score a model on any tasks of lm-eval."""
 
     tasks: tuple[str, ...]
     """Such as arc_easy."""
     tasks_dir: str | None = None
-    """Folder with task files of your own, taken instead."""
+    """Folder with task files of your own, taken instead; paths of data in them are relative to
+    it."""
     num_fewshot: int | None = None
     """Examples in each prompt; by default what the tasks say."""
     seed: int = 0
@@ -173,12 +112,23 @@ class LmEval(Questions):
         return {}, score
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mmlu(LmEval):
+    """Score a model on MMLU by lm-eval: its four categories and all questions, as in the paper."""
+
+    tasks: tuple[str, ...] = ("mmlu",)
+    """Parts of it, such as mmlu_stem or mmlu_anatomy."""
+    num_fewshot: int | None = 5
+    """Examples in each prompt."""
+
+
 def lm_eval_report(scores: "TaskScores") -> "Report":
-    """Return a row per task and metric."""
+    """Return a row per metric of a task or group; tasks within a group are in the JSON alone."""
     from pacatune.evaluation.output import Report, result_dict
 
     result = result_dict(scores)
     result["task_versions"] = result.pop("versions")
+    within = {name for members in scores.groups.values() for name in members} - set(scores.groups)
     cut = (
         f"{scores.num_truncated} prompts are longer than the model's context and lost their start."
     )
@@ -195,6 +145,7 @@ def lm_eval_report(scores: "TaskScores") -> "Report":
                 str(scores.num_fewshot.get(task, "-")),
             ]
             for task, metrics in scores.tasks.items()
+            if task not in within
             for metric, score in metrics.items()
         ],
         result=result,
@@ -320,52 +271,9 @@ def _perplexity_report(scores: "dict[str, TextScore]") -> "Report":
     )
 
 
-def write_mmlu_data(*, from_: Path | None = None, output: str) -> int:
-    """Write MMLU's questions as a folder of tasks, for `evaluate mmlu` without a network.
-
-    Args:
-        from_: Folder with MMLU's files: dev/*_dev.csv and test/*_test.csv, or Parquet or JSON Lines
-            of cais/mmlu; by default the 280 questions that come with lm-eval.
-        output: New folder to write.
-    """
-    from pacatune.evaluation.mmlu_data import bundled_mmlu, read_mmlu, write_tasks
-    from pacatune.files.folder import check_output
-
-    check_output(Path(output), num_bytes=0)
-    data = bundled_mmlu() if from_ is None else read_mmlu(from_.expanduser())
-    write_tasks(data, Path(output))
-    asked = data.shown if data.asked is None else data.asked
-    num = sum(map(len, asked.values()))
-    print(f"wrote {num:,} questions on {len(asked)} subjects to {output}")
-    print(f"next: pacatune evaluate mmlu --model MODEL --tasks-dir {output} --output DIR")
-    print_notes(data.notes)
-    return 0
-
-
-class MtBench(MtBenchConfig):
-    """Let a model answer MT-Bench's 80 questions of two turns; a judge grades the answers.
-
-    A run that was stopped goes on when the same command is given again.
-    """
-
-    def run(self, command: str) -> int:
-        """Do it; return 1 if no answer was judged."""
-        quiet_libraries()
-
-        from rich.console import Console
-
-        from pacatune.evaluation.mt_bench import run_mt_bench
-
-        consoles = Console(highlight=False), Console(stderr=True, highlight=False)
-        result = run_mt_bench(self, *consoles)
-        return 0 if self.no_judge or result["table"][-1]["num_judged"] else 1
-
-
 SUBCOMMANDS = {
     "mmlu": Mmlu,
-    "mmlu-data": write_mmlu_data,
     "lm-eval": LmEval,
-    "mt-bench": MtBench,
     "choice": Choice,
     "perplexity": Perplexity,
 }

@@ -1,4 +1,4 @@
-"""Score a model, with or without an adapter: MMLU, lm-eval's tasks, multiple choice, perplexity.
+"""Score a model, with or without an adapter: tasks of lm-eval, multiple choice, perplexity.
 
 Parts are lazy: the command line reads their options without torch.
 """
@@ -11,30 +11,22 @@ if TYPE_CHECKING:
     from pacatune.data.choices import ChoiceQuestion
     from pacatune.evaluation.choice import ChoiceResult, evaluate_choice, read_questions
     from pacatune.evaluation.harness import Score, TaskScores
-    from pacatune.evaluation.mmlu import MmluResult, evaluate_mmlu
-    from pacatune.evaluation.mmlu_data import MmluData, bundled_mmlu, read_mmlu, write_tasks
     from pacatune.evaluation.perplexity import TextScore, default_text, evaluate_perplexity
     from pacatune.evaluation.tasks import evaluate_tasks
 
 __all__ = [
     "ChoiceQuestion",
     "ChoiceResult",
-    "MmluData",
-    "MmluResult",
     "Score",
     "TaskScores",
     "TextScore",
-    "bundled_mmlu",
     "default_text",
     "evaluate_choice",
-    "evaluate_mmlu",
     "evaluate_perplexity",
     "evaluate_tasks",
-    "read_mmlu",
     "read_questions",
-    "write_tasks",
 ]
 
 __getattr__, __dir__ = import_later(
-    __name__, __all__, (".mmlu_data", ".harness", ".choice", ".mmlu", ".perplexity", ".tasks")
+    __name__, __all__, (".harness", ".choice", ".perplexity", ".tasks")
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pacatune.data.choices import ChoiceQuestion, to_choice_question
 from pacatune.data.read import read_rows
-from pacatune.evaluation.harness import PreparedTasks, Score, require_lm_eval, run_tasks
+from pacatune.evaluation.harness import Score, require_lm_eval, run_tasks
 
 _TASK = "choice"
 
@@ -64,13 +64,10 @@ def evaluate_choice(
     asked = list(questions)[:limit]
     if not asked:
         raise ValueError(f"no questions are asked (`limit` is {limit}); give at least one.")
-    from lm_eval.tasks import TaskManager
-
-    tasks = PreparedTasks(TaskManager(include_defaults=False), [_task(asked, chat)])
     scores = run_tasks(
         model,
         tokenizer,
-        tasks,
+        [_task(asked, chat)],
         batch_size=batch_size,
         chat=chat,
         progress=progress,

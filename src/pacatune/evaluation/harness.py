@@ -3,18 +3,12 @@
 import contextlib
 import logging
 import math
-import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from typing import Any
+from unittest.mock import patch
 
 from pacatune.installation import require_extra
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +26,9 @@ class TaskScores:
     """What lm-eval says about tasks."""
 
     tasks: dict[str, dict[str, Score]]
-    """Task or group -> metric -> score."""
+    """Task or group -> metric -> score, groups first."""
+    groups: dict[str, list[str]]
+    """Group -> the tasks and groups in it."""
     num_fewshot: dict[str, int]
     questions: list[dict[str, Any]] = field(repr=False)
     """For each question: task, number in the data, answer, log-likelihoods or text, and metrics."""
@@ -40,15 +36,6 @@ class TaskScores:
     """Prompts that were longer than the model's context, cut at their start."""
     versions: dict[str, Any]
     """Versions of the tasks, as lm-eval counts them."""
-
-
-@dataclass(frozen=True)
-class PreparedTasks:
-    """Tasks whose data is loaded."""
-
-    manager: "TaskManager"
-    tasks: list[Any]
-    """What lm-eval takes: tasks and groups, or configurations."""
 
 
 def require_lm_eval() -> None:
@@ -59,7 +46,7 @@ def require_lm_eval() -> None:
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: PreparedTasks,
+    tasks: Sequence[Any],
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -69,7 +56,10 @@ def run_tasks(
     progress: bool = False,
     keep_line_break: bool = False,
 ) -> TaskScores:
-    """Score a model by lm-eval; for the arguments see `evaluate_tasks` and `LanguageModel`."""
+    """Score a model by lm-eval on its tasks, groups, or configurations of tasks.
+
+    For the other arguments see `evaluate_tasks` and `LanguageModel`.
+    """
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ValueError(f"`{name}` ({value}) must be at least {least}, or left out.")
@@ -79,27 +69,34 @@ def run_tasks(
             "take an instruction-tuned model."
         )
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     from pacatune.evaluation.language_model import LanguageModel
 
     lm = LanguageModel(
         model, tokenizer, batch_size=batch_size, progress=progress, keep_line_break=keep_line_break
     )
-    with quiet_lm_eval(), _own_randomness(lm.device):
-        result = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=tasks.tasks,
-            task_manager=tasks.manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+    try:
+        with quiet_lm_eval():
+            result = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+                bootstrap_iters=1000,
+                # None: it would seed the global generators.
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                fewshot_random_seed=seed,
+            )
+    except AssertionError as error:
+        if "fewshot samples" not in str(error):
+            raise
+        raise ValueError(f"`num_fewshot` ({num_fewshot}) is too many: {error} Lower it.") from error
     return _to_scores(result, lm.num_truncated)
 
 
@@ -120,9 +117,12 @@ def quiet_lm_eval() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with (
-            _replaced(lm_eval.api.task, "tqdm", lambda items, **_: items),
-            _replaced(lm_eval.evaluator, "add_env_info", lambda results: None),
-            _replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+            patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items),
+            patch.multiple(
+                lm_eval.evaluator,
+                add_env_info=lambda results: None,
+                get_git_commit_hash=lambda: None,
+            ),
         ):
             yield
     finally:
@@ -131,39 +131,17 @@ def quiet_lm_eval() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the global random states as they are, which lm-eval sets."""
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # lm-eval's
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002  # lm-eval's
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    if not hasattr(module, name):  # in another release: nothing to keep quiet
-        yield
-        return
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
 def _to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:
     counts = {name: each["effective"] for name, each in result["n-samples"].items()}
-    scores = {}
-    for name, metrics in {**result["results"], **result.get("groups", {})}.items():
-        num = counts.get(name) or sum(counts[task] for task in _leaves(name, result))
-        scores[name] = _metrics(metrics, num)
+    groups = {name: list(found) for name, found in result["group_subtasks"].items() if found}
+
+    def num_questions(name: str) -> int:
+        return counts.get(name) or sum(map(num_questions, groups[name]))
+
+    found = result.get("groups", {}) | result["results"]
     return TaskScores(
-        tasks=scores,
+        tasks={name: _metrics(metrics, num_questions(name)) for name, metrics in found.items()},
+        groups=groups,
         num_fewshot=dict(result["n-shot"]),
         questions=[
             _question(task, sample)
@@ -173,14 +151,6 @@ def _to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:
         num_truncated=num_truncated,
         versions=dict(result["versions"]),
     )
-
-
-def _leaves(name: str, result: dict[str, Any]) -> Iterator[str]:
-    children = result["group_subtasks"].get(name, [])
-    if not children:
-        yield name
-    for child in children:
-        yield from _leaves(child, result)
 
 
 def _metrics(metrics: dict[str, Any], num_questions: int) -> dict[str, Score]:

@@ -1,11 +1,8 @@
 """A judge on this machine that checks what it is asked, and misbehaves when told to.
 
-    python -m tests.evaluation.mt_bench.judge_server --port 8765 --requests seen.jsonl
-
-answers until it is stopped, with a rating made of the prompt's hash.
+It speaks OpenAI's protocol; its ratings are made of the prompt's hash.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -39,7 +36,6 @@ class State:
     reasons: bool = False
     """Whether it is like OpenAI's reasoning models."""
     max_tokens: int = 2048
-    log: object = None
     most_at_once: int = 0
     _at_once: int = 0
     lock: object = field(default_factory=threading.Lock)
@@ -121,9 +117,6 @@ def make_handler(state):
             with state.lock:
                 state.requests.append((dict(self.headers), body))
                 misdeed = state.misdeeds.popleft() if state.misdeeds else "none"
-                if state.log is not None:
-                    state.log.write(json.dumps(body) + "\n")
-                    state.log.flush()
             with state.counted():  # before the reply, after which the next request comes
                 time.sleep(state.delay_s)
             if state.reasons and (refusal := reasoner_refuses(body)):
@@ -149,14 +142,6 @@ def make_handler(state):
                 return self._send(status, {"error": error}, headers)
             if misdeed == "hang":
                 time.sleep(2)
-                return None
-            if misdeed == "trickle":
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                for _ in range(20):
-                    self.wfile.write(b" ")
-                    time.sleep(0.1)
                 return None
             if misdeed == "cut":
                 self.send_response(200)
@@ -223,21 +208,3 @@ def judge_server(state, port=0):
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--model", default="judge")
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--requests", default="requests.jsonl")
-    options = parser.parse_args()
-    with open(options.requests, "a") as log:  # noqa: PTH123
-        state = State(model=options.model, delay_s=options.delay, log=log)
-        with judge_server(state, options.port) as url:
-            print(url, flush=True)
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,13 +4,8 @@ import json
 
 import pytest
 
-from pacatune.evaluation.mt_bench.questions import (
-    add_references,
-    read_prompts,
-    read_questions,
-    read_references,
-)
-from tests.evaluation.mt_bench.judge_server import State, judge_server
+from experiments.mt_bench.questions import add_references, read_prompts, read_questions
+from tests.experiments.mt_bench.judge_server import State, judge_server
 
 CATEGORIES = ("writing", "math", "stem", "coding")
 TASK = 'Rate the response from 1 to 10 as "[[rating]]".'
@@ -51,9 +46,9 @@ def question_rows(categories=CATEGORIES, number=2):
     ]
 
 
-def answer_row(question, turns, model="model-a"):
+def answer_row(question, turns):
     choices = [{"index": 0, "turns": list(turns)}]
-    return {"question_id": question, "model_id": model, "choices": choices, "answer_id": "x"}
+    return {"question_id": question, "model_id": "a", "choices": choices, "answer_id": "x"}
 
 
 def prompt_rows():
@@ -71,36 +66,35 @@ def prompt_rows():
 
 @pytest.fixture
 def files(tmp_path):
-    """Paths of questions, references, judge prompts, and answers of somebody else."""
+    """Paths of questions, references and judge prompts."""
     rows = question_rows()
     references = [
-        answer_row(row["question_id"], ["reference one", "reference two"], "good")
+        answer_row(row["question_id"], ["reference one", "reference two"])
         for row in rows
         if row["category"] in ("math", "coding")
     ]
-    answers = [answer_row(row["question_id"], ["first {it}", "second"]) for row in rows]
     return {
-        "questions": write_lines(tmp_path / "questions.jsonl", rows),
-        "references": write_lines(tmp_path / "references.jsonl", references),
-        "judge-prompts": write_lines(tmp_path / "prompts.jsonl", prompt_rows()),
-        "answers": write_lines(tmp_path / "answers.jsonl", answers),
+        "questions": str(write_lines(tmp_path / "questions.jsonl", rows)),
+        "references": str(write_lines(tmp_path / "references.jsonl", references)),
+        "judge_prompts": write_lines(tmp_path / "prompts.jsonl", prompt_rows()),
     }
 
 
 @pytest.fixture
 def prompts(files):
-    return read_prompts(files["judge-prompts"])
+    return read_prompts(files["judge_prompts"])
 
 
 @pytest.fixture
 def questions(files):
-    read = read_questions(str(files["questions"]))
-    return add_references(read, read_references(str(files["references"])), "references")
+    return add_references(read_questions(files["questions"]), files["references"])
 
 
 @pytest.fixture
-def judge():
+def judge(monkeypatch):
     """State of a judge that serves at `judge.url`."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     state = State()
     with judge_server(state) as url:
         state.url = url

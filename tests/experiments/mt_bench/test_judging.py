@@ -1,0 +1,251 @@
+"""Everything is asked once, kept, and counted, against a real server on this machine."""
+
+import io
+import json
+import time
+import traceback
+
+import pytest
+from rich.console import Console
+
+from experiments.mt_bench.config import MtBenchConfig
+from experiments.mt_bench.judging import Judge, parse_rating
+from experiments.mt_bench.questions import render
+from tests.experiments.mt_bench.conftest import write_lines
+from tests.experiments.mt_bench.judge_server import rating_of
+
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model_judgment" / "judge_single.jsonl"
+
+
+@pytest.fixture
+def turns(prompts, questions):
+    return [
+        render(prompts, one, (f"first of {one.id}", "second"), number, "judge")
+        for one in questions
+        for number in (1, 2)
+    ]
+
+
+@pytest.fixture
+def ask(judge, path):
+    """Judge turns, going on with the same file; `ask.log` is what was said, `ask.judge` who."""
+
+    def ask(turns, **options):
+        given = {"judge_url": judge.url, "judge_model": "judge", "judge_retries": 0}
+        given |= {"output": "", "questions": "", "model": "model-a"} | options
+        ask.judge, log = Judge(MtBenchConfig(**given), path), io.StringIO()
+        try:
+            return ask.judge.judge(turns, Console(file=log))
+        finally:
+            ask.log = log.getvalue()
+
+    return ask
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_judgments_are_written_in_the_form_of_fastchat(ask, judge, turns, path):
+    judgments = ask(turns)
+    assert judge.complaints == []
+    by_turn = {(one["question_id"], one["turn"]): one["score"] for one in judgments}
+    rows = {(row["question_id"], row["turn"]): row for row in rows_of(path)}
+    assert len(rows) == len(by_turn) == 16
+    for turn in turns:
+        row = rows[turn.question.id, turn.number]
+        assert row["user_prompt"] == turn.user
+        assert row["judge"] == ["judge", turn.prompt_name]
+        assert row["model"] == "model-a"
+        assert f"[[{row['score']}]]" in row["judgment"]
+        assert row["score"] == rating_of(turn.user) == by_turn[turn.question.id, turn.number]
+        assert row["tstamp"] <= time.time()
+    assert ask.judge.used({turn.key for turn in turns[:4]}) == {
+        "models": ["judge-2026-01-01"],
+        "temperatures": ["0.0"],
+        "prompt_tokens": 400,
+        "completion_tokens": 40,
+    }
+
+
+def test_nothing_is_asked_twice(ask, judge, turns):
+    first = ask(turns)
+    assert ask(turns) == ask([*turns, *turns])[:16] == first
+    assert len(judge.requests) == 16
+
+
+@pytest.mark.parametrize("misdeed", ["nonsense", "eleven", "silent"])
+def test_nonsense_is_asked_again_and_then_a_failure(ask, judge, turns, path, misdeed):
+    judge.misdeeds.extend([misdeed] * 2)
+    assert ask(turns[:1])[0]["score"] is not None
+    assert [row["score"] for row in rows_of(path)][:2] == [-1, -1]
+    judge.misdeeds.extend([misdeed] * 3)
+    (failed,) = ask(turns[2:3])
+    assert failed["score"] is None
+    assert failed["problem"].startswith("no rating from 1 to 10; the last reply: ")
+    # They are paid for as well: only someone who wants more attempts asks again.
+    assert ask(turns[2:3]) == [failed]
+    assert len(judge.requests) == 6
+    assert ask(turns[2:3], judge_attempts=4)[0]["score"] is not None
+    assert len(judge.requests) == 7
+
+
+def test_a_reply_that_was_cut_off_is_asked_for_again_with_more_tokens(ask, judge, turns):
+    judge.misdeeds.append("long")
+    (first,) = ask(turns[:1], judge_attempts=1)
+    assert first["problem"].endswith("let me say' was cut off; raise --judge-max-tokens")
+    assert ask(turns[:1], judge_attempts=1) == [first]
+    judge.max_tokens = 4096
+    assert ask(turns[:1], judge_attempts=1, judge_max_tokens=4096)[0]["score"] is not None
+    assert len(judge.requests) == 2
+    assert judge.complaints == []
+
+
+def test_a_reasoning_judge_is_asked_in_its_words(ask, judge, turns):
+    judge.reasons = True
+    assert all(one["score"] for one in ask(turns[:4], judge_parallel=1))
+    assert judge.complaints == []
+    assert len(judge.requests) == 6  # two refusals, and what they taught is remembered
+    assert ask.judge.used({turns[0].key})["temperatures"] == ["None"]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_is_a_failure_and_not_remembered(ask, judge, turns, status):
+    judge.misdeeds.append((status, {}, {"message": "too\nlong: max_completion_tokens"}))
+    (failed, other) = ask(turns[:2], judge_parallel=1)
+    assert other["score"] is not None
+    assert failed["problem"].startswith("the judge refuses the prompt: Error code: ")
+    assert ask(turns[:1])[0]["score"] is not None
+    assert len(judge.requests) == 3
+
+
+@pytest.mark.parametrize("misdeed", [(429, {}, {}), (500, {}, "x"), (503, {}, {}), "cut"])
+def test_what_may_pass_is_tried_again(ask, judge, turns, misdeed):
+    judge.misdeeds.extend([misdeed] * 2)
+    assert ask(turns[:1], judge_retries=2)[0]["score"] is not None
+    assert len(judge.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("misdeed", "message"),
+    [
+        ("hang", r"gives no answer \(Request timed out.*go on later"),
+        ("html", r"gives no answer \(something else than an OpenAI-compatible reply"),
+        ((404, {}, {"message": "not here"}), r"not here.*check --judge-url \(it usually ends in"),
+        ((500, {}, {"message": f"{KEY} is out of order"}), r"\*\*\* is out of order"),
+    ],
+)
+def test_a_judge_that_gives_no_answer(ask, judge, turns, monkeypatch, misdeed, message):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    judge.misdeeds.append(misdeed)
+    with pytest.raises(OSError, match=message) as caught:
+        ask(turns[:1], judge_timeout_s=0.3, judge_key_env="JUDGE_KEY")
+    assert KEY not in "".join(traceback.format_exception_only(caught.value))
+
+
+def test_a_judge_that_is_down(ask, turns):
+    with pytest.raises(OSError, match=r"127.0.0.1:1/v1 gives no answer \(Connection error.*ref"):
+        ask(turns, judge_url="http://127.0.0.1:1/v1")
+
+
+def test_a_judge_that_goes_down_keeps_what_is_paid(ask, judge, turns, path):
+    judge.misdeeds.extend([*["none"] * 5, *[(503, {}, {})] * 20])
+    with pytest.raises(OSError, match="gives no answer"):
+        ask(turns, judge_parallel=3)
+    assert len(rows_of(path)) == 5
+    assert "5 replies are kept; the same command goes on from there." in ask.log
+    judge.misdeeds.clear()
+    num_before = len(judge.requests)
+    assert all(one["score"] for one in ask(turns))
+    assert len(judge.requests) - num_before == 11
+
+
+def test_a_line_that_a_kill_cut_off_is_asked_for_again(ask, judge, turns, path):
+    ask(turns)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert all(one["score"] for one in ask(turns))
+    assert len(judge.requests) == 17
+
+
+def test_requests_run_in_parallel_up_to_the_limit(ask, judge, turns):
+    judge.delay_s = 0.05
+    ask(turns, judge_parallel=3)
+    assert judge.most_at_once == 3
+
+
+def test_a_full_disk_ends_the_run(ask, judge, turns, monkeypatch):
+    def fail(self, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pacatune.files.json_lines.JsonLines.append", fail)
+    with pytest.raises(OSError, match="No space left"):
+        ask(turns, judge_parallel=1)
+
+
+def test_scores_come_from_the_judgments_and_foreign_rows_do_not_count(ask, judge, turns, path):
+    expected = ask(turns[:2])
+    foreign = {"question_id": 1, "model": "model-a", "score": 9, "turn": 1}
+    write_lines(path, [foreign, *({**row, "score": 99} for row in rows_of(path))])
+    assert ask(turns[:2]) == expected
+    assert len(judge.requests) == 2
+
+
+def test_the_key_is_sent_and_kept_nowhere(ask, judge, turns, path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
+    judge.key = KEY
+    judge.misdeeds.append("leak")
+    ask(turns[:1], judge_key_env="JUDGE_KEY")
+    (row,) = rows_of(path)
+    assert row["judgment"] == "I was given Bearer ***. [[7]]"
+    judge.key = None
+    ask(turns[1:2])
+    authorised = [headers["authorization"] for headers, _ in judge.requests]
+    assert authorised == [f"Bearer {KEY}", "Bearer no-key"]
+
+
+def test_a_refused_key_is_not_repeated_even_in_part(ask, judge, turns, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    judge.key = "another"
+    with pytest.raises(OSError, match=r"refuses the key; name its variable: --judge-k") as caught:
+        ask(turns, judge_key_env="JUDGE_KEY")
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_key_in_the_place_of_its_name_is_not_shown(ask, turns):
+    with pytest.raises(ValueError, match="names a variable that is not set") as caught:
+        ask(turns, judge_key_env=KEY)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Fine. Rating: [[7]]", 7),
+        ("[[7.5]]", 7.5),
+        ("[[10]]", 10),
+        ("[[8.]]", 8),
+        ("first [[3]], then [[9]]", 3),
+        ("[2] but [[6]]", 6),
+        ("Rating: [4]", 4),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[-3]]", None),
+        ("[[rating]]", None),
+        ("Rating: 5", None),
+        ("", None),
+        ("<think>[[3]], or rather [[4]]</think>\nRating: [[5]]", 5),
+        ("\n<think>Could be [[3]]", None),
+        ("It wrote <think>. [[6]]", 6),
+        ("[[" + "9" * 400 + "]]", None),
+    ],
+)
+def test_rating(text, rating):
+    found = parse_rating(text)
+    assert found == rating
+    assert type(found) is type(rating)
