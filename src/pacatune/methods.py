@@ -140,6 +140,14 @@ METHODS: dict[str, Method] = {
             head_rate=1e-3,
         ),
         Method(
+            name="shira",
+            title="SHiRA",
+            summary="PEFT's SHiRA: single weights at random places, as many as LoRA has",
+            sections=("lora",),
+            config="ShiraConfig",
+            text_rate=2e-4,
+        ),
+        Method(
             name="qlora",
             title="QLoRA",
             summary="PEFT's LoRA on a base in 4 bits (nf4)",

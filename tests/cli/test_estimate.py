@@ -124,6 +124,7 @@ def test_sharding(capsys, config):
         (["llama3-8b", "--plot", "out.txt"], "must end in one of .png"),
         (["llama3-8b", "--rank", "5000"], "`r` (5000) must be in [1, in_features=4096]"),
         (["llama3-8b", "--target-modules", "query"], "query"),
+        (["llama3.2-1b", "--method", "shira"], "`method` ('shira') looks at values when its"),
         (["llama3-8b", "--sharding", "zero4"], "`sharding` ('zero4') must be one of none, zero1"),
     ],
 )
