@@ -45,7 +45,14 @@ def test_variants_are_other_methods_with_an_option_set():
 def test_sections_have_their_readers():
     assert readers_of("paca") == ("paca", "qpaca")
     assert readers_of("moslora") == ("moslora",)
-    assert set(readers_of("lora")) == {"lora", "lora_dropout", "dora", "moslora", "qlora"}
+    assert set(readers_of("lora")) == {
+        "lora",
+        "lora_dropout",
+        "dora",
+        "moslora",
+        "shira",
+        "qlora",
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_adapter])
@@ -53,13 +60,19 @@ def test_every_adapter_has_its_configuration(name):
     method = METHODS[name]
     config = adapter_config(method, **size_options(method, 4, 8, method.dropout or 0.0))
     assert config.r == 4
-    assert (config.paca_alpha if method.is_paca else config.lora_alpha) == 8
-    kind = "PACA" if method.is_paca else "MOSLORA" if method.is_moslora else "LORA"
-    assert config.peft_type.value == kind
+    assert type(config).__name__ == method.config
+    assert getattr(config, "paca_alpha", None) == (8 if method.is_paca else None)
+    assert getattr(config, "lora_alpha", None) == (8 if method.has_dropout else None)
     assert getattr(config, "use_dora", False) == (name == "dora")
-    assert getattr(config, "lora_dropout", None) == (
-        None if method.is_paca else method.dropout or 0
-    )
+    dropout = (method.dropout or 0) if method.has_dropout else None
+    assert getattr(config, "lora_dropout", None) == dropout
+
+
+def test_options_that_a_class_does_not_have():
+    row = METHODS["shira"]
+    assert adapter_config(row, r=4, lora_alpha=8, lora_dropout=0.0, rank_pattern={}).r == 4
+    with pytest.raises(ValueError, match=r"`lora_dropout` \(0.1\): SHiRA has no such option; drop"):
+        adapter_config(row, r=4, lora_dropout=0.1)
 
 
 def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers():

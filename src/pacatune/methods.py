@@ -1,12 +1,12 @@
 """The methods of fine-tuning, in one table that every command reads.
 
-A method is a row of `METHODS`. To add one, add a row, and, if PEFT or torch has no configuration
-for it, a case to `adapter_config`. This module imports nothing heavy.
+A method is a row of `METHODS`, and that is enough to train, compare and measure it: a row names the
+class of its configuration, PEFT's or ours. This module imports nothing heavy.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 from pacatune.names import choose
 
@@ -39,6 +39,10 @@ class Method:
     """The method that it is, with quantisation or dropout beside."""
     sections: tuple[str, ...] = ()
     """Sections of a run's options that configure its adapter; none without one."""
+    config: str = "LoraConfig"
+    """Class of its adapter's configuration, in `pacatune` or `peft`."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options of that class which make it this method."""
     quantization: str | None = None
     """Quantisation of the base that belongs to the method."""
     dropout: float | None = None
@@ -61,7 +65,7 @@ class Method:
     @property
     def has_dropout(self) -> bool:
         """Whether the adapter's input may have dropout."""
-        return "lora" in self.sections
+        return self.has_adapter and self.config in ("LoraConfig", "MosLoraConfig")
 
     @property
     def is_moslora(self) -> bool:
@@ -85,6 +89,7 @@ METHODS: dict[str, Method] = {
             title="PaCA",
             summary="columns of each weight, trained in place",
             sections=("paca",),
+            config="PacaConfig",
             text_rate=5e-4,
             head_rate=1e-3,
         ),
@@ -94,6 +99,7 @@ METHODS: dict[str, Method] = {
             summary="PaCA on a base in 4 bits (nf4)",
             variant_of="paca",
             sections=("paca",),
+            config="PacaConfig",
             quantization="nf4",
             text_rate=5e-4,
         ),
@@ -120,6 +126,7 @@ METHODS: dict[str, Method] = {
             title="DoRA",
             summary="PEFT's DoRA: LoRA on the directions of the weight, and a magnitude",
             sections=("lora",),
+            options={"use_dora": True},
             text_rate=2e-4,
             head_rate=1e-3,
         ),
@@ -128,8 +135,17 @@ METHODS: dict[str, Method] = {
             title="MosLoRA",
             summary="LoRA with a trained mixer between its factors",
             sections=("lora", "moslora"),
+            config="MosLoraConfig",
             text_rate=2e-4,
             head_rate=1e-3,
+        ),
+        Method(
+            name="shira",
+            title="SHiRA",
+            summary="PEFT's SHiRA: single weights at random places, as many as LoRA has",
+            sections=("lora",),
+            config="ShiraConfig",
+            text_rate=2e-4,
         ),
         Method(
             name="qlora",
@@ -193,16 +209,20 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
 
     Args:
         method: One with an adapter.
-        **options: Options of PEFT's class: of PacaConfig, MosLoraConfig or LoraConfig.
+        **options: Options of its class. Those that say nothing are left out where the class has
+            none of that name, and so is LoRA's alpha.
+
+    Raises:
+        ValueError: If an option says something, and the class does not have it.
     """
-    if method.is_paca:
-        from pacatune import PacaConfig
+    import peft
 
-        return PacaConfig(**options)
-    if method.is_moslora:
-        from pacatune import MosLoraConfig
+    import pacatune
 
-        return MosLoraConfig(**options)
-    from peft import LoraConfig
-
-    return LoraConfig(use_dora=method.name == "dora", **options)
+    found: Any = getattr(pacatune, method.config, None) or getattr(peft, method.config)
+    known = {one.name for one in fields(found)}
+    for name, value in options.items():
+        if value and name not in {*known, "lora_alpha"}:
+            raise ValueError(f"`{name}` ({value!r}): {method.title} has no such option; drop it.")
+    taken = {name: value for name, value in options.items() if name in known}
+    return cast("PeftConfig", found(**taken, **method.options))

@@ -141,7 +141,7 @@ def test_pages_are_made_of_the_results(tmp_path):
     assert "2.9389 ± 0.0364" in made[2].read_text()
     assert all(
         path.parent.joinpath(name).is_file()
-        for path, name in zip(made[1:], ("times.png", "metric.png"), strict=True)
+        for path, name in zip(made[1:], ("bench.png", "metric.png"), strict=True)
     )
 
 

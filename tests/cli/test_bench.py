@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pacatune.cli import main
+from pacatune.reports.rows import Row
 from tests.forks import server
 
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
@@ -12,68 +13,70 @@ TINY = ["--shape", "32x2", "--vocab-size", "64", "--device", "cpu", *QUICK]
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
+def _forks():
     server()
-    monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys):
+def rows_of(folder):
+    return [Row(**row) for row in json.loads((folder / "bench.json").read_text())["rows"]]
+
+
+def test_methods_are_compared_and_the_result_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # numbers stay whole
     folder = tmp_path / "out"
     methods = ["frozen", "paca", "lora"]
     words = ["bench", *TINY, "--methods", ",".join(methods), "--tokens", "16", "--seq-len", "8"]
-    assert main([*words, "--output", str(folder)]) == 0
+    words += ["--output", str(folder)]
+    assert main(words) == 0
     result = json.loads((folder / "bench.json").read_text())
-    assert result["finished"]
     assert result["command"].startswith("pacatune bench --shape 32x2 ")
-    assert {"commit", "is_modified", "date", "cpu", "versions"} <= set(result)
     assert result["device"].endswith("1 thread")
     assert result["config"]["values"]["hidden_size"] == 32
-    assert [(row["setting"], row["method"]) for row in result["rows"]] == [
-        ("2 x 8 tokens", method) for method in methods
-    ]
-    for row in result["rows"]:
-        assert row["status"] == "measured"
-        assert row["num_rounds"] == (4 if row["method"] == "paca" else 2)
-        assert row["step_ms_quartile_1"] <= row["step_ms"] <= row["step_ms_quartile_3"]
-        assert row["tokens_per_second"] == pytest.approx(
-            row["num_rows"] * row["num_tokens"] * 1e3 / row["step_ms"]
-        )
-        assert row["peak_bytes"] > 0
-        # One for each pair; the processes of the benchmark itself are no others.
-        assert len(row["noise"]) == (2 if row["method"] == "paca" else 1)
-        assert min(row["forward_flops"], row["backward_flops"]) > 0
-    pairs = [(ratio["method"], ratio["reference"]) for ratio in result["ratios"]]
-    assert pairs == [("paca", method) for method in methods if method != "paca"]
-    for ratio in result["ratios"]:
-        for part in (ratio, ratio["forward"], ratio["backward"]):
-            assert part["low"] <= part["ratio"] <= part["high"]
-    page = (folder / "bench.md").read_text()
-    for name in ("operations.png", "times.png", "memory.png"):
-        assert (folder / name).stat().st_size > 1000
-        assert f"![{name}]({name})" in page
+    assert not result["errors"]
+    for job in result["jobs"].values():
+        assert {"commit", "is_modified", "date", "machine", "versions", "noise"} <= set(job)
+    rows = rows_of(folder)
+    assert {row.setting for row in rows} == {"2 x 8 tokens"}
+    for what in ("forward", "backward", "optimizer", "step", "throughput"):
+        found = {
+            r.method: r for r in rows if (r.what, r.unit) != (what, "ratio") and r.what == what
+        }
+        assert set(found) == set(methods)
+        assert all(row.low <= row.value <= row.high for row in found.values())
+    for what in ("trained parameters", "forward operations", "kept for backward", "peak"):
+        assert [row.method for row in rows if row.what == what] == methods
+    ratios = {(row.method, row.what) for row in rows if row.unit == "ratio"}
+    pairs = ("paca / frozen", "paca / lora")
+    assert ratios == {(pair, what) for pair in pairs for what in ("step", "forward", "backward")}
     out = capsys.readouterr().out
-    assert "Beside the paper" in out
-    assert "wrote bench.json, bench.md, operations.png, times.png, memory.png in" in out
+    assert "wrote bench.json, bench.md, bench.png in" in out
+    assert (folder / "bench.png").stat().st_size > 1000
+    page = (folder / "bench.md").read_text()
+    step = next(row for row in rows if row.what == "step")
+    assert step.text() in out
+    assert step.text() in page
+    assert "![bench.png](bench.png)" in page
+    assert main(words) == 0
+    assert "counting" not in capsys.readouterr().out
+    assert rows_of(folder) == rows
 
 
 @pytest.mark.usefixtures("blank_pictures", "measured_here")
 def test_all_methods_are_as_lean(tmp_path):
-    results = []
-    for level in ("0", "2", "3"):
-        folder = tmp_path / level
-        words = [*TINY, "--methods", "paca,lora", "--tokens", "16", "--lean-level", level]
+    def kept(name, methods, *more):
+        folder = tmp_path / name
+        words = [*TINY, "--methods", methods, "--tokens", "16", *more]
         assert main(["bench", *words, "--output", str(folder)]) == 0
-        results.append(json.loads((folder / "bench.json").read_text()))
-    saved = [[row["saved_bytes"] for row in result["rows"]] for result in results]
-    for plain, two, three in zip(*saved, strict=True):
+        title = (folder / "bench.md").read_text().splitlines()[0]
+        return title, [row.value for row in rows_of(folder) if row.what == "kept for backward"]
+
+    found = [kept(level, "paca,lora", "--lean-level", level) for level in ("0", "2", "3")]
+    for plain, two, three in zip(*(numbers for _, numbers in found), strict=True):
         assert three < two < 0.7 * plain
-    assert results[1]["model"].endswith(", lean level 2")
-    folder = tmp_path / "checkpointed"
-    words = [*TINY, "--methods", "paca", "--tokens", "16", "--gradient-checkpointing"]
-    assert main(["bench", *words, "--output", str(folder)]) == 0
-    result = json.loads((folder / "bench.json").read_text())
-    assert result["model"].endswith(", checkpointed blocks")
-    assert result["rows"][0]["saved_bytes"] < saved[0][0]
+    assert found[1][0].endswith(", lean level 2")
+    title, (number,) = kept("checkpointed", "paca", "--gradient-checkpointing")
+    assert title.endswith(", checkpointed blocks")
+    assert number < found[0][1][0]
 
 
 def test_a_sweep_is_written(tmp_path, capsys):
@@ -82,13 +85,11 @@ def test_a_sweep_is_written(tmp_path, capsys):
     assert (
         main(["bench", *TINY, *words, *limit, "--methods", "paca", "--output", str(tmp_path)]) == 0
     )
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["config"]["memory_limit"] == 2**30
-    assert [point["num_rows"] for point in result["points"]] == [1, 2]
-    assert result["limits"][0]["limit"] == 2
-    assert not result["limits"][0]["is_memory_the_limit"]
-    assert (tmp_path / "throughput.png").stat().st_size > 1000
-    assert "2 x 7 tokens: measured" in capsys.readouterr().out
+    found, *points = rows_of(tmp_path)
+    assert (found.what, found.value) == ("largest batch", 2)
+    assert list(dict.fromkeys(row.setting for row in points)) == ["1 x 7 tokens", "2 x 7 tokens"]
+    assert "`paca`: 2 is the largest tried." in capsys.readouterr().out
+    assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -125,14 +126,13 @@ def test_sizes_of_a_given_model_are_its_own(tmp_path, tiny_model_dir, capsys):
     assert "`num_heads` is for --shape" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("blank_pictures", "measured_here")
 def test_a_model_folder_gives_its_sizes(tmp_path, tiny_model_dir):
     words = ["--model", str(tiny_model_dir), "--methods", "paca", "--tokens", "4", *QUICK]
     assert main(["bench", *words, "--device", "cpu", "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["config"]["values"]["num_key_value_heads"] == 2
-    assert [row["method"] for row in result["rows"]] == ["paca"]
-    assert result["ratios"] == []
+    assert {row.method for row in rows_of(tmp_path)} == {"paca"}
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):

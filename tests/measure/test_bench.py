@@ -1,41 +1,30 @@
-"""A run as a whole: where sweeps end on a CPU, and what is written when."""
+"""A run as a whole: its jobs, where sweeps end, what memory ends, and what is written."""
 
 import json
 
 import pytest
 
 from pacatune.measure import bench
-from pacatune.measure.bench import find_limit, result_folder, sweep_method
+from pacatune.measure.bench import find_limit, make_jobs, result_folder, sweep_method
 from pacatune.measure.setting import MicroBatch
-from pacatune.measure.step import Outcome, count, time_together
+from pacatune.measure.step import count, time_together
+from pacatune.reports.rows import Row
+
+SETTING = MicroBatch(num_rows=1, num_tokens=6)
 
 
-def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch, tmp_path):
+def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch):
     limits = []
 
-    def sweep(config, method, tell):
+    def run(measure, config, setting, method):
         limits.append(config.memory_limit)
-        written = json.loads((tmp_path / "bench.json").read_text()) if len(limits) == 2 else {}
-        assert not written.get("finished")
-        return {"method": method, "limit": 1}, [{"method": method}]
+        return []
 
-    monkeypatch.setattr(bench, "sweep_method", sweep)
+    monkeypatch.setattr(bench, "run_in_child", run)
     monkeypatch.setattr(bench, "available_bytes", lambda device: 1000)
-    folder = result_folder(tmp_path)
-    folder.start_anew()
-    result = bench.run(make_config(sweep="batch"), folder, "pacatune bench", print)
-    assert limits == [800, 800]
-    assert result["config"]["memory_limit"] == 800
-    assert [point["method"] for point in result["points"]] == ["paca", "lora"]
-    assert json.loads((tmp_path / "bench.json").read_text())["finished"]
-    bench.run(make_config(sweep="batch", memory_limit=70), folder, "pacatune bench", print)
-    assert limits[2:] == [70, 70]
-
-
-def test_a_sweep_without_an_end_is_refused(make_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "available_bytes", lambda device: None)
-    with pytest.raises(ValueError, match="a sweep on a CPU needs to know how much memory is free"):
-        bench.run(make_config(sweep="batch"), result_folder(tmp_path), "pacatune bench", print)
+    for given in (None, 70):
+        sweep_method(make_config(sweep="batch", sweep_max=1, memory_limit=given), "paca")
+    assert limits == [800, 70]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 64, 100])
@@ -71,34 +60,29 @@ def test_a_sweep_ends_at_the_largest_number_allowed():
 
 def test_the_longest_sequence_is_found_in_a_limited_memory(make_config, monkeypatch):
     monkeypatch.setattr(bench, "_PRECISION", 4)  # fewer processes
-    lines = []
     config = make_config(sweep="seq-len", memory_limit=40 * 2**20, sweep_max=2**16)
-    found, points = sweep_method(config, "full", lines.append)
-    assert found["is_memory_the_limit"]
-    assert 128 <= found["limit"] < found["next_failed"] < 2**16
-    assert "allocate" in found["reason"] or "was ended by" in found["reason"]
-    assert len(lines) == len(points)
-    for point in points:
-        is_in = point["num_tokens"] <= found["limit"]
-        assert point["status"] == ("measured" if is_in else "out of memory")
-        assert ("peak_bytes" in point) == is_in
-    assert [point["num_tokens"] for point in points] == sorted(p["num_tokens"] for p in points)
+    found, *points = sweep_method(config, "full")
+    assert found.what == "longest sequence"
+    assert 128 <= found.value < 2**16
+    assert "`full`: memory of 40.0 MiB ended at " in found.note
+    assert {point.what for point in points} == {"peak"}
+    lengths = [int(point.setting.split()[2]) for point in points]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == found.value
 
 
 def test_a_batch_that_does_not_fit_ends_the_sweep(make_config, monkeypatch):
     def run(measure, config, setting, method):
-        rate = {"step_ms": 1.0, "sentences_per_second": 1000.0 * setting.num_rows}
-        return Outcome(rate) if setting.num_rows <= 3 else Outcome(None, "no more")
+        if setting.num_rows > 3:
+            raise MemoryError("no more")
+        return [Row(what="step", method=method, value=1.0, setting=setting.label)]
 
     monkeypatch.setattr(bench, "run_in_child", run)
-    found, points = sweep_method(make_config(sweep="batch", seq_len=8, tokens=(8,)), "paca", print)
-    assert (found["limit"], found["next_failed"], found["reason"]) == (3, 4, "no more")
-    assert [(p["num_rows"], p["num_tokens"], p["status"]) for p in points] == [
-        (1, 8, "measured"),
-        (2, 8, "measured"),
-        (3, 8, "measured"),
-        (4, 8, "out of memory"),
-    ]
+    config = make_config(sweep="batch", seq_len=8, tokens=(8,), memory_limit=2**30)
+    found, *points = sweep_method(config, "paca")
+    assert (found.what, found.value, found.setting) == ("largest batch", 3, "rows of 8 tokens")
+    assert found.note == "`paca`: memory of 1.0 GiB ended at 4 (no more)."
+    assert [point.setting for point in points] == [f"{number} x 8 tokens" for number in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -108,40 +92,76 @@ def in_this_process(monkeypatch):
     def patch(too_much):
         def run(measure, config, setting, what):
             if too_much(measure, what):
-                return Outcome(None, "no more")
-            return Outcome(measure(config, setting, what))
+                raise MemoryError("no more")
+            return measure(config, setting, what)
 
         monkeypatch.setattr(bench, "run_in_child", run)
 
     return patch
 
 
-SETTING = MicroBatch(num_rows=1, num_tokens=6)
+def run_here(config, folder, lines=()):
+    output = result_folder(folder)
+    with output.going_on("jobs", "bench.*"):
+        result = bench.run(config, output, "pacatune bench", lines.append if lines != () else print)
+    return result, (folder / "bench.md").read_text()
 
 
-def test_what_does_not_fit_is_said_and_the_others_are_measured(make_config, in_this_process):
-    in_this_process(lambda measure, what: measure is count and what == "full")
-    config = make_config(methods=("frozen", "paca", "full"))
-    rows, ratios = bench.compare_methods(config, SETTING, lambda line: None)
-    by_method = {row["method"]: row for row in rows}
-    assert by_method["full"]["status"] == "out of memory"
-    assert by_method["full"]["reason"] == "no more"
-    assert "step_ms" not in by_method["full"]
-    assert [(ratio["method"], ratio["reference"]) for ratio in ratios] == [("paca", "frozen")]
-    # Timed with `frozen`, and alone where `full` would have been its partner.
-    assert by_method["paca"]["num_rounds"] == 2 * config.min_rounds
+@pytest.mark.usefixtures("blank_pictures")
+def test_what_does_not_fit_is_said_and_the_others_are_measured(
+    make_config, in_this_process, tmp_path
+):
+    in_this_process(lambda measure, what: what == "full" if measure is count else "full" in what)
+    result, page = run_here(make_config(methods=("frozen", "paca", "full")), tmp_path)
+    rows = [Row(**row) for row in result["rows"]]
+    assert [row.method for row in rows if row.what == "step"] == [
+        "paca",
+        "frozen",
+        "paca / frozen",
+    ]
+    assert result["errors"] == {
+        "1 x 6 tokens: counting full": "MemoryError: no more",
+        "1 x 6 tokens: timing paca and full": "MemoryError: no more",
+    }
+    assert "Failed: 1 x 6 tokens: counting full: MemoryError: no more" in page
 
 
 def test_two_that_do_not_fit_together_are_timed_apart(make_config, in_this_process):
     in_this_process(lambda measure, what: measure is time_together and len(what) == 2)
-    rows, ratios = bench.compare_methods(make_config(), SETTING, lambda line: None)
-    assert ratios == []
-    for row, other in zip(rows, ("lora", "paca"), strict=True):
-        assert row["timed_apart_from"] == [other]
-        assert row["step_ms"] > 0
+    rows = bench.time_pair(make_config(), SETTING, ("paca", "lora"), ["paca", "lora"])
+    assert {row.method for row in rows} == {"paca", "lora"}
+    assert rows[-1].note == "`lora` did not fit beside `paca` (no more): timed alone."
 
 
-def test_a_method_that_fits_only_uncounted_is_out_of_memory(make_config, in_this_process):
-    in_this_process(lambda measure, what: measure is time_together)
-    rows, _ = bench.compare_methods(make_config(), SETTING, lambda line: None)
-    assert {row["status"] for row in rows} == {"out of memory"}
+@pytest.mark.usefixtures("blank_pictures", "measured_here")
+def test_a_second_run_goes_on(make_config, tmp_path):
+    lines = []
+    first, page = run_here(make_config(methods=("paca",)), tmp_path, lines)
+    assert lines == ["1/2: 1 x 6 tokens: counting paca ...", "2/2: 1 x 6 tokens: timing paca ..."]
+    again, same = run_here(make_config(methods=("paca",)), tmp_path, lines)
+    assert (again, same, len(lines)) == (first, page, 2)
+    more, _ = run_here(make_config(), tmp_path, lines)
+    assert [line.partition(": ")[2] for line in lines[2:]] == [
+        "1 x 6 tokens: counting lora ...",
+        "1 x 6 tokens: timing paca and lora ...",
+    ]
+    assert first["rows"][0] in more["rows"]
+    keys = {job.key for job in make_jobs(make_config())}
+    assert keys == set(more["jobs"])
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(more))
+
+
+def test_a_page_shows_every_row(make_config):
+    names = {"method": "paca", "setting": "2 x 6 tokens"}
+    rows = [
+        Row(what="step", value=4.0, low=3.0, high=6.0, unit="ms", **names),
+        Row(what="throughput", value=2666.0, unit="tokens/s", **names),
+        Row(what="kept by mlp", value=2**20, unit="bytes", origin="counted", **names),
+        Row(what="step", value=0.75, low=0.7, high=0.9, unit="ratio", **names),
+        Row(what="peak", value=2**22, unit="bytes", **names),
+    ]
+    result = {"rows": [row.to_dict() for row in rows], "methods": {"paca": "ours"}}
+    lines = [line for one in bench.tables(result).values() for line in one.plain()]
+    text = "\n".join(lines)
+    for cell in ("4 (3 to 6)", "2,666", "1.0 MiB", "0.750 (0.700 to 0.900)", "4.0 MiB"):
+        assert cell in text

@@ -8,6 +8,8 @@ from pacatune.measure.models import make_batch, make_model
 from pacatune.measure.setting import METHODS
 from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
+# Of torch, where PEFT's SHiRA makes a sparse tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 CPU = torch.device("cpu")
 HERE = list(METHODS)
 OUT_FEATURES = NUM_LAYERS * (4 * HIDDEN + 2 * MLP + HIDDEN)

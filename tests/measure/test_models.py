@@ -134,16 +134,9 @@ def test_values_that_cannot_be_are_refused(changes, message, tmp_path):
         load_config(write_config(tmp_path, LLAMA, **changes))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"model_type": "vit"}, "model it: 'vit' is no causal language model"),
-        (LLAMA | {"hidden_act": "sillu"}, r"model it: transformers cannot build it \(.*sillu"),
-    ],
-)
-def test_model_that_cannot_be_built(values, message, tmp_path):
-    config = load_config(write_config(tmp_path, values))
-    with pytest.raises(ValueError, match=message):
+def test_model_that_is_no_language_model(tmp_path):
+    config = load_config(write_config(tmp_path, {"model_type": "vit"}))
+    with pytest.raises(ValueError, match="model it: 'vit' is no causal language model"):
         make_skeleton(config, "it", torch.float32)
 
 

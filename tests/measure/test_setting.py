@@ -85,9 +85,9 @@ def test_methods_that_are_not_on_quantised_bases(method):
 
 
 def test_sharding_needs_devices_and_devices_need_sharding():
-    with pytest.raises(ValueError, match=r"`num_gpus` \(2\) with `sharding` \('none'\)"):
+    with pytest.raises(ValueError, match=r"`sharding` \('none'\) and `num_gpus` \(2\) say"):
         setting(num_gpus=2)
-    with pytest.raises(ValueError, match=r"`sharding` \('zero3'\) with `num_gpus` \(1\)"):
+    with pytest.raises(ValueError, match=r"`sharding` \('zero3'\) and `num_gpus` \(1\) say"):
         setting(sharding="zero3")
 
 
@@ -114,7 +114,6 @@ def test_loss_follows_lean():
     [
         ({"methods": ()}, "`methods` is empty; choose from frozen, paca, "),
         ({"methods": ("lorra",)}, r"`methods` \('lorra'\) must be one of .* did you mean 'lora'\?"),
-        ({"methods": ("paca", "paca")}, "method 'paca' is named twice"),
         ({"methods": ("paca-resident",), "compiled": True}, "a compiled graph decides by itself"),
         ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of auto, float32, bfloat16, float16"),
         ({"adapter_dtype": "int8"}, r"`adapter_dtype` \('int8'\) must be one of same, float32"),
@@ -127,10 +126,9 @@ def test_loss_follows_lean():
         ({"lean_level": -1}, r"`lean_level` \(-1\) must be 0, 1, 2 or 3"),
         (
             {"lean_level": 1, "compiled": True},
-            r"`lean_level` \(1\) with compiled models: a compiled graph decides by itself",
+            r"`compiled` with `lean_level` \(1\) or one of paca-resident, paca-transient: a",
         ),
         ({"rank": 0}, r"`rank` \(0\) must be a whole number of at least 1"),
-        ({"rank": 33}, r"`rank` \(33\) must be at most `hidden_size` \(32\)"),
         ({"threads": 0}, r"`threads` \(0\) must be a whole number of at least 1"),
         ({"seconds": -1.0}, r"`seconds` \(-1.0\) must not be negative"),
         ({"seconds": float("nan")}, r"`seconds` \(nan\) must not be negative"),

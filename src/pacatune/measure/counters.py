@@ -119,10 +119,6 @@ class _Kept:
         self.tensor = tensor
 
 
-SavedByLayer = SavedBytes
-"""Its name in `pacatune.bench.saved`, which had a class for each of both uses."""
-
-
 def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Map modules to `linear`, `head`, `norm`, `attention`, `mlp` or `embedding`, by structure.
 

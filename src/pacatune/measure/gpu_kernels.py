@@ -16,11 +16,11 @@ sequences, and builds a causal mask where it cannot look, of which each layer wo
 copy. Rows of one sequence run without any mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +41,8 @@ _MAX_FLASH_DIM = 256
 _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 
 
-class Launch(Protocol):
-    """Takes note of a kernel that a stand-in stands for."""
-
-    def __call__(
-        self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]
-    ) -> None:
-        """Note its name, operations, and the tensors that it reads and writes."""
+Launch = Callable[[str, int, Sequence[Tensor], Sequence[Tensor]], None]
+"""Takes note of a kernel's name, operations, and the tensors that it reads and writes."""
 
 
 def _unnoticed(name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:

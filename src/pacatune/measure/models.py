@@ -52,15 +52,12 @@ def llama_values(
     """
     check_sizes(locals())
     heads = num_heads or _num_heads(hidden_size)
-    if hidden_size % heads or hidden_size // heads % 2:
+    kv_heads = num_kv_heads or heads
+    if hidden_size % heads or hidden_size // heads % 2 or heads % kv_heads:
         raise ValueError(
             f"`num_heads` ({heads}) must divide `hidden_size` ({hidden_size}) into an even number "
-            "of channels per head; choose another number of heads."
-        )
-    kv_heads = num_kv_heads or heads
-    if heads % kv_heads:
-        raise ValueError(
-            f"`num_kv_heads` ({kv_heads}) must divide `num_heads` ({heads}); choose another."
+            f"of channels per head, and `num_kv_heads` ({kv_heads}) must divide `num_heads`; "
+            "choose other numbers of heads."
         )
     mlp = -(-(8 * hidden_size) // (3 * _ROUND_MLP_TO)) * _ROUND_MLP_TO
     return {
@@ -143,11 +140,9 @@ def make_skeleton(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> 
         model: PreTrainedModel = empty_model(
             AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa"
         )
-    except Exception as error:
-        # Classes fail at wrong values in their own ways: unknown activations, missing sizes.
+    except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"model {name}: transformers cannot build it ({what}).") from error
+            raise
         raise ValueError(
             f"model {name}: {config.model_type!r} is no causal language model; choose one that is."
         ) from error

@@ -39,34 +39,30 @@ class Rates:
     launch_us: float = 3.0
     """Least time of a kernel."""
 
-    def scaled(self, *, operations: float, memory: float, attention_tflops: float) -> "Rates":
-        """Return the rates of a GPU with other peaks, which are given as shares of these."""
-        low, usual, high = self.gemm_tflops
-        return replace(
-            self,
-            gemm_tflops=(low * operations, usual * operations, high * operations),
-            float32_tflops=self.float32_tflops * operations,
-            attention_tflops=attention_tflops,
-            stream_tbps=self.stream_tbps * memory,
-            thin_tbps=self.thin_tbps * memory,
-        )
-
 
 THIN = 64
-_H100 = Rates(
-    gemm_tflops=(650.0, 690.0, 730.0),
-    float32_tflops=50.0,
-    attention_tflops=350.0,
-    stream_tbps=2.55,
-    thin_tbps=1.8,
-)
-# Published peaks, dense: 16-bit TFLOP/s and TB/s. H100 SXM 989, 3.35; H200 989, 4.8; A100 SXM 312,
-# 2.039 (80 GB) and 1.555 (40 GB). FlashAttention-2 was made for the A100, and uses more of it.
+# Published peaks of the H100 SXM, dense: 16-bit TFLOP/s and TB/s.
+_H100_TFLOPS, _H100_TBPS = 989, 3.35
+
+
+def _rates(tflops: float, tbps: float, attention_tflops: float) -> Rates:
+    """Return the H100's rates in proportion to the published peaks of a GPU."""
+    operations, memory = tflops / _H100_TFLOPS, tbps / _H100_TBPS
+    return Rates(
+        gemm_tflops=(650 * operations, 690 * operations, 730 * operations),
+        float32_tflops=50 * operations,
+        attention_tflops=attention_tflops,
+        stream_tbps=2.55 * memory,
+        thin_tbps=1.8 * memory,
+    )
+
+
+# FlashAttention-2 was made for the A100, and uses more of it.
 GPU_RATES = {
-    "h100": _H100,
-    "h200": _H100.scaled(operations=1.0, memory=4.8 / 3.35, attention_tflops=350.0),
-    "a100-80g": _H100.scaled(operations=312 / 989, memory=2.039 / 3.35, attention_tflops=190.0),
-    "a100-40g": _H100.scaled(operations=312 / 989, memory=1.555 / 3.35, attention_tflops=190.0),
+    "h100": _rates(_H100_TFLOPS, _H100_TBPS, 350),
+    "h200": _rates(989, 4.8, 350),
+    "a100-80g": _rates(312, 2.039, 190),
+    "a100-40g": _rates(312, 1.555, 190),
 }
 
 MODEL = (

@@ -37,7 +37,6 @@ METHODS = {
 _PLAIN = [name for name in TEXT_METHODS if not methods.METHODS[name].quantization]
 _USUAL_METHODS = ("frozen", *(name for name in _PLAIN if name != "moslora"))
 _WITH_DROPOUT = [name for name in TEXT_METHODS if methods.METHODS[name].has_dropout]
-# Compiled graphs decide by themselves how to run.
 _EAGER_ONLY = ("paca-resident", "paca-transient")
 
 
@@ -58,25 +57,18 @@ def quantization_of(method: str) -> str | None:
     return None if row is None else row.quantization
 
 
-def check_methods(names: Sequence[str], *, compiled: bool) -> tuple[str, ...]:
-    """Return names as `METHODS` has them; refuse those that cannot be measured here."""
-    if not names:
+def _check_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names as `METHODS` has them, each once; refuse those that cannot be measured here."""
+    chosen = tuple(dict.fromkeys(choose(name, METHODS, option="methods") for name in names))
+    if not chosen:
         raise ValueError(f"`methods` is empty; choose from {', '.join(METHODS)}.")
-    chosen = [choose(name, METHODS, option="methods") for name in names]
     for method in chosen:
-        if chosen.count(method) > 1:
-            raise ValueError(f"method {method!r} is named twice; name it once.")
-        if compiled and method in _EAGER_ONLY:
-            raise ValueError(
-                f"method {method!r} with compiled models: a compiled graph decides by itself how "
-                "PaCA runs; choose paca."
-            )
         if quantization_of(method) is not None and find_spec("bitsandbytes") is None:
             raise ValueError(
                 f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it "
                 "out."
             )
-    return tuple(chosen)
+    return chosen
 
 
 def check_sizes(sizes: Mapping[str, Any], owner: str = "") -> None:
@@ -179,17 +171,16 @@ class BenchConfig:
     is free."""
 
     def __post_init__(self) -> None:
-        names = check_methods(self.methods, compiled=self.compiled)
-        object.__setattr__(self, "methods", names)
+        object.__setattr__(self, "methods", _check_methods(self.methods))
         _check_fields(self, "seq_len", "rank", "min_rounds", "threads", "sweep_max", "memory_limit")
         for name in ("seconds", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must not be negative.")
         check_lean_level(self.lean_level, least=0)
-        if self.compiled and self.lean_level:
+        if self.compiled and (self.lean_level or {*_EAGER_ONLY} & {*self.methods}):
             raise ValueError(
-                f"`lean_level` ({self.lean_level}) with compiled models: a compiled graph decides "
-                "by itself what to keep; drop one of them."
+                f"`compiled` with `lean_level` ({self.lean_level}) or one of "
+                f"{', '.join(_EAGER_ONLY)}: a compiled graph decides by itself; drop one of them."
             )
         if not self.tokens:
             raise ValueError("`tokens` is empty; give at least one number.")
@@ -199,9 +190,6 @@ class BenchConfig:
                     f"`tokens` ({number}) must be at least 1, and above `seq_len` ({self.seq_len}) "
                     "a multiple of it; round it."
                 )
-        hidden = self.values.get("hidden_size", self.rank)
-        if self.rank > hidden and any(map(is_ours, self.methods)):
-            raise ValueError(f"`rank` ({self.rank}) must be at most `hidden_size` ({hidden}).")
         if self.sweep is None and self.sweep_max is not None:
             raise ValueError(
                 f"`sweep_max` ({self.sweep_max}) is for a sweep; choose one or leave it out."
@@ -315,35 +303,23 @@ class Setting:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        said = f"with `method` ({self.method!r})"
         if self.dropout and not self.row.has_dropout:
             raise ValueError(
-                f"`dropout` ({self.dropout}) with `method` ({self.method!r}): it has none; drop "
-                f"the option, or choose one of {', '.join(_WITH_DROPOUT)}."
+                f"`dropout` ({self.dropout}) {said}: it has none; drop the option, or choose one "
+                f"of {', '.join(_WITH_DROPOUT)}."
             )
         if self.groups > 1 and not self.row.is_paca:
+            raise ValueError(f"`groups` ({self.groups}) {said}: only paca has them; drop it.")
+        if self.quantization is not None and self.method in ("full", "dora"):
             raise ValueError(
-                f"`groups` ({self.groups}) with `method` ({self.method!r}): only paca has row "
-                "groups; drop the option."
+                f"`quantization` ({self.quantization!r}) {said}: such weights cannot be trained, "
+                "and dora reads their values; choose paca, lora or moslora, or drop the option."
             )
-        reasons = {
-            "full": "quantised weights cannot be trained",
-            "dora": "DoRA on 4-bit layers reads their values before training, and cannot be "
-            "estimated without",
-        }
-        if self.quantization is not None and self.method in reasons:
+        if (self.sharding == "none") != (self.num_gpus == 1):
             raise ValueError(
-                f"`quantization` ({self.quantization!r}) with `method` ({self.method!r}): "
-                f"{reasons[self.method]}; choose paca, lora or moslora, or drop the option."
-            )
-        if self.sharding == "none" and self.num_gpus > 1:
-            raise ValueError(
-                f"`num_gpus` ({self.num_gpus}) with `sharding` ('none'): each device then holds "
-                "everything, as one alone; choose zero1, zero2, zero3 or fsdp2."
-            )
-        if self.sharding != "none" and self.num_gpus == 1:
-            raise ValueError(
-                f"`sharding` ({self.sharding!r}) with `num_gpus` (1): there is nobody to share "
-                "with; set `num_gpus`."
+                f"`sharding` ({self.sharding!r}) and `num_gpus` ({self.num_gpus}) say together "
+                "what several devices share; set both, or none."
             )
 
     def about(self) -> str:

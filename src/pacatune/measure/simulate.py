@@ -80,15 +80,21 @@ class FakeTraining:
         # As `pacatune train`, every method adapts the linear layers of the blocks by default.
         self.model: nn.Module = model
         if setting.row.has_adapter:
-            self.model = add_adapter(
-                model,
-                setting.row,
-                rank=setting.rank,
-                dropout=setting.dropout,
-                targets=setting.target_modules,
-                groups=setting.groups,
-                is_meta=True,
-            )
+            try:
+                self.model = add_adapter(
+                    model,
+                    setting.row,
+                    rank=setting.rank,
+                    dropout=setting.dropout,
+                    targets=setting.target_modules,
+                    groups=setting.groups,
+                    is_meta=True,
+                )
+            except NotImplementedError as error:  # torch's, of a tensor without values
+                raise ValueError(
+                    f"`method` ({setting.method!r}) looks at values when its adapter is made, so "
+                    "its memory cannot be estimated; measure it by pacatune bench."
+                ) from error
         self.base: Any = model
         if setting.lean != "off":
             lean.enable(model, mode=setting.lean, level=setting.lean_level)
