@@ -90,7 +90,7 @@ def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
 
 def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
     """Make a folder in which `pacatune compare` goes on with the runs that were kept."""
-    from pacatune.experiments.study.result import study_folder
+    from pacatune.study.result import study_folder
 
     runs = json.loads((results / RUNS).read_text(encoding="utf-8"))[folder.name]
     output = study_folder(folder)

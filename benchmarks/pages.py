@@ -65,8 +65,8 @@ def _bench(result: dict[str, Any], folder: Path) -> Path:
 
 
 def _study(values: dict[str, Any], folder: Path) -> Path:
-    from pacatune.experiments.study.report import REPORT_NAME, write_report
-    from pacatune.experiments.study.result import StudyResult
+    from pacatune.study.report import REPORT_NAME, write_report
+    from pacatune.study.result import StudyResult
 
     write_report(StudyResult.from_dict(values), _ready(folder))
     return folder / REPORT_NAME

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import collect
-from pacatune.experiments.study.statistics import mean_of
 from pacatune.reports.tables import table_lines
+from pacatune.study.statistics import mean_of
 
 STUDIES = (
     "minilm-r4",

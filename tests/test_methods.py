@@ -63,9 +63,9 @@ def test_every_adapter_has_its_configuration(name):
 
 
 def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers():
-    from pacatune.experiments.study.tasks import TASKS
     from pacatune.measure.setting import METHODS as MEASURED
     from pacatune.measure.setting import Setting
+    from pacatune.study.tasks import TASKS
     from pacatune.training.tasks import TASKS as TASK_SPECS
 
     for name in TEXT_METHODS:

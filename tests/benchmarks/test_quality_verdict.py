@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.quality_verdict import baseline, main, report, winners
-from pacatune.experiments.study.statistics import mean_of, std_of
+from pacatune.study.statistics import mean_of, std_of
 
 PACA = [0.50, 0.52, 0.51]  # spread 0.01
 GOOD, LIKE, BAD = [0.60, 0.62, 0.61], [0.505, 0.515, 0.51], [0.40, 0.42, 0.41]

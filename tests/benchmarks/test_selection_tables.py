@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.selection_tables import read_studies, table, verdict, winners
-from pacatune.experiments.study.statistics import compare, mean_of, std_of
+from pacatune.study.statistics import compare, mean_of, std_of
 
 
 def study(arms, metric="accuracy"):

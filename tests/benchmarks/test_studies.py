@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from examples.packaged.table import TASKS as PACKAGED_TASKS
-from pacatune.experiments.study.config import read_study
-from pacatune.experiments.study.tasks import TASKS
+from pacatune.study.config import read_study
+from pacatune.study.tasks import TASKS
 from pacatune.training.config import sections_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from tests.experiments.study.conftest import *  # noqa: F403  (its fixtures)
+from tests.study.conftest import *  # noqa: F403  (its fixtures)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_part_of_a_study(study, tmp_path, capsys):
 
 
 def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
-    from pacatune.experiments.study.tasks import ClassifyTask
+    from pacatune.study.tasks import ClassifyTask
 
     def fail(self, config, console):
         raise RuntimeError("out of memory")

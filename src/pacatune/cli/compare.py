@@ -9,7 +9,7 @@ from pacatune.cli.options import quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.experiments.study import StudyConfig
+    from pacatune.study import StudyConfig
 
 EXIT_FAILED_RUNS = 1
 EXIT_PAUSED = 3
@@ -42,12 +42,12 @@ class Compare:
         from rich.console import Console
         from rich.markdown import Markdown
 
-        from pacatune.experiments.study.config import read_study
+        from pacatune.study.config import read_study
 
         config = read_study(self.config)
 
-        from pacatune.experiments.study import StudyPaused, run_study
-        from pacatune.experiments.study.report import table
+        from pacatune.study import StudyPaused, run_study
+        from pacatune.study.report import table
         from pacatune.training.progress import show_warnings
 
         console = Console(highlight=False)
@@ -76,9 +76,9 @@ command = Compare
 def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
     from rich.markdown import Markdown
 
-    from pacatune.experiments.study.plan import make_plan
-    from pacatune.experiments.study.runner import pending_runs
     from pacatune.reports.tables import table_lines
+    from pacatune.study.plan import make_plan
+    from pacatune.study.runner import pending_runs
     from pacatune.training.progress import show_warnings
 
     plan = make_plan(config)

@@ -11,9 +11,9 @@ from pacatune.evaluation.harness import Score
 from pacatune.experiments.reproduce import EXPERIMENTS, instruction, mmlu
 from pacatune.experiments.reproduce.runs import Runs, scores_of, text_run
 from pacatune.experiments.reproduce.steps import RANK
-from pacatune.experiments.study.result import ArmResult, StudyResult
 from pacatune.paper import TABLES
 from pacatune.paper.tables import Row
+from pacatune.study.result import ArmResult, StudyResult
 
 ROW = TABLES["table1"].row("llama3-8b-paca-r8")
 
@@ -226,7 +226,7 @@ def study(monkeypatch):
             versions={},
         )
 
-    monkeypatch.setattr("pacatune.experiments.study.run_study", run_study)
+    monkeypatch.setattr("pacatune.study.run_study", run_study)
     return Study
 
 

@@ -24,9 +24,9 @@ from pacatune.experiments.reproduce.runs import SPREAD_NOTE, Runs, Tell, scores_
 from pacatune.experiments.reproduce.settings import SettingsBeside
 from pacatune.experiments.reproduce.steps import RANK, small_rank, steps_of_ours
 from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column
-from pacatune.experiments.study import Arm
 from pacatune.paper.settings import Settings
 from pacatune.paper.tables import TABLE_6, TABLE_7, Quantity, Row, Table
+from pacatune.study import Arm
 
 _EVAL_PER_CLASS = 50
 _NUM_EXAMPLES = 10 * _EVAL_PER_CLASS

@@ -24,9 +24,9 @@ from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.simulation import memory_source
 from pacatune.experiments.reproduce.steps import MODEL, small_dtype, steps_source
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.experiments.study import Arm
 from pacatune.paper.settings import of_line
 from pacatune.paper.tables import TABLE_2, TABLE_3, TABLE_5, Quantity, Row, Table
+from pacatune.study import Arm
 
 
 def _experiment(
@@ -182,8 +182,8 @@ def _small_column(table: Table) -> Column:
 
 
 def _small_settings(table: Table, row: Row) -> SettingsBeside:
-    from pacatune.experiments.study.plan import arm_options
-    from pacatune.experiments.study.tasks import TextTask, merged
+    from pacatune.study.plan import arm_options
+    from pacatune.study.tasks import TextTask, merged
 
     base = {
         "model": {"path": _SMALL_MODEL},

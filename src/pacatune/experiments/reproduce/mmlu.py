@@ -26,9 +26,9 @@ from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.simulation import memory_source
 from pacatune.experiments.reproduce.steps import MODEL, small_dtype, steps_source
 from pacatune.experiments.reproduce.verdicts import Column
-from pacatune.experiments.study.statistics import tune
 from pacatune.paper.settings import Settings, of_line
 from pacatune.paper.tables import TABLE_1, Quantity, Row
+from pacatune.study.statistics import tune
 
 _ABOUT = (
     "The paper fine-tunes three language models on the training questions of MMLU, a test of 57 "

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.experiments import study
+from pacatune import study
 from pacatune.experiments.reproduce.comparison import Source
 from pacatune.experiments.reproduce.experiment import Cell, Measured, Result, Results
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.verdicts import Column, Numbers, same_column
-from pacatune.experiments.study.statistics import is_at_edge, pooled_std, tune
 from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.paper.settings import Settings, of_line
 from pacatune.paper.tables import Quantity, Row, Table
+from pacatune.study.statistics import is_at_edge, pooled_std, tune
 from pacatune.training import (
     DataConfig,
     LoraSection,
@@ -140,7 +140,7 @@ class Runs:
         """Send what is printed meanwhile to NAME.log, and free memory afterwards."""
         from rich.console import Console
 
-        from pacatune.experiments.study.tasks import released
+        from pacatune.study.tasks import released
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with (

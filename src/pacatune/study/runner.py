@@ -10,10 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pacatune.experiments.study.config import StudyConfig
-from pacatune.experiments.study.plan import Plan, make_plan
-from pacatune.experiments.study.report import OUTPUTS, REPORT_NAME, write_report
-from pacatune.experiments.study.result import (
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.names import choose
+from pacatune.reports.provenance import versions
+from pacatune.study.config import StudyConfig
+from pacatune.study.plan import Plan, make_plan
+from pacatune.study.report import OUTPUTS, REPORT_NAME, write_report
+from pacatune.study.result import (
     ArmResult,
     Measured,
     Records,
@@ -21,7 +24,7 @@ from pacatune.experiments.study.result import (
     StudyResult,
     study_folder,
 )
-from pacatune.experiments.study.statistics import (
+from pacatune.study.statistics import (
     best_of,
     compare,
     is_at_edge,
@@ -30,9 +33,6 @@ from pacatune.experiments.study.statistics import (
     rate_beyond,
     std_of,
 )
-from pacatune.files.owned_folder import OwnedFolder
-from pacatune.names import choose
-from pacatune.reports.provenance import versions
 from pacatune.training.progress import show_warnings
 
 RESULT_NAME = "study.json"

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from pacatune.experiments.study import Arm, StudyConfig, run_study
-from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.tasks import general_rows, loss_and_matches, text_loss
+from pacatune.study import Arm, StudyConfig, run_study
+from pacatune.study.plan import make_plan
+from pacatune.study.tasks import general_rows, loss_and_matches, text_loss
 from tests.conftest import build_model
 from tests.image_models import save_vit, write_images
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.study.statistics import Comparison
 from pacatune.files.owned_folder import OwnedFolder
+from pacatune.study.statistics import Comparison
 
 RUNS_NAME = "runs"
 _KEY_IN_NAME = re.compile(r"-([0-9a-f]{24})\.json$")

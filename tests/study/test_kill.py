@@ -9,10 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pacatune.experiments.study import run_study
-from pacatune.experiments.study.config import read_study
-from pacatune.experiments.study.result import study_folder
-from pacatune.experiments.study.tasks import ClassifyTask
+from pacatune.study import run_study
+from pacatune.study.config import read_study
+from pacatune.study.result import study_folder
+from pacatune.study.tasks import ClassifyTask
 from pacatune.training.language import LanguageTrainer
 from tests.forks import Program
 
@@ -21,9 +21,9 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from pacatune.experiments.study import run_study
-from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.experiments.study.config import read_study
+from pacatune.study import run_study
+from pacatune.study.tasks import ClassifyTask
+from pacatune.study.config import read_study
 
 train, started = ClassifyTask.run, []
 

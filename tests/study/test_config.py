@@ -2,8 +2,8 @@
 
 import pytest
 
-from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.config import read_study
+from pacatune.study import Arm, StudyConfig
+from pacatune.study.config import read_study
 
 ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
 

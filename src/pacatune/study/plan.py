@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
+from pacatune.study.config import Arm, StudyConfig
+from pacatune.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.training.config import default_rate
 from pacatune.training.config_file import read_values, to_values
 from pacatune.training.sections import ADAPTER_SECTIONS

@@ -7,11 +7,11 @@ import json
 import pytest
 from rich.console import Console
 
-from pacatune.experiments.study import Arm, StudyConfig, StudyPaused, run_study, runner
-from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.report import notes
-from pacatune.experiments.study.result import StudyResult
-from pacatune.experiments.study.runner import pending_runs
+from pacatune.study import Arm, StudyConfig, StudyPaused, run_study, runner
+from pacatune.study.plan import make_plan
+from pacatune.study.report import notes
+from pacatune.study.result import StudyResult
+from pacatune.study.runner import pending_runs
 
 RATES = [5e-4, 1e-3, 4e-3]
 ARMS = {

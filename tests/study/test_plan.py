@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.tasks import merged
+from pacatune.study import Arm, StudyConfig
+from pacatune.study.plan import make_plan
+from pacatune.study.tasks import merged
 
 
 def plan_of(options, arms=None, **values):

@@ -5,9 +5,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from pacatune.experiments.study import plan
-from pacatune.experiments.study.result import Measured
-from pacatune.experiments.study.tasks import StudyTask
+from pacatune.study import plan
+from pacatune.study.result import Measured
+from pacatune.study.tasks import StudyTask
 
 
 @pytest.fixture(autouse=True)

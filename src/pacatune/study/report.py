@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pacatune.experiments.study.result import ArmResult, StudyResult
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import new_figure, save_figure
 from pacatune.reports.provenance import versions_text
 from pacatune.reports.tables import ReportTable
+from pacatune.study.result import ArmResult, StudyResult
 
 REPORT_NAME, METRIC_PLOT, RATES_PLOT = "report.md", "metric.png", "rates.png"
 OUTPUTS = (REPORT_NAME, METRIC_PLOT, RATES_PLOT)

@@ -22,10 +22,10 @@ from pacatune.data.encode import IGNORED
 from pacatune.data.images.dataset import ImageDataset
 from pacatune.data.images.prepare import check_images, images_digest, prepare_images
 from pacatune.data.images.sources import find_parts
-from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
 from pacatune.pretrained import find_model
 from pacatune.reports.provenance import sha256_of
+from pacatune.study.result import Measured
 from pacatune.training import RunConfig, language
 from pacatune.training.classifier import encode, read_texts, split_texts, texts_digest
 from pacatune.training.config_file import add_run_options, check_keys, option_parser

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pacatune.experiments.study.statistics import (
+from pacatune.study.statistics import (
     best_of,
     compare,
     is_at_edge,
