@@ -6,7 +6,7 @@ from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.study.config import Arm, StudyConfig
-    from pacatune.study.result import ArmResult, RunRecord, StudyResult
+    from pacatune.study.result import ArmResult, StudyResult
     from pacatune.study.runner import StudyPaused, run_study
     from pacatune.study.statistics import Comparison
 
@@ -14,7 +14,6 @@ __all__ = [
     "Arm",
     "ArmResult",
     "Comparison",
-    "RunRecord",
     "StudyConfig",
     "StudyPaused",
     "StudyResult",

@@ -1,90 +1,31 @@
-"""What a study found: a file for each run that has ended, a result for each arm, and the whole."""
+"""What a study found: a result for each arm, from the rows of its runs, and the whole."""
 
-import json
-import re
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pacatune.files.owned_folder import OwnedFolder
-from pacatune.study.statistics import Comparison
+from pacatune.reports.provenance import versions
+from pacatune.reports.rows import Finished
+from pacatune.study.plan import Plan
+from pacatune.study.statistics import (
+    Comparison,
+    best_of,
+    compare,
+    is_at_edge,
+    mean_of,
+    median_of,
+    std_of,
+)
 
-RUNS_NAME = "runs"
-_KEY_IN_NAME = re.compile(r"-([0-9a-f]{24})\.json$")
+PACKAGES = ("trl", "accelerate", "datasets")
+"""Whose versions are recorded beside those of every result."""
+# Numbers of trained parameters that differ by more are not called equal.
+_EQUAL_SHARE = 0.05
 
-
-def study_folder(folder: Path) -> OwnedFolder:
-    """Return the folder of a study's results."""
-    return OwnedFolder(path=folder, kind="a study")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one run reached; nothing where it failed."""
-
-    validation: dict[str, float] = field(default_factory=dict)
-    """Metric -> value on the data that rates are chosen by."""
-    test: dict[str, float] = field(default_factory=dict)
-    """Metric -> value on the data that is reported."""
-    forgetting: dict[str, float] = field(default_factory=dict)
-    """Loss on general text, `before` and `after`; empty where it was not measured."""
-    num_trainable_parameters: int = 0
-    train_loss: float | None = None
-    num_steps: int = 0
-    step_ms: float | None = field(default=None, compare=False)
-    """Median time of a step; other programs may have been running."""
-    saved_activation_bytes: int | None = None
-    """What the first batch kept for the backward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord(Measured):
-    """One run: an arm at one learning rate with one seed."""
-
-    key: str
-    """Hash of all that decides the numbers."""
-    arm: str
-    learning_rate: float
-    seed: int
-    seconds: float
-    """Time of the run, for planning only: other programs may have been running."""
-    versions: dict[str, str]
-    error: str | None = None
-    """Why it failed; None if it did not."""
-
-
-class Records:
-    """The records in a study's folder, by key, each written whole or not at all."""
-
-    def __init__(self, folder: OwnedFolder) -> None:
-        self._folder = folder
-        files = sorted((folder.path / RUNS_NAME).glob("*.json"))
-        self._files = {match[1]: f for f in files if (match := _KEY_IN_NAME.search(f.name))}
-
-    def find(self, key: str) -> RunRecord | None:
-        """Return the record of a run, failed or not; None if it never ended."""
-        path = self._files.get(key)
-        if path is None:
-            return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            known = {f.name for f in fields(RunRecord)} & values.keys()  # fewer in an older version
-            return RunRecord(**{name: values[name] for name in known})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no record of a run ({type(error).__name__}: {error}); delete it, and "
-                "the run is done again."
-            ) from error
-
-    def write(self, record: RunRecord) -> None:
-        """Write a record, in the place of an earlier one of the same run."""
-        name = f"{record.arm}-{record.learning_rate:g}-seed{record.seed}-{record.key}.json"
-        path = self._folder.path / RUNS_NAME / name
-        self._folder.write_json(f"{RUNS_NAME}/{name}", asdict(record), edited=False)
-        older = self._files.get(record.key)
-        if older is not None and older != path:
-            self._folder.remove(f"{RUNS_NAME}/{older.name}")
-        self._files[record.key] = path
+Place = tuple[str, float, int]
+"""Arm, learning rate, seed."""
+Ended = Mapping[Place, Finished]
+"""What has run, failed or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +78,113 @@ class StudyResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudyResult":
         """Return the result that `to_dict` gave, also after JSON made texts of its numbers."""
-        values = {f.name: values[f.name] for f in fields(cls)}
-        arms = {name: _arm_from_dict(arm) for name, arm in values["arms"].items()}
-        return cls(**values | {"arms": arms})
+        arms = {}
+        for name, arm in values["arms"].items():
+            numbers = {
+                "values": {int(seed): value for seed, value in arm["values"].items()},
+                "rates": {float(rate): value for rate, value in arm["rates"].items()},
+                "comparison": arm["comparison"] and Comparison(**arm["comparison"]),
+            }
+            arms[name] = ArmResult(**arm | numbers)
+        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"arms": arms})
 
 
-def _arm_from_dict(values: dict[str, Any]) -> ArmResult:
-    compared = values["comparison"]
-    numbers = {
-        "values": {int(seed): value for seed, value in values["values"].items()},
-        "rates": {float(rate): value for rate, value in values["rates"].items()},
-        "comparison": None if compared is None else Comparison(**compared),
+def numbers_of(run: Finished) -> dict[str, float]:
+    """Return what was measured -> value."""
+    return {row.what: row.value for row in run.rows}
+
+
+def best_rate(plan: Plan, ended: Ended, name: str) -> float | None:
+    """Return the rate with the best mean on validation data over the seeds that choose."""
+    return best_of(_rate_curve(plan, ended, name), higher_is_better=plan.higher_is_better)
+
+
+def _rate_curve(plan: Plan, ended: Ended, name: str) -> dict[float, float | None]:
+    """Return learning rate -> mean metric on validation data, None where a run failed."""
+    seeds = plan.config.seeds[: plan.config.tuning_seeds]
+    what = f"validation {plan.metric}"
+    curve: dict[float, float | None] = {}
+    for rate in plan.arms[name].learning_rates:
+        runs = [numbers_of(ended[name, rate, s]) for s in seeds if (name, rate, s) in ended]
+        values = [run[what] for run in runs if what in run]
+        curve[rate] = mean_of(values) if len(values) == len(seeds) else None
+    return curve
+
+
+def summarise(plan: Plan, ended: Ended) -> StudyResult:
+    """Return what each arm reached at its best rate, compared with the reference."""
+    reference = str(plan.config.reference)
+    first = _arm_result(plan, ended, reference, None)
+    arms = {
+        name: first if name == reference else _arm_result(plan, ended, name, first.values)
+        for name in plan.arms
     }
-    return ArmResult(**values | numbers)
+    return StudyResult(
+        metric=plan.metric,
+        higher_is_better=plan.higher_is_better,
+        reference=reference,
+        arms=arms,
+        warnings=[*plan.task.warnings, *_warnings(plan, ended, arms)],
+        config=asdict(plan.config),
+        versions=versions(*PACKAGES),
+    )
+
+
+def _arm_result(
+    plan: Plan, ended: Ended, name: str, reference: dict[int, float] | None
+) -> ArmResult:
+    planned, rate = plan.arms[name], best_rate(plan, ended, name)
+    runs = {
+        seed: numbers_of(run)
+        for (arm, at, seed), run in sorted(ended.items(), key=lambda item: item[0][2])
+        if (arm, at) == (name, rate) and run.error is None
+    }
+    values = {seed: run[f"test {plan.metric}"] for seed, run in runs.items()}
+    after = "general loss after"
+    rises = [run[after] - run["general loss before"] for run in runs.values() if after in run]
+    sizes = [int(run["trained parameters"]) for run in runs.values()]
+    return ArmResult(
+        name=name,
+        method=planned.arm.method,
+        rank=planned.rank,
+        learning_rate=rate,
+        values=values,
+        mean=mean_of(list(values.values())),
+        std=std_of(list(values.values())),
+        num_trainable_parameters=max(sizes, default=planned.num_trainable_parameters),
+        forgetting=mean_of(rises),
+        rates=_rate_curve(plan, ended, name),
+        at_edge=is_at_edge(rate, planned.learning_rates),
+        step_ms=median_of(run.get("step") for run in runs.values()),
+        saved_activation_bytes=median_of(run.get("kept for backward") for run in runs.values()),
+        comparison=None if reference is None else compare(values, reference),
+        failures=[
+            f"rate {at:g}, seed {seed}: {run.error}"
+            for (arm, at, seed), run in ended.items()
+            if arm == name and run.error is not None
+        ],
+    )
+
+
+def _warnings(plan: Plan, ended: Ended, arms: dict[str, ArmResult]) -> list[str]:
+    found = [
+        f"{name}: the best rate ({arm.learning_rate:g}) is at the edge of its grid "
+        f"({', '.join(f'{rate:g}' for rate in arm.rates)}); a better one may lie outside."
+        for name, arm in arms.items()
+        if arm.at_edge
+    ]
+    for name, arm in arms.items():
+        if arm.failures:
+            found.append(f"{name}: {len(arm.failures)} runs failed; the next call tries again.")
+        if arm.learning_rate is None and arm.failures:
+            found.append(f"{name}: no rate of the grid worked, so there is no result.")
+    if plan.config.match == "parameters":
+        wanted = arms[str(plan.config.reference)].num_trainable_parameters
+        found += [
+            f"{name}: trains {arm.num_trainable_parameters:,} parameters, the reference {wanted:,}."
+            for name, arm in arms.items()
+            if abs(arm.num_trainable_parameters - wanted) > _EQUAL_SHARE * wanted
+        ]
+    if len({tuple(sorted(run.provenance["versions"].items())) for run in ended.values()}) > 1:
+        found.append("the runs were done with different versions of packages; see jobs/.")
+    return found

@@ -59,10 +59,14 @@ def read_texts(path: str, split: str, option: str = "data.path") -> Dataset:
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on and what is held out."""
-    whole = read_texts(config.path, config.split)
+    whole, other = read_texts(config.path, config.split), None
+    if config.eval_path or config.eval_split:
+        split = config.eval_split or config.split
+        other = read_texts(config.eval_path or config.path, split, "data.eval_path")
+    fraction = 0 if other else config.eval_fraction
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(whole), generator=generator).tolist()
-    number = max(1, round(len(order) * config.eval_fraction)) if config.eval_fraction else 0
+    number = max(1, round(len(order) * fraction)) if fraction else 0
     held_out, rest = order[:number], order[number:][: config.num_train]
     if not rest or (config.num_train or 0) > len(rest):
         raise ValueError(
@@ -74,7 +78,7 @@ def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    return train, whole.select(held_out)
+    return train, other or whole.select(held_out)
 
 
 def texts_digest(texts: Dataset) -> str:

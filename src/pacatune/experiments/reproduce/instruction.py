@@ -183,14 +183,14 @@ def _small_column(table: Table) -> Column:
 
 def _small_settings(table: Table, row: Row) -> SettingsBeside:
     from pacatune.study.plan import arm_options
-    from pacatune.study.tasks import TextTask, merged
+    from pacatune.study.tasks import StudyTask, merged
 
     base = {
         "model": {"path": _SMALL_MODEL},
         "data": {"path": "chatterbot-corpus", "eval_path": "heldout"},
         "training": {"per_device_train_batch_size": 8},
     }
-    task = TextTask(merged(base, _small_options(row)), _VALIDATION, 0)
+    task = StudyTask("train", merged(base, _small_options(row)), _VALIDATION, 0)
     run = task.make_run(arm_options(_small_arm(row), row.rank), _RATES[0], 0, Path("run"))
     why = {
         "model": "the largest real one that comes as a Python package",

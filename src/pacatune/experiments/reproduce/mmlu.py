@@ -21,6 +21,7 @@ from pacatune.experiments.reproduce.runs import (
     loaded,
     scores_source,
     text_run,
+    tune,
 )
 from pacatune.experiments.reproduce.settings import SettingsBeside, of_run
 from pacatune.experiments.reproduce.simulation import memory_source
@@ -28,7 +29,6 @@ from pacatune.experiments.reproduce.steps import MODEL, small_dtype, steps_sourc
 from pacatune.experiments.reproduce.verdicts import Column
 from pacatune.paper.settings import Settings, of_line
 from pacatune.paper.tables import TABLE_1, Quantity, Row
-from pacatune.study.statistics import tune
 
 _ABOUT = (
     "The paper fine-tunes three language models on the training questions of MMLU, a test of 57 "
@@ -179,11 +179,11 @@ def _run_small(row: Row, folder: Path, tell: Tell) -> Result:
         )
         return runs.train(run, f"rate{rate:g}-seed{seed}")
 
-    tuned = tune(_RATES, _SEEDS, train, lambda run: float(run[0]["eval_loss_after"]))
+    chosen, found = tune(_RATES, _SEEDS, train)
     return {
-        "values": {str(seed): score(f"seed{seed}", run[1]) for seed, run in tuned.runs.items()},
-        **tuned.to_dict(),
-        "num_trainable_parameters": tuned.runs[_SEEDS[0]][0]["num_trainable_parameters"],
+        "values": {str(seed): score(f"seed{seed}", run[1]) for seed, run in found.items()},
+        **chosen,
+        "num_trainable_parameters": found[_SEEDS[0]][0]["num_trainable_parameters"],
     }
 
 

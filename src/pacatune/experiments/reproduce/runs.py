@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.paper.settings import Settings, of_line
 from pacatune.paper.tables import Quantity, Row, Table
-from pacatune.study.statistics import is_at_edge, pooled_std, tune
+from pacatune.study.statistics import best_of, is_at_edge
 from pacatune.training import (
     DataConfig,
     LoraSection,
@@ -242,8 +242,8 @@ class FullScale:
                 return runs.train(self.run(row, rate), f"rate-{rate:g}")
 
             if has_grid:
-                tuned = tune(rates, (SEED,), train, lambda run: float(run[0]["eval_loss_after"]))
-                (report, adapter), chosen = tuned.runs[SEED], tuned.to_dict()
+                chosen, found = tune(rates, (SEED,), train)
+                report, adapter = found[SEED]
             else:  # nothing is chosen, and there may be no validation data
                 (report, adapter), chosen = runs.train(self.run(row, rates[0]), "run"), {}
             return {"scores": self.score(runs, row, adapter), **chosen, **_costs(report)}
@@ -290,6 +290,21 @@ class FullScale:
         return (
             Measured.exact(result[key] / units[paper.unit], "measured") if key in result else None
         )
+
+
+def tune(
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    train: Callable[[float, int], tuple[dict[str, Any], Path]],
+) -> tuple[dict[str, Any], dict[int, tuple[dict[str, Any], Path]]]:
+    """Train at each rate with the first seed, and at the best one with all; return seed -> run."""
+    first = {rate: train(rate, seeds[0]) for rate in rates}
+    curve = {rate: float(report["eval_loss_after"]) for rate, (report, _) in first.items()}
+    best = best_of(curve)
+    assert best is not None, "there are rates"
+    chosen = {"learning_rate": best, "rates": {str(rate): loss for rate, loss in curve.items()}}
+    others = {seed: train(best, seed) for seed in seeds[1:]}
+    return chosen, {seeds[0]: first[best], **others}
 
 
 def hub_id(row: Row) -> str:
@@ -385,6 +400,17 @@ def scores_of(
     found = {line: results[key] for line, key in cells.items() if key in results}
     std = pooled_std(result["values"].values() for result in found.values())
     return {line: _score(result, std, num_examples) for line, result in found.items()}
+
+
+def pooled_std(groups: Iterable[Collection[float]]) -> float:
+    """Return the standard deviation within groups, from all of them; 0 where none has two values.
+
+    Values of a group differ in nothing but chance. That of two alone is often next to nothing.
+    """
+    several = [list(values) for values in groups if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
+    return math.sqrt(squares / freedom) if freedom else 0.0
 
 
 def _score(result: Result, std: float, num_examples: int | None) -> Measured:
