@@ -3,13 +3,9 @@
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
     python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
-    python -m benchmarks.collect runs FOLDER...           # -> results/runs.json
-    python -m benchmarks.collect restore FOLDER...        # <- results/runs.json
 
 FOLDER is what `pacatune bench`, `reproduce all` or `compare` wrote. STUDY is what its
-name begins with: selection or quality. `make report` makes the pages and pictures again. `runs`
-takes those of a study that is not finished, and `restore` gives them back, on another machine too:
-`pacatune compare` goes on from there.
+name begins with: selection or quality. `make report` makes the pages and pictures again.
 """
 
 import argparse
@@ -28,8 +24,6 @@ run. The folders of the parts begin with it."""
 QUALITY = "quality"
 """The same of another study."""
 _MARK = "reproduce.json"
-RUNS = "runs.json"
-"""Runs of studies that are not finished; it goes with the last of them."""
 COLUMNS = (
     "study",
     "arm",
@@ -52,7 +46,15 @@ COLUMNS = (
     "error",
     "key",
 )
-_NESTED = ("validation", "test", "forgetting")
+# Numbers of a run -> columns, where they are called otherwise.
+_COLUMN_OF = {
+    "general loss before": "forgetting_before",
+    "general loss after": "forgetting_after",
+    "trained parameters": "num_trainable_parameters",
+    "steps": "num_steps",
+    "step": "step_ms",
+    "kept for backward": "saved_activation_bytes",
+}
 
 
 def collect_bench(folder: Path, name: str, results: Path = RESULTS) -> Path:
@@ -75,31 +77,6 @@ def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Pa
     path = results / f"reproduce-{name}.json"
     _write_json(path, values)
     return path
-
-
-def keep_runs(folders: Sequence[Path], results: Path = RESULTS) -> Path:
-    """Keep the runs of studies that are not finished, by the name of their folder and file."""
-    path = results / RUNS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for folder in folders:
-        files = sorted((folder / "runs").glob("*.json"))
-        kept[folder.name] = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
-    _write_json(path, kept)
-    return path
-
-
-def restore_runs(folder: Path, results: Path = RESULTS) -> Path:
-    """Make a folder in which `pacatune compare` goes on with the runs that were kept."""
-    from pacatune.experiments.study.result import study_folder
-
-    runs = json.loads((results / RUNS).read_text(encoding="utf-8"))[folder.name]
-    output = study_folder(folder)
-    folder.mkdir(parents=True)
-    output.begin()
-    output.write_json("study.json", {"finished": False})
-    for name, record in runs.items():
-        output.write_json(f"runs/{name}.json", record)
-    return folder
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:
@@ -141,25 +118,26 @@ def read_runs(results: Path = RESULTS, name: str = STUDIES) -> Iterable[dict[str
 
 
 def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
-    records = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((folder / "runs").glob("*.json"))
-    ]
+    rows = []
+    for path in sorted((folder / "jobs").glob("*.json")):
+        job = json.loads(path.read_text(encoding="utf-8"))
+        if "error" in job:
+            continue
+        training = job["inputs"]["run"]["training"]
+        if job["provenance"]["versions"] != study["versions"]:
+            raise ValueError(
+                f"{path} ran with other versions than the study ended with; run it again in a new "
+                "folder."
+            )
+        numbers = {row["what"]: row["value"] for row in job["rows"]}
+        row = {_COLUMN_OF.get(w, w.replace(" ", "_")): value for w, value in numbers.items()}
+        # A seed that is transformers' own is not in the options.
+        row |= {"learning_rate": training["learning_rate"], "seed": training.get("seed", 42)}
+        row |= {"study": folder.name, "arm": job["rows"][0]["method"], "key": job["key"]}
+        rows.append(row | {"seconds": job["provenance"]["seconds"]})
     arms = list(study["arms"])
-    records.sort(key=lambda one: (arms.index(one["arm"]), one["learning_rate"], one["seed"]))
-    return [_row(folder.name, record, study["versions"]) for record in records]
-
-
-def _row(study: str, record: dict[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
-    if record.pop("versions") != versions:
-        raise ValueError(
-            f"{study}: {record['arm']}, rate {record['learning_rate']:g}, seed {record['seed']} "
-            "ran with other versions than the study ended with; run it again in a new folder."
-        )
-    row = {"study": study, **record}
-    for name in _NESTED:
-        row |= {f"{name}_{key}": value for key, value in row.pop(name).items()}
-    return row
+    rows.sort(key=lambda one: (arms.index(one["arm"]), one["learning_rate"], one["seed"]))
+    return rows
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -177,15 +155,10 @@ def main(argv: list[str] | None = None) -> None:
         one = kinds.add_parser(kind)
         one.add_argument("folder", type=Path)
         one.add_argument("name", help="such as the device, or the scale")
-    for kind in ("study", "runs", "restore"):
-        kinds.add_parser(kind).add_argument("folders", type=Path, nargs="+")
+    kinds.add_parser("study").add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.kind == "study":
         paths = collect_studies(options.folders)
-    elif options.kind == "runs":
-        paths = [keep_runs(options.folders)]
-    elif options.kind == "restore":
-        paths = [restore_runs(folder) for folder in options.folders]
     else:
         collect = collect_bench if options.kind == "bench" else collect_reproduction
         paths = [collect(options.folder, options.name)]

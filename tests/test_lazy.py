@@ -6,7 +6,7 @@ import pytest
 
 PACKAGES = (
     *("", ".evaluation", ".patch", ".selection", ".sync"),
-    *(".experiments.study", ".training", ".training.image"),
+    *(".study", ".training", ".training.image"),
 )
 
 

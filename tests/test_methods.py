@@ -76,16 +76,16 @@ def test_options_that_a_class_does_not_have():
 
 
 def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers():
-    from pacatune.experiments.study.tasks import TASKS
     from pacatune.measure.setting import METHODS as MEASURED
     from pacatune.measure.setting import Setting
-    from pacatune.training.tasks import TASKS as TASK_SPECS
+    from pacatune.study.tasks import KINDS
+    from pacatune.training.tasks import TASKS
 
     for name in TEXT_METHODS:
         assert Setting(model="llama3-8b", method=name).row.sections == METHODS[name].sections
         assert MEASURED[name] == METHODS[name].summary
-    for command, task in TASKS.items():
-        spec = TASK_SPECS[task.kind]
+    for command, kind in KINDS.items():
+        spec = TASKS[kind]
         assert spec.command == ("train" if command == "classify" else command)
         assert set(spec.methods) in (set(TEXT_METHODS), set(CLASSIFIER_METHODS))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from examples.packaged.table import TASKS as PACKAGED_TASKS
-from pacatune.experiments.study.config import read_study
-from pacatune.experiments.study.tasks import TASKS
+from pacatune.study.config import read_study
+from pacatune.study.tasks import KINDS
 from pacatune.training.config import sections_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
@@ -17,7 +17,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.
 def test_study(path):
     study = read_study(path)
     assert Path(study.task).stem in PACKAGED_TASKS
-    sections = sections_of(TASKS[study.command].kind)
+    sections = sections_of(KINDS[study.command])
     for name, arm in study.arms.items():
         for section, options in arm.options.items():
             assert options.keys() <= {field.name for field in fields(sections[section])}, name

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from tests.experiments.study.conftest import *  # noqa: F403  (its fixtures)
+from tests.study.conftest import *  # noqa: F403  (its fixtures)
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def test_part_of_a_study(study, tmp_path, capsys):
 
 
 def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
-    from pacatune.experiments.study.tasks import ClassifyTask
+    from pacatune.study.tasks import StudyTask
 
-    def fail(self, config, console):
+    def fail(self, config):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(ClassifyTask, "run", fail)
+    monkeypatch.setattr(StudyTask, "run", fail)
     assert main(study()) == 1
     assert "columns, rate 0.001, seed 0: failed: RuntimeError: out of memory" in (
         capsys.readouterr().out

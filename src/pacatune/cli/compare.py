@@ -9,7 +9,7 @@ from pacatune.cli.options import quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pacatune.experiments.study import StudyConfig
+    from pacatune.study import StudyConfig
 
 EXIT_FAILED_RUNS = 1
 EXIT_PAUSED = 3
@@ -40,14 +40,13 @@ class Compare:
         quiet_libraries()
 
         from rich.console import Console
-        from rich.markdown import Markdown
 
-        from pacatune.experiments.study.config import read_study
+        from pacatune.study.config import read_study
 
         config = read_study(self.config)
 
-        from pacatune.experiments.study import StudyPaused, run_study
-        from pacatune.experiments.study.report import table
+        from pacatune.study import StudyPaused, run_study
+        from pacatune.study.report import table
         from pacatune.training.progress import show_warnings
 
         console = Console(highlight=False)
@@ -63,8 +62,8 @@ class Compare:
             console.print(str(paused), soft_wrap=True, markup=False)
             return EXIT_PAUSED
         found = table(result)
-        console.print(Markdown("\n".join(found.lines())))
-        console.print(found.note, markup=False)
+        for line in (*found.plain(), "", *found.notes):
+            console.print(line, markup=False, soft_wrap=True)
         show_warnings(result.warnings, console)
         console.print(f"report and plots are in {self.output}", soft_wrap=True)
         return EXIT_FAILED_RUNS if any(arm.failures for arm in result.arms.values()) else 0
@@ -74,11 +73,9 @@ command = Compare
 
 
 def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
-    from rich.markdown import Markdown
-
-    from pacatune.experiments.study.plan import make_plan
-    from pacatune.experiments.study.runner import pending_runs
-    from pacatune.reports.tables import table_lines
+    from pacatune.reports.rows import Table
+    from pacatune.study.plan import make_plan
+    from pacatune.study.runner import pending_runs
     from pacatune.training.progress import show_warnings
 
     plan = make_plan(config)
@@ -93,7 +90,8 @@ def _show_plan(config: "StudyConfig", folder: Path, console: "Console") -> None:
         for name, arm in plan.arms.items()
     ]
     header = ["arm", "method", "rank", "trained parameters", "rates"]
-    console.print(Markdown("\n".join(table_lines(header, rows, "llrrl"))))
+    for line in Table(header=header, cells=rows, num_index=2).plain():
+        console.print(line, markup=False, soft_wrap=True)
     pending, seeds = pending_runs(plan, folder), len(config.seeds)
     num_tuning = sum(len(arm.learning_rates) for arm in plan.arms.values()) * config.tuning_seeds
     console.print(

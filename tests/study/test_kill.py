@@ -9,10 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pacatune.experiments.study import run_study
-from pacatune.experiments.study.config import read_study
-from pacatune.experiments.study.result import study_folder
-from pacatune.experiments.study.tasks import ClassifyTask
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.study import run_study
+from pacatune.study.config import read_study
+from pacatune.study.tasks import StudyTask
 from pacatune.training.language import LanguageTrainer
 from tests.forks import Program
 
@@ -21,20 +21,20 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from pacatune.experiments.study import run_study
-from pacatune.experiments.study.tasks import ClassifyTask
-from pacatune.experiments.study.config import read_study
+from pacatune.study import run_study
+from pacatune.study.tasks import StudyTask
+from pacatune.study.config import read_study
 
-train, started = ClassifyTask.run, []
+train, started = StudyTask.run, []
 
-def slow(self, config, console):
+def slow(self, config):
     started.append(config)
     if len(started) == 3:
         Path(sys.argv[3]).touch()
         time.sleep(600)
-    return train(self, config, console)
+    return train(self, config)
 
-ClassifyTask.run = slow
+StudyTask.run = slow
 run_study(read_study(Path(sys.argv[1])), Path(sys.argv[2]), console=Console(quiet=True))
 """
 
@@ -57,13 +57,13 @@ def study(class_options, tmp_path):
 @pytest.fixture
 def started(monkeypatch):
     """Rank and seed of each run that begins in this process."""
-    runs, train = [], ClassifyTask.run
+    runs, train = [], StudyTask.run
 
-    def remember(self, config, console):
+    def remember(self, config):
         runs.append((config.paca.r, config.training.seed))
-        return train(self, config, console)
+        return train(self, config)
 
-    monkeypatch.setattr(ClassifyTask, "run", remember)
+    monkeypatch.setattr(StudyTask, "run", remember)
     return runs
 
 
@@ -78,7 +78,7 @@ def test_killed(study, started, tmp_path):
         time.sleep(0.05)
     program.send_signal(signal.SIGKILL)
     program.wait()
-    assert len(list((out / "runs").glob("[!.]*"))) == 2
+    assert len(list((out / "jobs").glob("[!.]*"))) == 2
     assert json.loads((out / "study.json").read_text()) == {"finished": False}
     result = run_study(read_study(study), out, console=Console(quiet=True))
     assert started == [(2, 1), (4, 1)]
@@ -106,7 +106,7 @@ def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
 
 
 def test_two_at_once(study, started, tmp_path):
-    folder = study_folder(tmp_path / "out")
+    folder = OwnedFolder(path=tmp_path / "out", kind="a study")
     with folder.going_on(), pytest.raises(ValueError, match="another run is at work"):
         run_study(read_study(study), tmp_path / "out", console=Console(quiet=True))
     assert not started

@@ -1,15 +1,12 @@
 """Means, spreads and an exact paired test; the best learning rate of a grid."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 # Differences whose sums are equal in exact arithmetic may differ in the last bits.
 _SLACK = 1e-9
-
-Run = TypeVar("Run")
 
 
 def mean_of(values: list[float]) -> float | None:
@@ -26,17 +23,6 @@ def median_of(values: Iterable[float | None]) -> float | None:
 def std_of(values: list[float]) -> float | None:
     """Return the standard deviation (n - 1); None of fewer than two."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def pooled_std(groups: Iterable[Collection[float]]) -> float:
-    """Return the standard deviation within groups, from all of them; 0 where none has two values.
-
-    Values of a group differ in nothing but chance. That of two alone is often next to nothing.
-    """
-    several = [np.asarray(list(values)) for values in groups if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
-    return float(np.sqrt(squares / freedom)) if freedom else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,35 +88,3 @@ def rate_beyond(rate: float | None, rates: Collection[float]) -> float | None:
     ordered = sorted(rates)
     neighbour = ordered[1] if rate == ordered[0] else ordered[-2]
     return float(f"{rate * rate / neighbour:.3g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned(Generic[Run]):
-    """A method at the best rate of its grid."""
-
-    rate: float
-    curve: dict[float, float]
-    """Rate -> value on validation data."""
-    runs: dict[int, Run]
-    """Seed -> run at the best rate."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rate and the grid as JSON values."""
-        rates = {str(rate): value for rate, value in self.curve.items()}
-        return {"learning_rate": self.rate, "rates": rates}
-
-
-def tune(
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    train: Callable[[float, int], Run],
-    validation: Callable[[Run], float],
-) -> Tuned[Run]:
-    """Train at each rate with the first seed, and at the best one (the least value) with all."""
-    if not rates:
-        raise ValueError("`rates` is empty; give at least one learning rate.")
-    first = {rate: train(rate, seeds[0]) for rate in rates}
-    curve = {rate: validation(run) for rate, run in first.items()}
-    best = min(curve, key=lambda rate: curve[rate])
-    others = {seed: train(best, seed) for seed in seeds[1:]}
-    return Tuned(rate=best, curve=curve, runs={seeds[0]: first[best], **others})

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.tasks import merged
+from pacatune.study import Arm, StudyConfig
+from pacatune.study.plan import key_of as plan_key
+from pacatune.study.plan import make_plan
+from pacatune.study.tasks import merged
 
 
 def plan_of(options, arms=None, **values):
@@ -73,7 +74,7 @@ def test_equal_parameters(text_options):
 
 def test_equal_parameters_cannot_be_met(text_options):
     arms = {"full": Arm(method="full"), "paca": Arm()}
-    with pytest.raises(ValueError, match=r"the arms \['paca'\] have no `rank`"):
+    with pytest.raises(ValueError, match=r"arm 'paca': it has no `rank`"):
         plan_of(text_options, arms)
     arms = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
     with pytest.raises(ValueError, match=r"arm 'paca': no rank trains about as many parameters"):
@@ -82,7 +83,7 @@ def test_equal_parameters_cannot_be_met(text_options):
 
 def key_of(options, **values):
     plan = plan_of(options, **values)
-    return plan.key(plan.make_run("paca", 1e-3, 0, Path("x")))
+    return plan_key(plan.inputs(plan.make_run("paca", 1e-3, 0, Path("x"))))
 
 
 def test_keys(text_options, tmp_path):
@@ -114,7 +115,15 @@ def test_task_from_a_configuration(text_options, tmp_path):
     ("change", "arms", "message"),
     [
         ({"metric": "accuracy"}, None, r"`metric` \('accuracy'\) is not measured by train"),
-        ({}, {"head": Arm(method="head")}, r"arm 'head': `method` \('head'\) is not offered by tr"),
+        ({}, {"head": Arm(method="head")}, r"arm 'head': `method` \('head'\) must be one of paca"),
+        ({}, {"a": Arm(rank=0)}, r"arm 'a': .*`r` \(0\) must be"),
+        ({}, {"a": Arm(rank=2, alpha=0)}, r"arm 'a': .*alpha"),
+        ({}, {"a": Arm(rank=2, dropout=0.1)}, r"arm 'a': `lora.lora_dropout` \(0.1\) is an option"),
+        (
+            {},
+            {"a": Arm(method="lora", rank=2, selection="gradient")},
+            r"arm 'a': `paca.selection` \('gradient'\) is an option of paca",
+        ),
         ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
         ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
         ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),

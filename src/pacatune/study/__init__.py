@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
-    from pacatune.experiments.study.config import Arm, StudyConfig
-    from pacatune.experiments.study.result import ArmResult, RunRecord, StudyResult
-    from pacatune.experiments.study.runner import StudyPaused, run_study
-    from pacatune.experiments.study.statistics import Comparison
+    from pacatune.study.config import Arm, StudyConfig
+    from pacatune.study.result import ArmResult, StudyResult
+    from pacatune.study.runner import StudyPaused, run_study
+    from pacatune.study.statistics import Comparison
 
 __all__ = [
     "Arm",
     "ArmResult",
     "Comparison",
-    "RunRecord",
     "StudyConfig",
     "StudyPaused",
     "StudyResult",

@@ -1,17 +1,16 @@
 """What is run when, what is kept, and what comes out of it; results are scripted."""
 
-import dataclasses
 import io
 import json
 
 import pytest
 from rich.console import Console
 
-from pacatune.experiments.study import Arm, StudyConfig, StudyPaused, run_study, runner
-from pacatune.experiments.study.plan import make_plan
-from pacatune.experiments.study.report import notes
-from pacatune.experiments.study.result import StudyResult
-from pacatune.experiments.study.runner import pending_runs
+from pacatune.study import Arm, StudyConfig, StudyPaused, run_study, runner
+from pacatune.study.plan import make_plan
+from pacatune.study.report import table
+from pacatune.study.result import StudyResult
+from pacatune.study.runner import pending_runs
 
 RATES = [5e-4, 1e-3, 4e-3]
 ARMS = {
@@ -95,16 +94,16 @@ def test_files(scripted, tmp_path, drawn):
     _, options = scripted
     result, _ = run(config_of(options), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".pacatune", "study.json", "report.md", "metric.png", "rates.png", "runs"}
+    assert names == {".pacatune", "study.json", "report.md", "metric.png", "rates.png", "jobs"}
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if ".png" in name)
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 9
+    assert len(list((tmp_path / "out" / "jobs").iterdir())) == 9
     saved = json.loads((tmp_path / "out" / "study.json").read_text())
     assert saved["finished"] is True
     assert saved["arms"]["paca"]["mean"] == result.arms["paca"].mean
     assert saved["config"]["seeds"] == [0, 1, 2]
     text = (tmp_path / "out" / "report.md").read_text()
     row = "| lora | lora | 4 | 920 | 0.001! | 1.5130 ± 0.0100 | 3 | +0.5000 ± 0.0000 | 0.25 |"
-    assert f"{row} +0.0010 |" in text
+    assert f"{row} +0.0010 | 11 | 2.5 MiB |" in text
     assert "exact two-sided sign-flip permutation test, which cannot be below 0.25" in text
     assert "lora: the best rate (0.001) is at the edge" in text
 
@@ -207,38 +206,21 @@ def test_hours(scripted, tmp_path, monkeypatch):
         run_study(config, out, max_hours=0)
 
 
-def test_time_and_bytes(scripted, tmp_path):
-    task, options = scripted
-    measure = task.run
-
-    def timed(self, config, console):
-        found = measure(self, config, console)
-        return dataclasses.replace(
-            found, step_ms=10.0 + config.training.seed, saved_activation_bytes=2_500_000
-        )
-
-    task.run = timed
-    try:
-        result, _ = run(config_of(options), tmp_path / "out")
-    finally:
-        task.run = measure
-    assert (result.arms["paca"].step_ms, result.arms["paca"].saved_activation_bytes) == (11, 2.5e6)
-    assert "| 11 | 2.5 |" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_records_of_an_earlier_version(scripted, tmp_path):
-    """They lack what was not measured then, and runs without the metric are done again."""
-    task, options = scripted
+def test_runs_are_rows(scripted, tmp_path):
+    _, options = scripted
     run(config_of(options), tmp_path / "out")
-    for path in (tmp_path / "out" / "runs").glob("*.json"):
-        values = json.loads(path.read_text())
-        del values["step_ms"], values["saved_activation_bytes"]
-        if values["seed"] == 2:
-            values["test"] = {"accuracy": 0.5}
-        path.write_text(json.dumps(values))
-    task.runs.clear()
-    run(config_of(options), tmp_path / "out")
-    assert task.runs == [("paca", 1e-3, 2), ("lora", 1e-3, 2)]
+    jobs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "jobs").iterdir()]
+    rows = [row for job in jobs for row in job["rows"] if row["what"] == "validation loss"]
+    assert {(row["method"], row["setting"], row["value"]) for row in rows} >= {
+        ("paca", "rate 0.001, seed 2", 0.02),
+        ("lora", "rate 0.004, seed 0", 0.5 + 3e-3),
+    }
+    assert {(r["what"], r["unit"]) for r in jobs[0]["rows"] if "unit" in r} == {
+        ("step", "ms"),
+        ("kept for backward", "bytes"),
+    }
+    assert {len(job["key"]) for job in jobs} == {24}
+    assert jobs[0]["inputs"]["data"] == "scripted"
 
 
 def test_failed_runs_are_shown_and_done_again(scripted, tmp_path):
@@ -281,25 +263,6 @@ def test_an_arm_without_any_result(scripted, tmp_path):
     assert result.arms["paca"].mean == pytest.approx(1.013)
 
 
-def test_numbers_that_are_none(scripted, tmp_path):
-    task, options = scripted
-    measure = task.run
-
-    def diverge(self, config, console):
-        measured = measure(self, config, console)
-        if config.training.learning_rate == 4e-3:
-            measured.test["loss"] = float("nan")
-        return measured
-
-    task.run = diverge
-    try:
-        result, _ = run(config_of(options), tmp_path / "out")
-    finally:
-        task.run = measure
-    failure = "FloatingPointError: loss is nan: training diverged; lower the rate."
-    assert result.arms["paca"].failures == [f"rate 0.004, seed 0: {failure}"]
-
-
 def test_folders_and_files_of_others(scripted, tmp_path):
     _, options = scripted
     (tmp_path / "other").mkdir()
@@ -307,9 +270,9 @@ def test_folders_and_files_of_others(scripted, tmp_path):
     with pytest.raises(FileExistsError, match=r"that a study did not write, .*\(thesis.tex\)"):
         run(config_of(options), tmp_path / "other")
     run(config_of(options), tmp_path / "out")
-    damaged = next((tmp_path / "out" / "runs").glob("paca-*"))
+    damaged = next((tmp_path / "out" / "jobs").glob("[0-9a-f]*"))
     damaged.write_text('{"key": 1')
-    with pytest.raises(ValueError, match=r"is no record of a run .*; delete it, and the run is"):
+    with pytest.raises(ValueError, match=r"is no result of a job .*; delete it, and the job is"):
         run(config_of(options), tmp_path / "out")
 
 
@@ -323,30 +286,23 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "metric", "words"),
+    ("metric", "words"),
     [
-        ({"task": "t.yaml"}, "loss", "its loss on all test data: the mean over the learned"),
-        ({"task": "t.yaml"}, "exact_match", "the share of all test examples whose answer it"),
-        (
-            {"task": "t", "command": "train-image"},
-            "accuracy",
-            "the share of all test images whose class it",
-        ),
-        ({"task": "", "command": "classify"}, "accuracy", "the share of all test texts whose"),
-        ({"task": "", "command": "train-image"}, "loss", "its mean loss over all test images"),
+        ("loss", "its loss on all test data (of a language model: the mean over the learned"),
+        ("exact_match", "the share of all test examples whose answer it"),
+        ("accuracy", "the share of all test examples whose class it"),
     ],
 )
-def test_the_report_says_what_a_mean_is_a_mean_of(config, metric, words):
-    values = {"command": "train", "tuning_seeds": 1, "seeds": [3, 5], "validation_fraction": 0.1}
+def test_the_report_says_what_a_mean_is_a_mean_of(metric, words):
     result = StudyResult(
         metric=metric,
         higher_is_better=metric != "loss",
         reference="paca",
         arms={},
         warnings=[],
-        config=values | config,
+        config={"tuning_seeds": 1, "seeds": [3, 5], "validation_fraction": 0.1},
         versions={},
     )
-    text = notes(result)
+    (text,) = table(result).notes
     assert f"Each test {metric} is a mean over n runs, one for each seed (3, 5)" in text
     assert words in text

@@ -5,9 +5,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from pacatune.experiments.study import plan
-from pacatune.experiments.study.result import Measured
-from pacatune.experiments.study.tasks import StudyTask
+from pacatune.study import plan
+from pacatune.study.tasks import StudyTask
 
 
 @pytest.fixture(autouse=True)
@@ -109,43 +108,38 @@ class Scripted(StudyTask):
     Validation is best at a rate of 1e-3, test at 4e-3. `fail` raises at will.
     """
 
-    kind = "sft"
-    metrics = ("loss",)
     runs: ClassVar = []
     fail = None
-
-    def test_data(self, task):
-        raise AssertionError("nothing is trained")
-
-    def _take_test(self, data):
-        return {"path": data.pop("eval_path")}
 
     def count(self, config):
         section = config.paca if config.method == "paca" else config.lora
         return section.r * (100 if config.method == "paca" else 230)
 
-    def digest(self, config):
-        return "scripted"
+    def look(self, config):
+        return "scripted", None
 
-    def run(self, config, console):
+    def run(self, config):
         rate, seed = config.training.learning_rate, config.training.seed
         if Scripted.fail is not None:
             Scripted.fail(config)
         Scripted.runs.append((config.method, rate, seed))
         base = seed * 0.01 + (0.5 if config.method == "lora" else 0)
-        return Measured(
-            validation={"loss": base + abs(rate - 1e-3)},
-            test={"loss": base + 1 + abs(rate - 4e-3)},
-            num_trainable_parameters=self.count(config),
-            train_loss=1.0,
-            num_steps=2,
-            forgetting={"before": 3.0, "after": 3.0 + rate},
-        )
+        return {
+            "validation loss": base + abs(rate - 1e-3),
+            "test loss": base + 1 + abs(rate - 4e-3),
+            "trained parameters": self.count(config),
+            "train loss": 1.0,
+            "steps": 2,
+            "step": 10.0 + seed,
+            "kept for backward": 2.5 * 2**20,
+            "general loss before": 3.0,
+            "general loss after": 3.0 + rate,
+        }
 
 
 @pytest.fixture
 def scripted(monkeypatch, text_options):
     """Let studies run the scripted task; yields its class and the options that it takes."""
     Scripted.runs, Scripted.fail = [], None
-    monkeypatch.setitem(plan.TASKS, "train", Scripted)
+    monkeypatch.setattr(plan, "StudyTask", Scripted)
     return Scripted, text_options

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pacatune.experiments.study.statistics import (
+from pacatune.study.statistics import (
     best_of,
     compare,
     is_at_edge,
@@ -11,7 +11,6 @@ from pacatune.experiments.study.statistics import (
     rate_beyond,
     sign_flip_p_value,
     std_of,
-    tune,
 )
 
 
@@ -82,21 +81,3 @@ def test_edges_and_what_lies_beyond():
     assert rate_beyond(1e-3, LOSSES) == 3.33e-4
     assert rate_beyond(3e-3, LOSSES) is None
     assert rate_beyond(None, LOSSES) is None
-
-
-def test_each_rate_once_and_every_seed_at_the_best():
-    seen = []
-
-    def train(rate, seed):
-        seen.append((rate, seed))
-        return rate, seed
-
-    tuned = tune(list(LOSSES), (5, 6), train, lambda run: LOSSES[run[0]])
-    assert seen == [(1e-3, 5), (3e-3, 5), (9e-3, 5), (3e-3, 6)]
-    assert (tuned.rate, tuned.curve) == (3e-3, LOSSES)
-    assert tuned.runs == {5: (3e-3, 5), 6: (3e-3, 6)}
-
-
-def test_a_grid_without_rates():
-    with pytest.raises(ValueError, match="`rates` is empty; give at least one"):
-        tune([], (0,), lambda rate, seed: None, lambda run: 0.0)

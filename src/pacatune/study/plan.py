@@ -4,18 +4,18 @@ import hashlib
 import json
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pacatune.experiments.study.config import Arm, StudyConfig
-from pacatune.experiments.study.tasks import TASKS, StudyTask, Values, merged
 from pacatune.methods import METHODS, readers_of, size_options
-from pacatune.training.config import default_rate
+from pacatune.study.config import Arm, StudyConfig
+from pacatune.study.tasks import StudyTask, Values, merged
+from pacatune.training.config import RunConfig, default_rate
 from pacatune.training.config_file import read_values, to_values
 from pacatune.training.sections import ADAPTER_SECTIONS
-from pacatune.training.tasks import TASKS as TASK_SPECS
+from pacatune.training.tasks import TASKS
 
 # Of a run's options, those that change no number; what paths hold is part of the key as a digest.
 _FREE = {
@@ -44,9 +44,12 @@ class Plan:
 
     config: StudyConfig
     task: StudyTask
-    metric: str
     arms: dict[str, PlannedArm]
-    _digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """What is compared."""
+        return self.task.metric
 
     @property
     def higher_is_better(self) -> bool:
@@ -64,53 +67,37 @@ class Plan:
         arm = self.arms[name]
         self.arms[name] = replace(arm, learning_rates=sorted([*arm.learning_rates, rate]))
 
-    def make_run(self, name: str, rate: float, seed: int, folder: Path) -> Any:
+    def make_run(self, name: str, rate: float, seed: int, folder: Path) -> RunConfig:
         """Build one run of an arm, whose trainer has a scratch folder."""
         return self.task.make_run(self.arms[name].options, rate, seed, folder)
 
-    def key(self, run: Any) -> str:
-        """Return the hash of all that decides the numbers of a run, but for versions."""
+    def inputs(self, run: RunConfig) -> dict[str, Any]:
+        """Return all that decides the numbers of a run, but for versions."""
         values = to_values(run)
-        where = json.dumps([values["data"], values["model"]], sort_keys=True)
-        if where not in self._digests:
-            self._digests[where] = self.task.digest(run)
         for section, names in _FREE.items():
             for name in names:
                 values[section].pop(name, None)
         test = {k: v for k, v in self.task.test_options.items() if not k.endswith("path")}
-        content = [values, test, self._digests[where]]
-        text = json.dumps(content, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        more = {"exact_match": True} if self.metric == "exact_match" else {}
+        return {"run": values, "test": test, "data": self.task.look(run)[0], **more}
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """Return the hash of all that decides the numbers of a run."""
+    text = json.dumps(list(inputs.values()), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def make_plan(config: StudyConfig) -> Plan:
     """Read the task and settle every arm, before anything runs."""
-    task, command = _open_task(config), config.command
-    methods = TASK_SPECS[task.kind].methods
-    metric = task.metrics[0] if config.metric == "auto" else config.metric
-    if metric not in task.metrics:
+    task = _open_task(config)
+    if config.metric != "auto":
+        task.metric = config.metric
+    if task.metric not in task.metrics:
         raise ValueError(
-            f"`metric` ({metric!r}) is not measured by {command}; use one of "
+            f"`metric` ({task.metric!r}) is not measured by {config.command}; use one of "
             f"{', '.join(task.metrics)}."
         )
-    task.metric = metric
-    for name, arm in config.arms.items():
-        if arm.method not in methods:
-            raise ValueError(
-                f"arm {name!r}: `method` ({arm.method!r}) is not offered by {command}; use "
-                f"one of {', '.join(methods)}."
-            )
-    _refuse_unused(config)
-    arms: dict[str, PlannedArm] = {}
-    reference = str(config.reference)
-    for name in [reference, *(name for name in config.arms if name != reference)]:
-        arms[name] = _plan_arm(config, task, name, arms.get(reference))
-    return Plan(
-        config=config, task=task, metric=metric, arms={name: arms[name] for name in config.arms}
-    )
-
-
-def _refuse_unused(config: StudyConfig) -> None:
     methods = {arm.method for arm in config.arms.values()}
     for name in ADAPTER_SECTIONS:
         used_by = readers_of(name)
@@ -119,6 +106,10 @@ def _refuse_unused(config: StudyConfig) -> None:
                 f"`options` has the section {name!r}, which only {', '.join(used_by)} would read, "
                 f"and the arms are of {', '.join(sorted(methods))}; drop it or add such an arm."
             )
+    reference = str(config.reference)
+    first = _plan_arm(config, task, reference, None)
+    arms = {n: first if n == reference else _plan_arm(config, task, n, first) for n in config.arms}
+    return Plan(config=config, task=task, arms=arms)
 
 
 def _open_task(config: StudyConfig) -> StudyTask:
@@ -129,23 +120,20 @@ def _open_task(config: StudyConfig) -> StudyTask:
             f"checkout, `python -m examples.packaged {path.stem}` prepares those that are packaged."
         )
     values = merged(read_values(path) if config.task else {}, config.options)
-    return TASKS[config.command](values, config.validation_fraction, config.forgetting_tokens)
+    return StudyTask(config.command, values, config.validation_fraction, config.forgetting_tokens)
 
 
 def _plan_arm(
-    config: StudyConfig,
-    task: StudyTask,
-    name: str,
-    reference: PlannedArm | None,
+    config: StudyConfig, task: StudyTask, name: str, reference: PlannedArm | None
 ) -> PlannedArm:
     arm = config.arms[name]
     try:
         rank = arm.rank
         if rank is None and METHODS[arm.method].has_adapter:
-            assert reference is not None, "the configuration demands a rank of the reference"
-            rank = reference.rank
-            if config.match == "parameters":
+            if reference is not None and config.match == "parameters":
                 rank = _matching_rank(task, arm, reference.num_trainable_parameters)
+            elif reference is None or (rank := reference.rank) is None:
+                raise ValueError("it has no `rank`, nor has the reference one to share; give one.")
         options = arm_options(arm, rank)
         run = task.make_run(options, 1e-3, config.seeds[0], Path("unused"))
         return PlannedArm(
@@ -164,22 +152,22 @@ def _grid(config: StudyConfig, task: StudyTask, arm: Arm) -> list[float]:
     given = arm.learning_rates or config.learning_rates.get(arm.method)
     if given is not None:
         return sorted(given)
-    default = default_rate(TASK_SPECS[task.kind], arm.method)
+    default = default_rate(TASKS[task.kind], arm.method)
     return [float(f"{default * factor:.2g}") for factor in (1 / 3, 1, 3)]
 
 
 def arm_options(arm: Arm, rank: int | None) -> Values:
     """Return an arm as options of a run: method, adapter, and what it says itself."""
-    alpha = rank if arm.alpha is None else arm.alpha
     method = METHODS[arm.method]
     options: Values = {"method": arm.method}
     if method.has_adapter:
         assert rank is not None
-        assert alpha is not None
-        options[method.sections[0]] = size_options(method, rank, alpha, arm.dropout)
-    if method.is_paca:
-        options["paca"]["selection"] = arm.selection
-    return merged(options, arm.options)
+        alpha = rank if arm.alpha is None else arm.alpha
+        options[method.sections[0]] = size_options(method, rank, alpha)
+    # What an arm says of another method's adapter is refused by the run.
+    given: Values = {"lora": {"lora_dropout": arm.dropout}} if arm.dropout else {}
+    given |= {"paca": {"selection": arm.selection}} if arm.selection != "random" else {}
+    return merged(merged(options, given), arm.options)
 
 
 def _matching_rank(task: StudyTask, arm: Arm, number: int) -> int:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pacatune.experiments.study import Arm, StudyConfig
-from pacatune.experiments.study.config import read_study
+from pacatune.study import Arm, StudyConfig
+from pacatune.study.config import read_study
 
 ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
 
@@ -13,11 +13,6 @@ ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
     [
         ({"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
         ({"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
-        ({"rank": 0}, r"`rank` \(0\) must be at least 1"),
-        ({"alpha": 0}, r"`alpha` \(0\) must be above 0"),
-        ({"method": "lora", "dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
-        ({"dropout": 0.1}, r"`dropout` \(0.1\) is of LoRA's input"),
-        ({"method": "lora", "selection": "gradient"}, r"`selection` \('gradient'\) chooses PaCA's"),
         ({"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers above 0"),
         ({"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
         ({"learning_rates": [-1.0]}, "must be different numbers above 0"),
@@ -33,19 +28,15 @@ def test_wrong_arms(values, message):
     [
         ({"task": ""}, "`task` is ''; name a configuration's path"),
         ({"arms": {}}, "`arms` is empty; name at least one arm"),
-        ({"arms": {"a b": Arm(rank=1)}}, "`arms` has the name 'a b'; use letters"),
         ({"reference": "dora"}, r"`reference` \('dora'\) must be one of the arms \['lora', 'paca'"),
         ({"seeds": []}, r"`seeds` \(\[\]\) must be 1 to 20 different numbers"),
         ({"seeds": [1, 1]}, "must be 1 to 20 different numbers"),
         ({"seeds": list(range(21))}, "must be 1 to 20 different numbers"),
-        ({"seeds": [-1]}, r"`seeds` \(\[-1\]\) must be at least 0"),
+        ({"seeds": [-1]}, "different numbers of at least 0"),
         ({"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
-        ({"arms": {"a": Arm(method="full"), "b": Arm()}}, r"the arms \['b'\] have no `rank`"),
         ({"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be one of paca, "),
         ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
         ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),
-        ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
-        ({"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
     ],
 )
 def test_wrong_studies(values, message):
@@ -100,7 +91,6 @@ learning_rates: {full: [1e-5]}
         ("task: a\narms: [paca]\n", r"`arms` is a list; it must map names to arms"),
         ("task: a\narms: {p: {rank: x}}\n", r"study.yaml: .*rank"),
         ("task: a\narms: {p: {rank: 1}}\nmetric: speed\n", r"study.yaml: .*metric"),
-        ("task: a\narms: {p: {rank: -1}}\n", r"`rank` \(-1\) must be at least 1"),
     ],
 )
 def test_files_that_are_no_study(tmp_path, text, message):
