@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_module
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pacatune.tuner.ignored import own_modules
 from pacatune.tuner.layout import Conv1DLayout, Layout, adaptable_kind
 from pacatune.tuner.targets import available_targets
 
@@ -39,7 +40,7 @@ def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
             f"repeated blocks with linear layers that could be the default. "
             f"{available_targets(model)}"
         )
-    modules = _outer_modules(model)
+    modules = own_modules(model)
     root = _language_model(modules)
     others = {name.removeprefix(root) for name in modules if name.startswith(root)}
     targets = {name.removeprefix(root) for name in targets}
@@ -64,7 +65,7 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
 
 def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
     """Return every module with a weight matrix, and why the default leaves it out."""
-    modules = _outer_modules(model)
+    modules = own_modules(model)
     blocks = tuple(f"{name}." for name in modules if _is_block(name, modules))
     root = _language_model(modules)
     reasons = {}
@@ -82,18 +83,6 @@ def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
         else:
             reasons[name] = _reason_in_block(base, modules[name.rpartition(".")[0]])
     return reasons
-
-
-def _outer_modules(model: nn.Module) -> dict[str, Any]:
-    """Return the modules by name, without what is inside of an adapted layer."""
-    modules: dict[str, Any] = {}
-    inner: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name.startswith(inner):
-            modules[name] = module
-            if isinstance(module, BaseTunerLayer):
-                inner += (f"{name}.",)
-    return modules
 
 
 def _language_model(modules: dict[str, Any]) -> str:

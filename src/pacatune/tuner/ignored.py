@@ -13,7 +13,7 @@ from torch import nn
 
 from pacatune.names import guess
 
-__all__ = ["get_strict_peft_model", "refuse_unused_patterns"]
+__all__ = ["get_strict_peft_model", "own_modules", "refuse_unused_patterns"]
 
 # PEFT adds both to `modules_to_save` of classifiers, which have one of them.
 _HEADS = ("classifier", "score")
@@ -45,7 +45,7 @@ def get_strict_peft_model(model: Any, config: PeftConfig, **options: Any) -> Pef
 def _refuse_ignored(adapted: PeftModel) -> None:
     config, tuner = adapted.active_peft_config, adapted.base_model
     refuse_unused_patterns(config, [*tuner.targeted_module_names, *tuner.targeted_parameter_names])
-    names = _names(adapted.get_base_model())
+    names = own_modules(adapted.get_base_model())
     for option in ("target_modules", "exclude_modules", "modules_to_save"):
         given = getattr(config, option, None) or ()
         if isinstance(given, str):
@@ -90,16 +90,16 @@ def refuse_unused_patterns(config: PeftConfig, adapted: Collection[str]) -> None
         )
 
 
-def _names(model: nn.Module) -> list[str]:
-    """Return the names of the model's own modules, without those that PEFT put in."""
-    names: list[str] = []
+def own_modules(model: nn.Module) -> dict[str, Any]:
+    """Return the model's own modules by name, without what PEFT put into them."""
+    modules: dict[str, Any] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name.startswith(inside):
-            names.append(name)
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside += (f"{name}.",)
-    return names
+            modules[name] = module
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                inside += (f"{name}.",)
+    return modules
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:
