@@ -70,7 +70,6 @@ soak: setup-dev
 	$(RUN) -m tests.residency.soak --workers $(WORKERS) $(ARGS)
 
 bench: setup-dev
-	$(RUN) -m benchmarks.layer $(ARGS)
 	$(RUN) -m benchmarks.step $(ARGS)
 	$(RUN) -m benchmarks.switch $(ARGS)
 	$(RUN) -m benchmarks.kernels

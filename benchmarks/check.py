@@ -2,7 +2,7 @@
 
     python -m benchmarks.check             kernels, bytes, column writes, estimates: a minute
     python -m benchmarks.check --all       kernels of compiled models and every estimate, too
-    python -m benchmarks.check --times     ratios of times of step, layer and switch, too
+    python -m benchmarks.check --times     ratios of times of step and switch, too
 
 Kernels, bytes and estimates follow from the code and the versions of its packages, so that any
 difference is a change: a mistake, or a reason to run the benchmark again and commit its result. A
@@ -30,7 +30,7 @@ from pacatune.reports.rows import Row
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """What exact numbers depend on, beside the code."""
-TIMED = ("step", "layer", "switch")
+TIMED = ("step", "switch")
 SLOWER = 1.15
 """The highest ratio of a ratio of times to the committed one."""
 _QUICK = ["--seconds", "0", "--min-rounds", "1", "--warmup", "0", "--threads", "1"]
@@ -71,7 +71,6 @@ _ESTIMATED = ("table1", "table3", "table4")
 EXACT: dict[str, Callable[[], list[Row]]] = {
     "kernels": eager_kernels,
     "step": lambda: measured("step", [*_QUICK, "--tokens", "16", *_BOTH]),
-    "layer": lambda: measured("layer", [*_QUICK, "--tokens", "16", *_BOTH]),
     "switch": lambda: measured("switch", [*_QUICK, "--tokens", "16", "--dtypes", "float32"]),
     "estimate": lambda: memory(lambda key: key.startswith("memory-llama2-7b")),
 }

@@ -1,10 +1,9 @@
 """Take what a command found into benchmarks/results, as one file without pages and pictures.
 
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
-    python -m benchmarks.collect reproduce FOLDER NAME    # -> results/reproduce-NAME.json
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
 
-FOLDER is what `pacatune bench`, `reproduce all` or `compare` wrote. STUDY is what its
+FOLDER is what `pacatune bench` or `compare` wrote. STUDY is what its
 name begins with: selection or quality. `make report` makes the pages and pictures again.
 """
 
@@ -23,7 +22,6 @@ STUDIES = "selection"
 run. The folders of the parts begin with it."""
 QUALITY = "quality"
 """The same of another study."""
-_MARK = "reproduce.json"
 COLUMNS = (
     "study",
     "arm",
@@ -61,21 +59,6 @@ def collect_bench(folder: Path, name: str, results: Path = RESULTS) -> Path:
     """Copy the numbers of one `pacatune bench`; return the file."""
     path = results / f"bench-{name}.json"
     shutil.copyfile(folder / "bench.json", path)
-    return path
-
-
-def collect_reproduction(folder: Path, name: str, results: Path = RESULTS) -> Path:
-    """Keep every cell of one `pacatune reproduce all`; its report is made of them."""
-    mark = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-    if not mark["finished"]:
-        raise ValueError(f"{folder / _MARK} is not finished; go on with `--resume` first.")
-    report = json.loads((folder / "all.json").read_text(encoding="utf-8"))
-    values = {
-        "command": mark["command"],
-        "cells": {name: section["cells"] for name, section in report.items()},
-    }
-    path = results / f"reproduce-{name}.json"
-    _write_json(path, values)
     return path
 
 
@@ -151,17 +134,15 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in ("bench", "reproduce"):
-        one = kinds.add_parser(kind)
-        one.add_argument("folder", type=Path)
-        one.add_argument("name", help="such as the device, or the scale")
+    bench = kinds.add_parser("bench")
+    bench.add_argument("folder", type=Path)
+    bench.add_argument("name", help="such as the device")
     kinds.add_parser("study").add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.kind == "study":
         paths = collect_studies(options.folders)
     else:
-        collect = collect_bench if options.kind == "bench" else collect_reproduction
-        paths = [collect(options.folder, options.name)]
+        paths = [collect_bench(options.folder, options.name)]
     for path in paths:
         print(f"wrote {path}")
 

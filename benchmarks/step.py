@@ -9,8 +9,6 @@ A step is forward, backward and optimizer: with `--accumulation 4`, four micro-b
 optimizer step. All methods alternate in one process, one step each per round, and ratios are those
 of the medians over the rounds. The exact counts beside them (bytes kept for backward, writes of
 columns) do not depend on the machine; the command fails if PaCA keeps one byte more than it should.
-
-Rows `distance: ...` say where PaCA's distance to the frozen model goes (`benchmarks/distance.py`).
 """
 
 import argparse
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.counts import count_column_writes, hold_bytes
-from benchmarks.distance import TIMED, TimedStep, distance_rows
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model
 from benchmarks.methods import METHODS, OURS, adapt, all_methods
 from benchmarks.results import (
@@ -106,13 +103,8 @@ def measure(
         Step(contender=one, batch=batch, loss=loss, accumulation=accumulation) for one in contenders
     ]
     steps: dict[str, Any] = {one.contender.method: one.seconds for one in made}
-    timed = None
-    if not (args.compiled or args.quantization) and {OURS, "frozen"} <= steps.keys():
-        (ours,) = (one for one in made if one.contender.method == OURS)
-        timed = steps[TIMED] = TimedStep(ours)
     measured, _ = take_turns(steps, args, **names)
-    rows += [row for row in measured if TIMED not in row.method.split(" / ")]
-    return rows + ([] if timed is None else distance_rows(measured, timed))
+    return rows + measured
 
 
 def count(

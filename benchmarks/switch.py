@@ -4,13 +4,15 @@
 
 Neither writes a weight. PaCA adds the product of r columns to each layer's output, which are scaled
 and rounded once after a switch; PEFT's LoRA multiplies by two more matrices. So the forward is also
-timed without switching. The layers are those of `benchmarks.layer`, their weights in no cache.
+timed without switching. Many equal layers, each with an input of its own, run one after the other,
+so that no weight is in a cache when its turn comes; times are those of all divided by their number.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +20,58 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.counts import count_column_writes
-from benchmarks.layer import MODEL, Layers, Setting, choose_settings
-from benchmarks.layer import parse as parse_layer
 from benchmarks.methods import METHODS, OURS, adapter_config
-from benchmarks.results import DTYPES, Result, counted, prepare, provenance, show, take_turns
+from benchmarks.results import (
+    DTYPES,
+    Result,
+    at_least_1,
+    counted,
+    prepare,
+    provenance,
+    show,
+    take_turns,
+    timed_parser,
+)
 from pacatune.reports.rows import Row
+
+SHAPES = ("512x512", "1408x512", "512x1408")
+TOKENS = (16, 512)
+MODEL = "one linear layer, caches cold"
+# All weights together are larger than the last-level cache of one core complex.
+_CHAIN_BYTES = 40 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one comparison is made with."""
+
+    out_features: int
+    in_features: int
+    num_tokens: int
+    dtype: str
+    num_layers: int
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        shape = f"{self.out_features} x {self.in_features}"
+        return f"weight {shape}, {self.num_tokens} tokens, {self.dtype}"
+
+
+class Layers(nn.Module):
+    """Equal linear layers without a bias."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(setting.in_features, setting.out_features, bias=False)
+            for _ in range(setting.num_layers)
+        )
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Apply each layer to its own input."""
+        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+
 
 COMPARED = (OURS, "lora")
 _ADAPTERS = ("default", "other")
@@ -30,13 +79,46 @@ _PHASES = ("set adapter", "first forward", "forward")
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; the options are those of `benchmarks.layer`."""
-    args = parse_layer(options, __doc__)
-    if args.methods == list(METHODS):
-        args.methods = list(COMPARED)
-    if unknown := sorted(set(args.methods) - set(COMPARED)):
-        raise SystemExit(f"`--methods`: {unknown} cannot be switched; choose from {COMPARED}.")
-    return args
+    """Read the command line."""
+    parser = timed_parser(__doc__, seconds=6.0, methods=COMPARED)
+    parser.set_defaults(methods=list(COMPARED))
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, default=[*map(_shape, SHAPES)], metavar="OUTxIN"
+    )
+    parser.add_argument(
+        "--num-layers", type=at_least_1, help="instead of as many as it takes to empty the caches"
+    )
+    return parser.parse_args(options)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        out_features, in_features = (int(number) for number in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be OUTxIN, such as 512x1408, got {text!r}"
+        ) from None
+    return out_features, in_features
+
+
+def choose_settings(args: argparse.Namespace) -> list[Setting]:
+    """Return every combination of shape, tokens and dtype."""
+    return [
+        Setting(
+            out_features=out_features,
+            in_features=in_features,
+            num_tokens=number,
+            dtype=dtype,
+            num_layers=args.num_layers or _num_cold_layers(out_features * in_features, dtype),
+        )
+        for out_features, in_features in args.shapes
+        for number in args.tokens or TOKENS
+        for dtype in args.dtypes
+    ]
+
+
+def _num_cold_layers(num_elements: int, dtype: str) -> int:
+    return max(2, _CHAIN_BYTES // (num_elements * DTYPES[dtype].itemsize))
 
 
 def measure(setting: Setting, args: argparse.Namespace) -> list[Row]:

@@ -72,10 +72,6 @@ def _kernels(*settings: str) -> Callable[[list[Row]], Iterable[Row]]:
     return pick
 
 
-def _shares_of_frozen(rows: list[Row]) -> Iterable[Row]:
-    return (row for row in rows if row.what.startswith("distance"))
-
-
 _BEYOND = "Lines below `frozen` say how many are beyond it."
 VIEWS = {
     **{
@@ -84,11 +80,11 @@ VIEWS = {
     },
     "roofline": View(file="roofline", pick=_what("step")),
     "distance": View(
-        file="step",
-        pick=_shares_of_frozen,
+        file="distance",
+        pick=lambda rows: rows,
         columns=("what",),
-        remark="In per cent of the frozen model's step. Rest: Python, autograd, views and casts, "
-        "colder caches.",
+        remark="In per cent of the frozen model's step, by clocks around each part in steps that took "
+        "turns with the others. Rest: Python, autograd, views and casts, colder caches.",
     ),
     "kernels": View(
         file="kernels",

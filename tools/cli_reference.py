@@ -11,7 +11,7 @@ from pathlib import Path
 from jsonargparse import capture_parser
 
 from pacatune.cli.options import parser_of
-from pacatune.reports.tables import table_lines
+from pacatune.reports.rows import Table
 from tools.doc_block import rewrite
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -76,7 +76,7 @@ def _table(actions):
         shown = ", ".join(f"`{option}`" for option in action.option_strings)
         shown = shown or f"`{action.metavar or action.dest}`"
         rows.append([shown, _default(action), _help(action)])
-    return "\n".join(table_lines(["option", "default", ""], rows, "l"))
+    return "\n".join(Table(header=["option", "default", ""], cells=rows, num_index=3).markdown())
 
 
 def _default(action):

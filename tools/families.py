@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pacatune.reports.tables import table_lines
+from pacatune.reports.rows import Table
 from pacatune.tuner.defaults import default_targets, survey
 from tools.doc_block import rewrite
 
@@ -156,7 +156,7 @@ def families_table(name: str) -> str:
     assert name == "defaults"
     header = ["family", "class", "default `target_modules`", "layers adapted", "not adapted"]
     rows = [_row(name, family) for name, family in FAMILIES.items()]
-    return "\n".join(table_lines(header, rows, "lllrl"))
+    return "\n".join(Table(header=header, cells=rows, num_index=5).markdown())
 
 
 def _row(name: str, family: Family) -> list[str]:

@@ -6,7 +6,7 @@ measured with random weights; at the full scale they are the presets of `pacatun
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from experiments.paper.tables import TABLE_6, TABLE_7
 from experiments.reproduce.costs import RANK
 from experiments.reproduce.experiment import Experiment, Scale
 from experiments.reproduce.runs import Work, cost_rows, rate_note, row_of, study_job
-from experiments.reproduce.texts import accuracy_row, seed_interval
+from experiments.reproduce.texts import seed_interval
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.methods import adapt
 from pacatune.measure.step import Step
@@ -137,16 +137,20 @@ class _Images:
 
         def read(found: Any) -> list[Row]:
             values = [100 * value for value in found.values.values()]
-            row = row_of(
-                self.table,
-                line,
-                "cifar10",
-                sum(values) / len(values),
-                model=self.small_model,
-                setting=f"rank {RANK}",
-            )
-            note = rate_note(line, found.learning_rate, rates)
-            return [_with_interval(row, found, values, note)]
+            return [
+                row_of(
+                    self.table,
+                    line,
+                    "cifar10",
+                    sum(values) / len(values),
+                    model=self.small_model,
+                    setting=f"rank {RANK}",
+                    n=len(values),
+                    each=tuple(values),
+                    note=rate_note(line, found.learning_rate, rates),
+                    **seed_interval(values),
+                )
+            ]
 
         rank = RANK if line.method != "full" else None
         return study_job(
@@ -235,12 +239,6 @@ class _Images:
         report, _ = Work(folder).train(run, "run")
         rows = [row_of(self.table, line, key, 100 * report["accuracy_after"])]
         return [*rows, *(cost_rows(self.table, line, report) if key == "cifar10" else [])]
-
-
-def _with_interval(row: Row, found: Any, values: list[float], note: str) -> Row:
-    if found.each:
-        return accuracy_row(row, [100 * one for one in found.each], values, note)
-    return replace(row, **seed_interval(values), n=len(values), each=tuple(values), note=note)  # type: ignore[arg-type]
 
 
 def full_run(line: Line, preset: str) -> RunConfig:

@@ -14,12 +14,11 @@ def exact(rows):
     return [row for row in rows if row.origin in check._EXACT]
 
 
-@pytest.mark.parametrize("name", ["step", "layer"])
-def test_bytes_and_writes_are_those_that_are_committed(name):
-    rows, made = check.committed(name)
+def test_bytes_and_writes_are_those_that_are_committed():
+    rows, made = check.committed("step")
     if other := check.other_versions(made):
         pytest.skip(other)
-    found = exact(check.measured(name, [*check._QUICK, *ONE_STEP]))
+    found = exact(check.measured("step", [*check._QUICK, *ONE_STEP]))
     assert len({row.method for row in found}) == 3
     assert list(check.differences(found, rows)) == []
 
@@ -39,7 +38,7 @@ def test_each_exact_number_is_compared():
 
 
 def test_times_may_be_fifteen_per_cent_slower():
-    rows, _ = check.committed("layer")
+    rows, _ = check.committed("switch")
     ratios = [row for row in rows if row.unit == "ratio"]
     assert list(check.slower(ratios, rows)) == []
     first = ratios[0]
@@ -62,13 +61,13 @@ def test_every_committed_row_has_a_name_of_its_own(name):
 
 
 def test_the_exit_status(monkeypatch, capsys):
-    rows = exact(check.committed("layer")[0])
+    rows = exact(check.committed("switch")[0])
     monkeypatch.setattr(check, "other_versions", lambda made: "")
-    monkeypatch.setattr(check, "EXACT", {"layer": lambda: rows})
+    monkeypatch.setattr(check, "EXACT", {"switch": lambda: rows})
     monkeypatch.setattr(check, "SLOW", {})
-    assert check.main(["layer"]) == 0
-    assert capsys.readouterr().out == f"layer: {len(rows)} rows as committed\n"
-    monkeypatch.setattr(check, "EXACT", {"layer": lambda: [replace(rows[0], value=-1)]})
+    assert check.main(["switch"]) == 0
+    assert capsys.readouterr().out == f"switch: {len(rows)} rows as committed\n"
+    monkeypatch.setattr(check, "EXACT", {"switch": lambda: [replace(rows[0], value=-1)]})
     assert check.main([]) == 1
     assert "1 numbers differ" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import switch, tables
-from benchmarks.layer import Setting
 from benchmarks.results import read
+from benchmarks.switch import Setting
 from pacatune import resident
 
 QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
@@ -52,6 +52,14 @@ def test_a_write_is_refused():
         switch.count_writes(model, inputs)
 
 
-def test_methods_without_adapters_are_refused():
-    with pytest.raises(SystemExit, match=r"\['full'\] cannot be switched; choose from"):
-        switch.parse(["--methods", "paca", "full"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "paca", "full"], "invalid choice: 'full'"),
+        (["--shapes", "512"], "must be OUTxIN, such as 512x1408, got '512'"),
+    ],
+)
+def test_wrong_options_are_explained(options, message, capsys):
+    with pytest.raises(SystemExit):
+        switch.parse(options)
+    assert message in capsys.readouterr().err

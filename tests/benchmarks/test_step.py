@@ -1,19 +1,16 @@
 """The benchmarks: small runs give complete results, and what they count and compare is right."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import distance, layer, step, tables
+from benchmarks import step
 from benchmarks.counts import hold_bytes
 from benchmarks.llama import Shape, linear_layers, make_batch, make_model
-from benchmarks.methods import METHODS, adapt, all_methods
+from benchmarks.methods import adapt, all_methods
 from benchmarks.results import read
 from benchmarks.swap import SwapLinear
 from pacatune import PacaConfig
-from pacatune.measure.step import Step
 from pacatune.ops.reference import paca_linear
 from pacatune.tuner.linear import Linear
 
@@ -44,14 +41,6 @@ def step_result(tmp_path_factory):
         options += ["--" + name.replace("_", "-"), str(getattr(SHAPE, name))]
     step.main(options)
     return folder, read("step", folder)
-
-
-@pytest.fixture(scope="module")
-def layer_result(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layer")
-    options = ["--output", str(folder), "--tokens", "6", "--shapes", "32x16", "--num-layers", "3"]
-    layer.main([*options, *QUICK, *BOTH])
-    return folder, read("layer", folder)
 
 
 def numbers(result, what, **wanted):
@@ -92,48 +81,6 @@ def test_step_compares_with_every_other_method(step_result):
         assert ratio.low <= ratio.value <= ratio.high
 
 
-def test_step_says_where_the_distance_to_frozen_goes(step_result):
-    folder, result = step_result
-    for dtype, idle in (("float32", "write"), ("bfloat16", "added products")):
-        setting = f"6 tokens, {dtype}"
-        steps = numbers(result, "step", setting=setting, unit="ms")
-        assert "timed" not in steps
-        parts = {
-            row.what.removeprefix("distance: "): row.value
-            for row in result.rows
-            if row.setting == setting and row.what.startswith("distance: ")
-        }
-        frozen = steps["frozen"].value
-        whole = parts.pop("in all")
-        assert whole == pytest.approx(100 * (steps["paca"].value - frozen) / frozen)
-        assert sum(parts.values()) == pytest.approx(whole)
-        # Few tokens in float32 are not worth a write.
-        assert [part for part, value in parts.items() if value == 0] == [idle]
-    lines = tables.block("distance", folder).splitlines()
-    assert lines[0].startswith("| setting | distance: in all, % | distance: gather, % |")
-    assert lines[2].startswith("| 6 tokens, float32 | ")
-
-
-def test_clocks_count_every_part_once():
-    ticks = itertools.count()
-    batch = make_batch(7, SHAPE.vocab_size, seed=1)
-    model = make_model(SHAPE, torch.float32, seed=3)
-    ours = adapt(model, "paca", targets="all-linear", seed=0)
-    one = Step(contender=ours, batch=batch, accumulation=2, clock=lambda: float(next(ticks)))
-    timed = distance.TimedStep(one)
-    timed()
-    passes = len(KINDS) * NUM_LAYERS * 2
-    assert timed.rounds == [
-        {
-            "gather": passes,
-            "thin_product": passes,
-            "write": 0,
-            "added_products": 2 * passes,
-            "optimizer": 2,
-        }
-    ]
-
-
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_step_bytes_are_the_formula(step_result, dtype, itemsize):
     """Those of each kind of layer are held in the run."""
@@ -157,27 +104,14 @@ def test_step_counts_parameters_and_writes(step_result):
             assert row.value <= 2  # however many micro-batches
 
 
-def test_layer_measures_phases_and_bytes(layer_result):
-    _, result = layer_result
-    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
-        setting = f"weight 32 x 16, 6 tokens, {dtype}"
-        kept = numbers(result, BYTES, setting=setting)
-        assert list(kept) == list(METHODS)
-        assert kept["paca"].value == 3 * 6 * RANK * itemsize
-        assert kept["full"].value == 3 * 6 * 16 * itemsize
-        for what in ("forward", "backward", "optimizer"):
-            times = numbers(result, what, setting=setting)
-            assert list(times) == list(METHODS)
-            assert all(row.unit == "us" and row.value >= 0 for row in times.values())
-
-
 def test_ratios_are_printed(tmp_path, capsys):
-    options = ["--output", str(tmp_path), "--tokens", "4", "--shapes", "8x8", "--num-layers", "1"]
-    layer.main([*options, *QUICK, "--methods", "frozen", "paca", "--dtypes", "float32"])
+    options = ["--output", str(tmp_path), "--tokens", "4", "--num-hidden-layers", "1", *QUICK]
+    options += ["--hidden-size", "32", "--intermediate-size", "48", "--num-attention-heads", "2"]
+    step.main([*options, "--methods", "frozen", "paca", "--dtypes", "float32"])
     printed = capsys.readouterr().out
     assert "step, paca / frozen" in printed
-    assert "weight 8 x 8, 4 tokens, float32" in printed
-    assert "layer.json" in printed
+    assert "4 tokens, float32" in printed
+    assert "step.json" in printed
 
 
 def test_paca_that_keeps_more_than_its_formula_is_refused():
@@ -240,12 +174,11 @@ def test_rows_of_unequal_length_are_refused():
     [
         (["--tokens", "0"], "must be an integer of at least 1, got 0"),
         (["--methods", "vera"], "invalid choice: 'vera'"),
-        (["--shapes", "512"], "must be OUTxIN, such as 512x1408, got '512'"),
     ],
 )
 def test_wrong_options_are_explained(options, message, capsys):
     with pytest.raises(SystemExit):
-        layer.parse(options)
+        step.parse(options)
     assert message in capsys.readouterr().err
 
 
