@@ -83,8 +83,8 @@ VIEWS = {
         file="distance",
         pick=lambda rows: rows,
         columns=("what",),
-        remark="In per cent of the frozen model's step, by clocks around each part in steps that took "
-        "turns with the others. Rest: Python, autograd, views and casts, colder caches.",
+        remark="In per cent of the frozen model's step, by clocks around each part in steps that "
+        "took turns with the others. Rest: Python, autograd, views and casts, colder caches.",
     ),
     "kernels": View(
         file="kernels",

@@ -93,45 +93,29 @@ def test_what_is_not_collected(tmp_path):
     half = write_study(tmp_path / "half", finished=False)
     with pytest.raises(ValueError, match=r"half holds no finished study"):
         collect.collect_studies([half], tmp_path)
-    (half / "reproduce.json").write_text('{"finished": false}')
-    with pytest.raises(ValueError, match="is not finished; go on with `--resume` first"):
-        collect.collect_reproduction(half, "small", tmp_path)
-
-
-def test_a_reproduction_is_its_cells(tmp_path):
-    mark = {"finished": True, "command": "a command"}
-    (tmp_path / "reproduce.json").write_text(json.dumps(mark))
-    (tmp_path / "all.json").write_text('{"fig2": {"title": "Time", "cells": {"bench": 7}}}')
-    path = collect.collect_reproduction(tmp_path, "here", tmp_path)
-    assert path.name == "reproduce-here.json"
-    assert json.loads(path.read_text()) == {
-        "command": "a command",
-        "cells": {"fig2": {"bench": 7}},
-    }
 
 
 def test_pages_are_made_of_the_results(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    values = json.loads((collect.RESULTS / "reproduce-simulate.json").read_text())
-    cells = {name: values["cells"][name] for name in ("fig3",)}
-    (results / "reproduce-simulate.json").write_text(json.dumps(values | {"cells": cells}))
     studies = json.loads((collect.RESULTS / "selection.json").read_text())
     one = {"selection-smollm2-r8": studies["selection-smollm2-r8"]}
     (results / "selection.json").write_text(json.dumps(one))
     collect.collect_bench(write_bench(tmp_path), "here", results)
-    made = list(pages.make_pages(tmp_path / "report", results))
-    assert [path.relative_to(tmp_path / "report").as_posix() for path in made] == [
-        "reproduce-simulate/all.html",
+    made = [
+        path.relative_to(tmp_path / "report").as_posix()
+        for path in pages.make_pages(tmp_path / "report", results)
+    ]
+    names = ("table1", "table2", "table3", "table4", "table5", "table6", "table7", "fig2", "fig3")
+    assert made == [
+        *(f"reproduce/{name}.md" for name in names),
         "bench-here/bench.md",
         "studies/selection-smollm2-r8/report.md",
     ]
-    assert "<svg" in made[0].read_text()
-    assert "2.9389 ± 0.0364" in made[2].read_text()
-    assert all(
-        path.parent.joinpath(name).is_file()
-        for path, name in zip(made[1:], ("bench.png", "metric.png"), strict=True)
-    )
+    report = tmp_path / "report"
+    assert all((report / "reproduce" / f"{name}.png").is_file() for name in names)
+    assert (report / "bench-here" / "bench.png").is_file()
+    assert (report / "studies" / "selection-smollm2-r8" / "metric.png").is_file()
 
 
 def write_bench(folder):

@@ -17,7 +17,7 @@ from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
 from pacatune.reports.provenance import sha256_of, versions, versions_text
-from pacatune.reports.rows import Table
+from pacatune.reports import rows
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class Report:
             "versions": versions_text(head["versions"]),
         }
         known = [[name, str(value)] for name, value in settings.items() if value is not None]
-        scores = Table(header=list(self.headings), cells=self.rows)
+        scores = rows.Table(header=list(self.headings), cells=self.rows)
         lines = [f"# {self.title}", "", *scores.markdown(), ""]
         lines += [*(f"- {note}" for note in self.notes), ""]
-        lines += Table(header=["setting", ""], cells=known, num_index=2).markdown()
+        lines += rows.Table(header=["setting", ""], cells=known, num_index=2).markdown()
         return "\n".join(lines) + "\n"
 
 

@@ -1,1 +1,0 @@
-"""What is above everything else: studies and reproductions of the paper."""
