@@ -19,13 +19,7 @@ from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
-from pacatune.training.image.model import (
-    CLASSES_KEY,
-    ImageBase,
-    choose_targets,
-    find_batch_norms,
-    find_heads,
-)
+from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms, find_heads
 from pacatune.training.report import curve_of, four_digits
 from pacatune.training.task import Plan, Prepared, Task, make_adapter_config, make_plan, put_adapter
 from pacatune.training.trainer import RunTrainer, accuracy
@@ -71,7 +65,7 @@ class ImageTask(Task):
     def prepare(self) -> Prepared:
         """Find images and model, and plan what is trained."""
         data, kind = prepare_images(self.config.data), self.config.data.augmentation
-        plan, adapter, notes = self._plan(data.classes)
+        plan, adapter, notes = self._plan(class_names(data.train))
         base, augmentation, held_out = self.base, None, 0
         if kind != "none":
             augmentation = Augmentation(kind, base.size, self.config.training.seed)
@@ -85,7 +79,7 @@ class ImageTask(Task):
             train=train,
             evaluation=self.evaluation,
             fingerprint=data.fingerprint,
-            about_data=f"{len(train):,} images of {len(data.classes)} classes, {held_out:,} held "
+            about_data=f"{len(train):,} images of {len(base.classes)} classes, {held_out:,} held "
             f"out; {base.size} x {base.size} pixels, {head}",
             adapter_config=adapter,
             plan=plan,
@@ -149,7 +143,7 @@ class ImageTask(Task):
         """Write the transform, the classes beside an adapter, and the pictures."""
         self.base.processor.save_pretrained(folder)
         if METHODS[self.config.method].has_adapter:
-            sidecar = json.dumps({CLASSES_KEY: self.base.classes}, indent=2, ensure_ascii=False)
+            sidecar = json.dumps({"classes": self.base.classes}, indent=2, ensure_ascii=False)
             (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
         if self.evaluation is not None:
             pictures.draw_confusion(report.more["confusion"], self.evaluation.classes, folder)
