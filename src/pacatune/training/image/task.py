@@ -14,7 +14,6 @@ from transformers import default_data_collator
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images.dataset import Augmentation, ImageDataset
 from pacatune.data.images.prepare import class_names, prepare_images
-from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
@@ -32,12 +31,12 @@ class ImageTask(Task):
     less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
 
     base: ImageBase
-    evaluation: ImageDataset | None = None
+    evaluation: ImageDataset | None
     _found: dict[str, Any]
 
     def plan(self) -> Plan:
-        """Say what would be trained; of the images, only their classes are read."""
-        return self._plan(class_names(read_images(self.config.data)[0]))[0]
+        """Say what would be trained."""
+        return self.prepare().plan
 
     def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
         """Describe the model; return what is trained of it, the adapter and notes."""
@@ -66,21 +65,19 @@ class ImageTask(Task):
         """Find images and model, and plan what is trained."""
         data, kind = prepare_images(self.config.data), self.config.data.augmentation
         plan, adapter, notes = self._plan(class_names(data.train))
-        base, augmentation, held_out = self.base, None, 0
+        base, augmentation = self.base, None
         if kind != "none":
             augmentation = Augmentation(kind, base.size, self.config.training.seed)
         train = ImageDataset(data.train, base.processor, augmentation)
-        if data.evaluation is not None:
-            self.evaluation = ImageDataset(data.evaluation, base.processor)
-            held_out = len(self.evaluation)
+        self.evaluation = data.evaluation and ImageDataset(data.evaluation, base.processor)
         self._found = {"accuracy_after": None, "confusion": [], "mistakes": []}
         head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
             evaluation=self.evaluation,
             fingerprint=data.fingerprint,
-            about_data=f"{len(train):,} images of {len(base.classes)} classes, {held_out:,} held "
-            f"out; {base.size} x {base.size} pixels, {head}",
+            about_data=f"{len(train):,} images of {len(base.classes)} classes, "
+            f"{len(self.evaluation or ()):,} held out; {base.size} x {base.size} pixels, {head}",
             adapter_config=adapter,
             plan=plan,
             model=base.path,
