@@ -123,7 +123,7 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Texts per device and step."""
 
     per_device_eval_batch_size: int = 64
-    """Texts per device and evaluation step."""
+    """Texts or images per device and evaluation step."""
 
 
 @cache

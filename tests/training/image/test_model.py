@@ -80,10 +80,8 @@ def test_another_size_crops_the_same_share_away(vit_dir, tmp_path, size, process
     processor.save_pretrained(tmp_path / "model")
     other = describe(tmp_path / "model", size).processor
     assert size_of(other) == size
-    if "crop_pct" in other.to_dict():
-        assert other.crop_pct == 0.8
-    else:
-        assert dict(other.size) == {"shortest_edge": size * 40 // 32}
+    edge = other.size["shortest_edge"]
+    assert edge == (size if other.to_dict().get("crop_pct") == 0.8 else size * 40 // 32)
 
 
 def test_head_of_the_same_classes_is_kept(vit_dir, tmp_path):
@@ -94,23 +92,6 @@ def test_head_of_the_same_classes_is_kept(vit_dir, tmp_path):
     assert describe(path.parent, classes=["blue", "green"]).has_own_head
     assert not describe(path.parent, classes=["green", "blue"]).has_own_head
     assert describe(path.parent, classes=None).config.id2label == {0: "blue", 1: "green"}
-
-
-def test_other_sizes_of_image(vit_dir):
-    pixels = torch.zeros(1, 3, 64, 64)
-    assert (
-        describe(vit_dir, image_size=64).load(torch.float32)(pixel_values=pixels).logits.ndim == 2
-    )
-    with pytest.raises(ValueError, match="doesn't match model"):
-        describe(vit_dir, image_size=32).load(torch.float32)(pixel_values=pixels)
-
-
-def test_size_that_the_model_cannot_take(tmp_path):
-    save_timm(tmp_path, "test_vit")
-    with pytest.raises(
-        ValueError, match=r"`data.image_size` \(50\) does not suit the model: .*Use"
-    ):
-        describe(tmp_path, image_size=50)
 
 
 def test_other_sizes_of_a_timm_transformer(tmp_path):
@@ -140,15 +121,6 @@ def test_hub_model_without_a_network(path):
 def test_bare_name_of_timm_is_its_hub_id():
     with pytest.raises(FileNotFoundError, match=r"'timm/resnet18\.a1_in1k'\) is neither"):
         describe("resnet18")
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"does not exist; check `model\.path`"):
-        describe(tmp_path / "none")
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no config.json; `model.path` must be a mod"
-    ):
-        describe(tmp_path)
 
 
 def plan(config):
@@ -247,14 +219,6 @@ def test_heads_are_never_targets(make_config, exclude):
     assert "classifier" not in planned.targets
     assert adapter_config.modules_to_save == ["classifier"]
     assert len(planned.targets) == (10 if exclude else 12)
-
-
-@pytest.mark.parametrize("method", ["paca", "lora"])
-@pytest.mark.parametrize("names", [["fc1", "no_such"], ["no_such"]])
-def test_target_that_matches_nothing(make_config, method, names):
-    section = {"paca": PacaSection, "lora": LoraSection}[method]
-    with pytest.raises(ValueError, match=r"`?target_modules`?.*no_such|No modules were targeted"):
-        plan(make_config(method, **{method: section(target_modules=names)}))
 
 
 def test_rank_out_of_range(make_config):

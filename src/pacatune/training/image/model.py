@@ -24,9 +24,6 @@ from pacatune.pretrained import empty_model, find_model, load_config, load_weigh
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import ConvolutionLayout
 
-CLASSES_KEY = "classes"
-"""Entry of an adapter's sidecar with the names of the classes."""
-
 
 class ImageBase:
     """A pretrained model, set up for classes and a size of images; those are its own where None.
@@ -77,8 +74,8 @@ class ImageBase:
         self.size = size
 
     def _fit_to(self, size: int) -> None:
-        """Let positions be interpolated, if it takes that."""
-        reasons = []
+        """Let positions be interpolated, if that is what it needs."""
+        reason = None
         for interpolate in (False, True):
             if interpolate and self._is_timm:
                 self.config.model_args = {**self.config.model_args, "dynamic_img_size": True}
@@ -90,10 +87,10 @@ class ImageBase:
                     self.empty_model().eval()(pixel_values=pixels, **self._forward_options)
                 return
             except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-                reasons.append(str(error) or type(error).__name__)
+                reason = reason or error
         raise ValueError(
-            f"`data.image_size` ({size}) does not suit the model: {reasons[0].splitlines()[0]} Use "
-            "a size that it accepts, or leave it out for the model's own."
+            f"`data.image_size` ({size}) does not suit the model ({reason!r}). Use a size that it "
+            "accepts, or leave it out for the model's own."
         )
 
     def empty_model(self) -> Any:
@@ -224,10 +221,8 @@ class ImageClassifier:
     @torch.no_grad()
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
         """Return the probability of each class, the likeliest first, of an image or a file."""
-        if not isinstance(image, Image.Image):
-            with Image.open(image) as opened:
-                return self.classify(opened)
-        pixels = self.processor(to_rgb(image), return_tensors="pt")["pixel_values"]
+        opened = image if isinstance(image, Image.Image) else Image.open(image)
+        pixels = self.processor(to_rgb(opened), return_tensors="pt")["pixel_values"]
         logits = self.model(pixel_values=pixels.to(self.model.device)).logits[0].float()
         shares = logits.softmax(-1).tolist()
         return dict(sorted(zip(self.classes, shares, strict=True), key=lambda pair: -pair[1]))
@@ -241,13 +236,13 @@ def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
     folder = Path(folder).expanduser()
     found = find_file(folder, "preprocessor_config.json").parent
     processor = AutoImageProcessor.from_pretrained(found, trust_remote_code=False)
-    adapter, path, revision, classes = None, str(folder), None, None
     if (folder / "adapter_config.json").is_file():
         adapter = open_adapter(folder)
+        classes = read_json_object(find_file(folder, SIDECAR_NAME))["classes"]
         path, revision = base_name(base, adapter.config), adapter.config.revision
-        classes = read_json_object(find_file(folder, SIDECAR_NAME))[CLASSES_KEY]
-    described = ImageBase(path, revision, classes, size_of(processor))
-    model = described.load(torch.float32)
-    if adapter is not None:
-        model, _ = attach(model, adapter)
+        described = ImageBase(path, revision, classes, size_of(processor))
+        model, _ = attach(described.load(torch.float32), adapter)
+    else:
+        described = ImageBase(str(folder), None, None, size_of(processor))
+        model = described.load(torch.float32)
     return ImageClassifier(model=model.eval(), processor=processor, classes=described.classes)

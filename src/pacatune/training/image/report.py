@@ -11,9 +11,8 @@ from pacatune.data.images.dataset import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
 
 _MOST_MISTAKES, _MOST_CONFUSIONS = 25, 10
-# Beyond this many classes, names and numbers would not be readable.
-_MOST_NAMES, _MOST_NUMBERS = 40, 20
-_NUM_COLUMNS = 5
+_NUM_COLUMNS = 5  # of mistakes
+_MOST_CLASSES = 40  # whose names and numbers can be read
 
 
 def compare(logits: Any, labels: Any, dataset: ImageDataset) -> dict[str, Any]:
@@ -72,10 +71,9 @@ def draw_confusion(confusion: list[list[int]], classes: list[str], folder: Path)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     accuracy = counts.trace() / counts.sum()
     axes.set(xlabel="predicted", ylabel="class", title=f"accuracy {accuracy:.3f}")
-    if num <= _MOST_NAMES:
+    if num <= _MOST_CLASSES:
         axes.set_xticks(range(num), map(_short, classes), rotation=90)
         axes.set_yticks(range(num), map(_short, classes))
-    if num <= _MOST_NUMBERS:
         for (row, column), number in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(number), ha="center", va="center", color=colour)

@@ -14,18 +14,11 @@ from transformers import default_data_collator
 from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images.dataset import Augmentation, ImageDataset
 from pacatune.data.images.prepare import class_names, prepare_images
-from pacatune.data.images.sources import read_images
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
-from pacatune.training.image.model import (
-    CLASSES_KEY,
-    ImageBase,
-    choose_targets,
-    find_batch_norms,
-    find_heads,
-)
+from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms, find_heads
 from pacatune.training.report import curve_of, four_digits
 from pacatune.training.task import Plan, Prepared, Task, make_adapter_config, make_plan, put_adapter
 from pacatune.training.trainer import RunTrainer, accuracy
@@ -38,12 +31,12 @@ class ImageTask(Task):
     less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
 
     base: ImageBase
-    evaluation: ImageDataset | None = None
+    evaluation: ImageDataset | None
     _found: dict[str, Any]
 
     def plan(self) -> Plan:
-        """Say what would be trained; of the images, only their classes are read."""
-        return self._plan(class_names(read_images(self.config.data)[0]))[0]
+        """Say what would be trained."""
+        return self.prepare().plan
 
     def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
         """Describe the model; return what is trained of it, the adapter and notes."""
@@ -71,23 +64,20 @@ class ImageTask(Task):
     def prepare(self) -> Prepared:
         """Find images and model, and plan what is trained."""
         data, kind = prepare_images(self.config.data), self.config.data.augmentation
-        classes = class_names(data.train)
-        plan, adapter, notes = self._plan(classes)
-        base, augmentation, held_out = self.base, None, 0
+        plan, adapter, notes = self._plan(class_names(data.train))
+        base, augmentation = self.base, None
         if kind != "none":
             augmentation = Augmentation(kind, base.size, self.config.training.seed)
         train = ImageDataset(data.train, base.processor, augmentation)
-        if data.evaluation is not None:
-            self.evaluation = ImageDataset(data.evaluation, base.processor)
-            held_out = len(self.evaluation)
+        self.evaluation = data.evaluation and ImageDataset(data.evaluation, base.processor)
         self._found = {"accuracy_after": None, "confusion": [], "mistakes": []}
         head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
             evaluation=self.evaluation,
             fingerprint=data.fingerprint,
-            about_data=f"{len(train):,} images of {len(classes)} classes, {held_out:,} held out; "
-            f"{base.size} x {base.size} pixels, {head}",
+            about_data=f"{len(train):,} images of {len(base.classes)} classes, "
+            f"{len(self.evaluation or ()):,} held out; {base.size} x {base.size} pixels, {head}",
             adapter_config=adapter,
             plan=plan,
             model=base.path,
@@ -150,7 +140,7 @@ class ImageTask(Task):
         """Write the transform, the classes beside an adapter, and the pictures."""
         self.base.processor.save_pretrained(folder)
         if METHODS[self.config.method].has_adapter:
-            sidecar = json.dumps({CLASSES_KEY: self.base.classes}, indent=2, ensure_ascii=False)
+            sidecar = json.dumps({"classes": self.base.classes}, indent=2, ensure_ascii=False)
             (folder / SIDECAR_NAME).write_text(sidecar + "\n", encoding="utf-8")
         if self.evaluation is not None:
             pictures.draw_confusion(report.more["confusion"], self.evaluation.classes, folder)
