@@ -181,15 +181,15 @@ def test_same_losses_as_plain_trl(make_task_config, tiny_model_dir, tmp_path, ta
 
 
 def interrupt(monkeypatch, config, step):
-    plain = RunTrainer.training_step
+    plain = RunTrainer.compute_loss
 
-    def training_step(self, *args, **kwargs):
+    def compute_loss(self, *args, **kwargs):
         if self.state.global_step == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return plain(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "training_step", training_step)
+        patch.setattr(RunTrainer, "compute_loss", compute_loss)
         with pytest.raises(TrainingInterrupted):
             train(config, console=QUIET)
 
