@@ -32,7 +32,7 @@ def test_dpo(make_task_config, tmp_path, console, method):
     report = train(make_task_config("dpo", method), console=console)
     out = console.file.getvalue()
     # ln 2: at first model and reference are the same
-    assert "step 0/6: evaluation loss 0.6931, accuracy 0.000, reward margin 0.0000" in out
+    assert "step 0/6: evaluation loss 0.6931, rewards/accuracies 0.0000, rewards/margins 0" in out
     assert report.eval_loss_after < report.eval_loss_before - 0.05
     assert report.eval_metrics_after["rewards/margins"] > 0.1
     assert report.eval_metrics_after["rewards/accuracies"] == 1
@@ -179,15 +179,15 @@ def test_same_losses_as_plain_trl(make_task_config, tiny_model_dir, tmp_path, ta
 
 
 def interrupt(monkeypatch, config, step):
-    plain = RunTrainer.training_step
+    plain = RunTrainer.compute_loss
 
-    def training_step(self, *args, **kwargs):
+    def compute_loss(self, *args, **kwargs):
         if self.state.global_step == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return plain(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "training_step", training_step)
+        patch.setattr(RunTrainer, "compute_loss", compute_loss)
         with pytest.raises(TrainingInterrupted):
             train(config, console=QUIET)
 

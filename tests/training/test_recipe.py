@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pacatune.adapters.loading import check_base
 from pacatune.training import LoraSection, PacaSection, preview, train
 from pacatune.training import recipe as recipe_module
-from pacatune.training.config_file import read_values, to_values
+from pacatune.training.config_file import read_values
 from pacatune.training.language import LanguageTask
 from pacatune.training.sft import TextTrainer
 
@@ -237,12 +237,6 @@ def test_early_stopping_keeps_the_best(make_config, tmp_path, console):
     assert all(torch.equal(kept[name], final[name]) for name in kept)
 
 
-def test_saved_config_names_what_was_used(make_config):
-    values = to_values(make_config())
-    assert values["training"]["learning_rate"] == 5e-3
-    assert values["training"]["num_train_epochs"] == 1.0
-
-
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])
 def test_lean_or_not_gives_equal_losses_and_keeps_less(make_config, console, tmp_path, method):
     reports = {}
@@ -367,10 +361,6 @@ class TestBeforeWeights:
     def test_tracker_that_is_not_installed(self, make_config):
         with pytest.raises(ValueError, match=r"`training.report_to` \('wandb'\) is not installed"):
             train(make_config(training={"report_to": "wandb"}))
-
-    def test_resume_of_nothing(self, make_config):
-        with pytest.raises(ValueError, match="out holds no run to resume; start it without"):
-            train(make_config(), resume=True)
 
     def test_model_that_does_not_exist(self, make_config):
         with pytest.raises(OSError, match="no/such"):

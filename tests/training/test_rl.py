@@ -147,16 +147,16 @@ def test_answers_are_sampled_from_resident_weights(make_task_config, task):
 
 
 def interrupt(monkeypatch, config, step):
-    plain, fired = RunTrainer.training_step, []
+    plain, fired = RunTrainer.compute_loss, []
 
-    def training_step(self, *args, **kwargs):
+    def compute_loss(self, *args, **kwargs):
         if self.state.global_step == step - 1 and not fired:
             fired.append(True)
             signal.raise_signal(signal.SIGTERM)
         return plain(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "training_step", training_step)
+        patch.setattr(RunTrainer, "compute_loss", compute_loss)
         with pytest.raises(TrainingInterrupted, match=r"yaml --reward my_rewards:short --re"):
             train(config, console=QUIET)
 

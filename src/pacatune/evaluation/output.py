@@ -16,8 +16,8 @@ from pacatune.files.folder import check_output
 from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
-from pacatune.reports.provenance import sha256_of, versions, versions_text
 from pacatune.reports import rows
+from pacatune.reports.provenance import sha256_of, versions, versions_text
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
 
 if TYPE_CHECKING:

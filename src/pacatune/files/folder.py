@@ -82,7 +82,7 @@ def explained_failure(
     try:
         yield
     except Exception as error:
-        if not is_write_failure(error):
+        if isinstance(error, ValueError) or not is_write_failure(error):  # or explained before
             raise
         raise ValueError(f"could not write {str(path)!r} ({error}); {fix}") from error
 

@@ -111,8 +111,9 @@ class OwnedFolder:
 
     @property
     def _found_kind(self) -> str | None:
-        """Whose folder it is, None if it has no list of ours."""
-        return next((row[_HEAD] for row in read_rows(self._list) if _HEAD in row), None)
+        """Whose folder it is, None if it has no list of ours, or a link to another's."""
+        rows = [] if self._list.parent.is_symlink() else read_rows(self._list)
+        return next((row[_HEAD] for row in rows if _HEAD in row), None)
 
     @property
     def is_ours(self) -> bool:

@@ -207,12 +207,10 @@ def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
 
     Each loss in the trainer's log is the mean since the one before it.
     """
-    curve = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
-    if not curve:
-        return [], None
-    starts = [0, *(step for step, _ in curve[:-1])]
-    weighted = sum((step - start) * loss for start, (step, loss) in zip(starts, curve, strict=True))
-    return curve, weighted / curve[-1][0]
+    curve = curve_of(log, "loss")
+    starts = [0, *(step for step, _ in curve)]
+    total = sum((step - start) * loss for start, (step, loss) in zip(starts, curve, strict=False))
+    return curve, total / curve[-1][0] if curve else None
 
 
 def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
