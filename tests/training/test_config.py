@@ -177,6 +177,7 @@ def test_has_every_option_of_trl():
         ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
         ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
         ({"remove_unused_columns": False}, "not offered: the data has the columns"),
+        ({"activation_offloading": True, "use_cpu": True}, "offloading` .* needs a GPU; drop it"),
     ],
 )
 def test_options_decided_elsewhere(options, message):
@@ -267,7 +268,7 @@ def test_evaluation_that_is_asked_for_and_switched_off(data, given):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU.*; set `training.bf16`"),
+        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU; drop it"),
         ({"fp16_full_eval": True}, "not offered: it rounds the weights that are saved"),
         ({"bf16_full_eval": True}, "not offered: it rounds the weights that are saved"),
     ],
