@@ -49,12 +49,6 @@ def test_dtypes(kind):
         kind(path="m", dtype="bflaot16")
 
 
-@pytest.mark.parametrize("method", TEXT_METHODS)
-def test_learning_rate_is_that_of_the_method(method):
-    assert run_config(method=method).training.learning_rate == METHODS[method].text_rate
-    assert run_config({"learning_rate": 0.1}, method=method).training.learning_rate == 0.1
-
-
 def test_nothing_is_looked_up(monkeypatch):
     """A run is declared where its files are not."""
 
@@ -81,6 +75,9 @@ def test_nothing_is_looked_up(monkeypatch):
     ("options", "message"),
     [
         ({"task": "spo"}, r"`task` \('spo'\) must be one of sft, dpo.* did you mean"),
+        ({"method": "vera"}, r"`method` \('vera'\) must be one of paca, qpaca, lora, "),
+        ({"lean_level": 4}, r"`lean_level` \(4\) must be 1, 2 or 3"),
+        ({"lean": "off", "lean_level": 2}, r"`lean_level` \(2\) with `lean` \('off'\)"),
         (
             {"training": {"max_step": 3}},
             "unknown option training.max_step; did you mean 'max",
@@ -117,15 +114,9 @@ def test_sections_may_be_used_again():
         assert run.training.learning_rate == run.training.given["learning_rate"] == rate
         assert run.model.quantization == METHODS[method].quantization
         assert run.lora.lora_dropout == (METHODS[method].dropout or 0)
+    assert run_config({"learning_rate": 0.1}).training.learning_rate == 0.1
     assert RunConfig(**sections, early_stopping_patience=2).training.load_best_model_at_end
     assert {name: vars(section) for name, section in sections.items()} == before
-
-
-def test_lean_levels():
-    with pytest.raises(ValueError, match=r"`lean_level` \(4\) must be 1, 2 or 3"):
-        run_config(lean_level=4)
-    with pytest.raises(ValueError, match=r"`lean_level` \(2\) with `lean` \('off'\)"):
-        run_config(lean="off", lean_level=2)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +132,6 @@ def test_lean_levels():
 def test_turns_of_columns(options):
     with pytest.raises(ValueError, match=r"`paca.active_columns` \(.* at least 1 and below `paca"):
         PacaSection(**options)
-
-
-def test_unknown_method():
-    with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, qpaca, lora, "):
-        run_config(method="vera")
 
 
 def test_training_of_another_type():
@@ -177,6 +163,7 @@ def test_has_every_option_of_trl():
         ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
         ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
         ({"remove_unused_columns": False}, "not offered: the data has the columns"),
+        ({"activation_offloading": True, "use_cpu": True}, "offloading` .* needs a GPU; drop it"),
     ],
 )
 def test_options_decided_elsewhere(options, message):
@@ -267,7 +254,7 @@ def test_evaluation_that_is_asked_for_and_switched_off(data, given):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU.*; set `training.bf16`"),
+        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU; drop it"),
         ({"fp16_full_eval": True}, "not offered: it rounds the weights that are saved"),
         ({"bf16_full_eval": True}, "not offered: it rounds the weights that are saved"),
     ],

@@ -82,17 +82,15 @@ class SharedDefaults:
     """Number of checkpoints kept."""
 
     def check_options(self) -> None:
-        """Refuse options that the task does not offer, and float16 where it would be ignored."""
+        """Refuse options that the task does not offer, or that need a GPU."""
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name in self.elsewhere and value != option.default:
                 instead = self.elsewhere[option.name]
                 raise ValueError(f"`training.{option.name}` ({value!r}) is not offered: {instead}.")
-        if self.fp16 and self.use_cpu:  # type: ignore[attr-defined]
-            raise ValueError(
-                "`training.fp16` (True) needs a GPU, and a CPU would train without it; set "
-                "`training.bf16`, or drop it."
-            )
+        for name in ("fp16", "activation_offloading"):
+            if self.use_cpu and getattr(self, name, False):
+                raise ValueError(f"`training.{name}` (True) needs a GPU; drop it on a CPU.")
 
     def __post_init__(self) -> None:
         import torch

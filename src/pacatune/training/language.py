@@ -244,9 +244,8 @@ class LanguageTask(Task):
             return f"```python\n{code}"
         kind = "PaCA" if method.is_paca else method.title
         both = f"--model {report.model} --adapter FOLDER"
-        commands = [f"pacatune merge {both} --output MERGED"]
+        commands = [f"pacatune merge {both} --output MERGED      # a plain model"]
         if self.task_type != "SEQ_CLS":  # the others are for models that write
-            commands[0] += "      # a plain model"
             export = f"pacatune export {both} --to lora --output LORA"
             commands.append(f"{export}  # an exact LoRA adapter, for any server")
         if self.task_type == "CAUSAL_LM":

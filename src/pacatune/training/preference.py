@@ -43,9 +43,7 @@ def prepare_kto(task: LanguageTask) -> PreparedData:
 def prepare_reward(task: LanguageTask) -> PreparedData:
     """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
     task.model_options = {"num_labels": 1}
-    collator = DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer))
-    columns = task.spec.columns
-    task.collator = lambda rows: collator([{name: row[name] for name in columns} for row in rows])
+    task.collator = DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer))
     task.loss = loss_of_scores
     return prepare_pairs(*_encoding(task, learn_all=True))
 

@@ -82,12 +82,8 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = settle(config)
+        self.spec: TaskSpec = self.config.spec
         self.pipeline_tag = self.spec.pipeline_tag
-
-    @property
-    def spec(self) -> TaskSpec:
-        """The row of the table of tasks."""
-        return self.config.spec
 
     @abstractmethod
     def plan(self) -> Plan:
