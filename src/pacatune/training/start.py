@@ -20,6 +20,7 @@ from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.pretrained import is_adapter
+from pacatune.strategies import strategies
 from pacatune.training.config import RunConfig, check_reference
 from pacatune.training.sections import check_selection_file
 
@@ -72,6 +73,8 @@ def _take_options(config: RunConfig) -> None:
             option = field.name
             # How many batches choose columns, no adapter says.
             kept = _plain(getattr(saved, option, field.default))
+            if option == "selection" and kept not in strategies():
+                kept = field.default  # "fixed", or a strategy that left; the columns are there
             if option in given and not _is_same(option, given[option], kept):
                 raise ValueError(
                     f"`{name}.{option}` ({given[option]!r}) contradicts `adapter` "
