@@ -1,5 +1,6 @@
 """Training that starts from a finished adapter."""
 
+import json
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.training import LoraSection, PacaSection, train
+from pacatune.training.config import RunConfig
+from pacatune.training.config_file import read_values
 from pacatune.training.language import load_tokenizer
-from pacatune.training.start import settle
+from pacatune.training.start import read_start, settle
 from tests.training.launching import save_config
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -104,6 +107,19 @@ def test_other_methods(make_config, make_first, tmp_path, console, method):
     if method == "dora":
         with pytest.raises(ValueError, match=r"is of the kind 'dora', and `method` \('lora'\)"):
             settle(make_config("lora", adapter=str(folder)))
+
+
+@pytest.mark.parametrize("selection", ["fixed", "activation_qr"])
+def test_an_adapter_whose_selection_chooses_nothing(make_config, paca, tmp_path, selection):
+    """Its columns are in its files; what the run saves as its options can be given again."""
+    folder = shutil.copytree(paca, tmp_path / selection)
+    values = json.loads((folder / "adapter_config.json").read_text()) | {"selection": selection}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    config = settle(settle(make_config(adapter=str(folder))))
+    assert config.paca.selection == "random"
+    assert read_start(config).columns == read_adapter(paca).config.columns
+    save_config(config, tmp_path / "run.yaml")
+    settle(RunConfig(**read_values(tmp_path / "run.yaml")))
 
 
 def test_contradictions(make_config, paca, tmp_path, capsys):

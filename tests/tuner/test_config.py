@@ -42,7 +42,7 @@ for _ in range(800):
         ({"task_type": NESTED}, "`task_type` is nested deeper than 8 levels"),
         ({"selection": "best"}, r"`selection` \('best'\) must be one of \['gradient', 'random'"),
         ({"selection": "activation_qr"}, r"`selection` \('activation_qr'\) must be one of"),
-        ({"bias": "some"}, r"`bias` \('some'\) must be 'none', 'all' or 'paca_only'"),
+        ({"bias": "some"}, r"`bias` \('some'\) must be one of none, all, paca_only"),
         (
             {"target_modules": ["q_proj"], "layers_pattern": "layers"},
             r"`layers_pattern` \('layers'\).* needs `layers_to_transform`",

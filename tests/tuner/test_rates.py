@@ -442,10 +442,10 @@ def test_flat_parameters_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize": "output"}, "`normalize` .'output'. must be 'none', 'input' or 'weight'"),
-        ({"column_rates": {"up": [1.0]}}, "`column_rates` are of steps that are normalised"),
-        ({"normalize": "weight", "column_rates": [1.0]}, r"must be a dictionary of module"),
-        ({"normalize": "weight", "column_rates": {"up": []}}, "list of finite numbers above 0"),
+        ({"normalize": "output"}, "`normalize` .'output'. must be one of none, input, weight"),
+        ({"column_rates": {"up": [1.0]}}, r"`normalize` .'none'. what they were found by; drop"),
+        ({"normalize": "weight", "column_rates": [1.0]}, "must be module names and lists of"),
+        ({"normalize": "weight", "column_rates": {"up": []}}, "lists of finite numbers above 0"),
         ({"normalize": "weight", "column_rates": {"up": [1.0, 0.0]}}, "finite numbers above 0"),
         ({"normalize": "weight", "column_rates": {"up": [float("nan")]}}, "numbers above 0"),
         ({"normalize": "weight", "column_rates": {"up": [[1.0], 2.0]}}, "numbers above 0"),

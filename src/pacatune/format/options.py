@@ -6,11 +6,12 @@ looking into an adapter does not wait for PEFT.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
 from pacatune.format.patterns import check_patterns
+from pacatune.names import choices_of, choose
 
 NEEDS_US = "PACATUNE"
 FILE_TYPES = ("PACA", NEEDS_US)
@@ -134,12 +135,12 @@ class PacaOptions(PacaChoices):
                 "chooses the same columns, or None to draw one."
             )
         self._settle_selection()
-        if self.bias not in ("none", "all", "paca_only"):
-            raise ValueError(f"`bias` ({self.bias!r}) must be 'none', 'all' or 'paca_only'.")
-        if self.columns_from not in ("dequantized", "original"):
-            raise ValueError(
-                f"`columns_from` ({self.columns_from!r}) must be 'dequantized' or 'original'."
-            )
+        for option in fields(PacaChoices):
+            if choices := choices_of(option.type):
+                chosen = choose(getattr(self, option.name), choices, option=option.name)
+                setattr(self, option.name, chosen)
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"`use_rslora` ({self.use_rslora!r}) must be true or false.")
         self._check_rates()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
@@ -174,30 +175,14 @@ class PacaOptions(PacaChoices):
         return tuple(kind for kind in KINDS if kind in kinds)
 
     def _check_rates(self) -> None:
-        if self.normalize not in ("none", "input", "weight"):
+        given: Any = self.column_rates
+        is_valid = isinstance(given, dict) and all(map(_are_rates, given.values()))
+        if given is not None and not (is_valid and self.normalize != "none"):
             raise ValueError(
-                f"`normalize` ({self.normalize!r}) must be 'none', 'input' or 'weight'."
+                f"`column_rates` ({_short(given)}) must be module names and lists of finite "
+                "numbers above 0, one for each column, and `normalize` "
+                f"({self.normalize!r}) what they were found by; drop them."
             )
-        if type(self.use_rslora) is not bool:
-            raise ValueError(f"`use_rslora` ({self.use_rslora!r}) must be true or false.")
-        if self.column_rates is None:
-            return
-        if self.normalize == "none":
-            raise ValueError(
-                "`column_rates` are of steps that are normalised, and `normalize` is 'none'; drop "
-                "them, or say what they are normalised by."
-            )
-        if not isinstance(self.column_rates, dict):
-            raise ValueError(
-                f"`column_rates` ({_short(self.column_rates)}) must be a dictionary of module "
-                "names and rates."
-            )
-        for name, rates in self.column_rates.items():
-            if not _are_rates(rates):
-                raise ValueError(
-                    f"`column_rates[{name!r}]` ({_short(rates)}) must be a list of finite numbers "
-                    "above 0, one for each column."
-                )
 
     def _check_kinds(self) -> None:
         for name, value in vars(self).items():

@@ -18,6 +18,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
+from pacatune.strategies import strategies
 from pacatune.training.config import RunConfig
 from pacatune.training.sections import check_selection_file
 
@@ -41,6 +42,8 @@ def _take_options(config: RunConfig) -> None:
         for option in fields(section):
             # How many batches choose columns, no adapter says.
             kept = _in_order(getattr(saved, option.name, option.default))
+            if option.name == "selection" and kept not in strategies():
+                kept = option.default  # "fixed", or a strategy that left; the columns are there
             given = config.given[name].get(option.name)
             if _in_order(given) not in (None, kept):
                 raise ValueError(
