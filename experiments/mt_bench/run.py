@@ -79,7 +79,7 @@ def _check_settings(config: MtBenchConfig) -> None:
     """Note what makes a folder's answers; refuse to add some that are made otherwise."""
     given = json.loads(json.dumps(asdict(config), default=str))
     settings = {name: given[name] for name in _DECIDES}
-    weights = Path(config.adapter or "", "adapter_model.safetensors").expanduser()
+    weights = Path(str(config.adapter), "adapter_model.safetensors").expanduser()
     settings["adapter_sha256"] = sha256_of(weights) if weights.is_file() else None
     path = config.output / SETTINGS_NAME
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
