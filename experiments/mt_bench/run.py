@@ -58,7 +58,6 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
             "model_id": model_id,
             "questions": config.questions,
             "references": config.references,
-            "num_questions": len(questions),
             "cut_off": dict(Counter(why for why in reasons if why != "stop")),
         }
         if prompts:
