@@ -30,8 +30,7 @@ class AnswerFile(JsonLines):
 
     def turns(self, question: Question) -> list[str]:
         """Return the turns that are answered."""
-        row = self._last.get(question.id)
-        return [] if row is None else row["choices"][0]["turns"]
+        return self._last[question.id]["choices"][0]["turns"] if question.id in self._last else []
 
     def details(self, question: Question, name: str) -> list[Any]:
         """Return a detail that `add` was given, of each turn."""
@@ -64,7 +63,7 @@ def answer_questions(
     left = [question for question in questions if len(file.turns(question)) < NUM_TURNS]
     if not left:
         return
-    template = config.chat_template and config.chat_template.read_text(encoding="utf-8")
+    template = config.chat_template.read_text(encoding="utf-8") if config.chat_template else None
     generator = TextGenerator(
         config.model,
         config.adapter,
@@ -78,10 +77,10 @@ def answer_questions(
         log.print(f"note: {note}")
     starts = range(0, len(left), config.batch_size)
     for start in track(starts, "answering", console=log):
+        batch = left[start : start + config.batch_size]
         for turn in range(NUM_TURNS):
-            batch = left[start : start + config.batch_size]
-            batch = [question for question in batch if len(file.turns(question)) == turn]
-            _answer_turn(generator, batch, file, config)
+            todo = [question for question in batch if len(file.turns(question)) == turn]
+            _answer_turn(generator, todo, file, config)
 
 
 def turn_seed(seed: int, question: Question, turn: int) -> int:
@@ -90,10 +89,7 @@ def turn_seed(seed: int, question: Question, turn: int) -> int:
 
 
 def _answer_turn(
-    generator: TextGenerator,
-    questions: Sequence[Question],
-    file: AnswerFile,
-    config: MtBenchConfig,
+    generator: TextGenerator, questions: Sequence[Question], file: AnswerFile, config: MtBenchConfig
 ) -> None:
     by_room = defaultdict(list)  # in a batch all go on as long as the longest
     for question in questions:

@@ -46,7 +46,6 @@ class Turn:
 
     question: Question
     number: int
-    """1 or 2."""
     prompt_name: str
     system: str
     user: str

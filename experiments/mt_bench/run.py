@@ -58,7 +58,6 @@ def run_mt_bench(config: MtBenchConfig, console: Console, log: Console) -> dict[
             "model_id": model_id,
             "questions": config.questions,
             "references": config.references,
-            "num_questions": len(questions),
             "cut_off": dict(Counter(why for why in reasons if why != "stop")),
         }
         if prompts:
@@ -79,7 +78,7 @@ def _check_settings(config: MtBenchConfig) -> None:
     """Note what makes a folder's answers; refuse to add some that are made otherwise."""
     given = json.loads(json.dumps(asdict(config), default=str))
     settings = {name: given[name] for name in _DECIDES}
-    weights = Path(config.adapter or "", "adapter_model.safetensors").expanduser()
+    weights = Path(str(config.adapter), "adapter_model.safetensors").expanduser()
     settings["adapter_sha256"] = sha256_of(weights) if weights.is_file() else None
     path = config.output / SETTINGS_NAME
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings

@@ -100,14 +100,13 @@ class LmEval(Questions):
 
     def prepare(self) -> tuple[dict[str, Any], Score]:
         """Find the tasks."""
-        from pacatune.evaluation.harness import run_tasks
-        from pacatune.evaluation.tasks import prepare_tasks
+        from pacatune.evaluation.tasks import evaluate_tasks, prepare_tasks
 
         tasks = prepare_tasks(list(self.tasks), self.tasks_dir)
         asked = self.values("num_fewshot", "limit", "chat", "seed")
 
         def score(model: Any, tokenizer: Any, **speed: Any) -> "Iterator[Report]":
-            yield lm_eval_report(run_tasks(model, tokenizer, tasks, **asked, **speed))
+            yield lm_eval_report(evaluate_tasks(model, tokenizer, tasks, **asked, **speed))
 
         return {}, score
 

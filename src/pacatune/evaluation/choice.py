@@ -7,7 +7,8 @@ from typing import Any
 
 from pacatune.data.choices import ChoiceQuestion, to_choice_question
 from pacatune.data.read import read_rows
-from pacatune.evaluation.harness import Score, require_lm_eval, run_tasks
+from pacatune.evaluation.harness import Score, require_lm_eval
+from pacatune.evaluation.tasks import evaluate_tasks
 
 _TASK = "choice"
 
@@ -64,7 +65,7 @@ def evaluate_choice(
     asked = list(questions)[:limit]
     if not asked:
         raise ValueError(f"no questions are asked (`limit` is {limit}); give at least one.")
-    scores = run_tasks(
+    scores = evaluate_tasks(
         model,
         tokenizer,
         [_task(asked, chat)],

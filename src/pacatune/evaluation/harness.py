@@ -1,9 +1,9 @@
-"""lm-eval on a model in memory: what every evaluation that it scores has in common."""
+"""What lm-eval says, without its log lines and bars."""
 
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -43,63 +43,6 @@ def require_lm_eval() -> None:
     require_extra("this evaluation", "eval", ("lm_eval",))
 
 
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    chat: bool = False,
-    seed: int = 0,
-    progress: bool = False,
-    keep_line_break: bool = False,
-) -> TaskScores:
-    """Score a model by lm-eval on its tasks, groups, or configurations of tasks.
-
-    For the other arguments see `evaluate_tasks` and `LanguageModel`.
-    """
-    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` ({value}) must be at least {least}, or left out.")
-    if chat and not tokenizer.chat_template:
-        raise ValueError(
-            "`chat` needs a chat template, which the model's tokenizer lacks; leave it out, or "
-            "take an instruction-tuned model."
-        )
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    from pacatune.evaluation.language_model import LanguageModel
-
-    lm = LanguageModel(
-        model, tokenizer, batch_size=batch_size, progress=progress, keep_line_break=keep_line_break
-    )
-    try:
-        with quiet_lm_eval():
-            result = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                task_manager=TaskManager(include_defaults=False),
-                limit=limit,
-                num_fewshot=num_fewshot,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                bootstrap_iters=1000,
-                # None: it would seed the global generators.
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-                fewshot_random_seed=seed,
-            )
-    except AssertionError as error:
-        if "fewshot samples" not in str(error):
-            raise
-        raise ValueError(f"`num_fewshot` ({num_fewshot}) is too many: {error} Lower it.") from error
-    return _to_scores(result, lm.num_truncated)
-
-
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Keep lm-eval's log lines to itself, the bars per task, of which MMLU has 57, and git's words.
@@ -131,7 +74,8 @@ def quiet_lm_eval() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:
+def to_scores(result: dict[str, Any], num_truncated: int) -> TaskScores:
+    """Return what lm-eval's `simple_evaluate` returned, and how many prompts were cut."""
     counts = {name: each["effective"] for name, each in result["n-samples"].items()}
     groups = {name: list(found) for name, found in result["group_subtasks"].items() if found}
 

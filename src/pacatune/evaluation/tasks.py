@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.evaluation.harness import TaskScores, quiet_lm_eval, require_lm_eval, run_tasks
+from pacatune.evaluation.harness import TaskScores, quiet_lm_eval, require_lm_eval, to_scores
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -19,7 +19,7 @@ _CODE = re.compile(r"!function|^['\"]?class['\"]?\s*:", re.MULTILINE)
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[Any],
     *,
     tasks_dir: str | Path | None = None,
     num_fewshot: int | None = None,
@@ -28,13 +28,15 @@ def evaluate_tasks(
     chat: bool = False,
     seed: int = 0,
     progress: bool = False,
+    keep_line_break: bool = False,
 ) -> TaskScores:
     """Score a model on tasks of lm-eval.
 
     Args:
         model: A causal language model, or a PEFT model around one; put into evaluation mode.
         tokenizer: Its tokenizer; gets a padding token if it has none.
-        tasks: Names of tasks or groups, such as `mmlu` or `arc_easy`.
+        tasks: Names of tasks or groups, such as `mmlu` or `arc_easy`; or what `prepare_tasks`
+            returned, or configurations of tasks.
         tasks_dir: Folder with task files of your own, taken instead; code in them is not run.
             Paths of data in them are relative to the folder.
         num_fewshot: Examples in each prompt; None takes what the tasks say.
@@ -43,18 +45,51 @@ def evaluate_tasks(
         chat: Write prompts by the chat template.
         seed: Seed for examples drawn at random.
         progress: Whether to show a bar.
+        keep_line_break: As for `LanguageModel`.
     """
-    return run_tasks(
-        model,
-        tokenizer,
-        prepare_tasks(tasks, tasks_dir),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        chat=chat,
-        seed=seed,
-        progress=progress,
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` ({value}) must be at least {least}, or left out.")
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            "`chat` needs a chat template, which the model's tokenizer lacks; leave it out, or "
+            "take an instruction-tuned model."
+        )
+    if all(isinstance(one, str) for one in tasks):
+        tasks = prepare_tasks(tasks, tasks_dir)
+    from pacatune.evaluation.language_model import LanguageModel
+
+    lm = LanguageModel(
+        model, tokenizer, batch_size=batch_size, progress=progress, keep_line_break=keep_line_break
     )
+    how = {"limit": limit, "num_fewshot": num_fewshot, "fewshot_random_seed": seed}
+    result = _simple_evaluate(lm, tasks, chat, **how)
+    return to_scores(result, lm.num_truncated)
+
+
+def _simple_evaluate(lm: Any, tasks: Sequence[Any], chat: bool, **how: int | None) -> Any:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    try:
+        with quiet_lm_eval():
+            return lm_eval.simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+                bootstrap_iters=1000,
+                # None: it would seed the global generators.
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                **how,
+            )
+    except AssertionError as error:
+        if "fewshot samples" not in str(error):
+            raise
+        raise ValueError(f"`num_fewshot` is too many: {error} Lower it.") from error
 
 
 def prepare_tasks(tasks: Sequence[str], tasks_dir: str | Path | None = None) -> list[Any]:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -94,6 +97,32 @@ def test_answers_of_others_are_judged_without_a_model(run, judge, tmp_path):
     assert run(model="other") == 0, run.err
     assert read(tmp_path / "out" / "mt_bench.json")["model_id"] == "other"
     assert any("first {it}" in body["messages"][1]["content"] for _, body in judge.requests)
+
+
+def test_a_killed_run_loses_only_what_was_under_way(run, judge, files, tmp_path):
+    rows = [answer_row(row["question_id"], ["first", "second"]) for row in question_rows()]
+    (tmp_path / "out" / "model_answer").mkdir(parents=True)
+    write_lines(tmp_path / "out" / "model_answer" / "other.jsonl", rows)
+    judge.delay_s = 0.1
+    given = files | {"output": tmp_path / "out", "model": "other", "judge_url": judge.url}
+    given |= {"judge_model": "judge", "judge_parallel": 2, "max_new_tokens": 8}
+    words = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    program = subprocess.Popen([sys.executable, "-m", "experiments.mt_bench", *words])
+    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.kill()
+    program.wait()
+    num_kept = path.read_bytes().count(b"\n")
+    with path.open("ab") as file:
+        file.write(b'{"question_id": 1, "jud')  # as if the kill had come while it wrote
+    time.sleep(0.3)  # the server finishes what it was asked
+    num_asked, judge.delay_s = len(judge.requests), 0
+    assert num_kept <= num_asked <= num_kept + 2
+    assert run(model="other") == 0, run.err
+    assert len(judge.requests) - num_asked == 16 - num_kept
+    assert read(tmp_path / "out" / "mt_bench.json")["table"][-1]["num_judged"] == 16
 
 
 def test_an_adapter_answers_otherwise_and_does_not_mix(run, tiny_model_dir, tmp_path):
