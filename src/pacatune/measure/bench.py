@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.measure.device import available_bytes, device_name
+from pacatune.measure.device import device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import count, run_in_child, run_point, time_together
 from pacatune.reports.figures import save_figure
@@ -166,7 +168,7 @@ def sweep_method(config: BenchConfig, method: str) -> list[Row]:
     limit = config.memory_limit
     if limit is None and config.torch_device.type == "cpu":
         # An end before the system starts to swap.
-        limit = int(_SHARE_OF_MEMORY * (available_bytes(config.torch_device) or 0))
+        limit = int(_SHARE_OF_MEMORY * psutil.virtual_memory().available)
         config = replace(config, memory_limit=limit)
     points: dict[int, list[Row]] = {}
     failed: dict[int, str] = {}
