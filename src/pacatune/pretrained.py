@@ -168,15 +168,10 @@ def no_remote_code(path: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise remote_code_error(path) from error
-
-
-def remote_code_error(path: str) -> ValueError:
-    """Return what is said of a model that needs code of its own."""
-    return ValueError(
-        f"model {path} comes with code of its own, which is never executed; use a version of it "
-        "that transformers supports."
-    )
+        raise ValueError(
+            f"model {path} comes with code of its own, which is never executed; use a version of "
+            "it that transformers supports."
+        ) from error
 
 
 def check_quantizable(kind: str, config: Any, path: str, *, option: str) -> None:

@@ -1,6 +1,7 @@
 """A run as a whole: its jobs, where sweeps end, what memory ends, and what is written."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,8 @@ def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch
         return []
 
     monkeypatch.setattr(bench, "run_in_child", run)
-    monkeypatch.setattr(bench, "available_bytes", lambda device: 1000)
+    memory = SimpleNamespace(available=1000)
+    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: memory)
     for given in (None, 70):
         sweep_method(make_config(sweep="batch", sweep_max=1, memory_limit=given), "paca")
     assert limits == [800, 70]

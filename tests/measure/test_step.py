@@ -99,13 +99,16 @@ def test_operations_are_those_of_the_formulas(make_config, method):
         assert round(1e9 * numbers[f"{phase} operations"]) == least + beyond
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_kept_bytes_are_those_of_the_formulas(make_config, dtype, itemsize):
     config = make_config(dtype=dtype)
     rows = {
         method: counted(config, method)
-        for method in ("frozen", "full", "lora", "paca", "paca-resident", "paca-transient")
+        for method in ("frozen", "full", "lora", "paca", "paca-resident", "paca-transient", "shira")
     }
+    # Beside full's inputs: places and values of the sparse part of each weight.
+    assert rows["shira"]["kept by linear"] > rows["full"]["kept by linear"]
     linear = {method: row["kept by linear"] for method, row in rows.items()}
     assert linear["frozen"] == 0
     for method in ("paca", "paca-resident", "paca-transient"):

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.measure.device import available_bytes, device_name
+from pacatune.measure.device import device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import count, run_in_child, run_point, time_together
 from pacatune.reports.figures import save_figure
@@ -162,11 +164,10 @@ def find_limit(
 
 def sweep_method(config: BenchConfig, method: str) -> list[Row]:
     """Return the limit of one method, and the rows of each point that was tried."""
-    assert config.sweep is not None
     limit = config.memory_limit
     if limit is None and config.torch_device.type == "cpu":
         # An end before the system starts to swap.
-        limit = int(_SHARE_OF_MEMORY * (available_bytes(config.torch_device) or 0))
+        limit = int(_SHARE_OF_MEMORY * psutil.virtual_memory().available)
         config = replace(config, memory_limit=limit)
     points: dict[int, list[Row]] = {}
     failed: dict[int, str] = {}
@@ -192,7 +193,8 @@ def sweep_method(config: BenchConfig, method: str) -> list[Row]:
         of = "" if limit is None else f" of {bytes_text(limit)}"
         next_one = min(failed)
         note = f"`{method}`: memory{of} ended at {next_one:,} ({failed[next_one]})."
-    what, names = _LIMITS[config.sweep], {"method": method, "model": config.title}
+    names: dict[str, Any] = {"method": method, "model": config.title}
+    what = _LIMITS["batch" if is_batch else "seq-len"]
     setting = f"rows of {config.seq_len} tokens" if is_batch else "one row"
     found = Row(what=what, value=most, setting=setting, note=note, **names)
     return [found, *(row for _, rows in sorted(points.items()) for row in rows)]

@@ -59,18 +59,24 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> "_Kept":
         # Holds the memory, so that no address comes twice. Detached: a node that kept its own
         # output would keep itself alive.
-        kept, address = _Kept(tensor.detach()), _address(tensor)
-        if address not in self._held:
-            kind = self._entered[-1] if self._entered else None
-            storage = self._saved.get(address)
-            if storage is None:
-                storage = _Storage(tensor.untyped_storage().nbytes(), kind)
-                self._saved[address] = storage
-            elif kind is None:
-                storage.kind = None
-            storage.num_kept += 1
-            weakref.finalize(kept, self._drop, address)
+        kept = _Kept(tensor.detach())
+        is_sparse = tensor.layout is torch.sparse_coo
+        for part in (tensor._indices(), tensor._values()) if is_sparse else (tensor,):
+            if _address(part) not in self._held:
+                self._note(part)
+                weakref.finalize(kept, self._drop, _address(part))
         return kept
+
+    def _note(self, tensor: Tensor) -> None:
+        kind = self._entered[-1] if self._entered else None
+        address = _address(tensor)
+        storage = self._saved.get(address)
+        if storage is None:
+            storage = _Storage(tensor.untyped_storage().nbytes(), kind)
+            self._saved[address] = storage
+        elif kind is None:
+            storage.kind = None
+        storage.num_kept += 1
 
     def _drop(self, address: int) -> None:
         """Forget what a dropped graph kept alone; after the context, backward drops everything."""

@@ -103,14 +103,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Return how much memory is free, None where nobody says."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    free = _try(torch.accelerator.get_memory_info, device)
-    return None if free is None else int(free[0])
-
-
 def limit_memory(num_bytes: int, device: torch.device) -> None:
     """Let this process take so much memory from now on (on an accelerator: in all), then fail."""
     if device.type == "cpu":

@@ -61,9 +61,10 @@ class Estimate:
 
     def rows(self, method: str) -> list[Row]:
         """Return the parts of the peak, their sum, and what a device needs, in GiB."""
-        parts: dict[str, int] = {**self.measured.by_category, "peak": self.peak_bytes}
+        parts: dict[str, int] = dict(self.measured.by_category.items())
+        parts["peak"] = self.peak_bytes
         parts |= {"a device needs": self.low_bytes, "or as much as": self.high_bytes}
-        names = {"what": "memory", "method": method, "model": self.setting.model}
+        names: dict[str, Any] = {"what": "memory", "method": method, "model": self.setting.model}
         return [
             Row(setting=part, value=number / 2**30, unit="GiB", origin="simulated", **names)
             for part, number in parts.items()

@@ -97,7 +97,8 @@ class StepTime:
 
     def rows(self, method: str) -> list[Row]:
         """Return the step, between the rates of products, and its parts."""
-        names = {"what": "time", "method": method, "unit": "ms", "origin": "simulated"}
+        names: dict[str, Any] = {"what": "time", "method": method, "unit": "ms"}
+        names["origin"] = "simulated"
         parts = self.by_kind_ms | {"between kernels, of these": self.launch_ms}
         return [
             Row(setting="step", value=self.ms, low=self.low_ms, high=self.high_ms, **names),

@@ -114,11 +114,6 @@ class MicroBatch:
         """Return the fields, and the label as `setting`."""
         return {"setting": self.label, "num_rows": self.num_rows, "num_tokens": self.num_tokens}
 
-    def rates(self, step_ms: float) -> dict[str, float]:
-        """Return the throughput of steps that take so long."""
-        rows = 1e3 * self.num_rows / step_ms
-        return {"sentences_per_second": rows, "tokens_per_second": rows * self.num_tokens}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:

@@ -244,7 +244,7 @@ def time_together(config: BenchConfig, setting: MicroBatch, methods: tuple[str, 
     rows = [row for m in methods for row in time_rows(config, setting, m, whole[m], phases[m])]
     if len(methods) == 2:
         ours, other = methods
-        pairs = {"step": (whole[ours], whole[other])}
+        pairs: dict[str, tuple[Any, Any]] = {"step": (whole[ours], whole[other])}
         pairs |= dict(zip(PHASES[:2], zip(phases[ours], phases[other], strict=True), strict=False))
         for what, (above, below) in pairs.items():
             found = compare(list(above), list(below), seed=config.seed)
@@ -298,5 +298,5 @@ def _row(
     unit: str,
     **more: Any,
 ) -> Row:
-    names = {"model": config.title, "setting": setting.label}
-    return Row(what=what, method=method, value=value, unit=unit, **names, **more)
+    more |= {"model": config.title, "setting": setting.label}
+    return Row(what=what, method=method, value=value, unit=unit, **more)

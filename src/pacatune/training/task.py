@@ -161,6 +161,8 @@ def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
         return model
     options: Any = copy.deepcopy(adapter)
     is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if is_empty and hasattr(options, "mask_fn"):
+        options.mask_fn = None  # SHiRA's, which looks at values; the trained ones are as many
     if is_empty and options.peft_type == "PACA":
         options.columns_from = "dequantized"
         if options.columns is None:
