@@ -144,19 +144,19 @@ def test_bad_prompt_completion_rows(values, message):
         ("hi", "'messages' is 'hi'; it must be a list of messages"),
         ([], r"'messages' is \[\]; it must be a list of messages"),
         ([USER], "'messages' has no assistant turn, or none of weight 1, so n"),
-        (["hi"], r"messages\[0\] is 'hi'; a message must be an object"),
-        ([USER, {"content": "a"}], r"messages\[1\] is .*strings 'role' and 'content'"),
-        ([USER, {"role": "assistant"}], r"messages\[1\] has the content ''; it must be a text"),
+        (["hi"], r"messages\[0\]: .hi. is no object with"),
+        ([USER, {"content": "a"}], r"messages\[1\]: .*strings 'role' and 'content'"),
+        ([USER, {"role": "assistant"}], r"messages\[1\]: the content is ''; it must be a text"),
         (
             [USER, {**ASSISTANT, "content": ["a"]}],
-            r"messages\[1\] has a part 'a'; give text",
+            r"messages\[1\]: a part is 'a'; give text",
         ),
-        ([USER, {**ASSISTANT, "content": []}], r"messages\[1\] has the content ''; it must be a"),
+        ([USER, {**ASSISTANT, "content": []}], r"messages\[1\]: the content is ''; it must be a"),
         (
             [{"role": "user", "content": [TEXT, {"type": "audio"}]}, ASSISTANT],
-            r"messages\[0\] has a part 'audio'; give text, image or",
+            r"messages\[0\]: a part is 'audio'; give text, image or",
         ),
-        ([USER, {**ASSISTANT, "content": "\n"}], r"messages\[1\] has the content '.n'; it must"),
+        ([USER, {**ASSISTANT, "content": "\n"}], r"messages\[1\]: the content is '.n'; it must"),
     ],
 )
 def test_bad_messages(messages, message):
@@ -179,7 +179,7 @@ def test_bad_messages(messages, message):
 )
 def test_unknown_roles(role, meant):
     known = "roles are system, developer, user, assistant, tool, function, ipython, environment"
-    rule = f"has the role {role!r}; {f'did you mean {meant}[?] ' if meant else ''}{known}"
+    rule = f"the role is {role!r}; {f'did you mean {meant}[?] ' if meant else ''}{known}"
     turn = {"role": role, "content": "a"}
     for values, column in (
         ({"messages": [USER, ASSISTANT, turn]}, r"messages\[2\]"),
@@ -187,7 +187,7 @@ def test_unknown_roles(role, meant):
         ({"prompt": [turn], "completion": [ASSISTANT]}, r"prompt\[0\]"),
         ({"prompt": [USER], "completion": [turn, ASSISTANT]}, r"completion\[0\]"),
     ):
-        with pytest.raises(ValueError, match=f"row 1: {column} {rule}"):
+        with pytest.raises(ValueError, match=f"row 1: {column}: {rule}"):
             convert(values)
 
 
@@ -208,27 +208,27 @@ def test_roles_of_chat_templates(role):
         ({"text": ""}, "row 1: 'text' is ''; it must be"),
         (
             {"messages": [USER, {**ASSISTANT, "loss_scale": 0.5}]},
-            r"messages\[1\] has 'loss_scale'; a turn is learned as a whole or not",
+            r"messages\[1\]: .loss_scale. is not read: a turn is learned as a w",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
-            r"messages\[1\] has the weight 0.5",
+            r"messages\[1\]: the weight is 0.5",
         ),
         (
             {"messages": [{**USER, "weight": 1}, ASSISTANT]},
-            r"messages\[0\] has the weight 1",
+            r"messages\[0\]: the weight is 1",
         ),
         (
             {"messages": [{**USER, "train": True}, ASSISTANT]},
-            r"messages\[0\] has the weight True",
+            r"messages\[0\]: the weight is True",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "train": "no"}]},
-            r"messages\[1\] has the weight 'no'",
+            r"messages\[1\]: the weight is 'no'",
         ),
         (
             {"prompt": [USER, {**ASSISTANT, "weight": 1}, USER], "completion": [ASSISTANT]},
-            r"prompt\[1\] has the weight 1; .* 1 is for assistant turns outside a prompt",
+            r"prompt\[1\]: the weight is 1; .* 1 is for assistant turns outside a prompt",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "weight": 0}]},
@@ -236,7 +236,7 @@ def test_roles_of_chat_templates(role):
         ),
         (
             {"messages": [USER, {**ASSISTANT, "train": True, "weight": 0}]},
-            r"messages\[1\] has the weight 0; it must be",
+            r"messages\[1\]: the weight is 0; it must be",
         ),
         (
             {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},

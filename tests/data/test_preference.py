@@ -133,7 +133,7 @@ def test_labels_of_tables(text, label):
             r"'prompt' .* and 'chosen' .* must both be texts or",
         ),
         ({**CHAT, "rejected": [user("a")]}, "'rejected' has no assistant turn"),
-        ({**CHAT, "chosen": [{"role": "assistant"}]}, r"chosen\[0\] has the content ''"),
+        ({**CHAT, "chosen": [{"role": "assistant"}]}, r"chosen\[0\]: the content is ''"),
         (
             {"chosen": "ab", "rejected": "xy"},
             "there is no 'prompt', and 'chosen' and 'rejected' are",

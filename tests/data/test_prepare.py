@@ -107,7 +107,7 @@ def test_chat_without_template(tokenizer, path):
 
 def test_error_in_a_row_names_it(tokenizer, tmp_path):
     path = write(tmp_path / "bad.jsonl", [chat("Hi?", "Yes."), chat("Hi?", "")])
-    with pytest.raises(ValueError, match=r"bad.jsonl, row 2: messages\[1\] has the content ''"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, row 2: messages\[1\]: the content is ''"):
         prepare(tokenizer, path=path)
 
 

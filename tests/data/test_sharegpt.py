@@ -70,13 +70,13 @@ def test_weights_of_turns_are_kept():
         ({"conversations": [ASKED, {"from": "humen", "value": "a"}]}, "did you mean 'user'"),
         (
             {"conversations": [ASKED, {"from": "bot", "value": "a"}]},
-            r"\[1\] has the role 'bot'; roles are system",
+            r"\[1\]: the role is 'bot'; roles are system",
         ),
         (
             {"conversations": [ASKED, {"from": ["gpt"], "value": "a"}]},
-            r"\[1\] has the role .*'gpt'",
+            r"\[1\]: the role is .*'gpt'",
         ),
-        ({"conversations": [ASKED, {"from": "gpt"}]}, r"conversations\[1\] has the content ''"),
+        ({"conversations": [ASKED, {"from": "gpt"}]}, r"conversations\[1\]: the content is ''"),
         ({"conversations": [ASKED, {"from": "function_call", "value": "add(1)"}]}, "must be JSON"),
         (
             {"conversations": [ASKED, {"from": "function_call", "value": "[3]"}]},
@@ -85,7 +85,7 @@ def test_weights_of_turns_are_kept():
         ({"conversations": [ASKED, ANSWERED], "tools": "add"}, "'tools' is 'add'; it must be JSON"),
         (
             {"conversations": [ASKED, ANSWERED], "images": ["no.png"]},
-            "image 'no.png', which is",
+            "the image is .no.png., which is",
         ),
         ({"conversations": [ASKED]}, "'conversations' has no assistant turn"),
     ],

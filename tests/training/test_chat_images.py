@@ -171,9 +171,13 @@ def test_ways_to_name_an_image(images):
         (
             user({"type": "image"}, "q"),
             {"images": []},
-            "shows more images than the column 'images'",
+            "more images are shown than the column 'images'",
         ),
-        (user({"type": "image", "image": "no.png"}), {}, "image 'no.png', which is no file here"),
+        (
+            user({"type": "image", "image": "no.png"}),
+            {},
+            "the image is 'no.png', which is no file here",
+        ),
         (
             user({"type": "image", "image": "http://a/b.png"}),
             {},
@@ -182,12 +186,12 @@ def test_ways_to_name_an_image(images):
         (
             user({"type": "image", "image": 3}),
             {},
-            "has an image that is 3; give a path or a data URI",
+            "the image is 3; give a path or a data URI",
         ),
         (
             user({"type": "audio"}, {"type": "image", "image": "x"}),
             {},
-            "a part 'audio'; give text, image",
+            "a part is 'audio'; give text, image",
         ),
     ],
 )
@@ -198,7 +202,7 @@ def test_wrong_images(message, columns, error):
 
 def test_images_in_answers_and_left_over(images):
     drawn = {**user({"type": "image", "image": images[0]}), "role": "assistant"}
-    with pytest.raises(ValueError, match=r"messages\[1\] is an answer with an image"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: an answer has an image"):
         convert(user("q"), drawn)
     with pytest.raises(ValueError, match="'images' has more than the messages show"):
         convert({"role": "user", "content": "<image>q"}, images=images[:2])

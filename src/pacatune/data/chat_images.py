@@ -22,12 +22,8 @@ def references(messages: list[dict[str, Any]]) -> list[str]:
     return [image for message in messages for image in IMAGE.findall(message["content"])]
 
 
-def mark_image(image: Any, place: str) -> str:
-    """Return what stands for an image that a row names or holds.
-
-    Raises:
-        ValueError: If it is a web address or no image, or does not exist.
-    """
+def mark_image(image: Any) -> str:
+    """Return what stands for an image that a row names or holds."""
     if isinstance(image, dict):  # as tables keep them, and OpenAI
         image = image.get("bytes") or image.get("path") or image.get("url")
     if hasattr(image, "save"):
@@ -37,12 +33,12 @@ def mark_image(image: Any, place: str) -> str:
     if isinstance(image, bytes):
         image = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     if not isinstance(image, str):
-        raise ValueError(f"{place} has an image that is {image!r:.40}; give a path or a data URI.")
+        raise ValueError(f"the image is {image!r:.40}; give a path or a data URI.")
     if not image.startswith("data:image/"):
         path = Path(image).expanduser().resolve()
         if "://" in image or not path.is_file():
             rule = "which is no file here; nothing is fetched while data is read: give its path"
-            raise ValueError(f"{place} has the image {image!r:.80}, {rule}.")
+            raise ValueError(f"the image is {image!r:.80}, {rule}.")
         image = str(path)
     return f"{START}{image}{END}"
 

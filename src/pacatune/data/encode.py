@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pacatune.data.chat_images import IMAGE, as_parts, open_image
 from pacatune.data.formats import Example, Message
+from pacatune.data.read import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,10 @@ class Encoder:
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
+        with named(example.place):
+            return self._encode(example)
+
+    def _encode(self, example: Example) -> dict[str, Any]:
         text, limit = "", self.max_length
         if isinstance(example.completion, str):
             ids, learned, moved = self._encode_text(example)
@@ -53,10 +58,10 @@ class Encoder:
         learned = [True] * len(ids) if self.learn_all else learned
         if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
             found = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
-            raise ValueError(f"{example.place}: {found}; remove it from data or template.")
+            raise ValueError(f"{found}; remove it from data or template.")
         if not any(learned[1:]):  # The first token is never predicted.
             fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
-            raise ValueError(f"{example.place}: nothing to learn, no token is an answer's; {fix}.")
+            raise ValueError(f"nothing to learn, no token is an answer's; {fix}.")
         notes = ["moved"] * moved
         if not any(learned[1:limit]):
             notes.append("lost")
@@ -66,7 +71,7 @@ class Encoder:
             notes.append("open")
         if example.images and {"lost", "cut"} & set(notes):
             found = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
-            raise ValueError(f"{example.place} {found}; images cannot be cut: raise it.")
+            raise ValueError(f"{found}; images cannot be cut: raise it.")
         labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
         return {
             "place": example.place,
@@ -79,8 +84,8 @@ class Encoder:
 
     def _encode_text(self, example: Example) -> tuple[list[int], list[bool], bool]:
         if self.processor is not None:
-            rule = "is a plain text, and other rows have images"
-            raise ValueError(f"{example.place} {rule}; make it a chat, or train on one of them.")
+            rule = "is a plain text, and other rows have images; make it a chat"
+            raise ValueError(f"{rule}, or train on one of them.")
 
         def tokenize(text: str) -> list[int]:
             found = self.tokenizer(text, add_special_tokens=self.special_tokens)
@@ -105,13 +110,10 @@ class Encoder:
         Most templates write the arguments of calls as JSON themselves and would write those of a
         text twice; some can only take a text.
         """
-        rule = "has images, which neither this task nor a stream takes; take them out"
         if self.learn_all and example.skipped:
-            rule = "has turns of weight 0, and `data.loss` 'all' learns every turn; drop one"
-        elif self.processor is not None or not example.images:
-            rule = ""
-        if rule:
-            raise ValueError(f"{example.place} {rule}.")
+            raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
+        if self.processor is None and example.images:
+            raise ValueError("has images, which neither this task nor a stream takes.")
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
             return objects, self._shown(objects)
@@ -153,9 +155,8 @@ class Encoder:
             missing.append(f"each of {num_images} images once")
         if missing:
             raise ValueError(
-                f"{example.place}: the chat template does not show {missing[0]}, so the model "
-                "would learn the turns without it; give a `data.chat_template` that shows it, or "
-                "take it out of the row."
+                f"the chat template does not show {missing[0]}, so the model would learn the turns "
+                "without it; give a `data.chat_template` that shows it, or take it out of the row."
             )
         return text
 
@@ -185,7 +186,7 @@ class Encoder:
         """Return where what the model itself writes in a turn begins and ends, and its cue."""
         if turn == 0:
             rule = "the chat opens with an assistant turn, which answers nothing"
-            raise ValueError(f"{example.place}: {rule}; put a user or system turn before it.")
+            raise ValueError(f"{rule}; put a user or system turn before it.")
         cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
         _, end = self._find_turn(ids, example, turn)
         start = common_prefix(cue, ids)
@@ -204,9 +205,9 @@ class Encoder:
         start, end = common_prefix(before, ids), common_prefix(after, ids)
         if start < len(before) - 1 or end < len(after) - 1:
             raise ValueError(
-                f"{example.place}: the chat template renders turn {turn + 1} otherwise when more "
-                "turns follow, so its tokens cannot be told apart; give `data.chat_template` with "
-                "{% generation %} marks, or train on single answers (prompt-completion)."
+                f"the chat template renders turn {turn + 1} otherwise when more turns follow, so "
+                "its tokens cannot be told apart; give `data.chat_template` with {% generation %} "
+                "marks, or train on single answers (prompt-completion)."
             )
         return start, end
 
@@ -220,22 +221,22 @@ class Encoder:
         options |= {"tools": example.tools, "chat_template": self._marked_template}
         options |= {"tokenize": tokenize, "return_dict": tokenize}
         if self.processor is None:
-            return apply_template(self.tokenizer, messages, example.place, **options)
+            return apply_template(self.tokenizer, messages, **options)
         options["processor_kwargs"] = {"add_special_tokens": False}
         messages = [as_parts(message) for message in messages]
-        made = apply_template(self.processor, messages, example.place, **options)
+        made = apply_template(self.processor, messages, **options)
         return {name: value[0] for name, value in made.items()} if tokenize else made
 
 
-def apply_template(writer: Any, messages: list[Message], place: str, **options: Any) -> Any:
-    """Apply the chat template of a tokenizer or processor; an error names the row."""
+def apply_template(writer: Any, messages: list[Message], **options: Any) -> Any:
+    """Apply the chat template of a tokenizer or processor; what it refuses is a ValueError."""
     from jinja2 import TemplateError
 
     try:
         return writer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError, ValueError) as error:
         rule = f"the chat template cannot render it ({error}); give a `data.chat_template` that can"
-        raise ValueError(f"{place}: {rule}.") from error
+        raise ValueError(f"{rule}.") from error
 
 
 def _name(tool: dict[str, Any]) -> str:

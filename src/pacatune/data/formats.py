@@ -1,13 +1,13 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pacatune.data.chat_images import END, START, mark_image, references
 from pacatune.data.choices import to_question
-from pacatune.data.read import Row
+from pacatune.data.read import Row, named
 from pacatune.names import nearest
 
 Message = dict[str, Any]
@@ -63,13 +63,9 @@ class Example:
     @property
     def learned_turns(self) -> list[int]:
         """Numbers, from 0, of the turns that are learned."""
-        return [
-            turn
-            for turn, message in enumerate(self.messages)
-            if turn >= len(self.prompt)
-            and message["role"] == "assistant"
-            and turn not in self.skipped
-        ]
+        turns = range(len(self.prompt), len(self.messages))
+        asked = {turn for turn in turns if self.messages[turn]["role"] == "assistant"}
+        return sorted(asked - {*self.skipped})
 
 
 def to_examples(
@@ -80,23 +76,26 @@ def to_examples(
     Without a chat template, instructions become plain text.
     """
     for row in rows:
-        format = _find_format(row, format)
+        with named(row.place):
+            format = _find_format(row.values, format)
         values, column = row.values, COLUMNS[format][-1]
         if format == "mmlu":
             question, column = to_question(row), "completion"
             values = {"prompt": question.prompt(), column: question.completion()}
-        elif format == "instruction":
-            values, column = _from_instruction(row, has_template), "completion"
-        elif format == "sharegpt":
-            values = _from_sharegpt(row)
-        elif format != "prompt-completion":
-            values = {**values, "prompt": None}
-        yield to_answer(Row(row.place, values), column, format)
+        with named(row.place):
+            if format == "instruction":
+                values, column = _from_instruction(values, has_template), "completion"
+            elif COLUMNS[format][0] == column:  # a whole text or chat
+                values = {**values, "prompt": None}
+            if format == "sharegpt" and values.get("system"):
+                turns = [{"role": "system", "content": values["system"]}, *values[column]]
+                values |= {column: turns, "system": None}
+            yield to_answer(row.place, values, column, format)
 
 
-def _find_format(row: Row, format: str) -> str:
+def _find_format(values: dict[str, Any], format: str) -> str:
     """Return the format that the columns of a row fit, which that of the rows before must be."""
-    present = present_columns(row)
+    present = present_columns(values)
     fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
     if format in fits or format == "mmlu":  # whose check knows its layouts
         return format
@@ -104,148 +103,149 @@ def _find_format(row: Row, format: str) -> str:
         return fits[0]
     needed = "" if format == "auto" else f" of format {format!r} ({', '.join(COLUMNS[format])})"
     raise ValueError(
-        f"{row.place}: the columns {sorted(present)} are not those{needed}; rename them, or split "
-        f"the data: one data set has one format. Accepted are {_ACCEPTED}."
+        f"the columns {sorted(present)} are not those{needed}; rename them, or split the data: one "
+        f"data set has one format. Accepted are {_ACCEPTED}."
     )
 
 
-def check_columns(row: Row, needed: Sequence[str], rule: str) -> None:
+def check_columns(values: dict[str, Any], *needed: str) -> None:
     """Refuse a row that lacks a column."""
-    present = present_columns(row)
+    present = present_columns(values)
     if missing := [column for column in needed if column not in present]:
         found = f"field {missing[0]!r} is missing (columns {sorted(present)})"
-        raise ValueError(f"{row.place}: {found}; {rule}. Add it or remove the row.")
+        raise ValueError(f"{found}; this task needs {', '.join(needed)}.")
 
 
-def present_columns(row: Row) -> set[str]:
+def present_columns(values: dict[str, Any]) -> set[str]:
     """Return the columns that hold something; tables fill what a row lacks with nulls."""
-    return {column for column, value in row.values.items() if value is not None}
+    return {column for column, value in values.items() if value is not None}
 
 
-def to_answer(row: Row, column: str, format: str = "preference") -> Example:
+def to_answer(
+    place: str, values: dict[str, Any], column: str, format: str = "preference"
+) -> Example:
     """Return the example of a row's prompt and what `column` answers to it.
 
     Without a prompt it is the whole text or chat that `column` holds.
     """
-    prompt, completion = row.values.get("prompt"), row.values[column]
+    prompt, completion = values.get("prompt"), values[column]
     is_chat = format in ("messages", "sharegpt") or isinstance(completion, list)
     if prompt is not None and isinstance(prompt, list) != is_chat:
         both = f"'prompt' ({prompt!r:.40}) and {column!r} ({completion!r:.40})"
-        raise ValueError(f"{row.place}: {both} must both be texts or both lists of messages.")
+        raise ValueError(f"{both} must both be texts or both lists of messages.")
+    used = ["tools", *(["images"] if format in COLUMNS else [])] if is_chat else []
+    for name in _OF_OTHERS:
+        if name not in used and values.get(name) and format != "text":
+            raise ValueError(
+                f"column {name!r} is not used by format {format!r}, so the model would not see it; "
+                "write it into `messages` and `tools`, or remove it."
+            )
     if not is_chat:
-        _check_unused(row, format)
-        start = "" if prompt is None else _text(row, "prompt")
-        return Example(row.place, start, _text(row, column))
-    _check_unused(row, format, "tools", *(["images"] if format in COLUMNS else []))
-    images = iter(_listed(row.values.get("images"))) if row.values.get("images") else None
-    context = [] if prompt is None else _messages(row, "prompt", images, is_context=True)
-    messages = _messages(row, column, images)
+        start = "" if prompt is None else _text(values, "prompt")
+        return Example(place, start, _text(values, column))
+    images = iter(_listed(values.get("images"))) if values.get("images") else None
+    context = [] if prompt is None else _messages(values, "prompt", images, is_context=True)
+    messages = _messages(values, column, images)
     chat = [*context, *messages]
-    if left := "".join(mark_image(image, f"{row.place}: 'images'") for image in images or ()):
+    if left := "".join(map(mark_image, images or ())):
         asked = [one for one in chat if one["role"] == "user"]
         if not asked or references(asked):
-            raise ValueError(f"{row.place}: 'images' has more than the messages show as <image>.")
+            raise ValueError("'images' has more than the messages show as <image>.")
         asked[0]["content"] = left + asked[0]["content"]
     skipped = [turn for turn, one in enumerate(chat) if one.pop("weight", None) == 0]
-    tools = row.values.get("tools")
+    tools = values.get("tools")
     if isinstance(tools, str):  # as tables keep them
-        tools = _parse_json(tools, f"{row.place}: 'tools'") if tools.strip() else None
-    _check_functions(tools, f"{row.place}: 'tools'")
-    example = Example(row.place, context, messages, tools, skipped)
+        tools = _parse_json(tools, "tools") if tools.strip() else None
+    _check_functions(tools, "tools")
+    example = Example(place, context, messages, tools, skipped)
     if not example.learned_turns:
         rule = "has no assistant turn, or none of weight 1, so nothing to learn"
-        raise ValueError(f"{row.place}: {column!r} {rule}; add the answer or remove the row.")
+        raise ValueError(f"{column!r} {rule}; add the answer or remove the row.")
     return example
 
 
-def to_prompt(row: Row) -> str | list[Message]:
+def to_prompt(values: dict[str, Any]) -> str | list[Message]:
     """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
-    if not isinstance(row.values["prompt"], list):
-        return _text(row, "prompt")
-    messages = _messages(row, "prompt", is_context=True)
+    if not isinstance(values["prompt"], list):
+        return _text(values, "prompt")
+    messages = _messages(values, "prompt", None, is_context=True)
     if messages[-1]["role"] == "assistant" or references(messages):
         rule = "ends with an assistant turn, which the model is to write, or has an image"
-        raise ValueError(f"{row.place}: 'prompt' {rule}; take it out.")
+        raise ValueError(f"'prompt' {rule}; take it out.")
     return messages
 
 
-def _check_unused(row: Row, format: str, *used: str) -> None:
-    """Refuse what would be left out of the text without a word."""
-    found = [name for name in _OF_OTHERS if name not in used and row.values.get(name)]
-    if found and format != "text":
-        rule = f"is not used by format {format!r}"
-        fix = "write it into `messages` and `tools`, or remove it"
-        raise ValueError(f"{row.place}: column {found[0]!r} {rule}; {fix}.")
-
-
-def _from_instruction(row: Row, has_template: bool) -> dict[str, Any]:
-    names = ("instruction", *(["input"] if row.values.get("input") else []), "output")
-    texts = {name: _text(row, name) for name in names}
+def _from_instruction(values: dict[str, Any], has_template: bool) -> dict[str, Any]:
+    names = ("instruction", *(["input"] if values.get("input") else []), "output")
+    texts = {name: _text(values, name) for name in names}
     answer: Any = texts.pop("output")
     prompt: Any = "".join(f"### {name.title()}:\n{text}\n\n" for name, text in texts.items())
     prompt += "### Response:\n"  # Stanford Alpaca's headings, without its preamble
     if has_template:
         prompt = [{"role": "user", "content": "\n\n".join(texts.values())}]
         answer = [{"role": "assistant", "content": answer}]
-    return {**row.values, "prompt": prompt, "completion": answer}
+    return {**values, "prompt": prompt, "completion": answer}
 
 
-def _text(row: Row, column: str) -> str:
-    value = row.values[column]
+def _text(values: dict[str, Any], column: str) -> str:
+    value = values[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; it must be a text. Fill it.")
+        raise ValueError(f"{column!r} is {value!r:.80}; it must be a text. Fill it.")
     return value
 
 
 def _messages(
-    row: Row, column: str, images: Iterator[Any] | None = None, *, is_context: bool = False
+    values: dict[str, Any], column: str, images: Iterator[Any] | None, is_context: bool = False
 ) -> list[Message]:
-    value = row.values[column]
+    value, messages = values[column], []
     if not isinstance(value, list) or not value:
         rule = 'it must be a list of messages, as {"role": "user", "content": "..."}'
-        raise ValueError(f"{row.place}: {column!r} is {value!r:.80}; {rule}.")
-    return [
-        _message(f"{row.place}: {column}[{turn}]", message, images, is_context)
-        for turn, message in enumerate(value)
-    ]
+        raise ValueError(f"{column!r} is {value!r:.80}; {rule}.")
+    for turn, message in enumerate(value):
+        with named(f"{column}[{turn}]"):
+            messages.append(_message(message, images, is_context))
+    return messages
 
 
-def _message(what: str, message: Any, images: Iterator[Any] | None, is_context: bool) -> Message:
+def _message(message: Any, images: Iterator[Any] | None, is_context: bool) -> Message:
+    if isinstance(message, dict) and "from" in message:
+        message = _from_sharegpt(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        rule = "a message must be an object with the strings 'role' and 'content'"
-        raise ValueError(f"{what} is {message!r:.80}; {rule}.")
+        raise ValueError(f"{message!r:.80} is no object with the strings 'role' and 'content'.")
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept["role"]
     if role not in _ROLES:  # an answer of another name would not be learned
         near = nearest(role, (*_SPEAKERS, *_ROLES))
         hint = f"did you mean {_SPEAKERS.get(near, near)!r}? " if near else ""
-        raise ValueError(f"{what} has the role {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
+        raise ValueError(f"the role is {role!r:.80}; {hint}roles are {', '.join(_ROLES)}.")
     if finer := _FINER & kept.keys():
-        rule = "a turn is learned as a whole or not at all: give it a 'weight' of 0 or 1 instead"
-        raise ValueError(f"{what} has {min(finer)!r}; {rule}.")
+        raise ValueError(
+            f"{min(finer)!r} is not read: a turn is learned as a whole or not at all, by a "
+            "'weight' of 0 or 1."
+        )
     weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
     allowed = (0, 1) if role == "assistant" and not is_context else (0,)
     if any(weight not in allowed or weight != weights[0] for weight in weights):
         rule = "it must be 0 or 1, and 1 is for assistant turns outside a prompt alone"
-        raise ValueError(f"{what} has the weight {weights[0]!r}; {rule}.")
+        raise ValueError(f"the weight is {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
-    _check_functions(calls, f"{what}: 'tool_calls'")
-    content = _content(kept.get("content", ""), images, what)
+    _check_functions(calls, "tool_calls")
+    content = _content(kept.get("content", ""), images)
     if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
-        raise ValueError(f"{what} has the content {content!r:.80}; it must be a text. Fill it.")
+        raise ValueError(f"the content is {content!r:.80}; it must be a text. Fill it.")
     if role == "assistant" and START in content:
-        raise ValueError(f"{what} is an answer with an image; models answer in text. Take it out.")
+        raise ValueError("an answer has an image, and models answer in text; take it out.")
     return {**kept, "content": content, **({"weight": weights[0]} if weights else {})}
 
 
-def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
+def _content(content: Any, images: Iterator[Any] | None) -> Any:
     """Return parts as one text: in lines, as vLLM serves OpenAI's, with images as references."""
 
     def show(image: Any = None) -> str:
         image = next(images or iter(()), None) if image is None else image
         if image is None:
-            raise ValueError(f"{what} shows more images than the column 'images' has; add them.")
-        return mark_image(image, what)
+            raise ValueError("more images are shown than the column 'images' has; add them.")
+        return mark_image(image)
 
     if isinstance(content, str) and images is not None:
         first, *others = content.split("<image>")
@@ -261,7 +261,7 @@ def _content(content: Any, images: Iterator[Any] | None, what: str) -> Any:
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise ValueError(f"{what} has a part {kind!r:.40}; give text, image or image_url.")
+            raise ValueError(f"a part is {kind!r:.40}; give text, image or image_url.")
     return "\n".join(texts).replace(f"{END}\n", END).replace(f"\n{START}", START)
 
 
@@ -269,37 +269,27 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_functions(value: Any, what: str) -> None:
+def _check_functions(value: Any, column: str) -> None:
     """Refuse tools or calls that do not name their function."""
     for item in _listed(value):
         function = item.get("function", item) if isinstance(item, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{what} has {item!r:.80}; each must be an object with a name.")
+            raise ValueError(f"{column!r} has {item!r:.80}; each must be an object with a name.")
 
 
-def _from_sharegpt(row: Row) -> dict[str, Any]:
-    """Return the values of a row with ShareGPT's turns as messages."""
-    turns, system = row.values["conversations"], row.values.get("system")
-    if isinstance(turns, list):  # else the check of messages says what it must be
-        turns = [_from_turn(f"{row.place}: conversations[{i}]", t) for i, t in enumerate(turns)]
-        turns = [*([{"role": "system", "content": system}] if system else []), *turns]
-    return {**row.values, "conversations": turns, "system": None, "prompt": None}
-
-
-def _from_turn(what: str, turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn  # a message already, or wrong
+def _from_sharegpt(turn: dict[str, Any]) -> Message:
+    """Return one of ShareGPT's turns as a message."""
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     speaker, content = str(turn["from"]), turn.get("value")
     if speaker == "function_call":
-        calls = _listed(_parse_json(content, what))
+        calls = _listed(_parse_json(content, "value"))
         rest["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
     return {**rest, "role": _SPEAKERS.get(speaker, speaker), "content": content}
 
 
-def _parse_json(text: Any, what: str) -> Any:
+def _parse_json(text: Any, column: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{what} is {text!r:.80}; it must be JSON.") from None
+        raise ValueError(f"{column!r} is {text!r:.80}; it must be JSON.") from None

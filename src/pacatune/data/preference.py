@@ -15,7 +15,7 @@ from pacatune.data.config import TextDataConfig
 from pacatune.data.encode import IGNORED, Encoder, common_prefix
 from pacatune.data.formats import Example, check_columns, present_columns, to_answer
 from pacatune.data.prepare import PreparedData, find_examples, make_tables
-from pacatune.data.read import Row
+from pacatune.data.read import Row, named
 
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -56,44 +56,44 @@ def to_pairs(
 
     Where a row has no prompt, it is what both begin with; models that score need none.
     """
-    for row in rows:
-        rule = "this task needs chosen, rejected and, as a rule, prompt"
-        check_columns(row, ("chosen", "rejected"), rule)
-        if row.values["chosen"] == row.values["rejected"]:
-            rule = "'chosen' and 'rejected' are the same, so neither is better"
-            raise ValueError(f"{row.place}: {rule}; remove the row.")
-        if "prompt" not in present_columns(row) and needs_prompt:
-            row = _with_prompt(row)
-        yield to_answer(row, "chosen"), to_answer(row, "rejected")
+    for place, values in ((row.place, row.values) for row in rows):
+        with named(place):
+            check_columns(values, "chosen", "rejected")
+            if values["chosen"] == values["rejected"]:
+                rule = "'chosen' and 'rejected' are the same, so neither is better"
+                raise ValueError(f"{rule}; remove the row.")
+            if "prompt" not in present_columns(values) and needs_prompt:
+                values = _with_prompt(values)
+            yield to_answer(place, values, "chosen"), to_answer(place, values, "rejected")
 
 
 def to_judged(rows: Iterable[Row], format: str = "") -> Iterator[tuple[Example, bool]]:
     """Yield each answer with whether it is desirable; a pair is two of them."""
-    needed = ("prompt", "completion", "label")
     for row in rows:
-        if {"chosen", "rejected"} <= present_columns(row):
+        if {"chosen", "rejected"} <= present_columns(row.values):
             (pair,) = to_pairs([row], needs_prompt=True)
             yield from zip(pair, (True, False), strict=True)
             continue
-        check_columns(row, needed, f"this task needs {', '.join(needed)}, or chosen and rejected")
-        label = _LABELS.get(str(row.values["label"]).strip().lower())
-        if label is None:
-            found = f"'label' is {row.values['label']!r:.80}"
-            raise ValueError(f"{row.place}: {found}; it must be true (desirable) or false.")
-        yield to_answer(row, "completion"), label
+        with named(row.place):
+            check_columns(row.values, "prompt", "completion", "label")
+            label = _LABELS.get(str(row.values["label"]).strip().lower())
+            if label is None:
+                found = f"'label' is {row.values['label']!r:.80}"
+                raise ValueError(f"{found}; it must be true (desirable) or false.")
+            yield to_answer(row.place, row.values, "completion"), label
 
 
-def _with_prompt(row: Row) -> Row:
+def _with_prompt(values: dict[str, Any]) -> dict[str, Any]:
     """Take what both answers begin with as the prompt."""
     from trl import extract_prompt
 
-    answers = {name: row.values[name] for name in ("chosen", "rejected")}
+    answers = {name: values[name] for name in ("chosen", "rejected")}
     kinds = {type(answer) for answer in answers.values()}
     parts = extract_prompt(answers) if kinds in ({str}, {list}) and all(answers.values()) else {}
     if not parts or not all(parts.values()):
         rule = "there is no 'prompt', and 'chosen' and 'rejected' are no texts that share one"
-        raise ValueError(f"{row.place}: {rule}; add the column prompt.")
-    return Row(row.place, {**row.values, **parts})
+        raise ValueError(f"{rule}; add the column prompt.")
+    return {**values, **parts}
 
 
 def _encode_pair(pair: tuple[Example, Example], *, encoder: Encoder) -> dict[str, Any]:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 NUM_SAMPLED = 1000
 """Rows at the beginning of a stream that are checked before training."""
 
-_NUM_ROWS_FOR_BAR = 10_000
-
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
 
@@ -134,7 +132,6 @@ class Examples:
         Processes that need the same wait for the first: the cache has a lock.
         """
         import datasets
-        from datasets.exceptions import DatasetGenerationError
         from datasets.fingerprint import Hasher
 
         number, digest, _ = self.survey
@@ -143,8 +140,8 @@ class Examples:
         key = Hasher.hash([digest, encode, code, version("transformers"), version("tokenizers")])
         starts = list(range(0, number, size))
         given = {"starts": starts, "size": size, "examples": self, "encode": encode}
-        hides_bars = number < _NUM_ROWS_FOR_BAR and not datasets.are_progress_bars_disabled()
-        if hides_bars:
+        shows_bars = not datasets.are_progress_bars_disabled()
+        if number < 10_000:
             datasets.disable_progress_bars()
         try:
             return datasets.Dataset.from_generator(
@@ -154,12 +151,12 @@ class Examples:
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
             )
-        except DatasetGenerationError as error:
+        except datasets.exceptions.DatasetGenerationError as error:
             if len(starts) > 1:
                 all(map(encode, self))  # which raises what another process was refused for
             raise error.__cause__ or error from None
         finally:
-            if hides_bars:
+            if shows_bars:
                 datasets.enable_progress_bars()
 
     def stream(self, encode: Encode) -> "IterableDataset":

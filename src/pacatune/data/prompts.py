@@ -10,7 +10,7 @@ from pacatune.data.config import REASONING_GYM, PromptDataConfig
 from pacatune.data.encode import apply_template
 from pacatune.data.formats import check_columns, to_prompt
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
-from pacatune.data.read import Row
+from pacatune.data.read import Row, named
 from pacatune.installation import require_extra
 from pacatune.names import choose
 
@@ -54,8 +54,9 @@ def prompt_ids(
     """Return the tokens of a prompt, as TRL gives them to the model."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    options = {"add_generation_prompt": True, "return_dict": True}
-    return list(apply_template(tokenizer, prompt, place, **options)["input_ids"])
+    with named(place):
+        ids = apply_template(tokenizer, prompt, add_generation_prompt=True, return_dict=True)
+    return list(ids["input_ids"])
 
 
 def reasoning_gym_data(config: PromptDataConfig) -> Any:
@@ -94,12 +95,14 @@ def to_prompts(
 ) -> Iterator[dict[str, Any]]:
     """Yield each row, checked, with its prompt and place."""
     for row in rows:
-        rule = "this task needs it, and gives all other columns to the reward functions"
-        check_columns(row, ("prompt",), rule)
-        if taken := _TAKEN & row.values.keys():
-            rule = "has the name of an argument that every reward function gets; rename it"
-            raise ValueError(f"{row.place}: column {min(taken)!r} {rule}.")
-        prompt = to_prompt(row)
+        with named(row.place):
+            check_columns(row.values, "prompt")
+            if taken := _TAKEN & row.values.keys():
+                raise ValueError(
+                    f"column {min(taken)!r} has the name of an argument that every reward function "
+                    "gets, as it gets all columns; rename it."
+                )
+            prompt = to_prompt(row.values)
         if system_prompt is not None:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             has_system = chat[0]["role"] == "system"

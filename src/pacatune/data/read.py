@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ class Row:
 
     place: str
     values: dict[str, Any]
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Begin what is wrong in this block with the place that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def read_rows(

@@ -95,8 +95,8 @@ def test_class_that_is_called_train(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (["val", "test"], "the folders test, val must be train and one of each other part; give"),
-        (["train", "val", "valid"], "the folders train, val, valid must be train and one of each"),
+        (["val", "test"], "must lie right in the folders .* remove red; red; test and 1 more"),
+        (["train", "val", "valid"], "must lie right in the folders .* remove red; red; red and 3"),
         (
             ["train", "val", "more"],
             "must lie right in the folders .* remove more; red; red and 3",

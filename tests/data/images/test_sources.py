@@ -249,10 +249,8 @@ def test_photographs_are_upright():
     assert to_rgb(stored(image, "JPEG", exif=exif)).size == (4, 8)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "words"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")]
-)
-def test_values_of_unknown_range_are_refused(dtype, words):
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_unknown_range_are_refused(dtype):
     image = stored(Image.fromarray(np.ones((2, 2), dtype)), "TIFF")
-    with pytest.raises(ValueError, match=f"its pixels are {words} of unknown range; convert it"):
+    with pytest.raises(ValueError, match="its pixels have an unknown range; convert it"):
         to_rgb(image)

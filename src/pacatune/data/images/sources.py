@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as Decoder
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 
 from pacatune.data.checks import some
@@ -34,8 +38,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(f"its pixels are {kind} of unknown range; convert it to 8 or 16 bits")
+        raise ValueError("its pixels have an unknown range; convert it to 8 or 16 bits")
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
@@ -45,8 +48,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def load_image(row: dict[str, Any]) -> Image.Image:
     """Decode the image of a row, in 8-bit RGB; an error names it."""
-    from datasets import Image as Decoder
-
     try:
         stored = row["image"]
         if stored is None:
@@ -74,19 +75,10 @@ def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:
 
 def find_parts(path: str) -> dict[str, str]:
     """Return the folders of train, validation and test, if a folder holds those and no classes."""
-    from datasets.data_files import SPLIT_KEYWORDS
-
     folders = _folders(Path(path).expanduser())
     known = {word: str(part) for part, words in SPLIT_KEYWORDS.items() for word in words}
     parts = {known.get(folder.name.lower(), ""): str(folder) for folder in folders}
-    if not parts or "" in parts:
-        return {}
-    if "train" not in parts or len(parts) < len(folders):
-        raise ValueError(
-            f"{path}: the folders {', '.join(folder.name for folder in folders)} must be train and "
-            "one of each other part; give `data.path` and `data.eval_path`, or rename classes."
-        )
-    return parts
+    return {} if "" in parts or "train" not in parts or len(parts) < len(folders) else parts
 
 
 def _files(folder: Path) -> list[Path]:
@@ -107,10 +99,6 @@ def _read(config: ImageDataConfig, path: str, split: str, option: str) -> Any:
 
 def read_folder(folder: Path) -> Any:
     """Return the images in each class's folder; the folders' names are the classes."""
-    from datasets import ClassLabel, Dataset, Features, Value
-    from datasets import Image as Decoder
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
     found = {one: _files(one) for one in _folders(folder)}
     if not found:
         raise ValueError(
@@ -134,9 +122,6 @@ def read_folder(folder: Path) -> Any:
 
 def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
     """Load a split of a data set of the hub."""
-    from datasets import ClassLabel, Value
-    from datasets import Image as Decoder
-
     table = load_hub(path, config.name, split, "data.path")
     image = _choose(table, "image_column", config.image_column, Decoder)
     label = _choose(table, "label_column", config.label_column, ClassLabel, Value)
@@ -154,8 +139,6 @@ def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
 
 def _complete(table: Any, labels: list[int], kind: Any, place: str) -> Any:
     """Leave the images of a table encoded, and add their classes and places."""
-    from datasets import Image as Decoder
-
     table = table.cast_column("image", Decoder(decode=False))
     table = table.add_column("label", labels, feature=kind)
     return table.add_column("place", [f"{place} {number + 1}" for number in range(len(table))])
@@ -177,7 +160,6 @@ def _choose(table: Any, option: str, given: str | None, *kinds: type) -> str:
 
 def read_torchvision(config: ImageDataConfig, name: str, split: str) -> Any:
     """Return one split of a data set of torchvision, downloaded where it is missing."""
-    import datasets
     import torchvision
 
     name = choose(name, _SPLITS, option="data.path torchvision:")
@@ -198,6 +180,6 @@ def read_torchvision(config: ImageDataConfig, name: str, split: str) -> Any:
         images = [b"P6 32 32 255\n" + pixels.tobytes() for pixels in data.data]  # as PPM files
     else:  # torchvision offers their paths and labels not in public
         images = list(map(str, data._images if name == "OxfordIIITPet" else data._image_files))
-    kind = datasets.ClassLabel(names=list(data.classes))
-    table = datasets.Dataset.from_dict({"image": images})
-    return _complete(table, labels, kind, f"torchvision:{name} ({split}), image")
+    place = f"torchvision:{name} ({split}), image"
+    kind = ClassLabel(names=list(data.classes))
+    return _complete(Dataset.from_dict({"image": images}), labels, kind, place)
