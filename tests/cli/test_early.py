@@ -28,7 +28,7 @@ WRONG_RUNS = {
     f"{RUN} --data.format messages": "row 1: the columns ['completion', 'prompt'] are not",
     f"{RUN} --model.dtype bf61": "model.dtype",
     f"{RUN} --training.max_steps abc": "<class 'int'>. Got value: abc; see `pacatune train --help`",
-    f"{RUN} --training.max_steps 0": "`training.max_steps` (0) must be above 0, or -1",
+    f"{RUN} --training.max_steps 0": "`training.max_steps` (0) must be above 0; raise",
     f"{RUN} --paca.r 0": "`r` (0) must be an integer of at least 1",
     f"{RUN} --paca.rank_pattern.q_proj x": "paca.rank_pattern",
     f"{RUN} --method lore": "did you mean 'lora'?",
