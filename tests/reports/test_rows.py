@@ -182,7 +182,7 @@ def test_plot_draws_what_the_table_says():
     figure = plot(rows, ("method",), ("origin",))
     steps, kept = figure.axes
     assert [text.get_text() for text in steps.get_yticklabels()] == ["lora", "paca"]
-    assert [text.get_text() for text in steps.get_legend().get_texts()] == ["paper", "measured"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["paper", "measured"]
     assert [patch.get_width() for patch in steps.patches] == [4.0, 5.0, 2.0]
     assert [patch.get_width() for patch in kept.patches] == [7.0]
     assert kept.get_xlabel() == "kept, bytes"

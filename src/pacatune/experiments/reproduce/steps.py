@@ -90,7 +90,9 @@ def _result(measured: list[rows.Row], jobs: list[Finished]) -> dict[str, Any]:
             pair = ratios.setdefault(row.method, {})
             pair |= spread if row.what == "step" else {row.what: spread}
         elif row.what not in ("largest batch", "longest sequence"):
-            one = found.setdefault((row.method, row.setting), {"status": "measured"})
+            one = found.setdefault(
+                (row.method, row.setting), {"status": "measured", "peak_bytes": None}
+            )
             one |= {"method": row.method, "noise": [{"num_cores_of_others": cores}]}
             one["num_rows"] = int(row.setting.partition(" ")[0])
             if row.unit == "ms":
