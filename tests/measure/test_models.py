@@ -53,7 +53,7 @@ def test_given_sizes_are_taken():
             {"intermediate_size": 0},
             r"`intermediate_size` \(0\) must be a whole number",
         ),
-        ({"hidden_size": 60}, r"`hidden_size` \(60\) does not divide into heads of 64, 32"),
+        ({"hidden_size": 65}, r"`num_heads` \(1\) must divide `hidden_size` \(65\) into an even"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes, message):

@@ -51,7 +51,9 @@ def llama_values(
     Heads have 128 channels from `hidden_size` 2048 on, else 64 or fewer.
     """
     check_sizes(locals())
-    heads = num_heads or _num_heads(hidden_size)
+    dims = (128, 64, 32, 16, 8)[hidden_size < _WIDE :]
+    fitting = (hidden_size // dim for dim in dims if hidden_size % dim == 0)
+    heads = num_heads or next(fitting, 1)
     kv_heads = num_kv_heads or heads
     if hidden_size % heads or hidden_size // heads % 2 or heads % kv_heads:
         raise ValueError(
@@ -70,17 +72,6 @@ def llama_values(
         "vocab_size": vocab_size or min(_TOKENS_PER_CHANNEL * hidden_size, _MAX_VOCAB),
         "tie_word_embeddings": False,
     }
-
-
-def _num_heads(hidden_size: int) -> int:
-    sizes = (128, 64, 32, 16, 8) if hidden_size >= _WIDE else (64, 32, 16, 8)
-    for size in sizes:
-        if hidden_size % size == 0:
-            return hidden_size // size
-    raise ValueError(
-        f"`hidden_size` ({hidden_size}) does not divide into heads of {', '.join(map(str, sizes))} "
-        "channels; choose a multiple of 8, or give the number of heads."
-    )
 
 
 def load_config(model: str) -> "PreTrainedConfig":

@@ -71,11 +71,11 @@ def _check_methods(names: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def check_sizes(sizes: Mapping[str, Any], owner: str = "") -> None:
+def check_sizes(sizes: Mapping[str, Any]) -> None:
     """Refuse a size that is not a whole number of at least 1; None is fine."""
     for name, value in sizes.items():
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{owner}`{name}` ({value!r}) must be a whole number of at least 1.")
+            raise ValueError(f"`{name}` ({value!r}) must be a whole number of at least 1.")
 
 
 def check_lean_level(level: int, *, least: int = 1, lean: str = "auto") -> None:
