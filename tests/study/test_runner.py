@@ -115,7 +115,7 @@ def test_finished_runs_are_not_done_again(scripted, tmp_path):
     task.runs.clear()
     second, _ = run(config_of(options), tmp_path / "out")
     assert task.runs == []
-    assert second.to_dict() == first.to_dict()
+    assert second == first
     plan = make_plan(config_of(options))
     assert pending_runs(plan, tmp_path / "out") == 0
     assert pending_runs(plan, tmp_path / "other") == 5
