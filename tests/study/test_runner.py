@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from benchmarks import collect
 from pacatune.study import Arm, StudyConfig, StudyPaused, run_study, runner
 from pacatune.study.plan import make_plan
 from pacatune.study.report import table
@@ -114,7 +115,7 @@ def test_finished_runs_are_not_done_again(scripted, tmp_path):
     task.runs.clear()
     second, _ = run(config_of(options), tmp_path / "out")
     assert task.runs == []
-    assert second.to_dict() == first.to_dict()
+    assert second == first
     plan = make_plan(config_of(options))
     assert pending_runs(plan, tmp_path / "out") == 0
     assert pending_runs(plan, tmp_path / "other") == 5
@@ -221,6 +222,27 @@ def test_runs_are_rows(scripted, tmp_path):
     }
     assert {len(job["key"]) for job in jobs} == {24}
     assert jobs[0]["inputs"]["data"] == "scripted"
+
+
+def test_a_study_can_be_committed(scripted, tmp_path):
+    """Its runs are lines of a table, and its report can be made again."""
+    _, options = scripted
+    result, _ = run(config_of(options), tmp_path / "quality-x")
+    collect.collect_studies([tmp_path / "quality-x"], tmp_path)
+    lines = list(collect.read_runs(tmp_path, "quality"))
+    assert [(line["arm"], line["learning_rate"], line["seed"]) for line in lines[-3:]] == [
+        ("lora", "0.001", "1"),
+        ("lora", "0.001", "2"),
+        ("lora", "0.004", "0"),
+    ]
+    shown = {name: value for name, value in lines[-2].items() if value}
+    assert shown.keys() == {*collect.COLUMNS} - {
+        *("error", "validation_accuracy", "validation_exact_match"),
+        *("test_accuracy", "test_exact_match"),
+    }
+    assert float(shown["test_loss"]) == result.arms["lora"].values[2]
+    kept = json.loads((tmp_path / "quality.json").read_text())["quality-x"]
+    assert StudyResult.from_dict(kept) == result
 
 
 def test_failed_runs_are_shown_and_done_again(scripted, tmp_path):

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from pacatune.data.config import TextClassConfig
 from pacatune.training import RunConfig, preview, train
-from pacatune.training.classifier import split_texts, texts_digest
+from pacatune.training.classifier import split_texts
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,6 @@ def test_split(tmp_path):
     assert {*texts["label"]} == {"a", "b"}
     again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
     assert again["text"][:] == texts["text"][:6]
-    assert texts_digest(again) != texts_digest(texts)
     with pytest.raises(ValueError, match=r"`data.num_train` \(9\) must be at most 8"):
         split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=9))
     texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))

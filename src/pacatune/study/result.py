@@ -71,13 +71,9 @@ class StudyResult:
     config: dict[str, Any]
     versions: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what study.json holds."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudyResult":
-        """Return the result that `to_dict` gave, also after JSON made texts of its numbers."""
+        """Return the result that study.json holds, where JSON made texts of its numbers."""
         arms = {}
         for name, arm in values["arms"].items():
             numbers = {

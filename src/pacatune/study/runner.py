@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -75,7 +76,7 @@ def run_study(
             number = f"{len(runner.ended)} of {plan.num_runs} runs"
             result.warnings.insert(0, f"unfinished: {number}.")
         write_report(result, output)
-        output.write_json(RESULT_NAME, {"finished": not runner.has_skipped, **result.to_dict()})
+        output.write_json(RESULT_NAME, {"finished": not runner.has_skipped, **asdict(result)})
     if runner.has_skipped:
         raise StudyPaused(
             f"paused {runner.how_far}, which {folder / REPORT_NAME} shows; the same command "

@@ -118,9 +118,9 @@ class StudyTask:
             values["training"].pop(name, None)
         where = json.dumps([values["data"], values["model"], values["training"]])
         if where not in self._seen:
-            run, tested = task_of(config).prepare(), copy.copy(config)
+            run, tested = prepare(task_of(config), _QUIET), copy.copy(config)
             tested.data = replace(config.data, eval_fraction=0, **self.test_options)
-            test = task_of(tested).prepare().evaluation
+            test = prepare(task_of(tested), _QUIET).evaluation
             parts = [_digests(part) for part in (run.train, run.evaluation, test)]
             train, validation, asked = (examples for examples, _ in parts)
             table: Any = getattr(test, "table", test)

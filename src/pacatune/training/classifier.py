@@ -1,6 +1,5 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
-import hashlib
 from typing import Any
 
 from datasets import Dataset
@@ -18,7 +17,7 @@ from pacatune.training.trainer import accuracy
 def prepare(task: LanguageTask) -> PreparedData:
     """Read and encode the texts; the model gets a head for their classes."""
     train, held_out = split_texts(task.config.data)
-    classes = sorted(set(train["label"]))
+    classes = sorted(set(train["label"][:]))
     task.model_options = {"num_labels": len(classes)}
     task.length_option = task.less_memory = "`data.max_length`"
     task.collator = DataCollatorWithPadding(task.tokenizer)
@@ -28,18 +27,19 @@ def prepare(task: LanguageTask) -> PreparedData:
         rows,
         encode(task, held_out, classes) if len(held_out) else None,
         max(map(len, rows["input_ids"])),
-        overlap_warning(train["text"], held_out["text"], "validation texts"),
+        overlap_warning(train["text"][:], held_out["text"][:], "validation texts"),
     )
 
 
 def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
     """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
-    if unknown := sorted({*texts["label"]} - {*classes}):
+    labels = texts["label"][:]
+    if unknown := sorted({*labels} - {*classes}):
         raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
     limit = task.config.data.max_length
     columns: Any = task.tokenizer(texts["text"][:], truncation=True, max_length=limit)
     columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
-    return Dataset.from_dict({**columns, "labels": [classes.index(one) for one in texts["label"]]})
+    return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))})
 
 
 def read_texts(
@@ -71,16 +71,8 @@ def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
             f"`data.num_train` ({config.num_train}) must be at most {len(train)}, the rows of "
             f"{config.path} that are not held out."
         )
-    if len(labels := set(train["label"])) < 2:
+    if len(labels := set(train["label"][:])) < 2:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
     return train, other or whole.select(held_out)
-
-
-def texts_digest(texts: Dataset) -> str:
-    """Return a digest of all texts and labels, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in texts:
-        digest.update(f"{row['text']}\0{row['label']}\0".encode())
-    return digest.hexdigest()
