@@ -128,21 +128,6 @@ def test_lean_levels():
         run_config(lean="off", lean_level=2)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"reselect_every": 5},
-        {"active_columns": 4},
-        {"reselect_every": 0, "active_columns": 4},
-        {"reselect_every": 5, "active_columns": 16},
-        {"reselect_every": 5, "active_columns": 0},
-    ],
-)
-def test_turns_of_columns(options):
-    with pytest.raises(ValueError, match=r"`paca.active_columns` \(.* at least 1 and below `paca"):
-        PacaSection(**options)
-
-
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"`method` \('vera'\) must be one of paca, qpaca, lora, "):
         run_config(method="vera")
