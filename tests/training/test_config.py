@@ -119,21 +119,6 @@ def test_sections_may_be_used_again():
     assert {name: vars(section) for name, section in sections.items()} == before
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"reselect_every": 5},
-        {"active_columns": 4},
-        {"reselect_every": 0, "active_columns": 4},
-        {"reselect_every": 5, "active_columns": 16},
-        {"reselect_every": 5, "active_columns": 0},
-    ],
-)
-def test_turns_of_columns(options):
-    with pytest.raises(ValueError, match=r"`paca.active_columns` \(.* at least 1 and below `paca"):
-        PacaSection(**options)
-
-
 def test_training_of_another_type():
     with pytest.raises(
         TypeError, match=r"is a SFTConfig; .* or a pacatune.training.TrainingConfig"

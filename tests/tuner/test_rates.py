@@ -34,6 +34,11 @@ def deltas_of(model):
     }
 
 
+def assert_same(deltas, others):
+    for name, delta in deltas.items():
+        assert torch.equal(delta, others[name])
+
+
 def layers_of(model):
     return {
         name.removeprefix("base_model.model."): module
@@ -206,8 +211,7 @@ def test_a_rate_of_one_and_no_rates_step_to_the_same_bits():
         assert (None in has_rates) is not bool(options)
         train(model, torch.optim.AdamW(deltas_of(model).values(), lr=1e-2))
         results.append(deltas_of(model))
-    for name, delta in results[0].items():
-        assert torch.equal(delta, results[1][name])
+    assert_same(*results)
 
 
 def test_columns_are_in_the_weight_and_merge_exactly():
@@ -291,12 +295,6 @@ class TestSavedAndContinued:
             delta = tensors[f"base_model.model.{name}.paca_delta"]
             assert torch.equal(delta, layer.layout.to_file(layer.delta_of("default")))
 
-    def test_peft_reads_the_adapter_as_its_own(self, tmp_path):
-        model = adapt(nn.Sequential(nn.Linear(8, 4)), normalize="weight", target_modules=["0"])
-        model.save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert config["peft_type"] == "PACA"
-
     def test_training_goes_on_to_the_same_bits(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         state = io.BytesIO()
@@ -312,8 +310,7 @@ class TestSavedAndContinued:
         model.eval()
         for one, by in ((model, self.optimizer), (loaded, optimizer)):
             train(one, by)
-        for name, delta in deltas_of(model).items():
-            assert torch.equal(delta, deltas_of(loaded)[name])
+        assert_same(deltas_of(model), deltas_of(loaded))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_step_by_the_same_rates(self, model, copied):
@@ -322,8 +319,7 @@ class TestSavedAndContinued:
         optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         for one, by in ((model, self.optimizer), (other, optimizer)):
             train(one, by)
-        for name, delta in deltas_of(model).items():
-            assert torch.equal(delta, deltas_of(other)[name])
+        assert_same(deltas_of(model), deltas_of(other))
 
     def test_a_sum_of_adapters_has_no_rates(self, model):
         model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "sum")
@@ -378,15 +374,20 @@ def one_step(wrap=lambda optimizer: optimizer, **options):
 
 
 def test_an_optimiser_around_another_one_steps_once():
-    expected = one_step()
-    for name, delta in one_step(Around).items():
-        assert torch.equal(delta, expected[name])
+    assert_same(one_step(Around), one_step())
 
 
-def test_closures():
-    expected = one_step()
+def test_closures_and_a_step_that_fails_and_leaves_no_trace():
     model = adapt(build(), normalize="weight")
     optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
+    before = {name: delta.detach().clone() for name, delta in deltas_of(model).items()}
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fail)
+    assert_same(deltas_of(model), before)
     for batch in make_batches(NUM_STEPS):
 
         def closure(batch=batch):
@@ -396,26 +397,7 @@ def test_closures():
             return loss
 
         optimizer.step(closure)
-    for name, delta in deltas_of(model).items():
-        assert torch.equal(delta, expected[name])
-
-
-def test_a_step_that_fails_leaves_no_trace():
-    expected = one_step()
-    model = adapt(build(), normalize="weight")
-    optimizer = torch.optim.AdamW(deltas_of(model).values(), lr=1e-2)
-    before = {name: delta.detach().clone() for name, delta in deltas_of(model).items()}
-
-    def closure():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-    for name, delta in deltas_of(model).items():
-        assert torch.equal(delta, before[name])
-    train(model, optimizer)
-    for name, delta in deltas_of(model).items():
-        assert torch.equal(delta, expected[name])
+    assert_same(deltas_of(model), one_step())
 
 
 def test_optimisers_that_keep_what_they_stepped_to_are_refused():
@@ -507,7 +489,8 @@ class TestRankStabilised:
 
     def test_any_reader_knows_the_scale(self, tmp_path):
         base = nn.Sequential(nn.Linear(8, 4))
-        model = adapt(base, use_rslora=True, target_modules=["0"], r=4, paca_alpha=6)
+        options = {"use_rslora": True, "normalize": "weight", "target_modules": ["0"]}
+        model = adapt(base, r=4, paca_alpha=6, **options)
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["paca_alpha"], config["r"]) == ("PACA", 12.0, 4)

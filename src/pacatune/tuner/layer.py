@@ -23,16 +23,8 @@ from pacatune.tuner.rates import Rates, watch
 
 __all__ = [
     "Delta",
-    "MergeMixin",
     "PacaLayer",
 ]
-
-
-# Merging: the adapted columns become the base weight, and can be taken out again bit for bit.
-#
-# What a merge overwrites is kept aside and copied back; nothing is ever subtracted, so no number of
-# merge and unmerge cycles drifts in any dtype. A quantised weight is dequantised, changed and
-# quantised again, and unmerging puts the original quantised object back.
 
 
 _ROUNDED_AGAIN = (
@@ -40,153 +32,6 @@ _ROUNDED_AGAIN = (
     "were never trained included. Serve the adapter unmerged (`pacatune export` makes it a LoRA), "
     "or write a 16-bit model with `pacatune merge`, which reports the error."
 )
-
-
-class MergeMixin:
-    """Merge, unmerge and unload for a layer with `paca_delta`, `paca_indices` and `scaling`."""
-
-    base_layer: nn.Module
-    layout: Layout
-    residency: Residency | None
-    parameter_name: str
-    shares_weight: bool
-    _kept: list[Any]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters, the active ones if None, into the base weight.
-
-        With `safe_merge`, a value that is not finite is refused before anything is changed.
-        """
-        layer = cast(Any, self)
-        before = len(layer.merged_adapters)
-        if self.residency is not None:
-            self.residency.merging()
-        try:
-            for name in check_adapters_to_merge(layer, adapter_names):
-                if name in layer.paca_delta:
-                    self._merge_one(name, safe_merge)
-                    layer.merged_adapters.append(name)
-        except BaseException:
-            self.unmerge_to(before)
-            raise
-        if self.residency is not None and not layer.merged_adapters:
-            self.residency.unmerged()
-
-    @torch.no_grad()
-    def _merge_one(self, name: str, safe_merge: bool) -> None:
-        layer = cast(Any, self)
-        weight = self._weight_to_merge()
-        _refuse_part(weight, num_dims=len(self.layout.dense_shape))
-        indices, update = (one.to(weight.device) for one in self._columns_to_merge(name))
-        originals = self.layout.read_columns(weight, indices)
-        update = self.layout.oriented(update)
-        merged = adapted_columns(originals, update, layer.scaling[name])
-        if safe_merge and not merged.isfinite().all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-            )
-        if layer.quantization_backend is not None:
-            self._kept.append(_snapshot(self.base_layer))
-            weight = weight.clone()
-        elif self.shares_weight:
-            self._kept.append(getattr(self.base_layer, self.parameter_name))
-            weight = weight.clone()
-        else:
-            self._kept.append((indices, originals))
-        self._put_columns_(weight, indices, merged)
-        if layer.quantization_backend is not None:
-            warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
-            layer.set_base_weight(weight)
-        elif self.shares_weight:  # the other module keeps the pretrained weight
-            adapted = nn.Parameter(weight, requires_grad=False)
-            setattr(self.base_layer, self.parameter_name, adapted)
-
-    def _weight_to_merge(self) -> Tensor:
-        """Return what is merged into: of weights that can be, the parameter itself.
-
-        Changes of a parameter are counted, so that autograd refuses a backward pass through what
-        was computed before.
-        """
-        layer = cast(Any, self)
-        if layer.quantization_backend is not None:
-            return cast(Tensor, layer.get_base_weight())
-        return cast(Tensor, getattr(layer.get_base_layer(), self.parameter_name))
-
-    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
-        self.layout.put_columns_(weight, indices, columns)
-        if self.residency is not None and isinstance(weight, nn.Parameter):  # not a copy of it
-            self.residency.num_own_versions += 1
-
-    def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the columns of that weight which an adapter changes, and its update of them."""
-        layer = cast(Any, self)
-        return layer.paca_indices[name], layer.delta_of(name)
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again, bit for bit."""
-        self.unmerge_to(0)
-
-    @torch.no_grad()
-    def unmerge_to(self, number: int) -> None:
-        """Take out what was merged last, until as many adapters are merged."""
-        layer = cast(Any, self)
-        while len(self._kept) > number:
-            kept = self._kept[-1]
-            if isinstance(kept, dict):
-                self.base_layer.__dict__.update(kept)
-            elif isinstance(kept, nn.Parameter):
-                setattr(self.base_layer, self.parameter_name, kept)
-            else:
-                indices, originals = kept
-                weight = self._weight_to_merge()
-                originals = originals.to(weight)
-                self._put_columns_(weight, indices.to(weight.device), originals)
-            self._kept.pop()
-            del layer.merged_adapters[len(self._kept) :]
-        if self.residency is not None and not layer.merged_adapters:
-            self.residency.unmerged()
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
-        layer = cast(Any, self)
-        update = layer.whole_delta(adapter) * layer.scaling[adapter]
-        dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
-        columns = self.layout.oriented(update)
-        self.layout.put_columns_(dense, layer.paca_indices[adapter], columns)
-        return dense
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PaCA is an exact LoRA whose A selects columns, so yes."""
-        return True
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the base layer without anything of ours, merged if asked for."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if self.residency is not None:
-            self.residency.close()
-        release(self.base_layer)
-        return self.base_layer
-
-
-def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
-    if hasattr(weight, "placements") or weight.dim() != num_dims:  # a DTensor, or flat, or empty
-        raise ValueError(
-            f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process has "
-            "a part. Save the adapter and merge it in one process (`pacatune merge`)."
-        )
-
-
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    """What a module consists of, by reference; putting it back undoes any replacement."""
-    state = dict(module.__dict__)
-    parameters = state.pop("_parameters")
-    state["_parameters"] = parameters.copy()
-    if "state" in state:  # bitsandbytes' 8-bit layers keep the quantised weight in it
-        state["state"] = copy.copy(state["state"])
-    return state
 
 
 class Delta(nn.Module):
@@ -227,7 +72,7 @@ class Delta(nn.Module):
         return apply(columns, (widened(self.weight) * scaling).to(columns.dtype))
 
 
-class PacaLayer(MergeMixin, TunerLayer, nn.Module):
+class PacaLayer(TunerLayer, nn.Module):
     """Per-adapter deltas and columns over one base layer.
 
     Attributes:
@@ -244,6 +89,8 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     # Of PEFT's BaseTunerLayer, which has no types.
     active_adapters: list[str]
     get_base_layer: Callable[[], nn.Module]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(
@@ -426,6 +273,124 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
 
+    # Merging: the adapted columns become the base weight, and can be taken out again bit for bit.
+    #
+    # What a merge overwrites is kept aside and copied back; nothing is ever subtracted, so no
+    # number of merge and unmerge cycles drifts in any dtype. A quantised weight is dequantised,
+    # changed and quantised again, and unmerging puts the original quantised object back.
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters, the active ones if None, into the base weight.
+
+        With `safe_merge`, a value that is not finite is refused before anything is changed.
+        """
+        before = len(self.merged_adapters)
+        if self.residency is not None:
+            self.residency.merging()
+        try:
+            for name in check_adapters_to_merge(self, adapter_names):
+                if name in self.paca_delta:
+                    self._merge_one(name, safe_merge)
+                    self.merged_adapters.append(name)
+        except BaseException:
+            self.unmerge_to(before)
+            raise
+        if self.residency is not None and not self.merged_adapters:
+            self.residency.unmerged()
+
+    @torch.no_grad()
+    def _merge_one(self, name: str, safe_merge: bool) -> None:
+        weight = self._weight_to_merge()
+        _refuse_part(weight, num_dims=len(self.layout.dense_shape))
+        indices, update = (one.to(weight.device) for one in self._columns_to_merge(name))
+        originals = self.layout.read_columns(weight, indices)
+        update = self.layout.oriented(update)
+        merged = adapted_columns(originals, update, self.scaling[name])
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+            )
+        if self.quantization_backend is not None:
+            self._kept.append(_snapshot(self.base_layer))
+            weight = weight.clone()
+        elif self.shares_weight:
+            self._kept.append(getattr(self.base_layer, self.parameter_name))
+            weight = weight.clone()
+        else:
+            self._kept.append((indices, originals))
+        self._put_columns_(weight, indices, merged)
+        if self.quantization_backend is not None:
+            warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
+            self.set_base_weight(weight)
+        elif self.shares_weight:  # the other module keeps the pretrained weight
+            adapted = nn.Parameter(weight, requires_grad=False)
+            setattr(self.base_layer, self.parameter_name, adapted)
+
+    def _weight_to_merge(self) -> Tensor:
+        """Return what is merged into: of weights that can be, the parameter itself.
+
+        Changes of a parameter are counted, so that autograd refuses a backward pass through what
+        was computed before.
+        """
+        if self.quantization_backend is not None:
+            return self.get_base_weight()
+        return cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
+
+    def _put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
+        self.layout.put_columns_(weight, indices, columns)
+        if self.residency is not None and isinstance(weight, nn.Parameter):  # not a copy of it
+            self.residency.num_own_versions += 1
+
+    def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the columns of that weight which an adapter changes, and its update of them."""
+        return self.paca_indices[name], self.delta_of(name)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again, bit for bit."""
+        self.unmerge_to(0)
+
+    @torch.no_grad()
+    def unmerge_to(self, number: int) -> None:
+        """Take out what was merged last, until as many adapters are merged."""
+        while len(self._kept) > number:
+            kept = self._kept[-1]
+            if isinstance(kept, dict):
+                self.base_layer.__dict__.update(kept)
+            elif isinstance(kept, nn.Parameter):
+                setattr(self.base_layer, self.parameter_name, kept)
+            else:
+                indices, originals = kept
+                weight = self._weight_to_merge()
+                originals = originals.to(weight)
+                self._put_columns_(weight, indices.to(weight.device), originals)
+            self._kept.pop()
+            del self.merged_adapters[len(self._kept) :]
+        if self.residency is not None and not self.merged_adapters:
+            self.residency.unmerged()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
+        update = self.whole_delta(adapter) * self.scaling[adapter]
+        dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
+        columns = self.layout.oriented(update)
+        self.layout.put_columns_(dense, self.paca_indices[adapter], columns)
+        return dense
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PaCA is an exact LoRA whose A selects columns, so yes."""
+        return True
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer without anything of ours, merged if asked for."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if self.residency is not None:
+            self.residency.close()
+        release(self.base_layer)
+        return self.base_layer
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["residency"] = None  # belongs to this object; a copy makes its own
@@ -434,6 +399,24 @@ class PacaLayer(MergeMixin, TunerLayer, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
         self._attach()
+
+
+def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
+    if hasattr(weight, "placements") or weight.dim() != num_dims:  # a DTensor, or flat, or empty
+        raise ValueError(
+            f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process has "
+            "a part. Save the adapter and merge it in one process (`pacatune merge`)."
+        )
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    """What a module consists of, by reference; putting it back undoes any replacement."""
+    state = dict(module.__dict__)
+    parameters = state.pop("_parameters")
+    state["_parameters"] = parameters.copy()
+    if "state" in state:  # bitsandbytes' 8-bit layers keep the quantised weight in it
+        state["state"] = copy.copy(state["state"])
+    return state
 
 
 def check_groups(groups: int, layout: Layout, name: str) -> None:
