@@ -19,9 +19,13 @@ from torch.nn import functional as F
 from pacatune.data import prepare_data
 from pacatune.data.checks import find_overlap, overlap_warning
 from pacatune.data.encode import IGNORED
-from pacatune.data.images.dataset import ImageDataset
-from pacatune.data.images.prepare import check_images, images_digest, prepare_images
-from pacatune.data.images.sources import find_parts
+from pacatune.data.images import (
+    ImageDataset,
+    check_images,
+    find_parts,
+    images_digest,
+    prepare_images,
+)
 from pacatune.experiments.study.result import Measured
 from pacatune.methods import readers_of
 from pacatune.pretrained import find_model

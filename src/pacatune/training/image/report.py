@@ -12,7 +12,7 @@ from pacatune.reports.figures import new_figure, plain_text, save_figure
 from pacatune.training.report import Curve, Report, four_digits
 
 if TYPE_CHECKING:
-    from pacatune.data.images.dataset import ImageDataset
+    from pacatune.data.images import ImageDataset
 
 NUM_MISTAKES = 25
 
