@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 
 from pacatune.data import DataConfig, prepare_data
-from pacatune.data.choices import LETTERS, ChoiceQuestion, Question, to_choice_question, to_question
+from pacatune.data.choices import LETTERS, Question, to_question
 from pacatune.data.read import Row
+from pacatune.evaluation.choice import ChoiceQuestion, to_choice_question
 from tests.evaluation.mmlu import write_mmlu
 
 ROW = {"question": "Who?", "choices": ["Ann", " Bob "], "answer": 1}

@@ -227,10 +227,6 @@ def test_roles_of_chat_templates(role):
             r"messages\[1\]: the weight is 'no'",
         ),
         (
-            {"prompt": [USER, {**ASSISTANT, "weight": 1}, USER], "completion": [ASSISTANT]},
-            r"prompt\[1\]: the weight is 1; .* 1 is for assistant turns outside a prompt",
-        ),
-        (
             {"messages": [USER, {**ASSISTANT, "weight": 0}]},
             "'messages' has no assistant turn, or none of weight 1, so nothing to learn",
         ),

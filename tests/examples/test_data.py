@@ -9,7 +9,7 @@ from PIL import Image
 
 from examples.packaged import data as packaged
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.prepare import class_names, prepare_images
+from pacatune.data.images import class_names, prepare_images
 from pacatune.evaluation.choice import read_questions
 
 

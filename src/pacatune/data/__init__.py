@@ -1,12 +1,7 @@
 """Text data for fine-tuning: read, check, tokenize, and mask what is not learned."""
 
 from pacatune.data.checks import row_digests
-from pacatune.data.config import (
-    REASONING_GYM,
-    DataConfig,
-    PreferenceDataConfig,
-    PromptDataConfig,
-)
+from pacatune.data.config import REASONING_GYM, DataConfig, PreferenceDataConfig, PromptDataConfig
 from pacatune.data.prepare import PreparedData, prepare_data, show_preview
 
 __all__ = [

@@ -21,15 +21,9 @@ _NOTES = {
 
 
 def keep_learnable(
-    data: "Dataset",
-    what: str,
-    max_length: int | None,
-    warnings: list[str],
+    data: "Dataset", what: str, max_length: int | None, warnings: list[str]
 ) -> "Dataset":
-    """Return the examples that teach something, and append what looks wrong to `warnings`.
-
-    `what` is "training", after the name of one of several data sets, or "evaluation".
-    """
+    """Return the examples that teach something, and append what looks wrong to `warnings`."""
     places, kept = defaultdict(list), []
     for number, (place, notes) in enumerate(zip(data["place"][:], data["notes"][:], strict=True)):
         for note in notes:
@@ -62,10 +56,7 @@ def overlap_warning(
     what: str,
     places: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return a warning if any `what`, such as test images, are in the training data as well.
-
-    Both are given as what tells an example from others, and `places` says where each stands.
-    """
+    """Return a warning if any `what`, such as test images, are in the training data as well."""
     known, examples = set(train), list(evaluation)
     shared = [number for number, example in enumerate(examples) if example in known]
     if not shared:

@@ -1,7 +1,4 @@
-"""Questions with choices, of any number and MMLU's four: read, check and write them.
-
-Training and evaluation see the same prompt; MMLU's has the words of lm-eval 0.4's task `mmlu`.
-"""
+"""Questions of MMLU: training and evaluation see the same prompt, that of lm-eval 0.4."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,53 +9,6 @@ from pacatune.data.read import Row
 LETTERS = "ABCD"
 
 _DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceQuestion:
-    """A question with choices, one of which is right."""
-
-    question: str
-    choices: list[str]
-    answer: int
-    """Number of the right choice, from 0."""
-    prompt: str | None = None
-    """Text that a choice follows after a space; None asks `Question: ... Answer:`."""
-
-    def context(self, *, chat: bool = False) -> str:
-        """Return what a model reads before a choice; in a chat, what the user says."""
-        if chat:
-            return self.question
-        return f"Question: {self.question}\nAnswer:" if self.prompt is None else self.prompt
-
-
-def to_choice_question(row: Row) -> ChoiceQuestion:
-    """Check one row: question, choices and answer, and a prompt if it has one; or BIG-bench's.
-
-    `answer` is a number from 0 or the text of a choice. BIG-bench's rows have `input` and
-    `target_scores`, with the highest score for the right choice.
-    """
-    values, scores = row.values, row.values.get("target_scores")
-    if isinstance(scores, dict) and "choices" not in values:
-        best = [name for name, score in scores.items() if score == max(scores.values())]
-        right = best[0] if len(best) == 1 else None
-        values = {"question": values.get("input"), "choices": list(scores), "answer": right}
-    question, choices, prompt = values.get("question"), values.get("choices"), values.get("prompt")
-    texts = [
-        question,
-        *(choices if isinstance(choices, list) else ()),
-        "-" if prompt is None else prompt,
-    ]
-    if all(isinstance(text, str) and text.strip() for text in texts):
-        question, *choices, _ = (text.strip() for text in texts)
-        number = _find_answer(values.get("answer"), choices)
-        if number is not None and len(set(choices)) == len(choices) > 1:
-            return ChoiceQuestion(question, choices, number, prompt and prompt.rstrip())
-    raise ValueError(
-        f"{row.place}: {row.values!r:.160} needs the texts question and, if any, prompt, two or "
-        "more different choices, and as answer one of them or its number from 0; or BIG-bench's "
-        "input and target_scores, with one highest score. Mend or remove it."
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +44,7 @@ def to_question(row: Row, subject: str = "") -> Question:
     values = nested if isinstance(nested, dict) and "question" not in row.values else row.values
     question, choices = values.get("question"), values.get("choices")
     choices = [values.get(letter) for letter in LETTERS] if choices is None else choices
-    answer = _find_answer(values.get("answer"), LETTERS)
+    answer = find_answer(values.get("answer"), LETTERS)
     texts = [question, *choices] if isinstance(choices, list) else []
     is_text = all(isinstance(text, str) for text in texts) and bool(str(question).strip())
     if not is_text or len(texts) != 1 + len(LETTERS) or answer is None:
@@ -106,7 +56,7 @@ def to_question(row: Row, subject: str = "") -> Question:
     return Question(str(question), choices, answer, str(values.get("subject") or subject))
 
 
-def _find_answer(answer: Any, texts: Sequence[str]) -> int | None:
+def find_answer(answer: Any, texts: Sequence[str]) -> int | None:
     """Return the number of an answer that is one of the texts, or a number from 0."""
     known = list(texts)
     if isinstance(answer, str) and answer.strip() in known:

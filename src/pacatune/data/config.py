@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from pacatune.names import check_choices, choose
 
-TORCHVISION_PREFIX = "torchvision:"
 REASONING_GYM = "reasoning-gym:"
 """Before the name of a task of the package reasoning-gym: its data, or its verifier."""
 
@@ -17,20 +16,12 @@ TextFormat = Literal[
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One of several data sets that are mixed."""
+    """One of several data sets that are mixed; other options are those of `data`."""
 
     path: str = ""
-    """As `data.path`."""
-
     name: str | None = None
-    """As `data.name`."""
-
     split: str = "train"
-    """As `data.split`."""
-
     format: TextFormat = "auto"
-    """As `data.format`."""
-
     weight: float | None = None
     """Share of the examples that come from here, relative to the weights of the others."""
 
@@ -109,7 +100,8 @@ class DataSection:
 
     def sources(self) -> list[tuple[SourceConfig, str]]:
         """Return the data sets of training, each with the option that names it."""
-        return [(self._source(self.path, self.split), "data.path")]
+        several = [(source, "data.datasets") for source in getattr(self, "datasets", None) or ()]
+        return several or [(self._source(self.path, self.split), "data.path")]
 
     def _source(self, path: str, split: str) -> SourceConfig:
         found: TextFormat = getattr(self, "format", "auto")
@@ -204,11 +196,6 @@ class DataConfig(TextDataConfig):
         for problem, is_found in problems.items():
             if is_found:
                 raise ValueError(f"{problem}.")
-
-    def sources(self) -> list[tuple[SourceConfig, str]]:
-        """Return the data sets of training, each with the option that names it."""
-        several = [(source, "data.datasets") for source in self.datasets or ()]
-        return several or super().sources()
 
 
 @dataclass(kw_only=True)

@@ -105,15 +105,12 @@ class Encoder:
         return ids, [place >= start for place in range(len(ids))], start < len(prompt_ids)
 
     def _check(self, example: Example) -> tuple[Example, str]:
-        """Return the chat as its template takes it, and the text.
-
-        Most templates write the arguments of calls as JSON themselves and would write those of a
-        text twice; some can only take a text.
-        """
+        """Return the chat as its template takes it, and the text."""
         if self.learn_all and example.skipped:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
         if self.processor is None and example.images:
             raise ValueError("has images, which neither this task nor a stream takes.")
+        # Most templates write arguments as JSON, those of a text twice; some only take a text.
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
             return objects, self._shown(objects)

@@ -124,10 +124,7 @@ def present_columns(values: dict[str, Any]) -> set[str]:
 def to_answer(
     place: str, values: dict[str, Any], column: str, format: str = "preference"
 ) -> Example:
-    """Return the example of a row's prompt and what `column` answers to it.
-
-    Without a prompt it is the whole text or chat that `column` holds.
-    """
+    """Return the example of a row's prompt, if it has one, and what `column` answers to it."""
     prompt, completion = values.get("prompt"), values[column]
     is_chat = format in ("messages", "sharegpt") or isinstance(completion, list)
     if prompt is not None and isinstance(prompt, list) != is_chat:
@@ -144,7 +141,7 @@ def to_answer(
         start = "" if prompt is None else _text(values, "prompt")
         return Example(place, start, _text(values, column))
     images = iter(_listed(values.get("images"))) if values.get("images") else None
-    context = [] if prompt is None else _messages(values, "prompt", images, is_context=True)
+    context = [] if prompt is None else _messages(values, "prompt", images)
     messages = _messages(values, column, images)
     chat = [*context, *messages]
     if left := "".join(map(mark_image, images or ())):
@@ -168,7 +165,7 @@ def to_prompt(values: dict[str, Any]) -> str | list[Message]:
     """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
     if not isinstance(values["prompt"], list):
         return _text(values, "prompt")
-    messages = _messages(values, "prompt", None, is_context=True)
+    messages = _messages(values, "prompt", None)
     if messages[-1]["role"] == "assistant" or references(messages):
         rule = "ends with an assistant turn, which the model is to write, or has an image"
         raise ValueError(f"'prompt' {rule}; take it out.")
@@ -194,20 +191,18 @@ def _text(values: dict[str, Any], column: str) -> str:
     return value
 
 
-def _messages(
-    values: dict[str, Any], column: str, images: Iterator[Any] | None, is_context: bool = False
-) -> list[Message]:
+def _messages(values: dict[str, Any], column: str, images: Iterator[Any] | None) -> list[Message]:
     value, messages = values[column], []
     if not isinstance(value, list) or not value:
         rule = 'it must be a list of messages, as {"role": "user", "content": "..."}'
         raise ValueError(f"{column!r} is {value!r:.80}; {rule}.")
     for turn, message in enumerate(value):
         with named(f"{column}[{turn}]"):
-            messages.append(_message(message, images, is_context))
+            messages.append(_message(message, images))
     return messages
 
 
-def _message(message: Any, images: Iterator[Any] | None, is_context: bool) -> Message:
+def _message(message: Any, images: Iterator[Any] | None) -> Message:
     if isinstance(message, dict) and "from" in message:
         message = _from_sharegpt(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -224,9 +219,9 @@ def _message(message: Any, images: Iterator[Any] | None, is_context: bool) -> Me
             "'weight' of 0 or 1."
         )
     weights = [kept.pop(name) for name in _WEIGHTS if name in kept]
-    allowed = (0, 1) if role == "assistant" and not is_context else (0,)
+    allowed = (0, 1) if role == "assistant" else (0,)
     if any(weight not in allowed or weight != weights[0] for weight in weights):
-        rule = "it must be 0 or 1, and 1 is for assistant turns outside a prompt alone"
+        rule = "it must be 0 or 1, and 1 is for assistant turns alone"
         raise ValueError(f"the weight is {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
     _check_functions(calls, "tool_calls")

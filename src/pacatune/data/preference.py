@@ -25,8 +25,7 @@ def prepare_pairs(
 ) -> PreparedData:
     """Read, check and encode pairs: rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    Where all is learned, for a model that scores whole texts, the prompt is in both, and pairs that
-    are longer than `max_length` are left out.
+    Where all is learned, for models that score, the prompt is in both, and nothing is cut.
     """
     examples = find_examples(config, partial(to_pairs, needs_prompt=not encoder.learn_all))
     encode = partial(_encode_pair, encoder=encoder)
@@ -36,15 +35,11 @@ def prepare_pairs(
 def prepare_judged(
     config: TextDataConfig, encoder: Encoder, num_processes: int | None = None
 ) -> PreparedData:
-    """Read, check and encode judged answers: rows of `prompt_ids`, `completion_ids` and `label`.
-
-    Those to train on are in an order that is drawn from `config.seed`, since KTO trains in that
-    order.
-    """
+    """Read, check and encode answers: rows of `prompt_ids`, `completion_ids` and `label`."""
     encode, examples = partial(_encode_judged, encoder=encoder), find_examples(config, to_judged)
     _, found = make_tables(config, encoder, *examples, num_processes, encode)
     train: Any = found.train
-    order = list(range(len(train)))
+    order = list(range(len(train)))  # KTO trains in the order of the data
     random.Random(config.seed).shuffle(order)
     return replace(found, train=train.select(order))
 
@@ -52,10 +47,7 @@ def prepare_judged(
 def to_pairs(
     rows: Iterable[Row], format: str = "", *, needs_prompt: bool = False
 ) -> Iterator[tuple[Example, Example]]:
-    """Yield the preferred and the other answer of each row, checked.
-
-    Where a row has no prompt, it is what both begin with; models that score need none.
-    """
+    """Yield the preferred and the other answer of each row; a prompt is what both begin with."""
     for place, values in ((row.place, row.values) for row in rows):
         with named(place):
             check_columns(values, "chosen", "rejected")

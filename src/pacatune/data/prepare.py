@@ -127,10 +127,7 @@ class Examples:
         return number, digest.hexdigest(), has_images
 
     def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
-        """Return what `encode` makes of each, from the cache of datasets if it is there.
-
-        Processes that need the same wait for the first: the cache has a lock.
-        """
+        """Return what `encode` makes of each, from the cache of datasets, which has a lock."""
         import datasets
         from datasets.fingerprint import Hasher
 
@@ -160,10 +157,7 @@ class Examples:
                 datasets.enable_progress_bars()
 
     def stream(self, encode: Encode) -> "IterableDataset":
-        """Return rows that are read and encoded when they are asked for, again and again.
-
-        A row that does not fit is left out; one that cannot be read is an error that names it.
-        """
+        """Return rows that are encoded when they are asked for, again and again, if they fit."""
         from datasets import IterableDataset
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -219,10 +213,7 @@ def make_tables(
     num_processes: int | None,
     encode: Encode | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
-    """Encode, split and check data sets; return each for training, and all in one.
-
-    What is not encoded by `encoder` alone is by `encode`.
-    """
+    """Encode, split and check data sets; return each for training, and all in one."""
     warnings: list[str] = []
     parts, evaluation, limit = [], [], encoder.max_length
     for one in sources:
@@ -242,10 +233,7 @@ def make_tables(
 
 
 def hold_out(keys: Iterable[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of the rows, at least one; return the places of both parts, as drawn.
-
-    Rows of the same key are in the same part.
-    """
+    """Hold out a fraction of the keys; return the places of both parts' rows, as drawn."""
     import torch
 
     places = defaultdict(list)
@@ -283,10 +271,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def show_preview(
-    data: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    num_examples: int,
-    console: "Console",
+    data: "Dataset", tokenizer: "PreTrainedTokenizerBase", num_examples: int, console: "Console"
 ) -> None:
     """Print the first examples; learned tokens are green, or without colour between [[ and ]]."""
     from rich.text import Text

@@ -122,11 +122,7 @@ def _complete(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """Return rows as a data set that gives them back as they are.
-
-    They are held as JSON: a table would give all of a column one type, and objects in it the same
-    fields. The places lie apart, since the same rows may lie elsewhere when a run is resumed.
-    """
+    """Return rows as a data set of JSON, as a table would give objects the fields of all."""
     from datasets import Dataset
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -134,7 +130,7 @@ def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
         columns = {column: [row[column] for row in found] for column in found[0]}
         return {**columns, "place": batch["place"]}
 
-    places = [row.pop("place") for row in rows]
+    places = [row.pop("place") for row in rows]  # which may be others when a run is resumed
     try:
         texts = list(map(json.dumps, rows))
     except TypeError as error:

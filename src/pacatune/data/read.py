@@ -165,10 +165,7 @@ def load_hub(
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Drop nulls within the columns of a table.
-
-    A table gives all its objects the same fields: a tool call would have the arguments of all.
-    """
+    """Drop nulls within the columns of a table, which gives all its objects the fields of all."""
 
     def drop(value: Any) -> Any:
         if isinstance(value, dict):

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
-    from pacatune.data.choices import ChoiceQuestion
-    from pacatune.evaluation.choice import ChoiceResult, evaluate_choice, read_questions
+    from pacatune.evaluation.choice import (
+        ChoiceQuestion,
+        ChoiceResult,
+        evaluate_choice,
+        read_questions,
+    )
     from pacatune.evaluation.harness import Score, TaskScores
     from pacatune.evaluation.perplexity import TextScore, default_text, evaluate_perplexity
     from pacatune.evaluation.tasks import evaluate_tasks

@@ -5,12 +5,59 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.choices import ChoiceQuestion, to_choice_question
-from pacatune.data.read import read_rows
+from pacatune.data.choices import find_answer
+from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.harness import Score, require_lm_eval
 from pacatune.evaluation.tasks import evaluate_tasks
 
 _TASK = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceQuestion:
+    """A question with choices, one of which is right."""
+
+    question: str
+    choices: list[str]
+    answer: int
+    """Number of the right choice, from 0."""
+    prompt: str | None = None
+    """Text that a choice follows after a space; None asks `Question: ... Answer:`."""
+
+    def context(self, *, chat: bool = False) -> str:
+        """Return what a model reads before a choice; in a chat, what the user says."""
+        if chat:
+            return self.question
+        return f"Question: {self.question}\nAnswer:" if self.prompt is None else self.prompt
+
+
+def to_choice_question(row: Row) -> ChoiceQuestion:
+    """Check one row: question, choices and answer, and a prompt if it has one; or BIG-bench's.
+
+    `answer` is a number from 0 or the text of a choice. BIG-bench's rows have `input` and
+    `target_scores`, with the highest score for the right choice.
+    """
+    values, scores = row.values, row.values.get("target_scores")
+    if isinstance(scores, dict) and "choices" not in values:
+        best = [name for name, score in scores.items() if score == max(scores.values())]
+        right = best[0] if len(best) == 1 else None
+        values = {"question": values.get("input"), "choices": list(scores), "answer": right}
+    question, choices, prompt = values.get("question"), values.get("choices"), values.get("prompt")
+    texts = [
+        question,
+        *(choices if isinstance(choices, list) else ()),
+        "-" if prompt is None else prompt,
+    ]
+    if all(isinstance(text, str) and text.strip() for text in texts):
+        question, *choices, _ = (text.strip() for text in texts)
+        number = find_answer(values.get("answer"), choices)
+        if number is not None and len(set(choices)) == len(choices) > 1:
+            return ChoiceQuestion(question, choices, number, prompt and prompt.rstrip())
+    raise ValueError(
+        f"{row.place}: {row.values!r:.160} needs the texts question and, if any, prompt, two or "
+        "more different choices, and as answer one of them or its number from 0; or BIG-bench's "
+        "input and target_scores, with one highest score. Mend or remove it."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

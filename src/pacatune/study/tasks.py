@@ -17,9 +17,7 @@ from rich.console import Console
 
 from pacatune.data.checks import overlap_warning, row_digests
 from pacatune.data.encode import IGNORED
-from pacatune.data.images.dataset import ImageDataset
-from pacatune.data.images.prepare import check_images, images_digest
-from pacatune.data.images.sources import find_parts
+from pacatune.data.images import ImageDataset, check_images, find_parts, images_digest
 from pacatune.evaluation import default_text, evaluate_perplexity
 from pacatune.methods import readers_of
 from pacatune.reports.provenance import sha256_of

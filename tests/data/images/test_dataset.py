@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pacatune.data.images.dataset import Augmentation, ImageDataset
-from pacatune.data.images.sources import load_image, read_folder
+from pacatune.data.images import Augmentation, ImageDataset, load_image, read_folder
 from tests.image_models import write_images
 
 

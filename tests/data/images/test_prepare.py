@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.prepare import class_names, prepare_images
-from pacatune.data.images.sources import load_image, read_images
+from pacatune.data.images import class_names, load_image, prepare_images, read_images
 from tests.image_models import CLASSES, write_images
 
 

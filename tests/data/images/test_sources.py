@@ -10,8 +10,14 @@ import torchvision
 from PIL import Image
 
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.images.prepare import class_names, prepare_images
-from pacatune.data.images.sources import load_image, read_hub, read_torchvision, to_rgb
+from pacatune.data.images import (
+    class_names,
+    load_image,
+    prepare_images,
+    read_hub,
+    read_torchvision,
+    to_rgb,
+)
 
 
 def hub_folder(folder, **columns):

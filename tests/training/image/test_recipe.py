@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pacatune.data.images.prepare import prepare_images
+from pacatune.data.images import prepare_images
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.training import PacaSection, train
 from pacatune.training.image import load_result

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pacatune.data.images.dataset import ImageDataset
+from pacatune.data.images import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
 
 _MOST_MISTAKES, _MOST_CONFUSIONS = 25, 10

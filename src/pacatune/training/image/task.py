@@ -12,8 +12,12 @@ from torchvision.transforms import v2
 from transformers import default_data_collator
 
 from pacatune.adapters.folder import SIDECAR_NAME
-from pacatune.data.images.dataset import Augmentation, ImageDataset
-from pacatune.data.images.prepare import class_names, prepare_images
+from pacatune.data.images import (
+    Augmentation,
+    ImageDataset,
+    class_names,
+    prepare_images,
+)
 from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype

@@ -1,21 +1,29 @@
-"""Where images come from: a table of the package datasets, whatever the place.
+"""Images of classes: where they come from, what is held out, and how a model sees them.
 
-Its columns are `image` (a path, or bytes as they are stored), `label` and `place`, for messages.
+A table of the package datasets has columns `image` (a path, or bytes as they are stored), `label`
+and `place`, for messages.
 """
 
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Features, Value
 from datasets import Image as Decoder
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
-from pacatune.data.checks import some
-from pacatune.data.config import TORCHVISION_PREFIX, ImageDataConfig
+from pacatune.data.checks import overlap_warning, some
+from pacatune.data.config import ImageDataConfig
 from pacatune.data.read import is_local, load_hub
 from pacatune.names import choose
 
@@ -29,13 +37,9 @@ _SPLITS = {
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image upright, on white where it is transparent, in 8-bit RGB.
-
-    Greyscale, palettes, CMYK and 16 bits are converted; Pillow alone would cut 16 bits off at 255
-    and show whatever colour lies under transparent pixels.
-    """
+    """Return an opened image upright, on white where it is transparent, in 8-bit RGB."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):  # which Pillow cuts off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have an unknown range; convert it to 8 or 16 bits")
@@ -90,8 +94,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _read(config: ImageDataConfig, path: str, split: str, option: str) -> Any:
-    if path.startswith(TORCHVISION_PREFIX):
-        return read_torchvision(config, path.removeprefix(TORCHVISION_PREFIX), split)
+    if path.startswith("torchvision:"):
+        return read_torchvision(config, path.removeprefix("torchvision:"), split)
     if is_local(path, option):
         return read_folder(Path(path).expanduser().absolute())
     return read_hub(config, path, split)
@@ -117,7 +121,7 @@ def read_folder(folder: Path) -> Any:
         )
     kind = ClassLabel(names=[one.name for one in found])
     features = Features(image=Decoder(decode=False), label=kind, place=Value("string"))
-    return Dataset.from_list(rows, features)
+    return datasets.Dataset.from_list(rows, features)
 
 
 def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
@@ -182,4 +186,154 @@ def read_torchvision(config: ImageDataConfig, name: str, split: str) -> Any:
         images = list(map(str, data._images if name == "OxfordIIITPet" else data._image_files))
     place = f"torchvision:{name} ({split}), image"
     kind = ClassLabel(names=list(data.classes))
-    return _complete(Dataset.from_dict({"image": images}), labels, kind, place)
+    return _complete(datasets.Dataset.from_dict({"image": images}), labels, kind, place)
+
+
+class PreparedImages(NamedTuple):
+    """Images of a run, checked: tables with columns `image`, `label` and `place`."""
+
+    train: Any
+    evaluation: Any | None
+    fingerprint: str
+    """Hash of the training images, their classes and their order."""
+    warnings: list[str]
+
+
+def prepare_images(config: ImageDataConfig) -> PreparedImages:
+    """Find, split and check the images of a run."""
+    train, evaluation, warnings = read_images(config)
+    classes = class_names(train)
+    if len(classes) < 2:
+        raise ValueError(f"{config.path} has one class only, {classes[0]!r}; give at least two.")
+    if evaluation is None and config.eval_fraction:  # of each class, and at least one in the mean
+        number = max(round(len(train) * config.eval_fraction), len(set(train["label"])))
+        parts = train.train_test_split(number, stratify_by_column="label", seed=config.seed)
+        train, evaluation = parts["train"], parts["test"]
+    elif evaluation is not None and class_names(evaluation) != classes:
+        strange = sorted({*class_names(evaluation)} ^ {*classes}) or classes
+        raise ValueError(
+            "training and evaluation images must have the same classes in the same order, and do "
+            f"not have {some(strange)} in common; rename or remove them."
+        )
+    train = _limit(train, config.train_per_class, config.seed)
+    evaluation = evaluation and _limit(evaluation, config.eval_per_class, config.seed)
+    digests = None
+    if config.check_images:
+        digests, *others = check_images(train, *([evaluation] if evaluation else []))
+        for other in others:
+            warnings += overlap_warning(digests, other, "evaluation images")
+    return PreparedImages(train, evaluation, images_digest(train, digests), warnings)
+
+
+def class_names(table: Any) -> list[str]:
+    """Return the names of the classes of images."""
+    return list(table.features["label"].names)
+
+
+def check_images(*tables: Any) -> list[list[str]]:
+    """Decode images and return digests of the pixels by table; refuse what cannot be read."""
+    problems: list[str] = []
+
+    def digest_of(table: Any, number: int) -> str:
+        row = table[number]
+        try:
+            image = load_image(row)
+        except ValueError as error:
+            problems.append(str(error))
+            return ""
+        digest = hashlib.blake2b(str(image.size).encode(), digest_size=16)
+        digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        found = [list(pool.map(partial(digest_of, one), range(len(one)))) for one in tables]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {sum(map(len, tables))} images cannot be used: "
+            f"{some(sorted(problems))}. Replace or remove them."
+        )
+    return found
+
+
+def images_digest(table: Any, digests: Sequence[str] | None) -> str:
+    """Return a digest of these images in this order, their pixels (or places) and classes."""
+    digest = hashlib.blake2b("\0".join(class_names(table)).encode(), digest_size=16)
+    for label, text in zip(table["label"][:], digests or table["place"][:], strict=True):
+        digest.update(f"\0{label} {text}".encode())
+    return digest.hexdigest()
+
+
+def _limit(table: Any, per_class: int | None, seed: int) -> Any:
+    """Choose as many images of each class."""
+    if per_class is None:
+        return table
+    order = np.random.default_rng(seed).permutation(len(table))
+    labels = np.array(table["label"][:])[order]
+    chosen = [order[labels == label][:per_class] for label in range(len(class_names(table)))]
+    if (fewest := min(map(len, chosen))) < per_class:
+        raise ValueError(
+            f"a class has {fewest} images to choose from; lower `data.train_per_class` or "
+            f"`data.eval_per_class` ({per_class}) to that."
+        )
+    return table.select(np.sort(np.concatenate(chosen)))
+
+
+class Augmentation:
+    """Random changes of training images, the same for the same seed, epoch and image.
+
+    Torch's global generator is left as it was: batches are loaded ahead of the training step, so a
+    resumed run would go on with other random numbers.
+    """
+
+    def __init__(self, kind: str, size: int, seed: int) -> None:
+        """Make it of kind `flip` or `crop`; `crop` makes images size x size."""
+        from torchvision.transforms import v2
+
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(size, scale=(0.25, 1), interpolation=bicubic)
+        steps = [crop, v2.RandomHorizontalFlip()] if kind == "crop" else [v2.RandomHorizontalFlip()]
+        self._transform = v2.Compose(steps)
+        self._seed = seed
+        # What is left to the model's image processor.
+        self.options = {"do_resize": False, "do_center_crop": False} if kind == "crop" else {}
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
+        """Return an RGB image, number `index` of the data, changed."""
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(hash((self._seed, epoch, index)) % 2**63)
+        try:
+            return self._transform(image)  # type: ignore[no-any-return]
+        finally:
+            torch.set_rng_state(state)
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images of a table of classes, transformed by the model's own image processor."""
+
+    def __init__(
+        self, table: Any, processor: Any, augmentation: Augmentation | None = None
+    ) -> None:
+        self.table = table
+        self.classes = class_names(table)
+        self.processor = processor
+        self.augmentation = augmentation
+        # Set at the start of each: images are augmented anew. Shared with workers that stay.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row, options = self.table[position], {}
+        image = load_image(row)
+        if self.augmentation is not None:
+            image = self.augmentation(image, int(self.epoch), position)
+            options = self.augmentation.options
+        pixels = self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": row["label"]}
+
+    def picture(self, position: int) -> NDArray[np.float32]:
+        """Return (size, size, 3) in [0, 1]: an image as the model sees it, to be drawn."""
+        image = load_image(self.table[position])
+        seen = self.processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        return seen.permute(1, 2, 0).clamp(0, 1).numpy()  # type: ignore[no-any-return]

@@ -1,1 +1,0 @@
-"""Images for classification: a table from anywhere, checked; and as the model sees them."""
