@@ -8,8 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.data.chat_images import IMAGE, as_parts, open_image
-from pacatune.data.formats import Example, Message
+from pacatune.data.formats import IMAGE, Example, Message, as_parts, open_image
 from pacatune.data.read import named
 
 if TYPE_CHECKING:
@@ -108,8 +107,8 @@ class Encoder:
         """Return the chat as its template takes it, and the text."""
         if self.learn_all and example.skipped:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
-        if self.processor is None and example.images:
-            raise ValueError("has images, which neither this task nor a stream takes.")
+        if example.images and (self.processor is None or self.learn_all):
+            raise ValueError("has images: this task, a stream or `data.loss` 'all' is for texts.")
         # Most templates write arguments as JSON, those of a text twice; some only take a text.
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
