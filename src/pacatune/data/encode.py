@@ -127,12 +127,14 @@ class Encoder:
         """
         text = str(self._render(example, example.messages, tokenize=False))
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        needed = {_name(tool): f"tools[{i}]" for i, tool in enumerate(example.tools or ())}
+        needed = {
+            _function(tool)["name"]: f"tools[{i}]" for i, tool in enumerate(example.tools or ())
+        }
         marks, marked = {}, []
         for turn, message in enumerate(example.messages):
             where = f"of turn {turn + 1} (role {message['role']!r})"
-            calls = (*message.get("tool_calls", ()), message.get("function_call", {}))
-            needed |= {_name(call): f"tool_calls {where}" for call in calls}
+            calls = [*message.get("tool_calls", ()), message.get("function_call", {"name": ""})]
+            needed |= {_function(call)["name"]: f"tool_calls {where}" for call in calls}
             if turn in turns:
                 needed |= {message.get(name, ""): f"{name} {where}" for name in _WRITTEN}
                 pieces = IMAGE.split(message["content"])[::2]
@@ -235,9 +237,12 @@ def apply_template(writer: Any, messages: list[Message], **options: Any) -> Any:
         raise ValueError(f"{rule}.") from error
 
 
-def _name(tool: dict[str, Any]) -> str:
-    """Return the name of a function's description or call."""
-    return str(tool.get("function", tool).get("name", ""))
+def _function(tool: Any) -> dict[str, Any]:
+    """Return the description or call of a function, which has a name."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"'tools' or a call has {tool!r:.80}; each must be an object with a name.")
+    return function
 
 
 def _find_marked_template(writer: Any) -> str | None:
@@ -261,7 +266,7 @@ def _with_arguments(example: Example, *, as_text: bool) -> Example:
     example = copy.deepcopy(example)
     for message in example.messages:
         for call in message.get("tool_calls", ()):
-            function = call.get("function", call)
+            function = _function(call)
             found = function.get("arguments")
             with contextlib.suppress(ValueError):
                 found = json.loads(found) if isinstance(found, str) else found

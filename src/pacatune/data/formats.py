@@ -161,7 +161,6 @@ def to_answer(
     tools = values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = _parse_json(tools, "tools") if tools.strip() else None
-    _check_functions(tools, "tools")
     example = Example(place, context, messages, tools, skipped)
     if not example.learned_turns:
         rule = "has no assistant turn, or none of weight 1, so nothing to learn"
@@ -232,7 +231,6 @@ def _message(message: Any, images: Iterator[Any] | None) -> Message:
         rule = "it must be 0 or 1, and 1 is for assistant turns alone"
         raise ValueError(f"the weight is {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
-    _check_functions(calls, "tool_calls")
     content = _content(kept.get("content", ""), images)
     if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
         raise ValueError(f"the content is {content!r:.80}; it must be a text. Fill it.")
@@ -270,14 +268,6 @@ def _content(content: Any, images: Iterator[Any] | None) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _check_functions(value: Any, column: str) -> None:
-    """Refuse tools or calls that do not name their function."""
-    for item in _listed(value):
-        function = item.get("function", item) if isinstance(item, dict) else {}
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{column!r} has {item!r:.80}; each must be an object with a name.")
 
 
 def _from_sharegpt(turn: dict[str, Any]) -> Message:
