@@ -292,6 +292,17 @@ def test_template_without_tools_refuses_rows_with_them(tokenizer, messages, tool
         encode_with(tokenizer, CHATML, messages, tools)
 
 
+@pytest.mark.parametrize(
+    ("tools", "calls"), [([{"type": "function"}], []), (None, "f()"), (None, [3]), (None, [{}])]
+)
+def test_functions_without_a_name(tokenizer, tools, calls):
+    messages = [PLAIN[0], {**PLAIN[1], "tool_calls": calls}]
+    with pytest.raises(
+        ValueError, match=r"f, row 1: .* has .*; each must be an object with a name"
+    ):
+        encode_with(tokenizer, CHATML, messages, tools)
+
+
 @pytest.mark.parametrize("role", ["tool", "system", "developer"])
 def test_turns_of_roles_that_the_template_drops(tokenizer, role):
     messages = [*PLAIN, {"role": role, "content": "Yes."}, *PLAIN]

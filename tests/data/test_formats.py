@@ -235,18 +235,6 @@ def test_roles_of_chat_templates(role):
             r"messages\[1\]: the weight is 0; it must be",
         ),
         (
-            {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
-            r"'tools' has .*; each must be an object with a name",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": "1"}]}]},
-            r"messages\[1\]: 'tool_calls' has .*; each must be an object with a",
-        ),
-        (
-            {"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]},
-            r"messages\[1\]: 'tool_calls' has 'f\(\)'; each must be an object",
-        ),
-        (
             {"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]},
             "column 'functions' is not used by format 'messages'.*`tools`",
         ),

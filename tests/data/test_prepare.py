@@ -220,10 +220,6 @@ def test_shows_as_many_as_asked_and_there_are(tiny_tokenizer):
     assert preview(tiny_tokenizer, rows, 9).count("tokens, 1 learned") == 3
 
 
-def test_characters_of_several_tokens_are_whole(tiny_tokenizer):
-    assert "[[é 你 👍]]" in preview(tiny_tokenizer, [example(tiny_tokenizer, "a", "é 你 👍")])
-
-
 def test_brackets_in_data_are_no_markup(tiny_tokenizer):
     text = preview(
         tiny_tokenizer, [example(tiny_tokenizer, "[bold]x[/bold]", "y", "[red].jsonl, row 1")]

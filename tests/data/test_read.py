@@ -114,13 +114,10 @@ def test_bad_files(tmp_path, name, content, message):
         rows_of(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_not_utf8(tmp_path, name):
-    path = tmp_path / name
+def test_not_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
     path.write_bytes(b'text\n"\xff\xfe"\n')
-    with pytest.raises(
-        ValueError, match=r"row [12]: 'utf-8' codec can't decode.* texts are in UTF-8"
-    ):
+    with pytest.raises(ValueError, match=r"row 1: 'utf-8' codec can't decode.* texts are in UTF-8"):
         rows_of(path)
 
 

@@ -216,9 +216,13 @@ def test_what_cannot_be_done(make_run, tiny_model_dir, images):
     refused("takes texts alone; use a vision-language", model={"path": str(tiny_model_dir)})
     refused("images cannot be cut: raise it", training={"max_length": 12})
     refused("are for texts, and the data has images; drop", training={"packing": True})
-    refused(r"`data.loss` 'all' are for texts", data={"loss": "all"})
+    refused(r"has images: .* `data.loss` 'all' is for texts", data={"loss": "all"})
     streamed = {"streaming": True, "eval_fraction": 0}
-    refused("`data.streaming` and .* are for texts", data=streamed, training={"max_steps": 1})
+    refused(
+        "has images: this task, a stream or",
+        data=streamed,
+        training={"max_steps": 1},
+    )
     blind = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
     refused("does not show each of 1 images once", data={"chat_template": blind})
     mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]

@@ -168,9 +168,10 @@ class DataConfig(TextDataConfig):
     or `all`."""
 
     def __post_init__(self) -> None:
-        several = self.datasets = self.datasets and [SourceConfig.of(one) for one in self.datasets]
+        self.datasets = self.datasets and [SourceConfig.of(one) for one in self.datasets]
         super().__post_init__()
-        weights = [one.weight for one in several or () if one.weight is not None]
+        several = self.datasets or []
+        weights = [one.weight for one in several if one.weight is not None]
         alone = ["path", "name", "split", "eval_split", *([] if self.eval_path else ["format"])]
         changed = [name for name in alone if getattr(self, name) != getattr(DataConfig, name)]
         repeats = self.mix_strategy != "first_exhausted"
@@ -178,7 +179,7 @@ class DataConfig(TextDataConfig):
             f"`data.{[*changed, 'path'][0]}` is for a single data set, and there are "
             "`data.datasets`; set it for one of those": several and changed,
             "some of `data.datasets` have a `weight` and others none; give all one, or none": (
-                0 < len(weights) < len(several or ())
+                0 < len(weights) < len(several)
             ),
             "`data.mix_strategy` is for `data.datasets` with weights, and streams never run out; "
             "drop it": repeats and (self.streaming or not weights),
@@ -191,7 +192,7 @@ class DataConfig(TextDataConfig):
                 self.streaming and self.eval_fraction and not (self.eval_path or self.eval_split)
             ),
             "`data.datasets` with `data.streaming` would come one after the other; give each a "
-            "`weight`": self.streaming and len(several or ()) > 1 and not weights,
+            "`weight`": self.streaming and len(several) > 1 and not weights,
         }
         for problem, is_found in problems.items():
             if is_found:

@@ -8,8 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.data.chat_images import IMAGE, as_parts, open_image
-from pacatune.data.formats import Example, Message
+from pacatune.data.formats import IMAGE, Example, Message, as_parts, open_image
 from pacatune.data.read import named
 
 if TYPE_CHECKING:
@@ -108,8 +107,8 @@ class Encoder:
         """Return the chat as its template takes it, and the text."""
         if self.learn_all and example.skipped:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
-        if self.processor is None and example.images:
-            raise ValueError("has images, which neither this task nor a stream takes.")
+        if example.images and (self.processor is None or self.learn_all):
+            raise ValueError("has images: this task, a stream or `data.loss` 'all' is for texts.")
         # Most templates write arguments as JSON, those of a text twice; some only take a text.
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
@@ -128,12 +127,14 @@ class Encoder:
         """
         text = str(self._render(example, example.messages, tokenize=False))
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        needed = {_name(tool): f"tools[{i}]" for i, tool in enumerate(example.tools or ())}
+        needed = {
+            _function(tool)["name"]: f"tools[{i}]" for i, tool in enumerate(example.tools or ())
+        }
         marks, marked = {}, []
         for turn, message in enumerate(example.messages):
             where = f"of turn {turn + 1} (role {message['role']!r})"
-            calls = (*message.get("tool_calls", ()), message.get("function_call", {}))
-            needed |= {_name(call): f"tool_calls {where}" for call in calls}
+            calls = [*message.get("tool_calls", ()), message.get("function_call", {"name": ""})]
+            needed |= {_function(call)["name"]: f"tool_calls {where}" for call in calls}
             if turn in turns:
                 needed |= {message.get(name, ""): f"{name} {where}" for name in _WRITTEN}
                 pieces = IMAGE.split(message["content"])[::2]
@@ -236,9 +237,12 @@ def apply_template(writer: Any, messages: list[Message], **options: Any) -> Any:
         raise ValueError(f"{rule}.") from error
 
 
-def _name(tool: dict[str, Any]) -> str:
-    """Return the name of a function's description or call."""
-    return str(tool.get("function", tool).get("name", ""))
+def _function(tool: Any) -> dict[str, Any]:
+    """Return the description or call of a function, which has a name."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"'tools' or a call has {tool!r:.80}; each must be an object with a name.")
+    return function
 
 
 def _find_marked_template(writer: Any) -> str | None:
@@ -262,7 +266,7 @@ def _with_arguments(example: Example, *, as_text: bool) -> Example:
     example = copy.deepcopy(example)
     for message in example.messages:
         for call in message.get("tool_calls", ()):
-            function = call.get("function", call)
+            function = _function(call)
             found = function.get("arguments")
             with contextlib.suppress(ValueError):
                 found = json.loads(found) if isinstance(found, str) else found

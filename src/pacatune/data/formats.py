@@ -1,11 +1,14 @@
 """The accepted formats: which one a row has, and each as one kind of example."""
 
+import base64
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pacatune.data.chat_images import END, START, mark_image, references
 from pacatune.data.choices import to_question
 from pacatune.data.read import Row, named
 from pacatune.names import nearest
@@ -33,6 +36,11 @@ _OF_OTHERS = ("tools", "images", "system", "history", "functions", "documents")
 _WEIGHTS = ("weight", "train", "training", "loss")
 # What they say of parts of a message, or of degrees.
 _FINER = {"train_detail", "training_detail", "loss_scale"}
+
+# In the text of a message, an image is its path or data URI between two marks, no characters.
+START, END = "\ufdd0", "\ufdd1"
+IMAGE = re.compile(f"{START}([^{END}]*){END}")
+"""An image in the text of a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,6 @@ def to_answer(
     tools = values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = _parse_json(tools, "tools") if tools.strip() else None
-    _check_functions(tools, "tools")
     example = Example(place, context, messages, tools, skipped)
     if not example.learned_turns:
         rule = "has no assistant turn, or none of weight 1, so nothing to learn"
@@ -224,7 +231,6 @@ def _message(message: Any, images: Iterator[Any] | None) -> Message:
         rule = "it must be 0 or 1, and 1 is for assistant turns alone"
         raise ValueError(f"the weight is {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
-    _check_functions(calls, "tool_calls")
     content = _content(kept.get("content", ""), images)
     if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
         raise ValueError(f"the content is {content!r:.80}; it must be a text. Fill it.")
@@ -264,14 +270,6 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_functions(value: Any, column: str) -> None:
-    """Refuse tools or calls that do not name their function."""
-    for item in _listed(value):
-        function = item.get("function", item) if isinstance(item, dict) else {}
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{column!r} has {item!r:.80}; each must be an object with a name.")
-
-
 def _from_sharegpt(turn: dict[str, Any]) -> Message:
     """Return one of ShareGPT's turns as a message."""
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -288,3 +286,52 @@ def _parse_json(text: Any, column: str) -> Any:
         return json.loads(text)
     except (TypeError, ValueError):
         raise ValueError(f"{column!r} is {text!r:.80}; it must be JSON.") from None
+
+
+def references(messages: list[dict[str, Any]]) -> list[str]:
+    """Return the images of a chat, in order."""
+    return [image for message in messages for image in IMAGE.findall(message["content"])]
+
+
+def mark_image(image: Any) -> str:
+    """Return what stands for an image that a row names or holds."""
+    if isinstance(image, dict):  # as tables keep them, and OpenAI
+        image = image.get("bytes") or image.get("path") or image.get("url")
+    if hasattr(image, "save"):
+        data = io.BytesIO()
+        image.convert("RGB").save(data, "PNG")
+        image = data.getvalue()
+    if isinstance(image, bytes):
+        image = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    if not isinstance(image, str):
+        raise ValueError(f"the image is {image!r:.40}; give a path or a data URI.")
+    if not image.startswith("data:image/"):
+        path = Path(image).expanduser().resolve()
+        if "://" in image or not path.is_file():
+            rule = "which is no file here; nothing is fetched while data is read: give its path"
+            raise ValueError(f"the image is {image!r:.80}, {rule}.")
+        image = str(path)
+    return f"{START}{image}{END}"
+
+
+def as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose content is a list of texts and opened images, as processors want."""
+    pieces = [
+        {"type": "image", "image": open_image(piece)}
+        if number % 2
+        else {"type": "text", "text": piece}
+        for number, piece in enumerate(IMAGE.split(message["content"]))
+        if piece
+    ]
+    return {**message, "content": pieces}
+
+
+def open_image(reference: str) -> Any:
+    """Open an image of a chat."""
+    from PIL import Image
+
+    source: Any = reference
+    if reference.startswith("data:"):
+        source = io.BytesIO(base64.b64decode(reference.partition(",")[2]))
+    with Image.open(source) as image:
+        return image.convert("RGB")

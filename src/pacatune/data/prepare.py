@@ -68,10 +68,7 @@ def prepare_data(
         sampled = [replace(one, limit=NUM_SAMPLED) for one in sources]
     processor = None
     has_images = any(shows for _, _, shows in (one.survey for one in sampled))
-    if load_processor is not None and has_images:
-        if config.streaming or config.loss == "all":
-            rule = "`data.streaming` and `data.loss` 'all' are for texts"
-            raise ValueError(f"{rule}, and the data has images; drop them.")
+    if load_processor is not None and has_images and not config.streaming:
         processor = load_processor()
     encoder = Encoder(
         tokenizer=tokenizer,

@@ -209,11 +209,6 @@ def pixels(image):
     return np.asarray(converted)
 
 
-def test_grey_is_the_same_in_each_channel():
-    rgb = pixels(stored(Image.fromarray(GRADIENT)))
-    assert np.array_equal(rgb, np.repeat(GRADIENT[..., None], 3, axis=2))
-
-
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_keep_their_range(kind):
     sixteen = GRADIENT.astype(np.uint16) * 256 + 77
@@ -230,22 +225,29 @@ def test_transparent_pixels_are_white_whatever_they_hide():
     assert rgb[1, 0].tolist() == [255, 255, 255]
 
 
-def test_palette_with_a_transparent_colour():
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    rgb = pixels(stored(image, transparency=1))
-    assert rgb[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+PALETTE = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+PALETTE.putpalette([255, 0, 0, 0, 255, 0])
 
 
-def test_grey_with_alpha():
-    image = Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8), "LA")
-    assert pixels(stored(image))[0].tolist() == [[40] * 3, [255] * 3]
-
-
-def test_cmyk_and_one_bit():
-    cmyk = pixels(stored(Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "TIFF"))
-    assert cmyk[0, 0].tolist() == [255, 255, 255]
-    assert pixels(stored(Image.new("1", (2, 2), 1)))[0, 0].tolist() == [255, 255, 255]
+@pytest.mark.parametrize(
+    ("image", "options", "first", "last"),
+    [
+        (Image.fromarray(GRADIENT), {}, [0] * 3, [255] * 3),
+        (PALETTE, {"transparency": 1}, [255, 0, 0], [255] * 3),
+        (
+            Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8), "LA"),
+            {},
+            [40] * 3,
+            [255] * 3,
+        ),
+        (Image.new("CMYK", (2, 2), (0, 0, 0, 0)), {"kind": "TIFF"}, [255] * 3, [255] * 3),
+        (Image.new("1", (2, 2), 1), {}, [255] * 3, [255] * 3),
+    ],
+    ids=["grey", "palette", "grey with alpha", "CMYK", "one bit"],
+)
+def test_other_modes(image, options, first, last):
+    rgb = pixels(stored(image, **options))
+    assert (rgb[0, 0].tolist(), rgb[-1, -1].tolist()) == (first, last)
 
 
 def test_photographs_are_upright():
