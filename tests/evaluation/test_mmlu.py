@@ -141,7 +141,9 @@ def test_damaged_folders(tasks_dir, tmp_path):
     data = folder / "data" / "virology_dev.jsonl"
     whole = data.read_text()
     data.write_text(whole[:-40])
-    with pytest.raises(ValueError, match=r"virology_dev.jsonl, row 5: not valid JSON"):
+    with pytest.raises(
+        ValueError, match=r"virology_dev.jsonl, row 5: .*a .jsonl file has one object"
+    ):
         prepare_mmlu(folder)
     data.unlink()
     with pytest.raises(FileNotFoundError, match=r"virology_dev\.jsonl is missing, data of"):

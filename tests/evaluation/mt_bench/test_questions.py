@@ -87,7 +87,7 @@ def test_damaged_questions_are_refused(tmp_path, change, message):
 def test_a_file_that_breaks_off_is_refused(tmp_path):
     path = write_lines(tmp_path / "q.jsonl", question_rows())
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match="row 8: not valid JSON"):
+    with pytest.raises(ValueError, match=r"row 8: .*a .jsonl file has one object"):
         read_questions(str(path))
 
 
