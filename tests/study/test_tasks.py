@@ -177,8 +177,8 @@ def test_diverged_run_is_a_failure(class_options, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": ""}, r"`data.path` is ''; give a file with columns text and label"),
-        ({"num_train": 55}, r"60 rows, of which 6 are held out; `data.num_train` \(55\) must be"),
+        ({"path": ""}, r"`data.path` is ''; give a file, a folder or"),
+        ({"num_train": 55}, r"`data.num_train` \(55\) must be at most 54"),
         ({"num_train": 0}, r"`data.num_train` \(0\) must be at least 1"),
         ({"max_length": 0}, r"`data.max_length` \(0\) must be at least 1"),
     ],

@@ -261,8 +261,8 @@ class TextClassConfig(DataSection):
     num_train: int | None = None
     """Train on this many rows; all where null."""
 
-    max_length: int = 128
-    """Tokens at which texts are cut."""
+    max_length: int | None = 128
+    """Tokens at which texts are cut; the tokenizer's own limit where null."""
 
 
 @dataclass(kw_only=True)
