@@ -97,8 +97,9 @@ class Work:
     @contextlib.contextmanager
     def quiet(self, name: str) -> Iterator[Any]:
         """Send what is printed meanwhile to NAME.log, and free memory afterwards."""
-        from pacatune.study.tasks import released
         from rich.console import Console
+
+        from pacatune.study.tasks import released
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
