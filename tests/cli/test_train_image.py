@@ -78,7 +78,7 @@ def test_preset_comes_first(words, capsys):
         (["--method", "qlora"], "method"),
         (
             ["--data.path", "nowhere/x/y"],
-            "nowhere/x/y does not exist; `data.path` must be a folder",
+            "nowhere/x/y does not exist; check `data.path`",
         ),
         (["--model.path", ""], "`model.path` is ''; give a hub id"),
         (
