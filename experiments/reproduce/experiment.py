@@ -161,8 +161,8 @@ def picture(experiment: Experiment) -> str:
 def draw(experiment: Experiment, found: Mapping[str, Finished], folder: Path) -> bool:
     """Draw shares and differences, the paper's and ours; return whether there are any."""
     ours = list(shares(experiment, [row for one in found.values() for row in one.rows]))
-    whats = {row.what for row in ours}
-    theirs = [row for row in shares(experiment, experiment.paper) if row.what in whats]
+    quantities = {row.what for row in ours}
+    theirs = [row for row in shares(experiment, experiment.paper) if row.what in quantities]
     if not ours:
         return False
     shown = [replace(row, unit="share" if row.unit == "ratio" else "points") for row in theirs]
