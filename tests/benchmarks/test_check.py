@@ -52,7 +52,7 @@ def test_times_may_be_fifteen_per_cent_slower():
     assert line.endswith("the ratio of times is not in the committed result")
 
 
-@pytest.mark.parametrize("name", {*check.EXACT, *check.SLOW})
+@pytest.mark.parametrize("name", sorted({*check.EXACT, *check.SLOW}))
 def test_every_committed_row_has_a_name_of_its_own(name):
     rows, _ = check.committed(name)
     keys = [check._key(row) for row in exact(rows)]
