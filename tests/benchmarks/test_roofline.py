@@ -11,7 +11,8 @@ def test_complete_result(tmp_path, monkeypatch):
     roofline.main(["--output", str(tmp_path), "--model", model])
     rows = read("roofline", tmp_path).rows
     assert len(rows) == len(roofline.ADAPTERS) * len(roofline.COMPARED)
-    assert all(0 < row.low <= row.value <= row.high for row in rows)
+    for row in rows:  # sums of the same times in another order differ in their last bits
+        assert 0 < row.low <= row.value * (1 + 1e-9) <= row.high * (1 + 2e-9)
     assert {row.origin for row in rows} == {"simulated"}
     lines = tables.block("roofline", tmp_path).splitlines()
     assert lines[0].startswith("| setting | paca, ms | lora, ms |")

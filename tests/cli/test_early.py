@@ -66,7 +66,7 @@ WRONG_WORDS = {
     "estimate nosuch": "unknown model 'nosuch'; ",
     "estimate llama3-8b --gpu foo": "foo",
     "estimate llama3-8b --rank 0": "`rank` (0) must be",
-    "bench --output out --model ./nosuch": "./nosuch does not exist; give a config.json",
+    "bench --output out --model ./nosuch": "./nosuch does not exist; check `model`",
     "bench --output out --shape 3": "3",
     "compare --config wrong.yaml --output out": "wrong.yaml: unknown key 'training'",
 }

@@ -32,6 +32,7 @@ _JOBS = "jobs"
 _T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _RULES = {"l": "---", "r": "--:"}
 _INCHES_PER_BAR = 0.22
+_INCHES_PER_LETTER = 0.085
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,41 +369,51 @@ def _title(column: tuple[str, ...], units: list[str]) -> str:
 
 
 def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> Any:
-    """Draw rows as `table` lays them out: a panel for each quantity, in it bars side by side.
+    """Draw rows as `table` lays them out: a panel for each quantity, in it bars in groups.
 
     Intervals are drawn. Returns a figure of matplotlib; see `reports.figures.save_figure`.
     """
-    panels: dict[tuple[str, str], list[Row]] = {}
-    lines, series = dict[tuple[str, ...], None](), dict[tuple[str, ...], None]()
+    from matplotlib.patches import Patch
+
+    panels: dict[tuple[str, str], dict[tuple[str, ...], list[Row]]] = {}
+    colors: dict[tuple[str, ...], str] = {}
     for row in rows:
-        panels.setdefault((row.what, row.unit), []).append(row)
-        lines[_key(row, index)] = series[_key(row, columns)] = None
-    figure = new_figure(4.2 * len(panels), 1.4 + _INCHES_PER_BAR * len(lines) * len(series))
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, ((what, unit), group) in zip(grid, panels.items(), strict=True):
-        for number, one in enumerate(series):
-            shift = (number - (len(series) - 1) / 2) * 0.8 / len(series)
-            own = {_key(r, index): r for r in group if _key(r, columns) == one}
-            places = [place + shift for place, line in enumerate(lines) if line in own]
-            bars = [own[line] for line in lines if line in own]
-            _draw(axes, places, bars, 0.8 / len(series), plain_text(", ".join(filter(None, one))))
+        panels.setdefault((row.what, row.unit), {}).setdefault(_key(row, index), []).append(row)
+        colors.setdefault(_key(row, columns), f"C{len(colors)}")
+    labels = [plain_text(", ".join(filter(None, one))) for one in colors]
+    names = {", ".join(line) for panel in panels.values() for line in panel}
+    width = (2.7 + _INCHES_PER_LETTER * max(map(len, names))) * len(panels)
+    num_beside = int(width / (0.6 + _INCHES_PER_LETTER * max(map(len, labels)))) or 1
+    tallest = max(sum(len(group) + 1 for group in panel.values()) for panel in panels.values())
+    num_lines = tallest + math.ceil(len(labels) / num_beside)
+    figure = new_figure(width, 1 + _INCHES_PER_BAR * num_lines)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((what, unit), groups) in zip(grid, panels.items(), strict=True):
+        middles, top = list[float](), 0
+        for group in groups.values():
+            middles.append(top + (len(group) - 1) / 2)
+            _draw(axes, top, group, [colors[_key(row, columns)] for row in group])
+            top += len(group) + 1
         axes.set_xlabel(plain_text(", ".join(filter(None, (what, unit)))))
-        axes.set_yticks(range(len(lines)), [plain_text(", ".join(line)) for line in lines])
+        axes.set_yticks(middles, [plain_text(", ".join(line)) for line in groups])
+        axes.set_ylim(tallest - 0.9, -1.1)
         axes.margins(x=0.2)
         if unit == "bytes":
             axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
             axes.locator_params(axis="x", nbins=4)
-    grid[0].invert_yaxis()
-    if len(series) > 1:
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize="small", loc="outside upper left", ncols=9)
+    if len(colors) > 1:
+        both = zip(colors.values(), labels, strict=True)
+        bars = [Patch(color=color, label=label) for color, label in both]
+        place = {"loc": "outside upper left", "ncols": num_beside}
+        figure.legend(handles=bars, fontsize="small", **place)
     return figure
 
 
-def _draw(axes: Any, places: list[float], rows: list[Row], height: float, label: str) -> None:
+def _draw(axes: Any, top: int, rows: list[Row], colors: list[str]) -> None:
     lows = [0.0 if row.low is None else row.value - row.low for row in rows]
     highs = [0.0 if row.high is None else row.high - row.value for row in rows]
     values = [row.value for row in rows]
-    bars = axes.barh(places, values, height, xerr=[lows, highs], label=label)
+    places = range(top, top + len(rows))
+    bars = axes.barh(places, values, 0.9, xerr=[lows, highs], color=colors)
     texts = [number_text(row.value, row.unit) for row in rows]
     axes.bar_label(bars, texts, fontsize="x-small", padding=2)
