@@ -72,8 +72,10 @@ class Delta(nn.Module):
         return apply(columns, (widened(self.weight) * scaling).to(columns.dtype))
 
 
-class PacaLayer(TunerLayer, nn.Module):
+class PacaLayer(nn.Module, TunerLayer):
     """Per-adapter deltas and columns over one base layer.
+
+    nn.Module stands first: `fully_shard` gives an instance another class, of the same layout alone.
 
     Attributes:
         paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R).
