@@ -103,8 +103,8 @@ def test_units_at_the_proportions_of_llama3_8b(level, bound, monkeypatch):
     """At 8B the columns are an eighth of what they are here: 23.06, 9.06 and 6.06 units."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
     row = count("paca", "bfloat16", f"level {level}", False, SHAPE, 0)
-    assert row["units"] == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
-    assert row["units"] <= bound
+    assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
+    assert row.value <= bound
     assert formula_units(benchmark.LAYER, level=level) <= {1: 23.1, 2: 9.1, 3: 6.1}[level]
 
 
@@ -112,14 +112,14 @@ def test_units_at_the_proportions_of_llama3_8b(level, bound, monkeypatch):
 def test_units_of_lora(level, bound, monkeypatch):
     """Its inputs are recomputed like what is made of them: at level 3 it keeps what PaCA does."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
-    assert count("lora", "bfloat16", f"level {level}", False, SHAPE, 0)["units"] <= bound
+    assert count("lora", "bfloat16", f"level {level}", False, SHAPE, 0).value <= bound
 
 
 def test_casts_of_finer_adapters_are_made_again(monkeypatch):
     """The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
     one, two = (
-        count("lora", "float32", f"level {level}", False, SHAPE, 0)["units"] for level in (1, 2)
+        count("lora", "float32", f"level {level}", False, SHAPE, 0).value for level in (1, 2)
     )
     assert one - two >= 14 + 7 + 14
 
