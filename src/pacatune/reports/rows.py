@@ -397,7 +397,7 @@ def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> A
         axes.set_xlabel(plain_text(", ".join(filter(None, (what, unit)))))
         axes.set_yticks(middles, [plain_text(", ".join(line)) for line in groups])
         axes.set_ylim(tallest - 0.9, -1.1)
-        axes.margins(x=0.2)
+        axes.margins(x=0.3)
         if unit == "bytes":
             axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
             axes.locator_params(axis="x", nbins=4)
