@@ -140,16 +140,6 @@ def test_transformer_has_the_linear_layers_of_its_blocks_adapted(make_config, me
     assert planned.num_trainable_parameters == 2 * rank * linear + head
 
 
-def test_budget_of_a_part(make_config, cnn):
-    """As many parameters in the output projections alone; a CNN has none."""
-    planned, adapter_config, _ = plan(make_config(paca=PacaSection(r=4, budget="output")))
-    assert len(planned.targets) == 4
-    assert adapter_config.r == 14  # 4 * (4 * 32 + 64 + 32) / (32 + 32)
-    assert planned.num_trainable_parameters == 2 * 14 * (32 + 32) + 32 * 3 + 3
-    with pytest.raises(ValueError, match=r"`budget` \('mlp'\): the name '.*' does not say whether"):
-        plan(make_config(**{**cnn, "paca": PacaSection(r=4, budget="mlp")}))
-
-
 def test_kin_of_lora(make_config, cnn):
     lora, _, _ = plan(make_config("lora"))
     dora, adapter_config, _ = plan(make_config("dora"))
