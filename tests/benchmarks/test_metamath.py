@@ -46,7 +46,7 @@ def stated():
 def test_configuration(folder):
     values = json.loads((folder / "adapter_config.json").read_text())
     config = PeftConfig.from_pretrained(str(folder))
-    assert type(config) is (PacaConfig if folder.parent.name == "paca" else LoraConfig)
+    assert type(config) is (PacaConfig if folder.parent.name == "pacatune" else LoraConfig)
     for name, value in values.items():
         found = getattr(config, name)
         if name != "peft_type":
@@ -77,7 +77,7 @@ def test_run_is_that_of_peft(tmp_path):
     )
     script = tmp_path / "run_with_pacatune.py"
     script.write_text((ROOT / script.name).read_text())
-    folder = ROOT / "experiments/paca/llama-3.2-3B-rank80-lr3e-4"
+    folder = ROOT / "experiments/pacatune/llama-3.2-3B-rank80-lr3e-4"
     result = subprocess.run(
         [sys.executable, str(script), "-v", str(folder)], capture_output=True, text=True, check=True
     )
