@@ -1,4 +1,4 @@
-"""Run PEFT's run.py with pacatune imported: python run_with_pacatune.py -v experiments/pacatune/..."""
+"""Run PEFT's run.py with pacatune imported: python run_with_pacatune.py -v experiments/..."""
 
 import runpy
 import sys
