@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.packaged import default_cache, prepare
 from experiments.paper import Line, Table
 from experiments.paper.settings import Settings, of_line
 from pacatune.measure.presets import PRESETS
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 SEED = 42
 """That of the authors' scripts for MMLU and for Oasst1 on the 8B model."""
-PACKAGED = Path("~/.cache/pacatune")
-"""Where `python -m examples.packaged` puts what small runs need."""
 _REPORT = "report.json"  # written last: a run that has it has ended well
 
 
@@ -219,7 +218,7 @@ def study_job(
     from pacatune.study import Arm, StudyConfig, run_study
 
     config = StudyConfig(
-        task=str(PACKAGED / f"{task}.yaml"),
+        task=str(default_cache() / f"{task}.yaml"),
         arms={line.method: Arm(method=line.method, **arm)},
         forgetting_tokens=0,
         **options,
@@ -227,6 +226,7 @@ def study_job(
 
     def run(folder: Path) -> list[Row]:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        prepare(task)
         (found,) = run_study(config, folder).arms.values()
         if found.mean is None:
             raise RuntimeError(f"no run of {line.title} ended well: {' '.join(found.failures)}")

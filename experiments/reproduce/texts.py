@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from examples.packaged import prepare
 from experiments.paper import Line, Table
 from experiments.paper.settings import SCRIPTS, Settings, of_line
 from experiments.paper.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_5
 from experiments.reproduce.costs import MODEL, memory_jobs, step_jobs
 from experiments.reproduce.experiment import NATS, Experiment, Scale
 from experiments.reproduce.runs import (
-    PACKAGED,
     Work,
     full_jobs,
     hub_id,
@@ -113,14 +113,7 @@ def _small_job_1(line: Line) -> Job:
 
 
 def _run_small_1(line: Line, folder: Path) -> list[Row]:
-    packaged = PACKAGED.expanduser()
-    model, data = packaged / "smollm2-135m-instruct-q4_1", packaged / _DATA
-    for path in (model, data):
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"{path} is missing; in a checkout, `python -m examples.packaged smollm2 {_DATA}` "
-                "prepares it."
-            )
+    model, data = prepare("smollm2"), prepare(_DATA)
     work, note = Work(folder), ""
     adapters: list[Path | None] = [None]
     if line.is_trained:
@@ -243,7 +236,7 @@ def _judge(table: Table, work: Work, line: Line, adapter: Path | None) -> list[R
     from experiments.mt_bench.run import run_mt_bench
 
     held = {"quantization": "nf4"} if line.method in ("quantized", "qlora", "qpaca") else {}
-    folder = PACKAGED.expanduser() / "mt-bench-26.3"
+    folder = prepare("mt-bench")
     files = {name: str(folder / file) for name, file in _FILES.items()}
     config = MtBenchConfig(
         output=work.folder / "mt-bench",
