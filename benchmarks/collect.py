@@ -3,8 +3,8 @@
     python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
     python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
 
-FOLDER is what `pacatune bench` or `compare` wrote. STUDY is what its
-name begins with: selection or quality. `make report` makes the pages and pictures again.
+FOLDER is what `pacatune bench` or `compare` wrote. STUDY is what its name begins with: selection or
+quality. `make report` makes the pages and pictures again.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.results import RESULTS, write_json
+
 STUDIES = "selection"
 """Name of the two files of a study: .json, what each of its parts found, and .csv, a line for each
 run. The folders of the parts begin with it."""
@@ -86,7 +87,7 @@ def _collect(folders: Sequence[Path], name: str, results: Path) -> list[Path]:
         studies[folder.name] = study
         rows = [row for row in rows if row["study"] != folder.name]
         rows += _runs_of(folder, study)
-    _write_json(found, studies)
+    write_json(studies, found)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -121,11 +122,6 @@ def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
     arms = list(study["arms"])
     rows.sort(key=lambda one: (arms.index(one["arm"]), one["learning_rate"], one["seed"]))
     return rows
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

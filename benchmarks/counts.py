@@ -12,17 +12,13 @@ from pacatune.residency import put as residency
 
 
 def formula_bytes(
-    layers: dict[nn.Module, str], num_tokens: int | dict[nn.Module, int], dtype: torch.dtype
+    layers: dict[nn.Module, str], num_tokens: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Return what PaCA has to keep: N * R elements per layer, by kind of layer.
-
-    N is `num_tokens`, of all layers or of each; for a convolution all positions of all images.
-    """
+    """Return what PaCA has to keep: N * R elements per layer of `num_tokens`, by kind of layer."""
     totals = dict.fromkeys(layers.values(), 0)
     for layer, kind in layers.items():
         (rank,) = layer.r.values()
-        number = num_tokens if isinstance(num_tokens, int) else num_tokens[layer]
-        totals[kind] += number * rank * dtype.itemsize
+        totals[kind] += num_tokens * rank * dtype.itemsize
     return totals
 
 
@@ -43,7 +39,7 @@ def count_column_writes() -> Iterator[Callable[[], int]]:
 def hold_bytes(
     kept: dict[str, int],
     layers: dict[nn.Module, str],
-    num_tokens: int | dict[nn.Module, int],
+    num_tokens: int,
     dtype: torch.dtype,
 ) -> None:
     """Refuse a PaCA whose layers keep a byte more, or less, than the formula gives."""

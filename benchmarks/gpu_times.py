@@ -6,6 +6,7 @@ Contenders are on the device together and take turns, a whole step each: its tim
 events on CUDA, and by the clock elsewhere. Ratios are those of the medians.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from pacatune.measure.methods import adapt as adapt_measured
 from pacatune.measure.models import loss_of, loss_of_graph, make_batch
 from pacatune.measure.setting import MicroBatch, quantization_of
 from pacatune.measure.step import Step
-from pacatune.measure.timing import alternate, summarize
+from pacatune.measure.timing import alternate
 from pacatune.reports.rows import Row
 
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")
@@ -104,7 +105,7 @@ def measure_ceilings(device: torch.device, sizes: Sizes) -> Found:
 
 def _median_seconds(device: torch.device, run: Callable[[], Any]) -> float:
     times = alternate({"": partial(timed, run, device)}, seconds=0.0, min_rounds=10, num_warmup=3)
-    return summarize(times[""], "s")["s"]
+    return statistics.median(times[""])
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -2,9 +2,8 @@
 
     python -m benchmarks.lengths               writes benchmarks/results/lengths.json
 
-`rows`: LLaMA3-8B on 80 GB, at each lean level. `small_rows`: models on 24 GB. Rank 8, one sequence
-per step, as `pacatune estimate --max seq-len`. Deterministic, and needs no GPU: some minutes of one
-core.
+LLaMA3-8B on 80 GB, at each lean level; models on 24 GB. Rank 8, one sequence per step, as
+`pacatune estimate --max seq-len`. Deterministic, and needs no GPU: half an hour of one core.
 """
 
 import sys

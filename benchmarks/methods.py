@@ -4,7 +4,7 @@ Every adapter is made by PEFT with the same rank, alpha (= rank, so that the fac
 and defaults; every method that trains has torch's fused AdamW over its trainable parameters only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from pacatune.tuner.layer import PacaLayer
 
 OURS = "paca"
 SWAP = "swap"
-HEAD = "head"  # of models that have one to train
 METHODS = {
     "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
     "paca": "ours, r = 8",
@@ -56,15 +55,10 @@ def adapt(
     *,
     targets: str | list[str],
     seed: int,
-    heads: Sequence[str] = (),
 ) -> Contender:
-    """Make `model` a contender, in place: of one of `all_methods()`, or `HEAD` where it has heads.
-
-    See `pacatune.measure.methods.adapt`.
-    """
-    known = [*all_methods(), *([HEAD] if heads else [])]
-    if method not in known:
-        raise ValueError(f"`method` ({method!r}) must be one of {sorted(known)}.")
+    """Make `model` a contender of one of `all_methods()`, in place: `pacatune.measure.methods`."""
+    if method not in all_methods():
+        raise ValueError(f"`method` ({method!r}) must be one of {sorted(all_methods())}.")
     plain, rank = _PLAIN.get(method, method), _RANKS.get(method, RANK)
     contender = make_contender(
         model,
@@ -73,7 +67,6 @@ def adapt(
         dropout=DROPOUT,
         seed=seed,
         targets=targets,
-        heads=heads,
         groups=_GROUPS.get(method, 1),
     )
     if method == SWAP:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.methods import OURS, all_methods
-from pacatune.measure.timing import alternate, compare, summarize
+from pacatune.measure.timing import alternate, ratio_row, time_row
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import (
     Noise,
@@ -193,27 +193,14 @@ def take_turns(
     for method, measured in rounds.items():
         of_phases = [one if isinstance(one, Sequence) else (one,) for one in measured]
         steps[method] = [sum(one[:num_of_step]) for one in of_phases]
-        found = summarize([1e3 * seconds for seconds in steps[method]], "ms")
-        ends = {"low": found["ms_quartile_1"], "high": found["ms_quartile_3"]}
+        rows.append(time_row(steps[method], what="step", method=method, **names))
         common = {"method": method, "n": len(measured), **names}
-        rows.append(Row(what="step", value=found["ms"], unit="ms", **ends, **common))  # type: ignore[arg-type]
         for phase, seconds in zip(phases, zip(*of_phases, strict=True), strict=False):
             value = 1e6 * statistics.median(seconds)
             rows.append(Row(what=phase, value=value, unit="us", **common))  # type: ignore[arg-type]
     for ours, other in _pairs(steps) if pairs is None else pairs:
-        ratio = compare(steps[ours], steps[other], seed=args.seed)
-        rows.append(
-            Row(
-                what="step",
-                method=f"{ours} / {other}",
-                value=ratio["ratio"],
-                low=ratio["low"],
-                high=ratio["high"],
-                unit="ratio",
-                n=len(steps[ours]),
-                **names,  # type: ignore[arg-type]
-            )
-        )
+        both, title = (steps[ours], steps[other]), f"{ours} / {other}"
+        rows.append(ratio_row(*both, seed=args.seed, what="step", method=title, **names))
     return rows, noise.to_dict()
 
 

@@ -21,8 +21,10 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
             continue
         names: dict[str, Any] = {"method": name, "model": model, "n": len(arm["values"])}
         each = tuple(factor * arm["values"][seed] for seed in sorted(arm["values"]))
-        mean, spread = factor * arm["mean"], spread_of_mean(each) if len(each) > 1 else 0.0
-        ends = {"low": mean - spread, "high": mean + spread}
+        mean, ends = factor * arm["mean"], dict[str, float]()
+        if len(each) > 1:  # of one run nothing is known of the spread
+            spread = spread_of_mean(each)
+            ends = {"low": mean - spread, "high": mean + spread}
         score = f"test {study['metric'].replace('_', ' ')}"
         yield Row(what=score, value=mean, unit=unit, each=each, **ends, **names)
         edge = "at the edge of its grid" * arm["at_edge"]

@@ -25,7 +25,7 @@ from experiments.reproduce.texts import seed_interval
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.methods import adapt
 from pacatune.measure.step import Step
-from pacatune.measure.timing import alternate, compare
+from pacatune.measure.timing import alternate, ratio_row
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
@@ -209,20 +209,9 @@ class _Images:
         times = alternate(runs, seconds=_SECONDS, min_rounds=5, num_warmup=1)
         ours, *others = methods
         for other in others:
-            found = compare(times[ours], times[other], seed=0)
-            rows.append(
-                Row(
-                    what="training time",
-                    method=f"{titles[ours]} / {titles[other]}",
-                    value=found["ratio"],
-                    low=found["low"],
-                    high=found["high"],
-                    unit="ratio",
-                    n=len(times[ours]),
-                    setting=f"a step, {how}",
-                    **names,
-                )
-            )
+            both, title = (times[ours], times[other]), f"{titles[ours]} / {titles[other]}"
+            names |= {"what": "training time", "setting": f"a step, {how}"}
+            rows.append(ratio_row(*both, seed=0, method=title, **names))
         return rows
 
     def _full_job(self, line: Line, key: str, preset: str) -> Job:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pacatune.measure.timing import alternate, compare, order_of_round, summarize
+from pacatune.measure.timing import alternate, order_of_round, ratio_row, time_row
 
 
 @pytest.mark.parametrize("num", [2, 3, 7, 8])
@@ -38,21 +38,21 @@ def test_contenders_take_turns_without_the_collector():
     assert gc.isenabled()
 
 
-def test_summary_has_median_quartiles_and_minimum():
-    summary = summarize([4.0, 1.0, 2.0, 3.0, 5.0], "step_ms")
-    assert summary == {
-        "step_ms": 3.0,
-        "step_ms_quartile_1": 2.0,
-        "step_ms_quartile_3": 4.0,
-        "step_ms_min": 1.0,
-    }
-    assert summarize([7.0], "step_ms")["step_ms_quartile_3"] == 7.0
+NAMES = {"what": "step", "method": "paca"}
+
+
+def test_row_of_times_has_median_and_quartiles():
+    row = time_row([4.0, 1.0, 2.0, 3.0, 5.0], **NAMES)
+    assert (row.value, row.low, row.high, row.unit, row.n) == (3000.0, 2000.0, 4000.0, "ms", 5)
+    assert time_row([7.0], **NAMES).high == 7000.0
 
 
 def test_interval_of_a_ratio_draws_whole_rounds():
     reference = [1.0, 10.0, 2.0, 30.0, 3.0]  # noise that hits both alike
-    ratio = compare([0.5 * seconds for seconds in reference], reference, seed=0)
-    assert ratio == pytest.approx({"ratio": 0.5, "low": 0.5, "high": 0.5, "ratio_of_minima": 0.5})
-    noisy = compare([1.0, 2.0, 3.0, 4.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0], seed=0)
-    assert noisy["low"] < noisy["ratio"] == 1.5 < noisy["high"]
-    assert noisy == compare([1.0, 2.0, 3.0, 4.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0], seed=0)
+    half = ratio_row([0.5 * seconds for seconds in reference], reference, seed=0, **NAMES)
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert (half.unit, half.n) == ("ratio", 5)
+    both = [1.0, 2.0, 3.0, 4.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0]
+    noisy = ratio_row(*both, seed=0, **NAMES)
+    assert noisy.low < noisy.value == 1.5 < noisy.high
+    assert noisy == ratio_row(*both, seed=0, **NAMES)

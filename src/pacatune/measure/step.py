@@ -33,7 +33,7 @@ from pacatune.measure.models import (
     make_skeleton,
 )
 from pacatune.measure.setting import BenchConfig, MicroBatch, quantization_of
-from pacatune.measure.timing import alternate, compare, summarize
+from pacatune.measure.timing import alternate, ratio_row, time_row
 from pacatune.reports.rows import Row
 
 # Hints about optional kernels that nobody here asked for.
@@ -247,10 +247,9 @@ def time_together(config: BenchConfig, setting: MicroBatch, methods: tuple[str, 
         pairs: dict[str, tuple[Any, Any]] = {"step": (whole[ours], whole[other])}
         pairs |= dict(zip(PHASES[:2], zip(phases[ours], phases[other], strict=True), strict=False))
         for what, (above, below) in pairs.items():
-            found = compare(list(above), list(below), seed=config.seed)
-            spread = {"low": found["low"], "high": found["high"], "n": len(above)}
-            name = f"{ours} / {other}"
-            rows.append(_row(config, setting, name, what, found["ratio"], "ratio", **spread))
+            names = {"what": what, "method": f"{ours} / {other}", "model": config.title}
+            names["setting"] = setting.label
+            rows.append(ratio_row(list(above), list(below), seed=config.seed, **names))
     return rows
 
 
@@ -264,9 +263,8 @@ def time_rows(
     """Return medians and quartiles of phases and steps, given in seconds, and of the throughput."""
     rows = []
     for what, seconds in [*zip(PHASES, phases, strict=False), ("step", steps)]:
-        found = summarize([1e3 * second for second in seconds], "ms")
-        spread = {"low": found["ms_quartile_1"], "high": found["ms_quartile_3"], "n": len(steps)}
-        rows.append(_row(config, setting, method, what, found["ms"], "ms", **spread))
+        names = {"method": method, "model": config.title, "setting": setting.label}
+        rows.append(time_row(list(seconds), what=what, **names))
     step, per_step = rows[-1], 1e3 * setting.num_rows
     unit = "sentences/s"
     if config.sweep is None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pacatune.reports.rows import Row
+
 Times = list[float]
 _NUM_RESAMPLES = 2000
 _NUM_ROUNDS_PER_COLLECTION = 10
@@ -62,32 +64,35 @@ def _without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def summarize(times: Times, name: str) -> dict[str, float]:
-    """Return the median under `name`, quartiles and minimum under names that start with it."""
-    quartiles = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else times * 3
-    return {
-        name: quartiles[1],
-        f"{name}_quartile_1": quartiles[0],
-        f"{name}_quartile_3": quartiles[2],
-        f"{name}_min": min(times),
-    }
+def time_row(times: Times, **names: Any) -> Row:
+    """Return the median of times in seconds as a row in milliseconds, with the quartiles.
+
+    Args:
+        times: Of each round.
+        **names: `what`, `method` and other fields of the row.
+    """
+    low, median, high = (
+        statistics.quantiles(times, n=4, method="inclusive") if times[1:] else times * 3
+    )
+    return Row(value=1e3 * median, low=1e3 * low, high=1e3 * high, unit="ms", n=len(times), **names)
 
 
-def compare(times: Times, reference: Times, *, seed: int) -> dict[str, float]:
-    """Return the ratio of two contenders' medians, how sure it is, and the ratio of their minima.
+def ratio_row(times: Times, reference: Times, *, seed: int, **names: Any) -> Row:
+    """Return the ratio of two contenders' medians as a row, and how sure it is.
 
     Both have times of the same rounds. `low` and `high` bound the 95 % interval of a bootstrap that
-    draws rounds: what disturbed one round disturbed both. Noise of the machine cannot raise
-    `ratio_of_minima`, which knows nothing of the typical step.
+    draws rounds: what disturbed one round disturbed both.
+
+    Args:
+        times: Of each round, seconds.
+        reference: The same of the other contender.
+        seed: Of the draws.
+        **names: `what`, `method` and other fields of the row.
     """
     both = torch.tensor([times, reference], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(times), (_NUM_RESAMPLES, len(times)), generator=generator)
     medians = both[:, draws].quantile(0.5, dim=-1)
     low, high = (medians[0] / medians[1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {
-        "ratio": statistics.median(times) / statistics.median(reference),
-        "low": low,
-        "high": high,
-        "ratio_of_minima": min(times) / min(reference),
-    }
+    ratio = statistics.median(times) / statistics.median(reference)
+    return Row(value=ratio, low=low, high=high, unit="ratio", n=len(times), **names)
