@@ -20,10 +20,10 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
         if arm["mean"] is None:
             continue
         names: dict[str, Any] = {"method": name, "model": model, "n": len(arm["values"])}
-        each = tuple(factor * arm["values"][seed] for seed in sorted(arm["values"]))
+        each = {seed: factor * value for seed, value in arm["values"].items()}
         mean, ends = factor * arm["mean"], dict[str, float]()
         if len(each) > 1:  # of one run nothing is known of the spread
-            spread = spread_of_mean(each)
+            spread = spread_of_mean([*each.values()])
             ends = {"low": mean - spread, "high": mean + spread}
         score = f"test {study['metric'].replace('_', ' ')}"
         yield Row(what=score, value=mean, unit=unit, each=each, **ends, **names)

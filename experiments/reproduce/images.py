@@ -146,7 +146,7 @@ class _Images:
                     model=self.small_model,
                     setting=f"rank {RANK}",
                     n=len(values),
-                    each=tuple(values),
+                    each={str(seed): 100 * value for seed, value in found.values.items()},
                     note=rate_note(line, found.learning_rate, rates),
                     **seed_interval(values),
                 )

@@ -138,33 +138,28 @@ def _run_small_1(line: Line, folder: Path) -> list[Row]:
         adapters = [trained(best, seed)[1] for seed in _SEEDS]
         note = rate_note(line, best, _RATES_1)
     right = [_ask(model, adapter, data / "test.jsonl") for adapter in adapters]
-    # Question by question, so that methods are compared on the same ones.
-    each = tuple(100 * statistics.mean(one) for one in zip(*right, strict=True))
-    values = [100 * statistics.mean(one) for one in right]
-    return [
-        accuracy_row(
-            row_of(TABLE_1, line, "average", statistics.mean(values), model=_SMALL_MODEL),
-            each,
-            values,
-            note,
-        )
-    ]
+    value = 100 * statistics.mean(statistics.mean(one) for one in right)
+    row = row_of(TABLE_1, line, "average", value, model=_SMALL_MODEL, note=note)
+    return [accuracy_row(row, right)]
 
 
-def accuracy_row(row: Row, each: Sequence[float], values: Sequence[float], note: str) -> Row:
-    """Return an accuracy in per cent with its 95 % interval: of the examples, and of the seeds.
+def accuracy_row(row: Row, right: Sequence[Sequence[float]]) -> Row:
+    """Return an accuracy in per cent with its 95 % interval: of the questions, and of the seeds.
+
+    What differences are made of are the seeds, which all answer the same questions, or those where
+    there is one seed.
 
     Args:
-        row: What it is called.
-        each: Mean over the seeds of each example, 0 to 100.
-        values: Accuracy of each seed.
-        note: What a reader must know.
+        row: What it is called, and its value.
+        right: For each seed 1 or 0 for each question.
     """
-    spread = spread_of_mean(each)
-    if len(values) > 1:
-        spread = math.hypot(spread, spread_of_mean(values))
+    questions = [100 * statistics.mean(one) for one in zip(*right, strict=True)]
+    seeds, spread = [100 * statistics.mean(one) for one in right], spread_of_mean(questions)
+    if len(seeds) > 1:
+        spread = math.hypot(spread, spread_of_mean(seeds))
+    each = {str(i): one for i, one in enumerate(seeds if len(seeds) > 1 else questions)}
     low, high = row.value - spread, row.value + spread
-    return replace(row, low=low, high=high, n=len(each), each=tuple(each), note=note)
+    return replace(row, low=low, high=high, n=len(questions), each=each)
 
 
 def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
@@ -286,7 +281,7 @@ def _small_job_2(table: Table, line: Line) -> Job:
                 model=_SMALL_MODEL,
                 setting="loss on held-out answers",
                 n=len(found.values),
-                each=tuple(found.values.values()),
+                each={str(seed): value for seed, value in found.values.items()},
                 note=rate_note(line, found.learning_rate, _RATES_2),
                 **seed_interval(list(found.values.values())),
             )

@@ -174,13 +174,17 @@ def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
     assert "its settings allow 3,072" in found.note
 
 
-def test_accuracies_keep_their_questions():
-    found = texts.accuracy_row(row("PaCA", 75.0, unit="%"), [100.0, 50.0, 75.0], [70.0, 80.0], "")
-    assert found.each == (100.0, 50.0, 75.0)
-    assert found.n == 3
-    assert found.low < 75.0 < found.high
-    of_examples, of_seeds = 4.303 * 14.4338, 12.71 * 5.0
-    assert found.high - 75.0 == pytest.approx((of_examples**2 + of_seeds**2) ** 0.5, rel=1e-3)
+def test_accuracies_keep_what_they_are_means_of():
+    right = [[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]]
+    found = texts.accuracy_row(row("PaCA", 62.5, unit="%"), right)
+    assert found.each == {"0": 75.0, "1": 50.0}
+    assert found.n == 4
+    of_questions, of_seeds = 3.182 * 23.936, 12.71 * 12.5
+    assert found.high - 62.5 == pytest.approx((of_questions**2 + of_seeds**2) ** 0.5, rel=1e-3)
+    assert found.low == pytest.approx(125.0 - found.high)
+    one = texts.accuracy_row(row("PaCA", 75.0, unit="%"), right[:1])
+    assert one.each == {"0": 100.0, "1": 0.0, "2": 100.0, "3": 100.0}
+    assert one.high - 75.0 == pytest.approx(3.182 * 25.0, rel=1e-3)
 
 
 def test_the_papers_image_models_have_the_papers_sizes():

@@ -65,15 +65,18 @@ def test_shares_keep_what_is_known_of_their_spread():
 
 
 def test_differences_are_taken_one_by_one_where_they_can():
-    ours = row(value=2.0, each=(1.0, 2.0, 3.0), low=0.0, high=4.0)
-    other = row("lora", 1.0, each=(0.0, 1.0, 2.0), low=-1.0, high=3.0)
+    ours = row(value=2.0, each={"0": 1.0, "1": 2.0, "2": 3.0}, low=0.0, high=4.0)
+    other = row("lora", 1.0, each={"2": 2.0, "1": 1.0, "0": 0.0}, low=-1.0, high=3.0)
     paired = ours.minus(other)
     assert (paired.value, paired.low, paired.high) == (1.0, 1.0, 1.0)
-    assert paired.each == (1.0, 1.0, 1.0)
-    two = row(value=2.5, each=(1.0, 4.0)).minus(row("lora", 1.0, each=(0.0, 2.0)))
+    assert paired.each == {"0": 1.0, "1": 1.0, "2": 1.0}
+    two = row(value=2.5, each={"0": 1.0, "1": 4.0}).minus(
+        row("lora", 1.0, each={"0": 0.0, "1": 2.0})
+    )
     assert (two.value, two.high) == pytest.approx((1.5, 1.5 + 12.71 * 0.5))
-    unpaired = ours.minus(row("lora", 1.0, each=(0.0, 2.0), low=-1.0, high=3.0))
-    assert (unpaired.low, unpaired.high, unpaired.each) == (-3.0, 5.0, ())
+    seeds = {"0": 0.0, "1": 1.0, "3": 2.0}  # as many, but not the same
+    unpaired = ours.minus(row("lora", 1.0, each=seeds, low=-1.0, high=3.0))
+    assert (unpaired.low, unpaired.high, unpaired.each) == (-3.0, 5.0, {})
     assert ours.minus(row("lora", 1.0)).low is None
 
 

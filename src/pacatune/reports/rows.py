@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -54,8 +54,8 @@ class Row:
     """Ends of the interval that it lies in; None where no spread is known. A count has none."""
     n: int = 1
     """Rounds, seeds, examples: what the number is a median or mean of."""
-    each: tuple[float, ...] = ()
-    """What it is the mean of, in an order that rows to be compared share; empty where not kept."""
+    each: Mapping[str, float] = field(default_factory=dict)
+    """What it is the mean of, by seed or question; empty where not kept."""
     origin: Origin = "measured"
     note: str = ""
     """What a reader must know of this one number, shown below the table."""
@@ -63,7 +63,6 @@ class Row:
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
             raise ValueError(f"{self.what} of {self.method}: an interval has two ends.")
-        object.__setattr__(self, "each", tuple(self.each))  # files have lists
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(
                 f"{self.what} of {self.method}: the interval [{self.low}, {self.high}] is empty."
@@ -108,23 +107,21 @@ class Row:
             low=low,
             high=high,
             n=min(self.n, other.n),
-            each=(),
+            each={},
         )
 
     def minus(self, other: "Row") -> "Row":
         """Return the difference, with a 95 % interval.
 
-        Where both keep what they are means of, the differences are taken one by one: of seeds or
-        questions that both have. Otherwise the interval is the widest that their own allow.
+        Where both keep what they are means of, of the same seeds or questions, the differences are
+        taken one by one. Otherwise the interval is the widest that their own allow.
         """
         low = high = None
         value = self.value - other.value
-        are_paired = len(self.each) == len(other.each)
-        each = (
-            tuple(a - b for a, b in zip(self.each, other.each, strict=True)) if are_paired else ()
-        )
+        are_paired = self.each.keys() == other.each.keys()
+        each = {key: one - other.each[key] for key, one in self.each.items()} if are_paired else {}
         if len(each) > 1:
-            spread = spread_of_mean(each)
+            spread = spread_of_mean([*each.values()])
             low, high = value - spread, value + spread
         elif None not in (self.low, self.high, other.low, other.high):
             low, high = self.low - other.high, self.high - other.low  # type: ignore[operator]
@@ -140,9 +137,10 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a file holds: the fields that have not their defaults."""
-        return {
-            f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "each"}
+        usual = {f.name: f.default for f in fields(self)}
+        kept = {name: value for name, value in values.items() if value != usual[name]}
+        return kept | ({"each": dict(self.each)} if self.each else {})
 
 
 def spread_of_mean(values: Sequence[float]) -> float:
