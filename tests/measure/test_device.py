@@ -225,9 +225,7 @@ def test_a_stopwatch_waits_for_cuda_when_it_is_read(monkeypatch):
     watch = Stopwatch(CUDA)
     for _ in range(3):
         watch.mark()
-    assert not watch.is_done()
     assert watch.seconds() == (0.25, 0.05)
-    assert watch.is_done()
 
 
 def test_a_stopwatch_reads_the_clock_elsewhere(accelerator, monkeypatch):
@@ -235,6 +233,5 @@ def test_a_stopwatch_reads_the_clock_elsewhere(accelerator, monkeypatch):
     watch = Stopwatch(XPU, lambda: next(times))
     for _ in range(3):
         watch.mark()
-    assert watch.is_done()
     assert watch.seconds() == (2.5, 0.5)
     assert accelerator.calls == [("synchronize", XPU)] * 3

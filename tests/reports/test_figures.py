@@ -8,7 +8,6 @@ from pacatune.reports.figures import (
     new_figure,
     plain_text,
     save_figure,
-    svg_text,
 )
 
 
@@ -26,12 +25,6 @@ def test_figures_are_saved_without_pyplot(tmp_path):
     assert data.startswith(b"\x89PNG")
     assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (300, 200)
     assert sys.modules.get("matplotlib.pyplot") is before
-
-
-def test_svg_is_an_element_and_the_same_every_time():
-    text = svg_text(draw())
-    assert text.startswith("<svg")
-    assert text == svg_text(draw())
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.SVG", "a.pdf"])

@@ -78,10 +78,6 @@ class Stopwatch:
             synchronize(self._device)
             self._marks.append(self._clock())
 
-    def is_done(self) -> bool:
-        """Whether the device has come to the last mark."""
-        return not has_events(self._device) or bool(self._marks[-1].query())
-
     def seconds(self) -> tuple[float, ...]:
         """Wait for the last mark; return the time between each mark and the next."""
         pairs = zip(self._marks, self._marks[1:], strict=False)

@@ -1,1 +1,1 @@
-"""What every report is made of: tables, figures, pages, and where its numbers come from."""
+"""What every report is made of: rows, tables, figures, and where its numbers come from."""

@@ -159,7 +159,7 @@ def number_text(value: float, unit: str = "") -> str:
     if unit == "ratio":
         return f"{value:.3f}"
     if unit in _TIMES or not float(value).is_integer():
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 9999.5 else f"{value:.4g}"
     return f"{value:,.0f}"
 
 
