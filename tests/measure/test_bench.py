@@ -1,6 +1,7 @@
 """A run as a whole: its jobs, where sweeps end, what memory ends, and what is written."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch
     limits = []
 
     def run(measure, config, setting, method):
+        memory.available -= 500  # what a method leaves
         limits.append(config.memory_limit)
         return []
 
@@ -25,8 +27,13 @@ def test_a_sweep_on_a_cpu_ends_before_the_machine_swaps(make_config, monkeypatch
     memory = SimpleNamespace(available=1000)
     monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: memory)
     for given in (None, 70):
-        sweep_method(make_config(sweep="batch", sweep_max=1, memory_limit=given), "paca")
-    assert limits == [800, 70]
+        methods = ("paca", "lora")
+        config = make_config(
+            sweep="batch", sweep_max=1, memory_limit=given, methods=methods, tokens=(8,)
+        )
+        for job in make_jobs(config):
+            job.run(Path())
+    assert limits == [800, 800, 70, 70]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 64, 100])

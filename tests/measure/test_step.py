@@ -59,6 +59,19 @@ def test_a_process_that_the_system_ends_had_no_memory(make_config):
         run_in_child(_end_by, make_config(), signal.SIGKILL)
 
 
+def test_a_process_that_crashes_had_memory(make_config):
+    with pytest.raises(RuntimeError, match="ended with exit status -11"):
+        run_in_child(_end_by, make_config(), signal.SIGSEGV)
+    with pytest.raises(MemoryError, match="the system ended the process"):
+        run_in_child(_end_by, make_config(memory_limit=2**30), signal.SIGSEGV)
+
+
+def test_what_prepares_a_process_may_fail(make_config):
+    values = {"model_type": "vit"}
+    with pytest.raises(ValueError, match="causal"):
+        run_in_child(_value, make_config(values=values), 7)
+
+
 def test_other_errors_are_errors(make_config):
     with pytest.raises(ValueError, match="no memory was short"):
         run_in_child(_fail, make_config())

@@ -61,7 +61,8 @@ def run(argv: list[str]) -> int:
     for title, table in bench.tables(result).items():
         print("", f"{title}:", *table.plain(), *table.notes, sep="\n")
     print("", *bench.problems(result), sep="\n")
-    print(f"wrote {', '.join(names)} in {options.output}")
+    written = [name for name in names if (options.output / name).is_file()]
+    print(f"wrote {', '.join(written)} in {options.output}")
     # Memory that ended is a result.
     return int(any(not error.startswith("MemoryError") for error in result["errors"].values()))
 

@@ -17,13 +17,14 @@ from pacatune.measure.device import device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import count, run_in_child, run_point, time_together
 from pacatune.reports.figures import save_figure
-from pacatune.reports.provenance import commit_text, versions_text
+from pacatune.reports.provenance import commit, commit_text, versions, versions_text
 from pacatune.reports.rows import Job, Row, Table, bytes_text, done, plot, table
 
 RESULT_NAME, REPORT_NAME, PICTURE_NAME = "bench.json", "bench.md", "bench.png"
 
 # A sweep on a CPU takes this share of free memory: with more, the system would swap, not fail.
 _SHARE_OF_MEMORY = 0.8
+_PACKAGES = ("bitsandbytes",)
 _FIRST_LENGTH = 128
 # Lengths are found to this share of themselves; batches exactly.
 _PRECISION = 64
@@ -48,7 +49,7 @@ def run(
     The result records the user's command; `tell` shows a line about what goes on.
     """
     jobs = make_jobs(config)
-    found = done(jobs, folder, tell=tell, packages=("bitsandbytes",))
+    found = done(jobs, folder, tell=tell, packages=_PACKAGES)
     titles = {job.key: job.title for job in jobs}
     result = {
         "command": command,
@@ -85,14 +86,15 @@ def describe(config: BenchConfig) -> str:
 
 def make_jobs(config: BenchConfig) -> list[Job]:
     """Return the work of a run; what another run of the folder did of it is not done again."""
-    everything = asdict(config) | {"on": device_text(config)}
-    shared = {k: v for k, v in everything.items() if k not in ("methods", "tokens")}
+    made = {"on": device_text(config), "versions": versions(*_PACKAGES), **commit()}
+    shared = {k: v for k, v in asdict(config).items() if k not in ("methods", "tokens")} | made
 
     def job(title: str, measure: Callable[[], list[Row]], **inputs: Any) -> Job:
         key = title.replace(" and ", " ").replace(" tokens: ", " ").replace(" ", "-")
         return Job(key=key, inputs=shared | inputs, run=lambda folder: measure(), title=title)
 
     if config.sweep is not None:
+        config = _limited(config)
         return [
             job(f"{config.sweep} of {m}", partial(sweep_method, config, m), method=m)
             for m in config.methods
@@ -110,6 +112,13 @@ def make_jobs(config: BenchConfig) -> list[Job]:
             measure = partial(time_pair, config, setting, pair, new)
             jobs.append(job(f"{setting.label}: timing {' and '.join(pair)}", measure, new=new))
     return jobs
+
+
+def _limited(config: BenchConfig) -> BenchConfig:
+    """Return a sweep that ends where a CPU would start to swap, at one limit for all methods."""
+    if config.memory_limit is not None or config.torch_device.type != "cpu":
+        return config
+    return replace(config, memory_limit=int(_SHARE_OF_MEMORY * psutil.virtual_memory().available))
 
 
 def time_pair(
@@ -164,11 +173,6 @@ def find_limit(
 
 def sweep_method(config: BenchConfig, method: str) -> list[Row]:
     """Return the limit of one method, and the rows of each point that was tried."""
-    limit = config.memory_limit
-    if limit is None and config.torch_device.type == "cpu":
-        # An end before the system starts to swap.
-        limit = int(_SHARE_OF_MEMORY * psutil.virtual_memory().available)
-        config = replace(config, memory_limit=limit)
     points: dict[int, list[Row]] = {}
     failed: dict[int, str] = {}
     is_batch = config.sweep == "batch"
@@ -190,6 +194,7 @@ def sweep_method(config: BenchConfig, method: str) -> list[Row]:
     )
     note = f"`{method}`: {most:,} is the largest tried."
     if is_reached:
+        limit = config.memory_limit
         of = "" if limit is None else f" of {bytes_text(limit)}"
         next_one = min(failed)
         note = f"`{method}`: memory{of} ended at {next_one:,} ({failed[next_one]})."
@@ -217,6 +222,8 @@ def write_page(result: dict[str, Any], folder: OwnedFolder) -> None:
         with folder.staged() as staging:
             save_figure(plot(rows, ("setting",), ("method",)), staging / PICTURE_NAME)
         parts.append(f"![{PICTURE_NAME}]({PICTURE_NAME})")
+    else:
+        folder.clear(PICTURE_NAME)
     folder.write(REPORT_NAME, "\n\n".join(parts) + "\n")
 
 

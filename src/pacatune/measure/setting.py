@@ -110,10 +110,6 @@ class MicroBatch:
         """What tables call it."""
         return f"{self.num_rows} x {self.num_tokens} tokens"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and the label as `setting`."""
-        return {"setting": self.label, "num_rows": self.num_rows, "num_tokens": self.num_tokens}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
@@ -240,7 +236,7 @@ class Setting:
     model: str
     """Name of a model, a config.json, a model folder, or a hub id."""
     method: str = "paca"
-    """paca, lora, dora, moslora, full; qpaca and qlora set the quantisation nf4, lora_dropout a
+    """One of `methods.METHODS`; qpaca and qlora set the quantisation nf4, lora_dropout a
     dropout."""
     rank: int = 8
     """Columns or rank of the adapter."""

@@ -6,6 +6,7 @@ Memory that ends in a process ends nothing else.
 import gc
 import logging
 import multiprocessing
+import signal
 import sys
 import time
 import warnings
@@ -109,12 +110,23 @@ def run_in_child(measure: Callable[..., _T], config: BenchConfig, *args: Any) ->
     """Return `measure(config, *args)` of a new process.
 
     Raises:
-        MemoryError: If memory ended, or the system ended the process.
+        MemoryError: If memory ended, or the system ended the process as where it ends.
+        RuntimeError: If the process ended otherwise, besides what `measure` raises.
     """
-    with ProcessPoolExecutor(1, _context(config), prepare, (config,)) as pool:
+    others = {*multiprocessing.active_children()}
+    with ProcessPoolExecutor(1, _context(config)) as pool:
+        ready = pool.submit(prepare, config)
+        (process,) = {*multiprocessing.active_children()} - others
         try:
+            ready.result()
             return pool.submit(measure, config, *args).result()
         except BrokenProcessPool as error:
+            process.join()
+            # Allocations that fail in libraries abort the process, or are written to.
+            limited = (signal.SIGABRT, signal.SIGSEGV) if config.memory_limit is not None else ()
+            if -(process.exitcode or 0) not in (signal.SIGKILL, *limited):
+                status = f"exit status {process.exitcode}"
+                raise RuntimeError(f"the process of a measurement ended with {status}") from error
             raise MemoryError("the system ended the process, as where memory ends") from error
         except Exception as error:
             if not is_out_of_memory(error):
