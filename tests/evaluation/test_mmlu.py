@@ -131,7 +131,7 @@ def test_task_files_are_never_run(tmp_path, text):
     # What another file hides is not run either.
     (tmp_path / "shared").write_text(text)
     (tmp_path / "x.yaml").write_text("task: x\ninclude: shared\n")
-    with pytest.raises(OSError, match="the data of x cannot be had"):
+    with pytest.raises(ValueError, match="shared names a function or class"):
         prepare_tasks(["x"], tmp_path)
 
 

@@ -49,8 +49,6 @@ class Evaluation(BaseOptions):
         own = [f.name for f in fields(self) if f not in fields(Evaluation)]
         settings = self.values(*own, "quantization", "batch_size") | found
 
-        from rich.console import Console
-
         from pacatune import resident
         from pacatune.adapters.loading import load_language_model
         from pacatune.evaluation.output import describe, open_output, write_report
@@ -66,11 +64,8 @@ class Evaluation(BaseOptions):
             for report in score(loaded.model, loaded.tokenizer, **speed):
                 write_report(output, head, report, finished=False)
         write_report(output, head, report, finished=True)
-        console = Console(highlight=False)
-        console.print(report.table())
-        for note in report.notes:
-            console.print(note, style="dim", markup=False)
-        console.print(f"wrote {output}", markup=False, soft_wrap=True)
+        print(report.title, *report.table().plain(), *report.notes, sep="\n")
+        print(f"wrote {output}")
         return 0
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,12 +16,9 @@ from pacatune.files.folder import check_output
 from pacatune.files.owned_folder import to_json, write_whole
 from pacatune.format.tensors import TENSORS_NAME
 from pacatune.precision import dtype_name
-from pacatune.reports import rows
 from pacatune.reports.provenance import sha256_of, versions, versions_text
+from pacatune.reports.rows import Table
 from pacatune.tuner.layout import Conv1DLayout, ConvolutionLayout, Layout, layout_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 RESULT_NAME, REPORT_NAME, QUESTIONS_NAME = "evaluation.json", "evaluation.md", "questions.jsonl"
 _SPARE_BYTES = 2**20
@@ -43,16 +40,9 @@ class Report:
     """What the reader should know, a sentence each."""
     questions: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
-    def table(self) -> "Table":
-        """Return the table for a terminal."""
-        from rich.table import Table
-
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
-        for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+    def table(self) -> Table:
+        """Return the scores as a table."""
+        return Table(header=list(self.headings), cells=self.rows)
 
     def markdown(self, head: dict[str, Any]) -> str:
         """Return a page with the table, the settings and the notes."""
@@ -66,10 +56,9 @@ class Report:
             "versions": versions_text(head["versions"]),
         }
         known = [[name, str(value)] for name, value in settings.items() if value is not None]
-        scores = rows.Table(header=list(self.headings), cells=self.rows)
-        lines = [f"# {self.title}", "", *scores.markdown(), ""]
+        lines = [f"# {self.title}", "", *self.table().markdown(), ""]
         lines += [*(f"- {note}" for note in self.notes), ""]
-        lines += rows.Table(header=["setting", ""], cells=known, num_index=2).markdown()
+        lines += Table(header=["setting", ""], cells=known, num_index=2).markdown()
         return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from pacatune.evaluation.harness import TaskScores, quiet_lm_eval, require_lm_eval, to_scores
 
 if TYPE_CHECKING:
@@ -120,13 +122,25 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> "TaskManager":
     files = list(folder.rglob("*.yaml"))
     if not files:
         raise FileNotFoundError(f"{str(folder)!r} has no task (*.yaml); see docs/evaluate.md.")
-    for file in files:
-        if _CODE.search(file.read_text(encoding="utf-8")):
+    for file in files:  # and what they include: lm-eval would take its code for text
+        text = file.read_text(encoding="utf-8")
+        if _CODE.search(text):
             raise ValueError(f"{file} names a function or class; code in task files is never run.")
+        files += [one for one in _included(file, text) if one not in files]
     manager = TaskManager(include_path=folder, include_defaults=False)
     for entry in manager.task_index.values():
         entry.yaml_path = None  # else it is read again, with the code of files that it includes
     return manager
+
+
+def _included(file: Path, text: str) -> list[Path]:
+    try:
+        found = (yaml.safe_load(text) or {}).get("include") or []
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{file} is no YAML mapping ({error}); mend it.") from error
+    return [
+        (file.parent / name).resolve() for name in ([found] if isinstance(found, str) else found)
+    ]
 
 
 def _load(manager: "TaskManager", name: str) -> list[Any]:
