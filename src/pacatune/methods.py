@@ -68,14 +68,14 @@ class Method:
         return self.has_adapter and self.config in ("LoraConfig", "MosLoraConfig")
 
     @property
-    def is_moslora(self) -> bool:
-        """Whether LoRA's factors have a trained mixer between them."""
-        return "moslora" in self.sections
+    def has_scale(self) -> bool:
+        """Whether the update is multiplied by alpha / r."""
+        return self.has_adapter and self.config != "ShiraConfig"
 
     @property
     def needs_pacatune(self) -> bool:
         """Whether PEFT knows the adapter only where pacatune is imported."""
-        return self.is_paca or self.is_moslora
+        return self.is_paca or "moslora" in self.sections
 
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
@@ -201,7 +201,8 @@ def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) 
     """
     if method.is_paca:
         return {"r": rank, "paca_alpha": alpha}
-    return {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    scale = {"lora_alpha": alpha} if method.has_scale else {}
+    return {"r": rank, **scale, "lora_dropout": dropout}
 
 
 def adapter_config(method: Method, **options: Any) -> "PeftConfig":

@@ -13,6 +13,7 @@ ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
     [
         ({"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
         ({"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
+        ({"method": "shira", "alpha": 4.0}, r"`alpha` \(4.0\) means nothing for 'shira'"),
         ({"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers above 0"),
         ({"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
         ({"learning_rates": [-1.0]}, "must be different numbers above 0"),
@@ -34,6 +35,8 @@ def test_wrong_arms(values, message):
         ({"seeds": list(range(21))}, "must be 1 to 20 different numbers"),
         ({"seeds": [-1]}, "different numbers of at least 0"),
         ({"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
+        ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
+        ({"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
         ({"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be one of paca, "),
         ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
         ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),

@@ -307,6 +307,11 @@ def test_best_of_no_evaluation(options):
             r"`paca.r` \(64\) is an option of paca, qpaca, and `meth",
         ),
         (
+            "shira",
+            {"lora": LoraSection(lora_alpha=4.0)},
+            r"`lora.lora_alpha` \(4.0\): what `method` \('shira'\) trains is not scaled; drop it",
+        ),
+        (
             "full",
             {"lora": LoraSection(r=4)},
             r"`lora.r` \(4\) is an option of lora, lora_dropout",

@@ -17,8 +17,8 @@ class Arm:
     """One of the methods that are compared."""
 
     method: str = "paca"
-    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, qlora, full (every
-    weight) or head (of a classifier)."""
+    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, shira, qlora, full
+    (every weight) or head (of a classifier)."""
 
     rank: int | None = None
     """Rank of the adapter. Where null, `match` of the study decides."""
@@ -43,6 +43,8 @@ class Arm:
         self.method = method.name
         if self.rank is not None and not method.has_adapter:
             raise ValueError(f"`rank` ({self.rank}) means nothing for {self.method!r}; drop it.")
+        if self.alpha is not None and not method.has_scale:
+            raise ValueError(f"`alpha` ({self.alpha}) means nothing for {self.method!r}; drop it.")
         if self.learning_rates is not None:
             check_rates("learning_rates", self.learning_rates)
 
@@ -115,6 +117,9 @@ class StudyConfig:
             raise ValueError(
                 f"`reference` ({self.reference!r}) must be one of the arms {sorted(self.arms)}."
             )
+        for name in ("extend_grids", "forgetting_tokens"):
+            if (number := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` ({number}) must be at least 0; with 0 it is off.")
         self._check_seeds()
         self.learning_rates = {
             choose(name, METHODS, option="learning_rates"): rates

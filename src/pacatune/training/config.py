@@ -98,9 +98,9 @@ class RunConfig:
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
-    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `qlora`
-    (LoRA on a quantised base), or `full` (every weight); for classifiers also `head` (the new head
-    alone)."""
+    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `shira`
+    (single weights at random places), `qlora` (LoRA on a quantised base), or `full` (every weight);
+    for classifiers also `head` (the new head alone)."""
 
     model: Any = field(default_factory=dict)
     """The pretrained model: a `ModelConfig`."""
@@ -112,7 +112,8 @@ class RunConfig:
     """Options of the methods paca and qpaca: a `PacaSection`."""
 
     lora: Any = field(default_factory=dict)
-    """Options of the methods lora, lora_dropout, dora, moslora and qlora: a `LoraSection`."""
+    """Options of the methods lora, lora_dropout, dora, moslora, shira and qlora: a
+    `LoraSection`."""
 
     moslora: Any = field(default_factory=dict)
     """Options of the method moslora: a `MosLoraSection`."""
@@ -224,6 +225,11 @@ class RunConfig:
                         f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, and "
                         f"`method` ({self.method!r}) would ignore it; drop it or change `method`."
                     )
+        if not METHODS[self.method].has_scale and (alpha := _given(self.lora).get("lora_alpha")):
+            raise ValueError(
+                f"`lora.lora_alpha` ({alpha}): what `method` ({self.method!r}) trains is not "
+                "scaled; drop it."
+            )
 
     def _settle_training(self, spec: TaskSpec) -> None:
         """Fill in the learning rate, and what the best checkpoint is best in."""

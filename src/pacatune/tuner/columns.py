@@ -126,11 +126,12 @@ def _rates(
 ) -> list[Any]:
     """Return the rates of a module's columns, given or of four digits each; none without any."""
     if config.column_rates is not None:
-        rates = given_to(config.column_rates, name) or [()]
-        if len(rates[0] if isinstance(rates[0], list | tuple) else rates) != target.rank:
+        rates = given_to(config.column_rates, name) or []
+        number = len(rates[0] if rates and isinstance(rates[0], list | tuple) else rates)
+        if number != target.rank:
             raise ValueError(
-                f"`column_rates` ({str(rates)[:80]}) must have {target.rank} rates, its rank; drop "
-                "all of them, and they are found anew."
+                f"`column_rates` gives {number} rates ({str(rates)[:80]}) and the rank is "
+                f"{target.rank}; drop all of them, and they are found anew."
             )
         return rates
     if config.normalize == "none":
