@@ -13,6 +13,7 @@ if something failed; the page says what.
 import argparse
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import Experiment, comparison, write_page, write_results
 from pacatune.cli.options import quiet_libraries
 from pacatune.files.owned_folder import OURS, OwnedFolder
+from pacatune.installation import require_extra
 from pacatune.names import choose
 from pacatune.reports.provenance import commit
 from pacatune.reports.rows import done
@@ -76,9 +78,10 @@ def _check(chosen: list[Experiment], options: argparse.Namespace) -> None:
             "another folder, or the one around it: --output DIR."
         )
     for one in chosen:
-        key = one.judge_key if options.scale == "full" else ""
-        if key and not os.environ.get(key, "").strip():
-            raise ValueError(f"{one.name} --scale full asks a judge; export its key as {key}.")
+        if options.scale == "full" and (key := one.judge_key):
+            require_extra(f"{one.name} --scale full", "experiments", ("openai",))
+            if not os.environ.get(key, "").strip():
+                raise ValueError(f"{one.name} --scale full asks a judge; export its key as {key}.")
 
 
 def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Console) -> int:
@@ -101,4 +104,6 @@ def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Con
 
 if __name__ == "__main__":
     quiet_libraries()
+    # Deprecations between the packages that we build on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     sys.exit(main())
