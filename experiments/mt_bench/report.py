@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.mt_bench.questions import TEMPERATURES
+from pacatune.reports.rows import Table
 
 NUM_RESAMPLES = 10_000
 _HEADINGS = (
@@ -72,8 +73,8 @@ def _interval(
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return what mt_bench.json holds as a page: the table, and what must be known to read it."""
-    rows = [list(_HEADINGS), ["---", *["--:"] * 7], *map(_cells, result["table"])]
-    lines = [f"# MT-Bench: {result['model_id']}", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    shown = Table(header=list(_HEADINGS), cells=[_cells(line) for line in result["table"]])
+    lines = [f"# MT-Bench: {result['model_id']}", "", *shown.markdown()]
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(result))]) + "\n"
 
 

@@ -27,7 +27,7 @@ _STATED = (
         "forward",
         "LoRA / Full-FT",
         1.0,
-        "despite requiring a similar number of operations (of the forward propagation)",
+        "despite requiring a similar number of operations",
         "2",
     ),
     (

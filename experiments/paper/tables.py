@@ -77,10 +77,6 @@ class Table:
         """Return a column by its key."""
         return next(quantity for quantity in self.quantities if quantity.key == key)
 
-    def line(self, key: str) -> Line:
-        """Return a line by its key."""
-        return next(line for line in self.lines if line.key == key)
-
     @property
     def trained(self) -> list[Line]:
         """The lines that are fine-tuned."""

@@ -11,20 +11,26 @@ if something failed; the page says what.
 """
 
 import argparse
+import os
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.reproduce.catalogue import EXPERIMENTS
-from experiments.reproduce.experiment import Experiment, comparison, write_page
+from experiments.reproduce.experiment import Experiment, comparison, write_page, write_results
 from pacatune.cli.options import quiet_libraries
-from pacatune.files.owned_folder import OwnedFolder
+from pacatune.files.owned_folder import OURS, OwnedFolder
+from pacatune.installation import require_extra
 from pacatune.names import choose
+from pacatune.reports.provenance import commit
 from pacatune.reports.rows import done
 
 ALL = "all"
 _PACKAGES = ("trl", "bitsandbytes", "timm")
+_CODE = partial(commit, Path(__file__).parents[2], "src", "experiments", "examples")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3; all"
     )
-    parser.add_argument("--list", action="store_true", help="list the names and their jobs")
+    parser.add_argument("--list", action="store_true", help="list names, with their number of jobs")
     parser.add_argument("--scale", choices=("small", "full"), default="small")
     parser.add_argument("--output", type=Path, metavar="DIR", help="gets the pages and results")
     options = parser.parse_args(argv)
@@ -50,13 +56,32 @@ def main(argv: list[str] | None = None) -> int:
     if not options.name or options.output is None:
         parser.error("give a NAME and --output DIR (--list shows the names)")
     try:
-        names = [*EXPERIMENTS]
-        if choose(options.name, [*names, ALL], option="NAME") != ALL:
-            names = [options.name]
-        return sum([_reproduce(EXPERIMENTS[name], options, console) for name in names]) and 1
+        name = choose(options.name, [*EXPERIMENTS, ALL], option="NAME")
+        chosen = [*EXPERIMENTS.values()] if name == ALL else [EXPERIMENTS[name]]
+        _check(chosen, options)
+        return sum([_reproduce(one, options, console) for one in chosen]) and 1
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on.")
+        return 130
+
+
+def _check(chosen: list[Experiment], options: argparse.Namespace) -> None:
+    """Refuse what would mix folders, or fail after hours of training."""
+    if options.output.is_file():
+        raise FileExistsError(f"{options.output} is a file; choose a folder: --output DIR.")
+    if (options.output / OURS).exists():
+        raise FileExistsError(
+            f"{options.output} holds the results of another command, or of one table; choose "
+            "another folder, or the one around it: --output DIR."
+        )
+    for one in chosen:
+        if options.scale == "full" and (key := one.judge_key):
+            require_extra(f"{one.name} --scale full", "experiments", ("openai",))
+            if not os.environ.get(key, "").strip():
+                raise ValueError(f"{one.name} --scale full asks a judge; export its key as {key}.")
 
 
 def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Console) -> int:
@@ -66,8 +91,10 @@ def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Con
     )
     console.print(experiment.title)
     with folder.going_on("*.md", "*.png", "results.json"):
-        found = done(experiment.jobs(options.scale), folder, tell=console.print, packages=_PACKAGES)
+        jobs = experiment.jobs(options.scale)
+        found = done(jobs, folder, tell=console.print, packages=_PACKAGES, code=_CODE)
         page = write_page(experiment, found, options.scale, folder)
+        write_results(found, folder)
     compared = comparison(experiment, [row for one in found.values() for row in one.rows])
     for line in compared.plain() if compared is not None else ():
         console.print(line)
@@ -77,4 +104,6 @@ def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Con
 
 if __name__ == "__main__":
     quiet_libraries()
+    # Deprecations between the packages that we build on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     sys.exit(main())

@@ -1,9 +1,7 @@
 """Every table and figure of the paper, and the tables of the documentation made of our results."""
 
-from pathlib import Path
-
 from experiments.reproduce import costs, images, texts
-from experiments.reproduce.experiment import RESULTS, Experiment, comparison, read_results, sources
+from experiments.reproduce.experiment import Experiment, comparison, read_results, sources
 from pacatune.reports.rows import table
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -22,23 +20,23 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
-def doc_table(name: str, results: Path = RESULTS) -> str:
+def doc_table(name: str) -> str:
     """Return the comparison of an experiment at the small scale, or the `memory` of all of them."""
     names = ("table1", "table2", "table3") if name == "memory" else (name,)
     found = {
         f"{one}-{key}": job
         for one in names
-        for key, job in read_results(one, "small", results).items()
+        for key, job in read_results(one, "small").items()
         if name != "memory" or key.startswith("memory-")
     }
     rows = [row for job in found.values() for row in job.rows]
     if name == "memory":
-        stated = {(row.model, row.method): row for row in rows}
+        simulated = {(row.model, row.method) for row in rows}
         papers = [
             row
             for one in names
             for row in EXPERIMENTS[one].paper
-            if row.what == "memory" and (row.model, row.method) in stated
+            if row.what == "memory" and (row.model, row.method) in simulated
         ]
         notes = [f"- {row.note}" for row in rows if row.note]
         shown = table([*papers, *rows], ("model", "method"), ("what", "origin"))

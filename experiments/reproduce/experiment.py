@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from experiments.paper import METHOD_TITLES
+from experiments.paper import Table as PaperTable
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import save_figure
 from pacatune.reports.provenance import commit_text, versions_text
@@ -17,14 +19,16 @@ RESULTS = Path(__file__).parents[1] / "results"
 NATS = "nats per token"
 """Unit of losses, of which less is better; of all other scores more is."""
 
+_UNTRAINED = (METHOD_TITLES["none"], METHOD_TITLES["quantized"])
 TOLERANCE = 0.05
 RULE = (
     "`agrees`: our interval holds the paper's share, or ours is within "
     f"{TOLERANCE:.0%} of it. `same order` and `other order`: it does not, and our whole interval "
-    "lies on one side of being equal. `not told apart`: our interval holds being equal. `one run`: "
-    "no spread is known, so nothing can be said. Of scores the differences are compared, in points "
-    "of the same score alone; a loss stands beside a score for its order, which is all that can "
-    "agree, and its sign is turned so that more is better."
+    "lies on one side of being equal. `not told apart`: our interval holds being equal, or the "
+    "paper's numbers are equal and so have no order. `one run`: no spread is known, so nothing can "
+    "be said. Of scores the differences are compared, in points of the same score alone; a loss "
+    "stands beside a score for its order, which is all that can agree, and its sign is turned so "
+    "that more is better."
 )
 
 
@@ -41,15 +45,31 @@ class Experiment:
     """For somebody who knows neither the paper nor us."""
     paper: tuple[Row, ...]
     """Numbers as printed; those of the text are ratios already."""
-    reference: str = ""
-    """Line of whose numbers the others are compared: the first whose title begins so."""
-    beside: str = ""
+    reference: str | None = None
+    """Line with which the others are compared: the first whose title begins so; None where
+    shares alone are stated."""
+    beside: str
     """The paper's model whose lines stand beside those of a smaller one of ours."""
     scores: frozenset[str] = frozenset()
     """Quantities of which differences are compared, and not shares."""
     jobs: Callable[[Scale], list[Job]]
     notes: tuple[str, ...] = ()
     """What limits the comparison."""
+    judge_key: str = ""
+    """Environment variable with the key of a judge that the full scale asks; empty without one."""
+
+
+def of_table(table: PaperTable, **ours: Any) -> Experiment:
+    """Return the experiment of one of the paper's tables; `ours` are the other fields."""
+    return Experiment(
+        name=table.name,
+        title=table.title,
+        place=table.place,
+        paper=tuple(table.rows()),
+        reference=METHOD_TITLES[table.reference],
+        scores=frozenset(one.title for one in table.quantities if one.is_score),
+        **ours,
+    )
 
 
 def shares(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
@@ -61,17 +81,28 @@ def shares(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
         else:
             key = (row.what, row.model, row.setting, row.origin)
             groups.setdefault(key, []).append(row)
+    if (reference := experiment.reference) is None:
+        return
     for group in groups.values():
-        of = next((row for row in group if row.method.startswith(experiment.reference)), None)
+        of = next((row for row in group if row.method.startswith(reference)), None)
         for row in group:
-            if of is None or row is of or not of.value or row.method == "No tuning":
+            if of is None or row is of or not of.value or row.method in _UNTRAINED:
                 continue
             if row.what not in experiment.scores:
-                yield row.over(of)
+                yield _share(row, of)
             elif row.unit == NATS:
                 yield replace(of.minus(row), method=f"{row.method} - {of.method}")
             else:
                 yield row.minus(of)
+
+
+def _share(row: Row, of: Row) -> Row:
+    """Return the share of another number; an estimate errs alike in both, so like ends divide."""
+    share = row.over(of)
+    if row.origin != "simulated" or not share.has_interval:
+        return share
+    ends = [getattr(row, end) / getattr(of, end) for end in ("low", "value", "high")]
+    return replace(share, low=min(ends), high=max(ends))
 
 
 def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
@@ -158,35 +189,36 @@ def picture(experiment: Experiment) -> str:
     return f"{experiment.name}.png"
 
 
-def draw(experiment: Experiment, found: Mapping[str, Finished], folder: Path) -> bool:
-    """Draw shares and differences, the paper's and ours; return whether there are any."""
-    ours = list(shares(experiment, [row for one in found.values() for row in one.rows]))
-    quantities = {row.what for row in ours}
+def drawn(experiment: Experiment, ours: Iterable[Row]) -> list[Row]:
+    """Return the shares and differences of a picture: the paper's, then ours."""
+    found = list(shares(experiment, ours))
+    quantities = {row.what for row in found}
     theirs = [row for row in shares(experiment, experiment.paper) if row.what in quantities]
-    if not ours:
-        return False
-    shown = [replace(row, unit="share" if row.unit == "ratio" else "points") for row in theirs]
-    shown += [replace(row, unit="share" if row.unit == "ratio" else "points") for row in ours]
-    save_figure(
-        plot(shown, ("method",), ("origin", "model", "setting")), folder / picture(experiment)
-    )
-    return True
+    # The unit stands at the axis.
+    return [replace(r, unit="share") if r.unit == "ratio" else r for r in (*theirs, *found)]
 
 
 def write_page(
     experiment: Experiment, found: Mapping[str, Finished], scale: Scale, folder: OwnedFolder
 ) -> Path:
-    """Write NAME.md, its picture and results.json into an open folder; return the page."""
-    with folder.staged() as staging:
-        draw(experiment, found, staging)
+    """Write NAME.md and its picture into an open folder; return the page."""
+    rows = drawn(experiment, [row for one in found.values() for row in one.rows])
+    if rows:
+        figure = plot(rows, ("method",), ("origin", "model", "setting"))
+        with folder.staged() as staging:
+            save_figure(figure, staging / picture(experiment))
     folder.write(f"{experiment.name}.md", make_page(experiment, found, scale))
+    return folder.path / f"{experiment.name}.md"
+
+
+def write_results(found: Mapping[str, Finished], folder: OwnedFolder) -> None:
+    """Write the rows of what did not fail into an open folder, as `read_results` reads them."""
     values = {
         key: {"rows": [row.to_dict() for row in one.rows], "provenance": one.provenance}
         for key, one in found.items()
         if one.error is None
     }
     folder.write_json("results.json", values)
-    return folder.path / f"{experiment.name}.md"
 
 
 def read_results(name: str, scale: Scale, folder: Path = RESULTS) -> dict[str, Finished]:
@@ -213,5 +245,6 @@ def sources(found: Mapping[str, Finished]) -> list[str]:
         minutes = sum(float(str(one["seconds"])) for one in made) / 60
         days = sorted({str(one["date"])[:10] for one in made})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-        lines.append(f"{len(made)} jobs, {number_text(minutes, 'min')} minutes, {when}: {where}.")
+        jobs = "1 job" if len(made) == 1 else f"{len(made)} jobs"
+        lines.append(f"{jobs}, {number_text(minutes, 'min')} minutes, {when}: {where}.")
     return lines

@@ -19,9 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from experiments.paper import Line, Table
 from experiments.paper.tables import TABLE_6, TABLE_7
 from experiments.reproduce.costs import RANK
-from experiments.reproduce.experiment import Experiment, Scale
-from experiments.reproduce.runs import Work, cost_rows, rate_note, row_of, study_job
-from experiments.reproduce.texts import seed_interval
+from experiments.reproduce.experiment import Experiment, Scale, of_table
+from experiments.reproduce.runs import Work, arm_row, cost_rows, row_of, study_job
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.methods import adapt
 from pacatune.measure.step import Step
@@ -30,11 +29,14 @@ from pacatune.methods import METHODS
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 from pacatune.training import RunConfig
+from pacatune.training.config_file import to_values
 from pacatune.training.image.model import choose_targets, find_heads
 
 _EVAL_PER_CLASS = 50
 _NUM_CLASSES = 100
 _SECONDS = 30.0
+# Full fine-tuning, which has none, stands under the same setting.
+_ADAPTERS = f"adapters of rank {RANK}"
 
 
 def build_vit(**sizes: Any) -> nn.Module:
@@ -104,7 +106,7 @@ class _Images:
     presets: dict[str, str]
     """Key of a score -> preset of `train-image`."""
 
-    def experiment(self, reference: str, about: str, *notes: str) -> Experiment:
+    def experiment(self, about: str, *notes: str) -> Experiment:
         """Return the experiment."""
         small = (
             f"At the small scale {self.small_model} is trained for {self.num_steps} steps on "
@@ -112,15 +114,10 @@ class _Images:
             "is not the usual accuracy on CIFAR-10; the learning rate is the best of three on "
             f"validation images. Steps are of {self.model} with random weights."
         )
-        return Experiment(
-            name=self.table.name,
-            title=self.table.title,
-            place=self.table.place,
+        return of_table(
+            self.table,
             about=f"{about} {small}",
-            paper=tuple(self.table.rows()),
-            reference=reference,
             beside=self.table.lines[0].model,
-            scores=frozenset(one.title for one in self.table.quantities if one.is_score),
             jobs=self._jobs,
             notes=notes,
         )
@@ -136,21 +133,8 @@ class _Images:
         rates = self.learning_rates[line.method]
 
         def read(found: Any) -> list[Row]:
-            values = [100 * value for value in found.values.values()]
-            return [
-                row_of(
-                    self.table,
-                    line,
-                    "cifar10",
-                    sum(values) / len(values),
-                    model=self.small_model,
-                    setting=f"rank {RANK}",
-                    n=len(values),
-                    each={str(seed): 100 * value for seed, value in found.values.items()},
-                    note=rate_note(line, found.learning_rate, rates),
-                    **seed_interval(values),
-                )
-            ]
+            how = {"model": self.small_model, "setting": _ADAPTERS}
+            return [arm_row(self.table, line, "cifar10", found, rates, factor=100, **how)]
 
         rank = RANK if line.method != "full" else None
         return study_job(
@@ -186,7 +170,7 @@ class _Images:
         images = torch.randn(self.num_images, 3, self.image_size, self.image_size)
         batch = (images, torch.randint(_NUM_CLASSES, (self.num_images,)))
         names = {"model": f"{self.model}, random weights"}
-        how = f"{self.num_images} images of {self.image_size} px, rank {RANK}"
+        how = f"{self.num_images} images of {self.image_size} px, {_ADAPTERS}"
         titles = {line.method: line.title for line in self.table.lines}
         steps, rows = {}, []
         for method in methods:
@@ -220,7 +204,7 @@ class _Images:
         return Job(
             key=f"full-{line.key}-{key}",
             title=f"pacatune train-image --preset {preset} --method {line.method}",
-            inputs={"method": line.method, "preset": preset},
+            inputs={"line": line.key, "run": to_values(run)},
             run=partial(self._run_full, line, key, run),
         )
 
@@ -253,7 +237,6 @@ TABLE_6_EXPERIMENT = _Images(
     image_size=224,
     presets={name: f"vit-b16-{name}" for name in ("cifar10", "cifar100", "pets", "flowers102")},
 ).experiment(
-    "LoRA",
     "The paper fine-tunes ViT-B/16, a transformer for images, on four data sets, by LoRA and by "
     "PaCA, to show that PaCA is not for language alone.",
     "DINOv2-S has 22 M parameters and was fine-tuned for saliency by others.",
@@ -272,7 +255,6 @@ TABLE_7_EXPERIMENT = _Images(
     image_size=192,
     presets={name: f"efficientnetv2-l-{name}" for name in ("cifar10", "cifar100")},
 ).experiment(
-    "Full-FT",
     "LoRA's matrices are linear layers and do not merge into every kind of convolution; PaCA "
     "trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a convolutional "
     "network, in full and by PaCA.",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,8 +14,9 @@ from experiments.paper import Line, Table
 from experiments.paper.settings import Settings, of_line
 from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
-from pacatune.reports.rows import Job, Row
+from pacatune.reports.rows import Job, Row, spread_of_mean
 from pacatune.training import RunConfig, train
+from pacatune.training.config_file import to_values
 
 if TYPE_CHECKING:
     from pacatune.adapters.loading import LoadedModel
@@ -163,7 +165,11 @@ def full_jobs(
             Job(
                 key=f"full-{line.key}",
                 title=f"{line.title} on {line.model}: training and scoring",
-                inputs={"line": line.key, "rates": list(rates), "data": dict(data), **inputs},
+                inputs={
+                    "line": line.key,
+                    "runs": {f"{rate:g}": to_values(run) for rate, run in runs.items()},
+                    **inputs,
+                },
                 run=partial(_run_full, table, line, runs, score),
             )
         )
@@ -204,6 +210,26 @@ def rate_note(line: Line, rate: float, rates: Sequence[float] | Mapping[float, A
     if rate not in (min(rates), max(rates)):
         return ""
     return f"{line.title}: the best learning rate, {rate:g}, is at the edge of its grid."
+
+
+def arm_row(
+    table: Table,
+    line: Line,
+    key: str,
+    found: Any,
+    rates: Sequence[float],
+    *,
+    factor: float = 1.0,
+    **more: Any,
+) -> Row:
+    """Return what the arm of a study reached, with the 95 % interval of several seeds."""
+    each = {str(seed): factor * value for seed, value in found.values.items()}
+    mean = statistics.mean(each.values())
+    if len(each) > 1:
+        spread = spread_of_mean([*each.values()])
+        more |= {"low": mean - spread, "high": mean + spread}
+    note = rate_note(line, found.learning_rate, rates)
+    return row_of(table, line, key, mean, n=len(each), each=each, note=note, **more)
 
 
 def study_job(

@@ -17,9 +17,10 @@ from experiments.paper import Line, Table
 from experiments.paper.settings import SCRIPTS, Settings, of_line
 from experiments.paper.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_5
 from experiments.reproduce.costs import MODEL, memory_jobs, step_jobs
-from experiments.reproduce.experiment import NATS, Experiment, Scale
+from experiments.reproduce.experiment import NATS, Experiment, Scale, of_table
 from experiments.reproduce.runs import (
     Work,
+    arm_row,
     full_jobs,
     hub_id,
     loaded,
@@ -37,10 +38,6 @@ _SMALL_MODEL = "SmolLM2-135M-Instruct"
 def small_dtype() -> str:
     """Return what this processor multiplies fast."""
     return "bfloat16" if bfloat16_is_fast(use_cpu=True) else "float32"
-
-
-def _scores(table: Table) -> frozenset[str]:
-    return frozenset(one.title for one in table.quantities if one.is_score)
 
 
 # Table 1, at the paper's own size: MMLU.
@@ -182,19 +179,14 @@ def _jobs_1(scale: Scale) -> list[Job]:
     return [*memory_jobs(TABLE_1), *step_jobs(TABLE_1, tokens=1024, seq_len=512), *small]
 
 
-TABLE_1_EXPERIMENT = Experiment(
-    name=TABLE_1.name,
-    title=TABLE_1.title,
-    place=TABLE_1.place,
+TABLE_1_EXPERIMENT = of_table(
+    TABLE_1,
     about="The paper fine-tunes three language models on the training questions of MMLU, a test of "
     "57 subjects with four answers to each question, and asks the test questions with five "
     f"examples before each. At the small scale {_SMALL_MODEL} is trained for {_STEPS} steps of "
     f"{_BATCH} questions to name the type of an answer (one of six; BIG-bench) and asked "
     f"{_NUM_QUESTIONS} others; the learning rate is the best of three by validation loss.",
-    paper=tuple(TABLE_1.rows()),
-    reference="LoRA",
     beside=MODEL,
-    scores=_scores(TABLE_1),
     jobs=_jobs_1,
     notes=(
         SCRIPTS["table1"],
@@ -271,21 +263,8 @@ def _small_job_2(table: Table, line: Line) -> Job:
         options["paca"] = {"selection_batches": 8}
 
     def read(found: Any) -> list[Row]:
-        return [
-            row_of(
-                table,
-                line,
-                "average",
-                found.mean,
-                unit=NATS,
-                model=_SMALL_MODEL,
-                setting="loss on held-out answers",
-                n=len(found.values),
-                each={str(seed): value for seed, value in found.values.items()},
-                note=rate_note(line, found.learning_rate, _RATES_2),
-                **seed_interval(list(found.values.values())),
-            )
-        ]
+        how = {"unit": NATS, "model": _SMALL_MODEL, "setting": "loss on held-out answers"}
+        return [arm_row(table, line, "average", found, _RATES_2, **how)]
 
     # alpha = rank: the update is not scaled, and the grid of rates is the same for every rank.
     strategy = line.variant.partition("-")[0] or "random"
@@ -300,14 +279,6 @@ def _small_job_2(table: Table, line: Line) -> Job:
         seeds=[2, 3] if line.variant.endswith("-2") else [0, 1],
         validation_fraction=_VALIDATION,
     )
-
-
-def seed_interval(values: list[float]) -> dict[str, float]:
-    """Return the 95 % interval of a mean over seeds; nothing for one seed."""
-    if len(values) < 2:
-        return {}
-    mean, spread = statistics.mean(values), spread_of_mean(values)
-    return {"low": mean - spread, "high": mean + spread}
 
 
 def _experiment(table: Table, about: str, *notes: str) -> Experiment:
@@ -331,17 +302,13 @@ def _experiment(table: Table, about: str, *notes: str) -> Experiment:
         "answers, at the best of three learning rates on validation data."
     )
     scripts = [SCRIPTS[table.name]] if table.name in SCRIPTS else []
-    return Experiment(
-        name=table.name,
-        title=table.title,
-        place=table.place,
+    return of_table(
+        table,
         about=f"{about} {small}",
-        paper=tuple(table.rows()),
-        reference={"lora": "LoRA", "qlora": "QLoRA", "paca": "PaCA"}[table.reference],
         beside=MODEL,
-        scores=_scores(table),
         jobs=jobs,
         notes=(*scripts, *notes),
+        judge_key=_JUDGE["judge_key_env"],
     )
 
 

@@ -1,10 +1,12 @@
 """The paper beside what is found here: shares, agreement, pages, and the jobs of every table."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from experiments.paper import TABLES, fig2
+from experiments.paper import TABLES, fig2, fig3
 from experiments.reproduce import costs, images, texts
 from experiments.reproduce.__main__ import main
 from experiments.reproduce.catalogue import EXPERIMENTS, doc_table
@@ -13,12 +15,18 @@ from experiments.reproduce.experiment import (
     Experiment,
     agreement,
     comparison,
+    drawn,
     make_page,
     read_results,
     shares,
+    write_page,
+    write_results,
 )
 from pacatune.files.owned_folder import OwnedFolder
+from pacatune.reports.provenance import commit
 from pacatune.reports.rows import Finished, Job, Row, done
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(method, value, **more):
@@ -63,6 +71,43 @@ def test_a_lower_loss_is_a_better_score():
     (found,) = shares(experiment(), losses)
     assert found.method == "PaCA - LoRA"
     assert found.value == pytest.approx(0.2)
+
+
+def test_shares_of_estimates_divide_like_ends():
+    """What an estimate leaves open, it leaves open for both: the interval must not grow."""
+    sizes = [
+        row("LoRA", 10.0, low=10.0, high=20.0, origin="simulated"),
+        row("PaCA", 8.0, low=8.0, high=15.0, origin="simulated"),
+    ]
+    (found,) = shares(experiment(), sizes)
+    assert (found.low, found.value, found.high) == (0.75, 0.8, 0.8)
+    times = [replace(one, origin="measured") for one in sizes]
+    (found,) = shares(experiment(), times)
+    assert (found.low, found.high) == (8.0 / 20.0, 15.0 / 10.0)
+
+
+def test_without_a_reference_only_stated_shares_are_compared():
+    rows = [*PAPER, row("LoRA / Full-FT", 0.9, unit="ratio")]
+    assert list(shares(experiment(reference=None), rows)) == rows[-1:]
+
+
+def test_untrained_models_are_compared_with_nothing():
+    rows = [row(m, 4.0, what="score") for m in ("LoRA", "No tuning", "Quantized, no tuning")]
+    assert list(shares(experiment(), rows)) == []
+
+
+def test_pictures_have_a_panel_for_each_unit():
+    losses = [
+        row(m, v, what="score", unit=NATS, model="small", origin="measured")
+        for m, v in (("LoRA", 3.2), ("PaCA", 3.0))
+    ]
+    shown = drawn(experiment(), [*PAPER, *losses])
+    assert {(one.what, one.unit) for one in shown} == {
+        ("time", "share"),
+        ("score", "points"),
+        ("score", NATS),
+    }
+    assert drawn(experiment(), []) == []
 
 
 @pytest.mark.parametrize(
@@ -130,14 +175,19 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
     assert "Failed:\n\n- b: OSError: no judge" in page
     assert "- A note." in page
     assert "2 jobs, " in page
+    assert write_page(one, found, "small", folder).is_file()
+    assert (tmp_path / "one.png").is_file()
+    assert not (tmp_path / "results.json").exists()  # pages of others lie in the same folder
+    write_results(found, folder)
+    (tmp_path / "results.json").rename(tmp_path / "one-small.json")
+    (kept,) = read_results("one", "small", tmp_path).values()
+    assert kept.rows == numbers
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_jobs_have_keys_of_their_own_and_plain_inputs(name, scale):
     """Making the jobs of the full scale checks the configuration of each of its runs."""
-    import json
-
     jobs = EXPERIMENTS[name].jobs(scale)
     assert jobs
     assert len({job.key for job in jobs}) == len(jobs)
@@ -162,6 +212,52 @@ def test_operations_are_counted_and_agree_with_the_text(tmp_path):
     assert {line[0] for line in compared.cells} == {
         claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")
     }
+
+
+def timed(method, value, **more):
+    more = {"what": "step", "unit": "ms", "origin": "measured", **more}
+    return row(method, value, low=0.9 * value, high=1.1 * value, **more)
+
+
+def test_shares_of_times_that_took_no_turns_have_no_interval():
+    times = [timed("LoRA", 9.0), timed("Full-FT", 10.0)]
+    times += [timed("PaCA", 6.0, what="backward"), timed("PaCA", 5.0, what="forward")]
+    turns = row("PaCA / LoRA", 0.8, what="step", unit="ratio", low=0.7, high=0.9)
+    found = [one for one in costs._phase_shares("time", [*times, turns]) if one.unit == "ratio"]
+    assert {(one.method, one.value, one.has_interval) for one in found} == {
+        ("PaCA / LoRA", 0.8, True),
+        ("LoRA / Full-FT", 0.9, False),
+        ("PaCA", 1.2, False),
+    }
+    assert found[-1].what.startswith("time of the backward pass, as a share")
+
+
+def test_throughput_is_that_of_the_largest_batch():
+    """The best of all batches is another number, and quartiles say nothing of a share."""
+    names = {"what": "throughput", "unit": "sentences/s"}
+    rows = [
+        row("lora", 34, what="largest batch", unit="", origin="measured"),
+        timed("lora", 26.8, setting="8 x 512 tokens", **names),
+        timed("lora", 24.5, setting="34 x 512 tokens", **names),
+    ]
+    batch, rate = costs._read_batches(rows)
+    assert (batch.what, batch.method, batch.value) == (fig3.BATCH, "LoRA", 34)
+    assert (rate.what, rate.method, rate.value) == (fig3.RATE, "LoRA", 24.5)
+    assert not rate.has_interval
+
+
+def test_results_of_other_settings_are_not_taken_for_these():
+    """The inputs of a run at the paper's size say all that decides it."""
+    jobs = {job.key: job for job in texts.TABLE_5_EXPERIMENT.jobs("full")}
+    runs = [jobs[f"full-llama3-8b-paca-r64-random-{n}"].inputs["runs"]["0.0005"] for n in (1, 2)]
+    assert [one["paca"]["random_seed"] for one in runs] == [42, 43]
+    assert runs[0]["paca"]["paca_alpha"] == 1
+    assert runs[0]["training"]["gradient_accumulation_steps"] == 4
+    assert runs[0]["training"]["lr_scheduler_type"] == "linear"
+    jobs = {job.key: job for job in images.TABLE_6_EXPERIMENT.jobs("full")}
+    run = jobs["full-vit-b16-paca-pets"].inputs["run"]
+    assert run["data"]["path"].startswith("torchvision:")
+    assert run["training"]["per_device_train_batch_size"] == 64
 
 
 def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
@@ -212,11 +308,42 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in EXPERIMENTS)
     assert main(["tabel5", "--output", str(tmp_path)]) == 2
-    assert "table5" in capsys.readouterr().out
+    assert "did you mean 'table5'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["table5"])
     assert "--output DIR" in capsys.readouterr().err
     (tmp_path / "fig2-small").mkdir()
     (tmp_path / "fig2-small" / "fig2.md").write_text("mine")
     assert main(["fig2", "--output", str(tmp_path)]) == 2
-    assert "stay as they are" in capsys.readouterr().out
+    assert "stay as they are" in capsys.readouterr().err
+
+
+def test_wrong_input_gives_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run" / ".pacatune").mkdir(parents=True)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for words, said in (
+        (["fig2", "--output", "file"], "file is a file"),
+        (["fig2", "--output", "run"], "run holds the results of another command"),
+        (["table5", "--scale", "full", "--output", "new"], "export its key as OPENAI_API_KEY"),
+        (["all", "--scale", "full", "--output", "new"], "table2 --scale full asks a judge"),
+    ):
+        assert main([*words[:-1], str(tmp_path / words[-1])]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".pacatune"]
+
+
+def test_a_result_says_which_commit_of_the_experiments_made_it(tmp_path, monkeypatch, capsys):
+    numbers = [row("LoRA", 4.0, origin="counted"), row("PaCA", 3.0, origin="counted")]
+    one = experiment(Job(key="a", inputs={}, run=lambda work: numbers))
+    monkeypatch.setitem(EXPERIMENTS, "one", one)
+    assert main(["one", "--output", str(tmp_path)]) == 0
+    assert "The page is" in capsys.readouterr().out
+    folder = tmp_path / "one-small"
+    assert (folder / "one.md").is_file()
+    (made,) = json.loads((folder / "results.json").read_text()).values()
+    here = commit(ROOT, "src", "experiments", "examples")
+    assert {name: made["provenance"][name] for name in here} == here

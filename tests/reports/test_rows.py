@@ -112,6 +112,12 @@ def test_done_runs_each_job_once(folder):
     assert not folder.foreign()
 
 
+def test_done_records_the_commit_of_what_made_the_rows(folder):
+    here = {"commit": "0123", "is_modified": False}
+    jobs = [Job(key="a", inputs={}, run=lambda work: [row()])]
+    assert done(jobs, folder, code=lambda: here)["a"].provenance.items() >= here.items()
+
+
 def test_failures_do_not_stop_the_others_and_are_tried_again(folder):
     fails = [True]
 

@@ -205,6 +205,7 @@ def done(
     tell: Callable[[str], None] = lambda line: None,
     until: float = math.inf,
     packages: Sequence[str] = (),
+    code: Callable[[], dict[str, Any]] = commit,
 ) -> dict[str, Finished]:
     """Run the jobs that have no file in an open folder yet; return what became of those tried.
 
@@ -218,6 +219,7 @@ def done(
         until: Moment of `time.monotonic` after which no job is begun; with 0 nothing is, and what
             is there is returned.
         packages: Whose versions are recorded, beside those of every result.
+        code: Returns the `commit` and `is_modified` that are recorded; by default the package's.
     """
     found: dict[str, Finished] = {}
     jobs = list(jobs)
@@ -226,7 +228,7 @@ def done(
         is_to_do = kept is None or kept.error is not None
         if is_to_do and time.monotonic() < until:
             tell(f"{number}/{len(jobs)}: {job.title or job.key} ...")
-            kept = _run(job, folder, packages)
+            kept = _run(job, folder, packages, code)
             if kept.error is not None:
                 tell(f"  failed: {kept.error}")
         if kept is not None:
@@ -234,7 +236,9 @@ def done(
     return found
 
 
-def _run(job: Job, folder: OwnedFolder, packages: Sequence[str]) -> Finished:
+def _run(
+    job: Job, folder: OwnedFolder, packages: Sequence[str], code: Callable[[], dict[str, Any]]
+) -> Finished:
     inputs = json.dumps(job.inputs, sort_keys=True)
     digest = hashlib.sha256(inputs.encode()).hexdigest()[:8]
     start, noise = time.monotonic(), Noise()
@@ -249,7 +253,7 @@ def _run(job: Job, folder: OwnedFolder, packages: Sequence[str]) -> Finished:
         "seconds": round(time.monotonic() - start, 1),
         "machine": machine(),
         "versions": versions(*packages),
-        **commit(),
+        **code(),
         "noise": noise.to_dict(),
     }
     values = {
