@@ -63,7 +63,7 @@ def test_peak_and_its_moment_are_those_of_a_real_step(name, tmp_path):
     with gpu_kernels.allocations_of_gpu():
         real, kept = real_peak(model, setting)
     assert measured.peak_bytes == pytest.approx(real.peak_bytes, rel=0.002)
-    assert measured.phase == real.peak_phase
+    assert measured.peak_phase == real.peak_phase
     assert measured.saved_by_module == pytest.approx(kept, rel=0.01)
 
 

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
     `launch` is told of each kernel that is not run.
     """
     with ExitStack() as stack:
-        replace = partial(replace_until, stack)
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value, create=True))
+
         replace(F, "scaled_dot_product_attention", partial(attention, launch=launch))
         replace(F, "dropout", dropout)
         replace(linear, "_is_on_cpu", lambda x: False)
@@ -87,15 +91,6 @@ def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
     written = [each.kept.originals for each in puts]
     deltas = [each.update.delta for each in puts if each.update is not None]
     launch("exchange", 0, written + deltas, written)
-
-
-def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Put a value in an attribute's place until the stack is left."""
-    if hasattr(owner, name):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        stack.callback(delattr, owner, name)
-    setattr(owner, name, value)
 
 
 def wide_product(
