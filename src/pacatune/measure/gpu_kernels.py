@@ -17,7 +17,7 @@ copy. Rows of one sequence run without any mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -72,11 +72,9 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(residency_put, "can_exchange", lambda memory, delta: True)
         replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-        try:
+        with suppress(ImportError):  # of older TRL; the loss that needs it says so
             from trl.kernels import chunked_logprob
-        except ImportError:  # older TRL; the loss that needs it says so
-            pass
-        else:
+
             replace(chunked_logprob, "_forward_kernel", _LossKernel(launch, writes=False))
             replace(chunked_logprob, "_backward_kernel", _LossKernel(launch, writes=True))
             replace(chunked_logprob, "_use_triton", lambda device: True)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
@@ -247,32 +247,28 @@ def time_together(config: BenchConfig, setting: MicroBatch, methods: tuple[str, 
         min_rounds=config.min_rounds,
         num_warmup=config.warmup,
     )
-    phases = {method: [*zip(*times, strict=True)] for method, times in rounds.items()}
-    whole = {method: [sum(one) for one in times] for method, times in rounds.items()}
-    rows = [row for m in methods for row in time_rows(config, setting, m, whole[m], phases[m])]
+    series = {method: _series(times) for method, times in rounds.items()}
+    rows = [row for method in methods for row in time_rows(config, setting, method, series[method])]
     if len(methods) == 2:
-        ours, other = methods
-        pairs: dict[str, tuple[Any, Any]] = {"step": (whole[ours], whole[other])}
-        pairs |= dict(zip(PHASES[:2], zip(phases[ours], phases[other], strict=True), strict=False))
-        names = _names(config, setting, f"{ours} / {other}")
-        for what, (above, below) in pairs.items():
-            rows.append(ratio_row([*above], [*below], seed=config.seed, what=what, **names))
+        names = _names(config, setting, " / ".join(methods))
+        for what in ("step", *PHASES[:2]):
+            ours, other = (series[method][what] for method in methods)
+            rows.append(ratio_row(ours, other, seed=config.seed, what=what, **names))
     return rows
 
 
+def _series(times: list[tuple[float, float, float]]) -> dict[str, list[float]]:
+    """Return the seconds of each phase, and of the whole step, over the rounds."""
+    phases = zip(PHASES, map(list, zip(*times, strict=True)), strict=True)
+    return {**dict(phases), "step": [sum(one) for one in times]}
+
+
 def time_rows(
-    config: BenchConfig,
-    setting: MicroBatch,
-    method: str,
-    steps: list[float],
-    phases: Iterable[Iterable[float]] = (),
+    config: BenchConfig, setting: MicroBatch, method: str, series: dict[str, list[float]]
 ) -> list[Row]:
-    """Return medians and quartiles of phases and steps, given in seconds, and of the throughput."""
+    """Return medians and quartiles of seconds, and of the throughput; the last are of the step."""
     names: dict[str, Any] = _names(config, setting, method)
-    rows = [
-        time_row([*seconds], what=what, **names)
-        for what, seconds in [*zip(PHASES, phases, strict=False), ("step", steps)]
-    ]
+    rows = [time_row(seconds, what=what, **names) for what, seconds in series.items()]
     step, per_step = rows[-1], 1e3 * setting.num_rows
     unit = "sentences/s"
     if config.sweep is None:
@@ -289,9 +285,9 @@ def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> list[Row
     if config.sweep == "seq-len":
         return peaks
     rounds = alternate(
-        {"": step.seconds}, seconds=config.seconds, min_rounds=_MIN_STEPS_OF_POINT, num_warmup=0
+        {"step": step.seconds}, seconds=config.seconds, min_rounds=_MIN_STEPS_OF_POINT, num_warmup=0
     )
-    return [*time_rows(config, setting, method, rounds[""]), *peaks]
+    return [*time_rows(config, setting, method, rounds), *peaks]
 
 
 def _names(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, str]:
