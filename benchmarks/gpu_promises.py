@@ -226,15 +226,21 @@ def check_capture(device: torch.device) -> Found:
     """Capture passes in a CUDA graph: additive and right; refused with columns written."""
     if device.type == "cuda":
         return _check_graph(device)
-    with (
-        patch.object(residency, "_is_on_gpu", lambda weight: True),
-        patch.object(residency, "_is_capturing", lambda: True),
-    ):
+    with _as_if_captured():
         contender, batch = _contender(device, torch.float32), _batch(device)
         plain = _contender(device, torch.float32, "additive")
         losses = [[_step(each, batch).item() for _ in range(3)] for each in (contender, plain)]
         _hold_additive(contender, *losses)
     return {"by": "as if one were recorded", "is_refused_with_columns": _is_refused(device)}
+
+
+@contextmanager
+def _as_if_captured() -> Iterator[None]:
+    with (
+        patch.object(residency, "_is_on_gpu", lambda weight: True),
+        patch.object(residency, "_is_capturing", lambda: True),
+    ):
+        yield
 
 
 def _hold_additive(contender: Contender, ours: Sequence[float], plain: Sequence[float]) -> None:
@@ -250,10 +256,7 @@ def _is_refused(device: torch.device) -> bool:
     for _ in range(2):
         _step(contender, batch)
     loss_of(contender.model, batch).backward()
-    with (
-        patch.object(residency, "_is_on_gpu", lambda weight: True),
-        patch.object(residency, "_is_capturing", lambda: True),
-    ):
+    with _as_if_captured():
         try:
             loss_of(contender.model, batch)
         except RuntimeError as error:
