@@ -9,11 +9,12 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from benchmarks.methods import OURS, adapt
 from benchmarks.results import read
 from pacatune.measure.device import PeakMemory
 from pacatune.measure.estimate import estimate_memory
-from pacatune.measure.gpu_kernels import replace_until
 from pacatune.measure.methods import Contender
 from pacatune.measure.methods import adapt as adapt_measured
 from pacatune.measure.models import load_config, loss_of, loss_of_graph, make_batch
@@ -205,15 +205,17 @@ def check_synchronisation(device: torch.device) -> Found:
     for _ in range(2):
         _step(contender, batch)
     reads = Reads()
-    with ExitStack() as stack:
-        replace_until(stack, masking_utils, "find_packed_sequence_indices", lambda ids: None)
-        stack.enter_context(_sync_is_an_error(device))
-        with reads:
-            for _ in range(2):
-                _step(contender, batch)
-                cast(Any, contender.model).zero_grad()  # a look at the base
+    with _rows_of_one_sequence(), _sync_is_an_error(device), reads:
+        for _ in range(2):
+            _step(contender, batch)
+            cast(Any, contender.model).zero_grad()  # a look at the base
     hold(not reads.names, f"a training step waits for the device in {', '.join(reads.names)}")
     return {"num_reads": 0, "by": _stand_in(device, "set_sync_debug_mode", "a dispatch mode")}
+
+
+def _rows_of_one_sequence() -> Any:
+    """Let transformers look for no others, as it does at the values of positions."""
+    return patch.object(masking_utils, "find_packed_sequence_indices", lambda ids: None)
 
 
 def _stand_in(device: torch.device, on_gpu: str, on_cpu: str) -> str:
@@ -224,14 +226,21 @@ def check_capture(device: torch.device) -> Found:
     """Capture passes in a CUDA graph: additive and right; refused with columns written."""
     if device.type == "cuda":
         return _check_graph(device)
-    with ExitStack() as stack:
-        replace_until(stack, residency, "_is_on_gpu", lambda weight: True)
-        replace_until(stack, residency, "_is_capturing", lambda: True)
+    with _as_if_captured():
         contender, batch = _contender(device, torch.float32), _batch(device)
         plain = _contender(device, torch.float32, "additive")
         losses = [[_step(each, batch).item() for _ in range(3)] for each in (contender, plain)]
         _hold_additive(contender, *losses)
     return {"by": "as if one were recorded", "is_refused_with_columns": _is_refused(device)}
+
+
+@contextmanager
+def _as_if_captured() -> Iterator[None]:
+    with (
+        patch.object(residency, "_is_on_gpu", lambda weight: True),
+        patch.object(residency, "_is_capturing", lambda: True),
+    ):
+        yield
 
 
 def _hold_additive(contender: Contender, ours: Sequence[float], plain: Sequence[float]) -> None:
@@ -247,9 +256,7 @@ def _is_refused(device: torch.device) -> bool:
     for _ in range(2):
         _step(contender, batch)
     loss_of(contender.model, batch).backward()
-    with ExitStack() as stack:
-        replace_until(stack, residency, "_is_on_gpu", lambda weight: True)
-        replace_until(stack, residency, "_is_capturing", lambda: True)
+    with _as_if_captured():
         try:
             loss_of(contender.model, batch)
         except RuntimeError as error:
@@ -261,8 +268,7 @@ def _is_refused(device: torch.device) -> bool:
 def _check_graph(device: torch.device) -> Found:
     contender, batch = _contender(device, torch.float32), _batch(device)
     plain = _contender(device, torch.float32, "additive")
-    with ExitStack() as stack:
-        replace_until(stack, masking_utils, "find_packed_sequence_indices", lambda ids: None)
+    with _rows_of_one_sequence():
         # Allocations and handles of libraries come before the capture, without a step.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -27,9 +27,10 @@ from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import Stopwatch
 from pacatune.measure.methods import adapt as adapt_measured
 from pacatune.measure.models import loss_of, loss_of_graph, make_batch
-from pacatune.measure.setting import MicroBatch, quantization_of
+from pacatune.measure.setting import MicroBatch
 from pacatune.measure.step import Step
 from pacatune.measure.timing import alternate
+from pacatune.methods import METHODS as TABLE
 from pacatune.reports.rows import Row
 
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")
@@ -125,7 +126,7 @@ def _step(
     loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
 ) -> Step:
     """Return a method's step on a model of its own in bfloat16; finer adapters run in autocast."""
-    quantization = quantization_of(method) if method in QUANTISED else None
+    quantization = TABLE[method].quantization if method in QUANTISED else None
     model = make_model(shape, torch.bfloat16, SEED, quantization, batch.device)
     if quantization is None:
         contender = adapt(model, method, targets="all-linear", seed=SEED)

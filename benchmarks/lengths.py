@@ -69,7 +69,7 @@ def rows(
         }
         found.append(Row(what="longest sequence", value=longest, unit="tokens", **names))
         if estimate is not None:
-            kept = estimate.measured.saved_bytes // longest
+            kept = estimate.saved_bytes // longest
             found.append(Row(what="kept per token", value=kept, unit="bytes", **names))
     return found
 

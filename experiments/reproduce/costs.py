@@ -265,7 +265,7 @@ def _count_operations(work: Path) -> list[Row]:
     for method in fig2.METHODS:
         setting = make_setting(method, rank=RANK, batch_size=_ROWS, seq_len=_TOKENS)
         counts = FakeTraining(setting).count_operations(_ROWS, _TOKENS)
-        numbers = {phase: counts[f"{phase}_flops"] / 1e12 for phase in _PHASES}
+        numbers = {phase: counts[phase] / 1e12 for phase in _PHASES}
         for phase, value in {**numbers, "step": sum(numbers.values())}.items():
             row = Row(
                 what=phase,

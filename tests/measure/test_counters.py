@@ -146,8 +146,8 @@ def test_a_graph_that_is_dropped_keeps_nothing():
     model, x = Normed(), torch.randn(4, 64)
     with SavedBytes(model, {model.linear: "linear"}) as saved:
         y = model(x).sum()
-        # the factor is on a storage of its own, the one number that the product keeps
-        assert saved.num_bytes == x.nbytes + 4
+    # the factor is on a storage of its own, the one number that the product keeps
+    assert saved.num_bytes == x.nbytes + 4
     y.backward()
     assert saved.num_bytes == x.nbytes + 4
     assert saved.num_bytes_by_kind == {"linear": x.nbytes}

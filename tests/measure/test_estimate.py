@@ -2,17 +2,17 @@
 
 import pytest
 
-from pacatune.measure.estimate import Estimate, _last_with_room, estimate_memory, find_max
+from pacatune.measure.estimate import _last_with_room, estimate_memory, find_max
 from pacatune.measure.setting import Setting
-from pacatune.measure.simulate import Measured
+from pacatune.measure.simulate import Estimate
 from tests.measure.real_step import tiny
 
 GIB = 2**30
 
 
 def estimate_of(**by_category):
-    measured = Measured(sum(by_category.values()), by_category, "backward", {"loss": 1})
-    return Estimate(Setting(model="llama3-8b"), measured)
+    setting, peak = Setting(model="llama3-8b"), sum(by_category.values())
+    return Estimate(setting, peak, by_category, "backward", {"loss": 1})
 
 
 def test_spread_is_context_and_gaps_between_what_comes_and_goes():
@@ -39,12 +39,12 @@ def test_estimate_is_the_same_every_time(tmp_path):
     setting = tiny(tmp_path)
     first, second = estimate_memory(setting), estimate_memory(setting)
     assert first == second
-    assert sum(first.measured.by_category.values()) == first.peak_bytes
+    assert sum(first.by_category.values()) == first.peak_bytes
     assert first.to_values()["setting"]["rank"] == 4
 
 
 def test_length_beyond_the_models_positions_is_noted(tmp_path):
-    notes = estimate_memory(tiny(tmp_path, seq_len=65)).measured.notes
+    notes = estimate_memory(tiny(tmp_path, seq_len=65)).notes
     assert notes == ["the model was made for 64 tokens, not 65."]
 
 

@@ -78,14 +78,6 @@ def test_the_forms_of_paca_write_always_or_never(values):
         assert {layer.residency.is_written for layer in layers} == {is_written}
 
 
-def test_a_weight_that_somebody_holds_cannot_be_written(values):
-    one = contender(values, "paca-resident")
-    aliases = [parameter.detach() for parameter in one.model.parameters()]
-    with pytest.raises(RuntimeError, match="somebody holds the weight of a layer"):
-        one.model(input_ids=make_batch(1, 5, VOCAB, seed=1))
-    assert aliases
-
-
 def test_a_device_without_a_fused_optimizer_gets_the_plain_one(values, monkeypatch):
     plain = torch.optim.AdamW
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -63,7 +64,7 @@ def test_peak_and_its_moment_are_those_of_a_real_step(name, tmp_path):
     with gpu_kernels.allocations_of_gpu():
         real, kept = real_peak(model, setting)
     assert measured.peak_bytes == pytest.approx(real.peak_bytes, rel=0.002)
-    assert measured.phase == real.peak_phase
+    assert measured.peak_phase == real.peak_phase
     assert measured.saved_by_module == pytest.approx(kept, rel=0.01)
 
 
@@ -220,7 +221,8 @@ def test_missing_bitsandbytes_is_named(tmp_path):
 
 def test_lean_may_be_required(tmp_path):
     required = simulate(tiny(tmp_path, lean="require"))
-    assert required == simulate(tiny(tmp_path, lean="auto"))
+    found = simulate(tiny(tmp_path, lean="auto"))
+    assert replace(found, setting=required.setting) == required
     assert required.saved_bytes < simulate(tiny(tmp_path, loss="chunked")).saved_bytes
     values = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
     with pytest.raises(ValueError, match="this model cannot be all lean"):
@@ -268,7 +270,7 @@ def test_sharded_training_shares_what_it_says(tmp_path):
     assert four["zero1"].by_category["weights"] == one.by_category["weights"]
     weights = one.by_category["weights"]
     assert four["fsdp2"].by_category["weights"] == pytest.approx(weights / 4, rel=0.01)
-    assert four["zero3"] == four["fsdp2"]
+    assert replace(four["zero3"], setting=four["fsdp2"].setting) == four["fsdp2"]
     assert four["zero2"].peak_bytes < four["zero1"].peak_bytes
     block = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176 + 2 * 64)
     outside = 2 * (2 * 128 * 64 + 64)

@@ -138,6 +138,14 @@ def test_kept_bytes_are_those_of_the_formulas(make_config, dtype, itemsize):
         assert sum(parts) == row["kept for backward"]
 
 
+def test_written_columns_are_lean_as_well(make_config):
+    """In bfloat16 PaCA writes them anyway."""
+    config = make_config(methods=("paca",), dtype="bfloat16", lean_level=2)
+    names = ("kept for backward", "forward operations", "backward operations")
+    ours, written = counted(config, "paca"), counted(config, "paca-resident")
+    assert [written[name] for name in names] == [ours[name] for name in names]
+
+
 def test_float32_adapters_on_16_bits_run_under_autocast(make_config):
     options = {"methods": ("paca",), "dtype": "bfloat16"}
     same = counted(make_config(**options), "paca")

@@ -10,8 +10,9 @@ from pacatune.measure.setting import Setting
 from pacatune.methods import TEXT_METHODS, method_of
 
 if TYPE_CHECKING:
-    from pacatune.measure.estimate import Estimate, Quantity
+    from pacatune.measure.estimate import Quantity
     from pacatune.measure.roofline import StepTime
+    from pacatune.measure.simulate import Estimate
 
 _QUANTITIES: dict[str, "Quantity"] = {
     "seq-len": "seq_len",
@@ -139,7 +140,7 @@ def _print_memory(values: dict[str, Values], estimates: "dict[str, Estimate]", m
         if "fits" in one:
             print(f"  fits in {_gib(one['available_bytes'])} GiB: {_fits(one)}")
         if estimate is not None:
-            saved = estimate.measured.saved_by_module.items()
+            saved = estimate.saved_by_module.items()
             parts = ", ".join(f"{kind} {_gib(number)}" for kind, number in saved if number > 2**20)
             print(f"  keeps for backward, GiB: {parts or 'nothing'}")
     print_notes(dict.fromkeys(note for one in values.values() for note in one["notes"]))

@@ -55,7 +55,7 @@ def run(
         "command": command,
         "model": describe(config),
         "device": device_text(config),
-        "methods": {method: METHODS[method] for method in config.methods},
+        "methods": {method: METHODS[method].summary for method in config.methods},
         "config": asdict(config),
         "rows": [row.to_dict() for one in found.values() for row in one.rows],
         "errors": {titles[key]: one.error for key, one in found.items() if one.error},

@@ -1,16 +1,14 @@
 """Counters of a training step: bytes that autograd keeps for backward, and operations."""
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Words in the name of a module's class -> kind; linear layers and embeddings are told by type.
 _WORDS = {"norm": "norm", "attention": "attention", "mlp": "mlp", "gated": "mlp"}
@@ -38,53 +36,36 @@ class SavedBytes:
         self._held = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._layers = dict(layers or {})
         self._entered: list[str] = []
-        self._saved: dict[int, _Storage] = {}
-        self._is_counting = True
+        self._saved: list[weakref.ref[_Kept]] = []
         self._stack = ExitStack()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the distinct storages saved so far."""
-        return sum(storage.num_bytes for storage in self._saved.values())
-
-    @property
-    def num_bytes_by_kind(self) -> dict[str, int]:
+        self.num_bytes = 0
+        """Bytes of the distinct storages that are kept when the context ends."""
+        self.num_bytes_by_kind = dict.fromkeys(self._layers.values(), 0)
         """Kind of layer -> bytes that nothing else keeps, of all layers of that kind."""
-        totals = dict.fromkeys(self._layers.values(), 0)
-        for storage in self._saved.values():
-            if storage.kind is not None:
-                totals[storage.kind] += storage.num_bytes
-        return totals
 
     def _pack(self, tensor: Tensor) -> "_Kept":
         # Holds the memory, so that no address comes twice. Detached: a node that kept its own
         # output would keep itself alive.
-        kept = _Kept(tensor.detach())
-        is_sparse = tensor.layout is torch.sparse_coo
-        for part in (tensor._indices(), tensor._values()) if is_sparse else (tensor,):
-            if _address(part) not in self._held:
-                self._note(part)
-                weakref.finalize(kept, self._drop, _address(part))
+        kept = _Kept(tensor.detach(), self._entered[-1] if self._entered else None)
+        self._saved.append(weakref.ref(kept))
         return kept
 
-    def _note(self, tensor: Tensor) -> None:
-        kind = self._entered[-1] if self._entered else None
-        address = _address(tensor)
-        storage = self._saved.get(address)
-        if storage is None:
-            storage = _Storage(tensor.untyped_storage().nbytes(), kind)
-            self._saved[address] = storage
-        elif kind is None:
-            storage.kind = None
-        storage.num_kept += 1
-
-    def _drop(self, address: int) -> None:
-        """Forget what a dropped graph kept alone; after the context, backward drops everything."""
-        if self._is_counting:
-            storage = self._saved[address]
-            storage.num_kept -= 1
-            if storage.num_kept == 0:
-                del self._saved[address]
+    def _count(self) -> None:
+        """Count what nodes of graphs still hold."""
+        kinds: dict[int, str | None] = {}
+        sizes: dict[int, int] = {}
+        for kept in filter(None, (link() for link in self._saved)):
+            is_sparse = kept.tensor.layout is torch.sparse_coo
+            parts = (kept.tensor._indices(), kept.tensor._values()) if is_sparse else (kept.tensor,)
+            for part in parts:
+                address = _address(part)
+                if address not in self._held:
+                    sizes[address] = part.untyped_storage().nbytes()
+                    kinds[address] = kept.kind and kinds.get(address, kept.kind)
+        self.num_bytes = sum(sizes.values())
+        for address, kind in kinds.items():
+            if kind is not None:
+                self.num_bytes_by_kind[kind] += sizes[address]
 
     def _enter(self, module: nn.Module, *args: Any) -> None:
         if module in self._layers:
@@ -106,23 +87,15 @@ class SavedBytes:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._is_counting = False
         self._stack.close()
-
-
-@dataclass
-class _Storage:
-    num_bytes: int
-    kind: str | None
-    num_kept: int = 0
-    """Tensors on it that nodes of graphs hold."""
+        self._count()
 
 
 class _Kept:
     """What a node holds, so that its end is seen."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, kind: str | None) -> None:
+        self.tensor, self.kind = tensor, kind
 
 
 def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
@@ -134,8 +107,7 @@ def kinds_of_modules(model: nn.Module) -> dict[nn.Module, str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
-    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
+    head = cast(Any, model).get_output_embeddings()
     kinds: dict[nn.Module, str] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -159,44 +131,34 @@ def _address(tensor: Tensor) -> int:
 
 
 def count_flops(forward: Callable[[], Tensor]) -> dict[str, int]:
-    """Return `forward_flops` and `backward_flops` of a loss; multiplying and adding are two."""
-    with FlopCounterMode(display=False, custom_mapping=formulas_beside_torchs()) as before:
+    """Return the operations of `forward` and `backward` of a loss; to multiply and add are two."""
+    before, after = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    before.flop_registry = after.flop_registry = flop_formulas()
+    with before:
         loss: Any = forward()
-    with FlopCounterMode(display=False, custom_mapping=formulas_beside_torchs()) as after:
+    with after:
         loss.backward()
-    return {"forward_flops": before.get_total_flops(), "backward_flops": after.get_total_flops()}
+    return {"forward": before.get_total_flops(), "backward": after.get_total_flops()}
 
 
-def formulas_beside_torchs() -> dict[Any, Any]:
-    """Return the products that torch's counter does not know -> their number of operations."""
+def flop_formulas() -> dict[Any, Any]:
+    """Return operators -> their number of operations: torch's, and those that it does not know."""
     aten, quantized = torch.ops.aten, torch.ops.bitsandbytes
+    attention = aten._scaled_dot_product_flash_attention
+    backward = aten._scaled_dot_product_flash_attention_backward
     # There from bitsandbytes' first import on, which a quantised model has behind it.
     products = [
         getattr(quantized, name) for name in ("gemm_4bit", "gemv_4bit") if hasattr(quantized, name)
     ]
-    return dict.fromkeys(products, _quantized_flop) | {
-        aten.addmm_: _addmm_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    return {
+        **flop_registry,
+        **dict.fromkeys(products, _quantized_flop),
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[backward],
     }
 
 
-# Each takes shapes in place of the tensors that the operation takes.
-def _addmm_flop(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    """In place: (M, K) by (K, N), as the additive form of PaCA adds what the columns give."""
-    return int(2 * a[0] * a[1] * b[1])
-
-
-def _quantized_flop(x: Any, packed: Any, shape: Any, *args: Any, **kwargs: Any) -> int:
+def _quantized_flop(x: Tensor, packed: Any, shape: Any, *args: Any, **kwargs: Any) -> int:
     """(..., I) by a packed (O, I)."""
-    return 2 * int(math.prod(x)) * int(shape[0])
-
-
-def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward_flop(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    return 2 * x.numel() * int(shape[0])

@@ -121,17 +121,14 @@ def limit_memory(num_bytes: int, device: torch.device) -> None:
 def peak_process_bytes() -> int:
     """Return the largest resident size that this process has had, or had since the last reset."""
     # Not getrusage on Linux: it counts what the parent held when it started this process.
-    if found := re.search(r"^VmHWM:\s+(\d+)", _status(), re.MULTILINE):
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="utf-8") if status.is_file() else ""
+    if found := re.search(r"^VmHWM:\s+(\d+)", text, re.MULTILINE):
         return int(found[1]) * 1024
     import resource  # not on every system
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _status() -> str:
-    path = Path("/proc/self/status")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def reset_peak_process_bytes() -> None:

@@ -2,86 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pacatune.measure.setting import Setting
-from pacatune.measure.simulate import FakeTraining, Measured
-from pacatune.measure.tracker import Category
+from pacatune.measure.simulate import Estimate, FakeTraining
 from pacatune.names import choose
-from pacatune.reports.rows import Row
 
 Quantity = Literal["seq_len", "batch_size", "rank"]
-
-# Outside PyTorch's allocator: the CUDA context, the code of kernels, the workspaces of cuBLAS. An
-# idle process with PyTorch's kernels loaded shows some 0.4 GiB on an A100 and 0.6 on an H100.
-_CONTEXT_BYTES = (int(0.4 * 2**30), int(0.7 * 2**30))
-# Share of what comes and goes within a step that the allocator holds beyond it: it rounds blocks up
-# to 512 bytes or 2 MiB, keeps gaps between them, and what it has cached. No GPU was measured here:
-# the upper end is what the paper's Table 1 needs, whose LLaMA2-7B with PaCA is 0.20 of it above the
-# simulated peak and the largest context. What stays for the whole run is allocated once.
-_FRAGMENTATION = (0.0, 0.2)
-_STATIC: tuple[Category, ...] = ("weights", "adapter", "optimizer", "gathered")
-
 _LIMITS: dict[Quantity, tuple[int, int]] = {"seq_len": (2, 2**24), "batch_size": (1, 2**20)}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The memory of one setting on one device, in bytes."""
-
-    setting: Setting
-    measured: Measured
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most that tensors take at once; what `torch.cuda.max_memory_allocated` would show."""
-        return self.measured.peak_bytes
-
-    @property
-    def low_bytes(self) -> int:
-        """Least that the device needs: the peak and a small CUDA context."""
-        return self._device_bytes(0)
-
-    @property
-    def high_bytes(self) -> int:
-        """Most that the device should need: a large context, and gaps between blocks."""
-        return self._device_bytes(1)
-
-    def _device_bytes(self, end: int) -> int:
-        by_category = self.measured.by_category
-        moving = sum(number for name, number in by_category.items() if name not in _STATIC)
-        return self.peak_bytes + _CONTEXT_BYTES[end] + int(moving * _FRAGMENTATION[end])
-
-    def fits(self, available_bytes: int) -> Literal["yes", "perhaps", "no"]:
-        """Say whether a device with this much memory is enough, for the whole spread."""
-        if self.high_bytes <= available_bytes:
-            return "yes"
-        return "perhaps" if self.low_bytes <= available_bytes else "no"
-
-    def rows(self, method: str) -> list[Row]:
-        """Return the parts of the peak, their sum, and what a device needs, in GiB."""
-        parts: dict[str, int] = dict(self.measured.by_category.items())
-        parts["peak"] = self.peak_bytes
-        parts |= {"a device needs": self.low_bytes, "or as much as": self.high_bytes}
-        names: dict[str, Any] = {"what": "memory", "method": method, "model": self.setting.model}
-        return [
-            Row(setting=part, value=number / 2**30, unit="GiB", origin="simulated", **names)
-            for part, number in parts.items()
-        ]
-
-    def to_values(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "by_category": dict(self.measured.by_category),
-            "peak_phase": self.measured.phase,
-            "saved_bytes": self.measured.saved_bytes,
-            "saved_by_module": self.measured.saved_by_module,
-            "device_bytes": {"low": self.low_bytes, "high": self.high_bytes},
-            "setting": asdict(self.setting),
-            "notes": self.measured.notes,
-        }
 
 
 def estimate_memory(setting: Setting) -> Estimate:
@@ -92,7 +20,7 @@ def estimate_memory(setting: Setting) -> Estimate:
     Raises:
         FileNotFoundError, ValueError: If the model or the options do not exist.
     """
-    return Estimate(setting, FakeTraining(setting).step(setting.batch_size, setting.seq_len))
+    return FakeTraining(setting).step(setting.batch_size, setting.seq_len)
 
 
 def find_max(
@@ -117,7 +45,7 @@ def find_max(
     def estimate(number: int) -> Estimate:
         changed = setting.but(**{quantity: number})
         step = FakeTraining(changed) if quantity == "rank" and number > 1 else training
-        return Estimate(changed, step.step(changed.batch_size, changed.seq_len))
+        return step.step(changed.batch_size, changed.seq_len)
 
     def room(number: int) -> int:
         return available_bytes - estimate(number).high_bytes

@@ -17,10 +17,11 @@ copy. Rows of one sequence run without any mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
     `launch` is told of each kernel that is not run.
     """
     with ExitStack() as stack:
-        replace = partial(replace_until, stack)
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value, create=True))
+
         replace(F, "scaled_dot_product_attention", partial(attention, launch=launch))
         replace(F, "dropout", dropout)
         replace(linear, "_is_on_cpu", lambda x: False)
@@ -68,11 +72,9 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(residency_put, "can_exchange", lambda memory, delta: True)
         replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-        try:
+        with suppress(ImportError):  # of older TRL; the loss that needs it says so
             from trl.kernels import chunked_logprob
-        except ImportError:  # older TRL; the loss that needs it says so
-            pass
-        else:
+
             replace(chunked_logprob, "_forward_kernel", _LossKernel(launch, writes=False))
             replace(chunked_logprob, "_backward_kernel", _LossKernel(launch, writes=True))
             replace(chunked_logprob, "_use_triton", lambda device: True)
@@ -87,15 +89,6 @@ def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
     written = [each.kept.originals for each in puts]
     deltas = [each.update.delta for each in puts if each.update is not None]
     launch("exchange", 0, written + deltas, written)
-
-
-def replace_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Put a value in an attribute's place until the stack is left."""
-    if hasattr(owner, name):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        stack.callback(delattr, owner, name)
-    setattr(owner, name, value)
 
 
 def wide_product(

@@ -19,38 +19,26 @@ are not seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils._pytree import tree_leaves
 
 from pacatune.lean import fused
-from pacatune.measure.counters import formulas_beside_torchs
-from pacatune.measure.gpu_kernels import allocations_of_gpu, replace_until
+from pacatune.measure.counters import flop_formulas
+from pacatune.measure.gpu_kernels import allocations_of_gpu
+from pacatune.measure.tracker import storage_key
 
 Kind = Literal["gemm", "attention", "elementwise"]
 
+# Beside allocations, whose names begin with `empty` or `new_empty`.
 _NO_KERNEL = frozenset(
-    [
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "empty_permuted",
-        "new_empty",
-        "new_empty_strided",
-        "_unsafe_view",
-        "_reshape_alias",
-        "set_",
-        "resize_",
-        "resize_as_",
-        "detach_",
-        "record_stream",
-    ]
+    ["_unsafe_view", "_reshape_alias", "set_", "resize_", "resize_as_", "detach_", "record_stream"]
 )
 # Read as much of their first tensor as they return; write as much of it as they are given.
 _GATHERS = frozenset(["index_select", "embedding", "gather", "index", "take"])
@@ -119,13 +107,7 @@ class KernelCounter(TorchDispatchMode):
         # Of a function that is one kernel: what it reads of each storage.
         self._inner: dict[int, Operand] | None = None
         self._inner_flops = 0
-        self._formulas = flop_registry | {
-            packet: shape_wrapper(formula) for packet, formula in formulas_beside_torchs().items()
-        }
-
-    def num_launches(self, phase: str) -> int:
-        """Return the number of launches in a phase."""
-        return sum(kernel.launches for kernel in self.kernels if kernel.phase == phase)
+        self._formulas = flop_formulas()
 
     def launch(
         self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]
@@ -146,7 +128,7 @@ class KernelCounter(TorchDispatchMode):
                 result = function(*args)
             finally:
                 inner, self._inner = self._inner, None
-            given = {_storage_of(x): x for x in _tensors_in(args)}
+            given = {storage_key(x): x for x in _tensors_in(args)}
             reads = [(x, inner[key]) for key, x in given.items() if key in inner]
             writes = [_operand(x) for x in _tensors_in(result)]
             self._add(function.__name__, self._inner_flops, reads, writes)
@@ -165,7 +147,7 @@ class KernelCounter(TorchDispatchMode):
         if self._inner is not None:
             self._inner_flops += flops
             for tensor, operand in reads:
-                key = _storage_of(tensor)
+                key = storage_key(tensor)
                 self._inner[key] = max(operand, self._inner.get(key, operand))
             return
         kind: Kind = "attention" if "attention" in name else "gemm" if flops else "elementwise"
@@ -181,7 +163,7 @@ class KernelCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         namespace, name = func._schema.name.split("::")
-        if func.is_view or name in _NO_KERNEL:
+        if func.is_view or name in _NO_KERNEL or name.startswith(("empty", "new_empty")):
             return result
         if (namespace, name) == ("bitsandbytes", "gemm_4bit"):
             self._note_4bit(func, args, kwargs, result)
@@ -286,20 +268,12 @@ def num_of_multi_tensor(sizes: Sequence[int], num_lists: int) -> int:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in _tensors_in(part)]
-    return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _operand(x: Tensor) -> Operand:
     """Return the size of a tensor; an expanded one is as large as its memory."""
     return Operand(min(x.numel(), x.untyped_storage().nbytes() // x.itemsize), x.itemsize)
-
-
-def _storage_of(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
 
 
 @contextmanager
@@ -308,9 +282,9 @@ def branches_of_gpu(counter: KernelCounter) -> Iterator[None]:
 
     Stand-ins compute no values: use it to count, not to train.
     """
-    with ExitStack() as stack:
-        stack.enter_context(allocations_of_gpu(counter.launch))
-        replace = partial(replace_until, stack)
-        replace(fused, "_is_wanted", lambda x: True)
-        replace(fused, "_compiled", counter.as_one)
+    with (
+        allocations_of_gpu(counter.launch),
+        patch.object(fused, "_is_wanted", lambda x: True),
+        patch.object(fused, "_compiled", counter.as_one),
+    ):
         yield

@@ -6,14 +6,13 @@ method that trains has torch's AdamW over its trainable parameters only.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pacatune import lean
-from pacatune.measure.setting import row_of
+from pacatune import lean, methods
+from pacatune.measure.setting import METHODS
 from pacatune.methods import Method, adapter_config, size_options
 
 _LEARNING_RATE = 1e-4
@@ -44,12 +43,11 @@ def add_adapter(
     heads: Sequence[str] = (),
     seed: int | None = None,
     groups: int = 1,
-    is_meta: bool = False,
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full; `groups` are PaCA's row groups; `is_meta` tells that the model has no weights.
+    trained in full; `groups` are PaCA's row groups.
     """
     from peft import get_peft_model
 
@@ -67,6 +65,7 @@ def add_adapter(
     config = adapter_config(
         row, **options, target_modules=targets, modules_to_save=list(heads) or None
     )
+    is_meta = next(model.parameters()).is_meta
     adapted: Any = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=is_meta)
     return cast(nn.Module, adapted)
 
@@ -104,8 +103,8 @@ def adapt(
         groups: PaCA's row groups.
     """
     model.requires_grad_(method == "full")
-    row = row_of(method)
-    if row is not None and row.has_adapter:
+    row = (methods.METHODS | METHODS)[method]
+    if row.has_adapter:
         model = add_adapter(
             model,
             row,
@@ -120,7 +119,7 @@ def adapt(
         for parameter in model.parameters() if adapter_dtype is not None else ():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter_dtype)
-    elif row is not None:
+    elif method != "frozen":
         for name in heads:
             model.get_submodule(name).requires_grad_()
     if change := _FORMS.get(method):
@@ -140,7 +139,7 @@ def _make_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer | None
 
 def _always_write(model: nn.Module) -> None:
     for layer in _layers_of_paca(model):
-        layer.forward = partial(_resident_forward, layer)
+        layer.residency.is_claimed = lambda delta: True  # whatever the number of tokens
 
 
 def _never_write(model: nn.Module) -> None:
@@ -152,25 +151,6 @@ def _layers_of_paca(model: nn.Module) -> list[Any]:
     from pacatune.tuner.linear import Linear
 
     return [layer for layer in model.modules() if isinstance(layer, Linear)]
-
-
-def _resident_forward(layer: Any, x: Tensor) -> Tensor:
-    from pacatune.ops.linear import apply_paca_linear, autocast
-    from pacatune.residency import Pass
-
-    update, bias = layer._single_update(), layer.base_layer.bias
-    source = Pass(layer.residency, *update)
-
-    def apply(weight: Tensor, is_resident: bool) -> Tensor:
-        if not is_resident:
-            raise RuntimeError(
-                "method 'paca-resident': somebody holds the weight of a layer, so its columns "
-                "cannot be written; measure paca instead."
-            )
-        y: Tensor = apply_paca_linear(autocast(x), weight, *update, bias, True, source)
-        return y
-
-    return cast(Tensor, source.forward(apply))
 
 
 _FORMS: dict[str, Callable[[nn.Module], Any]] = {

@@ -184,24 +184,17 @@ def make_model(
         quantize_(model, quantization, dtype)
     torch.manual_seed(seed)
     for module in model.modules():
-        _fill(model, module, dtype, device)
+        if is_4bit(module):
+            _fill_quantized(model, module, dtype, device)
+        elif any(tensor.is_meta for tensor in _own_tensors(module)):
+            module.to_empty(device=device, recurse=False)
+            with torch.no_grad():
+                for tensor in _own_tensors(module):
+                    tensor.zero_()  # in case the model's own rule forgets one
+                model._init_weights(module)
     model.tie_weights()
     model.enable_input_require_grads()
     return cast(nn.Module, model)
-
-
-def _fill(model: Any, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give one module's own tensors their place and random or neutral values."""
-    if is_4bit(module):
-        _fill_quantized(model, cast(Any, module), dtype, device)
-        return
-    if not any(tensor.is_meta for tensor in _own_tensors(module)):
-        return
-    module.to_empty(device=device, recurse=False)
-    with torch.no_grad():
-        for tensor in _own_tensors(module):
-            tensor.zero_()  # in case the model's own rule forgets one
-        model._init_weights(module)
 
 
 def _fill_quantized(model: Any, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -209,16 +202,8 @@ def _fill_quantized(model: Any, layer: Any, dtype: torch.dtype, device: torch.de
 
     std = getattr(model.config, "initializer_range", 0.02)
     weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
-    old = layer.weight
     make: Any = Params4bit
-    layer.weight = make(
-        weight.normal_(std=std),
-        requires_grad=False,
-        quant_type=old.quant_type,
-        compress_statistics=old.compress_statistics,
-        module=layer,
-    ).to(device)
-    layer.quant_state = layer.weight.quant_state
+    layer.weight = make(weight.normal_(std=std), **vars(layer.weight)).to(device)
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=device))
 

@@ -23,15 +23,12 @@ class Preset(NamedTuple):
 
     hub_id: str
     """Checkpoint whose config.json the numbers are from."""
-    num_parameters: int
-    """All parameters of the language model, a tied head counted once."""
     values: dict[str, Any]
     """Its transformers configuration."""
 
 
 def _preset(
     hub_id: str,
-    num_parameters: int,
     sizes: tuple[int, ...],
     max_length: int,
     *,
@@ -46,44 +43,29 @@ def _preset(
         "max_position_embeddings": max_length,
         "tie_word_embeddings": tied,
     }
-    return Preset(hub_id, num_parameters, values | others)
+    return Preset(hub_id, values | others)
 
 
-# name: hub id, parameters, (hidden, MLP, layers, heads, groups, head, vocabulary), positions
+# name: hub id, (hidden, MLP, layers, heads, groups, head, vocabulary), positions
 PRESETS: dict[str, Preset] = {
-    "llama2-7b": _preset(
-        "meta-llama/Llama-2-7b-hf", 6_738_415_616, (4096, 11008, 32, 32, 32, 128, 32000), 4096
-    ),
-    "llama2-13b": _preset(
-        "meta-llama/Llama-2-13b-hf", 13_015_864_320, (5120, 13824, 40, 40, 40, 128, 32000), 4096
-    ),
-    "llama3-8b": _preset(
-        "meta-llama/Meta-Llama-3-8B", 8_030_261_248, (4096, 14336, 32, 32, 8, 128, 128256), 8192
-    ),
+    "llama2-7b": _preset("meta-llama/Llama-2-7b-hf", (4096, 11008, 32, 32, 32, 128, 32000), 4096),
+    "llama2-13b": _preset("meta-llama/Llama-2-13b-hf", (5120, 13824, 40, 40, 40, 128, 32000), 4096),
+    "llama3-8b": _preset("meta-llama/Meta-Llama-3-8B", (4096, 14336, 32, 32, 8, 128, 128256), 8192),
     "llama3.1-70b": _preset(
-        "meta-llama/Llama-3.1-70B", 70_553_706_496, (8192, 28672, 80, 64, 8, 128, 128256), 131072
+        "meta-llama/Llama-3.1-70B", (8192, 28672, 80, 64, 8, 128, 128256), 131072
     ),
     "llama3.2-1b": _preset(
-        "meta-llama/Llama-3.2-1B",
-        1_235_814_400,
-        (2048, 8192, 16, 32, 8, 64, 128256),
-        131072,
-        tied=True,
+        "meta-llama/Llama-3.2-1B", (2048, 8192, 16, 32, 8, 64, 128256), 131072, tied=True
     ),
     "llama3.2-3b": _preset(
-        "meta-llama/Llama-3.2-3B",
-        3_212_749_824,
-        (3072, 8192, 28, 24, 8, 128, 128256),
-        131072,
-        tied=True,
+        "meta-llama/Llama-3.2-3B", (3072, 8192, 28, 24, 8, 128, 128256), 131072, tied=True
     ),
     "qwen3-8b": _preset(
-        "Qwen/Qwen3-8B", 8_190_735_360, (4096, 12288, 36, 32, 8, 128, 151936), 40960, kind="qwen3"
+        "Qwen/Qwen3-8B", (4096, 12288, 36, 32, 8, 128, 151936), 40960, kind="qwen3"
     ),
     # The language model alone: training on text leaves the vision tower out.
     "gemma3-12b": _preset(
         "google/gemma-3-12b-pt",
-        11_766_034_176,
         (3840, 15360, 48, 16, 8, 256, 262208),
         131072,
         kind="gemma3_text",
@@ -93,7 +75,6 @@ PRESETS: dict[str, Preset] = {
     ),
     "mistral-7b": _preset(
         "mistralai/Mistral-7B-v0.3",
-        7_248_023_552,
         (4096, 14336, 32, 32, 8, 128, 32768),
         32768,
         kind="mistral",

@@ -13,7 +13,7 @@ peaks. Host time is left out, so small steps of eager PyTorch take longer than t
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pacatune.measure.kernels import Kernel
 from pacatune.measure.setting import Setting
@@ -21,48 +21,34 @@ from pacatune.measure.simulate import FakeTraining
 from pacatune.names import guess
 from pacatune.reports.rows import Row
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a GPU sustains."""
-
-    gemm_tflops: tuple[float, float, float]
-    """Products in 16 bits: low, usual, high."""
-    float32_tflops: float
-    """Products in float32, without TF32."""
-    attention_tflops: float
-    """FlashAttention-2, forward and backward, 128 channels per head."""
-    stream_tbps: float
-    """Elementwise kernels, bytes read and written."""
-    thin_tbps: float
-    """Products with one side of at most `THIN`."""
-    launch_us: float = 3.0
-    """Least time of a kernel."""
-
-
 THIN = 64
+# What an H100 sustains. Products in 16 bits: low, usual, high; in float32: without TF32.
+_GEMM_TFLOPS, _FLOAT32_TFLOPS = (650, 690, 730), 50
+# Elementwise kernels, and products with one side of at most `THIN`: bytes read and written.
+_STREAM_TBPS, _THIN_TBPS = 2.55, 1.8
+# The least time of a kernel.
+_LAUNCH_US = 3.0
 # Published peaks of the H100 SXM, dense: 16-bit TFLOP/s and TB/s.
 _H100_TFLOPS, _H100_TBPS = 989, 3.35
 
 
-def _rates(tflops: float, tbps: float, attention_tflops: float) -> Rates:
-    """Return the H100's rates in proportion to the published peaks of a GPU."""
-    operations, memory = tflops / _H100_TFLOPS, tbps / _H100_TBPS
-    return Rates(
-        gemm_tflops=(650 * operations, 690 * operations, 730 * operations),
-        float32_tflops=50 * operations,
-        attention_tflops=attention_tflops,
-        stream_tbps=2.55 * memory,
-        thin_tbps=1.8 * memory,
-    )
+class Rates(NamedTuple):
+    """What a GPU sustains, in proportion to the H100."""
+
+    operations: float
+    """Share of the H100's rates of products, by the published peaks."""
+    memory: float
+    """The same of memory."""
+    attention_tflops: float
+    """FlashAttention-2, forward and backward, 128 channels per head."""
 
 
 # FlashAttention-2 was made for the A100, and uses more of it.
 GPU_RATES = {
-    "h100": _rates(_H100_TFLOPS, _H100_TBPS, 350),
-    "h200": _rates(989, 4.8, 350),
-    "a100-80g": _rates(312, 2.039, 190),
-    "a100-40g": _rates(312, 1.555, 190),
+    "h100": Rates(1.0, 1.0, 350),
+    "h200": Rates(1.0, 4.8 / _H100_TBPS, 350),
+    "a100-80g": Rates(312 / _H100_TFLOPS, 2.039 / _H100_TBPS, 190),
+    "a100-40g": Rates(312 / _H100_TFLOPS, 1.555 / _H100_TBPS, 190),
 }
 
 MODEL = (
@@ -152,10 +138,8 @@ def time_of(kernels: Iterable[Kernel], rates: Rates, num_micro_batches: int = 1)
     for kernel in kernels:
         number = times.get(kernel.phase, 1)
         kind = _kind(kernel)
-        fast, usual, slow = (
-            _seconds(kernel, kind, rates, rate) for rate in reversed(rates.gemm_tflops)
-        )
-        least = kernel.launches * rates.launch_us * 1e-6
+        fast, usual, slow = (_seconds(kernel, kind, rates, rate) for rate in reversed(_GEMM_TFLOPS))
+        least = kernel.launches * _LAUNCH_US * 1e-6
         by_kind[kind] += number * max(usual, least)
         low += number * max(fast, least)
         high += number * max(slow, least)
@@ -185,9 +169,10 @@ def _seconds(kernel: Kernel, kind: str, rates: Rates, gemm_tflops: float) -> flo
     """Return how long the work of a kernel takes."""
     if kind == "attention":
         return kernel.flops / rates.attention_tflops / 1e12
-    memory = kernel.num_bytes / (rates.thin_tbps if kind.startswith("thin") else rates.stream_tbps)
+    tbps = rates.memory * (_THIN_TBPS if kind.startswith("thin") else _STREAM_TBPS)
+    memory = kernel.num_bytes / tbps
     if kind == "elementwise":
         return memory / 1e12
     is_float32 = max(operand.itemsize for operand in kernel.reads) > 2
-    rate = rates.float32_tflops if is_float32 else gemm_tflops
+    rate = rates.operations * (_FLOAT32_TFLOPS if is_float32 else gemm_tflops)
     return max(kernel.flops / rate, memory) / 1e12

@@ -27,34 +27,21 @@ _FORMS = {
     "paca-transient": "PaCA, weight never written: one thin product more per layer",
     "paca-lean": "PaCA, with lean activations",
 }
+_FROZEN = "forward and input gradients of the frozen model: no adapter, no optimizer"
 METHODS = {
-    "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
-    **{name: methods.METHODS[name].summary for name in TEXT_METHODS},
-    **_FORMS,
+    "frozen": Method(name="frozen", title="Frozen", summary=_FROZEN),
+    **{name: methods.METHODS[name] for name in TEXT_METHODS},
+    **{
+        name: dataclasses.replace(methods.METHODS["paca"], name=name, summary=summary)
+        for name, summary in _FORMS.items()
+    },
 }
-"""Name -> description: the methods for language models, and what only a measurement has."""
+"""Name -> method: those for language models, and what only a measurement has."""
 
 _PLAIN = [name for name in TEXT_METHODS if not methods.METHODS[name].quantization]
 _USUAL_METHODS = ("frozen", *(name for name in _PLAIN if name != "moslora"))
 _WITH_DROPOUT = [name for name in TEXT_METHODS if methods.METHODS[name].has_dropout]
 _EAGER_ONLY = ("paca-resident", "paca-transient")
-
-
-def row_of(method: str) -> Method | None:
-    """Return the row of a measured method in the table of all methods, None for `frozen`."""
-    return methods.METHODS.get("paca" if method in _FORMS else method)
-
-
-def is_ours(method: str) -> bool:
-    """Whether a method is PaCA in one of its forms."""
-    row = row_of(method)
-    return row is not None and row.is_paca
-
-
-def quantization_of(method: str) -> str | None:
-    """Return how the base of a method is quantised."""
-    row = row_of(method)
-    return None if row is None else row.quantization
 
 
 def _check_methods(names: Sequence[str]) -> tuple[str, ...]:
@@ -63,7 +50,7 @@ def _check_methods(names: Sequence[str]) -> tuple[str, ...]:
     if not chosen:
         raise ValueError(f"`methods` is empty; choose from {', '.join(METHODS)}.")
     for method in chosen:
-        if quantization_of(method) is not None and find_spec("bitsandbytes") is None:
+        if METHODS[method].quantization is not None and find_spec("bitsandbytes") is None:
             raise ValueError(
                 f"method {method!r} needs bitsandbytes; {install_command('quant')}, or leave it "
                 "out."
@@ -202,8 +189,8 @@ class BenchConfig:
         """Methods that alternate: ours, or the first, with each other one on an equal base."""
         pairs: list[tuple[str, ...]] = []
         for is_quantized in (False, True):
-            group = [m for m in self.methods if (quantization_of(m) is not None) == is_quantized]
-            first = next((m for m in group if is_ours(m)), group[0] if group else "")
+            group = [m for m in self.methods if bool(METHODS[m].quantization) == is_quantized]
+            first = next((m for m in group if METHODS[m].is_paca), group[0] if group else "")
             pairs += [(first, method) for method in group if method != first]
             if len(group) == 1:
                 pairs.append((first,))
@@ -213,16 +200,6 @@ class BenchConfig:
     def torch_device(self) -> "torch.device":
         """The device; an error if it is not there."""
         return precision.choose_device(self.device)
-
-    @property
-    def weight_dtype(self) -> "torch.dtype":
-        """The dtype of the weights."""
-        return torch_dtype(self.dtype)
-
-    @property
-    def trained_dtype(self) -> "torch.dtype":
-        """The dtype of what adapters train."""
-        return torch_dtype(self.dtype if self.adapter_dtype == "same" else self.adapter_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
@@ -33,15 +33,15 @@ from pacatune.measure.models import (
     make_model,
     make_skeleton,
 )
-from pacatune.measure.setting import BenchConfig, MicroBatch, quantization_of
+from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.timing import alternate, ratio_row, time_row
+from pacatune.precision import torch_dtype
 from pacatune.reports.rows import Row
 
 # Hints about optional kernels that nobody here asked for.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PHASES = ("forward", "backward", "optimizer")
-Phases = tuple[float, float, float]
 _MIN_STEPS_OF_POINT = 3
 # What the server imports once that child processes are forked from, so that they start at once.
 _PRELOADED = ["pacatune.measure.step", "pacatune.tuner"]
@@ -84,7 +84,7 @@ class Step:
         with precision:
             return self.loss(self.contender.model, self.batch)
 
-    def __call__(self) -> Phases:
+    def __call__(self) -> tuple[float, float, float]:
         """Make the step; return the seconds of forward, backward and optimizer."""
         optimizer = self.contender.optimizer
         watch = Stopwatch(next(self.contender.model.parameters()).device, self.clock)
@@ -153,19 +153,21 @@ def prepare(config: BenchConfig) -> None:
         torch.accelerator.set_device_index(config.torch_device.index or 0)
     from pacatune import tuner  # noqa: F401 (modules in memory are not what training takes)
 
-    make_skeleton(make_config(config.values), config.title, config.weight_dtype)
+    make_skeleton(make_config(config.values), config.title, torch_dtype(config.dtype))
     if config.memory_limit is not None:
         limit_memory(config.memory_limit, config.torch_device)
 
 
 def make_step(config: BenchConfig, setting: MicroBatch, method: str) -> Step:
     """Return the step of a method with its model and batch on the device."""
+    dtype = torch_dtype(config.dtype)
+    is_same = config.adapter_dtype in ("same", config.dtype)
     model: Any = make_model(
         config.values,
-        config.weight_dtype,
+        dtype,
         config.torch_device,
         seed=config.seed,
-        quantization=quantization_of(method),
+        quantization=METHODS[method].quantization,
         max_length=setting.num_tokens,
     )
     contender = adapt(
@@ -174,7 +176,7 @@ def make_step(config: BenchConfig, setting: MicroBatch, method: str) -> Step:
         rank=config.rank,
         dropout=config.dropout,
         seed=config.seed,
-        adapter_dtype=config.trained_dtype,
+        adapter_dtype=dtype if is_same else torch_dtype(config.adapter_dtype),
     )
     if config.lean_level:
         lean.enable(contender.model, level=config.lean_level)
@@ -188,7 +190,7 @@ def make_step(config: BenchConfig, setting: MicroBatch, method: str) -> Step:
         contender=contender,
         batch=batch.to(config.torch_device),
         loss=loss_of_graph if config.compiled else loss_of,
-        autocast=None if config.trained_dtype == config.weight_dtype else config.weight_dtype,
+        autocast=None if is_same else dtype,
     )
 
 
@@ -209,17 +211,15 @@ def count(config: BenchConfig, setting: MicroBatch, method: str) -> list[Row]:
         kept |= {f"kept by {kind}": number for kind, number in by_kind.items()}
         operations = count_flops(step.forward)
 
-    def row(what: str, number: float, unit: str = "") -> Row:
-        return _row(config, setting, method, what, number, unit, origin="counted")
-
+    names: dict[str, Any] = {**_names(config, setting, method), "origin": "counted"}
     return [
-        row("trained parameters", step.contender.num_trainable_parameters),
+        Row(what="trained parameters", value=step.contender.num_trainable_parameters, **names),
         *(
-            row(f"{name.removesuffix('_flops')} operations", number / 1e9, "GFLOP")
+            Row(what=f"{name} operations", value=number / 1e9, unit="GFLOP", **names)
             for name, number in operations.items()
         ),
         *peaks,
-        *(row(what, number, "bytes") for what, number in kept.items()),
+        *(Row(what=what, value=number, unit="bytes", **names) for what, number in kept.items()),
     ]
 
 
@@ -234,13 +234,9 @@ def _step_and_peaks(
     memory.reset()
     step()
     step()
-    names = {"peak_bytes": "peak", "peak_reserved_bytes": "peak, reserved"}
-    peaks = [
-        _row(config, setting, method, names[name], number, "bytes")
-        for name, number in memory.to_dict().items()
-        if number is not None
-    ]
-    return step, peaks
+    names: dict[str, Any] = {**_names(config, setting, method), "unit": "bytes"}
+    peaks = zip(("peak", "peak, reserved"), memory.to_dict().values(), strict=False)
+    return step, [Row(what=what, value=peak, **names) for what, peak in peaks if peak is not None]
 
 
 def time_together(config: BenchConfig, setting: MicroBatch, methods: tuple[str, ...]) -> list[Row]:
@@ -251,40 +247,36 @@ def time_together(config: BenchConfig, setting: MicroBatch, methods: tuple[str, 
         min_rounds=config.min_rounds,
         num_warmup=config.warmup,
     )
-    phases = {method: [*zip(*times, strict=True)] for method, times in rounds.items()}
-    whole = {method: [sum(one) for one in times] for method, times in rounds.items()}
-    rows = [row for m in methods for row in time_rows(config, setting, m, whole[m], phases[m])]
+    series = {method: _series(times) for method, times in rounds.items()}
+    rows = [row for method in methods for row in time_rows(config, setting, method, series[method])]
     if len(methods) == 2:
-        ours, other = methods
-        pairs: dict[str, tuple[Any, Any]] = {"step": (whole[ours], whole[other])}
-        pairs |= dict(zip(PHASES[:2], zip(phases[ours], phases[other], strict=True), strict=False))
-        for what, (above, below) in pairs.items():
-            names = {"what": what, "method": f"{ours} / {other}", "model": config.title}
-            names["setting"] = setting.label
-            rows.append(ratio_row(list(above), list(below), seed=config.seed, **names))
+        names = _names(config, setting, " / ".join(methods))
+        for what in ("step", *PHASES[:2]):
+            ours, other = (series[method][what] for method in methods)
+            rows.append(ratio_row(ours, other, seed=config.seed, what=what, **names))
     return rows
 
 
+def _series(times: list[tuple[float, float, float]]) -> dict[str, list[float]]:
+    """Return the seconds of each phase, and of the whole step, over the rounds."""
+    phases = zip(PHASES, map(list, zip(*times, strict=True)), strict=True)
+    return {**dict(phases), "step": [sum(one) for one in times]}
+
+
 def time_rows(
-    config: BenchConfig,
-    setting: MicroBatch,
-    method: str,
-    steps: list[float],
-    phases: Iterable[Iterable[float]] = (),
+    config: BenchConfig, setting: MicroBatch, method: str, series: dict[str, list[float]]
 ) -> list[Row]:
-    """Return medians and quartiles of phases and steps, given in seconds, and of the throughput."""
-    rows = []
-    for what, seconds in [*zip(PHASES, phases, strict=False), ("step", steps)]:
-        names = {"method": method, "model": config.title, "setting": setting.label}
-        rows.append(time_row(list(seconds), what=what, **names))
+    """Return medians and quartiles of seconds, and of the throughput; the last are of the step."""
+    names: dict[str, Any] = _names(config, setting, method)
+    rows = [time_row(seconds, what=what, **names) for what, seconds in series.items()]
     step, per_step = rows[-1], 1e3 * setting.num_rows
     unit = "sentences/s"
     if config.sweep is None:
         per_step, unit = per_step * setting.num_tokens, "tokens/s"
     low, high = (per_step / cast(float, end) for end in (step.high, step.low))
     rate = per_step / step.value
-    spread = {"low": low, "high": high, "n": step.n}
-    return [*rows, _row(config, setting, method, "throughput", rate, unit, **spread)]
+    names |= {"low": low, "high": high, "n": step.n}
+    return [*rows, Row(what="throughput", value=rate, unit=unit, **names)]
 
 
 def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> list[Row]:
@@ -292,21 +284,12 @@ def run_point(config: BenchConfig, setting: MicroBatch, method: str) -> list[Row
     step, peaks = _step_and_peaks(config, setting, method)
     if config.sweep == "seq-len":
         return peaks
-    times: list[float] = []
-    end = time.monotonic() + config.seconds
-    while len(times) < _MIN_STEPS_OF_POINT or time.monotonic() < end:
-        times.append(sum(step()))
-    return [*time_rows(config, setting, method, times), *peaks]
+    rounds = alternate(
+        {"step": step.seconds}, seconds=config.seconds, min_rounds=_MIN_STEPS_OF_POINT, num_warmup=0
+    )
+    return [*time_rows(config, setting, method, rounds), *peaks]
 
 
-def _row(
-    config: BenchConfig,
-    setting: MicroBatch,
-    method: str,
-    what: str,
-    value: float,
-    unit: str,
-    **more: Any,
-) -> Row:
-    more |= {"model": config.title, "setting": setting.label}
-    return Row(what=what, method=method, value=value, unit=unit, **more)
+def _names(config: BenchConfig, setting: MicroBatch, method: str) -> dict[str, str]:
+    """Return the fields of a row that tell what it is of."""
+    return {"method": method, "model": config.title, "setting": setting.label}

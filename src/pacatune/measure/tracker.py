@@ -57,7 +57,7 @@ class StorageTracker(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Forget the peak so far."""
-        self.peak_bytes, self.by_category, self.peak_phase = 0, dict(self._now), self.phase
+        self.peak_bytes, self.by_category, self.peak_phase = 0, self._now.copy(), self.phase
         self._note_peak()
 
     @property
@@ -69,7 +69,7 @@ class StorageTracker(TorchDispatchMode):
         """Say what some tensors' storages are for; counts those that were not seen yet."""
         for tensor in tensors:
             self._see(tensor)
-            self._move(self._records[_key(tensor)], category)
+            self._move(self._records[storage_key(tensor)], category)
 
     def owned_by_module(self, category: Category) -> dict[str, int]:
         """Return the live bytes of a category by the kind of module that saved or made them."""
@@ -85,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
         What still lives when it has ended is kept for backward, in a closure of checkpointing if
         not by autograd.
         """
-        kept = {_key(tensor) for tensor in results}
+        kept = {storage_key(tensor) for tensor in results}
         for key, record in self._records.items():
             if record.category == "temporaries" and key not in kept and record.owner:
                 self._move(record, "activations")
@@ -93,12 +93,10 @@ class StorageTracker(TorchDispatchMode):
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take what becomes the gradient of a parameter for one, until the context ends."""
         for parameter in parameters:
-            handle = parameter.register_post_accumulate_grad_hook(self._note_gradient)
+            handle = parameter.register_post_accumulate_grad_hook(
+                lambda p: self.hold([p.grad], "gradients")
+            )
             self._stack.callback(handle.remove)
-
-    def _note_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.hold([parameter.grad], "gradients")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -139,10 +137,10 @@ class StorageTracker(TorchDispatchMode):
     def _note_peak(self) -> None:
         if self._total > self.peak_bytes:
             self.peak_bytes, self.peak_phase = self._total, self.phase
-            self.by_category = dict(self._now)
+            self.by_category = self._now.copy()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        record = self._records.get(_key(tensor))
+        record = self._records.get(storage_key(tensor))
         if record is not None and record.category == "temporaries":
             record.owner = self._owners[-1] if self._owners else "loss"
             self._move(record, "activations")
@@ -173,5 +171,6 @@ class StorageTracker(TorchDispatchMode):
         self._stack.close()
 
 
-def _key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """Return what tells a storage that lives from all others, also where it has no memory."""
     return int(tensor.untyped_storage()._cdata)
