@@ -7,32 +7,32 @@ Nothing is measured: `pacatune estimate --time` says what its model is. Takes se
 
 import sys
 
-from benchmarks.methods import METHODS
-from benchmarks.results import Result, new_parser, provenance, quiet_peft, show
+from benchmarks.results import new_parser, record
 from pacatune.measure.roofline import estimate_time
 from pacatune.measure.setting import Dtype, MicroBatch, Setting
 from pacatune.reports.rows import Row
 
-__all__ = ["estimate_all", "main"]
-
+MODEL, GPU = "llama3-8b", "h100"
 COMPARED = ("paca", "lora", "lora_dropout", "dora")
 SIZES = ((2, 512), (8, 512), (1, 8192))
 ADAPTERS: tuple[Dtype, ...] = ("bfloat16", "float32")
 
 
-def estimate_all(model: str, gpu: str) -> list[Row]:
+def estimate_all() -> list[Row]:
     """Return a row for each dtype of adapters, size and method."""
+    batches = [MicroBatch(num_rows=rows, num_tokens=tokens) for rows, tokens in SIZES]
     return [
-        _estimate(model, gpu, method, MicroBatch(num_rows=rows, num_tokens=tokens), adapters)
+        estimate(method, batch, adapters)
         for adapters in ADAPTERS
-        for rows, tokens in SIZES
+        for batch in batches
         for method in COMPARED
     ]
 
 
-def _estimate(model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dtype) -> Row:
+def estimate(method: str, batch: MicroBatch, adapters: Dtype) -> Row:
+    """Return the time of a step."""
     setting = Setting(
-        model=model,
+        model=MODEL,
         method=method,
         batch_size=batch.num_rows,
         seq_len=batch.num_tokens,
@@ -40,7 +40,7 @@ def _estimate(model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dt
         lean="off",
         loss="logits",
     )
-    found = estimate_time(setting, gpu)
+    found = estimate_time(setting, GPU)
     return Row(
         what="step",
         method=method,
@@ -48,7 +48,7 @@ def _estimate(model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dt
         low=found.low_ms,
         high=found.high_ms,
         unit="ms",
-        model=model,
+        model=MODEL,
         setting=f"{batch.label}, {adapters} adapters",
         origin="simulated",
     )
@@ -56,16 +56,9 @@ def _estimate(model: str, gpu: str, method: str, batch: MicroBatch, adapters: Dt
 
 def main(options: list[str] | None = None) -> None:
     """Estimate and write the result."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--model", default="llama3-8b")
-    parser.add_argument("--gpu", default="h100")
-    args = parser.parse_args(options)
-    quiet_peft()
-    how = f"{args.model} on {args.gpu}, estimated by a roofline and not measured"
-    made = provenance("roofline", how, options)
-    rows = estimate_all(args.model, args.gpu)
-    methods = {name: METHODS[name] for name in COMPARED}
-    show(Result(name="roofline", rows=rows, methods=methods, provenance=made), args.output)
+    args = new_parser(__doc__).parse_args(options)
+    how = f"{MODEL} on {GPU}, estimated by a roofline and not measured"
+    record("roofline", how, estimate_all, args, options, COMPARED)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import studies
 from benchmarks.results import RESULTS, ROOT, read
 from experiments.reproduce.catalogue import doc_table
+from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
 
@@ -33,23 +34,31 @@ class View:
     remark: str = ""
 
     def markdown(self, results: Path) -> str:
-        """Return the table, what its methods are, and where it comes from."""
+        """Return the table, what its words mean, and where it comes from."""
         result = read(self.file, results)
-        rows = list(self.pick(result.rows))
+        rows, made = list(self.pick(result.rows)), result.provenance
         shown = table(rows, self.index, self.columns)
-        there = " ".join(row.method for row in rows)
-        known = [f"`{name}`: {text}" for name, text in result.methods.items() if name in there]
+        known = [f"`{n}`: {text}" for n, text in made["methods"].items() if n in _words(rows)]
         remarks = ["; ".join(known) + "." if known else "", self.remark, *shown.notes]
-        return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, result.source()]))
+        where = f", on {made['device']}" if "device" in made else ""
+        source = (
+            f"{made['how']}{where} ({versions_text(made['versions'])}). `{made['command']}`"
+            f"{commit_text(made)} wrote `benchmarks/results/{self.file}.json`."
+        )
+        return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, source]))
+
+
+def _words(rows: Iterable[Row]) -> set[str]:
+    """Return what may be a name in rows: `paca / lora` has two, `lora, float32` begins with one."""
+    texts = {half for r in rows for text in (r.method, r.what) for half in text.split(" / ")}
+    texts |= {row.setting for row in rows}
+    return texts | {text.partition(", ")[0] for text in texts}
 
 
 def _steps(rows: list[Row]) -> Iterable[Row]:
     """PaCA's step, and its share of each other method's."""
-    return (row for row in rows if row.what == "step" and (row.method == "paca" or _is_share(row)))
-
-
-def _is_share(row: Row) -> bool:
-    return row.unit == "ratio"
+    steps = _what("step")(rows)
+    return (row for row in steps if row.method == "paca" or row.unit == "ratio")
 
 
 def _what(*names: str) -> Callable[[list[Row]], Iterable[Row]]:
@@ -76,7 +85,7 @@ _BEYOND = "Lines below `frozen` say how many are beyond it."
 VIEWS = {
     **{
         name: View(file=name, pick=_steps)
-        for name in ("step", "step-groups", "step-compiled", "step-nf4", "switch")
+        for name in ("step", "step-groups", "step-compiled", "switch")
     },
     "roofline": View(file="roofline", pick=_what("step")),
     "distance": View(

@@ -3,25 +3,23 @@
 import pytest
 
 from benchmarks import lean as benchmark
-from benchmarks.lean import WHAT, count, formula_units, parse
-from benchmarks.lean_variants import VARIANTS
-from benchmarks.llama import Shape
+from benchmarks.lean import VARIANTS, WHAT, count, formula_units
 from benchmarks.results import read
 from pacatune import lean
 
-SHAPE = Shape(
-    hidden_size=64,
-    intermediate_size=224,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(benchmark, "LAYER", SHAPE)
-    monkeypatch.setattr(benchmark, "SMALL", SHAPE)
+    monkeypatch.setattr(benchmark, "SMALL", SHAPE | {"num_hidden_layers": 2})
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
 
 
@@ -69,9 +67,3 @@ def test_something_else_that_is_kept_is_an_error(monkeypatch):
     monkeypatch.setattr(lean, "enable", lambda model, mode, level: None)
     with pytest.raises(RuntimeError, match="so something else is saved"):
         count("paca", "float32", "level 1", False, SHAPE, 0)
-
-
-def test_bad_options(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--scale", "3"])
-    assert "--scale (3) must divide the 8 KV heads" in capsys.readouterr().err

@@ -4,7 +4,6 @@ The memory of a layer is in units of one byte per token and hidden channel; LLaM
 are those of `SHAPE`, whose hidden size is smaller.
 """
 
-import dataclasses
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,6 @@ from torch.autograd.graph import save_on_cpu
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import count, formula_units
-from benchmarks.llama import Shape
 from pacatune import PacaConfig, lean
 from pacatune.lean.attention import find_registry
 from pacatune.lean.modules import RecomputedAttention, RecomputedGatedMLP
@@ -25,13 +23,13 @@ from tests.lean.models import adapted, build, gradients, make_batch
 from tests.lean.test_models import AS_KNOWN, adapt
 from tests.releases import compiles_whole, parameters_keep_hooks
 
-SHAPE = Shape(
-    hidden_size=512,
-    intermediate_size=1792,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=64,
-)
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
 FAMILIES = sorted(
     set(AS_KNOWN) & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "OLMo 2", "DINOv2, SwiGLU"}
 )
@@ -361,8 +359,8 @@ def test_levels_replace_one_another():
 
 
 def test_attention_without_groups_is_cut_at_level_3():
-    shape = dataclasses.replace(SHAPE, num_key_value_heads=4, num_hidden_layers=1)
-    model = benchmark.make_model(shape, torch.float32, 0)
+    shape = SHAPE | {"num_key_value_heads": 4, "num_hidden_layers": 1}
+    model = benchmark.make_contender("frozen", shape, torch.float32).model
     assert "attention" not in lean.enable(model, level=2).made
     assert lean.enable(model, level=3).made["attention"] == ["model.layers.0.self_attn"]
     assert lean.enable(model, level=1).level == 1
