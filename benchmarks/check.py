@@ -9,7 +9,6 @@ result of other versions is not compared. The exit status is 1 if anything diffe
 """
 
 import argparse
-import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, lengths, roofline
+from benchmarks import kernels, lengths, roofline, step
 from benchmarks.results import prepare, read
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
@@ -33,28 +32,21 @@ _ESTIMATES = ("memory-", "length-", "batch-", "operations")
 _QUICK_ESTIMATES = "memory-llama2-7b"
 
 
-def measured(name: str, *options: str) -> list[Row]:
-    """Run a benchmark as shortly as it goes, with options of its own; return its rows."""
+def run_steps(*options: str) -> list[Row]:
+    """Run `benchmarks.step` as shortly as it goes, with more options; return its rows."""
     quick = ["--seconds", "0", "--min-rounds", "1", "--warmup", "0", "--threads", "1"]
-    module = importlib.import_module(f"benchmarks.{name}")
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
-            module.main([*quick, *options, "--output", folder])
-        return read(name, Path(folder)).rows
-
-
-def count_kernels(*settings: str) -> list[Row]:
-    """Count the kernels of every method in some settings."""
-    return [row for setting in settings for row in kernels.count(setting)]
+            step.main([*quick, *options, "--output", folder])
+        return read("step", Path(folder)).rows
 
 
 QUICK: dict[str, Callable[[], list[Row]]] = {
-    "kernels": partial(count_kernels, "eager", "lean", "sharded"),
-    "step": partial(measured, "step", "--tokens", "16", "--dtypes", "float32", "bfloat16"),
-    "switch": partial(measured, "switch", "--tokens", "16", "--dtypes", "float32"),
+    "kernels": partial(kernels.count, "eager", "lean", "sharded"),
+    "step": partial(run_steps, "--tokens", "16", "--dtypes", "float32", "bfloat16"),
 }
 SLOW: dict[str, Callable[[], list[Row]]] = {
-    "kernels": partial(count_kernels, "compiled"),
+    "kernels": partial(kernels.count, "compiled"),
     "lengths": lengths.found,
     "roofline": roofline.estimate_all,
 }
@@ -135,7 +127,4 @@ def main(options: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from pacatune.cli.options import quiet_libraries
-
-    quiet_libraries()
     sys.exit(main())

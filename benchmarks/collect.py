@@ -1,31 +1,22 @@
-"""Take what a command found into benchmarks/results, as one file without pages and pictures.
+"""Take what studies found into benchmarks/results, without pages and pictures.
 
-    python -m benchmarks.collect bench FOLDER NAME        # -> results/bench-NAME.json
-    python -m benchmarks.collect study FOLDER...          # -> results/STUDY.json and .csv
+    python -m benchmarks.collect FOLDER...          # -> results/STUDY.json and .csv
 
-FOLDER is what `pacatune bench` or `compare` wrote. STUDY is what its name begins with: quality or
-selection. STUDY.json has what each folder's study found, STUDY.csv a line for each run. `make
-report` makes the pages and pictures again.
+FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality or selection.
+STUDY.json has what each folder's study found, STUDY.csv a line for each run. `make report` makes
+the pages and pictures again.
 """
 
 import argparse
 import csv
 import json
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, write_json
 from benchmarks.studies import FILES
-
-
-def collect_bench(folder: Path, name: str, results: Path = RESULTS) -> Path:
-    """Copy the numbers of one `pacatune bench`; return the file."""
-    path = results / f"bench-{name}.json"
-    shutil.copyfile(folder / "bench.json", path)
-    return path
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:
@@ -37,24 +28,19 @@ def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Pa
                 f"`folder` ({folder}): its name must begin with {' or '.join(FILES)}, which says "
                 "whose study it is; rename it."
             )
-    written = []
-    for kind in dict.fromkeys(kinds.values()):
-        written += _collect([folder for folder in folders if kinds[folder] == kind], kind, results)
-    return written
+    written = [path for folder, kind in kinds.items() for path in _collect(folder, kind, results)]
+    return list(dict.fromkeys(written))
 
 
-def _collect(folders: Iterable[Path], kind: str, results: Path) -> list[Path]:
+def _collect(folder: Path, kind: str, results: Path) -> list[Path]:
     found, table = results / f"{kind}.json", results / f"{kind}.csv"
     studies = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
     rows: list[dict[str, Any]] = list(read_runs(kind, results)) if table.is_file() else []
-    for folder in folders:
-        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        if not study["finished"]:
-            raise ValueError(f"{folder} holds no finished study; run `pacatune compare` again.")
-        studies[folder.name] = study
-        rows = [row for row in rows if row["study"] != folder.name]
-        rows += _runs_of(folder, study)
-    write_json(studies, found)
+    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    if not study["finished"]:
+        raise ValueError(f"{folder} holds no finished study; run `pacatune compare` again.")
+    rows = [row for row in rows if row["study"] != folder.name] + _runs_of(folder, study)
+    write_json(studies | {folder.name: study}, found)
     columns = dict.fromkeys(name for row in rows for name in row)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns], restval="", lineterminator="\n")
@@ -107,17 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    bench = kinds.add_parser("bench")
-    bench.add_argument("folder", type=Path)
-    bench.add_argument("name", help="such as the device")
-    kinds.add_parser("study").add_argument("folders", type=Path, nargs="+")
-    options = parser.parse_args(argv)
-    if options.kind == "bench":
-        paths = [collect_bench(options.folder, options.name)]
-    else:
-        paths = collect_studies(options.folders)
-    for path in paths:
+    parser.add_argument("folders", type=Path, nargs="+")
+    for path in collect_studies(parser.parse_args(argv).folders):
         print(f"wrote {path}")
 
 

@@ -8,7 +8,7 @@ says what stood in for what.
 import gc
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,28 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from benchmarks import kernels
-from benchmarks.methods import OURS, Shape, make_contender
+from benchmarks.methods import OURS, make_contender
 from benchmarks.results import read
-from pacatune.measure.device import PeakMemory
 from pacatune.measure.estimate import estimate_memory
 from pacatune.measure.gpu_kernels import replace_until
 from pacatune.measure.methods import Contender
-from pacatune.measure.models import load_values, loss_of, loss_of_graph, make_batch
+from pacatune.measure.models import llama_values, load_values, loss_of, loss_of_graph, make_batch
 from pacatune.measure.setting import BenchConfig, MicroBatch, Setting
-from pacatune.measure.step import make_step
+from pacatune.measure.step import count as measure
 from pacatune.ops.columns import adapted_columns
-from pacatune.reports.rows import Row
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
 
-SMALL: Shape = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
+SMALL = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=128)
 SEED, NUM_STEPS, NUM_TOKENS = 0, 4, 128
 
 Found = dict[str, Any]
@@ -66,26 +57,24 @@ def free(device: torch.device) -> None:
 
 
 def _contender(
-    device: torch.device, dtype: torch.dtype, method: str = OURS, shape: Shape = SMALL
+    device: torch.device, dtype: torch.dtype, method: str = OURS, values: dict[str, Any] = SMALL
 ) -> Contender:
-    return make_contender(method, shape, dtype, SEED, device)
+    return make_contender(method, values, dtype, SEED, device)
 
 
 def _batch(device: torch.device, seed: int = SEED) -> Tensor:
     return make_batch(1, NUM_TOKENS, SMALL["vocab_size"], seed).to(device)
 
 
-def _step(contender: Contender, batch: Tensor) -> Tensor:
+def _step(
+    contender: Contender, batch: Tensor, loss_of: Callable[[nn.Module, Tensor], Tensor] = loss_of
+) -> Tensor:
     loss = loss_of(contender.model, batch)
     loss.backward()
-    _optimize(contender)
-    return loss.detach()
-
-
-def _optimize(contender: Contender) -> None:
     if contender.optimizer is not None:
         contender.optimizer.step()
         contender.optimizer.zero_grad()
+    return loss.detach()
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -244,31 +233,25 @@ def check_capture(device: torch.device) -> Found:
 
 def check_kernels(device: torch.device, methods: Iterable[str] = kernels.HELD) -> Found:
     """Count the kernels of a layer by the profiler, beside those counted without a GPU."""
-    methods = tuple(methods)
-    if device.type != "cuda":
-        rows = kernels.count("eager", methods)
-        _hold_launches(rows)
-        return {"by": "a dispatch mode", "rows": [row.to_dict() for row in rows]}
+    methods, is_gpu = tuple(methods), device.type == "cuda"
+    count = _profiled if is_gpu else kernels.count_steps
     rows = [
         row
         for method in methods
         for row in kernels.rows_of(
-            "eager", method, kernels.count_layer(method, device=device, count=_profiled)
+            "eager", method, kernels.count_layer(method, device=device, count=count)
         )
     ]
     # What a profiler tells of the other counts is not promised.
-    _hold_launches(rows, "forward", "backward", "write of columns in all")
+    names = ("forward", "backward", "write of columns in all") if is_gpu else ()
+    problems = kernels.exceeded(rows, names)
+    hold(not problems, "; ".join(problems))
     counted = [r for r in read("kernels").rows if r.method in methods and r.setting == "eager"]
     return {
-        "by": "torch.profiler",
+        "by": _stand_in(device, "torch.profiler", "a dispatch mode"),
         "rows": [row.to_dict() for row in rows],
         "counted": [row.to_dict() for row in counted],
     }
-
-
-def _hold_launches(rows: Iterable[Row], *names: str) -> None:
-    problems = kernels.exceeded(rows, names)
-    hold(not problems, "; ".join(problems))
 
 
 # Sums of a split product are part of it; what comes and goes to the host is no kernel.
@@ -310,13 +293,12 @@ def check_memory(
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             model = str(Path(folder) / "config.json")
-            values = {"model_type": "llama", **SMALL, "tie_word_embeddings": False}
-            Path(model).write_text(json.dumps(values), encoding="utf-8")
+            Path(model).write_text(json.dumps(SMALL), encoding="utf-8")
         for method in methods:
             setting = Setting(model=model, method=method, seq_len=seq_len, lean="off")
-            expected, found = estimate_memory(setting).peak_bytes, _peak(device, setting)
-            ratio = found["peak_bytes"] / expected
-            rows.append({"method": method, "estimated_bytes": expected, "ratio": ratio, **found})
+            expected, peak = estimate_memory(setting).peak_bytes, _peak(device, setting)
+            found = {"estimated_bytes": expected, "peak_bytes": peak, "ratio": peak / expected}
+            rows.append({"method": method, **found})
     if device.type == "cuda":
         _hold_memory(rows)
     return {"rows": rows}
@@ -331,10 +313,8 @@ def _hold_memory(rows: Iterable[Found]) -> None:
         )
 
 
-def _peak(device: torch.device, setting: Setting) -> Found:
+def _peak(device: torch.device, setting: Setting) -> float:
     free(device)
-    memory = PeakMemory(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     config = BenchConfig(
         values=load_values(setting.model),
         title=setting.model,
@@ -344,14 +324,7 @@ def _peak(device: torch.device, setting: Setting) -> Found:
         device=str(device),
     )
     batch = MicroBatch(num_rows=setting.batch_size, num_tokens=setting.seq_len)
-    step = make_step(config, batch, setting.method)
-    cast(Any, step.contender.model).disable_input_require_grads()  # training needs none
-    for number in range(3):
-        if number == 1:
-            memory.reset()
-        step()
-    found = memory.to_dict()
-    return {**found, "peak_bytes": cast(int, found["peak_bytes"]) - before}
+    return next(row.value for row in measure(config, batch, setting.method) if row.what == "peak")
 
 
 def backend_on(device: torch.device) -> str:
@@ -365,18 +338,14 @@ def check_compiled(device: torch.device) -> Found:
 
     torch.compiler.reset()
     graphs = CompileCounterWithBackend(backend_on(device))
-    shape = SMALL | {"num_hidden_layers": 1}
-    eager, compiled = (_contender(device, torch.float32, shape=shape) for _ in range(2))
+    values = SMALL | {"num_hidden_layers": 1}
+    eager, compiled = (_contender(device, torch.float32, values=values) for _ in range(2))
     compiled.model.compile(dynamic=False, backend=graphs)
-    batch, far = _batch(device), 0.0
-    for _ in range(3):
-        loss = loss_of_graph(compiled.model, batch)
-        loss.backward()
-        _optimize(compiled)
-        expected = _step(eager, batch).item()
-        far = max(far, abs(loss.item() - expected) / abs(expected))
+    pairs, batch = ((compiled, loss_of_graph), (eager, loss_of)), _batch(device)
+    losses = [[_step(one, batch, loss).item() for _ in range(3)] for one, loss in pairs]
     torch.compiler.reset()
     hold(graphs.frame_count == 1, f"PaCA is compiled in {graphs.frame_count} graphs, 1 promised")
+    far = _distance(*losses)
     hold(far <= 1e-3, f"compiled losses are {far:.1e} from eager ones")
     return {"backend": backend_on(device), "num_graphs": 1, "error_of_losses": far}
 
@@ -389,10 +358,8 @@ def check_fsdp2(device: torch.device) -> Found:
 
     plain, sharded = (_contender(device, torch.float32) for _ in range(2))
     batch, before = _batch(device), _frozen(plain.model)
-    is_first = not distributed.is_initialized()
-    if is_first:
-        backend = _stand_in(device, "nccl", "gloo")
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    backend = _stand_in(device, "nccl", "gloo")
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
         model: Any = sharded.model
         mesh = init_device_mesh(device.type, (1,))
@@ -408,6 +375,5 @@ def check_fsdp2(device: torch.device) -> Found:
         far = _distance(*losses)
         hold(far <= 1e-5, f"FSDP2: losses are {far:.1e} from those of one process")
     finally:
-        if is_first:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
     return {"error_of_losses": far, "is_base_identical": True}

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from benchmarks.gpu_promises import SEED, SMALL, Found, backend_on, free, hold
+from benchmarks.kernels import QUANTISED
 from benchmarks.lean import LAYER
-from benchmarks.methods import OURS, SWAP, Shape, make_contender
-from benchmarks.results import compare, counted, take_turns
+from benchmarks.methods import OURS, SWAP, make_contender
+from benchmarks.results import DTYPES, compare, counted, take_turns
 from pacatune import lean
 from pacatune.lean import fused
 from pacatune.measure.counters import SavedBytes
@@ -28,7 +29,6 @@ from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")
-QUANTISED = ("qpaca", "qlora")
 PAIRS = [(OURS, other) for other in METHODS if other != OURS] + [QUANTISED]
 
 
@@ -36,7 +36,7 @@ PAIRS = [(OURS, other) for other in METHODS if other != OURS] + [QUANTISED]
 class Sizes:
     """How large what is measured is, and for how long."""
 
-    shape: Shape
+    values: dict[str, Any]
     batches: tuple[MicroBatch, ...]
     seconds: float
     """For each comparison, warm-up excluded."""
@@ -45,26 +45,21 @@ class Sizes:
     """Rows and columns of the matrices that are multiplied."""
     min_rounds: int = 3
 
-    @property
-    def short(self) -> Shape:
-        """Two layers at the most, for what needs no more."""
-        return self.shape | {"num_hidden_layers": min(2, self.shape["num_hidden_layers"])}
-
     def batch(self, size: MicroBatch, device: torch.device) -> Tensor:
         """Return tokens."""
-        tokens = make_batch(size.num_rows, size.num_tokens, self.shape["vocab_size"], SEED)
+        tokens = make_batch(size.num_rows, size.num_tokens, self.values["vocab_size"], SEED)
         return tokens.to(device)
 
 
 GPU = Sizes(
-    shape=LAYER | {"num_hidden_layers": 8, "vocab_size": 32000},
+    values=LAYER | {"num_hidden_layers": 8, "vocab_size": 32000},
     batches=tuple(MicroBatch(num_rows=n, num_tokens=t) for n, t in ((2, 512), (8, 512), (1, 8192))),
     seconds=8.0,
     warmup=3,
     gemm=8192,
 )
 TINY = Sizes(
-    shape=SMALL | {"num_hidden_layers": 1},
+    values=SMALL,
     batches=(MicroBatch(num_rows=1, num_tokens=16),),
     seconds=0.0,
     warmup=1,
@@ -93,14 +88,12 @@ def measure_ceilings(device: torch.device, sizes: Sizes) -> Found:
     }
 
 
-def _step(
-    method: str, shape: Shape, batch: Tensor, dtype: torch.dtype = torch.bfloat16, **more: Any
-) -> Step:
+def _step(method: str, values: dict[str, Any], batch: Tensor, dtype: str, **more: Any) -> Step:
     """Return a method's step on a model of its own in bfloat16; finer adapters run in autocast."""
     contender = make_contender(
-        method, shape, torch.bfloat16, SEED, batch.device, adapter_dtype=dtype
+        method, values, torch.bfloat16, SEED, batch.device, adapter_dtype=DTYPES[dtype]
     )
-    autocast = None if dtype is torch.bfloat16 else torch.bfloat16
+    autocast = None if dtype == "bfloat16" else torch.bfloat16
     return Step(contender=contender, batch=batch, autocast=autocast, **more)
 
 
@@ -121,14 +114,13 @@ def measure_steps(device: torch.device, sizes: Sizes) -> Found:
     """Time training steps of the methods, with adapters in both dtypes."""
     methods = [*METHODS, *(QUANTISED if find_spec("bitsandbytes") is not None else ())]
     rows: list[Row] = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in ("bfloat16", "float32"):
         first = sizes.batch(sizes.batches[0], device)
-        steps = {name: _step(name, sizes.shape, first, dtype) for name in methods}
+        steps = {name: _step(name, sizes.values, first, dtype) for name in methods}
         for size in sizes.batches:
             batch = sizes.batch(size, device)
             own = {name: replace(step, batch=batch) for name, step in steps.items()}
-            name = str(dtype).removeprefix("torch.")
-            rows += _times(own, PAIRS, sizes, f"{size.label}, {name} adapters")
+            rows += _times(own, PAIRS, sizes, f"{size.label}, {dtype} adapters")
         del steps, own
         free(device)
     return _found(rows, methods=methods)
@@ -137,10 +129,13 @@ def measure_steps(device: torch.device, sizes: Sizes) -> Found:
 def measure_lean(device: torch.device, sizes: Sizes) -> Found:
     """Time steps with lean activations and without, and count what a layer keeps."""
     batch, label = sizes.batch(sizes.batches[0], device), sizes.batches[0].label
+    short = sizes.values | {"num_hidden_layers": 2}
     rows: list[Row] = []
     failed_before = set(fused._failed)
     for method in (OURS, "lora"):
-        both = {name: _step(method, sizes.short, batch) for name in (method, f"{method} lean")}
+        both = {
+            name: _step(method, short, batch, "bfloat16") for name in (method, f"{method} lean")
+        }
         lean.enable(both[f"{method} lean"].contender.model, mode="require")
         rows += _times(both, [(f"{method} lean", method)], sizes, label)
         for name, step in both.items():
@@ -156,9 +151,10 @@ def measure_lean(device: torch.device, sizes: Sizes) -> Found:
 def measure_compiled(device: torch.device, sizes: Sizes) -> Found:
     """Time steps of compiled models."""
     batch = sizes.batch(sizes.batches[0], device)
+    short = sizes.values | {"num_hidden_layers": 2}
     torch.compiler.reset()
     methods = ("frozen", OURS, "lora")
-    steps = {m: _step(m, sizes.short, batch, loss=loss_of_graph) for m in methods}
+    steps = {m: _step(m, short, batch, "bfloat16", loss=loss_of_graph) for m in methods}
     for step in steps.values():
         step.contender.model.compile(dynamic=False, backend=backend_on(device))
     rows = _times(steps, PAIRS, sizes, sizes.batches[0].label)

@@ -32,39 +32,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from benchmarks.methods import CPU, OURS, SWAP, Shape, make_contender
+from benchmarks.methods import CPU, OURS, SWAP, make_contender
 from benchmarks.results import counted, new_parser, record
 from pacatune import lean
 from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
 from pacatune.measure.methods import Contender
-from pacatune.measure.models import loss_of, make_batch
+from pacatune.measure.models import llama_values, loss_of, make_batch
 from pacatune.reports.rows import Row
 
 RANK, SCALING, SEED = 4, 2, 0
-LAYER: Shape = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
+LAYER = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=64)
 NUM_LINEAR = 7
 # Divides the size of no weight, which tells what is of tokens.
 NUM_TOKENS = 37
 _NARROWEST = 32  # the outputs of k_proj and v_proj
 _NUM_LAYERS = 3
 
-MEANINGS = {
-    "frozen": "forward and input gradients of the frozen model",
-    OURS: "ours, columns in the weights",
-    "paca_g8": "with 8 row groups",
-    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
-    "lora": "PEFT's LoRA",
-    "lora_dropout": "with dropout",
-    "dora": "PEFT's DoRA",
-    "qpaca": "ours on a 4-bit base",
-    "qlora": "PEFT's LoRA on a 4-bit base",
-}
+QUANTISED = ("qpaca", "qlora")
+COUNTED = ("frozen", OURS, "paca_g8", SWAP, "lora", "lora_dropout", "dora", *QUANTISED)
 HELD = ("frozen", OURS)
 """Those that promises are about: ours, beyond the floor."""
 
@@ -99,10 +84,10 @@ Launches = dict[str, int]
 
 
 def make(method: str, num_layers: int, device: torch.device = CPU) -> Contender:
-    """Return a model of so many layers, adapted by one of `MEANINGS`."""
-    shape = LAYER | {"num_hidden_layers": num_layers}
+    """Return a model of so many layers, adapted by one of `COUNTED`."""
+    values = LAYER | {"num_hidden_layers": num_layers}
     sizes = {"rank": RANK, "alpha": SCALING * RANK}
-    return make_contender(method, shape, torch.bfloat16, SEED, device, **sizes)
+    return make_contender(method, values, torch.bfloat16, SEED, device, **sizes)
 
 
 def passes(contender: Contender, batch: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -275,18 +260,22 @@ def _num_calls(code: str) -> int:
 
 
 COUNTERS: dict[str, tuple[Callable[[str], Launches], Iterable[str]]] = {
-    "eager": (count_layer, MEANINGS),
-    "lean": (partial(count_layer, is_lean=True), MEANINGS),
+    "eager": (count_layer, COUNTED),
+    "lean": (partial(count_layer, is_lean=True), COUNTED),
     "compiled": (count_compiled, (*HELD, "lora")),
     "sharded": (count_sharded, (*HELD, "lora")),
 }
 """Setting -> what counts a method in it, and which are counted."""
 
 
-def count(setting: str, methods: Iterable[str] = ()) -> list[Row]:
-    """Return the rows of a setting, of all its methods unless given."""
-    counter, usual = COUNTERS[setting]
-    return [row for m in methods or usual for row in rows_of(setting, m, counter(m))]
+def count(*settings: str, methods: Iterable[str] = ()) -> list[Row]:
+    """Return the rows of some settings, of all their methods unless given."""
+    rows = []
+    for setting in settings:
+        counter, usual = COUNTERS[setting]
+        for method in methods or usual:
+            rows += rows_of(setting, method, counter(method))
+    return rows
 
 
 def rows_of(setting: str, method: str, launches: Launches) -> list[Row]:
@@ -322,18 +311,12 @@ def main(options: list[str] | None = None) -> int:
         f"in float32, alpha / r = {SCALING}: counted, not timed, on a CPU that takes a GPU's "
         "branches"
     )
-
-    def run() -> list[Row]:
-        return [row for setting in COUNTERS for row in count(setting)]
-
-    problems = exceeded(record("kernels", how, run, args, options, MEANINGS))
+    run = partial(count, *COUNTERS)
+    problems = exceeded(record("kernels", how, run, args, options, COUNTED))
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    from pacatune.cli.options import quiet_libraries
-
-    quiet_libraries()
     sys.exit(main())

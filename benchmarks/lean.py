@@ -4,8 +4,8 @@
 
 Counts are exact and depend on no clock: bytes that one decoder layer of the size of LLaMA3-8B's
 keeps for backward, per token, in units of one byte per hidden channel (a vector of hidden size is
-2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one, with and
-without padding in the batch. The command fails if a lean PaCA keeps a byte more than its formula.
+2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one. The
+command fails if a lean PaCA keeps a byte more than its formula.
 DoRA is counted only where `--methods` names it: it keeps weights too, which no token count divides.
 Times are of whole steps of a smaller model of the same proportions, all variants alternating.
 
@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from benchmarks.methods import METHODS, OURS, SHAPE, Shape, make_batch, make_contender
+from benchmarks.methods import METHODS, OURS, make_batch, make_contender
 from benchmarks.results import DTYPES, compare, counted, record, take_turns, timed_parser
 from pacatune import lean
 from pacatune.lean.gated import apply_gated_product
 from pacatune.lean.modules import LeanAttention, LeanGatedMLP
 from pacatune.lean.recompute import Cut, recompute, state_of
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.models import checkpoint_blocks
+from pacatune.measure.models import checkpoint_blocks, llama_values, loss_of
 from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
@@ -48,14 +48,8 @@ LEVELS = ("level 1", "level 2", "level 3")
 REFERENCE = LEVELS[0]
 WHAT = "kept per token and layer"
 # Of LLaMA3-8B; a vocabulary as large would only cost time here.
-LAYER: Shape = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 1024,
-}
-SMALL: Shape = SHAPE | {"intermediate_size": 1792, "num_key_value_heads": 2, "vocab_size": 4096}
+LAYER = llama_values(4096, 2, num_kv_heads=8, intermediate_size=14336, vocab_size=1024)
+SMALL = llama_values(512, 8, num_kv_heads=2, intermediate_size=1792)
 VARIANTS: dict[str, tuple[str, int, str]] = {
     "plain": ("as transformers and PEFT compute", 0, ""),
     "level 1": ("pacatune.lean: what elementwise operations make is made again", 1, ""),
@@ -150,62 +144,51 @@ def _attention(module: nn.Module, run: Callable[..., Any], **kwargs: Any) -> Any
     return recompute(body, [x], module, state_of(module)), None
 
 
-def count(
-    method: str, adapters: str, variant: str, is_padded: bool, shape: Shape, seed: int
-) -> Row:
+def count(method: str, adapters: str, variant: str, values: dict[str, Any], seed: int) -> Row:
     """Return what one layer keeps per token, in bytes per channel; adapters in a dtype."""
-    batch = make_batch(_NUM_COUNTED, shape["vocab_size"], seed)
+    batch = make_batch(_NUM_COUNTED, values["vocab_size"], seed)
     units = 0.0
     for num_layers, sign in ((2, 1), (1, -1)):
-        sized = shape | {"num_hidden_layers": num_layers}
+        sized = values | {"num_hidden_layers": num_layers}
         dtype = DTYPES[adapters]
         model = make_contender(method, sized, torch.bfloat16, seed, adapter_dtype=dtype).model
         apply_variant(model, variant)
-        units += sign * kept(model, batch, is_padded) / batch.numel() / shape["hidden_size"]
-    if method == OURS and variant in LEVELS and not is_padded:
-        formula = formula_units(shape, VARIANTS[variant][1])
+        with SavedBytes(model) as saved:
+            loss = loss_of(model, batch)
+        del loss
+        units += sign * saved.num_bytes / batch.numel() / values["hidden_size"]
+    if method == OURS and variant in LEVELS:
+        formula = formula_units(values, VARIANTS[variant][1])
         if abs(units - formula) > 1e-6:
             raise RuntimeError(
                 f"lean paca at {variant} keeps {units} bytes per token, layer and channel; its "
                 f"formula gives {formula}, so something else is saved."
             )
-    what = f"{WHAT}, padded" if is_padded else WHAT
     finer = ", float32 adapters" if adapters == "float32" and method != OURS else ""
-    return counted(what, method + finer, units, "bytes per channel", setting=variant)
+    return counted(WHAT, method + finer, units, "bytes per channel", setting=variant)
 
 
-def _counted(method: str, is_padded: bool) -> list[str]:
+def counted_variants(method: str) -> list[str]:
     """Return the variants whose bytes are counted; selective checkpointing hides what it keeps."""
-    if is_padded or method == "lora_dropout":  # dropout cannot be computed again
+    if method == "lora_dropout":  # dropout cannot be computed again
         return ["plain", REFERENCE]
     rivals = {OURS: _RIVALS[1:], "lora": _RIVALS}.get(method, ())
     return ["plain", *LEVELS, *rivals]
 
 
-def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> int:
-    """Return the bytes that a forward pass keeps."""
-    mask = torch.ones_like(batch)
-    if is_padded:
-        mask[:, -3:] = 0
-    with SavedBytes(model) as saved:
-        loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
-    del loss
-    return saved.num_bytes
-
-
-def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
+def formula_units(values: dict[str, Any], level: int = 1, rank: int = 8) -> float:
     """Return what a lean PaCA layer keeps without padding.
 
     The inputs of two norms, y and the columns of o_proj; below level 3 q, k, v and their columns;
     below level 2 gate, up and theirs.
     """
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    kv = hidden // heads * shape["num_key_value_heads"]
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv = hidden // heads * values["num_key_value_heads"]
     elements = 2 * hidden + hidden + rank
     if level < 3:
         elements += hidden + 2 * kv + 3 * rank
     if level < 2:
-        elements += 2 * shape["intermediate_size"] + 2 * rank
+        elements += 2 * values["intermediate_size"] + 2 * rank
     return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
 
 
@@ -240,11 +223,10 @@ def main(options: list[str] | None = None) -> None:
 
     def run() -> list[Row]:
         counts = [
-            count(method, adapters, variant, is_padded, LAYER, args.seed)
+            count(method, adapters, variant, LAYER, args.seed)
             for method in chosen
             for adapters in ADAPTERS.get(method, ("bfloat16",))
-            for is_padded in (False, True)
-            for variant in _counted(method, is_padded)
+            for variant in counted_variants(method)
         ]
         settings = [(tokens, dtype) for tokens in args.tokens for dtype in args.dtypes]
         return counts + [

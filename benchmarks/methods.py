@@ -9,31 +9,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.swap import swap_layers
 from pacatune.measure.methods import Contender, adapt
+from pacatune.measure.models import llama_values, make_model
 from pacatune.measure.models import make_batch as make_rows
-from pacatune.measure.models import make_model
-from pacatune.measure.setting import quantization_of
+from pacatune.measure.setting import METHODS as MEASURED
+from pacatune.measure.setting import BenchConfig, quantization_of
 from pacatune.tuner.layer import PacaLayer
 
 OURS = "paca"
 SWAP = "swap"
-METHODS = {
-    "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
-    OURS: "ours, r = 8",
-    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way), r = 8",
-    "lora": "PEFT's LoRA, r = 8, no dropout",
-    "lora_r4": "PEFT's LoRA, r = 4: about as many trained parameters as paca",
-    "lora_dropout": "PEFT's LoRA, r = 8, dropout 0.1",
-    "dora": "PEFT's DoRA, r = 8",
-    "full": "every weight trained",
-    "paca_g8": "ours, r = 8 in each of 8 row groups",
-    "additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8",
+METHODS = MEASURED | {
+    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
+    "lora_r4": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
+    "paca_g8": "ours, with 8 row groups",
+    "additive": "ours in plain autograd, weight untouched: the fallback's form",
 }
-OPTIONAL = ("paca_g8", "additive")
-"""Measured only where asked for."""
+USUAL = ("frozen", OURS, SWAP, "lora", "lora_r4", "lora_dropout", "dora", "full")
+"""Those that are measured unless asked otherwise."""
 # Those that are another method with something changed.
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     SWAP: (OURS, {}),
@@ -44,20 +39,12 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 RANK, DROPOUT = 8, 0.1
 MAX_LENGTH = 512
 CPU = torch.device("cpu")
-Shape = dict[str, int]
-"""Sizes of a Llama, under the names of its configuration."""
-SHAPE: Shape = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "vocab_size": 1024,
-}
+VALUES = llama_values(512, 8, vocab_size=1024)
 
 
 def make_contender(
     method: str,
-    shape: Shape,
+    values: dict[str, Any],
     dtype: torch.dtype,
     seed: int = 0,
     device: torch.device = CPU,
@@ -65,12 +52,11 @@ def make_contender(
 ) -> Contender:
     """Return a Llama with random weights made a contender of a method, quantised if that asks.
 
-    Methods are `METHODS` and those of `pacatune bench`; `options` those of
-    `pacatune.measure.methods.adapt`.
+    `values` are those of its configuration, `options` those of `pacatune.measure.methods.adapt`.
     """
     plain, changes = _FORMS.get(method, (method, {}))
     model = make_model(
-        {"model_type": "llama", **shape},
+        values,
         dtype,
         device,
         seed=seed,
@@ -91,19 +77,6 @@ def make_contender(
 
 def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
     """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`, all of equal length."""
-    num_rows = max(1, num_tokens // MAX_LENGTH)
-    if num_tokens > MAX_LENGTH and num_tokens % MAX_LENGTH:
-        raise ValueError(
-            f"`tokens` ({num_tokens}) must be a multiple of {MAX_LENGTH}, the length of a row, or "
-            "less than one row; round it."
-        )
-    return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)
-
-
-def linear_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Map each linear layer of the blocks, adapted or not, to its kind, such as `q_proj`."""
-    return {
-        module: name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if name.endswith("_proj")
-    }
+    config = BenchConfig(values={}, title="", tokens=(num_tokens,), seq_len=MAX_LENGTH)
+    (size,) = config.settings
+    return make_rows(size.num_rows, size.num_tokens, vocab_size, seed)

@@ -4,13 +4,13 @@
 
 The model is a Llama of a few layers in bfloat16 with random weights; every linear layer is adapted.
 `merge` is what a patch replaces. Files are read from and written to the system's cache, as the disk
-allows. The columns of a whole LLaMA3-8B are counted from its shapes.
+allows.
 """
 
 import sys
 import tempfile
 from functools import partial
-from itertools import count as numbers
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.methods import CPU
 from benchmarks.results import counted, new_parser, record
-from benchmarks.sync import adapt, count, seconds_of
+from benchmarks.sync import adapt, seconds_of
 from pacatune import patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
-from pacatune.measure.models import make_model
+from pacatune.measure.models import llama_values, make_model
 from pacatune.measure.timing import time_row
 from pacatune.reports.rows import Row
 
-VALUES: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
+VALUES = llama_values(
+    2048, 4, num_heads=32, num_kv_heads=8, intermediate_size=8192, vocab_size=32000
+)
 RANK = 16
 _IN_MEMORY, _IN_FILES = 5, 3
 """How often each is timed; in place half of the times are reverts."""
@@ -57,11 +51,11 @@ def load(folder: Path) -> Any:
 
 
 def measure(seed: int, folder: Path) -> list[Row]:
-    """Return sizes and times of one patch, and of the columns of LLaMA3-8B."""
+    """Return sizes and times of one patch."""
     base, adapter = build(seed, folder)
     made, _ = patch.make(base, adapter)
     alone = patch.Patch(edits=made.edits, base=made.base, fingerprint=made.fingerprint)
-    model, outputs = load(base), (folder / f"out{number}" for number in numbers())
+    model, outputs = load(base), (folder / f"out{number}" for number in count())
     in_files = {
         "patch file": lambda: patch.make(base, adapter),
         "apply to a new folder": lambda: patch.apply_to_folder(base, made, next(outputs)),
@@ -95,9 +89,7 @@ def measure(seed: int, folder: Path) -> list[Row]:
         rows.append(counted("written", name, num_bytes, "bytes"))
         if name in times:
             rows.append(time_row(times[name], what="time", method=name))
-    large = {row.method: row.value for row in count("llama3-8b", RANK, share=0.0)}
-    columns = counted("columns of LLaMA3-8B", "changed columns, once", large["paca"], "bytes")
-    return [*rows, columns, counted("LLaMA3-8B", "checkpoint", large["full"], "bytes")]
+    return rows
 
 
 def main(options: list[str] | None = None) -> None:

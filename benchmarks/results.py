@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.methods import METHODS, OURS
+from pacatune.cli.options import quiet_libraries
 from pacatune.measure.timing import alternate, ratio_row, time_row
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
@@ -104,7 +105,7 @@ def timed_parser(
     """Return a parser with the options of methods that take turns."""
     parser = new_parser(description, is_timed=True)
     add = parser.add_argument
-    usual = "None: all but the optional ones"
+    usual = "None: the usual ones"
     add("--methods", nargs="+", choices=list(methods), metavar="NAME", help=usual)
     fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
     hardware = "by default those that this processor multiplies in hardware"
@@ -126,6 +127,7 @@ def at_least_1(text: str) -> int:
 
 def prepare(args: argparse.Namespace) -> None:
     """Set threads and seed, if there are any; choose how float32 is multiplied."""
+    quiet_libraries()
     # PEFT asks transformers in an old way.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     if "threads" in args:

@@ -6,6 +6,7 @@ Nothing is measured: `pacatune estimate --time` says what its model is. Takes se
 """
 
 import sys
+from itertools import product
 
 from benchmarks.results import new_parser, record
 from pacatune.measure.roofline import estimate_time
@@ -20,38 +21,33 @@ ADAPTERS: tuple[Dtype, ...] = ("bfloat16", "float32")
 
 def estimate_all() -> list[Row]:
     """Return a row for each dtype of adapters, size and method."""
-    batches = [MicroBatch(num_rows=rows, num_tokens=tokens) for rows, tokens in SIZES]
-    return [
-        estimate(method, batch, adapters)
-        for adapters in ADAPTERS
-        for batch in batches
-        for method in COMPARED
-    ]
-
-
-def estimate(method: str, batch: MicroBatch, adapters: Dtype) -> Row:
-    """Return the time of a step."""
-    setting = Setting(
-        model=MODEL,
-        method=method,
-        batch_size=batch.num_rows,
-        seq_len=batch.num_tokens,
-        adapter_dtype=adapters,
-        lean="off",
-        loss="logits",
-    )
-    found = estimate_time(setting, GPU)
-    return Row(
-        what="step",
-        method=method,
-        value=found.ms,
-        low=found.low_ms,
-        high=found.high_ms,
-        unit="ms",
-        model=MODEL,
-        setting=f"{batch.label}, {adapters} adapters",
-        origin="simulated",
-    )
+    rows = []
+    for adapters, (num_rows, num_tokens), method in product(ADAPTERS, SIZES, COMPARED):
+        setting = Setting(
+            model=MODEL,
+            method=method,
+            batch_size=num_rows,
+            seq_len=num_tokens,
+            adapter_dtype=adapters,
+            lean="off",
+            loss="logits",
+        )
+        found = estimate_time(setting, GPU)
+        label = MicroBatch(num_rows=num_rows, num_tokens=num_tokens).label
+        rows.append(
+            Row(
+                what="step",
+                method=method,
+                value=found.ms,
+                low=found.low_ms,
+                high=found.high_ms,
+                unit="ms",
+                model=MODEL,
+                setting=f"{label}, {adapters} adapters",
+                origin="simulated",
+            )
+        )
+    return rows
 
 
 def main(options: list[str] | None = None) -> None:
@@ -62,7 +58,4 @@ def main(options: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from pacatune.cli.options import quiet_libraries
-
-    quiet_libraries()
     sys.exit(main())

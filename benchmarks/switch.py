@@ -3,9 +3,9 @@
     python -m benchmarks.switch                 writes benchmarks/results/switch.json
 
 Neither writes a weight. PaCA adds the product of r columns to each layer's output, which are scaled
-and rounded once after a switch; PEFT's LoRA multiplies by two more matrices. So the forward is also
-timed without switching. Many equal layers, each with an input of its own, run one after the other,
-so that no weight is in a cache when its turn comes; times are those of all divided by their number.
+and rounded once after a switch; PEFT's LoRA multiplies by two more matrices. Many equal layers,
+each with an input of its own, run one after the other, so that no weight is in a cache when its
+turn comes; times are those of all divided by their number.
 """
 
 import argparse
@@ -19,10 +19,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.methods import OURS, RANK
-from benchmarks.results import DTYPES, compare, counted, record, take_turns, timed_parser
-from benchmarks.step import count_column_writes
+from benchmarks.results import DTYPES, compare, record, take_turns, timed_parser
 from pacatune import PacaConfig
-from pacatune.measure.timing import time_row
 from pacatune.reports.rows import Row
 
 SHAPES = ((512, 512), (1408, 512), (512, 1408))
@@ -33,7 +31,6 @@ MODEL = "one linear layer, caches cold"
 # All weights together are larger than the last-level cache of one core complex.
 CHAIN_BYTES = 40 * 2**20
 _ADAPTERS = ("default", "other")
-_PHASES = ("set adapter", "first forward", "forward")
 
 
 class Layers(nn.Module):
@@ -55,26 +52,14 @@ class Layers(nn.Module):
 def measure(
     shape: tuple[int, int], num_tokens: int, dtype: str, args: argparse.Namespace
 ) -> list[Row]:
-    """Compare the methods in one setting; a step is a switch and the first forward after it.
-
-    Raises:
-        RuntimeError: If PaCA writes columns.
-    """
+    """Compare the methods in one setting; a step is a switch and the first forward after it."""
     setting = f"weight {shape[0]} x {shape[1]}, {num_tokens} tokens, {dtype}"
     names = {"setting": setting, "model": MODEL}
     models = {m: make_model(shape, m, DTYPES[dtype], args.seed) for m in args.methods}
     num_layers = len(models[args.methods[0]].layers)
     inputs = [torch.randn(num_tokens, shape[1]).to(DTYPES[dtype]) for _ in range(num_layers)]
-    rows = [
-        counted("column writes per layer", method, count_writes(model, inputs), **names)
-        for method, model in models.items()
-    ]
-    rounds = take_turns({m: make_run(model, inputs) for m, model in models.items()}, args)
-    for method, phases in rounds.items():
-        for phase, times in zip(_PHASES, zip(*phases, strict=True), strict=True):
-            rows.append(time_row(list(times), what=phase, method=method, **names))
-    steps = {method: [sum(one[:2]) for one in phases] for method, phases in rounds.items()}
-    return rows + compare(steps, args.seed, **names)
+    times = take_turns({m: make_run(model, inputs) for m, model in models.items()}, args)
+    return compare(times, args.seed, **names)
 
 
 def make_model(shape: tuple[int, int], method: str, dtype: torch.dtype, seed: int) -> Any:
@@ -99,41 +84,17 @@ def make_model(shape: tuple[int, int], method: str, dtype: torch.dtype, seed: in
     return model.eval()
 
 
-def count_writes(model: nn.Module, inputs: list[Tensor]) -> int:
-    """Return how often columns are written per layer when the adapter is switched and used.
-
-    Raises:
-        RuntimeError: If they are written at all: evaluation must not.
-    """
-    run = make_run(model, inputs)
-    run()
-    with count_column_writes() as num_writes:
-        run()
-    per_layer = num_writes() / len(inputs)
-    if per_layer:
-        raise RuntimeError(
-            f"switching writes {per_layer} times into each layer; evaluation must not write, so "
-            "something else does."
-        )
-    return 0
-
-
-def make_run(model: Any, inputs: list[Tensor]) -> Callable[[], tuple[float, ...]]:
-    """Return a function that switches, runs twice, and returns the seconds per layer and phase."""
+def make_run(model: Any, inputs: list[Tensor]) -> Callable[[], float]:
+    """Return a function that switches, runs, and returns the seconds per layer."""
     names = [*_ADAPTERS]
 
     @torch.no_grad()
-    def run() -> tuple[float, ...]:
+    def run() -> float:
         names.reverse()
         start = time.perf_counter()
         model.set_adapter(names[0])
-        switched = time.perf_counter()
         model(inputs)
-        first = time.perf_counter()
-        model(inputs)
-        end = time.perf_counter()
-        phases = (switched - start, first - switched, end - first)
-        return tuple(seconds / len(inputs) for seconds in phases)
+        return (time.perf_counter() - start) / len(inputs)
 
     return run
 

@@ -4,13 +4,8 @@
 
 The trainer and the server are two models in one process, so that a time is what a sync costs beside
 its transport: making what is sent, and writing it. The model has SmolLM2-135M's sizes and random
-weights, in bfloat16; every linear layer is adapted.
-
-    full       every tensor
-    lora       PEFT's LoRA, merged, every tensor sent, unmerged
-    elements   elements that differ from a snapshot after a step of full training in float32, with
-               their positions
-    paca       the changed columns
+weights, in bfloat16; every linear layer is adapted. Changed elements are those of a step of full
+training in float32.
 
 Sizes for larger models are counted from their shapes, the changed elements with the measured share.
 Then LoRA and PaCA are merged and unmerged over and over, with a small random step between, and what
@@ -25,28 +20,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.methods import CPU
 from benchmarks.results import new_parser, record
+from pacatune.measure import methods
 from pacatune.measure.methods import Contender
-from pacatune.measure.methods import adapt as make_contender
-from pacatune.measure.models import make_batch, make_model
-from pacatune.measure.presets import PRESETS
+from pacatune.measure.models import llama_values, load_config, make_batch, make_model, make_skeleton
+from pacatune.measure.step import Step
 from pacatune.measure.timing import time_row
 from pacatune.reports.rows import Origin, Row
 from pacatune.sync import ColumnReceiver, ColumnSource
 
-VALUES: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+VALUES = llama_values(
+    576, 30, num_heads=9, num_kv_heads=3, intermediate_size=1536, vocab_size=49152
+) | {"tie_word_embeddings": True}
 RANK = 16
 LEARNING_RATE = 1e-6  # of full training
 NUM_ROUNDS = 5
@@ -72,7 +59,7 @@ def build(seed: int, **changes: Any) -> Any:
 
 def adapt(model: nn.Module, method: str, rank: int, seed: int) -> Contender:
     """Return the model with an adapter of random values in every linear layer."""
-    contender = make_contender(model, method, rank=rank, seed=seed)
+    contender = methods.adapt(model, method, rank=rank, seed=seed)
     with torch.no_grad():
         for name, parameter in contender.model.named_parameters():
             if "lora_B" in name or "paca_" in name:
@@ -80,12 +67,9 @@ def adapt(model: nn.Module, method: str, rank: int, seed: int) -> Contender:
     return contender
 
 
-def train(model: Any, optimizer: Any, seed: int) -> None:
+def train(contender: Contender, seed: int) -> None:
     """Take a step on some tokens."""
-    ids = make_batch(1, 64, VALUES["vocab_size"], seed)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    Step(contender=contender, batch=make_batch(1, 64, VALUES["vocab_size"], seed))()
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -105,20 +89,20 @@ def copy_all(model: nn.Module, server: nn.Module, infix: str = "") -> None:
         tensor.copy_(own[f"{owner}{infix}.{last}"] if source is None else source)
 
 
-def _bytes(what: str, method: str, value: float, origin: Origin = "counted") -> Row:
-    return Row(what=what, method=method, value=value, unit="bytes", model=SMALL, origin=origin)
+def _bytes(method: str, value: float, origin: Origin = "counted", model: str = SMALL) -> Row:
+    return Row(what=SENT, method=method, value=value, unit="bytes", model=model, origin=origin)
 
 
-def _times(what: str, method: str, times: list[float]) -> Row:
+def _times(method: str, times: list[float]) -> Row:
     """Return the median of all rounds but the first."""
-    return time_row(times[1:], what=what, method=method, model=SMALL)
+    return time_row(times[1:], what=TIME, method=method, model=SMALL)
 
 
 def measure_full(seed: int) -> list[Row]:
     model, server = build(seed), build(seed)
     times = [seconds_of(lambda: copy_all(model, server)) for _ in range(NUM_ROUNDS + 1)]
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return [_bytes(SENT, "full", num_bytes), _times(TIME, "full", times)]
+    return [_bytes("full", num_bytes), _times("full", times)]
 
 
 def measure_lora(seed: int) -> list[Row]:
@@ -133,8 +117,8 @@ def measure_lora(seed: int) -> list[Row]:
     times = [seconds_of(sync) for _ in range(NUM_ROUNDS + 1)]
     num_bytes = sum(parameter.nbytes for parameter in server.parameters())
     of_matrices = 2 * sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-    adapter = _bytes(SENT, "lora-adapter", of_matrices)
-    return [_bytes(SENT, "lora", num_bytes), _times(TIME, "lora", times), adapter]
+    adapter = _bytes("lora-adapter", of_matrices)
+    return [_bytes("lora", num_bytes), _times("lora", times), adapter]
 
 
 def measure_elements(seed: int) -> tuple[list[Row], float]:
@@ -142,7 +126,7 @@ def measure_elements(seed: int) -> tuple[list[Row], float]:
     model, server = build(seed).float(), build(seed)
     snapshot = [parameter.detach().bfloat16() for parameter in model.parameters()]
     targets = [parameter.detach().view(-1) for parameter in server.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    contender = Contender("full", model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
     counts: list[int] = []
 
     @torch.no_grad()
@@ -158,14 +142,14 @@ def measure_elements(seed: int) -> tuple[list[Row], float]:
 
     times = []
     for number in range(NUM_ROUNDS + 1):
-        train(model, optimizer, seed + number)
+        train(contender, seed + number)
         times.append(seconds_of(sync))
     # The first step of Adam moves all elements by as much; later ones are the usual case.
     num_elements = statistics.median(counts[1:])
     share = num_elements / sum(target.numel() for target in targets)
     return [
-        _bytes(SENT, "elements", int(_ELEMENT_BYTES * num_elements), "measured"),
-        _times(TIME, "elements", times),
+        _bytes("elements", int(_ELEMENT_BYTES * num_elements), "measured"),
+        _times("elements", times),
         Row(what="changed by a step", method="elements", value=100 * share, unit="%"),
     ], share
 
@@ -176,34 +160,28 @@ def measure_paca(seed: int) -> list[Row]:
     source, receiver = ColumnSource(adapted), ColumnReceiver(server)
     receiver.expect(source.positions())
     receiver.apply(source.columns())  # from now on the base's columns are kept
-    source_times, times = [], []
-    for number in range(NUM_ROUNDS + 1):
-        train(adapted, contender.optimizer, seed + number)
-        start = time.perf_counter()
+    sent: list[int] = []
+
+    def sync() -> None:
         columns = source.columns()
-        source_times.append(time.perf_counter() - start)
         receiver.apply(columns)
-        times.append(time.perf_counter() - start)
-    positions = source.positions()
+        sent.append(columns.num_bytes)
+
+    times = []
+    for number in range(NUM_ROUNDS + 1):
+        train(contender, seed + number)
+        times.append(seconds_of(sync))
     merged = adapted.merge_and_unload().state_dict()
     if not all(torch.equal(tensor, merged[name]) for name, tensor in server.state_dict().items()):
         raise RuntimeError("the served model is not the merged one.")
-    return [
-        _bytes(SENT, "paca", columns.num_bytes),
-        _times(TIME, "paca", times),
-        _times("make", "paca", source_times),
-        _bytes("positions, once", "paca", sum(one.indices.nbytes for one in positions.sets)),
-        _bytes("kept by the receiver", "paca", receiver.num_bytes),
-    ]
+    return [_bytes("paca", sent[-1]), _times("paca", times)]
 
 
 def count(name: str, rank: int, share: float) -> list[Row]:
     """Return the bytes of a large model's syncs."""
-    values = {key: value for key, value in PRESETS[name].values.items() if key != "model_type"}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**values))
-    num_elements = sum(parameter.numel() for parameter in model.parameters())
-    layers = [one for one in model.model.modules() if isinstance(one, nn.Linear)]
+    model = make_skeleton(load_config(name), name, torch.bfloat16)
+    num_elements = model.num_parameters()
+    layers = [one for one in model.base_model.modules() if isinstance(one, nn.Linear)]
     outputs = sum(layer.out_features for layer in layers)
     inputs = sum(layer.in_features for layer in layers)
     found: dict[str, tuple[int, Origin]] = {
@@ -213,33 +191,27 @@ def count(name: str, rank: int, share: float) -> list[Row]:
         "elements": (int(_ELEMENT_BYTES * share * num_elements), "simulated"),
         "paca": (2 * rank * outputs, "counted"),
     }
-    return [
-        Row(what=SENT, method=method, value=size, unit="bytes", model=name, origin=origin)
-        for method, (size, origin) in found.items()
-    ]
+    return [_bytes(method, size, origin, name) for method, (size, origin) in found.items()]
 
 
+@torch.no_grad()
 def measure_drift(seed: int) -> list[Row]:
     """Return how far the base of one layer is from what it was after many merges and unmerges."""
     rows = []
     for method in ("lora", "paca"):
         adapted = adapt(build(seed, num_hidden_layers=1, vocab_size=64), method, RANK, seed).model
         layers: list[Any] = [one for one in adapted.modules() if hasattr(one, "merged_adapters")]
-        before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        before = torch.cat([layer.get_base_layer().weight.flatten() for layer in layers]).double()
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         for _ in range(NUM_CYCLES):
-            with torch.no_grad():
-                for parameter in trained:  # a step of training between two syncs
-                    parameter.add_(torch.randn_like(parameter), alpha=1e-4)
+            for parameter in trained:  # a step of training between two syncs
+                parameter.add_(torch.randn_like(parameter), alpha=1e-4)
             for layer in layers:
                 layer.merge()
                 layer.unmerge()
-        after = [layer.get_base_layer().weight.detach() for layer in layers]
-        pairs = list(zip(before, after, strict=True))
-        num_elements = sum(weight.numel() for weight in before)
-        drift = sum(float((a.double() - b.double()).abs().sum()) for a, b in pairs)
-        changed = 100 * sum(int((a != b).sum()) for a, b in pairs) / num_elements
-        mean = 100 * drift / sum(float(a.double().abs().sum()) for a in before)
+        after = torch.cat([layer.get_base_layer().weight.flatten() for layer in layers]).double()
+        changed = 100 * float((before != after).double().mean())
+        mean = 100 * float((after - before).abs().sum() / before.abs().sum())
         for what, value in (("changed elements of the base", changed), ("mean change", mean)):
             rows.append(Row(what=what, method=method, value=value, unit="%", n=NUM_CYCLES))
     return rows

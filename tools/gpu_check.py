@@ -40,7 +40,7 @@ def make_sections(device: torch.device) -> dict[str, Section]:
     is_gpu = device.type != "cpu"
     sizes = times.GPU if is_gpu else times.TINY
     real: dict[str, Any] = {"model": "llama3-8b", "seq_len": 2048} if is_gpu else {}
-    counted = [name for name in kernels.MEANINGS if is_gpu and name not in times.QUANTISED]
+    counted = [name for name in kernels.COUNTED if is_gpu and name not in kernels.QUANTISED]
     on = {"device": device}
     return {
         "ceilings": partial(times.measure_ceilings, **on, sizes=sizes),

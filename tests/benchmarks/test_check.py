@@ -22,7 +22,7 @@ def test_bytes_and_writes_are_those_that_are_committed():
     committed = read("step")
     if other := check.other_versions(committed.provenance):
         pytest.skip(other)
-    found = exact(check.measured("step", *ONE_STEP))
+    found = exact(check.run_steps(*ONE_STEP))
     assert len({row.method for row in found}) == 3
     assert list(check.differences(found, committed.rows)) == []
 
@@ -70,15 +70,15 @@ def part(*values, method="paca", torch="2"):
 def test_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(check, "VERSIONS", ())
     compute, committed = part(1, 2)
-    monkeypatch.setattr(check, "NAMES", ("switch",))
+    monkeypatch.setattr(check, "NAMES", ("step",))
     monkeypatch.setattr(check, "parts", lambda name, everything: [(compute, committed)])
-    assert check.main(["switch"]) == 0
-    assert capsys.readouterr().out == "switch: 2 rows as committed\n"
+    assert check.main(["step"]) == 0
+    assert capsys.readouterr().out == "step: 2 rows as committed\n"
     changed = part(1, 3)[0]
     monkeypatch.setattr(check, "parts", lambda name, everything: [(changed, committed)])
     assert check.main([]) == 1
     out = capsys.readouterr().out
-    assert "switch: bytes, paca, 1: 3, committed 2" in out
+    assert "step: bytes, paca, 1: 3, committed 2" in out
     assert "1 numbers differ" in out
     with pytest.raises(SystemExit):
         check.main(["steps"])

@@ -18,8 +18,6 @@ def test_a_small_run(tmp_path, monkeypatch):
     assert columns == outputs * 2 * 2
     assert size["patch file"] > size["patch file, --no-adapter"] > 2 * columns
     assert columns < size["apply in place"] < size["checkpoint"] + 4096
-    (large,) = (row.value for row in rows if row.what == "columns of LLaMA3-8B")
-    assert large == 16 // 8 * 43008 * 32 * 2
     assert all(row.value > 0 for row in rows if row.what == "time")
     text = tables.block("patch", tmp_path)
     assert "| apply in memory | " in text

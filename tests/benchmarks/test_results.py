@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import collect, pages
+from benchmarks.results import RESULTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ def test_results_are_numbers_in_few_files():
 
 
 def test_every_run_of_the_studies_is_a_line():
-    studies = json.loads((collect.RESULTS / "selection.json").read_text())
+    studies = json.loads((RESULTS / "selection.json").read_text())
     runs = list(collect.read_runs("selection"))
     assert len(runs) == 487
     assert len({row["key"] for row in runs}) > 400
@@ -120,12 +121,12 @@ def test_what_is_not_collected(tmp_path):
 def test_pages_are_made_of_the_results(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()
-    studies = json.loads((collect.RESULTS / "selection.json").read_text())
+    studies = json.loads((RESULTS / "selection.json").read_text())
     one = {"selection-smollm2-r8": studies["selection-smollm2-r8"]}
     (results / "selection.json").write_text(json.dumps(one))
     (results / "quality.json").write_text("{}")
     monkeypatch.setattr(pages, "RESULTS", results)
-    collect.collect_bench(write_bench(tmp_path), "here", results)
+    (results / "bench-here.json").write_bytes((RESULTS / "bench-epyc-zen5.json").read_bytes())
     made = [
         path.relative_to(tmp_path / "report").as_posix()
         for path in pages.make_pages(tmp_path / "report")
@@ -140,9 +141,3 @@ def test_pages_are_made_of_the_results(tmp_path, monkeypatch):
     assert all((report / "reproduce" / f"{name}.png").is_file() for name in names)
     assert (report / "bench-here" / "bench.png").is_file()
     assert (report / "studies" / "selection-smollm2-r8" / "metric.png").is_file()
-
-
-def write_bench(folder):
-    source = collect.RESULTS / "bench-epyc-zen5.json"
-    (folder / "bench.json").write_bytes(source.read_bytes())
-    return folder

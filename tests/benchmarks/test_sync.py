@@ -16,8 +16,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     found = {(row.what, row.method, row.model): row.value for row in rows}
     outputs = 64 + 2 * 32 + 64 + 2 * 128 + 64
     sent = {method: found[sync.SENT, method, sync.SMALL] for method in sync.METHODS}
-    assert sent["paca"] == found["kept by the receiver", "paca", sync.SMALL] == outputs * 2 * 2
-    assert found["positions, once", "paca", sync.SMALL] == 7 * 2 * 8
+    assert sent["paca"] == outputs * 2 * 2
     assert sent["full"] == sent["lora"] > sent["lora-adapter"]
     assert 0 < found["changed by a step", "elements", ""] < 100
     assert found[sync.SENT, "paca", "llama3-8b"] == 2 * 2 * 43008 * 32
