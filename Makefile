@@ -24,7 +24,7 @@ help:
 	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
 	@echo 'make bench             measure step time and memory against the other methods'
-	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--times: times too'
+	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--all: what takes minutes, too'
 	@echo 'make docs              the tables of README and docs, and the site with the Python API'
 	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
 	@echo 'make report            pages and pictures of the committed results, in report/'

@@ -6,35 +6,29 @@ Contenders are on the device together and take turns, a whole step each: its tim
 events on CUDA, and by the clock elsewhere. Ratios are those of the medians.
 """
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from benchmarks.gpu_promises import SEED, SMALL, Found, backend_on, free, hold
+from benchmarks.kernels import QUANTISED
 from benchmarks.lean import LAYER
-from benchmarks.llama import Shape, make_model
-from benchmarks.methods import DROPOUT, OURS, RANK, SWAP, adapt
-from benchmarks.results import counted, take_turns
+from benchmarks.methods import OURS, SWAP, make_contender
+from benchmarks.results import DTYPES, compare, counted, take_turns
 from pacatune import lean
 from pacatune.lean import fused
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.device import Stopwatch
-from pacatune.measure.methods import adapt as adapt_measured
-from pacatune.measure.models import loss_of, loss_of_graph, make_batch
+from pacatune.measure.models import loss_of_graph, make_batch
 from pacatune.measure.setting import MicroBatch
 from pacatune.measure.step import Step
-from pacatune.measure.timing import alternate
-from pacatune.methods import METHODS as TABLE
 from pacatune.reports.rows import Row
 
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")
-QUANTISED = ("qpaca", "qlora")
 PAIRS = [(OURS, other) for other in METHODS if other != OURS] + [QUANTISED]
 
 
@@ -42,37 +36,34 @@ PAIRS = [(OURS, other) for other in METHODS if other != OURS] + [QUANTISED]
 class Sizes:
     """How large what is measured is, and for how long."""
 
-    shape: Shape
-    batches: tuple[tuple[int, int], ...]
-    """Rows and their tokens."""
+    values: dict[str, Any]
+    batches: tuple[MicroBatch, ...]
     seconds: float
     """For each comparison, warm-up excluded."""
     warmup: int
     gemm: int
     """Rows and columns of the matrices that are multiplied."""
-    copied_bytes: int
-    num_launches: int
     min_rounds: int = 3
-    seed: int = SEED
+
+    def batch(self, size: MicroBatch, device: torch.device) -> Tensor:
+        """Return tokens."""
+        tokens = make_batch(size.num_rows, size.num_tokens, self.values["vocab_size"], SEED)
+        return tokens.to(device)
 
 
 GPU = Sizes(
-    shape=replace(LAYER, num_hidden_layers=8, vocab_size=32000),
-    batches=((2, 512), (8, 512), (1, 8192)),
+    values=LAYER | {"num_hidden_layers": 8, "vocab_size": 32000},
+    batches=tuple(MicroBatch(num_rows=n, num_tokens=t) for n, t in ((2, 512), (8, 512), (1, 8192))),
     seconds=8.0,
     warmup=3,
     gemm=8192,
-    copied_bytes=2**30,
-    num_launches=2000,
 )
 TINY = Sizes(
-    shape=replace(SMALL, num_hidden_layers=1),
-    batches=((1, 16),),
+    values=SMALL,
+    batches=(MicroBatch(num_rows=1, num_tokens=16),),
     seconds=0.0,
     warmup=1,
     gemm=64,
-    copied_bytes=2**16,
-    num_launches=10,
 )
 
 
@@ -80,97 +71,56 @@ def measure_ceilings(device: torch.device, sizes: Sizes) -> Found:
     """Measure what the device does at best, beside which steps are to be seen."""
     a = torch.randn(sizes.gemm, sizes.gemm, device=device).bfloat16()
     thin = torch.randn(sizes.gemm, 16, device=device).bfloat16()
-    source = torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=device)
-    target, one = torch.empty_like(source), torch.zeros(1, device=device)
+    source = torch.zeros(16 * a.numel(), dtype=torch.uint8, device=device)
+    tensors = {"a": a, "thin": thin, "source": source, "target": torch.empty_like(source)}
+    tensors["one"] = torch.zeros(1, device=device)
 
-    def launches() -> None:
-        for _ in range(sizes.num_launches):
-            one.add_(1)
+    def seconds(statement: str, number: int = 10) -> float:
+        timer = Timer(statement, globals=tensors)  # waits for the device
+        timer.timeit(3)
+        return timer.timeit(number).mean
 
-    seconds = {
-        name: _median_seconds(device, run)
-        for name, run in {
-            "gemm": lambda: a @ a,
-            "thin": lambda: a.t() @ thin,
-            "copy": lambda: target.copy_(source),
-            "launches": launches,
-        }.items()
-    }
     return {
-        "gemm_tflops": 2e-12 * sizes.gemm**3 / seconds["gemm"],
-        "thin_gemm_tbps": 1e-12 * 2 * (a.numel() + 2 * thin.numel()) / seconds["thin"],
-        "copy_tbps": 1e-12 * 2 * sizes.copied_bytes / seconds["copy"],
-        "launch_us": 1e6 * seconds["launches"] / sizes.num_launches,
+        "gemm_tflops": 2e-12 * sizes.gemm**3 / seconds("a @ a"),
+        "thin_gemm_tbps": 1e-12 * 2 * (a.numel() + 2 * thin.numel()) / seconds("a.t() @ thin"),
+        "copy_tbps": 1e-12 * 2 * source.numel() / seconds("target.copy_(source)"),
+        "launch_us": 1e6 * seconds("one.add_(1)", 2000),
     }
 
 
-def _median_seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    times = alternate({"": partial(timed, run, device)}, seconds=0.0, min_rounds=10, num_warmup=3)
-    return statistics.median(times[""])
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds that the device takes for it."""
-    watch = Stopwatch(device)
-    watch.mark()
-    run()
-    watch.mark()
-    return watch.seconds()[0]
-
-
-def _step(
-    method: str,
-    shape: Shape,
-    batch: Tensor,
-    adapter_dtype: torch.dtype = torch.bfloat16,
-    loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
-) -> Step:
+def _step(method: str, values: dict[str, Any], batch: Tensor, dtype: str, **more: Any) -> Step:
     """Return a method's step on a model of its own in bfloat16; finer adapters run in autocast."""
-    quantization = TABLE[method].quantization if method in QUANTISED else None
-    model = make_model(shape, torch.bfloat16, SEED, quantization, batch.device)
-    if quantization is None:
-        contender = adapt(model, method, targets="all-linear", seed=SEED)
-    else:
-        contender = adapt_measured(model, method, rank=RANK, dropout=DROPOUT, seed=SEED)
-    for parameter in contender.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype)
-    autocast = None if adapter_dtype is torch.bfloat16 else torch.bfloat16
-    return Step(contender=contender, batch=batch, loss=loss, autocast=autocast)
+    contender = make_contender(
+        method, values, torch.bfloat16, SEED, batch.device, adapter_dtype=DTYPES[dtype]
+    )
+    autocast = None if dtype == "bfloat16" else torch.bfloat16
+    return Step(contender=contender, batch=batch, autocast=autocast, **more)
 
 
 def _times(
     steps: Mapping[str, Step], pairs: Iterable[tuple[str, str]], sizes: Sizes, setting: str
 ) -> list[Row]:
     """Return rows of each step and of the ratios of pairs that are there."""
-    runs: Any = {name: step.seconds for name, step in steps.items()}
+    times = take_turns({name: step.seconds for name, step in steps.items()}, sizes)
     known = [pair for pair in pairs if steps.keys() >= {*pair}]
-    rows, _ = take_turns(runs, sizes, pairs=known, setting=setting)
-    return rows
+    return compare(times, SEED, known, setting=setting)
 
 
 def _found(rows: list[Row], **more: Any) -> Found:
     return {**more, "rows": [row.to_dict() for row in rows]}
 
 
-def _batch(sizes: Sizes, size: tuple[int, int], device: torch.device) -> tuple[Tensor, str]:
-    """Return tokens, and what they are called."""
-    label = MicroBatch(num_rows=size[0], num_tokens=size[1]).label
-    return make_batch(*size, sizes.shape.vocab_size, SEED).to(device), label
-
-
 def measure_steps(device: torch.device, sizes: Sizes) -> Found:
     """Time training steps of the methods, with adapters in both dtypes."""
     methods = [*METHODS, *(QUANTISED if find_spec("bitsandbytes") is not None else ())]
     rows: list[Row] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        batch, _ = _batch(sizes, sizes.batches[0], device)
-        steps = {name: _step(name, sizes.shape, batch, dtype) for name in methods}
+    for dtype in ("bfloat16", "float32"):
+        first = sizes.batch(sizes.batches[0], device)
+        steps = {name: _step(name, sizes.values, first, dtype) for name in methods}
         for size in sizes.batches:
-            batch, label = _batch(sizes, size, device)
+            batch = sizes.batch(size, device)
             own = {name: replace(step, batch=batch) for name, step in steps.items()}
-            name = str(dtype).removeprefix("torch.")
-            rows += _times(own, PAIRS, sizes, f"{label}, {name} adapters")
+            rows += _times(own, PAIRS, sizes, f"{size.label}, {dtype} adapters")
         del steps, own
         free(device)
     return _found(rows, methods=methods)
@@ -178,12 +128,14 @@ def measure_steps(device: torch.device, sizes: Sizes) -> Found:
 
 def measure_lean(device: torch.device, sizes: Sizes) -> Found:
     """Time steps with lean activations and without, and count what a layer keeps."""
-    shape = replace(sizes.shape, num_hidden_layers=min(2, sizes.shape.num_hidden_layers))
-    batch, label = _batch(sizes, sizes.batches[0], device)
+    batch, label = sizes.batch(sizes.batches[0], device), sizes.batches[0].label
+    short = sizes.values | {"num_hidden_layers": 2}
     rows: list[Row] = []
     failed_before = set(fused._failed)
     for method in (OURS, "lora"):
-        both = {method: _step(method, shape, batch), f"{method} lean": _step(method, shape, batch)}
+        both = {
+            name: _step(method, short, batch, "bfloat16") for name in (method, f"{method} lean")
+        }
         lean.enable(both[f"{method} lean"].contender.model, mode="require")
         rows += _times(both, [(f"{method} lean", method)], sizes, label)
         for name, step in both.items():
@@ -198,12 +150,13 @@ def measure_lean(device: torch.device, sizes: Sizes) -> Found:
 
 def measure_compiled(device: torch.device, sizes: Sizes) -> Found:
     """Time steps of compiled models."""
-    shape = replace(sizes.shape, num_hidden_layers=min(2, sizes.shape.num_hidden_layers))
-    batch, label = _batch(sizes, sizes.batches[0], device)
+    batch = sizes.batch(sizes.batches[0], device)
+    short = sizes.values | {"num_hidden_layers": 2}
     torch.compiler.reset()
-    steps = {m: _step(m, shape, batch, loss=loss_of_graph) for m in ("frozen", OURS, "lora")}
+    methods = ("frozen", OURS, "lora")
+    steps = {m: _step(m, short, batch, "bfloat16", loss=loss_of_graph) for m in methods}
     for step in steps.values():
         step.contender.model.compile(dynamic=False, backend=backend_on(device))
-    rows = _times(steps, PAIRS, sizes, label)
+    rows = _times(steps, PAIRS, sizes, sizes.batches[0].label)
     torch.compiler.reset()
     return _found(rows, backend=backend_on(device))

@@ -4,37 +4,38 @@
 
 Counts are exact and depend on no clock: bytes that one decoder layer of the size of LLaMA3-8B's
 keeps for backward, per token, in units of one byte per hidden channel (a vector of hidden size is
-2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one, with and
-without padding in the batch. The command fails if a lean PaCA keeps a byte more than its formula.
-`lean_variants.py` says what is compared, torch's checkpointing and LoRA with recomputed inputs
-among them.
+2 in bfloat16). A layer's are those of a model of two layers minus those of a model of one. The
+command fails if a lean PaCA keeps a byte more than its formula.
 DoRA is counted only where `--methods` names it: it keeps weights too, which no token count divides.
 Times are of whole steps of a smaller model of the same proportions, all variants alternating.
+
+Rivals are torch's checkpointing, plain and selective, and `inputs`, the cheapest: the input of a
+layer is not kept where a norm or a gated product made it, which cost next to nothing to compute
+again; no projection is computed twice. NeMo Automodel's fused LoRA MLP is of this kind (it keeps x,
+gate and up; here x comes from the norm's input as well). It is built of the parts that the levels
+are made of.
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from benchmarks.lean_variants import VARIANTS, apply_variant
-from benchmarks.llama import Shape, make_batch, make_model
-from benchmarks.methods import OURS, adapt, all_methods
-from benchmarks.results import (
-    DTYPES,
-    Result,
-    counted,
-    prepare,
-    provenance,
-    show,
-    take_turns,
-    timed_parser,
-)
+from benchmarks.methods import METHODS, OURS, make_batch, make_contender
+from benchmarks.results import DTYPES, compare, counted, record, take_turns, timed_parser
+from pacatune import lean
+from pacatune.lean.gated import apply_gated_product
+from pacatune.lean.modules import LeanAttention, LeanGatedMLP
+from pacatune.lean.recompute import Cut, recompute, state_of
 from pacatune.measure.counters import SavedBytes
+from pacatune.measure.models import checkpoint_blocks, llama_values, loss_of
 from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
@@ -43,157 +44,198 @@ COUNTED = ("full", "lora", "lora_dropout", OURS)
 ADAPTERS = {OURS: ("float32",), "lora": ("bfloat16", "float32")}
 TIMED = (OURS, "lora")
 TOKENS = (512, 2048)
-LEVELS = {"level 1": 1, "level 2": 2, "level 3": 3}
-REFERENCE = "level 1"
+LEVELS = ("level 1", "level 2", "level 3")
+REFERENCE = LEVELS[0]
 WHAT = "kept per token and layer"
 # Of LLaMA3-8B; a vocabulary as large would only cost time here.
-LAYER = Shape(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=1024,
+LAYER = llama_values(4096, 2, num_kv_heads=8, intermediate_size=14336, vocab_size=1024)
+SMALL = llama_values(512, 8, num_kv_heads=2, intermediate_size=1792)
+VARIANTS: dict[str, tuple[str, int, str]] = {
+    "plain": ("as transformers and PEFT compute", 0, ""),
+    "level 1": ("pacatune.lean: what elementwise operations make is made again", 1, ""),
+    "inputs": (
+        "level 1, and inputs of layers from the norm's input, or from gate and up",
+        1,
+        "inputs",
+    ),
+    "level 2": ("gate and up from the norm's input", 2, ""),
+    "level 3": ("query, key and value, too", 3, ""),
+    "selective": (
+        "level 1, and torch's selective checkpointing of blocks, keeping what level 2 keeps",
+        1,
+        "selective",
+    ),
+    "checkpointed": ("level 1, and torch's checkpointing of blocks", 1, "checkpointed"),
+    "checkpointed, level 2": ("level 2, and torch's checkpointing of blocks", 2, "checkpointed"),
+}
+"""Name -> description, level, and what else is done to keep less."""
+_NUM_COUNTED = 256
+_RIVALS = ("inputs", "checkpointed", "checkpointed, level 2")
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
 )
-SMALL = Shape(intermediate_size=1792, num_key_value_heads=2, vocab_size=4096)
 
 
-def parse(options: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = timed_parser(__doc__, seconds=40.0)
-    parser.add_argument(
-        "--scale", type=int, default=1, help="counts are of a layer that is so many times smaller"
-    )
-    parser.add_argument("--no-times", action="store_true", help="count only")
-    processor = "time of this process on all processors, where others use the machine as well"
-    parser.add_argument("--processor-time", action="store_true", help=processor)
-    args = parser.parse_args(options)
-    if args.scale < 1 or LAYER.num_key_value_heads % args.scale:
-        parser.error(f"--scale ({args.scale}) must divide the {LAYER.num_key_value_heads} KV heads")
-    args.tokens = args.tokens or list(TOKENS)
-    return args
+def apply_variant(model: Any, variant: str) -> None:
+    """Let a model, with its adapter, keep what one of `VARIANTS` keeps; in place."""
+    _, level, rival = VARIANTS[variant]
+    if level:
+        lean.enable(model, mode="require", level=level)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if rival == "inputs":
+        _recompute_inputs(model)
+    elif rival == "checkpointed":
+        checkpoint_blocks(base)
+    elif rival == "selective":
+        policy = partial(_keep, base.config.intermediate_size)
+        context = partial(create_selective_checkpoint_contexts, policy)
+        options = {"use_reentrant": False, "context_fn": context}
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        (enable or base.gradient_checkpointing_enable)(options)
 
 
-def count(
-    method: str, adapters: str, variant: str, is_padded: bool, shape: Shape, seed: int
-) -> Row:
+def _keep(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep attention, and products that the MLP has no part in: what level 2 keeps, and o_proj."""
+    is_product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    is_narrow = is_product and not any(width in x.shape for x in args if isinstance(x, Tensor))
+    if op in _ATTENTION or is_narrow:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recompute_inputs(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LeanGatedMLP):
+            module.forward = partial(_mlp, module)
+        elif isinstance(module, LeanAttention):
+            module.forward = partial(_attention, module, module.forward)
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    names, parts = module.settings, module._modules
+    activation, down = names.activation, parts[names.down]
+
+    def project(x: Tensor, cut: Cut) -> Tensor:
+        (x,) = cut(x)
+        with cut.casts():
+            gate, up = parts[names.gate](x), parts[names.up](x)
+        return recompute(multiply, [gate, up], down, state_of(down))
+
+    def multiply(gate: Tensor, up: Tensor, cut: Cut) -> Tensor:
+        (h,) = cut(apply_gated_product(gate, up, activation))
+        with cut.casts():
+            y: Tensor = down(h)
+        return y
+
+    return recompute(project, [x], module, state_of(module))
+
+
+def _attention(module: nn.Module, run: Callable[..., Any], **kwargs: Any) -> Any:
+    x = kwargs.pop("hidden_states")
+
+    def body(x: Tensor, cut: Cut) -> Tensor:
+        (x,) = cut(x)
+        with cut.casts():
+            y: Tensor = run(x, **kwargs)[0]
+        return y
+
+    return recompute(body, [x], module, state_of(module)), None
+
+
+def count(method: str, adapters: str, variant: str, values: dict[str, Any], seed: int) -> Row:
     """Return what one layer keeps per token, in bytes per channel; adapters in a dtype."""
-    batch = make_batch(_NUM_COUNTED, shape.vocab_size, seed)
+    batch = make_batch(_NUM_COUNTED, values["vocab_size"], seed)
     units = 0.0
     for num_layers, sign in ((2, 1), (1, -1)):
-        shape = dataclasses.replace(shape, num_hidden_layers=num_layers)
-        model = make_model(shape, torch.bfloat16, seed)
-        model = adapt(model, method, targets="all-linear", seed=seed).model
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(DTYPES[adapters])
+        sized = values | {"num_hidden_layers": num_layers}
+        dtype = DTYPES[adapters]
+        model = make_contender(method, sized, torch.bfloat16, seed, adapter_dtype=dtype).model
         apply_variant(model, variant)
-        units += sign * kept(model, batch, is_padded) / batch.numel() / shape.hidden_size
-    level = LEVELS.get(variant)
-    if method == OURS and level is not None and not is_padded:
-        formula = formula_units(shape, level)
+        with SavedBytes(model) as saved:
+            loss = loss_of(model, batch)
+        del loss
+        units += sign * saved.num_bytes / batch.numel() / values["hidden_size"]
+    if method == OURS and variant in LEVELS:
+        formula = formula_units(values, VARIANTS[variant][1])
         if abs(units - formula) > 1e-6:
             raise RuntimeError(
-                f"lean paca at level {level} keeps {units} bytes per token, layer and channel; its "
+                f"lean paca at {variant} keeps {units} bytes per token, layer and channel; its "
                 f"formula gives {formula}, so something else is saved."
             )
-    what = f"{WHAT}, padded" if is_padded else WHAT
     finer = ", float32 adapters" if adapters == "float32" and method != OURS else ""
-    return counted(what, method + finer, units, "bytes per channel", setting=variant)
+    return counted(WHAT, method + finer, units, "bytes per channel", setting=variant)
 
 
-_NUM_COUNTED = 256
-
-
-def _counted(method: str, is_padded: bool) -> list[str]:
+def counted_variants(method: str) -> list[str]:
     """Return the variants whose bytes are counted; selective checkpointing hides what it keeps."""
-    if is_padded or method == "lora_dropout":  # dropout cannot be computed again
+    if method == "lora_dropout":  # dropout cannot be computed again
         return ["plain", REFERENCE]
     rivals = {OURS: _RIVALS[1:], "lora": _RIVALS}.get(method, ())
     return ["plain", *LEVELS, *rivals]
 
 
-_RIVALS = ("inputs", "checkpointed", "checkpointed, level 2")
-
-
-def kept(model: nn.Module, batch: Tensor, is_padded: bool) -> int:
-    """Return the bytes that a forward pass keeps."""
-    mask = torch.ones_like(batch)
-    if is_padded:
-        mask[:, -3:] = 0
-    with SavedBytes(model, {}) as saved:
-        loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
-    del loss
-    return saved.num_bytes
-
-
-def formula_units(shape: Shape, level: int = 1, rank: int = 8) -> float:
+def formula_units(values: dict[str, Any], level: int = 1, rank: int = 8) -> float:
     """Return what a lean PaCA layer keeps without padding.
 
     The inputs of two norms, y and the columns of o_proj; below level 3 q, k, v and their columns;
     below level 2 gate, up and theirs.
     """
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    kv = hidden // heads * shape.num_key_value_heads
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv = hidden // heads * values["num_key_value_heads"]
     elements = 2 * hidden + hidden + rank
     if level < 3:
         elements += hidden + 2 * kv + 3 * rank
     if level < 2:
-        elements += 2 * shape.intermediate_size + 2 * rank
+        elements += 2 * values["intermediate_size"] + 2 * rank
     return (2 * elements + 4 * (2 + heads)) / hidden  # rstd of two norms, sums of each head
 
 
-def measure(tokens: int, dtype: str, args: argparse.Namespace) -> list[Row]:
-    """Time steps of all variants; return a ratio for each but the reference, by method."""
-    batch = make_batch(tokens, SMALL.vocab_size, args.seed)
-    steps: dict[str, Callable[[], float]] = {}
-    pairs: dict[tuple[str, str], str] = {}
-    for method in (method for method in args.methods or TIMED if method in TIMED):
-        for variant in VARIANTS:
-            model = make_model(SMALL, DTYPES[dtype], args.seed)
-            contender = adapt(model, method, targets="all-linear", seed=args.seed)
-            apply_variant(contender.model, variant)
-            clock = time.process_time if args.processor_time else time.perf_counter
-            step = Step(contender=contender, batch=batch, clock=clock)
-            steps[f"{method}: {variant}"] = step.seconds
-            if variant != "plain":
-                reference = "plain" if variant == REFERENCE else REFERENCE
-                pairs[f"{method}: {variant}", f"{method}: {reference}"] = method
-    rows, _ = take_turns(steps, args, pairs=pairs, setting=f"{tokens} tokens, {dtype}")
-    ratios = [row for row in rows if row.unit == "ratio"]
-    return [
-        dataclasses.replace(row, method=method, what=row.method.replace(f"{method}: ", ""))
-        for row, method in zip(ratios, pairs.values(), strict=True)
-    ]
+def measure(method: str, tokens: int, dtype: str, args: argparse.Namespace) -> list[Row]:
+    """Time steps of all variants of a method; return their ratios, each named by its pair."""
+    batch = make_batch(tokens, SMALL["vocab_size"], args.seed)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    steps = {}
+    for variant in VARIANTS:
+        contender = make_contender(method, SMALL, DTYPES[dtype], args.seed)
+        apply_variant(contender.model, variant)
+        steps[variant] = Step(contender=contender, batch=batch, clock=clock).seconds
+    pairs = [(v, "plain" if v == REFERENCE else REFERENCE) for v in VARIANTS if v != "plain"]
+    rows = compare(take_turns(steps, args), args.seed, pairs, setting=f"{tokens} tokens, {dtype}")
+    return [replace(row, method=method, what=row.method) for row in rows if row.unit == "ratio"]
 
 
 def main(options: list[str] | None = None) -> None:
     """Count, time, write the result, print it."""
-    args = parse(options)
-    prepare(args)
-    sizes = dataclasses.asdict(LAYER)
-    shape = Shape(
-        **{n: v if n == "vocab_size" else max(1, v // args.scale) for n, v in sizes.items()}
-    )
+    parser = timed_parser(__doc__, seconds=40.0)
+    processor = "time of this process on all processors, where others use the machine as well"
+    parser.add_argument("--processor-time", action="store_true", help=processor)
+    parser.set_defaults(tokens=list(TOKENS))
+    args = parser.parse_args(options)
+    chosen = args.methods or COUNTED
+    timed = [method for method in args.methods or TIMED if method in TIMED]
     clock = "processor time, " if args.processor_time else ""
     how = (
         f"Counts at the size of a layer of LLaMA3-8B; steps of a smaller model of its proportions, "
-        f"{clock}all variants alternating in one run"
+        f"{clock}all variants of a method alternating in one run"
     )
-    made = provenance("lean", how, options, args)
-    rows = [
-        count(method, adapters, variant, is_padded, shape, args.seed)
-        for method in args.methods or COUNTED
-        for adapters in ADAPTERS.get(method, ("bfloat16",))
-        for is_padded in (False, True)
-        for variant in _counted(method, is_padded)
-    ]
-    for tokens in () if args.no_times else args.tokens:
-        for dtype in args.dtypes:
-            rows += measure(tokens, dtype, args)
-    names = dict.fromkeys([*(args.methods or COUNTED), *(args.methods or TIMED)])
-    methods = {name: all_methods()[name] for name in names}
-    methods |= {name: description for name, (description, _) in VARIANTS.items()}
-    show(Result(name="lean", rows=rows, methods=methods, provenance=made), args.output)
+
+    def run() -> list[Row]:
+        counts = [
+            count(method, adapters, variant, LAYER, args.seed)
+            for method in chosen
+            for adapters in ADAPTERS.get(method, ("bfloat16",))
+            for variant in counted_variants(method)
+        ]
+        settings = [(tokens, dtype) for tokens in args.tokens for dtype in args.dtypes]
+        return counts + [
+            row for one in settings for method in timed for row in measure(method, *one, args)
+        ]
+
+    methods = {name: METHODS[name] for name in chosen}
+    methods |= {name: description for name, (description, *_) in VARIANTS.items()}
+    record("lean", how, run, args, options, methods)
 
 
 if __name__ == "__main__":

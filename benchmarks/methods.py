@@ -1,96 +1,82 @@
-"""The methods that are compared: what each makes of a model, and what it trains.
+"""The small Llama of the benchmarks, and what each method that is compared makes of it.
 
 Every adapter is made by PEFT with the same rank, alpha (= rank, so that the factor is 1), targets
 and defaults; every method that trains has torch's fused AdamW over its trainable parameters only.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from peft import LoraConfig
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from benchmarks.swap import swap_layers
-from pacatune import PacaConfig
-from pacatune.measure.methods import Contender
-from pacatune.measure.methods import adapt as make_contender
-from pacatune.methods import METHODS as TABLE
-from pacatune.methods import adapter_config as make_config
-from pacatune.methods import size_options
+from pacatune.measure.methods import Contender, adapt
+from pacatune.measure.models import llama_values, make_model
+from pacatune.measure.models import make_batch as make_rows
+from pacatune.measure.setting import METHODS as MEASURED
+from pacatune.measure.setting import BenchConfig
 from pacatune.tuner.layer import PacaLayer
 
 OURS = "paca"
 SWAP = "swap"
-METHODS = {
-    "frozen": "forward and input gradients of the frozen model: no adapter, no optimizer",
-    "paca": "ours, r = 8",
-    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way), r = 8",
-    "lora": "PEFT's LoRA, r = 8, no dropout",
-    "lora_r4": "PEFT's LoRA, r = 4: about as many trained parameters as paca",
-    "lora_dropout": "PEFT's LoRA, r = 8, dropout 0.1",
-    "dora": "PEFT's DoRA, r = 8",
-    "full": "every weight trained",
+METHODS = {name: method.summary for name, method in MEASURED.items()} | {
+    SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
+    "lora_r4": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
+    "paca_g8": "ours, with 8 row groups",
+    "additive": "ours in plain autograd, weight untouched: the fallback's form",
 }
-# Measured only where asked for.
-_OPTIONAL = {
-    "paca_g8": "ours, r = 8 in each of 8 row groups",
-    "additive": "ours in plain autograd, weight untouched: the fallback's form, r = 8",
+USUAL = ("frozen", OURS, SWAP, "lora", "lora_r4", "lora_dropout", "dora", "full")
+"""Those that are measured unless asked otherwise."""
+# Those that are another method with something changed.
+_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    SWAP: (OURS, {}),
+    "additive": (OURS, {}),
+    "paca_g8": (OURS, {"groups": 8}),
+    "lora_r4": ("lora", {"rank": 4, "alpha": 4}),
 }
 RANK, DROPOUT = 8, 0.1
-# Those that are another method with something changed.
-_PLAIN = {SWAP: OURS, "additive": OURS, "paca_g8": OURS, "lora_r4": "lora"}
-_GROUPS = {"paca_g8": 8}
-_RANKS = {"lora_r4": 4}
+MAX_LENGTH = 512
+CPU = torch.device("cpu")
+VALUES = llama_values(512, 8, vocab_size=1024)
 
 
-def all_methods() -> dict[str, str]:
-    """Return every method with its description, the optional ones last."""
-    return METHODS | _OPTIONAL
-
-
-def adapt(
-    model: nn.Module,
+def make_contender(
     method: str,
-    *,
-    targets: str | list[str],
-    seed: int,
+    values: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> Contender:
-    """Make `model` a contender of one of `all_methods()`, in place: `pacatune.measure.methods`."""
-    if method not in all_methods():
-        raise ValueError(f"`method` ({method!r}) must be one of {sorted(all_methods())}.")
-    plain, rank = _PLAIN.get(method, method), _RANKS.get(method, RANK)
-    contender = make_contender(
-        model,
-        plain,
-        rank=rank,
-        dropout=DROPOUT,
+    """Return a Llama with random weights made a contender of a method, quantised if that asks.
+
+    `values` are those of its configuration, `options` those of `pacatune.measure.methods.adapt`.
+    """
+    plain, changes = _FORMS.get(method, (method, {}))
+    model = make_model(
+        values,
+        dtype,
+        device,
         seed=seed,
-        targets=targets,
-        groups=_GROUPS.get(method, 1),
+        quantization=MEASURED[plain].quantization,
+        max_length=MAX_LENGTH,
     )
+    options = {"rank": RANK, "dropout": DROPOUT, "seed": seed} | options | changes
+    contender = adapt(model, plain, **options)
     if method == SWAP:
         swap_layers(contender.model)
     if method == "additive":
-        _make_additive(contender.model)
+        for layer in contender.model.modules():
+            if isinstance(layer, PacaLayer):
+                names = layer.active_adapters
+                layer.forward = partial(layer._additive_forward, names=names)
     return replace(contender, method=method)
 
 
-def adapter_config(method: str, targets: str | list[str], seed: int) -> PacaConfig | LoraConfig:
-    """Return the PEFT configuration of a method that has one."""
-    row, rank = TABLE[_PLAIN.get(method, method)], _RANKS.get(method, RANK)
-    options = size_options(row, rank, rank, DROPOUT if row.dropout else 0.0)
-    if row.is_paca:
-        options |= {"random_seed": seed, "groups": _GROUPS.get(method, 1)}
-    return make_config(row, **options, target_modules=targets)  # type: ignore[return-value]
-
-
-def _make_additive(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer):
-            layer.forward = _additive_forward(layer)
-
-
-def _additive_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    names = layer.active_adapters
-    return lambda x: layer._additive_forward(x, names)
+def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
+    """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`, all of equal length."""
+    config = BenchConfig(values={}, title="", tokens=(num_tokens,), seq_len=MAX_LENGTH)
+    (size,) = config.settings
+    return make_rows(size.num_rows, size.num_tokens, vocab_size, seed)

@@ -23,29 +23,24 @@ from pacatune.files.owned_folder import OwnedFolder
 FOLDER = ROOT / "report"
 
 
-def make_pages(folder: Path, results: Path = RESULTS) -> Iterator[Path]:
+def make_pages(folder: Path) -> Iterator[Path]:
     """Write the pages, and yield the first file of each to look at."""
     from pacatune.measure.bench import write_page as write_bench
+    from pacatune.study.report import REPORT_NAME, write_report
+    from pacatune.study.result import StudyResult
 
     reproduction = _ready(folder / "reproduce")
     for name, one in EXPERIMENTS.items():
         if found := read_results(name, "small"):
             yield write_page(one, found, "small", reproduction)
-    for path in sorted(results.glob("bench-*.json")):
+    for path in sorted(RESULTS.glob("bench-*.json")):
         write_bench(_read(path), _ready(folder / path.stem))
         yield folder / path.stem / "bench.md"
     for kind in FILES:
-        if (results / f"{kind}.json").is_file():
-            for name, study in _read(results / f"{kind}.json").items():
-                yield _study(study, folder / "studies" / name)
-
-
-def _study(values: dict[str, Any], folder: Path) -> Path:
-    from pacatune.study.report import REPORT_NAME, write_report
-    from pacatune.study.result import StudyResult
-
-    write_report(StudyResult.from_dict(values), _ready(folder))
-    return folder / REPORT_NAME
+        for name, study in _read(RESULTS / f"{kind}.json").items():
+            output = folder / "studies" / name
+            write_report(StudyResult.from_dict(study), _ready(output))
+            yield output / REPORT_NAME
 
 
 def _ready(folder: Path) -> OwnedFolder:

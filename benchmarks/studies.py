@@ -14,7 +14,7 @@ _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "
 
 
 def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield what a study found of each arm, on test data at its best rate."""
+    """Yield what a study found of each arm: its score, what it forgot, and that of each rate."""
     factor, unit = _UNITS[study["metric"]]
     for name, arm in study["arms"].items():
         if arm["mean"] is None:
@@ -27,16 +27,8 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
             ends = {"low": mean - spread, "high": mean + spread}
         score = f"test {study['metric'].replace('_', ' ')}"
         yield Row(what=score, value=mean, unit=unit, each=each, **ends, **names)
-        edge = "at the edge of its grid" * arm["at_edge"]
-        yield Row(
-            what="rate", value=arm["learning_rate"], note=edge and f"{name}: {edge}.", **names
-        )
-        yield Row(what="trained parameters", value=arm["num_trainable_parameters"], **names)
         if arm["forgetting"] is not None:
             yield Row(what="forgetting", value=arm["forgetting"], **names)
-        if arm.get("saved_activation_bytes") is not None:
-            kept = arm["saved_activation_bytes"]
-            yield Row(what="kept for backward", value=kept, unit="bytes", **names)
         for rate, value in arm["rates"].items():
             if value is not None:
                 at = f"{float(rate):g}"
@@ -54,31 +46,21 @@ def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, rates, forgetting, bytes, transfer."""
-    path = results / f"{kind}.json"
-    studies = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    studies = {name.removeprefix(f"{kind}-"): study for name, study in studies.items()}
-    transfer = {name: study for name, study in studies.items() if name == "transfer"}
-    chosen = (
-        transfer if what == "transfer" else {n: s for n, s in studies.items() if n not in transfer}
-    )
+    """Return a table of one of `FILES`: scores, differences, forgetting or transfer."""
+    known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
+    named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
+    is_transfer = what == "transfer"
+    chosen = {n: study for n, study in named.items() if (n == "transfer") == is_transfer}
     rows = [row for name, study in chosen.items() for row in rows_of(name, study)]
-    if not rows:
-        return "None yet."
-    columns = ("setting",) if what == "transfer" else ("model", "what")
     if what == "differences":
         rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
-    picked = {
-        "scores": lambda row: row.what.startswith("test "),
-        "differences": lambda row: True,
-        "rates": lambda row: row.what == "rate",
-        "forgetting": lambda row: row.what == "forgetting",
-        "bytes": lambda row: row.what in ("trained parameters", "kept for backward"),
-        "transfer": lambda row: row.what == "validation",
-    }
-    if what not in picked:
-        raise ValueError(f"no table {what!r} of the study {kind}; there are {', '.join(picked)}.")
-    shown = [row for row in rows if picked[what](row)]
-    if what == "transfer":  # columns in the order of the rates, which differ by arm
-        shown.sort(key=lambda row: float(row.setting))
-    return "\n".join(table(shown, ("method",), columns).markdown())
+    quantities = {"scores": "test", "differences": "", "forgetting": what, "transfer": "validation"}
+    if what not in quantities:
+        raise ValueError(
+            f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."
+        )
+    rows = [row for row in rows if row.what.startswith(quantities[what])]
+    if is_transfer:  # columns in the order of the rates, which differ by arm
+        rows.sort(key=lambda row: float(row.setting))
+    columns = ("setting",) if is_transfer else ("model", "what")
+    return "\n".join(table(rows, ("method",), columns).markdown())

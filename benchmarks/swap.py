@@ -21,8 +21,6 @@ from torch.nn import functional as F
 
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["SwapLinear", "swap_layers"]
-
 
 class _Swap(torch.autograd.Function):
     @staticmethod

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import studies
 from benchmarks.results import RESULTS, ROOT, read
 from experiments.reproduce.catalogue import doc_table
+from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
 
@@ -27,119 +28,110 @@ class View:
     """Some rows of a result as a table."""
 
     file: str
-    pick: Callable[[list[Row]], Iterable[Row]]
+    where: Callable[[Row], bool] = lambda row: True
+    """Which rows."""
     index: tuple[str, ...] = ("setting",)
     columns: tuple[str, ...] = ("method",)
+    floor: str = ""
+    """Method beyond whose numbers the others are shown."""
     remark: str = ""
 
     def markdown(self, results: Path) -> str:
-        """Return the table, what its methods are, and where it comes from."""
+        """Return the table, what its words mean, and where it comes from."""
         result = read(self.file, results)
-        rows = list(self.pick(result.rows))
+        rows, made = list(filter(self.where, result.rows)), result.provenance
+        floors = {(r.what, r.setting): r.value for r in rows if r.method == self.floor}
+        for place, row in enumerate(rows):
+            if self.floor not in ("", row.method):
+                rows[place] = replace(row, value=row.value - floors[row.what, row.setting])
         shown = table(rows, self.index, self.columns)
-        there = " ".join(row.method for row in rows)
-        known = [f"`{name}`: {text}" for name, text in result.methods.items() if name in there]
+        known = [f"`{n}`: {text}" for n, text in made["methods"].items() if n in _words(rows)]
         remarks = ["; ".join(known) + "." if known else "", self.remark, *shown.notes]
-        return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, result.source()]))
+        where = f", on {made['device']}" if "device" in made else ""
+        source = (
+            f"{made['how']}{where} ({versions_text(made['versions'])}). `{made['command']}`"
+            f"{commit_text(made)} wrote `benchmarks/results/{self.file}.json`."
+        )
+        return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, source]))
 
 
-def _steps(rows: list[Row]) -> Iterable[Row]:
-    """PaCA's step, and its share of each other method's."""
-    return (row for row in rows if row.what == "step" and (row.method == "paca" or _is_share(row)))
+def _words(rows: Iterable[Row]) -> set[str]:
+    """Return what may be a name in rows: `paca / lora` has two, `lora, float32` begins with one."""
+    texts = {half for r in rows for text in (r.method, r.what) for half in text.split(" / ")}
+    texts |= {row.setting for row in rows}
+    return texts | {text.partition(", ")[0] for text in texts}
+
+
+def _what(*names: str) -> Callable[[Row], bool]:
+    return lambda row: row.what in names
 
 
 def _is_share(row: Row) -> bool:
-    return row.unit == "ratio"
+    """Whether it is PaCA's step, or its share of another method's."""
+    return row.what == "step" and (row.method == "paca" or row.unit == "ratio")
 
 
-def _what(*names: str) -> Callable[[list[Row]], Iterable[Row]]:
-    return lambda rows: (row for row in rows if row.what in names)
+def _kernels(*settings: str) -> View:
+    passes = ("forward", "backward", "with accumulation")
+    return View(
+        file="kernels",
+        where=lambda row: row.setting in settings and row.what in passes,
+        index=("method",),
+        columns=("setting", "what"),
+        floor="frozen",
+        remark="Lines below `frozen` say how many are beyond it.",
+    )
 
 
-_PASSES = ("forward", "backward", "with accumulation")
-
-
-def _kernels(*settings: str) -> Callable[[list[Row]], Iterable[Row]]:
-    """Kernels of the frozen model, and how many each method has beyond it."""
-
-    def pick(rows: list[Row]) -> Iterable[Row]:
-        chosen = [row for row in rows if row.setting in settings and row.what in _PASSES]
-        floors = {(r.what, r.setting): r.value for r in chosen if r.method == "frozen"}
-        for row in chosen:
-            floor = 0 if row.method == "frozen" else floors[row.what, row.setting]
-            yield replace(row, value=row.value - floor)
-
-    return pick
-
-
-_BEYOND = "Lines below `frozen` say how many are beyond it."
 VIEWS = {
     **{
-        name: View(file=name, pick=_steps)
-        for name in ("step", "step-groups", "step-compiled", "step-nf4", "switch")
+        name: View(file=name, where=_is_share)
+        for name in ("step", "step-groups", "step-compiled", "switch")
     },
-    "roofline": View(file="roofline", pick=_what("step")),
+    "roofline": View(file="roofline"),
     "distance": View(
         file="distance",
-        pick=lambda rows: rows,
         columns=("what",),
         remark="In per cent of the frozen model's step, by clocks around each part in steps that "
         "took turns with the others. Rest: Python, autograd, views and casts, colder caches.",
     ),
-    "kernels": View(
-        file="kernels",
-        pick=_kernels("eager", "compiled"),
-        index=("method",),
-        columns=("setting", "what"),
-        remark=_BEYOND,
-    ),
-    "kernels-more": View(
-        file="kernels",
-        pick=_kernels("lean", "sharded", "whole-tensor passes"),
-        index=("method",),
-        columns=("setting", "what"),
-        remark=_BEYOND,
-    ),
-    "lean-units": View(file="lean", pick=_what("kept per token and layer")),
+    "kernels": _kernels("eager", "compiled"),
+    "kernels-more": _kernels("lean", "sharded", "whole-tensor passes"),
+    "lean-units": View(file="lean", where=_what("kept per token and layer")),
     "lean-times": View(
         file="lean",
-        pick=lambda rows: (row for row in rows if row.what.endswith(" / level 1")),
+        where=lambda row: row.what.endswith(" / level 1"),
         index=("what",),
         columns=("method", "setting"),
     ),
     "lengths": View(
         file="lengths",
-        pick=lambda rows: (row for row in rows if row.model == "llama3-8b"),
+        where=lambda row: row.model == "llama3-8b",
         index=("method", "setting"),
         columns=("what",),
     ),
     "small-lengths": View(
         file="lengths",
-        pick=lambda rows: (row for row in rows if row.model != "llama3-8b"),
+        where=lambda row: row.model != "llama3-8b",
         index=("model",),
         columns=("setting",),
     ),
     "sync": View(
         file="sync",
-        pick=_what("sent per sync", "make and write"),
+        where=_what("sent per sync", "make and write"),
         index=("method",),
         columns=("what", "model"),
     ),
     "sync-drift": View(
         file="sync",
-        pick=_what("changed elements of the base", "mean change"),
+        where=_what("changed elements of the base", "mean change"),
         index=("method",),
         columns=("what",),
     ),
     "patch": View(
-        file="patch", pick=_what("written", "time"), index=("method",), columns=("what",)
+        file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),
-    "demo-rl": View(
-        file="demo-rl",
-        pick=lambda rows: rows,
-        index=("setting",),
-        columns=("what", "method"),
-    ),
+    "demo-rl": View(file="demo-rl", columns=("what", "method")),
 }
 """Name of a block -> what it shows."""
 

@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import check
+from benchmarks.results import read
+from experiments.reproduce.catalogue import EXPERIMENTS
+from experiments.reproduce.experiment import read_results
+from pacatune.reports.rows import Finished, Row
 
 ONE_STEP = ("--tokens", "16", "--methods", "frozen", "paca", "dora", "--dtypes", "float32")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -15,16 +19,16 @@ def exact(rows):
 
 
 def test_bytes_and_writes_are_those_that_are_committed():
-    rows, made = check.committed("step")
-    if other := check.other_versions(made):
+    committed = read("step")
+    if other := check.other_versions(committed.provenance):
         pytest.skip(other)
-    found = exact(check.measured("step", [*check._QUICK, *ONE_STEP]))
+    found = exact(check.run_steps(*ONE_STEP))
     assert len({row.method for row in found}) == 3
-    assert list(check.differences(found, rows)) == []
+    assert list(check.differences(found, committed.rows)) == []
 
 
 def test_each_exact_number_is_compared():
-    rows, _ = check.committed("step")
+    rows = read("step").rows
     found = exact(rows)
     assert {row.what for row in found} == {
         *("trained parameters", "kept for backward", "column writes per layer"),
@@ -37,46 +41,58 @@ def test_each_exact_number_is_compared():
     assert line.endswith("not in the committed result")
 
 
-def test_times_may_be_fifteen_per_cent_slower():
-    rows, _ = check.committed("switch")
-    ratios = [row for row in rows if row.unit == "ratio"]
-    assert list(check.slower(ratios, rows)) == []
-    first = ratios[0]
-    changed = [
-        replace(first, value=factor * first.value, low=None, high=None)
-        for factor in (0.5, 1.149, 1.151)
-    ]
-    (line,) = check.slower(changed, rows)
-    assert f"is {changed[2].value:.3f}, committed {first.value:.3f}" in line
-    (line,) = check.slower([replace(first, setting="another")], rows)
-    assert line.endswith("the ratio of times is not in the committed result")
-
-
-@pytest.mark.parametrize("name", sorted({*check.EXACT, *check.SLOW}))
+@pytest.mark.parametrize("name", check.NAMES)
 def test_every_committed_row_has_a_name_of_its_own(name):
-    rows, _ = check.committed(name)
-    keys = [check._key(row) for row in exact(rows)]
-    assert keys
-    assert len(set(keys)) == len(keys)
+    for _, committed in check.parts(name, everything=True):
+        keys = [check._key(row) for row in exact(committed.rows)]
+        assert keys
+        assert len(set(keys)) == len(keys)
+
+
+def test_every_estimate_of_the_paper_is_compared():
+    """Those of all tables and figures; what is counted beside a measurement takes the measuring."""
+    compared = [one.provenance for _, one in check.parts("estimate", everything=True)]
+    for name in EXPERIMENTS:
+        for key, job in read_results(name, "small").items():
+            is_exact = bool(exact(job.rows)) and key not in ("bench", "steps")
+            assert (job.provenance in compared) == is_exact, (name, key)
+
+
+def part(*values, method="paca", torch="2"):
+    """What `check.parts` yields: numbers that are computed as they are committed."""
+    rows = [
+        Row(what="bytes", method=method, value=value, setting=str(number), origin="counted")
+        for number, value in enumerate(values)
+    ]
+    return lambda: rows, Finished(rows=rows, provenance={"versions": {"torch": torch}})
 
 
 def test_the_exit_status(monkeypatch, capsys):
-    rows = exact(check.committed("switch")[0])
-    monkeypatch.setattr(check, "other_versions", lambda made: "")
-    monkeypatch.setattr(check, "EXACT", {"switch": lambda: rows})
-    monkeypatch.setattr(check, "SLOW", {})
-    assert check.main(["switch"]) == 0
-    assert capsys.readouterr().out == f"switch: {len(rows)} rows as committed\n"
-    monkeypatch.setattr(check, "EXACT", {"switch": lambda: [replace(rows[0], value=-1)]})
+    monkeypatch.setattr(check, "VERSIONS", ())
+    compute, committed = part(1, 2)
+    monkeypatch.setattr(check, "NAMES", ("step",))
+    monkeypatch.setattr(check, "parts", lambda name, everything: [(compute, committed)])
+    assert check.main(["step"]) == 0
+    assert capsys.readouterr().out == "step: 2 rows as committed\n"
+    changed = part(1, 3)[0]
+    monkeypatch.setattr(check, "parts", lambda name, everything: [(changed, committed)])
     assert check.main([]) == 1
-    assert "1 numbers differ" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step: bytes, paca, 1: 3, committed 2" in out
+    assert "1 numbers differ" in out
     with pytest.raises(SystemExit):
         check.main(["steps"])
     assert "steps: choose from" in capsys.readouterr().err
 
 
-def test_other_versions_are_not_compared(capsys, monkeypatch):
-    made = {"versions": {"torch": "1.0"}}
-    monkeypatch.setattr(check, "committed", lambda name: ([], made))
-    assert check.check(["step"], everything=False, times=False) == 0
-    assert "step: not compared, since it is of torch 1.0, here" in capsys.readouterr().out
+def test_each_job_is_of_its_own_versions(capsys, monkeypatch):
+    """What other versions have computed is not compared; the rest is."""
+    monkeypatch.setattr(check, "VERSIONS", ("torch",))
+    monkeypatch.setattr(check, "package_version", lambda name: "2")
+    found = [part(1, 2), part(3, method="lora", torch="1.0")]
+    monkeypatch.setattr(check, "parts", lambda name, everything: found)
+    assert check.check(["estimate"], everything=False) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "estimate: not compared where it is of torch 1.0, here 2",
+        "estimate: 2 rows as committed",
+    ]

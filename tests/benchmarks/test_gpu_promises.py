@@ -4,7 +4,6 @@ That they are kept on a CPU, as far as that goes, is shown by tests/tools/test_g
 """
 
 import itertools
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -82,26 +81,9 @@ def test_what_waits_for_no_device():
     assert not reads.names
 
 
-def test_columns_written_under_a_graph(monkeypatch):
-    monkeypatch.setattr(promises, "_as_if_captured", nullcontext)
-    refused("capture", "columns were written under a CUDA graph")
-    monkeypatch.setattr(promises, "_hold_additive", lambda *args: None)
-    refused("capture", "capturing a graph over written columns is not refused")
-
-
 def test_more_launches_than_promised(monkeypatch):
-    monkeypatch.setitem(kernels.PROMISED, "forward", 6)
-    refused("kernels", r"paca: 45 kernels \(forward\), at most 44 promised")
-
-
-def test_more_launches_on_a_gpu_than_promised():
-    frozen = {"forward": 38, "backward": 64, "column_write_in_all": 0}
-    ours = {"forward": 45, "backward": 71, "column_write_in_all": 1}
-    promises._hold_launches(frozen, ours)
-    with pytest.raises(promises.BrokenPromise, match=r"8 kernels more \(backward\), at most 7"):
-        promises._hold_launches(frozen, ours | {"backward": 72})
-    with pytest.raises(promises.BrokenPromise, match="2 launches write the columns of a step"):
-        promises._hold_launches(frozen, ours | {"column_write_in_all": 2})
+    monkeypatch.setitem(kernels.PROMISED["eager"], "forward", 6)
+    refused("kernels", r"paca, eager: 45 kernels \(forward\), at most 44 promised")
 
 
 class Profile:
@@ -134,12 +116,20 @@ def test_kernels_of_a_layer_are_those_of_three_minus_those_of_two(monkeypatch):
     monkeypatch.setattr(promises, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
-    def make(shape):
-        Profile.num_layers = shape.num_hidden_layers
-        return kernels.make("paca", shape)
+    make = kernels.make
 
-    found = promises._profiled_layer(make)
-    assert found == {"forward": 3, "backward": 3, "column_write_in_all": 0, "optimizer_in_all": 9}
+    def make_and_tell(method, num_layers, device):
+        Profile.num_layers = num_layers
+        return make(method, num_layers, device)
+
+    monkeypatch.setattr(kernels, "make", make_and_tell)
+    found = kernels.count_layer("paca", count=promises._profiled)
+    assert {name: number for name, number in found.items() if number} == {
+        "forward": 3,
+        "backward": 3,
+        "with accumulation": 3,
+        "optimizer in all": 9,
+    }
 
 
 @pytest.mark.parametrize("ratio", [0.9, 1.1])

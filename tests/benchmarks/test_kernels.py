@@ -1,20 +1,22 @@
 """What PaCA launches on a GPU is promised: counted here, in each change, without one."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import check, kernels
 from benchmarks.methods import OURS, SWAP
 from benchmarks.results import read
 
-COMMITTED, MADE = check.committed("kernels")
+COMMITTED = read("kernels")
+OTHER = check.other_versions(COMMITTED.provenance)
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    models = kernels.MODELS
-    rows = kernels.count_all({name: models[name] for name in ("frozen", OURS)})
-    return rows + kernels.count_all({name: models[name] for name in (SWAP, "lora")}, (False,))
+    found = kernels.count("eager", "lean", methods=kernels.HELD)
+    return found + kernels.count("eager", methods=(SWAP, "lora"))
 
 
 def test_promises_are_kept(rows):
@@ -23,81 +25,69 @@ def test_promises_are_kept(rows):
 
 def test_a_linear_layer_costs_one_kernel_each_way(rows):
     """The factor alpha / r is 2 and delta is in float32, so neither costs a kernel of its own."""
-    (frozen, ours), (lean_frozen, lean_ours) = (
-        [next(r for r in rows if (r["method"], r["is_lean"]) == (name, is_lean)) for name in pair]
-        for is_lean, pair in ((False, ("frozen", OURS)), (True, ("frozen", OURS)))
-    )
-    assert ours["forward"] - frozen["forward"] == 7
-    assert ours["backward"] - frozen["backward"] == 7
-    assert ours["accumulating"] - frozen["accumulating"] == 14
-    assert ours["passes_forward"] == frozen["passes_forward"]
-    assert ours["passes_backward"] - frozen["passes_backward"] == 7  # dy, once per layer
-    both = sum(lean_ours[n] - lean_frozen[n] for n in ("forward", "backward"))
-    assert both == 14
+    numbers = {(row.setting, row.what, row.method): row.value for row in rows}
+
+    def beyond(setting, what):
+        return numbers[setting, what, OURS] - numbers[setting, what, "frozen"]
+
+    assert beyond("eager", "forward") == 7
+    assert beyond("eager", "backward") == 7
+    assert beyond("eager", "with accumulation") == 14
+    assert beyond("whole-tensor passes", "forward") == 0
+    assert beyond("whole-tensor passes", "backward") == 7  # dy, once per layer
+    assert beyond("lean", "forward") + beyond("lean", "backward") == 14
 
 
+@pytest.mark.skipif(bool(OTHER), reason=OTHER)
 def test_counts_are_those_that_are_published(rows):
-    if other := check.other_versions(MADE):
-        pytest.skip(other)
-    for setting, is_lean in (("eager", False), ("lean", True)):
-        counts = [row for row in rows if row["is_lean"] == is_lean]
-        found = kernels.rows_of(setting, counts)
-        assert len(found) > 10
-        assert list(check.differences(found, COMMITTED)) == []
+    assert len(rows) == 2 * 8 + 4 * 10
+    assert list(check.differences(rows, COMMITTED.rows)) == []
 
 
 @pytest.mark.parametrize("method", ["qpaca", "qlora"])
 def test_a_quantised_base_is_counted(method):
     pytest.importorskip("bitsandbytes")
-    counted = kernels.count_layer(kernels.MODELS[method], is_lean=False)
-    assert counted["column_write"] == 0
-    if not check.other_versions(MADE):
-        found = kernels.rows_of("eager", [{"method": method, **counted}])
-        assert list(check.differences(found, COMMITTED)) == []
+    found = kernels.count("eager", methods=[method])
+    assert {row.value for row in found if row.what == "write of columns"} == {0}
+    if not OTHER:
+        assert list(check.differences(found, COMMITTED.rows)) == []
 
 
-def committed(setting):
-    """The committed counts of a setting, by method, under the names that they are counted by."""
-    keys = {name: key for key, name in kernels.NAMES.items()}
-    found = {}
-    for row in COMMITTED:
-        if row.setting == setting:
-            found.setdefault(row.method, {"method": row.method})[keys[row.what]] = row.value
-    return [*found.values()]
+def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys):
+    def is_forward(row):
+        return row.method == OURS and row.what == "forward"
 
+    for more in (0, 2):
 
-def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys, rows):
-    kinds = {kernels.count_compiled: "compiled", kernels.count_sharded: "sharded"}
-    monkeypatch.setattr(kernels, "count_each", lambda count: committed(kinds[count]))
-    more = [row | {"forward": row["forward"] + (row["method"] == OURS)} for row in rows]
-    for found, status in ((rows, 0), (more, 1)):
+        def count(*settings, more=more):
+            return [
+                replace(row, value=row.value + more) if is_forward(row) else row
+                for row in COMMITTED.rows
+            ]
 
-        def count_all(models, lean, found=found):
-            return [row for row in found if row["is_lean"] in lean]
-
-        monkeypatch.setattr(kernels, "count_all", count_all)
-        assert kernels.main(["--output", str(tmp_path / "new")]) == status
-    message = capsys.readouterr().err.splitlines()
-    assert len(message) == 2
-    assert message[0].startswith(f"paca: {rows[1]['forward'] + 1} kernels (forward), at most")
+        monkeypatch.setattr(kernels, "count", count)
+        assert kernels.main(["--output", str(tmp_path / "new")]) == bool(more)
+    assert capsys.readouterr().err.splitlines() == [
+        "paca, eager: 47 kernels (forward), at most 45 promised",
+        "paca, lean: 31 kernels (forward), at most 29 promised",
+        "paca, compiled: 14 kernels (forward), at most 13 promised",
+        "paca, sharded: 52 kernels (forward), at most 50 promised",
+    ]
     assert len(read("kernels", tmp_path / "new").rows) > 50
 
 
-def test_compiled_layers_keep_their_promises():
-    """Counting them takes a C++ compiler a minute: `make bench` does, and fails if they do not."""
-    rows = committed("compiled")
-    assert kernels.exceeded_beside("compiled", rows) == []
-    worse = [row | {"forward": row["forward"] + 2} for row in rows[1:]]
-    (message,) = kernels.exceeded_beside("compiled", [rows[0], *worse])
-    assert message.startswith("paca, compiled: 14 kernels (forward), at most 13 promised")
+def test_some_counts_alone_may_be_held():
+    one = next(r for r in COMMITTED.rows if r.setting == "eager" and r.what == "optimizer in all")
+    worse = replace(one, method=OURS, value=3)
+    assert kernels.exceeded([worse], ("forward", "backward")) == []
+    (message,) = kernels.exceeded([worse])
+    assert message == "paca, eager: 3 kernels (optimizer in all), at most 2 promised"
 
 
-def test_sharded_layers_keep_their_promises():
-    rows = committed("sharded")
-    assert kernels.exceeded_beside("sharded", rows) == []
-    counted = kernels.count_sharded(kernels.MODELS[OURS])
-    if not check.other_versions(MADE):
-        assert {"method": OURS, **counted} == rows[1]
+def test_sharded_layers_are_counted():
+    found = kernels.count("sharded", methods=[OURS])
+    assert len(found) == 2
+    assert OTHER or not list(check.differences(found, COMMITTED.rows))
 
 
 def test_calls_in_generated_code_are_counted():

@@ -3,19 +3,12 @@
 import pytest
 
 from benchmarks import lean as benchmark
-from benchmarks.lean import WHAT, count, formula_units, parse
-from benchmarks.lean_variants import VARIANTS
-from benchmarks.llama import Shape
+from benchmarks.lean import VARIANTS, WHAT, count, formula_units
 from benchmarks.results import read
 from pacatune import lean
+from pacatune.measure.models import llama_values
 
-SHAPE = Shape(
-    hidden_size=64,
-    intermediate_size=224,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-)
+SHAPE = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=224, vocab_size=64)
 
 
 @pytest.fixture
@@ -32,14 +25,10 @@ def test_complete_result(tmp_path, capsys):
     benchmark.main(["--output", str(tmp_path), *options])
     rows = read("lean", tmp_path).rows
     kept = {(row.method, row.setting): row.value for row in rows if row.what == WHAT}
-    padded = {(r.method, r.setting): r.value for r in rows if r.what == f"{WHAT}, padded"}
     assert len(kept) == 6 + 2 * 7
     for level in (1, 2, 3):
         assert kept["paca", f"level {level}"] == pytest.approx(formula_units(SHAPE, level))
-    # One mask for all layers: a second layer keeps none.
-    assert padded["paca", "level 1"] == pytest.approx(kept["paca", "level 1"])
     assert kept["paca", "plain"] > 1.4 * kept["paca", "level 1"]
-    assert padded["paca", "plain"] > kept["paca", "plain"]
     # What both keep of rank 8 is the only difference.
     assert kept["lora", "inputs"] == pytest.approx(kept["paca", "level 1"], abs=7 * 8 * 2 / 64)
     same = kept["lora", "checkpointed"] == kept["paca", "checkpointed"]
@@ -65,13 +54,7 @@ def test_units_of_the_real_layer():
 
 def test_something_else_that_is_kept_is_an_error(monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
-    count("paca", "float32", "level 1", False, SHAPE, 0)
+    count("paca", "float32", "level 1", SHAPE, 0)
     monkeypatch.setattr(lean, "enable", lambda model, mode, level: None)
     with pytest.raises(RuntimeError, match="so something else is saved"):
-        count("paca", "float32", "level 1", False, SHAPE, 0)
-
-
-def test_bad_options(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--scale", "3"])
-    assert "--scale (3) must divide the 8 KV heads" in capsys.readouterr().err
+        count("paca", "float32", "level 1", SHAPE, 0)

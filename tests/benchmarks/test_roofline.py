@@ -7,8 +7,8 @@ from tests.measure.real_step import LLAMA, write_config
 
 def test_complete_result(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "SIZES", ((1, 8),))
-    model = write_config(tmp_path, LLAMA)
-    roofline.main(["--output", str(tmp_path), "--model", model])
+    monkeypatch.setattr(roofline, "MODEL", write_config(tmp_path, LLAMA))
+    roofline.main(["--output", str(tmp_path)])
     rows = read("roofline", tmp_path).rows
     assert len(rows) == len(roofline.ADAPTERS) * len(roofline.COMPARED)
     for row in rows:  # sums of the same times in another order differ in their last bits

@@ -27,7 +27,7 @@ def error_of(capsys, *words):
 
 
 def test_a_real_model_by_name(capsys):
-    """The paper reports 23 GB of this setting; see benchmarks/estimate.py for the other cells."""
+    """The paper reports 23 GB of this setting; docs/memory.md has its other numbers."""
     words = ["--rank", "8", "--batch-size", "2", "--seq-len", "512", "--lean", "off"]
     result = run_json(capsys, "llama3-8b", "--method", "paca", *words)
     assert result["peak_bytes"] == pytest.approx(23e9, rel=0.1)

@@ -4,7 +4,6 @@ The memory of a layer is in units of one byte per token and hidden channel; LLaM
 are those of `SHAPE`, whose hidden size is smaller.
 """
 
-import dataclasses
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -16,22 +15,16 @@ from torch.autograd.graph import save_on_cpu
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import count, formula_units
-from benchmarks.llama import Shape
 from pacatune import PacaConfig, lean
 from pacatune.lean.attention import find_registry
 from pacatune.lean.modules import RecomputedAttention, RecomputedGatedMLP
+from pacatune.measure.models import llama_values
 from pacatune.measure.tracker import StorageTracker
 from tests.lean.models import adapted, build, gradients, make_batch
 from tests.lean.test_models import AS_KNOWN, adapt
 from tests.releases import compiles_whole, parameters_keep_hooks
 
-SHAPE = Shape(
-    hidden_size=512,
-    intermediate_size=1792,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=64,
-)
+SHAPE = llama_values(512, 2, num_heads=4, num_kv_heads=1, intermediate_size=1792, vocab_size=64)
 FAMILIES = sorted(
     set(AS_KNOWN) & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "OLMo 2", "DINOv2, SwiGLU"}
 )
@@ -102,7 +95,7 @@ def test_gradients_are_those_of_level_1(name, method, dtype):
 def test_units_at_the_proportions_of_llama3_8b(level, bound, monkeypatch):
     """At 8B the columns are an eighth of what they are here: 23.06, 9.06 and 6.06 units."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
-    row = count("paca", "bfloat16", f"level {level}", False, SHAPE, 0)
+    row = count("paca", "bfloat16", f"level {level}", SHAPE, 0)
     assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
     assert row.value <= bound
     assert formula_units(benchmark.LAYER, level=level) <= {1: 23.1, 2: 9.1, 3: 6.1}[level]
@@ -112,15 +105,13 @@ def test_units_at_the_proportions_of_llama3_8b(level, bound, monkeypatch):
 def test_units_of_lora(level, bound, monkeypatch):
     """Its inputs are recomputed like what is made of them: at level 3 it keeps what PaCA does."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
-    assert count("lora", "bfloat16", f"level {level}", False, SHAPE, 0).value <= bound
+    assert count("lora", "bfloat16", f"level {level}", SHAPE, 0).value <= bound
 
 
 def test_casts_of_finer_adapters_are_made_again(monkeypatch):
     """The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels."""
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
-    one, two = (
-        count("lora", "float32", f"level {level}", False, SHAPE, 0).value for level in (1, 2)
-    )
+    one, two = (count("lora", "float32", f"level {level}", SHAPE, 0).value for level in (1, 2))
     assert one - two >= 14 + 7 + 14
 
 
@@ -361,8 +352,8 @@ def test_levels_replace_one_another():
 
 
 def test_attention_without_groups_is_cut_at_level_3():
-    shape = dataclasses.replace(SHAPE, num_key_value_heads=4, num_hidden_layers=1)
-    model = benchmark.make_model(shape, torch.float32, 0)
+    shape = SHAPE | {"num_key_value_heads": 4, "num_hidden_layers": 1}
+    model = benchmark.make_contender("frozen", shape, torch.float32).model
     assert "attention" not in lean.enable(model, level=2).made
     assert lean.enable(model, level=3).made["attention"] == ["model.layers.0.self_attn"]
     assert lean.enable(model, level=1).level == 1
