@@ -7,7 +7,7 @@ from benchmarks.results import read
 
 
 def test_every_row_is_in_the_committed_result(monkeypatch):
-    estimate = SimpleNamespace(measured=SimpleNamespace(saved_bytes=2048))
+    estimate = SimpleNamespace(saved_bytes=2048)
     monkeypatch.setattr(lengths, "find_max", lambda setting, what, memory: (1024, estimate))
     found = lengths.found()
     committed = read("lengths").rows
