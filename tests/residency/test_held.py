@@ -252,7 +252,6 @@ class TestBetweenForwardAndBackward:
 
 
 def test_training_does_not_depend_on_who_looked(base: Net) -> None:
-    """In float32, where few tokens are not worth a write, to the bit."""
     base.float()
     results = []
     for watch in (False, True):

@@ -57,7 +57,6 @@ from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
 from pacatune.residency.together import GATHERED, Group
 from pacatune.residency.watching import (
     LOCK,
-    DeltaParameter,
     Watcher,
     WeightParameter,
     alias_of,
@@ -126,9 +125,8 @@ class Residency:
         # The thread that may write although it does not train, and the last one that trained.
         self.owner: int | None = None
         self.trainer: int | None = None
-        # Those that one optimiser changes together with this one, and whether this one stays apart.
+        # Those that one optimiser changes together with this one.
         self.group: Group | None = None
-        self.is_alone = False
         # Somebody has used the weight's `.data`, and may have changed it by that.
         self.is_data_used = False
         # The thread that looked last, and may hold what it saw.
@@ -155,7 +153,6 @@ class Residency:
         self.written: Update | None = None
         if not self.is_sharded:
             self.last = None
-        self.claimed: tuple[DeltaParameter, int] | None = None
         self.added: _Added | None = None
 
     def read(
@@ -284,7 +281,6 @@ class Residency:
         """Whether training will write columns here before it computes with them."""
         return (
             self.last is not None
-            and not self.is_alone
             and self.last.delta.requires_grad
             and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
             and not self.holds(*self.last.parts)
@@ -324,19 +320,6 @@ class Residency:
         self.written = self.last = update
         update.delta.residency = self.link
         self.is_stale = False
-
-    def claim(self, delta: Any) -> None:
-        """Note that a training pass wants the columns of `delta` to be in the weight."""
-        if not self.is_claimed(delta) and self._tracks(delta):
-            self.claimed = delta, delta.num_steps
-
-    def is_claimed(self, delta: Any) -> bool:
-        """Whether one has since the last optimiser step."""
-        if self.claimed is None:
-            return False
-        claimed, num_steps = self.claimed
-        # One that was swapped (torch.__future__) counts from now on.
-        return claimed is delta and getattr(delta, "num_steps", None) == num_steps
 
     def _make_room(self, indices: Tensor) -> Kept:
         assert self.weight is not None

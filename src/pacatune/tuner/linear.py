@@ -4,10 +4,9 @@
     additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is
 
 Training is resident, evaluation additive unless the columns are there already. Additive also serves
-whatever must not or need not write: few tokens in float32 on a CPU, tied weights, weights whose
-memory somebody else holds; and, on top of the base layer's own forward, several active adapters,
-mixed batches, tracers, hooks, quantised and offloaded weights. The two differ by the rounding of
-their products only. Compiled graphs call operators that choose when they run (`compiled.py`).
+whatever must not write: tied weights, weights whose memory somebody else holds; and, on top of the
+base layer's own forward, several active adapters, mixed batches, tracers, hooks, quantised and
+offloaded weights. The two differ by the rounding of their products only. Compiled graphs call operators that choose when they run (`compiled.py`).
 """
 
 import threading
@@ -32,7 +31,7 @@ from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
-from pacatune.tuner.compiled import compiled_linear, handle_of, is_small
+from pacatune.tuner.compiled import compiled_linear, handle_of
 
 __all__ = ["Linear"]
 
@@ -99,7 +98,6 @@ class Linear(AdditiveLayer):
             return residency.read(evaluate, *update, writes=writes)
         if update[0].is_inference():  # nothing is known of its changes
             return None
-        few = is_small(x)
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
         if residency.forbidden is not None:
@@ -107,7 +105,7 @@ class Linear(AdditiveLayer):
             if weight is None:
                 return None
             return apply_paca_linear(x, weight, *update, bias, False)
-        source = Pass(residency, *update, few)
+        source = Pass(residency, *update)
 
         def apply(weight: Tensor, is_resident: bool) -> Tensor:
             return apply_paca_linear(x, weight, *update, bias, is_resident, source)
@@ -139,7 +137,7 @@ class Linear(AdditiveLayer):
             return None
         update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
-        source = Pass(residency, *update, is_small(up)) if residency.forbidden is None else None
+        source = Pass(residency, *update) if residency.forbidden is None else None
 
         def apply(weight: Tensor, is_resident: bool) -> Tensor:
             return apply_paca_gated(
