@@ -30,7 +30,6 @@ def as_on_a_gpu() -> Iterator[list[int]]:
 
     branches: list[tuple[Any, str, Any]] = [
         (weight, "_is_numpys", lambda memory: False),
-        (put, "_is_flat", lambda memory: False),
         (put, "can_exchange", can_exchange),
         (put, "exchange", exchange),
     ]

@@ -55,7 +55,8 @@ class Pass:
         residency = self.residency
         residency.trainer = threading.get_ident()
         self.epoch = residency.epoch
-        result = self._read(compute)
+        writes = self.writes and self.update[0].requires_grad
+        result = residency.read(compute, *self.update, writes=writes)
         self.base = residency.base()
         return result
 
@@ -88,14 +89,10 @@ class Pass:
             )
         if delta._version != self.version:  # saved-tensor hooks have kept what it was
             return residency.read_pretrained(compute)
-        read = self._read(compute)
+        writes = self.writes and delta.requires_grad
+        read = residency.read(compute, *self.update, writes=writes)
         assert read is not None
         return read
-
-    def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
-        delta = self.update[0]
-        writes = self.writes and delta.requires_grad
-        return self.residency.read(compute, *self.update, writes=writes)
 
 
 @contextmanager
