@@ -122,14 +122,14 @@ def count(step: Step, is_compiled: bool, names: dict[str, str]) -> list[Row]:
 @contextmanager
 def count_column_writes() -> Iterator[Callable[[], int]]:
     """Count how often columns are written into a weight, restoring included."""
-    write, done = residency._put_columns_, []
+    write, done = residency.put_columns_, []
 
     def counting(*args: Any) -> None:
         # A mock would keep the arguments; a held alias of a weight forbids writing it.
         done.append(None)
         write(*args)
 
-    with patch.object(residency, "_put_columns_", counting):
+    with patch.object(residency, "put_columns_", counting):
         yield lambda: len(done)
 
 

@@ -85,17 +85,17 @@ def counted_writes():
     """Yield a list that grows by one with each weight whose columns are written or restored."""
     from pacatune.residency import put as residency_put
 
-    put, writes = residency_put._put_columns_, []
+    put, writes = residency_put.put_columns_, []
 
     def counted(*call):
         writes.append(call[0].shape)
         put(*call)
 
-    residency_put._put_columns_ = counted
+    residency_put.put_columns_ = counted
     try:
         yield writes
     finally:
-        residency_put._put_columns_ = put
+        residency_put.put_columns_ = put
 
 
 def whole(ids):

@@ -29,13 +29,13 @@ def writes(monkeypatch):
     """Addresses of the weights that columns are put into."""
     from pacatune.residency import put as residency
 
-    addresses, put_columns_ = [], residency._put_columns_
+    addresses, put_columns_ = [], residency.put_columns_
 
     def recording_(memory, *args):
         addresses.append(memory.data_ptr())
         put_columns_(memory, *args)
 
-    monkeypatch.setattr(residency, "_put_columns_", recording_)
+    monkeypatch.setattr(residency, "put_columns_", recording_)
     return addresses
 
 

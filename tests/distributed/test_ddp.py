@@ -67,17 +67,17 @@ def count_writes(accumulation, checkpointing):
     if checkpointing:
         net.checkpoint(model, use_reentrant=False)
     wrapped = wrap(model)
-    put_columns_, writes = residency._put_columns_, []
+    put_columns_, writes = residency.put_columns_, []
 
     def counting_(memory, *args):
         writes.append(memory.data_ptr())
         put_columns_(memory, *args)
 
-    residency._put_columns_ = counting_
+    residency.put_columns_ = counting_
     try:
         net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
     finally:
-        residency._put_columns_ = put_columns_
+        residency.put_columns_ = put_columns_
     return len(set(writes)), len(net.layers_of(model)), len(writes)
 
 

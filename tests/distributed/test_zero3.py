@@ -246,5 +246,5 @@ def test_empty_adapter_is_not_saved(tmp_path):
 def test_nothing_writes_to_partitioned_weights(monkeypatch):
     from pacatune.residency import put as residency
 
-    monkeypatch.setattr(residency, "_put_columns_", None)
+    monkeypatch.setattr(residency, "put_columns_", None)
     train_partitioned()

@@ -19,7 +19,7 @@ from pacatune.ops import (
     reference,
 )
 from pacatune.ops.columns import put_columns_, read_columns, with_columns
-from pacatune.ops.gated import apply_paca_gated
+from pacatune.ops.linear import apply_paca_linear
 from pacatune.ops.row_groups import (
     distinct_and_places,
     flat_positions,
@@ -333,8 +333,8 @@ def test_gated(is_resident) -> None:
         if is_resident:
             used = reference.adapted_weight(weight, t["delta"].detach(), indices, SCALING)
         update = t["delta"], indices, SCALING
-        return apply_paca_gated(
-            t["gate"], t["up"], used, *update, t["bias"], is_resident, None, act
+        return apply_paca_linear(
+            t["up"], used, *update, t["bias"], is_resident, None, act, t["gate"]
         )
 
     def theirs(t: dict[str, Tensor]) -> Tensor:

@@ -58,12 +58,12 @@ def _x() -> Tensor:
 @pytest.fixture(name="writes")
 def _writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each write of columns."""
-    original = put._put_columns_
+    original = put.put_columns_
     done: list[int] = []
 
     def counting(memory: Tensor, *args: Tensor) -> None:
         done.append(memory.data_ptr())
         original(memory, *args)
 
-    monkeypatch.setattr(put, "_put_columns_", counting)
+    monkeypatch.setattr(put, "put_columns_", counting)
     return done

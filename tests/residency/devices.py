@@ -9,15 +9,14 @@ from torch import Tensor
 
 from pacatune.residency import put, weight
 from pacatune.residency.put import Put
-from pacatune.tuner import compiled, linear
 
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[list[int]]:
     """Behave as on a GPU with Triton; yields a list that gets the size of each launch.
 
-    Numpy changes no weight, so what was read of it is good until its version changes; the columns
-    of several weights go by one launch; and few tokens are written for as well.
+    Numpy changes no weight, so what was read of it is good until its version changes; and the
+    columns of several weights go by one launch.
     """
     sizes: list[int] = []
 
@@ -31,11 +30,8 @@ def as_on_a_gpu() -> Iterator[list[int]]:
 
     branches: list[tuple[Any, str, Any]] = [
         (weight, "_is_numpys", lambda memory: False),
-        (put, "_is_flat", lambda memory: False),
         (put, "can_exchange", can_exchange),
         (put, "exchange", exchange),
-        (compiled, "is_small", lambda x: None),
-        (linear, "is_small", lambda x: None),
     ]
     with ExitStack() as stack:
         for branch in branches:

@@ -146,13 +146,13 @@ class TestR2TheBaseForWhoeverLooks:
         self, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = adapt(base)
-        original = pacatune.residency.put._put_columns_
+        original = pacatune.residency.put.put_columns_
 
         def interrupted(*args: Tensor) -> None:
             original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pacatune.residency.put, "_put_columns_", interrupted)
+        monkeypatch.setattr(pacatune.residency.put, "put_columns_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(x)
         monkeypatch.undo()

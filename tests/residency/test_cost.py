@@ -1,5 +1,9 @@
 """R4: at most two column writes per layer and optimiser step, none per micro-batch."""
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,3 +79,30 @@ class TestR4Cost:
             y = model(x)
         torch.testing.assert_close(y, expected(base, model, x)[0])
         check(base, model, x)
+
+    def test_a_layer_costs_few_python_frames(self) -> None:
+        model = adapt(Net())
+        x = torch.randn(8, 10, requires_grad=True)
+        model(x).sum().backward()  # writes
+        layer, done = layers(model)[0], []
+        forward = frames_from("_wrapped_call_impl", lambda: done.append(layer(x)))
+        backward = frames_from("apply", done[0].sum().backward)
+        assert 10 < len(forward) <= 29, forward
+        assert 5 < len(backward) <= 13, backward
+
+
+def frames_from(first: str, function: Callable[[], None]) -> list[str]:
+    """Return the Python functions that run in a call, from one on."""
+    names: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and (names or frame.f_code.co_name == first):
+            names.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return names

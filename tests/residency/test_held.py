@@ -252,7 +252,6 @@ class TestBetweenForwardAndBackward:
 
 
 def test_training_does_not_depend_on_who_looked(base: Net) -> None:
-    """In float32, where few tokens are not worth a write, to the bit."""
     base.float()
     results = []
     for watch in (False, True):
@@ -302,13 +301,3 @@ def test_what_the_columns_add_follows_the_base(through_data: bool) -> None:
         (held.data if through_data else held).div_(100)
         found = model(x)
         assert torch.equal(found, copy.deepcopy(model)(x))
-
-
-def test_what_a_large_pass_asks_for_ends_with_the_step() -> None:
-    model = adapt(Net())
-    optimizer = torch.optim.SGD(deltas(model), lr=0.1)
-    for num_tokens, is_written in ((500, True), (2, False)):
-        model(torch.randn(num_tokens, 10)).sum().backward()
-        assert [layer.residency.is_written for layer in layers(model)] == [is_written] * 2
-        optimizer.step()
-        list(model.parameters())

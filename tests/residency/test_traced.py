@@ -1,7 +1,9 @@
 """A traced model contains the adapter, or cannot be saved; whatever is done to the model after."""
 
+import copy
 import io
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency.weight
+from pacatune.ops.reference import adapted_weight
 from tests.residency.net import ALPHA, Net, adapt, assert_base, check, deltas, expected, layers
 from tests.residency.twin import KINDS, twin_of
 
@@ -58,6 +61,31 @@ def test_while_the_model_is_trained(base: Net, x: Tensor) -> None:
         optimizer.step()
         torch.testing.assert_close(traced(x), expected(base, model, x)[0])
     assert_base(base, model)
+
+
+def test_second_derivatives_come_from_torch_func(base: Net, x: Tensor) -> None:
+    model = adapt(base)
+    twin = copy.deepcopy(base)
+    with torch.no_grad():
+        for layer, plain in zip(layers(model), (twin.first, twin.second), strict=True):
+            update = (
+                layer.delta_of("default"),
+                layer.paca_indices["default"],
+                layer.scaling["default"],
+            )
+            plain.weight.copy_(adapted_weight(plain.weight, *update))
+
+    def norm_of_gradient(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        gradient = torch.func.grad(lambda x: net(x).square().sum())
+        return lambda x: gradient(x).square().sum()
+
+    model(x).sum().backward()  # writes
+    ours, theirs = (torch.func.grad(norm_of_gradient(net))(x) for net in (model, twin))
+    torch.testing.assert_close(ours, theirs)
+    tangents = [torch.func.jvp(net, (x,), (x.cos(),))[1] for net in (model, twin)]
+    torch.testing.assert_close(*tangents)
+    with pytest.raises(RuntimeError, match=r"Use torch\.func's transforms"):
+        torch.autograd.grad(model(x).sum(), deltas(model), create_graph=True)
 
 
 def test_make_fx(base: Net, x: Tensor) -> None:

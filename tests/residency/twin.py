@@ -178,7 +178,6 @@ class Twin:
         return layer.delta_of(name), layer.paca_indices[name], layer.scaling[name]
 
     def inputs(self) -> Tensor:
-        # With few tokens a float32 layer may leave the weight alone.
         x = self.kind.inputs(self.rng.choice([3, 70]))
         return x.to(self.dtype) if x.is_floating_point() else x
 

@@ -421,19 +421,19 @@ class Walk(RuleBasedStateMachine):
     @rule(after=st.booleans())
     def fail_in_the_middle(self, after: bool) -> None:
         """Interrupt a write of columns, if one takes place."""
-        put = pacatune.residency.put._put_columns_
+        put = pacatune.residency.put.put_columns_
 
         def interrupted(*args: Any) -> None:
             if after:
                 put(*args)
             raise Injected
 
-        pacatune.residency.put._put_columns_ = interrupted
+        pacatune.residency.put.put_columns_ = interrupted
         try:
             with contextlib.suppress(Injected):
                 self.twin.model(self.twin.inputs()).float().square().mean().backward()
         finally:
-            pacatune.residency.put._put_columns_ = put
+            pacatune.residency.put.put_columns_ = put
         self.twin.model.zero_grad()
         self.twin.check_base()
 

@@ -172,9 +172,9 @@ def test_other_numbers_of_tokens_share_a_graph(models):
 def test_columns_are_written_once_a_step(models, monkeypatch):
     model, _ = models
     written = []
-    put = put_module._put_columns_
+    put = put_module.put_columns_
     monkeypatch.setattr(
-        put_module, "_put_columns_", lambda *call: (written.append(call), put(*call))
+        put_module, "put_columns_", lambda *call: (written.append(call), put(*call))
     )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

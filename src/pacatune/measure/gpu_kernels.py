@@ -67,7 +67,6 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(linear, "_can_widen", lambda device, dtype, wide: True)
         replace(linear, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
-        replace(residency_put, "_is_flat", lambda memory: False)
         replace(residency, "_is_numpys", lambda memory: False)
         replace(residency_put, "can_exchange", lambda memory, delta: True)
         replace(residency_put, "exchange", partial(_exchange, launch))

@@ -359,9 +359,7 @@ class _FakeResidency(Residency):
         delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
         return self.forbidden if self.find_weight() is not None else "no weight"
 
-    @staticmethod
-    def _address_of(weight: Tensor) -> int:
-        return 0  # there is no memory
+    _address_of = staticmethod(id)  # there is no memory
 
 
 def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list[Tensor]]:

@@ -36,6 +36,7 @@ from pacatune.ops.row_groups import (
     num_groups_of,
     rank_of,
 )
+from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["paca_conv"]
 
@@ -128,10 +129,7 @@ class _PacaConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "paca_conv has no second derivative; use pacatune.ops.reference.paca_conv for "
-                "`create_graph=True`."
-            )
+            refuse_second_derivative("paca_conv")
         needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad
         x_R, weight, delta, indices = ctx.saved_tensors
         indices = held_indices(ctx, indices)

@@ -38,6 +38,7 @@ from pacatune.ops.row_groups import (
     rank_of,
     select,
 )
+from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
 
@@ -211,10 +212,7 @@ class _ExpertsLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "paca_experts_linear has no second derivative; use "
-                "pacatune.ops.reference.paca_experts_linear for `create_graph=True`."
-            )
+            refuse_second_derivative("paca_experts_linear")
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors
         indices_R = held_indices(ctx, indices_R)

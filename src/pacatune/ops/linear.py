@@ -28,6 +28,7 @@ from pacatune.ops.row_groups import (
     by_rows,
     check_indices,
     distinct_and_places,
+    distinct_columns,
     held_indices,
     hold_indices,
     is_spread_out,
@@ -36,8 +37,9 @@ from pacatune.ops.row_groups import (
     row_index,
     select,
 )
+from pacatune.ops.tracing import refuse_second_derivative
 
-__all__ = ["Source", "column_update", "paca_linear", "paca_linear_additive"]
+__all__ = ["Elementwise", "Source", "column_update", "paca_linear", "paca_linear_additive"]
 
 Result = TypeVar("Result")
 
@@ -51,6 +53,21 @@ class Source(Protocol):
         Args:
             compute: Takes the (O, I) weight, and whether the adapted columns are in it now.
         """
+
+
+class Elementwise(Protocol):
+    """The activation of a gated product: `pacatune.lean.gated.Activation` is one."""
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return act(gate) * up, a tensor of its own."""
+
+    def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
+        """Return the (..., R) columns of act(gate) * up."""
+
+    def owned_product_gradients(
+        self, gh: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up; may overwrite `gh`, and what can be made anew."""
 
 
 def paca_linear(
@@ -194,6 +211,10 @@ class _PacaLinear(torch.autograd.Function):
 
     `is_resident` says whether `weight` holds the adapted columns now. With a `source`, the backward
     pass asks it for the weight; otherwise the weight is saved and must stay as it is.
+
+    With an `activation` the layer is applied to act(gate) * x, of which nothing is kept: gate and x
+    are kept by their product anyway, 2 I elements per token, and two columns of them give one of it
+    again.
     """
 
     @staticmethod
@@ -207,18 +228,26 @@ class _PacaLinear(torch.autograd.Function):
         bias: Tensor | None,
         is_resident: bool,
         source: Source | None = None,
+        activation: Elementwise | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        ctx.call = x.shape, scaling, is_resident, source
-        x_R = select(x, indices) if needs_delta or not is_resident else None
+        needs_x, _, needs_delta, *_, needs_gate = ctx.needs_input_grad
+        ctx.call = x.shape, scaling, is_resident, source, activation
+        kept = x_R = None
+        if activation is not None and gate is not None:
+            kept, x = x, activation.product(gate, x)
+        if (needs_delta and kept is None) or not is_resident:
+            x_R = select(x, indices)
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
-        hold_indices(ctx, indices)
+        if indices.dim() == 2:
+            hold_indices(ctx, indices)
         ctx.save_for_backward(
-            x_R if needs_delta else None,
-            weight if needs_x and source is None else None,
+            x_R if kept is None and needs_delta else kept,
+            weight if (needs_x or needs_gate) and source is None else None,
             delta,
             indices,
+            gate,
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
@@ -228,29 +257,32 @@ class _PacaLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "paca_linear has no second derivative; use pacatune.ops.reference.paca_linear for "
-                "`create_graph=True`."
-            )
-        needs_x, _, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
-        x_R, weight_OI, delta_OR, indices_R = ctx.saved_tensors
-        indices_R = held_indices(ctx, indices_R)
-        x_shape, scaling, is_resident, source = ctx.call
+            refuse_second_derivative("paca_linear")
+        needs_x, _, needs_delta, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
+        kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
+        if indices_R.dim() == 2:
+            indices_R = held_indices(ctx, indices_R)
+        x_shape, scaling, is_resident, source, activation = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
-        gx = gdelta = gbias = None
+        gx = gdelta = gbias = ggate = None
         if needs_delta:
-            is_flat = len(x_shape) == 2
-            x_NR = x_R if is_flat else x_R.view(gy_NO.shape[0], *x_R.shape[len(x_shape) - 1 :])
+            x_NR = kept
+            if activation is not None:
+                x_NR = activation.product_columns(gate, kept, distinct_columns(indices_R))
+            if len(x_shape) != 2:
+                x_NR = x_NR.view(gy_NO.shape[0], *x_NR.shape[len(x_shape) - 1 :])
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype, indices_R)
-        if needs_x:
+        if needs_x or needs_gate:
             if source is None:
                 gx_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
             else:
                 gx_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
             gx = gx_NI.view(x_shape)
+            if activation is not None:
+                ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, None, gdelta, None, None, gbias, None, None
+        return gx, None, gdelta, None, None, gbias, None, None, None, ggate
 
 
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor, indices: Tensor) -> Tensor:
@@ -310,7 +342,8 @@ def grad_x(
     is_resident: bool,
 ) -> Tensor:
     """Return dy W' as (N, I), from a weight that holds the adapted columns or not (Eq. 8)."""
-    gx_NI = gy_NO.mm(_cast(weight_OI, gy_NO.dtype))  # autocast's differs from the weight's
+    is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
+    gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
         update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
         if indices_R.dim() == 2:

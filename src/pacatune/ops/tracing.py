@@ -5,9 +5,11 @@ gradients cannot be saved, and one that was recorded while columns were in the w
 them twice, or not at all, once they are gone.
 """
 
+from typing import NoReturn
+
 import torch
 
-__all__ = ["is_exported", "is_recorded", "is_traced"]
+__all__ = ["is_exported", "is_recorded", "is_traced", "refuse_second_derivative"]
 
 
 def is_traced() -> bool:
@@ -16,7 +18,15 @@ def is_traced() -> bool:
         torch.compiler.is_compiling()  # which cannot ask the following
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or _is_in_make_fx()
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_in_make_fx())
+    )
+
+
+def refuse_second_derivative(name: str) -> NoReturn:
+    """Say what to do instead of differentiating a backward pass that keeps R channels only."""
+    raise RuntimeError(
+        f"{name} has no second derivative (`create_graph=True`). Use torch.func's transforms, for "
+        f"which layers run plain operations, or pacatune.ops.reference.{name}."
     )
 
 

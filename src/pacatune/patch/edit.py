@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pacatune.ops.row_groups import row_index
+from pacatune.ops.columns import put_columns_, read_columns
 
 Overlap = Literal["first", "last", "sum"]
 """Whose column is taken where several patches have it; `sum` adds up their differences."""
@@ -28,23 +28,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 def column_bits(tensor: Tensor, dim: int, indices: Tensor, row_dim: int = 0) -> Tensor:
     """Return the bits of some columns, (R,) or (G, R) of row groups; see `bits`."""
-    if indices.dim() == 2:
-        return bits(tensor).gather(dim, row_index(indices, tensor.shape, dim, row_dim))
-    if dim < tensor.dim() - 1:
-        return bits(tensor).index_select(dim, indices)
-    # Row by row: index_select goes column by column and misses the cache each time.
-    return bits(tensor).gather(dim, indices.expand(*tensor.shape[:-1], -1))
+    return read_columns(bits(tensor), indices, dim=dim, row_dim=row_dim)
 
 
 def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor, row_dim: int = 0) -> None:
     """Write the bits of some columns, in place."""
-    if indices.dim() == 2:
-        index = row_index(indices, tensor.shape, dim, row_dim)
-        bits(tensor).scatter_(dim, index, bits(columns))
-    elif dim < tensor.dim() - 1:
-        bits(tensor).index_copy_(dim, indices, bits(columns))
-    else:
-        bits(tensor).scatter_(dim, indices.expand(columns.shape), bits(columns))
+    put_columns_(bits(tensor), indices, bits(columns), dim=dim, row_dim=row_dim)
 
 
 def check_columns(

@@ -33,13 +33,10 @@ class Pass:
         delta: (O, R) update that the pass is of.
         indices: (R,) int64.
         scaling: Factor between `delta` and the columns.
-        is_small: Whether adding two thin products costs less than writing; None where it never
-            does. The columns are then written if a larger pass of the same step has asked for them,
-            and not if somebody else has left them there: nobody's looks may change a bit.
         writes: Whether this pass trains at all.
     """
 
-    __slots__ = ("base", "epoch", "is_small", "residency", "update", "version", "writes")
+    __slots__ = ("base", "epoch", "residency", "update", "version", "writes")
 
     def __init__(
         self,
@@ -47,10 +44,9 @@ class Pass:
         delta: Tensor,
         indices: Tensor,
         scaling: float,
-        is_small: bool | None = None,
         writes: bool = True,
     ) -> None:
-        self.residency, self.is_small, self.writes = residency, is_small, writes
+        self.residency, self.writes = residency, writes
         self.update = delta, indices, scaling
         self.version, self.base, self.epoch = delta._version, (0, 0), -1
 
@@ -59,7 +55,8 @@ class Pass:
         residency = self.residency
         residency.trainer = threading.get_ident()
         self.epoch = residency.epoch
-        result = self._read(compute)
+        writes = self.writes and self.update[0].requires_grad
+        result = residency.read(compute, *self.update, writes=writes)
         self.base = residency.base()
         return result
 
@@ -92,20 +89,10 @@ class Pass:
             )
         if delta._version != self.version:  # saved-tensor hooks have kept what it was
             return residency.read_pretrained(compute)
-        read = self._read(compute)
+        writes = self.writes and delta.requires_grad
+        read = residency.read(compute, *self.update, writes=writes)
         assert read is not None
         return read
-
-    def _read(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
-        delta = self.update[0]
-        self.residency.is_alone = self.is_small is not None
-        writes = self.writes and delta.requires_grad
-        if self.is_small is not None and writes:
-            if self.is_small:
-                writes = self.residency.is_claimed(delta)
-            else:
-                self.residency.claim(delta)
-        return self.residency.read(compute, *self.update, writes=writes)
 
 
 @contextmanager

@@ -19,8 +19,6 @@ __all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
-# Eight bytes each: 256 KiB per layer at most, for layers so small that finding them takes time.
-_MAX_KEPT_POSITIONS = 2**15
 
 
 class Kept(NamedTuple):
@@ -32,8 +30,6 @@ class Kept(NamedTuple):
     """(R,) int64, or (G, R) of row groups; a copy, since the adapter's own may be reloaded."""
     originals: Tensor
     """(O, R) in the weight's dtype."""
-    positions: Tensor | None
-    """(O, R) theirs in the flat memory, where worth keeping."""
 
 
 class Update(NamedTuple):
@@ -80,11 +76,7 @@ class Put(NamedTuple):
 
 def room_for(memory: Tensor, columns: Tensor) -> Kept:
     """Return where to `keep` what a write to memory[:, columns] will overwrite."""
-    originals = memory.new_empty(len(memory), rank_of(columns))
-    positions = None
-    if _is_flat(memory) and originals.numel() <= _MAX_KEPT_POSITIONS:
-        positions = _flat_positions(memory, columns)
-    return Kept(memory, columns, originals, positions)
+    return Kept(memory, columns, memory.new_empty(len(memory), rank_of(columns)))
 
 
 def keep(rooms: Sequence[Kept]) -> None:
@@ -109,37 +101,7 @@ def put(puts: Sequence[Put]) -> None:
         values = kept.originals
         if update is not None:
             values = adapted_columns(values, update.delta.detach(), update.scaling)
-        _put_columns_(kept.memory, kept.columns, values, kept.positions)
-
-
-def _put_columns_(
-    memory: Tensor, columns: Tensor, values: Tensor, positions: Tensor | None
-) -> None:
-    """Write memory[:, columns] = values by the fastest kernel for the device."""
-    if positions is None and _is_flat(memory):
-        positions = _flat_positions(memory, columns)
-    if positions is None:
-        put_columns_(memory, columns, values)
-    else:
-        # Row by row; index_copy_ goes column by column and misses the cache each time.
-        memory.view(-1).put_(positions, values)
-
-
-def _is_flat(memory: Tensor) -> bool:
-    return memory.device.type == "cpu" and memory.is_contiguous()
-
-
-def _flat_positions(memory: Tensor, columns: Tensor) -> Tensor:
-    """Return the (O, R) positions of the columns in the flat memory of a contiguous (O, I)."""
-    starts = _row_starts(*memory.shape)
-    if columns.dim() == 1:
-        return starts + columns
-    return (starts.unflatten(0, (len(columns), -1)) + columns.unsqueeze(1)).flatten(0, 1)
-
-
-@functools.lru_cache(maxsize=64)
-def _row_starts(out_features: int, in_features: int) -> Tensor:
-    return torch.arange(0, out_features * in_features, in_features, device="cpu").unsqueeze(1)
+        put_columns_(kept.memory, kept.columns, values)
 
 
 def _has_kernel(one: Put) -> bool:

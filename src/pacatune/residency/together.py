@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from pacatune.residency.weight import Residency
 
-__all__ = ["GATHERED", "Group"]
+__all__ = ["Group"]
 
 
 class Group:
@@ -50,7 +50,3 @@ class Group:
         """
         before, self._is_looked_at = self._is_looked_at, True
         return before
-
-
-GATHERED = Group()
-"""The weights that FSDP2 shows now: those of one block, as a rule."""

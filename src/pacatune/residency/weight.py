@@ -30,8 +30,7 @@ Who may see W, and how each is served:
     a graph holds the weight (a traced one, or plain autograd's), or another process shares its
     memory, nothing is written, and the layer adds the product of its columns. Processes that wait
     at a gate (`pacatune.sync.shared`) may share it.
-  * FSDP2 shows a temporary that it gathers for a pass: that is what is written, and what is thrown
-    away with the columns. Its shards are never written.
+  * FSDP2 shows a temporary that it gathers for a pass: see `gathered.py`.
 
 How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
 what `watching.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
@@ -54,10 +53,9 @@ from torch import Tensor, nn
 
 from pacatune.ops.columns import read_columns, with_columns
 from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
-from pacatune.residency.together import GATHERED, Group
+from pacatune.residency.together import Group
 from pacatune.residency.watching import (
     LOCK,
-    DeltaParameter,
     Watcher,
     WeightParameter,
     alias_of,
@@ -94,15 +92,14 @@ class Residency:
         module: Holds the frozen (O, I) weight in its parameter dictionary.
     """
 
+    of_shards: "type[Residency]"
+    """What it becomes where each process has a part of the weight: `GatheredResidency`."""
+    # Where the weight's memory is: `weight.data = other` changes nothing else.
+    _address_of: Callable[[Tensor], int] = staticmethod(Tensor.data_ptr)
+
     def __init__(self, module: nn.Module) -> None:
         # Why nothing is ever written from now on, whatever else happens.
         self.forbidden: str | None = None
-        # Each process has a part of the weight (FSDP2). What stands in the module during a pass is
-        # a temporary copy, the only thing that is written; it is thrown away with the columns.
-        self.is_sharded = False
-        self.mesh: Any = None
-        # FSDP2 cuts smaller parts from the temporary after a forward pass.
-        self.is_resharded = False
         # Keeps other processes from reading the memory that they share while columns change there.
         self.gate: Gate | None = None
         # A CUDA graph, or an exported one, reads the memory whenever it runs.
@@ -126,17 +123,14 @@ class Residency:
         # The thread that may write although it does not train, and the last one that trained.
         self.owner: int | None = None
         self.trainer: int | None = None
-        # Those that one optimiser changes together with this one, and whether this one stays apart.
+        # Those that one optimiser changes together with this one.
         self.group: Group | None = None
-        self.is_alone = False
         # Somebody has used the weight's `.data`, and may have changed it by that.
         self.is_data_used = False
         # The thread that looked last, and may hold what it saw.
         self.looker: int | None = None
         self.link: weakref.ref[Watcher] = weakref.ref(self)
         self.parameters = guard(module, self.link)
-        # What was written last, and will be again, as a rule: another gathered weight is as good.
-        self.last: Update | None = None
         # The last indices, their version, and a copy.
         self.columns: tuple[Tensor, int, Tensor] | None = None
         self._forget()
@@ -151,11 +145,11 @@ class Residency:
         self.weight: Tensor | None = None
         self.weight_version = -1
         self.address = 0
+        self.is_on_gpu = False
         self.kept: Kept | None = None
         self.written: Update | None = None
-        if not self.is_sharded:
-            self.last = None
-        self.claimed: tuple[DeltaParameter, int] | None = None
+        # What was written last, and will be again, as a rule.
+        self.last: Update | None = None
         self.added: _Added | None = None
 
     def read(
@@ -183,15 +177,20 @@ class Residency:
         Raises:
             RuntimeError: If somebody changed the weight in place while columns were in it.
         """
-        state = self._open(delta, indices, scaling, writes)
-        while state is not None:
-            weight, is_resident, epoch = state
-            result = compute(weight, is_resident)
+        while True:
+            epoch = self.epoch
+            if self.holds(delta, indices, scaling):
+                result = compute(self.weight, True)  # type: ignore[arg-type]
+            else:
+                state = self._open(delta, indices, scaling, writes)
+                if state is None:
+                    return None
+                weight, is_resident, epoch = state
+                result = compute(weight, is_resident)
             if self.epoch == epoch:
                 return result
             # Another thread looks; he that looks again and again must not keep us from ending.
-            state = self._open(delta, indices, scaling, writes=False)
-        return None
+            writes = False
 
     def read_pretrained(self, compute: Callable[[Tensor, bool], Result]) -> Result:
         """Compute with the pretrained weight, as `read` does."""
@@ -207,10 +206,7 @@ class Residency:
     def _open(
         self, delta: Tensor, indices: Tensor, scaling: float, writes: bool
     ) -> tuple[Tensor, bool, int] | None:
-        epoch = self.epoch
-        if self.holds(delta, indices, scaling):
-            return self.weight, True, epoch  # type: ignore[return-value]
-        weight = self.find_weight()
+        epoch, weight = self.epoch, self.find_weight()
         if weight is None or self.is_merged:
             return None
         if _is_on_gpu(weight) and _is_capturing():
@@ -237,7 +233,7 @@ class Residency:
             and weight._version == self.weight_version
             and self._address_of(weight) == self.address
             and not weight.requires_grad
-            and not (_is_on_gpu(weight) and _is_capturing())
+            and not (self.is_on_gpu and _is_capturing())
         )
 
     def write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
@@ -260,7 +256,7 @@ class Residency:
             first = self._prepare(delta, indices, scaling)
             if first is None:
                 return False
-            group = GATHERED if self.is_sharded else self.group
+            group = self._together()
             others = [] if group is None else group.waiting(self)
             moves = [first, *(member._prepare(*member.last.parts) for member in others)]  # type: ignore[union-attr]
             put_all([move for move in moves if move is not None])
@@ -284,7 +280,6 @@ class Residency:
         """Whether training will write columns here before it computes with them."""
         return (
             self.last is not None
-            and not self.is_alone
             and self.last.delta.requires_grad
             and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
             and not self.holds(*self.last.parts)
@@ -325,19 +320,6 @@ class Residency:
         update.delta.residency = self.link
         self.is_stale = False
 
-    def claim(self, delta: Any) -> None:
-        """Note that a training pass wants the columns of `delta` to be in the weight."""
-        if not self.is_claimed(delta) and self._tracks(delta):
-            self.claimed = delta, delta.num_steps
-
-    def is_claimed(self, delta: Any) -> bool:
-        """Whether one has since the last optimiser step."""
-        if self.claimed is None:
-            return False
-        claimed, num_steps = self.claimed
-        # One that was swapped (torch.__future__) counts from now on.
-        return claimed is delta and getattr(delta, "num_steps", None) == num_steps
-
     def _make_room(self, indices: Tensor) -> Kept:
         assert self.weight is not None
         if self.columns is None or not self._knows(indices):
@@ -345,6 +327,7 @@ class Residency:
         kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
+        self.is_on_gpu = _is_on_gpu(self.weight)
         return kept
 
     def _knows(self, indices: Tensor) -> bool:
@@ -367,50 +350,34 @@ class Residency:
             with LOCK:
                 self.restore()
                 self._forget()
-                if type(weight) in _PLAIN and (self.is_sharded or _is_ordinary(weight)):
+                if type(weight) in PLAIN and self._is_ordinary(weight):
                     self.weight = weight
         return None if self.weight is None or self.weight.requires_grad else self.weight
 
     def replace(self, weight: Any) -> None:
         """Make way for another weight in the module."""
         with LOCK:
-            if not self.is_sharded:
-                self.look()
-                self._note_shards(weight)
-            elif type(weight) in _PLAIN:
-                self._gathered(weight)
-            else:
-                self._note_shards(weight)
-                GATHERED.discard(self)
-                self.epoch += 1
-                self.is_stale = self.is_written
-                if not self.is_resharded:  # the temporary is thrown away as it is
-                    self.present, self.is_stale = None, False
-                    self._forget()
-
-    def _gathered(self, weight: Tensor) -> None:
-        if (kept := self.present) is not None:  # in the smaller parts, too
-            put([Put(kept._replace(memory=alias_of(weight), positions=None), None)])
-        self.present, self.is_stale = None, False
-        self._forget()
-        # The buffer that it came in has the same memory.
-        self.num_sharing = num_tensors_on(weight) - 1
-        GATHERED.add(self)
+            self.look()
+            self._note_shards(weight)
 
     def _note_shards(self, weight: Any) -> None:
-        """See whether each process has a part of the weight, and whether that is smaller now."""
+        """See whether each process has a part of the weight from now on."""
         # A plain tensor stands there while torch.func.functional_call runs.
-        if weight is None or type(weight) in (*_PLAIN, Tensor):
+        if weight is None or type(weight) in (*PLAIN, Tensor):
             return
-        mesh = getattr(weight, "device_mesh", None)
-        if mesh is None:  # quantised
+        if hasattr(weight, "device_mesh"):
+            self.__class__ = self.of_shards
+            self._note_shards(weight)
+        else:  # quantised
             self.forbid("its weight is no plain parameter")
-            return
-        if self.is_sharded and mesh != self.mesh:
-            self.is_resharded = True
-            self.forbid("FSDP2 cuts smaller shards from its weight after the forward pass")
-        if not self.is_sharded:
-            self.is_sharded, self.mesh = True, mesh
+
+    def _together(self) -> Group | None:
+        """Return those whose columns come and go with these."""
+        return self.group
+
+    @staticmethod
+    def _is_ordinary(weight: Tensor) -> bool:
+        return not weight.is_meta and not weight.is_inference() and owns_its_memory(weight)
 
     def obstacle(self, delta: Tensor) -> str | None:
         """Return why the columns must not be written into W now; None if they may.
@@ -452,8 +419,8 @@ class Residency:
 
     def _what_is_there(self) -> str | None:
         weight: Any = dict.get(self.parameters or {}, "weight")
-        if type(weight) not in _PLAIN:
-            return None if self.is_sharded else "its weight is no plain parameter"
+        if type(weight) not in PLAIN:
+            return "its weight is no plain parameter"
         if weight.requires_grad:
             return "its weight is trained itself"
         if weight.is_meta:
@@ -463,7 +430,7 @@ class Residency:
         return "its weight is a view into a larger buffer"
 
     def _tracks(self, delta: Tensor) -> bool:
-        return is_tracked(delta, is_gathered=self.is_sharded)
+        return is_tracked(delta)
 
     def forbid(self, reason: str) -> None:
         """Never write from now on; what is written stays until somebody reads it."""
@@ -493,11 +460,6 @@ class Residency:
                 "at the parameters puts the pretrained columns back."
             )
         self.note_capture()
-
-    @staticmethod
-    def _address_of(weight: Tensor) -> int:
-        """Where the weight's memory is: `weight.data = other` changes nothing else."""
-        return weight.data_ptr()
 
     def _is_unchanged(self, weight: Tensor) -> bool:
         return weight._version == self.weight_version and self._address_of(weight) == self.address
@@ -579,7 +541,7 @@ class Residency:
     def look(self) -> None:
         """Restore for somebody who may change what he sees."""
         with LOCK:
-            group = GATHERED if self.is_sharded else self.group
+            group = self._together()
             if self.is_written and group is not None and group.looks_on():
                 restore_all(group.members())
             self.restore()
@@ -613,8 +575,6 @@ class Residency:
 
     def base(self) -> tuple[int, int]:
         """Tell one pretrained weight from another: what is there, and where."""
-        if self.is_sharded:  # and gathered anew, from shards that nobody here can watch
-            return 0, 1
         weight = self.weight
         if weight is None:
             return -self.num_own_versions, 0
@@ -674,11 +634,7 @@ def _closed(residencies: "list[Residency]") -> AbstractContextManager[None]:
     return cast("AbstractContextManager[None]", stack)
 
 
-_PLAIN = (nn.Parameter, WeightParameter)
-
-
-def _is_ordinary(weight: Tensor) -> bool:
-    return not weight.is_meta and not weight.is_inference() and owns_its_memory(weight)
+PLAIN = (nn.Parameter, WeightParameter)
 
 
 # To a weight: the guarded dictionary's, Residency.weight, and getrefcount's argument.

@@ -20,11 +20,7 @@ from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
 from pacatune.ops.row_groups import select, select_each
 from pacatune.residency import Pass, Residency
 
-__all__ = ["compiled_linear", "handle_of", "is_small"]
-
-# A training step of fewer tokens runs faster with two thin GEMMs more than with the columns written
-# into the weight, where thin GEMMs are cheap: in float32 on a CPU (benchmarks/step.py).
-_FEW_TOKENS = 64
+__all__ = ["compiled_linear", "handle_of"]
 
 _LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -54,14 +50,7 @@ def compiled_linear(
     return y
 
 
-def is_small(x: Tensor) -> bool | None:
-    """Whether (..., I) has so few tokens that writing columns takes longer; None: it never does."""
-    if x.dtype is not torch.float32 or not x.is_cpu:
-        return None
-    return x.numel() < _FEW_TOKENS * x.shape[-1]
-
-
-def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass | Residency | None:
+def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residency | None:
     """Return where the weight of an update is found now; without one, where the pretrained is.
 
     None if the layer has another one now, or runs in another way.
@@ -73,7 +62,7 @@ def _open(handle: Tensor, delta: Tensor | None, x: Tensor, trains: bool) -> Pass
     if found is None or not _is_same(found[0][0], delta):
         return None
     (own, indices, scaling), residency = found
-    return Pass(residency, own, indices, scaling, is_small(x), trains)
+    return Pass(residency, own, indices, scaling, trains)
 
 
 def _is_same(own: Tensor, delta: Tensor) -> bool:
@@ -115,7 +104,7 @@ def _linear(
             add_columns_(y, select(x, indices), update, indices)
         return y
 
-    opened = _open(handle, delta, x, trains)
+    opened = _open(handle, delta, trains)
     if opened is None:
         raise RuntimeError(
             "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
@@ -144,7 +133,7 @@ def _linear_grad(
             return gy_NO.mm(weight.to(gy.dtype))
         return grad_x(gy_NO, delta, indices, scaling, weight, is_resident)
 
-    opened = _open(handle, delta, gy, True)
+    opened = _open(handle, delta, True)
     if isinstance(opened, Residency):
         gx = opened.read_pretrained(compute)
     else:

@@ -4,10 +4,10 @@
     additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is
 
 Training is resident, evaluation additive unless the columns are there already. Additive also serves
-whatever must not or need not write: few tokens in float32 on a CPU, tied weights, weights whose
-memory somebody else holds; and, on top of the base layer's own forward, several active adapters,
-mixed batches, tracers, hooks, quantised and offloaded weights. The two differ by the rounding of
-their products only. Compiled graphs call operators that choose when they run (`compiled.py`).
+whatever must not write: tied weights, weights whose memory somebody else holds; and, on top of the
+base layer's own forward, several active adapters, mixed batches, tracers, hooks, quantised and
+offloaded weights. The two differ by the rounding of their products only. Compiled graphs call
+operators that choose when they run (`compiled.py`).
 """
 
 import threading
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.ops.gated import Elementwise, apply_paca_gated
 from pacatune.ops.linear import (
+    Elementwise,
     add_columns,
     add_columns_,
     apply_paca_linear,
@@ -32,7 +32,7 @@ from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
-from pacatune.tuner.compiled import compiled_linear, handle_of, is_small
+from pacatune.tuner.compiled import compiled_linear, handle_of
 
 __all__ = ["Linear"]
 
@@ -99,20 +99,9 @@ class Linear(AdditiveLayer):
             return residency.read(evaluate, *update, writes=writes)
         if update[0].is_inference():  # nothing is known of its changes
             return None
-        few = is_small(x)
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
-        if residency.forbidden is not None:
-            weight = residency.find_weight()
-            if weight is None:
-                return None
-            return apply_paca_linear(x, weight, *update, bias, False)
-        source = Pass(residency, *update, few)
-
-        def apply(weight: Tensor, is_resident: bool) -> Tensor:
-            return apply_paca_linear(x, weight, *update, bias, is_resident, source)
-
-        return source.forward(apply)
+        return _train(residency, x, update, bias)
 
     def _prepare(self) -> tuple[_Update, Residency] | None:
         """Return what the hand-written gradients need; None where they cannot serve."""
@@ -139,17 +128,7 @@ class Linear(AdditiveLayer):
             return None
         update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
-        source = Pass(residency, *update, is_small(up)) if residency.forbidden is None else None
-
-        def apply(weight: Tensor, is_resident: bool) -> Tensor:
-            return apply_paca_gated(
-                gate, up, weight, *update, bias, is_resident, source, activation
-            )
-
-        if source is not None:
-            return source.forward(apply)
-        weight = residency.find_weight()
-        return None if weight is None else apply(weight, False)
+        return _train(residency, up, update, bias, activation, gate)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         indices = self.paca_indices[name]
@@ -197,6 +176,21 @@ class Linear(AdditiveLayer):
             weight = residency.pretrained_weight()
             return F.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
         return super()._base_forward(x, *args, **kwargs)
+
+
+def _train(
+    residency: Residency, x: Tensor, update: _Update, bias: Tensor | None, *gated: Any
+) -> Tensor | None:
+    """Apply the layer by its hand-written gradients; None where there is no plain weight."""
+    source = Pass(residency, *update) if residency.forbidden is None else None
+
+    def apply(weight: Tensor, is_resident: bool) -> Tensor:
+        return apply_paca_linear(x, weight, *update, bias, is_resident, source, *gated)
+
+    if source is not None:
+        return source.forward(apply)
+    weight = residency.find_weight()
+    return None if weight is None else apply(weight, False)
 
 
 def _evaluate(
