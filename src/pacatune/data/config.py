@@ -249,12 +249,6 @@ class PromptDataConfig(TextDataConfig):
 class TextClassConfig(DataSection):
     """Texts, each of one class: columns `text` and `label`."""
 
-    eval_path: str | None = None
-    """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
-
-    eval_split: str | None = None
-    """Split of a hub data set to evaluate on, instead of holding out a fraction."""
-
     eval_fraction: float = 0.1
     """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
 
