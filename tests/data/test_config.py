@@ -1,6 +1,7 @@
 import pytest
 
 from pacatune.data import DataConfig
+from pacatune.data.read import read_rows
 
 
 def test_path_is_required():
@@ -20,3 +21,7 @@ def test_a_split_of_local_data(tmp_path):
     with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the"):
         config.evaluation_source()
     assert DataConfig(path="org/a", eval_split="test").evaluation_source()
+    with pytest.raises(ValueError, match=r"a.jsonl\) is local: the split 'test' .*; drop it\."):
+        next(read_rows(str(tmp_path / "a.jsonl"), split="test"))
+    (source, _) = DataConfig(path="org/a", split="x", eval_path=config.path).evaluation_source()
+    assert source.split == "train"
