@@ -60,15 +60,18 @@ class TaskSpec:
     """What losses are means over."""
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Held-out metric beside the loss, by the trainer's name -> what reports call it."""
-    best_metric: str = "eval_loss"
-    """What the best checkpoint is best in."""
-    reads: tuple[str, ...] = ("adapter",)
-    """Options of a run outside its sections that only some tasks have: `adapter`, `reward`."""
+    lacks: tuple[str, ...] = ("reward",)
+    """Options of a run outside its sections that only other tasks have."""
 
     @property
     def is_of_trl(self) -> bool:
         """Whether TRL has the trainer."""
         return self.arguments.startswith("trl.")
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether rewards, not the loss, say how good the model is."""
+        return "reward" in self.metrics
 
 
 def _of_trl(name: str, **options: Any) -> TaskSpec:
@@ -98,8 +101,7 @@ def _on_rewards(name: str) -> TaskSpec:
             "reward": "held-out reward",
             "completions/mean_length": "tokens per answer",
         },
-        best_metric="eval_reward",
-        reads=("adapter", "reward"),
+        lacks=(),
     )
 
 
@@ -177,7 +179,7 @@ TASKS: dict[str, TaskSpec] = {
         tags=(),
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
-        reads=(),
+        lacks=("adapter", "reward"),
     ),
     "image": TaskSpec(
         arguments="pacatune.training.image.config.ImageTrainingConfig",
@@ -190,7 +192,7 @@ TASKS: dict[str, TaskSpec] = {
         pipeline_tag="image-classification",
         tags=(),
         loss_per="image",
-        reads=(),
+        lacks=("adapter", "reward"),
     ),
 }
 """Name -> what it is."""
