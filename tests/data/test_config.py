@@ -18,10 +18,9 @@ def test_fraction_range(fraction):
 def test_a_split_of_local_data(tmp_path):
     (tmp_path / "a.jsonl").touch()
     config = DataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test")
-    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the"):
-        config.evaluation_source()
-    assert DataConfig(path="org/a", eval_split="test").evaluation_source()
-    with pytest.raises(ValueError, match=r"a.jsonl\) is local: the split 'test' .*; drop it\."):
-        next(read_rows(str(tmp_path / "a.jsonl"), split="test"))
+    for split in (config.evaluation_source()[0].split, "validation"):
+        with pytest.raises(ValueError, match=rf"a.jsonl\) is local: the split '{split}' is for da"):
+            next(read_rows(config.path, split=split))
+    assert DataConfig(path="org/a", eval_split="test").evaluation_source()[0].split == "test"
     (source, _) = DataConfig(path="org/a", split="x", eval_path=config.path).evaluation_source()
     assert source.split == "train"

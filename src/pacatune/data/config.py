@@ -112,14 +112,8 @@ class DataSection:
         if not (self.eval_path or self.eval_split):
             return None
         path, option = self.eval_path or self.path, "eval_path" if self.eval_path else "path"
-        is_here = Path(path).expanduser().exists()
-        if self.eval_split and is_here:  # it would be ignored
-            raise ValueError(
-                f"`data.eval_split` ({self.eval_split!r}) is for data sets of the hub, and {path} "
-                "is local; drop it, or give `data.eval_path`."
-            )
-        split = "train" if is_here else self.eval_split or self.split
-        return self._source(path, split), f"data.{option}"
+        other = "train" if Path(path).expanduser().exists() else self.split
+        return self._source(path, self.eval_split or other), f"data.{option}"
 
 
 @dataclass(kw_only=True)

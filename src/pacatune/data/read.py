@@ -67,7 +67,7 @@ def is_local(path: str, option: str, split: str = "train") -> bool:
     local = Path(path).expanduser()
     if local.exists():
         if split != "train":
-            rule = "is for data sets of the hub, and would be ignored; drop it"
+            rule = "is for data sets of the hub; drop it, or give `data.eval_path`"
             raise ValueError(f"`{option}` ({path}) is local: the split {split!r} {rule}.")
         return True
     if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
