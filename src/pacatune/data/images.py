@@ -67,7 +67,7 @@ def load_image(row: dict[str, Any]) -> Image.Image:
 
 def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:
     """Return the training images, those of evaluation where they are given, and warnings."""
-    ((source, option),), evaluation = config.sources(), config.evaluation_source()
+    (source, option), evaluation = config.sources()[0], config.evaluation_source()
     if parts := find_parts(source.path):
         source = replace(source, path=parts.pop("train"))
         if evaluation is None and (parts.keys() & {"validation", "test"}):

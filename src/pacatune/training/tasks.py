@@ -44,7 +44,7 @@ class TaskSpec:
     """PEFT's name of what the adapted model does."""
     pipeline_tag: str = "text-generation"
     """The hub's name of what it does."""
-    tags: tuple[str, ...] = ("trl",)
+    tags: tuple[str, ...] = ()
     """Tags of the model card, beside the method's."""
     columns: tuple[str, ...] = ("input_ids", "labels")
     """Columns of the data by which a resumed run knows it again."""
@@ -176,7 +176,6 @@ TASKS: dict[str, TaskSpec] = {
         auto_class="AutoModelForSequenceClassification",
         task_type="SEQ_CLS",
         pipeline_tag="text-classification",
-        tags=(),
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
         lacks=("adapter", "reward"),
@@ -190,7 +189,6 @@ TASKS: dict[str, TaskSpec] = {
         methods=CLASSIFIER_METHODS,
         task_type=None,
         pipeline_tag="image-classification",
-        tags=(),
         loss_per="image",
         lacks=("adapter", "reward"),
     ),
