@@ -30,7 +30,8 @@ from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 from pacatune.training import RunConfig
 from pacatune.training.config_file import to_values
-from pacatune.training.image.model import choose_targets, find_heads
+from pacatune.training.image.model import choose_targets
+from pacatune.training.task import find_heads
 
 _EVAL_PER_CLASS = 50
 _NUM_CLASSES = 100

@@ -1,6 +1,7 @@
 import pytest
 
 from pacatune.data import DataConfig
+from pacatune.data.read import read_rows
 
 
 def test_path_is_required():
@@ -17,6 +18,9 @@ def test_fraction_range(fraction):
 def test_a_split_of_local_data(tmp_path):
     (tmp_path / "a.jsonl").touch()
     config = DataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test")
-    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) is for data sets of the"):
-        config.evaluation_source()
-    assert DataConfig(path="org/a", eval_split="test").evaluation_source()
+    for split in (config.evaluation_source()[0].split, "validation"):
+        with pytest.raises(ValueError, match=rf"a.jsonl\) is local: the split '{split}' is for da"):
+            next(read_rows(config.path, split=split))
+    assert DataConfig(path="org/a", eval_split="test").evaluation_source()[0].split == "test"
+    (source, _) = DataConfig(path="org/a", split="x", eval_path=config.path).evaluation_source()
+    assert source.split == "train"

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pacatune.data import DataConfig, prepare_data
+from pacatune.data.read import Row
 from pacatune.evaluation import ChoiceQuestion, evaluate_choice, read_questions
+from pacatune.evaluation.choice import to_choice_question
 from pacatune.evaluation.language_model import LanguageModel
 
 QUESTIONS = [
@@ -14,6 +16,38 @@ QUESTIONS = [
     ChoiceQuestion("Is {{ it }} true?", ["yes", "no"], 1, prompt="The answer is"),
     ChoiceQuestion("Where is it from, please?" * 3, ["the question " * 6, "Été", "Y", "Z"], 3),
 ]
+
+
+ROW = {"question": "Who?", "choices": ["Ann", " Bob "], "answer": 1}
+
+
+def test_own_and_big_bench_rows_say_the_same():
+    expected = ChoiceQuestion("Who?", ["Ann", "Bob"], 1)
+    scores = {"input": "Who? ", "target_scores": {"Ann": 0, "Bob": 1}}
+    for values in (ROW, {**ROW, "answer": "Bob"}, scores):
+        assert to_choice_question(Row("here", values)) == expected
+    assert expected.context() == "Question: Who?\nAnswer:"
+    assert expected.context(chat=True) == "Who?"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"choices": ["a", "b"], "answer": 0},
+        {**ROW, "question": ""},
+        {**ROW, "choices": ["a"]},
+        {**ROW, "choices": ["a", " "]},
+        {**ROW, "choices": ["a", "a "]},
+        {**ROW, "answer": 2},
+        {**ROW, "answer": True},
+        {**ROW, "prompt": 3},
+        {"input": "q", "target_scores": {}},
+        {"input": "q", "target_scores": {"a": 1, "b": 1}},
+    ],
+)
+def test_wrong_rows(values):
+    with pytest.raises(ValueError, match=r"x.jsonl, row 3: .* needs the texts question and, if"):
+        to_choice_question(Row("x.jsonl, row 3", values))
 
 
 def log_likelihood(model, tokenizer, context, continuation, **options):

@@ -82,4 +82,3 @@ def test_result_says_how_the_base_is_held(tmp_path, tiny_model_dir, kind):
 def test_percent():
     assert percent(Score(value=0.4149, stderr=0.021, num_questions=9)) == "41.5 ± 2.1"
     assert percent(Score(value=1.0, stderr=None, num_questions=1)) == "100.0"
-    assert percent(None) == "-"

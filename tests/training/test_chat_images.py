@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from pacatune.cli import main
-from pacatune.data.encode import ImageCollator
 from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
@@ -109,7 +108,7 @@ def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
 def test_batches_are_those_of_trl(make_run, images):
     rows = [row_of(path, number) for number, path in enumerate(images[:3])]
     task, data = read(make_run(rows, data={"eval_fraction": 0}))
-    batch = ImageCollator(task.processor)(list(data.train))
+    batch = task.collator(list(data.train))
     opened = [
         {"messages": _typed(r["messages"]), "images": [Image.open(p)]}
         for r, p in zip(rows, images, strict=False)
@@ -227,4 +226,4 @@ def test_what_cannot_be_done(make_run, tiny_model_dir, images):
     refused("does not show each of 1 images once", data={"chat_template": blind})
     mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]
     task, data = read(make_run(mixed, data={"eval_fraction": 0}))
-    assert ImageCollator(task.processor)(list(data.train))["input_ids"].shape[0] == 2
+    assert task.collator(list(data.train))["input_ids"].shape[0] == 2

@@ -46,6 +46,18 @@ def test_dpo(make_task_config, tmp_path, console, method):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["eval_metrics_after"]
 
 
+def test_curves_are_those_of_the_steps_though_another_checkpoint_is_kept(make_task_config):
+    """Here the best has the greatest loss, so that it is not the last."""
+    kept = {"load_best_model_at_end": True, "greater_is_better": True}
+    config = make_task_config("dpo", training={"eval_steps": 1, "save_steps": 1, **kept})
+    report = train(config, console=QUIET)
+    losses, margins = dict(report.eval_losses), dict(report.eval_metrics["rewards/margins"])
+    assert report.eval_loss_after == pytest.approx(losses[1], rel=1e-4)
+    assert report.eval_metrics_after["rewards/margins"] == pytest.approx(margins[1], rel=1e-2)
+    assert losses[6] < losses[1]
+    assert margins[6] > 2 * margins[1]
+
+
 def test_kto(make_task_config, console):
     report = train(make_task_config("kto"), console=console)
     assert report.eval_loss_before == pytest.approx(0.5)

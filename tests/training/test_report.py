@@ -80,6 +80,8 @@ def test_files_where_nothing_was_measured(tmp_path):
     assert "| held-out loss after | - |" in text
     assert "Trained: every weight." in text
     assert (tmp_path / "loss.png").exists()
+    write_report(make_report(method="head", targets=[]), tmp_path)
+    assert "Trained: the head." in (tmp_path / "report.md").read_text()
 
 
 def test_train_loss_is_the_mean_over_steps():

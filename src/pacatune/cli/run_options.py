@@ -14,7 +14,7 @@ from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.methods import METHODS
 from pacatune.names import choose
 from pacatune.training.config import RunConfig, check_ranges, sections_of
-from pacatune.training.config_file import add_run_options, check_keys, others_options, read_values
+from pacatune.training.config_file import add_run_options, check_keys, read_values
 from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
 from pacatune.training.tasks import TASKS, load
 
@@ -39,7 +39,7 @@ class RunOptions:
 
     def __init__(self, task: str, description: str, flag: str, **arguments: Any) -> None:
         self.task, self.spec, self.sections = task, TASKS[task], sections_of(task)
-        self._names = {f.name for f in fields(RunConfig)} - others_options(task)
+        self._names = {f.name for f in fields(RunConfig)} - {*TASKS[task].lacks}
         self.flags = (*_FLAGS, flag)
         self._description, self._arguments = description, arguments
 

@@ -112,12 +112,8 @@ class DataSection:
         if not (self.eval_path or self.eval_split):
             return None
         path, option = self.eval_path or self.path, "eval_path" if self.eval_path else "path"
-        if self.eval_split and Path(path).expanduser().exists():  # it would be ignored
-            raise ValueError(
-                f"`data.eval_split` ({self.eval_split!r}) is for data sets of the hub, and {path} "
-                "is local; drop it, or give `data.eval_path`."
-            )
-        return self._source(path, self.eval_split or self.split), f"data.{option}"
+        other = "train" if Path(path).expanduser().exists() else self.split
+        return self._source(path, self.eval_split or other), f"data.{option}"
 
 
 @dataclass(kw_only=True)
@@ -248,12 +244,6 @@ class PromptDataConfig(TextDataConfig):
 @dataclass(kw_only=True)
 class TextClassConfig(DataSection):
     """Texts, each of one class: columns `text` and `label`."""
-
-    eval_path: str | None = None
-    """Evaluation data, as `path`. Without it, `eval_fraction` of the training data is held out."""
-
-    eval_split: str | None = None
-    """Split of a hub data set to evaluate on, instead of holding out a fraction."""
 
     eval_fraction: float = 0.1
     """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""

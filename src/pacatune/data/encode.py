@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.data.formats import IMAGE, Example, Message, as_parts, open_image
+from pacatune.data.formats import IMAGE, Example, Message, as_parts
 from pacatune.data.read import named
 
 if TYPE_CHECKING:
@@ -280,26 +280,3 @@ def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
     pairs = enumerate(zip(ids, others, strict=False))
     shorter = min(len(ids), len(others))
     return next((place for place, (one, other) in pairs if one != other), shorter)
-
-
-class ImageCollator:
-    """Makes padded batches of chats with images, as the model takes them."""
-
-    def __init__(self, processor: Any) -> None:
-        from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-        self._collate = DataCollatorForVisionLanguageModeling(processor)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of some rows."""
-        import torch
-
-        batch: dict[str, Any] = self._collate(
-            [{"text": row["text"], "images": list(map(open_image, row["images"]))} for row in rows]
-        )
-        for ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
-            number = len(row["labels"])
-            same = ids[:number].tolist() == row["input_ids"]
-            assert same, f"{row['place']} is tokenized otherwise in a batch"
-            labels[:number] = torch.tensor(row["labels"])
-        return batch

@@ -7,6 +7,7 @@ and `place`, for messages.
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from pacatune.data.checks import overlap_warning, some
-from pacatune.data.config import ImageDataConfig
+from pacatune.data.config import ImageDataConfig, SourceConfig
 from pacatune.data.read import is_local, load_hub
 from pacatune.names import choose
 
@@ -66,14 +67,14 @@ def load_image(row: dict[str, Any]) -> Image.Image:
 
 def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:
     """Return the training images, those of evaluation where they are given, and warnings."""
-    path, split, evaluation = config.path, config.split, config.evaluation_source()
-    eval_path = evaluation and evaluation[0].path
-    if parts := find_parts(path):
-        path = parts.pop("train")
-        eval_path = eval_path or parts.pop("validation", None) or parts.pop("test", None)
-    train, held_out = _read(config, path, split, "data.path"), None
-    if eval_path:
-        held_out = _read(config, eval_path, config.eval_split or split, "data.eval_path")
+    (source, option), evaluation = config.sources()[0], config.evaluation_source()
+    if parts := find_parts(source.path):
+        source = replace(source, path=parts.pop("train"))
+        if evaluation is None and (parts.keys() & {"validation", "test"}):
+            other = parts.pop("validation", None) or parts.pop("test")
+            evaluation = replace(source, path=other), option
+    train = _read(config, source, option)
+    held_out = evaluation and _read(config, *evaluation)
     return train, held_out, [f"{part} is not used." for part in parts.values()]
 
 
@@ -93,12 +94,13 @@ def _folders(folder: Path) -> list[Path]:
     return [path for path in _files(folder) if path.is_dir()]
 
 
-def _read(config: ImageDataConfig, path: str, split: str, option: str) -> Any:
+def _read(config: ImageDataConfig, source: SourceConfig, option: str) -> Any:
+    path, split = source.path, source.split
     if path.startswith("torchvision:"):
         return read_torchvision(config, path.removeprefix("torchvision:"), split)
-    if is_local(path, option):
+    if is_local(path, option, split):
         return read_folder(Path(path).expanduser().absolute())
-    return read_hub(config, path, split)
+    return read_hub(config, path, split, option)
 
 
 def read_folder(folder: Path) -> Any:
@@ -124,9 +126,9 @@ def read_folder(folder: Path) -> Any:
     return datasets.Dataset.from_list(rows, features)
 
 
-def read_hub(config: ImageDataConfig, path: str, split: str) -> Any:
+def read_hub(config: ImageDataConfig, path: str, split: str, option: str = "data.path") -> Any:
     """Load a split of a data set of the hub."""
-    table = load_hub(path, config.name, split, "data.path")
+    table = load_hub(path, config.name, split, option)
     image = _choose(table, "image_column", config.image_column, Decoder)
     label = _choose(table, "label_column", config.label_column, ClassLabel, Value)
     labels = table.select_columns([label])

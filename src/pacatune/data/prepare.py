@@ -198,7 +198,7 @@ def check_first_rows(
     """Refuse local data that is not there, or whose first rows `convert` cannot use."""
     sources, held_out = find_examples(config, convert or (lambda rows, _: iter(rows)))
     for one in filter(None, (*sources, held_out)):
-        if is_local(one.source.path, one.option) and convert is not None:
+        if is_local(one.source.path, one.option, one.source.split) and convert is not None:
             next(iter(one))
 
 

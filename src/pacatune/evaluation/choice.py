@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.choices import find_answer
+from pacatune.data.formats import find_answer
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.harness import Score, require_lm_eval
 from pacatune.evaluation.tasks import evaluate_tasks
@@ -151,8 +151,4 @@ def _task(questions: Sequence[ChoiceQuestion], chat: bool) -> dict[str, Any]:
         "doc_to_text": "context",
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
-        "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True}
-            for name in ("acc", "acc_norm")
-        ],
     }

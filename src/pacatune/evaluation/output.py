@@ -108,10 +108,8 @@ def result_dict(result: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(result).items() if name != "questions"}
 
 
-def percent(score: Score | None) -> str:
-    """Return a score as the tables show it, such as `41.5 +- 2.1`; a dash for None."""
-    if score is None:
-        return "-"
+def percent(score: Score) -> str:
+    """Return a score as the tables show it, such as `41.5 ± 2.1`."""
     spread = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
     return f"{100 * score.value:.1f}{spread}"
 

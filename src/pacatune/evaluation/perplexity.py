@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,8 @@ class TextScore:
         return self.loss * self.num_tokens / (math.log(2) * self.num_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Tokens that a model reads at once, of which it is scored on the last ones."""
-
-    ids: list[int]
-    num_scored: int
+_Window = tuple[list[int], int]
+"""Tokens that a model reads at once, and the number of the last ones, on which it is scored."""
 
 
 def evaluate_perplexity(
@@ -127,14 +124,10 @@ def _encode(tokenizer: Any, text: str, max_tokens: int | None) -> tuple[list[int
     whole = max_tokens is None or len(ids) <= max_tokens
     ids = ids[:max_tokens]
     # Decoding is lossless for a whole text only; what is cut off or left out is decoded instead.
-    spelt = text if whole else _decode(tokenizer, ids[starts:])
-    unscored = "" if starts else _decode(tokenizer, ids[:1])
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    spelt = text if whole else decode(ids[starts:])
+    unscored = "" if starts else decode(ids[:1])
     return ids, len(spelt.encode()) - len(unscored.encode())
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _windows(ids: list[int], window: int, stride: int) -> Iterator[_Window]:
@@ -142,7 +135,7 @@ def _windows(ids: list[int], window: int, stride: int) -> Iterator[_Window]:
     for start in range(0, len(ids), stride):
         end = min(start + window, len(ids))
         if end > scored:
-            yield _Window(ids[start:end], end - scored)
+            yield ids[start:end], end - scored
             scored = end
         if end == len(ids):
             return
@@ -154,17 +147,17 @@ def _score(
     """Return the summed loss and the number of tokens of each window."""
     results = []
     for batch in batches(windows, batch_size, title):
-        rows = [torch.tensor(each.ids, device=model.device) for each in batch]
+        rows = [torch.tensor(tokens, device=model.device) for tokens, _ in batch]
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        first = min(len(each.ids) - each.num_scored - 1 for each in batch)
+        first = min(len(tokens) - num_scored - 1 for tokens, num_scored in batch)
         logits = last_logits(model, ids.shape[1] - first, input_ids=ids, attention_mask=mask)
-        for row, each in enumerate(batch):
-            end = len(each.ids)
-            targets = ids[row, end - each.num_scored : end]
-            predicted = logits[row, end - each.num_scored - 1 - first : end - 1 - first].float()
+        for row, (tokens, num_scored) in enumerate(batch):
+            end = len(tokens)
+            targets = ids[row, end - num_scored : end]
+            predicted = logits[row, end - num_scored - 1 - first : end - 1 - first].float()
             loss = functional.cross_entropy(predicted, targets, reduction="sum")
-            results.append((float(loss), each.num_scored))
+            results.append((float(loss), num_scored))
     return results
 
 

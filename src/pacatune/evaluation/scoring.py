@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pacatune.adapters.fingerprint import unwrap
-
 T = TypeVar("T")
 
 
@@ -29,6 +27,8 @@ def last_logits(model: Any, num_kept: int, **inputs: Tensor) -> Tensor:
     With a large vocabulary, logits of whole prompts are most of the memory and a good part of
     the time. `inputs` are what the model takes, (B, T) each.
     """
+    from pacatune.adapters.fingerprint import unwrap  # which imports PEFT
+
     if "logits_to_keep" not in signature(unwrap(model).forward).parameters:
         logits: Tensor = model(**inputs).logits
         return logits[:, -num_kept:]

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from contextlib import chdir
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,14 +108,12 @@ def prepare_tasks(tasks: Sequence[str], tasks_dir: str | Path | None = None) -> 
 
 
 def _manager(tasks: Sequence[str], folder: Path | None) -> "TaskManager":
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     if folder is None:
         # MMLU's files alone: lm-eval reads all of its 14,000 in ten seconds.
-        spec = find_spec("lm_eval")
-        assert spec is not None
-        assert spec.origin is not None
-        mmlu = Path(spec.origin).parent / "tasks" / "mmlu" / "default"
+        mmlu = Path(str(lm_eval.__file__)).parent / "tasks" / "mmlu" / "default"
         manager = TaskManager(include_path=mmlu, include_defaults=False)
         return manager if set(tasks) <= set(manager.task_index) else TaskManager()
     files = list(folder.rglob("*.yaml"))
@@ -126,21 +123,16 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> "TaskManager":
         text = file.read_text(encoding="utf-8")
         if _CODE.search(text):
             raise ValueError(f"{file} names a function or class; code in task files is never run.")
-        files += [one for one in _included(file, text) if one not in files]
+        try:
+            found = (yaml.safe_load(text) or {}).get("include") or []
+        except (yaml.YAMLError, AttributeError) as error:
+            raise ValueError(f"{file} is no YAML mapping ({error}); mend it.") from error
+        included = [(file.parent / n).resolve() for n in ([found] if type(found) is str else found)]
+        files += [one for one in included if one not in files]
     manager = TaskManager(include_path=folder, include_defaults=False)
     for entry in manager.task_index.values():
         entry.yaml_path = None  # else it is read again, with the code of files that it includes
     return manager
-
-
-def _included(file: Path, text: str) -> list[Path]:
-    try:
-        found = (yaml.safe_load(text) or {}).get("include") or []
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ValueError(f"{file} is no YAML mapping ({error}); mend it.") from error
-    return [
-        (file.parent / name).resolve() for name in ([found] if isinstance(found, str) else found)
-    ]
 
 
 def _load(manager: "TaskManager", name: str) -> list[Any]:

@@ -183,7 +183,7 @@ def _try(function: Any, device: torch.device) -> Any:
 def gpu_bytes(name: str) -> int:
     """Return the memory of one of `GPU_GIB` that PyTorch can use; refuse others."""
     if name.lower() not in GPU_GIB:
-        hint = guess(name.lower(), GPU_GIB, cutoff=0.4)
+        hint = guess(name.lower(), GPU_GIB, cutoff=0.4) or "none is like it. "
         raise ValueError(
             f"unknown GPU {name!r}; {hint}Known are {', '.join(GPU_GIB)}; for another give its "
             "memory, such as `--memory 24GiB`."

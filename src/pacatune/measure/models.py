@@ -87,7 +87,7 @@ def load_config(model: str) -> "PreTrainedConfig":
         return cast("PreTrainedConfig", AutoConfig.for_model(**PRESETS[model].values))
     file = Path(model).expanduser()
     if not file.exists() and "/" not in model:
-        hint = guess(model.lower(), PRESETS, cutoff=0.4)
+        hint = guess(model.lower(), PRESETS, cutoff=0.4) or "none is like it. "
         raise ValueError(
             f"unknown model {model!r}; {hint}Known are {', '.join(PRESETS)}, and any config.json, "
             "model folder or hub id."

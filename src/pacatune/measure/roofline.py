@@ -121,7 +121,7 @@ def estimate_time(setting: Setting, gpu: str) -> StepTime:
 def rates_of(gpu: str) -> Rates:
     """Return what one of `GPU_RATES` sustains; refuse others."""
     if gpu.lower() not in GPU_RATES:
-        hint = guess(gpu.lower(), GPU_RATES, cutoff=0.4)
+        hint = guess(gpu.lower(), GPU_RATES, cutoff=0.4) or "none is like it. "
         raise ValueError(
             f"the rates of GPU {gpu!r} are not known; {hint}Step times can be estimated for "
             f"{', '.join(GPU_RATES)}."

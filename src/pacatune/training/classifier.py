@@ -1,5 +1,6 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -8,8 +9,8 @@ from transformers import DataCollatorWithPadding
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
-from pacatune.data.prepare import hold_out
-from pacatune.data.read import read_rows
+from pacatune.data.prepare import find_examples, hold_out
+from pacatune.data.read import Row
 from pacatune.training.language import LanguageTask
 from pacatune.training.trainer import accuracy
 
@@ -42,28 +43,22 @@ def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
     return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))})
 
 
-def read_texts(
-    path: str, split: str, option: str = "data.path", name: str | None = None
-) -> Dataset:
-    """Read rows of `text` and `label`, a text too, from a file, folder or data set of the hub."""
-    texts, labels = [], []
-    for row in read_rows(path, name=name, split=split, option=option):
+def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
+    """Yield the `text` of each row and its `label`, a text too."""
+    for row in rows:
         text, label = row.values.get("text"), row.values.get("label")
         if not isinstance(text, str) or not text.strip() or label is None or label == "":
             raise ValueError(
                 f"{row.place} has text {str(text)[:40]!r} and label {label!r}; a classifier needs "
                 "both, in columns of these names."
             )
-        texts.append(text)
-        labels.append(str(label))
-    return Dataset.from_dict({"text": texts, "label": labels})
+        yield {"text": text, "label": str(label)}
 
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on and what is held out."""
-    whole, other = read_texts(config.path, config.split, name=config.name), None
-    if source := config.evaluation_source():
-        other = read_texts(source[0].path, source[0].split, source[1], config.name)
+    (found,), elsewhere = find_examples(config, to_texts)
+    whole, other = Dataset.from_list([*found]), elsewhere and Dataset.from_list([*elsewhere])
     rest, held_out = hold_out(range(len(whole)), 0 if other else config.eval_fraction, config.seed)
     train = whole.select(rest[: config.num_train])
     if (config.num_train or 0) > len(train):

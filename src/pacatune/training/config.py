@@ -167,7 +167,7 @@ class RunConfig:
             self.lora.lora_dropout = method.dropout
         self._settle_training(spec)
         self._settle_evaluation()
-        if "reward" in spec.reads:
+        if "reward" not in spec.lacks:
             # Generated data has a verifier.
             self.reward = list(self.reward) or [self.data.path] * self.data.is_generated
             if not self.reward:
@@ -214,7 +214,7 @@ class RunConfig:
                 f"`model.quantization` ({kind!r}) with `method` ('full'): quantised weights cannot "
                 "be trained; choose another method or drop the option."
             )
-        for name in {"adapter", "reward"} - {*spec.reads}:
+        for name in spec.lacks:
             if value := getattr(self, name):
                 raise ValueError(f"the task {self.task} has no `{name}` ({value!r}); drop it.")
         for name in ADAPTER_SECTIONS:
@@ -240,7 +240,8 @@ class RunConfig:
         if self.early_stopping_patience is not None:
             values["load_best_model_at_end"] = True
         if values["load_best_model_at_end"] or values["save_strategy"] == "best":
-            values["metric_for_best_model"] = values["metric_for_best_model"] or spec.best_metric
+            best = "eval_reward" if spec.is_rewarded else "eval_loss"
+            values["metric_for_best_model"] = values["metric_for_best_model"] or best
         self.training = type(self.training)(**values)
 
     def _settle_evaluation(self) -> None:

@@ -16,6 +16,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from pacatune.names import suggest
+from pacatune.training.tasks import TASKS
 
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
@@ -69,9 +70,7 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         if name not in _UNSAVED and (name in ours or value != defaults[name])
     }
     values: dict[str, Any] = {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in others_options(config.task)
+        f.name: getattr(config, f.name) for f in fields(config) if f.name not in config.spec.lacks
     }
     values |= {
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
@@ -141,18 +140,11 @@ def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
     from pacatune.training.config import RunConfig, sections_of
 
     sections = sections_of(task)
-    parser.add_class_arguments(RunConfig, skip={*sections, *others_options(task)})
+    parser.add_class_arguments(RunConfig, skip={*sections, *TASKS[task].lacks})
     for name, section in sections.items():
         parser.add_class_arguments(section, name)
     parser.set_defaults({"task": task})
     return sections.keys()
-
-
-def others_options(task: str) -> set[str]:
-    """Return the options of a run that only other tasks have."""
-    from pacatune.training.tasks import TASKS
-
-    return {"adapter", "reward"} - {*TASKS[task].reads}
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -2,12 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.text import Text
@@ -91,7 +90,7 @@ class LanguageTask(Task):
             attn_implementation=config.model.attn_implementation,
         )
         adapter = make_adapter_config(config, model, task_type=self.task_type)
-        plan = make_plan(model, lambda base: make_trainable(base, adapter, config.method), config)
+        plan = make_plan(model, adapter, config)
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return plan, adapter, positions
 
@@ -113,10 +112,11 @@ class LanguageTask(Task):
         held_out = 0 if data.evaluation is None else len(data.evaluation)
         rows = data.train if data.sample is None else data.sample
         how_many = f"{len(rows):,}" if data.sample is None else "streamed"
+        digests = b"".join(row_digests(rows, self.spec.columns))
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
-            fingerprint=fingerprint(rows, self.spec.columns),
+            fingerprint=hashlib.blake2b(digests, digest_size=16).hexdigest(),
             about_data=f"{how_many} examples, {held_out:,} held out",
             adapter_config=adapter_config,
             plan=plan,
@@ -184,28 +184,24 @@ class LanguageTask(Task):
             **{**options, **self.trainer_options},
         )
 
-    def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Return the last loss that the trainer has logged, if it is that of what is saved."""
-        curve = curve_of(trainer.state.log_history, "eval_loss")
-        last_step, after = curve[-1]
+    def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
+        """Return speed, losses and metrics; what is saved is evaluated if that is not logged."""
+        log = trainer.state.log_history
+        found = {"tokens_per_second": items_per_second, "train_metrics": metrics_of(log)}
+        if trainer.eval_dataset is None:
+            return found
+        losses, metrics = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
+        is_known = losses[-1][0] == trainer.state.global_step
         # The best checkpoint may have replaced the last weights since they were evaluated.
-        if last_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-            after = float(trainer.evaluate()["eval_loss"])
-        if last_step != trainer.state.global_step:
-            curve.append((trainer.state.global_step, after))
-        # Evaluated once more or not, it is logged.
-        metrics = metrics_of(trainer.state.log_history, "eval_")
-        return {
-            "eval_loss_after": after,
-            "eval_losses": curve,
-            "eval_metrics": metrics,
-            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics.items()},
+        if not is_known or trainer.args.load_best_model_at_end:
+            trainer.evaluate()
+        after, metrics_after = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
+        return found | {
+            "eval_loss_after": after[-1][1],
+            "eval_losses": losses if is_known else after,
+            "eval_metrics": metrics if is_known else metrics_after,
+            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics_after.items()},
         }
-
-    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Return the speed, and the metrics of training."""
-        metrics = metrics_of(trainer.state.log_history)
-        return {"tokens_per_second": items_per_second, "train_metrics": metrics}
 
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""
@@ -298,11 +294,6 @@ class LanguageTrainer(RunTrainer):
             return int(inputs["input_ids"].numel())
         masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
         return torch.stack([mask.sum() for mask in masks]).sum()
-
-
-def fingerprint(data: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> str:
-    """Return a digest of every row, in order."""
-    return hashlib.blake2b(b"".join(row_digests(data, columns)), digest_size=16).hexdigest()
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:

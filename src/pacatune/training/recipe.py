@@ -139,13 +139,7 @@ def start_or_resume(
 ) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
-    For launchers that repeat a command when a process has died.
-
-    Returns:
-        What report.json holds, or None if the run was finished before.
-
-    Raises:
-        ValueError: If the processes see different folders, and as for `train`.
+    For launchers that repeat a command when a process has died; None if the run was finished.
     """
     config, console = settle(config), main_console(config, console)
     folder = Path(str(config.training.output_dir))
@@ -369,12 +363,10 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
         "versions": versions("trl", "accelerate", "datasets"),
         "warnings": prepared.warnings,
     }
-    if prepared.evaluation is not None:
-        known |= task.evaluate(trainer)
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    return Report(**known, **task.more_results(trainer, float(speed)))
+    return Report(**known | task.results(trainer, float(speed)))
 
 
 def save_result(task: Task, trainer: Any, report: Report, folder: Path) -> None:

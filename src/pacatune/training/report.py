@@ -57,7 +57,7 @@ class Report:
     seed: int
     versions: dict[str, str]
     targets: list[str]
-    """Names of the adapted modules; empty where every weight is trained."""
+    """Names of the adapted modules; empty where every weight, or the head, is trained."""
     method: str
     model: str
     adapter: str | None = None
@@ -116,12 +116,7 @@ class Report:
     @property
     def figure(self) -> str:
         """File with the curves."""
-        return "reward.png" if self._is_rewarded else "loss.png"
-
-    @property
-    def _is_rewarded(self) -> bool:
-        # The loss of reinforcement learning says nothing of how good the answers are.
-        return "reward" in self.spec.metrics
+        return "reward.png" if self.spec.is_rewarded else "loss.png"
 
     def table(self) -> list[tuple[str, str]]:
         """Return the results as pairs of text."""
@@ -152,7 +147,7 @@ class Report:
             ("held-out loss after", four_digits(self.eval_loss_after)),
             ("training loss", four_digits(self.train_loss)),
         ]
-        rows = [] if self._is_rewarded else rows
+        rows = [] if self.spec.is_rewarded else rows
         for name, title in self.spec.metrics.items():
             curve, after = (self.eval_metrics or {}).get(name), self.eval_metrics_after or {}
             rows.append((f"{title} before", four_digits(curve[0][1] if curve else None)))
@@ -161,7 +156,7 @@ class Report:
 
     def plotted(self) -> tuple[str, Curve, Curve]:
         """Return what the figure shows: its name, its curve in training and the held-out one."""
-        if not self._is_rewarded:
+        if not self.spec.is_rewarded:
             return f"loss per {self.spec.loss_per}", self.train_losses, self.eval_losses
         train, held_out = self.train_metrics or {}, self.eval_metrics or {}
         return "mean reward", train.get("reward", []), held_out.get("reward", [])
@@ -253,7 +248,8 @@ def four_digits(value: float | None) -> str:
 def _markdown(report: Report) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in report.table())
     kinds = sorted({name.rpartition(".")[2] for name in report.targets})
-    targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else "every weight"
+    everything = "the head" if report.method == "head" else "every weight"
+    targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else everything
     warnings = "".join(f"- {warning}\n" for warning in report.warnings)
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (

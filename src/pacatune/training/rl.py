@@ -24,29 +24,6 @@ from pacatune.training.output import last_checkpoint
 from pacatune.training.rewards import RewardError, load_rewards
 
 
-class SampledLogProbs:
-    """Keeps the log-probability of each token that a model samples, as it was when sampled."""
-
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
-        self._kept: list[Tensor] = []
-
-    def see_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take the logits (B, V) of the next tokens, as a processor of logits."""
-        self._newest = (scores.float() / self._temperature).log_softmax(-1)
-        return scores
-
-    def see_tokens(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Take the tokens (B,) that were sampled from these logits; stop at none."""
-        self._kept.append(self._newest.gather(1, input_ids[:, -1:]))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def matrix(self, length: int) -> Tensor:
-        """Return the log-probabilities (B, `length`); 0 behind the last token."""
-        kept = torch.cat(self._kept, dim=1)[:, :length]
-        return nn.functional.pad(kept, (0, length - kept.shape[1]))
-
-
 class SamplingTrainer(LanguageTrainer):
     """Put before a trainer of TRL that samples answers: GRPOTrainer or RLOOTrainer.
 
@@ -55,7 +32,7 @@ class SamplingTrainer(LanguageTrainer):
     """
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
-        self._sampled = SampledLogProbs(1.0)
+        self._sampled: list[Tensor] = []
         self._logps: Tensor | None = None
         self._waiting: set[str] = set()
         with column_sync() if args.use_vllm else nullcontext():
@@ -98,11 +75,22 @@ class SamplingTrainer(LanguageTrainer):
         return result
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample answers; keep the log-probability of each token, as it was when sampled."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        self._sampled = seen = SampledLogProbs(self.temperature)
-        hooks = {"logits_processor": [seen.see_scores], "stopping_criteria": [seen.see_tokens]}
+        model, newest = self.accelerator.unwrap_model(self.model), torch.empty(0)
+        self._sampled = kept = []
+
+        def see_scores(input_ids: Tensor, scores: Tensor) -> Tensor:
+            nonlocal newest
+            newest = (scores.float() / self.temperature).log_softmax(-1)
+            return scores
+
+        def see_tokens(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            kept.append(newest.gather(1, input_ids[:, -1:]))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        hooks = {"logits_processor": [see_scores], "stopping_criteria": [see_tokens]}
         model.generate = partial(model.generate, **hooks)
         try:
             with resident(model), self.accelerator.autocast():
@@ -114,7 +102,9 @@ class SamplingTrainer(LanguageTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.use_vllm:
             return output
-        output["sampled_logps"] = self._sampled.matrix(output["completion_ids"].shape[1])
+        length = output["completion_ids"].shape[1]
+        kept = torch.cat(self._sampled, dim=1)[:, :length]
+        output["sampled_logps"] = nn.functional.pad(kept, (0, length - kept.shape[1]))
         output["sampled_at"] = torch.full_like(output["advantages"], self.state.global_step)
         return output
 

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForVisionLanguageModeling,
+)
 
 from pacatune.data import PreparedData, prepare_data
-from pacatune.data.encode import ImageCollator
+from pacatune.data.formats import open_image
 from pacatune.pretrained import load_processor
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
 
@@ -41,7 +44,9 @@ def prepare(task: LanguageTask) -> PreparedData:
             )
         task.auto_class, task.task_type = "AutoModelForImageTextToText", None
         task.pipeline_tag, task.processor = "image-text-to-text", data.processor
-        task.collator = task.trainer_options["data_collator"] = ImageCollator(data.processor)
+        task.collator = task.trainer_options["data_collator"] = partial(
+            collate_images, collate=DataCollatorForVisionLanguageModeling(data.processor)
+        )
     return data
 
 
@@ -66,6 +71,19 @@ def _load_processor(task: LanguageTask) -> Any:
     if task.config.data.chat_template is not None:
         processor.chat_template = task.tokenizer.chat_template
     return processor
+
+
+def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any]:
+    """Return chats with images as a padded batch, which TRL makes, with our labels."""
+    batch: dict[str, Any] = collate(
+        [{"text": row["text"], "images": [*map(open_image, row["images"])]} for row in rows]
+    )
+    for ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+        number = len(row["labels"])
+        same = ids[:number].tolist() == row["input_ids"]
+        assert same, f"{row['place']} is tokenized otherwise in a batch"
+        labels[:number] = torch.tensor(row["labels"])
+    return batch
 
 
 class TextTrainer(LanguageTrainer):

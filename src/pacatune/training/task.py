@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
@@ -69,7 +70,7 @@ class Task(ABC):
     """One run; it keeps what it has found out about data and model.
 
     The recipe calls `prepare`, `load_model` and `make_trainer`, in this order; after training
-    `evaluate`, `more_results`, `write` and `how_to_load`.
+    `results`, `write` and `how_to_load`.
     """
 
     unit: ClassVar[str]
@@ -85,9 +86,9 @@ class Task(ABC):
         self.spec: TaskSpec = self.config.spec
         self.pipeline_tag = self.spec.pipeline_tag
 
-    @abstractmethod
     def plan(self) -> Plan:
         """Say what would be trained, with no weight and no more data than that takes."""
+        return self.prepare().plan
 
     @abstractmethod
     def prepare(self) -> Prepared:
@@ -108,12 +109,8 @@ class Task(ABC):
         """Put the adapter on the model; return its trainer, a RunTrainer with these options."""
 
     @abstractmethod
-    def evaluate(self, trainer: Any) -> dict[str, Any]:
+    def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
         """Evaluate what will be saved, where there is data for it; return entries of the report."""
-
-    @abstractmethod
-    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Return the entries of the report that not every task has."""
 
     def write(self, report: Any, folder: Path) -> None:  # noqa: B027 (not every task does)
         """Write what goes with the weights, beside report and card."""
@@ -169,21 +166,34 @@ def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
             options.selection = "random"
         options.normalize, options.column_rates = "none", None
     adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
+    for layer in adapted.modules():
+        if isinstance(layer, _BatchNorm):  # saved for its statistics, if at all
+            layer.requires_grad_(False)
     return adapted
 
 
 def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Module:
     """Put the adapter on a model; of the method `head`, freeze all but the head."""
     if method == "head":
-        model.base_model.requires_grad_(False)
+        model.requires_grad_(False)
+        for name in find_heads(model):
+            model.get_submodule(name).requires_grad_(True)
     return put_adapter(model, adapter)
 
 
-def make_plan(
-    model: nn.Module,
-    make_trainable: Callable[[nn.Module], nn.Module],
-    config: RunConfig,
-) -> Plan:
+def find_heads(model: Any) -> list[str]:
+    """Return the names of the modules that turn features into classes; timm's in its wrapper."""
+    if hasattr(model, "timm_model"):
+        found = model.timm_model.get_classifier()
+        found = found if isinstance(found, tuple) else (found,)
+    else:
+        body = getattr(model, model.base_model_prefix, None)
+        found = [child for child in model.children() if child is not body]
+    modules = model.named_modules()
+    return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
+
+
+def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -> Plan:
     """Make a model trainable, which needs no weights, and return what of it is trained.
 
     With `lean: require` it must be able to keep no more for backward than it has to.
@@ -191,7 +201,7 @@ def make_plan(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     num_parameters = sum(p.numel() for p in model.parameters())
-    make_trainable(model)
+    make_trainable(model, adapter, config.method)
     if config.lean == "require":
         lean.enable(model, config.lean, level=config.lean_level)
         lean.disable(model)

@@ -44,7 +44,7 @@ class TaskSpec:
     """PEFT's name of what the adapted model does."""
     pipeline_tag: str = "text-generation"
     """The hub's name of what it does."""
-    tags: tuple[str, ...] = ("trl",)
+    tags: tuple[str, ...] = ()
     """Tags of the model card, beside the method's."""
     columns: tuple[str, ...] = ("input_ids", "labels")
     """Columns of the data by which a resumed run knows it again."""
@@ -60,15 +60,18 @@ class TaskSpec:
     """What losses are means over."""
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Held-out metric beside the loss, by the trainer's name -> what reports call it."""
-    best_metric: str = "eval_loss"
-    """What the best checkpoint is best in."""
-    reads: tuple[str, ...] = ("adapter",)
-    """Options of a run outside its sections that only some tasks have: `adapter`, `reward`."""
+    lacks: tuple[str, ...] = ("reward",)
+    """Options of a run outside its sections that only other tasks have."""
 
     @property
     def is_of_trl(self) -> bool:
         """Whether TRL has the trainer."""
         return self.arguments.startswith("trl.")
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether rewards, not the loss, say how good the model is."""
+        return "reward" in self.metrics
 
 
 def _of_trl(name: str, **options: Any) -> TaskSpec:
@@ -98,8 +101,7 @@ def _on_rewards(name: str) -> TaskSpec:
             "reward": "held-out reward",
             "completions/mean_length": "tokens per answer",
         },
-        best_metric="eval_reward",
-        reads=("adapter", "reward"),
+        lacks=(),
     )
 
 
@@ -174,10 +176,9 @@ TASKS: dict[str, TaskSpec] = {
         auto_class="AutoModelForSequenceClassification",
         task_type="SEQ_CLS",
         pipeline_tag="text-classification",
-        tags=(),
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
-        reads=(),
+        lacks=("adapter", "reward"),
     ),
     "image": TaskSpec(
         arguments="pacatune.training.image.config.ImageTrainingConfig",
@@ -188,9 +189,8 @@ TASKS: dict[str, TaskSpec] = {
         methods=CLASSIFIER_METHODS,
         task_type=None,
         pipeline_tag="image-classification",
-        tags=(),
         loss_per="image",
-        reads=(),
+        lacks=("adapter", "reward"),
     ),
 }
 """Name -> what it is."""

@@ -110,8 +110,11 @@ def test_folders_that_may_be_parts_or_classes(tmp_path, parts, message):
 
 
 def test_a_split_of_a_folder(folder):
-    with pytest.raises(ValueError, match=r"`data.eval_split` \('test'\) .* give `data.eval_path`"):
-        prepare(folder, eval_split="test")
+    for option in ("split", "eval_split"):
+        with pytest.raises(ValueError, match=r"is local: the split 'test' .* `data.eval_path`"):
+            prepare(folder, **{option: "test"})
+    with pytest.raises(FileNotFoundError, match=r"`data.eval_path` \('owner/birds'\) is neither"):
+        prepare(folder, eval_path="owner/birds")
 
 
 def test_evaluation_images_from_elsewhere(folder, tmp_path):

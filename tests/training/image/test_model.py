@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ConvNextImageProcessor
 
 from pacatune.training import LoraSection, PacaSection
-from pacatune.training.image.model import ImageBase, find_batch_norms, find_heads, size_of
-from pacatune.training.image.task import ImageTask, make_trainable
+from pacatune.training.image.model import ImageBase, find_batch_norms, size_of
+from pacatune.training.image.task import ImageTask
+from pacatune.training.task import find_heads, make_trainable
 from tests.image_models import CLASSES, save_timm
 
 

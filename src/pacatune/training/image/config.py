@@ -36,7 +36,6 @@ class ImageTrainingConfig(ClassifierTrainingConfig):
 
     elsewhere: ClassVar[dict[str, str]] = {
         **ClassifierTrainingConfig.elsewhere,
-        "remove_unused_columns": "the data has the columns that training needs",
         "label_names": "the class of an image is its only label",
         "prediction_loss_only": "the accuracy is always measured",
         "batch_eval_metrics": "the accuracy is measured over all images at once",

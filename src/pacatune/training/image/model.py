@@ -21,6 +21,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.methods import Method
 from pacatune.pretrained import empty_model, find_model, load_config, load_weights
+from pacatune.training.task import find_heads
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import ConvolutionLayout
 
@@ -161,18 +162,6 @@ def size_of(processor: Any) -> int:
     """Return the height of images that a processor has prepared; they are square."""
     image = Image.new("RGB", (300, 200))
     return int(processor(image, return_tensors="pt")["pixel_values"].shape[-2])
-
-
-def find_heads(model: Any) -> list[str]:
-    """Return the names of the modules that turn features into classes; timm's in its wrapper."""
-    if hasattr(model, "timm_model"):
-        found = model.timm_model.get_classifier()
-        found = found if isinstance(found, tuple) else (found,)
-    else:
-        body = getattr(model, model.base_model_prefix, None)
-        found = [child for child in model.children() if child is not body]
-    modules = model.named_modules()
-    return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
 
 
 def find_batch_norms(model: nn.Module) -> dict[str, nn.Module]:

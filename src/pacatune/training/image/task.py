@@ -22,9 +22,17 @@ from pacatune.installation import repository_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
-from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms, find_heads
+from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms
 from pacatune.training.report import curve_of, four_digits
-from pacatune.training.task import Plan, Prepared, Task, make_adapter_config, make_plan, put_adapter
+from pacatune.training.task import (
+    Plan,
+    Prepared,
+    Task,
+    find_heads,
+    make_adapter_config,
+    make_plan,
+    make_trainable,
+)
 from pacatune.training.trainer import RunTrainer, accuracy
 
 
@@ -36,11 +44,6 @@ class ImageTask(Task):
 
     base: ImageBase
     evaluation: ImageDataset | None
-    _found: dict[str, Any]
-
-    def plan(self) -> Plan:
-        """Say what would be trained."""
-        return self.prepare().plan
 
     def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
         """Describe the model; return what is trained of it, the adapter and notes."""
@@ -62,8 +65,7 @@ class ImageTask(Task):
             if section.target_modules is None:
                 options["target_modules"], notes = choose_targets(model, method, section.r)
             adapter = make_adapter_config(config, model, **options)
-        plan = make_plan(model, lambda one: make_trainable(one, adapter, config.method), config)
-        return plan, adapter, notes
+        return make_plan(model, adapter, config), adapter, notes
 
     def prepare(self) -> Prepared:
         """Find images and model, and plan what is trained."""
@@ -74,7 +76,6 @@ class ImageTask(Task):
             augmentation = Augmentation(kind, base.size, self.config.training.seed)
         train = ImageDataset(data.train, base.processor, augmentation)
         self.evaluation = data.evaluation and ImageDataset(data.evaluation, base.processor)
-        self._found = {"accuracy_after": None, "confusion": [], "mistakes": []}
         head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -106,31 +107,29 @@ class ImageTask(Task):
         model = make_trainable(model, adapter_config, self.config.method)
         return ImageTrainer(model=model, **options)
 
-    def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Return the loss; accuracy and mistakes are among `more_results`."""
-        assert self.evaluation is not None
-        found = trainer.predict(self.evaluation)
-        self._found = {
-            "accuracy_after": float(found.metrics["test_accuracy"]),
-            **pictures.compare(found.predictions, found.label_ids, self.evaluation),
-        }
-        return {"eval_loss_after": float(found.metrics["test_loss"])}
-
-    def more_results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Return images per second, the accuracies, and what model and data are."""
+    def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
+        """Return loss, accuracies and mistakes, images per second, and what model and data are."""
         curve, classes = curve_of(trainer.state.log_history, "eval_accuracy"), self.base.classes
-        more = {
+        more: dict[str, Any] = {
             "accuracy_before": curve[0][1] if curve else None,
             "eval_accuracies": curve,
             "images_per_second": items_per_second,
             "head": "own" if self.base.has_own_head else "new",
             "classes": classes,
             "image_size": self.base.size,
-            **self._found,
+            "accuracy_after": None,
+            "confusion": [],
+            "mistakes": [],
         }
+        found: dict[str, Any] = {}
+        if self.evaluation is not None:
+            scored = trainer.predict(self.evaluation)
+            found["eval_loss_after"] = float(scored.metrics["test_loss"])
+            more["accuracy_after"] = float(scored.metrics["test_accuracy"])
+            more |= pictures.compare(scored.predictions, scored.label_ids, self.evaluation)
         sizes = [sum(row) for row in more["confusion"]]
         largest = f" (always the largest class: {max(sizes) / sum(sizes):.4f})" if sizes else ""
-        return {
+        return found | {
             "rows": [
                 ("held-out accuracy before", four_digits(more["accuracy_before"])),
                 ("held-out accuracy after", four_digits(more["accuracy_after"]) + largest),
@@ -162,19 +161,6 @@ class ImageTask(Task):
             'classifier = load_result("FOLDER")\n'
             'print(classifier.classify("IMAGE.png"))  # class -> probability\n```\n'
         ) + (f"\n{merging}\n" if METHODS[self.config.method].has_adapter else "")
-
-
-def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> Any:
-    """Put the adapter on a model; of the method `head`, freeze all but the head."""
-    if method == "head":
-        model.requires_grad_(False)
-        for name in find_heads(model):
-            model.get_submodule(name).requires_grad_(True)
-    model = put_adapter(model, adapter)
-    for layer in find_batch_norms(model).values() if adapter is not None else ():
-        # Saved for their statistics; scale and shift stay the pretrained ones.
-        layer.requires_grad_(False)
-    return model
 
 
 class ImageTrainer(RunTrainer):

@@ -1,51 +1,27 @@
 import copy
 import json
-from dataclasses import asdict
 
 import pytest
 
 from pacatune.data import DataConfig, prepare_data
-from pacatune.data.choices import LETTERS, Question, to_question
+from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
-from pacatune.evaluation.choice import ChoiceQuestion, to_choice_question
-from tests.evaluation.mmlu import write_mmlu
-
-ROW = {"question": "Who?", "choices": ["Ann", " Bob "], "answer": 1}
-
-
-def test_own_and_big_bench_rows_say_the_same():
-    expected = ChoiceQuestion("Who?", ["Ann", "Bob"], 1)
-    scores = {"input": "Who? ", "target_scores": {"Ann": 0, "Bob": 1}}
-    for values in (ROW, {**ROW, "answer": "Bob"}, scores):
-        assert to_choice_question(Row("here", values)) == expected
-    assert expected.context() == "Question: Who?\nAnswer:"
-    assert expected.context(chat=True) == "Who?"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"choices": ["a", "b"], "answer": 0},
-        {**ROW, "question": ""},
-        {**ROW, "choices": ["a"]},
-        {**ROW, "choices": ["a", " "]},
-        {**ROW, "choices": ["a", "a "]},
-        {**ROW, "answer": 2},
-        {**ROW, "answer": True},
-        {**ROW, "prompt": 3},
-        {"input": "q", "target_scores": {}},
-        {"input": "q", "target_scores": {"a": 1, "b": 1}},
-    ],
-)
-def test_wrong_rows(values):
-    with pytest.raises(ValueError, match=r"x.jsonl, row 3: .* needs the texts question and, if"):
-        to_choice_question(Row("x.jsonl, row 3", values))
-
+from tests.evaluation.mmlu import LETTERS, write_mmlu
 
 MMLU_ROW = {"question": " What is it? ", "choices": ["a", "b ", "c", "d"], "answer": 2}
 QUESTIONS = [
-    Question(" Which bone is longest?\nThink. ", ["Femur", " Skull", "Rib\n", "Été"], 3, "anatomy"),
-    Question("What sells?", ["{{ 1 }}", "2", "3", "4"], 0, "high_school_world_history"),
+    {
+        "question": " Which bone is longest?\nThink. ",
+        "choices": ["Femur", " Skull", "Rib\n", "Été"],
+        "answer": 3,
+        "subject": "anatomy",
+    },
+    {
+        "question": "What sells?",
+        "choices": ["{{ 1 }}", "2", "3", "4"],
+        "answer": 0,
+        "subject": "high_school_world_history",
+    },
 ]
 
 
@@ -58,12 +34,17 @@ def tokenizer(tiny_tokenizer):
 def tasks_dir(tmp_path_factory):
     """lm-eval's own tasks on two questions."""
     folder = tmp_path_factory.mktemp("mmlu") / "tasks"
-    return write_mmlu(folder, questions={one.subject: [asdict(one)] for one in QUESTIONS})
+    return write_mmlu(folder, questions={one["subject"]: [one] for one in QUESTIONS})
 
 
 def prepare(tokenizer, path, **options):
     config = DataConfig(path=str(path), format="mmlu", eval_fraction=0, **options)
     return prepare_data(config, tokenizer, max_length=None, stop_ids={2})
+
+
+def read(values, place="here"):
+    (example,) = to_examples([Row(place, values)], "mmlu")
+    return example
 
 
 def write(path, rows):
@@ -94,8 +75,8 @@ def test_training_tokens_are_those_that_lm_eval_scores(
 
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     one = QUESTIONS[number]
-    context, answer = scored_tokens(tokenizer, tasks_dir, one.subject)
-    path = write(tmp_path / "train.jsonl", [asdict(one)])
+    context, answer = scored_tokens(tokenizer, tasks_dir, one["subject"])
+    path = write(tmp_path / "train.jsonl", [one])
     (row,) = prepare(tokenizer, path).train
     assert row["input_ids"] == [*context, *answer, tokenizer.eos_token_id]
     learned = [*answer, tokenizer.eos_token_id]
@@ -107,11 +88,11 @@ def test_questions_without_subject_have_no_description(tokenizer, tasks_dir):
     from pacatune.evaluation.tasks import prepare_tasks
 
     for one in QUESTIONS:
-        (task,) = prepare_tasks([f"mmlu_{one.subject}"], tasks_dir)
-        nameless = Question(one.question, one.choices, one.answer)
-        assert nameless.prompt() == task.doc_to_text(asdict(one))
-        assert one.prompt() == task.config.description + nameless.prompt()
-        assert nameless.completion() == f" {task.doc_to_choice(asdict(one))[one.answer]}"
+        (task,) = prepare_tasks([f"mmlu_{one['subject']}"], tasks_dir)
+        named, nameless = (read({**one, "subject": name}) for name in (one["subject"], ""))
+        assert nameless.prompt == task.doc_to_text(one)
+        assert named.prompt == task.config.description + nameless.prompt
+        assert nameless.completion == f" {task.doc_to_choice(one)[one['answer']]}"
 
 
 def test_as_the_authors_trained(tokenizer, tmp_path):
@@ -148,8 +129,7 @@ def test_format_is_found_from_the_columns(tokenizer, tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_answers_are_letters_or_numbers(number):
     for answer in (number, LETTERS[number]):
-        question = to_question(Row("here", {**MMLU_ROW, "answer": answer}))
-        assert question.completion() == f" {LETTERS[number]}"
+        assert read({**MMLU_ROW, "answer": answer}).completion == f" {LETTERS[number]}"
 
 
 @pytest.mark.parametrize(
@@ -168,4 +148,4 @@ def test_answers_are_letters_or_numbers(number):
 )
 def test_wrong_rows_of_mmlu(change):
     with pytest.raises(ValueError, match=r"data.jsonl, row 7: .* needs the text question, four"):
-        to_question(Row("data.jsonl, row 7", {**MMLU_ROW, **change}))
+        read({**MMLU_ROW, **change}, "data.jsonl, row 7")
