@@ -79,7 +79,7 @@ class SharedDefaults:
     """Steps between checkpoints; below 1, a share of all steps."""
 
     save_total_limit: int | None = 2
-    """Number of checkpoints kept, and one more until the next is saved."""
+    """Number of checkpoints kept."""
 
     def check_options(self) -> None:
         """Refuse options that the task does not offer, or that need a GPU."""

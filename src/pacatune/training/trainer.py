@@ -49,7 +49,7 @@ class RunTrainer(Trainer):
 
     Loss and gradient norm are looked at once per step, before the optimizer uses them, instead of
     Trainer's own look at the loss of each micro-batch. A checkpoint is good once its weights have
-    given a finite loss, in the step after it: older ones are deleted when the next is saved.
+    given a finite loss: in evaluation, or in the step after it. Only then are older ones deleted.
 
     It also counts what the steps process and the bytes that the first one keeps for backward.
     """
@@ -61,6 +61,9 @@ class RunTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         self.meter = Meter()
         self._staging: Path | None = None
+        # The newest step after which the weights gave a finite loss; None: not known of this run.
+        self._good_step: int | None = None
+        self._has_spare_checkpoints = False
         self.saved_activation_bytes: int | None = None
         super().__init__(**kwargs)
         self.add_callback(self.meter)
@@ -96,10 +99,11 @@ class RunTrainer(Trainer):
         step = self.state.global_step + 1
         if not math.isfinite(loss):
             raise self._diverged(f"the loss of step {step} is {loss}")
+        self._trust_weights()
         scaler = getattr(self.accelerator, "scaler", None)
         # float16's scaler skips such a step and tries a smaller scale.
         if not math.isfinite(size) and not (scaler is not None and scaler.get_scale() >= 1):
-            raise self._diverged(f"the gradient norm of step {step} is {size}", good=step - 1)
+            raise self._diverged(f"the gradient norm of step {step} is {size}")
         return norm
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -108,6 +112,8 @@ class RunTrainer(Trainer):
         if loss is not None and not math.isfinite(loss):
             step = self.state.global_step
             raise self._diverged(f"the evaluation loss after step {step} is {loss}")
+        if loss is not None:
+            self._trust_weights()
         super().log(logs, *args, **kwargs)
 
     def refuse_not_finite(self) -> None:
@@ -126,15 +132,15 @@ class RunTrainer(Trainer):
         weight = here[0] if here else "of another process"
         raise self._diverged(f"weight {weight} is not finite after step {self.state.global_step}")
 
-    def _diverged(self, what: str, good: int | None = None) -> TrainingDiverged:
-        """Return the error; `good` is the newest step with good weights: else the one before."""
+    def _diverged(self, what: str) -> TrainingDiverged:
         step, args = self.state.global_step, self.args
         if step == 0:
             return TrainingDiverged(
                 f"{what} before any weight was changed; so it is the model or the data that give "
                 "it: try `model.dtype: float32`, and look at the data."
             )
-        good = step - 1 if good is None else good
+        # Of a resumed run, the weights that it began with have given nothing finite yet.
+        good = step - 1 if self._good_step is None else self._good_step
         kept = last_checkpoint(Path(args.output_dir), up_to=good) or "None"
         return TrainingDiverged(
             f"training diverged: {what}; the learning rate is {self._get_learning_rate():.3g}: "
@@ -142,8 +148,15 @@ class RunTrainer(Trainer):
             f"`training.warmup_steps`. {kept} is the last good checkpoint."
         )
 
+    def _trust_weights(self) -> None:
+        """Note that the weights as they are have given a finite loss."""
+        self._good_step = self.state.global_step
+        if self._has_spare_checkpoints:
+            self.rotate_checkpoints()
+
     def rotate_checkpoints(self) -> None:
         """Delete all but the newest `save_total_limit` checkpoints and the best one."""
+        self._has_spare_checkpoints = False
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
@@ -232,7 +245,6 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.refuse_not_finite()
-        self.rotate_checkpoints()
         folder, main = Path(self.args.output_dir), self.args.should_save
         name = f"checkpoint-{self.state.global_step}"
         self.trained_on.launched_by = self._launched_by
@@ -250,6 +262,9 @@ class RunTrainer(Trainer):
             finally:
                 self._staging = None
         self.accelerator.wait_for_everyone()  # or one could stage the next before this is gone
+        self._has_spare_checkpoints = True
+        if self._good_step == self.state.global_step:
+            self.rotate_checkpoints()
 
     def _name_best_checkpoint(self, folder: Path, checkpoint: Path) -> None:
         """Let the state name the best checkpoint where it will be, not where it is staged."""
