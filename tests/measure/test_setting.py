@@ -114,7 +114,7 @@ def test_loss_follows_lean():
     [
         ({"methods": ()}, "`methods` is empty; choose from frozen, paca, "),
         ({"methods": ("lorra",)}, r"`methods` \('lorra'\) must be one of .* did you mean 'lora'\?"),
-        ({"methods": ("paca-resident",), "compiled": True}, "a compiled graph decides by itself"),
+        ({"methods": ("paca-transient",), "compiled": True}, "a compiled graph decides by itself"),
         ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of auto, float32, bfloat16, float16"),
         ({"adapter_dtype": "int8"}, r"`adapter_dtype` \('int8'\) must be one of same, float32"),
         ({"device": "gpu"}, r"`device` \('gpu'\) is unknown to torch; choose cpu or auto"),
@@ -126,7 +126,7 @@ def test_loss_follows_lean():
         ({"lean_level": -1}, r"`lean_level` \(-1\) must be 0, 1, 2 or 3"),
         (
             {"lean_level": 1, "compiled": True},
-            r"`compiled` with `lean_level` \(1\) or one of paca-resident, paca-transient: a",
+            r"`compiled` with `lean_level` \(1\) or one of paca-transient: a",
         ),
         ({"rank": 0}, r"`rank` \(0\) must be a whole number of at least 1"),
         ({"threads": 0}, r"`threads` \(0\) must be a whole number of at least 1"),

@@ -92,7 +92,7 @@ BEYOND = {
     "frozen": (0, 0),
     "full": (0, 2 * N * (NUM_WEIGHTS + HIDDEN * VOCAB)),
     "lora": (2 * N * RANK * (NUM_IN + NUM_OUT), 4 * N * RANK * (NUM_IN + NUM_OUT)),
-    "paca-resident": (0, 2 * N * RANK * NUM_OUT),
+    "paca": (0, 2 * N * RANK * NUM_OUT),
     "paca-transient": (2 * N * RANK * NUM_OUT, 4 * N * RANK * NUM_OUT),
     "qpaca": (0, 2 * N * RANK * NUM_OUT),
     "qlora": (2 * N * RANK * (NUM_IN + NUM_OUT), 4 * N * RANK * (NUM_IN + NUM_OUT)),
@@ -118,13 +118,13 @@ def test_kept_bytes_are_those_of_the_formulas(make_config, dtype, itemsize):
     config = make_config(dtype=dtype)
     rows = {
         method: counted(config, method)
-        for method in ("frozen", "full", "lora", "paca", "paca-resident", "paca-transient", "shira")
+        for method in ("frozen", "full", "lora", "paca", "paca-transient", "shira")
     }
     # Beside full's inputs: places and values of the sparse part of each weight.
     assert rows["shira"]["kept by linear"] > rows["full"]["kept by linear"]
     linear = {method: row["kept by linear"] for method, row in rows.items()}
     assert linear["frozen"] == 0
-    for method in ("paca", "paca-resident", "paca-transient"):
+    for method in ("paca", "paca-transient"):
         assert linear[method] == NUM_LAYERS * 7 * N * RANK * itemsize
         beyond = rows[method]["kept for backward"] - rows["frozen"]["kept for backward"]
         assert beyond == linear[method]
@@ -136,14 +136,6 @@ def test_kept_bytes_are_those_of_the_formulas(make_config, dtype, itemsize):
     for row in rows.values():
         parts = [value for what, value in row.items() if what.startswith("kept by ")]
         assert sum(parts) == row["kept for backward"]
-
-
-def test_written_columns_are_lean_as_well(make_config):
-    """In bfloat16 PaCA writes them anyway."""
-    config = make_config(methods=("paca",), dtype="bfloat16", lean_level=2)
-    names = ("kept for backward", "forward operations", "backward operations")
-    ours, written = counted(config, "paca"), counted(config, "paca-resident")
-    assert [written[name] for name in names] == [ours[name] for name in names]
 
 
 def test_float32_adapters_on_16_bits_run_under_autocast(make_config):

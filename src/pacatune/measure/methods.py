@@ -137,24 +137,15 @@ def _make_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer | None
         return torch.optim.AdamW(trained, lr=_LEARNING_RATE)
 
 
-def _always_write(model: nn.Module) -> None:
-    for layer in _layers_of_paca(model):
-        layer.residency.is_claimed = lambda delta: True  # whatever the number of tokens
-
-
 def _never_write(model: nn.Module) -> None:
-    for layer in _layers_of_paca(model):
-        layer.residency.forbidden = "it is measured without"
-
-
-def _layers_of_paca(model: nn.Module) -> list[Any]:
     from pacatune.tuner.linear import Linear
 
-    return [layer for layer in model.modules() if isinstance(layer, Linear)]
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            cast(Any, layer.residency).forbidden = "it is measured without"
 
 
 _FORMS: dict[str, Callable[[nn.Module], Any]] = {
-    "paca-resident": _always_write,
     "paca-transient": _never_write,
     "paca-lean": lean.enable,
 }

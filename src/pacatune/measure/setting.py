@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 _FORMS = {
-    "paca-resident": "PaCA, columns always written into the weight",
     "paca-transient": "PaCA, weight never written: one thin product more per layer",
     "paca-lean": "PaCA, with lean activations",
 }
@@ -41,7 +40,7 @@ METHODS = {
 _PLAIN = [name for name in TEXT_METHODS if not methods.METHODS[name].quantization]
 _USUAL_METHODS = ("frozen", *(name for name in _PLAIN if name != "moslora"))
 _WITH_DROPOUT = [name for name in TEXT_METHODS if methods.METHODS[name].has_dropout]
-_EAGER_ONLY = ("paca-resident", "paca-transient")
+_EAGER_ONLY = ("paca-transient",)
 
 
 def _check_methods(names: Sequence[str]) -> tuple[str, ...]:
