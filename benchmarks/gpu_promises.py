@@ -178,12 +178,10 @@ def check_synchronisation(device: torch.device) -> Found:
     for _ in range(2):
         _step(contender, batch)
     reads = Reads()
-    with ExitStack() as stack:
-        stack.enter_context(_rows_of_one_sequence())
+    with _rows_of_one_sequence(), reads, ExitStack() as stack:
         if device.type == "cuda":
             stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
             torch.cuda.set_sync_debug_mode("error")
-        stack.enter_context(reads)
         for _ in range(2):
             _step(contender, batch)
             cast(Any, contender.model).zero_grad()  # a look at the base
