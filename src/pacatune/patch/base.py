@@ -81,8 +81,7 @@ def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
     """Return the tensors whose columns are not those that the patch starts from, `original`."""
     differing = []
     for name, edit in patch.edits.items():
-        found = column_bits(checkpoint.tensor(name), edit.dim, edit.indices, edit.row_dim)
-        if not torch.equal(found, bits(edit.original)):
+        if not torch.equal(edit.bits_of(checkpoint.tensor(name)), bits(edit.original)):
             differing.append(name)
     return differing
 

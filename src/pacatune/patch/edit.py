@@ -36,35 +36,9 @@ def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor, row_di
     put_columns_(bits(tensor), indices, bits(columns), dim=dim, row_dim=row_dim)
 
 
-def check_columns(
-    where: str, dim: int, shape: tuple[int, ...], indices: Tensor, row_dim: int = 0
-) -> None:
-    """Refuse columns that a tensor of this shape cannot have; `where` begins the message."""
-    if not 0 <= dim < len(shape):
-        raise ValueError(f"{where}: `dim` ({dim}) must be one of the dimensions of {shape}.")
-    if indices.dtype != torch.int64 or indices.dim() not in (1, 2):
-        raise ValueError(
-            f"{where}: `indices` must be (R,) int64, got {tuple(indices.shape)} of "
-            f"{indices.dtype}; those of row groups are (G, R)."
-        )
-    if indices.dim() == 2:
-        is_other = 0 <= row_dim < len(shape) and row_dim != dim
-        groups = len(indices)
-        if not is_other or groups == 0 or shape[row_dim] % groups:
-            raise ValueError(
-                f"{where}: its {groups} row groups must divide a dimension of {shape} other than "
-                f"that of the columns ({dim}), got `row_dim` = {row_dim}."
-            )
-    if indices.device.type != "cpu":
-        return  # they came from a CPU (`to`), and to look at them would wait for the GPU
-    is_within = indices.numel() > 0 and int(indices.min()) >= 0 and int(indices.max()) < shape[dim]
-    if not is_within or not bool((indices.diff() > 0).all()):
-        raise ValueError(f"{where}: `indices` must increase from 0 on and stay below {shape[dim]}.")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ColumnEdit:
-    """Some columns of one tensor, before and after."""
+class ColumnPlace:
+    """Where some columns of one tensor are: those of an edit, or of a message."""
 
     name: str
     """Name of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
@@ -74,29 +48,33 @@ class ColumnEdit:
     """Shape of the whole tensor."""
     indices: Tensor
     """(R,) int64, the columns in increasing order; (G, R) those of each row group."""
-    original: Tensor
-    """The columns of the base: `shape` with R in place of `shape[dim]`, in the base's dtype."""
-    new: Tensor
-    """The columns of the patched tensor, in the same shape and dtype."""
     row_dim: int = 0
     """Dimension of the tensor that row groups divide; read with those alone."""
 
-    def __post_init__(self) -> None:
-        """Refuse parts that do not fit each other."""
-        where = f"the edit of {self.name!r}"
-        check_columns(where, self.dim, self.shape, self.indices, self.row_dim)
-        expected = (*self.shape[: self.dim], self.rank, *self.shape[self.dim + 1 :])
-        for part in ("original", "new"):
-            if (given := tuple(getattr(self, part).shape)) != expected:
-                raise ValueError(
-                    f"{where}: `{part}` must be {expected} to fit {self.rank} columns "
-                    f"along dimension {self.dim} of {self.shape}, got {given}."
-                )
-        if self.original.dtype != self.new.dtype:
+    def check(self, where: str) -> None:
+        """Refuse columns that a tensor of this shape cannot have; `where` begins the message."""
+        dim, shape, indices = self.dim, self.shape, self.indices
+        if not 0 <= dim < len(shape):
+            raise ValueError(f"{where}: `dim` ({dim}) must be one of the dimensions of {shape}.")
+        if indices.dtype != torch.int64 or indices.dim() not in (1, 2):
             raise ValueError(
-                f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
-                "both must have the base's dtype."
+                f"{where}: `indices` must be (R,) int64, got {tuple(indices.shape)} of "
+                f"{indices.dtype}; those of row groups are (G, R)."
             )
+        if indices.dim() == 2:
+            is_other = 0 <= self.row_dim < len(shape) and self.row_dim != dim
+            groups = len(indices)
+            if not is_other or groups == 0 or shape[self.row_dim] % groups:
+                raise ValueError(
+                    f"{where}: its {groups} row groups must divide a dimension of {shape} other "
+                    f"than that of the columns ({dim}), got `row_dim` = {self.row_dim}."
+                )
+        if indices.device.type != "cpu":
+            return  # they came from a CPU (`to`), and to look at them would wait for the GPU
+        number, size = indices.numel(), shape[dim]
+        is_within = number > 0 and int(indices.min()) >= 0 and int(indices.max()) < size
+        if not is_within or not bool((indices.diff() > 0).all()):
+            raise ValueError(f"{where}: `indices` must increase from 0 on and stay below {size}.")
 
     @property
     def is_grouped(self) -> bool:
@@ -107,6 +85,41 @@ class ColumnEdit:
     def rank(self) -> int:
         """Number of columns, those of each row."""
         return self.indices.shape[-1]
+
+    @property
+    def columns_shape(self) -> tuple[int, ...]:
+        """`shape` with R in place of `shape[dim]`."""
+        return (*self.shape[: self.dim], self.rank, *self.shape[self.dim + 1 :])
+
+    def bits_of(self, tensor: Tensor) -> Tensor:
+        """Return the bits of these columns of a tensor; see `bits`."""
+        return column_bits(tensor, self.dim, self.indices, self.row_dim)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnEdit(ColumnPlace):
+    """Some columns of one tensor, before and after."""
+
+    original: Tensor
+    """The columns of the base: `shape` with R in place of `shape[dim]`, in the base's dtype."""
+    new: Tensor
+    """The columns of the patched tensor, in the same shape and dtype."""
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other."""
+        where = f"the edit of {self.name!r}"
+        self.check(where)
+        for part in ("original", "new"):
+            if (given := tuple(getattr(self, part).shape)) != self.columns_shape:
+                raise ValueError(
+                    f"{where}: `{part}` must be {self.columns_shape} to fit {self.rank} columns "
+                    f"along dimension {self.dim} of {self.shape}, got {given}."
+                )
+        if self.original.dtype != self.new.dtype:
+            raise ValueError(
+                f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
+                "both must have the base's dtype."
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -189,8 +189,7 @@ def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> N
             entry = checkpoint.entries[edit.name]
             place = window(memory, entry)
             new = bits(edit.new.contiguous()).view(place.dtype)
-            shape = (*entry.shape[: edit.dim], edit.rank, *entry.shape[edit.dim + 1 :])
-            new = new.view(*shape, place.shape[-1])
+            new = new.view(*edit.columns_shape, place.shape[-1])
             put_bits_(place, edit.dim, edit.indices, new, edit.row_dim)
             del place
 

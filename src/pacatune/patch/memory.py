@@ -180,8 +180,7 @@ def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
     """Compare all tensors before any answer is waited for: a GPU is asked once per device."""
     verdicts: dict[torch.device, list[tuple[ColumnEdit, Tensor]]] = {}
     for weight, edit in pairs:
-        found = column_bits(weight.detach(), edit.dim, edit.indices, edit.row_dim)
-        is_equal = (found == bits(edit.original)).all()
+        is_equal = (edit.bits_of(weight.detach()) == bits(edit.original)).all()
         verdicts.setdefault(weight.device, []).append((edit, is_equal))
     for answers in verdicts.values():
         is_equal = torch.stack([one for _, one in answers]).cpu()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.patch.edit import check_columns
+from pacatune.patch.edit import ColumnPlace
 
 _DIGEST_DIGITS = 16
 _DTYPES = {
@@ -26,34 +26,13 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ColumnSet:
+class ColumnSet(ColumnPlace):
     """The trained columns of one tensor: where they are, not what is in them."""
 
-    name: str
-    """Name of the tensor in the checkpoint, such as `model.layers.0.mlp.down_proj.weight`."""
     parameter: str
-    """Name of the trainer's parameter; mostly the same."""
-    dim: int
-    """Dimension of the tensor along which the columns are."""
-    shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    """Name of the trainer's parameter; mostly that of the checkpoint's tensor."""
     dtype: torch.dtype
     """In which the columns are sent, and served."""
-    indices: Tensor
-    """(R,) int64 on the CPU, in increasing order; (G, R) those of each row group."""
-    row_dim: int = 0
-    """Dimension of the tensor that row groups divide; read with those alone."""
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether row groups have columns of their own."""
-        return self.indices.dim() == 2
-
-    @cached_property
-    def columns_shape(self) -> tuple[int, ...]:
-        """`shape` with R in place of `shape[dim]`."""
-        rank = self.indices.shape[-1]
-        return (*self.shape[: self.dim], rank, *self.shape[self.dim + 1 :])
 
     @cached_property
     def num_bytes(self) -> int:
@@ -86,7 +65,7 @@ class Positions:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for one in self.sets:
-            check_columns(repr(one.name), one.dim, one.shape, one.indices, one.row_dim)
+            one.check(repr(one.name))
             if one.dtype not in _DTYPES.values():
                 raise ValueError(
                     f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
