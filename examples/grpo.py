@@ -34,6 +34,7 @@ def main() -> None:
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
 
+    warnings.simplefilter("ignore", SyntaxWarning)  # of what reasoning-gym imports, compiled anew
     import reasoning_gym
     from packaged import prepare
     from transformers.utils.logging import disable_progress_bar

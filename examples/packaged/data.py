@@ -8,6 +8,7 @@ import base64
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,9 @@ def make_reversed_words(files: list[Path], folder: Path) -> None:
 
     Its own words around a problem, and its hints on the format, would be most of the tokens.
     """
-    import reasoning_gym
+    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
 
     number = _NUM_PROBLEMS + _NUM_PROBLEMS_HELD_OUT
     # More than are wanted, since some come twice.

@@ -130,7 +130,7 @@ def arguments(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.")
 def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
-    """The first rewards, policy against reference, are zero."""
+    """The first rewards, policy against reference, are zero up to rounding."""
     from trl.experimental.kto import KTOConfig, KTOTrainer
 
     rows = {"prompt": ["What is"] * 8, "completion": [" the capital", " France"] * 4}
@@ -142,7 +142,8 @@ def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tm
     )
     trainer.train()
     first, second, *_ = trainer.state.log_history
-    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    for name in ("rewards/chosen", "rewards/rejected"):
+        assert first[name] == pytest.approx(0, abs=1e-6)
     assert second["rewards/chosen"] > second["rewards/rejected"]
 
 

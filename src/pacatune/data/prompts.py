@@ -1,6 +1,7 @@
 """Prompts that a model answers while it trains, from files or made by reasoning-gym."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,10 @@ def prompt_ids(
 def reasoning_gym_data(config: PromptDataConfig) -> Any:
     """Return the data set that reasoning-gym generates for a run: item i is always the same."""
     require_extra(f"`data.path` ({config.path!r})", "rl", ("reasoning_gym",))
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     name = choose(config.path.removeprefix(REASONING_GYM), sorted(DATASETS), option="data.path")
     size = 1000 if config.size is None else config.size
