@@ -138,6 +138,7 @@ def test_pages_are_made_of_the_results(tmp_path, monkeypatch):
         "studies/selection-smollm2-r8/report.md",
     ]
     report = tmp_path / "report"
+    assert not (report / "reproduce" / "results.json").exists()  # each would write over the last
     assert all((report / "reproduce" / f"{name}.png").is_file() for name in names)
     assert (report / "bench-here" / "bench.png").is_file()
     assert (report / "studies" / "selection-smollm2-r8" / "metric.png").is_file()
