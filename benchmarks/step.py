@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.methods import OURS, USUAL, VALUES, make_batch, make_contender
+from benchmarks.methods import OURS, RANK, USUAL, VALUES, make_batch, make_contender
 from benchmarks.results import (
     DTYPES,
     at_least_1,
@@ -143,8 +143,8 @@ def main(options: list[str] | None = None) -> None:
     """Measure every setting, write the result, print the ratios."""
     args = parse(options)
     how = (
-        f"{title(args)}; medians of whole steps, all methods alternating in one run, seed "
-        f"{args.seed}"
+        f"{title(args)}; rank {RANK}; medians of whole steps, all methods alternating in one run, "
+        f"seed {args.seed}"
     )
     kind = args.name or "compiled" * args.compiled
 

@@ -220,7 +220,7 @@ def test_the_limit_is_rounding_and_half_of_the_effect(error, effect, kept):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_that_rounding_leaves_alone_have_a_limit_too(dtype):
-    """Of few outputs (one score a probe) all may stay by chance; here the bias alone says them."""
+    """Few outputs (one score a probe) may all stay by chance; here the bias alone says them."""
     model = FAMILIES["BERT"].build().to(dtype).eval()
     for parameter in model.parameters():
         parameter.data.fill_(0.0 if parameter.ndim > 1 else 0.5)

@@ -25,7 +25,7 @@ def test_a_small_run(tmp_path, monkeypatch):
 
 
 def test_how_often_each_was_timed(tmp_path):
-    """Of the committed times, too."""
+    """The committed times say so, too."""
     times = {row.method: row.n for row in read("patch").rows if row.what == "time"}
     in_files = dict.fromkeys(("patch file", "apply to a new folder", "merge --no-verify"), 3)
     in_memory = dict.fromkeys(("apply in memory", "revert in memory"), 5)

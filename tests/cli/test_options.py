@@ -29,7 +29,7 @@ class Sizes:
     of the data."""
     share: float | None = None
     kind: Literal["fine", "coarse"] = "fine"
-    """Of what grain."""
+    """The grain."""
     names: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (1, 2)
     files: list[str] | None = None
@@ -100,7 +100,7 @@ def test_help_is_the_docstring():
     text = " ".join(parser_of("sizes", Sizes, "path").format_help().split())
     assert "Choose sizes. Of rows, mostly." in text
     assert "--num-rows NUM_ROWS Rows of 100 % of the data. (type: int, default: 3)" in text
-    assert "--kind {fine,coarse} Of what grain. (type: str, default: fine)" in text
+    assert "--kind {fine,coarse} The grain. (type: str, default: fine)" in text
     assert "path" not in text.replace("PATH", "")
 
 

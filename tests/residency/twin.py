@@ -48,9 +48,9 @@ class Kind:
     inputs: Callable[[int], Tensor] = lambda num_tokens: torch.randn(num_tokens, IN)
     call: Callable[[nn.Module, Tensor], Tensor] = _call
     parameter: str = "weight"
-    """Of the layer: what is adapted."""
+    """Name of the layer's parameter that is adapted."""
     amplification: float = 1
-    """Of rounding, by what the layer does beside its product."""
+    """Units of rounding that the layer adds beside its product."""
     groups: tuple[int, ...] = (1, 2, 4)
     """Numbers of row groups that its adapters may have."""
     target: str = "layer"
@@ -58,7 +58,7 @@ class Kind:
 
 
 def _images(channels: int, dims: int) -> Callable[[int], Tensor]:
-    """Of N positions in the first spatial dimension."""
+    """Takes N, the positions in the first spatial dimension."""
     return lambda num: torch.randn(2, channels, num, *[4] * (dims - 1))
 
 
@@ -145,7 +145,7 @@ class Twin:
 
     @property
     def key(self) -> str:
-        """Of the adapted layer in the model and in files."""
+        """Name of the adapted layer in the model and in files."""
         in_layer = self.kind.parameter != "weight"
         return f"layer.{self.kind.parameter}" if in_layer else "layer"
 

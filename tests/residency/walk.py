@@ -176,7 +176,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.pending)
     @rule()
     def backward(self) -> None:
-        """Of some earlier forward pass: right, or an error if what it is of has changed."""
+        """Run backward for an earlier pass: right, or an error if what it is of has changed."""
         one = self.pending.pop(self.rng.randrange(len(self.pending)))
         for source in one.sources:  # frozen by a switch
             source.requires_grad_()

@@ -148,7 +148,7 @@ def test_tasks_that_a_study_cannot_have(text_options):
 
 
 def test_options_of_other_methods(text_options):
-    """Of all runs, they are for the arms that read them; of an arm, they must be its own."""
+    """Options of all runs are for the arms that read them; an arm's must be its own."""
     options = {**text_options, "paca": {"bias": "all"}, "lora": {"use_rslora": True}}
     plan = plan_of(options)
     assert plan.make_run("paca", 1e-3, 0, Path("x")).lora.use_rslora is False

@@ -87,7 +87,7 @@ def test_bfloat16_untrained_is_the_base() -> None:
 
 @needs("transformers", "5")  # has the interface
 def test_experts_without_gate_and_with_a_norm() -> None:
-    """Of what transformers' interface knows, the two options that the models above do not use."""
+    """Two options of transformers' interface that the models above do not use."""
     from transformers.integrations.moe import use_experts_implementation
 
     class Plain(nn.Module):

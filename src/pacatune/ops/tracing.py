@@ -18,6 +18,7 @@ def is_traced() -> bool:
         torch.compiler.is_compiling()  # which cannot ask the following
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
+        # Asked here, too: every pass does, and a Python call costs more than the answer.
         or (torch._C._len_torch_dispatch_stack() > 0 and _is_in_make_fx())
     )
 

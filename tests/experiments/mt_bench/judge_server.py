@@ -27,7 +27,7 @@ class State:
     model: str = "judge"
     key: str | None = None
     misdeeds: deque = field(default_factory=deque)
-    """Of the next requests, one each; afterwards it behaves."""
+    """Faults, one for each of the next requests; afterwards it behaves."""
     delay_s: float = 0.0
     requests: list = field(default_factory=list)
     complaints: list = field(default_factory=list)
