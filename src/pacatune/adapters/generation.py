@@ -1,7 +1,13 @@
-"""Stream text from a model, with and without its adapter."""
+"""Stream text from a model, with and without its adapter, for one prompt or for several at once.
+
+Each prompt has its own temperature and its own seed. A row's choice depends on its own logits and
+its own generator only, so the other rows of a batch change it by no more than rounding does.
+Sampling adds Gumbel noise to the scaled logits and takes the largest, which draws from their
+softmax.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,18 +15,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TextStreamer, TopPLogitsWarper
 
 from pacatune.adapters.base import DTypeName
 from pacatune.adapters.loading import load_language_model
 from pacatune.adapters.sampling import Sampling
 from pacatune.residency import resident
-
-# Answer several prompts at once, each with its own temperature and its own seed.
-#
-# A row's choice depends on its own logits and its own generator only, so the other rows of a batch
-# change it by no more than rounding does. Sampling adds Gumbel noise to the scaled logits and takes
-# the largest, which draws from their softmax.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,52 +33,6 @@ class Generated:
     """Without the token that ends it."""
     finish_reason: Literal["stop", "length"]
     """`length`: the answer is as long as it may be, so it may have been cut off."""
-
-
-def generate_batch(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Tensor],
-    samplings: Sequence[Sampling],
-    *,
-    eos_token_id: list[int] | None,
-    pad_token_id: int,
-) -> list[Generated]:
-    """Generate an answer to each prompt.
-
-    Args:
-        model: Generates by transformers' `generate`.
-        tokenizer: Decodes.
-        prompts: (1, T) tokens each, of any lengths.
-        samplings: How to choose, one for each prompt; `max_new_tokens` must be the same for all.
-        eos_token_id: Tokens that end an answer.
-        pad_token_id: Fills up the shorter prompts, on the left.
-
-    Raises:
-        ValueError: If `max_new_tokens` differs.
-    """
-    lengths = {one.max_new_tokens for one in samplings}
-    if len(lengths) != 1 or len(prompts) != len(samplings):
-        raise ValueError(
-            f"`samplings` ({len(samplings)}, with `max_new_tokens` {sorted(lengths)}) must be one "
-            f"for each of {len(prompts)} prompts and have one length; make several batches."
-        )
-    tokens, mask = _padded(prompts, pad_token_id)
-    with torch.no_grad(), resident(model):
-        output = model.generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=lengths.pop(),
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            logits_processor=[_SeededChoice(samplings)],
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
-    answers = output[:, tokens.shape[1] :].tolist()
-    return [_cut(tokenizer, answer, eos_token_id or []) for answer in answers]
 
 
 class _SeededChoice(LogitsProcessor):
@@ -101,28 +56,6 @@ class _SeededChoice(LogitsProcessor):
             noise = torch.empty(scaled.shape[1]).exponential_(generator=generator).log()
             scores[row] = scaled[0] - noise.to(scaled.device)
         return scores
-
-
-def _padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask (B, T) of prompts (1, T) that end together."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    tokens = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        start = longest - prompt.shape[1]
-        tokens[row, start:] = prompt[0]
-        mask[row, start:] = 1
-    return tokens, mask
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, answer: list[int], stops: list[int]) -> Generated:
-    end = next((place for place, token in enumerate(answer) if token in stops), None)
-    kept = answer[:end]
-    return Generated(
-        text=cast(str, tokenizer.decode(kept, skip_special_tokens=True)),
-        num_tokens=len(kept),
-        finish_reason="length" if end is None else "stop",
-    )
 
 
 class TextGenerator:
@@ -252,46 +185,74 @@ class TextGenerator:
         Raises:
             ValueError: If prompt and answer are longer than the model's context.
         """
-        self._check_length(tokens.shape[1], sampling.max_new_tokens)
-        tokens = tokens.to(self._model.device)
-        streamer = _CallbackStreamer(self._tokenizer, on_text)
-        devices = [tokens.device] if tokens.is_cuda else []
-        switched, owned = self._switched(with_adapter), resident(self._model)
-        with torch.random.fork_rng(devices), torch.no_grad(), owned, switched:
-            torch.manual_seed(sampling.seed)
-            self._model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=sampling.max_new_tokens,
-                streamer=streamer,
-                **self._stop_tokens(),
-                **_choice(sampling),
-            )
-        return "".join(streamer.pieces)
+        streamer = None if on_text is None else _CallbackStreamer(self._tokenizer, on_text)
+        is_switched = isinstance(self._model, PeftModel) and not with_adapter
+        with self._model.disable_adapter() if is_switched else nullcontext():
+            (answer,) = self.generate_batch([tokens], [sampling], streamer=streamer)
+        return answer.text
 
     def generate_batch(
-        self, prompts: Sequence[Tensor], samplings: Sequence[Sampling]
+        self,
+        prompts: Sequence[Tensor],
+        samplings: Sequence[Sampling],
+        *,
+        streamer: TextStreamer | None = None,
     ) -> list[Generated]:
         """Generate an answer to each prompt, all at once.
 
         Args:
-            prompts: (1, T) each, from `encode` or `encode_chat`.
+            prompts: (1, T) each, from `encode` or `encode_chat`, of any lengths.
             samplings: How to choose, one for each; with one `max_new_tokens`.
+            streamer: Is given the tokens of a single prompt as they come.
 
         Raises:
-            ValueError: If prompt and answer are longer than the model's context.
+            ValueError: If `max_new_tokens` differs, or prompt and answer are longer than the
+                model's context.
         """
-        for tokens, sampling in zip(prompts, samplings, strict=True):
-            self._check_length(tokens.shape[1], sampling.max_new_tokens)
-        return generate_batch(
-            self._model, self._tokenizer, prompts, samplings, **self._stop_tokens()
-        )
+        lengths = {one.max_new_tokens for one in samplings}
+        if len(lengths) != 1 or len(prompts) != len(samplings):
+            raise ValueError(
+                f"`samplings` ({len(samplings)}, with `max_new_tokens` {sorted(lengths)}) must be "
+                f"one for each of {len(prompts)} prompts and have one length; make several "
+                "batches."
+            )
+        (max_new_tokens,) = lengths
+        longest = max(prompt.shape[1] for prompt in prompts)
+        context = self.context_length
+        if context is not None and longest + max_new_tokens > context:
+            raise ValueError(
+                f"the prompt ({longest} tokens) and `max_new_tokens` ({max_new_tokens}) exceed the "
+                f"model's context of {context}; shorten one of them."
+            )
+        stops = self._stop_tokens()
+        rows = [prompt[0] for prompt in prompts]
+        left: Any = {"batch_first": True, "padding_side": "left"}
+        tokens = pad_sequence(rows, padding_value=stops["pad_token_id"], **left)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **left)
+        with torch.no_grad(), resident(self._model):
+            output = self._model.generate(
+                input_ids=tokens.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                logits_processor=[_SeededChoice(samplings)],
+                # A base's generation_config.json may ask for sampling.
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                **stops,
+            )
+        return [self._cut(answer, stops) for answer in output[:, longest:].tolist()]
 
-    def _switched(self, with_adapter: bool) -> AbstractContextManager[None]:
-        if isinstance(self._model, PeftModel) and not with_adapter:
-            switched: AbstractContextManager[None] = self._model.disable_adapter()
-            return switched
-        return nullcontext()
+    def _cut(self, answer: list[int], stops: dict[str, Any]) -> Generated:
+        ends = stops["eos_token_id"] or []
+        end = next((place for place, token in enumerate(answer) if token in ends), None)
+        return Generated(
+            text=cast(str, self._tokenizer.decode(answer[:end], skip_special_tokens=True)),
+            num_tokens=len(answer[:end]),
+            finish_reason="length" if end is None else "stop",
+        )
 
     def _stop_tokens(self) -> dict[str, Any]:
         stop = self._model.generation_config.eos_token_id
@@ -304,39 +265,14 @@ class TextGenerator:
             "pad_token_id": min(ids, default=0) if pad is None else pad,
         }
 
-    def _check_length(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        context = self.context_length
-        if context is not None and num_prompt_tokens + num_new_tokens > context:
-            raise ValueError(
-                f"the prompt ({num_prompt_tokens} tokens) and `max_new_tokens` ({num_new_tokens}) "
-                f"exceed the model's context of {context}; shorten one of them."
-            )
-
 
 class _CallbackStreamer(TextStreamer):
-    """Hands decoded text on, and keeps it."""
+    """Hands decoded text on."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.pieces: list[str] = []
         self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive the next piece from transformers."""
-        self.pieces.append(text)
-        if self._on_text is not None:
-            self._on_text(text)
-
-
-def _choice(sampling: Sampling) -> dict[str, Any]:
-    # A base's generation_config.json may ask for sampling; what the user asked for decides.
-    if sampling.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 0,
-    }
+        self._on_text(text)
