@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.adapters.base import load_base_config, load_tokenizer
+from pacatune.adapters.base import empty_base, load_tokenizer
 from pacatune.data.read import read_rows
 from pacatune.pretrained import load_config
 
@@ -13,7 +13,7 @@ MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the
     ("load", "message"),
     [
         (lambda: load_config("nosuch/model"), f"`model.path` {MODEL}"),
-        (lambda: load_base_config("nosuch/model"), f"`model` {MODEL}"),
+        (lambda: empty_base("nosuch/model", task_type=None), f"`model` {MODEL}"),
         (lambda: load_tokenizer("nosuch/model"), f"`model` {MODEL}"),
         (lambda: list(read_rows("no/data")), r"`data.path` .* data set of the hub"),
         (lambda: list(read_rows("no/data", option="data.eval_path")), r"`data.eval_path` \('no/da"),

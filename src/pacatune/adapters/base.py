@@ -55,24 +55,16 @@ def replace_quantised(model: PreTrainedModel, original: nn.Module | None) -> Non
         backend = resolve_quantization_backend(module, **options)
         if backend is None:
             continue
-        weight = dequantized(backend, module, model.dtype)
+        weight, layer = dequantized(backend, module, model.dtype), layers.get(id(module))
         if original is not None:
-            columns = weight
-            weight = _weight_of(original, name).to(weight).clone()
-            if (layer := layers.get(id(module))) is not None:
-                for indices in layer.paca_indices.values():
-                    put_columns_(weight, indices, read_columns(columns, indices))
-        plain = _linear(weight, cast(Any, module).bias)
-        if (layer := layers.get(id(module))) is not None:
-            layer.base_layer, layer.quantization_backend = plain, None
-        else:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
-    _forget_quantisation(model)
-
-
-def _weight_of(original: nn.Module, name: str) -> Tensor:
-    return cast(Tensor, original.get_submodule(name.replace(".base_layer", "")).weight).detach()
+            columns, own = weight, original.get_submodule(name.replace(".base_layer", ""))
+            weight = cast(Tensor, own.weight).detach().to(columns).clone()
+            for indices in [] if layer is None else layer.paca_indices.values():
+                put_columns_(weight, indices, read_columns(columns, indices))
+        model.set_submodule(name, _linear(weight, cast(Any, module).bias))
+        if layer is not None:
+            layer.quantization_backend = None
+    cast(Any, model).hf_quantizer.remove_quantization_config(model)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -82,21 +74,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(weight), requires_grad=False)
     return plain
-
-
-def _forget_quantisation(model: Any) -> None:
-    """Let transformers save the model as one that was never quantised."""
-    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
-        if hasattr(model, name):
-            setattr(model, name, False)
-    for holder, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-        (model.config, "_pre_quantization_dtype"),  # transformers 4 would try to write it as JSON
-    ):
-        if hasattr(holder, name):
-            delattr(holder, name)
 
 
 DTypeName = Dtype | Literal["float64"]
@@ -132,11 +109,6 @@ def base_name(model: str | None, config: PeftConfig) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def load_base_config(name: str) -> Any:
-    """Load a base model's configuration; code that comes with a model is never run."""
-    return pretrained.load_config(name, option="model")
-
-
 def load_base(
     name: str,
     *,
@@ -153,8 +125,7 @@ def load_base(
     says.
     """
     target = choose_device(device)
-    config = _with_labels(load_base_config(name), num_labels)
-    model_class = _model_class(config, task_type, name)
+    config, model_class = _config_and_class(name, task_type, num_labels)
     wanted = dtype if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {}
     if quantization is not None and getattr(config, "quantization_config", None) is None:
@@ -173,8 +144,7 @@ def empty_base(
     name: str, *, task_type: str | None, num_labels: int | None = None
 ) -> PreTrainedModel:
     """Build a base model without weights, on the meta device: only its modules and shapes."""
-    config = _with_labels(load_base_config(name), num_labels)
-    model_class = _model_class(config, task_type, name)
+    config, model_class = _config_and_class(name, task_type, num_labels)
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
 
 
@@ -209,12 +179,6 @@ def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
         if entry["shape"][0] != own and entry["shape"][1:] == list(parameter.shape[1:]):
             return int(entry["shape"][0])
     return None
-
-
-def _with_labels(config: Any, num_labels: int | None) -> Any:
-    if num_labels is not None:
-        config.num_labels = num_labels
-    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
@@ -267,14 +231,17 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def _model_class(config: Any, task_type: str | None, name: str) -> Any:
+def _config_and_class(name: str, task_type: str | None, num_labels: int | None) -> tuple[Any, Any]:
+    config = pretrained.load_config(name, option="model")
+    if num_labels is not None:
+        config.num_labels = num_labels
     if task_type in _AUTO_CLASSES:
-        return getattr(transformers, _AUTO_CLASSES[task_type])
+        return config, getattr(transformers, _AUTO_CLASSES[task_type])
     if not config.architectures:
-        return transformers.AutoModel
+        return config, transformers.AutoModel
     model_class = getattr(transformers, config.architectures[0], None)
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        return model_class
+        return config, model_class
     raise ValueError(
         f"base model {name!r} is a {config.architectures[0]!r}, which transformers "
         f"{transformers.__version__} does not have; upgrade transformers. Models that bring their "

@@ -18,7 +18,6 @@ from pacatune.adapters.base import (
     base_name,
     find_tokenizer,
     load_base,
-    load_base_config,
 )
 from pacatune.adapters.fingerprint import (
     differing_modules,
@@ -35,28 +34,32 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import find_target
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
-from pacatune.names import nearest
+from pacatune.names import choose, nearest
 from pacatune.ops.row_groups import num_groups_of, rank_of
-from pacatune.pretrained import QUANTIZATIONS, check_quantizable
+from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.config import given_to
 from pacatune.tuner.layer import check_groups
-from pacatune.tuner.layout import ExpertsLayout
+from pacatune.tuner.layout import Layout
 
 _OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
 
 
 def check_base(
-    adapter: str | Path | Adapter, model: nn.Module, *, allow_other_base: bool = False
+    adapter: str | Path | Adapter | LoraAdapter,
+    model: nn.Module,
+    *,
+    allow_other_base: bool = False,
 ) -> list[str]:
     """Refuse a base model that the adapter was not trained on.
 
     Names and shapes of the adapted modules must fit. Beyond that the fingerprint decides, which
-    training stores with the adapter; without one, the name of the base.
+    training stores with the adapter; without one, the name of the base. Of a LoRA adapter nothing
+    is known that could be checked.
 
     Args:
-        adapter: A PaCA adapter or its folder.
+        adapter: A PaCA adapter or its folder, or a LoRA adapter that is open.
         model: The base, or a PEFT model around it; on the meta device weights are not compared.
         allow_other_base: Report a base of other weights or name as a note instead of an error.
 
@@ -66,6 +69,8 @@ def check_base(
     Raises:
         ValueError: If a module is missing or of another shape, or the base is another one.
     """
+    if isinstance(adapter, LoraAdapter):
+        return [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
     model = unwrap(model)
@@ -79,7 +84,7 @@ def check_base(
 
 def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, source: str) -> None:
     """Refuse a base without the modules of the adapter `source`, or with other sizes of them."""
-    for name, (delta, indices) in modules.items():
+    for name, update in modules.items():
         target = find_target(model, name)
         if target is None:
             found = dict(model.named_modules())
@@ -88,25 +93,20 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
                 f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
                 f"name is {nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
             )
-        out_features, in_features, *others = target.layout.file_shape
-        if list(delta.shape[2:]) != others:
-            what = "experts" if isinstance(target.layout, ExpertsLayout) else "a kernel of"
-            raise ValueError(
-                f"{source}: module {name!r} has {what} {tuple(delta.shape[2:])} in the adapter but "
-                f"{tuple(others)} in the base; the adapter belongs to another base."
-            )
-        if delta.shape[0] != out_features:
-            raise ValueError(
-                f"{source}: module {name!r} has out_features = {delta.shape[0]} in the adapter but "
-                f"{out_features} in the base; the adapter belongs to another base."
-            )
-        check_groups(num_groups_of(indices), target.layout, name)
-        if (last := int(indices.max())) >= in_features:
-            raise ValueError(
-                f"{source}: module {name!r} adapts column {last} but the base has "
-                f"in_features = {in_features}; indices must be below it. The adapter is damaged or "
-                "belongs to another base."
-            )
+        _check_sizes(name, update, target.layout, source)
+
+
+def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -> None:
+    (delta, indices), last = update, int(update.indices.max())
+    out_features, in_features, *others = layout.file_shape
+    needed = (out_features, delta.shape[1], *others)
+    if delta.shape != needed or last >= in_features:
+        raise ValueError(
+            f"{source}: module {name!r} has a delta of {tuple(delta.shape)} and columns up to "
+            f"{last}, but the base needs {needed} and has {in_features} columns; the adapter is "
+            "damaged or belongs to another base."
+        )
+    check_groups(num_groups_of(indices), layout, name)
 
 
 def _check_extra(adapter: Adapter, model: nn.Module) -> None:
@@ -223,21 +223,12 @@ def attach(
         ValueError: If the adapter does not belong to the base, or if what PEFT loaded is not
             what the file holds.
     """
-    notes = compare_base(adapter, model, allow_other_base=allow_other_base)
+    notes = check_base(adapter, model, allow_other_base=allow_other_base)
     with _loading(adapter, model):
         peft_model = PeftModel.from_pretrained(cast(Any, model), str(adapter.folder))
     if isinstance(adapter, Adapter):
         _check_loaded(peft_model, adapter)
     return peft_model.eval(), notes
-
-
-def compare_base(
-    adapter: Adapter | LoraAdapter, model: nn.Module, *, allow_other_base: bool = False
-) -> list[str]:
-    """Check the base of a PaCA adapter as `check_base` does; return notes for the user."""
-    if isinstance(adapter, Adapter):
-        return check_base(adapter, model, allow_other_base=allow_other_base)
-    return [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
 
 
 def load_values(peft_model: PeftModel, adapter: Adapter | LoraAdapter) -> None:
@@ -277,11 +268,7 @@ def answered_warnings() -> Iterator[None]:
 
 
 def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
-    layers = {
-        name: module
-        for name, module in peft_model.get_base_model().named_modules()
-        if isinstance(module, PacaLayer)
-    }
+    layers = _layers_of(peft_model, _ADAPTER_NAME)
     if odd := sorted(layers.keys() ^ adapter.modules.keys()):
         where = "configuration" if odd[0] in layers else "tensors"
         raise ValueError(
@@ -354,14 +341,12 @@ def load_language_model(
         raise ValueError(
             f"base model {name!r} has no tokenizer; put its tokenizer files into the folder."
         )
-    if quantization is not None:
-        _check_quantization(quantization, name)
     base = load_base(
         name,
         task_type="CAUSAL_LM",
         dtype=dtype,
         device=device,
-        quantization=_base_quantization(checked, quantization),
+        quantization=_base_quantization(checked, quantization, name),
     )
     if checked is None:
         return LoadedModel(model=base, tokenizer=tokenizer, name=name, adapter=None, notes=[])
@@ -369,35 +354,21 @@ def load_language_model(
     return LoadedModel(model=adapted, tokenizer=tokenizer, name=name, adapter=checked, notes=notes)
 
 
-def _check_quantization(wanted: str, base: str) -> None:
-    if wanted not in QUANTIZATIONS:
-        raise ValueError(
-            f"`quantization` ({wanted!r}) must be one of {', '.join(QUANTIZATIONS)}, or left out."
-        )
-    check_quantizable(wanted, load_base_config(base), base, option="quantization")
-
-
 def _base_quantization(
-    adapter: Adapter | LoraAdapter | None, wanted: str | None
+    adapter: Adapter | LoraAdapter | None, wanted: str | None, base: str
 ) -> dict[str, Any] | None:
     """Return the quantisation as `load_base` wants it: the adapter's own, or the one asked for."""
     trained: dict[str, Any] | None = getattr(adapter and adapter.config, "base_quantization", None)
-    if trained is None:
-        return None if wanted is None else _bitsandbytes(wanted)
     if wanted is None:
         return trained
-    if trained.get("type") != wanted:
+    wanted = choose(wanted, QUANTIZATIONS, option="quantization")
+    check_quantizable(wanted, load_config(base, option="model"), base, option="quantization")
+    if trained is not None and trained.get("type") != wanted:
         raise ValueError(
             f"`quantization` ({wanted!r}) is not the one that the adapter was trained on "
             f"({trained.get('type')!r}); leave it out."
         )
-    return trained
-
-
-def _bitsandbytes(kind: str) -> dict[str, Any]:
-    if kind == "int8":
-        return {"method": "bitsandbytes", "type": kind}
-    return {"method": "bitsandbytes", "type": kind, "block_size": 64, "double": True}
+    return trained or {"method": "bitsandbytes", "type": wanted, "block_size": 64, "double": True}
 
 
 # Replaces an adapter's values in a running model by those of a saved adapter.
@@ -422,7 +393,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     """
     adapter = read_adapter(folder)
     layers = _layers_of(model, adapter_name)
-    _check(layers, adapter, adapter_name)
+    _check_swap(layers, adapter, adapter_name)
     for name, layer in layers.items():
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
@@ -440,13 +411,13 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:
     return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
+        name: module
+        for name, module in unwrap(model).named_modules()
         if isinstance(module, PacaLayer) and adapter_name in module.r
     }
 
 
-def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) -> None:
+def _check_swap(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) -> None:
     if not layers:
         raise ValueError(f"`adapter_name` ({adapter_name!r}) is no adapter of this model.")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -458,13 +429,4 @@ def _check(layers: dict[str, PacaLayer], adapter: Adapter, adapter_name: str) ->
             f"one of them has {difference[:5]}. Load it under another name with `load_adapter`."
         )
     for name, layer in layers.items():
-        delta, indices = adapter.modules[name]
-        delta = layer.layout.from_file(delta)
-        check_groups(num_groups_of(indices), layer.layout, name)
-        shape = layer.layout.delta_shape(rank_of(indices))
-        if delta.shape != shape or int(indices.max()) >= layer.in_features:
-            raise ValueError(
-                f"{adapter.folder}: {name!r} has a delta of {tuple(delta.shape)} and columns up to "
-                f"{int(indices.max())}, but the layer needs {shape} and has {layer.in_features} "
-                "columns: it was made for another base model."
-            )
+        _check_sizes(name, adapter.modules[name], layer.layout, str(adapter.folder))

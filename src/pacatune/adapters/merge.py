@@ -17,7 +17,6 @@ from pacatune.adapters.base import (
     base_name,
     find_tokenizer,
     load_base,
-    load_base_config,
     num_labels_of,
     replace_quantised,
 )
@@ -34,6 +33,7 @@ from pacatune.adapters.target import read_target_columns
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
 from pacatune.precision import dtype_name
+from pacatune.pretrained import load_config
 from pacatune.tuner.compat import tied_weights
 from pacatune.tuner.quantized import Quantization
 
@@ -340,7 +340,7 @@ def _declare_untied(model: Any) -> None:
 
 
 def _refuse_quantised(name: str) -> None:
-    if getattr(load_base_config(name), "quantization_config", None) is not None:
+    if getattr(load_config(name, option="model"), "quantization_config", None) is not None:
         raise ValueError(
             f"base model {name!r} is saved quantised; merging would round every weight again. "
             "Give the original base that is not quantised, or merge onto the dequantised one "

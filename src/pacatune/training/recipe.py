@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import open_adapter
-from pacatune.adapters.loading import compare_base, load_values
+from pacatune.adapters.loading import check_base, load_values
 from pacatune.files.folder import explained_failure
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
@@ -242,7 +242,7 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if start is not None:
-        show_warnings(compare_base(start, model), console)
+        show_warnings(check_base(start, model), console)
     number = len(prepared.train) if has_length(prepared.train) else 0
     batches = share_of_batches(number, config, partial(task.collate, prepared.train))
     adapter_config = choose_from_data(
