@@ -103,95 +103,18 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     """
     folder = locate_folder(folder)
     config = read_json_object(find_file(folder, CONFIG_NAME))
-    method = config.get("peft_type")
+    method, alpha = config.get("peft_type"), _typed(config, "lora_alpha", int, float)
     if method in FILE_TYPES:
-        return _describe_paca(read_adapter(folder))
-    if not isinstance(method, str):
+        adapter = read_adapter(folder)
+        config, alpha = {**vars(adapter.config), "peft_type": "PACA"}, adapter.config.paca_alpha
+        modules, extra, notes = _paca_modules(adapter), adapter.extra, _paca_notes(adapter)
+    elif isinstance(method, str):
+        modules, extra = _lora_modules(find_tensors(folder), alpha)
+        notes = _lora_notes(config)
+    else:
         raise ValueError(
             f"{folder / CONFIG_NAME} gives `peft_type` = {method!r}; it must name a PEFT method."
         )
-    return _describe_other(folder, config, method)
-
-
-def _describe_paca(adapter: Adapter) -> AdapterReport:
-    config = adapter.config
-    modules = [
-        ModuleReport(
-            name=name,
-            rank=rank_of(indices),
-            scaling=adapter.scaling(name),
-            out_features=delta.shape[0],
-            num_parameters=delta.numel(),
-            update_norm=float(delta.double().norm()) * adapter.scaling(name),
-            columns=distinct_columns(indices).tolist(),
-            columns_of_groups=indices.tolist() if config.groups > 1 else None,
-        )
-        for name, (delta, indices) in adapter.modules.items()
-    ]
-    return _report(
-        folder=adapter.folder,
-        config={**vars(config), "peft_type": "PACA"},
-        modules=modules,
-        extra=adapter.extra,
-        alpha=config.paca_alpha,
-        notes=_paca_notes(adapter),
-    )
-
-
-def _describe_other(folder: Path, config: dict[str, Any], method: str) -> AdapterReport:
-    path = find_tensors(folder)
-    tensors = read_tensors(path)
-    check_finite(tensors, source=str(path))
-    modules, extra = [], dict(tensors)
-    alpha = _typed(config, "lora_alpha", int, float)
-    for key, factor_b in tensors.items():
-        name = key.removesuffix(".lora_B.weight")
-        factor_a = tensors.get(f"{name}.lora_A.weight")
-        if name == key or factor_a is None or not _is_product(factor_b, factor_a):
-            continue
-        del extra[key], extra[f"{name}.lora_A.weight"]
-        mixer = extra.pop(f"{name}.lora_mixer.weight", None)
-        if mixer is not None and mixer.shape == (factor_b.shape[1],) * 2:
-            factor_b = factor_b @ mixer.to(factor_b)
-        module_rank = factor_a.shape[0]
-        scaling = alpha / module_rank if alpha is not None and module_rank else 1.0
-        modules.append(
-            ModuleReport(
-                name=name.removeprefix(PEFT_PREFIX),
-                rank=module_rank,
-                scaling=scaling,
-                out_features=factor_b.shape[0],
-                num_parameters=factor_a.numel()
-                + factor_b.numel()
-                + (0 if mixer is None else mixer.numel()),
-                update_norm=scaling * _product_norm(factor_b, factor_a),
-                columns=None,
-            )
-        )
-    notes = [f"a {method} adapter: PEFT reads it without pacatune."]
-    if method == "MOSLORA":
-        notes = ["needs pacatune; can be exported as an exact LoRA adapter: `pacatune export`."]
-    if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
-        notes.append("its scaling follows options that are not read here; norms are approximate.")
-    return _report(
-        folder=folder,
-        config=config,
-        modules=modules,
-        extra=extra,
-        alpha=alpha,
-        notes=notes,
-    )
-
-
-def _report(
-    *,
-    folder: Path,
-    config: dict[str, Any],
-    modules: list[ModuleReport],
-    extra: dict[str, Tensor],
-    alpha: float | None,
-    notes: list[str],
-) -> AdapterReport:
     targets = _typed(config, "target_modules", str, list, set) or []
     rank = _typed(config, "r", int)
     # PEFT copies the frozen weight of an adapted embedding or head into the file.
@@ -216,6 +139,62 @@ def _report(
         file_bytes=find_tensors(folder).stat().st_size,
         notes=notes,
     )
+
+
+def _paca_modules(adapter: Adapter) -> list[ModuleReport]:
+    return [
+        ModuleReport(
+            name=name,
+            rank=rank_of(indices),
+            scaling=adapter.scaling(name),
+            out_features=delta.shape[0],
+            num_parameters=delta.numel(),
+            update_norm=float(delta.double().norm()) * adapter.scaling(name),
+            columns=distinct_columns(indices).tolist(),
+            columns_of_groups=indices.tolist() if adapter.config.groups > 1 else None,
+        )
+        for name, (delta, indices) in adapter.modules.items()
+    ]
+
+
+def _lora_modules(path: Path, alpha: float | None) -> tuple[list[ModuleReport], dict[str, Tensor]]:
+    """Return the modules whose factors a file holds, and its other tensors."""
+    extra = read_tensors(path)
+    check_finite(extra, source=str(path))
+    modules = []
+    for key, factor_b in list(extra.items()):
+        name = key.removesuffix(".lora_B.weight")
+        factor_a = extra.get(f"{name}.lora_A.weight")
+        if name == key or factor_a is None or not _is_product(factor_b, factor_a):
+            continue
+        parts = [extra.pop(key), extra.pop(f"{name}.lora_A.weight")]
+        mixer = extra.get(f"{name}.lora_mixer.weight")
+        if mixer is not None and mixer.shape == (factor_b.shape[1],) * 2:
+            factor_b = factor_b @ mixer.to(factor_b)
+            parts.append(extra.pop(f"{name}.lora_mixer.weight"))
+        module_rank = factor_a.shape[0]
+        scaling = alpha / module_rank if alpha is not None and module_rank else 1.0
+        modules.append(
+            ModuleReport(
+                name=name.removeprefix(PEFT_PREFIX),
+                rank=module_rank,
+                scaling=scaling,
+                out_features=factor_b.shape[0],
+                num_parameters=sum(part.numel() for part in parts),
+                update_norm=scaling * _product_norm(factor_b, factor_a),
+                columns=None,
+            )
+        )
+    return modules, extra
+
+
+def _lora_notes(config: dict[str, Any]) -> list[str]:
+    notes = [f"a {config['peft_type']} adapter: PEFT reads it without pacatune."]
+    if config["peft_type"] == "MOSLORA":
+        notes = ["needs pacatune; can be exported as an exact LoRA adapter: `pacatune export`."]
+    if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
+        notes.append("its scaling follows options that are not read here; norms are approximate.")
+    return notes
 
 
 def _paca_notes(adapter: Adapter) -> list[str]:
@@ -356,19 +335,13 @@ def compare(adapter_a: str | Path | Adapter, adapter_b: str | Path | Adapter) ->
     """
     a, b = (x if isinstance(x, Adapter) else read_adapter(x) for x in (adapter_a, adapter_b))
     updates_a, updates_b = _scaled(a), _scaled(b)
-    shared = [name for name in updates_a if name in updates_b]
-    modules, dot = [], 0.0
-    for name in shared:
-        sizes_a, sizes_b = (_sizes(updates[name]) for updates in (updates_a, updates_b))
-        if sizes_a != sizes_b:
-            raise ValueError(
-                f"module {name!r} has out_features and kernel {sizes_a} in {a.folder} but "
-                f"{sizes_b} in {b.folder}; only adapters of one base can be compared."
-            )
-        module, module_dot = _compare_module(name, a, b, updates_a[name], updates_b[name])
-        modules.append(module)
-        dot += module_dot
+    modules = [
+        _compare_module(name, a, b, updates_a[name], updates_b[name])
+        for name in updates_a
+        if name in updates_b
+    ]
     norm_a, norm_b = _norm(updates_a), _norm(updates_b)
+    dot = sum(module.cosine * module.norm_a * module.norm_b for module in modules)
     return Comparison(
         modules=modules,
         only_a=[name for name in updates_a if name not in updates_b],
@@ -381,7 +354,13 @@ def compare(adapter_a: str | Path | Adapter, adapter_b: str | Path | Adapter) ->
 
 def _compare_module(
     name: str, a: Adapter, b: Adapter, update_a: Tensor, update_b: Tensor
-) -> tuple[ModuleComparison, float]:
+) -> ModuleComparison:
+    sizes_a, sizes_b = ((*one.shape[:1], *one.shape[2:]) for one in (update_a, update_b))
+    if sizes_a != sizes_b:
+        raise ValueError(
+            f"module {name!r} has out_features and kernel {sizes_a} in {a.folder} but {sizes_b} in "
+            f"{b.folder}; only adapters of one base can be compared."
+        )
     # Only shared columns meet in the dot product; elsewhere one of the two updates is zero.
     update_a, indices_a = joined_groups(update_a, a.modules[name].indices)
     update_b, indices_b = joined_groups(update_b, b.modules[name].indices)
@@ -390,7 +369,7 @@ def _compare_module(
     # Both index lists are sorted, so the shared columns come in the same order.
     dot = float((update_a[:, in_b] * update_b[:, in_a]).sum())
     norm_a, norm_b = float(update_a.norm()), float(update_b.norm())
-    comparison = ModuleComparison(
+    return ModuleComparison(
         name=name,
         rank_a=len(indices_a),
         rank_b=len(indices_b),
@@ -399,7 +378,6 @@ def _compare_module(
         norm_a=norm_a,
         norm_b=norm_b,
     )
-    return comparison, dot
 
 
 def _scaled(adapter: Adapter) -> dict[str, Tensor]:
@@ -407,11 +385,6 @@ def _scaled(adapter: Adapter) -> dict[str, Tensor]:
         name: update.delta.double() * adapter.scaling(name)
         for name, update in adapter.modules.items()
     }
-
-
-def _sizes(update: Tensor) -> tuple[int, ...]:
-    """All sizes but the rank."""
-    return (*update.shape[:1], *update.shape[2:])
 
 
 def _norm(updates: dict[str, Tensor]) -> float:
