@@ -1,13 +1,13 @@
 """Open an adapter folder that a stranger made, without its base model."""
 
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
 from pacatune.files.json_file import read_json_object
@@ -57,11 +57,16 @@ def read_config(path: Path) -> PacaOptions:
     for key, value in config.items():
         if key not in known:
             raise ValueError(_unknown_key(key, known, path))
-        if not _fits(value, hints[key]):
+        if key in ("paca_alpha", "alpha_pattern"):
+            continue  # PacaOptions checks these, and takes whole numbers
+        try:
+            type_validator(key, value, hints[key])
+        except TypeError as error:
+            must = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
             raise ValueError(
                 f"{path} gives `{key}` = {str(value)[:80]!r} ({type(value).__name__}); "
-                f"it must be {_describe(hints[key])}."
-            )
+                f"it must be {must}."
+            ) from error
     task = config.get("task_type")
     if task is not None and task not in _TASK_TYPES:
         raise ValueError(
@@ -115,40 +120,6 @@ def _unknown_key(key: str, known: set[str], path: Path) -> str:
         f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {near!r}. "
         "Correct or remove it; if a newer version of pacatune or PEFT wrote it, upgrade."
     )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type; an int is a float, a bool is no int."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict or hint is dict:
-        value_hint = arguments[1] if arguments else Any
-        return isinstance(value, dict) and all(_fits(item, value_hint) for item in value.values())
-    if hint is Any:
-        return True
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if hint is type(None):
-        return "null"
-    if origin is list:
-        return f"a list of {_describe(arguments[0])}"
-    if origin is dict or hint is dict:
-        return "an object" if not arguments else f"an object of {_describe(arguments[1])}"
-    return str(getattr(hint, "__name__", hint))
 
 
 SIDECAR_NAME = "pacatune.json"
@@ -281,14 +252,14 @@ def find_tensors(folder: Path) -> Path:
     return find_file(folder, TENSORS_NAME)
 
 
-def module_rank(config: PacaOptions, module: str) -> int:
+def module_rank(config: "PacaOptions | LoraConfig", module: str) -> int:
     """Return the rank that the configuration gives a module, `rank_pattern` included."""
-    return int(_lookup(config.rank_pattern, module, config.r))
+    return int(pattern_value(config.rank_pattern, module, config.r))
 
 
 def module_alpha(config: PacaOptions, module: str) -> float:
     """Return the alpha that the configuration gives a module, `alpha_pattern` included."""
-    return float(_lookup(config.alpha_pattern, module, config.paca_alpha))
+    return float(pattern_value(config.alpha_pattern, module, config.paca_alpha))
 
 
 def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
@@ -309,7 +280,8 @@ def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, sou
             )
 
 
-def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Return the value of the first pattern that fits a module's name, else the default."""
     key = matching_key(patterns, target_of(module))
     return default if key is None else patterns[key]
 
