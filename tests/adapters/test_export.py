@@ -14,6 +14,7 @@ from pacatune.adapters.export import export_limit, export_lora, lora_config
 from pacatune.adapters.export_factors import column_selector
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
+from pacatune.adapters.probe import OutputError, check_outputs
 from tests.adapters.fixtures import save_adapter
 from tests.conftest import build_model
 from tools.families import FAMILIES
@@ -257,7 +258,7 @@ def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path
 
     monkeypatch.setattr(export_module, "_run_plain_peft", outputs)
     with pytest.raises(
-        ValueError, match=r"PEFT the outputs differ from the adapter's by .* \(1\.0e"
+        ValueError, match=r"plain PEFT's outputs differ from the adapter's by .* \(1\.0e"
     ):
         export_lora(None, adapter_dir, tmp_path / "lora", verify=True)
     assert not (tmp_path / "lora").exists()
@@ -332,4 +333,7 @@ def test_a_folder_in_use_is_refused(adapter_copy):
     ],
 )
 def test_what_rounding_explains(effect, dtype, limit):
-    assert export_limit([torch.tensor([-10.0, 3])], effect, dtype) == pytest.approx(limit, rel=1e-3)
+    rounding = export_limit([torch.tensor([-10.0, 3])], effect, dtype)
+    exact = OutputError(max_absolute=0.0, max_relative=0.0)
+    kept = check_outputs(exact, rounding, effect, whose="", dtype=dtype, fix="")
+    assert kept == pytest.approx(limit, rel=1e-3)

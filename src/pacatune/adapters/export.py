@@ -24,6 +24,7 @@ import torch
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import (
     innermost,
@@ -34,38 +35,33 @@ from pacatune.adapters.base import (
     quantization_config,
 )
 from pacatune.adapters.export_factors import (
-    ExportPlan,
     convolution_notes,
     convolution_patterns,
     lora_factors,
-    plain_lora_config,
-    refuse_extra,
     rounded_factor,
 )
-from pacatune.adapters.export_moslora import plan_moslora
+from pacatune.adapters.export_moslora import FoldedAdapter, fold_mixers
 from pacatune.adapters.folder import (
     CONFIG_NAME,
     Adapter,
     LoraAdapter,
     is_parameter,
-    locate_folder,
-    module_alpha,
-    read_adapter,
+    module_rank,
+    open_adapter,
 )
 from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.probe import (
     OutputError,
+    check_outputs,
     output_error,
     output_size,
     probe_inputs,
     run_probe,
 )
 from pacatune.files.folder import check_output, staged_folder
-from pacatune.files.json_file import read_json_object
-from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
-from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME, ColumnUpdate
+from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
 from pacatune.ops.row_groups import distinct_columns, rank_of
 from pacatune.precision import torch_dtype
 from pacatune.tuner.quantized import Quantization
@@ -108,19 +104,15 @@ def compare_with_plain_peft(
     del model, peft_model  # the other process needs the memory for its own copy
     outputs = _run_plain_peft(base, model_class, lora_folder, inputs, quantization, num_labels)
     error = output_error(reference, outputs)
-    limit = export_limit(reference, output_error(plain, reference).max_absolute, dtype)
-    # Written so that NaN fails.
-    if not error.max_absolute <= limit:
-        fix = (
-            "Another package may have changed PEFT."
-            if dtype == "float32"
-            else "Export in more bits: `dtype`=float32 (--dtype float32)."
-        )
-        raise ValueError(
-            f"in plain PEFT the outputs differ from the adapter's by {error.max_absolute:.1e} "
-            f"({error.max_relative:.1e} of their size), and rounding to {dtype} explains "
-            f"{limit:.1e} at most; nothing was written. {fix}"
-        )
+    effect = output_error(plain, reference).max_absolute
+    limit = check_outputs(
+        error,
+        export_limit(reference, effect, dtype),
+        effect,
+        whose="plain PEFT's",
+        dtype=dtype,
+        fix="Export in more bits (--dtype float32), or go without --verify.",
+    )
     return error, limit
 
 
@@ -130,8 +122,7 @@ def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
     `effect` is the adapter's largest absolute change of the outputs, `reference`.
     """
     rounding = _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
-    limit = _ARITHMETIC * output_size(reference) + rounding
-    return min(limit, effect / 2) if effect else limit
+    return _ARITHMETIC * output_size(reference) + rounding
 
 
 def _repeatable(adapter: Adapter | LoraAdapter) -> Quantization | None:
@@ -249,92 +240,83 @@ def export_lora(
             "`verify` loads the base in a new process, which has no model that is given itself; "
             "give its folder or hub id, or go without `verify`."
         )
-    folder = locate_folder(adapter)
-    if read_json_object(find_file(folder, CONFIG_NAME)).get("peft_type") == "MOSLORA":
-        plan = plan_moslora(folder, model, torch_dtype(dtype), keep_extra=keep_extra)
-    else:
-        plan = _plan_paca(
-            folder,
-            model,
-            torch_dtype(dtype),
-            keep_extra=keep_extra,
-            allow_other_base=allow_other_base,
+    opened = open_adapter(adapter)
+    found = opened if isinstance(opened, Adapter) else fold_mixers(opened)
+    if found.extra and not keep_extra:
+        method = "PaCA" if isinstance(found, Adapter) else "MosLoRA"
+        raise ValueError(
+            f"{found.folder} also holds {len(found.extra)} tensors that are not {method}'s, first "
+            f"{next(iter(found.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
+            "`keep_extra` (--keep-extra) to carry them over for PEFT, or merge the adapter instead."
         )
-    num_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
+    name, base = named_base(model, found)
+    if isinstance(found, Adapter):
+        notes = check_base(found, base, allow_other_base=allow_other_base)
+    else:
+        notes = found.check_base(base)
+    tensors, rounding = _lora_tensors(found, base, torch_dtype(dtype))
+    config = lora_config(found, base, name, keep_extra=keep_extra)
+    config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     error = limit = None
     with staged_folder(output, num_bytes) as staging:
-        text = json.dumps(plan.config, indent=2, sort_keys=True)
+        text = json.dumps(config, indent=2, sort_keys=True)
         (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        write_tensors(plan.tensors, staging / TENSORS_NAME)
+        write_tensors(tensors, staging / TENSORS_NAME)
         if verify:
             error, limit = compare_with_plain_peft(
-                plan.base, plan.adapter, staging, dtype, device, allow_other_base
+                name, found, staging, dtype, device, allow_other_base
             )
     return ExportResult(
         output=output,
-        base=plan.base,
-        num_modules=plan.num_modules,
+        base=name,
+        num_modules=len(found.modules),
         num_bytes=num_bytes,
-        rounding=plan.rounding,
+        rounding=rounding,
         error=error,
         limit=limit,
-        notes=plan.notes,
-    )
-
-
-def _plan_paca(
-    folder: Path,
-    model: str | nn.Module | None,
-    dtype: torch.dtype,
-    *,
-    keep_extra: bool,
-    allow_other_base: bool,
-) -> ExportPlan:
-    checked = read_adapter(folder)
-    if not keep_extra:
-        what = f"(`modules_to_save` = {checked.config.modules_to_save}, `bias` = "
-        what += f"{checked.config.bias!r})"
-        refuse_extra(checked.folder, list(checked.extra), "PaCA", what)
-    name, base = named_base(model, checked)
-    notes = check_base(checked, base, allow_other_base=allow_other_base)
-    tensors, rounding = _lora_tensors(checked, base, dtype)
-    if not keep_extra:
-        assert all(re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key) for key in tensors)
-    config = lora_config(checked, base, name, keep_extra=keep_extra)
-    config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
-    return ExportPlan(
-        adapter=checked,
-        base=name,
-        num_modules=len(checked.modules),
-        config=config,
-        tensors=tensors,
-        rounding=rounding,
         notes=[
             *notes,
-            *_pattern_notes(checked),
+            *_pattern_notes(found),
             *convolution_notes(tensors),
-            *_quantization_notes(checked),
+            *_quantization_notes(found),
         ],
     )
 
 
 def lora_config(
-    adapter: Adapter, base: nn.Module, name: str, *, keep_extra: bool = False
+    adapter: Adapter | FoldedAdapter, base: nn.Module, name: str, *, keep_extra: bool = False
 ) -> dict[str, Any]:
     """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows."""
-    config = adapter.config
+    config: Any = adapter.config
     parameters = sorted(name for name in adapter.modules if is_parameter(config, name))
     targets = {target_of(name) for name in adapter.modules.keys() - set(parameters)}
-    modules = [innermost(base.get_submodule(name)) for name in targets]
     rank, alpha = rank_and_alpha(adapter)
-    result = plain_lora_config(config, name, rank, alpha) | {
+    result = {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path or name or None,
+        "revision": config.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
         "target_modules": _exact_targets(sorted(targets), base),
-        "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in modules),
+        "fan_in_fan_out": any(
+            isinstance(innermost(base.get_submodule(name)), Conv1D) for name in targets
+        ),
         "bias": "none",
         "modules_to_save": None,
     }
     if parameters:
         result["target_parameters"] = parameters
+    if getattr(config, "lora_bias", False):
+        result["lora_bias"] = True
     if keep_extra:
         result["bias"] = "lora_only" if config.bias == "paca_only" else config.bias
         result["modules_to_save"] = config.modules_to_save
@@ -343,31 +325,35 @@ def lora_config(
     return result
 
 
-def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
+def rank_and_alpha(adapter: Adapter | FoldedAdapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
     A module's rank is its number of distinct columns, more than its own with row groups. Alpha
     gives the scaling of the module with the largest rank; if that is no whole number above 0, which
     some servers need, it is the rank.
     """
-    ranks = _linear_ranks(adapter) or {n: _rank(u) for n, u in adapter.modules.items()}
+    config = adapter.config
+    ranks = _linear_ranks(adapter) or {name: module_rank(config, name) for name in adapter.modules}
     largest = max(ranks, key=lambda name: ranks[name])
-    own = rank_of(adapter.modules[largest].indices)
-    alpha = module_alpha(adapter.config, largest)
-    if own != ranks[largest]:
-        alpha *= ranks[largest] / own
-    return ranks[largest], int(alpha) if alpha.is_integer() and alpha > 0 else ranks[largest]
+    rank, scaling = ranks[largest], adapter.scaling(largest)
+    alpha = round(scaling * rank)
+    return rank, alpha if alpha > 0 and alpha / rank == scaling else rank
 
 
 def _lora_tensors(
-    adapter: Adapter, base: nn.Module, dtype: torch.dtype
+    adapter: Adapter | FoldedAdapter, base: nn.Module, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], float]:
+    """Return the tensors of the LoRA adapter, and the largest relative rounding of a factor."""
     tensors, rounding = dict(adapter.extra), 0.0
     rank, alpha = rank_and_alpha(adapter)
-    for name, (delta, _) in adapter.modules.items():
-        is_scaled = adapter.scaling(name) != alpha / rank
-        exact = delta.double() * (adapter.scaling(name) * rank / alpha if is_scaled else 1)
-        for key, factor in lora_factors(adapter, base, name, exact, rank).items():
+    for name in adapter.modules:
+        scaling = adapter.scaling(name)
+        times = 1 if scaling == alpha / rank else scaling * rank / alpha
+        if isinstance(adapter, Adapter):
+            factors = lora_factors(adapter, base, name, times, rank)
+        else:
+            factors = adapter.factors(name, times, rank)
+        for key, factor in factors.items():
             where = f"{adapter.folder}: module {name!r}"
             tensors[PEFT_PREFIX + key], error = rounded_factor(factor, dtype, where)
             rounding = max(rounding, error)
@@ -385,13 +371,24 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
     return sorted(_find_minimal_target_modules(names, others))
 
 
-def _pattern_notes(adapter: Adapter) -> list[str]:
+def _linear_ranks(adapter: Adapter | FoldedAdapter) -> dict[str, int]:
+    """Return the ranks of all modules but convolutions."""
+    if isinstance(adapter, FoldedAdapter):
+        return {name: module_rank(adapter.config, name) for name in adapter.modules}
+    return {
+        name: len(distinct_columns(update.indices))
+        for name, update in adapter.modules.items()
+        if update.delta.ndim == 2 or is_parameter(adapter.config, name)
+    }
+
+
+def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
     rank, alpha = rank_and_alpha(adapter)
     notes = []
-    if adapter.config.groups > 1:
+    if isinstance(adapter, Adapter) and (groups := adapter.config.groups) > 1:
         own = max(rank_of(update.indices) for update in adapter.modules.values())
         notes.append(
-            f"{adapter.config.groups} row groups of {own} columns: as LoRA the rank is {rank}, the "
+            f"{groups} row groups of {own} columns: as LoRA the rank is {rank}, the "
             f"number of distinct columns, and B holds {rank / own:.1f} times the numbers, most of "
             "them zeros; a server must allow that rank."
         )
@@ -405,23 +402,10 @@ def _pattern_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _linear_ranks(adapter: Adapter) -> dict[str, int]:
-    return {
-        name: _rank(update)
-        for name, update in adapter.modules.items()
-        if update.delta.ndim == 2 or is_parameter(adapter.config, name)
-    }
-
-
-def _rank(update: ColumnUpdate) -> int:
-    return len(distinct_columns(update.indices))
-
-
-def _quantization_notes(adapter: Adapter) -> list[str]:
-    quantization = adapter.config.base_quantization
-    if quantization is None:
+def _quantization_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
+    if not isinstance(adapter, Adapter) or adapter.config.base_quantization is None:
         return []
-    base = f"a base quantised as {format_quantization(quantization)!r}"
+    base = f"a base quantised as {format_quantization(adapter.config.base_quantization)!r}"
     if adapter.config.columns_from == "original":
         return [f"its columns start from the original weights: right on {base}, and on no other."]
     return [f"trained on {base}: serve it there; elsewhere outputs differ by that rounding."]

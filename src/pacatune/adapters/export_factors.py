@@ -11,15 +11,12 @@ A layer of lower rank than another is filled up with zeros.
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import Adapter, LoraAdapter
+from pacatune.adapters.folder import Adapter
 from pacatune.adapters.target import target_of_module
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
@@ -34,55 +31,6 @@ from pacatune.tuner.layout import (
     is_transposed,
     takes_all_tokens,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportPlan:
-    """What is to be written."""
-
-    adapter: Adapter | LoraAdapter
-    """The original."""
-    base: str
-    """Its base."""
-    num_modules: int
-    """Adapted modules."""
-    config: dict[str, Any]
-    """The adapter_config.json."""
-    tensors: dict[str, Tensor]
-    """By their names in the file."""
-    rounding: float
-    """Largest relative error of a factor, in the Frobenius norm."""
-    notes: list[str]
-    """What the user should know."""
-
-
-def plain_lora_config(config: Any, name: str, rank: int, alpha: int) -> dict[str, Any]:
-    """Return what every LoRA adapter's adapter_config.json says, by an adapter's own of `name`."""
-    return {
-        "peft_type": "LORA",
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path or name or None,
-        "revision": config.revision,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def refuse_extra(folder: Path, names: Sequence[str], method: str, what: str = "") -> None:
-    """Refuse tensors that LoRA servers do not load."""
-    if names:
-        raise ValueError(
-            f"{folder} also holds {len(names)} tensors that are not {method}'s, first {names[0]!r} "
-            f"{what}; vLLM and most LoRA servers do not load them. Pass `keep_extra` "
-            "(--keep-extra) to carry them over for PEFT, or merge the adapter instead."
-        )
 
 
 def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
@@ -104,16 +52,18 @@ def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tens
 
 
 def lora_factors(
-    adapter: Adapter, base: nn.Module, name: str, update: Tensor, rank: int
+    adapter: Adapter, base: nn.Module, name: str, times: float, rank: int
 ) -> dict[str, Tensor]:
     """Return the factors of one layer by their names in PEFT's file, without its prefix.
 
+    They are exact: in float64, the update multiplied by `times`, filled up to the rank.
     Row groups have one row of A for each of their distinct columns, and zeros in B where a group
     does not train it.
     """
     found = target_of_module(base, name)
     layout = found.layout
-    update, indices = joined_groups(update, adapter.modules[name].indices)
+    delta, indices = adapter.modules[name]
+    update, indices = joined_groups(delta.double() * times, indices)
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")
         factors = convolution_factors(update, indices, layout.in_features, layout.groups)

@@ -102,3 +102,33 @@ def output_error(reference: list[Tensor], candidate: list[Tensor]) -> OutputErro
 def output_size(outputs: list[Tensor]) -> float:
     """Return the largest absolute output of all probes."""
     return max(float(output.abs().max()) for output in outputs)
+
+
+def check_outputs(
+    error: OutputError, limit: float, effect: float, *, whose: str, dtype: str, fix: str
+) -> float:
+    """Refuse outputs that are not those of the adapter; return the largest difference allowed.
+
+    Args:
+        error: How far they are from the adapter's.
+        limit: What rounding to `dtype` explains, absolutely; infinite where nobody knows.
+        effect: Largest absolute change of the outputs by the adapter, of which half is allowed at
+            most; 0 where it changes nothing.
+        whose: Begins the message.
+        dtype: What was rounded to.
+        fix: Ends the message where rounding takes too much of the adapter away.
+    """
+    found = f"{whose} outputs differ from the adapter's by {error.max_absolute:.1e}"
+    # Both written so that NaN fails.
+    if not error.max_absolute <= limit:
+        raise ValueError(
+            f"{found} ({error.max_relative:.1e} of their size), and rounding to {dtype} explains "
+            f"{limit:.1e} at most; nothing was written. Another package may have changed PEFT or "
+            "transformers: compare with a fresh environment."
+        )
+    if effect and not error.max_absolute <= effect / 2:
+        raise ValueError(
+            f"{found} by rounding to {dtype}, more than half of what the adapter changes "
+            f"({effect:.1e}); nothing was written. {fix}"
+        )
+    return min(limit, effect / 2) if effect else limit
