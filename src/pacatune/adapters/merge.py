@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,15 +21,20 @@ from pacatune.adapters.base import (
     replace_quantised,
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
-from pacatune.adapters.loading import answered_warnings, attach, check_shapes
+from pacatune.adapters.loading import answered_warnings, attach
 from pacatune.adapters.probe import (
     OutputError,
+    check_outputs,
     output_error,
     output_size,
     probe_inputs,
     run_probe,
 )
-from pacatune.adapters.target import read_target_columns
+from pacatune.adapters.target import (
+    adapted_target_columns,
+    read_target_columns,
+    target_of_module,
+)
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
 from pacatune.precision import dtype_name
@@ -40,16 +45,11 @@ from pacatune.tuner.quantized import Quantization
 _FACTOR = 4  # docs/decisions.md has what was measured.
 
 
-def check_columns(model: nn.Module, adapter: Adapter, pretrained: dict[str, Tensor]) -> None:
-    """Hold every merged column against round(W + scaling * delta); W is in `pretrained`."""
-    for name, (delta, indices) in adapter.modules.items():
-        merged = read_target_columns(model, name, indices)
-        update = delta.to(merged.device, torch.float64) * adapter.scaling(name)
-        expected = pretrained[name].double() + update
-        # A float32 sum rounds its product first, so it may be off by 1.5 units in the last place.
-        info = torch.finfo(merged.dtype)
-        allowed = 2 * info.eps * torch.maximum(expected.abs(), pretrained[name].abs().double())
-        if not ((merged.double() - expected).abs() <= allowed + info.eps * info.tiny).all():
+def check_columns(model: nn.Module, adapter: Adapter, expected: dict[str, Tensor]) -> None:
+    """Hold every merged column against what it must be, bit for bit."""
+    for name, columns in expected.items():
+        merged = read_target_columns(target_of_module(model, name), adapter.modules[name].indices)
+        if not torch.equal(merged, columns):
             raise ValueError(
                 f"module {name!r}: the merged columns are not W + scaling * delta in "
                 f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
@@ -77,32 +77,6 @@ def rounding_limit(
     # Of few outputs (one score a probe) all may stay as they are by chance.
     unit = torch.finfo(next(model.parameters()).dtype).eps * output_size(outputs)
     return _FACTOR * max(change, unit)
-
-
-def check_outputs(
-    error: OutputError, limit: float, effect: float, dtype: str, onto: MergeBase
-) -> float:
-    """Refuse a merged model whose outputs are not those of the adapter; return the limit kept.
-
-    `limit` is that of `rounding_limit`, infinite where weights are rounded to few bits; `effect` is
-    the largest absolute change of the outputs by the adapter, of which half is allowed at most.
-    """
-    found = f"the merged model's outputs differ from the unmerged ones by {error.max_absolute:.1e}"
-    # Both written so that NaN fails.
-    if not error.max_absolute <= limit:
-        raise ValueError(
-            f"{found} ({error.max_relative:.1e} of their size), and rounding to {dtype} explains "
-            f"{limit:.1e} at most; nothing was written. Another package may have changed PEFT or "
-            "transformers: compare with a fresh environment."
-        )
-    if effect and not error.max_absolute <= effect / 2:
-        fix = "--base dequantized" if onto == "nf4" else "--dtype float32"
-        raise ValueError(
-            f"{found} by rounding to {dtype}, more than half of what the adapter changes "
-            f"({effect:.1e}); nothing was written. Merge with {fix}, serve the adapter unmerged, "
-            "or take the loss unmeasured with --no-verify."
-        )
-    return min(limit, effect / 2) if effect else limit
 
 
 def notes_on_change(change: float, effect: float, onto: MergeBase) -> list[str]:
@@ -210,11 +184,13 @@ def merge(
     tokenizer = find_tokenizer(name, checked.folder)
     inputs = probe_inputs(base, tokenizer) if verify else []
     original = load() if onto == "original" and quantization is not None else None
-    merged = _merge_in_memory(base, checked, inputs, allow_other_base, onto, original)
-    num_bytes = sum(parameter.nbytes for parameter in base.parameters())
-    del base, original  # or they would stay in memory beside the model that is read back
+    written, merged = _merge_in_memory(base, checked, inputs, allow_other_base, onto, original)
+    del base, original
+    num_bytes = sum(parameter.nbytes for parameter in written.parameters())
     with staged_folder(output, num_bytes) as staging:
-        name_of_dtype = dtype_name(merged.write(staging))
+        name_of_dtype = dtype_name(written.dtype)
+        written.save_pretrained(staging)
+        del written  # or it would stay in memory beside the model that is read back
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         error = limit = None
@@ -223,9 +199,16 @@ def merge(
             outputs = run_probe(written, inputs)
             error = output_error(merged.expected, outputs)
             is_requantised = onto == "nf4"
-            limit = math.inf if is_requantised else rounding_limit(written, inputs, outputs)
-            rounded_to = "nf4 again" if is_requantised else name_of_dtype
-            limit = check_outputs(error, limit, merged.effect, rounded_to, onto)
+            fix = "--base dequantized" if is_requantised else "--dtype float32"
+            limit = check_outputs(
+                error,
+                math.inf if is_requantised else rounding_limit(written, inputs, outputs),
+                merged.effect,
+                whose="the merged model's",
+                dtype="nf4 again" if is_requantised else name_of_dtype,
+                fix=f"Merge with {fix}, serve the adapter unmerged, or take the loss unmeasured "
+                "with --no-verify.",
+            )
             merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
     return MergeResult(
         output=output,
@@ -241,11 +224,9 @@ def merge(
     )
 
 
-@dataclass(kw_only=True)
-class _Merged:
-    """A merged model that has not been written yet, and what it is measured against."""
+class _Merged(NamedTuple):
+    """What a merged model is measured against."""
 
-    model: PreTrainedModel | None
     num_modules: int
     expected: list[Tensor]
     """Outputs that the written model must have: the unmerged ones, on the base that is written."""
@@ -253,14 +234,6 @@ class _Merged:
     base_change: float
     """How far that base alone moves the unmerged outputs."""
     notes: list[str]
-
-    def write(self, folder: Path) -> torch.dtype:
-        """Save the model, let go of it, and return its dtype."""
-        assert self.model is not None
-        dtype = cast(torch.dtype, self.model.dtype)
-        self.model.save_pretrained(folder)
-        self.model = None
-        return dtype
 
 
 def _choose_base(onto: MergeBase | None, quantization: Quantization | None) -> MergeBase:
@@ -287,41 +260,34 @@ def _merge_in_memory(
     allow_other_base: bool,
     onto: MergeBase,
     original: PreTrainedModel | None,
-) -> _Merged:
+) -> tuple[PreTrainedModel, _Merged]:
     plain = run_probe(base, inputs)
-    if isinstance(adapter, Adapter):
-        check_shapes(adapter.modules, base, source=str(adapter.folder))
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
     unmerged = run_probe(peft_model, inputs)
     num_modules = sum(isinstance(module, BaseTunerLayer) for module in peft_model.modules())
     expected = unmerged
     if onto == "dequantized" or original is not None:
         replace_quantised(base, original)
-        if original is not None or _rounds_inputs(adapter):
+        quantization = getattr(adapter.config, "base_quantization", None) or {}
+        # Of int8 the layers round activations too, which no merged model repeats.
+        if original is not None or quantization.get("type") == "int8":
             expected = run_probe(peft_model, inputs)
-    pretrained = {}
+    columns = {}
     if isinstance(adapter, Adapter) and onto != "nf4":
-        for name, update in adapter.modules.items():
-            pretrained[name] = read_target_columns(base, name, update.indices)
+        for name in adapter.modules:
+            columns[name] = adapted_target_columns(target_of_module(base, name), adapter, name)
     with answered_warnings():
         merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
-    if isinstance(adapter, Adapter) and onto != "nf4":
-        check_columns(merged, adapter, pretrained)
+    if isinstance(adapter, Adapter):
+        check_columns(merged, adapter, columns)
     _declare_untied(merged)
-    return _Merged(
-        model=merged,
+    return merged, _Merged(
         num_modules=num_modules,
         expected=expected,
         effect=output_error(plain, unmerged).max_absolute if inputs else 0.0,
         base_change=output_error(unmerged, expected).max_absolute if inputs else 0.0,
         notes=notes,
     )
-
-
-def _rounds_inputs(adapter: Adapter | LoraAdapter) -> bool:
-    """Whether the quantised layers round activations too, which no merged model repeats."""
-    quantization = getattr(adapter.config, "base_quantization", None) or {}
-    return bool(quantization.get("type") == "int8")
 
 
 def _declare_untied(model: Any) -> None:

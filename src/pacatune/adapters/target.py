@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pacatune.adapters.base import innermost
+from pacatune.adapters.folder import Adapter
+from pacatune.ops.columns import adapted_columns
 from pacatune.tuner.layout import Layout, layout_of
 
 
@@ -45,9 +47,15 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
     return found
 
 
-def read_target_columns(model: nn.Module, name: str, indices: Tensor) -> Tensor:
-    """Return what a weight of the base holds in some columns, in the shape of a file's update."""
-    target = target_of_module(model, name)
+def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
+    """Return what a weight of the base holds in some columns, in its order of dimensions."""
     weight: Tensor = getattr(target.module, target.parameter_name).detach()
-    columns = target.layout.read_columns(weight, indices.to(weight.device))
-    return target.layout.to_file(target.layout.oriented(columns))
+    return target.layout.read_columns(weight, indices.to(weight.device))
+
+
+def adapted_target_columns(target: BaseWeight, adapter: Adapter, name: str) -> Tensor:
+    """Return what an adapter makes of its columns of a weight; the bits are those of a merge."""
+    delta, indices = adapter.modules[name]
+    columns = read_target_columns(target, indices)
+    update = target.layout.oriented(target.layout.from_file(delta.float()))  # as a layer holds it
+    return adapted_columns(columns, update.to(columns.device), adapter.scaling(name))

@@ -17,14 +17,13 @@ from pacatune.adapters.folder import (
     read_adapter,
 )
 from pacatune.adapters.loading import check_base, check_shapes
-from pacatune.adapters.target import BaseWeight, target_of_module
+from pacatune.adapters.target import BaseWeight, adapted_target_columns, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
-from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
@@ -213,11 +212,7 @@ def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> Column
 
 
 def _new_columns(weight: Tensor, found: BaseWeight, adapter: Adapter, module: str) -> Tensor:
-    delta, indices = adapter.modules[module]
-    layout = found.layout
-    update = layout.oriented(layout.from_file(delta.float()))  # as a layer holds it
-    columns = layout.read_columns(weight, indices)
-    new = adapted_columns(columns, update, adapter.scaling(module))
+    new = adapted_target_columns(found, adapter, module)
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
